@@ -42,7 +42,7 @@ def options(record: type) -> dict[str, dataclasses.Field]:
 class Declaration:
     """What the source of a method's record declares."""
 
-    summary: str  # first line of the module's docstring, without the method's name
+    summary: str  # first paragraph of the module's docstring, without the method's name
     constants: dict[str, Any]  # class attributes with literal values
     options: tuple[str, ...]  # fields of the record
 
@@ -53,7 +53,8 @@ def declarations(package: str) -> dict[str, Declaration]:
     declared = {}
     for file in sorted((Path(__file__).parent / package.replace(".", "/")).glob("*.py")):
         module = ast.parse(file.read_text(encoding="utf-8"))
-        summary = (ast.get_docstring(module) or "").partition("\n")[0].partition(": ")[2]
+        summary = (ast.get_docstring(module) or "").partition("\n\n")[0].partition(": ")[2]
+        summary = " ".join(summary.split())
         for record in (node for node in module.body if isinstance(node, ast.ClassDef)):
             constants = dict(_constants(record))
             if isinstance(constants.get("name"), str):

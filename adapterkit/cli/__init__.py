@@ -45,6 +45,6 @@ def main() -> None:
     A source is a folder, a .safetensors file, or a Hub id org/name[@revision][:folder or file].
     An adapter may carry a weight: PATH=0.7 (default 1, negative allowed).
     Exit status: 0 done; 1 refused or failed, with a message; 2 wrong usage.
-    Of run: 3 other ranks have still to make what its files need.
-    Of diff: 0 the same; 1 different; 2 all else.
+    Of run also 3: its files need those of other ranks, which are not there yet.
+    Of diff: 0 the same; 1 different; 2 refused, failed or wrong usage.
     """

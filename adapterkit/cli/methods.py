@@ -1,31 +1,12 @@
 """Methods and formats for the help and completion, which must not import them."""
 
-from collections.abc import Callable
-from typing import Any
-
-import click
-
+from adapterkit.cli.command import Rows
 from adapterkit.cli.completion import Name
 from adapterkit.combinations import ALIASES
 from adapterkit.formats import library
 from adapterkit.registry import Declaration, declarations
 
 LIFTED = ("density", "majority")  # options of methods that are options of `combine`
-
-Rows = list[tuple[str, str]]
-
-
-class ListingCommand(click.Command):
-    """A command whose help ends with `lists()`: title -> rows of a name and a text."""
-
-    def __init__(self, *args: Any, lists: Callable[[], dict[str, Rows]], **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.lists = lists
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, rows in ((title, rows) for title, rows in self.lists().items() if rows):
-            with formatter.section(title):
-                formatter.write_dl(rows)
 
 
 def combinations() -> dict[str, Rows]:

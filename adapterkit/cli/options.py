@@ -58,7 +58,7 @@ def targets_option(default: str, modules: str = "Modules that get factors") -> C
     return click.option(
         "--targets",
         type=Targets(),
-        metavar="NAMES|RE",
+        metavar="NAMES|REGEX",
         help=f"{modules}: all-linear, comma-separated name suffixes "
         f"(q_proj,v_proj), or a regex (default: {default}).",
     )
@@ -67,6 +67,7 @@ def targets_option(default: str, modules: str = "Modules that get factors") -> C
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document to stdout."
 )
+quiet_option = click.option("--quiet", is_flag=True, help="Show no progress and no summary.")
 device_option = click.option(
     "--device",
     default="auto",
@@ -88,7 +89,7 @@ def resume_options(older: str) -> Callable:
     return option_group(
         click.option("--resume", is_flag=True, help="Continue an interrupted run of the same job."),
         click.option("--overwrite", is_flag=True, help=f"Replace {older}."),
-        click.option("--quiet", is_flag=True, help="Show no progress and no summary."),
+        quiet_option,
     )
 
 
@@ -187,8 +188,32 @@ stats_option = click.option(
     help="Input covariances: minimize output error instead of weight error.",
 )
 module_filters = option_group(
-    click.option("--include", metavar="RE", help="Only modules whose name matches this regex."),
-    click.option("--exclude", metavar="RE", help="No modules whose name matches this regex."),
+    click.option("--include", metavar="REGEX", help="Only modules whose name matches this regex."),
+    click.option("--exclude", metavar="REGEX", help="No modules whose name matches this regex."),
+)
+skip_option = click.option(
+    "--skip", metavar="REGEX", help="Do not quantize modules whose name matches this regex."
+)
+set_option = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the method, see the lists below; repeat for several.",
+)
+seed_option = click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of methods that draw."
+)
+verify_option = click.option(
+    "--verify",
+    is_flag=True,
+    help="Read the output again: check every hash; of a merge, recompute rows of each changed "
+    "tensor.",
+)
+push_option = click.option(
+    "--push",
+    metavar="ORG/NAME",
+    help="Upload the output to this repository of the Hub too, in one commit.",
 )
 tokenizer_option = choice_option(
     "--tokenizer",

@@ -1,7 +1,8 @@
 """Several adapters together: their weights, and their trained values that are no factors."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from adapterkit import dtypes
 from adapterkit.adapters.keys import module_of, rewrapped_key
@@ -13,9 +14,10 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.combinations.common import WeightedSum
 from adapterkit.combinations.protocol import Method
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.patterns import matcher, similar_names
+from adapterkit.options import finite
 from adapterkit.plan import Task
 from adapterkit.planning.comparison import differing_rows
+from adapterkit.planning.rules import Rule, read_rules
 from adapterkit.planning.sites import Site
 from adapterkit.tasks.common import CopiedTensor, SummedTensor
 
@@ -77,7 +79,7 @@ class AdapterWeights:
 
     def __init__(self, weights: list[float], rules: Iterable[str]):
         self.weights = weights
-        self.rules = [(text, *self._rule(text)) for text in rules]
+        self.rules = [self._rule(text) for text in rules]
         self.used: set[str] = set()
         self.modules: set[str] = set()
 
@@ -85,47 +87,34 @@ class AdapterWeights:
         """The weight of an adapter on a module."""
         weight = self.weights[number]
         self.modules.add(module)
-        for text, adapter, matches, value in self.rules:
-            if adapter in (None, number) and matches(module):
-                self.used.add(text)
-                weight = value
+        for adapter, rule in self.rules:
+            if adapter in (None, number) and rule.matches(module):
+                self.used.add(rule.text)
+                weight = rule.value
         return weight
 
     def unused(self) -> list[AdapterkitError]:
         """Refusals of the rules that no module matched so far."""
         return [
-            Refused(
-                f"{shown(text)} matches no module",
-                expected="a module of the adapter",
-                where="--weight-for",
-                hint=similar_names(text.rpartition("=")[0], self.modules) or "check the regex",
-            )
-            for text, *_ in self.rules
-            if text not in self.used
+            rule.unmatched(self.modules, "a module of the adapter")
+            for _, rule in self.rules
+            if rule.text not in self.used
         ]
 
-    def _rule(self, text: str) -> tuple[int | None, Callable[[str], bool], float]:
-        """Adapter (None: all), predicate on modules, and weight; `Refused` where the text has
-        none."""
-        pattern, _, number = text.rpartition("=")
-        head, colon, rest = pattern.partition(":")
+    def _rule(self, text: str) -> tuple[int | None, Rule[float]]:
+        """Adapter (None: all) and rule; `Refused` where the text is none."""
+        expected = "[N:]REGEX=WEIGHT, N the adapter's place from 1"
+        head, colon, rest = text.partition(":")
         which = int(head) - 1 if colon and head.isdigit() else None
-        try:
-            value = float(number)
-        except ValueError:
-            value = math.nan
-        if (
-            not math.isfinite(value)
-            or not pattern
-            or (which is not None and not 0 <= which < len(self.weights))
-        ):
+        if which is not None and not 0 <= which < len(self.weights):
             raise Refused(
-                shown(text),
-                expected="[N:]REGEX=WEIGHT, N the adapter's place from 1",
-                where="--weight-for",
+                f"--weight-for {shown(text)!r} of {len(self.weights)} adapters",
+                expected=expected,
+                where="options",
                 hint="e.g. 2:q_proj=0.5",
             )
-        return which, matcher(pattern if which is None else rest, "--weight-for"), value
+        (rule,) = read_rules("--weight-for", [text if which is None else rest], finite, expected)
+        return which, replace(rule, text=text)
 
 
 def trained_values(

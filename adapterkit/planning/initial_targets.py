@@ -4,7 +4,7 @@ scale, and where their factors and weights are stored."""
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,10 @@ from adapterkit.adapters.keys import factor_keys
 from adapterkit.adapters.targets import ALL_LINEAR, USUAL_TARGETS, WHOLE, has_end
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.patterns import matcher, similar_names
+from adapterkit.options import finite
 from adapterkit.planning.new_adapter import Scaling, select_targets, wrappable
 from adapterkit.planning.quantization import is_linear, is_stack, known_model
+from adapterkit.planning.rules import Rule, last_match, read_rules, selecting, unmatched_rules
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter, StoredParameter
 
@@ -26,67 +27,41 @@ OTHERS = ("embedding", "experts")  # kinds that no code passes by
 RANGE = re.compile(r"\d+(-\d+)?")
 
 
-Rule = tuple[str, Callable[[str], bool], float]
-
-
 @dataclass(frozen=True)
 class Rules:
     """Rank and alpha of each module by a `Scaling`."""
 
     scaling: Scaling
-    ranks: Sequence[Rule]
-    alphas: Sequence[Rule]
+    ranks: Sequence[Rule[int]]
+    alphas: Sequence[Rule[float]]
 
     def of(self, name: str) -> tuple[int, float]:
         """Rank and alpha of a module or parameter."""
-        rank = int(_value(self.ranks, name, self.scaling.rank))
+        rank = last_match(self.ranks, name, self.scaling.rank)
         alpha = self.scaling.alpha if self.scaling.alpha is not None else rank
-        return rank, _value(self.alphas, name, alpha)
+        return rank, last_match(self.alphas, name, alpha)
 
     def unmatched(self, names: Collection[str]) -> list[AdapterkitError]:
-        return [
-            Refused(
-                f"{option} {shown(text)!r} matches none",
-                expected="a module that gets factors",
-                where=option,
-                hint=similar_names(text.rpartition("=")[0], names) or "check the regex",
-            )
-            for option, rules in (("--rank-for", self.ranks), ("--alpha-for", self.alphas))
-            for text, matches, _ in rules
-            if not any(map(matches, names))
-        ]
+        return unmatched_rules((*self.ranks, *self.alphas), names, "a module that gets factors")
 
 
 def _rules_of(scaling: Scaling) -> Rules:
-    ranks = _rules("--rank-for", scaling.rank_for, whole=True)
-    return Rules(scaling, ranks, _rules("--alpha-for", scaling.alpha_for, whole=False))
+    ranks = read_rules("--rank-for", scaling.rank_for, _rank, "REGEX=N, N a whole number above 0")
+    alphas = read_rules("--alpha-for", scaling.alpha_for, _alpha, "REGEX=A, A a number above 0")
+    return Rules(scaling, ranks, alphas)
 
 
-def _value(rules: Sequence[Rule], name: str, default: float) -> float:
-    return next((value for _, matches, value in reversed(rules) if matches(name)), default)
-
-
-def _rules(flag: str, texts: Sequence[str], *, whole: bool) -> list[Rule]:
-    rules: list[Rule] = []
-    errors: list[AdapterkitError] = []
-    for text in texts:
-        regex, _, number = text.rpartition("=")
-        value = _number(number, whole=whole)
-        if not regex or value is None:
-            expected = "RE=N, a whole number" if whole else "RE=A, a number above 0"
-            errors.append(Refused(f"{flag} {shown(text)!r}", expected=expected, where=flag))
-            continue
-        rules.append((text, matcher(regex, flag), value))
-    refuse_all(errors)
-    return rules
-
-
-def _number(text: str, *, whole: bool) -> float | None:
+def _rank(text: str) -> int | None:
     try:
-        value = int(text) if whole else float(text)
+        rank = int(text)
     except ValueError:
         return None
-    return value if value > 0 and math.isfinite(value) else None
+    return rank if rank > 0 else None
+
+
+def _alpha(text: str) -> float | None:
+    alpha = finite(text)
+    return alpha if alpha is not None and alpha > 0 else None
 
 
 @dataclass(frozen=True)
@@ -225,14 +200,7 @@ def _usual(names: Names, fit: Collection[str]) -> str:
 
 
 def _excluded(chosen: list[str], kinds: Collection[str], exclude: str) -> list[str]:
-    matches = matcher(exclude, "--exclude")
-    if not any(map(matches, kinds)):
-        raise Refused(
-            f"--exclude {exclude!r} matches none",
-            expected="a module of the model",
-            where="--exclude",
-            hint=similar_names(exclude, kinds) or "check the regex",
-        )
+    matches = selecting("--exclude", exclude, kinds)
     return [name for name in chosen if not matches(name)]
 
 

@@ -24,7 +24,7 @@ NAMES = re.compile(r"[\w.-]+( *, *[\w.-]+)*")  # no regex: a dot is one of the n
 class Scaling:
     """The scale of b @ a: alpha / rank, or alpha / √rank; alpha is the rank if it is None.
 
-    `rank_for` and `alpha_for`: `RE=N`, others for some modules; of several that match the last one
+    `rank_for` and `alpha_for`: `REGEX=N`, others for some modules; of several that match, the last
     counts."""
 
     rank: int

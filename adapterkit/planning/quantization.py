@@ -8,8 +8,8 @@ from typing import Any
 from adapterkit import dtypes
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.patterns import matcher, similar_names
 from adapterkit.plan import Step, Task
+from adapterkit.planning.rules import Rule, last_match, selecting
 from adapterkit.registry import members
 from adapterkit.tasks.edited import EditedTensor
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
@@ -21,7 +21,7 @@ LINEAR = ("Linear", "Conv1D")  # classes of linear layers
 FORMAT_OPTIONS = {"double_quant": ("nf4", "fp4"), "block_size": ("nf4", "fp4", "w4a16")}
 
 Format = type[QuantizedWeight]
-Exceptions = Sequence[tuple[Callable[[str], bool], str]]  # (predicate on modules, their format)
+Exceptions = Sequence[Rule[str]]  # modules of another format than the others
 
 
 def targets() -> dict[str, list[Format]]:
@@ -182,7 +182,7 @@ def known_model(base: Checkpoint, notes: list[str]) -> Names:
 
 
 def _check_options(options: dict[str, Any], exceptions: Exceptions) -> None:
-    used = {options["to"], *(target for _, target in exceptions)}
+    used = {options["to"], *(rule.value for rule in exceptions)}
     for option, formats in FORMAT_OPTIONS.items():
         if options.get(option) and not used & set(formats):
             raise Refused(
@@ -210,16 +210,7 @@ def _check_experts(
 def _skip(pattern: str | None, model: Any) -> Callable[[str], bool] | None:
     if not pattern:
         return None
-    skip = matcher(pattern, "--skip")
-    modules = [name for name, _ in model.named_modules()]
-    if not any(map(skip, modules)):
-        raise Refused(
-            f"--skip {pattern!r} matches none",
-            expected="a module of the model",
-            where="--skip",
-            hint=similar_names(pattern, modules) or "check the regex",
-        )
-    return skip
+    return selecting("--skip", pattern, [name for name, _ in model.named_modules()])
 
 
 def _add_weight(plan: QuantizationPlan, name: str, kind: str) -> None:
@@ -239,8 +230,7 @@ def _add_weight(plan: QuantizationPlan, name: str, kind: str) -> None:
             plan.linear[module] = weight.key
     if plan.format is None or kind not in plan.format.modules or module in plan.excluded:
         return
-    exceptions = (target for matches, target in plan.exceptions if matches(module))
-    target = next(exceptions, plan.options["to"])
+    target = last_match(plan.exceptions, module, plan.options["to"])
     quantized = plan.format.for_encoding(target, weight, plan.options)
     if quantized is None:
         plan.unquantized.append(module)

@@ -127,7 +127,7 @@ def init(
     `targets`: `all-linear`, ends of modules' names with commas between, or a regex; without it
     PEFT's for the model's type. `exclude`: a regex; `layers`: numbers and ranges, `0-11,20`. scale
     is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by default. `rank_for`,
-    `alpha_for`: texts `RE=N`, others for some modules, of several that match the last.
+    `alpha_for`: texts `REGEX=N`, others for some modules, of several that match the last.
 
     `residual`: `write` the base that is left, or `implicit`: no base is written, the initial
     factors lie in `OUT/adapter/initial`, and `adapterkit.merge` onto the original takes them out.

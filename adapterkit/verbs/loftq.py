@@ -1,7 +1,7 @@
 """loftq: a quantized base and the adapter that makes up for what quantization loses (LoftQ,
 arXiv:2310.08659)."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,6 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, executes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import Executor, StrPath
-from adapterkit.patterns import matcher, similar_names
 from adapterkit.plan import Computed, Plan, Progress, Task
 from adapterkit.planning import adapter_output
 from adapterkit.planning.input_files import header_hashes, identities
@@ -25,6 +24,7 @@ from adapterkit.planning.new_adapter import (
     wrappable,
 )
 from adapterkit.planning.quantization import plan_quantization
+from adapterkit.planning.rules import Rule, read_rules, unmatched_rules
 from adapterkit.planning.sources import open_model, open_source
 from adapterkit.receipt import Receipt
 from adapterkit.tasks.handoff import HandoffFactors
@@ -64,20 +64,10 @@ class Options:
         return MIXED if self.bits_for else BITS
 
     @property
-    def exceptions(self) -> list[tuple[Callable[[str], bool], str]]:
-        """Which modules have other bits, the last that says so first: `RE=BITS`."""
-        rules = []
-        for text in reversed(self.bits_for):
-            regex, _, bits = text.rpartition("=")
-            if not regex or bits not in map(str, MIXED):
-                raise Refused(
-                    f"--bits-for {text!r}",
-                    expected="RE=4 or RE=8",
-                    where="options",
-                    hint="give a regex and bits",
-                )
-            rules.append((matcher(regex, "--bits-for"), MIXED[int(bits)]))
-        return rules
+    def exceptions(self) -> list[Rule[str]]:
+        """The formats of modules that have other bits."""
+        formats = {str(bits): name for bits, name in MIXED.items()}
+        return read_rules("--bits-for", self.bits_for, formats.get, "REGEX=4 or REGEX=8")
 
     @property
     def scale(self) -> float:
@@ -120,7 +110,7 @@ def loftq(
     Alternates Q = encode(W - scale·b@a) and the best scale·b@a of W - Q, `iterations` times; of all
     rounds, plain quantization included, the one with the smallest ‖W - Q - scale·b@a‖_F is kept.
     `OUT/base` is the packed base (`bits` 4: nf4, with `double_quant`; 8: int8), which transformers
-    loads as it is, `OUT/adapter` the adapter for it. `bits_for`: texts `RE=BITS`, other bits for
+    loads as it is, `OUT/adapter` the adapter for it. `bits_for`: texts `REGEX=BITS`, other bits for
     some modules, of several that match the last; bitsandbytes has one width for a model, so the
     base is then compressed-tensors' (w4a16, w8a16). `targets`: which modules get factors,
     `all-linear`, ends of their names with commas between, or a regex (default: all that are
@@ -218,15 +208,7 @@ def _plan_base_and_adapter(
     }
     to, exceptions = options.formats[options.bits], options.exceptions
     quantization = plan_quantization(base, {"to": to, **format_options}, exceptions)
-    for (matches, _), text in zip(exceptions, reversed(options.bits_for), strict=True):
-        if not any(map(matches, quantization.modules)):
-            raise Refused(
-                f"--bits-for {text!r} matches none",
-                expected="a quantized module",
-                where="--bits-for",
-                hint=similar_names(text.rpartition("=")[0], quantization.modules)
-                or "check the regex",
-            )
+    refuse_all(unmatched_rules(exceptions, quantization.modules, "a quantized module"))
     usable = wrappable(quantization.names, quantization.modules, quantization.notes)
     modules = {
         quantization.modules[name].key: name
@@ -266,7 +248,7 @@ def _plan_base_and_adapter(
         base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY, "adapter"
     )
     notes = list(quantization.notes)
-    names = " and ".join(dict.fromkeys((to, *(target for _, target in exceptions))))
+    names = " and ".join(dict.fromkeys((to, *(rule.value for rule in reversed(exceptions)))))
     files = model.files(
         f"quantized to {names} by LoftQ: use it with the adapter beside it"
     ) | adapter.files(notes)

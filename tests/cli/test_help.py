@@ -27,17 +27,17 @@ def help_of(*words: str, columns: int = 80) -> str:
 
 
 def test_each_command_has_one_whole_line_in_one_section_at_80_columns():
-    sections = re.split(r"^(\w+):\n", help_of(), flags=re.MULTILINE)[1:]
+    sections = re.split(r"^([\w ]+):\n", help_of(), flags=re.MULTILINE)[1:]
     listed = {}
     for title, text in zip(sections[::2], sections[1::2], strict=True):
         if title != "Options":
             listed |= {line.split()[0]: (title, line) for line in text.strip().splitlines()}
     assert sorted(listed) == COMMANDS == sorted(c.name for s in main.sections.values() for c in s)
     assert {title for title, _ in listed.values()} >= {
-        "Checkpoints",
+        "Models",
         "Adapters",
-        "Quantized",
-        "Look",
+        "Quantization",
+        "Inspection",
     }
     for name, (_, line) in listed.items():
         summary = main.commands[name].help.partition("\n\n")[0]
@@ -135,3 +135,20 @@ def test_help_lists_every_method_and_format():
     assert names("combine") == {*registry.members("combinations"), *ALIASES}
     assert names("init") == {*registry.members("inits")}
     assert names("quantize") == set(targets())
+
+
+@pytest.mark.parametrize("command", sorted(c for c in COMMANDS if "--resume" in help_of(c)))
+def test_what_all_commands_have_is_behind_what_is_their_own(command: str):
+    """Each option once, and the required ones with the command's own."""
+    own, _, common = help_of(command, columns=100).partition("\nCommon options:\n")
+    for parameter in main.commands[command].params:
+        if isinstance(parameter, click.Option):
+            flag = re.compile(rf"^  {parameter.opts[0]}(?=[ ,\n])", re.MULTILINE)
+            count = len(flag.findall(own)), len(flag.findall(common))
+            assert sum(count) == 1 and (count[0] or not parameter.required), parameter.opts
+
+
+def test_the_lists_of_the_help_end_in_whole_sentences():
+    for command in ("combine", "init", "quantize"):
+        for rows in main.commands[command].lists().values():
+            assert all(text.endswith((".", "inputs", "exact")) for _, text in rows)

@@ -423,9 +423,9 @@ def test_loftq_with_several_widths(base, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "text"),
     [
-        ({"bits_for": ["down_proj"]}, "RE=4 or RE=8"),
-        ({"bits_for": ["down_proj=2"]}, "RE=4 or RE=8"),
-        ({"bits_for": ["=8"]}, "RE=4 or RE=8"),
+        ({"bits_for": ["down_proj"]}, "REGEX=4 or REGEX=8"),
+        ({"bits_for": ["down_proj=2"]}, "REGEX=4 or REGEX=8"),
+        ({"bits_for": ["=8"]}, "REGEX=4 or REGEX=8"),
         ({"bits_for": ["nothing=8"]}, "matches none"),
         ({"bits_for": ["(=8"]}, "regular expression"),
         ({"bits_for": ["down_proj=8"], "double_quant": True}, "double-quant"),

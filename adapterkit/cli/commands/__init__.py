@@ -10,10 +10,10 @@ from adapterkit.cli.commands.statistics import stats
 from adapterkit.cli.completion import completion
 
 SECTIONS = {
-    "Checkpoints": (merge, extract, init, stats),
+    "Models": (merge, extract, init, stats),
     "Adapters": (convert, combine, subtract, arrow, resize, rebase),
-    "Quantized": (quantize, dequantize, loftq),
-    "Jobs": (run, finish),
-    "Look": (inspect, diff, verify),
+    "Quantization": (quantize, dequantize, loftq),
+    "Plan files and pipelines": (run, finish),
+    "Inspection": (inspect, diff, verify),
     "Shell": (completion,),
 }

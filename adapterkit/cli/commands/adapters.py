@@ -4,8 +4,9 @@ from typing import Any
 
 import click
 
+from adapterkit.cli.command import ListingCommand, WritingCommand
 from adapterkit.cli.completion import Source
-from adapterkit.cli.methods import ListingCommand, combinations, combine_names
+from adapterkit.cli.methods import combinations, combine_names
 from adapterkit.cli.options import (
     EXACT_BY_DEFAULT,
     base_option,
@@ -15,6 +16,8 @@ from adapterkit.cli.options import (
     parse_settings,
     rank_options,
     refit_options,
+    seed_option,
+    set_option,
     stats_option,
     tokenizer_option,
 )
@@ -68,10 +71,8 @@ FOR_AMBIGUOUS_PARAMETERS = "The adapters' model, needed where target_parameters 
     metavar="[N:]REGEX=W",
     help="Another weight (of the N-th adapter) for modules whose name matches REGEX.",
 )
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Another option of the method."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of methods that draw.")
+@set_option
+@seed_option
 @tokenizer_option
 @factor_options
 def combine(adapters: tuple[str, ...], settings: tuple[str, ...], **options: Any) -> None:
@@ -93,7 +94,7 @@ def combine(adapters: tuple[str, ...], settings: tuple[str, ...], **options: Any
     run_verb(verb, adapters, settings=parse_settings(settings), **options)
 
 
-@click.command()
+@click.command(cls=WritingCommand)
 @click.argument("adapters", type=Source(), nargs=-1, required=True, metavar="ADAPTER...")
 @click.option(
     "--general",
@@ -113,7 +114,7 @@ def combine(adapters: tuple[str, ...], settings: tuple[str, ...], **options: Any
 )
 @click.option(
     "--exclude",
-    metavar="RE",
+    metavar="REGEX",
     help="Subtract nothing from modules whose name matches this regex.",
 )
 @refit_options(EXACT_BY_DEFAULT)
@@ -135,7 +136,7 @@ def subtract(adapters: tuple[str, ...], **options: Any) -> None:
     run_verb(verb, adapters, **options)
 
 
-@click.command()
+@click.command(cls=WritingCommand)
 @click.argument("adapters", type=Source(), nargs=-1, required=True, metavar="ADAPTER...")
 @click.option(
     "--general",
@@ -171,7 +172,7 @@ def arrow(adapters: tuple[str, ...], **options: Any) -> None:
     run_verb(verb, adapters, **options)
 
 
-@click.command()
+@click.command(cls=WritingCommand)
 @click.argument("adapter", type=Source())
 @output_options
 @base_option(
@@ -205,7 +206,7 @@ def resize(adapter: str, **options: Any) -> None:
     run_verb(verb, adapter, **options)
 
 
-@click.command()
+@click.command(cls=WritingCommand)
 @click.argument("adapter", type=Source())
 @click.option(
     "--initial",

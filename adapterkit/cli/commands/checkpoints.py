@@ -4,8 +4,9 @@ from typing import Any
 
 import click
 
+from adapterkit.cli.command import ListingCommand, WritingCommand
 from adapterkit.cli.completion import Source
-from adapterkit.cli.methods import ListingCommand, format_names, init_names, initializations
+from adapterkit.cli.methods import format_names, init_names, initializations
 from adapterkit.cli.options import (
     block_options,
     choice_option,
@@ -16,16 +17,21 @@ from adapterkit.cli.options import (
     module_filters,
     output_options,
     parse_settings,
+    push_option,
     rank_options,
+    seed_option,
+    set_option,
     shard_size_option,
+    skip_option,
     statistics_option,
     stats_option,
     targets_option,
+    verify_option,
 )
 from adapterkit.cli.output import run_verb
 
 
-@click.command()
+@click.command(cls=WritingCommand)
 @click.argument("base", type=Source())
 @click.argument("adapters", type=Source(), nargs=-1, required=True, metavar="ADAPTER[=W]...")
 @output_options
@@ -84,14 +90,8 @@ from adapterkit.cli.output import run_verb
     help="Seed of stochastic rounding: same seed, same bytes.",
 )
 @hash_option
-@click.option(
-    "--verify",
-    is_flag=True,
-    help="Read the output again: check every hash, recompute rows of each changed tensor.",
-)
-@click.option(
-    "--push", metavar="REPO", help="Upload the output to this Hub repository, in one commit."
-)
+@verify_option
+@push_option
 def merge(base: str, adapters: tuple[str, ...], **options: Any) -> None:
     """Merge adapters into a base checkpoint.
 
@@ -108,7 +108,7 @@ def merge(base: str, adapters: tuple[str, ...], **options: Any) -> None:
     run_verb(verb, base, adapters, **options)
 
 
-@click.command()
+@click.command(cls=WritingCommand)
 @click.argument("base", type=Source())
 @click.argument("tuned", type=Source())
 @output_options
@@ -148,20 +148,18 @@ def extract(base: str, tuned: str, **options: Any) -> None:
     "--method", required=True, type=init_names, help="Initialization; see the list below."
 )
 @init_options
-@click.option("--rank-for", multiple=True, metavar="RE=N", help="Another rank for some modules.")
+@click.option("--rank-for", multiple=True, metavar="REGEX=N", help="Another rank for some modules.")
 @click.option(
-    "--alpha-for", multiple=True, metavar="RE=A", help="Another lora_alpha for some modules."
+    "--alpha-for", multiple=True, metavar="REGEX=A", help="Another lora_alpha for some modules."
 )
 @targets_option("PEFT's for the model's type")
 @click.option(
-    "--exclude", metavar="RE", help="No factors on modules whose name matches this regex."
+    "--exclude", metavar="REGEX", help="No factors on modules whose name matches this regex."
 )
 @click.option("--layers", metavar="N-M,N", help="Only targets in these layers, e.g. 0-11,20.")
 @statistics_option("Statistics from adapterkit stats (corda, eva, lora_ga).")
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the method."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of methods that draw.")
+@set_option
+@seed_option
 @choice_option(
     "--residual",
     default="write",
@@ -171,7 +169,7 @@ def extract(base: str, tuned: str, **options: Any) -> None:
 @click.option(
     "--quantize", type=format_names, help="Quantize the residual base, e.g. nf4 (QPiSSA)."
 )
-@click.option("--skip", metavar="RE", help="Do not quantize modules whose name matches this regex.")
+@skip_option
 @block_options
 @factor_options
 def init(base: str, settings: tuple[str, ...], **options: Any) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 import click
 
 from adapterkit.cli.batch import convert_all
+from adapterkit.cli.command import ListingCommand
 from adapterkit.cli.completion import Source
-from adapterkit.cli.methods import ListingCommand, adapter_format_names, adapter_formats
+from adapterkit.cli.methods import adapter_format_names, adapter_formats
 from adapterkit.cli.options import (
     base_option,
     choice_option,

@@ -7,7 +7,7 @@ from click.core import ParameterSource
 
 from adapterkit.cli.batch import run_steps
 from adapterkit.cli.exits import WAITING, fail
-from adapterkit.cli.options import json_option
+from adapterkit.cli.options import json_option, push_option, quiet_option, verify_option
 from adapterkit.cli.output import ProgressBar, print_json, run_to_receipt
 
 if TYPE_CHECKING:
@@ -32,25 +32,27 @@ if TYPE_CHECKING:
     type=float,
     default=600.0,
     show_default=True,
-    help="Seconds to wait for files of other ranks that the last ones need; then exit status 3.",
+    help="Seconds to wait for files of other ranks, where this one's need them; then exit status "
+    "3.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace outputs that this pipeline did not write.")
 @click.option(
     "--dry-run", is_flag=True, help="Print the files of this rank, or plan all steps, and stop."
 )
 @json_option
-@click.option("--quiet", is_flag=True, help="Show no progress and no summary.")
+@quiet_option
 @click.pass_context
 def run(ctx: click.Context, file: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Make a rank's share of a plan file's output, or a pipeline's.
+    """Carry out a plan file, one machine's share of it, or a pipeline.
 
-    Any command that writes makes a plan file with --plan. Start this on as many machines as there
-    are, on a file system that all see; what a killed one leaves, others or a second start make.
+    Any command that writes makes a plan file with --plan instead of its output. Start this on each
+    of several machines, on a file system that all see: each makes its share of the output's files,
+    and then what others have not begun. What a killed one leaves, others or a second start make.
     `adapterkit finish` publishes the output.
 
-    A pipeline is a .toml file of steps, all of which are planned before the first is carried out.
-    One whose output is there, of the same inputs and options, is not done again. The exit status
-    is 1 if any was refused.
+    A pipeline is a .toml file of steps, each a command. All are planned before the first is carried
+    out; a step whose output is there, of the same inputs and options, is not done again. The exit
+    status is 1 if any was refused.
 
     \b
     Example:
@@ -100,17 +102,10 @@ def _print(outcome: "Outcome") -> None:
 
 @click.command()
 @click.argument("file", type=click.Path(), metavar="FILE")
-@click.option(
-    "--verify",
-    is_flag=True,
-    help="Read the output again: check every hash; of a merge, recompute rows of each changed "
-    "tensor.",
-)
-@click.option(
-    "--push", metavar="REPO", help="Upload the output to this Hub repository, in one commit."
-)
+@verify_option
+@push_option
 @json_option
-@click.option("--quiet", is_flag=True, help="Show no progress and no summary.")
+@quiet_option
 def finish(file: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Publish the output of a plan file once its files are made.
 

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from adapterkit.cli.completion import Source
-from adapterkit.cli.options import base_option, json_option, statistics_option
+from adapterkit.cli.options import base_option, json_option, quiet_option, statistics_option
 from adapterkit.cli.output import ProgressBar, print_diff, print_json, print_verified
 
 
@@ -121,7 +121,7 @@ def diff(ctx: click.Context, a: str, b: str, as_json: bool, quiet: bool, **optio
 )
 @statistics_option("Statistics of a merge that took some.")
 @json_option
-@click.option("--quiet", is_flag=True, help="Show no progress and no summary.")
+@quiet_option
 def verify(folder: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Check an output against its receipt.
 

@@ -4,8 +4,9 @@ from typing import Any
 
 import click
 
+from adapterkit.cli.command import ListingCommand, WritingCommand
 from adapterkit.cli.completion import Source
-from adapterkit.cli.methods import ListingCommand, format_names, formats
+from adapterkit.cli.methods import format_names, formats
 from adapterkit.cli.options import (
     block_options,
     dtype_option,
@@ -14,6 +15,7 @@ from adapterkit.cli.options import (
     init_options,
     output_options,
     shard_size_option,
+    skip_option,
     statistics_option,
     stats_option,
     targets_option,
@@ -26,7 +28,7 @@ from adapterkit.cli.output import run_verb
 @output_options
 @click.option("--to", required=True, type=format_names, help="Format to write; see the list below.")
 @block_options
-@click.option("--skip", metavar="RE", help="Do not quantize modules whose name matches this regex.")
+@skip_option
 @click.option(
     "--rounding",
     type=click.Choice(["nearest", "compensated"]),
@@ -51,7 +53,7 @@ def quantize(base: str, **options: Any) -> None:
     run_verb(verb, base, **options)
 
 
-@click.command()
+@click.command(cls=WritingCommand)
 @click.argument("base", type=Source())
 @output_options
 @dtype_option("Dtype of the decoded weights (default: the one the format's library computes in).")
@@ -70,7 +72,7 @@ def dequantize(base: str, **options: Any) -> None:
     run_verb(verb, base, **options)
 
 
-@click.command()
+@click.command(cls=WritingCommand)
 @click.argument("base", type=Source())
 @output_options
 @init_options
@@ -79,9 +81,9 @@ def dequantize(base: str, **options: Any) -> None:
 )
 @click.option(
     "--bits-for",
-    metavar="RE=N",
+    metavar="REGEX=N",
     multiple=True,
-    help="Per-module bit width, e.g. 'down_proj=8'; writes compressed-tensors.",
+    help="Other bits for some modules, e.g. 'down_proj=8'; writes compressed-tensors.",
 )
 @click.option(
     "--iterations",
@@ -91,7 +93,7 @@ def dequantize(base: str, **options: Any) -> None:
     help="Iterations, of which the best is kept.",
 )
 @targets_option("all quantized modules")
-@click.option("--skip", metavar="RE", help="Do not quantize modules whose name matches this regex.")
+@skip_option
 @block_options
 @click.option(
     "--quantized",

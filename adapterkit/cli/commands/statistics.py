@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from adapterkit.cli.command import WritingCommand
 from adapterkit.cli.completion import Source
 from adapterkit.cli.options import (
     choice_option,
@@ -16,7 +17,7 @@ from adapterkit.cli.options import (
 from adapterkit.cli.output import run_verb
 
 
-@click.command()
+@click.command(cls=WritingCommand)
 @click.argument("base", type=Source())
 @click.option(
     "--data",
