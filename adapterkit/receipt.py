@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def create_receipt(
     seconds: float,
 ) -> dict[str, Any]:
     shards = [done[shard.file] for shard in plan.shards]
-    size, totals = sum(shard.size for shard in shards), plan.totals()
+    size, totals = sum(shard.size for shard in shards), replace(plan, room=0).totals()
     for shard, result in zip(plan.shards, shards, strict=True):
         if result.tensors is not None:  # what was not written after all had been counted as changed
             fewer, less = (

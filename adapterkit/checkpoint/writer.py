@@ -26,7 +26,7 @@ class ShardFile:
 
     With an `attempt`, `name.<attempt>.part`: where other processes may write the same file, the
     last rename wins. Then the folder has to be there: when it is not, the output is finished.
-    `kept`: the first so many bytes of a `name.part` that is there stay, and it grows.
+    `kept`: the file is there, and grows behind so many bytes.
     """
 
     def __init__(

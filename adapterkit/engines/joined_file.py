@@ -1,7 +1,6 @@
 """An output file that grows out of its parts: the first becomes it, the others are copied behind.
 
-Whoever joins removes each part once the file has its bytes, so there are never two of more than
-one of them.
+Whoever joins removes each part once the file has its bytes: at most one of them is there twice.
 """
 
 import errno
@@ -18,11 +17,11 @@ BLOCK = 4 << 20
 
 
 class JoinedFile:
-    """An output file while it is joined: `NAME.part`."""
+    """An output file while it is joined: `NAME.part`, or `NAME.<attempt>.part`."""
 
-    def __init__(self, folder: Path, shard: Shard, *, hashed: bool):
-        self.folder, self.file = folder, shard.file
-        self.path = folder / unfinished_name(shard.file)
+    def __init__(self, folder: Path, shard: Shard, attempt: str = "", *, hashed: bool):
+        self.folder, self.file, self.attempt = folder, shard.file, attempt
+        self.path = folder / unfinished_name(shard.file, attempt)
         self.digest = RunningHash(tensor_ends(shard.layout)) if hashed else None
 
     def remove(self) -> None:
@@ -45,7 +44,7 @@ class JoinedFile:
 
     def append(self, part: str, start: int, stop: int) -> None:
         """Copy a part to [start, stop), durably; what the file has from `start` on is cut off."""
-        file = ShardFile(self.folder, self.file, stop, kept=start)
+        file = ShardFile(self.folder, self.file, stop, self.attempt, kept=start)
         try:
             at = start
             for view in _blocks(self.folder / part, stop - start):

@@ -23,8 +23,7 @@ def units(
 ) -> list[Shard | Computed]:
     """What ranks make: the files, those above a rank's fair share in parts. Files of tasks stay
     whole."""
-    share = max(sum(shard.size for shard in shards) / ranks, LEAST)
-    found: list[Shard | Computed] = []
+    share, found = _share(shards, ranks), list[Shard | Computed]()
     for shard in shards:
         if isinstance(shard, Shard) and shard.size > share:
             parts = max(min(ranks, math.ceil(shard.size / share)), math.ceil(shard.size / MOST))
@@ -34,11 +33,16 @@ def units(
     return found
 
 
-def room(shards: Sequence[Shard | Computed]) -> int:
-    """The most bytes that the join of parts takes beside the files, whatever the number of
-    ranks."""
-    sizes = [shard.size for shard in shards if isinstance(shard, Shard) and shard.size > LEAST]
+def room(shards: Sequence[Shard | Computed], ranks: int | None = None) -> int:
+    """The most bytes that the join of parts takes beside the files, for so many ranks or any."""
+    share = LEAST if ranks is None else _share(shards, ranks)
+    sizes = [shard.size for shard in shards if isinstance(shard, Shard) and shard.size > share]
     return min(max(sizes, default=0) // 2, MOST + LEAST)
+
+
+def _share(shards: Sequence[Shard | Computed], ranks: int) -> float:
+    """Bytes of a file above which it is cut."""
+    return max(sum(shard.size for shard in shards) / ranks, LEAST)
 
 
 def file_of(unit: Shard | Computed) -> str:

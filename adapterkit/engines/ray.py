@@ -1,9 +1,10 @@
 """The ray engine: each output file is made by a task on a Ray cluster, whose machines see one file
-system.
+system; a large one in parts, each by a task.
 
-The driver plans, keeps the journal and publishes, as on one machine; a task makes one file in the
-stage, in an attempt of its own, and gives back what it noted. No tensor goes through Ray: the plan
-does, once for each worker process. A lost worker's task is tried again, one that is refused is not.
+The driver plans, joins parts, keeps the journal and publishes, as on one machine; a task makes one
+file in the stage, in an attempt of its own, and gives back what it noted. No tensor goes through
+Ray: the plan does, once for each worker process. A lost worker's task is tried again, one that is
+refused is not.
 """
 
 import contextlib
@@ -22,6 +23,9 @@ from adapterkit.checkpoint.stage import Workspace
 from adapterkit.checkpoint.writer import UNFINISHED
 from adapterkit.engines.device import kind, pick_device
 from adapterkit.engines.local import local
+from adapterkit.engines.pieces import Part
+from adapterkit.engines.rank_parts import file_of, room, units
+from adapterkit.engines.ray_parts import Joiner, longest_first
 from adapterkit.errors import AdapterkitError, Failed, MultipleErrors, Refused, shown
 from adapterkit.plan import Computed, Plan, Progress, Shard
 
@@ -85,10 +89,12 @@ class Cluster:
     device: str
 
     def placed(self, plan: Plan) -> Plan:
-        """The plan with the kind of device that the cluster's machines have."""
+        """The plan with the kind of device that the cluster's machines have, and the room for the
+        join of parts."""
+        _, places = self._places()
+        plan = replace(plan, room=room(plan.shards, places))
         if not self.on_cuda:
             return plan
-        self._places()
         card = self.ray.remote(_card).options(num_gpus=1)
         return replace(plan, device=self.ray.get(card.remote()))
 
@@ -115,21 +121,35 @@ class Cluster:
         device = "cuda" if self.on_cuda else "cpu"  # Ray says which card
         share = _Share(stage.path.absolute(), secrets.token_hex(8), hash, device, workers)
         stored = [self.ray.put(plan)]  # in a list a task gets the reference
+        made = longest_first(units(shards, places, torch.device(device)))
+        by_name, needs = {unit.file: unit for unit in made}, plan.needs()
+        joiner = Joiner(stage.path, made, _attempt(), hashed=hash, finished=finished)
 
-        def start(shard: Shard | Computed, needs: Sequence[str]) -> Any:
-            done = (entry for entry in stage.journal() if "shard" in entry)
-            entries = [entry for entry in done if entry["shard"]["file"] in needs]
-            return task.remote(share, stored, shard.file, entries, VERSIONS)
+        def start(unit: Shard | Computed) -> Any:
+            needed = needs[file_of(unit)]
+            done = (entry for entry in (stage.journal() if needed else ()) if "shard" in entry)
+            entries = [entry for entry in done if entry["shard"]["file"] in needed]
+            part = (unit.start, unit.stop) if isinstance(unit, Part) else None
+            return task.remote(share, stored, file_of(unit), part, entries, VERSIONS)
 
         def note(answer: dict[str, Any]) -> None:
             result = ShardResult(**answer)
-            finished(result)
-            progress(by_name[result.file].layout.size)
+            unit = by_name[result.file]
+            if isinstance(unit, Part):
+                joiner.add(unit, result)
+                progress(unit.size)
+            else:
+                finished(result)
+                progress(unit.layout.size)
 
-        by_name = {shard.file: shard for shard in shards}
-        self._run(shards, plan.needs(), start, note, AHEAD * places)
-        for part in stage.path.rglob(f"*{UNFINISHED}"):  # of lost workers
-            part.unlink(missing_ok=True)
+        try:
+            self._run(made, needs, start, note, joiner.look, AHEAD * places)
+            joiner.look(wait=True)
+        finally:
+            joiner.close()
+        left = [stage.path / unit.file for unit in made if isinstance(unit, Part)]
+        for path in (*left, *stage.path.rglob(f"*{UNFINISHED}")):  # of lost workers
+            path.unlink(missing_ok=True)
 
     @property
     def on_cuda(self) -> bool:
@@ -154,26 +174,29 @@ class Cluster:
 
     def _run(
         self,
-        shards: Sequence[Shard | Computed],
+        made: Sequence[Shard | Computed],
         needs: dict[str, tuple[str, ...]],
-        start: Callable[[Shard | Computed, Sequence[str]], Any],
+        start: Callable[[Shard | Computed], Any],
         note: Callable[[dict[str, Any]], None],
+        look: Callable[[], None],
         limit: int,
     ) -> None:
-        """Start the tasks, the longest files first and those that need others after them, at most
-        `limit` at a time; on an error, or Ctrl-C, end all that run."""
-        waiting = sorted(shards, key=lambda shard: (-shard.size, shard.file))
+        """Start the tasks in this order, those that need others after them, at most `limit` at a
+        time, `note` what they answer, and `look` in between; on an error, or Ctrl-C, end all that
+        run."""
+        waiting = list(made)
         running: dict[Any, str] = {}
         try:
             while waiting or running:
-                left = {*(shard.file for shard in waiting), *running.values()}
-                ready = [shard for shard in waiting if not left.intersection(needs[shard.file])]
-                for shard in ready[: limit - len(running)]:
-                    waiting.remove(shard)
-                    running[start(shard, needs[shard.file])] = shard.file
+                left = {*(unit.file for unit in waiting), *running.values()}
+                ready = [unit for unit in waiting if not left.intersection(needs[file_of(unit)])]
+                for unit in ready[: limit - len(running)]:
+                    waiting.remove(unit)
+                    running[start(unit)] = unit.file
                 done, _ = self.ray.wait(list(running), timeout=POLL)
                 for reference in done:
                     note(self._answer(reference, running.pop(reference)))
+                look()
         except BaseException:
             for reference in running:
                 self.ray.cancel(reference, force=True)
@@ -238,9 +261,15 @@ def _card() -> str:
 
 
 def _make(
-    share: _Share, stored: list[Any], file: str, entries: list[dict], versions: str
+    share: _Share,
+    stored: list[Any],
+    file: str,
+    part: tuple[int, int] | None,
+    entries: list[dict],
+    versions: str,
 ) -> dict[str, Any]:
-    """A task: make one file; what is noted of it, or the error as data, which is not retried."""
+    """A task: make one file, or bytes [start, stop) of it; what is noted of it, or the error as
+    data, which is not retried."""
     try:
         if versions != VERSIONS:
             raise Failed(
@@ -260,11 +289,14 @@ def _make(
                 where=file,
                 hint="use machines of one kind, then --resume",
             )
-        attempt = f"0-{os.getpid()}-{secrets.token_hex(4)}"
+        unit = next(shard for shard in plan.shards if shard.file == file)
+        if part is not None:
+            assert isinstance(unit, Shard)
+            unit = Part(unit.layout, unit.steps, *part)
         local(share.device, share.workers)(
             plan,
-            [shard for shard in plan.shards if shard.file == file],
-            _Workspace(share.path, attempt, entries),
+            [unit],
+            _Workspace(share.path, _attempt(), entries),
             hash=share.hash,
             finished=results.append,
             progress=lambda done: None,
@@ -272,6 +304,10 @@ def _make(
         return vars(results[0])
     except AdapterkitError as error:
         return {"error": _as_data(error)}
+
+
+def _attempt() -> str:
+    return f"0-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _as_data(error: AdapterkitError) -> dict[str, Any]:

@@ -10,15 +10,30 @@ import torch
 import adapterkit
 from adapterkit import execute
 from adapterkit.checkpoint import storage
+from adapterkit.checkpoint.shard_result import ShardResult
+from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines import pieces, rank_parts
+from adapterkit.engines.local import local
 from adapterkit.engines.pieces import Part
 from adapterkit.engines.rank_parts import tiling, units
-from adapterkit.errors import Refused
+from adapterkit.engines.ray_parts import Joiner, longest_first
+from adapterkit.errors import Failed, Refused
+from adapterkit.plan import Plan
 from adapterkit.tasks import rows
 
 SMALL = {"constants": {"rank_parts.LEAST": 1000}}
 slow = pytest.mark.slow
 CPU = torch.device("cpu")
+
+
+def small_pieces(large, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """The plan of the merge, in a process in which its file is cut into many pieces."""
+    bench, _ = large
+    monkeypatch.setattr(rank_parts, "LEAST", 1000)
+    monkeypatch.setattr(pieces, "RUN", 512)
+    monkeypatch.setattr(rows, "ELEMENTS", 128)
+    out = bench.root / "never"
+    return adapterkit.merge(bench.root / "base", bench.root / "adapter", out=out, dry_run=True)
 
 
 @pytest.mark.parametrize("ranges, expected", [
@@ -36,12 +51,7 @@ def test_which_parts_are_the_file(ranges, expected):
 @pytest.mark.parametrize("ranks", [2, 3, 7, 1000])
 def test_a_file_is_cut_between_pieces(large, monkeypatch, ranks: int):
     """All bytes once, in parts of about the same size."""
-    bench, _ = large
-    monkeypatch.setattr(rank_parts, "LEAST", 1000)
-    monkeypatch.setattr(pieces, "RUN", 512)
-    monkeypatch.setattr(rows, "ELEMENTS", 128)
-    out = bench.root / "never"
-    plan = adapterkit.merge(bench.root / "base", bench.root / "adapter", out=out, dry_run=True)
+    plan = small_pieces(large, monkeypatch)
     assert units(plan.shards, 1, CPU) == list(plan.shards)
     parts = [unit for unit in units(plan.shards, ranks, CPU) if isinstance(unit, Part)]
     size = plan.shards[0].size
@@ -53,6 +63,50 @@ def test_a_file_is_cut_between_pieces(large, monkeypatch, ranks: int):
     parts = [unit for unit in units(plan.shards, ranks, CPU) if isinstance(unit, Part)]
     assert sum(part.size for part in parts) == size
     assert max(part.size for part in parts) < 8000 + 4096
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_parts_that_come_in_any_order(large, tmp_path, monkeypatch, hashed: bool):
+    """As tasks of a cluster give them: joined in the file's order, and removed."""
+    plan = small_pieces(large, monkeypatch)
+    made = longest_first(units(plan.shards, 5, CPU))
+    assert made == sorted(made, key=lambda part: part.start) and len(made) == 5
+
+    def make(stage: Stage, shards: list) -> dict[str, ShardResult]:
+        found: list[ShardResult] = []
+        stage.path.mkdir(parents=True)
+        nothing = lambda done: None
+        local("cpu", 1)(plan, shards, stage, hash=hashed, finished=found.append, progress=nothing)
+        return {result.file: result for result in found}
+
+    alone, stage = Stage(tmp_path / "alone"), Stage(tmp_path / "out")
+    ((file, expected),) = make(alone, [*plan.shards]).items()
+    results, finished = make(stage, made), []
+    joiner = Joiner(stage.path, made, "0-1-00000000", hashed=hashed, finished=finished.append)
+    for part in reversed(made):
+        assert not finished
+        joiner.add(part, results[part.file])
+        joiner.look()
+    joiner.look(wait=True)
+    joiner.close()
+    assert finished == [expected]
+    assert [path.name for path in stage.path.iterdir()] == [file]
+    assert (stage.path / file).read_bytes() == (alone.path / file).read_bytes()
+
+
+def test_a_part_that_is_cut_short_is_no_part(large, tmp_path, monkeypatch):
+    plan = small_pieces(large, monkeypatch)
+    made, finished = units(plan.shards, 2, CPU), []
+    for part in made:
+        (tmp_path / part.file).write_bytes(bytes(part.size))
+    (tmp_path / made[1].file).write_bytes(bytes(made[1].size - 1))
+    joiner = Joiner(tmp_path, made, "0-1-00000000", hashed=True, finished=finished.append)
+    for part in made:
+        joiner.add(part, ShardResult(part.file, part.size, None, {}, {}))
+    with pytest.raises(Failed, match="shorter than what was written"):
+        joiner.look(wait=True)
+    joiner.close()
+    assert not finished and not (tmp_path / plan.shards[0].file).exists()
 
 
 @pytest.mark.parametrize("ranks", [2, 5])

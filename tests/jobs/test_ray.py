@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.engines import rank_parts
+from adapterkit.engines.ray_parts import Joiner
 from adapterkit.errors import Refused, Unrecoverable
 from tests.golden.inputs import ADAPTER_CONFIG, CONFIG, create_inputs
 from tests.support.documents import ROOT, typed
@@ -135,6 +138,27 @@ def test_the_bytes_of_the_local_engine(cluster: Any, inputs: Path, tmp_path: Pat
 
 
 @slow
+@pytest.mark.parametrize("verb", ["merge", "init"])
+def test_the_bytes_of_the_local_engine_in_parts(
+    cluster: Any, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+):
+    """Files above a worker's share are joined of parts, steps that take what was handed on among
+    them."""
+    monkeypatch.setattr(rank_parts, "LEAST", 1000)
+    joined, add = [], Joiner.add
+    monkeypatch.setattr(Joiner, "add", lambda *of: (joined.append(of[1].layout.file), add(*of)))
+    whole = JOBS[verb] if verb == "init" else partial(adapterkit.merge, inputs / "base32")
+    whole = partial(whole, inputs if verb == "init" else [inputs / "law"])
+    receipt = whole(out=tmp_path / "ray", engine="ray", ray_address=cluster.address)
+    assert len(joined) > len(set(joined)) > 0
+    local = whole(out=tmp_path / "local")
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+    same = ("fingerprint", "recipe", "files", "keys", "parameters", "totals", "notes")
+    assert {key: receipt.data[key] for key in same} == {key: local.data[key] for key in same}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["local", "ray"]
+
+
+@slow
 def test_the_command_of_the_documents(cluster: Any, inputs: Path, tmp_path: Path):
     words = next(words for words in typed(ROOT / "docs" / "scale.md") if "ray" in words)
     for name, source in (("BASE", "base32"), ("ADAPTER", "law")):
@@ -178,11 +202,11 @@ def test_a_refusal_is_final(cluster: Any, inputs: Path, tmp_path: Path):
 class Driver:
     """The merge of `large` by the command line, in a process of its own."""
 
-    def __init__(self, cluster: Any, large: Path, out: Path, *more: str):
+    def __init__(self, cluster: Any, large: Path, out: Path, *more: str, size: str = "15MB"):
         self.out = out
         self.stage = out.parent / f".{out.name}.adapterkit"
         words = ["merge", large / "base", large / "adapter", "--out", out, "--max-shard-size"]
-        words += ["15MB", "--engine", "ray", "--ray-address", cluster.address, *more]
+        words += [size, "--engine", "ray", "--ray-address", cluster.address, *more]
         command = [sys.executable, "-m", "adapterkit", *map(str, words)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
@@ -223,8 +247,8 @@ class Driver:
 def drive(cluster: Any, large: Path, tmp_path: Path) -> Iterator[Callable[..., Driver]]:
     drivers: list[Driver] = []
 
-    def start(*more: str) -> Driver:
-        drivers.append(Driver(cluster, large, tmp_path / "out", *more))
+    def start(*more: str, **size: str) -> Driver:
+        drivers.append(Driver(cluster, large, tmp_path / "out", *more, **size))
         return drivers[-1]
 
     yield start
@@ -258,6 +282,27 @@ def test_a_killed_driver(drive: Callable[..., Driver], large: Path):
     assert status == 0, text
     assert contents(driver.out) == contents(large / "merged")
     assert kept == {name: (driver.out / name).stat().st_ino for name in done}
+
+
+@slow
+@pytest.mark.parametrize("killed", ["worker", "driver"])
+def test_one_large_file(drive: Callable[..., Driver], large: Path, killed: str):
+    """Made in parts by two workers: the part of a lost one is made again, after the driver's end
+    all of them."""
+    driver = drive(size="1GB")
+    pid = driver.until(driver.worker)
+    parts = list((driver.stage / "out").glob("*@*"))
+    assert parts
+    if killed == "driver":
+        driver.process.kill()
+        driver.process.wait()
+        driver = drive("--resume", size="1GB")
+    else:
+        os.kill(pid, signal.SIGKILL)
+    status, text = driver.end()
+    assert status == 0, text
+    adapterkit.merge(large / "base", large / "adapter", out=driver.out.with_name("local"))
+    assert contents(driver.out) == contents(driver.out.with_name("local"))
 
 
 @slow
