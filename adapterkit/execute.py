@@ -5,8 +5,9 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from adapterkit.checkpoint.reader import changed
 from adapterkit.checkpoint.shard_result import ShardResult, read_result
@@ -19,12 +20,15 @@ from adapterkit.receipt import (
     create_receipt,
     digest,
     input_hashes,
+    is_receipt,
+    is_sealed,
     joined_metrics,
     public_recipe,
     seal_receipt,
 )
 
 BLOCK = 16 << 20  # bytes of a copied file at a time
+Push = Callable[[Path], dict[str, Any]]  # a finished folder -> the receipt's `pushed`
 
 
 class Engine(Protocol):
@@ -52,6 +56,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     check: Callable[[Path], object] | None = None,
+    push: Push | None = None,
     progress: Progress = lambda done: None,
 ) -> Receipt:
     """Carry the plan out and publish the folder `out`; its receipt. On any failure nothing stands
@@ -64,6 +69,7 @@ def run(
         resume=resume,
         overwrite=overwrite,
         check=check,
+        push=push,
         progress=progress,
     )
 
@@ -77,29 +83,36 @@ def run_in(
     resume: bool = False,
     overwrite: bool = False,
     check: Callable[[Path], object] | None = None,
+    push: Push | None = None,
     progress: Progress = lambda done: None,
     began: float | None = None,
 ) -> Receipt:
     """Carry the plan out in a stage, and publish it.
 
     `check` looks at the finished folder before it gets its name; when it raises, nothing is
-    published. `began`: when the work began, as `time.monotonic` has it, if not now. Raises
-    `Refused` before anything is written (output in the way, another plan's unfinished run, too
-    little space) and `Failed` or `Interrupted` after; then `resume=True` goes on with what is done.
+    published. `push` sends what was published, and gives what the receipt says of it; where it was
+    broken off, the same job only sends. `began`: when the work began, as `time.monotonic` has it,
+    if not now. Raises `Refused` before anything is written (output in the way, another plan's
+    unfinished run, too little space) and `Failed` or `Interrupted` after; then `resume=True` goes
+    on with what is done.
     """
     out = stage.out
     recipe = json.loads(json.dumps(plan.recipe()))  # as it is read again
     fingerprint = digest(public_recipe(recipe))
+    resume = resume or (push is not None and stage.is_published(recipe))
     stage.state(fingerprint, resume=resume, overwrite=overwrite)  # refuses before anything is made
     try:
         with stage:
             state = stage.state(fingerprint, resume=resume, overwrite=overwrite)
             if state == "finished":
                 receipt = _finished(stage, fingerprint, recipe)
-                stage.discard()
+                if push is None:
+                    stage.discard()
                 if check is not None:
                     check(out)
-                return receipt
+                return _delivered(stage, receipt, push)
+            if state == "publish" and not _is_of_plan(stage, plan, recipe):
+                state = "resume"  # the receipt is made again
             if state != "fresh":
                 check_same_job(stage, recipe)
                 check_alone(stage)
@@ -119,13 +132,32 @@ def run_in(
             if check is not None:
                 _check(stage, check)
             stage.publish()
-            return Receipt(out, data)
+            return _delivered(stage, Receipt(out, data), push)
     except KeyboardInterrupt:
         raise Interrupted(
             "stopped; finished shards are kept",
             where=str(out),
             hint="run the same command with --resume",
         ) from None
+
+
+def _is_of_plan(stage: Stage, plan: Plan, recipe: dict) -> bool:
+    """Whether the stage's receipt is one of this job: others may have written there."""
+    data = (stage.path / RECEIPT).read_bytes()
+    with suppress(ValueError, RecursionError):
+        receipt = json.loads(data)
+        names = {*(shard.file for shard in plan.shards), *plan.files}
+        is_of_job = is_receipt(receipt) and receipt["recipe"] == public_recipe(recipe)
+        return is_of_job and receipt["files"].keys() == names and is_sealed(data)
+    return False
+
+
+def _delivered(stage: Stage, receipt: Receipt, push: Push | None) -> Receipt:
+    """The receipt of what is published, and with `push` sent; only then the journal goes."""
+    if push is not None:
+        receipt.data["pushed"] = push(stage.out)
+    stage.discard()
+    return receipt
 
 
 def _build(
@@ -196,6 +228,13 @@ def _check(stage: Stage, check: Callable[[Path], object]) -> None:
 
 def _finished(stage: Stage, fingerprint: str, recipe: dict) -> Receipt:
     data, out = stage.published(), stage.out
+    if not is_receipt(data):
+        raise Refused(
+            "a receipt that adapterkit did not write",
+            expected="that of the finished output",
+            where=str(out),
+            hint="remove the output, or choose another --out",
+        )
     if data.get("fingerprint") != fingerprint:
         raise Refused(
             "a finished output of another job "
@@ -252,7 +291,7 @@ def _done_before(stage: Stage, plan: Plan, *, hashed: bool) -> dict[str, ShardRe
         if result is None or result.file not in shards:
             continue
         is_its = shards[result.file].accepts(result, hashed=hashed)
-        if is_its and stage.holds(result.file, result.size):
+        if is_its and stage.holds(result):
             done[result.file] = result
     if len(done) < len(plan.shards):  # missing shards may need the handoffs of the others
         done = {

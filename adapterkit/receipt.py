@@ -3,16 +3,18 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_file
-from adapterkit.checkpoint.shard_result import ShardResult
+from adapterkit.checkpoint.shard_result import ShardResult, is_count, is_number, is_sha256
 from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import Damaged, Refused, shown
+from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
+from adapterkit.hub.destination import repositories
 from adapterkit.plan import Plan
 
 RECEIPT_VERSION = 1
@@ -44,6 +46,39 @@ class Receipt:
     finished_before: bool = False
 
 
+# what every receipt has, and of which kind
+KINDS = {
+    "fingerprint": str, "recipe": dict, "inputs": dict, "hash": str, "files": dict, "keys": dict,
+    "totals": dict, "parameters": dict, "notes": list, "timings": dict,
+}  # fmt: skip
+
+
+def is_receipt(data: Any) -> bool:
+    """Whether what was read as a receipt has what every receipt has."""
+    if not isinstance(data, dict) or data.get("adapterkit") != RECEIPT_VERSION:
+        return False
+    if not all(isinstance(data.get(key), kind) for key, kind in KINDS.items()):
+        return False
+    kinds = {"verb": str, "options": dict, "inputs": list}
+    recipe_entries = (isinstance(data["recipe"].get(key), kind) for key, kind in kinds.items())
+    return (
+        all(recipe_entries)
+        and all(isinstance(entry, dict) for entry in data["recipe"]["inputs"])
+        and all(isinstance(marks, dict) for marks in data["keys"].values())
+        and all(map(_is_file, data["files"].values()))
+        and all(isinstance(note, str) for note in data["notes"])
+        and all(is_count(data["totals"].get(key)) for key in ("tensors", "bytes_written"))
+        and is_number(data["timings"].get("seconds"))
+    )
+
+
+def _is_file(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not is_count(entry.get("size")):
+        return False
+    sha256 = entry.get("sha256", "")
+    return sha256 is None or is_sha256(sha256)
+
+
 def input_hashes(plan: Plan) -> dict[str, dict[str, str]]:
     """The sha256 of the adapters' files, and of a model's where the Hub lists it: a base is not
     read again to be hashed."""
@@ -67,6 +102,16 @@ def public_recipe(recipe: dict) -> dict:
         for file in entry["files"].values():
             file.pop("identity", None)
     return recipe
+
+
+def earlier_repositories(folders: Iterable[Folder]) -> list[str]:
+    """The repositories that inputs on this machine were made of, as the receipts in them say."""
+    found: set[str] = set()
+    for folder in folders:
+        if "repo" not in folder.origin and RECEIPT in folder.files():
+            with suppress(AdapterkitError):  # a receipt that cannot be read says nothing
+                found |= repositories(read_json(folder, RECEIPT))
+    return sorted(found)
 
 
 def create_receipt(
@@ -102,6 +147,7 @@ def create_receipt(
         "keys": {s.file: s.marks for s in shards if s.marks is not None},
         "totals": totals,
         **plan.decisions,
+        **({"repositories": earlier} if (earlier := earlier_repositories(plan.folders)) else {}),
         "parameters": (metrics := joined_metrics(shards)),
         "notes": [*plan.notes, *plan.warn(metrics)],
         "timings": {
@@ -151,5 +197,9 @@ def read_receipt(folder: Folder) -> dict[str, Any]:
     if not is_sealed(folder.read(RECEIPT, 0, folder.files()[RECEIPT])):
         raise Damaged(
             CHANGED, expected="a receipt that fits the seal at its end", where=RECEIPT, hint=AGAIN
+        )
+    if not is_receipt(receipt):
+        raise Damaged(
+            "sealed, but not what a receipt is", expected="a receipt", where=RECEIPT, hint=AGAIN
         )
     return receipt

@@ -50,8 +50,8 @@ class ShardResult:
             and is_count(self.size)
             and is_count(abs(self.grown) if type(self.grown) is int else None)
             and (self.tensors is None or is_count(self.tensors))
-            and (self.sha256 is None or _matches(SHA256, self.sha256))
-            and all(_matches(MARK, mark) for mark in marks.values())
+            and (self.sha256 is None or is_sha256(self.sha256))
+            and all(isinstance(mark, str) and MARK.fullmatch(mark) for mark in marks.values())
             and all(isinstance(metric, dict) for metric in self.metrics.values())
             and all(_is_handoff(place) for place in self.handoffs.values())
         )
@@ -92,8 +92,9 @@ def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _matches(pattern: re.Pattern[str], value: Any) -> bool:
-    return isinstance(value, str) and pattern.fullmatch(value) is not None
+def is_sha256(value: Any) -> bool:
+    """Whether it is a sha256 in hexadecimal digits."""
+    return isinstance(value, str) and SHA256.fullmatch(value) is not None
 
 
 def _is_handoff(place: Any) -> bool:

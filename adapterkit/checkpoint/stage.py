@@ -18,6 +18,7 @@ from typing import Protocol
 
 from adapterkit.checkpoint import storage, system
 from adapterkit.checkpoint.lock import LOCK, Lock
+from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.storage import (
     is_mount,
     storage_errors,
@@ -171,6 +172,14 @@ class Stage:
             return "fresh"
         return "publish" if complete and head.get("fingerprint") == fingerprint else "resume"
 
+    def is_published(self, recipe: dict) -> bool:
+        """Whether the output is there and is of this very job, of the same input files: its journal
+        is there still."""
+        entries = self.journal()
+        receipt = entries[-1].get("publish") if entries else None
+        is_there = receipt is not None and _sha256(self.out / RECEIPT) == receipt
+        return is_there and entries[0].get("recipe") == recipe
+
     def published(self) -> dict:
         """The receipt of the output that is there; empty without one."""
         return _read_receipt(self.out)
@@ -179,9 +188,9 @@ class Stage:
         """What the journal's first entry holds besides the job."""
         return {}
 
-    def holds(self, name: str, size: int) -> bool:
-        """Whether a finished shard of that size is there."""
-        return size_of_file(self.path / name) == size
+    def holds(self, result: ShardResult) -> bool:
+        """Whether a finished shard is there."""
+        return size_of_file(self.path / result.file) == result.size
 
     def disk(self, size: int) -> int:
         """Bytes of disk that files of that size take, all together."""
@@ -356,14 +365,15 @@ class Stage:
         )
 
     def publish(self) -> None:
-        """Give the finished stage its final name, and leave nothing else behind."""
+        """Give the finished stage its final name, and leave nothing else behind but the journal."""
         with storage_errors(self.out):
             if self.inside:
                 self._move_into()
             else:
                 self._swap()
                 sync_folder(self.out.resolve().parent)
-        self.discard()
+        self._close_journal()
+        self._clean()
 
     def _swap(self) -> None:
         final = self.out.resolve()
@@ -411,13 +421,17 @@ class Stage:
     def discard(self) -> None:
         """Remove the stage and what an exchange put there, then the journal and the lock."""
         self._close_journal()
+        self._clean()
+        with contextlib.suppress(OSError):
+            (self.control / JOURNAL).unlink(missing_ok=True)
+
+    def _clean(self) -> None:
         with contextlib.suppress(OSError):
             for path in self.control.iterdir():
                 if path.name not in (JOURNAL, LOCK):
                     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
                         missing_ok=True
                     )
-            (self.control / JOURNAL).unlink(missing_ok=True)
 
     def _close_journal(self) -> None:
         descriptor, self._journal = self._journal, -1
@@ -443,7 +457,7 @@ def _publish_order(name: str) -> int:
 def _read_receipt(folder: Path) -> dict:
     try:
         receipt = json.loads((folder / RECEIPT).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return receipt if isinstance(receipt, dict) else {}
 

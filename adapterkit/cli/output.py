@@ -164,7 +164,9 @@ def print_receipt(receipt: "Receipt") -> None:
 
     data = receipt.data
     if receipt.finished_before:
-        click.echo(f"{receipt.out}: finished before, nothing to do", err=True)
+        left = "only sent" if "pushed" in data else "nothing to do"
+        click.echo(f"{receipt.out}: finished before, {left}", err=True)
+        _print_pushed(data)
         if "verified" in data:
             print_verified(data["verified"])
         return
@@ -179,14 +181,20 @@ def print_receipt(receipt: "Receipt") -> None:
     click.echo(f"{receipt.out}: {what}, {size:,} bytes in {seconds:.1f} s", err=True)
     for line in outcomes(data):
         click.echo(line, err=True)
-    if "pushed" in data:
-        click.echo(f"on the Hub: {data['pushed']['url']}", err=True)
+    _print_pushed(data)
     if "verified" in data:
         print_verified(data["verified"])
     for note in data["notes"]:
         click.echo(f"note: {note}", err=True)
     for name in data.get("left_out", []):
         click.echo(f"skipped: {name}", err=True)
+
+
+def _print_pushed(data: dict[str, Any]) -> None:
+    if "pushed" in data:
+        click.echo(f"on the Hub: {data['pushed']['url']}", err=True)
+        for note in data["pushed"]["notes"]:
+            click.echo(f"note: {note}", err=True)
 
 
 def print_verified(result: dict[str, Any]) -> None:

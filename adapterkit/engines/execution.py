@@ -6,17 +6,19 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
-from adapterkit.checkpoint.stage import check_name
+from adapterkit.checkpoint.stage import RECEIPT, check_name
 from adapterkit.engines.call import Call
 from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused, shown
 from adapterkit.execute import Engine, run
 from adapterkit.hub.destination import parse_output
 from adapterkit.hub.ids import is_on_hub
+from adapterkit.hub.push import check_push, send
 from adapterkit.options import Check, StrPath, binder, parse_size, path
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
@@ -94,9 +96,15 @@ def _pinned_inputs(arguments: Mapping[str, Any]) -> AbstractContextManager[objec
 class Execution(RunOptions):
     """Where and how a verb's plan runs."""
 
-    def run(self, plan: Plan, check: Callable[[Path], object] | None = None) -> Receipt | Plan:
+    def run(
+        self,
+        plan: Plan,
+        check: Callable[[Path], object] | None = None,
+        push: str | None = None,
+    ) -> Receipt | Plan:
         """Run a plan, or with `dry_run` return it. `check` looks at the finished folder before it
-        gets its name. Raises `Refused` before anything is written, `Failed` after."""
+        gets its name; `push` is the repository to which it goes then. Raises `Refused` before
+        anything is written, `Failed` after."""
         on_hub = is_on_hub(self.out)
         if not on_hub:
             check_output_apart(Path(self.out), plan.folders)
@@ -116,12 +124,17 @@ class Execution(RunOptions):
             )
         plan = replace(plan, memory=parse_size("memory", self.memory) if self.memory else None)
         if not isinstance(self.engine, str) and not self.dry_run:
-            return self.engine(plan, self, check)
+            receipt = self.engine(plan, self, check)
+            if push is not None and isinstance(receipt, Receipt):
+                receipt.data["pushed"] = send(Path(receipt.out), push)
+            return receipt
+        if push is not None and not self.dry_run:
+            check_push(push, [*(shard.file for shard in plan.shards), *plan.files, RECEIPT])
         if self.engine == "ray" and not (self.dry_run or on_hub):
             from adapterkit.engines.ray import on_ray
 
             with on_ray(self.ray_address, self.device) as cluster:
-                return self._run(cluster.placed(plan), cluster, check)
+                return self._run(cluster.placed(plan), cluster, check, push)
         from adapterkit.engines.placement import place
 
         plan, device = place(plan, self.device)
@@ -133,10 +146,14 @@ class Execution(RunOptions):
             return plan
         from adapterkit.engines.local import local
 
-        return self._run(plan, local(device), check)
+        return self._run(plan, local(device), check, push)
 
     def _run(
-        self, plan: Plan, engine: Engine, check: Callable[[Path], object] | None
+        self,
+        plan: Plan,
+        engine: Engine,
+        check: Callable[[Path], object] | None,
+        push: str | None,
     ) -> Receipt | Plan:
         return run(
             plan,
@@ -146,6 +163,7 @@ class Execution(RunOptions):
             resume=self.resume,
             overwrite=self.overwrite,
             check=check,
+            push=None if push is None else partial(send, repo=push),
             progress=self.progress,
         )
 

@@ -23,7 +23,7 @@ from adapterkit.hub.pins import pinned
 from adapterkit.hub.scratch import ScratchFolder
 from adapterkit.options import StrPath, parse_size
 from adapterkit.plan import Plan
-from adapterkit.receipt import Receipt
+from adapterkit.receipt import Receipt, earlier_repositories
 
 
 def pinned_inputs(out: StrPath, *, resume: bool) -> AbstractContextManager[object]:
@@ -72,7 +72,7 @@ def run_to_hub(
     with quiet_library():
         destination = open_destination(hub_id, plan.folders)
         destination.check_files([*(shard.file for shard in plan.shards), *plan.files, RECEIPT])
-        stage = HubStage(work, destination, transfers.disk(limit))
+        stage = HubStage(work, destination, transfers.disk(limit), transfers.copied)
         receipt = run_in(
             stage,
             plan,
@@ -92,7 +92,7 @@ def open_destination(hub_id: HubId, folders: Iterable[Folder]) -> Destination:
     """The folder on the Hub that an output of these inputs goes to; `Refused` for an account that
     may not write there."""
     sources = {folder.origin["repo"] for folder in folders if "repo" in folder.origin}
-    destination = Destination(hub_id, sorted(sources))
+    destination = Destination(hub_id, sorted(sources.union(earlier_repositories(folders))))
     destination.check_account()
     return destination
 

@@ -4,13 +4,16 @@ publishes them."""
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from adapterkit.checkpoint.stage import RECEIPT, Stage
+from adapterkit.checkpoint.shard_result import ShardResult, is_count, is_sha256
+from adapterkit.checkpoint.stage import RECEIPT, Stage, size_of_file
+from adapterkit.errors import Failed
 from adapterkit.hub.destination import Destination
 from adapterkit.hub.folder import HubFolder
-from adapterkit.hub.ids import HubId
+from adapterkit.hub.ids import COMMIT, HubId
 from adapterkit.hub.pins import Pins, current_pins
 from adapterkit.hub.upload import CopiedFile, LocalFile, Uploaded, commit, groups, upload
 
@@ -33,22 +36,33 @@ def inputs_folder(hub_id: HubId) -> Path:
 def pins_before(hub_id: HubId) -> Pins:
     """The commits of the inputs of an interrupted run; none where there is none."""
     journal = Stage(work_folder(hub_id)).journal()
-    return dict(journal[0].get("pins", {})) if journal else {}
+    pins = journal[0].get("pins") if journal else None
+    is_commit = lambda value: isinstance(value, str) and COMMIT.fullmatch(value)
+    return pins if isinstance(pins, dict) and all(map(is_commit, pins.values())) else {}
 
 
 class HubStage(Stage):
     """A `Stage` whose output is a place on the Hub.
 
     The journal has, besides the finished shards, `{"uploaded": ...}` for files that the Hub's
-    storage has, and `{"copied": ...}` for those that it has taken from another repository. `limit`:
-    bytes of disk that the job takes at most.
+    storage has, and `{"copied": name}` for those that it has taken from another repository. Such an
+    entry counts only for a file of the plan with the sha256 that was noted when it was made, or
+    for one of `copies`, those that the plan takes over. `limit`: bytes of disk that the job takes
+    at most.
     """
 
-    def __init__(self, work: Path, destination: Destination, limit: int):
+    def __init__(
+        self,
+        work: Path,
+        destination: Destination,
+        limit: int,
+        copies: Iterable[CopiedFile] = (),
+    ):
         super().__init__(work)
         self.destination, self.limit = destination, limit
+        self.copies = {file.file: file for file in copies}
         self.inputs = self.control / INPUTS
-        self.pushed: dict[str, str] = {}
+        self.pushed: dict[str, Any] = {}
         self._noting = threading.Lock()
         self._gone: dict[str, Uploaded | CopiedFile] | None = None  # once the journal is read
 
@@ -67,7 +81,7 @@ class HubStage(Stage):
     def published(self) -> dict:
         try:
             data = json.loads(self._published())
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return data if isinstance(data, dict) else {}
 
@@ -81,8 +95,8 @@ class HubStage(Stage):
     def head(self) -> dict:
         return {"pins": current_pins()}
 
-    def holds(self, name: str, size: int) -> bool:
-        return name in self.gone() or super().holds(name, size)
+    def holds(self, result: ShardResult) -> bool:
+        return self._has_gone(result.file, result.sha256) or super().holds(result)
 
     def disk(self, size: int) -> int:
         return self.limit  # with the inputs, and never all together
@@ -102,15 +116,27 @@ class HubStage(Stage):
     def gone(self) -> dict[str, Uploaded | CopiedFile]:
         """The files that the Hub's storage has, by name: sent, or taken from elsewhere there."""
         if self._gone is None:
-            entries = self.journal()
-            sent = [Uploaded(**entry["uploaded"]) for entry in entries if "uploaded" in entry]
-            copied = [CopiedFile(**entry["copied"]) for entry in entries if "copied" in entry]
-            self._gone = {file.file: file for file in (*sent, *copied)}
+            self._gone = {}
+            for entry in self.journal():
+                file = _uploaded(entry.get("uploaded")) or self._copied(entry.get("copied"))
+                if file is not None:
+                    self._gone[file.file] = file
         return self._gone
+
+    def _copied(self, name: Any) -> CopiedFile | None:
+        return self.copies.get(name) if isinstance(name, str) else None
+
+    def _has_gone(self, name: str, sha256: str | None) -> bool:
+        """Whether the Hub has a file with this sha256; where that is not known, whether it has one
+        of that name that is not here any more."""
+        file = self.gone().get(name)
+        if file is None or sha256 is None:
+            return file is not None and not (self.path / name).exists()
+        return file.sha256 == sha256
 
     def copied(self, file: CopiedFile) -> None:
         """Note a file that the Hub has taken from elsewhere."""
-        self.note({"copied": file._asdict()})
+        self.note({"copied": file.file})
         self.gone()[file.file] = file
 
     def upload(self, files: list[LocalFile]) -> list[str]:
@@ -131,18 +157,42 @@ class HubStage(Stage):
         """Send those of the files that are still here, and commit all; `sums`: the sha256 of each
         where it is known."""
         self.destination.create()
-        here = [
-            LocalFile(name, self.path / name, (self.path / name).stat().st_size, sha256)
-            for name, sha256 in sums.items()
-            if name not in self.gone()
-        ]
+        there = {name for name, sha256 in sums.items() if self._has_gone(name, sha256)}
+        here = [self._here(name, sums[name]) for name in sums if name not in there]
         sent = {name for group in groups(here) for name in self.upload(group)}
+        large = [self.gone()[name] for name in sums if name in there | sent]
         made = commit(
             self.destination,
-            [file for file in self.gone().values() if isinstance(file, Uploaded)],
-            [file for file in self.gone().values() if isinstance(file, CopiedFile)],
+            [file for file in large if isinstance(file, Uploaded)],
+            [file for file in large if isinstance(file, CopiedFile)],
             [file for file in here if file.name not in sent],
         )
-        repo = self.destination.hub_id.repo
-        self.pushed = {"repo": repo, "revision": made.oid, "url": made.url}
+        self.pushed = {
+            "repo": self.destination.hub_id.repo,
+            "revision": made.oid,
+            "url": made.url,
+            "notes": self.destination.notes,
+        }
         self.discard()
+
+    def _here(self, name: str, sha256: str | None) -> LocalFile:
+        """A file of the stage, and no link to another; `Failed` where there is none."""
+        path = self.path / name
+        size = size_of_file(path)
+        if size is None or path.resolve() != self.path.resolve() / name:
+            raise Failed(
+                "no such file, or a link",
+                expected="the file that was made",
+                where=str(path),
+                hint="give --overwrite to begin again",
+            )
+        return LocalFile(name, path, size, sha256)
+
+
+def _uploaded(data: Any) -> Uploaded | None:
+    """The file that was noted as `data`; None where it is none."""
+    if not isinstance(data, dict) or data.keys() != set(Uploaded._fields):
+        return None
+    file = Uploaded(**data)
+    is_sound = isinstance(file.file, str) and is_count(file.size) and is_sha256(file.sha256)
+    return file if is_sound else None

@@ -2,12 +2,13 @@
 before a byte is sent, and what is created."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
+from typing import Any
 
 from adapterkit.errors import Refused, shown
 from adapterkit.hub.errors import explained_errors
-from adapterkit.hub.ids import COMMIT, HubId, place_on_hub
+from adapterkit.hub.ids import COMMIT, HubId, parse, place_on_hub
 from adapterkit.hub.listing import Entry, list_remote, offline
 from adapterkit.hub.retry import retry
 
@@ -51,6 +52,31 @@ def parse_output(out: str, *, file: bool = False) -> HubId:
     return hub_id
 
 
+def repositories(receipt: Mapping[str, Any]) -> set[str]:
+    """The repositories that an output was made of, as its receipt says: its inputs, and what local
+    ones of these were made of."""
+    recipe, earlier = receipt.get("recipe"), receipt.get("repositories")
+    inputs = recipe.get("inputs") if isinstance(recipe, dict) else None
+    names = [entry.get("repo") for entry in _list(inputs) if isinstance(entry, dict)]
+    ids = {name: parse(name) for name in [*names, *_list(earlier)] if isinstance(name, str)}
+    return {name for name, hub_id in ids.items() if hub_id and hub_id.repo == name}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _why_private(source: str) -> str | None:
+    """Why what is made of a repository is not for everybody; None where it is."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = retry(lambda: HfApi().model_info(source), HubId(source))
+    except Refused:  # gone, or of others
+        return f"{source}, of which it was made, cannot be seen"
+    return f"{source} is private" if info.private else None
+
+
 def _role() -> str | None:
     """What the account's token may do, where the Hub says it."""
     from huggingface_hub import HfApi
@@ -61,7 +87,8 @@ def _role() -> str | None:
 class Destination:
     """A place on the Hub that files are written to. `exists`: the repository and the branch.
 
-    `sources`: repositories whose weights go into it; a new one is private where one of them is.
+    `sources`: repositories whose weights go into it (`repositories`); a new one is private where
+    one of them is, or cannot be seen.
     `Refused` where HF_HUB_OFFLINE is set.
     """
 
@@ -77,6 +104,16 @@ class Destination:
         self.exists = False
         self.parent = ""  # the commit that the next one is made upon; "" before `create`
         self.before: dict[str, Entry] = {}  # the files of that commit in the folder
+        self.notes: list[str] = []  # for the receipt: what was created, and how
+        self._repo_exists: bool | None = None  # None: not asked yet
+
+    def _has_repo(self) -> bool:
+        if self._repo_exists is None:
+            from huggingface_hub import HfApi
+
+            ask = lambda: HfApi().repo_exists(self.hub_id.repo)
+            self._repo_exists = retry(ask, self.hub_id)
+        return self._repo_exists
 
     def check_account(self) -> None:
         """`Refused` unless there is a token that may write there, as far as the Hub says before
@@ -91,7 +128,7 @@ class Destination:
             raise Refused(
                 "a token that may only read", expected=expected, where=str(self.hub_id), hint=hint
             )
-        if retry(lambda: HfApi().repo_exists(self.hub_id.repo), self.hub_id):
+        if self._has_repo():
             retry(lambda: HfApi().auth_check(self.hub_id.repo, write=True), self.hub_id)
 
     def check_files(self, names: Collection[str]) -> None:
@@ -125,7 +162,7 @@ class Destination:
         from huggingface_hub import HfApi
 
         repo, branch, api = self.hub_id.repo, self.hub_id.revision, HfApi()
-        if not retry(lambda: api.repo_exists(repo), self.hub_id):
+        if not self._has_repo():
             return
         self.exists = branch is None or retry(
             lambda: api.revision_exists(repo, branch), self.hub_id
@@ -149,12 +186,12 @@ class Destination:
         if self.exists:
             return
         with explained_errors(self.hub_id):
-            private = any(
-                retry(lambda source=source: api.model_info(source), self.hub_id).private
-                for source in self.sources
-            )
-            create = lambda: api.create_repo(repo, private=private or None, exist_ok=True)
-            retry(create, self.hub_id)
+            if not self._has_repo():
+                why = next(filter(None, map(_why_private, self.sources)), None)
+                create = lambda: api.create_repo(repo, private=bool(why) or None, exist_ok=True)
+                retry(create, self.hub_id)
+                if why:
+                    self.notes.append(f"{repo} is new, and private: {why}")
             if branch is not None:
                 retry(lambda: api.create_branch(repo, branch=branch, exist_ok=True), self.hub_id)
         self.parent, self.before = list_remote(self.hub_id, hidden=True)

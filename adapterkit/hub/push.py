@@ -1,30 +1,56 @@
 """Uploading a folder to a model repository, as one commit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.errors import Refused, shown
-from adapterkit.hub.destination import Destination
+from adapterkit.checkpoint.stage import RECEIPT
+from adapterkit.checkpoint.strict import read_json
+from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.hub.destination import Destination, repositories
 from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.ids import HubId, parse
 from adapterkit.hub.upload import LocalFile, Uploaded, commit, groups, upload
 
 
-def push(folder: Path, repo: str, *, progress: Callable[[int, int], None] | None = None) -> dict:
-    """Upload a folder as one commit to a model repository, which is created if there is none.
+def check_push(repo: str, names: Collection[str]) -> None:
+    """`Refused` where files of these names could not be pushed: before they are made."""
+    destination = Destination(_target(repo))
+    with quiet_library():
+        destination.check_account()
+        destination.check_files(names)
 
-    Returns the receipt's `pushed`: repo, revision, url. `progress(done, total)` counts bytes.
-    Raises `Refused` for a folder, a name or an account that will not do, and `Failed` when the
-    upload broke or the repository changed meanwhile: nothing is committed then, and a second run
-    uploads only what is missing.
+
+def send(folder: Path, repo: str) -> dict[str, Any]:
+    """`push` of an output that is finished: its errors say how to go on."""
+    try:
+        return push(folder, repo)
+    except AdapterkitError as error:
+        error.hint += "; the output is finished: the same command sends what is missing"
+        raise
+
+
+def push(
+    folder: Path, repo: str, *, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Upload a folder as one commit to a model repository. One that is created is private where one
+    of those is that the folder was made of, as its receipt says.
+
+    Returns the receipt's `pushed`: repo, revision, url, notes. `progress(done, total)` counts
+    bytes. Raises `Refused` for a folder, a name or an account that will not do, and `Failed` when
+    the upload broke or the repository changed meanwhile: nothing is committed then, and a second
+    run uploads only what is missing.
     """
-    sizes, destination = _finished_files(folder), Destination(_target(repo))
+    sizes, target = _finished_files(folder), _target(repo)
     files = [LocalFile(name, Path(folder, name), size) for name, size in sizes.items()]
+    receipt = read_json(LocalFolder(folder), RECEIPT) if RECEIPT in sizes else {}
+    destination = Destination(target, sorted(repositories(receipt)))
     done, total, sent = 0, sum(sizes.values()), list[Uploaded]()
     with quiet_library():
         destination.check_files(sizes)
         destination.create()
+        before = destination.parent
         for group in groups(files):
             sent += upload(destination.hub_id, group)
             done += sum(file.size for file in group)
@@ -33,7 +59,10 @@ def push(folder: Path, repo: str, *, progress: Callable[[int, int], None] | None
         there = {file.file for file in sent}
         rest = [file for file in files if file.name not in there]
         made = commit(destination, sent, [], rest)
-    return {"repo": repo, "revision": made.oid, "url": made.url}
+    notes = list(destination.notes)
+    if made.oid == before:
+        notes.append("all files were there before: nothing was sent")
+    return {"repo": repo, "revision": made.oid, "url": made.url, "notes": notes}
 
 
 def _finished_files(folder: Path) -> dict[str, int]:

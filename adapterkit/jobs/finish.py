@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 from adapterkit.engines.rank_finish import Finish
+from adapterkit.hub.push import send
 from adapterkit.jobs.plan_file import again, read_plan
 from adapterkit.options import StrPath, checked
 from adapterkit.plan import Progress
@@ -35,7 +36,5 @@ def finish(
         receipt = call.run(engine=executor, resume=True, progress=progress, **more)
     assert isinstance(receipt, Receipt)
     if push is not None:
-        from adapterkit.hub import push as upload
-
-        receipt.data["pushed"] = upload.push(Path(receipt.out), push)
+        receipt.data["pushed"] = send(Path(receipt.out), push)
     return receipt

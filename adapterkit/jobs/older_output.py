@@ -23,7 +23,7 @@ from adapterkit.jobs.pipeline_file import Place
 from adapterkit.plan import CopyFile, Plan
 from adapterkit.planning.converted import ConvertedFolder
 from adapterkit.planning.unpickled import UnpickledFolder
-from adapterkit.receipt import digest, public_recipe
+from adapterkit.receipt import digest, is_receipt, public_recipe
 from adapterkit.statistics.plan import StatisticsPlan
 from adapterkit.tasks.statistics import metadata_of
 
@@ -54,8 +54,8 @@ class Older:
         return all(self.written is not None and time <= self.written for time in times)
 
     def _is_whole(self) -> bool:
-        listed = self.receipt.get("files", {})
-        return all(self.files.get(name) == entry.get("size") for name, entry in listed.items())
+        listed = self.receipt.get("files", {})  # none of statistics
+        return all(self.files.get(name) == entry["size"] for name, entry in listed.items())
 
 
 def older_output(place: Place) -> Older | None:
@@ -76,18 +76,26 @@ def older_output(place: Place) -> Older | None:
 def _statistics(file: Folder, written: int | None) -> Older | None:
     """A file of statistics, which says itself what it is of."""
     try:
-        return Older(metadata_of(open_checkpoint(file)), file.files(), written)
+        metadata = metadata_of(open_checkpoint(file))
     except (Refused, Damaged):
         return None
+    metadata.pop("files", None)  # a receipt's, of which no file of statistics has one
+    return Older(metadata, file.files(), written)
+
+
+def is_pushed(older: Older, repo: str) -> bool:
+    """Whether a repository has all files of an output, and its very receipt."""
+    there = _on_hub(Place("", repo))
+    return there is not None and there.receipt == older.receipt and there._is_whole()
 
 
 def _with_receipt(out: Path, receipt: Path) -> Older | None:
     try:
         data = json.loads(receipt.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     sizes, written = LocalFolder(out).files(), receipt.stat().st_mtime_ns
-    return Older(data, sizes, written) if isinstance(data, dict) else None
+    return Older(data, sizes, written) if is_receipt(data) else None
 
 
 def _on_hub(place: Place) -> Older | None:
@@ -100,7 +108,8 @@ def _on_hub(place: Place) -> Older | None:
         return _statistics(folder, None)
     if RECEIPT not in files:
         return None
-    return Older(read_json(folder, RECEIPT), files, None)
+    receipt = read_json(folder, RECEIPT)
+    return Older(receipt, files, None) if is_receipt(receipt) else None
 
 
 def _hub_id(place: Place) -> ids.HubId:

@@ -22,10 +22,11 @@ from adapterkit.jobs.older_output import (
     can_go_on,
     check_room,
     inputs_digest,
+    is_pushed,
     older_output,
 )
 from adapterkit.jobs.pipeline_file import PipelineStep, Source, read_pipeline
-from adapterkit.jobs.report import Row, outcome, refusal, report
+from adapterkit.jobs.report import Row, outcome, refusal, report, sent
 from adapterkit.options import Executor
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.planned_folder import PlannedFolder, planned_folder
@@ -39,6 +40,7 @@ class Mode:
     """How an output is written: `finished`: it is there."""
 
     finished: bool = False
+    sends: bool = False  # nothing else is left to do
     resume: bool = False
     overwrite: bool = False
 
@@ -155,6 +157,8 @@ class _Pipeline:
             return
         run.mode = self._mode(step, run.plan, changes=bool(pending))
         run.outcome = FINISHED if run.mode.finished else outcome(run.plan)
+        if run.mode.sends:
+            run.outcome = {"state": "planned", "notes": [sent(str(step.push))]}
 
     def _call(self, step: PipelineStep, planned: Mapping[Source, PlannedFolder]) -> Call:
         """The step's call, its arguments checked; some of its sources are planned."""
@@ -175,7 +179,8 @@ class _Pipeline:
         older = older_output(step.place)
         resume = can_go_on(step.place, plan, self.overwrite)
         if older is not None and not changes and not resume and older.is_of(plan):
-            return Mode(finished=True)
+            is_there = step.push is None or is_pushed(older, step.push)
+            return Mode(finished=True) if is_there else Mode(sends=True, resume=True)
         if older is not None and not self.overwrite and not self._wrote(older):
             raise Refused(
                 "an output that this pipeline did not write, of another job or of other inputs",
@@ -186,7 +191,7 @@ class _Pipeline:
         overwrite = older is not None or self.overwrite
         if not resume:
             check_room(step.place, plan, overwrite)
-        return Mode(False, resume, overwrite)
+        return Mode(resume=resume, overwrite=overwrite)
 
     def _wrote(self, older: Older) -> bool:
         return older.pipeline.get("id") == self.id

@@ -70,6 +70,11 @@ class PipelineStep:
     arguments: Mapping[str, Any]
     needs: Mapping[Source, int]  # the step whose output a source is
 
+    @property
+    def push(self) -> str | None:
+        """The repository to which the output goes as well."""
+        return self.arguments.get("push")
+
     def with_sources(self, value: Callable[[Source], Any]) -> dict[str, Any]:
         """The arguments with something in the place of each source."""
 

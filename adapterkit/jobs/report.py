@@ -23,8 +23,16 @@ def outcome(result: Receipt | Plan | StatisticsPlan) -> Row:
     """The state of a job that was carried out, or of one that is planned."""
     if not isinstance(result, Receipt):
         return {"state": "planned", "totals": result.totals(), "notes": list(result.notes)}
-    state = "done before" if result.finished_before else "done"
-    return {"state": state, "notes": result.data["notes"]}
+    notes, pushed = list(result.data["notes"]), result.data.get("pushed")
+    if pushed is not None:
+        notes += [sent(pushed["repo"])] * result.finished_before + pushed["notes"]
+    state = "done before" if result.finished_before and pushed is None else "done"
+    return {"state": state, "notes": notes}
+
+
+def sent(repo: str) -> str:
+    """The note on a step of which nothing but its push was left to do."""
+    return f"finished before: only sent to {repo}"
 
 
 def refusal(error: AdapterkitError) -> Row:

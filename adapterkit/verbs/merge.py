@@ -1,7 +1,5 @@
 """merge: adapters into a base, W' = round(W + Σ weight·scale·b@a), streamed from files to files."""
 
-from pathlib import Path
-
 from adapterkit.engines.execution import Execution, executes
 from adapterkit.errors import Refused
 from adapterkit.hub.ids import is_on_hub
@@ -108,11 +106,7 @@ def merge(
         from adapterkit.engines.recompute import RowCheck
 
         check = RowCheck(plan)
-    receipt = execution.run(plan, check)
+    receipt = execution.run(plan, check, push)
     if check is not None and check.result and isinstance(receipt, Receipt):
         receipt.data["verified"] = check.result
-    if push is not None and isinstance(receipt, Receipt):
-        from adapterkit.hub import push as upload
-
-        receipt.data["pushed"] = upload.push(Path(out), push)
     return receipt

@@ -16,7 +16,8 @@ def test_push_is_one_commit(hub, connect, output):
     files = hub.files(REPO)
     assert files.pop(".gitattributes") and files == OUTPUT
     commit = hub.repos[REPO].refs["main"]
-    assert done == {"repo": REPO, "revision": commit, "url": f"{hub.url}/{REPO}/commit/{commit}"}
+    url = f"{hub.url}/{REPO}/commit/{commit}"
+    assert done == {"repo": REPO, "revision": commit, "url": url, "notes": []}
     assert sorted(hub.uploaded()) == [6000, 7000]
     total = sum(map(len, OUTPUT.values()))
     assert client("heard") == [(total, total)]
@@ -28,7 +29,8 @@ def test_push_again_uploads_what_changed(hub, connect, output):
     client("uploading.GROUP_BYTES = 4000")  # several groups
     first = client(f"push(Path('{output}'), '{REPO}')")
     hub.log.clear()
-    assert client(f"push(Path('{output}'), '{REPO}')") == first
+    again = client(f"push(Path('{output}'), '{REPO}')")
+    assert again == first | {"notes": ["all files were there before: nothing was sent"]}
     assert not hub.uploaded() and not hub.asked("POST", "/commit/")
     (output / "model-00002-of-00002.safetensors").write_bytes(b"\0third" * 500)
     second = client(f"push(Path('{output}'), '{REPO}')")
