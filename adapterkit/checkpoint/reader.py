@@ -118,6 +118,13 @@ class Sources:
         if after != before:
             raise changed(self._label(which))
 
+    def forget(self, which: tuple[int, str]) -> None:
+        """Close a file that is going: it is another one when it is read again."""
+        with self._lock:
+            if which in self._open:
+                self._close(which)
+            self.expected.pop(which, None)
+
     def close(self) -> None:
         """Close all; `Failed` if one of them changed while it was open."""
         problems = []

@@ -93,6 +93,11 @@ def resume_options(older: str) -> Callable:
     )
 
 
+disk_limit_option = click.option(
+    "--disk-limit",
+    metavar="SIZE",
+    help="Most that an output on the Hub takes of this machine's disk, e.g. 20GB.",
+)
 running_options = option_group(
     click.option(
         "--dry-run", is_flag=True, help="Print the plan (tensors, bytes, memory, disk) and stop."
@@ -117,11 +122,7 @@ running_options = option_group(
         metavar="ADDRESS",
         help="Address of the Ray cluster (default: as Ray finds or starts one).",
     ),
-    click.option(
-        "--disk-limit",
-        metavar="SIZE",
-        help="Most that an output on the Hub takes of this machine's disk, e.g. 20GB.",
-    ),
+    disk_limit_option,
     resume_options("an earlier output of adapterkit in its place"),
 )
 output_options = option_group(

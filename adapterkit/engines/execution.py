@@ -108,13 +108,7 @@ class Execution(RunOptions):
         on_hub = is_on_hub(self.out)
         if not on_hub:
             check_output_apart(Path(self.out), plan.folders)
-        if self.disk_limit is not None and not on_hub:
-            raise Refused(
-                "--disk-limit with an output on this machine",
-                expected="an output on the Hub: --out hf://org/name",
-                where="options",
-                hint="leave --disk-limit out",
-            )
+        check_disk_limit(self.out, self.disk_limit)
         if self.ray_address is not None and self.engine != "ray":
             raise Refused(
                 "--ray-address with another engine",
@@ -192,6 +186,17 @@ def executes(
         return writes(**own)(executed)
 
     return wrap
+
+
+def check_disk_limit(out: StrPath, limit: str | int | None) -> None:
+    """`Refused` for a limit with an output on this machine."""
+    if limit is not None and not is_on_hub(out):
+        raise Refused(
+            "--disk-limit with an output on this machine",
+            expected="an output on the Hub: --out hf://org/name",
+            where="options",
+            hint="leave --disk-limit out",
+        )
 
 
 def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:

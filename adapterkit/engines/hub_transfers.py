@@ -76,16 +76,13 @@ class Transfers:
     def check(self, limit: int | None) -> None:
         """`Refused` where one of the files does not fit into the limit."""
         least, file = self.least_disk()
-        if limit is not None and least > limit:
-            why = ", all outputs together, which are looked at before they go" * self.held
-            raise Refused(
-                f"{limit:,} bytes of disk, and {shown(file)} takes {least:,}{why}",
-                expected=f"at least {least:,} bytes: the inputs of one file, the file, and what "
-                "stays to the end",
-                where="--disk-limit",
-                hint=f"give --disk-limit {math.ceil(least / 1e6)}MB or more, with HF_HOME on a "
-                "disk that has them",
-            )
+        why = ", all outputs together, which are looked at before they go" * self.held
+        check_limit(
+            limit,
+            least,
+            f"{shown(file)} takes {least:,}{why}",
+            "the inputs of one file, the file, and what stays to the end",
+        )
 
     def totals(self, limit: int | None) -> dict[str, int]:
         """What a dry run prints of them."""
@@ -95,6 +92,19 @@ class Transfers:
             "bytes_copied_on_hub": sum(file.size for file in self.copied),
             "disk_needed": self.disk(limit),
         }
+
+
+def check_limit(limit: int | None, least: int, problem: str, parts: str) -> None:
+    """`Refused` where a job takes at least so many bytes of disk, and that is more than allowed;
+    `parts`: what takes them."""
+    if limit is not None and least > limit:
+        raise Refused(
+            f"{limit:,} bytes of disk, and {problem}",
+            expected=f"at least {least:,} bytes: {parts}",
+            where="--disk-limit",
+            hint=f"give --disk-limit {math.ceil(least / 1e6)}MB or more, with HF_HOME on a "
+            "disk that has them",
+        )
 
 
 def plan_transfers(plan: Plan, *, held: bool, uncopied: Sequence[str] = ()) -> Transfers:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.system import quarter_of_memory
+from adapterkit.engines.hub_sources import BoundedFolder, BoundedSources
 from adapterkit.statistics.file import Results
 from adapterkit.statistics.job import Batch, Job, Request
 from adapterkit.statistics.layerwise import run_layerwise
@@ -17,6 +19,11 @@ from adapterkit.statistics.sums import COMPONENTS
 from adapterkit.statistics.whole import run_whole
 
 Progress = Callable[[int, int], None]  # (steps done, of how many)
+
+
+def open_sources(folder: Folder) -> Sources:
+    """The base's files; those of the Hub that come one after another, on bounded disk."""
+    return BoundedSources(folder) if isinstance(folder, BoundedFolder) else Sources((folder,), {})
 
 
 def collect_statistics(
@@ -60,7 +67,7 @@ def collect_statistics(
     """
     request = Request(tuple(dict.fromkeys(what)), targets, compat, components, experts)
     request.check()
-    with Sources((base.folder,), {}) as sources:
+    with open_sources(base.folder) as sources:
         stored = StoredModel(base, sources, torch.device(device))
         job = Job(stored, request, batches)
         if not whole and not job.units.has_layers:

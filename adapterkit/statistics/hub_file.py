@@ -3,10 +3,49 @@
 from dataclasses import replace
 
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.storage import free_bytes
 from adapterkit.engines.hub_output import open_destination
-from adapterkit.engines.hub_stage import HubStage, work_folder
+from adapterkit.engines.hub_sources import BoundedFolder, bytes_down
+from adapterkit.engines.hub_stage import HubStage, inputs_folder, work_folder
+from adapterkit.engines.hub_transfers import ORDINARY, check_limit
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import HubId
+from adapterkit.hub.scratch import ScratchFolder
+from adapterkit.statistics.plan import StatisticsPlan
+
+
+def on_hub(plan: StatisticsPlan, hub_id: HubId, limit: int | None) -> StatisticsPlan:
+    """The plan of a file that goes there; the files of a base on the Hub come one after another.
+    `limit`: bytes of disk; `Refused` where the job takes more."""
+    place, totals, folder = inputs_folder(hub_id), plan.totals(), plan.base.folder
+    sizes = dict[str, int]()  # of what is downloaded
+    if isinstance(folder, HubFolder):
+        scratch = ScratchFolder(folder, place)
+        sizes = {name: size for name in set(plan.reads) if (size := scratch.disk(name))}
+    own = totals["disk_needed"]
+    least, most = own + max(sizes.values(), default=0), own + sum(sizes.values())
+    disk, free = min(most, max(least, ORDINARY)), free_bytes(place)
+    if limit is None and disk > free:
+        limit = free // 10 * 9  # it takes what there is
+    check_limit(
+        limit,
+        least,
+        f"the job takes {least:,}",
+        "what waits for its end, the file of statistics, and the largest file of the base",
+    )
+    disk = disk if limit is None else min(most, limit)
+    down = bytes_down((name for name in plan.reads if name in sizes), sizes, disk - own)
+    if isinstance(folder, HubFolder):
+        folder = BoundedFolder(folder, place, disk - own)
+    return replace(
+        plan,
+        base=replace(plan.base, folder=folder),
+        transfers={
+            "bytes_down": down,
+            "bytes_up": totals["bytes_written"],
+            "disk_needed": disk,
+        },
+    )
 
 
 class FileOnHub:

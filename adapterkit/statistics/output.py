@@ -12,6 +12,7 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.checkpoint.stage import Stage, check_name
 from adapterkit.checkpoint.storage import free_bytes, storage_errors, sync_folder
+from adapterkit.engines.execution import check_disk_limit
 from adapterkit.engines.hub_output import check_apart
 from adapterkit.engines.hub_stage import work_folder
 from adapterkit.errors import (
@@ -27,9 +28,10 @@ from adapterkit.execute import check_same_job
 from adapterkit.hub.destination import parse_output
 from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.ids import is_on_hub
-from adapterkit.options import StrPath
+from adapterkit.options import StrPath, parse_size
 from adapterkit.receipt import digest, public_recipe
-from adapterkit.statistics.hub_file import FileOnHub
+from adapterkit.statistics.hub_file import FileOnHub, on_hub
+from adapterkit.statistics.plan import StatisticsPlan
 from adapterkit.tasks.statistics import metadata_of
 
 SUFFIX = ".safetensors"
@@ -85,6 +87,16 @@ class FileHere:
             sync_folder(final.parent)
         self.stage.discard()
         return None, {}
+
+
+def placed(plan: StatisticsPlan, out: StrPath, limit: str | int | None) -> StatisticsPlan:
+    """The plan of a file there. `limit`: of the disk that an output on the Hub takes; `Refused` for
+    another, or too small a one."""
+    check_disk_limit(out, limit)
+    if not is_on_hub(out):
+        return plan
+    hub_id = parse_output(os.fspath(out), file=True)
+    return on_hub(plan, hub_id, parse_size("disk_limit", limit) if limit else None)
 
 
 @contextmanager

@@ -70,6 +70,7 @@ class StatisticsPlan:
     headers: dict[tuple[int, str], str]
     identities: dict[tuple[int, str], Identity]
     notes: tuple[str, ...]
+    reads: tuple[str, ...]  # files of the base, in the order in which they are read
     shards: tuple[()] = ()  # of a checkpoint
     transfers: dict[str, int] = field(default_factory=dict)  # totals of an output on the Hub
 
@@ -131,7 +132,7 @@ def plan_statistics(
     base = open_checkpoint(folder)
     drawn = draw_records(data, options.samples, options.seed)
     with Sources((folder,), {}) as sources:
-        stored = StoredModel(base, sources, device)
+        stored = StoredModel(base, sources, device, buffers=False)
         samples = _samples(folder, stored.model, drawn.records, options)
         batches = samples.batches(options.batch)
         request = Request(options.what, options.targets, options.compat, options.components)
@@ -152,6 +153,7 @@ def plan_statistics(
         headers,
         identities((folder,), headers),
         tuple(dict.fromkeys([*drawn.notes, *samples.notes, *job.notes])),
+        tuple(_reads(job, options)),
     )
 
 
@@ -198,6 +200,17 @@ def _shape(job: Job, module: str) -> tuple[int, int]:
     """(out, in) of a layer's weight."""
     rows, width = job.model.get_submodule(module).weight.shape
     return (width, rows) if job.is_transposed(module) else (rows, width)
+
+
+def _reads(job: Job, options: Options) -> list[str]:
+    """The files of the base in the order in which they are read, as far as it is known: a model's
+    code may call its layers in another one."""
+    units = job.units
+    if options.whole or not units.has_layers:
+        return job.stored.reads([job.stored.parameters()])
+    forward = [unit.parameters for unit in units.outer if unit is not job.head]
+    backward = reversed(forward) if job.gradients else ()
+    return job.stored.reads([units.outside, *forward, *backward])
 
 
 def _sizes(job: Job, shapes: dict[str, tuple[int, int]], options: Options) -> Sizes:

@@ -3,6 +3,7 @@ they are read from the shards."""
 
 import contextlib
 import copy
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.engines.reader import LocalReader
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.tasks.edited import stored_parts
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.names import Names
@@ -39,11 +41,13 @@ class StoredModel:
     """The model of a checkpoint, as transformers builds it: in its config's dtype, or that of its
     first stored floats; in eval mode, without a cache.
 
-    `Refused` for a model that transformers does not know or cannot build, and for parameters of
-    another shape.
+    Without `buffers` no weights are read. `Refused` for a model that transformers does not know or
+    cannot build, and for parameters of another shape.
     """
 
-    def __init__(self, base: Checkpoint, sources: Sources, device: torch.device):
+    def __init__(
+        self, base: Checkpoint, sources: Sources, device: torch.device, *, buffers: bool = True
+    ):
         self.base, self.device, self.notes = decoded_view(base), device, []
         self.names = Names(self.base, build_model=True, notes=self.notes)
         skeleton = self.names.model
@@ -61,7 +65,9 @@ class StoredModel:
         self._reader = _Reader(LocalReader(sources, device))
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._stored, self._absent = self._find_parameters()
-        self._load_buffers()
+        self._stored_buffers = self._find_buffers()
+        if buffers:
+            self._load_buffers()
 
     def _dtype(self, config: Any) -> torch.dtype:
         if isinstance(config.dtype, torch.dtype):
@@ -93,13 +99,37 @@ class StoredModel:
         refuse_all(errors)
         return stored, absent
 
-    def _load_buffers(self) -> None:
-        """Read the buffers that are stored, such as those of batch norms."""
+    def _find_buffers(self) -> dict[str, StoredParameter]:
+        """The buffers that are stored, such as those of batch norms."""
+        stored = {}
         for name, buffer in self.model.named_buffers():
             parameter = self.names.parameter(name)
             if parameter is not None and parameter.shape == tuple(buffer.shape):
-                stored = StoredParameter.of(parameter, self.base.tensors)
-                buffer.copy_(stored.read(self._reader))
+                stored[name] = StoredParameter.of(parameter, self.base.tensors)
+        return stored
+
+    def _load_buffers(self) -> None:
+        for name in sorted(self._stored_buffers, key=self._files):
+            stored = self._stored_buffers[name]
+            self.model.get_buffer(name).copy_(stored.read(self._reader))
+
+    def _files(self, name: str) -> list[str]:
+        """The files that a parameter or a buffer is read from, in their order."""
+        stored = self._stored_buffers.get(name) or self._stored.get(name)
+        specs = stored.reads if stored is not None else ()
+        return [part.file for spec in specs for part in stored_parts(spec)]
+
+    def reads(self, parts: Iterable[Iterable[str]]) -> list[str]:
+        """The files that are read, in their order, where the buffers are loaded first, then these
+        parts of the parameters; the same file twice where another one is read in between."""
+        order = [self._stored_buffers, *parts]
+        files = [
+            f
+            for names in order
+            for name in sorted(names, key=self._files)
+            for f in self._files(name)
+        ]
+        return [name for name, _ in itertools.groupby(files)]
 
     def absent(self) -> list[str]:
         """Parameters that are not stored."""
@@ -116,9 +146,10 @@ class StoredModel:
         return sum(self._meta[name].numel() * self._meta[name].element_size() for name in names)
 
     def load(self, names: Iterable[str], device: torch.device) -> None:
-        """Read parameters from the shards; tied ones are one, those not stored are zero."""
+        """Read parameters from the shards, one after the other; tied ones are one, those not stored
+        are zero."""
         loaded: dict[int, nn.Parameter] = {}
-        for name in names:
+        for name in sorted(names, key=self._files):
             meta = self._meta[name]
             if id(meta) not in loaded:
                 stored = self._stored.get(name)

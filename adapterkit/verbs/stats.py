@@ -12,7 +12,6 @@ from adapterkit.checkpoint.reader import changed
 from adapterkit.engines.device import pick_device
 from adapterkit.engines.execution import output_file, writes
 from adapterkit.errors import Failed, listed
-from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath, files, kinds, parse_size
 from adapterkit.plan import Progress
 from adapterkit.planning.input_files import identities
@@ -43,6 +42,7 @@ def stats(
     components: int = COMPONENTS,
     device: str = "auto",
     memory: str | int | None = None,
+    disk_limit: str | int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -70,17 +70,17 @@ def stats(
     the machine's).
 
     `out` is one safetensors file that appears whole or not at all, here or in one commit to the Hub
-    (hf://org/name[@branch]:path/file.safetensors); its metadata say what the job was, and so does
-    the receipt's `data`. `progress` is called with the layers just done. Raises `Refused` before
-    anything is written; `Failed` for inputs that are not finite.
+    (hf://org/name[@branch]:path/file.safetensors), where `disk_limit` bounds what lies on this
+    machine's disk meanwhile; its metadata say what the job was, and so does the receipt's `data`.
+    `progress` is called with the layers just done. Raises `Refused` before anything is written;
+    `Failed` for inputs that are not finite.
     """
     options = Options(tuple(what), samples, length, targets, batch, seed, whole, compat, components)
     folder = open_model(base)
     output.check_output(out, folder)
     budget = parse_size("memory", memory) if memory else None
     plan = plan_statistics(folder, files("data", data), options, _device(device), budget)
-    if is_on_hub(out):
-        plan = replace(plan, transfers={"bytes_up": plan.totals()["bytes_written"]})
+    plan = output.placed(plan, out, disk_limit)
     if dry_run:
         return plan
     with output.open_target(out, folder) as target:

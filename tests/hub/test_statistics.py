@@ -1,21 +1,28 @@
 """Statistics on the Hub: the file of a local run in one commit, from a base on the Hub."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load, load_file, save
 
 import adapterkit
-from tests.golden.inputs import create_inputs
+from adapterkit.checkpoint.header import FIRST_READ
+from adapterkit.engines.hub_sources import Kept, bytes_down
+from tests.hub.test_output import Sampled
 from tests.hub.test_output_faults import kill_at
 from tests.support.hub_client import TOKEN, Client, ClientError, during
-from tests.support.hub_models import CALLS
+from tests.support.hub_models import CALLS, write
 from tests.support.hub_server import Hub
 from tests.support.hub_state import Account, Fault
+from tests.support.texts import write_rows
 
 READER, ELSEWHERE = "hf_" + "readreadreadread", "hf_" + "elsewhereelsewhere"
+LAYERS, WIDTH = 3, 64
+SHARDS = [f"model-{n + 1:05}-of-{LAYERS + 1:05}.safetensors" for n in range(LAYERS + 1)]
 FILE = "deep/s.safetensors"
 HOW = "data='ids.jsonl', what='covariance,mean', batch=2"
 STOP = """
@@ -37,25 +44,45 @@ def refuse(*args, **options):
 def standing(tmp_path_factory):
     """A hub with a base of several shards, and a client in the folder of the data."""
     home = tmp_path_factory.mktemp("statistics")
-    create_inputs(home)
+    write(home / "base", base_files())
+    rows = [{"input_ids": [(7 * n + i) % 48 for i in range(3 + n)]} for n in range(5)]
+    write_rows(home / "ids.jsonl", *rows)
     with Hub(token=TOKEN, read_token=READER) as hub:
-        hub.commit("org/base", in_shards(home / "base32"))
+        hub.commit("org/base", base_files())
         client = start(hub, home)
         yield hub, client, home
         client.close()
 
 
-def in_shards(base: Path) -> dict[str, bytes]:
-    """The files of a base, each layer in one of its own."""
-    files, weights = {"config.json": (base / "config.json").read_bytes()}, {}
-    for file in base.glob("*.safetensors"):
-        weights |= load_file(file)
-    layer = lambda key: key.split(".")[2] if ".layers." in key else "outside"
-    names = sorted({layer(key) for key in weights})
-    for number, name in enumerate(names, 1):
-        own = {key: value for key, value in weights.items() if layer(key) == name}
-        files[f"model-{number:05}-of-{len(names):05}.safetensors"] = save(own, {"format": "pt"})
-    return files
+def base_files() -> dict[str, bytes]:
+    """A Llama in float32: its layers each in a file of its own, the rest in another."""
+    shapes = {f"self_attn.{leaf}_proj": (WIDTH, WIDTH) for leaf in "qkvo"}
+    shapes |= {f"mlp.{leaf}_proj": (4 * WIDTH, WIDTH) for leaf in ("gate", "up")}
+    shapes |= {"mlp.down_proj": (WIDTH, 4 * WIDTH)}
+    shapes |= {f"{name}_layernorm": (WIDTH,) for name in ("input", "post_attention")}
+    parts = [
+        {f"model.layers.{n}.{name}": shape for name, shape in shapes.items()} for n in range(LAYERS)
+    ]
+    embeddings = dict.fromkeys(("lm_head", "model.embed_tokens"), (512, WIDTH))
+    parts.append(embeddings | {"model.norm": (WIDTH,)})
+    generator, files = torch.Generator().manual_seed(0), {}
+    for name, part in zip(SHARDS, parts, strict=True):
+        weights = {
+            f"{key}.weight": torch.randn(shape, generator=generator) / 8
+            for key, shape in part.items()
+        }
+        files[name] = save(weights, {"format": "pt"})
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "vocab_size": 512,
+        "torch_dtype": "float32",
+    }
+    return files | {"config.json": json.dumps(config).encode()}
 
 
 def start(hub: Hub, home: Path) -> Client:
@@ -80,7 +107,7 @@ def expected(standing):
     home = standing[2]
     out = home / "local.safetensors"
     adapterkit.stats(
-        home / "base32", data=home / "ids.jsonl", what="covariance,mean", batch=2, out=out
+        home / "base", data=home / "ids.jsonl", what="covariance,mean", batch=2, out=out
     )
     return load_file(out)
 
@@ -93,6 +120,10 @@ def interrupt(client: Client, out: str, base: str = "org/base") -> None:
     """A run that is stopped in its second layer."""
     with pytest.raises(ClientError, match="(?s)finished layers are kept.*--resume"):
         client(stats(out, ", progress=stop_after(6)", base))
+
+
+def work_of(home: Path, out: str) -> Path:
+    return home / "adapterkit" / f".{f'{out}:{FILE}'.replace('/', '--')}.adapterkit"
 
 
 def is_same(data: bytes, expected) -> bool:
@@ -128,7 +159,7 @@ def test_other_verbs_read_the_file(place, standing):
     client(stats(f"{out}@branch:{FILE}", ", targets='q_proj'") + ".data")
     assert FILE in hub.files(out, "branch") and FILE not in hub.files(out)
     (standing[2] / "same.safetensors").write_bytes(hub.files(out, "branch")[FILE])
-    init = "adapterkit.init('org/base', method='corda', rank=2, targets='q_proj'"
+    init = "adapterkit.init('base', method='corda', rank=2, targets='q_proj'"
     for name, source in [("from-hub", f"{out}@branch:{FILE}"), ("from-here", "same.safetensors")]:
         client(f"{init}, stats={source!r}, out={name!r}).data")
     adapters = [
@@ -209,7 +240,7 @@ def test_older_statistics_are_replaced(place, expected):
 def test_finished_layers_are_kept(place, standing, expected):
     hub, client, out = place
     interrupt(client, f"{out}:{FILE}")
-    work = standing[2] / "adapterkit" / f".{out.replace('/', '--')}:deep--s.safetensors.adapterkit"
+    work = work_of(standing[2], out)
     layers = [path.name for path in (work / "out" / "work").glob("*.sums.safetensors")]
     assert layers and len(hub.repos[out].trees) == 1
     assert "--resume" in client.refusal(stats(f"{out}:{FILE}")).parts["hint"]
@@ -221,7 +252,7 @@ def test_finished_layers_are_kept(place, standing, expected):
 
 def test_a_resumed_run_reads_the_commit_of_the_first(place, standing, expected):
     hub, client, out = place
-    files = in_shards(standing[2] / "base32")
+    files = base_files()
     first = hub.commit("org/moving", files)
     interrupt(client, f"{out}:{FILE}", "org/moving")
     later = {name: data[:-4] + b"\0\0\0\0" for name, data in files.items() if "model" in name}
@@ -294,6 +325,88 @@ def test_a_repository_that_moved_gets_no_commit(place):
 def test_what_comes_of_a_private_base_is_private(place, standing):
     hub, client, out = place
     hub.repo("org/secret", private=True)
-    hub.commit("org/secret", in_shards(standing[2] / "base32"))
+    hub.commit("org/secret", base_files())
     client(stats(f"{out}:{FILE}", base="org/secret") + ".data")
     assert hub.repos[out].private
+
+
+# -- little disk -----------------------------------------------------------------------------------
+
+GRADIENT = "data='ids.jsonl', what='gradient', batch=2"
+
+
+def downloads(hub: Hub) -> list[str]:
+    """The files of weights that came, headers apart, in their order."""
+    asked = (a for a in hub.asked("GET", ".safetensors") if a.range and a.sent != FIRST_READ)
+    return [a.path.rpartition("/")[2] for a in asked]
+
+
+@pytest.mark.parametrize("what", [HOW, GRADIENT], ids=["forward", "gradient"])
+def test_the_base_comes_file_by_file(place, standing, what):
+    hub, client, out = place
+    call = f"adapterkit.stats('org/base', {what}, out='hf://{out}:{FILE}'{{}})"
+    sizes = {name: len(data) for name, data in hub.files("org/base").items() if "model" in name}
+    plan = client(call.format(", dry_run=True") + ".totals()")
+    own = plan["disk_needed"] - sum(sizes.values())
+    assert own > 0 and plan["bytes_down"] == sum(sizes.values())  # all may stay
+    limit = own + max(sizes.values())
+    plan = client(call.format(f", disk_limit={limit}, dry_run=True") + ".totals()")
+    assert plan["disk_needed"] == limit and not downloads(hub)
+    hub.faults = lambda asked: Fault(delay=0.02) if asked.method in ("GET", "PUT") else None
+    with Sampled(work_of(standing[2], out)) as disk:
+        client(call.format(f", disk_limit={limit}") + ".data")
+    came = downloads(hub)
+    assert max(sizes.values()) < disk.most <= limit
+    assert plan["bytes_down"] == sum(sizes[name] for name in came)
+    again = SHARDS[LAYERS - 2 :: -1] if what == GRADIENT else []
+    assert came == [SHARDS[-1], *SHARDS[:-1], *again]
+    assert not list((standing[2] / "hub" / "models--org--base").rglob("*.safetensors"))
+    error = client.refusal(call.format(f", disk_limit={limit - 1}, overwrite=True"))
+    assert f"{limit:,}" in error.parts["expected"]
+
+
+def test_weights_are_not_read_for_a_refusal_or_a_plan(place):
+    """Not for buffers either, which some checkpoints hold."""
+    hub, client, out = place
+    client(stats(f"{out}:{FILE}", ", dry_run=True") + ".totals()")
+    local = f"adapterkit.stats('org/base', {HOW}, out='s.safetensors', dry_run=True)"
+    client(f"{local}.totals()")
+    assert not moved(hub)
+
+
+def test_a_base_that_is_here_takes_none(place, expected):
+    hub, client, out = place
+    totals = client(stats(f"{out}:{FILE}", ", dry_run=True", "base") + ".totals()")
+    assert totals["bytes_down"] == 0
+    client(stats(f"{out}:{FILE}", f", disk_limit={totals['disk_needed']}", "base") + ".data")
+    assert is_same(hub.files(out)[FILE], expected)
+
+
+def test_a_limit_is_for_outputs_on_the_hub(place):
+    _, client, _ = place
+    call = "adapterkit.stats('base', data='ids.jsonl', out='s.safetensors', disk_limit='1GB')"
+    assert "an output on the Hub" in client.refusal(call).parts["expected"]
+
+
+def test_a_download_of_other_bytes_is_refused(place):
+    hub, client, out = place
+    name = SHARDS[1]
+    whole = hub.files("org/base")[name]
+    there = {"Content-Range": f"bytes 0-{len(whole) - 1}/{len(whole)}"}
+    damaged = Fault(status=206, body=whole[:-1] + bytes([whole[-1] ^ 1]), headers=there)
+    hub.faults = lambda asked: (
+        damaged if asked.range == (0, len(whole)) and asked.path.endswith(name) else None
+    )
+    error = client.refusal(stats(f"{out}:{FILE}"), "Failed")
+    assert name in error.text and "sha256" in error.parts["problem"]
+    assert len(hub.repos[out].trees) == 1
+    hub.faults = lambda asked: None
+    client(stats(f"{out}:{FILE}", ", resume=True") + ".data")
+
+
+def test_which_files_stay():
+    sizes = {"a": 4, "b": 3, "c": 2}
+    kept = Kept(sizes, 6)
+    assert [kept.read(name) for name in "aacbac"] == [[], None, [], ["a"], ["c", "b"], []]
+    for room, down in [(9, 9), (6, 13), (4, 18)]:
+        assert bytes_down("abcbca", sizes, room) == down

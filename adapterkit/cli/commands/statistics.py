@@ -9,6 +9,7 @@ from adapterkit.cli.completion import Source
 from adapterkit.cli.options import (
     choice_option,
     device_option,
+    disk_limit_option,
     json_option,
     memory_option,
     resume_options,
@@ -70,6 +71,7 @@ from adapterkit.cli.output import run_verb
 @json_option
 @device_option
 @memory_option("activations, which go to disk beyond it")
+@disk_limit_option
 @resume_options("older statistics")
 def stats(base: str, **options: Any) -> None:
     """Collect what a model's layers see of some texts.
