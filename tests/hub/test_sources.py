@@ -1,12 +1,15 @@
 """Every verb reads all of its sources from the Hub, and writes what it does from local ones."""
 
 import os
+import pkgutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from adapterkit import verbs
+from adapterkit.jobs.verbs import writing_verbs
 from tests.golden.inputs import create_inputs
 from tests.golden.jobs import READING, WRITING, job
 from tests.hub.test_convert import kohya_file
@@ -47,6 +50,8 @@ NAMES = (
     "verify-rows",
     *(task.name for task in MORE),
 )
+# of each verb that writes
+OUTPUTS = {JOBS[name].verb: name for name in NAMES if JOBS[name] not in READING}
 # options whose values are sources
 SOURCES = ("base", "general", "initial", "stats", "base16", "quantized", "adapters")
 NAMED = ("origin", "a", "b", "name", "where")
@@ -114,19 +119,51 @@ def run(bench, name: str, *, from_hub: bool):
     return {path.relative_to(out).as_posix(): read(path) for path in files}
 
 
+def put_on_hub(bench, source: str) -> None:
+    """Publish what a job names, unless it is there."""
+    hub, _, folder = bench
+    source = source.partition("=")[0].partition("/")[0]
+    if source in JOBS:  # what another job wrote
+        run(bench, source, from_hub=False)
+    if f"org/{source}" not in hub.repos and (folder / source).is_dir():
+        publish(hub, folder, source)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_job_from_the_hub(bench, name):
-    hub, _, folder = bench
+    hub = bench[0]
     for source in {*JOBS[name].sources, *named(JOBS[name].options)}:
-        source = source.partition("=")[0].partition("/")[0]
-        if source in JOBS:  # what another job wrote
-            run(bench, source, from_hub=False)
-        if f"org/{source}" not in hub.repos and (folder / source).is_dir():
-            publish(hub, folder, source)
+        put_on_hub(bench, source)
     expected = run(bench, name, from_hub=False)
     hub.log.clear()
     assert differences(run(bench, name, from_hub=True), expected) == []
     assert hub.asked("GET", "/org/")
+
+
+def test_every_verb_is_here():
+    known = {info.name for info in pkgutil.iter_modules(verbs.__path__)} - {"formats"}
+    assert {JOBS[name].verb for name in NAMES} == known
+    assert set(OUTPUTS) == {*writing_verbs()}
+
+
+@pytest.mark.parametrize("verb", OUTPUTS)
+def test_an_output_on_the_hub_is_planned(bench, verb):
+    """Hub ids on both sides, whatever the verb."""
+    hub, client, _ = bench
+    task = JOBS[OUTPUTS[verb]]
+    for source in {*task.sources, *named(task.options)}:
+        put_on_hub(bench, source)
+    hub.log.clear()
+    out = "hf://org/made:statistics.safetensors" if verb == "stats" else "hf://org/made"
+    totals = client(f"jobs.call(moved(jobs.{task!r}), out={out!r}, dry_run=True).totals()")
+    assert totals["bytes_up"] > 0 and totals["bytes_down"] > 0
+    assert hub.asked("GET", "/org/") and not hub.asked("POST") and "org/made" not in hub.repos
+
+
+def test_the_format_of_an_adapter_on_the_hub(bench):
+    put_on_hub(bench, "law")
+    detect = "__import__('adapterkit.verbs.formats', fromlist=['']).detect_format"
+    assert bench[1](f"{detect}('org/law')['format']") == "peft"
 
 
 def named(options: dict) -> list[str]:
