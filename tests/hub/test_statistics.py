@@ -12,7 +12,6 @@ from safetensors.torch import load, load_file, save
 import adapterkit
 from adapterkit.checkpoint.header import FIRST_READ
 from adapterkit.engines.hub_sources import Kept, bytes_down
-from tests.hub.test_output import Sampled
 from tests.hub.test_output_faults import kill_at
 from tests.support.hub_client import TOKEN, Client, ClientError, during
 from tests.support.hub_models import CALLS, write
@@ -332,6 +331,15 @@ def test_what_comes_of_a_private_base_is_private(place, standing):
 
 # -- little disk -----------------------------------------------------------------------------------
 
+WATCH = """
+from adapterkit.engines.hub_sources import BoundedFolder
+download, taken = BoundedFolder.download, []
+def watched(folder, name, stopped):
+    files = [path for path in folder.place.parent.rglob("*") if path.is_file()]
+    taken.append(sum(path.stat().st_size for path in files) + folder.files()[name])
+    download(folder, name, stopped)
+BoundedFolder.download = watched
+"""
 GRADIENT = "data='ids.jsonl', what='gradient', batch=2"
 
 
@@ -352,11 +360,11 @@ def test_the_base_comes_file_by_file(place, standing, what):
     limit = own + max(sizes.values())
     plan = client(call.format(f", disk_limit={limit}, dry_run=True") + ".totals()")
     assert plan["disk_needed"] == limit and not downloads(hub)
-    hub.faults = lambda asked: Fault(delay=0.02) if asked.method in ("GET", "PUT") else None
-    with Sampled(work_of(standing[2], out)) as disk:
-        client(call.format(f", disk_limit={limit}") + ".data")
+    client(WATCH)
+    client(call.format(f", disk_limit={limit}") + ".data")
+    disk = client("BoundedFolder.download = download\ntaken")
     came = downloads(hub)
-    assert max(sizes.values()) < disk.most <= limit
+    assert len(disk) == len(came) and max(sizes.values()) < max(disk) <= limit
     assert plan["bytes_down"] == sum(sizes[name] for name in came)
     again = SHARDS[LAYERS - 2 :: -1] if what == GRADIENT else []
     assert came == [SHARDS[-1], *SHARDS[:-1], *again]
