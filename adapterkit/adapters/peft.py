@@ -84,8 +84,8 @@ def _read(
     scan, files = Scan(folder, number), folder.files()
     missing = [name for name in (CONFIG, WEIGHTS) if name not in files]
     scan.readable = not missing
-    for name in missing:
-        scan.add_error(_missing_file(folder, name, files))
+    if missing:
+        scan.add_error(_missing_files(folder, missing, files))
     config = scan.json(CONFIG)
     if config is not None:
         scan.config = config
@@ -104,20 +104,21 @@ def _read(
     )
 
 
-def _missing_file(folder: Folder, name: str, files: dict[str, int]) -> Refused:
+def _missing_files(folder: Folder, names: list[str], files: dict[str, int]) -> Refused:
     nested = sorted({f.rsplit("/", 1)[0] for f in files if f.endswith("/" + CONFIG)})
     pickled = any(f in files for f in ("adapter_model.bin", "adapter_model.pt"))
-    hint = "check the path"
-    if nested:
+    hint, problem = "check the path", f"no {' and no '.join(names)}"
+    if "config.json" in files:
+        problem = f"{problem}, but a model"
+        hint = "give an adapter; where a base is given too, it comes first"
+    elif nested:
         hint = f"name the subfolder: {', '.join(shown(n) for n in nested[:5])}"
     elif pickled:
         hint = (
             "convert the pickle: PeftModel.from_pretrained(...).save_pretrained(OUT) writes "
             "safetensors"
         )
-    return Refused(
-        f"no {name}", expected="an adapter in PEFT's layout", where=folder.name, hint=hint
-    )
+    return Refused(problem, expected="an adapter in PEFT's layout", where=folder.name, hint=hint)
 
 
 @dataclass

@@ -213,7 +213,7 @@ def _no_weights(folder: Folder, own: list[str]) -> AdapterkitError:
             "an adapter's weights and no model's",
             expected="a model checkpoint",
             where=folder.name,
-            hint="give the base first, then the adapters",
+            hint="give the model; where adapters are given too, it comes first",
         )
     names = pickles(folder)
     if names:

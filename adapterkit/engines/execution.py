@@ -225,9 +225,15 @@ def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:
         if not isinstance(folder, LocalFolder):
             continue
         root = (folder.root / folder.single if folder.single else folder.root).resolve()
-        if final == root or root in final.parents or final in root.parents:
+        relations = {
+            "is": final == root,
+            "lies in": root in final.parents,
+            "holds": final in root.parents,
+        }
+        relation = next((name for name, holds in relations.items() if holds), None)
+        if relation is not None:
             raise Refused(
-                f"the output {final.name} is, holds, or lies inside the input {folder.name}",
+                f"the output {shown(str(out))} {relation} the input {folder.label}",
                 expected="an output apart from the inputs",
                 where="--out",
                 hint="choose another --out",

@@ -62,12 +62,15 @@ def detect(folder: Folder, number: int = 0) -> Detection:
     pickled = pickles_of(folder)
     if pickled:
         raise unsafe(pickled[0], folder.label)
-    some = f"keys such as {', '.join(map(shown, keys[:3]))}" if keys else "no safetensors file"
+    is_model = "config.json" in folder.files()
+    some = f"keys such as {', '.join(map(shown, keys[:3]))}" if keys else "no file that may be one"
     raise Refused(
         f"no adapter of a known format: {some}",
         expected=", ".join(formats()),
         where=folder.label,
-        hint="adapterkit convert --list tells what each format looks like",
+        hint="it may be a model: give an adapter"
+        if is_model
+        else "adapterkit convert --list tells what each format looks like",
     )
 
 

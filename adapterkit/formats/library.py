@@ -42,7 +42,7 @@ def format_named(name: str) -> Format:
     if name not in known:
         raise Refused(
             f"format {shown(repr(name))}",
-            expected=", ".join(known),
+            expected=", ".join(name for name, one in known.items() if one.writes),
             where="--to",
             hint=did_you_mean([name], known) or "adapterkit convert --list tells what each holds",
         )

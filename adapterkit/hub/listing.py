@@ -128,8 +128,8 @@ def _list_cache(hub_id: HubId, why: str, way_out: str) -> tuple[str, dict[str, E
     only = f" --include '{hub_id.subfolder}{inside_it}'" if hub_id.subfolder else ""
     command = f"hf download {hub_id.repo}{revision}{only}"
     raise Refused(
-        f"not in the local Hub cache, and {why}",
-        expected="a cached copy, or a network",
+        f"no such file or folder here, nor in the local Hub cache, and {why}",
+        expected="a path that exists, a cached copy, or a network",
         where=str(hub_id),
         hint=f"run `{command}` where there is a network, or {way_out}",
     )

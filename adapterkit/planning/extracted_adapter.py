@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from adapterkit.adapters.adapter_config import rank_settings
-from adapterkit.adapters.keys import CONFIG, factor_keys, value_key
+from adapterkit.adapters.keys import factor_keys, value_key
 from adapterkit.errors import Unrecoverable
 from adapterkit.plan import Change, Finalize, Task, TaskResult, unchanged
 from adapterkit.planning.adapter_output import Output
@@ -38,7 +38,7 @@ class ExtractedAdapter(Output):
             raise Unrecoverable(
                 "no weight differs",
                 expected="a fine-tune",
-                where=self.inside(CONFIG),
+                where="BASE and TUNED",
                 hint="check the two paths",
             )
         parameters = sorted(ranks.keys() & self.parameters)

@@ -10,9 +10,9 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.shards import NOT_A_MODEL, SINGLE
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
 from adapterkit.hub.folder import HubFolder
-from adapterkit.hub.ids import parse
+from adapterkit.hub.ids import is_on_hub, parse
 from adapterkit.options import StrPath, finite, unweighted, weighted
 from adapterkit.planning.converted import in_adapter_layout
 from adapterkit.planning.planned_folder import PlannedFolder
@@ -41,17 +41,33 @@ def open_source(text: StrPath) -> Folder:
         return text
     if os.path.exists(text):
         return LocalFolder(text)
-    hub_id = parse(os.fspath(text))
+    name = os.fspath(text)
+    hub_id, similar = parse(name), _similar_path(name)
     if hub_id is None:
+        is_output = "write org/name: hf:// is for outputs" if is_on_hub(name) else ""
         raise Refused(
-            f"no such path: {shown(os.fspath(text))}",
+            f"no such path: {shown(name)}",
             expected=(
                 "a folder, a .safetensors or .gguf file, or a Hub id "
                 "org/name[@revision][:folder or file]"
             ),
-            hint="check the path",
+            hint=is_output or similar or "check the path",
         )
-    return HubFolder(hub_id)
+    try:
+        return HubFolder(hub_id)
+    except AdapterkitError as error:
+        error.hint = f"{similar} else {error.hint}" if similar else error.hint
+        raise
+
+
+def _similar_path(text: str) -> str:
+    """`did_you_mean` for a path that is not there, of what its folder holds."""
+    folder = os.path.dirname(text)
+    try:
+        names = os.listdir(folder or ".")
+    except (OSError, ValueError):  # no such folder; a text that is no path
+        return ""
+    return did_you_mean([text], [os.path.join(folder, name) for name in names])
 
 
 def open_model(text: StrPath) -> Folder:

@@ -47,6 +47,26 @@ def test_a_path_that_is_not_there(llama, lora, tmp_path):
     refused(llama, tmp_path / "nowhere", out=tmp_path / "out", match="no such path")
 
 
+@pytest.mark.parametrize("wanted", ["models/bsae", "./models/bsae", "models/bsae@main"])
+def test_a_path_with_a_typo(wanted, llama, lora, tmp_path, monkeypatch):
+    """One that could be a Hub id too: the path that is close comes first in the hint."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    Path("models").mkdir()
+    Path("models/base").symlink_to(llama)
+    near = "./models/base" if wanted.startswith("./") else "models/base"
+    text = refused(wanted, lora, out=tmp_path / "out", match="no such")
+    assert f"hint: did you mean '{near}'?" in text
+
+
+def test_a_base_and_an_adapter_in_each_others_place(llama, lora, tmp_path):
+    text = refused(lora, llama, out=tmp_path / "out", match="2 problems")
+    assert "an adapter's weights and no model's" in text and text.count("it comes first") == 2
+    text = refused(llama, llama, out=tmp_path / "out", match="but a model")
+    assert "give an adapter" in text
+
+
 def test_output_in_the_way(llama, lora, tmp_path):
     """A folder that holds something is left alone; --overwrite replaces an older output of
     adapterkit only."""

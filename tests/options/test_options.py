@@ -166,7 +166,7 @@ def test_sizes_are_bytes():
 @pytest.mark.parametrize("dry", [True, False])
 @pytest.mark.parametrize("out, words", [
     ("file", "a file of that name"), ("file/sub", "file is a file"),
-    ("file/sub/deeper", "file is a file"), ("link", "is a link"), (".", "holds, or lies inside"),
+    ("file/sub/deeper", "file is a file"), ("link", "is a link"), (".", "holds the input"),
     ("/dev/null/x", "null is a file"),
 ])  # fmt: skip
 def test_outputs_that_cannot_be(out, words, dry, calls, tmp_path, monkeypatch):
