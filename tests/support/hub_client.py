@@ -68,8 +68,9 @@ class Client:
 
     def __init__(self, environment: dict[str, str], errors: Path):
         self.errors = errors
-        # the second: huggingface_hub 2.4 about itself
-        warnings = ("-W", "error", "-W", "ignore:Use 'content=:DeprecationWarning")
+        # huggingface_hub 2.4 about itself, and torchao 0.18 about its text
+        ignored = ("Use 'content=", "invalid escape sequence")
+        warnings = ["-W", "error", *(f"-Wignore:{text}:DeprecationWarning" for text in ignored)]
         command, pipe = [sys.executable, *warnings, "-c", WORKER], subprocess.PIPE
         with errors.open("w") as stderr:
             self.process = subprocess.Popen(

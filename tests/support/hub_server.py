@@ -45,7 +45,7 @@ class Hub:
         self.accounts: dict[str, Account] = {token: Account()} if token else {}
         if read_token:
             self.accounts[read_token] = Account(role="read")
-        # send readers of large files to another port, as the real Hub does to its CDN
+        # send readers of large files to another host, as the real Hub does to its CDN
         self.redirect = redirect
         self.part_size = part_size  # larger files are uploaded in several parts
         self.repos: dict[str, Repo] = {}
@@ -58,9 +58,9 @@ class Hub:
         self.down, self.up = Line(), Line()  # what clients get and what they send
         self.lock = threading.RLock()
         self.servers = [self._serve() for _ in range(1 + redirect)]
-        self.url, self.cdn = (
-            f"http://127.0.0.1:{s.server_port}" for s in (self.servers[0], self.servers[-1])
-        )
+        self.url = f"http://127.0.0.1:{self.servers[0].server_port}"
+        # another name too: huggingface_hub 1.32 takes another port for the same host
+        self.cdn = f"http://localhost:{self.servers[1].server_port}" if redirect else self.url
 
     def _serve(self) -> ThreadingHTTPServer:
         server = Server(("127.0.0.1", 0), Handler)
@@ -89,7 +89,7 @@ class Hub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_OFFLINE": "",
             "TRANSFORMERS_OFFLINE": "",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
         }
 
     def repo(self, name: str, **how) -> Repo:
