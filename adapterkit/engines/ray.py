@@ -30,7 +30,15 @@ from adapterkit.errors import AdapterkitError, Failed, MultipleErrors, Refused, 
 from adapterkit.plan import Computed, Plan, Progress, Shard
 
 RETRIES = 3  # of the task of a lost worker
+OPTIONS = {
+    "scheduling_strategy": "SPREAD",
+    "max_retries": RETRIES,
+    "retry_exceptions": False,
+}
 AHEAD = 2  # tasks in flight for each place on the cluster
+# files that a machine streams at a time: the end of one waits for its disk, and for its hash, which
+# is one row of bytes
+STREAMED = 8
 POLL = 1.0  # seconds between looks at Ctrl-C
 LEAVE = 10.0  # seconds that cancelled tasks get
 VERSIONS = f"adapterkit {__version__}, torch {torch.__version__}"
@@ -111,26 +119,24 @@ class Cluster:
         for folder in {(stage.path / shard.file).parent for shard in shards}:
             folder.mkdir(parents=True, exist_ok=True)  # attempts make none
         workers, places = self._places()
-        task = self.ray.remote(_make).options(
-            num_cpus=workers,
-            num_gpus=int(self.on_cuda),
-            scheduling_strategy="SPREAD",
-            max_retries=RETRIES,
-            retry_exceptions=False,
-        )
+        task, options = self.ray.remote(_make), {"num_gpus": int(self.on_cuda), **OPTIONS}
         device = "cuda" if self.on_cuda else "cpu"  # Ray says which card
-        share = _Share(stage.path.absolute(), secrets.token_hex(8), hash, device, workers)
+        share = _Share(stage.path.absolute(), secrets.token_hex(8), hash, device)
         stored = [self.ray.put(plan)]  # in a list a task gets the reference
         made = longest_first(units(shards, places, torch.device(device)))
         by_name, needs = {unit.file: unit for unit in made}, plan.needs()
         joiner = Joiner(stage.path, made, _attempt(), hashed=hash, finished=finished)
+        streamed = sum(isinstance(unit, Shard) for unit in made)
+        few = workers if self.on_cuda else threads(workers, places, streamed)
 
         def start(unit: Shard | Computed) -> Any:
             needed = needs[file_of(unit)]
             done = (entry for entry in (stage.journal() if needed else ()) if "shard" in entry)
             entries = [entry for entry in done if entry["shard"]["file"] in needed]
             part = (unit.start, unit.stop) if isinstance(unit, Part) else None
-            return task.remote(share, stored, file_of(unit), part, entries, VERSIONS)
+            count = few if isinstance(unit, Shard) else workers
+            arguments = (share, count, stored, file_of(unit), part, entries, VERSIONS)
+            return task.options(num_cpus=count, **options).remote(*arguments)
 
         def note(answer: dict[str, Any]) -> None:
             result = ShardResult(**answer)
@@ -143,7 +149,7 @@ class Cluster:
                 progress(unit.layout.size)
 
         try:
-            self._run(made, needs, start, note, joiner.look, AHEAD * places)
+            self._run(made, needs, start, note, joiner.look, AHEAD * places * workers // few)
             joiner.look(wait=True)
         finally:
             joiner.close()
@@ -156,8 +162,8 @@ class Cluster:
         return self.device.startswith("cuda")
 
     def _places(self) -> tuple[int, int]:
-        """Threads of a task, as many as the smallest machine has, and how many tasks run at a
-        time."""
+        """The cores of the smallest machine, or those that each card has, and how many such places
+        there are."""
         resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         cores = [int(each["CPU"]) for each in resources if each.get("CPU", 0) >= 1]
         gpus = sum(int(each.get("GPU", 0)) for each in resources)
@@ -226,6 +232,12 @@ class Cluster:
         return answer
 
 
+def threads(workers: int, places: int, files: int) -> int:
+    """Cores of a task that streams a file, on so many places of `workers` cores: an eighth of one,
+    or more where there are fewer files than that makes tasks."""
+    return max(1, workers // STREAMED, min(workers, workers * places // max(1, files)))
+
+
 @dataclass(frozen=True)
 class _Share:
     """What all tasks of a job have in common."""
@@ -234,7 +246,6 @@ class _Share:
     job: str  # of which a worker keeps the plan
     hash: bool
     device: str
-    workers: int
 
 
 @dataclass
@@ -262,6 +273,7 @@ def _card() -> str:
 
 def _make(
     share: _Share,
+    workers: int,
     stored: list[Any],
     file: str,
     part: tuple[int, int] | None,
@@ -293,7 +305,7 @@ def _make(
         if part is not None:
             assert isinstance(unit, Shard)
             unit = Part(unit.layout, unit.steps, *part)
-        local(share.device, share.workers)(
+        local(share.device, workers)(
             plan,
             [unit],
             _Workspace(share.path, _attempt(), entries),

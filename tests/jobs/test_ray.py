@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.engines import rank_parts
+from adapterkit.engines.ray import threads
 from adapterkit.engines.ray_parts import Joiner
 from adapterkit.errors import Refused, Unrecoverable
 from tests.golden.inputs import ADAPTER_CONFIG, CONFIG, create_inputs
@@ -331,6 +332,14 @@ def test_a_lost_node(cluster: Any, drive: Callable[..., Driver], large: Path):
     finally:
         cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
         cluster.wait_for_nodes()
+
+
+@pytest.mark.parametrize("workers, places, files, expected", [
+    (2, 1, 16, 1), (16, 4, 163, 2), (64, 2, 1000, 8),  # an eighth of a machine
+    (16, 4, 1, 16), (16, 4, 4, 16), (16, 4, 6, 10), (1, 2, 1, 1), (2, 1, 0, 2),  # fewer files
+])  # fmt: skip
+def test_cores_of_a_task(workers: int, places: int, files: int, expected: int):
+    assert threads(workers, places, files) == expected
 
 
 def test_without_ray(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
