@@ -1,7 +1,6 @@
 """Float64 checks of an output: sampled rows are computed again from the inputs and compared."""
 
 import math
-import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +13,13 @@ from torch import Tensor
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.header import TensorSpec, read_header
+from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.shard_result import ShardResult
+from adapterkit.checkpoint.system import cores
+from adapterkit.engines.computed import in_order
 from adapterkit.engines.file_checks import check_file, check_files
 from adapterkit.engines.reader import LocalReader
-from adapterkit.errors import AdapterkitError, Damaged, Failed, refuse_all, shown
+from adapterkit.errors import Damaged, Failed, refuse_all, shown
 from adapterkit.plan import Loaded, Plan, Shard, Step
 from adapterkit.receipt import AGAIN, read_receipt
 from adapterkit.tasks.compensated import CompensatedStep, before_rounding
@@ -26,20 +28,80 @@ from adapterkit.tasks.rows import arithmetic, rounded
 from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts
 from adapterkit.weights.reader import ReaderView
 
+THREADS = 4  # that recompute; each holds a whole weight where its format needs that
+Specs = dict[str, TensorSpec]  # by key
 CHUNK = 1 << 18  # elements that are float64 at a time
 # of a row's largest magnitude: what arithmetic may be wrong by
 SLACK = {torch.float32: 2.0**-20, torch.float64: 2.0**-44}
 SLACK_OF_SUMS = 2.0**-16  # the same of a tensor's, where errors of all columns are summed
 
 
-class Check(NamedTuple):
+class RowCheck:
+    """What `merge --verify` looks at, and the sum of what it saw: the finished folder, or each file
+    before it leaves for the Hub."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.result: dict[str, Any] = {}
+
+    def __call__(self, folder: Path) -> None:
+        out = LocalFolder(folder)
+        self.result = check_files(out, read_receipt(out)) | check_rows(out, self.plan)
+
+    def check_file(self, folder: Path, plan: Plan, result: ShardResult) -> None:
+        """Look at the one file of this plan."""
+        out = LocalFolder(folder)
+        check_file(out, result.file, result.sha256, result.marks, lambda done: None)
+        seen = {"files": 1, "bytes": result.size, **check_rows(out, plan)}
+        sums = {name: self.result.get(name, 0) + count for name, count in seen.items()}
+        self.result = sums | {"hash": "sha256" if result.sha256 else "none"}
+
+
+def check_rows(out: Folder, plan: Plan) -> dict[str, Any]:
+    """Recompute rows of every changed tensor from the inputs in float64: how many rows and tensors
+    those are. `Damaged` with all that is wrong."""
+    specs = {s.key: s for shard in plan.shards for s in read_header(out, shard.file).tensors}
+    checks = list(_checks(plan))
+    with Sources(plan.folders, dict(plan.identities)) as sources, Sources((out,), {}) as written:
+        inputs, stored = (
+            LocalReader(files, torch.device("cpu"), torch.float64) for files in (sources, written)
+        )
+
+        def run(check: _TensorCheck) -> Checked:
+            torch.set_num_threads(1)  # this thread's
+            with torch.inference_mode():
+                return check.run(inputs, stored, specs)
+
+        threads = torch.get_num_threads()
+        try:
+            results = list(in_order(run, checks, min(THREADS, cores())))
+        finally:
+            torch.set_num_threads(threads)
+    refuse_all(
+        [
+            Damaged(result.wrong, expected=check.expected, where=shown(check.step.key), hint=AGAIN)
+            for check, result in zip(checks, results, strict=True)
+            if result.wrong is not None
+        ]
+    )
+    rows = sum(result.rows for result in results)
+    if checks and not rows:
+        raise Failed(
+            "no row was recomputed: every changed tensor is empty",
+            where=out.label,
+            hint="check the base and the adapters",
+        )
+    return {"rows": rows, "tensors": len(checks)}
+
+
+class Checked(NamedTuple):
     """What came of one tensor: how many rows were recomputed, and the first value that is wrong."""
 
     rows: int
     wrong: str | None = None
 
 
-def changed_tensors(plan: Plan) -> Iterator["FloatCheck | CodeCheck | CompensatedCheck"]:
+def _checks(plan: Plan) -> Iterator["_TensorCheck"]:
     """A check of every tensor that a plan does not copy."""
     for shard in plan.shards:
         if isinstance(shard, Shard):
@@ -63,9 +125,10 @@ class FloatCheck:
     step: Step
     expected = "W + Σ weight·scale·b@a, rounded"
 
-    def run(self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]) -> Check:
-        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: its tensors by
-        key."""
+    def run(
+        self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]
+    ) -> Checked:
+        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
         step, origin = self.step, _Source(self.step, inputs)
         for row in origin.sample:
             exact = origin.edited(row, row + 1)
@@ -76,11 +139,11 @@ class FloatCheck:
             low, high = (rounded(exact + by, step, position).double() for by in (-slack, slack))
             bad = ~((low <= stored) & (stored <= high))
             if bool(bad.any()):
-                return Check(
+                return Checked(
                     len(origin.sample),
                     _difference(bad, stored, rounded(exact, step, position), row),
                 )
-        return Check(len(origin.sample))
+        return Checked(len(origin.sample))
 
 
 @dataclass(frozen=True)
@@ -92,9 +155,10 @@ class CodeCheck:
     packed: QuantizedWeight
     expected = "W + Σ weight·scale·b@a, encoded"
 
-    def run(self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]) -> Check:
-        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: its tensors by
-        key."""
+    def run(
+        self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]
+    ) -> Checked:
+        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
         origin = _Source(self.step, inputs)
         after = {part.key: written.stored(specs[part.key]) for part in self.packed.parts}
         alone = (
@@ -106,7 +170,7 @@ class CodeCheck:
             else [(0, origin.height)]
         )
         wrong = (self._wrong(origin, after, first, last) for first, last in ranges)
-        return Check(sum(last - first for first, last in ranges), next(filter(None, wrong), None))
+        return Checked(sum(last - first for first, last in ranges), next(filter(None, wrong), None))
 
     def _wrong(
         self, origin: "_Source", after: dict[str, Tensor], first: int, last: int
@@ -160,9 +224,10 @@ class CompensatedCheck:
     packed: QuantizedWeight | None  # the format, if it is written in one
     expected = "W + Σ weight·scale·b@a, rounded with compensation"
 
-    def run(self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]) -> Check:
-        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: its tensors by
-        key."""
+    def run(
+        self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]
+    ) -> Checked:
+        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
         origin, compensation = _Source(self.step, inputs), self.step.compensation
         assert compensation is not None
         exact = torch.cat([origin.edited(*piece) for piece in origin.pieces(0, origin.height)])
@@ -171,7 +236,7 @@ class CompensatedCheck:
         original = origin.rows(0, origin.height)
         same = self.packed is not None and torch.equal(stored, original)
         if same and float((exact - original).abs().amax()) <= slack:
-            return Check(count)  # what does not change keeps its bytes
+            return Checked(count)  # what does not change keeps its bytes
         turn = (lambda m: m.T) if self.by_columns else (lambda m: m)
         before = turn(before_rounding(inputs, compensation, turn(exact), turn(stored)))
         low = high = value = self._rounded(origin, exact, before).double()
@@ -182,7 +247,7 @@ class CompensatedCheck:
                     other = self._rounded(origin, exact + by, beside).double()
                     low, high = torch.minimum(low, other), torch.maximum(high, other)
             bad = ~((low - slack <= stored) & (stored <= high + slack))
-        return Check(count, _difference(bad, stored, value, 0) if bool(bad.any()) else None)
+        return Checked(count, _difference(bad, stored, value, 0) if bool(bad.any()) else None)
 
     @property
     def by_columns(self) -> bool:
@@ -204,6 +269,9 @@ class CompensatedCheck:
         columns = (before.T if turned else before).float().T.contiguous()
         values = torch.stack([rounder(w, number) for number, w in enumerate(columns)])
         return values if turned else values.T
+
+
+_TensorCheck = FloatCheck | CodeCheck | CompensatedCheck
 
 
 def _difference(bad: Tensor, stored: Tensor, expected: Tensor, row: int) -> str:
@@ -304,78 +372,3 @@ class _Source:
         for edit in self.edits:
             edit.apply(rows, first)
         return rows
-
-
-THREADS = 4  # that recompute; each holds a whole weight where its format needs that
-
-
-def verify_against(folder: Path, plan: Plan) -> dict[str, Any]:
-    """What `merge --verify` does at its end: hashes, keys, and rows."""
-    out = LocalFolder(folder)
-    return check_files(out, read_receipt(out)) | check_rows(out, plan)
-
-
-class RowCheck:
-    """What `merge --verify` looks at, and the sum of what it saw: the finished folder, or each file
-    before it leaves for the Hub."""
-
-    def __init__(self, plan: Plan):
-        self.plan = plan
-        self.result: dict[str, Any] = {}
-
-    def __call__(self, folder: Path) -> None:
-        self.result = verify_against(folder, self.plan)
-
-    def check_file(self, folder: Path, plan: Plan, result: ShardResult) -> None:
-        """Look at the one file of this plan."""
-        out = LocalFolder(folder)
-        check_file(out, result.file, result.sha256, result.marks, lambda done: None)
-        seen = {"files": 1, "bytes": result.size, **check_rows(out, plan)}
-        sums = {name: self.result.get(name, 0) + count for name, count in seen.items()}
-        self.result = sums | {"hash": "sha256" if result.sha256 else "none"}
-
-
-def check_rows(out: Folder, plan: Plan) -> dict[str, Any]:
-    """Rows of every changed_tensors tensor, recomputed from the inputs in float64 (`recomputed`);
-    `Damaged` listing what is wrong."""
-    import torch
-
-    from adapterkit.checkpoint.reader import Sources
-    from adapterkit.engines.computed import in_order
-    from adapterkit.engines.reader import LocalReader
-    from adapterkit.engines.recompute import Check, CodeCheck, FloatCheck, changed_tensors
-
-    errors: list[AdapterkitError] = []
-    specs = {s.key: s for shard in plan.shards for s in read_header(out, shard.file).tensors}
-    checks = list(changed_tensors(plan))
-    with Sources(plan.folders, dict(plan.identities)) as sources, Sources((out,), {}) as written:
-        inputs, stored = (
-            LocalReader(files, torch.device("cpu"), torch.float64) for files in (sources, written)
-        )
-
-        def run(check: FloatCheck | CodeCheck | CompensatedCheck) -> Check:
-            torch.set_num_threads(1)  # this thread's
-            with torch.inference_mode():
-                return check.run(inputs, stored, specs)
-
-        threads = torch.get_num_threads()
-        try:
-            results = list(in_order(run, checks, min(THREADS, len(os.sched_getaffinity(0)))))
-        finally:
-            torch.set_num_threads(threads)
-    for check, result in zip(checks, results, strict=True):
-        if result.wrong is not None:
-            errors.append(
-                Damaged(
-                    result.wrong, expected=check.expected, where=shown(check.step.key), hint=AGAIN
-                )
-            )
-    refuse_all(errors)
-    rows = sum(result.rows for result in results)
-    if checks and not rows:
-        raise Failed(
-            "no row was recomputed: every changed tensor is empty",
-            where=out.label,
-            hint="check the base and the adapters",
-        )
-    return {"rows": rows, "tensors": len(checks)}

@@ -4,43 +4,26 @@ names as the base's file has them, one rank and scale; and what they do not read
 import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
-from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
-from adapterkit.formats.experts import Stack, split_experts, stack_experts
+from adapterkit.formats.base import NamedBase
+from adapterkit.formats.experts import split_experts, stack_experts
 from adapterkit.formats.kinds import COPY, EXPERTS, FACTORS, PARAMETER, PLAIN, TOKENS, VALUE
 from adapterkit.formats.record import Contents, Module
 from adapterkit.formats.same_delta import uniform
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Constant, Expression, StoredReader
 from adapterkit.formats.write import unsupported
-from adapterkit.weights.names import Names
 
 SINGLE = re.compile(r"\.experts\.\d+\.")  # in the name of a module of one expert
 GIVE_BASE = "give --base, the model that the adapter is for"
 MERGE = "merge it: adapterkit merge BASE ADAPTER --out DIR"
 
 
-@dataclass(frozen=True)
-class Model:
-    """The base of an adapter: its file, the names of its parameters, its stacks of experts."""
-
-    base: Checkpoint
-    names: Names
-    stacks: Mapping[str, Stack]
-
-    @cached_property
-    def by_key(self) -> dict[str, str]:
-        """The parameter that each stored tensor is, where it is a whole one."""
-        parameters = [self.names.parameter(name) for name in self.names.all()]
-        return {one.slots[0].key: one.name for one in parameters if one is not None and one.whole}
-
-
 def arranged(
-    contents: Contents, form: Format, model: Model | None, reader: StoredReader
+    contents: Contents, form: Format, model: NamedBase | None, reader: StoredReader
 ) -> Contents:
     """The contents as the dialect has them; `Refused` with all that its readers do not take, and
     where it depends on a base that is not given."""
@@ -90,7 +73,7 @@ def without_copies(modules: Sequence[Module], form: Format) -> tuple[list[Module
     return [m for m in modules if m.kind != COPY], [note]
 
 
-def _undecided(contents: Contents, model: Model | None) -> list[AdapterkitError]:
+def _undecided(contents: Contents, model: NamedBase | None) -> list[AdapterkitError]:
     """Refusals of factors of parameters of which the file leaves open which they are of, or which
     way round."""
     modules = list(dict.fromkeys(m.path for m in contents.modules if m.kind == PARAMETER))
@@ -147,7 +130,7 @@ def refusals(contents: Contents, form: Format) -> list[AdapterkitError]:
 def _experts(
     modules: Sequence[Module],
     layout: str,
-    model: Model | None,
+    model: NamedBase | None,
     reader: StoredReader,
     where: str,
 ) -> list[Module]:
@@ -179,7 +162,7 @@ def _experts(
 def _zeros_beside(
     modules: Sequence[Module],
     together: Sequence[Sequence[str]],
-    model: Model | None,
+    model: NamedBase | None,
     where: str,
 ) -> list[Module]:
     """Zeros for modules that readers want beside others: k and v beside q. `Refused` with all that
@@ -215,15 +198,15 @@ def _zeros_beside(
     return zeros
 
 
-def _renamed(modules: Sequence[Module], model: Model, *, in_file: bool) -> list[Module]:
+def _renamed(modules: Sequence[Module], model: NamedBase, *, in_file: bool) -> list[Module]:
     """The modules under the base's names: its file's, or those of the model that is loaded.
     `Refused` with all that have none in the file, or several that fit."""
-    names = model.base.tensors if in_file else model.names.all()
+    names = model.checkpoint.tensors if in_file else model.names.all()
     errors: list[AdapterkitError] = []
     result = []
     taken: dict[tuple[str, str, int], str] = {}  # -> the module's name in the adapter
     # single experts are modules of the file alone
-    places = (names,) if in_file else (names, model.base.tensors)
+    places = (names,) if in_file else (names, model.checkpoint.tensors)
     tables = [_by_last_word(place) for place in places]
     for module in modules:
         own = _names_of(module, model, names, in_file)
@@ -243,7 +226,7 @@ def _renamed(modules: Sequence[Module], model: Model, *, in_file: bool) -> list[
             Refused(
                 f"{shown(module.path)}: {problem}",
                 expected="one module of the base",
-                where=model.base.folder.label,
+                where=model.checkpoint.folder.label,
                 hint="check --base: it is not the model that the adapter was trained on",
             )
         )
@@ -259,7 +242,7 @@ def _by_last_word(names: Collection[str]) -> dict[str, list[str]]:
     return modules
 
 
-def _names_of(module: Module, model: Model, names: Collection[str], in_file: bool) -> list[str]:
+def _names_of(module: Module, model: NamedBase, names: Collection[str], in_file: bool) -> list[str]:
     """The base's module that this one is, by its own name or by one that it had before."""
     name = module.name
     if module.kind == EXPERTS:  # a parameter

@@ -1,20 +1,24 @@
-"""What a base says of itself: its architecture, heads, experts."""
+"""The base of an adapter: what its config tells, and the names of its parameters."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, shown
+from adapterkit.formats.experts import Stack
 from adapterkit.formats.library import architectures
 from adapterkit.formats.rows import Heads, model_heads
+from adapterkit.weights.names import Names
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
-class Base:
-    """A base, by its config and keys."""
+class BaseFacts:
+    """What a base's config and keys tell, its config alone too."""
 
     model_type: str
     heads: Heads | None = None
@@ -22,9 +26,25 @@ class Base:
     tied: bool = False  # the head is the embeddings
 
 
-def base_of(config: Mapping[str, Any], keys: Collection[str]) -> Base:
-    """The base with this config.json and these tensors, which tell a tied head where there are
-    any."""
+@dataclass(frozen=True)
+class NamedBase:
+    """A base whose weights are there: its parameters by their names in the model, its stacks of
+    experts."""
+
+    checkpoint: Checkpoint
+    names: Names
+    stacks: Mapping[str, Stack]
+
+    @cached_property
+    def by_key(self) -> dict[str, str]:
+        """The parameter that each stored tensor is, where it is a whole one."""
+        parameters = [self.names.parameter(name) for name in self.names.all()]
+        return {one.slots[0].key: one.name for one in parameters if one is not None and one.whole}
+
+
+def facts_of(config: Mapping[str, Any], keys: Collection[str]) -> BaseFacts:
+    """The facts of the base with this config.json and these tensors, which tell a tied head where
+    there are any."""
     text = config.get("text_config")
     tables = [config, *([text] if isinstance(text, Mapping) else [])]
     counts = [table[key] for table in tables for key in EXPERTS if type(table.get(key)) is int]
@@ -32,11 +52,11 @@ def base_of(config: Mapping[str, Any], keys: Collection[str]) -> Base:
     if keys:
         ties = not any(HEAD in key.split(".") for key in keys)
     experts = counts[0] if counts else None
-    return Base(str(config.get("model_type", "")), model_heads(config), experts, ties)
+    return BaseFacts(str(config.get("model_type", "")), model_heads(config), experts, ties)
 
 
 def architecture_of(
-    model: Base | None,
+    base: BaseFacts | None,
     among: Collection[str],  # names of architectures
     what: str,  # the format, for messages
 ) -> str:
@@ -45,18 +65,18 @@ def architecture_of(
     known = {
         model_type: name for name in among for model_type in architectures()[name].detect.models
     }
-    if model is None:
+    if base is None:
         raise Refused(
             f"{what} is written for one architecture, which the adapter does not tell",
             expected="the model that it was trained on",
             where="options",
             hint="give --base MODEL",
         )
-    if model.model_type not in known:
+    if base.model_type not in known:
         raise Refused(
-            f"a base of model_type {shown(repr(model.model_type))}",
+            f"a base of model_type {shown(repr(base.model_type))}",
             expected=", ".join(sorted(known)),
             where="--base",
             hint="choose another format",
         )
-    return known[model.model_type]
+    return known[base.model_type]

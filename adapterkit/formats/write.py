@@ -6,7 +6,7 @@ from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
-from adapterkit.formats.base import Base, architecture_of
+from adapterkit.formats.base import BaseFacts, architecture_of
 from adapterkit.formats.capabilities import OTHER_FORMAT, lacking, ways_out, word_of
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.fusing import Fusion, fuse, inputs_of
@@ -57,7 +57,7 @@ def write(
     architecture: str | None = None,
     dtype: str | None = None,
     heads: Heads | None = None,
-    base: Base | None = None,
+    base: BaseFacts | None = None,
 ) -> File:
     """The file of these contents. `Refused` with all that the format cannot hold."""
     if not form.writes:
@@ -300,7 +300,7 @@ def _fused(
     architecture: str | None,
     namings: Mapping[str, str],
     heads: Heads | None,
-    base: Base | None,
+    base: BaseFacts | None,
     reader: PlanReader,
 ) -> list[tuple[Module, str]]:
     """The file's modules with their keys without suffix."""

@@ -20,7 +20,7 @@ from adapterkit.formats.parts import scaled_role
 from adapterkit.formats.read import Reading, read
 from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
-from adapterkit.planning.convert.source import Options, model_of, read_contents
+from adapterkit.planning.convert.source import Options, named_base, read_contents
 from adapterkit.planning.sources import open_base, open_unconverted
 from adapterkit.receipt import RECEIPT
 
@@ -87,7 +87,7 @@ def contents_of(path: Path, *, stacked: bool = False, **options: Any) -> Content
     folder = open_unconverted(path, allow_pickle)
     detection = detect(folder)
     checkpoint = None if base is None else open_base(base)
-    model = model_of(checkpoint, detection, formats()["peft"])
+    model = named_base(checkpoint, detection, formats()["peft"])
     asked = Options(detection.form.name, **options)
     contents = read_contents(folder, detection, asked, checkpoint, model)
     if model is None or not stacked:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from adapterkit import dtypes
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
-from adapterkit.formats.adapter_dialects import Model
+from adapterkit.formats.base import NamedBase
 from adapterkit.formats.kinds import FACTORS, PARAMETER
 from adapterkit.formats.library import architectures
 from adapterkit.formats.record import Contents, Module
@@ -38,7 +38,7 @@ def shape_problems(contents: Contents, base: Checkpoint | None) -> list[Adapterk
     return errors
 
 
-def parameter_problems(contents: Contents, model: Model | None) -> list[AdapterkitError]:
+def parameter_problems(contents: Contents, model: NamedBase | None) -> list[AdapterkitError]:
     """Refusals of factors that are of no parameter of the model that target_parameters names."""
     if model is None:
         return []
@@ -58,7 +58,7 @@ def parameter_problems(contents: Contents, model: Model | None) -> list[Adapterk
                 Refused(
                     f"{shown(module.path)}: factors of shapes {a} and {b} for a parameter",
                     expected=f"{known}: the base's parameters that target_parameters names",
-                    where=model.base.folder.label,
+                    where=model.checkpoint.folder.label,
                     hint="give the base that it was trained on, with layers of the same kinds",
                 )
             )

@@ -7,9 +7,9 @@ from adapterkit.adapters.adapter_config import hub_id
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, listed, refuse_all
-from adapterkit.formats.adapter_dialects import Model, arranged, without_copies
+from adapterkit.formats.adapter_dialects import arranged, without_copies
 from adapterkit.formats.adapter_layout import write_layout
-from adapterkit.formats.base import base_of
+from adapterkit.formats.base import NamedBase, facts_of
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.detect import Detection, detect
 from adapterkit.formats.experts import split_experts
@@ -26,8 +26,8 @@ from adapterkit.planning.convert.lossy import lowered, without_zeros
 from adapterkit.planning.convert.source import (
     Options,
     heads_of,
-    model_of,
     modules_of,
+    named_base,
     read_contents,
 )
 from adapterkit.planning.convert.tasks import tasks_of
@@ -48,7 +48,7 @@ def plan_convert(
     of the one file that is wanted; without it, a folder as the format has it."""
     form = format_named(options.to)
     detection = detection or detect(source)
-    model = model_of(base, detection, form)
+    model = named_base(base, detection, form)
     _check_target(form, file)
     contents = read_contents(source, detection, options, base, model)
     _check_source(contents, base, model)
@@ -71,7 +71,7 @@ def _check_target(form: Format, file: str | None) -> None:
         )
 
 
-def _check_source(contents: Contents, base: Checkpoint | None, model: Model | None) -> None:
+def _check_source(contents: Contents, base: Checkpoint | None, model: NamedBase | None) -> None:
     """`Refused` for factors that do not fit the base, and for no modules at all."""
     refuse_all([*shape_problems(contents, base), *parameter_problems(contents, model)])
     if not contents.modules:
@@ -88,11 +88,11 @@ def _shapes(contents: Contents) -> list[tuple]:
     return [(m.name, m.kind, m.rank, m.alpha, tuple(m.parts)) for m in contents.modules]
 
 
-def _in_dialect(contents: Contents, form: Format, model: Model | None) -> Contents:
+def _in_dialect(contents: Contents, form: Format, model: NamedBase | None) -> Contents:
     """The contents as a dialect of PEFT's layout has them, for the base that is given."""
     if form.layout != ADAPTER_LAYOUT:
         return contents
-    name = hub_id(model.base.folder) if model is not None else None
+    name = hub_id(model.checkpoint.folder) if model is not None else None
     if name is not None:
         contents = replace(contents, config={**contents.config, "base_model_name_or_path": name})
     if contents.format == form.name and model is None:
@@ -105,7 +105,7 @@ def _written(
     form: Format,
     options: Options,
     base: Checkpoint | None,
-    model: Model | None,
+    model: NamedBase | None,
     is_rebuilt: bool,
 ) -> File:
     """The file of these contents in a format; `is_rebuilt`: its modules are not the source's."""
@@ -121,7 +121,7 @@ def _written(
         architecture=options.architecture,
         dtype=dtype,
         heads=heads_of(base, contents.config),
-        base=None if base is None else base_of(base.config, base.tensors),
+        base=None if base is None else facts_of(base.config, base.tensors),
     )
     if form.names.style == "underscores" and file.architecture is None and model is not None:
         known = set(modules_of(base, model))
@@ -136,7 +136,7 @@ def _written(
     return replace(file, notes=[*notes, *file.notes])
 
 
-def _single_experts(contents: Contents, form: Format, model: Model | None) -> Contents:
+def _single_experts(contents: Contents, form: Format, model: NamedBase | None) -> Contents:
     """Stacks of experts as modules of single experts, where a format names those."""
     stacks = [m.path for m in contents.modules if m.kind == EXPERTS]
     if not stacks or not form.names.architectures:

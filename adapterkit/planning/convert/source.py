@@ -7,9 +7,9 @@ from typing import Any
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, listed, shown
-from adapterkit.formats.adapter_dialects import Model
 from adapterkit.formats.adapter_kinds import KINDS
 from adapterkit.formats.adapter_layout import read_layout
+from adapterkit.formats.base import NamedBase
 from adapterkit.formats.detect import Detection
 from adapterkit.formats.experts import stacks_of
 from adapterkit.formats.read import Reading, read
@@ -39,7 +39,7 @@ def read_contents(
     detection: Detection,
     options: Options,
     base: Checkpoint | None,
-    model: Model | None = None,
+    model: NamedBase | None = None,
 ) -> Contents:
     """The source's contents, of the components that are asked for."""
     form = detection.form
@@ -80,7 +80,7 @@ def _selected(contents: Contents, component: str | None) -> Contents:
     return replace(contents, modules=tuple(modules))
 
 
-def model_of(base: Checkpoint | None, detection: Detection, form: Format) -> Model | None:
+def named_base(base: Checkpoint | None, detection: Detection, form: Format) -> NamedBase | None:
     """The model of a base where a conversion from or to PEFT's layout can need it."""
     needs_none = ADAPTER_LAYOUT not in (detection.form.layout, form.layout)
     if base is None or not base.tensors or needs_none:  # of a config alone no names are known
@@ -94,10 +94,10 @@ def model_of(base: Checkpoint | None, detection: Detection, form: Format) -> Mod
             hint="keep the config that was saved with the file beside it",
         )
     names = Names(base, task=task, build_model=True)
-    return Model(base, names, stacks_of(names))
+    return NamedBase(base, names, stacks_of(names))
 
 
-def modules_of(base: Checkpoint | None, model: Model | None = None) -> list[str]:
+def modules_of(base: Checkpoint | None, model: NamedBase | None = None) -> list[str]:
     """The modules of a base by its keys, and by the names of its model where that is known."""
     names = set() if base is None else set(base.tensors)
     if model is not None:
