@@ -291,6 +291,7 @@ def _record(kind: type[R], table: Any, where: str) -> R:
     if not isinstance(table, dict):
         raise ValueError(f"{where}: {table!r} is no table")
     hints = get_type_hints(kind)
+    # a dataclass, which no bound of a type variable says
     names = {one.name for one in fields(kind)}  # pyright: ignore[reportArgumentType]
     unknown = set(table) - names
     if unknown:

@@ -148,6 +148,7 @@ def _wrong_shape(
     hint = OTHER_MODEL
     ask = getattr(state.model, "get_input_embeddings", None)
     if ask is not None and spec.shape[1:] == own.shape[1:]:
+        # nn.Module types its attributes as Tensor or Module
         embeddings = [ask(), state.model.get_output_embeddings()]  # type: ignore[operator]
         if any(getattr(module, "weight", None) is own for module in embeddings):
             hint = f"model.resize_token_embeddings({spec.shape[0]}) first, as in training"

@@ -18,6 +18,7 @@ def resized_embeddings(state: State, base: str | None) -> dict[str, Tensor]:
     sizes = vocabulary_sizes(config)
     if not sizes or getattr(model.config, "vocab_size", None) in {None, *sizes}:
         return {}
+    # nn.Module types its attributes as Tensor or Module
     embeddings = [ask(), model.get_output_embeddings()]  # type: ignore[misc,operator]
     return {
         f"{path}.{leaf}": parameter

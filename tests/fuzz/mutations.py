@@ -145,7 +145,7 @@ def _parse_gguf(data: bytes) -> Parts:
         shape = tuple(number("Q") for _ in range(axes))[::-1]
         infos.append((key, shape, number("I"), number("Q")))
     # every value here is a pair, which a checker does not see
-    _, raw = metadata.get("general.alignment", (4, struct.pack("<I", 32)))  # type: ignore[misc]
+    _, raw = metadata.get("general.alignment", (4, struct.pack("<I", 32)))
     align = struct.unpack("<I", raw)[0]
     at += -at % align
     names = {kind: name for name, kind in GGUF_TYPES.items()}

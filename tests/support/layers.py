@@ -89,7 +89,7 @@ class Case:
         return self.x.to(dtype) if self.x.is_floating_point() else self.x
 
     def run(self, model: nn.Module) -> Tensor:
-        return model(self.input(model.head.weight.dtype))  # type: ignore[union-attr]
+        return model(self.input(model.head.weight.dtype))
 
     @contextlib.contextmanager
     def repaired(self) -> Iterator[None]:

@@ -100,11 +100,11 @@ def sd15() -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=vae(),
         text_encoder=clip(size=12),
-        tokenizer=None,  # pyright: ignore[reportArgumentType]
+        tokenizer=None,
         unet=unet_sd15(),
         scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,  # pyright: ignore[reportArgumentType]
-        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
     )
 
@@ -115,8 +115,8 @@ def sdxl() -> StableDiffusionXLPipeline:
         vae=vae(),
         text_encoder=clip(),
         text_encoder_2=clip(CLIPTextModelWithProjection),
-        tokenizer=None,  # pyright: ignore[reportArgumentType]
-        tokenizer_2=None,  # pyright: ignore[reportArgumentType]
+        tokenizer=None,
+        tokenizer_2=None,
         unet=unet_sdxl(),
         scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
     )
@@ -129,11 +129,11 @@ def sd3() -> StableDiffusion3Pipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae(),
         text_encoder=clip(CLIPTextModelWithProjection),
-        tokenizer=None,  # pyright: ignore[reportArgumentType]
+        tokenizer=None,
         text_encoder_2=clip(CLIPTextModelWithProjection),
-        tokenizer_2=None,  # pyright: ignore[reportArgumentType]
+        tokenizer_2=None,
         text_encoder_3=t5(),
-        tokenizer_3=None,  # pyright: ignore[reportArgumentType]
+        tokenizer_3=None,
     )
 
 

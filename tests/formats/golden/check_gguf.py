@@ -68,12 +68,12 @@ def write_bases(root: Path, llama_cpp: Path) -> dict[str, Path]:
     """Tiny models with a tokenizer of bytes, and the same as base.gguf in each folder."""
     text = root / "text"
     text.write_text("\n".join(f"the fox jumps over {i} dogs and {7 * i} cats" for i in range(300)))
-    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
+    sentencepiece.SentencePieceTrainer.train(
         input=str(text), model_prefix=str(root / "tokenizer"), vocab_size=300, byte_fallback=True,
         unk_id=0, bos_id=1, eos_id=END, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     tokenizer = (root / "tokenizer.model").read_bytes()
-    count = sentencepiece.SentencePieceProcessor(str(root / "tokenizer.model")).GetPieceSize()  # pyright: ignore
+    count = sentencepiece.SentencePieceProcessor(str(root / "tokenizer.model")).GetPieceSize()
     sizes: dict[str, Any] = {
         "vocab_size": count, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0,
