@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from tests.hub.test_statistics import base_files as llama_files
 from tests.support.hub_client import TOKEN, Client
 from tests.support.hub_models import CALLS, adapter_files, base_files
 from tests.support.hub_server import Hub
+from tests.support.texts import write_rows
 
 STEPS = """
 [[step]]
@@ -22,6 +24,19 @@ options = { method = "linear" }
 verb = "merge"
 inputs = ["org/base", "org/both"]
 out = "merged"
+"""
+STATISTICS = """
+[[step]]
+verb = "stats"
+inputs = ["org/llama"]
+out = "hf://org/seen:deep/s.safetensors"
+options = { data = "ids.jsonl" }
+
+[[step]]
+verb = "init"
+inputs = ["org/llama"]
+out = "started"
+options = { method = "corda", rank = 2, stats = "org/seen:deep/s.safetensors" }
 """
 RUN = "__import__('adapterkit.jobs.pipeline', fromlist=['']).run_pipeline({!r}, **{!r})"
 
@@ -65,3 +80,21 @@ def test_steps_on_the_hub(place: tuple[Hub, Client], tmp_path: Path):
     (file.parent / "other.toml").write_text(STEPS.replace("0.5", "0.25"))
     file = file.parent / "other.toml"
     assert states() == ["refused"] * 2
+
+
+def test_statistics_on_the_hub(place: tuple[Hub, Client], tmp_path: Path):
+    hub, client = place
+    hub.commit("org/llama", llama_files())
+    write_rows(tmp_path / "ids.jsonl", {"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]})
+    file = tmp_path / "steps.toml"
+    file.write_text(STATISTICS)
+
+    def states(**options: Any) -> list[str]:
+        return [row["state"] for row in client(RUN.format(str(file), options))["steps"]]
+
+    assert states(dry_run=True) == ["planned"] * 2 and "org/seen" not in hub.repos
+    assert states() == ["done"] * 2
+    assert states() == ["done before"] * 2
+    assert len(hub.repos["org/seen"].trees) == 2
+    write_rows(tmp_path / "ids.jsonl", {"input_ids": [1, 2, 3]})
+    assert states(overwrite=True) == ["done"] * 2
