@@ -5,13 +5,12 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from adapterkit.checkpoint.reader import changed
 from adapterkit.checkpoint.shard_result import ShardResult, read_result
-from adapterkit.checkpoint.stage import HANDOFF, RECEIPT, Stage, Workspace
+from adapterkit.checkpoint.stage import HANDOFF, RECEIPT, Stage, Workspace, size_of_file
 from adapterkit.checkpoint.storage import free_bytes
 from adapterkit.errors import AdapterkitError, Failed, Interrupted, Refused, Unrecoverable
 from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Progress, Shard
@@ -142,14 +141,22 @@ def run_in(
 
 
 def _is_of_plan(stage: Stage, plan: Plan, recipe: dict) -> bool:
-    """Whether the stage's receipt is one of this job: others may have written there."""
+    """Whether the stage's receipt is one of this job, and its files are there: others may have
+    written there."""
+    if size_of_file(stage.path / RECEIPT) is None:  # a link
+        return False
     data = (stage.path / RECEIPT).read_bytes()
-    with suppress(ValueError, RecursionError):
+    try:
         receipt = json.loads(data)
-        names = {*(shard.file for shard in plan.shards), *plan.files}
-        is_of_job = is_receipt(receipt) and receipt["recipe"] == public_recipe(recipe)
-        return is_of_job and receipt["files"].keys() == names and is_sealed(data)
-    return False
+    except (ValueError, RecursionError):
+        return False
+    return (
+        is_receipt(receipt)
+        and receipt["recipe"] == public_recipe(recipe)
+        and receipt["files"].keys() == {*(shard.file for shard in plan.shards), *plan.files}
+        and is_sealed(data)
+        and stage.is_whole(receipt["files"])
+    )
 
 
 def _delivered(stage: Stage, receipt: Receipt, push: Push | None) -> Receipt:

@@ -117,7 +117,7 @@ class LocalFolder:
             raise Refused(
                 "not a regular file", where=str(path), hint="give a folder of ordinary files"
             )
-        if path.is_symlink() and not _is_inside(path, self.root):
+        if path.is_symlink() and not _leads_inside(path, self.root):
             raise Refused(
                 f"a link to {shown(os.readlink(path))}",
                 expected=(
@@ -186,21 +186,25 @@ def locate(error: AdapterkitError, folder: Folder) -> None:
 
 def inside(name: str, where: str) -> PurePosixPath:
     """A file name from a file, as a path inside its folder on any system; `Refused` otherwise."""
-    path = PurePosixPath(name)
-    # an absolute path has an empty first part
-    upwards = any(part in ("", ".", "..") for part in name.split("/"))
-    elsewhere = "\\" in name or name[1:2] == ":"
-    if upwards or elsewhere or not name.isprintable() or len(name) > 1000:
+    if not is_plain_path(name):
         raise Refused(
             f"file name {shown(name)!r}",
             expected="a plain name inside the folder",
             where=where,
             hint="rename or remove it",
         )
-    return path
+    return PurePosixPath(name)
 
 
-def _is_inside(link: Path, root: Path) -> bool:
+def is_plain_path(name: str) -> bool:
+    """Whether a file name is a path inside its folder on any system."""
+    # an absolute path has an empty first part
+    upwards = any(part in ("", ".", "..") for part in name.split("/"))
+    elsewhere = "\\" in name or name[1:2] == ":"
+    return not (upwards or elsewhere) and name.isprintable() and len(name) <= 1000
+
+
+def _leads_inside(link: Path, root: Path) -> bool:
     target = link.resolve()
     if target.is_relative_to(root.resolve()):
         return True

@@ -12,11 +12,12 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from adapterkit.checkpoint import storage, system
+from adapterkit.checkpoint.folder import is_plain_path
 from adapterkit.checkpoint.lock import LOCK, Lock
 from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.storage import (
@@ -192,6 +193,12 @@ class Stage:
         """Whether a finished shard is there."""
         return size_of_file(self.path / result.file) == result.size
 
+    def is_whole(self, files: Mapping[str, dict]) -> bool:
+        """Whether the files of a receipt are there, to be published."""
+        sizes = {name: size_of_file(self.path / name) for name in files}
+        # where files are moved one by one, some may have been
+        return self.inside or all(sizes[name] == files[name]["size"] for name in files)
+
     def disk(self, size: int) -> int:
         """Bytes of disk that files of that size take, all together."""
         return size
@@ -290,8 +297,11 @@ class Stage:
         return [entry for _, entry in self._lines()]
 
     def _lines(self) -> list[tuple[bytes, dict]]:
+        path = self.control / JOURNAL
+        if size_of_file(path) is None:
+            return []
         try:
-            lines = (self.control / JOURNAL).read_bytes().splitlines(keepends=True)
+            lines = path.read_bytes().splitlines(keepends=True)
         except OSError:
             return []
         complete: list[tuple[bytes, dict]] = []
@@ -302,7 +312,7 @@ class Stage:
                 entry = None
             if not isinstance(entry, dict) or ("fingerprint" in entry) != (not complete):
                 break
-            if not isinstance(entry.get("recipe", {}), dict):
+            if not _is_sound(entry):
                 break
             complete.append((line, entry))
         return complete
@@ -438,6 +448,19 @@ class Stage:
         if descriptor >= 0:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
+
+
+def _is_sound(entry: dict) -> bool:
+    """Whether a journal's entry has what one of its kind has: others may have written it."""
+    device, old = entry.get("device", "cpu"), entry.get("old", [])
+    return (
+        isinstance(entry.get("fingerprint", ""), str)
+        and isinstance(entry.get("recipe", {}), dict)
+        and isinstance(device, str)
+        and device.isprintable()
+        and isinstance(old, list)
+        and all(isinstance(name, str) and is_plain_path(name) for name in old)
+    )
 
 
 def size_of_file(path: Path) -> int | None:

@@ -71,7 +71,7 @@ class HubStage(Stage):
         entries = self.journal()
         receipt = entries[-1].get("publish") if entries else None
         there = self._published()
-        if resume and receipt is not None and hashlib.sha256(there).hexdigest() == receipt:
+        if resume and there and hashlib.sha256(there).hexdigest() == receipt:
             return "finished"  # the answer to its commit was lost
         is_same = self.published().get("fingerprint") == fingerprint
         return super().state(
@@ -97,6 +97,10 @@ class HubStage(Stage):
 
     def holds(self, result: ShardResult) -> bool:
         return self._has_gone(result.file, result.sha256) or super().holds(result)
+
+    def is_whole(self, files: Mapping[str, dict]) -> bool:
+        left = {n: e for n, e in files.items() if not self._has_gone(n, e["sha256"])}
+        return super().is_whole(left)
 
     def disk(self, size: int) -> int:
         return self.limit  # with the inputs, and never all together
