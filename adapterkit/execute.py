@@ -110,8 +110,11 @@ def run_in(
                 if check is not None:
                     check(out)
                 return _delivered(stage, receipt, push)
-            if state == "publish" and not _is_of_plan(stage, plan, recipe):
-                state = "resume"  # the receipt is made again
+            if state == "publish":
+                if _is_of_plan(stage, plan, recipe):
+                    stage.clear(keep=[*_names(plan), RECEIPT])
+                else:
+                    state = "resume"  # the receipt is made again
             if state != "fresh":
                 check_same_job(stage, recipe)
                 check_alone(stage)
@@ -153,10 +156,15 @@ def _is_of_plan(stage: Stage, plan: Plan, recipe: dict) -> bool:
     return (
         is_receipt(receipt)
         and receipt["recipe"] == public_recipe(recipe)
-        and receipt["files"].keys() == {*(shard.file for shard in plan.shards), *plan.files}
+        and receipt["files"].keys() == _names(plan)
         and is_sealed(data)
         and stage.is_whole(receipt["files"])
     )
+
+
+def _names(plan: Plan) -> set[str]:
+    """The output's files, but for the receipt."""
+    return {*(shard.file for shard in plan.shards), *plan.files}
 
 
 def _delivered(stage: Stage, receipt: Receipt, push: Push | None) -> Receipt:

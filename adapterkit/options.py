@@ -402,17 +402,6 @@ def _engine(name: str, value: Any) -> Any:
     return value if isinstance(value, Executor) else choice(CHOICES["engine"])(name, value)
 
 
-def _repository(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", value, re.ASCII):
-        raise invalid(
-            name,
-            value,
-            "a repository on the Hub, org/name",
-            "give the account's name and the repository's",
-        )
-    return value
-
-
 _share = number("a share above 0, at most 1", lambda value: 0 < value <= 1)
 _above_0 = number("a number above 0", lambda value: value > 0)
 
@@ -447,7 +436,6 @@ CHECKS: dict[str, Check] = {
     "energy": _share,
     "engine": _engine,
     "progress": _progress,
-    "push": _repository,
     "layers": text,
     "rank_for_energy": number("a share, 0 to 1", lambda value: 0 <= value <= 1),
     "seed": whole(0, MOST_SEED),

@@ -478,6 +478,8 @@ def _publish_order(name: str) -> int:
 
 
 def _read_receipt(folder: Path) -> dict:
+    if not (folder / RECEIPT).is_file():  # but a pipe, which never ends
+        return {}
     try:
         receipt = json.loads((folder / RECEIPT).read_text())
     except (OSError, ValueError, RecursionError):
@@ -486,6 +488,8 @@ def _read_receipt(folder: Path) -> dict:
 
 
 def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:

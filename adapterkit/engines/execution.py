@@ -18,7 +18,7 @@ from adapterkit.errors import Refused, shown
 from adapterkit.execute import Engine, run
 from adapterkit.hub.destination import parse_output
 from adapterkit.hub.ids import is_on_hub
-from adapterkit.hub.push import check_push, send
+from adapterkit.hub.push import check_push, repository, send
 from adapterkit.options import Check, StrPath, binder, parse_size, path
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
@@ -52,7 +52,7 @@ def writes(
     says otherwise."""
 
     def wrap(verb: Callable[P, Receipt | Planned]) -> WritingVerb[P, Planned]:
-        bind = binder(verb, {"out": output_folder, **own})
+        bind = binder(verb, {"out": output_folder, "push": repository, **own})
 
         @functools.wraps(verb)
         def written(*args: P.args, **options: P.kwargs) -> Receipt | Planned:

@@ -94,6 +94,8 @@ class Finish(Executor):
             join(ranks, shard, ranges, hashed=hashed)
         ranks.leave()
         markers = ranks.markers(names)
+        if len(markers) < len(names):
+            raise _gone(next(name for name in names if name not in markers))
         head = {key: value for key, value in head.items() if key != "ranks"}
         head["device"] = markers[names[0]]["device"]
         adopt(stage, ranks, [head, *({"shard": entry["shard"]} for entry in markers.values())])
@@ -106,12 +108,16 @@ class Finish(Executor):
 def _nothing_left(plan: Plan, shards: list[Shard | Computed], *_: Any, **__: Any) -> None:
     """The engine of a job whose files are all there."""
     if shards:
-        raise Failed(
-            "a file has gone",
-            expected="the files of the ranks",
-            where=shards[0].file,
-            hint="make the plan again with --overwrite",
-        )
+        raise _gone(shards[0].file)
+
+
+def _gone(name: str) -> Failed:
+    return Failed(
+        "a file has gone",
+        expected="the files of the ranks",
+        where=name,
+        hint="make the plan again with --overwrite",
+    )
 
 
 def _both(check: Check | None, verify: bool) -> Check | None:

@@ -8,6 +8,7 @@ import torch
 
 from adapterkit.checkpoint.rank_stage import JOINED, RankStage, part_of
 from adapterkit.checkpoint.shard_result import ShardResult, are_metrics
+from adapterkit.checkpoint.stage import size_of_file
 from adapterkit.engines.joined_file import JoinedFile
 from adapterkit.engines.metrics import TensorMetrics
 from adapterkit.engines.pieces import Part, cut, part_name
@@ -102,7 +103,7 @@ def join(
         stage.mark(result.file, {"shard": vars(result), **same, "seconds": seconds, **more})
 
     whole = JoinedFile(stage.path, shard, hashed=hashed)
-    if not (entries[0].get(JOINED) and whole.path.exists()):
+    if size_of_file(stage.path / names[0]) is not None:  # else the file has its bytes
         whole.remove()
         stage.mark(names[0], entries[0] | {JOINED: True})
         whole.begin(names[0])

@@ -12,11 +12,12 @@ from adapterkit.hub.destination import Destination, repositories
 from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.ids import HubId, parse
 from adapterkit.hub.upload import LocalFile, Uploaded, commit, groups, upload
+from adapterkit.options import invalid
 
 
 def check_push(repo: str, names: Collection[str]) -> None:
     """`Refused` where files of these names could not be pushed: before they are made."""
-    destination = Destination(_target(repo))
+    destination = Destination(HubId(repository("push", repo)))
     with quiet_library():
         destination.check_account()
         destination.check_files(names)
@@ -42,7 +43,7 @@ def push(
     the upload broke or the repository changed meanwhile: nothing is committed then, and a second
     run uploads only what is missing.
     """
-    sizes, target = _finished_files(folder), _target(repo)
+    sizes, target = _finished_files(folder), HubId(repository("push", repo))
     files = [LocalFile(name, Path(folder, name), size) for name, size in sizes.items()]
     receipt = read_json(LocalFolder(folder), RECEIPT) if RECEIPT in sizes else {}
     destination = Destination(target, sorted(repositories(receipt)))
@@ -83,13 +84,14 @@ def _finished_files(folder: Path) -> dict[str, int]:
     return files
 
 
-def _target(repo: str) -> HubId:
-    target = parse(repo)
-    if target is None or target.revision or target.subfolder:
-        raise Refused(
-            f"{shown(repo)!r}",
-            expected="a repository, `org/name`, without revision or folder",
-            where="the place to push to",
-            hint="give your account's or organization's name and the repository's",
+def repository(name: str, value: Any) -> str:
+    """A repository on the Hub."""
+    hub_id = parse(value) if isinstance(value, str) else None
+    if hub_id is None or hub_id.revision or hub_id.subfolder:
+        raise invalid(
+            name,
+            value,
+            "a repository on the Hub, org/name, without revision or folder",
+            "give your account's or organization's name and the repository's",
         )
-    return target
+    return value

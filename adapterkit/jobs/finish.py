@@ -4,14 +4,14 @@ import shlex
 from pathlib import Path
 
 from adapterkit.engines.rank_finish import Finish
-from adapterkit.hub.push import send
+from adapterkit.hub.push import repository, send
 from adapterkit.jobs.plan_file import again, read_plan
 from adapterkit.options import StrPath, checked
 from adapterkit.plan import Progress
 from adapterkit.receipt import Receipt
 
 
-@checked()
+@checked(push=repository)
 def finish(
     file: StrPath,
     *,

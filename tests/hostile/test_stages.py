@@ -1,0 +1,301 @@
+"""Stages, joins of parts, receipts of older outputs and pipelines with a push that others wrote:
+each is done again, or one refusal."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import adapterkit
+from adapterkit.checkpoint import stage as stages
+from adapterkit.checkpoint.stage import Stage
+from adapterkit.engines import pieces, rank_parts
+from adapterkit.errors import AdapterkitError, MultipleErrors
+from adapterkit.jobs.pipeline import run_pipeline
+from adapterkit.receipt import seal_receipt
+from adapterkit.tasks import rows
+from tests.support.raw_files import base, plain
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WEIGHTS, RECEIPT = "model.safetensors", "adapterkit.json"
+NAMES = {"README.md", RECEIPT, "config.json", WEIGHTS}
+SECRET = b"nobody's business"
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch) -> Path:
+    """The folder of the jobs; beside it lies a file that nothing may touch."""
+    folder = tmp_path / "work"
+    base().write(folder / "base")
+    plain().folder().write(folder / "adapter")
+    (tmp_path / "secret").write_bytes(SECRET)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def merge(**options: Any) -> dict[str, Any]:
+    return adapterkit.merge("base", ["adapter"], out="out", **options).data
+
+
+def expected() -> dict[str, bytes]:
+    adapterkit.merge("base", ["adapter"], out="alone")
+    return contents(Path("alone"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files but for the receipt; none may be a link."""
+    assert {path.name for path in folder.iterdir()} == NAMES
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    return {name: (folder / name).read_bytes() for name in NAMES - {RECEIPT}}
+
+
+def refused(call: Callable[[], Any], problem: str = ".") -> None:
+    with pytest.raises(AdapterkitError, match=problem) as caught:
+        call()
+    error = caught.value
+    assert "\x1b" not in str(error)
+    for one in error.errors if isinstance(error, MultipleErrors) else (error,):
+        assert one.problem and one.expected and one.where and one.hint, one
+
+
+# -- a stage of which only the name is missing ---------------------------------------------------
+
+CONTROL = Path(".out.adapterkit")
+
+
+@pytest.fixture
+def unpublished(work: Path, monkeypatch) -> Path:
+    """The stage of a merge that was stopped before it got its name."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "publish", lambda self: exec("raise KeyboardInterrupt"))
+        with pytest.raises(AdapterkitError):
+            merge()
+    return CONTROL / "out"
+
+
+def with_receipt(data: bytes) -> None:
+    """As whoever may write the stage may write its journal."""
+    (CONTROL / "out" / RECEIPT).write_bytes(data)
+    journal = CONTROL / "journal.jsonl"
+    *lines, _ = journal.read_text().splitlines()
+    entry = {"publish": hashlib.sha256(data).hexdigest(), "old": []}
+    journal.write_text("\n".join([*lines, json.dumps(entry)]) + "\n")
+
+
+def sealed(good: dict, **more: Any) -> bytes:
+    timings = {key: value for key, value in good["timings"].items() if key != "seal"}
+    return seal_receipt(good | more | {"timings": timings})
+
+
+def test_receipts_that_others_wrote_into_a_stage(unpublished: Path):
+    good, whole = json.loads((unpublished / RECEIPT).read_bytes()), expected()
+    more = {"size": len(SECRET), "sha256": None}
+    forged = [b"", b"[]", b"{}", b"[" * 100_000, b"\xff", json.dumps(good).encode()]
+    forged += [sealed(good, **{key: 7}) for key in ("recipe", "totals", "notes", "keys", "files")]
+    forged += [
+        sealed(good, files=good["files"] | {name: more})
+        for name in ("../../../secret", str(Path("../secret").absolute()), "x")
+    ]
+    forged.append(sealed(good, files={WEIGHTS: good["files"][WEIGHTS]}))
+    forged.append(sealed(good, recipe=good["recipe"] | {"verb": "another"}))
+    shutil.copytree(CONTROL, "kept")
+    for data in forged:
+        with_receipt(data)
+        receipt = merge(resume=True, verify=True)
+        assert set(receipt["files"]) == NAMES - {RECEIPT} and contents(Path("out")) == whole
+        shutil.rmtree("out")
+        shutil.copytree("kept", CONTROL, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "missing"])
+def test_what_stands_in_a_stage_for_a_file(unpublished: Path, name: str, kind: str):
+    path, kept, whole = unpublished / name, Path("../kept"), expected()
+    path.rename(kept)
+    if kind == "link":
+        path.symlink_to(kept.absolute())
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    merge(resume=True, verify=True)
+    assert contents(Path("out")) == whole
+
+
+def test_what_lies_in_a_stage_beside_is_not_published(unpublished: Path):
+    whole = expected()
+    (unpublished / "pytorch_model.bin").write_bytes(b"pickle")
+    (unpublished / "link").symlink_to(Path("../secret").absolute())
+    (unpublished / "deep").mkdir()
+    (unpublished / "deep" / "link").symlink_to("/etc")
+    merge(resume=True)
+    assert contents(Path("out")) == whole and Path("../secret").read_bytes() == SECRET
+
+
+@pytest.mark.parametrize("old", [
+    ["../../../secret"], ["../../secret"], ["deep/../../../secret"], "secret", [7], {"x": 1},
+])  # fmt: skip
+def test_what_a_journal_calls_an_older_file_is_in_the_folder(work: Path, monkeypatch, old: Any):
+    """Where the files move into a folder one by one, its older ones are removed."""
+    monkeypatch.setattr(stages, "is_mount", lambda path: path.name == "out")
+    Path("out").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "publish", lambda self: exec("raise KeyboardInterrupt"))
+        with pytest.raises(AdapterkitError):
+            merge()
+    journal = Path("out/.adapterkit/journal.jsonl")
+    *lines, last = journal.read_text().splitlines()
+    named = old if old != ["../../../secret"] else [str(Path("../secret").absolute())]
+    journal.write_text("\n".join([*lines, json.dumps(json.loads(last) | {"old": named})]) + "\n")
+    merge(resume=True)
+    assert contents(Path("out")) == expected() and Path("../secret").read_bytes() == SECRET
+
+
+@pytest.mark.parametrize("device", [7, None, "\x1b[31m", ["cpu"], "cuda x, torch 2"])
+def test_a_journal_of_another_device(unpublished: Path, device: Any):
+    journal = CONTROL / "journal.jsonl"
+    head, *lines = journal.read_text().splitlines()
+    journal.write_text("\n".join([json.dumps(json.loads(head) | {"device": device}), *lines]))
+    if isinstance(device, str) and device.isprintable():
+        refused(lambda: merge(resume=True), "another device")
+    else:
+        merge(resume=True)
+        assert contents(Path("out")) == expected()
+
+
+# -- parts ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(work: Path, monkeypatch) -> Path:
+    """The folder of the ranks of a merge in two parts, both made."""
+    monkeypatch.setattr(rank_parts, "LEAST", 1)
+    monkeypatch.setattr(pieces, "RUN", 64)
+    monkeypatch.setattr(rows, "ELEMENTS", 16)
+    adapterkit.write_plan("p.json", "merge", "base", ["adapter"], out="out")
+    for rank in ("0/2", "1/2"):
+        adapterkit.run("p.json", rank=rank)
+    (folder,) = (CONTROL / "ranks").iterdir()
+    return folder
+
+
+def finished(whole: dict[str, bytes]) -> None:
+    """By a rank and finish, whatever was there."""
+    adapterkit.run("p.json")
+    adapterkit.finish("p.json", verify=True)
+    assert contents(Path("out")) == whole
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "missing", "short", "long"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_stands_for_a_part(parts: Path, kind: str, number: int):
+    whole = expected()
+    path = sorted((parts / "out").glob(f"{WEIGHTS}@*"))[number]
+    kept = path.rename(Path("../kept"))
+    data = kept.read_bytes()
+    if kind == "link":
+        path.symlink_to(kept.absolute())
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes(data[:-1] if kind == "short" else data + b"\0")
+    refused(lambda: adapterkit.finish("p.json"), "files are not there")
+    if kind == "folder":
+        path.rmdir()
+    finished(whole)
+    assert kept.read_bytes() == data
+
+
+@pytest.mark.parametrize("joined", [True, 1, "x", [1]])
+@pytest.mark.parametrize("kind", ["link", "pipe", "missing", "short"])
+def test_a_part_that_calls_itself_joined(parts: Path, joined: Any, kind: str):
+    """Then its bytes are where the file grows; what lies there may be no file."""
+    whole, grown = expected(), parts / "out" / f"{WEIGHTS}.part"
+    marker = min((parts / "marks").glob(f"{WEIGHTS}@0-*.json"))
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"joined": joined}))
+    if kind == "link":
+        grown.symlink_to(Path("../secret").absolute())
+    elif kind == "pipe":
+        os.mkfifo(grown)
+    elif kind == "short":
+        grown.write_bytes(b"x")
+    adapterkit.finish("p.json", verify=True)
+    assert contents(Path("out")) == whole and Path("../secret").read_bytes() == SECRET
+
+
+def test_more_parts_than_the_file_has(parts: Path):
+    """Of other places, of one byte, of none: the file is tiled with what is whole."""
+    whole = expected()
+    marker = min((parts / "marks").glob(f"{WEIGHTS}@0-*.json"))
+    entry = json.loads(marker.read_text())
+    for start, stop in [(0, 1), (1, 2), (2, 2), (3, 1), (5, 9), (0, 1 << 70)]:
+        name = f"{WEIGHTS}@{start}-{stop}"
+        size = max(0, min(stop - start, 100))
+        (parts / "out" / name).write_bytes(b"\0" * size)
+        shard = entry["shard"] | {"file": name, "size": size, "metrics": {}}
+        (parts / "marks" / f"{name}.json").write_text(json.dumps(entry | {"shard": shard}))
+    adapterkit.finish("p.json", verify=True)
+    assert contents(Path("out")) == whole
+
+
+# -- pipelines -----------------------------------------------------------------------------------
+
+STEP = '[[step]]\nverb = "merge"\ninputs = ["base", "adapter"]\nout = "out"\n'
+
+
+def states() -> list[str]:
+    return [row["state"] for row in run_pipeline("steps.toml")["steps"]]
+
+
+@pytest.mark.parametrize("change", [
+    {"files": 7}, {"files": {WEIGHTS: 7}}, {"files": {WEIGHTS: {"size": "x"}}}, {"notes": 7},
+    {"notes": [7]}, {"timings": {}}, {"totals": []}, {"recipe": "x"}, {"adapterkit": 2},
+])  # fmt: skip
+def test_an_older_output_whose_receipt_is_none(work: Path, change: dict):
+    Path("steps.toml").write_text(STEP)
+    assert states() == ["done"] and states() == ["done before"]
+    receipt = Path("out", RECEIPT)
+    receipt.write_text(json.dumps(json.loads(receipt.read_bytes()) | change))
+    assert states() == ["refused"]
+    refused(lambda: merge(resume=True), "did not write")
+    refused(lambda: adapterkit.verify("out"))
+
+
+@pytest.mark.parametrize("pipeline", [7, [], {}, {"inputs": 7}, {"id": [], "inputs": None}])
+def test_a_receipt_of_another_pipeline(work: Path, pipeline: Any):
+    """It is no output of this one: neither done nor replaced."""
+    Path("steps.toml").write_text(STEP)
+    assert states() == ["done"]
+    receipt = Path("out", RECEIPT)
+    data = json.loads(receipt.read_bytes())
+    receipt.write_text(json.dumps(data | {"pipeline": pipeline, "fingerprint": "x"}))
+    assert states() == ["refused"]
+
+
+@pytest.mark.parametrize("push", [
+    '"x"', '"../x"', '"org/x@main"', '"hf://org/x"', '"org/x:y"', "7", '["org/x"]', "true",
+    '"\\u001b[31m/x"', '""',
+])  # fmt: skip
+def test_a_push_to_no_repository(work: Path, push: str):
+    """It is refused in planning: before any step is carried out, or the Hub asked."""
+    second = STEP.replace('"out"', '"second"')
+    text = f"{STEP}\n{second}options = {{ push = {push} }}\n"
+    Path("steps.toml").write_text(text)
+    rows = run_pipeline("steps.toml")["steps"]
+    assert [row["state"] for row in rows] == ["planned", "refused"]
+    assert "\x1b" not in rows[1]["message"] and not Path("out").exists()
+
+
+def test_a_push_of_an_output_on_the_hub(work: Path):
+    text = STEP.replace('"out"', '"hf://org/x"') + 'options = { push = "org/y" }\n'
+    Path("steps.toml").write_text(text)
+    (row,) = run_pipeline("steps.toml", dry_run=True)["steps"]
+    assert row["state"] == "refused" and "one place" in row["message"]
