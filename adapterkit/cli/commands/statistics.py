@@ -83,6 +83,7 @@ def stats(base: str, **options: Any) -> None:
     Example:
       adapterkit stats ./model --data texts.jsonl --out stats.safetensors
       adapterkit stats ./model --data chats.jsonl --what pca,gradient --out stats.safetensors
+      adapterkit stats org/model --data texts.jsonl --out hf://me/statistics:model.safetensors
     """
     from adapterkit.verbs.stats import stats as verb
 
