@@ -17,6 +17,7 @@ LOADABLE = re.compile(
     r"((diffusion_)?pytorch_model|adapter_model|model)[^/]*\.(safetensors|bin)(\.index\.json)?"
 )
 
+MOST_SOURCES = 100  # of which the Hub is asked whether they are private
 
 FOLDER = "hf://org/name[@branch][:folder]"
 FILE = "hf://org/name[@branch]:path/file.safetensors"
@@ -66,15 +67,20 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _why_private(source: str) -> str | None:
-    """Why what is made of a repository is not for everybody; None where it is."""
+def _why_private(sources: Collection[str]) -> str | None:
+    """Why what is made of these repositories is not for everybody; None where it is."""
     from huggingface_hub import HfApi
 
-    try:
-        info = retry(lambda: HfApi().model_info(source), HubId(source))
-    except Refused:  # gone, or of others
-        return f"{source}, of which it was made, cannot be seen"
-    return f"{source} is private" if info.private else None
+    if len(sources) > MOST_SOURCES:
+        return f"it was made of more than {MOST_SOURCES} repositories"
+    for source in sources:
+        try:
+            info = retry(lambda source=source: HfApi().model_info(source), HubId(source))
+        except Refused:  # gone, or of others
+            return f"{source}, of which it was made, cannot be seen"
+        if info.private:
+            return f"{source} is private"
+    return None
 
 
 def _role() -> str | None:
@@ -187,7 +193,7 @@ class Destination:
             return
         with explained_errors(self.hub_id):
             if not self._has_repo():
-                why = next(filter(None, map(_why_private, self.sources)), None)
+                why = _why_private(self.sources)
                 create = lambda: api.create_repo(repo, private=bool(why) or None, exist_ok=True)
                 retry(create, self.hub_id)
                 if why:

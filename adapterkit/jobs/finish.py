@@ -35,6 +35,6 @@ def finish(
     with again():
         receipt = call.run(engine=executor, resume=True, progress=progress, **more)
     assert isinstance(receipt, Receipt)
-    if push is not None:
+    if push is not None and push != call.arguments.get("push"):  # else it is there by now
         receipt.data["pushed"] = send(Path(receipt.out), push)
     return receipt

@@ -101,6 +101,9 @@ def test_a_plan_file_with_nonsense(work: Path, key: str):
     ({"device": "card"}, "--device"),
     ({"memory": "1e400GB"}, "--memory"),
     ({"ray_address": "somewhere:1"}, "--ray-address"),
+    ({"push": "../x"}, "--push"),
+    ({"push": "org/x@main"}, "--push"),
+    ({"push": ["org/x"]}, "--push"),
     ({"adapters": [[["x"]]]}, "--adapters"),
     ({"adapters": {"adapter": "x"}}, "--adapters"),
 ])  # fmt: skip

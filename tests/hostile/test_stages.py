@@ -269,6 +269,19 @@ def test_an_older_output_whose_receipt_is_none(work: Path, change: dict):
     refused(lambda: adapterkit.verify("out"))
 
 
+@pytest.mark.parametrize("change", [
+    {"files": 7}, {"files": {"../../secret": {"size": len(SECRET), "sha256": None}}},
+    {"files": {"../../secret": 7}}, {"keys": {WEIGHTS: 7}}, {"recipe": {"verb": "merge"}},
+    {"recipe": {"verb": 7, "options": [], "inputs": {}}},
+])  # fmt: skip
+def test_a_sealed_receipt_that_is_none(work: Path, change: dict):
+    merge()
+    receipt = Path("out", RECEIPT)
+    receipt.write_bytes(sealed(json.loads(receipt.read_bytes()), **change))
+    refused(lambda: adapterkit.verify("out"))
+    refused(lambda: adapterkit.verify("out", base="base", adapters=["adapter"]))
+
+
 @pytest.mark.parametrize("pipeline", [7, [], {}, {"inputs": 7}, {"id": [], "inputs": None}])
 def test_a_receipt_of_another_pipeline(work: Path, pipeline: Any):
     """It is no output of this one: neither done nor replaced."""

@@ -1,6 +1,7 @@
 """Outputs that are pushed after they are made: what a broken push leaves to the same command, and
 who may see what is made of a private repository."""
 
+import json
 import os
 import subprocess
 import sys
@@ -138,6 +139,16 @@ def test_finish_sends_what_its_broken_push_left(place):
     assert client(finish) == ["all files were there before: nothing was sent"]
 
 
+def test_a_plan_with_a_push_is_pushed_once(place):
+    hub, client, root = place
+    more = f"out='out', push={OUT!r}"
+    client(f"adapterkit.write_plan('p.json', 'merge', 'base', ['adapter'], {more}).verb")
+    client("adapterkit.run('p.json').made")
+    assert not hub.log
+    assert client(f"adapterkit.finish('p.json', push={OUT!r}).data['pushed']['notes']") == []
+    assert pushed(hub, root / "out")
+
+
 def test_a_step_is_done_when_its_push_was(place):
     hub, client, root = place
     (root / "steps.toml").write_text(PIPELINE)
@@ -229,6 +240,15 @@ def test_receipts_of_strangers_name_no_repository(place):
         (root / "adapter" / "adapterkit.json").write_bytes(receipt)
         assert client(merge(out=f"out{number}")) == (False, [])
         assert not hub.repos.pop(OUT).private
+
+
+def test_more_sources_than_are_asked_for_are_taken_for_private(place):
+    hub, client, root = place
+    names = [f"org/x{number}" for number in range(101)]
+    (root / "adapter" / "adapterkit.json").write_text(json.dumps({"repositories": names}))
+    _, (note,) = client(merge())
+    assert note.endswith("private: it was made of more than 100 repositories")
+    assert hub.repos[OUT].private and not hub.asked("GET", "org/x")
 
 
 def test_whether_a_repository_exists_is_asked_once(place):
