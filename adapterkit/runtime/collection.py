@@ -15,7 +15,7 @@ from adapterkit.checkpoint.storage import storage_errors
 from adapterkit.errors import AdapterkitError, Failed, Refused, did_you_mean, listed, refuse_all
 from adapterkit.options import StrPath
 from adapterkit.runtime.targets import Target, resolve
-from adapterkit.runtime.writing import replace, writes
+from adapterkit.runtime.writing import check_local, replace, writes
 from adapterkit.statistics.gradients import Gradients
 from adapterkit.statistics.masks import Masks, Rule
 from adapterkit.statistics.sums import COMPONENTS, INPUTS, Sums
@@ -63,6 +63,8 @@ def collect(
     (`preprocess_corda`, arXiv:2406.05223), and gradients are divided by the calls of each layer
     (`preprocess_loraga`, arXiv:2407.05000). `Refused` for targets that are no linear layers, or
     that have no gradient, before anything runs; `Failed` for values that are not finite."""
+    if out is not None:
+        check_local(out, "collect")
     kinds = _kinds(what, compat)
     chosen = _targets(model, targets, GRADIENT in kinds)
     inputs = [kind for kind in kinds if kind != GRADIENT]

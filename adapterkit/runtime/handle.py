@@ -261,6 +261,7 @@ class Adapters:
         written as `adapterkit arrow` does.
 
         `name`: may be left out where one adapter is active, or there is one only."""
+        writing.check_local(folder, "save")
         name = name or self._only_name("save")
         if isinstance(self.state.adapters.get(name), arrows.Arrow):
             arrows.save(self.state, folder, name)

@@ -17,6 +17,7 @@ from adapterkit.adapters.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, valu
 from adapterkit.adapters.targets import has_end
 from adapterkit.checkpoint.storage import storage_errors
 from adapterkit.errors import Refused, shown
+from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath
 from adapterkit.planning.cards import adapter_card
 from adapterkit.runtime.copies import CopyPart, ValuePart, entries_for_peft
@@ -29,6 +30,18 @@ from adapterkit.runtime.tokens import TokensPart
 from adapterkit.runtime.vocabulary import resized_embeddings
 
 CARD = "README.md"
+
+
+def check_local(out: StrPath, where: str) -> None:
+    """`Refused` where an output is on the Hub: a live model is written to this machine."""
+    if is_on_hub(out):
+        raise Refused(
+            "an output on the Hub",
+            expected="a path on this machine",
+            where=where,
+            hint="save it here, then `adapterkit convert FOLDER --to peft --out hf://org/name`, or "
+            "push the file with huggingface_hub",
+        )
 
 
 def save(state: State, folder: StrPath, name: str, *, every_process: bool = False) -> None:

@@ -134,6 +134,7 @@ MISUSE: list[tuple[str, Action, Action, str]] = [
     ("activate merged", merged, lambda h, p: h.activate("sft"), "merged"),
     ("save merged", merged, lambda h, p: h.save(p / "out", name="sft"), "merged"),
     ("save unknown", nothing, lambda h, p: h.save(p / "out", name="x"), "no adapter"),
+    ("save to the Hub", nothing, lambda h, p: h.save("hf://me/x", name="sft"), "on the Hub"),
     ("save which", lambda h, p: h.activate(None), lambda h, p: h.save(p / "out"), "2 adapters"),
     ("delete active", nothing, lambda h, p: h.delete("sft"), "is active"),
     ("delete merged", merged, lambda h, p: h.delete("sft"), "is merged"),
