@@ -16,8 +16,10 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Damaged, Failed, Unrecoverable, shown
 
-# bytes between two tensors that are read along rather than skipped; of a remote file
-NEAR, FAR = (4 << 10, 1 << 20)
+NEAR = 4 << 10  # bytes between two tensors that are read along rather than skipped
+# the same in a remote file in which more than so many tensors lie apart: what comes meanwhile, when
+# each has a request of its own and several of these are under way
+APART, FAR = (64, 128 << 10)
 FEW = 4  # requests of a remote file for small tensors, where some of them will do
 RANGE = 8 << 20  # bytes of one read of small tensors
 REQUESTS = 8  # of a remote file, at a time
@@ -190,10 +192,13 @@ def read_small(
     a file ends before one of them.
     """
     ordered = sorted(specs, key=lambda spec: (spec.file, spec.start, spec.stop))
-    gap = NEAR if isinstance(folder, LocalFolder) else FAR
+    is_remote = not isinstance(folder, LocalFolder)
     for name, group in itertools.groupby(ordered, lambda spec: spec.file):
-        ranges = list(_neighbors(group, gap))
-        if most is not None and len(ranges) > most and not isinstance(folder, LocalFolder):
+        in_file = list(group)
+        ranges = list(_neighbors(in_file, NEAR))
+        if is_remote and len(ranges) > (APART if most is None else most):
+            ranges = list(_neighbors(in_file, FAR))
+        if is_remote and most is not None and len(ranges) > most:
             continue
         bounds = [(first, stop) for first, stop, _ in ranges]
         read = zip(ranges, _read_ranges(folder, name, bounds), strict=True)

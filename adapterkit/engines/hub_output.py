@@ -10,6 +10,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.stage import RECEIPT, check_name
 from adapterkit.checkpoint.storage import free_bytes
 from adapterkit.engines.hub_engine import HubEngine
+from adapterkit.engines.hub_inputs import ConvertedInScratch, plan_in_scratch
 from adapterkit.engines.hub_stage import HubStage, inputs_folder, pins_before, work_folder
 from adapterkit.engines.hub_transfers import plan_transfers
 from adapterkit.engines.run_options import RunOptions
@@ -20,7 +21,6 @@ from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import HubId, place_on_hub
 from adapterkit.hub.pins import pinned
-from adapterkit.hub.scratch import ScratchFolder
 from adapterkit.options import StrPath, parse_size
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt, earlier_repositories
@@ -59,7 +59,7 @@ def run_to_hub(
     check_name(work)
     rows = check if isinstance(check, RowCheck) else None
     held = check is not None and rows is None
-    plan = _in_scratch(plan, inputs_folder(hub_id))
+    plan = plan_in_scratch(plan, inputs_folder(hub_id))
     transfers = plan_transfers(plan, held=held)
     free = free_bytes(work)
     if limit is None and transfers.disk(None) > free:
@@ -72,7 +72,13 @@ def run_to_hub(
     with quiet_library():
         destination = open_destination(hub_id, plan.folders)
         destination.check_files([*(shard.file for shard in plan.shards), *plan.files, RECEIPT])
-        stage = HubStage(work, destination, transfers.disk(limit), transfers.copied)
+        stage = HubStage(
+            work,
+            destination,
+            transfers.disk(limit),
+            transfers.copied,
+            [each for each in plan.folders if isinstance(each, ConvertedInScratch)],
+        )
         receipt = run_in(
             stage,
             plan,
@@ -110,12 +116,3 @@ def check_apart(hub_id: HubId, folders: Iterable[Folder]) -> None:
                 where="--out",
                 hint=f"give another repository, or a branch: hf://{hub_id.repo}@NAME",
             )
-
-
-def _in_scratch(plan: Plan, place: Path) -> Plan:
-    """The plan with the large files of its inputs on the Hub in a folder of the job."""
-    folders = [
-        ScratchFolder(folder, place / str(number)) if isinstance(folder, HubFolder) else folder
-        for number, folder in enumerate(plan.folders)
-    ]
-    return replace(plan, folders=tuple(folders))

@@ -4,12 +4,13 @@ publishes them."""
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint.shard_result import ShardResult, is_count, is_sha256
 from adapterkit.checkpoint.stage import RECEIPT, Stage, size_of_file
+from adapterkit.engines.hub_inputs import ConvertedInScratch
 from adapterkit.errors import Failed
 from adapterkit.hub.destination import Destination
 from adapterkit.hub.folder import HubFolder
@@ -48,7 +49,7 @@ class HubStage(Stage):
     storage has, and `{"copied": name}` for those that it has taken from another repository. Such an
     entry counts only for a file of the plan with the sha256 that was noted when it was made, or
     for one of `copies`, those that the plan takes over. `limit`: bytes of disk that the job takes
-    at most.
+    at most. `converted`: adapters that are converted before it begins.
     """
 
     def __init__(
@@ -57,11 +58,12 @@ class HubStage(Stage):
         destination: Destination,
         limit: int,
         copies: Iterable[CopiedFile] = (),
+        converted: Sequence[ConvertedInScratch] = (),
     ):
         super().__init__(work)
         self.destination, self.limit = destination, limit
         self.copies = {file.file: file for file in copies}
-        self.inputs = self.control / INPUTS
+        self.inputs, self.converted = self.control / INPUTS, converted
         self.pushed: dict[str, Any] = {}
         self._noting = threading.Lock()
         self._gone: dict[str, Uploaded | CopiedFile] | None = None  # once the journal is read
@@ -108,6 +110,8 @@ class HubStage(Stage):
     def begin(self) -> None:
         super().begin()
         self.destination.create()
+        for adapter in self.converted:
+            adapter.made()
 
     def note(self, entry: dict) -> None:
         with self._noting:  # of several threads

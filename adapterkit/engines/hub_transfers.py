@@ -3,18 +3,17 @@ files that are the Hub's own already, the inputs that each of the others takes, 
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from adapterkit.engines.hub_inputs import ConvertedInScratch, Input, inputs_of
 from adapterkit.errors import Refused, shown
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.scratch import ScratchFolder
 from adapterkit.hub.upload import CopiedFile
 from adapterkit.plan import Computed, Plan, Shard
-from adapterkit.tasks.edited import stored_parts
 from adapterkit.tasks.handoff import HANDED_ON, HandoffFactors
 
-Input = tuple[int, str]  # the folder's number and the file
 ORDINARY = 16 << 30  # bytes of disk that a job without a limit takes at least, if it can use them
 RECORDS = (64 << 10, 800)  # bytes of journal and receipt, and those of each tensor
 
@@ -36,8 +35,10 @@ class Transfers:
     made: tuple[MadeFile, ...]
     copied: tuple[CopiedFile, ...]
     sizes: dict[Input, int]  # of the inputs that are downloaded
-    rest: int  # bytes of what stays to the end: small files, handoffs, journal and receipt
+    # bytes of what stays to the end: small files, handoffs, journal and receipt, converted adapters
+    rest: int
     small: int  # bytes of the files beside the weights
+    converted: int = 0  # bytes that are downloaded for adapters that are converted first
     held: bool = False  # outputs stay until all are done, for a look at the whole
 
     def without(self, done: Sequence[str]) -> "Transfers":
@@ -87,7 +88,7 @@ class Transfers:
     def totals(self, limit: int | None) -> dict[str, int]:
         """What a dry run prints of them."""
         return {
-            "bytes_down": sum(self.sizes.values()),
+            "bytes_down": sum(self.sizes.values()) + self.converted,
             "bytes_up": self.small + sum(file.shard.size for file in self.made),
             "bytes_copied_on_hub": sum(file.size for file in self.copied),
             "disk_needed": self.disk(limit),
@@ -119,13 +120,16 @@ def plan_transfers(plan: Plan, *, held: bool, uncopied: Sequence[str] = ()) -> T
     made.sort(key=lambda shard: isinstance(shard, Shard))  # its steps may need what tasks hand on
     files, sizes = [], dict[Input, int]()
     for shard in made:
-        inputs = [each for each in _inputs(shard) if _disk(plan, each)]
+        inputs = [each for each in inputs_of(shard) if _disk(plan, each)]
         sizes |= {each: _disk(plan, each) for each in inputs}
         files.append(MadeFile(shard, tuple(inputs), _disk_of(shard)))
     small = plan.totals()["bytes_written"] - sum(shard.layout.size for shard in plan.shards)
     tensors = sum(len(shard.layout.tensors) for shard in plan.shards)
     rest = small + _handoffs(plan) + RECORDS[0] + RECORDS[1] * tensors
-    return Transfers(tuple(files), tuple(copied.values()), sizes, rest, small, held)
+    converted = [folder for folder in plan.folders if isinstance(folder, ConvertedInScratch)]
+    downloads = [folder.download_size for folder in converted]
+    rest += sum(folder.size for folder in converted) + max(downloads, default=0)
+    return Transfers(tuple(files), tuple(copied.values()), sizes, rest, small, sum(downloads), held)
 
 
 def _copied_file(plan: Plan, shard: Shard | Computed) -> CopiedFile | None:
@@ -154,26 +158,6 @@ def _copied_file(plan: Plan, shard: Shard | Computed) -> CopiedFile | None:
         source.commit,
         source.path_in_repo(name),
     )
-
-
-def _inputs(shard: Shard | Computed) -> list[Input]:
-    """The input files that an output file reads, each once, in the order of reading."""
-    return list(dict.fromkeys(_read(shard)))
-
-
-def _read(shard: Shard | Computed) -> Iterator[Input]:
-    if isinstance(shard, Shard):
-        specs = (
-            spec
-            for step in shard.steps
-            for spec in (step.source, *(spec for edit in step.edits for spec in edit.reads))
-        )
-    else:
-        specs = (spec for task in shard.tasks for spec in task.reads)
-    for spec in specs:
-        for part in stored_parts(spec):
-            if part.folder != HANDED_ON:
-                yield part.folder, part.file
 
 
 def _disk(plan: Plan, which: Input) -> int:

@@ -8,11 +8,13 @@ stacked over a block-diagonal b. A fused module that is split and fused again is
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from adapterkit.errors import Refused, shown
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.formats.capabilities import (
     EXTRACT,
     FIT,
@@ -107,6 +109,20 @@ def split(
             alpha = alpha if rank == module.rank else module.scale * rank
         parts.append(replace(module, name=name, parts=own, alpha=alpha, rank=rank))
     return parts
+
+
+def telling_rows(module: Module, fusion: Fusion) -> list[TensorSpec]:
+    """The rows that `split` looks at first; none where it refuses the module."""
+    products = KINDS[module.kind].products
+    if fusion.is_plain or not products:
+        return []
+    try:
+        sets = fusion.rows(_out(module, _units(module, EXTRACT)), module)
+    except AdapterkitError:
+        return []
+    factors = [module.parts[left] for left, _ in products]
+    pairs = [(b, rows) for b in factors for rows in sets if len(sets) > 1]
+    return [_stored_row(b.spec, rows[0]) for b, rows in pairs if _has_rows(b)]
 
 
 def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: StoredReader) -> Module:
@@ -308,13 +324,20 @@ def _equal_blocks(is_used: Tensor) -> list[range] | None:
 
 def _row(b: Expression, row: int, reader: StoredReader) -> Tensor:
     """One row, read alone where it is stored."""
-    if not isinstance(b, Stored) or len(b.shape) != 2:
+    if not _has_rows(b):
         return b.value(reader)[row].flatten()
-    spec = b.spec
+    return reader.stored(_stored_row(b.spec, row)).flatten()
+
+
+def _has_rows(b: Expression) -> TypeGuard[Stored]:
+    """Whether a row is stored together."""
+    return isinstance(b, Stored) and len(b.shape) == 2
+
+
+def _stored_row(spec: TensorSpec, row: int) -> TensorSpec:
     size = spec.nbytes // spec.shape[0]
     start = spec.start + row * size
-    one = replace(spec, shape=(1, spec.shape[1]), start=start, stop=start + size)
-    return reader.stored(one).flatten()
+    return replace(spec, shape=(1, spec.shape[1]), start=start, stop=start + size)
 
 
 def _same_roles(members: Sequence[Module], name: str, hint: str) -> None:

@@ -10,10 +10,10 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.formats.capabilities import refused_by_name
 from adapterkit.formats.containers import Container, PlanReader
-from adapterkit.formats.fusing import Fusion, split
+from adapterkit.formats.fusing import Fusion, split, telling_rows
 from adapterkit.formats.grouped import GROUPED, check_whole, groups_in, trained, ungrouped
 from adapterkit.formats.keys import Raw, raws_of
-from adapterkit.formats.kinds import ALPHA, EXPERTS, FACTORS, LIMITED
+from adapterkit.formats.kinds import ALPHA, EXPERTS, FACTORS, LIMITED, SHAPE
 from adapterkit.formats.library import architectures
 from adapterkit.formats.names import in_style, likely, names_of
 from adapterkit.formats.parts import rank_of, shape_problem, with_magnitudes
@@ -59,12 +59,21 @@ def read(
     raws = raws_of(form, container, candidates, errors, where)
     refuse_all(errors)
     chosen, attempt = _resolve(form, raws, candidates, container, reading, where)
-    reader.prefetch(raw.roles[ALPHA] for raw in raws if ALPHA in raw.roles)
+    numbers = (ALPHA, SHAPE)
+    reader.prefetch(raw.roles[role] for raw in raws for role in numbers if role in raw.roles)
     scales = Scales(form, container.metadata, config, reading.alpha, reader, where)
-    modules: list[Module] = []
+    found: list[tuple[Module, Fusion | None, list[str]]] = []
     for raw, component, names, fusion in attempt.resolved:
         try:
-            module, fusion, names = _module(form, raw, component, names, fusion, scales, where)
+            found.append(_module(form, raw, component, names, fusion, scales, where))
+        except AdapterkitError as error:
+            errors.append(error)
+    reader.prefetch(
+        spec for module, fusion, _ in found if fusion for spec in telling_rows(module, fusion)
+    )
+    modules: list[Module] = []
+    for module, fusion, names in found:
+        try:
             if fusion is None:
                 modules.append(replace(module, name=names[0]))
             else:

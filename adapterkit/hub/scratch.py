@@ -4,8 +4,14 @@ through with them; the cache that programs share is read, and gets nothing."""
 from collections.abc import Callable
 from pathlib import Path
 
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.hub.download import download
 from adapterkit.hub.folder import HubFolder
+
+
+def in_scratch(folder: Folder, place: Path) -> Folder:
+    """A folder of the Hub with its large files in a folder of the job; others as they are."""
+    return ScratchFolder(folder, place) if isinstance(folder, HubFolder) else folder
 
 
 class ScratchFolder:

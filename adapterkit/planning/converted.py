@@ -1,5 +1,6 @@
 """An adapter of another format as a folder in PEFT's layout, for every verb that takes one."""
 
+import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -7,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.header import FIRST_READ
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.library import formats
 from adapterkit.formats.schema import ADAPTER_LAYOUT, AdapterWords
+from adapterkit.planning.planned_folder import PlannedFolder, planned_folder
 from adapterkit.planning.temporary import temporary_folder
 
 if TYPE_CHECKING:
@@ -68,8 +71,8 @@ def _layout() -> str:
 
 @dataclass(eq=False)
 class ConvertedFolder:
-    """A conversion into PEFT's layout, carried out in a temporary folder when its files are first
-    asked for."""
+    """A conversion into PEFT's layout: its headers and settings are those of its plan. It is
+    carried out in a temporary folder when more is asked for."""
 
     source: Folder
     form: str
@@ -83,27 +86,48 @@ class ConvertedFolder:
     def __post_init__(self) -> None:
         self.name, self.label = self.source.name, self.source.label
         self.origin = {**self.source.origin, "format": self.form, "file": self.file}
+        self._lock = threading.Lock()
+        self._made: LocalFolder | None = None
 
     def __reduce__(self) -> tuple:
         return ConvertedFolder, (self.source, self.form, self.file, self.plan)
 
     @cached_property
-    def _folder(self) -> LocalFolder:
+    def _planned(self) -> PlannedFolder | None:
+        return planned_folder(self.label, self.plan, self.label)
+
+    def made(self) -> LocalFolder:
+        """The folder on disk, converted if it is not yet."""
+        with self._lock:
+            if self._made is None:
+                self._made = self._convert(temporary_folder(self) / "adapter")
+            return self._made
+
+    def _convert(self, place: Path) -> LocalFolder:
         from adapterkit.engines.local import local
         from adapterkit.execute import run
 
-        place = temporary_folder(self) / "adapter"
         run(self.plan, place, local("cpu"), hash="none")
         return LocalFolder(place)
 
     def files(self) -> dict[str, int]:
-        return {name: size for name, size in self._folder.files().items() if name != RECEIPT}
+        folder = self._planned or self.made()
+        return {name: size for name, size in folder.files().items() if name != RECEIPT}
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        return self._folder.read(name, start, stop)
+        if self._planned is None or self._made is not None:
+            return self.made().read(name, start, stop)
+        headers = {shard.file: shard.layout.header for shard in self.plan.shards}
+        if name not in headers:
+            return self._planned.read(name, start, stop)
+        header = headers[name]
+        is_header = start == 0 and stop <= max(FIRST_READ, len(header))
+        if is_header or stop <= len(header):
+            return header[start:stop]
+        return self.made().read(name, start, stop)
 
     def path(self, name: str) -> Path:
-        return self._folder.path(name)
+        return self.made().path(name)
 
     def prefetch(self, names: list[str]) -> None:
         pass

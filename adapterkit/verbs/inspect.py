@@ -64,10 +64,10 @@ def inspect(
     over experts that are not zero), relative (norm by the base weight's norm, with `base`). What is
     not known is null.
 
-    Weights on the Hub are not read unless `download` is given (a file of another tool is: its
-    scales lie among its factors), and with `headers` no factors are read anywhere: of an adapter
-    with tens of thousands of modules they take minutes. `plot` draws
-    the norms, relative ones with `base`, into a PNG file. Raises `Refused` where there is nothing
+    Weights on the Hub are not read unless `download` is given, of a file of another tool only what
+    tells ranks and scales; and with `headers` no factors are read anywhere: of an adapter with tens
+    of thousands of modules they take minutes. `plot` draws the norms, relative ones with `base`,
+    into a PNG file. Raises `Refused` where there is nothing
     to inspect or an option does not apply.
     """
     if plot is not None:

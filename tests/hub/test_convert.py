@@ -1,4 +1,4 @@
-"""convert from the Hub: the file is downloaded once, for the plan and for the conversion."""
+"""convert from the Hub: the plan reads what it needs by range, then the file is downloaded once."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def command(hub, tmp_path, *words):
 def test_a_conversion_is_that_of_the_file(hub, tmp_path):
     done = command(hub, tmp_path, "--to", "diffusers", "--out", "out.safetensors", "--json")
     assert done.returncode == 0, done.stderr
-    assert hub.moved(NAME) < 1.5 * len(kohya_file())  # the header first, then the file
+    assert hub.moved(NAME) < 1.5 * len(kohya_file())  # the header and alphas, then the file
     receipt = json.loads(done.stdout)
     source = receipt["recipe"]["inputs"][0]
     assert (source["repo"], source["revision"]) == ("org/lora", hub.repos["org/lora"].refs["main"])

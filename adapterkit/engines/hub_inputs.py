@@ -1,0 +1,107 @@
+"""What a job that ends on the Hub reads, in folders of the job: weights file by file, adapters of
+other tools as what they are converted to."""
+
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.engines.waiting import result_of, signals_deferred
+from adapterkit.hub.scratch import ScratchFolder, in_scratch
+from adapterkit.plan import HANDED_ON, Computed, Plan, Shard
+from adapterkit.planning.converted import ConvertedFolder
+from adapterkit.tasks.edited import stored_parts
+
+Input = tuple[int, str]  # the folder's number and the file
+CONVERTED, SOURCES = "converted", "sources"  # folders
+
+
+def plan_in_scratch(plan: Plan, place: Path) -> Plan:
+    """The plan with the large files of its inputs on the Hub in a folder of the job; adapters that
+    are converted first in another, as they stay to the end."""
+    folders = [
+        ConvertedInScratch(folder, place.with_name(CONVERTED) / str(number))
+        if isinstance(folder, ConvertedFolder)
+        else in_scratch(folder, place / str(number))
+        for number, folder in enumerate(plan.folders)
+    ]
+    return replace(plan, folders=tuple(folders))
+
+
+def inputs_of(file: Shard | Computed) -> list[Input]:
+    """The input files that an output file reads, each once, in the order of reading."""
+    return list(dict.fromkeys(_read(file)))
+
+
+def _read(file: Shard | Computed) -> Iterator[Input]:
+    if isinstance(file, Shard):
+        specs = (
+            spec
+            for step in file.steps
+            for spec in (step.source, *(spec for edit in step.edits for spec in edit.reads))
+        )
+    else:
+        specs = (spec for task in file.tasks for spec in task.reads)
+    for spec in specs:
+        for part in stored_parts(spec):
+            if part.folder != HANDED_ON:
+                yield part.folder, part.file
+
+
+class ConvertedInScratch(ConvertedFolder):
+    """A conversion that stays to the end of the job; its source goes when it is done."""
+
+    def __init__(self, folder: ConvertedFolder, place: Path):
+        sources = tuple(
+            in_scratch(source, place / SOURCES / str(number))
+            for number, source in enumerate(folder.plan.folders)
+        )
+        super().__init__(
+            folder.source, folder.form, folder.file, replace(folder.plan, folders=sources)
+        )
+        self.place = place
+
+    @property
+    def size(self) -> int:
+        """Bytes of the conversion."""
+        return sum(self.files().values())
+
+    @property
+    def download_size(self) -> int:
+        """Bytes that come for it."""
+        return sum(folder.disk(name) for folder, name in self._inputs())
+
+    def _inputs(self) -> list[tuple[ScratchFolder, str]]:
+        inputs = [each for file in self.plan.shards for each in inputs_of(file)]
+        folders = [(self.plan.folders[number], name) for number, name in inputs]
+        return [(folder, name) for folder, name in folders if isinstance(folder, ScratchFolder)]
+
+    def _convert(self, place: Path) -> LocalFolder:
+        shutil.rmtree(self.place, ignore_errors=True)  # of a run that was stopped
+        self._download()
+        folder = super()._convert(self.place / place.name)
+        shutil.rmtree(self.place / SOURCES)
+        return folder
+
+    def _download(self) -> None:
+        """Fetch the sources, in a thread that no exit of the process waits for."""
+        future, stop = Future[None](), threading.Event()
+
+        def run() -> None:
+            try:
+                for folder, name in self._inputs():
+                    if folder.disk(name):
+                        folder.download(name, stop.is_set)
+                future.set_result(None)
+            except BaseException as error:
+                future.set_exception(error)
+
+        with signals_deferred():
+            threading.Thread(target=run, daemon=True).start()
+        try:
+            result_of(future)
+        finally:
+            stop.set()
