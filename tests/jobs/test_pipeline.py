@@ -16,6 +16,7 @@ from adapterkit.checkpoint.header import read_header
 from adapterkit.cli import main
 from adapterkit.errors import Interrupted, Refused
 from adapterkit.jobs.pipeline import run_pipeline
+from tests.formats.test_any_verb import write_kohya
 from tests.golden.inputs import create_inputs
 
 STEPS = """
@@ -240,8 +241,28 @@ def test_options_are_checked_where_the_input_is_not_known(write):
     assert report["totals"]["refused"] == 1 and "--rank 0" in message and "linear" in message
 
 
-def test_values_that_a_plan_reads(write):
-    """A conversion that a plan would carry out to read it is put off, not refused."""
+def test_values_that_a_plan_reads(write, tmp_path: Path):
+    """A plan that compares values of what is not there yet is put off, not refused."""
+    write_kohya(tmp_path / "flux.safetensors", 0)
+    file = write("""
+    [[step]]
+    verb = "convert"
+    inputs = ["flux.safetensors"]
+    out = "flux"
+    options = { to = "peft" }
+    [[step]]
+    verb = "convert"
+    inputs = ["flux"]
+    out = "again.safetensors"
+    options = { to = "kohya" }
+    """)
+    rows = run_pipeline(file, dry_run=True)["steps"]
+    assert [row["state"] for row in rows] == ["planned"] * 2
+    assert rows[1]["notes"] == ["planned when step 1 is done"]
+    assert states(file) == ["done"] * 2
+
+
+def test_a_conversion_of_what_is_not_there_yet_is_planned(write):
     file = write("""
     [[step]]
     verb = "convert"
@@ -255,7 +276,7 @@ def test_values_that_a_plan_reads(write):
     """)
     rows = run_pipeline(file, dry_run=True)["steps"]
     assert [row["state"] for row in rows] == ["planned"] * 2
-    assert rows[1]["notes"] == ["planned when step 1 is done"]
+    assert not rows[1].get("notes")
     assert states(file) == ["done"] * 2
 
 
