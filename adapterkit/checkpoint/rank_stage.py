@@ -30,7 +30,6 @@ ATTEMPT = re.compile(r"\.(\d+-\d+-[0-9a-f]{8})\.part$")
 PART_NAME = re.compile(r"(.+)@(\d+)-(\d+)")
 DEVICE = re.compile(r"cpu|\w+ .{1,200}, torch \S{1,80}")  # `engines/device.py: kind`
 MAX_SECONDS = 1e9  # for which anyone can have worked at a file
-JOINED = "joined"  # in the marker of a part: its bytes may be the first ones of NAME.part
 BEAT = ".beat"  # suffix of the file in which a process says that it lives, and how far it is
 
 
@@ -85,18 +84,15 @@ class RankStage:
             return None
         if not self.accepts(result):
             return None
-        is_there = size_of_file(self.path / name) == result.size or self._is_joined(name, entry)
+        is_there = size_of_file(self.path / name) == result.size or self._is_joined(name)
         handoff = self.path / (name + HANDOFF)
         handed_on = not result.handoffs or size_of_file(handoff) is not None
         return entry if is_there and handed_on else None
 
-    def _is_joined(self, name: str, entry: dict[str, Any]) -> bool:
-        """Whether a part is the beginning of a file that is being joined."""
-        if entry.get(JOINED) is not True or not (part := part_of(name)):
-            return False
-        file, start, stop = part
-        size = size_of_file(self.path / unfinished_name(file))
-        return start == 0 and size is not None and size >= stop
+    def _is_joined(self, name: str) -> bool:
+        """Whether a part's bytes are in the file that is being joined."""
+        part = part_of(name)
+        return part is not None and part[2] <= self.joined(part[0])
 
     def markers(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The markers of those files that are done."""
@@ -115,6 +111,19 @@ class RankStage:
     def mark(self, name: str, entry: dict[str, Any]) -> None:
         """Note durably that a file, whose bytes are durable, is done."""
         self._write(f"{name}.json", {"attempt": self.attempt, **entry})
+
+    def joined(self, file: str) -> int:
+        """How many bytes of its parts a file has that is being joined, `NAME.part`."""
+        name = unfinished_name(file)
+        count = _read(self.marks / f"{name}.json").get("joined")
+        size = size_of_file(self.path / name)
+        if size is None or type(count) is not int or not 0 <= count <= size:
+            return 0
+        return count
+
+    def mark_joined(self, file: str, count: int) -> None:
+        """Note durably how many bytes of its parts a file has."""
+        self._write(f"{unfinished_name(file)}.json", {"joined": count})
 
     def journal(self) -> list[dict[str, Any]]:
         """The files that are done, as in the journal of a stage."""

@@ -58,6 +58,12 @@ class JoinedFile:
             file.abandon()
             raise
 
+    def drop(self, part: str) -> None:
+        """Remove a part whose bytes the file has."""
+        path = self.folder / part
+        with storage_errors(path):
+            path.unlink(missing_ok=True)
+
     def sums(self) -> tuple[str | None, dict[str, str]]:
         """The whole file's sha256 and the marks at its tensors' ends."""
         if self.digest is None:

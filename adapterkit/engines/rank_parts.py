@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from adapterkit.checkpoint.rank_stage import JOINED, RankStage, part_of
+from adapterkit.checkpoint.rank_stage import RankStage, part_of
 from adapterkit.checkpoint.shard_result import ShardResult, are_metrics
-from adapterkit.checkpoint.stage import size_of_file
 from adapterkit.engines.joined_file import JoinedFile
 from adapterkit.engines.metrics import TensorMetrics
 from adapterkit.engines.pieces import Part, cut, part_name
@@ -84,8 +83,8 @@ def tiling(ranges: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]
 def join(
     stage: RankStage, shard: Shard, ranges: Sequence[tuple[int, int]], *, hashed: bool
 ) -> None:
-    """Make a file, and its marker, of its parts; a part goes when the file has its bytes. What a
-    join that was killed has made is the first part."""
+    """Make a file, and its marker, of its parts; a part goes when the file has its bytes, its
+    marker with the last. Goes on with what a join that was killed has made."""
     began = time.monotonic()
     names = [part_name(shard.file, *edges) for edges in ranges]
     entries = [entry for name in names if (entry := stage.marker(name))]
@@ -95,31 +94,29 @@ def join(
     metrics = metrics_of_parts(shard, tables)
     if not are_metrics(metrics):
         raise _unfit(stage, shard, "what its parts measured does not fit together")
-    slowest = max(entry["seconds"] for entry in entries)
-    same = {key: entries[0][key] for key in ("device", "torch", "host")}
-
-    def mark(result: ShardResult, **more: bool) -> None:
-        seconds = round(slowest + time.monotonic() - began, 3)
-        stage.mark(result.file, {"shard": vars(result), **same, "seconds": seconds, **more})
-
     whole = JoinedFile(stage.path, shard, hashed=hashed)
-    if size_of_file(stage.path / names[0]) is not None:  # else the file has its bytes
+    joined = stage.joined(shard.file)
+    reached = max((stop for _, stop in ranges if stop <= joined), default=0)
+    if not reached:
         whole.remove()
-        stage.mark(names[0], entries[0] | {JOINED: True})
+        reached = ranges[0][1]
+        stage.mark_joined(shard.file, reached)
         whole.begin(names[0])
-    whole.read(ranges[0][1])
-    reached = names[0]
-    for number, (name, (start, stop)) in enumerate(zip(names, ranges, strict=True)):
-        if number:
+    elif reached < joined:  # of parts that were cut elsewhere
+        stage.mark_joined(shard.file, reached)
+    whole.read(reached)
+    for name, (start, stop) in zip(names, ranges, strict=True):
+        if start >= reached:
             whole.append(name, start, stop)
-            before, reached = reached, part_name(shard.file, 0, stop)
-            so_far = {key: vars(one) for key, one in _added(tables[: number + 1]).items()}
-            mark(ShardResult(reached, stop, None, {}, so_far), joined=True)
-            stage.forget(before)
-            stage.forget(name)
-    mark(ShardResult(shard.file, shard.size, *whole.sums(), metrics))
+            stage.mark_joined(shard.file, stop)
+        whole.drop(name)
+    result = ShardResult(shard.file, shard.size, *whole.sums(), metrics)
+    seconds = max(entry["seconds"] for entry in entries) + time.monotonic() - began
+    same = {key: entries[0][key] for key in ("device", "torch", "host")}
+    stage.mark(shard.file, {"shard": vars(result), **same, "seconds": round(seconds, 3)})
     whole.publish()
-    stage.forget(reached)
+    for name in (*names, whole.path.name):
+        stage.forget(name)
 
 
 def _unfit(stage: RankStage, shard: Shard, problem: str) -> Refused:
@@ -133,19 +130,13 @@ def _unfit(stage: RankStage, shard: Shard, problem: str) -> Refused:
 
 def metrics_of_parts(shard: Shard, tables: Iterable[dict[str, dict]]) -> dict[str, dict]:
     """The metrics of a file's tensors, of what was measured in its parts."""
-    whole = _added(tables)
-    return {
-        step.key: whole.get(step.key, TensorMetrics()).result(step)
-        for step in shard.steps
-        if step.edits
-    }
-
-
-def _added(tables: Iterable[dict[str, dict]]) -> dict[str, TensorMetrics]:
-    """What was measured in some parts together."""
     whole: dict[str, TensorMetrics] = {}
     for table in tables:
         for key, raw in table.items():
             part = TensorMetrics(**raw)
             whole.setdefault(key, TensorMetrics(delta=part.delta)).add(part)
-    return whole
+    return {
+        step.key: whole.get(step.key, TensorMetrics()).result(step)
+        for step in shard.steps
+        if step.edits
+    }

@@ -6,7 +6,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from adapterkit.checkpoint.shard_result import ShardResult
-from adapterkit.checkpoint.storage import storage_errors
 from adapterkit.engines.joined_file import JoinedFile
 from adapterkit.engines.pieces import Part
 from adapterkit.engines.rank_parts import file_of, metrics_of_parts
@@ -85,9 +84,7 @@ class _File:
             self.whole.read(part.stop)
         else:
             self.whole.append(part.file, part.start, part.stop)
-            path = self.whole.folder / part.file
-            with storage_errors(path):
-                path.unlink()
+            self.whole.drop(part.file)
         if part.stop < self.shard.size:
             return None
         tables = [self.results[start].metrics for start in sorted(self.results)]

@@ -163,7 +163,7 @@ def test_the_join_is_killed_at_each_call(large, ranks: int, step: int):
 
 @pytest.mark.parametrize("more", [(), ("0/3", "1/2")])
 @pytest.mark.parametrize("call, match, when", [
-    ("rename", "@0-", 2), ("fsync", "safetensors.part", 1), ("unlink", "@0-", 2),
+    ("rename", "@0-", 1), ("fsync", "/out/", 1), ("unlink", "/out/", 3),
 ])  # fmt: skip
 def test_after_a_join_that_was_killed(large, call: str, match: str, when: int, more: tuple):
     """What is joined is a part; ranks of any number, which make others again, do no harm."""
@@ -177,6 +177,27 @@ def test_after_a_join_that_was_killed(large, call: str, match: str, when: int, m
         bench.rank(rank, **SMALL).succeeded()
     bench.finish().succeeded()
     bench.check_done(whole)
+
+
+def test_a_join_goes_on_with_parts_that_are_cut_elsewhere(large):
+    """What was copied beyond the end of one of them is cut off, and noted before."""
+    bench, whole = large
+    for calls in (["pwrite"], ["fsync"], ["rename"]):
+        bench.clear()
+        bench.plan().succeeded()
+        bench.rank("0/4", **SMALL).succeeded()
+        fault = {"kill": True, "calls": ["unlink"], "match": "/out/", "when": 4}
+        assert bench.finish(fault=fault).status == -signal.SIGKILL
+        *_, last = sorted(
+            (bench.stage / "out").glob("*@*"), key=lambda path: int(path.name.rpartition("-")[2])
+        )
+        last.unlink()
+        bench.finish().failed_cleanly("1 of 1 files are not there")
+        bench.rank("0/3", **SMALL).succeeded()
+        fault = {"kill": True, "calls": calls, "match": "/out/", "when": 1}
+        assert bench.finish(fault=fault).status == -signal.SIGKILL
+        bench.finish().succeeded()
+        bench.check_done(whole)
 
 
 def test_a_join_takes_the_room_of_one_part(large, monkeypatch):
