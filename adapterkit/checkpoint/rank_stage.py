@@ -28,7 +28,8 @@ from adapterkit.checkpoint.writer import UNFINISHED, unfinished_name
 FILES, MARKS, SPOILED = "out", "marks", "SPOILED"
 ATTEMPT = re.compile(r"\.(\d+-\d+-[0-9a-f]{8})\.part$")
 PART_NAME = re.compile(r"(.+)@(\d+)-(\d+)")
-DEVICE = re.compile(r"cpu|\w+ .{1,200}, torch \S{1,80}")  # `engines/device.py: kind`
+# `engines/device.py: kind`, `arithmetic`
+DEVICE = re.compile(r"cpu( [\w ]{1,40}, \d{1,5} threads)?|\w+ .{1,200}, torch \S{1,80}")
 MAX_SECONDS = 1e9  # for which anyone can have worked at a file
 BEAT = ".beat"  # suffix of the file in which a process says that it lives, and how far it is
 
@@ -169,6 +170,13 @@ class RankStage:
         path = self.path / name
         found = map(ATTEMPT.search, (p.name for p in path.parent.glob(f"{escape(path.name)}.*")))
         return {match[1] for match in found if match} - {self.attempt}
+
+    def claim(self, name: str) -> None:
+        """Let the others see that this process is at a file, before it writes the file."""
+        path = self.path / unfinished_name(name, self.attempt)
+        with storage_errors(path):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            os.close(os.open(path, flags, 0o666))
 
     def leave(self) -> None:
         """Remove what this process has not finished."""

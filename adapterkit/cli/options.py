@@ -98,16 +98,17 @@ disk_limit_option = click.option(
     metavar="SIZE",
     help="Most that an output on the Hub takes of this machine's disk, e.g. 20GB.",
 )
+plan_option = click.option(
+    "--plan",
+    type=click.Path(),
+    metavar="FILE",
+    help="Write this plan file, for adapterkit run on several machines, and stop.",
+)
 running_options = option_group(
     click.option(
         "--dry-run", is_flag=True, help="Print the plan (tensors, bytes, memory, disk) and stop."
     ),
-    click.option(
-        "--plan",
-        type=click.Path(),
-        metavar="FILE",
-        help="Write this plan file, for adapterkit run on several machines, and stop.",
-    ),
+    plan_option,
     json_option,
     device_option,
     memory_option("weights computed at the same time"),

@@ -59,6 +59,14 @@ def kind(device: torch.device) -> str:
     return f"{device.type} {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
 
 
+def arithmetic(device: torch.device) -> str:
+    """What the bits of torch's own products depend on: the `kind`, and of a CPU its instructions
+    and how many threads share a product."""
+    if device.type != "cpu":
+        return kind(device)
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
 @contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """Products of float32 in float32 and, on a card, sums in the same order every time, whatever

@@ -9,12 +9,12 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.rank_stage import RankStage, adopt
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.checkpoint.system import cores
-from adapterkit.engines.execution import Execution
 from adapterkit.engines.file_checks import check_files
 from adapterkit.engines.pieces import part_name
 from adapterkit.engines.placement import device_totals
 from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
 from adapterkit.engines.rank_parts import accepts, join, tiling
+from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Failed, Refused
 from adapterkit.execute import check_free, run_in
 from adapterkit.options import Executor
@@ -31,7 +31,7 @@ class Finish(Executor):
     command: str
     verify: bool = False
 
-    def __call__(self, plan: Plan, execution: Execution, check: Check | None) -> Receipt:
+    def __call__(self, plan: Any, execution: RunOptions, check: Any) -> Receipt:
         self.job.check(plan)
         stage = Stage(Path(execution.out))
         worked, hashed = 0.0, execution.hash == "sha256"

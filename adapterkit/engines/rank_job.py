@@ -138,7 +138,8 @@ def check_one_kind(entries: Sequence[dict[str, Any]], stage: RankStage) -> None:
         texts = [f"{kind} ({len(files)}, e.g. {files[0]})" for kind, files in kinds.items()]
         raise Refused(
             f"files made on {' and on '.join(texts)}",
-            expected="one kind of device and one version of torch: others round otherwise",
+            expected="one kind of device, one version of torch, and as many threads where they are "
+            "named (--workers): others round otherwise",
             where=str(stage.marks),
             hint="run with the same ones; or remove the markers NAME.json of the fewer, and run "
             "again",

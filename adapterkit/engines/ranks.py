@@ -24,7 +24,7 @@ from adapterkit.engines.device import pick_device
 from adapterkit.engines.local import local
 from adapterkit.engines.pieces import Part
 from adapterkit.engines.placement import place
-from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
+from adapterkit.engines.rank_job import Job, check_one_kind, no_stage, spoiled
 from adapterkit.engines.rank_parts import accepts, file_of, tiling, units
 from adapterkit.engines.run_options import RunOptions
 from adapterkit.engines.waiting import POLL_INTERVAL, Running, signals_deferred
@@ -84,7 +84,7 @@ class Rank(Executor):
     only: Sequence[str] | None = None
     outcome: Outcome | None = None
 
-    def __call__(self, plan: Any, execution: RunOptions, check: Check | None) -> Any:
+    def __call__(self, plan: Any, execution: RunOptions, check: Any) -> Any:
         self.job.check(plan)
         plan, device = place(plan, self.device or execution.device)
         made = {unit.file: unit for unit in units(plan.shards, self.ranks, pick_device(device))}

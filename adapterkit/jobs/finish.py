@@ -3,9 +3,10 @@
 import shlex
 from pathlib import Path
 
-from adapterkit.engines.rank_finish import Finish
+from adapterkit.errors import Refused
 from adapterkit.hub.push import repository, send
 from adapterkit.jobs.plan_file import again, read_plan
+from adapterkit.jobs.verbs import executors_of
 from adapterkit.options import StrPath, checked
 from adapterkit.plan import Progress
 from adapterkit.receipt import Receipt
@@ -29,8 +30,16 @@ def finish(
     plan_file = read_plan(file)
     command = f"adapterkit run {shlex.quote(str(file))}"
     call = plan_file.call
+    if push is not None and call.verb.__name__ == "stats":
+        raise Refused(
+            "--push with statistics",
+            expected="an output that is a folder",
+            where="options",
+            hint="leave it out: `adapterkit stats --out hf://...` writes to the Hub",
+        )
     recomputes = verify and call.verb.__name__ == "merge"  # it reads the hashes too
-    executor = Finish(plan_file.job, command, verify and not recomputes)
+    make = executors_of(call.verb.__name__).finish
+    executor = make(plan_file.job, command, verify and not recomputes)
     more = {"verify": True} if recomputes else {}
     with again():
         receipt = call.run(engine=executor, resume=True, progress=progress, **more)

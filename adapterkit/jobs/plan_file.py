@@ -17,13 +17,15 @@ from adapterkit.checkpoint.storage import storage_errors, sync, sync_folder, wri
 from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
 from adapterkit.engines.call import Call
 from adapterkit.engines.execution import WritingVerb
-from adapterkit.engines.rank_job import Job, Preparation
+from adapterkit.engines.rank_job import Job
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, shown
 from adapterkit.hub.ids import is_on_hub
-from adapterkit.jobs.verbs import writing_verb, writing_verbs
+from adapterkit.jobs.verbs import executors_of, writing_verb, writing_verbs
 from adapterkit.options import SOURCE, WEIGHTED, StrPath, finite, weighted
 from adapterkit.options import path as checked_path
 from adapterkit.plan import Plan
+from adapterkit.receipt import Receipt
+from adapterkit.statistics.plan import StatisticsPlan
 
 VERSION = 1
 # what each process is told, or decides for itself
@@ -43,22 +45,22 @@ class PlanFile:
     job: Job
 
 
-def write_plan(file: StrPath, verb: str, *sources: Any, **options: Any) -> Plan:
+def write_plan(file: StrPath, verb: str, *sources: Any, **options: Any) -> Plan | StatisticsPlan:
     """Plan a verb's call for several processes: writes `file`, for `run` and `finish`, and makes
     the stage beside the output; the plan.
 
     `verb` is a writing verb's name, `sources` and `options` its arguments. All that the verb would
-    refuse is refused here. Raises `Refused` also for `stats`, which is one pass over its data, for
-    an output on the Hub, and for arguments that no file can hold.
+    refuse is refused here. Raises `Refused` also for an output on the Hub, and for arguments that
+    no file can hold.
     """
     path = Path(checked_path("file", file)).absolute()
     call = _portable(_verb(verb).call(*sources, **options))
     overwrite = bool(call.arguments.get("overwrite"))
     _check_room(path, overwrite)
-    preparation = Preparation(overwrite)
+    preparation = executors_of(verb).preparation(overwrite)
     plan = call.run(engine=preparation)
-    assert isinstance(plan, Plan) and preparation.job is not None
-    job, needs = preparation.job, plan.needs()
+    assert not isinstance(plan, Receipt) and preparation.job is not None
+    job, needs = preparation.job, plan.needs() if isinstance(plan, Plan) else {}
     _write(
         path,
         {
@@ -140,16 +142,9 @@ def _unreadable(path: Path, problem: str) -> Refused:
 
 
 def _verb(name: str) -> WritingVerb[..., Any]:
-    if name == "stats":
-        raise Refused(
-            "stats with --plan",
-            expected="a verb whose files are made apart from each other; stats is one pass",
-            where="options",
-            hint="run stats on one machine",
-        )
     verb = writing_verb(name)
     if verb is None:
-        known = [each for each in writing_verbs() if each != "stats"]
+        known = writing_verbs()
         raise Refused(
             f"{shown(name)!r} with --plan",
             expected=f"one of {', '.join(known)}",
@@ -198,6 +193,8 @@ def _portable_value(name: str, value: Any) -> Any:
         return None
     if name == "out":
         return os.path.abspath(value)
+    if name == "data":
+        return [os.path.abspath(path) for path in value]
     if name in WEIGHTED:
         return [_weighted(source, weight) for source, weight in weighted(value, name)]
     if name in SOURCE:

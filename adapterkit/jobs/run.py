@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adapterkit.engines.ranks import WAIT, Outcome, Rank
+from adapterkit.engines.ranks import WAIT, Outcome
 from adapterkit.errors import Refused
 from adapterkit.jobs.launcher import rank_of
 from adapterkit.jobs.pipeline import run_pipeline
 from adapterkit.jobs.plan_file import PlanFile, again, read_plan
+from adapterkit.jobs.verbs import executors_of
 from adapterkit.options import StrPath, checked, text
 from adapterkit.plan import Progress
 from adapterkit.receipt import Receipt
@@ -76,7 +77,8 @@ def run_rank(
     progress: Progress = lambda done: None,
 ) -> Outcome:
     """`run` of a plan file that was read; with `only` exactly these files."""
-    executor = Rank(plan_file.job, rank, ranks, device, workers, wait, dry_run, only)
+    make = executors_of(plan_file.call.verb.__name__).rank
+    executor = make(plan_file.job, rank, ranks, device, workers, wait, dry_run, only)
     with again():
         # resume: an output that is one file may be there already
         done = plan_file.call.run(engine=executor, resume=True, progress=progress)

@@ -2,11 +2,32 @@
 
 import inspect
 import pkgutil
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from adapterkit import verbs
 from adapterkit.engines.execution import WritingVerb
+from adapterkit.engines.rank_finish import Finish
+from adapterkit.engines.rank_job import Preparation
+from adapterkit.engines.ranks import Rank
+from adapterkit.statistics.ranks import StatisticsFinish, StatisticsPreparation, StatisticsRank
+
+
+@dataclass(frozen=True)
+class Executors:
+    """What carries out a verb by plan file."""
+
+    preparation: type[Preparation]
+    rank: type[Rank]
+    finish: type[Finish]
+
+
+def executors_of(verb: str) -> Executors:
+    """Those of a verb of this name."""
+    if verb == "stats":
+        return Executors(StatisticsPreparation, StatisticsRank, StatisticsFinish)
+    return Executors(Preparation, Rank, Finish)
 
 
 def writing_verbs() -> list[str]:

@@ -25,8 +25,8 @@ class Room:
     The file has no name, so that nothing is left of it however the process ends.
     """
 
-    def __init__(self, folder: Path, limit: int):
-        self.path, self.limit, self.used = folder / "activations", limit, 0
+    def __init__(self, folder: Path, limit: int, name: str = "activations"):
+        self.path, self.limit, self.used = folder / name, limit, 0
         self._free: dict[int, list[int]] = {}  # places by size
         self._end = 0
         with storage_errors(self.path):

@@ -1,6 +1,7 @@
 """Statistics of a checkpoint's layers from batches of data."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -10,10 +11,11 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.system import quarter_of_memory
 from adapterkit.engines.hub_sources import BoundedFolder, BoundedSources
+from adapterkit.statistics.activations import Room
 from adapterkit.statistics.file import Results
 from adapterkit.statistics.job import Batch, Job, Request
 from adapterkit.statistics.layerwise import run_layerwise
-from adapterkit.statistics.ledger import fingerprint, open_work
+from adapterkit.statistics.ledger import Ledger, fingerprint, open_work
 from adapterkit.statistics.stored_model import StoredModel
 from adapterkit.statistics.sums import COMPONENTS
 from adapterkit.statistics.whole import run_whole
@@ -69,16 +71,32 @@ def collect_statistics(
     request.check()
     with open_sources(base.folder) as sources:
         stored = StoredModel(base, sources, torch.device(device))
-        job = Job(stored, request, batches)
-        if not whole and not job.units.has_layers:
-            job.notes.append("no list of layers in the model: it was run whole")
-            whole = True
-        options = {**vars(request), "targets": job.targets, "whole": whole}
+        job = Job(stored, request, batches, whole)
+        options = {**vars(request), "targets": job.targets, "whole": job.is_whole}
         open_work(work, fingerprint(base, batches, options), resume)
-        if whole:
-            files = run_whole(job, work, progress)
-        else:
-            files = run_layerwise(
-                job, work, quarter_of_memory() if memory is None else memory, progress
-            )
-    return job.results(work, files)
+        ledger = Ledger(work, job)
+        with closing(Room(work, quarter_of_memory() if memory is None else memory)) as room:
+            run(job, ledger, room, progress)
+    return job.results(work, ledger.files)
+
+
+class Layers:
+    """Turns steps done of so many into the steps just done."""
+
+    def __init__(self, progress: Callable[[int], None]):
+        self.progress, self.done = progress, None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.done is None:
+            getattr(self.progress, "expect", lambda total: None)(total)
+            self.done = 0
+        self.progress(done - self.done)
+        self.done = done
+
+
+def run(job: Job, ledger: Ledger, room: Room, progress: Progress) -> None:
+    """Let all batches go through the model, and the ledger have what it wants of it."""
+    if job.is_whole:
+        run_whole(job, ledger, progress)
+    else:
+        run_layerwise(job, ledger, room, progress)

@@ -72,7 +72,9 @@ class Request:
 class Job:
     """A model, its layers whose statistics are collected, and the data."""
 
-    def __init__(self, stored: StoredModel, request: Request, batches: Sequence[Batch]):
+    def __init__(
+        self, stored: StoredModel, request: Request, batches: Sequence[Batch], whole: bool = False
+    ):
         self.stored, self.request, self.batches = stored, request, batches
         self.model, self.notes = stored.model, stored.notes
         names = [n for n, module in self.model.named_modules() if is_linear(module)]
@@ -90,6 +92,9 @@ class Job:
         if self.gradients:
             self._check_labels()
         self._check_parameters()
+        self.is_whole = whole or not self.units.has_layers
+        if self.is_whole and not whole:
+            self.notes.append("no list of layers in the model: it was run whole")
 
     def _check_labels(self) -> None:
         """`Refused` if some batch has no loss."""

@@ -4,7 +4,7 @@ out."""
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from torch import Tensor
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.storage import storage_errors
 from adapterkit.errors import Failed, Refused, shown
+from adapterkit.statistics.job import Job
 from adapterkit.statistics.lockstep import Gradients, Stage
-from adapterkit.statistics.sums import Sums
-from adapterkit.statistics.units import Unit
+from adapterkit.statistics.sums import Sum, Sums
+from adapterkit.statistics.units import Unit, is_within
 from adapterkit.statistics.work import SumsFile, remove
 from adapterkit.tasks.rows import byte_view
 
 JOB = "job.json"
+OUTSIDE, WHOLE = "outside.safetensors", "whole.safetensors"
 
 
 def fingerprint(
@@ -63,49 +65,52 @@ def open_work(work: Path, job: str, resume: bool) -> None:
 
 
 class Ledger:
-    """The files of the units' sums and gradients.
+    """The files of the units' sums and gradients, in the work folder of one process.
 
     A layer that the model uses several times is visited several times: its file has the sums so
     far, and how many visits they are of. The visits of a resumed job are the same.
     """
 
-    def __init__(
-        self,
-        work: Path,
-        sums: Callable[[], Sums],
-        passes: int,
-        is_transposed: Callable[[str], bool],
-    ):
-        self.work, self.new_sums, self.passes = work, sums, passes
-        self.is_transposed = is_transposed
-        self.files: dict[str, SumsFile] = {}
+    def __init__(self, work: Path, job: Job):
+        self.work, self.job = work, job
+        self._files: dict[str, SumsFile] = {}
         self._visits = Counter[str]()
 
-    def stage(self, unit: Unit, has_sums: bool, has_gradients: bool) -> Stage:
-        """What is to be collected of a unit that the batches go through now."""
+    @property
+    def files(self) -> list[SumsFile]:
+        """What was written, or found, in the order of the statistics."""
+        return [self._files[name] for name in sorted(self._files)]
+
+    def wants_whole(self) -> bool:
+        """Whether the sums of a model that is run whole are still to be made."""
+        return True
+
+    def stage(self, unit: Unit) -> Stage | None:
+        """What is to be collected of a unit that the batches go through now; None where nothing is
+        left to collect, of it and of all that follow."""
         return Stage(
-            lambda: self._sums(unit) if has_sums else None,
-            lambda: self._gradients(unit) if has_gradients else None,
+            lambda: self._sums(unit) if has_sums(self.job, unit) else None,
+            lambda: self._gradients(unit) if has_gradients(self.job, unit) else None,
         )
 
     def _visit(self, name: str) -> tuple[bool, SumsFile | None]:
         """Whether this visit is done, and the file so far."""
         self._visits[name] += 1
-        if name not in self.files and (self.work / name).exists():
-            self.files[name] = SumsFile.read(self.work, name)
-        file = self.files.get(name)
+        if name not in self._files and (self.work / name).exists():
+            self._files[name] = SumsFile.read(self.work, name)
+        file = self._files.get(name)
         return file is not None and file.visits >= self._visits[name], file
 
     def _sums(self, unit: Unit) -> Sums | None:
-        is_done, file = self._visit(_sums_name(unit))
+        is_done, file = self._visit(sums_name(unit))
         if is_done:
             return None
-        sums = self.new_sums()
+        sums = self.job.sums()
         sums.restore(file.sums() if file is not None else ())
         return sums
 
     def _gradients(self, unit: Unit) -> Gradients | None:
-        is_done, file = self._visit(_gradients_name(unit))
+        is_done, file = self._visit(gradients_name(unit))
         if is_done:
             return None
         if file is None:
@@ -117,11 +122,11 @@ class Ledger:
         collected = vars(stage)
         sums, gradients = collected.get("sums"), collected.get("gradients")
         if sums is not None:
-            self._write(_sums_name(unit), sums, {})
+            self._collect(sums_name(unit), sums, {})
         if gradients is not None:
-            self._write(_gradients_name(unit), None, gradients)
+            self._collect(gradients_name(unit), None, gradients)
 
-    def _write(self, name: str, sums: Sums | None, gradients: Gradients) -> None:
+    def _collect(self, name: str, sums: Sums | None, gradients: Gradients) -> None:
         """`Failed` for what is not finite."""
         groups = []
         if sums is not None:
@@ -131,25 +136,54 @@ class Ledger:
                 one.check()
         for module, value in gradients.items():
             check_gradient(module, value)
-        visits = self._visits[name]
         oriented = {module: self._oriented(module, value) for module, value in gradients.items()}
-        self.files[name] = SumsFile.write(self.work, name, groups, oriented, visits, self.passes)
+        self._write(name, groups, oriented, len(self.job.batches))
+
+    def _write(self, name: str, sums: list[Sum], gradients: Gradients, passes: int) -> None:
+        """Keep the sums of a visit, of gradients over so many backward passes."""
+        visits = self._visits[name]
+        self._files[name] = SumsFile.write(self.work, name, sums, gradients, visits, passes)
 
     def write_outside(self, stage: Stage) -> None:
-        """Of layers outside the units."""
+        """Of layers outside the units, when all batches have gone through the model."""
         if stage.sums is not None or stage.gradients is not None:
-            self._write("outside.safetensors", stage.sums, stage.gradients or {})
+            self._collect(OUTSIDE, stage.sums, stage.gradients or {})
+
+    def write_whole(self, sums: Sums, gradients: Gradients) -> None:
+        """Of a model that was run whole: the sums, and means of gradients (out, in)."""
+        self._visits[WHOLE] = 1
+        self._write(WHOLE, sums.groups, gradients, 1)
 
     def _oriented(self, module: str, gradient: Tensor) -> Tensor:
         """(out, in) of a gradient as the model has it, and the other way round."""
-        return gradient.T if self.is_transposed(module) else gradient
+        return gradient.T if self.job.is_transposed(module) else gradient
 
 
-def _sums_name(unit: Unit) -> str:
+def has_sums(job: Job, unit: Unit) -> bool:
+    """Whether a unit has layers whose inputs are summed."""
+    return bool(job.inputs) and any(is_within(name, [unit.name]) for name in job.watched)
+
+
+def has_gradients(job: Job, unit: Unit) -> bool:
+    """Whether a unit has layers whose gradients are summed."""
+    return job.gradients and any(is_within(name, [unit.name]) for name in job.targets)
+
+
+def foreseen(job: Job) -> tuple[str, ...]:
+    """Names of a job's files, in the order of a pass, if the model calls each layer once."""
+    if job.is_whole:
+        return (WHOLE,)
+    units = job.units.outer
+    sums = [sums_name(unit) for unit in units if has_sums(job, unit)]
+    gradients = [gradients_name(unit) for unit in reversed(units) if has_gradients(job, unit)]
+    return (*sums, *gradients, OUTSIDE)
+
+
+def sums_name(unit: Unit) -> str:
     return f"{unit.order:06}.sums.safetensors"
 
 
-def _gradients_name(unit: Unit) -> str:
+def gradients_name(unit: Unit) -> str:
     return f"{unit.order:06}.gradients.safetensors"
 
 

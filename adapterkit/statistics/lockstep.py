@@ -73,8 +73,9 @@ class Lockstep:
     """The passes of all batches.
 
     `targets`: the layers whose statistics are collected. `stop_at`: a unit from which on nothing is
-    of interest; a pass that comes to it ends. `begin(unit)` gives the stage of a unit,
-    `end(unit, stage)` takes it when all batches have gone through.
+    of interest; a pass that comes to it ends. `begin(unit)` gives the stage of a unit, or None
+    where all passes are to end there; `end(unit, stage)` takes it when all batches have gone
+    through.
     """
 
     stored: StoredModel
@@ -84,7 +85,7 @@ class Lockstep:
     room: Room
     stop_at: Unit | None
     outside: Stage  # of layers outside the units
-    begin: Callable[[Unit], Stage]
+    begin: Callable[[Unit], Stage | None]
     end: Callable[[Unit, Stage], None]
     step: Callable[[], None]  # one batch has gone through one unit
     fixed: set[int] = field(default_factory=set)  # storages that are never emptied
@@ -94,9 +95,9 @@ class Lockstep:
         batches: Sequence[Mapping[str, Tensor]],
         loss: Callable[[Mapping[str, Tensor]], Tensor | None],
         masks: Sequence[Masks | None],
-    ) -> None:
+    ) -> bool:
         """Run the passes of batches; `loss` gives a batch's, whose gradients are computed too, or
-        None."""
+        None. Whether they came to their end."""
         self._fix(tensor for batch in batches for tensor in batch.values())
         passes: list[Pass] = []
         for batch, mask in zip(batches, masks, strict=True):
@@ -117,7 +118,12 @@ class Lockstep:
                 self._go_on(one, None)
                 torch.set_num_threads(threads)  # the pass has changed the default of new threads
             while waiting := [one for one in passes if one.request is not None]:
-                self._stage(_next(waiting), waiting)
+                unit = _next(waiting)
+                stage = self.begin(unit)
+                if stage is None:
+                    return False
+                self._stage(unit, stage, waiting)
+        return True
 
     @property
     def _takes_gradients(self) -> bool:
@@ -141,9 +147,8 @@ class Lockstep:
         ]
         return {name: self.stored.model.get_submodule(name).weight for name in modules}
 
-    def _stage(self, unit: Unit, waiting: Sequence[Pass]) -> None:
+    def _stage(self, unit: Unit, stage: Stage, waiting: Sequence[Pass]) -> None:
         """All passes that wait for a unit go through it."""
-        stage = self.begin(unit)
         self.stored.load(unit.parameters, self.stored.device)
         before = set(self.fixed)
         self._fix()

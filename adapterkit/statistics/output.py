@@ -24,7 +24,7 @@ from adapterkit.errors import (
     Unrecoverable,
     shown,
 )
-from adapterkit.execute import check_same_job
+from adapterkit.execute import check_alone, check_same_job
 from adapterkit.hub.destination import parse_output
 from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.ids import is_on_hub
@@ -186,16 +186,18 @@ def write(
     with what is done.
     """
     stage = target.stage
-    _state(target, recipe, resume=resume, overwrite=overwrite)  # refuses before anything is made
+    state_of(target, recipe, resume=resume, overwrite=overwrite)  # refuses before anything is made
     try:
         with stage:
-            state, replaces = _state(target, recipe, resume=resume, overwrite=overwrite)
+            state, replaces = state_of(target, recipe, resume=resume, overwrite=overwrite)
             older = target.older
             if state == "finished" and older is not None:
                 stage.discard()
                 return Written.of(older)
             if state == "fresh":
                 stage.forget()
+            else:
+                check_alone(stage)
             is_made = target.made.is_file()  # by the run that is resumed
             if not is_made:
                 check_space(stage, needed - _size(stage.path))  # of which some is there already
@@ -229,7 +231,7 @@ def fingerprint(recipe: dict[str, Any]) -> str:
     return digest(public_recipe(recipe))
 
 
-def _state(
+def state_of(
     target: Target, recipe: dict[str, Any], *, resume: bool, overwrite: bool
 ) -> tuple[str, bool]:
     """'fresh', 'resume' or 'finished', and whether an older file is replaced."""

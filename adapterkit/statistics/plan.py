@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.reader import Identity, Sources
+from adapterkit.checkpoint.reader import Identity, Sources, changed
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.system import quarter_of_memory
+from adapterkit.engines.device import pick_device
 from adapterkit.errors import Refused, shown
 from adapterkit.options import StrPath
 from adapterkit.plan import Plan
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.statistics.job import Job, Request
+from adapterkit.statistics.ledger import foreseen
 from adapterkit.statistics.records import Record, draw_records
 from adapterkit.statistics.samples import Samples, load_tokenizer, tokenize
 from adapterkit.statistics.stored_model import StoredModel
@@ -41,6 +43,10 @@ class Options:
     whole: bool
     compat: str | None
     components: int
+
+    @property
+    def request(self) -> Request:
+        return Request(self.what, self.targets, self.compat, self.components)
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,13 @@ class StatisticsPlan:
     identities: dict[tuple[int, str], Identity]
     notes: tuple[str, ...]
     reads: tuple[str, ...]  # files of the base, in the order in which they are read
+    parts: tuple[str, ...]  # names of the files of sums that are foreseen
     shards: tuple[()] = ()  # of a checkpoint
     transfers: dict[str, int] = field(default_factory=dict)  # totals of an output on the Hub
+
+    @property
+    def folders(self) -> tuple[Folder, ...]:
+        return (self.base.folder,)
 
     @property
     def decisions(self) -> dict[str, Any]:
@@ -81,7 +92,7 @@ class StatisticsPlan:
     def recipe(self) -> dict[str, Any]:
         """What makes two jobs the same: version, options, inputs, samples."""
         options = {key: value for key, value in vars(self.options).items() if value is not None}
-        job = Plan("stats", options, (self.base.folder,), self.headers, self.identities, (), {})
+        job = Plan("stats", options, self.folders, self.headers, self.identities, (), {})
         return json.loads(json.dumps(job.recipe() | {"data": self.data}))  # as it is read again
 
     def totals(self) -> dict[str, int]:
@@ -106,6 +117,19 @@ class StatisticsPlan:
             "memory_peak": self.sizes.weights + self.sizes.sums + in_memory,
             **self.transfers,
         }
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` is a GPU where there is one: unlike a merge, a forward pass waits for arithmetic."""
+    return pick_device("cuda" if name == "auto" and torch.cuda.is_available() else name)
+
+
+def check_unchanged(plan: StatisticsPlan) -> None:
+    """`Unrecoverable` where a file of the model is not the one that was planned with."""
+    now = identities(plan.folders, plan.headers)
+    for (_, name), before, after in ((key, plan.identities[key], now[key]) for key in now):
+        if before != after:
+            raise changed(name)
 
 
 def _elements(what: Sequence[str], components: int, rows: int, width: int) -> int:
@@ -135,9 +159,8 @@ def plan_statistics(
         stored = StoredModel(base, sources, device, buffers=False)
         samples = _samples(folder, stored.model, drawn.records, options)
         batches = samples.batches(options.batch)
-        request = Request(options.what, options.targets, options.compat, options.components)
-        request.check()
-        job = Job(stored, request, batches)
+        options.request.check()
+        job = Job(stored, options.request, batches, options.whole)
     shapes = {name: _shape(job, name) for name in job.targets}
     headers = header_hashes({0: base}, configs=(0,))
     return StatisticsPlan(
@@ -154,6 +177,7 @@ def plan_statistics(
         identities((folder,), headers),
         tuple(dict.fromkeys([*drawn.notes, *samples.notes, *job.notes])),
         tuple(_reads(job, options)),
+        foreseen(job),
     )
 
 

@@ -1,17 +1,18 @@
 """A model run as a whole, in memory."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from adapterkit.statistics.gradients import Gradients
 from adapterkit.statistics.job import Job
-from adapterkit.statistics.work import SumsFile
+from adapterkit.statistics.ledger import Ledger
 
 
-def run_whole(job: Job, work: Path, progress: Callable[[int, int], None]) -> list[SumsFile]:
-    """Batch by batch."""
+def run_whole(job: Job, ledger: Ledger, progress: Callable[[int, int], None]) -> None:
+    """Batch by batch, unless the ledger has the sums."""
+    if not ledger.wants_whole():
+        return
     stored, model, sums = job.stored, job.model, job.sums()
     names = stored.parameters()
     stored.load(names, stored.device)
@@ -34,6 +35,6 @@ def run_whole(job: Job, work: Path, progress: Callable[[int, int], None]) -> lis
                 del output
                 progress(number + 1, len(job.batches))
         sums.settle()
-        return [SumsFile.write(work, "whole.safetensors", sums.groups, dict(gradients.means()))]
+        ledger.write_whole(sums, dict(gradients.means()))
     finally:
         stored.free(names)

@@ -41,9 +41,10 @@ class SumsFile:
         gradients: Mapping[str, Tensor],
         visits: int = 1,
         passes: int = 1,
+        attempt: str = "",
     ) -> "SumsFile":
         """Sums in float64, sums of gradients (out, in) in float32; the file appears whole or not at
-        all."""
+        all. `attempt`: as of `ShardFile`."""
         tensors: dict[str, Tensor] = {}
         records = []
         for number, one in enumerate(sums):
@@ -56,7 +57,8 @@ class SumsFile:
         ]
         about = {SUMS: json.dumps(records), VISITS: str(visits), PASSES: str(passes)}
         layout = laid_out(name, stored, about)
-        write_file(folder, layout, ((key, tensors[key]) for key in (t.key for t in layout.tensors)))
+        values = ((stored.key, tensors[stored.key]) for stored in layout.tensors)
+        write_file(folder, layout, values, attempt)
         return cls.read(folder, name)
 
     @classmethod
@@ -105,10 +107,12 @@ class SumsFile:
         return torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
 
 
-def write_file(folder: Path, layout: ShardLayout, tensors: Iterator[tuple[str, Tensor]]) -> None:
+def write_file(
+    folder: Path, layout: ShardLayout, tensors: Iterator[tuple[str, Tensor]], attempt: str = ""
+) -> None:
     """Write a file of tensors that come in its order, one at a time; it appears whole or not at
     all."""
-    shard = ShardFile(folder, layout.file, layout.size)
+    shard = ShardFile(folder, layout.file, layout.size, attempt)
     try:
         shard.write(layout.header, 0)
         for stored, start, (key, value) in zip(layout.tensors, layout.starts, tensors, strict=True):

@@ -4,24 +4,30 @@ or refitted by them."""
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from adapterkit.checkpoint.reader import changed
-from adapterkit.engines.device import pick_device
 from adapterkit.engines.execution import output_file, writes
-from adapterkit.errors import Failed, listed
-from adapterkit.options import StrPath, files, kinds, parse_size
+from adapterkit.engines.run_options import RunOptions
+from adapterkit.errors import Failed, Refused, listed
+from adapterkit.options import Executor, StrPath, files, kinds, parse_size
 from adapterkit.plan import Progress
-from adapterkit.planning.input_files import identities
 from adapterkit.planning.sources import open_model
 from adapterkit.receipt import RECEIPT_VERSION, Receipt, public_recipe
 from adapterkit.statistics import output
-from adapterkit.statistics.collect import collect_statistics
+from adapterkit.statistics.collect import Layers, collect_statistics
 from adapterkit.statistics.file import Results, write_statistics
 from adapterkit.statistics.job import WHAT
-from adapterkit.statistics.plan import Options, StatisticsPlan, plan_statistics
+from adapterkit.statistics.plan import (
+    Options,
+    StatisticsPlan,
+    check_unchanged,
+    device_of,
+    plan_statistics,
+)
+from adapterkit.statistics.ranks import Collect
 from adapterkit.statistics.sums import COMPONENTS
 
 
@@ -43,6 +49,7 @@ def stats(
     device: str = "auto",
     memory: str | int | None = None,
     disk_limit: str | int | None = None,
+    engine: str | Executor = "local",
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -72,24 +79,37 @@ def stats(
     `out` is one safetensors file that appears whole or not at all, here or in one commit to the Hub
     (hf://org/name[@branch]:path/file.safetensors), where `disk_limit` bounds what lies on this
     machine's disk meanwhile; its metadata say what the job was, and so does the receipt's `data`.
-    `progress` is called with the layers just done. Raises `Refused` before anything is written;
-    `Failed` for inputs that are not finite.
+    `engine`: local; several processes share the sums by `write_plan`. `progress` is called with the
+    layers just done. Raises `Refused` before anything is written; `Failed` for inputs that are not
+    finite.
     """
+    if engine == "ray":
+        raise Refused(
+            "stats with --engine ray",
+            expected="one process, or several that share the sums",
+            where="options",
+            hint="give --plan, and start `adapterkit run` on each machine",
+        )
     options = Options(tuple(what), samples, length, targets, batch, seed, whole, compat, components)
     folder = open_model(base)
     output.check_output(out, folder)
     budget = parse_size("memory", memory) if memory else None
-    plan = plan_statistics(folder, files("data", data), options, _device(device), budget)
+    by_plan = isinstance(engine, Executor)
+    place = torch.device("cpu") if by_plan else device_of(device)  # each rank decides for itself
+    plan = plan_statistics(folder, files("data", data), options, place, budget)
     plan = output.placed(plan, out, disk_limit)
     if dry_run:
         return plan
-    with output.open_target(out, folder) as target:
-        return _Job(plan, progress).run(target, resume=resume, overwrite=overwrite)
 
+    def write(collect: Collect, *, began: float, resume: bool, overwrite: bool) -> Receipt:
+        with output.open_target(out, folder) as target:
+            return _Job(plan, collect, began).run(target, resume=resume, overwrite=overwrite)
 
-def _device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one: unlike a merge, a forward pass waits for arithmetic."""
-    return pick_device("cuda" if name == "auto" and torch.cuda.is_available() else name)
+    if by_plan:
+        how = RunOptions(out, "none", device, memory, engine, resume, overwrite, dry_run, progress)
+        return engine(plan, how, write)
+    collect = partial(_collected, plan, progress)
+    return write(collect, began=time.monotonic(), resume=resume, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -97,15 +117,16 @@ class _Job:
     """A plan that is carried out."""
 
     plan: StatisticsPlan
-    progress: Progress
+    collect: Collect
+    began: float  # as time.monotonic has it
 
     def run(self, target: output.Target, *, resume: bool, overwrite: bool) -> Receipt:
-        began, recipe = time.monotonic(), self.plan.recipe()
+        recipe = self.plan.recipe()
         needed = self.plan.totals()["disk_needed"]
         file = output.write(
             target, recipe, self._fill, needed=needed, resume=resume, overwrite=overwrite
         )
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - self.began
         data = {
             "adapterkit": RECEIPT_VERSION,
             **file.metadata,
@@ -119,22 +140,9 @@ class _Job:
         return Receipt(target.out, data, finished_before=not file.is_new)
 
     def _fill(self, file: Path, work: Path, goes_on: bool) -> None:
-        plan, options, recipe = self.plan, self.plan.options, self.plan.recipe()
-        results = collect_statistics(
-            plan.base,
-            plan.batches,
-            what=options.what,
-            targets=options.targets,
-            work=work,
-            memory=plan.memory,
-            device=plan.device,
-            whole=options.whole,
-            compat=options.compat,
-            components=options.components,
-            resume=goes_on,
-            progress=_Layers(self.progress),
-        )
-        _check_unchanged(plan)
+        plan, recipe = self.plan, self.plan.recipe()
+        results = self.collect(work, goes_on)
+        check_unchanged(plan)
         notes = list(dict.fromkeys([*plan.notes, *results.notes, *_unseen(plan, results)]))
         settings = {
             "fingerprint": output.fingerprint(recipe),
@@ -144,12 +152,23 @@ class _Job:
         write_statistics(file, replace(results, settings=results.settings | settings))
 
 
-def _check_unchanged(plan: StatisticsPlan) -> None:
-    """`Unrecoverable` where a file of the model is not the one that was planned with."""
-    now = identities((plan.base.folder,), plan.headers)
-    for (_, name), before, after in ((key, plan.identities[key], now[key]) for key in now):
-        if before != after:
-            raise changed(name)
+def _collected(plan: StatisticsPlan, progress: Progress, work: Path, goes_on: bool) -> Results:
+    """The statistics, collected by this process."""
+    options = plan.options
+    return collect_statistics(
+        plan.base,
+        plan.batches,
+        what=options.what,
+        targets=options.targets,
+        work=work,
+        memory=plan.memory,
+        device=plan.device,
+        whole=options.whole,
+        compat=options.compat,
+        components=options.components,
+        resume=goes_on,
+        progress=Layers(progress),
+    )
 
 
 def _unseen(plan: StatisticsPlan, results: Results) -> list[str]:
@@ -163,17 +182,3 @@ def _unseen(plan: StatisticsPlan, results: Results) -> list[str]:
             hint="name other --targets",
         )
     return [f"no statistics of {listed(unseen)}: they saw no token that counts"] if unseen else []
-
-
-class _Layers:
-    """Turns steps done of so many into the steps just done."""
-
-    def __init__(self, progress: Progress):
-        self.progress, self.done = progress, None
-
-    def __call__(self, done: int, total: int) -> None:
-        if self.done is None:
-            getattr(self.progress, "expect", lambda total: None)(total)
-            self.done = 0
-        self.progress(done - self.done)
-        self.done = done

@@ -76,7 +76,7 @@ class RanksBench(AdapterBench):
 
 @pytest.fixture(scope="session")
 def driver() -> Iterator[Driver]:
-    process = Driver("init", "loftq")
+    process = Driver("init", "loftq", "stats")
     yield process
     process.stop()
 

@@ -12,6 +12,7 @@ from adapterkit.cli.options import (
     disk_limit_option,
     json_option,
     memory_option,
+    plan_option,
     resume_options,
     targets_option,
 )
@@ -68,10 +69,17 @@ from adapterkit.cli.output import run_verb
 )
 @choice_option("--compat", help="PEFT's covariance of CorDA: inputs divided by their largest.")
 @click.option("--dry-run", is_flag=True, help="Print the samples, modules and sizes, and stop.")
+@plan_option
 @json_option
 @device_option
 @memory_option("activations, which go to disk beyond it")
 @disk_limit_option
+@choice_option(
+    "--engine",
+    default="local",
+    show_default=True,
+    help="What runs it: this machine; several machines take --plan.",
+)
 @resume_options("older statistics")
 def stats(base: str, **options: Any) -> None:
     """Collect what a model's layers see of some texts.

@@ -1,0 +1,220 @@
+"""Statistics that several processes make: the executors of `stats` by plan file.
+
+All run the model over all batches, as the data of a layer come from the layer before it; what they
+share are the sums (`rank_ledger.py`).
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapterkit.checkpoint.rank_stage import RankStage, adopt
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.checkpoint.stage import Stage
+from adapterkit.engines import ranks
+from adapterkit.engines.device import arithmetic
+from adapterkit.engines.rank_finish import Finish
+from adapterkit.engines.rank_job import Preparation, check_one_kind, no_stage, spoiled
+from adapterkit.engines.ranks import Marks, Outcome, Pulse, Rank
+from adapterkit.engines.run_options import RunOptions
+from adapterkit.errors import Failed, Refused, listed
+from adapterkit.plan import Progress
+from adapterkit.receipt import Receipt
+from adapterkit.statistics import output
+from adapterkit.statistics.activations import Room
+from adapterkit.statistics.collect import Layers, run
+from adapterkit.statistics.file import Results
+from adapterkit.statistics.job import Job
+from adapterkit.statistics.output import FileHere
+from adapterkit.statistics.plan import StatisticsPlan, check_unchanged, device_of
+from adapterkit.statistics.rank_ledger import (
+    FOLDER,
+    RankLedger,
+    Share,
+    accepts,
+    is_name,
+    names_of,
+    path_of,
+)
+from adapterkit.statistics.stored_model import StoredModel
+from adapterkit.statistics.work import SumsFile
+
+Collect = Callable[[Path, bool], Results]  # (work folder, whether to go on there)
+Write = Callable[..., Receipt]  # (collect, began, resume, overwrite): writes the output
+
+
+class _FileStage(Stage):
+    """The stage of the file of statistics of a plan."""
+
+    def __init__(self, out: Path, plan: StatisticsPlan):
+        super().__init__(out)
+        self._recipe = plan.recipe()
+
+    def state(self, fingerprint: str, *, resume: bool, overwrite: bool) -> str:
+        options = {"resume": resume, "overwrite": overwrite}
+        state, self.replaces = output.state_of(FileHere(self.out), self._recipe, **options)
+        return state
+
+
+class StatisticsPreparation(Preparation):
+    """`Preparation` of `stats`."""
+
+    def _stage(self, plan: StatisticsPlan, out: Path) -> Stage:
+        return _FileStage(out, plan)
+
+    def _check_space(self, plan: StatisticsPlan, stage: Stage) -> None:
+        output.check_space(stage, plan.totals()["disk_needed"])
+
+    def _files(self, plan: StatisticsPlan) -> list[str]:
+        return [path_of(name) for name in plan.parts]
+
+
+@dataclass
+class StatisticsRank(Rank):
+    """`Rank` of `stats`: it has no share of its own, but takes what no other one is at."""
+
+    def __call__(self, plan: StatisticsPlan, execution: RunOptions, check: Any) -> StatisticsPlan:
+        self.job.check(plan)
+        if self.dry_run:
+            self.outcome = Outcome(self.rank, self.ranks, [path_of(name) for name in plan.parts])
+            return plan
+        taken: list[str] = []
+        outcome = self.outcome = Outcome(self.rank, self.ranks, taken, made=taken)
+        device = device_of(self.device or execution.device)
+        if self.workers is not None:
+            torch.set_num_threads(self.workers)
+
+        def make_files(stage: RankStage) -> None:
+            _RankRun(plan, stage, outcome, device, execution.progress).make_files()
+
+        self._at_work(_FileStage(Path(execution.out), plan), make_files, accepts)
+        return plan
+
+
+class _RankRun:
+    """One rank's run."""
+
+    def __init__(
+        self,
+        plan: StatisticsPlan,
+        stage: RankStage,
+        outcome: Outcome,
+        device: torch.device,
+        progress: Progress,
+    ):
+        self.plan, self.stage, self.outcome = plan, stage, outcome
+        self.device, self.progress = device, progress
+        self.marks = Marks(stage, outcome, arithmetic(device))
+        self.share = Share(stage, self.marks, plan.parts, lambda: check_unchanged(plan))
+
+    def make_files(self) -> None:
+        """Let the batches through the model until nothing is left for this rank. `Refused` where
+        the job is spoiled or gone."""
+        self.marks.check(entry["shard"]["file"] for entry in self.stage.journal())
+        expected = dict(self.plan.identities)
+        with (
+            Pulse(self.stage, {}, lambda done: None) as pulse,
+            Sources(self.plan.folders, expected) as sources,
+        ):
+            job = job_of(self.plan, sources, self.device)
+            while True:
+                self.marks.check_spoiled()
+                todo = [*self.share.todo()]
+                if self.share.others_are_at(todo):
+                    self.outcome.left = [*map(path_of, todo)]
+                    return
+                if self.share.has_free():
+                    self._pass(job, pulse)
+                else:
+                    time.sleep(ranks.POLL)
+
+    def _pass(self, job: Job, pulse: Pulse) -> None:
+        """Let the batches through once; `Failed` where that will never do."""
+        layers, made = Layers(self.progress), len(self.outcome.made)
+
+        def progress(done: int, total: int) -> None:
+            pulse(0)
+            layers(done, total)
+
+        name = f"activations.{self.stage.attempt}.part"  # ranks' files are apart
+        with closing(Room(self.stage.path / FOLDER, self.plan.memory, name)) as room:
+            run(job, RankLedger(job, self.share), room, progress)
+        if len(self.outcome.made) == made and not self.share.passed_by:
+            raise Failed(
+                f"the model does not come to {listed([*self.share.todo()])}, as for another rank",
+                expected="a model that runs the same on all machines",
+                where=str(self.stage.path),
+                hint="run without --plan",
+            )
+
+
+def job_of(plan: StatisticsPlan, sources: Sources, device: torch.device) -> Job:
+    """What is to be collected by a plan."""
+    stored = StoredModel(plan.base, sources, device)
+    return Job(stored, plan.options.request, plan.batches, plan.options.whole)
+
+
+class StatisticsFinish(Finish):
+    """`Finish` of `stats`: the output of the sums that the ranks have made."""
+
+    def __call__(self, plan: StatisticsPlan, execution: RunOptions, write: Write) -> Receipt:
+        self.job.check(plan)
+        if self.verify:
+            raise Refused(
+                "--verify with statistics",
+                expected="an output whose receipt has hashes",
+                where="options",
+                hint="leave --verify out",
+            )
+        stage = _FileStage(Path(execution.out), plan)
+        worked = 0.0
+        if stage.state(self.job.fingerprint, resume=True, overwrite=False) == "fresh":
+            raise no_stage(stage.path)
+        with stage:
+            head = (stage.journal() or [{}])[0]
+            found = RankStage(stage.control, self.job.digest, accepts=accepts)
+            if found.exists():
+                head, worked = self._take_over(plan, stage, found, head)
+            elif head.get("ranks"):
+                raise no_stage(found.path)
+        names = head.get("files") if head else []  # finished before
+        if not isinstance(names, list) or not all(map(is_name, names)):
+            raise no_stage(stage.path)
+
+        def collect(work: Path, goes_on: bool) -> Results:
+            with Sources(plan.folders, {}) as sources:
+                job = job_of(plan, sources, torch.device("cpu"))
+            return job.results(work, [SumsFile.read(work, name) for name in names])
+
+        began = time.monotonic() - worked
+        return write(collect, began=began, resume=True, overwrite=False)
+
+    def _take_over(
+        self, plan: StatisticsPlan, stage: Stage, ranks: RankStage, head: dict[str, Any]
+    ) -> tuple[dict[str, Any], float]:
+        """Take over what the ranks made; the journal's only entry from now on, and the seconds
+        that the slowest of them took. `Refused` where files are missing."""
+        if reason := ranks.spoiled():
+            raise spoiled(reason, ranks)
+        names = names_of(ranks, plan.parts) or plan.parts
+        markers = ranks.markers(map(path_of, names))
+        missing = [name for name in names if path_of(name) not in markers]
+        if missing:
+            raise Refused(
+                f"{len(missing)} of {len(names)} files are not there: {', '.join(missing)}",
+                expected="the sums of all layers",
+                where=str(ranks.path),
+                hint=f"run `{self.command}` again, as one rank or as all",
+            )
+        check_one_kind([*markers.values()], ranks)
+        head = {key: value for key, value in head.items() if key != "ranks"} | {"files": [*names]}
+        adopt(stage, ranks, [head])
+        seconds: dict[str, float] = {}
+        for entry in markers.values():
+            seconds[entry["attempt"]] = seconds.get(entry["attempt"], 0.0) + entry["seconds"]
+        return head, max(seconds.values(), default=0.0)
