@@ -187,7 +187,7 @@ def test_what_is_given_up_stays_so(merging):
         ended.failed_cleanly("the job was given up: a file changed", "--overwrite")
 
 
-@pytest.mark.parametrize("entry", [{"torch": "1.0"}, {"device": "cuda"}])
+@pytest.mark.parametrize("entry", [{"torch": "1.0"}, {"device": "cuda Card 80GB, torch 2.13.0"}])
 def test_two_kinds_of_arithmetic_are_refused(merging, entry: dict):
     bench, _ = merging
     bench.plan().succeeded()
