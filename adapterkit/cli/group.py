@@ -32,8 +32,8 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """An `AdapterkitError` ends in a message and `error_status`; wrong usage is click's, status
         2; all else is a bug and keeps its traceback."""
-        signals.install()
         try:
+            signals.install()
             result = super().invoke(ctx)
             signals.ignore_after_work()
             return result
