@@ -244,7 +244,7 @@ def weights(state: State, names: object) -> dict[str, float]:
         return {}
     if isinstance(names, str):
         names = [names]
-    # a mapping may have keys of another type than names have: `known` refuses those
+    # an object of the caller's: what is no list is a TypeError of Python's
     table = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)  # type: ignore[call-overload]
     state.known(table)
     wrong = {

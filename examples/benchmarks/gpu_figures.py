@@ -465,7 +465,6 @@ def peers(settings: "Settings") -> dict:
 
 def fastsafetensors(settings: "Settings", files: list[Path]) -> None:
     # a package of the card's machine
-    # not installed where there is no card
     from fastsafetensors import SafeTensorsFileLoader, SingleGroup  # type: ignore[import-not-found]
 
     loader = SafeTensorsFileLoader(SingleGroup(), torch.device(settings.device), nogds=True)
