@@ -21,7 +21,7 @@ from typing import Any
 from adapterkit.checkpoint.lock import may_run, process_record
 from adapterkit.checkpoint.shard_result import ShardResult, is_number, read_result
 from adapterkit.checkpoint.stage import HANDOFF, RANKS, Stage, size_of_file
-from adapterkit.checkpoint.storage import storage_errors, sync, sync_folder, sync_folders, write_all
+from adapterkit.checkpoint.storage import replace_file, storage_errors, sync_folder, sync_folders
 from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
 from adapterkit.checkpoint.writer import UNFINISHED, unfinished_name
 
@@ -187,21 +187,9 @@ class RankStage:
                     path.unlink(missing_ok=True)
 
     def _write(self, name: str, entry: dict[str, Any], *, durable: bool = True) -> None:
-        path = self.marks / name
-        part = self.marks / unfinished_name(name, self.attempt)
-        with storage_errors(path):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(part, flags, 0o666)
-            try:
-                data = json.dumps(entry, separators=(",", ":")).encode()
-                write_all(data, lambda rest, _: os.write(descriptor, rest))
-                if durable:
-                    sync(descriptor)
-            finally:
-                os.close(descriptor)
-            os.rename(part, path)
-            if durable:
-                sync_folder(path.parent)
+        data = json.dumps(entry, separators=(",", ":")).encode()
+        beside = self.marks / unfinished_name(name, self.attempt)
+        replace_file(self.marks / name, data, beside, durable=durable)
 
 
 def adopt(stage: Stage, ranks: RankStage, entries: Iterable[dict[str, Any]]) -> None:

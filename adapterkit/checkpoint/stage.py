@@ -27,6 +27,7 @@ from adapterkit.checkpoint.storage import (
     sync_folders,
     write_all,
 )
+from adapterkit.checkpoint.writer import unfinished_name
 from adapterkit.errors import Refused
 
 JOURNAL = "journal.jsonl"
@@ -330,17 +331,9 @@ class Stage:
     def rewrite(self, entries: Iterable[dict]) -> None:
         """Put these entries in the place of the journal's, all at once."""
         self._close_journal()
-        part = self.control / (JOURNAL + ".part")
-        with storage_errors(part):
-            lines = [json.dumps(entry, separators=(",", ":")).encode() + b"\n" for entry in entries]
-            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-            try:
-                write_all(b"".join(lines), lambda rest, _: os.write(descriptor, rest))
-                storage.sync(descriptor)
-            finally:
-                os.close(descriptor)
-            os.rename(part, self.control / JOURNAL)
-            sync_folder(self.control)
+        lines = [json.dumps(entry, separators=(",", ":")).encode() + b"\n" for entry in entries]
+        path = self.control / JOURNAL
+        storage.replace_file(path, b"".join(lines), self.control / unfinished_name(JOURNAL))
 
     def write_file(self, name: str, blocks: Iterable[bytes]) -> tuple[int, str]:
         """Write a small file durably; its size and sha256."""

@@ -48,6 +48,25 @@ def write_all(data: memoryview | bytes, write: Callable[[memoryview, int], int])
         done += n
 
 
+def replace_file(path: Path, data: bytes, beside: Path, *, durable: bool = True) -> None:
+    """Write a small file as a whole: under the name `beside` in its folder, then renamed."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    with storage_errors(path):
+        descriptor = os.open(beside, flags, 0o666)  # the umask decides, as for any file
+        try:
+            write_all(data, lambda rest, _: os.write(descriptor, rest))
+            if durable:
+                sync(descriptor)
+            os.rename(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+        if durable:
+            sync_folder(path.parent)
+
+
 def sync(descriptor: int) -> None:
     """Make a file's bytes durable."""
     if DURABLE:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit import __version__
-from adapterkit.checkpoint.storage import storage_errors, sync, sync_folder, write_all
+from adapterkit.checkpoint.storage import replace_file
 from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
 from adapterkit.engines.call import Call
 from adapterkit.engines.execution import WritingVerb
@@ -229,20 +229,8 @@ def _pinned(source: StrPath) -> str:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with storage_errors(path):
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            data = json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
-            write_all(data, lambda rest, _: os.write(descriptor, rest))
-            sync(descriptor)
-            os.replace(part, path)
-            sync_folder(path.parent)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(descriptor)
+    data = json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
+    replace_file(path, data, path.with_name(f".{path.name}.{os.getpid()}.part"))
 
 
 @contextmanager
