@@ -15,11 +15,9 @@ time per layer is what is compared. `svd` and `ties_svd` are PEFT's names; adapt
 the same deltas (see the tests). The full SVD is what PEFT and others do to each dense delta.
 """
 
-import argparse
 import json
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from statistics import median
 
@@ -213,16 +211,9 @@ def print_table(title: str, rows: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeat", type=int, default=3, help="rounds (3)")
+    parser = common.parser_of(__doc__)
     parser.add_argument("--large", action="store_true", help="also a 7B model's shape")
     parser.add_argument("--extract", action="store_true", help="also extract")
-    parser.add_argument(
-        "--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-benchmark"
-    )
-    parser.add_argument("--json", type=Path, help="write every figure here")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     lock = common.alone(args.work)

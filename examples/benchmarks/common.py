@@ -6,6 +6,7 @@ and as many layers as the size asks for. It is generated one shard at a time and
 second run starts at once.
 """
 
+import argparse
 import fcntl
 import json
 import os
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -199,6 +201,21 @@ def fresh(folder: Path) -> Path:
 
 def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def parser_of(
+    script: str | None,  # its docstring
+    repeat: int = 3,
+    work: str = "adapterkit-benchmark",
+) -> argparse.ArgumentParser:
+    """The options of every benchmark: --repeat, --work and --json."""
+    parser = argparse.ArgumentParser(
+        description=script, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeat", type=int, default=repeat, help=f"rounds ({repeat})")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / work)
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    return parser
 
 
 def alone(work: Path) -> IO[bytes]:

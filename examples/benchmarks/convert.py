@@ -12,11 +12,9 @@ once with the imports and once without; it reads kohya's layout and writes its o
 that and writes kohya's. kohya's scripts are in no package index.
 """
 
-import argparse
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -194,16 +192,9 @@ def print_table(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__, work="adapterkit-benchmark-convert")
     parser.add_argument("--rank", type=int, default=64, help="rank of the large LoRA (64)")
-    parser.add_argument("--repeat", type=int, default=3, help="rounds (3)")
     parser.add_argument("--only", default="", help="adapterkit: leave diffusers out")
-    parser.add_argument(
-        "--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-benchmark-convert"
-    )
-    parser.add_argument("--json", type=Path, help="write every figure here")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     lock = common.alone(args.work)

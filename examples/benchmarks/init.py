@@ -17,11 +17,9 @@ the model is in it. Stats: covariances of the layers' inputs, beside forward pas
 batches in the whole model. Processes take turns; all figures are medians.
 """
 
-import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,18 +311,11 @@ def print_stats(rows: dict[int, dict]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     parser.add_argument("--layers", type=int, default=2, help="of the checkpoints (2)")
     parser.add_argument("--depths", default="2,4,8", help="layers of the models of stats (2,4,8)")
-    parser.add_argument("--repeat", type=int, default=3, help="rounds (3)")
     parser.add_argument("--only", help="methods, with commas between; `stats` is one")
     parser.add_argument("--spectra", default=",".join(SPECTRA), help="decaying,flat")
-    parser.add_argument(
-        "--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-benchmark"
-    )
-    parser.add_argument("--json", type=Path, help="write every figure here")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     lock = common.alone(args.work)

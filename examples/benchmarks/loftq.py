@@ -20,12 +20,10 @@ save_pretrained. Memory is anonymous memory, sampled every 20 ms; beside it is t
 which has planned and imported everything but read no weight.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from statistics import median
 
@@ -278,20 +276,13 @@ def print_commands(rows: dict[str, dict], nbytes: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     parser.add_argument(
         "--size", type=float, default=2, help="GB of the checkpoint (2); 0: one iteration only"
     )
-    parser.add_argument("--repeat", type=int, default=3, help="rounds (3)")
     parser.add_argument(
         "--no-peers", dest="peers", action="store_false", help="whole commands: adapterkit's alone"
     )
-    parser.add_argument(
-        "--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-benchmark"
-    )
-    parser.add_argument("--json", type=Path, help="write every figure here")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     lock = common.alone(args.work)

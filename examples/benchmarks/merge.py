@@ -26,12 +26,12 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import common
 
@@ -180,7 +180,9 @@ def measure(
     found: list[Competitor], args: argparse.Namespace, base: Path, adapter: Path, out: Path
 ) -> dict[str, dict]:
     """Every competitor once per round; one that fails is named and left out of the next rounds."""
-    results = defaultdict(lambda: {"seconds": [], "peak_anonymous_bytes": []})
+    results: defaultdict[str, dict[str, Any]] = defaultdict(
+        lambda: {"seconds": [], "peak_anonymous_bytes": []}
+    )
     for round_number in range(args.repeat):
         for one in list(found):
             try:
@@ -281,7 +283,7 @@ def print_table(results: dict[str, dict], nbytes: int) -> None:
         "peak MiB",
         "misrounded",
     )
-    rows = [(f"{nbytes / common.GB:.2f} GB", *heads)]
+    rows: list[tuple[str, ...]] = [(f"{nbytes / common.GB:.2f} GB", *heads)]
     for name, mid in medians.items():
         result, seconds = results[name], results[name]["seconds"]
         peft = medians.get("PEFT" + IN_PROCESS if name.endswith(IN_PROCESS) else "PEFT")
@@ -343,16 +345,13 @@ def many_sizes(args: argparse.Namespace) -> dict:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     parser.add_argument("--size", type=float, default=2, help="GB of the checkpoint (2)")
     parser.add_argument("--sizes", help="GB, comma-separated: adapterkit alone at each size")
     parser.add_argument("--shard", type=float, default=1, help="GB of the largest shard (1)")
     parser.add_argument(
         "--factors", choices=("float32", "bfloat16"), default="float32", help="dtype of the adapter"
     )
-    parser.add_argument("--repeat", type=int, default=3, help="rounds (3)")
     parser.add_argument(
         "--device", default="cpu", help="cpu, cuda or cuda:i, for all that can use it"
     )
@@ -365,10 +364,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--exact", action="store_true", help="count the elements that are not correctly rounded"
     )
-    parser.add_argument(
-        "--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-benchmark"
-    )
-    parser.add_argument("--json", type=Path, help="write every figure here")
     return parser.parse_args()
 
 
