@@ -10,7 +10,7 @@ import random
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,13 @@ import pytest
 from torch import nn
 
 import adapterkit
+from adapterkit.checkpoint.rank_stage import RankStage
+from adapterkit.engines import ranks
 from adapterkit.errors import Interrupted, Refused
+from adapterkit.jobs.plan_file import read_plan
 from adapterkit.statistics import activations, stored_model, units
+from adapterkit.statistics.plan import StatisticsPlan
+from adapterkit.statistics.rank_ledger import accepts, path_of
 from adapterkit.statistics.stored_model import StoredModel
 from tests.jobs.conftest import RanksBench
 from tests.jobs.test_ranks import SLOW, stopped, until
@@ -183,7 +188,7 @@ def test_a_changed_input_is_the_end_for_all(benches):
     poke = [["poke", str(path), 4000, [1, 2, 3]]]
     change = {"calls": ["fsync"], "match": ".sums.", "when": 1, "act": poke}
     bench.rank("0/2", fault=change).failed_cleanly("changed between plan and end")
-    assert (bench.stage / "marks" / "SPOILED").is_file()
+    assert (bench.stage / "marks" / "SPOILED").is_file() and len(bench.sums()) == 1
     bench.rank("1/2").failed_cleanly("is not the file that was planned with", path.name)
     path.write_bytes(before)
     bench.plan("--overwrite").succeeded()
@@ -327,15 +332,21 @@ def twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored_model, "_without_data", build)
 
 
-def by_ranks(tmp_path: Path, name: str, steps: Iterable[int], **options) -> list[str]:
+def by_ranks(
+    tmp_path: Path,
+    name: str,
+    steps: Iterable[int],
+    beside: Callable[[StatisticsPlan, Path], None] = lambda plan, file: None,
+    **options,
+) -> list[str]:
     """Compare the file of a single process with that of ranks, of which each but the last stops at
-    a step; the names of the files of sums."""
+    a step, `beside` another one; the names of the files of sums."""
     MODELS[name][0]().save_pretrained(tmp_path / "base")
     options |= {"data": write_ids(tmp_path / "ids.jsonl"), "batch": 3, "memory": "1KB"}
     options |= {"what": "covariance,pca,gradient"}
     one = adapterkit.stats(tmp_path / "base", out=tmp_path / "one.safetensors", **options)
     file, out = tmp_path / "plan.json", tmp_path / "two.safetensors"
-    adapterkit.write_plan(file, "stats", tmp_path / "base", out=out, **options)
+    beside(adapterkit.write_plan(file, "stats", tmp_path / "base", out=out, **options), file)
     for step in steps:
         with contextlib.suppress(Interrupted):
             adapterkit.run(file, rank="0/2", progress=stopping(step))
@@ -363,6 +374,21 @@ def test_layers_that_are_used_twice(tmp_path: Path, small_units, twice):
     names = by_ranks(tmp_path, "llama", (6, 9, 12, 15, 21))
     assert sum("-2.sums." in name for name in names) == 3
     assert sum("-2.gradients." in name for name in names) == 3
+
+
+def test_the_second_use_waits_for_the_first(tmp_path: Path, small_units, twice, monkeypatch):
+    """Of a layer at whose first use another rank is, until that one is taken for gone."""
+    for name, value in {"POLL": 0.01, "BEAT": 0.02, "STALLED": 1.0}.items():
+        monkeypatch.setattr(ranks, name, value)
+
+    def other(plan: StatisticsPlan, file: Path) -> None:
+        control = tmp_path / ".two.safetensors.adapterkit"
+        stage = RankStage(control, read_plan(file).job.digest, 9, accepts=accepts)
+        stage.beat(0, 0)
+        stage.claim(path_of(plan.parts[1]))
+
+    names = by_ranks(tmp_path, "llama", (), beside=other)
+    assert sum("-2.sums." in name for name in names) == 3
 
 
 def test_nothing_is_run_that_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
