@@ -108,7 +108,7 @@ def test_the_bytes_of_one_process_where_one_is_killed(benches, kind: str, ranks:
     """At its second file; the others make what it leaves, alone it is run again."""
     bench, whole = benches(kind)
     bench.plan().succeeded()
-    fault = {"kill": True, "calls": ["fsync"], "match": ".sums.", "when": 3}
+    fault = {"kill": True, "calls": ["fsync"], "match": "s.safetensors", "when": 3}
     assert bench.rank(f"0/{ranks}", fault=fault).status == -signal.SIGKILL
     assert len(bench.sums()) == 1
     pids = [bench.begin(f"{rank}/{ranks}") for rank in range(1, ranks)]
