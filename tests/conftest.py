@@ -21,8 +21,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes a minute a test begins first: at the end one process would wait for it."""
-    here = Path(__file__).parent
-    items.sort(key=lambda item: item.path.parent not in (here, here / "examples"))
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
 
 
 @pytest.fixture(scope="session")

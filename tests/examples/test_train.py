@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_training_example_runs_and_what_must_hold_holds(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "train.py"), str(tmp_path), "--steps", "2"]

@@ -114,7 +114,7 @@ def test_a_plan_file_with_other_arguments(work: Path, more: dict, problem: str):
     either(Path("p.json"), problem)
 
 
-@pytest.mark.parametrize("verb", ["os", "os.system", "stats", "verify", "../verbs/merge", "Merge"])
+@pytest.mark.parametrize("verb", ["os", "os.system", "verify", "../verbs/merge", "Merge"])
 def test_a_plan_file_of_what_is_no_writing_verb(work: Path, verb: str):
     plan = json.loads(planned().read_text())
     Path("p.json").write_text(json.dumps(plan | {"verb": verb}))

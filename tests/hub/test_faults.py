@@ -119,6 +119,7 @@ def test_wrong_ranges_are_asked_for_again_then_refused(reading, name):
     hub.faults = during(WRONG_RANGES[name], path="resolve", times=2)
     assert client("folder.read('model.safetensors', 100, 200)") == WEIGHTS[100:200]
     assert len(hub.log) == 3
+    client(f"folder = HubFolder(parse('{REPO}'))")  # one that has not read it
     hub.log.clear()
     hub.faults = during(WRONG_RANGES[name], path="resolve")
     with pytest.raises(ClientError) as caught:

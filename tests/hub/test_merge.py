@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load, save
 
 import adapterkit
+from tests.support.hub_client import TOKEN
 from tests.support.hub_server import Hub
 
 LAYERS, WIDTH, RANK = 3, 512, 4
@@ -75,7 +76,8 @@ def command(hub, tmp_path, *words, **environment):
 
 
 def test_from_the_hub_to_the_hub(hub, tmp_path):
-    done = command(hub, tmp_path, "org/base", "org/adapter:v1", "--json", "--push", "org/merged")
+    words = ["org/base", "org/adapter:v1", "--json", "--push", "org/merged"]
+    done = command(hub, tmp_path, *words, HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
     receipt = json.loads(done.stdout)
     assert [i.get("revision") for i in receipt["recipe"]["inputs"]] == [

@@ -119,6 +119,11 @@ def run(bench, name: str, *, from_hub: bool):
     return {path.relative_to(out).as_posix(): read(path) for path in files}
 
 
+EMPTY_CACHE = (
+    "__import__('shutil').rmtree(__import__('huggingface_hub').constants.HF_HUB_CACHE, True)"
+)
+
+
 def put_on_hub(bench, source: str) -> None:
     """Publish what a job names, unless it is there."""
     hub, _, folder = bench
@@ -153,6 +158,7 @@ def test_an_output_on_the_hub_is_planned(bench, verb):
     task = JOBS[OUTPUTS[verb]]
     for source in {*task.sources, *named(task.options)}:
         put_on_hub(bench, source)
+    client(EMPTY_CACHE)  # what is there is not downloaded
     hub.log.clear()
     out = "hf://org/made:statistics.safetensors" if verb == "stats" else "hf://org/made"
     totals = client(f"jobs.call(moved(jobs.{task!r}), out={out!r}, dry_run=True).totals()")

@@ -129,7 +129,7 @@ def test_ranks_share_the_sums(benches):
     pid = bench.begin("0/2", fault=stop)
     until(lambda: stopped(pid))
     patient = bench.begin("1/2", constants={"ranks.STALLED": 60})
-    until(lambda: len(bench.sums()) == 2)
+    until(lambda: len(bench.sums()) >= 2)
     os.kill(pid, signal.SIGCONT)
     ended = [bench.wait(each) for each in (pid, patient)]
     for each in ended:
@@ -247,7 +247,7 @@ def test_a_marker_that_others_wrote(benches):
 
 
 @pytest.mark.parametrize("kind, step", [
-    ("inputs", 43), *(pytest.param(kind, 1, marks=SLOW) for kind in KINDS),
+    ("inputs", 97), *(pytest.param(kind, 1, marks=SLOW) for kind in KINDS),
 ])  # fmt: skip
 def test_a_rank_is_killed_at_each_call(benches, kind: str, step: int):
     bench, whole = benches(kind)
@@ -267,7 +267,7 @@ def test_a_rank_is_killed_at_each_call(benches, kind: str, step: int):
     assert when > 20
 
 
-@pytest.mark.parametrize("step", [31, pytest.param(1, marks=SLOW)])
+@pytest.mark.parametrize("step", [61, pytest.param(1, marks=SLOW)])
 @pytest.mark.parametrize("command", ["plan", "finish"])
 def test_the_plan_and_the_end_are_killed_at_each_call(benches, command: str, step: int):
     bench, whole = benches()
