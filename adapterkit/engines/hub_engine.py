@@ -18,7 +18,7 @@ from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import Workspace
 from adapterkit.engines.hub_stage import HubStage
 from adapterkit.engines.hub_transfers import Input, MadeFile, Transfers, plan_transfers
-from adapterkit.engines.waiting import POLL_INTERVAL, result_of, signals_deferred
+from adapterkit.engines.waiting import POLL_INTERVAL, result_of, signals_deferred, start_thread
 from adapterkit.errors import Failed, shown
 from adapterkit.execute import Engine
 from adapterkit.hub import upload
@@ -132,19 +132,16 @@ class _HubRun:
             raise
 
     def _start(self, target: Callable[[], None]) -> "Future[None]":
-        """Run in a thread that no exit of the process waits for."""
-        future = Future[None]()
+        """Run in a thread whose error ends the others."""
 
         def run() -> None:
             try:
                 target()
-                future.set_result(None)
-            except BaseException as error:
+            except BaseException:
                 self.stop.set()
-                future.set_exception(error)
+                raise
 
-        threading.Thread(target=run, daemon=True).start()
-        return future
+        return start_thread(run)
 
     def _end(self, *threads: "Future[None]") -> None:
         """Let the threads see that it is over: what is sent just now is noted still."""

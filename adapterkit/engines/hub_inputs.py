@@ -2,14 +2,12 @@
 other tools as what they are converted to."""
 
 import shutil
-import threading
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.engines.waiting import result_of, signals_deferred
+from adapterkit.engines.waiting import run_stoppable
 from adapterkit.hub.scratch import ScratchFolder, in_scratch
 from adapterkit.plan import HANDED_ON, Computed, Plan, Shard
 from adapterkit.planning.converted import ConvertedFolder
@@ -81,27 +79,13 @@ class ConvertedInScratch(ConvertedFolder):
 
     def _convert(self, place: Path) -> LocalFolder:
         shutil.rmtree(self.place, ignore_errors=True)  # of a run that was stopped
-        self._download()
+        run_stoppable(self._download)
         folder = super()._convert(self.place / place.name)
         shutil.rmtree(self.place / SOURCES)
         return folder
 
-    def _download(self) -> None:
-        """Fetch the sources, in a thread that no exit of the process waits for."""
-        future, stop = Future[None](), threading.Event()
-
-        def run() -> None:
-            try:
-                for folder, name in self._inputs():
-                    if folder.disk(name):
-                        folder.download(name, stop.is_set)
-                future.set_result(None)
-            except BaseException as error:
-                future.set_exception(error)
-
-        with signals_deferred():
-            threading.Thread(target=run, daemon=True).start()
-        try:
-            result_of(future)
-        finally:
-            stop.set()
+    def _download(self, stopped: Callable[[], bool]) -> None:
+        """Fetch the sources."""
+        for folder, name in self._inputs():
+            if folder.disk(name):
+                folder.download(name, stopped)

@@ -2,13 +2,12 @@
 it is read, and those that were read longest ago go where there is no room left."""
 
 import shutil
-import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.engines.waiting import result_of, signals_deferred
+from adapterkit.engines.waiting import run_stoppable
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.scratch import ScratchFolder
 
@@ -70,27 +69,8 @@ class BoundedSources(Sources):
                 self.forget((0, other))
                 self.folder.drop(other)
             if gone is not None:
-                self._download(name)
+                run_stoppable(partial(self.folder.download, name))
         return super().acquire(which)
-
-    def _download(self, name: str) -> None:
-        """In a thread that who interrupts does not wait for."""
-        stop, done = threading.Event(), Future[None]()
-
-        def run() -> None:
-            try:
-                self.folder.download(name, stop.is_set)
-                done.set_result(None)
-            except BaseException as error:
-                done.set_exception(error)
-
-        with signals_deferred():
-            threading.Thread(target=run, daemon=True).start()
-        try:
-            result_of(done)
-        except BaseException:
-            stop.set()
-            raise
 
     def close(self) -> None:
         try:

@@ -1,6 +1,8 @@
 """The output of the files that ranks have made: journal, small files, receipt, one rename."""
 
 import time
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,10 +101,15 @@ class Finish(Executor):
         head = {key: value for key, value in head.items() if key != "ranks"}
         head["device"] = markers[names[0]]["device"]
         adopt(stage, ranks, [head, *({"shard": entry["shard"]} for entry in markers.values())])
-        seconds: dict[str, float] = {}
-        for entry in markers.values():
-            seconds[entry["attempt"]] = seconds.get(entry["attempt"], 0.0) + entry["seconds"]
-        return head, max(seconds.values(), default=0.0)
+        return head, seconds_of(markers.values())
+
+
+def seconds_of(markers: Iterable[dict[str, Any]]) -> float:
+    """The seconds that the slowest of the ranks took."""
+    seconds = defaultdict[str, float](float)
+    for entry in markers:
+        seconds[entry["attempt"]] += entry["seconds"]
+    return max(seconds.values(), default=0.0)
 
 
 def _nothing_left(plan: Plan, shards: list[Shard | Computed], *_: Any, **__: Any) -> None:

@@ -7,7 +7,7 @@ signals wait while that code runs, and the main thread itself waits in a call th
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from types import FrameType
@@ -87,3 +87,29 @@ def result_of(future: "Future[T]") -> T:
         pass
     with signals_deferred():
         return future.result()
+
+
+def start_thread(target: Callable[[], None]) -> "Future[None]":
+    """Run in a thread that no exit of the process waits for; what came of it."""
+    future = Future[None]()
+
+    def run() -> None:
+        try:
+            target()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+
+    with signals_deferred():
+        threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def run_stoppable(target: Callable[[Callable[[], bool]], None]) -> None:
+    """Run in a thread, which learns from its argument whether who waits for it has given up: an
+    interrupt does not wait for the network."""
+    stop = threading.Event()
+    try:
+        result_of(start_thread(lambda: target(stop.is_set)))
+    finally:
+        stop.set()

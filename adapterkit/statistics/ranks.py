@@ -18,7 +18,7 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines import ranks
 from adapterkit.engines.device import arithmetic
-from adapterkit.engines.rank_finish import Finish
+from adapterkit.engines.rank_finish import Finish, seconds_of
 from adapterkit.engines.rank_job import Preparation, check_one_kind, no_stage, spoiled
 from adapterkit.engines.ranks import Marks, Outcome, Pulse, Rank
 from adapterkit.engines.run_options import RunOptions
@@ -214,7 +214,4 @@ class StatisticsFinish(Finish):
         check_one_kind([*markers.values()], ranks)
         head = {key: value for key, value in head.items() if key != "ranks"} | {"files": [*names]}
         adopt(stage, ranks, [head])
-        seconds: dict[str, float] = {}
-        for entry in markers.values():
-            seconds[entry["attempt"]] = seconds.get(entry["attempt"], 0.0) + entry["seconds"]
-        return head, max(seconds.values(), default=0.0)
+        return head, seconds_of(markers.values())

@@ -24,7 +24,7 @@ from adapterkit.errors import Interrupted, Refused
 from adapterkit.jobs.plan_file import read_plan
 from adapterkit.statistics import activations, stored_model, units
 from adapterkit.statistics.plan import StatisticsPlan
-from adapterkit.statistics.rank_ledger import accepts, path_of
+from adapterkit.statistics.rank_ledger import FOLDER, accepts, path_of
 from adapterkit.statistics.stored_model import StoredModel
 from tests.jobs.conftest import RanksBench
 from tests.jobs.test_ranks import SLOW, stopped, until
@@ -351,7 +351,7 @@ def by_ranks(
         with contextlib.suppress(Interrupted):
             adapterkit.run(file, rank="0/2", progress=stopping(step))
     assert not adapterkit.run(file, rank="1/2").left
-    names = [path.name for path in tmp_path.glob(".two*/ranks/*/out/work/*")]
+    names = [path.name for path in tmp_path.glob(f".two*/ranks/*/out/{FOLDER}/*")]
     two = adapterkit.finish(file)
     assert Path(one.out).read_bytes() == Path(two.out).read_bytes()
     known = [receipt.data | {"timings": 0, "files": 0} for receipt in (one, two)]
