@@ -228,6 +228,15 @@ def parse_size(name: str, value: Any) -> int:
     return size
 
 
+def bytes_text(count: int) -> str:
+    """A number of bytes as people read it, such as 178 MB."""
+    unit = max((u for u in UNITS if count >= UNITS[u]), key=lambda u: UNITS[u], default="")
+    if not unit:
+        return f"{count} bytes"
+    value = count / UNITS[unit]
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
+
+
 def texts(name: str, value: Any) -> tuple[str, ...]:
     """Several texts, or one."""
     return tuple(text(name, item) for item in _items(name, value))

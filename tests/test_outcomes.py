@@ -1,12 +1,14 @@
 """A job's metrics are summed up on the terminal, not in the receipt alone."""
 
 import json
+import re
 import shutil
 
 import click.testing
 
 import adapterkit
 from adapterkit.cli import main
+from adapterkit.options import bytes_text
 from tests.support import oracle
 
 
@@ -18,15 +20,17 @@ def stderr_of(*words) -> str:
 
 def test_of_a_merge(llama, lora, tmp_path):
     text = stderr_of("merge", llama, lora, "--out", tmp_path / "out", "--verify")
-    receipt = json.loads((tmp_path / "out/adapterkit.json").read_text())
-    assert (
-        f"sizes: {receipt['totals']['bytes_read']:,} bytes read, "
-        f"{receipt['totals']['bytes_written']:,} written"
-    ) in text
-    assert (
-        "survives in the median of 14 tensors; least: " in text
-        and "verified: 42 rows of 14 tensors" in text
-    )
+    totals = json.loads((tmp_path / "out/adapterkit.json").read_text())["totals"]
+    read, wrote = (bytes_text(totals[name]) for name in ("bytes_read", "bytes_written"))
+    assert f"out: 14 of 21 tensors changed; read {read}, wrote {wrote} in " in text
+    assert re.search(r"median \S+% of the adapter's change kept .* 14 tensors; worst: ", text)
+    assert "verified: 42 rows of 14 tensors" in text
+
+
+def test_numbers_of_bytes():
+    known = {0: "0 bytes", 999: "999 bytes", 1000: "1.00 KB", 178_188_799: "178 MB"}
+    known |= {12_345_678: "12.3 MB", 999_999_999: "1000 MB", 2 * 10**12: "2.00 TB"}
+    assert {count: bytes_text(count) for count in known} == known
 
 
 def test_of_refits(lora, other_lora, tmp_path):
@@ -43,13 +47,14 @@ def test_of_refits(lora, other_lora, tmp_path):
         )
         assert (
             0.1 < share < 1
-            and f"energy kept: {share:.2%} of all {len(metrics)} modules' together; least: " in text
+            and f"kept {share:.1%} of the squared norm of {len(metrics)} modules; worst: " in text
+            and f"{len(metrics)} modules written; read " in text
         )
 
 
 def test_of_an_extraction(llama, lora, tmp_path):
     oracle.merge(llama, lora, out=tmp_path / "tuned", dtype="fp32")
-    assert "energy kept: " in stderr_of(
+    assert "truncation kept " in stderr_of(
         "extract", llama, tmp_path / "tuned", "--rank", 2, "--out", tmp_path / "out"
     )
 
@@ -57,12 +62,12 @@ def test_of_an_extraction(llama, lora, tmp_path):
 def test_of_a_quantization(llama, tmp_path):
     text = stderr_of("quantize", llama, "--to", "nf4", "--out", tmp_path / "out")
     assert (
-        "relative error: 0.0" in text
-        and "in the median of 14 weights; largest: " in text
-        and "sizes: " in text
+        "relative error: median 0.0" in text
+        and " over 14 weights; worst: " in text
+        and " tensors changed; read " in text
     )
     text = stderr_of("loftq", llama, "--rank", 4, "--iterations", 1, "--out", tmp_path / "loftq")
-    assert "with the factors 0." in text
+    assert re.search(r"0[.]\d+ with the adapter; worst", text)
 
 
 def test_an_adapter_that_is_in_the_base_already(llama, lora, other_lora, tmp_path):

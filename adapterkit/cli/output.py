@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.cli import signals
+from adapterkit.options import bytes_text
 
 if TYPE_CHECKING:
     from adapterkit.plan import Plan
@@ -41,9 +42,11 @@ def write_plan(
 ) -> None:
     """Write a verb's call into a plan file, and print the plan."""
     if options.pop("dry_run"):
-        raise click.UsageError("--plan with --dry-run: give one of them")
+        raise click.UsageError("--plan and --dry-run exclude each other: give one")
     if options.pop("resume"):
-        raise click.UsageError("--plan with --resume: `adapterkit run` goes on by itself")
+        raise click.UsageError(
+            "remove --resume: --plan only writes the plan; `adapterkit run` resumes by itself"
+        )
     from adapterkit.jobs.plan_file import write_plan as write
 
     plan = write(file, verb.__name__, *sources, **options)
@@ -51,7 +54,9 @@ def write_plan(
         print_plan(plan, as_json)
     if not quiet:
         click.echo(
-            f"{file}: adapterkit run {file} --rank I/N, then adapterkit finish {file}", err=True
+            f"next: adapterkit run {file} --rank I/N for each of N processes, then "
+            f"adapterkit finish {file}",
+            err=True,
         )
 
 
@@ -115,7 +120,9 @@ def print_plan(plan: "Plan | StatisticsPlan", as_json: bool) -> None:
         print_json(_document(plan))
         return
     for name, value in plan.totals().items():
-        click.echo(f"{name.replace('_', ' '):16} {value:>18,}")
+        sized = not {"bytes", "disk", "memory"}.isdisjoint(name.split("_"))
+        text = bytes_text(value) if sized else f"{value:,}"
+        click.echo(f"{name.replace('_', ' '):16} {text:>18}")
     for note in plan.notes:
         click.echo(f"note: {note}")
     for name in plan.decisions.get("left_out", []):
@@ -170,15 +177,11 @@ def print_receipt(receipt: "Receipt") -> None:
         if "verified" in data:
             print_verified(data["verified"])
         return
-    totals = data["totals"]
-    what = f"{totals.get('tensors_changed')} of {totals['tensors']} tensors changed"
-    if "tokens_counted" in totals:
-        what = (
-            f"{totals['tensors']} statistics of {totals['modules']} modules from "
-            f"{totals['tokens_counted']:,} tokens of {totals['samples']} samples"
-        )
-    size, seconds = totals["bytes_written"], data["timings"]["seconds"]
-    click.echo(f"{receipt.out}: {what}, {size:,} bytes in {seconds:.1f} s", err=True)
+    totals, seconds = data["totals"], data["timings"]["seconds"]
+    sizes = f"wrote {bytes_text(totals['bytes_written'])} in {seconds:.1f} s"
+    if totals.get("bytes_read"):
+        sizes = f"read {bytes_text(totals['bytes_read'])}, {sizes}"
+    click.echo(f"{receipt.out}: {_made(data)}; {sizes}", err=True)
     for line in outcomes(data):
         click.echo(line, err=True)
     _print_pushed(data)
@@ -190,6 +193,19 @@ def print_receipt(receipt: "Receipt") -> None:
         click.echo(f"skipped: {name}", err=True)
 
 
+def _made(data: dict[str, Any]) -> str:
+    """What the job wrote: statistics, the modules of an adapter, or changed tensors of a model."""
+    totals = data["totals"]
+    if "tokens_counted" in totals:
+        return (
+            f"{totals['tensors']} statistics of {totals['modules']} modules from "
+            f"{totals['tokens_counted']:,} tokens of {totals['samples']} samples"
+        )
+    if data["recipe"]["verb"] in ("merge", "quantize", "dequantize"):
+        return f"{totals['tensors_changed']} of {totals['tensors']} tensors changed"
+    return f"{data.get('modules', len(data['parameters']))} modules written"
+
+
 def _print_pushed(data: dict[str, Any]) -> None:
     if "pushed" in data:
         click.echo(f"on the Hub: {data['pushed']['url']}", err=True)
@@ -198,19 +214,19 @@ def _print_pushed(data: dict[str, Any]) -> None:
 
 
 def print_verified(result: dict[str, Any]) -> None:
-    hashed = (
-        "as the receipt says"
-        if result["hash"] != "none"
-        else "sizes and keys as the receipt says, nothing was hashed"
-    )
-    click.echo(f"{result['files']} files, {result['bytes']:,} bytes: {hashed}", err=True)
-    what = f"verified: {result['rows']:,} rows of {result['tensors']:,} tensors"
-    how = (
-        "recomputed in float64"
-        if result["rows"]
-        else "(with --base and --adapter rows of a merge are recomputed)"
-    )
-    click.echo(f"{what} {how}", err=True)
+    what, where = "checksums", "the receipt"
+    if result["hash"] == "none":
+        what, where = "sizes and keys", "the receipt, which holds no hashes"
+    size = f"{result['files']} files, {bytes_text(result['bytes'])},"
+    click.echo(f"verified: {what} of {size} match {where}", err=True)
+    if result["rows"]:
+        click.echo(
+            f"verified: {result['rows']:,} rows of {result['tensors']:,} tensors, recomputed in "
+            "float64, match",
+            err=True,
+        )
+    else:
+        click.echo("to check the arithmetic of a merge too, give --base and --adapter", err=True)
 
 
 def print_diff(document: dict[str, Any], lines: list[str]) -> None:

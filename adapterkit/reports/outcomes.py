@@ -8,11 +8,8 @@ from adapterkit.errors import shown
 
 
 def outcomes(receipt: dict[str, Any]) -> Iterator[str]:
-    """Bytes read and written, energy kept, survival of the change, relative errors."""
-    totals, metrics = receipt["totals"], receipt["parameters"]
-    before, after = totals.get("bytes_read", 0), totals["bytes_written"]
-    if before:
-        yield f"sizes: {before:,} bytes read, {after:,} written ({after / before:.2f} of them)"
+    """Energy kept, survival of the change, relative errors."""
+    metrics = receipt["parameters"]
     named = lambda name: {key: metric[name] for key, metric in metrics.items() if name in metric}
     refits = {
         key: metric for key, metric in metrics.items() if "energy" in metric and "norm" in metric
@@ -20,11 +17,11 @@ def outcomes(receipt: dict[str, Any]) -> Iterator[str]:
     total = sum(metric["norm"] ** 2 for metric in refits.values())
     if total:
         share = sum(metric["energy"] * metric["norm"] ** 2 for metric in refits.values()) / total
-        text = f"energy kept: {share:.2%} of all {len(refits)} modules' together"
-        yield f"{text}; {_least(named('energy'))}"
+        text = f"truncation kept {share:.1%} of the squared norm of {len(refits)} modules"
+        yield f"{text}; {_worst(named('energy'))}"
     if survived := named("survived"):
-        text = f"of the change {median(survived.values()):.1%} survives in the median of"
-        yield f"{text} {len(survived)} tensors; {_least(survived)}"
+        text = f"median {median(survived.values()):.1%} of the adapter's change kept after rounding"
+        yield f"{text}, over {len(survived)} tensors; {_worst(survived)}"
     errors = {
         key: metric["error"]
         for key, metric in metrics.items()
@@ -32,12 +29,12 @@ def outcomes(receipt: dict[str, Any]) -> Iterator[str]:
     }
     if errors:
         after = named("error_after")
-        beside = f", with the factors {median(after.values()):.4f}" if after else ""
+        beside = f", {median(after.values()):.4f} with the adapter" if after else ""
         worst = max(errors, key=lambda key: errors[key])
-        error = f"{median(errors.values()):.4f} in the median of {len(errors)} weights{beside}"
-        yield f"relative error: {error}; largest: {errors[worst]:.4f} of {shown(worst)}"
+        error = f"median {median(errors.values()):.4f} over {len(errors)} weights{beside}"
+        yield f"relative error: {error}; worst: {errors[worst]:.4f} of {shown(worst)}"
 
 
-def _least(shares: dict[str, float]) -> str:
+def _worst(shares: dict[str, float]) -> str:
     key = min(shares, key=lambda key: shares[key])
-    return f"least: {shares[key]:.1%} of {shown(key)}"
+    return f"worst: {shares[key]:.1%} of {shown(key)}"
