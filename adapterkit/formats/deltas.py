@@ -32,6 +32,7 @@ class ModuleDelta:
 
     module: Module
     weight: StoredParameter | None = None  # of the base; of kinds that depend on it
+    others: tuple["ModuleDelta", ...] = ()  # over whose weights norms of inputs are taken too
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,7 +64,9 @@ class ModuleDelta:
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
         parts = (spec for part in self.module.parts.values() for spec in part.reads)
-        return tuple(dict.fromkeys((*parts, *(self.weight.reads if self.weight else ()))))
+        others = (spec for other in self.others for spec in other.reads)
+        weights = self.weight.reads if self.weight else ()
+        return tuple(dict.fromkeys((*parts, *weights, *others)))
 
     def _parts(self, reader: TensorReader) -> dict[str, Tensor]:
         """The parts in float64."""
@@ -74,15 +77,32 @@ class ModuleDelta:
     def memory(self) -> int:
         """Bytes that computing its leading triplets takes at most."""
         parts = sum(math.prod(part.shape) for part in self.module.parts.values())
-        return 40 * (math.prod(self.shape) + parts)
+        others = max((other.memory for other in self.others), default=0)
+        return 40 * (math.prod(self.shape) + parts) + others
 
     def value(self, reader: TensorReader) -> Product | Tensor:
         """The delta: a product where it is one of low rank, else dense; float64."""
+        delta, parts, base = self._undecomposed(reader)
+        if not (axes := magnitudes(self.module.parts)):
+            return delta
+        assert base is not None
+        added = _dense(delta).reshape(base.shape)
+        squares = [one._added_squares(reader) for one in self.others]
+        return decomposed(added, parts[axes[0]], axes[0], base, sum(squares))
+
+    def _undecomposed(
+        self, reader: TensorReader
+    ) -> tuple[Product | Tensor, dict[str, Tensor], Tensor | None]:
+        """The delta without magnitudes, the parts, and the base's weight."""
         parts = self._parts(reader)
         base = None if self.weight is None else _kernel(self.weight, reader)
-        delta = BY_KIND[self.module.kind](parts, self.module.scale, base)
-        axes = magnitudes(self.module.parts)
-        return decomposed(delta, parts[axes[0]], axes[0], base) if axes else delta
+        return BY_KIND[self.module.kind](parts, self.module.scale, base), parts, base
+
+    def _added_squares(self, reader: TensorReader) -> Tensor:
+        """Of each input, Σ (W + delta)² over all outputs: (1, in, *1)."""
+        delta, _, base = self._undecomposed(reader)
+        assert base is not None
+        return squares_of(base + _dense(delta).reshape(base.shape), "input_magnitude")
 
     def leading_triplets(
         self, reader: TensorReader, most: int, energy: float | None
@@ -193,19 +213,26 @@ def difference(parts: Values, scale: float, base: Tensor | None) -> Tensor:
 
 
 def decomposed(
-    delta: Product | Tensor,  # (out, in)
+    added: Tensor,  # (out, in, *kernel): the delta
     magnitude: Tensor,
     role: str,  # "magnitude" (out,) or "input_magnitude" (in,)
-    base: Tensor | None,  # (out, in, *kernel)
+    base: Tensor,  # (out, in, *kernel)
+    more: Tensor | float = 0.0,  # squares that the norms have besides
 ) -> Tensor:
     """m · (W + delta) / ‖W + delta‖ - W, norms of output rows, or of inputs over all outputs."""
-    assert base is not None
-    added = delta.dense() if isinstance(delta, Product) else delta
-    added = added.reshape(base.shape)
-    over = tuple(axis for axis in range(base.dim()) if axis != (role == "input_magnitude"))
-    norm = torch.linalg.vector_norm(base + added, dim=over, keepdim=True)
+    norm = (squares_of(base + added, role) + more).sqrt()
     ratio = magnitude.reshape(norm.shape) / norm
     return (base * (ratio - 1) + added * ratio).flatten(1)
+
+
+def squares_of(weight: Tensor, role: str) -> Tensor:
+    """Σ w² over all axes but that of the outputs, or but that of the inputs; axes kept."""
+    over = tuple(axis for axis in range(weight.dim()) if axis != (role == "input_magnitude"))
+    return weight.square().sum(over, keepdim=True)
+
+
+def _dense(delta: Product | Tensor) -> Tensor:
+    return delta.dense() if isinstance(delta, Product) else delta
 
 
 def _sides(parts: Values) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.formats.capabilities import (
     EXTRACT,
     FIT,
@@ -93,6 +93,8 @@ def split(
     units = _units(module, EXTRACT)
     sets = fusion.rows(_out(module, units), module)
     columns = _columns(module, sets, reader)
+    if "input_magnitude" in module.parts and len(names) > 1:
+        module = replace(module, whole=tuple(names))
     parts = []
     for name, rows, own_columns in zip(names, sets, columns, strict=True):
         own = dict(module.parts)
@@ -133,6 +135,7 @@ def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: Store
     """
     members = [modules[place] for place in sorted(modules)]
     first = members[0]
+    refuse_all(norm_problems(members))
     if fusion.is_plain:
         return first
     shares = fusion.shares(first.path)
@@ -169,7 +172,23 @@ def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: Store
     rank = sum(members[group[0]].rank for group in groups)
     alpha = usual.alpha if (rank, scale) == (usual.rank, usual.scale) else scale * rank
     alpha = _as_stored(alpha, usual)
-    return replace(usual, parts=parts, alpha=alpha, rank=rank)
+    return replace(usual, parts=parts, alpha=alpha, rank=rank, whole=())
+
+
+def norm_problems(members: Sequence[Module]) -> list[AdapterkitError]:
+    """Refusals of norms of inputs that are taken over other modules than these, one of a file."""
+    own = tuple(member.name for member in members)
+    return [
+        Refused(
+            f"{shown(member.path)}: norms of inputs that are taken over "
+            f"{listed(member.whole or [member.name])}",
+            expected=f"over {listed(own)} alone, which are one module of the file",
+            where=member.path,
+            hint=FIT_ON_BASE,
+        )
+        for member in members
+        if "input_magnitude" in member.parts and (member.whole or (member.name,)) != own
+    ]
 
 
 def _ratio(scale: float, common: float) -> float:

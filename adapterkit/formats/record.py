@@ -39,6 +39,7 @@ class Module:
     depth: int = 0  # wrappers of the module's other parameters around this one's factors
     inward: bool | None = None  # of a stack: the model keeps its matrices (in, out)
     stored_alpha: StoredAlpha | None = None  # of the source's module
+    whole: tuple[str, ...] = ()  # the modules over all of which its norms of inputs are taken
 
     @property
     def scale(self) -> float:

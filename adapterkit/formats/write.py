@@ -9,7 +9,7 @@ from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, show
 from adapterkit.formats.base import BaseFacts, architecture_of
 from adapterkit.formats.capabilities import OTHER_FORMAT, lacking, ways_out, word_of
 from adapterkit.formats.containers import PlanReader
-from adapterkit.formats.fusing import Fusion, fuse, inputs_of
+from adapterkit.formats.fusing import Fusion, fuse, inputs_of, norm_problems
 from adapterkit.formats.kinds import ALPHA, MAGNITUDES
 from adapterkit.formats.library import architectures
 from adapterkit.formats.names import fitting, in_style, likely, names_of
@@ -307,6 +307,7 @@ def _fused(
     components = form.components(architecture)
     prefix = lambda module: components.get(module.component, ("",))[0]
     if architecture is None:
+        refuse_all([error for module in modules for error in norm_problems([module])])
         return [(m, prefix(m) + in_style(m.name, form.names.style)) for m in modules]
     groups: dict[tuple[str, str, str], dict[int, Module]] = {}
     fusions: dict[tuple[str, str, str], Fusion] = {}

@@ -3,7 +3,7 @@ DoRA; convolutions with a core as plain ones, which loses nothing; vectors and z
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -242,7 +242,7 @@ class _Fitting:
         elif needs:
             return None  # refused already
         self._check(module, weight)
-        delta = ModuleDelta(module, weight if needs else None)
+        delta = ModuleDelta(module, weight if needs else None, tuple(self._others(module)))
         tail = self._tail(module, weight)
         fit = Fit(module.path, delta, tail, min(self.rank, delta.rank))
         parts: dict = {"a": Fitted(fit, "a"), "b": Fitted(fit, "b")}
@@ -250,12 +250,25 @@ class _Fitting:
             parts["bias"] = scaled(module.parts["bias"], module.scale)
         one = replace(
             module, kind=FACTORS, parts=parts, alpha=float(fit.rank), rank=fit.rank,
-            stored_alpha=None,
+            stored_alpha=None, whole=(),
         )  # fmt: skip
         if module.kind == "full" and "diff_b" in module.parts:
             rest = replace(module, parts={"diff_b": module.parts["diff_b"]})
             return [one, rest]
         return [one]
+
+    def _others(self, module: Module) -> Iterator[ModuleDelta]:
+        """The other modules over which its norms of inputs are taken."""
+        for other in self.modules:
+            if (
+                (other.component, other.kind) == (module.component, module.kind)
+                and other.name in module.whole
+                and other is not module
+            ):
+                assert self.weights is not None
+                weight = self.weights.of(other.name, other.embedding)
+                self._check(other, weight)
+                yield ModuleDelta(other, weight)
 
     def _check(self, module: Module, weight: StoredParameter | None) -> None:
         if weight is None:
