@@ -71,6 +71,7 @@ def _with(model: nn.Module, name: str, add: Callable[[State], None]) -> Adapters
     adapters = getattr(model, ATTRIBUTE, None)
     if adapters is not None:
         adapters.state.outside_rows("load_arrow")
+        adapters.state.own_weights("load_arrow")
         add(adapters.state)
         return adapters
     adapters = Adapters(model)

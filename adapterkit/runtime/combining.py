@@ -8,7 +8,7 @@ from typing import Any
 
 from adapterkit.errors import Refused, did_you_mean, shown
 from adapterkit.runtime import reading, writing
-from adapterkit.runtime.state import State, refuse_merged, weights
+from adapterkit.runtime.state import State, weights
 from adapterkit.verbs.combine import combine as combine_files
 
 OPTIONS = (
@@ -27,7 +27,6 @@ def combine(
     """Add a combination of adapters; the temporary files take as much room as the adapters."""
     state.unused(name)
     table = weights(state, adapters)
-    refuse_merged(state, table, "combine")
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
         raise Refused(

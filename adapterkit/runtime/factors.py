@@ -281,19 +281,29 @@ class FactorsPart(Part):
         return {keys[role]: value for role, value in values.items() if value is not None}
 
     def values_in(self, other: Part) -> dict[str, Tensor]:
-        """A file has the initial factors behind the trained ones; see `joined`."""
+        """A file has the initial factors behind the trained ones, see `joined`, and no padding."""
         values = super().values_in(other)
-        if self.initial_a is not None and {"a", "b"} <= values.keys():
-            for name, axis, sign in zip("ab", self.rank_axes, (1, -1), strict=True):
-                own, initial = values[name].detach().tensor_split([self.rank], axis)
-                values |= {name: own, f"initial_{name}": sign * initial}
+        if not {"a", "b"} <= values.keys():
+            return values
+        for name, axis, sign in zip("ab", self.rank_axes, (1, -1), strict=True):
+            initial = getattr(self, f"initial_{name}")
+            if initial is not None:
+                own = values[name].shape[axis] - initial.shape[axis]
+                values[name], rest = values[name].detach().tensor_split([own], axis)
+                values[f"initial_{name}"] = sign * rest
+            missing = getattr(self, name).shape[axis] - values[name].shape[axis]
+            if self.padded is not None and missing > 0:
+                shape = list(values[name].shape)
+                shape[axis] = missing
+                values[name] = torch.cat([values[name], values[name].new_zeros(shape)], axis)
         return values
 
     def take(self, other: Part) -> None:
-        """Take another part's values and scale, as it was read."""
+        """Take another part's values, rank and scale, as it was read."""
         assert isinstance(other, FactorsPart)
         super().take(other)
-        self.scale = other.scale
+        initial = 0 if self.initial_a is None else self.initial_a.shape[self.rank_axes[0]]
+        self.set_own(other.rank - initial, other.stored_scale)
 
     def extra_repr(self) -> str:
         shapes = f"a {tuple(self.a.shape)}, b {tuple(self.b.shape)}"

@@ -23,7 +23,7 @@ from adapterkit.runtime import (
 )
 from adapterkit.runtime.conflicts import conflicts
 from adapterkit.runtime.report import Report, report
-from adapterkit.runtime.state import State, refuse_merged, weights
+from adapterkit.runtime.state import State, weights
 from adapterkit.runtime.store import Store
 from adapterkit.statistics.source import Stats
 
@@ -70,6 +70,7 @@ class Adapters:
         stats: Stats | None = None,
     ) -> None:
         """Add a new, trainable adapter; what is active stays."""
+        self.state.own_weights("attach")
         creation.attach(
             self.state,
             config,
@@ -92,6 +93,7 @@ class Adapters:
     ) -> None:
         """Add an adapter from a folder, a file or the Hub; what is active stays. `pad_rank`: the
         highest rank that `swap` is to bring."""
+        self.state.own_weights("load")
         reading.load(
             self.state,
             source,
@@ -121,18 +123,19 @@ class Adapters:
         yield from dict.fromkeys(parameter for part in parts for _, parameter in part.trained())
 
     def activate(self, names: Names) -> None:
-        """Let these adapters act, with weights where a map is given; None: the base alone.
+        """Let these adapters act, with weights where a map is given; None: the base alone. `Refused`
+        while adapters are merged.
 
         The trainable ones among them are trained from here on."""
         self.state.outside_rows("activate")
+        self.state.own_weights("activate")
         try:
             if self.state.store is not None:
                 names = names if names is None or isinstance(names, str | Mapping) else [*names]
                 wanted = [names] if isinstance(names, str) else [*(names or ())]
                 self.state.provide(wanted, beside_active=False)
             table = weights(self.state, names)
-            refuse_merged(self.state, table, "activate")
-            refuse_all(conflicts(self.state, [*self.state.merged, *table], "activate"))
+            refuse_all(conflicts(self.state, table, "activate"))
             self.state.select(table)
         finally:
             if self.state.store is not None:
@@ -169,7 +172,8 @@ class Adapters:
         """Put adapters (None: what is active) into the base's weights: W + Σ weight·scale·b·a,
         computed in float32 and rounded once.
 
-        Tied weights are untied. `Refused` for what no weight equals (aLoRA, Arrow) and for a second
+        Until `unmerge` what acts stays as it is: the other calls that change it are refused. Tied
+        weights are untied. `Refused` for what no weight equals (aLoRA, Arrow) and for a second
         merge, before anything changes."""
         self.state.outside_rows("merge")
         merging.merge(self.state, self.active if names is None else weights(self.state, names))
@@ -189,6 +193,7 @@ class Adapters:
     ) -> None:
         """Add a combination of adapters, not active: the methods and options of
         `adapterkit.combine`."""
+        self.state.own_weights("combine")
         combining.combine(self.state, adapters, name, method, options)
 
     def experts(self, arrow: str = "arrow") -> list[str]:
@@ -204,23 +209,25 @@ class Adapters:
         `general`: where the general adapters are that the router subtracts; None where
         `create_arrow_model` was told. `Refused` before anything changes."""
         self.state.outside_rows("add_expert")
+        self.state.own_weights("add_expert")
         arrows.add_expert(self.state, source, name=name, arrow=arrow, general=general)
 
     def remove_expert(self, name: str, *, arrow: str = "arrow") -> None:
         """Take an expert out of a router; `top_k` becomes the number of those left where that is
         smaller. `Refused` for the only one."""
         self.state.outside_rows("remove_expert")
+        self.state.own_weights("remove_expert")
         arrows.remove_expert(self.state, name, arrow=arrow)
 
     def rescale(self, factor: float, *, name: str) -> None:
         """Multiply an adapter's scale; `save` writes it so."""
         self.state.outside_rows("rescale")
+        self.state.own_weights("rescale")
         self.state.known([name])
         if finite(factor) is None:
             raise Refused(
                 f"factor {factor!r}", expected="a finite number", where="rescale", hint="give one"
             )
-        refuse_merged(self.state, [name], "rescale")
         for _, part in self.state.adapters[name].parts():
             part.rescale(factor)
 

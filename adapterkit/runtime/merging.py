@@ -101,8 +101,6 @@ def unmerge(state: State) -> None:
             hint="merge first",
         )
     done = state.merge
-    active = {**state.active, **done.active}
-    refuse_all(conflicts(state, active, "unmerge"))
     done.swap()
     for site in state.sites.values():
         site.unmerged.clear()
@@ -110,7 +108,7 @@ def unmerge(state: State) -> None:
         # nn.Module types every attribute as Tensor or Module
         state.model.config.tie_word_embeddings = done.tied  # type: ignore[union-attr]
     state.merge, state.merged = None, {}
-    state.select(active)
+    state.select(done.active)
 
 
 @contextmanager

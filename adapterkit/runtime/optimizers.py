@@ -196,7 +196,7 @@ def Riemannian(
         )
 
     def precondition(_: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        if args[1:] or kwargs.get("closure") is not None:
+        if any(closure is not None for closure in (*args[1:], kwargs.get("closure"))):
             raise Refused(
                 "step(closure)",
                 expected="step()",

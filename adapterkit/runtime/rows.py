@@ -254,16 +254,8 @@ def _checked(state: State, names: Iterable[str | None]) -> tuple[str | None, ...
                 hint="leave the other one first",
             )
         )
-    if state.merge is not None:
-        errors.append(
-            Refused(
-                f"{', '.join(map(shown, state.merged))} merged",
-                expected="the base's own weights",
-                where="rows",
-                hint="unmerge first",
-            )
-        )
     refuse_all(errors)
+    state.own_weights("rows")
     adapters = [name for name in dict.fromkeys(table) if name is not None]
     state.provide(adapters, beside_active=True)
     return table

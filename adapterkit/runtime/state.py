@@ -201,6 +201,11 @@ class State:
                 hint="leave the rows first",
             )
 
+    def own_weights(self, where: str) -> None:
+        """`Refused` while adapters are merged, for what would act on their weights or start from
+        them."""
+        refuse_merged(self, self.merged, where)
+
     def unused(self, name: str) -> None:
         """`Refused` for the name of an adapter that is there."""
         errors: list[AdapterkitError] = []

@@ -25,13 +25,7 @@ def swap(state: State, name: str, source: StrPath) -> None:
     that does not fit, before anything changes. Modules that the new one lacks get zeros."""
     state.known([name])
     state.outside_rows("swap")
-    if name in state.merged:
-        raise Refused(
-            f"{shown(name)} is merged",
-            expected="an adapter beside its base",
-            where="swap",
-            hint="unmerge first",
-        )
+    state.own_weights("swap")
     adapter = state.adapters[name]
     with replicating(state):
         stored = join(state, source)

@@ -10,6 +10,7 @@ import torch
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath
 from adapterkit.runtime import reading, writing
+from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.state import State
 
 ARGUMENTS = "training_args.bin"  # transformers' name
@@ -92,7 +93,11 @@ def restore(state: State, folder: StrPath) -> None:
     pairs = []
     errors: list[AdapterkitError] = []
     for name, place in _places(state, Path(folder)).items():
-        own = {(site.path, part.role): part for site, part in state.adapters[name].parts()}
+        own = {
+            (site.path, part.role): part
+            for site, part in state.adapters[name].parts()
+            if not isinstance(part, FactorsPart) or part.stored_rank  # of rank 0: not in a file
+        }
         stored = reading.join(state, place)
         parts = {(path, p.role): p for path, p in reading.read_parts(state, stored, name, None)}
         errors += [

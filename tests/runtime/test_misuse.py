@@ -132,6 +132,13 @@ MISUSE: list[tuple[str, Action, Action, str]] = [
     ("merge nothing", lambda h, p: h.activate(None), lambda h, p: h.merge(), "no adapter"),
     ("unmerge nothing", nothing, lambda h, p: h.unmerge(), "nothing is merged"),
     ("activate merged", merged, lambda h, p: h.activate("sft"), "merged"),
+    ("activate another", merged, lambda h, p: h.activate("dpo"), "sft is merged"),
+    ("activate none", merged, lambda h, p: h.activate(None), "sft is merged"),
+    ("attach beside", merged, lambda h, p: h.attach(CONFIG, name="x"), "sft is merged"),
+    ("load beside", merged, lambda h, p: h.load(p / "whole", name="x"), "sft is merged"),
+    ("swap beside", merged, lambda h, p: h.swap("dpo", p / "whole"), "sft is merged"),
+    ("rescale beside", merged, lambda h, p: h.rescale(2.0, name="dpo"), "sft is merged"),
+    ("combine beside", merged, lambda h, p: h.combine({"dpo": 1.0}, name="x"), "sft is merged"),
     ("save merged", merged, lambda h, p: h.save(p / "out", name="sft"), "merged"),
     ("save unknown", nothing, lambda h, p: h.save(p / "out", name="x"), "no adapter"),
     ("save to the Hub", nothing, lambda h, p: h.save("hf://me/x", name="sft"), "on the Hub"),
@@ -197,3 +204,15 @@ def test_a_model_of_another_size(saved):
 def test_a_model_of_another_type(saved):
     with pytest.raises(AdapterkitError, match=r"self_attn.q_proj"):
         load(nn.Sequential(nn.Linear(4, 4)), saved / "whole")
+
+
+def test_what_acts_after_unmerge_is_what_acted_before(adapters):
+    """One of two active ones merged, the other beside it; refused calls in between."""
+    adapters.activate({"sft": 0.5, "dpo": 2.0})
+    before = state(adapters)
+    adapters.merge({"sft": 0.5})
+    for names in ("dpo", None, {"dpo": 1.0}):
+        with pytest.raises(AdapterkitError, match="unmerge first"):
+            adapters.activate(names)
+    adapters.unmerge()
+    assert unchanged(before, state(adapters))

@@ -11,7 +11,7 @@ from torch import nn
 
 from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
-from adapterkit.runtime import LoraFA, attach, load
+from adapterkit.runtime import LoraFA, Riemannian, attach, load
 from tests.support.live import llama, peft_of, tokens
 
 CONFIG = LoraConfig(4, 8, ["q_proj", "v_proj", "down_proj"], dropout=0.1)
@@ -102,6 +102,11 @@ SETTINGS = {
         "activation_checkpointing_kwargs": {"use_reentrant": True},
     },
     "LoRA-FA": {},
+    "Riemannian": {},
+}
+OPTIMIZERS = {
+    "LoRA-FA": lambda h: LoraFA(h, lr=1e-2),
+    "Riemannian": lambda h: Riemannian(h, torch.optim.SGD, lr=1e-2),
 }
 
 
@@ -111,7 +116,7 @@ def test_resumed_as_if_never_interrupted(name, tmp_path):
 
     def run(folder, resume=None):
         h = new()
-        optimizer = LoraFA(h, lr=1e-2) if name == "LoRA-FA" else None
+        optimizer = OPTIMIZERS[name](h) if name in OPTIMIZERS else None
         trainer = trainer_of(h, tmp_path / folder, optimizer=optimizer, **SETTINGS[name])
         return losses(trainer, resume), values(h)
 
@@ -183,6 +188,33 @@ def test_best_model_at_the_end(tmp_path):
     end = load_file(tmp_path / "end" / "adapter_model.safetensors")
     assert end.keys() == stored.keys() and all(torch.equal(end[k], stored[k]) for k in end)
     assert trainer.evaluate()["eval_loss"] == history[best]
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_padded_factors_are_restored(init, tmp_path):
+    """Loaded with `pad_rank`: resumed, and the best one at the end, with rank, scale and room."""
+    new(LoraConfig(4, 6, CONFIG.targets, init=init, dropout=0.1)).save(tmp_path / "adapter")
+
+    def run(folder, resume=None, **settings):
+        h = load(llama(), tmp_path / "adapter", trainable=True, pad_rank=12)
+        trainer = trainer_of(h, tmp_path / folder, **settings)
+        return losses(trainer, resume), values(h), h
+
+    whole = run("whole")
+    resumed = run("resumed", tmp_path / "whole" / "checkpoint-4")
+    assert whole[0] == resumed[0] and equal(whole[1], resumed[1])
+    *_, h = run(
+        "best", learning_rate=3.0, eval_strategy="steps", eval_steps=4, lr_scheduler_type="constant",
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    rank = 4 if init == "default" else 8
+    for _, part in h.state.adapters["default"].parts():
+        assert part.stored_rank == rank and part.stored_scale == float(part.scale) == 1.5
+        assert part.a.shape[part.rank_axes[0]] == 12
+    h.swap("default", tmp_path / "whole" / "checkpoint-8")
+    load(again := llama(), tmp_path / "whole" / "checkpoint-8")
+    x = tokens(2, 9, seed=5)
+    torch.testing.assert_close(h.model.eval()(x).logits, again(x).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_several_adapters_have_folders_of_their_names(tmp_path):
