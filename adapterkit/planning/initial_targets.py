@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
@@ -16,13 +15,13 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import finite
 from adapterkit.planning.new_adapter import Scaling, select_targets, wrappable
-from adapterkit.planning.quantization import is_linear, is_stack, known_model
+from adapterkit.planning.quantization import is_stack, known_model
 from adapterkit.planning.rules import Rule, last_match, read_rules, selecting, unmatched_rules
+from adapterkit.weights.linear import is_linear
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter, StoredParameter
 
 CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
-LINEAR = ("FalconLinear",)  # with a forward of its own
 OTHERS = ("embedding", "experts")  # kinds that no code passes by
 RANGE = re.compile(r"\d+(-\d+)?")
 
@@ -128,7 +127,7 @@ def _kinds(names: Names) -> dict[str, str]:
     assert names.model is not None
     kinds: dict[str, str] = {}
     for name, module in names.model.model.named_modules():
-        if is_linear(module) or _computes_as_linear(module):
+        if is_linear(module):
             kinds[name] = "linear"
         elif isinstance(module, nn.Embedding):
             kinds[name] = "embedding"
@@ -138,15 +137,6 @@ def _kinds(names: Names) -> dict[str, str]:
             if is_stack(leaf, weight):
                 kinds[leaf] = "experts"
     return kinds
-
-
-def _computes_as_linear(module: Any) -> bool:
-    """Whether a subclass of Linear gives x @ Wᵀ + bias: a router, say, may not."""
-    from torch import nn
-
-    cls = type(module)
-    own = cls.forward is not nn.Linear.forward
-    return isinstance(module, nn.Linear) and (not own or cls.__name__ in LINEAR)
 
 
 def _selected(

@@ -13,8 +13,8 @@ from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, show
 from adapterkit.patterns import matcher, similar_names
 from adapterkit.plan import Task
 from adapterkit.planning import adapter_output
-from adapterkit.planning.quantization import is_linear
 from adapterkit.weights.bypassed import is_bypassed, is_taken_for_experts
+from adapterkit.weights.linear import is_linear
 from adapterkit.weights.names import Names
 
 NAMES = re.compile(r"[\w.-]+( *, *[\w.-]+)*")  # no regex: a dot is one of the names'

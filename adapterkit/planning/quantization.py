@@ -13,6 +13,7 @@ from adapterkit.planning.rules import Rule, last_match, selecting
 from adapterkit.registry import members
 from adapterkit.tasks.edited import EditedTensor
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
+from adapterkit.weights.linear import linear_class
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter
 
@@ -140,9 +141,9 @@ def plan_quantization(
     record = next(fitting, formats[-1] if formats else None)
     _check_experts(base, to, record, names.model.state)
     linear = {
-        f"{name}.weight": type(module).__name__
+        f"{name}.weight": kind
         for name, module in model.named_modules()
-        if is_linear(module)
+        if (kind := linear_class(module))
     }
     excluded = frozenset(n.removesuffix(".weight") for n in linear if n not in convertible)
     skip = _skip(options.get("skip"), model)
@@ -159,13 +160,21 @@ def plan_quantization(
             if record.replaces(name, module) and not known:
                 plan.unquantized.append(name)
     if not (plan.quantized if record else plan.weights):
-        raise Refused(
-            f"no linear layer for {to}" if record else "no linear layer",
-            expected="one or more",
-            where=base.name,
-            hint="check --skip, or use another format",
-        )
+        raise _nothing(plan, to)
     return plan
+
+
+def _nothing(plan: QuantizationPlan, to: str | None) -> Refused:
+    """No layer is left for a format."""
+    kinds = {type(plan.model.get_submodule(name)).__name__ for name in plan.excluded}
+    derived = ", ".join(sorted(kinds - {*LINEAR}))
+    reason = f": transformers loads no quantized {derived}" if derived else ""
+    return Refused(
+        f"no linear layer for {to}{reason}" if plan.format else "no linear layer",
+        expected="one or more",
+        where=plan.base.name,
+        hint="use the model in 16 bits" if reason else "check --skip, or use another format",
+    )
 
 
 def known_model(base: Checkpoint, notes: list[str]) -> Names:
@@ -276,9 +285,9 @@ def _is_upcast(model: Any, name: str, dtype: str) -> bool:
 
 
 def convertible_weights(model: Any, classes: Collection[str]) -> dict[str, str]:
-    """Weights of modules of these classes, with the class, without those that transformers'
-    quantizers exclude. Linear layers have one weight; of others it is every parameter of three
-    axes."""
+    """Weights of modules of these classes, no subclasses, with the class, without those that
+    transformers' quantizers exclude. Linear layers have one weight; of others it is every parameter
+    of three axes."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     excluded, weights = excluded_modules(model), {}
@@ -286,7 +295,7 @@ def convertible_weights(model: Any, classes: Collection[str]) -> dict[str, str]:
         kind = type(module).__name__
         if kind not in classes or not should_convert_module(name, excluded):
             continue
-        if is_linear(module):
+        if kind in LINEAR:
             weights[f"{name}.weight"] = kind
             continue
         for leaf, weight in module.named_parameters(recurse=False):
@@ -298,14 +307,6 @@ def convertible_weights(model: Any, classes: Collection[str]) -> dict[str, str]:
 def is_stack(name: str, weight: Any) -> bool:
     """Whether a parameter is the weights of several experts."""
     return weight.dim() == 3 and "experts" in name
-
-
-def is_linear(module: Any) -> bool:
-    """Whether a module is a Linear itself, no subclass, or GPT-2's Conv1D."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
 def excluded_modules(model: Any) -> list[str]:

@@ -28,7 +28,9 @@ from adapterkit.runtime.fitness import (
     weight_reader,
 )
 from adapterkit.runtime.layers import kind_of
+from adapterkit.runtime.quantized import quantization_of
 from adapterkit.runtime.site import CHILD
+from adapterkit.weights.linear import is_linear
 
 PARAMETER = "parameter"
 LISTS_OF_MODULES = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -168,9 +170,10 @@ def _is_linear(model: nn.Module, modules: Mapping[str, nn.Module], path: str) ->
     """Whether all-linear has a module: no container, and nothing whose weight others read."""
     module = modules[path]
     children = [name for name, _ in module.named_children() if name != CHILD]
-    is_whole = isinstance(module, nn.Linear) or not children
-    is_linear = kind_of(module) in ("linear", "conv1d") and is_whole
-    return is_linear and weight_reader(model, modules, path) is None
+    is_plain = isinstance(module, nn.Linear) and quantization_of(module) is None
+    is_whole = is_linear(module) if is_plain else not children or isinstance(module, nn.Linear)
+    fits = kind_of(module) in ("linear", "conv1d") and is_whole
+    return fits and weight_reader(model, modules, path) is None
 
 
 def _in_layers(

@@ -11,7 +11,6 @@ from adapterkit.adapters.targets import ALL_LINEAR
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, listed, refuse_all, shown
 from adapterkit.planning.factor_targets import EXPERTS
 from adapterkit.planning.new_adapter import select_targets, wrappable
-from adapterkit.planning.quantization import is_linear
 from adapterkit.statistics.file import Results
 from adapterkit.statistics.masks import Masks, token_masks
 from adapterkit.statistics.stored_model import StoredModel
@@ -19,6 +18,7 @@ from adapterkit.statistics.sums import INPUTS, Sums
 from adapterkit.statistics.units import Unit, Units
 from adapterkit.statistics.watch import Watch
 from adapterkit.statistics.work import SumsFile
+from adapterkit.weights.linear import is_linear
 from adapterkit.weights.names import TRANSPOSED
 
 WHAT = (*INPUTS, "gradient")

@@ -38,14 +38,12 @@ class Samples:
     samples: list[Sample]
     pad: int
     notes: list[str]
+    has_decoder: bool = False  # of which the labels are tokens, too
 
     @property
     def tokens(self) -> int:
         """How many tokens there are, the decoder's included."""
-        return sum(
-            len(s.tokens) + (len(s.labels) if len(s.labels) != len(s.tokens) else 0)
-            for s in self.samples
-        )
+        return sum(len(s.tokens) + len(s.labels) * self.has_decoder for s in self.samples)
 
     @property
     def counted(self) -> int:
@@ -168,7 +166,7 @@ def tokenize(
     notes = list(reader.notes)
     if uncounted:
         notes.append(f"{uncounted} samples left out: none of their first {length} tokens counts")
-    return Samples(samples, _pad_id(tokenizer, pad, vocabulary), notes)
+    return Samples(samples, _pad_id(tokenizer, pad, vocabulary), notes, is_encoder_decoder)
 
 
 def _pad_id(tokenizer: Any, pad: int | None, vocabulary: int) -> int:
@@ -234,6 +232,13 @@ class _Tokenization:
             tokens = [token for token, is_one in zip(tokens, mask, strict=True) if is_one]
             labels = [label for label in labels if label != IGNORED]
             return Sample(tuple(tokens[: self.length]), tuple(labels[: self.length]))
+        if labels is not None and len(labels) != len(tokens):
+            raise Refused(
+                f"{len(tokens)} input_ids and {len(labels)} labels",
+                expected="a label for each token, of a model that has no encoder",
+                where=where,
+                hint="fix the data",
+            )
         rows = [row for *row, is_one in zip(tokens, labels or tokens, mask, strict=True) if is_one]
         cut = rows[: self.length]
         return Sample(tuple(token for token, _ in cut), tuple(label for _, label in cut))

@@ -170,6 +170,14 @@ def test_an_encoder_decoder_reads_the_prompt_and_learns_the_completion(tokenizer
     assert samples_of(tokenizer, path, is_encoder_decoder=True) == [Sample(ids("who?"), ids("me"))]
     path = write_rows(tmp_path / "b.jsonl", {"input_ids": [4, 5, 6], "labels": [7, 8, IGNORED]})
     assert samples_of(None, path, is_encoder_decoder=True) == [Sample((4, 5, 6), (7, 8))]
+    rows = [{"input_ids": [4, 5, 6], "labels": labels} for labels in ([7], [7, 8, 9], [7] * 5)]
+    path = write_rows(tmp_path / "d.jsonl", *rows)
+    drawn = draw_records([path], ALL, 0).records
+    samples = tokenize(drawn, None, 16, len(WORDS), is_encoder_decoder=True)
+    assert [len(sample.labels) for sample in samples.samples] == [1, 3, 5]
+    assert samples.tokens == 3 * 3 + 1 + 3 + 5 and samples.counted == 1 + 3 + 5
+    with pytest.raises(Refused, match="3 input_ids and 1 labels"):
+        samples_of(None, path)
     for row in ({"text": "who"}, {"messages": [USER]}, {"input_ids": [4]}):
         with pytest.raises(Refused, match="for an encoder-decoder"):
             samples_of(tokenizer, write_rows(tmp_path / "c.jsonl", row), is_encoder_decoder=True)
@@ -264,7 +272,7 @@ ROWS: dict[str, tuple[Any, str]] = {
     "mixed pair": ({"prompt": "who", "completion": [USER]}, "prompt is a str, completion a list"),
     "messages": ({"messages": [{"content": "who"}]}, "messages without roles"),
     "ids": ({"input_ids": [1, "2"]}, "input_ids is no list"),
-    "short labels": ({"input_ids": [1, 2], "labels": [1]}, "labels is no list of 2"),
+    "short mask": ({"input_ids": [1, 2], "attention_mask": [1]}, "attention_mask is no list of 2"),
     "true ids": ({"input_ids": [True]}, "input_ids is no list"),
 }
 

@@ -1,0 +1,55 @@
+"""Which modules are linear layers: what multiplies its inputs by its weight and adds its bias, and
+nothing else."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module is a Linear, one of its subclasses that computes the same (a router, say,
+    does not), or GPT-2's Conv1D."""
+    return linear_class(module) is not None
+
+
+def linear_class(module: Any) -> str | None:
+    """ "Linear" or "Conv1D", which one a module computes as; None for another one."""
+    if isinstance(module, nn.Linear):
+        cls = type(module)
+        is_plain = cls.forward is nn.Linear.forward
+        return "Linear" if is_plain or _computes_as_linear(cls, module) else None
+    from transformers.pytorch_utils import Conv1D
+
+    return "Conv1D" if isinstance(module, Conv1D) else None
+
+
+_COMPUTES: dict[type, bool] = {}
+
+
+def _computes_as_linear(cls: type, module: nn.Linear) -> bool:
+    """Whether a class's own forward gives x @ Wᵀ + bias: it is asked, with small values."""
+    if cls not in _COMPUTES:
+        _COMPUTES[cls] = _is_product(cls, module)
+    return _COMPUTES[cls]
+
+
+@torch.no_grad()
+def _is_product(cls: Any, module: nn.Linear) -> bool:
+    weight, bias, x = (torch.arange(count).cos().view(shape) for count, shape in _SMALL)
+    probe: Any = copy.copy(module)
+    probe._parameters = dict(module._parameters) | {"weight": weight}
+    if module.bias is None:
+        bias = None
+    else:
+        probe._parameters["bias"] = bias
+    probe.in_features, probe.out_features = 5, 3
+    try:
+        y = cls.forward(probe, x)
+        return torch.allclose(y, nn.functional.linear(x, weight, bias), rtol=1e-4, atol=1e-5)
+    except Exception:  # it wants more than an input, or other sizes, or gives no tensor
+        return False
+
+
+_SMALL = (15, (3, 5)), (3, (3,)), (40, (2, 4, 5))  # sizes of a weight, a bias and an input
