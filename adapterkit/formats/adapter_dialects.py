@@ -33,11 +33,11 @@ def arranged(
     undecided = _undecided(contents, model) if contents.format != form.name else []
     refuse_all([*undecided, *refusals(contents, form)])
     if model is not None:
-        modules = _renamed(modules, model, in_file=False)
+        modules = renamed(modules, model, in_file=False)
     modules = _experts(modules, words.experts, model, reader, contents.folders[0].label)
     modules += _zeros_beside(modules, words.together, model, contents.folders[0].label)
     if words.names == "base" and model is not None:
-        modules = _renamed(modules, model, in_file=True)
+        modules = renamed(modules, model, in_file=True)
     elif words.names == "base":
         note = "names of modules were not compared with a base: --base does so"
         contents = replace(contents, notes=(*contents.notes, note))
@@ -198,7 +198,7 @@ def _zeros_beside(
     return zeros
 
 
-def _renamed(modules: Sequence[Module], model: NamedBase, *, in_file: bool) -> list[Module]:
+def renamed(modules: Sequence[Module], model: NamedBase, *, in_file: bool) -> list[Module]:
     """The modules under the base's names: its file's, or those of the model that is loaded.
     `Refused` with all that have none in the file, or several that fit."""
     names = model.checkpoint.tensors if in_file else model.names.all()

@@ -43,14 +43,14 @@ class NamedBase:
 
 
 def facts_of(config: Mapping[str, Any], keys: Collection[str]) -> BaseFacts:
-    """The facts of the base with this config.json and these tensors, which tell a tied head where
-    there are any."""
+    """The facts of the base with this config.json and these tensors, of which a tied head is
+    none."""
     text = config.get("text_config")
     tables = [config, *([text] if isinstance(text, Mapping) else [])]
     counts = [table[key] for table in tables for key in EXPERTS if type(table.get(key)) is int]
     ties = any(table.get("tie_word_embeddings") is True for table in tables)
-    if keys:
-        ties = not any(HEAD in key.split(".") for key in keys)
+    if keys and not any(HEAD in key.split(".") for key in keys):
+        ties = True
     experts = counts[0] if counts else None
     return BaseFacts(str(config.get("model_type", "")), model_heads(config), experts, ties)
 

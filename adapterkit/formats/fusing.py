@@ -36,6 +36,7 @@ from adapterkit.formats.tensors import (
     Rows,
     Stored,
     StoredReader,
+    are_equal,
     compact,
     gathered,
     index_of,
@@ -472,17 +473,3 @@ def _in_order(values: Sequence[Expression], places: Sequence[range], out: int) -
     if at < out:
         pieces.append(Constant((out - at, *values[0].shape[1:]), 0.0, values[0].dtype))
     return joined(pieces)
-
-
-def are_equal(parts: Sequence[Expression], reader: StoredReader) -> bool:
-    """Whether tensors have the same values; read while planning, as the shape depends on it."""
-    first = parts[0]
-    if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):
-        return False
-    others = [part for part in parts if part != first]
-    if not others:
-        return True
-    if not all(part.known_early for part in parts):
-        return False
-    value = first.value(reader)
-    return all(torch.equal(value, part.value(reader)) for part in others)

@@ -247,6 +247,11 @@ def _evidence(
     return bool(by_metadata), bool(by_size), any(by_blocks)
 
 
+def of_type(among: Iterable[str], model_type: str | None) -> list[str]:
+    """The architectures that say that they are those of models of this type."""
+    return [name for name in among if model_type in architectures()[name].detect.models]
+
+
 def fitting(modules: Iterable[tuple[str, str]], among: Iterable[str]) -> list[str]:
     """The architectures in whose components all these (component, name of the model) are."""
     pairs = list(modules)

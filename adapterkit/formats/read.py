@@ -15,7 +15,7 @@ from adapterkit.formats.grouped import GROUPED, check_whole, groups_in, trained,
 from adapterkit.formats.keys import Raw, raws_of
 from adapterkit.formats.kinds import ALPHA, EXPERTS, FACTORS, LIMITED, SHAPE
 from adapterkit.formats.library import architectures
-from adapterkit.formats.names import in_style, likely, names_of
+from adapterkit.formats.names import in_style, likely, names_of, of_type
 from adapterkit.formats.parts import rank_of, shape_problem, with_magnitudes
 from adapterkit.formats.record import LANGUAGE, Contents, Module, StoredAlpha
 from adapterkit.formats.rows import Heads
@@ -25,6 +25,7 @@ from adapterkit.formats.stacked_experts import unstacked
 from adapterkit.formats.steps import STEPS
 from adapterkit.formats.templates import words_of
 from adapterkit.formats.tensors import Expression, Stored, from_spec
+from adapterkit.formats.tied import with_heads
 from adapterkit.formats.widened import check_shape
 
 BASE = "base_model_name_or_path"
@@ -39,6 +40,7 @@ class Reading:
     modules: Sequence[str] = ()  # of the base, by which underscored names are told
     heads: Heads | None = None  # of the base, or of the source's config
     model_type: str | None = None  # likewise
+    tied: bool | None = None  # whether the base has one weight for embeddings and head
 
 
 def read(
@@ -91,6 +93,7 @@ def read(
             )
         )
     refuse_all(errors)
+    modules, notes = with_heads(modules, form, reading.tied)
     return Contents(
         form.name,
         (folder,),
@@ -101,7 +104,7 @@ def read(
         _base(scales.settings),
         words_of(form.metadata.write, container.metadata),
         {(number, container.file): container.header_sha256},
-        _unchecked(form, attempt.resolved, reading),
+        [*_unchecked(form, attempt.resolved, reading), *notes, *scales.notes],
     )
 
 
@@ -134,9 +137,9 @@ def _of_type(known: list[str], model_type: str | None, title: str) -> list[str]:
     """The architectures that a model of this type may have. `Refused` where each of them says
     whose they are, and none that it is this one's."""
     models = {name: architectures()[name].detect.models for name in known}
-    if model_type is None or not known or not all(models.values()):
-        return known
-    fits = [name for name, own in models.items() if model_type in own]
+    fits = of_type(known, model_type)
+    if model_type is None or not known or fits or not all(models.values()):
+        return fits or known
     if not fits:
         raise Refused(
             f"an adapter for a model of type {shown(model_type)}",
@@ -194,7 +197,9 @@ def _resolve(
     if not candidates:
         return [], Attempt(_without_rules(form, raws, reading, where))
     if form.names.unlisted:
-        attempt = _named(form, candidates[0], form.namings(None)[0], raws, reading.heads)
+        naming = form.namings(None)[0]
+        attempts = [_named(form, name, naming, raws, reading.heads) for name in candidates]
+        attempt = max(attempts, key=lambda one: sum(rule is not None for *_, rule in one.resolved))
         refuse_all(_unstackable(attempt, where))
         return [], attempt
     attempts = {name: _attempt(form, name, raws, reading.heads) for name in candidates}

@@ -72,7 +72,8 @@ class Scales:
                         hint="take the file as it was saved",
                     )
                 return number * (rank if words.means == "scale" else 1)
-        if words.place == "config" and words.means in self.settings:
+        is_older = self.asked is not None and self.older is not None
+        if words.place == "config" and words.means in self.settings and not is_older:
             self.declares = True
             return self._declared_alpha(self._configured, rank, name, "the config")
         if self.asked is not None:
@@ -114,6 +115,23 @@ class Scales:
     @cached_property
     def settings(self) -> dict[str, Any]:
         return fields(self.config, dict(self.form.config.read), self.where)
+
+    @property
+    def older(self) -> float | None:
+        """The alpha that older versions of a tool made of a scale and an alpha, of which later ones
+        take the scale alone; None where the settings have not both."""
+        has_both = self.form.scale.means == "scale" and {"alpha", "scale"} <= self.settings.keys()
+        return self.settings["scale"] * self.settings["alpha"] if has_both else None
+
+    @property
+    def notes(self) -> list[str]:
+        """That another alpha may have been meant."""
+        if self.older is None or self.asked is not None:
+            return []
+        return [
+            f"the scale is {self.settings['scale']:g}, as {self.form.title} reads it now; trained "
+            f"by {self.form.scale.older}, it was that times alpha / rank: --alpha {self.older:g}"
+        ]
 
     @cached_property
     def _configured(self) -> DeclaredScales:

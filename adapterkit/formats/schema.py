@@ -64,6 +64,8 @@ class NameWords:
     renames: Mapping[str, str] = field(default_factory=dict)
     architectures: tuple[str, ...] = ()  # none: names are the model's, of any architecture
     unlisted: bool = False  # names that the rules do not list are the model's
+    file: bool = False  # and, of a base that is given, those in its file
+    absent: tuple[re.Pattern[str], ...] = ()  # unlisted ones that no client's model has
     components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # -> prefixes of keys
     architecture_key: str = ""  # of the metadata: the architecture's name, which names do not tell
     inside: Mapping[str, InWords] = field(default_factory=dict)  # "in" in the file
@@ -78,6 +80,7 @@ class ScaleWords:
     means: str = "alpha"  # or scale: the stored number is alpha / rank
     uniform: bool = False  # one rank and one scale for all modules
     key: str = ""  # of the metadata: PEFT's settings in JSON, by component
+    older: str = ""  # the versions that multiplied a scale by an alpha beside it
     without: str = ""  # what the names of modules that it declares do not begin with
 
 
@@ -147,6 +150,7 @@ class Format:
     widens: bool = False  # clients widen a weight of the base that has fewer inputs
     # kind -> the modules that clients take it of
     only: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
+    ties: bool = False  # factors of embeddings act in a head that the base ties to them
     alike: tuple[str, ...] = ()  # roles that all modules of a component have, or none
     # what no format holds, by name -> keys
     refused: Mapping[str, re.Pattern[str]] = field(default_factory=dict)

@@ -440,3 +440,17 @@ def compact(rows: Sequence[int]) -> Rows:
     if len(rows) and list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return range(rows[0], rows[0] + len(rows))
     return tuple(rows)
+
+
+def are_equal(parts: Sequence[Expression], reader: StoredReader) -> bool:
+    """Whether tensors have the same values; read while planning, as the shape depends on it."""
+    first = parts[0]
+    if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):
+        return False
+    others = [part for part in parts if part != first]
+    if not others:
+        return True
+    if not all(part.known_early for part in parts):
+        return False
+    value = first.value(reader)
+    return all(torch.equal(value, part.value(reader)) for part in others)

@@ -12,7 +12,7 @@ from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.fusing import Fusion, fuse, inputs_of, norm_problems
 from adapterkit.formats.kinds import ALPHA, MAGNITUDES
 from adapterkit.formats.library import architectures
-from adapterkit.formats.names import fitting, in_style, likely, names_of
+from adapterkit.formats.names import fitting, in_style, likely, names_of, of_type
 from adapterkit.formats.parts import magnitude_in_file
 from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.rows import Heads
@@ -23,6 +23,7 @@ from adapterkit.formats.stacked_experts import stack
 from adapterkit.formats.steps import COLUMN, STEPS
 from adapterkit.formats.templates import base_words, filled, numbers, settings_of
 from adapterkit.formats.tensors import Constant, Expression, reshaped
+from adapterkit.formats.tied import without_heads
 from adapterkit.formats.widened import with_widths
 
 
@@ -75,10 +76,11 @@ def write(
             if is_own
             else architecture_of(base, form.names.architectures, form.title)
         )
-    name, modules, words = _placed(contents, form, architecture)
+    name, modules, words = _placed(contents, form, architecture, base)
     refuse_all(_homeless(modules, form, name))
     modules = with_widths(modules, form, [name] if name else contents.architectures)
     reader, is_own = PlanReader(contents.folders), contents.format == form.name
+    modules, notes = without_heads(modules, form, base, reader)
     namings = _namings(contents, form, name, modules)
     whole = _fused(modules, form, name, namings, heads, base, reader)
     if form.scale.uniform:
@@ -103,7 +105,7 @@ def write(
     metadata |= declared
     if form.file.container == "safetensors":
         tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
-    final, notes = [module for module, _ in own], [form.note] if form.note else []
+    final, notes = [module for module, _ in own], [*notes, *([form.note] if form.note else [])]
     if declared:
         notes.append(
             f"{form.scale.key} in the metadata declares the scales: a client that does not read it "
@@ -151,7 +153,7 @@ def unsupported(
 
 
 def _placed(
-    contents: Contents, form: Format, architecture: str | None
+    contents: Contents, form: Format, architecture: str | None, base: BaseFacts | None
 ) -> tuple[str | None, list[Module], dict[str, str]]:
     """The architecture in whose names the file is written, None where names are the model's; the
     modules with their components; the words of all architectures that it may be."""
@@ -162,7 +164,8 @@ def _placed(
     if not needed and (not components or not bare or LANGUAGE in components):
         return None, modules, {}
     if form.names.unlisted:
-        return architecture or form.names.architectures[0], modules, {}
+        own = of_type(form.names.architectures, None if base is None else base.model_type)
+        return architecture or (*own, *form.names.architectures)[0], modules, {}
     if LANGUAGE in components and len(bare) == len(modules) and architecture is None:
         return None, modules, {}
     among = [architecture] if architecture else list(contents.architectures)
@@ -320,9 +323,11 @@ def _fused(
         names = names_of(architecture, module.component, naming, form.names.style)
         named = names.named(module.name)
         if named is None and form.names.unlisted:
+            named_so = [one.search(module.name) for one in form.names.absent]
             plain.append((module, prefix(module) + module.name))
+            lacking += [module.path] if any(named_so) else []
             continue
-        if named is None:
+        if named is None or not named[1]:
             lacking.append(module.path)
             continue
         match, text = named

@@ -7,7 +7,7 @@ from adapterkit.adapters.adapter_config import hub_id
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, listed, refuse_all
-from adapterkit.formats.adapter_dialects import arranged, without_copies
+from adapterkit.formats.adapter_dialects import arranged, renamed, without_copies
 from adapterkit.formats.adapter_layout import write_layout
 from adapterkit.formats.base import NamedBase, facts_of
 from adapterkit.formats.containers import PlanReader
@@ -116,7 +116,7 @@ def _written(
         return write_layout(contents, form, dtype=dtype, stacks=stacks, rebuilt=is_rebuilt)
     modules, notes = without_copies(contents.modules, form)
     file = write(
-        _single_experts(replace(contents, modules=tuple(modules)), form, model),
+        _in_file(replace(contents, modules=tuple(modules)), form, model),
         form,
         architecture=options.architecture,
         dtype=dtype,
@@ -136,8 +136,12 @@ def _written(
     return replace(file, notes=[*notes, *file.notes])
 
 
-def _single_experts(contents: Contents, form: Format, model: NamedBase | None) -> Contents:
-    """Stacks of experts as modules of single experts, where a format names those."""
+def _in_file(contents: Contents, form: Format, model: NamedBase | None) -> Contents:
+    """Modules as the base's file has them where a format names those: single experts, other
+    names."""
+    if model is not None and form.names.file:
+        modules = renamed(contents.modules, model, in_file=True)
+        contents = replace(contents, modules=tuple(modules))
     stacks = [m.path for m in contents.modules if m.kind == EXPERTS]
     if not stacks or not form.names.architectures:
         return contents

@@ -9,7 +9,7 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, listed, shown
 from adapterkit.formats.adapter_kinds import KINDS
 from adapterkit.formats.adapter_layout import read_layout
-from adapterkit.formats.base import NamedBase
+from adapterkit.formats.base import NamedBase, facts_of
 from adapterkit.formats.detect import Detection
 from adapterkit.formats.experts import stacks_of
 from adapterkit.formats.read import Reading, read
@@ -57,6 +57,7 @@ def read_contents(
             modules_of(base, model),
             heads_of(base, detection.config),
             model_type_of(base, detection.config),
+            None if base is None else facts_of(base.config, base.tensors).tied,
         )
         contents = read(form, source, detection.container, detection.config, reading)
     return _selected(contents, options.prefix_only)
