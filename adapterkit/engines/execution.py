@@ -21,6 +21,7 @@ from adapterkit.hub.ids import is_on_hub
 from adapterkit.hub.push import check_push, repository, send
 from adapterkit.options import Check, StrPath, binder, parse_size, path
 from adapterkit.plan import Plan
+from adapterkit.planning.converted import conversion_notes
 from adapterkit.receipt import Receipt
 
 P = ParamSpec("P")
@@ -116,7 +117,9 @@ class Execution(RunOptions):
                 where="options",
                 hint="leave --ray-address out",
             )
-        plan = replace(plan, memory=parse_size("memory", self.memory) if self.memory else None)
+        memory = parse_size("memory", self.memory) if self.memory else None
+        notes = (*plan.notes, *conversion_notes(plan.folders))
+        plan = replace(plan, memory=memory, notes=notes)
         if not isinstance(self.engine, str) and not self.dry_run:
             receipt = self.engine(plan, self, check)
             if push is not None and isinstance(receipt, Receipt):

@@ -1,6 +1,7 @@
 """An adapter of another format as a folder in PEFT's layout, for every verb that takes one."""
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +58,12 @@ def adapter_or_file(folder: Folder, base: Folder | None = None) -> Folder:
         if not any(name.endswith(".safetensors") for name in folder.files()):
             raise
         return folder
+
+
+def conversion_notes(folders: Iterable[Folder]) -> list[str]:
+    """What was noted while adapters of other formats were read."""
+    own = (folder for folder in folders if isinstance(folder, ConvertedFolder))
+    return [f"{folder.name}: {note}" for folder in own for note in folder.plan.notes]
 
 
 def _layout() -> str:

@@ -113,6 +113,9 @@ def test_a_scale_beside_an_alpha_may_be_the_older_one(tmp_path):
     assert any("0.14.0" in note and "--alpha 30" in note for note in receipt.data["notes"])
     older = adapterkit.convert(tmp_path / "mlx", to="peft", out=tmp_path / "old", alpha=30.0)
     assert not any("0.14.0" in note for note in older.data["notes"])
+    base = saved("llama", tmp_path / "base", vocab_size=20)
+    merged = adapterkit.merge(base, tmp_path / "mlx", out=tmp_path / "merged").data["notes"]
+    assert any("0.14.0" in note for note in merged)
     alphas = [
         json.loads((tmp_path / name / "adapter_config.json").read_text())["lora_alpha"]
         for name in ("new", "old")
