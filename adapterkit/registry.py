@@ -105,25 +105,38 @@ def create(package: str, name: str, settings: dict[str, object]) -> object:
         if key not in settings and field.default is dataclasses.MISSING
     ]
     if unknown or missing:
-        problems = [f"--{key} given" for key in unknown] + [f"no --{key}" for key in missing]
+        takes = [f"takes no {as_flag(key)}" for key in unknown]
+        needs = [f"needs {as_flag(key)}" for key in missing]
+        remove = [f"remove {as_flag(key)}" for key in unknown]
+        give = [f"give {as_flag(key)}{EXAMPLES.get(key, '=VALUE')}" for key in missing]
         raise Refused(
-            f"method {name}: {', '.join(problems)}",
-            expected="the options "
-            + (", ".join(f"--{key}" for key in fields) or "of the method (none)"),
+            f"--method {name} {' and '.join([*takes, *needs])}",
+            expected="only " + ", ".join(map(as_flag, fields))
+            if fields
+            else "no options of its own",
             where="options",
-            hint=did_you_mean(unknown, fields)
-            or "remove what the method does not take, and give what it needs",
+            hint=did_you_mean(unknown, fields) or ", ".join([*remove, *give]),
         )
     typed = {key: _typed(fields[key], value) for key, value in settings.items()}
     wrong = [key for key, value in typed.items() if value is None]
     if wrong:
         raise Refused(
-            f"method {name}: {', '.join(f'--{key} {settings[key]!r}' for key in wrong)}",
+            f"--method {name}: "
+            + ", ".join(f"{as_flag(key)} is {settings[key]!r}" for key in wrong),
             expected=" and ".join(EXPECTED[_declared(fields[key])] for key in wrong),
             where="options",
             hint="give other values",
         )
     return known[name](**typed)
+
+
+EXAMPLES = {"density": " 0.2"}
+LIFTED = ("density", "majority")  # options of methods that are options of `combine`
+
+
+def as_flag(key: str) -> str:
+    """A method's option as the command line has it, without a value."""
+    return f"--{key}" if key in LIFTED else f"--set {key}"
 
 
 EXPECTED = {"float": "a number", "int": "a whole number", "bool": "true or false"}

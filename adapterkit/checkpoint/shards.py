@@ -210,10 +210,10 @@ def _no_weights(folder: Folder, own: list[str]) -> AdapterkitError:
     """The refusal of a folder without weights, by what it holds instead."""
     if any(name.startswith(NOT_A_MODEL) for name in own):
         return Refused(
-            "an adapter's weights and no model's",
+            "this is an adapter",
             expected="a model checkpoint",
             where=folder.name,
-            hint="give the model; where adapters are given too, it comes first",
+            hint="give the base model first, then the adapters",
         )
     names = pickles(folder)
     if names:

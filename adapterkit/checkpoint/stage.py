@@ -50,14 +50,14 @@ def check_name(out: Path) -> None:
     room = NAME_MAX - len(control_of(Path("/")))
     if longest > NAME_MAX:
         raise Refused(
-            f"a name of {len(os.fsencode(path.name))} bytes",
+            f"the name is too long: {len(os.fsencode(path.name))} bytes",
             expected=f"names of at most {room} bytes",
             where="--out",
             hint="choose a shorter --out",
         )
     if len(os.fsencode(path)) > PATH_MAX:
         raise Refused(
-            f"a path of {len(os.fsencode(path))} bytes",
+            f"the path is too long: {len(os.fsencode(path))} bytes",
             expected=f"at most {PATH_MAX} bytes",
             where="--out",
             hint="choose a shorter --out",
@@ -109,8 +109,8 @@ class Stage:
         with storage_errors(self.control):
             if self.control.is_symlink() or self.path.is_symlink():
                 raise Refused(
-                    "a link",
-                    expected="a folder of ours",
+                    "the work folder is a symbolic link",
+                    expected="a folder",
                     where=str(self.control),
                     hint="remove the link",
                 )
@@ -145,8 +145,8 @@ class Stage:
         """
         if self.out.exists() and not self.out.is_dir():
             raise Refused(
-                "a file of that name",
-                expected="the name of a folder",
+                "a file of this name exists",
+                expected="a new folder",
                 where=str(self.out),
                 hint="choose another --out",
             )
@@ -165,8 +165,8 @@ class Stage:
             self._check_output()
         if head is not None and not resume and not overwrite:
             raise Refused(
-                "an interrupted run",
-                expected="no unfinished output of that name",
+                "an earlier run to this --out was interrupted",
+                expected="an output that no other run has begun",
                 where=str(self.control),
                 hint="give --resume to continue it, or --overwrite to begin again",
             )
@@ -220,7 +220,7 @@ class Stage:
         entries = self._output_entries()
         if entries and not self.replaces:
             raise Refused(
-                f"{len(entries)} files in the output folder",
+                f"the output folder holds {len(entries)} files",
                 expected="an empty or new folder",
                 where=str(self.out),
                 hint="choose another --out, or give --overwrite to replace an older output",
@@ -228,7 +228,7 @@ class Stage:
         files = _read_receipt(self.out).get("files")
         if entries and not isinstance(files, dict):
             raise Refused(
-                "no receipt of adapterkit among its files",
+                "--overwrite would remove a folder that adapterkit did not write",
                 expected="an older output (--overwrite replaces the whole folder)",
                 where=str(self.out),
                 hint="remove the folder yourself, or choose another --out",
@@ -236,7 +236,8 @@ class Stage:
         unlisted = sorted(set(self._output_files()) - {*(files or ()), RECEIPT})
         if unlisted:
             raise Refused(
-                f"files that the older output did not write: {', '.join(unlisted[:6])}",
+                "--overwrite would remove files that adapterkit did not write: "
+                f"{', '.join(unlisted[:6])}",
                 expected="only files that its receipt lists "
                 "(--overwrite replaces the whole folder)",
                 where=str(self.out),

@@ -39,12 +39,12 @@ def process() -> None:
 )
 @click.version_option(__version__, "--version")
 def main() -> None:
-    """Surgery on adapter and model checkpoints, done on the files: exact, streamed, accounted for.
+    """Edit LoRA adapters and model checkpoints on disk: exact, low-memory, with checksums.
 
     \b
     A source is a folder, a .safetensors file, or a Hub id org/name[@revision][:folder or file].
     An adapter may carry a weight: PATH=0.7 (default 1, negative allowed).
     Exit status: 0 done; 1 refused or failed, with a message; 2 wrong usage.
-    Of run also 3: its files need those of other ranks, which are not there yet.
-    Of diff: 0 the same; 1 different; 2 refused, failed or wrong usage.
+    run: also 3 = timed out waiting for other workers.
+    diff: 0 the same; 1 different; 2 refused, failed or wrong usage.
     """

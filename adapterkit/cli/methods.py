@@ -4,9 +4,7 @@ from adapterkit.cli.command import Rows
 from adapterkit.cli.completion import Name
 from adapterkit.combinations import ALIASES
 from adapterkit.formats import library
-from adapterkit.registry import Declaration, declarations
-
-LIFTED = ("density", "majority")  # options of methods that are options of `combine`
+from adapterkit.registry import Declaration, as_flag, declarations
 
 
 def combinations() -> dict[str, Rows]:
@@ -14,7 +12,7 @@ def combinations() -> dict[str, Rows]:
     on_factors: Rows = []
     on_elements: Rows = []
     for name, method in declarations("combinations").items():
-        flags = ", ".join(f"--{o}" if o in LIFTED else f"--set {o}" for o in method.options)
+        flags = ", ".join(map(as_flag, method.options))
         text = f"{method.summary.rstrip('.')} ({flags})." if flags else method.summary
         rows = on_elements if method.constants["acts_on"] == "elements" else on_factors
         rows.append((name, text))
@@ -34,7 +32,7 @@ def initializations() -> dict[str, Rows]:
     }
     groups: dict[str, Rows] = {title: [] for title in titles.values()}
     for name, init in declarations("inits").items():
-        flags = ", ".join(f"--set {option}" for option in init.options)
+        flags = ", ".join(map(as_flag, init.options))
         text = f"{init.summary.rstrip('.')} ({flags})." if flags else init.summary
         groups[titles[init.constants["changes_base"]]].append((name, text))
     return groups

@@ -96,7 +96,7 @@ def resume_options(older: str) -> Callable:
 disk_limit_option = click.option(
     "--disk-limit",
     metavar="SIZE",
-    help="Most that an output on the Hub takes of this machine's disk, e.g. 20GB.",
+    help="Disk that a job to the Hub may use on this machine, e.g. 20GB.",
 )
 plan_option = click.option(
     "--plan",
@@ -116,7 +116,7 @@ running_options = option_group(
         "--engine",
         default="local",
         show_default=True,
-        help="What runs the plan: this machine, or a Ray cluster on one file system.",
+        help="Where to run: this machine, or a Ray cluster on a shared file system.",
     ),
     click.option(
         "--ray-address",

@@ -108,8 +108,8 @@ def write(
     final, notes = [module for module, _ in own], [*notes, *([form.note] if form.note else [])]
     if declared:
         notes.append(
-            f"{form.scale.key} in the metadata declares the scales: a client that does not read it "
-            "takes 1 for all"
+            f"the scales are in the metadata ({form.scale.key}): readers that ignore it apply "
+            "scale 1"
         )
     return File(form, tensors, metadata, final, name, folded, notes, settings)
 
@@ -186,7 +186,8 @@ def _placed(
         raise Refused(
             f"modules of {', '.join(fits)}"
             if fits
-            else f"no architecture has modules such as {listed([m.path for m in modules])}",
+            else f"these names match none of the models that {form.title} supports: "
+            f"{listed([m.path for m in modules])}",
             expected="one of " + ", ".join(form.names.architectures or sorted(architectures())),
             where=contents.folders[0].label,
             hint="give --architecture" + (", or --prefix-only" if bare else ""),
@@ -275,7 +276,7 @@ def _homeless(
             f"component {shown(name) or 'of a single model'}",
             expected=f"{', '.join(components)}, which {form.title} holds",
             where="--to",
-            hint="give --prefix-only to leave it out",
+            hint="give --prefix-only to convert the other part alone",
         )
         for name in used
         if name not in components

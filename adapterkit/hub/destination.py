@@ -126,13 +126,15 @@ class Destination:
         anything is created."""
         from huggingface_hub import HfApi, get_token
 
-        expected = "a token that may write"
+        expected = "a token with write access"
         hint = "create one at https://huggingface.co/settings/tokens, then `hf auth login`"
         if not get_token():
-            raise Refused("no token", expected=expected, where=str(self.hub_id), hint=hint)
+            raise Refused(
+                "not logged in to the Hub", expected=expected, where=str(self.hub_id), hint=hint
+            )
         if retry(_role, self.hub_id) == "read":
             raise Refused(
-                "a token that may only read", expected=expected, where=str(self.hub_id), hint=hint
+                "the token can only read", expected=expected, where=str(self.hub_id), hint=hint
             )
         if self._has_repo():
             retry(lambda: HfApi().auth_check(self.hub_id.repo, write=True), self.hub_id)
@@ -149,7 +151,7 @@ class Destination:
         self._list()
         if any(other.startswith(f"{name}/") for other in self.before):
             raise Refused(
-                "a folder of that name",
+                "a folder of this name exists",
                 expected="a new file",
                 where=str(self.hub_id),
                 hint="choose another --out",

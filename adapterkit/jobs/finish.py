@@ -32,10 +32,10 @@ def finish(
     call = plan_file.call
     if push is not None and call.verb.__name__ == "stats":
         raise Refused(
-            "--push with statistics",
+            "--push does not apply to a file of statistics",
             expected="an output that is a folder",
             where="options",
-            hint="leave it out: `adapterkit stats --out hf://...` writes to the Hub",
+            hint="remove --push: `adapterkit stats --out hf://...` writes to the Hub",
         )
     recomputes = verify and call.verb.__name__ == "merge"  # it reads the hashes too
     make = executors_of(call.verb.__name__).finish

@@ -24,12 +24,12 @@ def rank_of(text: str, environment: Mapping[str, str] | None = None) -> Numbers:
     if text == "auto":
         rank, ranks = _from(os.environ if environment is None else environment)
         if ranks > MOST_RANKS:
-            raise _refused(f"{ranks} ranks", f"at most {MOST_RANKS}")
+            raise _refused(f"{ranks} ranks are too many", f"at most {MOST_RANKS}")
         return rank, ranks
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
     if match is None or not int(match[1]) < int(match[2]):
         raise Refused(
-            f"--rank {shown(text)}",
+            f"--rank {shown(text)} is not valid",
             expected="auto, or I/N with I from 0 to N - 1",
             where="options",
             hint="the first of four is 0/4",
@@ -51,7 +51,7 @@ def _from(environment: Mapping[str, str]) -> Numbers:
     several = {name: pair for name, pair in found.items() if pair != (0, 1)}
     if len(set(several.values())) > 1:
         texts = [f"{name} say {rank}/{ranks}" for name, (rank, ranks) in several.items()]
-        raise _refused("; ".join(texts), "one answer")
+        raise _refused("; ".join(texts), "launchers that agree")
     return next(iter(several.values()), (0, 1))
 
 
@@ -72,7 +72,7 @@ def _slurm(environment: Mapping[str, str]) -> Numbers | None:
         if not is_whole or number not in range(least, most + 1, step):
             raise _refused(
                 f"element {number} of a job array of {count} elements from {least} to {most}",
-                "one of an array without gaps",
+                "an array without gaps",
             )
         element = (number - least) // step
         rank, ranks = element * ranks + rank, count * ranks
@@ -91,7 +91,7 @@ def _whole(environment: Mapping[str, str], name: str) -> int:
     if text is None and name == ARRAY + "STEP":
         return 1
     if text is None:
-        raise _refused(f"no {name} in the environment", "it beside the others of this launcher")
+        raise _refused(f"{name} is not set", "all variables of this launcher")
     if not re.fullmatch(r"\d{1,7}", text.strip(), re.ASCII):
         raise _refused(f"{name}={shown(text)}", "a whole number")
     return int(text)

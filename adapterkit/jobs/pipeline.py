@@ -182,7 +182,7 @@ class _Pipeline:
             return Mode(finished=True) if is_there else Mode(sends=True, resume=True)
         if older is not None and not self.overwrite and not self._wrote(older):
             raise Refused(
-                "an output that this pipeline did not write, of another job or of other inputs",
+                "the output exists, and this pipeline did not write it from these inputs",
                 expected="a new output, or an older one of this pipeline",
                 where=step.place.out,
                 hint="choose another out, or give --overwrite",

@@ -117,19 +117,25 @@ def _entries(file: Path) -> list[dict[str, Any]]:
             raise ValueError(f"more than {MAX_FILE:,} bytes")
         document = tomllib.loads(data.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # of TOML, of UTF-8, of its numbers
-        why = error.strerror if isinstance(error, OSError) else f"no TOML: {error}"
+        why = error.strerror if isinstance(error, OSError) else f"not TOML: {error}"
         raise Refused(
             shown(why), expected="[[step]] tables", where=where, hint="check the file"
         ) from error
     unknown = [key for key in document if key != "step"]
     if unknown:
-        hint = did_you_mean(unknown, ["step"]) or "leave it out"
-        problem = f"{', '.join(map(shown, unknown))} at the top"
-        raise Refused(problem, expected="[[step]] tables alone", where=where, hint=hint)
+        names = ", ".join(map(shown, unknown))
+        hint = did_you_mean(unknown, ["step"]) or f"remove {names}"
+        problem = f"unknown at the top level: {names}"
+        raise Refused(problem, expected="only [[step]] tables", where=where, hint=hint)
     entries = document.get("step")
     tables = entries if isinstance(entries, list) else []
     if not tables or not all(isinstance(table, dict) for table in tables):
-        raise Refused("no step", expected="[[step]] tables", where=where, hint="add some")
+        raise Refused(
+            "the pipeline has no steps",
+            expected="[[step]] tables",
+            where=where,
+            hint="add a [[step]] with verb, inputs and out",
+        )
     return tables
 
 
@@ -176,8 +182,8 @@ def _verb(name: Any, number: int, errors: list[AdapterkitError]) -> WritingVerb[
         hint = did_you_mean([name], known) if isinstance(name, str) else ""
         errors.append(
             Refused(
-                f"verb {shown(repr(name))}",
-                expected=f"a verb that writes: {', '.join(known)}",
+                f"unknown verb {shown(repr(name))}" if name is not None else "the step has no verb",
+                expected=f"one of {', '.join(known)}",
                 where=f"step {number}",
                 hint=hint or "use one of these",
             )
@@ -189,18 +195,20 @@ def _unknown(given: Sequence[str] | dict, known: Sequence[str], where: str, what
     names = [name for name in given if name not in known]
     return [
         Refused(
-            f"{shown(name)}, which is not {what}",
+            f"{shown(name)} is not {what}",
             expected=", ".join(known),
             where=where,
-            hint=did_you_mean([name], known) or "leave it out",
+            hint="use out = 'hf://org/name'"
+            if name == "push"
+            else did_you_mean([name], known) or f"remove {shown(name)}",
         )
         for name in names
     ]
 
 
 def _wrong(key: str, value: Any, expected: str, where: str) -> Refused:
-    problem = f"no {key}" if value is None else f"{key} {shown(repr(value))}"
-    return Refused(problem, expected=expected, where=where, hint="see docs/scale.md")
+    problem = f"{key} is missing" if value is None else f"{key} is {shown(repr(value))}"
+    return Refused(problem, expected=expected, where=where, hint="see Pipelines in docs/scale.md")
 
 
 def _wrong_options(

@@ -90,7 +90,7 @@ def read_plan(file: StrPath) -> PlanFile:
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from error
     except ValueError as error:
-        raise _unreadable(path, f"no JSON: {shown(error)}") from error
+        raise _unreadable(path, f"not JSON: {shown(error)}") from error
     if not isinstance(data, dict) or data.get("adapterkit") != VERSION:
         raise _unreadable(path, f"no plan file of version {VERSION}")
     if data.get("version") != __version__:
@@ -101,20 +101,20 @@ def read_plan(file: StrPath) -> PlanFile:
             hint="use the same adapterkit everywhere, or make the plan again",
         )
     if wrong := [key for key, kind in KINDS.items() if not isinstance(data.get(key), kind)]:
-        raise _unreadable(path, f"{', '.join(wrong)} missing, or of another kind")
+        raise _unreadable(path, f"{', '.join(wrong)} missing, or of another type")
     verb, arguments = _verb(data["verb"]), data["arguments"]
     out = arguments.get("out")
     if not isinstance(out, str) or not os.path.isabs(out):
-        raise _unreadable(path, "an output without an absolute path")
+        raise _unreadable(path, "its output path is not absolute")
     if theirs := [name for name in OF_THE_PROCESS if name in arguments]:
-        raise _unreadable(path, f"{', '.join(theirs)}, which each process is told")
+        raise _unreadable(path, f"it holds {', '.join(theirs)}, which each process gets by itself")
     try:
         call = verb.call(**arguments)
     except TypeError as error:
-        raise _unreadable(path, f"arguments that {data['verb']} does not take") from error
+        raise _unreadable(path, f"{data['verb']} does not take its arguments") from error
     job = Job(data["recipe"], data["inputs"], data["hash"])
     if job.fingerprint != data["fingerprint"]:
-        raise _unreadable(path, "a recipe that does not fit its fingerprint")
+        raise _unreadable(path, "its recipe does not match its fingerprint")
     return PlanFile(path, call, job)
 
 
@@ -122,17 +122,17 @@ def _check_room(path: Path, overwrite: bool) -> None:
     """`Refused` where the plan file cannot be made."""
     if path.is_dir() or (path.exists() and not overwrite):
         raise Refused(
-            "a file of that name",
+            "the file exists",
             expected="a new plan file",
             where=str(path),
             hint="choose another --plan, or give --overwrite",
         )
     if not path.parent.is_dir():
         raise Refused(
-            "no such folder",
-            expected="a folder for the plan file",
+            "the folder does not exist",
+            expected="an existing folder for the plan file",
             where=str(path.parent),
-            hint="make it, or choose another --plan",
+            hint="create it, or choose another --plan",
         )
 
 
@@ -146,7 +146,7 @@ def _verb(name: str) -> WritingVerb[..., Any]:
     if verb is None:
         known = writing_verbs()
         raise Refused(
-            f"{shown(name)!r} with --plan",
+            f"{shown(name)!r} takes no --plan",
             expected=f"one of {', '.join(known)}",
             where="options",
             hint=did_you_mean([name], known) or "use one of these",
@@ -158,10 +158,10 @@ def _portable(call: Call) -> Call:
     """The call with arguments that mean the same in every process."""
     if is_on_hub(call.arguments["out"]):
         raise Refused(
-            "an output on the Hub with --plan",
+            "--plan cannot write to the Hub directly",
             expected="a folder that all processes see",
             where="--out",
-            hint="give a folder, and --push to `adapterkit finish`",
+            hint="write into a folder, then upload it: adapterkit finish PLAN --push ORG/NAME",
         )
     arguments = {}
     for name, value in call.arguments.items():
@@ -172,10 +172,10 @@ def _portable(call: Call) -> Call:
     except (TypeError, ValueError) as error:
         names = [name for name, value in arguments.items() if not _is_data(value)]
         raise Refused(
-            f"--plan with {', '.join(names)}",
-            expected="arguments that a file can hold",
-            where="options",
-            hint="leave it out, or run without --plan",
+            f"a plan file cannot hold {', '.join(names)}",
+            expected="text, numbers, lists and mappings",
+            where="--plan",
+            hint=f"remove {', '.join(names)}, or run without --plan",
         ) from error
     return Call(call.verb, copy)
 

@@ -56,11 +56,12 @@ def run(
 
 def _refuse(names: list[str], what: str) -> None:
     if names:
+        options = ", ".join(f"--{name}" for name in names)
         raise Refused(
-            f"{', '.join(f'--{name}' for name in names)} with {what}",
+            f"{options} does not apply to {what}",
             expected="--rank, --workers and --wait with a plan file, --overwrite with a pipeline",
             where="options",
-            hint="leave it out",
+            hint=f"remove {options}",
         )
 
 

@@ -77,7 +77,7 @@ def sum_biases(
             expected="linear layers and convolutions only: PEFT has no such bias on embeddings and "
             "parameters",
             where="adapters",
-            hint="merge the adapters into their base instead, or leave the one with lora_bias out",
+            hint="merge the adapters into their base instead, or remove the one with lora_bias",
         )
         for name, site in sites.items()
         if site.parameter or places[name].is_embedding
@@ -225,7 +225,7 @@ def plan_adapters(
     are given after them: a base, statistics."""
     bases = sorted({plain(str(base_id(adapter))) for adapter in inputs})
     if len(bases) > 1:
-        notes.append(f"the adapters name {len(bases)} bases: {', '.join(bases)}")
+        notes.append(f"the adapters were trained on different bases: {', '.join(bases)}")
     sources: list[Adapter | Checkpoint] = [*inputs, *(one for one in others if one is not None)]
     models = tuple(range(len(inputs), len(sources)))
     return plan_outputs(verb, options, sources, outputs, notes, decisions, models)
@@ -285,5 +285,8 @@ def check_refit(rank: int | None, energy: float | None) -> None:
     """`Refused` for a rank and a share of the energy together."""
     if rank is not None and energy is not None:
         raise Refused(
-            "--rank and --energy", expected="one of them", where="options", hint="leave one out"
+            "--rank and --energy exclude each other",
+            expected="one of them",
+            where="options",
+            hint="remove --rank or --energy",
         )

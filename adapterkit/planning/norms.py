@@ -62,10 +62,10 @@ def check_statistics(method: Method, refit: Refit, space: str, adapters: int, fi
     if method.acts_on == "covariances":
         if files != adapters:
             raise Refused(
-                f"{files} statistics for {adapters} adapters",
-                expected=f"one for each with {method.name}",
+                f"{files} --stats files for {adapters} adapters",
+                expected=f"one for each adapter with {method.name}",
                 where="--stats",
-                hint="give --stats FILE as often as there are adapters, in their order",
+                hint="give --stats FILE once per adapter, in their order",
             )
         return
     if not files:
@@ -77,14 +77,14 @@ def check_statistics(method: Method, refit: Refit, space: str, adapters: int, fi
             f"--stats with {unused}",
             expected="a refit in --space delta: statistics say what it may lose",
             where="options",
-            hint="give --rank R or --energy E alone, or leave --stats out",
+            hint="give --rank R or --energy E, or remove --stats",
         )
     if files not in (1, adapters):
         raise Refused(
-            f"{files} statistics for {adapters} adapters",
+            f"{files} --stats files for {adapters} adapters",
             expected="one for all, or one for each",
             where="--stats",
-            hint="give --stats FILE once, or as often as there are adapters, in their order",
+            hint="give --stats FILE once, or once per adapter, in their order",
         )
 
 

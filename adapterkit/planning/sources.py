@@ -44,7 +44,9 @@ def open_source(text: StrPath) -> Folder:
     name = os.fspath(text)
     hub_id, similar = parse(name), _similar_path(name)
     if hub_id is None:
-        is_output = "write org/name: hf:// is for outputs" if is_on_hub(name) else ""
+        is_output = (
+            "inputs on the Hub are written org/name, without hf://" if is_on_hub(name) else ""
+        )
         raise Refused(
             f"no such path: {shown(name)}",
             expected=(
@@ -220,8 +222,8 @@ def weight_of(source: StrPath) -> tuple[str, float]:
     weight = finite(number)
     if weight is None or not path:
         raise Refused(
-            f"{shown(text)}: {shown(number)!r} is no weight",
-            expected="SOURCE or SOURCE=NUMBER",
-            hint="check the path and weight",
+            f"{shown(text)}: {shown(number)!r} is not a number",
+            expected="ADAPTER or ADAPTER=WEIGHT",
+            hint=f"give a number, such as {shown(path) or 'ADAPTER'}=0.5",
         )
     return path, weight

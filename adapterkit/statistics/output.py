@@ -269,8 +269,8 @@ def state_of(
         return "resume", replaces
     if head is not None and not overwrite:
         raise Refused(
-            "an interrupted run",
-            expected="no unfinished output of that name",
+            "an earlier run to this --out was interrupted",
+            expected="an output that no other run has begun",
             where=str(stage.control),
             hint="give --resume to continue it, or --overwrite to begin again",
         )

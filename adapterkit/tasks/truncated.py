@@ -67,10 +67,10 @@ def check_truncation(truncation: Truncation) -> None:
     ]
     if len(given) != 1:
         raise Refused(
-            " and ".join(given) or "no rank",
+            f"{' and '.join(given)} exclude each other" if given else "the rank is not chosen",
             expected="one of --rank, --energy, --sv-ratio or --max-size",
             where="options",
-            hint="give one of them",
+            hint="choose one of them",
         )
 
 

@@ -163,24 +163,29 @@ def _check(options: Options, count: int) -> None:
     errors: list[AdapterkitError] = []
     if not count:
         errors.append(
-            Refused("no adapter", expected="one or more", where="arrow", hint="name the adapters")
+            Refused(
+                "no adapters were given",
+                expected="one or more",
+                where="arrow",
+                hint="name the adapters",
+            )
         )
     if options.top_k is not None and not 0 < options.top_k <= count:
         errors.append(
             Refused(
-                f"--top-k {options.top_k}",
-                expected=f"1 to {count}, the experts",
+                f"--top-k is {options.top_k}, with {count} experts",
+                expected=f"1 to {count}",
                 where="options",
-                hint="give fewer",
+                hint="give fewer" if options.top_k > 0 else "give at least 1",
             )
         )
     if options.seed is not None and options.compat is None:
         errors.append(
             Refused(
-                "--seed",
-                expected="--compat peft beside it: nothing else draws",
+                "--seed has no effect",
+                expected="--compat peft beside it, which alone draws random numbers",
                 where="options",
-                hint="leave it out",
+                hint="remove --seed",
             )
         )
     refuse_all(errors)
@@ -199,14 +204,14 @@ def _not_routable(adapter: Adapter) -> list[AdapterkitError]:
     if not not_linear_modules:
         return []
     problem = (
-        f"{adapter.name} has more than factors of linear layers: "
+        f"{adapter.name} adapts more than linear layers: "
         f"{', '.join(map(shown, not_linear_modules[:6]))}"
     )
-    hint = "train experts on linear layers alone"
+    hint = "train the experts on linear layers only"
     return [
         Refused(
             problem,
-            expected="embeddings, convolutions, biases, stacks and trained values not among them",
+            expected="no embeddings, convolutions, biases, expert stacks or values trained in full",
             where="arrow",
             hint=hint,
         )
@@ -219,13 +224,13 @@ def _check_ranks(
     ranks = {factors.rank for _, factors in parts} | {factors.rank for factors in general_factors}
     if len(ranks) == 1:
         return []
-    expected = "one rank, as PEFT demands"
+    expected = "one rank, as PEFT requires"
     return [
         Refused(
             f"{shown(name)}: ranks {sorted(ranks)}",
             expected=expected,
             where="--compat peft",
-            hint="leave --compat out",
+            hint="remove --compat peft",
         )
     ]
 

@@ -162,20 +162,20 @@ def plan_combine(
     check_statistics(method, refit, options.space, len(sources), len(stats))
     if len(sources) < 2 and not (sources and (options.rank or options.energy)):
         raise Refused(
-            f"{len(sources)} adapters",
+            "no adapters were given" if not sources else "only one adapter was given",
             expected="two or more",
             where="combine",
-            hint="name the adapters",
+            hint="name the adapters; adapterkit resize changes the rank of one",
         )
     adapters = read_all([folder for folder, _ in sources])
     given_weights = [weight for _, weight in sources]
     equal = [1.0] * len(given_weights)
     if options.weight_for and method.resolve_weights(equal) != equal:
         raise Refused(
-            "--weight-for and an option that says the weights",
-            expected="one",
+            "--weight-for, and an option of the method that sets the weights too",
+            expected="one of them",
             where="options",
-            hint="leave out one of them",
+            hint="remove --weight-for, or the method's option",
         )
     given_weights = method.resolve_weights(given_weights)
     weights = AdapterWeights(given_weights, options.weight_for)
@@ -309,19 +309,19 @@ def _resolve_method(options: Options) -> tuple[Method, Refit]:
     dense = record.acts_on == "elements"
     if options.space == "factors" and (options.rank or options.energy or options.method in ALIASES):
         raise Refused(
-            "--space factors with "
+            f"--space factors keeps the ranks: it takes no "
             f"{options.method if options.method in ALIASES else '--rank or --energy'}",
-            expected="a method alone: there the ranks stay as they are",
+            expected="--space factors with a method alone",
             where="options",
-            hint="leave out --space factors",
+            hint="remove --space factors",
         )
     if options.space == "factors" and not dense and method != "linear":
-        problem = f"--space factors with {method}, which is not defined on a and b apart"
+        problem = f"{method} is not defined on A and B separately (--space factors)"
         raise Refused(
             problem,
             expected="linear, or a method on elements",
             where="options",
-            hint="leave out --space factors",
+            hint="remove --space factors",
         )
     largest = default == "largest" or (dense and default is None)
     fixed = options.rank is not None or options.energy is not None
@@ -341,7 +341,7 @@ def _fit(
         )
         return [
             Refused(
-                f"{shown(name)}: {how} with DoRA ({', '.join(doras)})",
+                f"{shown(name)}: {how} does not work with DoRA ({', '.join(doras)})",
                 expected=expected,
                 where="options",
                 hint=hint,
@@ -352,7 +352,7 @@ def _fit(
         hint = "use --space delta"
         return [
             Refused(
-                f"{shown(name)}: ranks {listing}",
+                f"{shown(name)}: the ranks differ, {listing}",
                 expected="one rank in --space factors",
                 where="adapters",
                 hint=hint,
@@ -375,8 +375,8 @@ def _biases(
     ):
         errors.append(
             Refused(
-                f"biases of b (lora_bias) with {options.method} in {options.space} space",
-                expected="linear, in delta space",
+                f"{options.method} in {options.space} space cannot combine lora_bias",
+                expected="linear in delta space",
                 where="--method",
                 hint="use --method linear",
             )

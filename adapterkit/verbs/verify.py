@@ -37,10 +37,10 @@ def verify(
     sources = open_weighted(adapters, base=open_model(base) if base else None)
     if bool(base) != bool(sources):
         raise Refused(
-            "base or adapters alone",
+            "--base without --adapter" if base else "--adapter without --base",
             expected="both, or neither",
-            where="--base, --adapter",
-            hint="give both",
+            where="options",
+            hint="give both to recompute rows of a merge",
         )
     result = check_files(out, receipt, progress)
     plan = _plan_again(receipt, base, sources, stats) if base else None
@@ -59,9 +59,9 @@ def _plan_again(
 
     verb = receipt["recipe"]["verb"]
     if verb != "merge":
-        hint = "leave --base and --adapter out: every hash and key is checked without them"
+        hint = "remove --base and --adapter: hashes and keys are checked without them"
         raise Refused(
-            f"an output of {shown(verb)}",
+            f"this is an output of {shown(verb)}: its arithmetic is not recomputed",
             expected="an output of merge",
             where="--base, --adapter",
             hint=hint,
@@ -70,10 +70,10 @@ def _plan_again(
     weights = options.pop("weights")
     if len(sources) != len(weights):
         raise Refused(
-            f"{len(sources)} adapters",
-            expected=str(len(weights)),
+            f"{len(sources)} adapters were given, {len(weights)} were merged",
+            expected=f"{len(weights)} adapters",
             where="--adapter",
-            hint="give all, in order",
+            hint="give all of the merge, in its order",
         )
     pairs = [(folder, weight) for (folder, _), weight in zip(sources, weights, strict=True)]
     statistics = None if stats is None else open_source(stats)
@@ -82,15 +82,14 @@ def _plan_again(
     for number, entry in enumerate(receipt["recipe"]["inputs"]):
         for name, recorded in entry["files"].items():
             if plan.headers.get((number, name)) != recorded["header"]:
-                problem = (
-                    f"{shown(name)} of {plan.folders[number].name} is not the file of the merge"
-                )
+                role = "--base" if number == 0 else "--adapter"
                 errors.append(
                     Refused(
-                        problem,
-                        expected="the same inputs",
+                        f"{role} {plan.folders[number].name} is not what was merged: "
+                        f"{shown(name)} differs",
+                        expected="the inputs of the merge",
                         where=RECEIPT,
-                        hint="give the inputs of the merge",
+                        hint=f"give the {role.strip('-')} of the merge",
                     )
                 )
     refuse_all(errors)

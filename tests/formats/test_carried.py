@@ -65,8 +65,8 @@ def test_within_the_layout(trainer: str, to: str, tmp_path: Path) -> None:
     assert taken <= set(receipt.data["files"])
     notes = "\n".join(receipt.data["notes"])
     for name in sorted(left)[:3]:
-        assert name in notes.partition("left behind: ")[2]
-    assert ("left behind" in notes) == bool(left)
+        assert name in notes.partition("not copied: ")[2]
+    assert ("not copied" in notes) == bool(left)
 
 
 @pytest.mark.parametrize("to", ["vllm", "sglang"])

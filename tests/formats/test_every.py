@@ -47,7 +47,7 @@ JUDGED = (
     r"LoKr of \d+ modules whose matrices no one factor makes",
     r"\bcomponents? ",
     r"modules without a name there",
-    r"no architecture has modules such as",
+    r"these names match none of the models",
     r": modules of (\w+, )+\w+\n",  # names of several architectures, which the format writes apart
     r"LoKr (of|with) ",  # PEFT decomposes all modules in one way
     r"experts in another layout",

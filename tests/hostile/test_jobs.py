@@ -72,7 +72,7 @@ def either(file: Path, problem: str = ".") -> None:
 def test_a_plan_file_that_is_no_json(work: Path):
     for content in NO_JSON:
         Path("p.json").write_bytes(content)
-        either(Path("p.json"), "no JSON|no plan file")
+        either(Path("p.json"), "not JSON|no plan file")
     text = planned().read_text()
     Path("p.json").write_text(text.rstrip()[:-1] + ', "verb": "merge"}')
     either(Path("p.json"), "twice")
@@ -90,12 +90,12 @@ def test_a_plan_file_with_nonsense(work: Path, key: str):
 
 
 @pytest.mark.parametrize("more, problem", [
-    ({"dry_run": True}, "dry_run, which each process is told"),
+    ({"dry_run": True}, "dry_run, which each process gets"),
     ({"resume": True, "engine": "ray"}, "resume, engine"),
     ({"progress": "x"}, "progress"),
-    ({"out": "hf://org/name"}, "absolute path"),
-    ({"out": "../out"}, "absolute path"),
-    ({"out": None}, "absolute path"),
+    ({"out": "hf://org/name"}, "not absolute"),
+    ({"out": "../out"}, "not absolute"),
+    ({"out": None}, "not absolute"),
     ({"out": "/a\0b"}, "--out"),
     ({"base": "a\0b"}, "--base"),
     ({"device": "card"}, "--device"),

@@ -74,7 +74,7 @@ def test_the_same_command_sends_what_a_broken_push_left(place):
     assert pushed(hub, root / "out") and not hub.uploaded()  # the Hub had the weights by then
     assert made == {path: path.stat().st_mtime_ns for path in (root / "out").iterdir()}
     assert not (root / ".out.adapterkit").exists()
-    assert "files in the output folder" in client.refusal(merge()).text
+    assert "the output folder holds" in client.refusal(merge()).text
     nothing = ["all files were there before: nothing was sent"]
     assert client(merge(", resume=True")) == (True, nothing)
 
@@ -87,7 +87,7 @@ def test_other_inputs_are_not_sent_under_the_name_of_the_job(place):
     hub.faults = lambda asked: None
     write_again = adapter_files(seed=5)["adapter_model.safetensors"]
     (root / "adapter" / "adapter_model.safetensors").write_bytes(write_again)
-    assert "files in the output folder" in client.refusal(merge()).text
+    assert "the output folder holds" in client.refusal(merge()).text
     assert not pushed(hub, root / "out")
     assert client(merge(", overwrite=True")) == (False, [])
     assert pushed(hub, root / "out")

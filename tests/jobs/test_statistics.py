@@ -211,7 +211,9 @@ def test_missing_files_are_named(benches):
     bench.finish().failed_cleanly("1 of 4 files", gone.name)
     bench.rank("4/9").succeeded()
     bench.finish("--verify").failed_cleanly("--verify with statistics")
-    bench.finish("--push", "me/statistics").failed_cleanly("--push with statistics")
+    bench.finish("--push", "me/statistics").failed_cleanly(
+        "--push does not apply to a file of statistics"
+    )
     bench.finish().succeeded()
     assert "finished before" in bench.finish().stderr
     bench.rank().succeeded()

@@ -403,7 +403,7 @@ def test_statistics_that_nothing_uses_are_refused(options, text, two, stats, tmp
 
 
 def test_three_files_for_two_adapters_are_refused(two, stats, tmp_path) -> None:
-    with pytest.raises(Refused, match="3 statistics for 2 adapters"):
+    with pytest.raises(Refused, match="3 --stats files for 2 adapters"):
         adapterkit.combine(two, method="linear", rank=2, stats=[stats[0]] * 3, out=tmp_path / "out")
 
 

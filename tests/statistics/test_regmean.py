@@ -242,10 +242,10 @@ def test_on_a_live_model(sources, files, tmp_path) -> None:
 def test_what_does_not_fit_is_refused(sources, files, tmp_path) -> None:
     paths, _ = files
     refused = [
-        ({"stats": ()}, "0 statistics for 2 adapters"),
-        ({"stats": paths[:1]}, "1 statistics for 2 adapters"),
-        ({"stats": [*paths, paths[0]]}, "3 statistics for 2 adapters"),
-        ({"stats": paths, "space": "factors"}, "not defined on a and b apart"),
+        ({"stats": ()}, "0 --stats files for 2 adapters"),
+        ({"stats": paths[:1]}, "1 --stats files for 2 adapters"),
+        ({"stats": [*paths, paths[0]]}, "3 --stats files for 2 adapters"),
+        ({"stats": paths, "space": "factors"}, "not defined on A and B separately"),
     ]
     for options, text in refused:
         with pytest.raises(Refused, match=text):

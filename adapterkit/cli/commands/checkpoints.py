@@ -42,7 +42,7 @@ from adapterkit.cli.output import run_verb
     "--tied",
     default="untie",
     show_default=True,
-    help="If only one of two tied embeddings changes: untie them, change both "
+    help="If only one of two tied embeddings changes: write two weights, change the shared one "
     "(as PEFT does in memory), or refuse.",
 )
 @click.option(
@@ -128,8 +128,8 @@ def extract(base: str, tuned: str, **options: Any) -> None:
 
     b@a ≈ W_tuned - W_base, the best approximation of that rank. Before it is published, the adapter
     is read back and its merge into the base planned. Differing shapes are refused, except the
-    vocabulary's. PEFT loads single parameters that are saved whole (a class token, a tied
-    embedding) into the model itself, as it does biases.
+    vocabulary's. Loading parameters that are saved whole (a class token, a tied embedding, biases)
+    with PEFT modifies the base in memory.
 
     \b
     Example:

@@ -38,7 +38,7 @@ from adapterkit.cli.output import print_json, run_verb
 @click.option(
     "--lossy",
     is_flag=True,
-    help="Leave out norms and biases that the format has no place for.",
+    help="Drop norms and biases that the format cannot store.",
 )
 @choice_option(
     "--prefix-only",
@@ -81,7 +81,7 @@ def convert(
     """Convert an adapter between the formats of tools.
 
     The source's format is detected. Every key of it is used, or the conversion is refused with all
-    that is in the way; the scale is kept, in the factors where the format has no place for it.
+    that is in the way; the scale is kept, multiplied into B where the format cannot store it.
 
     With --from-list the exit status is 1 if any conversion was refused or failed; with --resume
     those that are done are left as they are.
@@ -131,10 +131,10 @@ def _check_usage(
         taken = {"--to": options["to"], "--out": options["out"], "--out-pattern": out_pattern}
         more = [name for name, value in taken.items() if value is not None]
         if more or (detect and src is None):
-            raise click.UsageError("--detect takes SRC alone, --list nothing")
+            raise click.UsageError("--detect takes only SRC, --list takes nothing")
         return
     if options["plan"] is not None and src is None:
-        raise click.UsageError("--plan with --from-list: give SRC")
+        raise click.UsageError("--plan takes one SRC, not --from-list")
     if options["to"] is None:
         raise click.UsageError("Missing option '--to'.")
     needed, other = ("--out-pattern", "--out") if src is None else ("--out", "--out-pattern")

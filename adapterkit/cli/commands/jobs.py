@@ -43,16 +43,16 @@ if TYPE_CHECKING:
 @quiet_option
 @click.pass_context
 def run(ctx: click.Context, file: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Carry out a plan file, one machine's share of it, or a pipeline.
+    """Run a plan file, one worker's share of it, or a pipeline.
 
-    Any command that writes makes a plan file with --plan instead of its output. Start this on each
-    of several machines, on a file system that all see: each makes its share of the output's files,
-    and then what others have not begun. What a killed one leaves, others or a second start make.
-    `adapterkit finish` publishes the output.
+    Any writing command with --plan writes a plan file (what to compute) instead of its output.
+    Start this command on each machine of a shared file system: each worker writes its share of the
+    output files, then files that no other has begun. If a worker dies, others or a restart finish
+    its files. `adapterkit finish` then checks and publishes the output.
 
-    A pipeline is a .toml file of steps, each a command. All are planned before the first is carried
-    out; a step whose output is there, of the same inputs and options, is not done again. The exit
-    status is 1 if any was refused.
+    A pipeline is a .toml file of steps, each a command. All steps are planned before the first one
+    runs; a step whose output exists for the same inputs and options is skipped. The exit status is
+    1 if any step was refused.
 
     \b
     Example:
@@ -65,7 +65,9 @@ def run(ctx: click.Context, file: str, as_json: bool, quiet: bool, **options: An
         names = ("rank", "workers", "wait")
         given = [n for n in names if ctx.get_parameter_source(n) is not ParameterSource.DEFAULT]
         if given:
-            raise click.UsageError(f"--{given[0]} with a pipeline: it is of plan files")
+            raise click.UsageError(
+                f"--{given[0]} applies to plan files only; remove it for a pipeline"
+            )
         steps = {name: value for name, value in options.items() if name not in names}
         ctx.exit(run_steps(file, as_json=as_json, quiet=quiet, **steps))
     from adapterkit.engines.ranks import Outcome
@@ -89,14 +91,14 @@ def run(ctx: click.Context, file: str, as_json: bool, quiet: bool, **options: An
 
 def _print(outcome: "Outcome") -> None:
     others = len({*outcome.made} - {*outcome.share})
-    text = f"rank {outcome.rank}/{outcome.ranks}: {len(outcome.made)} files made"
-    text += f", {others} of them of other ranks" if others else ""
+    text = f"rank {outcome.rank}/{outcome.ranks}: wrote {len(outcome.made)} files"
+    text += f", {others} of them for other ranks" if others else ""
     if outcome.finished:
-        text += "; the output is finished"
+        text += "; the output is already published"
     elif outcome.left:
-        text += f"; other ranks are at {len(outcome.left)} more"
+        text += f"; other ranks are writing {len(outcome.left)} more"
     else:
-        text += "; all files are there: adapterkit finish"
+        text += "; all files are written, next: adapterkit finish"
     click.echo(text, err=True)
 
 

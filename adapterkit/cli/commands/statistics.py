@@ -45,17 +45,15 @@ from adapterkit.cli.output import run_verb
     help="Comma-separated: covariance, mean, pca, gradient.",
 )
 @click.option(
-    "--samples", type=int, default=256, show_default=True, help="How many samples are drawn."
+    "--samples", type=int, default=256, show_default=True, help="Number of samples to draw."
 )
 @click.option(
     "--length",
     type=int,
-    help="Tokens of a sample, the rest is cut (default: 512, or the model's positions).",
+    help="Cut samples to this many tokens (default: 512, or the model's positions).",
 )
-@targets_option("all-linear", "Modules that are watched")
-@click.option(
-    "--batch", type=int, default=8, show_default=True, help="Samples that run at the same time."
-)
+@targets_option("all-linear", "Modules to measure")
+@click.option("--batch", type=int, default=8, show_default=True, help="Samples per batch.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draw.")
 @click.option(
     "--whole", is_flag=True, help="Hold the whole model in memory instead of one layer at a time."
@@ -78,7 +76,7 @@ from adapterkit.cli.output import run_verb
     "--engine",
     default="local",
     show_default=True,
-    help="What runs it: this machine; several machines take --plan.",
+    help="What runs it: this machine (for several use --plan).",
 )
 @resume_options("older statistics")
 def stats(base: str, **options: Any) -> None:

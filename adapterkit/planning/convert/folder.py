@@ -52,7 +52,7 @@ def _carried(
         else:
             left.append(name)
     if files:
-        notes.append(f"taken along: {listed(list(files))}")
+        notes.append(f"copied: {listed(list(files))}")
     if left:
-        notes.append(f"left behind: {listed(left)}")
+        notes.append(f"not copied: {listed(left)}")
     return files

@@ -96,7 +96,7 @@ def _without_vectors(contents: Contents, form: Format) -> Contents:
     parts = [part.value(reader).double() for m in dropped for part in m.parts.values()]
     largest = max(float(torch.linalg.vector_norm(part)) for part in parts)
     note = (
-        f"left out, as {form.title} has no place for them: differences of {len(dropped)} vectors "
+        f"dropped, as {form.title} cannot store them: differences of {len(dropped)} vectors "
         f"(norms and biases), of norm {short(largest)} at most: {listed([m.path for m in dropped])}"
     )
     ids = {id(m) for m in dropped}

@@ -210,7 +210,7 @@ def _plan(
 def _pickle_note(source: Folder) -> list[str]:
     if not isinstance(source, UnpickledFolder) or not source.left_out:
         return []
-    return [f"beside the adapter {source.pickle} holds {listed(source.left_out)}: left out"]
+    return [f"not converted: {source.pickle} also holds {listed(source.left_out)}"]
 
 
 def _folded_note(written: File) -> list[str]:
@@ -218,6 +218,6 @@ def _folded_note(written: File) -> list[str]:
         return []
     scales = sorted(set(written.folded.values()))
     return [
-        f"{written.form.title} stores no scale: that of {len(written.folded)} modules is in b now "
-        f"({listed(scales)})"
+        f"{written.form.title} has no scale field: {listed(scales)} was multiplied into B of "
+        f"{len(written.folded)} modules"
     ]
