@@ -217,7 +217,7 @@ def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:
     there = next(path for path in (final, *final.parents) if os.path.exists(path))
     if not there.is_dir():
         problem = (
-            "a file of that name"
+            "a file of this name exists"
             if there == final
             else f"{shown(there.name)} is a file, and no folder to make one in"
         )

@@ -49,7 +49,7 @@ def _check(out: Path, plan: Plan, overwrite: bool) -> None:
     if out.is_symlink() or out.is_dir():
         raise refused("a link or a folder of that name", "choose another --out")
     if out.exists() and not overwrite:
-        raise refused("a file of that name", "choose another --out, or give --overwrite")
+        raise refused("a file of this name exists", "choose another --out, or give --overwrite")
     for folder in plan.folders:
         if isinstance(folder, LocalFolder):
             names = [folder.single] if folder.single else folder.files()

@@ -179,7 +179,7 @@ class Destination:
         self.parent, self.before = list_remote(there, hidden=True)
         if "" in self.before:
             raise Refused(
-                "a file of that name",
+                "a file of this name exists",
                 expected="a folder, there or not",
                 where=str(self.hub_id),
                 hint="choose another folder",

@@ -139,7 +139,7 @@ def check_room(place: Place, plan: AnyPlan, overwrite: bool) -> None:
         return
     if out.is_file() and not overwrite:
         raise Refused(
-            "the file exists",
+            "a file of this name exists",
             expected="a new file",
             where=place.path,
             hint="choose another out, or give --overwrite",

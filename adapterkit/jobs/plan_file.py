@@ -122,7 +122,7 @@ def _check_room(path: Path, overwrite: bool) -> None:
     """`Refused` where the plan file cannot be made."""
     if path.is_dir() or (path.exists() and not overwrite):
         raise Refused(
-            "the file exists",
+            "a file of this name exists",
             expected="a new plan file",
             where=str(path),
             hint="choose another --plan, or give --overwrite",

@@ -77,7 +77,7 @@ class FileHere:
         with storage_errors(final):
             if final.exists() and not replaces:  # it appeared meanwhile
                 raise Refused(
-                    "a file of that name",
+                    "a file of this name exists",
                     expected="a new file",
                     where=str(self.out),
                     hint="move it away, then run again with --resume",
@@ -131,7 +131,7 @@ def _check_path(out: Path, base: Folder) -> None:
     if out.is_symlink():
         raise refused("the output is a link", "a new file")
     if out.exists() and not out.is_file():
-        raise refused("a folder of that name", "a new file")
+        raise refused("a folder of this name exists", "a new file")
     there = next(path for path in final.parents if os.path.exists(path))
     if not there.is_dir():
         raise refused(f"{shown(there.name)} is a file, and no folder to make one in", "a new file")
@@ -252,7 +252,7 @@ def state_of(
     if there is not None:
         if not replaces:
             raise Refused(
-                "a file of that name",
+                "a file of this name exists",
                 expected="a new file",
                 where=str(target.out),
                 hint="choose another --out, or give --overwrite to replace older statistics",

@@ -79,7 +79,7 @@ def test_another_job_does_not_resume(shared, whole, field: str, argv: list):
     shared.merge("--resume", *([] if weight else argv), weight=weight).failed_cleanly(
         f"of another job: {field} differs"
     )
-    shared.merge().failed_cleanly("an interrupted run", "--resume", "--overwrite")
+    shared.merge().failed_cleanly("was interrupted", "--resume", "--overwrite")
     shared.merge("--resume").succeeded()
     shared.check_done(whole)
 

@@ -19,7 +19,7 @@ def test_a_second_process_is_refused(shared, whole):
         time.sleep(0.005)
     for more in (("--resume",), ("--overwrite",)):
         shared.merge(*more).failed_cleanly("another process is at work there", str(pid))
-    shared.merge().failed_cleanly("an interrupted run")
+    shared.merge().failed_cleanly("was interrupted")
     shared.wait(pid).succeeded()
     shared.check_done(whole)
 

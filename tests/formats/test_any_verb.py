@@ -161,7 +161,7 @@ def test_a_file_is_finished_refused_and_resumed_like_a_folder(files, tmp_path):
         "b.safetensors",
         "b.safetensors.adapterkit.json",
     ]
-    with pytest.raises(Refused, match="a file of that name"):
+    with pytest.raises(Refused, match="a file of this name"):
         adapterkit.convert(source, to="diffusers", out=out)
     assert adapterkit.convert(source, to="diffusers", out=out, resume=True).finished_before
     adapterkit.convert(source, to="diffusers", out=out, overwrite=True)

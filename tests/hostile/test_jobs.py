@@ -118,7 +118,7 @@ def test_a_plan_file_with_other_arguments(work: Path, more: dict, problem: str):
 def test_a_plan_file_of_what_is_no_writing_verb(work: Path, verb: str):
     plan = json.loads(planned().read_text())
     Path("p.json").write_text(json.dumps(plan | {"verb": verb}))
-    either(Path("p.json"), "with --plan")
+    either(Path("p.json"), "takes no --plan")
 
 
 def test_a_plan_file_that_cannot_be_made_leaves_no_stage(work: Path):
@@ -205,7 +205,7 @@ def test_a_stage_that_leads_elsewhere(work: Path, tmp_path: Path, inner: str):
     place.symlink_to(elsewhere)
     either(file)
     if inner == ".":
-        refused(lambda: planned(overwrite=True), "a link")
+        refused(lambda: planned(overwrite=True), "symbolic link")
     else:
         planned(overwrite=True)
     assert not list(elsewhere.iterdir())

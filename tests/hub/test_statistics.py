@@ -213,10 +213,10 @@ def test_what_is_in_the_way_is_refused_before_weights_move(place):
         out, {FILE: save({}), f"{FILE}.d/x.safetensors/y": b"y", "model.safetensors": b"\0w"}
     )
     for name, more, problem in [
-        (FILE, "", "a file of that name"),
+        (FILE, "", "a file of this name"),
         (FILE, ", overwrite=True", "adapterkit stats did not write"),
-        (f"{FILE}.d/x.safetensors", "", "a folder of that name"),
-        (f"{FILE}/x.safetensors", "", "a file of that name"),
+        (f"{FILE}.d/x.safetensors", "", "a folder of this name"),
+        (f"{FILE}/x.safetensors", "", "a file of this name"),
         ("s.safetensors", "", "would lie beside weights: model.safetensors"),
     ]:
         error = client.refusal(stats(f"{out}:{name}", more))
@@ -229,7 +229,7 @@ def test_what_is_in_the_way_is_refused_before_weights_move(place):
 def test_older_statistics_are_replaced(place, expected):
     hub, client, out = place
     client(stats(f"{out}:{FILE}", ", samples=2") + ".data")
-    assert "a file of that name" in client.refusal(stats(f"{out}:{FILE}")).parts["problem"]
+    assert "a file of this name" in client.refusal(stats(f"{out}:{FILE}")).parts["problem"]
     error = client.refusal(stats(f"{out}:{FILE}", ", resume=True"))
     assert "finished statistics of another job" in error.parts["problem"]
     client(stats(f"{out}:{FILE}", ", overwrite=True") + ".data")
@@ -321,7 +321,7 @@ def test_a_repository_that_moved_gets_no_commit(place):
     error = client.refusal(stats(f"{out}:{FILE}"), "Failed")
     assert "has changed since" in error.parts["problem"]
     error = client.refusal(stats(f"{out}:{FILE}", ", resume=True"))
-    assert "a file of that name" in error.parts["problem"]
+    assert "a file of this name" in error.parts["problem"]
     assert load(hub.files(out)[FILE]) == {}
 
 

@@ -35,7 +35,7 @@ def test_another_mount_of_the_same_file_system(merging):
     ended = elsewhere(base, empty, "exec", *words)
     assert ended.returncode == 0, ended.stderr
     bench.rank("1/2").succeeded()
-    assert "0/2: 3 files made" in ended.stderr
+    assert "0/2: wrote 3 files" in ended.stderr
     bench.finish().succeeded()
     # metrics are of samples, and a process that is no fork of the driver has other chunks
     assert bench.digests() | {RECEIPT: ""} == whole | {RECEIPT: ""}

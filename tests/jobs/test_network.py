@@ -210,7 +210,7 @@ def test_the_bytes_of_one_process(machines: Machines, bench, tmp_path: Path):
         for rank in range(2)
     ]
     for rank in ranks:
-        assert "all files are there" in printed(rank)
+        assert "all files are written" in printed(rank)
     machines.check_done(bench[1], tmp_path / "copy")
 
 
@@ -220,7 +220,7 @@ def test_a_machine_is_lost(machines: Machines, bench, tmp_path: Path):
     lost = machines.start("node0", *words, "0/2", first=LOST)
     lost.communicate()
     assert lost.returncode == 128 + 9
-    assert "of other ranks" in machines.run("node1", *words, "1/2", first=SOON)
+    assert "for other ranks" in machines.run("node1", *words, "1/2", first=SOON)
     machines.check_done(bench[1], tmp_path / "copy")
 
 

@@ -353,18 +353,18 @@ STEP = {"verb": '"merge"', "inputs": '["base", "law"]', "out": '"merged"'}
     ("changes", "words"),
     [
         ({"verb": '"merg"'}, "did you mean 'merge'?"),
-        ({"verb": '"inspect"'}, "a verb that writes"),
-        ({"verb": "3"}, "step 1: verb 3"),
-        ({"verb": None}, "verb None"),
-        ({"inputs": None}, "no inputs"),
+        ({"verb": '"inspect"'}, "one of arrow"),
+        ({"verb": "3"}, "step 1: unknown verb 3"),
+        ({"verb": None}, "the step has no verb"),
+        ({"inputs": None}, "inputs is missing"),
         ({"inputs": '["base"]'}, "BASE ADAPTER..."),
         ({"inputs": "[1]"}, "a list of texts"),
-        ({"out": None}, "no out"),
-        ({"ouput": '"x"'}, "ouput, which is not a key of a step"),
+        ({"out": None}, "out is missing"),
+        ({"ouput": '"x"'}, "ouput is not a key of a step"),
         ({"options": "{ dtyp = 'bf16' }"}, "did you mean 'dtype'?"),
         ({"options": "{ overwrite = true }"}, "not an option of this verb"),
         ({"options": "3"}, "a table of the verb's options"),
-        ({"verb": '"quantize"', "inputs": '["base"]'}, "step 1 (quantize): no to"),
+        ({"verb": '"quantize"', "inputs": '["base"]'}, "step 1 (quantize): to is missing"),
         ({"verb": '"quantize"', "inputs": '["base", "law"]'}, "2 inputs"),
         ({"inputs": '["merged", "law"]'}, "the output of this step"),
         ({"inputs": '["base", "later"]'}, "the output of step 2"),
@@ -393,7 +393,7 @@ def test_all_that_is_wrong_with_a_file(write):
     with pytest.raises(Refused) as caught:
         run_pipeline(file)
     message = str(caught.value)
-    assert "step 1" in message and "step 2 (init)" in message and "no out" in message
+    assert "step 1" in message and "step 2 (init)" in message and "out is missing" in message
 
 
 def test_names_of_files_with_weights_in_them(write, tmp_path: Path):
@@ -429,7 +429,7 @@ def test_the_command(write, tmp_path: Path):
     assert refused.exit_code == 1 and "1 refused" in refused.stderr
     assert "refused: step 1, subtract -> out/law-only" in refused.stderr
     usage = command("--rank", "0/2")
-    assert usage.exit_code == 2 and "--rank with a pipeline" in usage.stderr
+    assert usage.exit_code == 2 and "--rank applies to plan files only" in usage.stderr
 
 
 def test_in_python(write):
@@ -437,5 +437,5 @@ def test_in_python(write):
     file = write(STEPS)
     report = adapterkit.run(file, dry_run=True)
     assert isinstance(report, dict) and report["totals"]["planned"] == 4
-    with pytest.raises(Refused, match="--workers with a pipeline"):
+    with pytest.raises(Refused, match="--workers does not apply to a pipeline"):
         adapterkit.run(file, workers=2)

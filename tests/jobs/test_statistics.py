@@ -135,7 +135,7 @@ def test_ranks_share_the_sums(benches):
     for each in ended:
         each.succeeded()
     texts = [each.stderr for each in ended]
-    assert "1 files made" in texts[0] and "3 files made" in texts[1], texts
+    assert "wrote 1 files" in texts[0] and "wrote 3 files" in texts[1], texts
     bench.finish().succeeded()
     bench.check_done(whole)
 

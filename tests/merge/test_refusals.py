@@ -279,7 +279,7 @@ def test_a_file_that_is_missing(name, llama, lora, tmp_path):
 
 
 def test_an_adapter_in_a_subfolder(llama, lora, tmp_path):
-    """PEFT saves an adapter of another name than `default` in a folder of that name."""
+    """PEFT saves an adapter of another name than `default` in a folder of this name."""
     (tmp_path / "run").mkdir()
     oracle.edit_config(lora, tmp_path / "run/poet")
     assert "poet" in refused(

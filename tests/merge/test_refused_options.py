@@ -39,7 +39,7 @@ def test_no_adapter(llama, tmp_path):
 
 @pytest.mark.parametrize("weight", ["nan", "inf", "heavy", ""])
 def test_weights_that_are_no_numbers(weight, llama, lora, tmp_path):
-    refused(llama, f"{lora}={weight}", out=tmp_path / "out", match="is no weight")
+    refused(llama, f"{lora}={weight}", out=tmp_path / "out", match="is not a number")
 
 
 def test_a_path_that_is_not_there(llama, lora, tmp_path):
@@ -62,7 +62,7 @@ def test_a_path_with_a_typo(wanted, llama, lora, tmp_path, monkeypatch):
 
 def test_a_base_and_an_adapter_in_each_others_place(llama, lora, tmp_path):
     text = refused(lora, llama, out=tmp_path / "out", match="2 problems")
-    assert "this is an adapter" in text and text.count("it comes first") == 2
+    assert "this is an adapter" in text and text.count("give the base model first") == 2
     text = refused(llama, llama, out=tmp_path / "out", match="but a model")
     assert "give an adapter" in text
 

@@ -165,7 +165,7 @@ def test_sizes_are_bytes():
 
 @pytest.mark.parametrize("dry", [True, False])
 @pytest.mark.parametrize("out, words", [
-    ("file", "a file of that name"), ("file/sub", "file is a file"),
+    ("file", "a file of this name"), ("file/sub", "file is a file"),
     ("file/sub/deeper", "file is a file"), ("link", "is a link"), (".", "holds the input"),
     ("/dev/null/x", "null is a file"),
 ])  # fmt: skip

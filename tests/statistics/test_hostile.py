@@ -144,14 +144,14 @@ def test_refused_before_anything_is_written(
 
 
 OUTPUTS = {
-    "a file": ("s.safetensors", "a file of that name"),
-    "a folder": ("folder.safetensors", "a folder of that name"),
+    "a file": ("s.safetensors", "a file of this name"),
+    "a folder": ("folder.safetensors", "a folder of this name"),
     "a link": ("link.safetensors", "is a link"),
     "in the model": ("base/s.safetensors", "lies inside the model"),
     "below a file": ("s.safetensors/x.safetensors", "is a file, and no folder"),
     "another suffix": ("s.pt", "a file of type .pt"),
     "no suffix": ("s", "a file of type unknown"),
-    "a long name": ("x" * 250 + ".safetensors", "a name of"),
+    "a long name": ("x" * 250 + ".safetensors", "the name is too long"),
 }
 
 
