@@ -52,6 +52,12 @@ PEFT_NAMES = {
     "parameters": "target_parameters", "trainable_tokens": "trainable_token_indices",
     "tie": "ensure_weight_tying", "invocation_tokens": "alora_invocation_tokens",
 }  # fmt: skip
+# settings of how PEFT trains that have no counterpart here
+ONLY_PEFT = {
+    "loftq_config": "none: `adapterkit loftq` takes these options, and writes what `load` trains",
+    "monteclora_config": "none: MonteCLoRA's noise is PEFT's alone",
+    "velora_config": "none: VeLoRA's compressed activations are PEFT's alone",
+}
 OUR_NAMES = {theirs: ours for ours, theirs in PEFT_NAMES.items()}
 OUR_NAMES |= dict.fromkeys(PEFT_CONFIGS.values(), "init_options")
 TASK_TYPES = (
@@ -159,6 +165,36 @@ class LoraConfig:
             errors += getattr(error, "errors", (error,))
         refuse_all(errors)
         return cls(**settings)
+
+    @classmethod
+    def of(cls, config: object) -> "LoraConfig":
+        """A config for a new adapter from one of PEFT, or from a map of settings by our names or by
+        PEFT's, as its JSON has them; `Refused` for anything else, and for what only PEFT trains."""
+        if isinstance(config, cls):
+            return config
+        settings = config
+        if hasattr(config, "peft_type") and callable(to_dict := getattr(config, "to_dict", None)):
+            settings = to_dict()
+        if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
+            kind = type(config).__name__
+            expected = "a LoraConfig of adapterkit or PEFT, or a map of settings"
+            raise Refused(f"config of type {kind}", expected=expected, where="LoraConfig")
+        if not any(key in PEFT_DEFAULTS and key not in CHECKS for key in settings):
+            return cls(**settings)
+        where = "PEFT's LoraConfig"
+        refuse_all(
+            [
+                invalid_setting({key: settings[key]}, key, expected, where)
+                for key, expected in ONLY_PEFT.items()
+                if settings.get(key)
+            ]
+        )
+        lists = {
+            key: list(_items(value))
+            for key, value in settings.items()
+            if isinstance(value, tuple | set | frozenset)
+        }
+        return cls.from_peft(PEFT_DEFAULTS | dict(settings) | lists, where)
 
 
 def _unknown(name: str, known: Sequence[str]) -> Refused:

@@ -7,17 +7,19 @@ from typing import Any
 
 from adapterkit.adapters.record import EMBEDDINGS
 from adapterkit.planning.extracted_adapter import prefixes
-from adapterkit.weights.bypassed import ATTENTION, classes_of, is_bypassed
+from adapterkit.weights.bypassed import (
+    ATTENTION,
+    classes_of,
+    is_bypassed,
+    is_taken_for_experts,
+)
+from adapterkit.weights.linear import is_linear
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter
 
 LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")  # classes of modules with factors
 PARAMETRIZED = "ParametrizationList"  # torch's: cannot be replaced by a copy
 EXPERTS = re.compile("expert", re.IGNORECASE)
-# PEFT takes modules of these names for experts and routers of transformers 4, wherever they are,
-# where transformers 5 stacks experts: it would target the stacks instead. It does not do so with
-# their weights as target_parameters.
-RENAMED = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 
 
 class FactorTargets:
@@ -76,20 +78,8 @@ class FactorTargets:
     def _is_replaced_layer(self, module: str) -> bool:
         """Whether PEFT does not see a layer in a module of a layer's class: one with a forward of
         its own (Llama 4's router is a Linear that gives a tuple), or one that it renames."""
-        classes = classes_of(self.names, module)
-        forward = next(cls for cls in classes if "forward" in vars(cls))
-        if forward.__name__ not in LAYERS:
-            return True
-        return self._stacks_experts and module.rpartition(".")[2] in RENAMED
-
-    @cached_property
-    def _stacks_experts(self) -> bool:
-        """Whether the loader stacks experts that are stored one by one."""
-        model = self.names.model
-        return model is not None and any(
-            EXPERTS.search(pattern)
-            for converter in model.converters
-            for pattern in converter.source_patterns
+        return not is_linear(self.model.get_submodule(module)) or is_taken_for_experts(
+            self.names.base.config.get("model_type"), module
         )
 
     def _is_wrappable(self, module: str, name: str) -> bool:

@@ -118,10 +118,11 @@ def _all_linear(
 def wrappable(names: Names, modules: Iterable[str], notes: list[str]) -> list[str]:
     """Those linear layers on which PEFT's factors act; the others join the notes."""
     modules = list(modules)
+    model_type = names.base.config.get("model_type")
     bypassed = [
         module
         for module in modules
-        if is_bypassed(names, module) or is_taken_for_experts(names, module)
+        if is_bypassed(names, module) or is_taken_for_experts(model_type, module)
     ]
     if bypassed:
         notes.append(

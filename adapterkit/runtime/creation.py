@@ -1,7 +1,7 @@
 """New adapters on a live model."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from adapterkit.statistics.source import Stats
 
 def attach(
     state: State,
-    config: LoraConfig,
+    config: LoraConfig | Mapping[str, Any],
     name: str,
     seed: int | None,
     dtype: torch.dtype | None,
@@ -41,6 +41,7 @@ def attach(
 ) -> None:
     """Add a new, trainable adapter; `Refused` before anything changes."""
     state.unused(name)
+    config = LoraConfig.of(config)
     with replicating(state):
         replicate(state, config.layer_replication, "LoraConfig: layer_replication")
         config, parts = _new_parts(state, config, name, seed, dtype, ephemeral_gpu_offload, stats)

@@ -23,7 +23,7 @@ from adapterkit.runtime import (
 )
 from adapterkit.runtime.conflicts import conflicts
 from adapterkit.runtime.report import Report, report
-from adapterkit.runtime.state import State, weights
+from adapterkit.runtime.state import State, named, weights
 from adapterkit.runtime.store import Store
 from adapterkit.statistics.source import Stats
 
@@ -61,7 +61,7 @@ class Adapters:
 
     def attach(
         self,
-        config: LoraConfig,
+        config: LoraConfig | Mapping[str, Any],
         *,
         name: str,
         seed: int | None = None,
@@ -123,17 +123,16 @@ class Adapters:
         yield from dict.fromkeys(parameter for part in parts for _, parameter in part.trained())
 
     def activate(self, names: Names) -> None:
-        """Let these adapters act, with weights where a map is given; None: the base alone. `Refused`
-        while adapters are merged.
+        """Let these adapters act, with weights where a map is given; None: the base alone.
+        `Refused` while adapters are merged.
 
         The trainable ones among them are trained from here on."""
         self.state.outside_rows("activate")
         self.state.own_weights("activate")
         try:
+            names = named(names)
             if self.state.store is not None:
-                names = names if names is None or isinstance(names, str | Mapping) else [*names]
-                wanted = [names] if isinstance(names, str) else [*(names or ())]
-                self.state.provide(wanted, beside_active=False)
+                self.state.provide(names, beside_active=False)
             table = weights(self.state, names)
             refuse_all(conflicts(self.state, table, "activate"))
             self.state.select(table)
@@ -224,12 +223,13 @@ class Adapters:
         self.state.outside_rows("rescale")
         self.state.own_weights("rescale")
         self.state.known([name])
-        if finite(factor) is None:
+        number = finite(factor)
+        if number is None:
             raise Refused(
                 f"factor {factor!r}", expected="a finite number", where="rescale", hint="give one"
             )
         for _, part in self.state.adapters[name].parts():
-            part.rescale(factor)
+            part.rescale(number)
 
     def report(self) -> Report:
         """A row for each module with adapters; prints as a table."""
@@ -300,7 +300,7 @@ class Adapters:
 
 def attach(
     model: nn.Module,
-    config: LoraConfig,
+    config: LoraConfig | Mapping[str, Any],
     *,
     name: str = "default",
     seed: int | None = None,
@@ -310,7 +310,8 @@ def attach(
 ) -> Adapters:
     """Attach a new, trainable adapter to a model, active; the base is frozen.
 
-    y = x·Wᵀ + scale·(x·aᵀ)·bᵀ at each target. `dtype`: of the factors, None for that of the base's
+    y = x·Wᵀ + scale·(x·aᵀ)·bᵀ at each target. `config`: adapterkit's, PEFT's, or a map of the names
+    of either. `dtype`: of the factors, None for that of the base's
     weight. `stats`: what the inits `corda`, `eva` and `lora_ga` start from, as `collect` returns
     it, or its file. `ephemeral_gpu_offload`: norms of DoRA are computed on the accelerator, where
     there is one, while the model is on the CPU. `Refused` for a model that has adapters (use

@@ -98,6 +98,7 @@ class Rows:
         self.route(on=False)
         for site in self.routes:
             site.select(self.state.active)
+        self.state.pad_encoders()
         self.state.rows = None
         for hook in self._hooks:
             hook.remove()
@@ -116,6 +117,7 @@ class Rows:
             site.router = router
             if router is not None:
                 keep_unfused(site)
+        self.state.pad_encoders()
 
     def _generator(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:

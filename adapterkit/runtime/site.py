@@ -215,6 +215,14 @@ class Site(Unsaved):
     def host(self) -> nn.Module:
         return self._host[0]
 
+    def children(self) -> Iterator[nn.Module]:
+        yield from self._modules.values()  # type: ignore[misc]
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """None: accelerate offloads what it finds here, and brings it back from the state dict,
+        which has nothing of it."""
+        yield from ()
+
     def value(self, name: str) -> Tensor | None:
         """A parameter of the host."""
         return Values(self.host)[name]
@@ -311,6 +319,11 @@ class Site(Unsaved):
         if adding or changing or replacing:
             # torch's fused layers read the weights of their parts unless one of these has hooks
             self.register_forward_pre_hook(_nothing)
+
+    @property
+    def acts(self) -> bool:
+        """Whether its forward is another than the host's own."""
+        return bool(self.router or self.replacing or self.changing or self.adding)
 
     def slots(self) -> list[str]:
         """The host's attributes that are this site's forward; none where another wrapped it."""

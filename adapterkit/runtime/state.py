@@ -1,15 +1,15 @@
 """The adapters of a model: which there are, on which modules, and which of them act."""
 
-import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, listed, refuse_all, shown
+from adapterkit.options import finite
 from adapterkit.runtime.encoders import Encoders
 from adapterkit.runtime.invocation import Invocations
 from adapterkit.runtime.layers.invoked import InvokedPart
@@ -160,7 +160,6 @@ class State:
     def select(self, active: Mapping[str, float]) -> None:
         """Let these adapters act; the trainable ones among them are trained."""
         before, self.active = self.active, dict(active)
-        hosts = []
         for name in {**before, **self.active}:
             adapter = self.adapters.get(name)
             if adapter is None:
@@ -171,8 +170,12 @@ class State:
             for site, part in adapter.parts():
                 site.select(self.active)
                 part.requires_grad_(trained)
-                hosts += [site.host] if trained else []
-        self.encoders.keep_padded(hosts)
+        self.pad_encoders()
+
+    def pad_encoders(self) -> None:
+        """Let torch's encoders keep rows padded where sites in them act."""
+        if self.encoders.modules:
+            self.encoders.keep_padded([site.host for site in self.sites.values() if site.acts])
 
     def known(self, names: Collection[str]) -> None:
         """`Refused` for names that are no adapter's."""
@@ -244,20 +247,26 @@ def refuse_merged(state: State, names: Collection[str], where: str) -> None:
 
 def weights(state: State, names: object) -> dict[str, float]:
     """Names of adapters with their weights, from a name, a list of names, a map or None;
-    `Refused` for unknown ones and for weights that are not finite."""
-    if names is None:
-        return {}
-    if isinstance(names, str):
-        names = [names]
-    # an object of the caller's: what is no list is a TypeError of Python's
-    table = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)  # type: ignore[call-overload]
+    `Refused` for anything else, for unknown names and for weights that are not finite."""
+    table = named(names)
     state.known(table)
-    wrong = {
-        name: value
-        for name, value in table.items()
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-    }
+    wrong = {n: v for n, v in table.items() if isinstance(v, str) or finite(v) is None}
     if wrong:
         problem = ", ".join(f"weight {value!r} of {shown(name)}" for name, value in wrong.items())
         raise Refused(problem, expected="finite numbers", where="weights", hint="give numbers")
     return {name: float(value) for name, value in table.items()}
+
+
+def named(names: object) -> dict[str, Any]:
+    """Names with their weights, unchecked; `Refused` for what says neither."""
+    if names is None or isinstance(names, str):
+        return {} if names is None else {names: 1.0}
+    items = list(names) if isinstance(names, Iterable) else [names]
+    if not all(isinstance(name, str) for name in items):
+        raise Refused(
+            f"adapters {shown(repr(names))}",
+            expected="a name, a list of names, a map of names to weights, or None",
+            where="weights",
+        )
+    # an object of the caller's
+    return dict(names) if isinstance(names, Mapping) else dict.fromkeys(items, 1.0)  # type: ignore[arg-type]

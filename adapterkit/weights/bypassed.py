@@ -36,20 +36,22 @@ def is_bypassed(names: Names, module: str) -> bool:
     return _is_read(classes_of(names, parent), leaf, convolution)
 
 
-def is_taken_for_experts(names: Names, module: str) -> bool:
+def is_taken_for_experts(model_type: str | None, module: str) -> bool:
     """Whether PEFT, where a layer of that name is among the target modules, targets stacks of
-    experts instead."""
-    leaf = module.rpartition(".")[2]
-    return leaf in _names_of_experts(names.base.config.get("model_type"))
+    experts instead. It does not do so with the layer's weight among the target parameters."""
+    return module.rpartition(".")[2] in names_of_experts(model_type)
 
 
 @cache
-def _names_of_experts(model_type: str | None) -> tuple[str, ...]:
+def names_of_experts(model_type: str | None) -> tuple[str, ...]:
     """Ends of names that PEFT 0.21 turns into those of experts' parameters, shared experts and
     dense layers included, whose factors it then leaves out silently."""
+    if model_type is None:
+        return ()
     from transformers import conversion_mapping
 
     groups = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    groups = groups | {"mixtral": "mixtral"}  # PEFT's own
     return PEFT_EXPERTS.get(groups.get(model_type, ""), ())
 
 

@@ -25,6 +25,13 @@ def linear_class(module: Any) -> str | None:
     return "Conv1D" if isinstance(module, Conv1D) else None
 
 
+def is_odd_linear(module: Any) -> bool:
+    """Whether a module of a model's own class is a Linear by its weight only: a router that gives a
+    tuple, a product for each group. Quantized layers are no model's."""
+    of_model = type(module).__module__.startswith("transformers.models.")
+    return of_model and isinstance(module, nn.Linear) and not is_linear(module)
+
+
 _COMPUTES: dict[type, bool] = {}
 
 

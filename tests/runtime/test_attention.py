@@ -128,6 +128,24 @@ def test_encoders_of_padded_rows(targets):
         assert torch.equal(model(x, src_key_padding_mask=padding), base)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@torch.no_grad()
+def test_encoders_of_padded_rows_in_a_mixed_batch(dora):
+    model, x = encoder()
+    padding = torch.tensor([[0, 0, 0, 1, 1], [0] * 5, [0, 0, 1, 1, 1]]).bool()
+    base = model(x, src_key_padding_mask=padding)
+    config = LoraConfig(2, 2, ["linear1", "linear2"], init=False, dora=dora)
+    adapters = attach(model, config, seed=1)
+    y = model(x, src_key_padding_mask=padding)
+    adapters.activate(None)
+    assert torch.equal(model(x, src_key_padding_mask=padding), base)
+    with adapters.rows(["default", None, "default"]):
+        mixed = model(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(mixed, torch.stack([y[0], base[1], y[2]]))
+    assert not mixed[padding].any() and not torch.allclose(y, base)
+    assert torch.equal(model(x, src_key_padding_mask=padding), base)
+
+
 @pytest.mark.parametrize("targets", ENCODER_TARGETS, ids=str)
 def test_encoders_of_padded_rows_are_trained_in_eval_mode(targets):
     """As with trained parameters of its own, torch makes no nested tensors then."""

@@ -1,6 +1,7 @@
 """docs/from-peft.md: each row's two sides, run one after the other, give the same."""
 
 import contextlib
+import json
 import os
 import re
 from dataclasses import fields
@@ -44,6 +45,48 @@ def test_settings_have_the_names_of_the_table():
     for name in same:
         assert name in peft.LoraConfig.__dataclass_fields__ and name in ours
     assert ours == {name for _, name in table("Settings")} | same
+
+
+SETTINGS = {
+    "plain": {"target_modules": ["q_proj", "v_proj"]},
+    "regex": {"target_modules": r".*\.[qk]_proj", "use_rslora": True, "bias": "lora_only"},
+    "all": {"target_modules": "all-linear", "use_dora": True, "lora_dropout": 0.1},
+    "patterns": {
+        "target_modules": {"q_proj", "down_proj"}, "rank_pattern": {"down_proj": 2},
+        "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 3}, "layers_to_transform": [0, 1],
+        "layers_pattern": "layers", "exclude_modules": ["1.self_attn.q_proj"],
+    },
+    "more": {
+        "target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM",
+        "trainable_token_indices": {"embed_tokens": [1, 5]}, "init_lora_weights": "pissa_niter_2",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_config_of_peft_is_a_config(settings):
+    """PEFT's object, its dict, its JSON, and ours by both names."""
+    theirs = peft.LoraConfig(r=4, lora_alpha=8, **settings)
+    text = json.dumps(peft_json(theirs))
+    config = LoraConfig.of(theirs)
+    assert (config.rank, config.alpha) == (4, 8)
+    for other in (theirs.to_dict(), json.loads(text), {"r": 4, "lora_alpha": 8, **settings}):
+        assert LoraConfig.of(other) == config
+    own = {f.name: getattr(config, f.name) for f in fields(config)}
+    assert LoraConfig.of(own) == config and LoraConfig.of(config) is config
+    model = llama()
+    other = peft.get_peft_model(llama(), theirs)
+    adapters = attach(model, theirs)
+    count = sum(p.numel() for p in adapters.parameters())
+    assert count == sum(p.numel() for p in other.parameters() if p.requires_grad)
+    adapters.attach(theirs.to_dict(), name="second")
+
+
+def peft_json(config: peft.LoraConfig) -> dict:
+    return {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()
+    }
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -126,6 +128,16 @@ MISUSE: list[tuple[str, Action, Action, str]] = [
     ("activate unknown ones", nothing, lambda h, p: h.activate({"a": 1, "b": 1}), "a, b"),
     ("weight", nothing, lambda h, p: h.activate({"sft": float("nan")}), "weight nan"),
     ("weight text", nothing, lambda h, p: h.activate({"sft": "1"}), "weight '1'"),
+    ("activate a number", nothing, lambda h, p: h.activate(3), "adapters 3"),
+    ("activate numbers", nothing, lambda h, p: h.activate([3]), "adapters [3]"),
+    ("attach nothing", nothing, lambda h, p: h.attach(None, name="x"), "NoneType"),
+    ("attach another type", nothing,
+     lambda h, p: h.attach(peft.LoHaConfig(target_modules=["q_proj"]), name="x"), "LOHA"),
+    ("attach settings of PEFT alone", nothing,
+     lambda h, p: h.attach({"target_modules": ["q_proj"], "use_qalora": True}, name="x"), "QALoRA"),
+    ("attach loftq_config", nothing,
+     lambda h, p: h.attach({"r": 4, "loftq_config": {"loftq_bits": 4}}, name="x"), "loftq"),
+    ("attach unknown settings", nothing, lambda h, p: h.attach({"rnk": 4}, name="x"), "rank"),
     ("merge unknown", nothing, lambda h, p: h.merge("x"), "no adapter"),
     ("merge twice", merged, lambda h, p: h.merge("dpo"), "already merged"),
     ("merge again", merged, lambda h, p: h.merge("sft"), "already merged"),
@@ -172,6 +184,13 @@ def test_refused_and_nothing_changes(case, adapters, saved):
     assert words in str(caught.value), str(caught.value)
     assert unchanged(before, state(adapters))
     assert not (saved / "out").exists()
+
+
+@pytest.mark.parametrize("weight", [np.float32(0.5), np.int64(2), torch.tensor(0.25)], ids=repr)
+def test_numbers_of_other_libraries(weight, adapters):
+    adapters.activate({"sft": weight})
+    assert adapters.active == {"sft": float(weight)} and type(adapters.active["sft"]) is float
+    adapters.rescale(weight, name="sft")
 
 
 def test_rows_while_training(adapters):

@@ -148,6 +148,27 @@ def test_device_map_with_offloading(reference, tmp_path):
     assert torch.equal(model(X).logits, base)
 
 
+@pytest.mark.parametrize("kind", ["cpu_offload", "disk_offload", "dispatch_model"])
+def test_offloaded_after_attach(kind, reference, tmp_path):
+    """accelerate brings back the base's weights from its state dict; the factors stay."""
+    import accelerate
+
+    folder, expected, base = reference
+    h = load(model := llama(), folder, trainable=True)
+    if kind == "cpu_offload":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    elif kind == "disk_offload":
+        accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    else:
+        places = {"model": "cpu", "lm_head": "disk"}
+        accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    assert torch.equal(model(X).logits, expected)
+    model(input_ids=X, labels=X).loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in h.parameters())
+    h.detach()
+    assert torch.equal(model(X).logits, base)
+
+
 def linears(model):
     return [module for module in model.modules() if isinstance(module, nn.Linear)]
 

@@ -3,21 +3,26 @@
 import copy
 import functools
 import json
+import random
 import warnings
 from dataclasses import replace
 
 import peft
 import pytest
+import torch
 import transformers
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
-from adapterkit import LoraConfig
+import adapterkit
+from adapterkit import LoraConfig, Refused
 from adapterkit.adapters.lora_config import PEFT_DEFAULTS
 from adapterkit.adapters.targets import USUAL_TARGETS
+from adapterkit.runtime import attach
 from adapterkit.runtime.targets import resolve, resolve_saved, resolve_tokens
+from tests.fuzz import models
 from tests.support import architectures, oracle
 
 SIZES = {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -309,3 +314,32 @@ def test_rows_of_tokens_are_those_of_peft(name, tokens):
         assert tuple(theirs[path].token_adapter.token_indices["default"]) == indices
     head = {"lm_head"} if name == "gpt2" else set()  # tied: not named, and wrapped
     assert set(theirs) == set(rows) | head
+
+
+ODD = {"phimoe": "router", "deepseek_v4": "o_a_proj"}  # llama4's router is as phimoe's
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_linear_by_its_weight_only(kind, tmp_path):
+    """A router that gives a tuple, a product for each group: all-linear and `init` leave them out,
+    a parameter's factors act."""
+    base = models.save_base(kind, random.Random(0), tmp_path / "base", tie=False)
+    model = base.load(torch.float32)
+    paths = [path for path, _ in model.named_modules() if path.endswith(f".{ODD[kind]}")]
+    paths = [path for path in paths if isinstance(model.get_submodule(path), nn.Linear)]
+    found = {target.path for target in resolve(model, LoraConfig(2, 4, "all-linear"))}
+    assert paths and not found & set(paths)
+    with pytest.raises(Refused, match=rf"(?s)target .*{ODD[kind]}.*parameters="):
+        resolve(model, LoraConfig(2, 4, [ODD[kind]]))
+    adapters = attach(model, LoraConfig(2, 4, "all-linear"))
+    plain = models.outputs(model, model)
+    adapters.detach()
+    config = LoraConfig(2, 4, [], parameters=[f"{ODD[kind]}.weight"], init=False)
+    attach(model, config, seed=0)
+    y, z = (each["logits"] for each in (plain, models.outputs(model, model)))
+    assert not torch.allclose(y, z)
+    adapterkit.init(
+        base.folder, out=tmp_path / "init", method="default", rank=2, targets="all-linear"
+    )
+    stored = oracle.stored(tmp_path / "init" / "adapter")
+    assert not [key for key in stored if any(f"{path}." in key for path in paths)]

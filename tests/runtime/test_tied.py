@@ -1,6 +1,7 @@
 """Factors that an embedding and its tied head share (`tie`, PEFT's ensure_weight_tying)."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -106,6 +107,30 @@ def test_other_values_of_a_head_are_read_as_they_are(folder, tmp_path):
     model = live.llama(tie_word_embeddings=True)
     load(model, tmp_path)
     assert torch.equal(model.lm_head.adapterkit.default.a, stored[key] + 1)
+
+
+@torch.no_grad()
+def test_it_runs_without_gradients_and_swaps(folder, tmp_path):
+    model, x = live.llama(tie_word_embeddings=True), live.tokens()
+    with oracle.quiet():
+        theirs = live.peft_of(folder, live.llama(tie_word_embeddings=True))
+    h = load(model, folder, pad_rank=8)
+    torch.testing.assert_close(model(x).logits, theirs(x).logits)
+    with torch.inference_mode():
+        text = model.generate(x[:1], max_new_tokens=4, do_sample=False)
+        assert torch.equal(
+            text, theirs.generate(input_ids=x[:1], max_new_tokens=4, do_sample=False)
+        )
+    model.bfloat16().float()
+    h.save(tmp_path / "again")
+    again = oracle.stored(tmp_path / "again")
+    assert {value.shape for key, value in again.items() if "lm_head" in key} == {(4, 32), (64, 4)}
+    other = live.llama(tie_word_embeddings=True)
+    second = attach(other, dataclasses.replace(CONFIG, rank=6), seed=3)
+    shake(second.parameters(), 4)
+    second.save(tmp_path / "other")
+    h.swap("default", tmp_path / "other")
+    torch.testing.assert_close(model(x).logits, other(x).logits, atol=2e-3, rtol=1e-3)
 
 
 def test_copies_of_a_model_share_their_own_factors():

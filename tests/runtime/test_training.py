@@ -204,8 +204,8 @@ def test_padded_factors_are_restored(init, tmp_path):
     resumed = run("resumed", tmp_path / "whole" / "checkpoint-4")
     assert whole[0] == resumed[0] and equal(whole[1], resumed[1])
     *_, h = run(
-        "best", learning_rate=3.0, eval_strategy="steps", eval_steps=4, lr_scheduler_type="constant",
-        load_best_model_at_end=True,
+        "best", learning_rate=3.0, eval_strategy="steps", eval_steps=4,
+        lr_scheduler_type="constant", load_best_model_at_end=True,
     )  # fmt: skip
     rank = 4 if init == "default" else 8
     for _, part in h.state.adapters["default"].parts():

@@ -11,6 +11,7 @@ from adapterkit.runtime.layers.conv import ConvPart
 from adapterkit.runtime.layers.embedding import EmbeddingPart
 from adapterkit.runtime.layers.invoked import InvokedConv1DPart, InvokedPart
 from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart, is_conv1d
+from adapterkit.weights.linear import is_odd_linear
 
 KINDS: dict[str, type[FactorsPart]] = {
     "linear": LinearPart,
@@ -35,7 +36,7 @@ def kind_of(host: nn.Module) -> str | None:
     if isinstance(host, NonDynamicallyQuantizableLinear):
         return "attention_output"
     if hasattr(host, "in_features") and hasattr(host, "out_features"):
-        return "linear"
+        return None if is_odd_linear(host) else "linear"
     return None
 
 

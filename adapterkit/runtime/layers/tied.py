@@ -25,8 +25,14 @@ class TiedHeadPart(LinearPart):
         # in a tuple: no child of this part, whose parameters they would be
         self._source = (source,)
         self.adapter, self.dropout = source.adapter, dropout
-        self.bias = self.magnitude = self.initial_a = self.initial_b = None
+        self.bias = self.magnitude = None
+        for name in ("initial_a", "initial_b"):
+            self.register_buffer(name, None)
         self._folded = Memo()
+
+    @property
+    def padded(self) -> tuple[int, float] | None:  # type: ignore[override]
+        return self._source[0].padded
 
     def __getattr__(self, name: str) -> Any:
         if name in ("a", "b", "scale"):
@@ -39,6 +45,15 @@ class TiedHeadPart(LinearPart):
 
     def take(self, other: Part) -> None:
         """The embedding's part does."""
+
+    def pad(self, rank: int) -> None:
+        """The embedding's part does."""
+
+    def set_own(self, rank: int, scale: float) -> None:
+        """The embedding's part does."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return self
 
 
 def share(
