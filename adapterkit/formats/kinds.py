@@ -13,6 +13,7 @@ LIMITED = "oft"  # its alpha is no scale, but the limit of a norm
 ALPHA = "alpha"  # a role that no part of a module has: the scale times the rank
 SHAPE = "shape"  # of a weight that an adapter widens
 MAGNITUDES = ("magnitude", "input_magnitude")
+SIZED = (FACTORS, "loha", "lokr")  # kinds whose factors tell rows and inputs of the weight
 CORES = ("mid", "t1", "t2")  # between two factors: nobody can tell what is whose of the rank
 # roles that may be vectors or numbers
 VECTORS = (*MAGNITUDES, ALPHA, SHAPE, "bias", "rescale", "diff", "diff_b", "weight")

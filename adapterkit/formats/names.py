@@ -1,9 +1,11 @@
 """Module names in the naming of a format and in that of the model, by an architecture's rules."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cache
+from typing import NamedTuple
 
 from adapterkit.formats.library import architectures
 from adapterkit.formats.schema import MODEL, Architecture, Rule
@@ -12,6 +14,14 @@ PLACE = re.compile(r"\{(\w+)\}")
 NUMBER = re.compile(r"[A-Z]")  # the places that stand for a number; others name tables
 Values = Mapping[str, str]  # of the places of a pattern
 Tables = Mapping[str, Mapping[str, str]]
+
+
+class Size(NamedTuple):
+    """What tells of an architecture: a module of the model, the rows and inputs of its weight."""
+
+    module: str
+    rows: Fraction  # of a part of fused rows, by its share
+    inputs: int
 
 
 @dataclass(frozen=True)
@@ -205,46 +215,68 @@ def names_of(architecture: str, component: str, naming: str, style: str = "dots"
     return Names(architectures()[architecture], component, naming, style)
 
 
-def likely(
-    inputs: Mapping[str, Sequence[tuple[str, int]]], metadata: Mapping[str, str]
-) -> list[str]:
-    """The architectures for which metadata, sizes or numbers of blocks speak most, and nothing
-    against; all where nothing speaks for any. `inputs`: of each (module of the model, its inputs).
-    """
-    evidence = {name: _evidence(name, own, metadata) for name, own in inputs.items()}
-    best = max((one for one in evidence.values() if one is not None), default=None)
-    if best is None or not any(best):
-        return list(inputs)
-    return [name for name, one in evidence.items() if one == best]
+def likely(sizes: Mapping[str, Sequence[Size]], metadata: Mapping[str, str]) -> list[str]:
+    """The architectures for which metadata, widths or numbers of blocks speak most, of those that
+    rows and numbers of blocks do not rule out, then metadata, then widths; where one of these rules
+    out all, it tells nothing. `sizes`: the modules by the names of each."""
+    fits = list(sizes)
+    tests: tuple[Callable[[str], list[bool]], ...] = (
+        lambda name: [*_by_rows(name, sizes[name]), *_by_height(name, sizes[name])],
+        lambda name: _by_metadata(name, metadata),
+        lambda name: _by_width(name, sizes[name]),
+    )
+    for test in tests:
+        fits = [name for name in fits if all(test(name))] or fits
+    evidence = {
+        name: (
+            all(own) if (own := _by_metadata(name, metadata)) else False,
+            all(own) if (own := _by_width(name, sizes[name])) else False,
+            any(_by_depth(name, sizes[name])),
+        )
+        for name in fits
+    }
+    best = max(evidence.values(), default=None)
+    return [name for name in fits if evidence[name] == best]
 
 
-def _evidence(
-    name: str, inputs: Sequence[tuple[str, int]], metadata: Mapping[str, str]
-) -> tuple[bool, bool, bool] | None:
-    """Whether metadata, sizes and numbers of blocks speak for an architecture; None where one
-    speaks against it."""
-    hints = architectures()[name].detect
-    by_metadata = [
-        pattern.search(metadata[key]) is not None
-        for key, pattern in hints.metadata.items()
-        if key in metadata
+def _by_metadata(name: str, metadata: Mapping[str, str]) -> list[bool]:
+    hints = architectures()[name].detect.metadata
+    return [p.search(metadata[key]) is not None for key, p in hints.items() if key in metadata]
+
+
+def _by_width(name: str, sizes: Sequence[Size]) -> list[bool]:
+    return [
+        one.inputs in expected
+        for pattern, expected in architectures()[name].detect.shapes.items()
+        for one in sizes
+        if re.search(pattern, one.module)
     ]
-    by_size = [
-        size in expected
-        for pattern, expected in hints.shapes.items()
-        for module, size in inputs
-        if re.search(pattern, module)
+
+
+def _by_rows(name: str, sizes: Sequence[Size]) -> list[bool]:
+    return [
+        one.rows * inputs == one.inputs * rows
+        for pattern, (rows, inputs) in architectures()[name].detect.ratios.items()
+        for one in sizes
+        if re.search(pattern, one.module)
     ]
-    by_blocks = []
-    for stack, expected in hints.blocks.items():
+
+
+def _by_height(name: str, sizes: Sequence[Size]) -> list[bool]:
+    return [count <= max(own) for count, own in _blocks(name, sizes)]
+
+
+def _by_depth(name: str, sizes: Sequence[Size]) -> list[bool]:
+    return [count in own for count, own in _blocks(name, sizes)]
+
+
+def _blocks(name: str, sizes: Sequence[Size]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """How many blocks of each stack there are at least, and how many there may be."""
+    for stack, expected in architectures()[name].detect.blocks.items():
         pattern = re.compile(re.escape(stack) + r"\.(\d+)\.")
-        numbers = [int(m[1]) for module, _ in inputs if (m := pattern.match(module))]
-        if numbers and max(numbers) >= max(expected):
-            return None
-        by_blocks.append(bool(numbers) and max(numbers) + 1 in expected)
-    if not all(by_metadata) or not all(by_size):
-        return None
-    return bool(by_metadata), bool(by_size), any(by_blocks)
+        numbers = [int(m[1]) for one in sizes if (m := pattern.match(one.module))]
+        if numbers:
+            yield max(numbers) + 1, expected
 
 
 def of_type(among: Iterable[str], model_type: str | None) -> list[str]:

@@ -1,8 +1,9 @@
 """A file in a format of the TOML files, as neutral contents: every key has a role, or the file is
 refused with the whole list."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 from adapterkit.adapters.adapter_config import HUB_ID
@@ -13,10 +14,10 @@ from adapterkit.formats.containers import Container, PlanReader
 from adapterkit.formats.fusing import Fusion, split, telling_rows
 from adapterkit.formats.grouped import GROUPED, check_whole, groups_in, trained, ungrouped
 from adapterkit.formats.keys import Raw, raws_of
-from adapterkit.formats.kinds import ALPHA, EXPERTS, FACTORS, LIMITED, SHAPE
+from adapterkit.formats.kinds import ALPHA, CORES, EXPERTS, FACTORS, LIMITED, SHAPE, SIZED
 from adapterkit.formats.library import architectures
-from adapterkit.formats.names import in_style, likely, names_of, of_type
-from adapterkit.formats.parts import rank_of, shape_problem, with_magnitudes
+from adapterkit.formats.names import Size, in_style, likely, names_of, of_type
+from adapterkit.formats.parts import matrix_shape, rank_of, shape_problem, with_magnitudes
 from adapterkit.formats.record import LANGUAGE, Contents, Module, StoredAlpha
 from adapterkit.formats.rows import Heads
 from adapterkit.formats.scales import Scales
@@ -172,8 +173,8 @@ class Attempt:
 
     resolved: Resolved
     unknown: Sequence[str] = ()  # keys that it does not have
-    # component -> the column of the rules that its names are in
-    namings: Mapping[str, str] = field(default_factory=dict)
+    # architecture -> component -> the column of the rules that its names are in
+    namings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def _unchecked(form: Format, resolved: Resolved, reading: Reading) -> list[str]:
@@ -217,16 +218,8 @@ def _resolve(
             where=where,
             hint="give --base, the model it was trained on, or --architecture",
         )
-    inputs = {
-        name: [
-            (module, raw.roles["a"].shape[1])
-            for raw, _, modules, _ in attempts[name].resolved
-            for module in modules
-            if raw.kind == FACTORS
-        ]
-        for name in fits
-    }
-    fits = likely(inputs, container.metadata)
+    sizes = {name: list(_sizes(attempts[name].resolved)) for name in fits}
+    fits = likely(sizes, container.metadata)
     if reading.modules:
         known = set(reading.modules)
         counts = {n: _known(attempts[n].resolved, known) for n in fits}
@@ -245,7 +238,22 @@ def _resolve(
             where=where,
             hint="give --base, the model it was trained on, or --architecture",
         )
-    return fits, attempts[fits[0]]
+    namings = {name: attempts[name].namings[name] for name in fits}
+    return fits, replace(attempts[fits[0]], namings=namings)
+
+
+def _sizes(resolved: Resolved) -> Iterator[Size]:
+    """Rows and inputs of the model's modules, by the shapes of their factors."""
+    for raw, _, modules, fusion in resolved:
+        if raw.kind not in SIZED or set(raw.roles) & {*CORES}:
+            continue
+        rows, inputs = matrix_shape(raw.kind, {r: from_spec(spec) for r, spec in raw.roles.items()})
+        if raw.kind == FACTORS:
+            inputs = raw.roles["a"].shape[1]
+        own = fusion.rule.rows if fusion is not None else ()
+        shares = [share if isinstance(share, int) else 1 for share in own or (1,) * len(modules)]
+        for module, share in zip(modules, shares, strict=True):
+            yield Size(module, Fraction(rows * share, sum(shares)), inputs)
 
 
 def _unstackable(attempt: Attempt, where: str) -> list[AdapterkitError]:
@@ -284,7 +292,7 @@ def _attempt(form: Format, name: str, raws: Sequence[Raw], heads: Heads | None) 
     return Attempt(
         [one for way in best for one in way.resolved],
         [key for way in best for key in way.unknown],
-        {component: naming for way in best for component, naming in way.namings.items()},
+        {name: {c: naming for way in best for c, naming in way.namings[name].items()}},
     )
 
 
@@ -319,7 +327,8 @@ def _named(
         for number, roles in enumerate(members or ()):
             own = replace(match, values=(*match.values, (place, str(number))))
             resolved.append((replace(raw, roles=roles), component, names.models(own), fusion))
-    return Attempt(resolved, unknown, {component: naming for _, component, _, _ in resolved})
+    namings = {component: naming for _, component, _, _ in resolved}
+    return Attempt(resolved, unknown, {name: namings})
 
 
 def _without_rules(form: Format, raws: Sequence[Raw], reading: Reading, where: str) -> Resolved:

@@ -65,8 +65,8 @@ class Contents:
     folders: tuple[Folder, ...]  # the inputs, by the numbers in the specs
     modules: Sequence[Module]
     architectures: tuple[str, ...] = ()  # those whose names fit; none: not looked for
-    # component -> the column of their rules that the source's names are in
-    namings: Mapping[str, str] = field(default_factory=dict)
+    # architecture -> component -> the column of its rules that the source's names are in
+    namings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)  # of the source, by component or plain
     facts: Mapping[str, Any] = field(default_factory=dict)  # base (a Hub id), invocation (tokens)

@@ -205,6 +205,8 @@ class ArchitectureHints:
     metadata: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     # regex of a module -> its inputs, or what they may be
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    # likewise -> rows and inputs in their lowest terms, of models of any width
+    ratios: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     models: tuple[str, ...] = ()  # model_type in config.json of the base
     # path of a stack of blocks -> how many there are, or may be
     blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

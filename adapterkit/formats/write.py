@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 from adapterkit import dtypes
@@ -10,10 +11,10 @@ from adapterkit.formats.base import BaseFacts, architecture_of
 from adapterkit.formats.capabilities import OTHER_FORMAT, lacking, ways_out, word_of
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.fusing import Fusion, fuse, inputs_of, norm_problems
-from adapterkit.formats.kinds import ALPHA, MAGNITUDES
+from adapterkit.formats.kinds import ALPHA, MAGNITUDES, SIZED
 from adapterkit.formats.library import architectures
-from adapterkit.formats.names import fitting, in_style, likely, names_of, of_type
-from adapterkit.formats.parts import magnitude_in_file
+from adapterkit.formats.names import Size, fitting, in_style, likely, names_of, of_type
+from adapterkit.formats.parts import magnitude_in_file, matrix_shape
 from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.rows import Heads
 from adapterkit.formats.same_delta import uniform
@@ -175,8 +176,12 @@ def _placed(
         among = [name for name in among if name in form.names.architectures]
     among = [name for name in among if name in architectures()]
     options = [(name, placed) for name in among for placed in _components(modules, name)]
-    inputs = [(m.name, size) for m in modules if (size := inputs_of(m)) is not None]
-    fits = likely({name: inputs for name, _ in options}, contents.metadata)
+    sizes = [
+        Size(m.name, Fraction(matrix_shape(m.kind, m.parts)[0]), size)
+        for m in modules
+        if m.kind in SIZED and (size := inputs_of(m)) is not None
+    ]
+    fits = likely({name: sizes for name, _ in options}, contents.metadata)
     options = [option for option in options if option[0] in fits]
     keys = {
         tuple(_keys(form, name, _namings(contents, form, name, placed), placed))
@@ -223,7 +228,7 @@ def _namings(
     a format, else the first that has them all."""
     if architecture is None:
         return {}
-    own = contents.namings if contents.format == form.name else {}
+    own = contents.namings.get(architecture, {}) if contents.format == form.name else {}
     columns = {}
     for component in {module.component for module in modules}:
         names = [module.name for module in modules if module.component == component]
