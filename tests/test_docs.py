@@ -199,7 +199,7 @@ def test_lines_are_short_and_words_spelled_alike(document: Path):
 
 
 def test_the_readme_is_short_and_names_every_document():
-    assert len(README.read_text().splitlines()) <= 160
+    assert len(README.read_text().splitlines()) <= 170
     linked = {target.partition("#")[0] for target in LINK.findall(README.read_text())}
     assert {f"docs/{document.name}" for document in DOCUMENTS[1:]} <= linked
 
