@@ -72,6 +72,7 @@ class Contents:
     facts: Mapping[str, Any] = field(default_factory=dict)  # base (a Hub id), invocation (tokens)
     headers: Mapping[tuple[int, str], str] = field(default_factory=dict)  # sha256 of the inputs'
     notes: Sequence[str] = ()
+    refitted: bool = False  # ranks and scales are no longer the source's
 
     @cached_property
     def common_roles(self) -> dict[tuple[str, str], set[str]]:

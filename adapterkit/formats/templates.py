@@ -21,6 +21,7 @@ from adapterkit.formats.schema import Format
 
 WORD = re.compile(r"\{(\w+)\}")
 LAYERS = ".layers."
+VARIOUS = "Dynamic"  # as sd-scripts writes it when it resizes
 
 
 def filled(templates: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,13 +58,12 @@ def words_of(templates: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[
 
 
 def numbers(modules: Iterable[Module]) -> dict[str, str | None]:
-    """The one rank and the one alpha of all modules as texts; None where they differ."""
+    """The one rank and the one alpha of all modules as texts, VARIOUS where they differ; None where
+    no module has any."""
     own = [m for m in modules if rank_of(m.kind, m.parts) is not None]
     ranks, alphas = {m.rank for m in own}, {m.alpha for m in own}
-    return {
-        "rank": str(ranks.pop()) if len(ranks) == 1 else None,
-        "alpha": str(alphas.pop()) if len(alphas) == 1 else None,
-    }
+    text = lambda own: str(own.pop()) if len(own) == 1 else VARIOUS if own else None
+    return {"rank": text(ranks), "alpha": text(alphas)}
 
 
 def base_words(base: str | None) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from adapterkit.formats.tensors import Constant, Expression, reshaped
 from adapterkit.formats.tied import without_heads
 from adapterkit.formats.widened import with_widths
 
+NUMBERS = ("{rank}", "{alpha}")  # templates of metadata
+
 
 @dataclass(frozen=True)
 class Written:
@@ -101,6 +103,7 @@ def write(
             key: value
             for key, value in contents.metadata.items()
             if any(pattern.search(key) for pattern in form.metadata.carry)
+            and not (contents.refitted and form.metadata.write.get(key) in NUMBERS)
         }
         metadata = {k: metadata[k] for k in [*contents.metadata, *metadata] if k in metadata}
     metadata |= declared

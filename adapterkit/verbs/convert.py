@@ -51,8 +51,9 @@ def convert(
     family, where names alone are ambiguous; `alpha` what the source leaves to the reader;
     `prefix_only` takes one component of a pipeline (unet, transformer, text_encoder, ...), and says
     which one the modules of a single model are. `rank` makes plain factors of LoHa,
-    LoKr, OFT, VeRA, AdaLoRA and differences of weights, and of DoRA where the format has none (with
-    `base`, like OFT): the best ones of that rank, whose error the receipt has. `lossy` leaves out
+    LoKr, OFT, VeRA, AdaLoRA and differences of weights, of DoRA where the format has none (with
+    `base`, like OFT), and of larger factors: the best ones of that rank, whose error the receipt
+    has. `lossy` leaves out
     differences of norms and biases that the format has no place for. An `out` that ends in
     .safetensors or .gguf is a file, else a folder as the format has it. Raises `Refused` before
     anything is written.

@@ -28,7 +28,7 @@ PARAMETERS = {  # of the model: shape
 }
 
 
-def write_kohya(path, seed, more=(), version="flux1"):
+def write_kohya(path, seed, more=()):
     """A file of kohya's for two blocks of Flux, of which its metadata tells."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -42,9 +42,7 @@ def write_kohya(path, seed, more=(), version="flux1"):
         tensors[f"{key}.lora_down.weight"] = torch.randn(RANK, WIDTH, generator=generator)
         tensors[f"{key}.lora_up.weight"] = torch.randn(WIDTH, RANK, generator=generator)
         tensors[f"{key}.alpha"] = torch.tensor(3.0)
-    metadata = {"ss_network_dim": str(RANK)} | (
-        {"ss_base_model_version": version} if version else {}
-    )
+    metadata = {"ss_network_dim": str(RANK), "ss_base_model_version": "flux1"}
     save_file(tensors, path, metadata=metadata)
     return path
 
@@ -110,14 +108,21 @@ def test_a_merge_adds_the_file_s_deltas(files, tmp_path):
         assert torch.equal(merged[weight], (base[weight].double() + delta[own]).float())
 
 
-def test_the_base_tells_whose_names_they_are(files, tmp_path):
-    path = write_kohya(tmp_path / "untold.safetensors", 0, version=None)
-    with pytest.raises(Refused, match="flux and flux2"):  # both have such names
+def test_the_base_tells_whose_names_they_are(tmp_path):
+    """Lumina2 and Z-Image have a layer of that name and shape, under other names in diffusers."""
+    path, base, merged = (tmp_path / name for name in ("in.safetensors", "base", "merged"))
+    key = "lora_unet_layers_0_attention_out"
+    down, up = torch.randn(RANK, WIDTH), torch.randn(WIDTH, RANK)
+    save_file({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}, path)
+    with pytest.raises(Refused, match="lumina2 and z_image"):
         adapterkit.convert(path, to="peft", out=tmp_path / "out")
-    adapterkit.merge(files / "base", path, out=tmp_path / "merged")
-    adapterkit.merge(files / "base", files / "a.safetensors", out=tmp_path / "told")
-    name = "diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "told" / name).read_bytes()
+    base.mkdir()
+    (base / "config.json").write_text('{"_class_name": "ZImageTransformer2DModel"}')
+    name, weight = "layers.0.attention.to_out.0.weight", torch.randn(WIDTH, WIDTH)
+    save_file({name: weight}, base / "diffusion_pytorch_model.safetensors")
+    adapterkit.merge(base, path, out=merged)
+    expected = (weight.double() + up.double() @ down.double()).float()
+    assert torch.equal(load_file(merged / "diffusion_pytorch_model.safetensors")[name], expected)
 
 
 def test_inspect_and_diff_tell_of_the_adapter(files):

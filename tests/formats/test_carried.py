@@ -98,3 +98,13 @@ def test_nothing_goes_along_into_another_layout(tmp_path: Path) -> None:
     convert(source, to="mlx", out=tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert not names & TRAINERS["llama_factory"][0]
+
+
+@pytest.mark.parametrize("to", ["mlx", "gguf", "vllm", "peft"])
+def test_a_value_head_is_not_left_behind_without_a_word(to: str, tmp_path: Path) -> None:
+    source = folder_of("llama_factory", tmp_path / "in")
+    shutil.copytree(SOURCE / "base", tmp_path / "base")
+    receipt = convert(source, to=to, out=tmp_path / "out", base=tmp_path / "base")
+    notes = [note for note in receipt.data["notes"] if "value_head.safetensors" in note]
+    is_there = (tmp_path / "out/value_head.safetensors").exists()
+    assert is_there == (to == "peft") and (is_there or len(notes) == 1), receipt.data["notes"]

@@ -1,6 +1,7 @@
 """Plain factors in place of other kinds of deltas: of full rank they are the delta, of a smaller
 one the best approximation, with the error in the receipt."""
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.deltas import ModuleDelta
 from adapterkit.formats.fitted import Fit
 from adapterkit.kernels.lowrank import Product
+from tests.support import adapter_samples
 from tests.support.adapter_samples import GOLDEN, contents_of
 from tests.support.kinds import CASES, FULL, SIMPLE, Net, deltas, trained
 
@@ -73,6 +75,36 @@ def test_at_full_rank_the_factors_are_the_adapter(case, base, tmp_path):
     )
     heads = [key for key in old if ".head." in key]
     assert len(heads) == 2 and all(torch.equal(old[key], new[key]) for key in heads)
+
+
+@pytest.mark.parametrize("to", ["peft", "diffusers"])
+def test_larger_factors_shrink_to_the_rank(to, tmp_path):
+    """By their singular values, as `resize` does; smaller ones stay as they are."""
+    torch.manual_seed(0)
+    factors = {}
+    for name, rank in (("large", 4), ("small", 2)):
+        key = f"base_model.model.transformer_blocks.0.{name}"
+        factors[f"{key}.lora_A.weight"] = torch.randn(rank, 12)
+        factors[f"{key}.lora_B.weight"] = torch.randn(10, rank)
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    save_file(factors, source / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {"small": 2}}
+    (source / "adapter_config.json").write_text(
+        json.dumps(config | {"target_modules": ["large", "small"]})
+    )
+    options = {"prefix_only": "transformer"} if to == "diffusers" else {}
+    receipt = adapterkit.convert(source, to=to, out=out, rank=2, hash="none", **options)
+    assert any("rank 2 at most" in note for note in receipt.data["notes"])
+    written, want = (adapter_samples.deltas(contents_of(one)) for one in (out, source))
+    for name in ("large", "small"):
+        (old,) = (value for key, value in want.items() if name in key)
+        (new,) = (value for key, value in written.items() if name in key)
+        assert old.a is not None and old.b is not None and new.a is not None and new.b is not None
+        assert len(new.a) == 2
+        u, s, vh = torch.linalg.svd(old.b @ old.a)
+        best = u[:, :2] * s[:2] @ vh[:2]
+        assert torch.linalg.norm(new.b @ new.a - best) < 1e-5 * torch.linalg.norm(best)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.kind == "dora"], ids=str)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterkit
@@ -125,3 +126,54 @@ def test_rows_that_are_taken_are_those_that_count():
     assert torch.equal(rows.compute(reader).tensors["b"], torch.full((2, 2), 0.5).half())
     with pytest.raises(Unrecoverable):
         ConvertedTensor("b", "b", Gathered(scaled, range(2, 4)), "F16").compute(reader)
+
+
+def kohya(path, modules, **metadata):
+    """A file of kohya's for Flux.1: module -> (rank, alpha)."""
+    tensors = {}
+    for module, (rank, alpha) in modules.items():
+        key = f"lora_unet_double_blocks_0_{module}"
+        tensors[f"{key}.lora_down.weight"] = torch.randn(rank, 24).bfloat16()
+        tensors[f"{key}.lora_up.weight"] = torch.randn(24, rank).bfloat16()
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, path, {"ss_base_model_version": "flux1", **metadata})
+    return path
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("modules", [
+    {"img_attn_proj": (4, 2.0), "txt_attn_proj": (2, 1.0)},  # conv_dim, or resized
+    {"img_attn_proj": (12, 6.0)},  # split_qkv: the file has three times the rank
+])  # fmt: skip
+def test_kohya_s_numbers_stay_within_its_format(modules, tmp_path):
+    """Into it they are those of the file, or what sd-scripts writes of several."""
+    numbers = {"ss_network_dim": "4", "ss_network_alpha": "2.0"}
+    source = kohya(tmp_path / "in.safetensors", modules, **numbers)
+    again, other = tmp_path / "again.safetensors", tmp_path / "other.safetensors"
+    adapterkit.convert(source, to="kohya", out=again, hash="none")
+    assert metadata_of(again) == {**metadata_of(source), "ss_network_module": "networks.lora_flux"}
+    adapterkit.convert(source, to="lycoris", out=other, hash="none")
+    several = len(modules) > 1
+    want = ("Dynamic", "Dynamic") if several else ("12", "6.0")
+    assert tuple(metadata_of(other)[name] for name in numbers) == want
+    adapterkit.convert(source, to="kohya", out=again, rank=1, hash="none", overwrite=True)
+    assert metadata_of(again)["ss_network_dim"] == "1"
+
+
+@pytest.mark.parametrize(("alpha", "noted"), [(2.0, True), (6.0, False), (1.5, False)])
+def test_a_scale_that_is_rounded_into_factors_is_noted(alpha, noted, tmp_path):
+    """2/3 in bfloat16, not 2 or 1/2, nor where more bits are asked for."""
+    source = kohya(tmp_path / "in.safetensors", {"img_attn_proj": (3, alpha)})
+    for dtype, expected in ((None, noted), ("fp32", False)):
+        out = tmp_path / f"{dtype}.safetensors"
+        receipt = adapterkit.convert(source, to="comfyui", out=out, dtype=dtype, hash="none")
+        notes = [note for note in receipt.data["notes"] if "rounded to BF16" in note]
+        assert len(notes) == expected, receipt.data["notes"]
+    up = next(v for k, v in load_file(source).items() if "lora_up" in k).double() * alpha / 3
+    b = next(v for k, v in load_file(tmp_path / "None.safetensors").items() if "lora_B" in k)
+    off = ((b.double() - up).abs() / up.abs()).max()
+    assert (0.001 < off <= 0.0039) if noted else off == 0  # 0.0039 is what the note says

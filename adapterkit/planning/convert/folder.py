@@ -1,6 +1,7 @@
 """The files of a converted adapter's folder besides its weights: settings, card, and what trainers
 save beside an adapter, where PEFT's layout stays."""
 
+import re
 from collections.abc import Collection
 
 from adapterkit.checkpoint.folder import Folder
@@ -16,6 +17,10 @@ from adapterkit.planning.cards import adapter_card
 from adapterkit.planning.folder_files import Files
 
 MOST = 100_000_000  # bytes of one file
+# weights, and no state of a trainer
+TRAINED = re.compile(
+    r"(?!optimizer|scheduler|scaler|rng_state|training_args)[^/]+\.(safetensors|bin|pth?)"
+)
 
 
 def files_of(contents: Contents, written: File, notes: list[str]) -> Files:
@@ -37,6 +42,20 @@ def files_of(contents: Contents, written: File, notes: list[str]) -> Files:
     return files
 
 
+def left_beside(contents: Contents, form: Format) -> list[str]:
+    """The note on weights beside the adapter, such as a value head, that stay behind where the
+    layout does not stay."""
+    if formats()[contents.format].layout == form.layout == ADAPTER_LAYOUT:
+        return []  # told already, with all other files
+    known = {file for _, file in contents.headers}
+    left = [name for name in contents.folders[0].files() if _is_trained(name) and name not in known]
+    return [f"not converted: {listed(left)} beside the adapter"] if left else []
+
+
+def _is_trained(name: str) -> bool:
+    return TRAINED.fullmatch(name) is not None
+
+
 def _carried(
     source: Folder, form: Format, written: Collection[str], notes: list[str]
 ) -> dict[str, CopyFile]:
@@ -54,5 +73,6 @@ def _carried(
     if files:
         notes.append(f"copied: {listed(list(files))}")
     if left:
+        left.sort(key=_is_trained, reverse=True)
         notes.append(f"not copied: {listed(left)}")
     return files

@@ -26,9 +26,9 @@ from adapterkit.formats.capabilities import (
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.deltas import ModuleDelta
 from adapterkit.formats.fitted import Fit, Fitted
-from adapterkit.formats.kinds import FACTORS
+from adapterkit.formats.kinds import EXPERTS, FACTORS, PARAMETER, SHAPE
 from adapterkit.formats.names import kernel_of
-from adapterkit.formats.parts import cores, matrix_shape, tail_of
+from adapterkit.formats.parts import cores, magnitudes, matrix_shape, tail_of
 from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Contracted, scaled
@@ -38,6 +38,7 @@ from adapterkit.tasks.common import short
 from adapterkit.weights.parameters import StoredParameter
 
 DIFFERENCES = ("full", "modulation")
+RANKED = (FACTORS, EXPERTS, PARAMETER)
 
 
 def lowered(
@@ -105,20 +106,35 @@ def _without_vectors(contents: Contents, form: Format) -> Contents:
 
 
 def _fitted(contents: Contents, form: Format, rank: int, base: Checkpoint | None) -> Contents:
-    """The contents with plain factors of that rank."""
+    """The contents with plain factors of that rank at most."""
     modules = contents.modules
-    chosen = [m for m in modules if is_fitted(m, form, contents)]
+    large = [m for m in modules if m.kind in RANKED and m.rank > rank]
+    _check_large(large, rank, contents.folders[0].label)
+    own = {id(m) for m in large}
+    chosen = [m for m in modules if id(m) in own or is_fitted(m, form, contents)]
     if not chosen:
         return contents
     job = _Fitting(contents, rank, base, chosen)
     fitted = {id(m): one for m in chosen if (one := job.fitted(m)) is not None}
     refuse_all(job.errors)
-    own = [part for m in modules for part in fitted.get(id(m), [m])]
+    parts = [part for m in modules for part in fitted.get(id(m), [m])]
     config = contents.config
     if "peft_type" in config:
         config = _plain_config(config)
     notes = (*contents.notes, *job.all_notes())
-    return replace(contents, modules=tuple(own), config=config, notes=notes)
+    return replace(contents, modules=tuple(parts), config=config, notes=notes, refitted=True)
+
+
+def _check_large(modules: Sequence[Module], rank: int, where: str) -> None:
+    """`Refused` for factors of a larger rank that are none of one matrix."""
+    stacks = [m.path for m in modules if m.kind != FACTORS or m.depth]
+    if stacks:
+        raise Refused(
+            f"factors of parameters and stacks of experts of a rank above {rank}: {listed(stacks)}",
+            expected="their own rank, or a larger one, for --rank",
+            where=where,
+            hint=f"shrink them first: adapterkit resize ADAPTER --rank {rank}",
+        )
 
 
 def _lacks_core_only(module: Module, form: Format, contents: Contents) -> bool:
@@ -246,6 +262,8 @@ class _Fitting:
         tail = self._tail(module, weight)
         fit = Fit(module.path, delta, tail, min(self.rank, delta.rank))
         parts: dict = {"a": Fitted(fit, "a"), "b": Fitted(fit, "b")}
+        if SHAPE in module.parts:
+            parts[SHAPE] = module.parts[SHAPE]
         if "bias" in module.parts:
             parts["bias"] = scaled(module.parts["bias"], module.scale)
         one = replace(
@@ -318,5 +336,7 @@ class _Fitting:
         return (inputs // math.prod(kernel), *kernel)
 
     def all_notes(self) -> list[str]:
-        counts = Counter("DoRA" if m.kind == FACTORS else m.kind for m in self.modules)
+        counts = Counter(
+            "DoRA" if magnitudes(m.parts) and m.kind == FACTORS else m.kind for m in self.modules
+        )
         return [*self.notes, _note(counts, self.rank), *([FLATTENED] if self.guessed else [])]

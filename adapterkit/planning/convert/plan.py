@@ -1,6 +1,9 @@
 """The plan of a conversion: a source in any format that is read, a file in any that is written."""
 
+import math
 from dataclasses import replace
+
+import torch
 
 from adapterkit import dtypes
 from adapterkit.adapters.adapter_config import hub_id
@@ -17,11 +20,12 @@ from adapterkit.formats.kinds import EXPERTS
 from adapterkit.formats.library import format_named
 from adapterkit.formats.record import Contents
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
+from adapterkit.formats.tensors import Scaled
 from adapterkit.formats.write import File, write
 from adapterkit.gguf.adapter import gguf_layout
 from adapterkit.plan import Computed, Plan
 from adapterkit.planning.convert.base_shapes import parameter_problems, shape_problems
-from adapterkit.planning.convert.folder import files_of
+from adapterkit.planning.convert.folder import files_of, left_beside
 from adapterkit.planning.convert.lossy import lowered, without_zeros
 from adapterkit.planning.convert.source import (
     Options,
@@ -184,6 +188,8 @@ def _plan(
         *contents.notes,
         *(note.replace("{file}", name) for note in written.notes),
         *_folded_note(written),
+        *_rounded_note(written),
+        *left_beside(contents, written.form),
         *beside,
     )
     decisions = {
@@ -221,3 +227,26 @@ def _folded_note(written: File) -> list[str]:
         f"{written.form.title} has no scale field: {listed(scales)} was multiplied into B of "
         f"{len(written.folded)} modules"
     ]
+
+
+def _rounded_note(written: File) -> list[str]:
+    """That scales were multiplied into factors of few bits, and what that rounds away."""
+    rounded = [
+        tensor
+        for tensor in written.tensors
+        if tensor.dtype in ("BF16", "F16")
+        and any(isinstance(e, Scaled) and not _is_power(e.factor) for e in tensor.expression)
+    ]
+    if not rounded:
+        return []
+    largest = max(torch.finfo(dtypes.torch_dtype(tensor.dtype)).eps / 2 for tensor in rounded)
+    return [
+        f"factors of {len({tensor.module for tensor in rounded})} modules are rounded to "
+        f"{'/'.join(sorted({tensor.dtype for tensor in rounded}))} after a scale was multiplied in "
+        f"(by {largest:.2g} of a value at most): --dtype fp32 keeps them"
+    ]
+
+
+def _is_power(factor: float) -> bool:
+    """Whether it is a power of 2, which shifts the exponent alone."""
+    return math.frexp(abs(factor))[0] == 0.5
