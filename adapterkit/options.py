@@ -6,6 +6,7 @@ and on the command line.
 together the verbs check themselves.
 """
 
+import contextlib
 import functools
 import inspect
 import math
@@ -13,7 +14,7 @@ import operator
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, ParamSpec, TypeVar
 
@@ -84,7 +85,8 @@ def checked(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @functools.wraps(verb)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             bound = bind(*args, **kwargs)
-            return verb(*bound.args, **bound.kwargs)
+            with own_hints(verb):
+                return verb(*bound.args, **bound.kwargs)
 
         return call
 
@@ -110,6 +112,38 @@ def binder(verb: Callable[P, Any], own: Mapping[str, Check]) -> Callable[P, insp
         return bound
 
     return bind
+
+
+# An option in a hint; those of a command that the hint gives in full are that command's
+_COMMANDS = r"`[^`]*`|\b(?:adapterkit|hf|ray|llama-gguf-split|python) .*"
+_OPTION = re.compile(rf"{_COMMANDS}|(?<![\w-])--([a-z][a-z0-9-]*)(?: [A-Z]+\b)?")
+_OF_COMMANDS = {"help", "json", "plan", "quiet"}  # options of commands that are none of their verbs
+
+
+@contextlib.contextmanager
+def own_hints(verb: Callable) -> Iterator[None]:
+    """Errors of a verb hint at options that it has: planning is shared by verbs that differ."""
+    try:
+        yield
+    except AdapterkitError as error:
+        for one in getattr(error, "errors", (error,)):
+            one.hint = own_hint(one.hint, verb)
+        raise
+
+
+def own_hint(hint: str, verb: Callable) -> str:
+    """A hint with the verb's arguments as they are written, without alternatives that name options
+    of other verbs."""
+    parameters = inspect.signature(verb).parameters.values()
+    known = {p.name.replace("_", "-") for p in parameters if p.kind is p.KEYWORD_ONLY}
+    known |= {"adapter"} if "adapters" in known else set()
+    arguments = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
+    name = lambda m: m[1].upper() if m[1] in arguments else m[0]
+    fits = lambda text: all(m[1] in known | _OF_COMMANDS for m in _OPTION.finditer(text) if m[1])
+    hint = _OPTION.sub(name, hint)
+    parts = [hint] if fits(hint) else re.split(r", or (?:give )?|; (?=give |--)", hint)
+    kept = "; ".join(part for part in parts if fits(part))
+    return kept or f"adapterkit {verb.__name__} --help lists its options" if hint else hint
 
 
 def invalid(name: str, value: Any, expected: str, hint: str = "give another value") -> Refused:

@@ -19,7 +19,7 @@ from adapterkit.execute import Engine, run
 from adapterkit.hub.destination import parse_output
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.hub.push import check_push, repository, send
-from adapterkit.options import Check, StrPath, binder, parse_size, path
+from adapterkit.options import Check, StrPath, binder, own_hints, parse_size, path
 from adapterkit.plan import Plan
 from adapterkit.planning.converted import conversion_notes
 from adapterkit.receipt import Receipt
@@ -58,7 +58,7 @@ def writes(
         @functools.wraps(verb)
         def written(*args: P.args, **options: P.kwargs) -> Receipt | Planned:
             bound = bind(*args, **options)
-            with _pinned_inputs(bound.arguments):
+            with own_hints(verb), _pinned_inputs(bound.arguments):
                 return verb(*bound.args, **bound.kwargs)
 
         as_data = lambda *args, **options: Call(written, bind(*args, **options).arguments)

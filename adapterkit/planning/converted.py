@@ -1,5 +1,6 @@
 """An adapter of another format as a folder in PEFT's layout, for every verb that takes one."""
 
+import re
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -45,8 +46,30 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
     if detection.form.layout == ADAPTER_LAYOUT and detection.form.adapter.is_read_by_peft:
         return folder
     checkpoint = None if base is None else open_checkpoint(base, 1)
-    plan = plan_convert(folder, Options(_layout()), checkpoint, detection=detection)
+    try:
+        plan = plan_convert(folder, Options(_layout()), checkpoint, detection=detection)
+    except AdapterkitError as error:
+        for one in getattr(error, "errors", (error,)):
+            one.hint = _hint(one.hint)
+        raise
     return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
+
+
+# options of `convert` that no other verb has, or has for something else; and what they are given
+_OF_CONVERT = re.compile(
+    r"--(?:alpha|architecture|allow-pickle|lossy|prefix-only|rank)\b( [A-Z]+)?"
+)
+_VALUES = {"--alpha": "A", "--architecture": "NAME", "--prefix-only": "PART", "--rank": "N"}
+
+
+def _hint(hint: str) -> str:
+    """A hint of a conversion, for any verb: options of `convert` become its command."""
+    names = [match[0].split()[0] for match in _OF_CONVERT.finditer(hint)]
+    if not names or "adapterkit " in hint:
+        return hint
+    options = " ".join(f"{n} {_VALUES[n]}" if n in _VALUES else n for n in dict.fromkeys(names))
+    base = " --base BASE" if "--base" in hint else ""
+    return f"first run adapterkit convert ADAPTER --to {_layout()}{base} {options} --out DIR"
 
 
 def adapter_or_file(folder: Folder, base: Folder | None = None) -> Folder:

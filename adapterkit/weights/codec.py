@@ -233,7 +233,7 @@ def check_writable(weights: list[QuantizedWeight], where: str) -> list[Adapterki
             f"{listed(keys)} cannot be written again: {reason}",
             expected="a format that can be written",
             where=where,
-            hint="give --dequantize",
+            hint="give --dequantize, or dequantize it first",
         )
         errors.append(error)
     return errors
