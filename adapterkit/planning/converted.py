@@ -89,6 +89,28 @@ def conversion_notes(folders: Iterable[Folder]) -> list[str]:
     return [f"{folder.name}: {note}" for folder in own for note in folder.plan.notes]
 
 
+def components_of(folder: Folder) -> dict[str, Folder]:
+    """Each component of a pipeline's adapter as a folder in PEFT's layout; none without any."""
+    from adapterkit.formats.detect import in_another_layout
+    from adapterkit.planning.convert.plan import plan_convert
+    from adapterkit.planning.convert.source import Options, read_contents
+
+    detection = None if CONFIG in folder.files() else in_another_layout(folder)
+    if detection is None:
+        return {}
+    names = read_contents(folder, detection, Options(_layout()), None).components
+    options = {name: Options(_layout(), prefix_only=name) for name in names if name}
+    return {
+        name: ConvertedFolder(
+            folder,
+            detection.form.name,
+            detection.container.file,
+            plan_convert(folder, option, detection=detection),
+        )
+        for name, option in options.items()
+    }
+
+
 def _layout() -> str:
     """The name of PEFT's layout among the formats, of its dialects that of PEFT itself."""
     plain = AdapterWords()

@@ -9,6 +9,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.plan import Step, Task
+from adapterkit.planning.gaps import check_gaps
 from adapterkit.planning.rules import Rule, last_match, selecting
 from adapterkit.registry import members
 from adapterkit.tasks.edited import EditedTensor
@@ -187,6 +188,7 @@ def known_model(base: Checkpoint, notes: list[str]) -> Names:
             where=base.name,
             hint="update transformers",
         )
+    refuse_all(check_gaps(base, names.model, notes))
     return names
 
 

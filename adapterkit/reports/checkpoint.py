@@ -11,7 +11,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.shards import pickles, weight_files
 from adapterkit.checkpoint.spec import Scan, scan_checkpoint
-from adapterkit.errors import Damaged, Refused, shown
+from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
 from adapterkit.reports.configs import printable
 from adapterkit.weights.detect import CONFIG_KEYS, check_not_quantized
 
@@ -20,18 +20,26 @@ MAX_NAMES = 6  # listed in one problem
 HEAD_KEY = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output_layer|output|head)\.weight$")
 
 
-def inspect_base(folder: Folder) -> dict[str, Any]:
+def inspect_base(folder: Folder, headers: bool) -> dict[str, Any]:
+    """inspect's result for a checkpoint; `headers`: its model is not built."""
     scan = scan_checkpoint(folder)
+    opens = not scan.errors
     _check_files(scan)
     quantization = _quantization(scan)
     check_tensors(scan, mixed=quantization is not None)
-    tied = _tied(scan)
+    loads = _loads(scan) if opens and not headers else None
+    tied = _tied(scan, loads is not None)
     classes = scan.config.get("architectures")
     architecture = {
         "classes": classes if isinstance(classes, list) else [],
         "model_type": scan.config.get("model_type"),
     }
-    metrics = {"architecture": printable(architecture), "tied": tied, "quantization": quantization}
+    metrics = {
+        "architecture": printable(architecture),
+        "tied": tied,
+        "quantization": quantization,
+        "loads": loads,
+    }
     return new_result("base", scan) | metrics | finish_result(scan)
 
 
@@ -120,7 +128,7 @@ def check_tensors(scan: Scan, *, mixed: bool) -> None:
         )
 
 
-def _tied(scan: Scan) -> dict[str, Any]:
+def _tied(scan: Scan, gaps_known: bool) -> dict[str, Any]:
     setting = _nested_flag(scan.config, "tie_word_embeddings")
     heads = [key for key in scan.tensors if HEAD_KEY.search(key)]
     if setting is True and any(key.endswith("lm_head.weight") for key in heads):
@@ -135,12 +143,28 @@ def _tied(scan: Scan) -> dict[str, Any]:
     causal = isinstance(classes, list) and any(
         str(name).endswith("ForCausalLM") for name in classes
     )
-    if setting is False and causal and scan.tensors and not heads and scan.complete:
+    if setting is False and causal and not (heads or gaps_known) and scan.tensors and scan.complete:
         hint = "set tie_word_embeddings to true if the embedding is the head, else restore the head"
-        add_problem(
-            scan, "no head is stored, and tie_word_embeddings is false", "lm_head.weight", hint
-        )
+        problem = "no head is stored, and tie_word_embeddings is false"
+        add_problem(scan, problem, "lm_head.weight", hint)
     return {"config": setting, "head_stored": bool(heads)}
+
+
+def _loads(scan: Scan) -> dict[str, Any] | None:
+    """The class that transformers loads, with counts of what it does not find; None where it does
+    not know the model."""
+    from adapterkit.weights.loading import gaps_of  # of torch
+
+    try:
+        gaps = gaps_of(scan.checkpoint())
+    except AdapterkitError:  # an unknown model, or a format of which no weights are known
+        return None
+    scan.errors += gaps.errors()
+    return {
+        "class": gaps.class_name,
+        "missing": len(gaps.missing),
+        "misshapen": len(gaps.misshapen) + len(gaps.failed),
+    }
 
 
 def _nested_flag(config: dict, key: str) -> bool | None:
@@ -191,6 +215,7 @@ def new_result(kind: str, scan: Scan) -> dict[str, Any]:
         "architecture": None,
         "tied": None,
         "quantization": None,
+        "loads": None,
     }
 
 

@@ -1,5 +1,6 @@
 """Comparison of matched pairs, by blocks of rows: memory does not grow with the checkpoints."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -18,7 +19,7 @@ WORKERS = 2
 
 
 def measure(
-    matches: Matches, folders: tuple[Folder, Folder], energy: float, progress: Progress
+    matches: Matches, folders: Sequence[Folder], energy: float, progress: Progress
 ) -> list[Result]:
     """The results in the order of the pairs, on two threads."""
     threads = torch.get_num_threads()
@@ -53,11 +54,11 @@ def measure(
                 torch.set_num_threads(threads)
 
 
-def _are_one(pair: Pair, folders: tuple[Folder, Folder]) -> bool:
+def _are_one(pair: Pair, folders: Sequence[Folder]) -> bool:
     """Whether a tensor is the same bytes of files of one sha256, as the Hub lists it."""
     a, b = pair.a, pair.b
     if not (type(a) is TensorSpec and type(b) is TensorSpec):
         return False
-    listed = folders[0].hashes.get(a.file)
+    listed = folders[a.folder].hashes.get(a.file)
     same = (a.start, a.stop, a.dtype, a.shape) == (b.start, b.stop, b.dtype, b.shape)
-    return same and listed is not None and listed == folders[1].hashes.get(b.file)
+    return same and listed is not None and listed == folders[b.folder].hashes.get(b.file)

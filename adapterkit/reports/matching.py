@@ -1,7 +1,7 @@
 """The two sides of a diff: read from headers, and matched by key or by module."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ class Matches:
     removed: list[dict]
     config: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    are_adapters: bool = False
 
 
 def are_adapters(folders: tuple[Folder, Folder]) -> bool:
@@ -130,14 +131,8 @@ def _decoded_side(side: Side) -> Side:
 def match_adapters(folders: tuple[Folder, Folder]) -> Matches:
     """Match two adapters by module; `Refused` or `Damaged` where one cannot be read."""
     (first, a), (second, b) = _read_both(_read_adapter, folders)
-    matches = _match(a, b)
+    matches = _match_modules(a, b)
     matches.config = configs.compare_adapter_configs(first, second)
-    if a and b and not matches.pairs:
-        matches.notes.append("no module is in both adapters")
-    if any(kind == "magnitude" for kind, _ in (*a, *b)):
-        matches.notes.append(
-            "DoRA rescales by norms of the base: deltas and magnitudes are compared apart"
-        )
     versions = {adapter.config.get("peft_version") for adapter in (first, second)}
     if len(versions) > 1 and first.config.get("target_parameters"):
         matches.notes.append(
@@ -152,6 +147,24 @@ def match_adapters(folders: tuple[Folder, Folder]) -> Matches:
                 "relative to that one"
             )
     return matches
+
+
+def match_components(sides: Sequence[Mapping[str, Folder]]) -> tuple[Matches, list[Folder]]:
+    """Match the components of two pipelines' adapters, those of one side alone too, with the
+    folders of all tensors; `Refused` or `Damaged` where one cannot be read."""
+    folders = [folder for side in sides for folder in side.values()]
+    parts: list[Parts] = [{}, {}]
+    errors: list[AdapterkitError] = []
+    places = [(of, name) for of, side in zip(parts, sides, strict=True) for name in side]
+    for number, ((of, component), folder) in enumerate(zip(places, folders, strict=True)):
+        try:
+            _, its = _read_adapter(folder, number)
+        except AdapterkitError as error:
+            errors.append(error)
+            continue
+        of |= {(kind, f"{component}.{name}"): part for (kind, name), part in its.items()}
+    refuse_all(errors)
+    return _match_modules(*parts), folders
 
 
 def _read_adapter(folder: Folder, number: int) -> tuple[Adapter, Parts]:
@@ -171,6 +184,18 @@ def _read_adapter(folder: Folder, number: int) -> tuple[Adapter, Parts]:
     refuse_all(errors)
     parts |= {("rows", tokens.module): tokens for tokens in adapter.tokens}
     return adapter, dict(sorted(parts.items(), key=lambda item: stored_specs(item[1])[0].start))
+
+
+def _match_modules(a: Parts, b: Parts) -> Matches:
+    matches = _match(a, b)
+    matches.are_adapters = True
+    if a and b and not matches.pairs:
+        matches.notes.append("no module is in both adapters")
+    if any(kind == "magnitude" for kind, _ in (*a, *b)):
+        matches.notes.append(
+            "DoRA rescales by norms of the base: deltas and magnitudes are compared apart"
+        )
+    return matches
 
 
 def _match(a: Parts, b: Parts) -> Matches:

@@ -73,6 +73,10 @@ def _metrics(result: dict[str, Any]) -> list[tuple[str, str]]:
         setting = {True: "yes", False: "no", None: "the config does not say"}[tied["config"]]
         head = f"a head is {'' if tied['head_stored'] else 'not '}stored"
         metrics.append(("tied", f"{setting}; {head}"))
+    if result["kind"] == "base":
+        loads = result["loads"]
+        unknown = "not known: missing parameters were not looked for"
+        metrics.append(("loads as", loads["class"] if loads else unknown))
     return metrics
 
 

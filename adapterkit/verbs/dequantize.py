@@ -4,13 +4,14 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.execution import Execution, executes
-from adapterkit.errors import Refused
+from adapterkit.errors import Refused, refuse_all
 from adapterkit.gguf.header import gguf_file
 from adapterkit.gguf.model import loads_in_float32, open_gguf
 from adapterkit.options import Executor, StrPath, parse_size
 from adapterkit.plan import Plan, Progress, Step
 from adapterkit.planning.cards import model_card
 from adapterkit.planning.folder_files import as_json, model_files
+from adapterkit.planning.gaps import check_gaps
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.model_output import plan_shard, plan_shards_of_size
 from adapterkit.planning.sources import open_model
@@ -71,6 +72,8 @@ def plan_dequantize(
             where=folder.name,
             hint="use it as it is",
         )
+    notes: list[str] = []
+    refuse_all(check_gaps(base, None, notes))
     target_dtype = dtypes.parse(dtype) if dtype else None
     steps: dict[str, list[Step]] = {name: [] for name in original.shards}
     for key, spec in base.tensors.items():
@@ -113,6 +116,7 @@ def plan_dequantize(
         tuple(shards),
         files,
         decisions,
+        tuple(notes),
     )
 
 

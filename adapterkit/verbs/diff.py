@@ -2,14 +2,23 @@
 nothing large is held whole."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+from adapterkit.adapters.keys import CONFIG
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.options import StrPath, checked
 from adapterkit.plan import Progress
-from adapterkit.planning.converted import adapter_or_file
+from adapterkit.planning.converted import adapter_or_file, components_of
 from adapterkit.planning.sources import open_source
 from adapterkit.reports.compare import ADAPTER_ENERGY, ENERGY, measure
-from adapterkit.reports.matching import are_adapters, match_adapters, match_checkpoints
+from adapterkit.reports.matching import (
+    Matches,
+    are_adapters,
+    match_adapters,
+    match_checkpoints,
+    match_components,
+)
 from adapterkit.reports.pairs import STATES, Result
 
 VERSION = 1
@@ -25,7 +34,7 @@ def diff(
     progress: Progress = lambda done: None,
 ) -> dict[str, Any]:
     """Compare two checkpoints, two adapters or two .safetensors files, by key or by module; returns
-    what `--json` prints:
+    what `--json` prints. Modules of a pipeline's adapters have their component's name in front.
 
     - `diff`: 1, the version of this document; `kind`: "checkpoints" or "adapters"; `a`, `b`: the
       sources' names and origins
@@ -61,12 +70,13 @@ def diff(
     two things that cannot be compared, and for adapters of other types than LoRA: resize makes LoRA
     of them (with their base: without it the flattened kernel of a LoHa or LoKr looks linear).
     """
-    folders = (adapter_or_file(open_source(a)), adapter_or_file(open_source(b)))
-    adapters = are_adapters(folders)
-    matches = match_adapters(folders) if adapters else match_checkpoints(folders)
+    sources = open_source(a), open_source(b)
+    folders = (adapter_or_file(sources[0]), adapter_or_file(sources[1]))
+    matches, read = _match(sources, folders)
+    adapters = matches.are_adapters
     default = ADAPTER_ENERGY if adapters else ENERGY
     results = measure(
-        matches, folders, default if rank_for_energy is None else rank_for_energy, progress
+        matches, read, default if rank_for_energy is None else rank_for_energy, progress
     )
     for result in results:
         error = result.row.get("relative_error")
@@ -100,6 +110,18 @@ def diff(
         "config": matches.config,
         "notes": matches.notes,
     }
+
+
+def _match(
+    sources: tuple[Folder, Folder], folders: tuple[Folder, Folder]
+) -> tuple[Matches, Sequence[Folder]]:
+    """What is compared, and the folders of its tensors."""
+    if not all(CONFIG in folder.files() for folder in folders):
+        sides = [components_of(source) for source in sources]
+        if all(sides):
+            return match_components(sides)
+    matched = match_adapters if are_adapters(folders) else match_checkpoints
+    return matched(folders), folders
 
 
 def _whole_change(results: list["Result"]) -> dict[str, float | None]:

@@ -45,6 +45,9 @@ def inspect(
       tied          {config, head_stored}: tie_word_embeddings (null: not said) and whether a head
                     is stored; null unless a base
       quantization  {found, config}, or null
+      loads         {class, missing, misshapen} of a base: the class that transformers loads, and
+                    how many parameters it makes up or refuses; null where it does not know the
+                    model, and with `headers`
       readable      whether all files are there and could be read
       problems      [{found, expected, where, do}]
       modules       a LoRA's modules, else [] (of other types of adapters the config and the header
@@ -65,10 +68,10 @@ def inspect(
     not known is null.
 
     Weights on the Hub are not read unless `download` is given, of a file of another tool only what
-    tells ranks and scales; and with `headers` no factors are read anywhere: of an adapter with tens
-    of thousands of modules they take minutes. `plot` draws the norms, relative ones with `base`,
-    into a PNG file. Raises `Refused` where there is nothing
-    to inspect or an option does not apply.
+    tells ranks and scales; and with `headers` no factors are read anywhere (of an adapter with tens
+    of thousands of modules they take minutes), and no model's class is built. `plot` draws the
+    norms, relative ones with `base`, into a PNG file. Raises `Refused` where there is nothing to
+    inspect or an option does not apply.
     """
     if plot is not None:
         pictures.check_plot(Path(plot))
@@ -79,7 +82,7 @@ def inspect(
     kind = _kind(folder)
     if kind != "adapter":
         _refuse_options(folder, f"a {kind}, no adapter", base, plot)
-        return inspect_base(folder) if kind == "base" else inspect_file(folder)
+        return inspect_base(folder, headers) if kind == "base" else inspect_file(folder)
     if headers:
         _refuse_options(folder, "headers alone (--headers)", base, plot, download)
     far = [

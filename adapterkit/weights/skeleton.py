@@ -27,11 +27,13 @@ class Skeleton:
         self.base, self.class_name = base, class_name
         self.model = _meta_model(base, class_name)
         self.state = self.model.state_dict()  # names and shapes of all parameters, stored or not
+        self.tied = tied_names(self.model)
         self.renamings, self.converters = _conversions(self.model)
         # slots of single experts' matrices, by stack and pattern
         self._experts: dict[tuple[str, str], dict[str, Slot]] = {}
-        # parameters whose conversion does more than move elements
+        # parameters whose conversion does more than move elements, or fails
         self.unreadable: dict[str, AdapterkitError] = {}
+        self.unused: list[str] = []  # keys that the loader ignores
         self.parameters = self._find_parameters()
 
     def with_config(self, config: dict):
@@ -124,8 +126,7 @@ class Skeleton:
         return getattr(self._module(module), name, default)
 
     def _find_parameters(self) -> dict[str, Parameter]:
-        slots = self._slots(self.state)
-        tied = tied_names(self.model)
+        slots, tied = self._slots(self.state), self.tied
         parameters: dict[str, Parameter] = {}
         for name, value in self.state.items():
             others = tied.get(name, ())
@@ -148,7 +149,8 @@ class Skeleton:
                 prefix = self.model.base_model_prefix
                 name, pattern = rename_source_key(key, [], [], prefix, state)
             if name not in state:
-                continue  # a key that the loader ignores too: copied
+                self.unused.append(key)  # copied
+                continue
             shape = self.base.tensors[key].shape
             if pattern is None:
                 slots[name] = (identity_slot(key, shape),)
@@ -166,7 +168,7 @@ class Skeleton:
                     converted = {name: symbol.slots for name, symbol in symbols.items()}
                     known.setdefault(kind, (first, sources, converted))
             except AdapterkitError as error:
-                self.unreadable[first] = error
+                self.unreadable |= dict.fromkeys(_targets(first, converter), error)
                 continue
             slots |= {name: places for name, places in converted.items() if name in state}
         return slots
@@ -174,10 +176,9 @@ class Skeleton:
     def _signature(self, name: str, converter) -> tuple:
         """What a conversion may depend on: its target's name, but for numbers, and all targets'
         shapes."""
-        first, *others = converter.target_patterns
-        targets = [name, *(name.replace(first, other) for other in others)]
         shapes = tuple(
-            tuple(self.state[target].shape) if target in self.state else None for target in targets
+            tuple(self.state[target].shape) if target in self.state else None
+            for target in _targets(name, converter)
         )
         return tuple("#" if part.isdigit() else part for part in name.split(".")), shapes
 
@@ -189,10 +190,11 @@ class Skeleton:
             converter.add_tensor(name, key, pattern, Symbol.of(key, shape))
         try:
             symbols = converter.convert(name, model=self.model, config=self.model.config)
-        except AdapterkitError as error:
+        except Exception as error:  # transformers' own too, where a source is missing or misshapen
             operations = ", ".join(type(op).__name__ for op in converter.operations)
+            problem = error.problem if isinstance(error, AdapterkitError) else shown(error)
             raise Refused(
-                f"{shown(name)} is stored through {operations}: {error.problem}",
+                f"{shown(name)} is stored through {operations}: {problem}",
                 expected="conversions that move elements along axes",
                 where=self.base.name,
                 hint="save the model once with transformers (from_pretrained, save_pretrained) and "
@@ -202,6 +204,12 @@ class Skeleton:
             key: symbol[0] if isinstance(symbol, list) else symbol
             for key, symbol in symbols.items()
         }
+
+
+def _targets(name: str, converter) -> list[str]:
+    """The parameters that a converter makes, by the first one's name."""
+    first, *others = converter.target_patterns
+    return [name, *(name.replace(first, other) for other in others)]
 
 
 def _renumbered(

@@ -56,6 +56,13 @@ class Slot:
         )
 
 
+def extent(slots: tuple[Slot, ...]) -> tuple[int, ...]:
+    """The shape of the parameter that these slots make."""
+    return tuple(
+        max(axis.stop for axis in axes) for axes in zip(*(s.axes for s in slots), strict=True)
+    )
+
+
 def identity_slot(key: str, shape: tuple[int, ...]) -> Slot:
     """The slot of a parameter that is stored as it is."""
     return Slot(key, tuple(shape), tuple(Axis(0, i, range(n)) for i, n in enumerate(shape)))
@@ -132,6 +139,9 @@ def _shift(slot: Slot, dim: int, by: int) -> Slot:
 def _cat(tensors, dim: int = 0) -> Symbol:
     _plain(*tensors)
     dim = _positive(dim, tensors[0].ndim)
+    if len({(*tensor.shape[:dim], *tensor.shape[dim + 1 :]) for tensor in tensors}) > 1:
+        shapes = ", ".join(dict.fromkeys(str(tuple(tensor.shape)) for tensor in tensors))
+        raise Refused(f"tensors of shapes {shapes}", expected="shapes that fit together")
     slots, at = [], 0
     for tensor in tensors:
         slots += [_shift(slot, dim, at) for slot in tensor.slots]

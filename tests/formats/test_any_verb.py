@@ -149,6 +149,30 @@ def test_a_pipeline_s_file_is_refused_with_its_components(files, tmp_path):
     assert adapterkit.inspect(path)["kind"] == "file"
 
 
+def test_diff_of_pipelines_compares_the_deltas_of_each_component(files, tmp_path):
+    """In two formats, with other factors of the same deltas, and where one side lacks a part."""
+    more = ["lora_te1_text_model_encoder_layers_0_self_attn_q_proj"]
+    one = write_kohya(tmp_path / "one.safetensors", 3, more=more)
+    tensors = load_file(one)
+    doubled = {
+        k: 2 * v if "lora_up" in k else v / 2 if "lora_down" in k else v for k, v in tensors.items()
+    }
+    save_file(doubled, tmp_path / "doubled.safetensors")
+    result = adapterkit.diff(one, tmp_path / "doubled.safetensors")
+    assert (result["kind"], result["same"], result["changed"]) == ("adapters", True, [])
+    adapterkit.convert(one, to="diffusers", out=tmp_path / "two.safetensors")
+    result = adapterkit.diff(one, tmp_path / "two.safetensors")
+    assert result["same"] and result["totals"]["compared"] == 2 * 8 + 1
+    (key,) = [k for k in tensors if k.endswith("lora_up.weight") and k.startswith("lora_te1")]
+    save_file(tensors | {key: -tensors[key]}, tmp_path / "turned.safetensors")
+    (row,) = adapterkit.diff(one, tmp_path / "turned.safetensors")["changed"]
+    assert row["name"].startswith("text_encoder.") and row["kind"] == "delta"
+    assert row["relative_error"] == pytest.approx(2)
+    alone = write_kohya(tmp_path / "alone.safetensors", 3)
+    removed = adapterkit.diff(one, alone)["removed"]
+    assert [row["name"].partition(".")[0] for row in removed] == ["text_encoder"]
+
+
 def test_a_plan_pickles_and_a_temporary_folder_does_not_stay(files):
     folder = open_adapter(files / "a.safetensors")
     again = pickle.loads(pickle.dumps(folder))

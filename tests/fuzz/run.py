@@ -1,7 +1,8 @@
 """Run many random jobs outside pytest, and print what came of them:
 
 python -m tests.fuzz.run --kinds llama,vit --seeds 0-9 --log outcomes.jsonl
-    (from the project's folder; all kinds by default)
+    (from the project's folder; all kinds by default; --what damaged: checkpoints that lack
+    something, against what transformers' loader reports)
 """
 
 import argparse
@@ -10,11 +11,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.fuzz import jobs, models
+from tests.fuzz import damaged, jobs, models
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--what", choices=["jobs", "damaged"], default="jobs")
     parser.add_argument("--kinds", default="all")
     parser.add_argument("--seeds", default="0-0")
     parser.add_argument("--log", type=Path)
@@ -22,6 +24,9 @@ def main() -> None:
     options = parser.parse_args()
     kinds = models.KINDS if options.kinds == "all" else options.kinds.split(",")
     first, _, last = options.seeds.partition("-")
+    if options.what == "damaged":
+        print(dict(damaged.run_all(kinds, range(int(first), int(last or first) + 1))))
+        return
     counts: collections.Counter = collections.Counter()
     began = time.monotonic()
     for seed in range(int(first), int(last or first) + 1):

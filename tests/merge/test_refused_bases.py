@@ -4,7 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import adapterkit
 from adapterkit.errors import AdapterkitError, Damaged, Failed
+from adapterkit.weights import skeleton
 from tests.support import oracle
 from tests.support.oracle import load, stored
 from tests.support.refusals import refused
@@ -60,6 +62,43 @@ def test_pickled_bases(name, llama, lora, tmp_path):
     (base / "model.safetensors").rename(base / name)
     text = refused(base, lora, out=tmp_path / "out", match="weights as pickles")
     assert name in text and "save_pretrained" in text
+
+
+def damaged(base, out, damage, **config):
+    """A copy of a base with its tensors by `damage`."""
+    oracle.edit_config(base, out, **config)
+    save_file(damage(stored(base)), out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_a_base_that_lacks_a_weight_or_a_layer(llama, lora, tmp_path):
+    """Whether transformers is needed for the adapter's names or not."""
+    lost = "model.layers.1.input_layernorm.weight"
+    drop = lambda tensors: {k: v for k, v in tensors.items() if k != lost}
+    base = damaged(llama, tmp_path / "one", drop)
+    with pytest.raises(Damaged, match=f"1 of 21 parameters of LlamaForCausalLM .*{lost}"):
+        adapterkit.merge(base, [lora], out=tmp_path / "out")
+    more = oracle.edit_config(llama, tmp_path / "more", num_hidden_layers=3)
+    with pytest.raises(Damaged, match="9 of 30 parameters"):
+        adapterkit.merge(more, [lora], out=tmp_path / "out")
+    with pytest.raises(Damaged, match="1 of 21 parameters"):
+        adapterkit.quantize(base, to="int8", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_without_a_head_or_a_norm_is_told(llama, lora, tmp_path):
+    """A model may lack a head on purpose; what is made of it lacks it too."""
+    for lost in ("lm_head.weight", "model.norm.weight"):
+        drop = lambda tensors, lost=lost: {k: v for k, v in tensors.items() if k != lost}
+        base = damaged(llama, tmp_path / lost, drop)
+        plan = adapterkit.merge(base, [lora], out=tmp_path / "out", dry_run=True)
+        (note,) = [note for note in plan.notes if note.startswith("WARNING")]
+        assert f"LlamaForCausalLM are not stored: {lost}" in note
+
+
+def test_a_sound_plain_base_is_not_built_for_that(llama, lora, tmp_path, monkeypatch):
+    monkeypatch.setattr(skeleton, "_built", lambda *_: pytest.fail("transformers was asked"))
+    adapterkit.merge(llama, [lora], out=tmp_path / "out", dry_run=True)
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])

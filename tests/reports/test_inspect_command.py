@@ -134,8 +134,8 @@ def test_a_path_that_is_nothing_is_status_1(tmp_path):
 
 def test_headers_are_read_without_torch(llama):
     code = (
-        "import sys, adapterkit; adapterkit.inspect(sys.argv[1]); print({'torch', 'numpy', "
-        "'transformers'} & set(sys.modules))"
+        "import sys, adapterkit; adapterkit.inspect(sys.argv[1], headers=True); "
+        "print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(llama)], capture_output=True, text=True, cwd=ROOT

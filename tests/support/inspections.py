@@ -19,7 +19,7 @@ from tests.support import oracle
 ROOT = Path(__file__).parents[2]
 EVERY = {
     "inspect", "kind", "name", "origin", "parameters", "bytes", "dtypes", "shards", "architecture",
-    "tied", "quantization", "readable", "problems", "modules",
+    "tied", "quantization", "loads", "readable", "problems", "modules",
 }  # fmt: skip
 ADAPTER = EVERY | {
     "format", "peft_type", "base", "revision", "task_type", "peft_version", "flags",
@@ -130,7 +130,19 @@ DAMAGED = {
     ),
     "headless": (
         lambda f: rewritten_without(f, "lm_head.weight"),
-        "no head is stored, and tie_word_embeddings is false",
+        "1 of 21 parameters of LlamaForCausalLM are not stored: lm_head.weight",
+    ),
+    "no-weight": (
+        lambda f: rewritten_without(f, "model.layers.1.mlp.up_proj.weight"),
+        "1 of 21 parameters of LlamaForCausalLM are not stored: model.layers.1.mlp.up_proj.weight",
+    ),
+    "no-layer": (
+        lambda f: rewritten(f, "config.json", lambda c: c.update(num_hidden_layers=3)),
+        "9 of 30 parameters of LlamaForCausalLM are not stored: model.layers.2.",
+    ),
+    "misshapen": (
+        lambda f: restored(f, torch.ones(33)),
+        f"1 parameters of other shapes than LlamaForCausalLM's: {NORM} (33,), not (32,)",
     ),
     "tied": (
         lambda f: rewritten(f, "config.json", lambda c: c.update(tie_word_embeddings=True)),

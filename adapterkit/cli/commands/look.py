@@ -20,7 +20,8 @@ from adapterkit.cli.output import ProgressBar, print_diff, print_json, print_ver
 @click.option(
     "--headers",
     is_flag=True,
-    help="Read only headers and JSON, of a local adapter too: no norms, no effective ranks.",
+    help="Read only headers and JSON: no norms and effective ranks of an adapter, and of a base "
+    "no search for missing parameters, for which transformers builds the model without data.",
 )
 @click.option(
     "--plot",

@@ -17,6 +17,7 @@ from adapterkit.patterns import similar_names
 from adapterkit.plan import Computed, Plan, Shard, Step
 from adapterkit.planning.cards import merged_card
 from adapterkit.planning.folder_files import model_files
+from adapterkit.planning.gaps import check_gaps
 from adapterkit.planning.history import history_notes, merged_adapters
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.merge.changes import collect_changes
@@ -77,6 +78,8 @@ def changed_steps(job: Job, errors: Sequence[AdapterkitError] = ()) -> Steps:
     """The steps of all output files; `Refused` with these errors and all that the job runs into."""
     collect_changes(job)
     refuse_all([*errors, *job.errors])
+    brought = {*job.new, *(name for name, change in job.changes.items() if change.value)}
+    job.errors += check_gaps(job.base, job.names.model, job.notes, brought)
     resolve_tied_weights(job)
     resolve_vocab_resize(job)
     resolve_new_head(job)
