@@ -33,7 +33,7 @@ def measure(
         here = (spec for pair in specs for spec in pair if spec.folder == number)
         files = dict.fromkeys(part.file for spec in here for part in stored_parts(spec))
         folder.prefetch(list(files))
-    with Sources(folders, {}) as sources:
+    with Sources(tuple(folders), {}) as sources:
         reader = StoredReader(sources)
 
         def compare(pair: Pair, stored: tuple[TensorSpec, ...]) -> Result:
