@@ -141,8 +141,8 @@ def own_hint(hint: str, verb: Callable) -> str:
     name = lambda m: m[1].upper() if m[1] in arguments else m[0]
     fits = lambda text: all(m[1] in known | _OF_COMMANDS for m in _OPTION.finditer(text) if m[1])
     hint = _OPTION.sub(name, hint)
-    parts = [hint] if fits(hint) else re.split(r", or (?:give )?|; (?=give |--)", hint)
-    kept = "; ".join(part for part in parts if fits(part))
+    parts = [hint] if fits(hint) else re.split(r", or |; (?=give |--)", hint)
+    kept = ", or ".join(part for part in parts if fits(part))
     return kept or f"adapterkit {verb.__name__} --help lists its options" if hint else hint
 
 

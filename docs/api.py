@@ -80,8 +80,10 @@ def function(name: str, verb: Callable) -> Iterator[str]:
         if parameter.kind is parameter.KEYWORD_ONLY and positional:
             positional = False
             lines.append("*")
+        positional = positional and parameter.kind is not parameter.VAR_POSITIONAL
         default = parameter.default
-        text = f"{parameter.name}: {annotation(parameter.annotation)}"
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        text = f"{stars}{parameter.name}: {annotation(parameter.annotation)}"
         if default is not parameter.empty:
             text += f" = {'...' if callable(default) else repr(default)}"
         lines.append(text)

@@ -1,6 +1,7 @@
 """The documents say what is true: the commands, options, files and links that they name exist, and
 their tables are complete."""
 
+import ast
 import importlib.util
 import inspect
 import re
@@ -14,7 +15,7 @@ import click
 import pytest
 
 import adapterkit
-from adapterkit import registry
+from adapterkit import registry, runtime
 from adapterkit.checkpoint.shard_result import METRICS
 from adapterkit.cli import main
 from tests.support.documents import (
@@ -242,6 +243,21 @@ def test_the_api_is_that_of_the_docstrings():
     api = script("api")
     written = (ROOT / "docs" / "api.md").read_text()
     assert written == api.document(), "docs/api.md is out of date: run `python docs/api.py`"
+    assert "*sources: Any,\n" in written
+    for name, signature in re.findall(
+        r"```py\n([\w.]+)(\(\n.*?\) -> .*?)\n```", written, re.DOTALL
+    ):
+        shown = ast.parse(f"def f{signature}: ...").body[0]
+        assert isinstance(shown, ast.FunctionDef)
+        home = runtime.Adapters if name.startswith("adapters.") else runtime
+        function = getattr(home, name.rpartition(".")[2], None) or getattr(adapterkit, name)
+        kinds = [
+            p.kind for p in inspect.signature(function).parameters.values() if p.name != "self"
+        ]
+        arguments = shown.args
+        assert len(arguments.kwonlyargs) == kinds.count(inspect.Parameter.KEYWORD_ONLY), name
+        assert bool(arguments.vararg) == (inspect.Parameter.VAR_POSITIONAL in kinds), name
+        assert bool(arguments.kwarg) == (inspect.Parameter.VAR_KEYWORD in kinds), name
 
 
 def test_the_tables_of_formats_are_those_of_the_files():

@@ -18,7 +18,7 @@ from adapterkit.errors import Refused
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product
 from adapterkit.kernels.weighted import Decomposition, Energies, decompose_dense, decompose_product
-from adapterkit.options import parse_size
+from adapterkit.options import bytes_text, parse_size
 from adapterkit.plan import Change, Finalize, Task, TaskResult, unchanged
 from adapterkit.tasks.common import FactorsTask, short
 from adapterkit.tasks.statistics import read_root, root_memory
@@ -219,11 +219,13 @@ def finalize_by_size(truncation: Truncation, tasks: Sequence[Task]) -> Finalize:
     limit = parse_size("max_size", truncation.max_size)
     budget = limit - header - others - sum(costs)
     if budget < 0:
+        parts = [f"rank 1 of {sum(map(bool, costs))} modules takes {bytes_text(sum(costs))}"]
+        parts += [f"values saved whole take {bytes_text(others)}"] * bool(others)
         raise Refused(
-            f"--max-size {truncation.max_size}",
-            expected=f"at least {limit - budget:,} bytes: rank 1 for each module",
+            f"--max-size {truncation.max_size} is too small: {', '.join(reversed(parts))}",
+            expected=f"at least {limit - budget:,} bytes",
             where="options",
-            hint="give a larger size, or fewer modules",
+            hint="give a larger size" + ", or --rest drop" * bool(others) + ", or fewer modules",
         )
     return partial(_spend, budget, costs, tasks)
 

@@ -84,7 +84,7 @@ def test_a_size_is_kept(saved, tmp_path):
     adapterkit.extract(base, after, out=tmp_path / "out", max_size="30KB")
     assert 24_000 < (tmp_path / "out" / MODEL).stat().st_size <= 30_000
     assert len(set(config_of(tmp_path / "out")["rank_pattern"].values())) > 1
-    with pytest.raises(Refused, match="rank 1 for each"):
+    with pytest.raises(Refused, match="too small: rank 1 of 15 modules takes"):
         adapterkit.extract(base, after, out=tmp_path / "no", max_size="3KB")
 
 
@@ -130,6 +130,9 @@ def test_norms_embeddings_and_heads_are_saved_left_out_or_refused(saved, tmp_pat
     adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
     expected, actual = oracle.stored(after), oracle.stored(tmp_path / "back")
     assert all(torch.allclose(actual[key], tensor, atol=2e-6) for key, tensor in expected.items())
+    whole = r"values saved whole take (?s:.*)or --rest drop"
+    with pytest.raises(Refused, match=whole):
+        adapterkit.extract(base, after, out=tmp_path / "no", max_size="3KB")
     receipt = adapterkit.extract(base, after, out=tmp_path / "dropped", rank=2, rest="drop")
     assert (
         "model.norm.weight" in receipt.data["left_out"]
