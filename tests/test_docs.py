@@ -250,7 +250,8 @@ def test_the_api_is_that_of_the_docstrings():
         shown = ast.parse(f"def f{signature}: ...").body[0]
         assert isinstance(shown, ast.FunctionDef)
         home = runtime.Adapters if name.startswith("adapters.") else runtime
-        function = getattr(home, name.rpartition(".")[2], None) or getattr(adapterkit, name)
+        function = getattr(home, name.rpartition(".")[2], None)
+        function = function if callable(function) else getattr(adapterkit, name)
         kinds = [
             p.kind for p in inspect.signature(function).parameters.values() if p.name != "self"
         ]

@@ -118,8 +118,10 @@ def combine(
     are averaged where the method is a weighted sum (linear, mean, ema) whose shares among them add
     up to 1, else refused unless they are equal.
 
-    An adapter of weight 0 takes no part in delta space: weights (1, 0) give the first one's delta
-    by every method. Of slerp the weights say where on the arc the result lies, and how long it is.
+    An adapter of weight 0 takes no part in delta space: weights (1, 0) give what the method makes
+    of the first one alone. That is its delta, unless the method changes a single one too: iso_c
+    evens its singular values out, and a density below 1 (ties, knots, dare, ...) drops some of it.
+    Of slerp the weights say where on the arc the result lies, and how long it is.
 
     A tokenizer beside the adapters is copied, and refused where they differ in what makes tokens;
     `tokenizer="base"` copies none.
@@ -267,8 +269,8 @@ def plan_combine(
 
 
 def _with_a_share(parts: tuple[Part, ...], space: str) -> tuple[Part, ...]:
-    """Those whose weight is not 0, if there are any: weights (1, 0) give the first adapter's delta
-    by every method.
+    """Those whose weight is not 0, if there are any: weights (1, 0) give what the method makes of
+    the first adapter alone.
 
     Not in factor space, where all is as PEFT does it: there the signs of such an adapter have their
     say.

@@ -199,6 +199,15 @@ def test_one_adapter_is_itself(name: str) -> None:
     assert torch.allclose(result, products[0].dense(), atol=1e-6) == (name not in NOT_ITSELF)
 
 
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"slerp"}))
+def test_below_density_one_even_one_adapter_changes(name: str) -> None:
+    """So weights (1, 0) give the first adapter's delta by all methods but these and iso_c."""
+    products, drops = [HARD["pair"][0]], "density" in registry.options(METHODS[name])
+    result = combined(record(name, density=0.4), products, [1.0])
+    is_itself = torch.allclose(result, products[0].dense(), rtol=0.01)
+    assert is_itself == (name not in NOT_ITSELF and not drops)
+
+
 @pytest.mark.parametrize(
     "name", sorted(LINEAR & set(METHODS) | {"slerp", "karcher", "regmean"})
 )  # of all: see test_combine
