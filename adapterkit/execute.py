@@ -17,7 +17,7 @@ from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Progress, Sha
 from adapterkit.receipt import (
     Receipt,
     create_receipt,
-    digest,
+    fingerprint_of,
     input_hashes,
     is_receipt,
     is_sealed,
@@ -97,7 +97,7 @@ def run_in(
     """
     out = stage.out
     recipe = json.loads(json.dumps(plan.recipe()))  # as it is read again
-    fingerprint = digest(public_recipe(recipe))
+    fingerprint = fingerprint_of(recipe)
     resume = resume or (push is not None and stage.is_published(recipe))
     stage.state(fingerprint, resume=resume, overwrite=overwrite)  # refuses before anything is made
     try:
@@ -167,6 +167,16 @@ def _names(plan: Plan) -> set[str]:
     return {*(shard.file for shard in plan.shards), *plan.files}
 
 
+def output_names(plan: Plan) -> set[str]:
+    """The output's files."""
+    return {*_names(plan), RECEIPT}
+
+
+def check_place(stage: Stage, plan: Plan, *, resume: bool, overwrite: bool) -> None:
+    """`Refused` where the output could not be written there, as the job itself would be."""
+    stage.state(fingerprint_of(plan.recipe()), resume=resume, overwrite=overwrite)
+
+
 def _delivered(stage: Stage, receipt: Receipt, push: Push | None) -> Receipt:
     """The receipt of what is published, and with `push` sent; only then the journal goes."""
     if push is not None:
@@ -187,7 +197,7 @@ def _build(
     began: float,
 ) -> None:
     """Fill the stage: the shards that are not done, the small files, the receipt."""
-    fingerprint = digest(public_recipe(recipe))
+    fingerprint = fingerprint_of(recipe)
     if fresh:
         stage.forget()
     done = _done_before(stage, plan, hashed=hash == "sha256")

@@ -42,6 +42,8 @@ class Executor(ABC):
     where the verb is to stop there, as after a dry run.
     """
 
+    pushes = True  # whether what it makes is pushed at its end
+
     @abstractmethod
     def __call__(self, plan: Any, options: Any, check: Any, /) -> Any: ...
 

@@ -22,8 +22,13 @@ SEAL = b',\n  "seal": "'
 
 
 def digest(recipe: dict) -> str:
-    """The fingerprint of a job: the sha256 of its recipe."""
+    """The sha256 of a recipe."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_of(recipe: dict) -> str:
+    """The fingerprint of a job: the sha256 of its public recipe, as it is read again."""
+    return digest(public_recipe(recipe))
 
 
 def joined_metrics(shards: Iterable[ShardResult]) -> dict[str, dict]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from adapterkit.errors import AdapterkitError, Damaged, Failed, MultipleErrors, Refused, shown
 
+WEIGHTS = (".safetensors", ".gguf")  # how names end that are files' where nothing else tells it
 OTHER_WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
@@ -39,6 +40,24 @@ class Folder(Protocol):
     def prefetch(self, names: list[str]) -> None:
         """Files that will be read, in this order; a remote folder starts to download them."""
         ...
+
+
+def original(folder: Folder) -> Folder:
+    """The folder that another one is made from (a conversion, a rewritten pickle, copies of the
+    Hub's files); itself where it is none of these."""
+    while (source := getattr(folder, "source", None)) is not None:
+        folder = source
+    return folder
+
+
+def place_of(folder: Folder, name: str) -> str:
+    """Where one of a folder's files is, for messages; the weights of a folder that is one file, or
+    is made of one, are that file."""
+    single = getattr(original(folder), "single", None)
+    if not single or not folder.label.endswith(single):
+        return f"{folder.label}/{name}"
+    is_weights = PurePosixPath(name).suffix in (PurePosixPath(single).suffix, *WEIGHTS)
+    return folder.label if is_weights else folder.label.removesuffix(single) + name
 
 
 class LocalFolder:
@@ -180,8 +199,8 @@ def locate(error: AdapterkitError, folder: Folder) -> None:
         return
     if error.where == folder.name or error.where.startswith(f"{folder.name}/"):
         error.where = folder.label + error.where.removeprefix(folder.name)
-    elif error.where.partition(":")[0] in folder.files():
-        error.where = f"{folder.label}/{error.where}"
+    elif (name := error.where.partition(":")[0]) in folder.files():
+        error.where = place_of(folder, name) + error.where.removeprefix(name)
 
 
 def inside(name: str, where: str) -> PurePosixPath:

@@ -95,7 +95,8 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
         found = f"header length {length}" if len(prefix) >= 8 else f"a file of {file_size} bytes"
         raise Damaged(
             f"{found}: not a safetensors file, or cut off",
-            expected=f"an 8-byte length of at most {max(limit, 0)}",
+            expected="a safetensors file"
+            + f", whose first 8 bytes are a length of at most {limit}" * (limit >= 2),
             where=where,
             hint="download or copy the file again",
         )

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to
+from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to, place_of
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Damaged, Failed, Unrecoverable, shown
 
@@ -52,11 +52,18 @@ class Sources:
 
     def read_into(self, spec: TensorSpec, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `offset` on."""
+        self._check_part(spec)
         with (
             belonging_to(self.folders[spec.folder]),
             self.file(spec.folder, spec.file) as descriptor,
         ):
             read_exactly(descriptor, buffer, spec.start + offset, spec)
+
+    def _check_part(self, spec: TensorSpec) -> None:
+        """What the plan did not say that it reads is a hole in the file."""
+        parts = getattr(self.folders[spec.folder], "parts", {}).get(spec.file)
+        if parts is not None and not any(at <= spec.start and spec.stop <= to for at, to in parts):
+            raise AssertionError(f"{spec.file}: {spec.key} is read, and was not asked for")
 
     def read(self, spec: TensorSpec) -> bytearray:
         """All bytes of one tensor; not for large weights."""
@@ -99,7 +106,7 @@ class Sources:
         return descriptor, current
 
     def _label(self, which: tuple[int, str]) -> str:
-        return f"{self.folders[which[0]].label}/{which[1]}"
+        return place_of(self.folders[which[0]], which[1])
 
     def _make_room(self) -> None:
         idle = [w for w in self._open if not self._users.get(w)]

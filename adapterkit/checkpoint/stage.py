@@ -19,6 +19,7 @@ from typing import Protocol
 from adapterkit.checkpoint import storage, system
 from adapterkit.checkpoint.folder import is_plain_path
 from adapterkit.checkpoint.lock import LOCK, Lock
+from adapterkit.checkpoint.older import incomplete, lacking, receipt_at, size_at
 from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.storage import (
     is_mount,
@@ -153,11 +154,12 @@ class Stage:
         entries = self.journal()
         head = entries[0] if entries else None
         published = self.published().get("fingerprint")
-        is_this_output = published is not None and (published == fingerprint or not overwrite)
-        if resume and head is None and is_this_output:
-            return "finished"
         receipt = entries[-1].get("publish") if entries else None
-        if resume and receipt is not None and _sha256(self.out / RECEIPT) == receipt:
+        is_its = receipt is not None and _sha256(self.out / RECEIPT) == receipt
+        is_its = is_its or (head is None and published == fingerprint)
+        # of another job it is refused by who asks
+        is_others = head is None and published not in (None, fingerprint) and not overwrite
+        if resume and (is_others or (is_its and self._is_finished(overwrite))):
             return "finished"
         complete = resume and receipt is not None and _sha256(self.path / RECEIPT) == receipt
         self.replaces = overwrite or bool(resume and head is not None and head.get("overwrite"))
@@ -184,7 +186,20 @@ class Stage:
 
     def published(self) -> dict:
         """The receipt of the output that is there; empty without one."""
-        return _read_receipt(self.out)
+        return receipt_at(self.out / RECEIPT)
+
+    def size_there(self, name: str) -> int | None:
+        """Bytes of a file of the output that is there."""
+        return size_at(self.out / name)
+
+    def _is_finished(self, overwrite: bool) -> bool:
+        """Whether the output that is there has all of its files; `Damaged` where it lacks some,
+        unless it is to be made again."""
+        receipt = self.published()
+        lacks = lacking(receipt, self.size_there) if receipt else []
+        if lacks and not overwrite:
+            raise incomplete(lacks, str(self.out))
+        return not lacks
 
     def head(self) -> dict:
         """What the journal's first entry holds besides the job."""
@@ -225,8 +240,8 @@ class Stage:
                 where=str(self.out),
                 hint="choose another --out, or give --overwrite to replace an older output",
             )
-        files = _read_receipt(self.out).get("files")
-        if entries and not isinstance(files, dict):
+        files = receipt_at(self.out / RECEIPT).get("files")
+        if entries and files is None:
             raise Refused(
                 "--overwrite would remove a folder that adapterkit did not write",
                 expected="an older output (--overwrite replaces the whole folder)",
@@ -399,10 +414,8 @@ class Stage:
         An old index over new shards loads and is silently wrong: what makes a folder loadable is
         removed first and moved last.
         """
-        new = [
-            *_read_receipt(self.path if (self.path / RECEIPT).exists() else self.out)["files"],
-            RECEIPT,
-        ]
+        staged = self.path / RECEIPT
+        new = [*receipt_at(staged if staged.exists() else self.out / RECEIPT)["files"], RECEIPT]
         old = {name for name in self.journal()[-1]["old"] if name not in new}
         for name in sorted({*new, *old}, key=_publish_order, reverse=True):
             if _publish_order(name) and (name in old or (self.path / name).exists()):
@@ -469,16 +482,6 @@ def size_of_file(path: Path) -> int | None:
 def _publish_order(name: str) -> int:
     """Weights and the rest 0, index 1, config 2, receipt 3."""
     return {RECEIPT: 3, "config.json": 2}.get(name, int(name.endswith(".index.json")))
-
-
-def _read_receipt(folder: Path) -> dict:
-    if not (folder / RECEIPT).is_file():  # but a pipe, which never ends
-        return {}
-    try:
-        receipt = json.loads((folder / RECEIPT).read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return receipt if isinstance(receipt, dict) else {}
 
 
 def _sha256(path: Path) -> str | None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
+from adapterkit.checkpoint.folder import WEIGHTS
 from adapterkit.checkpoint.shards import PICKLES
 from adapterkit.cli.output import ProgressBar, print_json
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, refuse_all, shown
 from adapterkit.hub.ids import is_on_hub, parse
-from adapterkit.hub.listing import WEIGHTS
 
 PLACES = ("{name}", "{parent}")
 

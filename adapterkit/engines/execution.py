@@ -10,19 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
-from adapterkit.checkpoint.folder import Folder, LocalFolder
-from adapterkit.checkpoint.stage import RECEIPT, check_name
+from adapterkit.checkpoint.folder import Folder, LocalFolder, original
+from adapterkit.checkpoint.stage import Stage, check_name
 from adapterkit.engines.call import Call
 from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused, shown
-from adapterkit.execute import Engine, run
+from adapterkit.execute import Engine, check_place, output_names, run
 from adapterkit.hub.destination import parse_output
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.hub.push import check_push, repository, send
 from adapterkit.options import Check, StrPath, binder, own_hints, parse_size, path
 from adapterkit.plan import Plan
 from adapterkit.planning.converted import conversion_notes
-from adapterkit.receipt import Receipt
+from adapterkit.receipt import Receipt, fingerprint_of
 
 P = ParamSpec("P")
 Planned = TypeVar("Planned", covariant=True)  # a `Plan`, or what a verb has in its place
@@ -120,13 +120,14 @@ class Execution(RunOptions):
         memory = parse_size("memory", self.memory) if self.memory else None
         notes = (*plan.notes, *conversion_notes(plan.folders))
         plan = replace(plan, memory=memory, notes=notes)
+        if push is not None and (isinstance(self.engine, str) or self.engine.pushes):
+            names, job = output_names(plan), fingerprint_of(plan.recipe())
+            check_push(push, names, plan.folders, overwrite=self.overwrite, job=job)
         if not isinstance(self.engine, str) and not self.dry_run:
             receipt = self.engine(plan, self, check)
             if push is not None and isinstance(receipt, Receipt):
-                receipt.data["pushed"] = send(Path(receipt.out), push)
+                receipt.data["pushed"] = send(Path(receipt.out), push, overwrite=self.overwrite)
             return receipt
-        if push is not None and not self.dry_run:
-            check_push(push, [*(shard.file for shard in plan.shards), *plan.files, RECEIPT])
         if self.engine == "ray" and not (self.dry_run or on_hub):
             from adapterkit.engines.ray import on_ray
 
@@ -140,6 +141,8 @@ class Execution(RunOptions):
 
             return run_to_hub(plan, replace(self, device=device), check)
         if self.dry_run:
+            if not self.overwrite:
+                check_place(Stage(Path(self.out)), plan, resume=self.resume, overwrite=False)
             return plan
         from adapterkit.engines.local import local
 
@@ -160,7 +163,7 @@ class Execution(RunOptions):
             resume=self.resume,
             overwrite=self.overwrite,
             check=check,
-            push=None if push is None else partial(send, repo=push),
+            push=None if push is None else partial(send, repo=push, overwrite=self.overwrite),
             progress=self.progress,
         )
 
@@ -224,7 +227,7 @@ def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:
         raise Refused(
             problem, expected="a folder to make", where=str(out), hint="choose another --out"
         )
-    for folder in folders:
+    for folder in map(original, folders):
         if not isinstance(folder, LocalFolder):
             continue
         root = (folder.root / folder.single if folder.single else folder.root).resolve()

@@ -7,7 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.reader import FAR
 from adapterkit.engines.waiting import run_stoppable
+from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.scratch import ScratchFolder, in_scratch
 from adapterkit.plan import HANDED_ON, Computed, Plan, Shard
 from adapterkit.planning.converted import ConvertedFolder
@@ -15,6 +18,7 @@ from adapterkit.tasks.edited import stored_parts
 
 Input = tuple[int, str]  # the folder's number and the file
 CONVERTED, SOURCES = "converted", "sources"  # folders
+MOST_PARTS = 64  # ranges of one file, each a request or more
 
 
 def plan_in_scratch(plan: Plan, place: Path) -> Plan:
@@ -29,12 +33,47 @@ def plan_in_scratch(plan: Plan, place: Path) -> Plan:
     return replace(plan, folders=tuple(folders))
 
 
+def plan_in_parts(plan: Plan) -> Plan:
+    """The plan without what it does not read of its files on the Hub, where that is most of them:
+    one component of several."""
+    wanted: dict[int, dict[str, list[TensorSpec]]] = {}
+    for file in plan.shards:
+        for part in _parts_read(file):
+            wanted.setdefault(part.folder, {}).setdefault(part.file, []).append(part)
+    folders = list(plan.folders)
+    for number, files in wanted.items():
+        folder = folders[number]
+        if isinstance(folder, HubFolder):
+            parts = {name: _ranges(specs) for name, specs in files.items() if name in folder.hashes}
+            folders[number] = folder.only(
+                {
+                    name: ranges
+                    for name, ranges in parts.items()
+                    if len(ranges) <= MOST_PARTS
+                    and 2 * sum(b - a for a, b in ranges) <= folder.files()[name]
+                }
+            )
+    return replace(plan, folders=tuple(folders))
+
+
+def _ranges(specs: list[TensorSpec]) -> list[tuple[int, int]]:
+    """The places of tensors in a file, those near each other in one."""
+    ranges: list[tuple[int, int]] = []
+    for start, stop in sorted((spec.start, spec.stop) for spec in specs):
+        if ranges and start <= ranges[-1][1] + FAR:
+            ranges[-1] = ranges[-1][0], max(stop, ranges[-1][1])
+        else:
+            ranges.append((start, stop))
+    return ranges
+
+
 def inputs_of(file: Shard | Computed) -> list[Input]:
     """The input files that an output file reads, each once, in the order of reading."""
-    return list(dict.fromkeys(_read(file)))
+    return list(dict.fromkeys((part.folder, part.file) for part in _parts_read(file)))
 
 
-def _read(file: Shard | Computed) -> Iterator[Input]:
+def _parts_read(file: Shard | Computed) -> Iterator[TensorSpec]:
+    """The stored tensors that an output file reads."""
     if isinstance(file, Shard):
         specs = (
             spec
@@ -46,7 +85,7 @@ def _read(file: Shard | Computed) -> Iterator[Input]:
     for spec in specs:
         for part in stored_parts(spec):
             if part.folder != HANDED_ON:
-                yield part.folder, part.file
+                yield part
 
 
 class ConvertedInScratch(ConvertedFolder):

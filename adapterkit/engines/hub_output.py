@@ -1,13 +1,13 @@
 """An output that goes to the Hub, on bounded disk: `--out hf://org/name[@branch][:folder]`."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.stage import RECEIPT, check_name
+from adapterkit.checkpoint.stage import check_name
 from adapterkit.checkpoint.storage import free_bytes
 from adapterkit.engines.hub_engine import HubEngine
 from adapterkit.engines.hub_inputs import ConvertedInScratch, plan_in_scratch
@@ -15,10 +15,9 @@ from adapterkit.engines.hub_stage import HubStage, inputs_folder, pins_before, w
 from adapterkit.engines.hub_transfers import plan_transfers
 from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused
-from adapterkit.execute import run_in
+from adapterkit.execute import check_place, output_names, run_in
 from adapterkit.hub.destination import Destination, parse_output
 from adapterkit.hub.errors import quiet_library
-from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import HubId, place_on_hub
 from adapterkit.hub.pins import pinned
 from adapterkit.options import StrPath, parse_size
@@ -36,7 +35,8 @@ def pinned_inputs(out: StrPath, *, resume: bool) -> AbstractContextManager[objec
 def run_to_hub(
     plan: Plan, execution: RunOptions, check: Callable[[Path], object] | None = None
 ) -> Receipt | Plan:
-    """Run a plan whose output is a place on the Hub, or with `dry_run` return it.
+    """Run a plan whose output is a place on the Hub, or with `dry_run` return it, once the place
+    and the account are such that the job would begin.
 
     Weights are downloaded file by file and sent as they are made; files that are the Hub's own
     already are copied there. Raises `Refused` before any weights move, `Failed` after: then nothing
@@ -54,7 +54,6 @@ def run_to_hub(
             where="--out",
             hint="write a folder, then `adapterkit finish FILE --push org/name`",
         )
-    check_apart(hub_id, plan.folders)
     work = work_folder(hub_id)
     check_name(work)
     rows = check if isinstance(check, RowCheck) else None
@@ -66,19 +65,21 @@ def run_to_hub(
         limit = free // 10 * 9  # it takes what there is
     transfers.check(limit)
     plan = replace(plan, transfers=transfers.totals(limit))
-    if execution.dry_run:
-        return plan
     engine = HubEngine(local(execution.device), limit, held, rows.check_file if rows else None)
     with quiet_library():
         destination = open_destination(hub_id, plan.folders)
-        destination.check_files([*(shard.file for shard in plan.shards), *plan.files, RECEIPT])
+        destination.look()
         stage = HubStage(
             work,
             destination,
             transfers.disk(limit),
             transfers.copied,
             [each for each in plan.folders if isinstance(each, ConvertedInScratch)],
+            output_names(plan),
         )
+        if execution.dry_run:
+            check_place(stage, plan, resume=execution.resume, overwrite=execution.overwrite)
+            return plan
         receipt = run_in(
             stage,
             plan,
@@ -94,25 +95,10 @@ def run_to_hub(
     return replace(receipt, out=f"hf://{hub_id}")
 
 
-def open_destination(hub_id: HubId, folders: Iterable[Folder]) -> Destination:
+def open_destination(hub_id: HubId, folders: Collection[Folder]) -> Destination:
     """The folder on the Hub that an output of these inputs goes to; `Refused` for an account that
-    may not write there."""
+    may not write there, and for the place of an input."""
     sources = {folder.origin["repo"] for folder in folders if "repo" in folder.origin}
-    destination = Destination(hub_id, sorted(sources.union(earlier_repositories(folders))))
+    destination = Destination(hub_id, sorted(sources.union(earlier_repositories(folders))), folders)
     destination.check_account()
     return destination
-
-
-def check_apart(hub_id: HubId, folders: Iterable[Folder]) -> None:
-    """`Refused` where the output would take the place of an input."""
-    for folder in folders:
-        if not isinstance(folder, HubFolder):
-            continue
-        source = replace(folder.pinned, revision=folder.hub_id.revision or "main")
-        if source == replace(hub_id, revision=hub_id.revision or "main"):
-            raise Refused(
-                f"the output is the input {folder.label}",
-                expected="an output apart from the inputs",
-                where="--out",
-                hint=f"give another repository, or a branch: hf://{hub_id.repo}@NAME",
-            )

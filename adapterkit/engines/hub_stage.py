@@ -4,16 +4,16 @@ publishes them."""
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapterkit.checkpoint.older import parse_receipt
 from adapterkit.checkpoint.shard_result import ShardResult, is_count, is_sha256
 from adapterkit.checkpoint.stage import RECEIPT, Stage, size_of_file
 from adapterkit.engines.hub_inputs import ConvertedInScratch
 from adapterkit.errors import Failed
 from adapterkit.hub.destination import Destination
-from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import COMMIT, HubId
 from adapterkit.hub.pins import Pins, current_pins
 from adapterkit.hub.upload import CopiedFile, LocalFile, Uploaded, commit, groups, upload
@@ -49,7 +49,7 @@ class HubStage(Stage):
     storage has, and `{"copied": name}` for those that it has taken from another repository. Such an
     entry counts only for a file of the plan with the sha256 that was noted when it was made, or
     for one of `copies`, those that the plan takes over. `limit`: bytes of disk that the job takes
-    at most. `converted`: adapters that are converted before it begins.
+    at most. `converted`: adapters that are converted before it begins. `names`: the output's files.
     """
 
     def __init__(
@@ -59,9 +59,10 @@ class HubStage(Stage):
         limit: int,
         copies: Iterable[CopiedFile] = (),
         converted: Sequence[ConvertedInScratch] = (),
+        names: Collection[str] = (),
     ):
         super().__init__(work)
-        self.destination, self.limit = destination, limit
+        self.destination, self.limit, self.names = destination, limit, names
         self.copies = {file.file: file for file in copies}
         self.inputs, self.converted = self.control / INPUTS, converted
         self.pushed: dict[str, Any] = {}
@@ -72,27 +73,24 @@ class HubStage(Stage):
         """As of a folder; what another job left on the Hub is replaced by the commit."""
         entries = self.journal()
         receipt = entries[-1].get("publish") if entries else None
-        there = self._published()
-        if resume and there and hashlib.sha256(there).hexdigest() == receipt:
-            return "finished"  # the answer to its commit was lost
+        there = self.destination.receipt()
         is_same = self.published().get("fingerprint") == fingerprint
+        was_sent = resume and there and hashlib.sha256(there).hexdigest() == receipt
+        if was_sent and self._is_finished(overwrite):
+            return "finished"  # the answer to its commit was lost
         return super().state(
             fingerprint, resume=resume and bool(entries or is_same), overwrite=overwrite
         )
 
     def published(self) -> dict:
-        try:
-            data = json.loads(self._published())
-        except (ValueError, RecursionError):
-            return {}
-        return data if isinstance(data, dict) else {}
+        return parse_receipt(self.destination.receipt())
 
-    def _published(self) -> bytes:
-        entry, hub_id = self.destination.before.get(RECEIPT), self.destination.hub_id
-        if entry is None:
-            return b""
-        there = HubFolder(HubId(hub_id.repo, self.destination.parent, hub_id.subfolder))
-        return there.read(RECEIPT, 0, entry.size)
+    def size_there(self, name: str) -> int | None:
+        entry = self.destination.before.get(name)
+        return None if entry is None else entry.size
+
+    def _check_output(self) -> None:
+        self.destination.check_files(self.names, overwrite=self.replaces)
 
     def head(self) -> dict:
         return {"pins": current_pins()}

@@ -1,17 +1,17 @@
 """An output that is one file: its plan runs in a folder beside it, then the file gets its name."""
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
-from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.folder import LocalFolder, original
+from adapterkit.checkpoint.older import incomplete, lacking, receipt_at, size_at
 from adapterkit.checkpoint.stage import RECEIPT, check_name
 from adapterkit.checkpoint.storage import storage_errors, sync_folder
 from adapterkit.engines.execution import Execution
-from adapterkit.errors import Refused
+from adapterkit.errors import Refused, shown
 from adapterkit.plan import Plan
-from adapterkit.receipt import Receipt, digest, public_recipe
+from adapterkit.receipt import Receipt, fingerprint_of, is_receipt
 
 SUFFIX = ".adapterkit.json"  # of the receipt, after the file's name
 
@@ -22,13 +22,16 @@ def run_to_file(execution: Execution, plan: Plan) -> Receipt | Plan:
     file's name that is not whole."""
     out = Path(execution.out)
     check_name(out)
-    fingerprint = digest(public_recipe(json.loads(json.dumps(plan.recipe()))))
     receipt = out.with_name(out.name + SUFFIX)
-    if execution.resume and out.is_file() and receipt.is_file():
-        data = json.loads(receipt.read_text())
-        if data.get("fingerprint") == fingerprint:
-            return Receipt(out, data, finished_before=True)
-    _check(out, plan, execution.overwrite)
+    older = receipt_at(receipt)
+    is_its = execution.resume and out.is_file() and is_receipt(older)
+    if is_its and older["fingerprint"] == fingerprint_of(plan.recipe()):
+        lacks = lacking(older, lambda name: size_at(out.with_name(name)))
+        if not lacks:
+            return Receipt(out, older, finished_before=True)
+        if not execution.overwrite:
+            raise incomplete(lacks, str(out))
+    _check(out, plan, execution.overwrite, out.name in older.get("files", ()))
     work = out.with_name(f".{out.name}.converted")
     done = replace(execution, out=work, overwrite=not execution.resume).run(plan)
     if isinstance(done, Plan):
@@ -41,17 +44,27 @@ def run_to_file(execution: Execution, plan: Plan) -> Receipt | Plan:
     return Receipt(out, done.data)
 
 
-def _check(out: Path, plan: Plan, overwrite: bool) -> None:
-    """`Refused` where something is in the way, or is an input."""
+def _check(out: Path, plan: Plan, overwrite: bool, is_older: bool) -> None:
+    """`Refused` where something is in the way, or is an input. `is_older`: a receipt says that
+    adapterkit wrote a file of that name."""
     refused = lambda problem, hint: Refused(
         problem, expected="a new file", where=str(out), hint=hint
     )
     if out.is_symlink() or out.is_dir():
         raise refused("a link or a folder of that name", "choose another --out")
-    if out.exists() and not overwrite:
-        raise refused("a file of this name exists", "choose another --out, or give --overwrite")
-    for folder in plan.folders:
+    for folder in map(original, plan.folders):
         if isinstance(folder, LocalFolder):
             names = [folder.single] if folder.single else folder.files()
             if out.resolve() in [(folder.root / name).resolve() for name in names]:
                 raise refused(f"the output is the input {folder.name}", "choose another --out")
+    receipt = out.with_name(out.name + SUFFIX)
+    there = out if out.exists() else receipt
+    if there.exists() and not is_older:
+        raise Refused(
+            f"a file that adapterkit did not write: {shown(there.name)}",
+            expected="a new file, or an older output, which --overwrite replaces",
+            where=str(out),
+            hint="move it away, or choose another --out",
+        )
+    if out.exists() and not overwrite:
+        raise refused("a file of this name exists", "choose another --out, or give --overwrite")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.folder import Folder, LocalFolder, original
 from adapterkit.checkpoint.rank_stage import RankStage, prepare
 from adapterkit.checkpoint.reader import Identity, identity
 from adapterkit.checkpoint.stage import Stage
@@ -78,10 +78,8 @@ def _inputs(plan: Planned) -> dict[str, list[int]]:
     """Which files the local inputs are; of an adapter that is converted first, its own files."""
     found = {f"{number} {name}": list(known) for (number, name), known in plan.identities.items()}
     for number, folder in enumerate(plan.folders):
-        source: Any = getattr(folder, "source", None)
-        while source is not None and not isinstance(source, LocalFolder):
-            source = getattr(source, "source", None)
-        if source is not None:
+        source = original(folder)
+        if source is not folder and isinstance(source, LocalFolder):
             for name in source.files():
                 found[f"{number} {name}"] = list(identity(source.path(name).stat()))
     return found

@@ -84,6 +84,8 @@ class Rank(Executor):
     only: Sequence[str] | None = None
     outcome: Outcome | None = None
 
+    pushes = False
+
     def __call__(self, plan: Any, execution: RunOptions, check: Any) -> Any:
         self.job.check(plan)
         plan, device = place(plan, self.device or execution.device)

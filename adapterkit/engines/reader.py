@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adapterkit import dtypes
+from adapterkit.checkpoint.folder import place_of
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.device import used_here
@@ -53,9 +54,10 @@ class LocalReader:
         stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
         floats = spec.dtype in dtypes.FLOATS
         if floats and not all_finite(stored):
+            file = place_of(self.sources.folders[spec.folder], spec.file)
             raise Unrecoverable(
                 "values that are not finite (NaN or infinity)",
-                where=f"{self.sources.folders[spec.folder].label}/{spec.file}: {shown(spec.key)}",
+                where=f"{file}: {shown(spec.key)}",
                 hint="the training run diverged: use an earlier save",
             )
         return stored.to(self.device)

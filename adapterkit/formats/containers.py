@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapterkit import dtypes
-from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to
+from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to, place_of
 from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.reader import read_small
 from adapterkit.errors import Damaged, Unrecoverable, shown
@@ -78,7 +78,7 @@ class PlanReader:
             raise Damaged(
                 f"{len(data)} bytes of {shown(spec.key)}",
                 expected=f"{spec.nbytes}",
-                where=f"{folder.label}/{spec.file}",
+                where=place_of(folder, spec.file),
                 hint="copy the file again",
             )
         dtype = dtypes.torch_dtype(spec.dtype)
@@ -89,7 +89,7 @@ class PlanReader:
             raise Unrecoverable(
                 f"{shown(spec.key)} is not finite",
                 expected="finite values",
-                where=f"{folder.label}/{spec.file}",
+                where=place_of(folder, spec.file),
                 hint="the training went wrong: take an earlier checkpoint",
             )
         return value

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from adapterkit.adapters.adapter_config import HUB_ID
-from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.folder import Folder, place_of
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.formats.capabilities import refused_by_name
 from adapterkit.formats.containers import Container, PlanReader
@@ -42,6 +42,7 @@ class Reading:
     heads: Heads | None = None  # of the base, or of the source's config
     model_type: str | None = None  # likewise
     tied: bool | None = None  # whether the base has one weight for embeddings and head
+    component: str | None = None  # the only one whose values are read, where the names have it
 
 
 def read(
@@ -55,18 +56,19 @@ def read(
     """The contents of a file. `Refused` with every key that has no role, every module that is not
     whole, and every name that is unknown or ambiguous."""
     errors: list[AdapterkitError] = []
-    where = f"{folder.label}/{container.file}"
+    where = place_of(folder, container.file)
     reader = PlanReader((folder,) * (number + 1))
     candidates = _candidates(form, reading, container)
     refuse_all(refused_by_name(form, container.tensors, where))
     raws = raws_of(form, container, candidates, errors, where)
     refuse_all(errors)
     chosen, attempt = _resolve(form, raws, candidates, container, reading, where)
-    numbers = (ALPHA, SHAPE)
-    reader.prefetch(raw.roles[role] for raw in raws for role in numbers if role in raw.roles)
+    resolved = [one for one in attempt.resolved if one[1] == reading.component] or attempt.resolved
+    numbers, wanted = (ALPHA, SHAPE), [raw for raw, *_ in resolved]
+    reader.prefetch(raw.roles[role] for raw in wanted for role in numbers if role in raw.roles)
     scales = Scales(form, container.metadata, config, reading.alpha, reader, where)
     found: list[tuple[Module, Fusion | None, list[str]]] = []
-    for raw, component, names, fusion in attempt.resolved:
+    for raw, component, names, fusion in resolved:
         try:
             found.append(_module(form, raw, component, names, fusion, scales, where))
         except AdapterkitError as error:

@@ -1,13 +1,22 @@
 """Where an output goes on the Hub: a repository, a branch of it, a folder there; what is refused
-before a byte is sent, and what is created."""
+before a byte is sent, and what is created.
+
+The rule is that of folders on this machine (`checkpoint/stage.py`): an output never takes the place
+of an input, nor of what adapterkit did not write, and that of an older output with --overwrite.
+"""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from adapterkit.errors import Refused, shown
+from adapterkit.checkpoint.folder import Folder, original
+from adapterkit.checkpoint.older import parse_receipt
+from adapterkit.checkpoint.stage import RECEIPT
+from adapterkit.errors import Refused, listed, shown
 from adapterkit.hub.errors import explained_errors
+from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import COMMIT, HubId, parse, place_on_hub
 from adapterkit.hub.listing import Entry, list_remote, offline
 from adapterkit.hub.retry import retry
@@ -90,15 +99,38 @@ def _role() -> str | None:
     return HfApi().whoami().get("auth", {}).get("accessToken", {}).get("role")
 
 
+def check_apart(hub_id: HubId, folders: Iterable[Folder], head: str = "") -> None:
+    """`Refused` where the output would take the place of an input; `head`: the commit of its
+    branch, which an input may be named by too."""
+    place = replace(hub_id, revision=hub_id.revision or "main")
+    for folder in map(original, folders):
+        if not isinstance(folder, HubFolder):
+            continue
+        read = replace(folder.pinned, revision=folder.hub_id.revision or "main")
+        # names of the Hub lead to one repository in any case of their letters
+        same = lambda one, other: str(one).lower() == str(other).lower()
+        at_head = head == folder.commit and same(replace(read, revision=place.revision), place)
+        if at_head or same(read, place):
+            raise Refused(
+                f"the output is the input {folder.label}",
+                expected="an output apart from the inputs",
+                where=str(hub_id),
+                hint=f"give another repository, or a new branch: --out hf://{hub_id.repo}@NAME",
+            )
+
+
 class Destination:
     """A place on the Hub that files are written to. `exists`: the repository and the branch.
 
     `sources`: repositories whose weights go into it (`repositories`); a new one is private where
-    one of them is, or cannot be seen.
-    `Refused` where HF_HUB_OFFLINE is set.
+    one of them is, or cannot be seen. `inputs`: what the output is made of.
+    `Refused` where HF_HUB_OFFLINE is set, and where the place is an input's.
     """
 
-    def __init__(self, hub_id: HubId, sources: Collection[str] = ()):
+    def __init__(
+        self, hub_id: HubId, sources: Collection[str] = (), inputs: Collection[Folder] = ()
+    ):
+        check_apart(hub_id, inputs)
         if offline():
             raise Refused(
                 "HF_HUB_OFFLINE is set",
@@ -106,12 +138,15 @@ class Destination:
                 where=hub_id.repo,
                 hint="unset HF_HUB_OFFLINE, or write a folder and push it later with `hf upload`",
             )
-        self.hub_id, self.sources = hub_id, sources
+        self.hub_id, self.sources, self.inputs = hub_id, sources, inputs
         self.exists = False
+        self.is_new = True  # the place is still to be made, or a branch that stands where main does
         self.parent = ""  # the commit that the next one is made upon; "" before `create`
         self.before: dict[str, Entry] = {}  # the files of that commit in the folder
+        self.outdated: list[str] = []  # files of an older output that go with the commit
         self.notes: list[str] = []  # for the receipt: what was created, and how
         self._repo_exists: bool | None = None  # None: not asked yet
+        self._receipt: bytes | None = None  # None: not read yet
 
     def _has_repo(self) -> bool:
         if self._repo_exists is None:
@@ -139,16 +174,67 @@ class Destination:
         if self._has_repo():
             retry(lambda: HfApi().auth_check(self.hub_id.repo, write=True), self.hub_id)
 
-    def check_files(self, names: Collection[str]) -> None:
-        """List what is there; `Refused` where weights that these files do not replace lie beside
-        them."""
-        self._list()
-        self._refuse_old_weights(names)
+    def check_files(
+        self,
+        names: Collection[str],
+        *,
+        overwrite: bool,
+        job: str = "",
+        is_there: Callable[[str, Entry], bool] = lambda name, entry: False,
+    ) -> None:
+        """`Refused` where these files would take the place of some that adapterkit did not write,
+        or lie beside such weights; of an older output's without `overwrite`, unless it is of this
+        `job` (a fingerprint). `is_there`: whether a file is there with the same content. `look`
+        comes first."""
+        older = parse_receipt(self.receipt())
+        written = {*older["files"], RECEIPT} if older else set[str]()
+        folders = {str(PurePosixPath(name).parent) for name in names}
+        beside = set(self._weights(folders)).difference(names)
+        there = set() if self.is_new else {name for name in names if name in self.before}
+        differs = lambda name: name in beside or not is_there(name, self.before[name])
+        foreign = sorted(filter(differs, (there | beside) - written))
+        if foreign:
+            raise Refused(
+                f"files that adapterkit did not write are there already: {listed(foreign)}",
+                expected="a new place, or that of an older output"
+                + "; a loader might pick the old weights" * bool(beside.intersection(foreign)),
+                where=str(self.hub_id),
+                hint="push to another repository or a new branch, or run "
+                f"`{self._deletion(foreign)}` first",
+            )
+        replaces = overwrite or self.is_new or bool(job and older.get("fingerprint") == job)
+        if not replaces and (replaced := sorted(filter(differs, there))):
+            raise Refused(
+                f"an older output is there: {listed(replaced)}",
+                expected="a new place",
+                where=str(self.hub_id),
+                hint="choose another repository or a new branch, or give --overwrite to replace it",
+            )
+        self.outdated = sorted(written.intersection(self.before) - set(names)) if replaces else []
+
+    def _deletion(self, names: Collection[str]) -> str:
+        """The command that removes these files."""
+        paths = " ".join(self.hub_id.path(name) for name in names)
+        branch = f" --revision {self.hub_id.revision}" if self.hub_id.revision else ""
+        command = f"hf repos delete-files {self.hub_id.repo} {shown(paths)}{branch}"
+        if not self.exists:  # the branch would begin with the files of main
+            new = f"hf repos branch create {self.hub_id.repo} {self.hub_id.revision}"
+            command = f"{new} && {command}"
+        return command
+
+    def receipt(self) -> bytes:
+        """The receipt that is there; empty without one."""
+        if self._receipt is None:
+            entry, self._receipt = self.before.get(RECEIPT), b""
+            if entry is not None:
+                there = HubFolder(HubId(self.hub_id.repo, self.parent, self.hub_id.subfolder))
+                self._receipt = there.read(RECEIPT, 0, entry.size)
+        return self._receipt
 
     def check_file(self, name: str) -> None:
         """List what is there; `Refused` where the one file cannot have that name, or would lie
         among the weights of a model or an adapter."""
-        self._list()
+        self.look()
         if any(other.startswith(f"{name}/") for other in self.before):
             raise Refused(
                 "a folder of this name exists",
@@ -165,8 +251,9 @@ class Destination:
                 hint=f"give another folder, such as hf://{self.hub_id.repo}:statistics/{shown(name)}",
             )
 
-    def _list(self) -> None:
-        """What is there: of a branch that is still to be made, what it would begin with."""
+    def look(self) -> None:
+        """List what is there: of a branch that is still to be made, what it would begin with.
+        `Refused` where that is an input, or a file."""
         from huggingface_hub import HfApi
 
         repo, branch, api = self.hub_id.repo, self.hub_id.revision, HfApi()
@@ -177,6 +264,11 @@ class Destination:
         )
         there = self.hub_id if self.exists else HubId(repo, None, self.hub_id.subfolder)
         self.parent, self.before = list_remote(there, hidden=True)
+        self.is_new = branch not in (None, "main") and (
+            not self.exists or self.parent == list_remote(HubId(repo))[0]
+        )
+        if not self.is_new:
+            check_apart(self.hub_id, self.inputs, self.parent)
         if "" in self.before:
             raise Refused(
                 "a file of this name exists",
@@ -202,26 +294,9 @@ class Destination:
                     self.notes.append(f"{repo} is new, and private: {why}")
             if branch is not None:
                 retry(lambda: api.create_branch(repo, branch=branch, exist_ok=True), self.hub_id)
+            self.is_new = self._has_repo()  # of a new one, others may have been faster
         self.parent, self.before = list_remote(self.hub_id, hidden=True)
         self.exists = True
-
-    def _refuse_old_weights(self, names: Collection[str]) -> None:
-        folders = {str(PurePosixPath(name).parent) for name in names}
-        old = [name for name in self._weights(folders) if name not in names]
-        if old:
-            paths = " ".join(self.hub_id.path(name) for name in old)
-            branch = f" --revision {self.hub_id.revision}" if self.hub_id.revision else ""
-            command = f"hf repos delete-files {self.hub_id.repo} {shown(paths)}{branch}"
-            if not self.exists:  # the branch would begin with the files of main
-                new = f"hf repos branch create {self.hub_id.repo} {self.hub_id.revision}"
-                command = f"{new} && {command}"
-            raise Refused(
-                f"other weights are there already: {shown(', '.join(old))}",
-                expected="a repository all of whose weights this upload replaces; "
-                "a loader might pick the old ones",
-                where=str(self.hub_id),
-                hint=f"push to another repository, or run `{command}` first",
-            )
 
     def _weights(self, folders: Collection[str]) -> list[str]:
         """The weights that a loader would pick in these folders."""

@@ -29,7 +29,8 @@ class Stopped(Failed):
 def download(
     folder: HubFolder, name: str, file: Path, stopped: Callable[[], bool] = lambda: False
 ) -> None:
-    """Download one large file; under its name it is whole and has the Hub's sha256.
+    """Download one large file; under its name it is whole and has the Hub's sha256, or has those
+    `parts` of it that the folder's job reads, and holes.
 
     Raises `Failed` without right bytes, and `Stopped`.
     """
@@ -39,7 +40,11 @@ def download(
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(part, flags, 0o600)
     try:
-        if _fetched(folder, name, descriptor, size, stopped) != folder.hashes[name]:
+        parts = folder.parts.get(name)
+        if parts is not None:
+            os.ftruncate(descriptor, size)
+        sha256 = _fetched(folder, name, descriptor, parts or pieces_of(size), stopped)
+        if parts is None and sha256 != folder.hashes[name]:
             raise Failed(
                 "a download whose sha256 is not the one that the Hub lists",
                 expected=folder.hashes[name],
@@ -55,14 +60,21 @@ def download(
         os.close(descriptor)
 
 
-def _fetched(
-    folder: HubFolder, name: str, descriptor: int, size: int, stopped: Callable[[], bool]
-) -> str:
-    """Fetch the file's pieces; the sha256 of the bytes, taken in their order while later ones
-    come."""
-    digest, pool = hashlib.sha256(), ThreadPoolExecutor(STREAMS, "download")
+def pieces_of(size: int) -> list[tuple[int, int]]:
+    """The ranges of a file that are asked for one by one."""
     length = min(max(PIECES[0], -(-size // STREAMS)), PIECES[1])
-    ranges = [(at, min(at + length, size)) for at in range(0, size, length)]
+    return [(at, min(at + length, size)) for at in range(0, size, length)]
+
+
+def _fetched(
+    folder: HubFolder,
+    name: str,
+    descriptor: int,
+    ranges: list[tuple[int, int]],
+    stopped: Callable[[], bool],
+) -> str:
+    """Fetch these ranges; the sha256 of their bytes, taken in their order while later ones come."""
+    digest, pool = hashlib.sha256(), ThreadPoolExecutor(STREAMS, "download")
     try:
         pieces = [
             pool.submit(_fetch, folder, name, descriptor, start, stop, stopped)

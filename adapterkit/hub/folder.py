@@ -5,7 +5,9 @@ from it, wherever its branch moves meanwhile. Ranges of weights are read without
 files go through huggingface_hub's own.
 """
 
+import copy
 import logging
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -54,7 +56,15 @@ class HubFolder:
         if self.pinned.subfolder:
             self.origin["subfolder"] = self.pinned.subfolder
         self.hashes = {name: entry.sha256 for name, entry in self._entries.items() if entry.sha256}
+        self.parts: dict[str, list[tuple[int, int]]] = {}
         self._set_up_downloads()
+
+    def only(self, parts: dict[str, list[tuple[int, int]]]) -> "HubFolder":
+        """The folder for a job that reads of these files no more than these ranges: `path` is then
+        a file with holes, for this job alone."""
+        folder = copy.copy(self)
+        folder.parts = parts
+        return folder
 
     def subfolder(self, name: str) -> "HubFolder":
         """A folder inside this one, of the same commit."""
@@ -84,10 +94,11 @@ class HubFolder:
         # what several readers ask for: the starts of files, with their headers, and small tensors
         self._starts: dict[str, bytes] = {}
         self._small: dict[tuple[str, int, int], bytes] = {}
+        self._holed: tempfile.TemporaryDirectory | None = None  # files with holes
 
     def __getstate__(self) -> dict[str, object]:
         """For pickle, without the downloads: a copy does its own."""
-        downloads = ("_lock", "_downloads", "_queue", "_thread", "_starts", "_small")
+        downloads = ("_lock", "_downloads", "_queue", "_thread", "_starts", "_small", "_holed")
         return {name: value for name, value in vars(self).items() if name not in downloads}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -191,6 +202,8 @@ class HubFolder:
             return cached
         if offline():
             raise self._not_cached(name)
+        if name in self.parts:
+            return self._download_parts(name)
         repo, path = self.hub_id.repo, self.path_in_repo(name)
         with quiet_library():
             request = lambda: hf_hub_download(repo, path, revision=self.commit)
@@ -198,6 +211,14 @@ class HubFolder:
         _check_size(download, size)
         self._cache_revision()
         return download
+
+    def _download_parts(self, name: str) -> Path:
+        from adapterkit.hub.download import download
+
+        self._holed = self._holed or tempfile.TemporaryDirectory(prefix="adapterkit-")
+        file = Path(self._holed.name, name)
+        download(self, name, file)
+        return file
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[bytes]:
         """Bytes [start, stop) of one file as they come, by one request.

@@ -6,14 +6,13 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from adapterkit.checkpoint.folder import LocalFolder, inside
+from adapterkit.checkpoint.folder import WEIGHTS, LocalFolder, inside
 from adapterkit.errors import Failed, Refused, shown
 from adapterkit.hub.errors import Unreachable, page
 from adapterkit.hub.ids import COMMIT, HubId
 from adapterkit.hub.retry import retry
 
 TIMEOUT = 30.0  # seconds without a byte before a request counts as lost
-WEIGHTS = (".safetensors", ".gguf")  # how names end that are files' where nothing else tells it
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_SUMMARY = 10_000  # files; the summary of a larger repository may be incomplete, its tree is not
 
@@ -25,6 +24,11 @@ class Entry(NamedTuple):
 
     size: int  # bytes
     sha256: str | None = None  # where the Hub stores it as a large file
+    blob: str | None = None  # git's hash of another, where the Hub gives it
+
+    def has(self, size: int, sha256: str | None) -> bool:
+        """Whether it is a large file with this content."""
+        return self.size == size and self.sha256 is not None and self.sha256 == sha256
 
 
 def list_files(hub_id: HubId) -> tuple[str, dict[str, Entry]]:
@@ -88,7 +92,7 @@ def _entry(file, hub_id: HubId) -> Entry:
         raise _not_a_hub(f"a file of {shown(size)} bytes", "a number", hub_id)
     if sha is not None and not (isinstance(sha, str) and SHA256.fullmatch(sha)):
         raise _not_a_hub(f"sha256 {shown(sha)!r}", "64 hexadecimal digits", hub_id)
-    return Entry(size, sha)
+    return Entry(size, sha, None if sha else getattr(file, "blob_id", None))
 
 
 def _not_a_hub(problem: str, expected: str, hub_id: HubId) -> Failed:

@@ -1,56 +1,71 @@
 """Uploading a folder to a model repository, as one commit."""
 
+import hashlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.hashes import sha256_of_file
 from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.hub.destination import Destination, repositories
 from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.ids import HubId, parse
+from adapterkit.hub.listing import Entry
 from adapterkit.hub.upload import LocalFile, Uploaded, commit, groups, upload
 from adapterkit.options import invalid
 
 
-def check_push(repo: str, names: Collection[str]) -> None:
-    """`Refused` where files of these names could not be pushed: before they are made."""
-    destination = Destination(HubId(repository("push", repo)))
+def check_push(
+    repo: str, names: Collection[str], inputs: Collection[Folder], *, overwrite: bool, job: str
+) -> None:
+    """`Refused` where a job's output of files of these names could not be pushed: before they are
+    made. `job`: its fingerprint; `inputs`: what it is made of."""
+    destination = Destination(HubId(repository("push", repo)), inputs=inputs)
     with quiet_library():
         destination.check_account()
-        destination.check_files(names)
+        destination.look()
+        destination.check_files(names, overwrite=overwrite, job=job)
 
 
-def send(folder: Path, repo: str) -> dict[str, Any]:
+def send(folder: Path, repo: str, *, overwrite: bool = False) -> dict[str, Any]:
     """`push` of an output that is finished: its errors say how to go on."""
     try:
-        return push(folder, repo)
+        return push(folder, repo, overwrite=overwrite)
     except AdapterkitError as error:
         error.hint += "; the output is finished: the same command sends what is missing"
         raise
 
 
 def push(
-    folder: Path, repo: str, *, progress: Callable[[int, int], None] | None = None
+    folder: Path,
+    repo: str,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Upload a folder as one commit to a model repository. One that is created is private where one
     of those is that the folder was made of, as its receipt says.
 
-    Returns the receipt's `pushed`: repo, revision, url, notes. `progress(done, total)` counts
-    bytes. Raises `Refused` for a folder, a name or an account that will not do, and `Failed` when
-    the upload broke or the repository changed meanwhile: nothing is committed then, and a second
-    run uploads only what is missing.
+    `overwrite` replaces an older output of adapterkit. Returns the receipt's `pushed`: repo,
+    revision, url, notes. `progress(done, total)` counts bytes. Raises `Refused` for a folder, a
+    name or an account that will not do, or for a repository with other files of these names, and
+    `Failed` when the upload broke or the repository changed meanwhile: nothing is committed then,
+    and a second run uploads only what is missing.
     """
     sizes, target = _finished_files(folder), HubId(repository("push", repo))
     files = [LocalFile(name, Path(folder, name), size) for name, size in sizes.items()]
     receipt = read_json(LocalFolder(folder), RECEIPT) if RECEIPT in sizes else {}
     destination = Destination(target, sorted(repositories(receipt)))
     done, total, sent = 0, sum(sizes.values()), list[Uploaded]()
+    is_there = lambda name, entry: _is_there(Path(folder, name), entry)
     with quiet_library():
-        destination.check_files(sizes)
+        destination.look()
         destination.create()
+        job = str(receipt.get("fingerprint", ""))
+        destination.check_files(sizes, overwrite=overwrite, job=job, is_there=is_there)
         before = destination.parent
         for group in groups(files):
             sent += upload(destination.hub_id, group)
@@ -64,6 +79,16 @@ def push(
     if made.oid == before:
         notes.append("all files were there before: nothing was sent")
     return {"repo": repo, "revision": made.oid, "url": made.url, "notes": notes}
+
+
+def _is_there(file: Path, entry: Entry) -> bool:
+    """Whether a file of the Hub has the content of one here."""
+    if file.stat().st_size != entry.size:
+        return False
+    if entry.sha256 is not None:
+        return sha256_of_file(file) == entry.sha256
+    data = file.read_bytes()
+    return entry.blob == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def _finished_files(folder: Path) -> dict[str, int]:

@@ -23,7 +23,7 @@ class ScratchFolder:
     def __init__(self, source: HubFolder, place: Path):
         self.source, self.place = source, place
         self.name, self.label = source.name, source.label
-        self.origin, self.hashes = source.origin, source.hashes
+        self.origin, self.hashes, self.parts = source.origin, source.hashes, source.parts
 
     def files(self) -> dict[str, int]:
         return self.source.files()
@@ -39,7 +39,8 @@ class ScratchFolder:
         own."""
         if name not in self.hashes or self.source.cached(name) is not None:
             return 0
-        return self.files()[name]
+        parts = self.parts.get(name)
+        return self.files()[name] if parts is None else sum(stop - at for at, stop in parts)
 
     def download(self, name: str, stopped: Callable[[], bool]) -> None:
         """Fetch the file; raises what `hub.download.download` does."""

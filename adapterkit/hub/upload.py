@@ -1,12 +1,13 @@
 """Uploads: the large files first, in groups, then one commit of everything, which is looked at
 afterwards."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from adapterkit.errors import Failed, shown
+from adapterkit.errors import AdapterkitError, Failed, shown
 from adapterkit.hub.destination import Destination
 from adapterkit.hub.errors import redact
 from adapterkit.hub.ids import HubId
@@ -16,6 +17,8 @@ from adapterkit.hub.retry import retry
 # A group is sent at once: the client sends several of its files in parallel.
 GROUP_FILES = 8
 GROUP_BYTES = 16 << 30
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,19 +97,24 @@ def commit(
     files: Sequence[LocalFile],
 ) -> Commit:
     """One commit of files that are uploaded, of files of other repositories, and of files on disk,
-    checked afterwards; the one that is there where it has them all.
+    without those of an older output; checked afterwards. The one that is there where it has all.
 
     Raises `Failed` when the repository has changed meanwhile; then nothing is committed.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationDelete, HfApi
 
     target, large = destination.hub_id, [*uploaded, *copied]
-    there = {f.file for f in large if destination.before.get(f.file) == Entry(f.size, f.sha256)}
+    there = {
+        f.file
+        for f in large
+        if (entry := destination.before.get(f.file)) and entry.has(f.size, f.sha256)
+    }
     additions = [_addition(target, file) for file in files]
     operations = [
         *additions,
         *(_sent(target, file) for file in uploaded if file.file not in there),
         *(_taken_over(target, file) for file in copied if file.file not in there),
+        *(CommitOperationDelete(target.path(name)) for name in destination.outdated),
     ]
     request = lambda: HfApi().create_commit(
         target.repo,
@@ -128,7 +136,7 @@ def copy_storage(target: HubId, files: Sequence[CopiedFile]) -> list[CopiedFile]
     """Give the repository the large files of others, on the Hub; those that it has now.
 
     Not all can be had so: files of another region, of a repository that may only be read, or kept
-    in the older storage. Raises what the Hub refuses otherwise.
+    in the older storage. Nor where the Hub fails: what it does not copy is uploaded.
     """
     by_source: dict[HubId, list[CopiedFile]] = {}
     for file in files:
@@ -136,8 +144,16 @@ def copy_storage(target: HubId, files: Sequence[CopiedFile]) -> list[CopiedFile]
     return [
         file
         for source, some in by_source.items()
-        for file in (some if source.repo == target.repo else _duplicate(target, source, some))
+        for file in (some if source.repo == target.repo else _duplicated(target, source, some))
     ]
+
+
+def _duplicated(target: HubId, source: HubId, files: list[CopiedFile]) -> list[CopiedFile]:
+    try:
+        return _duplicate(target, source, files)
+    except AdapterkitError as error:
+        log.warning("%s: not copied on the Hub: %s", source, error.problem)
+        return []
 
 
 def _duplicate(target: HubId, source: HubId, files: list[CopiedFile]) -> list[CopiedFile]:
@@ -161,8 +177,6 @@ def _duplicate(target: HubId, source: HubId, files: list[CopiedFile]) -> list[Co
         """The sha256 of those that cannot be had."""
         url = f"{constants.ENDPOINT}/api/models/{source.repo}/lfs-files/duplicate"
         response = get_session().post(url, headers=build_hf_headers(), json=body)
-        if response.status_code in (400, 403, 404, 405, 409, 501):
-            return {file.sha256 for file in wanted}
         hf_raise_for_status(response)
         return {file.get("sha256") for file in response.json().get("failed", [])}
 

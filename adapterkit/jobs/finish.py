@@ -24,8 +24,9 @@ def finish(
     receipt.
 
     `verify` reads the output again and checks every hash, of a merge also rows of each changed
-    tensor, before it gets its name. `push` uploads it to this Hub repository. Raises `Refused`
-    where files are missing, with the command that makes them; finished before, it says so.
+    tensor, before it gets its name. `push` uploads it to this Hub repository, in place of an older
+    output where the plan has `overwrite`. Raises `Refused` where files are missing, with the
+    command that makes them; finished before, it says so.
     """
     plan_file = read_plan(file)
     command = f"adapterkit run {shlex.quote(str(file))}"
@@ -39,11 +40,14 @@ def finish(
         )
     recomputes = verify and call.verb.__name__ == "merge"  # it reads the hashes too
     make = executors_of(call.verb.__name__).finish
-    executor = make(plan_file.job, command, verify and not recomputes)
+    if push == call.arguments.get("push"):  # it is there by then
+        push = None
+    executor = make(plan_file.job, command, verify and not recomputes, push)
     more = {"verify": True} if recomputes else {}
     with again():
         receipt = call.run(engine=executor, resume=True, progress=progress, **more)
     assert isinstance(receipt, Receipt)
-    if push is not None and push != call.arguments.get("push"):  # else it is there by now
-        receipt.data["pushed"] = send(Path(receipt.out), push)
+    if push is not None:
+        overwrite = bool(call.arguments.get("overwrite"))
+        receipt.data["pushed"] = send(Path(receipt.out), push, overwrite=overwrite)
     return receipt

@@ -7,20 +7,23 @@ from collections.abc import Mapping
 from adapterkit.errors import Refused, shown
 
 Numbers = tuple[int, int]  # rank, and how many there are
+# The variables of a rank and of their number, of launchers that may start each other, the innermost
+# first: one that is started by another leaves that one's variables in the environment.
 PAIRS = (
     ("RANK", "WORLD_SIZE"),  # torchrun
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+    ("JOB_COMPLETION_INDEX", "ADAPTERKIT_RANKS"),  # Kubernetes
 )
-KUBERNETES, COUNT = "JOB_COMPLETION_INDEX", "ADAPTERKIT_RANKS"
 ARRAY = "SLURM_ARRAY_TASK_"
 MOST_RANKS = 999_999  # each plans the shares of all
 
 
 def rank_of(text: str, environment: Mapping[str, str] | None = None) -> Numbers:
     """The rank, from 0, and how many there are: of a text `I/N`, or with `auto` of Slurm's,
-    torchrun's, MPI's or Kubernetes' variables; 0 of 1 without any. `Refused` where they contradict
-    each other or are incomplete."""
+    torchrun's, MPI's or Kubernetes' variables; 0 of 1 without any. `Refused` where these are
+    incomplete."""
     if text == "auto":
         rank, ranks = _from(os.environ if environment is None else environment)
         if ranks > MOST_RANKS:
@@ -38,45 +41,41 @@ def rank_of(text: str, environment: Mapping[str, str] | None = None) -> Numbers:
 
 
 def _from(environment: Mapping[str, str]) -> Numbers:
-    found = {
-        f"{first} and {second}": _numbers(environment, first, second)
-        for first, second in PAIRS
-        if first in environment or second in environment
-    }
-    if KUBERNETES in environment:
-        found[f"{KUBERNETES} and {COUNT}"] = _numbers(environment, KUBERNETES, COUNT)
-    if (slurm := _slurm(environment)) is not None:
-        found["Slurm's variables"] = slurm
-    # a launcher may have started another one: one process of one says nothing
-    several = {name: pair for name, pair in found.items() if pair != (0, 1)}
-    if len(set(several.values())) > 1:
-        texts = [f"{name} say {rank}/{ranks}" for name, (rank, ranks) in several.items()]
-        raise _refused("; ".join(texts), "launchers that agree")
-    return next(iter(several.values()), (0, 1))
+    """As the innermost launcher says, within an element of a job array: whatever is started in
+    one, it is apart from the others."""
+    element, elements = _element(environment)
+    rank, ranks = _within(environment)
+    return element * ranks + rank, elements * ranks
 
 
-def _slurm(environment: Mapping[str, str]) -> Numbers | None:
-    """The tasks of a job step, of each element of a job array."""
-    rank, ranks = 0, 1
-    # a batch script is task 0, without their number unless sbatch was given --ntasks
-    script = environment.get("SLURM_PROCID") == "0" and "SLURM_NTASKS" not in environment
-    if "SLURM_PROCID" in environment and not script:
-        rank, ranks = _numbers(environment, "SLURM_PROCID", "SLURM_NTASKS")
-    elif ARRAY + "ID" not in environment:
-        return None
-    if ARRAY + "ID" in environment:
-        number, least, most, count, step = (
-            _whole(environment, ARRAY + name) for name in ("ID", "MIN", "MAX", "COUNT", "STEP")
+def _within(environment: Mapping[str, str]) -> Numbers:
+    for pair in PAIRS:
+        if all(name in environment for name in pair):
+            numbers = _numbers(environment, *pair)
+            if numbers != (0, 1):  # one process of one: another launcher may have started it
+                return numbers
+    for pair in PAIRS:
+        # of Slurm a batch script may have the first alone, task 0, and salloc's shell the second
+        is_said = pair[0] != "SLURM_PROCID" or environment.get(pair[0], "0") != "0"
+        if is_said and any(name in environment for name in pair):
+            _numbers(environment, *pair)  # refuses what is incomplete
+    return 0, 1
+
+
+def _element(environment: Mapping[str, str]) -> Numbers:
+    """The element of Slurm's job array, and how many there are."""
+    if ARRAY + "ID" not in environment:
+        return 0, 1
+    number, least, most, count, step = (
+        _whole(environment, ARRAY + name) for name in ("ID", "MIN", "MAX", "COUNT", "STEP")
+    )
+    is_whole = step and most - least == (count - 1) * step
+    if not is_whole or number not in range(least, most + 1, step):
+        raise _refused(
+            f"element {number} of a job array of {count} elements from {least} to {most}",
+            "an array without gaps",
         )
-        is_whole = step and most - least == (count - 1) * step
-        if not is_whole or number not in range(least, most + 1, step):
-            raise _refused(
-                f"element {number} of a job array of {count} elements from {least} to {most}",
-                "an array without gaps",
-            )
-        element = (number - least) // step
-        rank, ranks = element * ranks + rank, count * ranks
-    return rank, ranks
+    return (number - least) // step, count
 
 
 def _numbers(environment: Mapping[str, str], first: str, second: str) -> Numbers:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.older import lacking
 from adapterkit.checkpoint.reader import identity
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.checkpoint.stage import RECEIPT, Stage
 from adapterkit.checkpoint.strict import read_json
+from adapterkit.engines.file_checks import check_files
 from adapterkit.engines.hub_stage import work_folder
 from adapterkit.engines.one_file import SUFFIX
-from adapterkit.errors import Damaged, Refused
+from adapterkit.errors import AdapterkitError, Damaged, Refused
 from adapterkit.execute import check_same_job
 from adapterkit.hub import ids
 from adapterkit.hub.folder import HubFolder
@@ -23,7 +25,7 @@ from adapterkit.jobs.pipeline_file import Place
 from adapterkit.plan import CopyFile, Plan
 from adapterkit.planning.converted import ConvertedFolder
 from adapterkit.planning.unpickled import UnpickledFolder
-from adapterkit.receipt import digest, is_receipt, public_recipe
+from adapterkit.receipt import fingerprint_of, is_receipt, read_receipt
 from adapterkit.statistics.plan import StatisticsPlan
 from adapterkit.tasks.statistics import metadata_of
 
@@ -35,7 +37,7 @@ class Older:
     """An older output of adapterkit."""
 
     receipt: dict[str, Any]
-    files: dict[str, int]  # that are there, and their sizes
+    folder: Folder
     written: int | None  # when, in nanoseconds, where that is known
 
     @property
@@ -46,7 +48,7 @@ class Older:
 
     def is_of(self, plan: AnyPlan) -> bool:
         """Whether it is, whole, what the plan would write of the inputs as they are now."""
-        if self.receipt.get("fingerprint") != fingerprint(plan) or not self._is_whole():
+        if self.receipt.get("fingerprint") != fingerprint_of(plan.recipe()) or not self._is_whole():
             return False
         if "inputs" in self.pipeline:
             return self.pipeline["inputs"] == inputs_digest(plan)
@@ -54,8 +56,18 @@ class Older:
         return all(self.written is not None and time <= self.written for time in times)
 
     def _is_whole(self) -> bool:
-        listed = self.receipt.get("files", {})  # none of statistics
-        return all(self.files.get(name) == entry["size"] for name, entry in listed.items())
+        return not lacking({"files": {}} | self.receipt, self.folder.files().get)
+
+    def damage(self) -> str:
+        """What `verify` would say of it; statistics have no receipt, and their header was read."""
+        try:
+            if RECEIPT in self.folder.files():
+                read_receipt(self.folder)
+            if "files" in self.receipt:
+                check_files(self.folder, self.receipt)
+        except AdapterkitError as error:
+            return str(error).splitlines()[0]
+        return ""
 
 
 def older_output(place: Place) -> Older | None:
@@ -80,12 +92,11 @@ def _statistics(file: Folder, written: int | None) -> Older | None:
     except (Refused, Damaged):
         return None
     metadata.pop("files", None)  # a receipt's, of which no file of statistics has one
-    return Older(metadata, file.files(), written)
+    return Older(metadata, file, written)
 
 
-def is_pushed(older: Older, repo: str) -> bool:
-    """Whether a repository has all files of an output, and its very receipt."""
-    there = _on_hub(Place("", repo))
+def is_pushed(older: Older, there: Older | None) -> bool:
+    """Whether what is in a repository has all files of an output, and its very receipt."""
     return there is not None and there.receipt == older.receipt and there._is_whole()
 
 
@@ -94,8 +105,7 @@ def _with_receipt(out: Path, receipt: Path) -> Older | None:
         data = json.loads(receipt.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    sizes, written = LocalFolder(out).files(), receipt.stat().st_mtime_ns
-    return Older(data, sizes, written) if is_receipt(data) else None
+    return Older(data, LocalFolder(out), receipt.stat().st_mtime_ns) if is_receipt(data) else None
 
 
 def _on_hub(place: Place) -> Older | None:
@@ -109,7 +119,7 @@ def _on_hub(place: Place) -> Older | None:
     if RECEIPT not in files:
         return None
     receipt = read_json(folder, RECEIPT)
-    return Older(receipt, files, None) if is_receipt(receipt) else None
+    return Older(receipt, folder, None) if is_receipt(receipt) else None
 
 
 def _hub_id(place: Place) -> ids.HubId:
@@ -145,7 +155,7 @@ def check_room(place: Place, plan: AnyPlan, overwrite: bool) -> None:
             hint="choose another out, or give --overwrite",
         )
     if not out.is_file():
-        Stage(out).state(fingerprint(plan), resume=False, overwrite=overwrite)
+        Stage(out).state(fingerprint_of(plan.recipe()), resume=False, overwrite=overwrite)
 
 
 def _stages(place: Place) -> list[Stage]:
@@ -155,10 +165,6 @@ def _stages(place: Place) -> list[Stage]:
         return [Stage(work_folder(_hub_id(place)))]
     out = Path(place.path)
     return [Stage(out), Stage(out.with_name(f".{out.name}.converted"))]
-
-
-def fingerprint(plan: AnyPlan) -> str:
-    return digest(public_recipe(json.loads(json.dumps(plan.recipe()))))
 
 
 def inputs_digest(plan: AnyPlan) -> str:

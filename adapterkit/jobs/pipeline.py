@@ -24,7 +24,7 @@ from adapterkit.jobs.older_output import (
     is_pushed,
     older_output,
 )
-from adapterkit.jobs.pipeline_file import PipelineStep, Source, read_pipeline
+from adapterkit.jobs.pipeline_file import PipelineStep, Place, Source, read_pipeline
 from adapterkit.jobs.report import Row, outcome, refusal, report, sent
 from adapterkit.options import Executor
 from adapterkit.plan import Plan, Progress
@@ -50,6 +50,7 @@ class StepRun:
 
     step: PipelineStep
     mode: Mode | None = None  # None: known when its inputs are there
+    damage: str = ""  # what is wrong with the output that is there
     plan: AnyPlan | None = None
     outcome: Row = field(default_factory=dict)
 
@@ -120,10 +121,24 @@ class _Pipeline:
         return hashlib.sha256(os.fsencode(self.file.resolve())).hexdigest()[:16]
 
     def plan(self, steps: list[PipelineStep]) -> list[StepRun]:
-        """All steps, planned as far as that is possible without data; refused ones say why."""
+        """All steps, planned as far as that is possible without data; refused ones say why. An
+        output that is there, and that a step to come reads, is checked as `verify` does; one that
+        is damaged is made again."""
+        damages: dict[int, str] = {}  # of the outputs that were checked
+        while True:
+            runs = self._plan_all(steps, damages)
+            read = {n for run in runs if not run.is_finished for n in run.step.needs.values()}
+            unchecked = [n for n in sorted(read - damages.keys()) if runs[n - 1].is_finished]
+            if not unchecked:
+                return runs
+            for number in unchecked:
+                older = older_output(steps[number - 1].place)
+                damages[number] = older.damage() if older else ""
+
+    def _plan_all(self, steps: list[PipelineStep], damages: Mapping[int, str]) -> list[StepRun]:
         runs: list[StepRun] = []
         for step in steps:
-            run = StepRun(step)
+            run = StepRun(step, damage=damages.get(step.number, ""))
             runs.append(run)
             try:
                 self._plan(run, runs)
@@ -154,8 +169,10 @@ class _Pipeline:
             steps = " and ".join(f"step {number}" for number in numbers)
             run.outcome = {"state": "planned", "notes": [f"planned when {steps} is done"]}
             return
-        run.mode = self._mode(step, run.plan, changes=bool(pending))
+        run.mode = self._mode(run, run.plan, changes=bool(pending))
         run.outcome = FINISHED if run.mode.finished else outcome(run.plan)
+        if run.damage:
+            run.outcome["notes"] += [f"its output is damaged, and made again: {run.damage}"]
         if run.mode.sends:
             run.outcome = {"state": "planned", "notes": [sent(str(step.push))]}
 
@@ -172,28 +189,37 @@ class _Pipeline:
         # an older output is looked at here
         return step.verb.call(**arguments, overwrite=True)
 
-    def _mode(self, step: PipelineStep, plan: AnyPlan, *, changes: bool) -> Mode:
+    def _mode(self, run: StepRun, plan: AnyPlan, *, changes: bool) -> Mode:
         """How to write the output; `Refused` where something is in the way that this pipeline did
         not write. `changes`: inputs will be other ones than now."""
+        step = run.step
         older = older_output(step.place)
+        pushed = None if step.push is None else older_output(Place("", step.push))
         resume = can_go_on(step.place, plan, self.overwrite)
-        if older is not None and not changes and not resume and older.is_of(plan):
-            is_there = step.push is None or is_pushed(older, step.push)
-            return Mode(finished=True) if is_there else Mode(sends=True, resume=True)
-        if older is not None and not self.overwrite and not self._wrote(older):
-            raise Refused(
-                "the output exists, and this pipeline did not write it from these inputs",
-                expected="a new output, or an older one of this pipeline",
-                where=step.place.out,
-                hint="choose another out, or give --overwrite",
-            )
-        overwrite = older is not None or self.overwrite
+        stays = older is not None and not (changes or resume or run.damage) and older.is_of(plan)
+        if older is not None and stays and (step.push is None or is_pushed(older, pushed)):
+            return Mode(finished=True)
+        if pushed is not None:
+            self._check_own(pushed, f"hf://{step.push}")
+        if stays:
+            return Mode(sends=True, resume=True, overwrite=pushed is not None)
+        if older is not None:
+            self._check_own(older, step.place.out)
+        overwrite = self.overwrite or older is not None or pushed is not None
         if not resume:
-            check_room(step.place, plan, overwrite)
+            check_room(step.place, plan, self.overwrite or older is not None)
         return Mode(resume=resume, overwrite=overwrite)
 
-    def _wrote(self, older: Older) -> bool:
-        return older.pipeline.get("id") == self.id
+    def _check_own(self, older: Older, where: str) -> None:
+        """`Refused` for an older output that this pipeline may not replace."""
+        if not self.overwrite and older.pipeline.get("id") != self.id:
+            raise Refused(
+                "the output exists, and is damaged, or this pipeline did not write it from these "
+                "inputs",
+                expected="a new output, or an older one of this pipeline",
+                where=where,
+                hint="choose another out, or give --overwrite",
+            )
 
     def carry_out(self, run: StepRun) -> Row:
         """Write the step's output, unless it turns out to be there."""
@@ -201,7 +227,7 @@ class _Pipeline:
         call = self._call(step, {})
         mode = run.mode
         if mode is None or step.needs:
-            mode = self._mode(step, call.plan(), changes=False)
+            mode = self._mode(run, call.plan(), changes=False)
         if mode.finished:
             return FINISHED
         how: dict[str, Any] = {

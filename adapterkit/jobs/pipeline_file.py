@@ -215,6 +215,14 @@ def _wrong_options(
     names: Mapping[str, inspect.Parameter], options: dict[str, Any], where: str
 ) -> Iterator[AdapterkitError]:
     own = {n: p for n, p in names.items() if p.kind is p.KEYWORD_ONLY and n not in RESERVED}
+    if "push" in options and "push" not in own:
+        yield Refused(
+            f"{where.partition('(')[2].rstrip(')')} has no push",
+            expected=", ".join(own),
+            where=where,
+            hint="give out = 'hf://org/name', or push a later merge",
+        )
+        options = {name: value for name, value in options.items() if name != "push"}
     yield from _unknown(options, list(own), where, "an option of this verb")
     for name, parameter in own.items():
         if parameter.default is parameter.empty and name not in options:

@@ -56,7 +56,7 @@ def write_plan(file: StrPath, verb: str, *sources: Any, **options: Any) -> Plan 
     path = Path(checked_path("file", file)).absolute()
     call = _portable(_verb(verb).call(*sources, **options))
     overwrite = bool(call.arguments.get("overwrite"))
-    _check_room(path, overwrite)
+    _check_room(path, overwrite, Path(call.arguments["out"]))
     preparation = executors_of(verb).preparation(overwrite)
     plan = call.run(engine=preparation)
     assert not isinstance(plan, Receipt) and preparation.job is not None
@@ -118,8 +118,22 @@ def read_plan(file: StrPath) -> PlanFile:
     return PlanFile(path, call, job)
 
 
-def _check_room(path: Path, overwrite: bool) -> None:
-    """`Refused` where the plan file cannot be made."""
+def _check_room(path: Path, overwrite: bool, out: Path) -> None:
+    """`Refused` where the plan file cannot be made, or would be in the output's place."""
+    if out.resolve() in (path.resolve(), *path.resolve().parents):
+        raise Refused(
+            "the plan file is the output, or in it",
+            expected="a plan file beside the output",
+            where=f"--plan {shown(path)}",
+            hint="choose another --plan",
+        )
+    if path.is_file() and overwrite and not _is_plan(path):
+        raise Refused(
+            "a file that is no plan file",
+            expected="a new file, or an older plan, which --overwrite replaces",
+            where=str(path),
+            hint="move it away, or choose another --plan",
+        )
     if path.is_dir() or (path.exists() and not overwrite):
         raise Refused(
             "a file of this name exists",
@@ -134,6 +148,15 @@ def _check_room(path: Path, overwrite: bool) -> None:
             where=str(path.parent),
             hint="create it, or choose another --plan",
         )
+
+
+def _is_plan(path: Path) -> bool:
+    """Whether a file is a plan, of whatever version."""
+    try:
+        data = strict_json(path.read_bytes()) if path.stat().st_size <= MAX_JSON else None
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and {"adapterkit", "verb", "fingerprint"} <= data.keys()
 
 
 def _unreadable(path: Path, problem: str) -> Refused:

@@ -13,7 +13,6 @@ from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.checkpoint.stage import Stage, check_name
 from adapterkit.checkpoint.storage import free_bytes, storage_errors, sync_folder
 from adapterkit.engines.execution import check_disk_limit
-from adapterkit.engines.hub_output import check_apart
 from adapterkit.engines.hub_stage import work_folder
 from adapterkit.errors import (
     AdapterkitError,
@@ -25,11 +24,11 @@ from adapterkit.errors import (
     shown,
 )
 from adapterkit.execute import check_alone, check_same_job
-from adapterkit.hub.destination import parse_output
+from adapterkit.hub.destination import check_apart, parse_output
 from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath, parse_size
-from adapterkit.receipt import digest, public_recipe
+from adapterkit.receipt import fingerprint_of
 from adapterkit.statistics.hub_file import FileOnHub, on_hub
 from adapterkit.statistics.plan import StatisticsPlan
 from adapterkit.tasks.statistics import metadata_of
@@ -120,6 +119,15 @@ def check_output(out: StrPath, base: Folder) -> None:
         _check_path(Path(out), base)
 
 
+def check_place(
+    plan: StatisticsPlan, out: StrPath, base: Folder, *, resume: bool, overwrite: bool
+) -> None:
+    """`Refused` where the file could not be written there, as the job itself would be."""
+    if is_on_hub(out) or not overwrite:
+        with open_target(out, base) as target:
+            state_of(target, plan.recipe(), resume=resume, overwrite=overwrite)
+
+
 def _check_path(out: Path, base: Folder) -> None:
     refused = lambda problem, expected: Refused(
         problem, expected=expected, where=str(out), hint="choose another --out"
@@ -204,7 +212,7 @@ def write(
             stage.begin()
             if state == "fresh":
                 job = {
-                    "fingerprint": fingerprint(recipe),
+                    "fingerprint": fingerprint_of(recipe),
                     "recipe": recipe,
                     "overwrite": replaces,
                 }
@@ -227,10 +235,6 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def fingerprint(recipe: dict[str, Any]) -> str:
-    return digest(public_recipe(recipe))
-
-
 def state_of(
     target: Target, recipe: dict[str, Any], *, resume: bool, overwrite: bool
 ) -> tuple[str, bool]:
@@ -239,7 +243,7 @@ def state_of(
     head = next(iter(stage.journal()), None)
     older = None if there is None else _metadata(there)
     if resume and older is not None:
-        if older["fingerprint"] == fingerprint(recipe):
+        if older["fingerprint"] == fingerprint_of(recipe):
             return "finished", False
         if head is None and not overwrite:
             raise Refused(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from adapterkit.engines.execution import Execution, executes
+from adapterkit.engines.hub_inputs import plan_in_parts
 from adapterkit.engines.one_file import run_to_file
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import Executor, StrPath, text
@@ -64,4 +65,5 @@ def convert(
     target = Path(out)
     is_file = target.suffix in FILES and not is_on_hub(out)
     plan = plan_convert(folder, options, checkpoint, target.name if is_file else None)
+    plan = plan_in_parts(plan)
     return run_to_file(execution, plan) if is_file else execution.run(plan)

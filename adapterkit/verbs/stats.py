@@ -15,7 +15,7 @@ from adapterkit.errors import Failed, Refused, listed
 from adapterkit.options import Executor, StrPath, files, kinds, parse_size
 from adapterkit.plan import Progress
 from adapterkit.planning.sources import open_model
-from adapterkit.receipt import RECEIPT_VERSION, Receipt, public_recipe
+from adapterkit.receipt import RECEIPT_VERSION, Receipt, fingerprint_of, public_recipe
 from adapterkit.statistics import output
 from adapterkit.statistics.collect import Layers, collect_statistics
 from adapterkit.statistics.file import Results, write_statistics
@@ -99,6 +99,7 @@ def stats(
     plan = plan_statistics(folder, files("data", data), options, place, budget)
     plan = output.placed(plan, out, disk_limit)
     if dry_run:
+        output.check_place(plan, out, folder, resume=resume, overwrite=overwrite)
         return plan
 
     def write(collect: Collect, *, began: float, resume: bool, overwrite: bool) -> Receipt:
@@ -145,7 +146,7 @@ class _Job:
         check_unchanged(plan)
         notes = list(dict.fromkeys([*plan.notes, *results.notes, *_unseen(plan, results)]))
         settings = {
-            "fingerprint": output.fingerprint(recipe),
+            "fingerprint": fingerprint_of(recipe),
             "recipe": public_recipe(recipe),
             "notes": notes,
         }

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from tests.support.hub_client import PRELUDE, REPO, TOKEN, Client, during
-from tests.support.hub_models import CALLS, adapter_files, base_files
+from tests.support.hub_models import CALLS, SHARDS, adapter_files, base_files
 from tests.support.hub_server import Fault, Hub
 
 COMMIT = "c" * 40
@@ -66,8 +66,6 @@ def writing(tmp_path_factory):
 @pytest.mark.parametrize("method, path, values", [
     ("GET", "whoami-v2", [None, [], 7, {"auth": None}, {"auth": {"accessToken": None}}]),
     ("POST", "/repos/create", [None, [], {}, {"url": None}]),
-    ("POST", "/paths-info/", [None, 7, [{}], {"a": 1}]),
-    ("POST", "lfs-files/duplicate", [None, [], 7, {"failed": None}, {"failed": [7]}]),
     ("POST", "/preupload/", [None, [], {}, {"files": None}]),
     ("POST", "/commit/", [None, [], {}, {"commitOid": 7, "commitUrl": 7}]),
 ])  # fmt: skip
@@ -80,4 +78,24 @@ def test_an_output(writing, method: str, path: str, values: list):
         trees = hub.repos["me/out"].trees if "me/out" in hub.repos else {}
         assert all("config.json" not in tree for tree in trees.values())
         hub.log.clear()
+    hub.faults = lambda asked: None
+
+
+@pytest.mark.parametrize("method, path, values", [
+    ("POST", "/paths-info/", [answer(None), answer([{}]), Fault(status=503)]),
+    ("POST", "lfs-files/duplicate", [
+        *map(answer, (None, [], 7, {"failed": None})),
+        *(Fault(status=status) for status in (400, 403, 404, 429, 500, 503)),
+        Fault(reset=True),
+    ]),
+])  # fmt: skip
+def test_what_the_hub_does_not_copy_is_sent(writing, method: str, path: str, values: list[Fault]):
+    hub, client = writing
+    base = base_files()
+    for fault in values:
+        hub.repos.pop("me/out", None)
+        hub.faults = during(fault, method, path)
+        client(JOB + ".data")
+        there = hub.files("me/out")
+        assert [there[name] == base[name] for name in SHARDS] == [False] * 2 + [True] * 4
     hub.faults = lambda asked: None

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load, save
 
 import adapterkit
+from tests.support.hub_client import TOKEN
 from tests.support.hub_server import Hub
 
 BLOCKS, WIDTH, RANK = 40, 64, 16
@@ -36,9 +37,9 @@ def hub():
         yield hub
 
 
-def command(hub, tmp_path, *words):
-    variables = os.environ | hub.environment(tmp_path / "home")
-    line = [sys.executable, "-m", "adapterkit", "convert", "org/lora", *words]
+def command(hub, tmp_path, *words, source="org/lora"):
+    variables = os.environ | hub.environment(tmp_path / "home") | {"HF_TOKEN": TOKEN}
+    line = [sys.executable, "-m", "adapterkit", "convert", source, *words]
     return subprocess.run(line, capture_output=True, text=True, env=variables, cwd=tmp_path)
 
 
@@ -54,3 +55,33 @@ def test_a_conversion_is_that_of_the_file(hub, tmp_path):
     written, own = (tmp_path / name for name in ("out.safetensors", "local.safetensors"))
     assert load(written.read_bytes()).keys() == load(own.read_bytes()).keys()
     assert written.read_bytes() == own.read_bytes()
+
+
+def pipeline_file() -> bytes:
+    """A LoRA of Flux and of its text encoder, the smaller part of the file."""
+    generator, tensors = np.random.default_rng(1), {}
+    names = [f"lora_te1_text_model_encoder_layers_{n}_mlp_fc1" for n in range(2)]
+    names += [f"lora_unet_double_blocks_{n}_img_attn_proj" for n in range(19)]
+    for name in names:
+        tensors[f"{name}.alpha"] = np.array(2, np.float32)
+        for side, shape in (("down", (64, 512)), ("up", (512, 64))):
+            value = generator.standard_normal(shape).astype(np.float32)
+            tensors[f"{name}.lora_{side}.weight"] = value
+    return save(tensors)
+
+
+@pytest.mark.parametrize("out", ["te.safetensors", "hf://me/te"])
+def test_of_one_component_no_more_is_read(hub, tmp_path, out: str):
+    data = pipeline_file()
+    hub.commit("org/both", {NAME: data})
+    words = ["--to", "diffusers", "--prefix-only", "text_encoder"]
+    done = command(hub, tmp_path, *words, "--out", out, source=f"org/both:{NAME}")
+    assert done.returncode == 0, done.stderr
+    assert hub.moved(NAME) < len(data) // 5
+    (tmp_path / "both.safetensors").write_bytes(data)
+    here = tmp_path / "here.safetensors"
+    options = {"to": "diffusers", "prefix_only": "text_encoder"}
+    adapterkit.convert(tmp_path / "both.safetensors", out=here, **options)
+    on_hub = hub.files("me/te") if "me/te" in hub.repos else {}
+    there = on_hub.get("pytorch_lora_weights.safetensors") or (tmp_path / out).read_bytes()
+    assert there == here.read_bytes()

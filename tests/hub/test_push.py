@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.support.hub_client import OUTPUT, REPO, during
+from tests.support.hub_client import OUTPUT, REPO, during, receipt
 from tests.support.hub_server import Fault, Hub
 
 
@@ -33,7 +33,11 @@ def test_push_again_uploads_what_changed(hub, connect, output):
     assert again == first | {"notes": ["all files were there before: nothing was sent"]}
     assert not hub.uploaded() and not hub.asked("POST", "/commit/")
     (output / "model-00002-of-00002.safetensors").write_bytes(b"\0third" * 500)
-    second = client(f"push(Path('{output}'), '{REPO}')")
+    (output / "adapterkit.json").write_bytes(receipt(OUTPUT, "two"))
+    error = client.refusal(f"push(Path('{output}'), '{REPO}')")
+    changed = "adapterkit.json, model-00002-of-00002.safetensors"
+    assert f"an older output is there: {changed}" in error.text and not hub.uploaded()
+    second = client(f"push(Path('{output}'), '{REPO}', overwrite=True)")
     assert hub.uploaded() == [3000] and second["revision"] != first["revision"]
     [commit] = hub.asked("POST", "/commit/")
     assert json.loads(commit.body.splitlines()[0])["value"]["parentCommit"] == first["revision"]

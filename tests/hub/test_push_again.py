@@ -143,6 +143,8 @@ def test_a_plan_with_a_push_is_pushed_once(place):
     hub, client, root = place
     more = f"out='out', push={OUT!r}"
     client(f"adapterkit.write_plan('p.json', 'merge', 'base', ['adapter'], {more}).verb")
+    assert hub.asked("GET", "whoami-v2")  # who may not push is refused here
+    hub.log.clear()
     client("adapterkit.run('p.json').made")
     assert not hub.log
     assert client(f"adapterkit.finish('p.json', push={OUT!r}).data['pushed']['notes']") == []

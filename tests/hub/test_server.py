@@ -5,7 +5,16 @@ import os
 
 import pytest
 
-from tests.support.hub_client import FILES, OUTPUT, REPO, TOKEN, WEIGHTS, ClientError, during
+from tests.support.hub_client import (
+    FILES,
+    OUTPUT,
+    REPO,
+    TOKEN,
+    WEIGHTS,
+    ClientError,
+    during,
+    receipt,
+)
 from tests.support.hub_server import Fault, Hub
 from tests.support.hub_state import Account
 from tests.support.hub_store import IN_MEMORY
@@ -103,13 +112,14 @@ def test_xet_stores_what_is_new(connect, output):
     with Hub(xet=True) as hub:
         assert hub.xet is not None
         name, size = "model-00001-of-00002.safetensors", 2 << 20
-        hub.commit(REPO, {name: os.urandom(size)})
+        files = {name: os.urandom(size)}
+        hub.commit(REPO, files | {"adapterkit.json": receipt(files, "before")})
         before = hub.xet.stored()
         assert before >= size
         changed = bytearray(hub.files(REPO)[name])
         changed[1 << 20] ^= 1
         (output / name).write_bytes(changed)
-        connect(hub)(f"push(Path('{output}'), '{REPO}')")
+        connect(hub)(f"push(Path('{output}'), '{REPO}', overwrite=True)")
         assert hub.files(REPO)[name] == changed
         assert 0 < hub.xet.stored() - before < size / 4
 
@@ -118,14 +128,15 @@ def test_large_files_lie_on_disk(connect, tmp_path):
     data = os.urandom(IN_MEMORY + 1)
     (tmp_path / "large").write_bytes(data)
     with Hub() as hub:
-        hub.commit(REPO, {"model.safetensors": tmp_path / "large"})
+        listed = {"adapterkit.json": receipt({"model.safetensors": data}, "before")}
+        hub.commit(REPO, {"model.safetensors": tmp_path / "large"} | listed)
         client = connect(hub)
         client(f"folder = HubFolder(parse('{REPO}'))")
         assert client("folder.read('model.safetensors', 7, 70)") == data[7:70]
         output = tmp_path / "output"
         output.mkdir()
         (output / "model.safetensors").write_bytes(data[::-1])
-        client(f"push(Path('{output}'), '{REPO}')")
+        client(f"push(Path('{output}'), '{REPO}', overwrite=True)")
         blob = hub.repos[REPO].trees[hub.repos[REPO].refs["main"]]["model.safetensors"].blob
         assert not isinstance(blob.held, bytes) and hub.uploaded() == [len(data)]
         assert hub.files(REPO)["model.safetensors"] == data[::-1]

@@ -13,7 +13,7 @@ from adapterkit.jobs.verbs import writing_verbs
 from tests.golden.inputs import create_inputs
 from tests.golden.jobs import READING, WRITING, job
 from tests.hub.test_convert import kohya_file
-from tests.support.hub_client import Client, ClientError
+from tests.support.hub_client import TOKEN, Client, ClientError
 from tests.support.hub_server import Hub
 
 STATISTICS = "covariances.safetensors"
@@ -159,6 +159,7 @@ def test_an_output_on_the_hub_is_planned(bench, verb):
     for source in {*task.sources, *named(task.options)}:
         put_on_hub(bench, source)
     client(EMPTY_CACHE)  # what is there is not downloaded
+    client(f"os.environ['HF_TOKEN'] = {TOKEN!r}")  # without one the job would be refused
     hub.log.clear()
     out = "hf://org/made:statistics.safetensors" if verb == "stats" else "hf://org/made"
     totals = client(f"jobs.call(moved(jobs.{task!r}), out={out!r}, dry_run=True).totals()")

@@ -166,6 +166,31 @@ def test_an_output_with_a_file_missing_is_written_again(write, tmp_path: Path):
     assert states(file) == ["done before", "done", "done", "done"]
 
 
+@pytest.mark.parametrize("position", [0, -1], ids=["header", "data"])
+def test_a_damaged_output_that_a_step_reads_is_made_again(write, tmp_path: Path, position: int):
+    """Sizes do not tell, and what `verify` rejects is built on by no step."""
+    file = write(STEPS)
+    run_pipeline(file)
+    before = contents(tmp_path / "out")
+    weights = tmp_path / "out" / "both" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[position] ^= 1
+    weights.write_bytes(data)
+    row = run_pipeline(file, dry_run=True)["steps"][1]
+    assert row["state"] == "planned" and "is damaged, and made again" in row["notes"][-1]
+    assert states(file) == ["done before", "done", "done", "done"]
+    assert contents(tmp_path / "out") == before
+    weights.write_bytes(data)
+    adapterkit.combine(  # by hand, so that it is not the pipeline's to replace
+        [tmp_path / "out" / "law-only", (tmp_path / "medicine", 0.5)],
+        method="linear", out=tmp_path / "out" / "both", overwrite=True,
+    )  # fmt: skip
+    weights.write_bytes(data)
+    report = run_pipeline(file)
+    assert "and is damaged, or" in report["steps"][1]["message"]
+    assert states(file, overwrite=True) == ["done before", "done", "done", "done"]
+
+
 def test_files_in_the_way(write, tmp_path: Path):
     file = write(STEPS)
     (tmp_path / "out" / "law-only").mkdir(parents=True)
@@ -365,6 +390,7 @@ STEP = {"verb": '"merge"', "inputs": '["base", "law"]', "out": '"merged"'}
         ({"options": "{ overwrite = true }"}, "not an option of this verb"),
         ({"options": "3"}, "a table of the verb's options"),
         ({"verb": '"quantize"', "inputs": '["base"]'}, "step 1 (quantize): to is missing"),
+        ({"verb": '"quantize"', "options": "{ push = 'me/x' }"}, "quantize has no push"),
         ({"verb": '"quantize"', "inputs": '["base", "law"]'}, "2 inputs"),
         ({"inputs": '["merged", "law"]'}, "the output of this step"),
         ({"inputs": '["base", "later"]'}, "the output of step 2"),

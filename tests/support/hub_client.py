@@ -117,6 +117,15 @@ OUTPUT = {
 }
 
 
+def receipt(files: dict[str, bytes], job: str) -> bytes:
+    """As much of the receipt of an output as tells that adapterkit wrote it."""
+    listed = {name: {"size": len(data)} for name, data in files.items()}
+    return json.dumps({"fingerprint": job, "files": listed}).encode()
+
+
+OUTPUT["adapterkit.json"] = receipt(OUTPUT, "one")
+
+
 def during(fault: Fault, method: str = "GET", path: str = "", times: int = 1_000_000):
     """Faults for the first requests of a kind."""
     left = [times]

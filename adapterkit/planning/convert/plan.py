@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -9,7 +10,7 @@ from adapterkit import dtypes
 from adapterkit.adapters.adapter_config import hub_id
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import Refused, listed, refuse_all
+from adapterkit.errors import Refused, listed, refuse_all, shown
 from adapterkit.formats.adapter_dialects import arranged, renamed, without_copies
 from adapterkit.formats.adapter_layout import write_layout
 from adapterkit.formats.base import NamedBase, facts_of
@@ -65,7 +66,16 @@ def plan_convert(
 
 
 def _check_target(form: Format, file: str | None) -> None:
-    """`Refused` for one file of a format that has settings beside its weights."""
+    """`Refused` for one file of a format that has settings beside its weights, or whose weights
+    are in files with another ending."""
+    ending = Path(form.file.name).suffix
+    if file is not None and not form.file.config and Path(file).suffix != ending:
+        raise Refused(
+            f"{form.title} in a file named {shown(file)}",
+            expected=f"a name with {ending}",
+            where="--out",
+            hint=f"give --out {shown(Path(file).with_suffix(ending))}",
+        )
     if file is not None and form.file.config:
         raise Refused(
             f"{form.title} in one file",

@@ -58,6 +58,7 @@ def read_contents(
             heads_of(base, detection.config),
             model_type_of(base, detection.config),
             None if base is None else facts_of(base.config, base.tensors).tied,
+            options.prefix_only,
         )
         contents = read(form, source, detection.container, detection.config, reading)
     return _selected(contents, options.prefix_only)
