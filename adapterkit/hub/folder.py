@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from adapterkit.checkpoint.folder import OTHER_WEIGHTS, inside
 from adapterkit.checkpoint.header import FIRST_READ
@@ -213,12 +213,20 @@ class HubFolder:
         return download
 
     def _download_parts(self, name: str) -> Path:
-        from adapterkit.hub.download import download
-
         self._holed = self._holed or tempfile.TemporaryDirectory(prefix="adapterkit-")
-        file = Path(self._holed.name, name)
-        download(self, name, file)
-        return file
+        path = Path(self._holed.name, *PurePosixPath(name).parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(self._size(name))
+            for start, stop in self.parts[name]:
+
+                def request(start: int = start, stop: int = stop) -> None:
+                    file.seek(start)
+                    for data in self.pieces(name, start, stop):
+                        file.write(data)
+
+                retry(request, self.pinned, name)
+        return path
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[bytes]:
         """Bytes [start, stop) of one file as they come, by one request.

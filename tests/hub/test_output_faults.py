@@ -87,7 +87,7 @@ def test_who_may_not_write_is_refused_before_weights_move(place):
     hub.accounts[ELSEWHERE] = Account(name="me", orgs=())
     try:
         for token, problem, there in [
-            ("", "no token", out),
+            ("", "not logged in", out),
             (READER, "only read", out),
             (ELSEWHERE, "does not allow", out),
             (ELSEWHERE, "does not allow", "org/base@new"),

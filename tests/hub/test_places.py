@@ -129,4 +129,4 @@ def test_a_dry_run_wants_the_token_that_the_job_wants(place):
     _, client, _ = place
     client("os.environ['HF_TOKEN'] = ''")
     for where in PLACES:
-        refused(place, merge(where, "me/new"), "token")
+        refused(place, merge(where, "me/new"), "not logged in")

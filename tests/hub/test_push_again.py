@@ -98,7 +98,7 @@ def test_who_may_not_push_is_refused_before_the_merge(place):
     hub.commit(OUT, {"model.safetensors": b"\0old"})
     assert "already: model.safetensors" in client.refusal(merge()).text
     client("os.environ['HF_TOKEN'] = ''")
-    assert "no token" in client.refusal(merge()).text
+    assert "not logged in" in client.refusal(merge()).text
     assert not (root / "out").exists() and not (root / ".out.adapterkit").exists()
 
 

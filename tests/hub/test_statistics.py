@@ -187,7 +187,7 @@ def test_who_may_not_write_is_refused_before_weights_move(place):
     hub.accounts[ELSEWHERE] = Account(name="me", orgs=())
     try:
         for token, problem in [
-            ("", "no token"), (READER, "only read"), (ELSEWHERE, "does not allow"),
+            ("", "not logged in"), (READER, "can only read"), (ELSEWHERE, "does not allow"),
         ]:  # fmt: skip
             client(f"os.environ['HF_TOKEN'] = '{token}'")
             error = client.refusal(stats(f"{out}:{FILE}"))

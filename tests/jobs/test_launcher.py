@@ -54,11 +54,11 @@ def test_what_launchers_say(environment: dict[str, str], expected: tuple[int, in
 
 
 @pytest.mark.parametrize("environment, problem", [
-    ({"RANK": "0"}, "no WORLD_SIZE"),
-    ({"WORLD_SIZE": "2"}, "no RANK"),
-    ({"SLURM_PROCID": "1"}, "no SLURM_NTASKS"),
-    (ARRAY | {"SLURM_PROCID": "1"}, "no SLURM_NTASKS"),
-    ({"JOB_COMPLETION_INDEX": "1"}, "no ADAPTERKIT_RANKS"),
+    ({"RANK": "0"}, "WORLD_SIZE is not set"),
+    ({"WORLD_SIZE": "2"}, "RANK is not set"),
+    ({"SLURM_PROCID": "1"}, "SLURM_NTASKS is not set"),
+    (ARRAY | {"SLURM_PROCID": "1"}, "SLURM_NTASKS is not set"),
+    ({"JOB_COMPLETION_INDEX": "1"}, "ADAPTERKIT_RANKS is not set"),
     ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2"),
     ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
     ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x"),

@@ -104,7 +104,7 @@ def test_an_input_in_another_layout_is_not_replaced(tmp_path: Path):
 def test_a_dry_run_refuses_the_place_that_the_job_refuses(tmp_path: Path):
     merge = lambda **more: adapterkit.merge("base", "style", out=tmp_path / "out", **more)
     merge()
-    with pytest.raises(Refused, match="files in the output folder"):
+    with pytest.raises(Refused, match="the output folder holds"):
         merge(dry_run=True)
     assert merge(dry_run=True, overwrite=True) and merge(dry_run=True, resume=True)
 
