@@ -7,8 +7,10 @@ files go through huggingface_hub's own.
 
 import copy
 import logging
+import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -94,7 +96,7 @@ class HubFolder:
         # what several readers ask for: the starts of files, with their headers, and small tensors
         self._starts: dict[str, bytes] = {}
         self._small: dict[tuple[str, int, int], bytes] = {}
-        self._holed: tempfile.TemporaryDirectory | None = None  # files with holes
+        self._holed: str | None = None  # a folder of files with holes
 
     def __getstate__(self) -> dict[str, object]:
         """For pickle, without the downloads: a copy does its own."""
@@ -213,8 +215,10 @@ class HubFolder:
         return download
 
     def _download_parts(self, name: str) -> Path:
-        self._holed = self._holed or tempfile.TemporaryDirectory(prefix="adapterkit-")
-        path = Path(self._holed.name, *PurePosixPath(name).parts)
+        if self._holed is None:
+            self._holed = tempfile.mkdtemp(prefix="adapterkit-")
+            weakref.finalize(self, shutil.rmtree, self._holed, ignore_errors=True)
+        path = Path(self._holed, *PurePosixPath(name).parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             file.truncate(self._size(name))
