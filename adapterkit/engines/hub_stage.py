@@ -73,6 +73,8 @@ class HubStage(Stage):
         """As of a folder; what another job left on the Hub is replaced by the commit."""
         entries = self.journal()
         receipt = entries[-1].get("publish") if entries else None
+        if resume and entries and entries[0].get("upon") == self.destination.parent:
+            self.destination.is_new = True  # as it was when this job made it
         there = self.destination.receipt()
         is_same = self.published().get("fingerprint") == fingerprint
         was_sent = resume and there and hashlib.sha256(there).hexdigest() == receipt
@@ -93,7 +95,8 @@ class HubStage(Stage):
         self.destination.check_files(self.names, overwrite=self.replaces)
 
     def head(self) -> dict:
-        return {"pins": current_pins()}
+        new = {"upon": self.destination.parent} if self.destination.is_new else {}
+        return {"pins": current_pins()} | new
 
     def holds(self, result: ShardResult) -> bool:
         return self._has_gone(result.file, result.sha256) or super().holds(result)

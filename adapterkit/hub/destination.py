@@ -109,8 +109,9 @@ def check_apart(hub_id: HubId, folders: Iterable[Folder], head: str = "") -> Non
         read = replace(folder.pinned, revision=folder.hub_id.revision or "main")
         # names of the Hub lead to one repository in any case of their letters
         same = lambda one, other: str(one).lower() == str(other).lower()
-        at_head = head == folder.commit and same(replace(read, revision=place.revision), place)
-        if at_head or same(read, place):
+        # by a commit or a tag; another branch stays where it is
+        at_head = head == folder.commit and read.revision != "main"
+        if same(replace(read, revision=place.revision) if at_head else read, place):
             raise Refused(
                 f"the output is the input {folder.label}",
                 expected="an output apart from the inputs",

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.hub_client import TOKEN, Client
+from tests.support.hub_client import TOKEN, Client, during
 from tests.support.hub_models import CALLS, SHARDS, adapter_files, base_files, write
 from tests.support.hub_server import Hub
+from tests.support.hub_state import Fault
 
 PLACES = {"out": "out='hf://{repo}'", "push": "out='out', push='{repo}'"}
 FOREIGN = {"model.safetensors": b"\0of somebody", "notes.txt": b"of somebody"}
@@ -130,3 +131,32 @@ def test_a_dry_run_wants_the_token_that_the_job_wants(place):
     client("os.environ['HF_TOKEN'] = ''")
     for where in PLACES:
         refused(place, merge(where, "me/new"), "not logged in")
+
+
+def test_a_plan_file_is_pushed_by_the_same_rules(place):
+    hub, client, root = place
+    client("adapterkit.write_plan('p.json', 'merge', 'me/base', ['adapter'], out='out').verb")
+    client("adapterkit.run('p.json').made")
+    hub.commit("me/other", FOREIGN | {"config.json": b"{}"})
+    texts = {"me/base": "the output is the input me/base", "me/other": "did not write"}
+    for repo, text in texts.items():
+        before = hub.repos[repo].refs.copy()
+        assert text in client.refusal(f"adapterkit.finish('p.json', push={repo!r})").text
+        assert hub.repos[repo].refs == before and not (root / "out").exists()
+    client("adapterkit.finish('p.json', push='me/new').data['pushed']['repo']")
+    assert "adapterkit.json" in hub.files("me/new")
+    options = "out='out2', push='me/other'"
+    call = f"adapterkit.write_plan('q.json', 'merge', 'base', ['adapter'], {options})"
+    assert "did not write" in client.refusal(call).text and not (root / "q.json").exists()
+
+
+def test_a_branch_that_a_broken_run_has_made_is_gone_on_with(place):
+    """Also where main has moved meanwhile, whose files it began with."""
+    hub, client, _ = place
+    hub.faults = during(Fault(status=400), "POST", "/commit/")
+    call = merge("out", "me/base@merged", base="me/base")
+    client.refusal(call, "Failed")
+    hub.faults = lambda asked: None
+    hub.commit("me/base", {"notes.txt": b"later"})
+    client(call.replace(").data", ", resume=True).data"))
+    assert hub.files("me/base", "merged")["adapterkit.json"]
