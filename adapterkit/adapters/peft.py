@@ -246,7 +246,7 @@ def _check_config_against_file(keys: _Keys, config: dict, name: str) -> list[Ada
                 f"modules_to_save names {shown(module)}, and the file holds nothing of it",
                 "its trained weights",
                 "save the adapter again, or take the name out of the config if the model has no "
-                "such module",
+                "such module, or one without weights",
             )
     for parameter, spec in keys.replaced.items():
         if spec.dtype not in FLOATS and spec.shape:
@@ -294,6 +294,10 @@ def _tokens(
         indices = setting
         if isinstance(setting, dict):  # by the end of the name; PEFT asks for no dot before it
             matches = [value for end, value in setting.items() if module.endswith(end)]
+            if not matches:
+                # of a tied head, which the setting does not name: saved where embeddings are whole
+                lists = [value for value in setting.values() if isinstance(value, list)]
+                matches = [v for v in lists if [len(v)] == [*spec.shape[:1]]]
             indices = matches[0] if len(matches) == 1 else None
         rows = tuple(indices) if isinstance(indices, list) else ()
         valid = all(type(i) is int and i >= 0 for i in rows) and len({*map(str, rows)}) == len(rows)

@@ -9,6 +9,7 @@ from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.targets import is_within
 from adapterkit.errors import Refused, shown
 from adapterkit.runtime.layers import kind_of
+from adapterkit.runtime.quantized import quantization_of
 from adapterkit.weights.bypassed import MAMBAS, MAMBAS_REFUSED, reads_weight
 
 WHERE = "LoraConfig"
@@ -69,6 +70,23 @@ def weight_reader(model: nn.Module, modules: Mapping[str, nn.Module], path: str)
     around = type(modules.get(parent, model))
     is_mamba = model_type(model) in MAMBAS and leaf in MAMBAS_REFUSED
     return around.__name__ if is_mamba or reads_weight(around.__mro__, leaf) else None
+
+
+def unfit_as_parameter(path: str, host: nn.Module, config: LoraConfig) -> Refused | None:
+    """Why PEFT cannot have the factors of a linear layer as those of its weight, as a file has them
+    where PEFT takes the layer's name for a stack of experts; None if it can."""
+    settings = ("dora", "lora_bias", "invocation_tokens")
+    wrong = [name for name in settings if getattr(config, name)]
+    if quantization_of(host) is not None:
+        wrong.append(f"a quantized weight ({type(host).__name__})")
+    if not wrong:
+        return None
+    return Refused(
+        f"{' and '.join(wrong)} on {shown(path)}, which PEFT takes for a stack of experts",
+        expected="plain factors, which a file has as those of the layer's weight",
+        where=WHERE,
+        hint="exclude the layer, or leave the setting out",
+    )
 
 
 def unfit_settings(target: Target, config: LoraConfig) -> Iterator[Refused]:

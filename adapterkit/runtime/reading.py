@@ -91,7 +91,8 @@ def _join(state: State, folder: Folder, *, beside: bool = False) -> Stored:
         if host is None or kind is None:
             errors.append(_no_module(state, adapter, lora, host))
             continue
-        rank, scale = rank_and_scale(adapter, lora, None)
+        leaf = "weight" if adapter.leaves(lora.module, ["weight"]) else None
+        rank, scale = rank_and_scale(adapter, lora, leaf)
         if lora.a.shape[0] != rank:
             errors.append(rank_mismatch(adapter, lora, lora.a.shape[0], rank))
             continue

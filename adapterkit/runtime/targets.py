@@ -2,6 +2,7 @@
 in full, and the rows of tokens."""
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from torch import nn
@@ -16,12 +17,13 @@ from adapterkit.adapters.targets import (
     is_within,
     output_head,
 )
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.patterns import matcher, similar_names
 from adapterkit.runtime.fitness import (
     WHERE,
     Target,
     model_type,
+    unfit_as_parameter,
     unfit_module,
     unfit_parameter,
     unfit_settings,
@@ -30,6 +32,7 @@ from adapterkit.runtime.fitness import (
 from adapterkit.runtime.layers import kind_of
 from adapterkit.runtime.quantized import quantization_of
 from adapterkit.runtime.site import CHILD
+from adapterkit.weights.bypassed import is_taken_for_experts
 from adapterkit.weights.linear import is_linear
 
 PARAMETER = "parameter"
@@ -79,6 +82,14 @@ def resolve(model: nn.Module, config: LoraConfig) -> list[Target]:
     errors += filter(None, (unfit_module(model, modules, path) for path in paths))
     for one in targets:
         errors += unfit_settings(one, config)
+    taken = [one for one in targets if one.leaf is None and _is_taken(model, one.path)]
+    errors += filter(None, (unfit_as_parameter(one.path, one.module, config) for one in taken))
+    if taken and config.dropout:
+        warnings.warn(
+            f"dropout of {listed([one.path for one in taken])} is not saved: a file has these as "
+            "parameters, as PEFT takes their names for stacks of experts",
+            stacklevel=2,
+        )
     names = [one.name for one in targets]
     for key, patterns in ("rank_pattern", ranks), ("alpha_pattern", alphas):
         errors += [_no_match(key, one, "a target", names) for one in patterns.unmatched(names)]
@@ -111,6 +122,7 @@ def _selected(
     if targets == ALL_LINEAR:
         head = output_head(model, config.task_type == "SEQ_CLS")
         paths = [path for path in modules if path != head and _is_linear(model, modules, path)]
+        paths = _fit_as_parameters(model, modules, config, paths)
     elif isinstance(targets, str):
         paths = list(filter(matcher(targets, f"{WHERE}: targets", WHOLE), modules))
     else:
@@ -125,6 +137,23 @@ def _selected(
         hint = "check exclude and modules_to_save" if paths else "check targets"
         errors.append(_no_targets("no module is a target", hint))
     return left
+
+
+def _fit_as_parameters(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, paths: list[str]
+) -> list[str]:
+    """The paths without layers that PEFT takes for stacks of experts and whose settings no target
+    parameter has."""
+    unfit = [path for path in paths if _is_taken(model, path)]
+    unfit = [path for path in unfit if unfit_as_parameter(path, modules[path], config)]
+    if unfit:
+        text = "PEFT takes them for stacks of experts, whose factors have no such settings"
+        warnings.warn(f"no factors for {listed(unfit)}: {text}", stacklevel=2)
+    return [path for path in paths if path not in unfit]
+
+
+def _is_taken(model: nn.Module, path: str) -> bool:
+    return is_taken_for_experts(model_type(model), path)
 
 
 def _usual(

@@ -11,23 +11,25 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit.adapters.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
 from adapterkit.adapters.targets import has_end
 from adapterkit.checkpoint.storage import storage_errors
-from adapterkit.errors import Refused, shown
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath
 from adapterkit.planning.cards import adapter_card
 from adapterkit.runtime.copies import CopyPart, ValuePart, entries_for_peft
 from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.fitness import model_type, unfit_as_parameter
 from adapterkit.runtime.layers.linear import Conv1DPart
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.sharding import whole
 from adapterkit.runtime.state import Attached, State, refuse_merged
 from adapterkit.runtime.tokens import TokensPart
 from adapterkit.runtime.vocabulary import resized_embeddings
+from adapterkit.weights.bypassed import is_taken_for_experts
 
 CARD = "README.md"
 
@@ -77,7 +79,8 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
     """Tensors and config of an adapter as its files hold them."""
     tensors: dict[str, Tensor] = {}
     scales: dict[str, tuple[int, float]] = {}
-    modules = []
+    modules, parameters = [], list(adapter.config.parameters or ())
+    taken = as_parameters(state.model, adapter)
     levels = Counter(
         part.module(site.path) for site, part in adapter.parts() if isinstance(part, FactorsPart)
     )
@@ -93,9 +96,12 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
             tensors[key] = stored_value(value)
         if isinstance(part, FactorsPart) and part.stored_rank:
             target = part.target(site.path)
-            scales[target] = (part.stored_rank, part.stored_scale)
-            if not isinstance(part, ParameterPart):
+            if target in taken:
+                target = f"{target}.weight"
+                parameters.append(target)
+            elif not isinstance(part, ParameterPart):
                 modules.append(target)
+            scales[target] = (part.stored_rank, part.stored_scale)
     for name, value in resized_embeddings(state, adapter.base).items():
         key = replaced_key(name, levels, with_rows)
         if key not in tensors:
@@ -107,9 +113,27 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
     config["fan_in_fan_out"] = any(isinstance(part, Conv1DPart) for _, part in adapter.parts())
     config |= _names_for_peft(state, adapter)
     config |= scale_settings(scales, config)
-    if not isinstance(config.get("target_modules"), str) or _is_shorthand(config):
+    if taken:
+        config |= {"target_parameters": sorted(dict.fromkeys(parameters)), "lora_dropout": 0.0}
+    if taken or not isinstance(config.get("target_modules"), str) or _is_shorthand(config):
         config["target_modules"] = target_list(list(dict.fromkeys(modules)), state.modules)
     return tensors, config
+
+
+def as_parameters(model: nn.Module, adapter: Attached) -> set[str]:
+    """The linear layers that PEFT would take for stacks of experts, and drop, were they target
+    modules: their weights are written as target parameters. `Refused` for what these have not."""
+    paths, errors = set[str](), list[AdapterkitError]()
+    kind = model_type(model)
+    for site, part in adapter.parts():
+        if not isinstance(part, FactorsPart) or isinstance(part, ParameterPart):
+            continue
+        if is_taken_for_experts(kind, site.path):
+            paths.add(site.path)
+            if (problem := unfit_as_parameter(site.path, site.host, adapter.config)) is not None:
+                errors.append(problem)
+    refuse_all(errors)
+    return paths
 
 
 def _names_for_peft(state: State, adapter: Attached) -> dict[str, Any]:
@@ -117,8 +141,11 @@ def _names_for_peft(state: State, adapter: Attached) -> dict[str, Any]:
     alike."""
     config, names = adapter.config, {}
     if config.modules_to_save:
-        saved = [site.path for site, part in adapter.parts() if isinstance(part, CopyPart)]
-        names["modules_to_save"] = entries_for_peft(config.modules_to_save, saved, state.modules)
+        copies = [(site.path, p) for site, p in adapter.parts() if isinstance(p, CopyPart)]
+        # a norm without weights has nothing in the file
+        saved = [path for path, part in copies if any(part.values())]
+        entries = [name for name in config.modules_to_save if _means(name, saved)]
+        names["modules_to_save"] = entries_for_peft(entries, saved, state.modules) or None
     if isinstance(config.trainable_tokens, Mapping):
         table = names["trainable_token_indices"] = {}
         for name, indices in config.trainable_tokens.items():
@@ -126,6 +153,10 @@ def _names_for_peft(state: State, adapter: Attached) -> dict[str, Any]:
             for entry in entries_for_peft([name], paths, state.modules):
                 table[entry] = list(indices)
     return names
+
+
+def _means(entry: str, paths: Collection[str]) -> bool:
+    return any(path.endswith(entry) for path in paths)
 
 
 def scale_settings(

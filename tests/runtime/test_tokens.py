@@ -20,6 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import adapterkit
 from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import attach, load
@@ -305,7 +306,7 @@ def new_logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("tokens", [[20, 21, 22, 23], [22, 3]])
+@pytest.mark.parametrize("tokens", [[20, 21, 22, 23], [22, 3], {"embed_tokens": [22, 3]}])
 def test_added_tokens_go_both_ways(base, tied, tokens, tmp_path):
     """Files hold the resized embeddings too, whose rows replace those of another resize."""
     theirs = in_peft(resized(base, 24, 1), target_modules=Q, trainable_token_indices=tokens).eval()
@@ -313,6 +314,9 @@ def test_added_tokens_go_both_ways(base, tied, tokens, tmp_path):
     h = load(resized(base, 24, 2), tmp_path / "theirs")
     torch.testing.assert_close(new_logits(h.model), new_logits(theirs))
     check_merging(h, new_logits)
+    adapterkit.merge(base, tmp_path / "theirs", out=tmp_path / "merged")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(new_logits(merged), new_logits(theirs))
     h.save(tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(resized(base, 24, 3), tmp_path / "ours").eval()
     torch.testing.assert_close(new_logits(again), new_logits(theirs))

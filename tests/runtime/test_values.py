@@ -459,3 +459,28 @@ def test_a_checkpoint_gives_all_values_back(tmp_path):
     restore(other.state, tmp_path)
     assert torch.equal(logits(other.model), logits(h.model))
     assert list(other.parameters()) == parameters
+
+
+class Bare(nn.Module):
+    """Two norms, one of them without weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.first_norm = nn.Linear(4, 4), nn.LayerNorm(4, elementwise_affine=False)
+        self.down, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def forward(self, x):
+        return self.norm(self.down(self.first_norm(self.up(x))))
+
+
+@pytest.mark.parametrize("entries", [["first_norm"], ["first_norm", "norm"], ["norm"]], ids=str)
+def test_a_norm_without_weights(entries, tmp_path):
+    """PEFT copies it too; a file has nothing of it."""
+    net, x = seeded(Bare)(), torch.randn(3, 4)
+    adapters = attach(net, LoraConfig(2, 2, ["up"], modules_to_save=entries), seed=0)
+    shake(adapters.parameters())
+    y = net(x)
+    adapters.save(tmp_path)
+    assert torch.equal(load(seeded(Bare)(), tmp_path).model(x), y)
+    theirs = peft.PeftModel.from_pretrained(seeded(Bare)(), tmp_path)
+    torch.testing.assert_close(theirs(x), y)

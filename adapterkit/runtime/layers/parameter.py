@@ -17,7 +17,8 @@ from adapterkit.planning.sites import Site, flips_square_experts, sites_of
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.site import Part, Values
 from adapterkit.runtime.site import Site as LiveSite
-from adapterkit.runtime.targets import Target
+from adapterkit.runtime.targets import Target, model_type
+from adapterkit.weights.bypassed import is_taken_for_experts
 
 # transformers' implementations of experts in plain torch; others are kernels, which need tensors
 PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
@@ -222,6 +223,8 @@ def split_parameters(
         host = modules.get(module)
         own = [] if host is None else list(host._parameters)
         leaves = adapter.leaves(module, own)
+        if leaves == ["weight"] and is_taken_for_experts(model_type(model), module):
+            leaves = []  # a linear layer, as `writing` writes it
         if host is None or not (leaves or any(lora.depth for lora in loras)):
             of_modules += loras
             continue
