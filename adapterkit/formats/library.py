@@ -1,12 +1,16 @@
 """The formats and architectures that the package has: TOML files, read once."""
 
+import re
 import tomllib
+from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
-from adapterkit.errors import Refused, did_you_mean, shown
+from adapterkit.errors import Damaged, Refused, did_you_mean, listed, shown
 from adapterkit.formats.schema import Architecture, Format, architecture_from, format_from
 
+R = TypeVar("R")
 ARCHITECTURES = "architectures"
 
 
@@ -25,15 +29,29 @@ def names() -> list[str]:
 
 @cache
 def formats() -> dict[str, Format]:
-    """Every format by name. `ValueError` for a file with an unknown word."""
-    return {path.stem: format_from(path.stem, _table(path)) for path in _files(folder())}
+    """Every format by name. `Damaged` for a file with a word or a step that there is not."""
+    # here, so that headers of models are read without torch
+    from adapterkit.formats.grouped import GROUPED
+    from adapterkit.formats.steps import STEPS
+
+    known = {path.stem: _read(path, format_from) for path in _files(folder())}
+    for name, form in known.items():
+        _check_steps(form.steps.values(), (*STEPS, GROUPED), f"{name}.toml")
+    return known
 
 
 @cache
 def architectures() -> dict[str, Architecture]:
-    """Every architecture by name. `ValueError` for a file with an unknown word."""
+    """Every architecture by name. `Damaged` as for formats."""
+    from adapterkit.formats.rows import ORDERS
+
     files = _files(folder() / ARCHITECTURES)
-    return {path.stem: architecture_from(path.stem, _table(path)) for path in files}
+    known = {path.stem: _read(path, architecture_from) for path in files}
+    for name, one in known.items():
+        rules = [rule for words in one.components.values() for rule in words.rules]
+        steps = [own for rule in rules for own in rule.steps.values()]
+        _check_steps(steps, ORDERS, f"{ARCHITECTURES}/{name}.toml")
+    return known
 
 
 def format_named(name: str) -> Format:
@@ -53,5 +71,25 @@ def _files(place: Path) -> list[Path]:
     return sorted(place.glob("*.toml"))
 
 
-def _table(path: Path) -> dict:
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+def _read(path: Path, record: Callable[[str, dict], R]) -> R:
+    """The record of a file; `Damaged` with what is wrong in it."""
+    try:
+        return record(path.stem, tomllib.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, re.error) as error:  # no TOML, no UTF-8, too
+        raise Damaged(
+            shown(error),
+            expected="the words of adapterkit/formats/schema.py, each with a value of its type",
+            where=path.name,
+            hint="fix the file",
+        ) from error
+
+
+def _check_steps(steps: Iterable[Iterable[str]], known: Collection[str], where: str) -> None:
+    unknown = sorted({step for own in steps for step in own} - set(known))
+    if unknown:
+        raise Damaged(
+            f"steps that there are not: {listed(unknown)}",
+            expected=f"some of {', '.join(known)}",
+            where=where,
+            hint=did_you_mean(unknown, known) or "add it to adapterkit/formats/steps.py",
+        )

@@ -7,6 +7,7 @@ import pytest
 
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.errors import AdapterkitError, Damaged, Refused
+from adapterkit.formats import library
 from adapterkit.formats.configs import (
     WORDS,
     config_bytes,
@@ -123,3 +124,31 @@ def test_every_word_has_a_value_that_it_takes():
     assert good.keys() == WORDS.keys()
     assert fields(good, {word: [word] for word in WORDS}, "x") == good
     assert json.loads(config_bytes("a.json", good)) == good
+
+
+@pytest.mark.parametrize(("file", "text", "problem", "expected"), [
+    ("acme.toml", 'steps = { a = ["transpoze"] }', "steps that there are not: transpoze",
+     "transpose, shared, column"),
+    ("acme.toml", 'stepps = 1', "unknown words", "schema.py"),
+    ("acme.toml", 'detect = { keys = ["("] }', "unterminated", "schema.py"),
+    ("acme.toml", 'title = ', "Invalid value", "schema.py"),
+    ("architectures/acme.toml", """[[components.unet.rules]]
+model = "a"
+original = "b"
+steps = { original = ["swap_halfs"] }""", "steps that there are not: swap_halfs", "swap_halves"),
+    ("architectures/acme.toml", 'words = 1', "words: 1", "schema.py"),
+], ids=range(6))  # fmt: skip
+def test_a_file_of_the_library_that_is_wrong_says_what_is_known(
+    file, text, problem, expected, tmp_path, monkeypatch
+):
+    """With the four parts of an error, where a step is misspelt too."""
+    (tmp_path / "architectures").mkdir()
+    head = 'title = "Acme"\nsources = []\n'
+    head += "" if "/" in file else 'summary = "acme"\n'
+    (tmp_path / file).write_text(head + text)
+    monkeypatch.setattr(library, "folder", lambda: tmp_path)
+    known = library.architectures if "/" in file else library.formats
+    with pytest.raises(Damaged, match=problem) as caught:
+        known.__wrapped__()
+    assert expected in caught.value.expected
+    assert "acme.toml" in caught.value.where and caught.value.hint
