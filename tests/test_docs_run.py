@@ -238,6 +238,40 @@ def test_what_a_document_says_to_type_runs(document: Path, documents):
             assert status in expected, f"{task.words or task.program}\n{output}{errors}"
 
 
+def test_the_recipes_pass_their_own_checks(tmp_path: Path):
+    """The files of CONTRIBUTING.md and its lines for the tests, in a copy of the repository."""
+    ignored = shutil.ignore_patterns("__pycache__", "golden", ".*")
+    for name in ("adapterkit", "formats", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    added = []
+    for block in blocks(ROOT / "docs" / "CONTRIBUTING.md", "python"):
+        name, _, text = block.text.partition("\n")
+        file = tmp_path / name.removeprefix("# ")
+        if name.startswith("# adapterkit/"):
+            file.write_text(text.lstrip("\n"))
+        elif name.startswith("# tests/"):
+            there, end, rest = file.read_text().partition("\nREFERENCES = ")
+            file.write_text(f"{there}\n{text}\n{end}{rest}" if end else f"{there}\n\n{text}")
+        added.append(str(file))
+    methods = tmp_path / "tests" / "combine" / "test_methods.py"
+    source = methods.read_text()
+    methods.write_text(source.replace("ORDERED = {", 'ORDERED = {"recency", ', 1))
+    suites = ["tests/combine/test_methods.py", "tests/combine/resize_kinds"]
+    for words in (
+        ["ruff", "check", *added],
+        ["ruff", "format", "--check", *added],
+        [sys.executable, "-m", "pytest", "-q", "-k", "recency or hra", *suites],
+    ):
+        environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) > 20, done.stdout
+
+
 def test_every_key_of_the_receipts_is_explained(documents):
     text = (ROOT / "docs" / "receipts.md").read_text()
     explained = {word for code in CODE.findall(text) for word in re.findall(r"\w+", code)}
