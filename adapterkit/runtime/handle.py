@@ -232,7 +232,8 @@ class Adapters:
             part.rescale(number)
 
     def report(self) -> Report:
-        """A row for each module with adapters; prints as a table."""
+        """A row for each module with adapters; prints as a table. `.trainable`, `.total` and
+        `.share`: how many parameters are trained, how many there are, and the part of them."""
         return report(self.state)
 
     def delete(self, name: str) -> None:
@@ -285,6 +286,12 @@ class Adapters:
         accepted (the stock Trainer refuses them). `Refused` without an active trainable
         adapter."""
         return trainer.trainer(self.state, cls)
+
+    def accelerate(self, accelerator: Any) -> None:
+        """Let `save_state` and `load_state` of accelerate save and restore the active trainable
+        adapters, as `trainer` does, in place of the base. Call it once, before or after
+        `prepare`. `Refused` without an active trainable adapter."""
+        trainer.accelerate(self.state, accelerator)
 
     def _only_name(self, where: str) -> str:
         candidates = list(self.state.active) or self.names

@@ -151,6 +151,7 @@ def check(state: State, table: Mapping[str, float]) -> None:
         )
     errors += conflicts(state, [*table, *state.active], "merge")
     for name, weight in table.items():
+        errors += state.guard.hosts.problems(state.adapters[name].sites.values(), "merge")
         reasons: dict[str, list[str]] = {}
         for site, part in state.adapters[name].parts():
             reason = part.unmergeable(site, weight)

@@ -1,5 +1,6 @@
 """What adapters a model has, module by module."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -43,7 +44,16 @@ class Row:
 
 
 class Report(list[Row]):
-    """Rows in the order of the modules; prints as a table."""
+    """Rows in the order of the modules; prints as a table, with the totals.
+
+    `trainable` and `total`: parameters of the model with its adapters."""
+
+    trainable = total = 0
+
+    @property
+    def share(self) -> float:
+        """The part of all parameters that is trained."""
+        return self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
         cells: list[tuple[str, ...]] = [
@@ -52,13 +62,22 @@ class Report(list[Row]):
         cells += [(row.module, row.kind, *share.cells()) for row in self for share in row.adapters]
         widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
         lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
-        return "\n".join(line.rstrip() for line in lines)
+        totals = (
+            f"trainable parameters: {self.trainable:,} of {self.total:,} ({100 * self.share:.4g} %)"
+        )
+        return "\n".join([*(line.rstrip() for line in lines), totals])
 
 
 @torch.no_grad()
 def report(state: State) -> Report:
     """Every module with adapters: its class, and each one's rank, scale and norm."""
     rows = Report()
+    for parameter in state.model.parameters():
+        # bitsandbytes packs 4-bit weights
+        packed = getattr(parameter, "quant_state", None)
+        count = parameter.numel() if packed is None else math.prod(packed.shape)
+        rows.total += count
+        rows.trainable += count if parameter.requires_grad else 0
     for path in state.modules:
         site = state.sites.get(path)
         if site is None:

@@ -260,6 +260,8 @@ def _checked(state: State, names: Iterable[str | None]) -> tuple[str | None, ...
     state.own_weights("rows")
     adapters = [name for name in dict.fromkeys(table) if name is not None]
     state.provide(adapters, beside_active=True)
+    sites = {id(site): site for name in adapters for site in state.adapters[name].sites.values()}
+    refuse_all(state.guard.hosts.problems(sites.values(), "rows"))
     return table
 
 

@@ -28,7 +28,11 @@ RESERVED = {
     "changing",
     "adding",
     "training",
+    "sizes",
 }  # the site's attributes
+SIZES = (
+    "num_embeddings", "embedding_dim", "in_features", "out_features", "in_channels", "out_channels",
+)  # fmt: skip
 _exchange = threading.RLock()  # two threads must not exchange one module's parameters at a time
 
 _probes = itertools.count()
@@ -172,6 +176,12 @@ def owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
     return host.get_submodule(path), leaf
 
 
+def sizes_of(host: nn.Module) -> dict[str, int]:
+    """The sizes that a layer says it has: its parameters' shapes differ where they are sharded."""
+    own = vars(host)
+    return {name: own[name] for name in SIZES if name in own}
+
+
 Replacing = tuple[Part, ...]
 Changing = tuple[tuple[Part, float], ...]
 
@@ -198,7 +208,7 @@ class Site(Unsaved):
         super().__init__()
         # in a tuple: a child of its own child would be a ring
         object.__setattr__(self, "_host", (host,))
-        self.path = path
+        self.path, self.sizes = path, sizes_of(host)
         self.parts: dict[str, dict[str, Part]] = {}  # adapter -> role -> part
         self.unmerged: dict[str, nn.Parameter] = {}  # the host's own, which merged ones replaced
         self.router: Callable[..., Any] | None = None  # decides per batch row; see `rows`
@@ -222,6 +232,10 @@ class Site(Unsaved):
         """None: accelerate offloads what it finds here, and brings it back from the state dict,
         which has nothing of it."""
         yield from ()
+
+    def resized(self) -> bool:
+        """Whether the host has other sizes than when it got the site."""
+        return sizes_of(self.host) != self.sizes
 
     def value(self, name: str) -> Tensor | None:
         """A parameter of the host."""

@@ -11,6 +11,7 @@ from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, listed, refuse_all, shown
 from adapterkit.options import finite
 from adapterkit.runtime.encoders import Encoders
+from adapterkit.runtime.guard import Guard
 from adapterkit.runtime.invocation import Invocations
 from adapterkit.runtime.layers.invoked import InvokedPart
 from adapterkit.runtime.quantized import allow_packed, decompress, keep_unpacked
@@ -82,6 +83,7 @@ class State:
         self.replication: Replicated | None = None  # of layers
         self.find_modules()
         self.encoders = Encoders(model)
+        self.guard = Guard(model, self.sites, self.acting)
         self._unpacked: list[nn.Module] = []  # 4-bit layers, while adapters are trained
         # by place: a base that arrives from the meta device, or is sharded, has other parameters
         self._flags = [
@@ -111,6 +113,7 @@ class State:
             site = Site(host, path)
             site.train(host.training)
             self.sites[path] = site
+            self.guard.hosts.forget()
         assert isinstance(site, Site)
         return site
 
@@ -151,6 +154,7 @@ class State:
         else:
             site.leave()
             del self.sites[site.path]
+            self.guard.hosts.forget()
 
     def _invocations(self) -> Invocations:
         if self.invocations is None:
@@ -171,6 +175,7 @@ class State:
                 site.select(self.active)
                 part.requires_grad_(trained)
         self.pad_encoders()
+        self.guard.watch(on=bool(self.active))
 
     def pad_encoders(self) -> None:
         """Let torch's encoders keep rows padded where sites in them act."""

@@ -9,8 +9,9 @@ import torch
 
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath
-from adapterkit.runtime import reading, writing
+from adapterkit.runtime import reading, reference, writing
 from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.guard import OWNER
 from adapterkit.runtime.state import State
 
 ARGUMENTS = "training_args.bin"  # transformers' name
@@ -25,9 +26,16 @@ def trainer(state: State, cls: type) -> type:
         def __init__(self, *args: Any, **kwargs: Any):
             model = kwargs.get("model", args[0] if args else None)
             _check_model(state, model)
-            trained(state)
-            with _accepted(state.model):
+            settings = (each for each in (*args, *kwargs.values()) if hasattr(each, "output_dir"))
+            reference.check(state, cls, next(settings, None))
+            parts = [p for name in trained(state) for _, p in state.adapters[name].parts()]
+            with _accepted(state.model), reference.in_place_of_loaded(model, cls, parts):
                 super().__init__(*args, **kwargs)
+            if getattr(self.args, "disable_dropout", False):  # TRL's: PEFT's dropout is a module
+                for part in parts:
+                    if isinstance(part, FactorsPart):
+                        part.dropout = 0.0
+            setattr(self, OWNER, (state.model,))
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
             if not self.is_fsdp_enabled:
@@ -56,6 +64,31 @@ def trainer(state: State, cls: type) -> type:
 
     AdapterTrainer.__name__ = AdapterTrainer.__qualname__ = f"Adapter{cls.__name__}"
     return AdapterTrainer
+
+
+def accelerate(state: State, accelerator: Any) -> None:
+    """Let an Accelerator's `save_state` and `load_state` save and restore what is trained, in place
+    of the base."""
+    trained(state)
+
+    def own(models: list[Any]) -> list[int]:
+        bare = [accelerator.unwrap_model(each, keep_torch_compile=False) for each in models]
+        return [i for i, each in enumerate(bare) if each is state.model]
+
+    def save(models: list[Any], weights: list[Any], folder: str) -> None:
+        for i in own(models)[: len(weights)]:  # of sharded models there are none
+            del weights[i]
+        for name, place in _places(state, Path(folder)).items():
+            writing.save(state, place, name)
+
+    def load(models: list[Any], folder: str) -> None:
+        for i in own(models):
+            del models[i]
+        restore(state, folder)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+    setattr(accelerator, OWNER, (*getattr(accelerator, OWNER, ()), state.model))
 
 
 def trained(state: State) -> list[str]:

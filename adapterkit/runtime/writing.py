@@ -54,6 +54,7 @@ def save(state: State, folder: StrPath, name: str, *, every_process: bool = Fals
     state.known([name])
     refuse_merged(state, [name], "save")
     adapter = state.adapters[name]
+    refuse_all(state.guard.hosts.problems(adapter.sites.values(), "save"))
     factors = [part for _, part in adapter.parts() if isinstance(part, FactorsPart)]
     if any(part.a.ndim < 2 or part.b.ndim < 2 for part in factors):
         raise Refused(

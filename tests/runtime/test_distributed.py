@@ -141,6 +141,7 @@ def work(rank, port, folder):
         results[name] = {"losses": losses, "sharded": sorted(sharded)}
     results["restored"] = restored(folder, rank)
     results["trainer"] = trained(folder)
+    results["reference"] = referenced(rank)
     if rank == 0:
         (folder / "results.json").write_text(json.dumps(results))
     torch.distributed.barrier()
@@ -156,6 +157,25 @@ def restored(folder, rank):
     torch.distributed.barrier()
     restore(h.state, folder / "fsdp2-lora-adamw")
     return steps(model, OPTIMIZERS["adamw"](h), rank)
+
+
+def referenced(rank):
+    """How far the reference of sharded parameters is from the model as it was, and what is trained
+    from what it was before the call."""
+    from adapterkit.runtime.reference import Reference, values_of
+
+    h = make("lora")
+    parts = [part for _, part in h.state.adapters["default"].parts()]
+    reference = Reference(h.model, values_of(parts))
+    x = batch(9)
+    before = h.model(x).logits.detach()
+    model = fsdp2(h)
+    steps(model, OPTIMIZERS["adamw"](h), rank)
+    with torch.no_grad():
+        trained = model(x).logits
+        distances = [(reference(x).logits - before).abs().max().item()]
+        distances += [(model(x).logits - trained).abs().max().item()]
+    return [*distances, (trained - before).abs().max().item()]
 
 
 def trained(folder):
@@ -224,3 +244,8 @@ def test_trainer_of_two_processes_resumes(two):
     names = {path.name for path in Path(folder, "whole", "checkpoint-2").iterdir()}
     assert {"adapter_model.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= names
     assert "model.safetensors" not in names
+
+
+def test_a_reference_of_sharded_parameters(two):
+    was, present, moved = two[0]["reference"]
+    assert was < 1e-5 and present == 0 and moved > 1e-2

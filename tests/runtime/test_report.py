@@ -5,7 +5,7 @@ import torch
 
 from adapterkit import LoraConfig
 from adapterkit.runtime import attach
-from tests.support.live import llama
+from tests.support.live import llama, peft_of
 
 pytestmark = pytest.mark.quick
 
@@ -36,4 +36,31 @@ def test_every_part_of_every_adapter():
     assert not shares[layer(0), "other", "factors"].active
     table = str(rows).splitlines()
     assert table[0].split() == "module kind adapter part rank scale norm active".split()
-    assert len(table) == 1 + len(shares)
+    assert len(table) == 1 + len(shares) + 1
+
+
+def test_totals_as_peft(tmp_path):
+    config = LoraConfig(4, 6, ["q_proj", "lm_head"], modules_to_save=["norm"])
+    adapters = attach(llama(), config)
+    adapters.save(tmp_path)
+    report, peft = adapters.report(), peft_of(tmp_path, llama())
+    trained, both = peft.get_nb_trainable_parameters()
+    assert (report.trainable, report.total) == (trained, both)
+    assert report.share == trained / both
+    assert str(report).splitlines()[-1].startswith(f"trainable parameters: {trained:,} of {both:,}")
+    adapters.activate(None)
+    assert adapters.report().trainable == 0
+
+
+def test_totals_of_a_quantized_base():
+    import bitsandbytes as bnb
+
+    net = torch.nn.Sequential(torch.nn.Linear(64, 65, bias=False), torch.nn.Linear(65, 64))
+    count = sum(p.numel() for p in net.parameters())
+    layer = bnb.nn.Linear4bit(64, 65, bias=False, quant_type="nf4")
+    layer.load_state_dict(net[0].state_dict())
+    net[0] = layer.to("cpu")
+    layer(torch.zeros(1, 64))
+    assert net[0].weight.numel() < 64 * 65
+    report = attach(net, LoraConfig(2, 2, ["0"])).report()
+    assert report.total - report.trainable == count

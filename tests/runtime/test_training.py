@@ -246,10 +246,12 @@ def test_the_base_stays_as_it_was(tmp_path):
     model = llama()
     model.save_pretrained(tmp_path / "before")
     h = attach(model, CONFIG)
-    model.save_pretrained(tmp_path / "with")
+    with h.disabled():
+        model.save_pretrained(tmp_path / "with")
     losses(trainer_of(h, tmp_path / "out", max_steps=2))
     model.config.use_cache = True  # which the Trainer turns off and leaves so
-    model.save_pretrained(tmp_path / "trained")
+    with h.disabled():
+        model.save_pretrained(tmp_path / "trained")
     h.detach()
     model.save_pretrained(tmp_path / "after")
     names = files(tmp_path / "before")
