@@ -208,7 +208,7 @@ def test_accelerate_saves_and_restores_adapters(several, tmp_path):
         h.accelerate(accelerator)
         return h, accelerator, model, optimizer, other
 
-    h, accelerator, model, optimizer, other = make()
+    _, accelerator, model, optimizer, other = make()
     steps(model, optimizer, range(3))
     with torch.no_grad():
         other.weight.zero_()
