@@ -51,8 +51,9 @@ def collect(
 
     Inputs count where attention_mask and labels of the model's call say so (not 0, not -100).
     `mask`, a function of the arguments of the model's forward by name, says it otherwise: flags
-    (batch, length), None for all, of an encoder-decoder a pair. Layers called outside of the
-    model's own forward count all.
+    (batch, length), None for all, of an encoder-decoder a pair. Tokens are followed through the
+    model's operations, in whatever order a layer sees them; vectors of no token, as of an image,
+    count. Layers called outside of the model's own forward count all.
 
     `targets`: as in LoraConfig, None for all linear layers. `out`: a safetensors file to write as
     well, in which layers that always saw the same input have one set of statistics; the mapping has
@@ -60,9 +61,10 @@ def collect(
     `disabled()`. The model, its mode and its gradients are left as they were.
 
     `compat="peft"`: a covariance is the mean over calls of x xᵀ / max(x)², of all tokens
-    (`preprocess_corda`, arXiv:2406.05223), and gradients are divided by the calls of each layer
-    (`preprocess_loraga`, arXiv:2407.05000). `Refused` for targets that are no linear layers, or
-    that have no gradient, before anything runs; `Failed` for values that are not finite."""
+    (`preprocess_corda`, arXiv:2406.05223; one row at a time, `Failed` for a batch of several), and
+    gradients are divided by the calls of each layer (`preprocess_loraga`, arXiv:2407.05000).
+    `Refused` for targets that are no linear layers, or that have no gradient, before anything runs;
+    `Failed` for values that are not finite, and where it is not known which vectors count."""
     if out is not None:
         check_local(out, "collect")
     kinds = _kinds(what, compat)

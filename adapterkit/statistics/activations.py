@@ -11,6 +11,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from adapterkit.checkpoint.storage import storage_errors, write_all
@@ -178,7 +179,8 @@ class Activations:
         version = None if tensor is None or tensor.is_inference() else tensor._version
         is_same = known.copy is not None and version is not None and version == known.version
         if not is_same or (in_file and known.copy is not None and known.copy.at is None):
-            known.copy, known.version = Copy(self.room, storage, in_file), version
+            with _disable_current_modes():  # bytes, no operation of the model
+                known.copy, known.version = Copy(self.room, storage, in_file), version
         assert known.copy is not None
         return known.copy
 

@@ -57,8 +57,8 @@ def collect_statistics(
     `whole`: all of it in memory, with the same results up to rounding. `resume`: layers whose sums
     are in `work` are not summed again; `Refused` if they are of another job.
     `compat="peft"`: the covariance of PEFT's `preprocess_corda`, the mean over the calls of a layer
-    of x xᵀ / max(x)², summed over all vectors of the call. `experts`: of the inputs of modules that
-    hold stacks of experts too, under the module's name.
+    of x xᵀ / max(x)², summed over all vectors of the call; `Refused` for batches of several rows.
+    `experts`: of the inputs of modules that hold stacks of experts too, under the module's name.
 
     The model is in eval mode (PEFT collects gradients in training mode, whose dropout makes them
     random), in its checkpoint's dtype, without a cache. Sums as `statistics.sums` says.

@@ -36,6 +36,11 @@ class Request:
     components: int
     experts: bool = False
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether the model runs on one sample at a time: PEFT's covariance is a mean over them."""
+        return self.compat == "peft" and "covariance" in self.what
+
     def check(self) -> None:
         """`Refused` for what cannot be collected, or not together."""
         errors: list[AdapterkitError] = []
@@ -91,6 +96,13 @@ class Job:
             raise Refused("no data", expected="one batch or more", where="data")
         if self.gradients:
             self._check_labels()
+        if request.takes_rows and any(_samples(batch) > 1 for batch in batches):
+            raise Refused(
+                "batches of several rows, with compat peft",
+                expected="one row in each, as PEFT's preprocess_corda takes them",
+                where="data",
+                hint="leave compat out, or give the rows one by one",
+            )
         self._check_parameters()
         self.is_whole = whole or not self.units.has_layers
         if self.is_whole and not whole:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from adapterkit.errors import Refused, shown
 from adapterkit.statistics.activations import Activations, Room
-from adapterkit.statistics.masks import Masks
+from adapterkit.statistics.masks import Masks, following
 from adapterkit.statistics.passages import Passage
 from adapterkit.statistics.recompute import Call, apply, is_differentiable
 from adapterkit.statistics.stored_model import StoredModel
@@ -103,7 +103,7 @@ class Lockstep:
         for batch, mask in zip(batches, masks, strict=True):
             rows = len(next(iter(batch.values())))
             activations = Activations(self.room, rows, self.fixed)
-            run = functools.partial(_run, functools.partial(loss, batch), activations)
+            run = functools.partial(_run, functools.partial(loss, batch), activations, mask)
             passes.append(Pass(run, activations, mask))
         threads = torch.get_num_threads()
         with ExitStack() as stack:
@@ -237,8 +237,8 @@ class Lockstep:
             return forward(*args, **kwargs)  # within a unit
 
         def compute(lockstep: Lockstep, one: Pass, stage: Stage) -> Any:
-            with torch.no_grad():
-                return lockstep.computed(unit, forward, (args, kwargs), one.masks)
+            with torch.no_grad(), following(one.masks):
+                return lockstep.computed(unit, forward, (args, kwargs))
 
         def recompute(call: Call, grads: tuple[Tensor | None, ...]) -> Any:
             run = functools.partial(_backward, unit, forward, call, grads)
@@ -251,18 +251,15 @@ class Lockstep:
             return apply((args, kwargs), one.activations, lambda: one.stop(stop), recompute)
         return one.stop(stop)
 
-    def computed(
-        self, unit: Unit, forward: Callable[..., Any], arguments: Any, masks: Masks | None
-    ) -> Any:
+    def computed(self, unit: Unit, forward: Callable[..., Any], arguments: Any) -> Any:
         """A unit's output on the CPU, of arguments there; the unit is on its device."""
         before = tree_leaves(arguments)
         moved: dict[int, Tensor] = {}
         args, kwargs = arguments
         if self.stored.device.type != "cpu":
             args, kwargs = tree_map(lambda leaf: _moved(leaf, self.stored.device, moved), arguments)
-        with _states_on_device(masks, before, moved):
-            self.watch.see(unit.name, args, kwargs)  # no hook has, if it is a layer itself
-            output = forward(*args, **kwargs)
+        self.watch.see(unit.name, args, kwargs)  # no hook has, if it is a layer itself
+        output = forward(*args, **kwargs)
         after = tree_leaves((args, kwargs))
         expected = [moved.get(id(leaf), leaf) for leaf in before]
         hands_on = len(after) != len(before) or any(
@@ -278,7 +275,7 @@ class Lockstep:
         return tree_map(lambda leaf: _moved(leaf, torch.device("cpu"), {}), output)
 
 
-def _run(loss: Callable[[], Tensor | None], activations: Activations) -> None:
+def _run(loss: Callable[[], Tensor | None], activations: Activations, masks: Masks | None) -> None:
     """The code of a pass."""
     torch.set_num_threads(1)  # else each pass has a set of threads for the little it does itself
 
@@ -286,7 +283,7 @@ def _run(loss: Callable[[], Tensor | None], activations: Activations) -> None:
         activations.track(tensor)
         return tensor.detach()
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors_hooks(pack, lambda tensor: tensor), following(masks):
         value = loss()
     if value is not None:
         value.backward()
@@ -307,7 +304,7 @@ def _backward(
         weight.requires_grad_()
     arguments, inputs = call.arguments()
     with torch.enable_grad():
-        output = lockstep.computed(unit, forward, arguments, None)
+        output = lockstep.computed(unit, forward, arguments)
     outputs = [leaf for leaf in tree_leaves(output) if is_differentiable(leaf)]
     pairs = [
         (value, grad)
@@ -357,21 +354,3 @@ def _moved(leaf: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
     if id(leaf) not in moved:
         moved[id(leaf)] = leaf.to(device)
     return moved[id(leaf)]
-
-
-@contextmanager
-def _states_on_device(
-    masks: Masks | None, leaves: Sequence[Any], moved: Mapping[int, Tensor]
-) -> Iterator[None]:
-    """An encoder's states are known where they were moved to, too."""
-    states = None if masks is None else masks.encoded
-    if masks is None or states is None or not moved:
-        yield
-        return
-    same = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.shape == states.shape]
-    same = [leaf for leaf in same if leaf.data_ptr() == states.data_ptr()]
-    masks.encoded = moved[id(same[0])] if same else states
-    try:
-        yield
-    finally:
-        masks.encoded = states

@@ -1,14 +1,15 @@
 """Which tokens of a model's inputs count: neither padding nor labels that are ignored."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import Failed, shown
+from adapterkit.statistics.tokens import BOTH, COUNTED, LEFT_OUT, Tokens
 
 IGNORED = -100  # of labels, as in torch's cross entropy
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
@@ -60,83 +61,168 @@ def _token_shape(inputs: Mapping[str, Any], prefix: str) -> torch.Size | None:
 
 
 class Masks:
-    """The masks of the inputs of a model's layers, while the model runs.
+    """Which vectors count of the inputs of a model's layers, while the model runs.
 
-    `rule`: what counts, `token_masks` if it is None. Layers that are called outside of the model's
-    own forward have none.
+    `rule`: which tokens count, `token_masks` if it is None. From the model's inputs on the tokens
+    are followed through its operations (`Tokens`): a vector counts unless it is of a token that is
+    left out, wherever it stands; so do those of no token, of an image, say. Layers that are called
+    outside of the model's own forward count all.
     """
 
     def __init__(self, model: nn.Module, rule: Rule | None = None):
         self.model, self.rule = model, rule or token_masks
+        self.is_own = rule is not None
+        # shapes of tokens, all of which count, and of which the model itself pads none
+        self.whole: set[torch.Size] = set()
         self._forget()
 
     def _forget(self) -> None:
-        self.first = self.second = None
-        self.has_two = self.in_encoder = False
-        self.encoded: Tensor | None = None
-        self.flat: dict[int, Tensor] = {}
+        self.tokens = Tokens()
+        self.masks: list[Tensor] = []  # those that leave something out
+        self.decoder_mask = self.unplaced = None
+        self.leaves_none_out = True
+        self.is_same = False  # the decoder's mask is the encoder's: its tokens are made of those
+        self.latest: tuple[Any, Tensor | None] = (None, None)
+        self.scope: AbstractContextManager[object] = nullcontext()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Follow the model's calls."""
         hooks = [
-            self.model.register_forward_pre_hook(self.enter, with_kwargs=True),
-            self.model.register_forward_hook(lambda *_: self._forget(), always_call=True),
+            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self.model.register_forward_hook(self._end, always_call=True),
         ]
-        encoder = encoder_of(self.model)
-        if encoder is not None:
-            hooks += [
-                encoder.register_forward_pre_hook(self.enter_encoder),
-                encoder.register_forward_hook(self.leave_encoder),
-            ]
+        decoder = decoder_of(self.model)
+        if decoder is not None:
+            hook = decoder.register_forward_pre_hook(self.enter_decoder, with_kwargs=True)
+            hooks.append(hook)
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.enter(module, args, kwargs)
+        self.scope = following(self)
+        self.scope.__enter__()
+
+    def _end(self, *_: Any) -> None:
+        self.scope.__exit__(None, None, None)
+        if self.masks and self.leaves_none_out and all(mask.all() for mask in self.masks):
+            self.whole.add(self.masks[0].shape)
+        self._forget()
+
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """The model is called."""
         self._forget()
         inputs = _arguments(module, args, kwargs)
-        if encoder_of(module) is not None:
-            self.has_two = True
-            outputs, labels = inputs.get("encoder_outputs"), inputs.get("labels")
-            self.encoded = None if outputs is None else outputs[0]
-            if not any(inputs.get(key) is not None for key in DECODER_INPUTS):
-                inputs["decoder_input_ids"] = labels  # as long as what the model makes of them
+        has_decoder = decoder_of(module) is not None
+        if has_decoder and not any(inputs.get(key) is not None for key in DECODER_INPUTS):
+            inputs["decoder_input_ids"] = inputs.get("labels")  # as long as what is made of them
         masks = self.rule(inputs)
-        first, second = masks if isinstance(masks, tuple) else (masks, None)
-        self.first, self.second = _partial(first), _partial(second)
+        first, second = map(_partial, masks if isinstance(masks, tuple) else (masks, None))
+        shape = _token_shape(inputs, "")
+        if first is None and not self.is_own and shape is not None and shape not in self.whole:
+            first = torch.ones(shape, dtype=torch.bool)  # some models pad to blocks
+        self.masks = [mask for mask in (first, second) if mask is not None]
+        if first is not None:
+            self.unplaced = None if self._mark(_sources(module, inputs), first) else first
+        if has_decoder:
+            is_given = any(inputs.get(key) is not None for key in DECODER_INPUTS)
+            self.decoder_mask, self.is_same = (second, False) if is_given else (first, True)
+        elif second is not None:
+            self._mark_decoder(inputs, "decoder_", second)
 
-    def enter_encoder(self, *_: Any) -> None:
-        """The model's encoder is called."""
-        self.in_encoder = True
+    def enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The model's decoder is called."""
+        if self.decoder_mask is not None:
+            self._mark_decoder(_arguments(module, args, kwargs), "", self.decoder_mask)
 
-    def leave_encoder(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """The model's encoder returns."""
-        self.in_encoder = False
-        self.encoded = output if isinstance(output, Tensor) else output[0]
+    def _mark_decoder(self, inputs: Mapping[str, Any], prefix: str, mask: Tensor) -> None:
+        sources = [inputs.get(f"{prefix}{key}") for key in ("input_ids", "inputs_embeds")]
+        if not self._mark(sources, mask) and not self.is_same:
+            raise Failed(
+                f"no tokens of a decoder for a mask of {tuple(mask.shape)}",
+                expected="decoder_input_ids or labels of the mask's shape",
+                where="collect",
+                hint="give texts of one length, or mask=",
+            )
+
+    def _mark(self, sources: Sequence[Any], mask: Tensor) -> bool:
+        """Mark those of the sources that have the mask's tokens; whether there is one."""
+        fit = [
+            x
+            for x in sources
+            if isinstance(x, Tensor) and x.dim() > 1 and x.shape[:2] == mask.shape
+        ]
+        for x in fit:
+            self.tokens.mark(x, mask)
+        return bool(fit)
 
     def of(self, path: str, x: Tensor) -> Tensor | None:
-        """The mask of a layer's input x (..., in), None where all of it counts; `Failed` where it
-        does not fit."""
-        mask = self.first
-        if self.has_two and not self.in_encoder and not _is_same(x, self.encoded):
-            mask = self.second
-        shape = x.shape[:-1]
-        if mask is None or shape == mask.shape:
-            return mask
-        if shape == mask.shape[:1]:  # a vector for each text
+        """The mask of a layer's input x (..., in), one object for layers that share it; None where
+        all of it counts; `Failed` where it is not known."""
+        if not self.masks:
             return None
-        if shape.numel() == mask.numel():
-            return self.flat.setdefault(id(mask), mask.reshape(shape))
-        raise Failed(
-            f"{shown(path)} saw an input of {tuple(x.shape)}, and the mask is {tuple(mask.shape)}",
-            expected="a mask of the tokens that the layer sees",
+        key = (self.tokens.found(x), x.shape, x.stride(), x.storage_offset())
+        if key[0] is None or key != self.latest[0]:
+            self.tokens.is_paused = True
+            try:
+                self.latest = key, self._of(path, x)
+            finally:
+                self.tokens.is_paused = False
+            self.leaves_none_out = self.leaves_none_out and self.latest[1] is None
+        return self.latest[1]
+
+    def _of(self, path: str, x: Tensor) -> Tensor | None:
+        bits = self.tokens.of_vectors(x)
+        if bits is None:
+            if self.unplaced is None:
+                return None
+            # the caller says so of what is no text
+            if self.is_own and x.shape[:-1] == self.unplaced.shape:
+                return self.unplaced
+            raise self._unknown(path, x)
+        if bool((bits == BOTH).any()):
+            if bits.shape == self.masks[0].shape[:1]:  # a vector for each text, of all its tokens
+                return None
+            return self._arranged(path, x, bits)
+        return _partial(bits != LEFT_OUT)
+
+    def _arranged(self, path: str, x: Tensor, bits: Tensor) -> Tensor | None:
+        """The mask of vectors of which some are of several tokens, such as a state and a token: in
+        the one order of the tokens that those of one token agree with."""
+        alone = bits != BOTH
+        found: list[Tensor] = []
+        for mask in self.masks:
+            for order in (mask, mask.T, mask.flatten(), mask.T.flatten()):
+                flags = order.to(x.device)
+                fits = flags.shape == bits.shape and bool(alone.any())
+                if fits and torch.equal(flags[alone], bits[alone] == COUNTED):
+                    found.append(flags)
+        if not found or any(not torch.equal(flags, found[0]) for flags in found):
+            raise self._unknown(path, x)
+        return _partial(found[0])
+
+    def _unknown(self, path: str, x: Tensor) -> Failed:
+        shapes = " and ".join(str(tuple(mask.shape)) for mask in self.masks)
+        return Failed(
+            f"{shown(path)} saw an input of {tuple(x.shape)}, and which of its vectors are of the "
+            f"tokens that count, by a mask of {shapes}, is not known",
+            expected="vectors of one token each",
             where="collect",
             hint="give texts of one length, or mask=, or leave the layer out of targets",
         )
+
+
+def _sources(module: nn.Module, inputs: Mapping[str, Any]) -> list[Any]:
+    """The arguments that are a model's tokens: of an encoder, of which only the states are given,
+    these."""
+    names = ("input_ids", "inputs_embeds", getattr(module, "main_input_name", "input_ids"))
+    states = inputs.get("encoder_outputs")
+    given = [inputs.get(name) for name in dict.fromkeys(names)]
+    return given if states is None else [*given, states[0]]
 
 
 def _arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -154,14 +240,15 @@ def _partial(mask: Tensor | None) -> Tensor | None:
     return None if mask is None or bool(mask.all()) else mask.bool()
 
 
-def encoder_of(model: nn.Module) -> nn.Module | None:
-    """The encoder of a transformers model that has a decoder as well."""
+def following(masks: Masks | None) -> AbstractContextManager[object]:
+    """Tokens are followed meanwhile, where some are left out."""
+    return nullcontext() if masks is None or not masks.masks else masks.tokens
+
+
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """The decoder of a transformers model that has an encoder as well."""
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False):
         return None
-    encoder: Any = getattr(model, "get_encoder", lambda: None)()
-    return encoder if isinstance(encoder, nn.Module) else None
-
-
-def _is_same(x: Tensor, other: Tensor | None) -> bool:
-    return other is not None and x.data_ptr() == other.data_ptr() and x.shape == other.shape
+    decoder: Any = getattr(model, "get_decoder", lambda: None)()
+    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None

@@ -158,8 +158,8 @@ def plan_statistics(
     with Sources((folder,), {}) as sources:
         stored = StoredModel(base, sources, device, buffers=False)
         samples = _samples(folder, stored.model, drawn.records, options)
-        batches = samples.batches(options.batch)
         options.request.check()
+        batches = samples.batches(1 if options.request.takes_rows else options.batch)
         job = Job(stored, options.request, batches, options.whole)
     shapes = {name: _shape(job, name) for name in job.targets}
     headers = header_hashes({0: base}, configs=(0,))

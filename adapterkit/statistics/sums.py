@@ -183,7 +183,7 @@ class Sums:
 
     `what`: names of INPUTS. `components`: how many principal components "pca" gives.
     `normalize`: PEFT's CorDA, whose "covariance" is the mean over calls of x xᵀ / max(x)², of all
-    vectors of a call.
+    vectors of a call; `Failed` for calls of several rows, which PEFT does not take.
     """
 
     def __init__(
@@ -209,6 +209,13 @@ class Sums:
             latest.modules[module] = None
             return
         self.settle()
+        if self.normalize and x.dim() > 2 and len(x) > 1:
+            raise Failed(
+                f"{shown(module)} saw an input of {tuple(x.shape)}",
+                expected="one row at a time, as PEFT's preprocess_corda takes them",
+                where="compat",
+                hint="run the model on one text at a time, or leave compat out",
+            )
         version = x.clone() if x.is_inference() else x._version
         rows = x.detach() if mask is None else x.detach()[mask.to(x.device, torch.bool)]
         rows = rows.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))

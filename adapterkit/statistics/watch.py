@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapterkit.statistics.masks import Masks, encoder_of
+from adapterkit.statistics.masks import Masks, decoder_of
 from adapterkit.statistics.passages import Passage
 from adapterkit.statistics.sums import Sums
 
@@ -34,10 +34,10 @@ class Watch:
         for name, module in self.modules.items():
             hook = module.register_forward_pre_hook(self._see(name), with_kwargs=True)
             self._hooks.append(hook)
-        encoder = encoder_of(self.model) if self.modules else None
-        if encoder is not None:
-            self._hooks.append(encoder.register_forward_pre_hook(self._enter_encoder))
-            self._hooks.append(encoder.register_forward_hook(self._leave_encoder))
+        decoder = decoder_of(self.model) if self.modules else None
+        if decoder is not None:
+            hook = decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
+            self._hooks.append(hook)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,10 +57,6 @@ class Watch:
             x = args[0] if args else next(iter(kwargs.values()))
             self.sums.add(name, x, None if self.masks is None else self.masks.of(name, x))
 
-    def _enter_encoder(self, module: nn.Module, args: tuple) -> None:
+    def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.masks is not None:
-            self.masks.enter_encoder()
-
-    def _leave_encoder(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self.masks is not None:
-            self.masks.leave_encoder(module, args, output)
+            self.masks.enter_decoder(module, args, kwargs)

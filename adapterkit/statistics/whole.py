@@ -7,6 +7,7 @@ import torch
 from adapterkit.statistics.gradients import Gradients
 from adapterkit.statistics.job import Job
 from adapterkit.statistics.ledger import Ledger
+from adapterkit.statistics.masks import following
 
 
 def run_whole(job: Job, ledger: Ledger, progress: Callable[[int, int], None]) -> None:
@@ -29,7 +30,8 @@ def run_whole(job: Job, ledger: Ledger, progress: Callable[[int, int], None]) ->
             for number, batch in enumerate(job.batches):
                 on_device = {key: value.to(stored.device) for key, value in batch.items()}
                 watch.masks = job.masks(watch, on_device)
-                output = model(**job.arguments(on_device))
+                with following(watch.masks):
+                    output = model(**job.arguments(on_device))
                 if job.gradients:
                     job.loss(output).backward()
                 del output

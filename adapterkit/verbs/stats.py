@@ -72,7 +72,8 @@ def stats(
     model's loss, the mean over the batches of `batch` samples). `targets`: `all-linear` (the
     default: all linear layers but the output), ends of modules' names with commas between, or a
     regex. `whole`: run the whole model in memory, to the same numbers within rounding.
-    `compat="peft"`: the covariance as PEFT's CorDA computes it, of inputs divided by their largest.
+    `compat="peft"`: the covariance as PEFT's CorDA computes it, of inputs divided by their largest,
+    one sample after the other whatever `batch` says.
     `memory`: bytes of activations in memory, beyond which they go to disk (default: a quarter of
     the machine's).
 

@@ -1,9 +1,9 @@
 """One random job from its seed: a model, adapters, and what every verb makes of them."""
 
-import json
 import random
 import re
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -88,8 +88,14 @@ class Outcome:
     without_oracle: str | None = None  # PEFT cannot load the adapters together
     settings: list[dict] = field(default_factory=list)
 
-    def line(self) -> str:
-        return json.dumps(vars(self), default=str)
+
+def counts(outcome: Outcome) -> Counter:
+    """What is counted of many."""
+    others = {
+        "outputs compared": outcome.forward,
+        "without oracle": outcome.without_oracle is not None,
+    }
+    return Counter(outcome.jobs) + Counter(others)
 
 
 def run(kind: str, seed: int, folder: Path) -> Outcome:

@@ -2,21 +2,27 @@
 
 python -m tests.fuzz.run --kinds llama,vit --seeds 0-9 --log outcomes.jsonl
     (from the project's folder; all kinds by default; --what damaged: checkpoints that lack
-    something, against what transformers' loader reports)
+    something, against what transformers' loader reports; --what statistics: of layers, against
+    hooks)
 """
 
 import argparse
 import collections
+import json
 import tempfile
 import time
 from pathlib import Path
 
-from tests.fuzz import damaged, jobs, models
+from tests.fuzz import damaged, jobs, models, sums
+
+# what is run: a module with `run(kind, seed, folder)`, whose outcome has `unusable`, `wrong` and
+# `refusals`, with `counts(outcome)`, and with `unjudged(outcome)`
+WHAT = {"jobs": jobs, "statistics": sums}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--what", choices=["jobs", "damaged"], default="jobs")
+    parser.add_argument("--what", choices=[*WHAT, "damaged"], default="jobs")
     parser.add_argument("--kinds", default="all")
     parser.add_argument("--seeds", default="0-0")
     parser.add_argument("--log", type=Path)
@@ -27,21 +33,19 @@ def main() -> None:
     if options.what == "damaged":
         print(dict(damaged.run_all(kinds, range(int(first), int(last or first) + 1))))
         return
-    counts: collections.Counter = collections.Counter()
+    what, counts = WHAT[options.what], collections.Counter()
     began = time.monotonic()
     for seed in range(int(first), int(last or first) + 1):
         for kind in kinds:
             if time.monotonic() - began > options.seconds:
                 break
             with tempfile.TemporaryDirectory() as folder:
-                outcome = jobs.run(kind, seed, Path(folder))
-            counts["unusable" if outcome.unusable else "jobs"] += 1
-            counts.update(outcome.jobs)
+                outcome = what.run(kind, seed, Path(folder))
+            counts["unusable" if outcome.unusable else options.what] += 1
+            counts.update(what.counts(outcome))
             counts["refusals"] += len(outcome.refusals)
             counts["wrong"] += bool(outcome.wrong)
-            counts["outputs compared"] += outcome.forward
-            counts["without oracle"] += outcome.without_oracle is not None
-            odd = jobs.unjudged(outcome)
+            odd = what.unjudged(outcome)
             if outcome.wrong or odd:
                 texts = [
                     *outcome.wrong[:4],
@@ -55,7 +59,7 @@ def main() -> None:
                 )
             if options.log:
                 with options.log.open("a") as file:
-                    file.write(outcome.line() + "\n")
+                    file.write(json.dumps(vars(outcome), default=str) + "\n")
     print(dict(counts), f"{time.monotonic() - began:.0f} s")
 
 

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from adapterkit.errors import Failed
 from adapterkit.runtime import collect
-from tests.support import oracle
+from tests.support import oracle, tiny
 from tests.support.live import llama, tokens
 
 # transformers 5.24 calls it cache
@@ -144,26 +144,66 @@ def test_masks_end_with_the_call():
 
 
 class Regrouped(nn.Module):
-    """A layer that sees some of the tokens."""
+    """Layers that see the tokens in another order, some of them, and some of several."""
 
     def __init__(self):
         super().__init__()
-        self.layer, self.flat = nn.Linear(4, 4), nn.Linear(4, 4)
+        names = ("turned", "flat", "some", "pixels", "pairs", "texts")
+        for name in names:
+            setattr(self, name, nn.Linear(4, 4))
 
-    def forward(self, input_ids, attention_mask=None):
+    def forward(self, input_ids, attention_mask=None, pixels=None):
         x = torch.nn.functional.one_hot(input_ids, 4).float()
-        y = self.flat(x.view(-1, 4))
-        return self.layer(y[: len(y) // 2 + 1])
+        y = self.turned(x.transpose(0, 1)).transpose(0, 1)
+        y = self.flat(y.reshape(-1, 4))
+        y = self.some(y[torch.tensor([3, 0, 2, 8, 7, 5, 4, 1, 6])])
+        self.texts(x.mean(1))
+        if pixels is not None:
+            self.pixels(pixels)
+        return self.pairs(x[:, 1:] + x[:, :-1]) * y.sum()
 
 
-def test_inputs_that_no_mask_fits():
-    model, ids = Regrouped(), torch.tensor([[0, 1, 2], [3, 1, 0]])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    with pytest.raises(Failed, match=r"layer saw an input of \(4, 4\), and the mask is \(2, 3\)"):
-        collect(model, lambda: model(ids, mask), targets=["layer"])
-    assert collect(model, lambda: model(ids, mask * 0 + 1), targets=["layer"])
-    flat = inputs_of(model, lambda: model(ids, mask))["flat"][0][mask.flatten().bool()]
-    check(collect(model, lambda: model(ids, mask), targets=["flat"]), {"flat": covariance(flat)})
+def test_tokens_are_found_wherever_they_are():
+    """As many rows as tokens: sizes say nothing."""
+    model, ids = Regrouped(), torch.tensor([[0, 1, 2], [3, 1, 0], [2, 2, 1]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]])
+    pixels = torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(0))
+    run, flags = lambda: model(ids, mask, pixels), mask.bool()
+    seen = {path: x for path, (x,) in inputs_of(model, run).items()}
+    order = flags.flatten()[torch.tensor([3, 0, 2, 8, 7, 5, 4, 1, 6])]
+    every = torch.ones(3, 3, dtype=torch.bool)
+    masks = {"turned": flags.T, "flat": flags.flatten(), "some": order, "pixels": every,
+             "texts": every[0]}  # fmt: skip
+    expected = {path: covariance(seen[path][one]) for path, one in masks.items()}
+    check(collect(model, run, targets=list(masks)), expected)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("length", [7, 8])
+def test_what_a_model_pads_by_itself_does_not_count(length: int):
+    """Longformer pads to its window, and has the tokens first in its attention."""
+    model = tiny.model("longformer").eval()
+    ids = tokens(3, length)
+    seen = inputs_of(model, lambda: model(ids))
+    expected = {}
+    for path, (x,) in seen.items():
+        first = path.endswith(("self.query", "self.key", "self.value"))
+        if "pooler" in path:
+            continue
+        assert x.shape[:2] == ((8, 3) if first else (3, 8)), path
+        kept = x[:length] if first else x[:, :length]
+        expected[path] = covariance(kept.reshape(-1, x.shape[-1]))
+    expected = {p: v for p, v in expected.items() if "global" not in p and "lm_head" not in p}
+    check(collect(model, lambda: [model(ids) for _ in range(2)], targets=list(expected)), expected)
+
+
+def test_vectors_of_several_tokens():
+    """Refused where some of them count and others do not: a mean over a text is the text's."""
+    model, ids = Regrouped(), torch.tensor([[0, 1, 2], [3, 1, 0], [2, 2, 1]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]])
+    with pytest.raises(Failed, match=r"pairs saw an input of \(3, 2, 4\), and which of its"):
+        collect(model, lambda: model(ids, mask), targets=["pairs"])
+    assert collect(model, lambda: model(ids, mask * 0 + 1), targets=["pairs"])
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 

@@ -39,6 +39,8 @@ def _agree(config) -> None:
     for key in ("out_indices", "_out_indices"):
         if settings.get(key):
             setattr(config, key, None)
+    if isinstance(settings.get("attention_window"), int):
+        config.attention_window = 4
     if "mamba_d_ssm" in settings:
         config.mamba_d_ssm = None
     for key, value in (
@@ -74,7 +76,7 @@ def _small(key: str, value: int) -> int | None:
         ("token_id" in key, min(value, 5)),
         ("vocab" in key, 96),
         ("kv_heads" in key or "key_value_heads" in key, 2),
-        ("head_dim" in key or (key.endswith("_dim") and value > 64), 16),
+        ("head_dim" in key or key == "d_head" or (key.endswith("_dim") and value > 64), 16),
         ("heads" in key or key == "n_head", 4),
         ("experts_per_tok" in key or "top_k" in key or "topk" in key, min(value, 2)),
         ("n_group" in key, 1),
