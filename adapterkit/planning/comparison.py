@@ -1,6 +1,7 @@
 """Comparisons of stored values, in blocks, before a plan exists."""
 
 import math
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -20,20 +21,35 @@ BLOCK = 4 << 20  # elements compared at a time
 def differing_rows(one: tuple[Folder, TensorSpec], other: tuple[Folder, TensorSpec]) -> int:
     """In how many rows two stored tensors of one shape differ, the wider one rounded to the other's
     dtype. A tensor without axes is one row."""
+    counts = [0, 0]
+    for a, b in _blocks(one, other):
+        for i, unequal in enumerate((a != b.to(a.dtype), b != a.to(b.dtype))):
+            counts[i] += int(unequal.any(1).sum())
+    return min(counts)
+
+
+def relative_difference(one: tuple[Folder, TensorSpec], other: tuple[Folder, TensorSpec]) -> float:
+    """‖one - other‖ / ‖one‖ of two stored tensors of one shape."""
+    difference = norm = 0.0
+    for a, b in _blocks(one, other):
+        difference += float((a.double() - b.double()).square().sum())
+        norm += float(a.double().square().sum())
+    return math.sqrt(difference / norm) if norm else math.inf
+
+
+def _blocks(
+    one: tuple[Folder, TensorSpec], other: tuple[Folder, TensorSpec]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of both, some at a time; none of tensors without elements."""
     shape = one[1].shape
     rows, width = shape[0] if shape else 1, math.prod(shape[1:])
-    if not width:
-        return 0
-    step = max(1, BLOCK // width)
-    counts = [0, 0]
-    for first in range(0, rows, step):
+    step = max(1, BLOCK // max(width, 1))
+    for first in range(0, rows if width else 0, step):
         a, b = (
             _rows(folder, spec, first, min(first + step, rows), width)
             for folder, spec in (one, other)
         )
-        for i, unequal in enumerate((a != b.to(a.dtype), b != a.to(b.dtype))):
-            counts[i] += int(unequal.any(1).sum())
-    return min(counts)
+        yield a, b
 
 
 def _rows(folder: Folder, spec: TensorSpec, first: int, stop: int, width: int) -> Tensor:

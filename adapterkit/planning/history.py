@@ -45,6 +45,23 @@ def merged_adapters(base: Folder) -> list[MergedAdapter]:
         return []
 
 
+def holds(merged: Sequence[MergedAdapter], adapter: Adapter) -> bool:
+    """Whether an adapter is among these. Files are compared by their sha256; only those whose
+    headers agree are read for it."""
+    candidates = [one for one in merged if one.header == adapter.header_sha256]
+    return bool(candidates) and _sha256(adapter.folder) in {one.sha256 for one in candidates}
+
+
+def merged_change(base: Folder, key: str) -> float:
+    """How much the last merge changed a stored tensor, relative to its norm, as the receipt says;
+    0 where it says nothing."""
+    receipt = read_json(base, RECEIPT) if RECEIPT in base.files() else {}
+    try:
+        return float(receipt["parameters"][key]["delta"])
+    except (KeyError, TypeError, ValueError):
+        return 0.0
+
+
 def history_notes(
     base: Folder,
     merged: Sequence[MergedAdapter],

@@ -280,7 +280,7 @@ def _built(class_name: str, config_json: str, where: str) -> Any:
     from transformers.utils import logging as transformers_logging
 
     auto = class_name.startswith("AutoModel")
-    if not re.fullmatch(r"[A-Z]\w*", class_name):  # of a module, whose name would import it
+    if not re.fullmatch(r"[a-z]*[A-Z]\w*", class_name):  # a module's would import it
         raise Refused(f"{shown(class_name)} is no class's name", where=where)
     config = _config(config_json, where)
     cls: Any = getattr(transformers, class_name, None)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.errors import Refused
 from adapterkit.weights.loading import gaps_of, looks_whole
 from adapterkit.weights.skeleton import tied_names
 from tests.fuzz import models
@@ -99,7 +100,10 @@ def run(kind: str, seed: int, folder: Path, damages=DAMAGES) -> list[Outcome]:
 def _judged(base: models.Base, damage: str) -> Outcome:
     outcome = Outcome(damage)
     checkpoint = open_checkpoint(LocalFolder(base.folder))
-    gaps = gaps_of(checkpoint)
+    try:
+        gaps = gaps_of(checkpoint)
+    except Refused as error:  # a model that transformers does not build from its config alone
+        return Outcome(damage, unusable=f"no gaps known: {error.problem}")
     try:
         with quiet():
             model, info = base.cls.from_pretrained(
@@ -141,6 +145,8 @@ def run_all(kinds, seeds) -> collections.Counter:
                 outcomes = run(kind, seed, Path(folder))
             for outcome in outcomes:
                 counts["unusable" if outcome.unusable else outcome.damage] += 1
+                if outcome.unusable and outcome.damage:
+                    print(f"{kind} {seed}: {outcome.unusable}", flush=True)
                 counts["gaps"] += outcome.found
                 counts["wrong"] += bool(outcome.wrong)
                 if outcome.wrong:

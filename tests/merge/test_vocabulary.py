@@ -109,6 +109,8 @@ def test_a_copy_of_another_base(llama, tmp_path):
     delta away again."""
     first, second = _two(llama, tmp_path)
     oracle.merge(llama, first, out=tmp_path / "merged", dtype="fp32")
+    oracle.merge(tmp_path / "merged", second, out=tmp_path / "told", dtype="fp32")
+    (tmp_path / "merged" / "adapterkit.json").unlink()
     with pytest.raises(
         Refused,
         match=(
@@ -121,6 +123,7 @@ def test_a_copy_of_another_base(llama, tmp_path):
         tmp_path / "merged", second, out=tmp_path / "out", base_copies="ignore", verify=True
     )
     assert adapterkit.verify(tmp_path / "out", base=tmp_path / "merged", adapters=[second])["rows"]
+    assert_same(stored(tmp_path / "told"), stored(tmp_path / "out"))  # the receipt explains them
     both = exact(peft_model(load(oracle.llama, llama), first, second))
     for name in (EMBEDDING, HEAD):
         torch.testing.assert_close(
@@ -135,6 +138,23 @@ def test_a_copy_of_another_base(llama, tmp_path):
     torch.testing.assert_close(
         theirs[EMBEDDING].double(), alone[EMBEDDING].value, rtol=0, atol=1e-6
     )
+
+
+def test_unmerging_an_adapter_with_copies(llama, tmp_path):
+    """What was merged says the receipt; copies of yet another base are refused as before."""
+    first, _ = _two(llama, tmp_path)
+    oracle.merge(llama, first, out=tmp_path / "merged", dtype="fp32")
+    receipt = oracle.merge(tmp_path / "merged", f"{first}=-1", out=tmp_path / "back")
+    assert any("before what its receipt" in note for note in receipt.data["notes"])
+    before = {k: v.float() for k, v in stored(llama).items()}
+    for name, value in stored(tmp_path / "back").items():
+        torch.testing.assert_close(value.float(), before[name], rtol=0, atol=1e-6)
+    model = load(oracle.llama, llama)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_()
+    oracle.train(model, tmp_path / "other", target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(Refused, match="copies of another base"):
+        oracle.merge(tmp_path / "merged", tmp_path / "other", out=tmp_path / "out")
 
 
 def test_a_copy_that_differs_in_a_row(llama, tmp_path):

@@ -5,9 +5,12 @@ from dataclasses import replace
 from adapterkit import dtypes
 from adapterkit.adapters.record import EMBEDDINGS, Adapter
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import shown
-from adapterkit.planning.comparison import differing_rows
+from adapterkit.errors import listed, shown
+from adapterkit.planning.comparison import differing_rows, relative_difference
+from adapterkit.planning.history import holds, merged_change
 from adapterkit.planning.merge.job import Job
+
+ROUNDING = 2.0**-8  # what bf16 adds to the relative change that a receipt tells
 
 
 def remove_base_copies(job: Job) -> None:
@@ -21,6 +24,7 @@ def remove_base_copies(job: Job) -> None:
 def _trained(job: Job, adapter: Adapter) -> dict[str, TensorSpec]:
     """Those of an adapter's replaced parameters that are no copies of the base's."""
     trained, differing = dict(adapter.replaced), {}
+    explained: list[str] = []
     for name, spec in adapter.replaced.items():
         is_copy = name in adapter.copies
         is_automatic = (
@@ -42,12 +46,21 @@ def _trained(job: Job, adapter: Adapter) -> dict[str, TensorSpec]:
             count = differing_rows((adapter.folder, spec), (job.base.folder, stored))
         if count == 0 or (is_copy and job.options.base_copies == "ignore"):
             del trained[name]
-        if count and is_copy:
+        is_told = count and is_copy and comparable and not job.options.base_copies
+        if is_told and _is_of_original(job, adapter, spec, stored):
+            del trained[name]
+            explained.append(spec.key)
+        elif count and is_copy:
             differing[spec.key] = (
                 f"{count} of {spec.shape[0]} rows differ"
                 if comparable
                 else "the base's is quantized"
             )
+    if explained:
+        job.notes.append(
+            f"{adapter.name}: {listed(explained)}: weights of the base before what its receipt "
+            "says was merged; the base's own count"
+        )
     text = ", ".join(f"{shown(key)} ({difference})" for key, difference in differing.items())
     if differing and job.options.base_copies is None:
         job.refuse(
@@ -62,3 +75,15 @@ def _trained(job: Job, adapter: Adapter) -> dict[str, TensorSpec]:
         effect = "ignored" if job.options.base_copies == "ignore" else "replace the base's"
         job.notes.append(f"{adapter.name}: copies of another base's weights {effect}: {text}")
     return trained
+
+
+def _is_of_original(job: Job, adapter: Adapter, copy: TensorSpec, stored: TensorSpec) -> bool:
+    """Whether a copy is of the base before the merges that its receipt tells of: this adapter is
+    one of them, or the copy differs by about what the last merge changed."""
+    if not job.merged_before:
+        return False
+    if holds(job.merged_before, adapter):
+        return True
+    changed = merged_change(job.original.folder, stored.key)
+    sides = (job.base.folder, stored), (adapter.folder, copy)
+    return changed > 0 and relative_difference(*sides) <= 1.1 * changed + ROUNDING
