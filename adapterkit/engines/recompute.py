@@ -28,6 +28,7 @@ from adapterkit.tasks.rows import arithmetic, rounded
 from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts
 from adapterkit.weights.reader import ReaderView
 
+FEW = 3  # wrong tensors that are told one by one
 THREADS = 4  # that recompute; each holds a whole weight where its format needs that
 Specs = dict[str, TensorSpec]  # by key
 CHUNK = 1 << 18  # elements that are float64 at a time
@@ -57,7 +58,7 @@ class RowCheck:
         self.result = sums | {"hash": "sha256" if result.sha256 else "none"}
 
 
-def check_rows(out: Folder, plan: Plan) -> dict[str, Any]:
+def check_rows(out: Folder, plan: Plan, hint: str = AGAIN) -> dict[str, Any]:
     """Recompute rows of every changed tensor from the inputs in float64: how many rows and tensors
     those are. `Damaged` with all that is wrong."""
     specs = {s.key: s for shard in plan.shards for s in read_header(out, shard.file).tensors}
@@ -77,11 +78,13 @@ def check_rows(out: Folder, plan: Plan) -> dict[str, Any]:
             results = list(in_order(run, checks, min(THREADS, cores())))
         finally:
             torch.set_num_threads(threads)
+    wrong = [(c, r.wrong) for c, r in zip(checks, results, strict=True) if r.wrong is not None]
+    if len(wrong) > FEW:
+        raise _many(wrong, len(checks), out.label, hint)
     refuse_all(
         [
-            Damaged(result.wrong, expected=check.expected, where=shown(check.step.key), hint=AGAIN)
-            for check, result in zip(checks, results, strict=True)
-            if result.wrong is not None
+            Damaged(each.text, expected=check.expected, where=shown(check.step.key), hint=hint)
+            for check, each in wrong
         ]
     )
     rows = sum(result.rows for result in results)
@@ -94,11 +97,29 @@ def check_rows(out: Folder, plan: Plan) -> dict[str, Any]:
     return {"rows": rows, "tensors": len(checks)}
 
 
+class Wrong(NamedTuple):
+    """The first wrong value of a tensor, and by how much the worst is wrong."""
+
+    text: str
+    by: float = math.inf
+
+
+def _many(
+    wrong: "list[tuple[_TensorCheck, Wrong]]", checked: int, where: str, hint: str
+) -> Damaged:
+    """One error for many wrong tensors, with the worst of them."""
+    worst = sorted(wrong, key=lambda pair: -pair[1].by)[:FEW]
+    texts = [f"{shown(check.step.key)} by {each.by:.3g} ({each.text})" for check, each in worst]
+    problem = f"{len(wrong)} of {checked} tensors are not what the inputs give, the worst: "
+    expected = worst[0][0].expected
+    return Damaged(problem + "; ".join(texts), expected=expected, where=where, hint=hint)
+
+
 class Checked(NamedTuple):
     """What came of one tensor: how many rows were recomputed, and the first value that is wrong."""
 
     rows: int
-    wrong: str | None = None
+    wrong: Wrong | None = None
 
 
 def _checks(plan: Plan) -> Iterator["_TensorCheck"]:
@@ -174,7 +195,7 @@ class CodeCheck:
 
     def _wrong(
         self, origin: "_Source", after: dict[str, Tensor], first: int, last: int
-    ) -> str | None:
+    ) -> Wrong | None:
         """What is wrong with these rows."""
         record, before = origin.at(origin.parts, first, last)
         exact, slack = torch.empty(last - first, origin.width), torch.empty(last - first, 1)
@@ -192,7 +213,7 @@ class CodeCheck:
         expected = self._encoded(record, before, exact, first)
         for key, part in expected.items():
             if part is before[key] and not torch.equal(part, origin.at(after, first, last)[1][key]):
-                return (
+                return Wrong(
                     f"{shown(key)} is not the base's, though it does not depend on the weight's "
                     "values"
                 )
@@ -274,13 +295,15 @@ class CompensatedCheck:
 _TensorCheck = FloatCheck | CodeCheck | CompensatedCheck
 
 
-def _difference(bad: Tensor, stored: Tensor, expected: Tensor, row: int) -> str:
+def _difference(bad: Tensor, stored: Tensor, expected: Tensor, row: int) -> Wrong:
     """The first of the bad values; `row`: of the first row in the tensor."""
     at, column = divmod(int(bad.flatten().nonzero()[0]), bad.shape[1])
-    return (
+    by = float((stored.double() - expected.double()).abs()[bad].nan_to_num(math.inf).max())
+    text = (
         f"row {row + at}, column {column}: {float(stored[at, column])!r}, not "
         f"{float(expected[at, column])!r}"
     )
+    return Wrong(text, by)
 
 
 class _Source:

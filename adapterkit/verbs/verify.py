@@ -7,11 +7,11 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.engines.file_checks import check_files
 from adapterkit.engines.recompute import check_rows
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.options import Sources, StrPath, checked
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.sources import open_model, open_source, open_weighted
-from adapterkit.receipt import read_receipt
+from adapterkit.receipt import AGAIN, read_receipt
 
 
 @checked()
@@ -44,7 +44,20 @@ def verify(
         )
     result = check_files(out, receipt, progress)
     plan = _plan_again(receipt, base, sources, stats) if base else None
-    return result | (check_rows(out, plan) if plan else {"rows": 0, "tensors": 0})
+    if plan is None:
+        return result | {"rows": 0, "tensors": 0}
+    return result | check_rows(out, plan, _hint(receipt, plan))
+
+
+def _hint(receipt: dict, plan: Plan) -> str:
+    """What to do where rows differ: the base may have held an adapter that the given one lacks."""
+    held, given = receipt.get("held", []), plan.decisions.get("held", [])
+    names = [str(one.get("name")) for one in held if isinstance(one, dict) and one not in given]
+    if not names:
+        return AGAIN
+    return (
+        f"merged twice? The receipt says that the base held {listed(names)} already: give that base"
+    )
 
 
 def _plan_again(

@@ -397,8 +397,18 @@ def test_verify_finds_arithmetic_that_is_wrong(llama, lora, tmp_path, monkeypatc
     out = out_of(tmp_path, llama, lora)
     monkeypatch.undo()
     adapterkit.verify(out)
-    with pytest.raises(Damaged, match=r"row 0, column"):
+    with pytest.raises(Damaged, match=r"(?s)14 of 14 tensors .*row 0, column") as caught:
         adapterkit.verify(out, base=llama, adapters=[lora])
+    assert len(str(caught.value).splitlines()) <= 4
+
+
+def test_verify_of_a_model_merged_twice_says_so(llama, lora, tmp_path):
+    oracle.merge(llama, lora, out=tmp_path / "once")
+    oracle.merge(tmp_path / "once", lora, out=tmp_path / "twice")
+    with pytest.raises(Damaged, match=r"(?s)14 of 14 tensors.*merged twice.*lora") as caught:
+        adapterkit.verify(tmp_path / "twice", base=llama, adapters=[lora])
+    assert len(str(caught.value).splitlines()) <= 4
+    adapterkit.verify(tmp_path / "twice", base=tmp_path / "once", adapters=[lora])
 
 
 @pytest.mark.parametrize("choice", [None, "adapter", "base"])
