@@ -119,14 +119,16 @@ def print_plan(plan: "Plan | StatisticsPlan", as_json: bool) -> None:
     if as_json:
         print_json(_document(plan))
         return
+    from adapterkit.reports.tables import grouped
+
     for name, value in plan.totals().items():
         sized = not {"bytes", "disk", "memory"}.isdisjoint(name.split("_"))
         text = bytes_text(value) if sized else f"{value:,}"
         click.echo(f"{name.replace('_', ' '):16} {text:>18}")
     for note in plan.notes:
         click.echo(f"note: {note}")
-    for name in plan.decisions.get("left_out", []):
-        click.echo(f"skipped: {name}")
+    for text in grouped(plan.decisions.get("left_out", [])):
+        click.echo(f"skipped: {text}")
 
 
 def _document(plan: "Plan | StatisticsPlan") -> dict[str, Any]:
@@ -168,6 +170,7 @@ def _document(plan: "Plan | StatisticsPlan") -> dict[str, Any]:
 
 def print_receipt(receipt: "Receipt") -> None:
     from adapterkit.reports.outcomes import outcomes
+    from adapterkit.reports.tables import grouped
 
     data = receipt.data
     if receipt.finished_before:
@@ -189,8 +192,8 @@ def print_receipt(receipt: "Receipt") -> None:
         print_verified(data["verified"])
     for note in data["notes"]:
         click.echo(f"note: {note}", err=True)
-    for name in data.get("left_out", []):
-        click.echo(f"skipped: {name}", err=True)
+    for text in grouped(data.get("left_out", [])):
+        click.echo(f"skipped: {text}", err=True)
 
 
 def _made(data: dict[str, Any]) -> str:

@@ -19,7 +19,19 @@ def outcomes(receipt: dict[str, Any]) -> Iterator[str]:
         share = sum(metric["energy"] * metric["norm"] ** 2 for metric in refits.values()) / total
         text = f"truncation kept {share:.1%} of the squared norm of {len(refits)} modules"
         yield f"{text}; {_worst(named('energy'))}"
-    if survived := named("survived"):
+    compensated = {
+        key: metric["output_error"]
+        for key, metric in metrics.items()
+        if "output_error" in metric and "energy" not in metric
+    }
+    if compensated:  # what is left of each element says nothing then
+        worst = max(compensated, key=lambda key: compensated[key])
+        text = f"relative error of the outputs: median {median(compensated.values()):.4f} over"
+        plain = median(named("unweighted_output_error").values())
+        text = f"{text} {len(compensated)} weights, {plain:.4f} if rounded to nearest"
+        yield f"{text}; worst: {compensated[worst]:.4f} of {shown(worst)}"
+    survived = {k: share for k, share in named("survived").items() if k not in compensated}
+    if survived:
         text = f"median {median(survived.values()):.1%} of the adapter's change kept after rounding"
         yield f"{text}, over {len(survived)} tensors; {_worst(survived)}"
     errors = {

@@ -1,12 +1,16 @@
 """The tables that inspect and diff print."""
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, shown
 
 MAX_PROBLEMS = 20  # kinds of problems that are listed; all of them are in the JSON
+MAX_ROWS = 20  # that are listed one by one
+NUMBER = re.compile(r"\.\d+(?=\.)")  # of a layer, in a name
 GROUP = ["modules", "count", "kind", "rank", "alpha", "scale"]
 MODULE = ["module", "rank", "scale", "trained", "norm", "relative", "effective_rank"]
 CHANGED = ["changed", "", "relative", "max abs", "cosine", "differ", "rank"]
@@ -33,15 +37,42 @@ def inspect_table(result: dict[str, Any]) -> str:
 def diff_table(document: dict[str, Any]) -> list[str]:
     """diff's document as lines: a table of the changes, - (only A has it), + (only B has it),
     settings."""
-    lines = []
-    if document["changed"]:
-        lines = _align([CHANGED, *map(_diff_cells, document["changed"])], left=2)
+    lines, rows = [], document["changed"]
+    if rows:
+        lines = _align([CHANGED, *map(_diff_cells, _worst(rows))], left=2)
     for sign, side in (("-", "removed"), ("+", "added")):
-        lines += [
-            f"{sign} {row['name']}  {_sides(row | {'why': side, 'a': row, 'b': row})}"
+        texts = [
+            f"{row['name']}  {_sides(row | {'why': side, 'a': row, 'b': row})}"
             for row in document[side]
         ]
+        lines += [f"{sign} {text}" for text in grouped(texts)]
     return lines + [_setting_text(row) for row in document["config"]]
+
+
+def _worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of more rows than a screen holds, of each kind of layer the one that differs most, its name
+    with the number of rows that it stands for."""
+    if len(rows) <= MAX_ROWS:
+        return rows
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault(NUMBER.sub(".*", f"{row['name']} {_sides(row)}"), []).append(row)
+    worst = []
+    for alike in kinds.values():
+        row = max(alike, key=lambda row: row["relative_error"] or 0)
+        more = f" (worst of {len(alike)} layers)" if len(alike) > 1 else ""
+        worst.append(row | {"name": row["name"] + more})
+    return worst
+
+
+def grouped(texts: Sequence[str]) -> list[str]:
+    """The texts; of more than a screen holds, those that differ in numbers once, with a count."""
+    if len(texts) <= MAX_ROWS:
+        return list(texts)
+    counts = Counter(NUMBER.sub(".*", text) for text in texts)
+    lines = [f"{text} ({count})" if count > 1 else text for text, count in counts.items()]
+    more = len(lines) - MAX_ROWS
+    return lines[:MAX_ROWS] + ([f"and {more} more kinds; --json lists all"] if more > 0 else [])
 
 
 def _align(rows: list[list[str]], left: int) -> list[str]:

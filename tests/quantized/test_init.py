@@ -429,11 +429,20 @@ def test_floats_in_files_of_a_size(base, packed, tmp_path):
     assert all(torch.equal(one[key], many[key]) for key in one) and one.keys() == many.keys()
     assert torch.equal(logits(tmp_path / "many"), logits(tmp_path / "one"))
     oracle.train(oracle.llama(**SIZES), tmp_path / "adapter", target_modules=["q_proj"])
-    how = {"dequantize": True, "max_shard_size": "100KB"}
-    adapterkit.merge(packed, [tmp_path / "adapter"], out=tmp_path / "merged", **how)
+    merge = lambda name, **how: adapterkit.merge(
+        packed, [tmp_path / "adapter"], out=tmp_path / name, dequantize=True, **how
+    )
+    merge("merged", dtype="fp32", max_shard_size="100KB")
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) == len(files)
-    adapterkit.merge(packed, [tmp_path / "adapter"], out=tmp_path / "whole", dequantize=True)
+    merge("whole", dtype="fp32")
     assert torch.equal(logits(tmp_path / "merged"), logits(tmp_path / "whole"))
+    receipt = merge("halves")  # what the help promises, although its library computes in float32
+    assert any("written in bf16" in note for note in receipt.data["notes"])
+    assert {value.dtype for value in oracle.stored(tmp_path / "halves").values()} == {
+        torch.bfloat16
+    }
+    config = json.loads((tmp_path / "halves" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
 
 
 def test_an_adapter_of_a_classifier_loads(tmp_path):

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 
 from adapterkit import diff
 from adapterkit.errors import Damaged, MultipleErrors, Refused
+from adapterkit.reports import tables
+from adapterkit.reports.outcomes import outcomes
 from tests.support import oracle
 from tests.support.differences import ROOT, called, normal, only, run
 
@@ -159,3 +161,29 @@ def test_help_and_import_load_no_torch():
         "assert 'diff' in dir(adapterkit) and not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_many_alike_lines_are_one_with_a_count():
+    """Tables and lists of what is in every layer; the JSON has all."""
+    side = {"dtype": "F32", "shape": [2, 2]}
+    figures = {"max_abs": 1.0, "cosine": 0.5, "differing": 0.5, "norm": 1.0, "rank": None}
+    rows = [
+        {"name": f"layers.{n}.{leaf}", "kind": "tensor", "why": "values", "a": side, "b": side}
+        | figures
+        | {"relative_error": n / 30}
+        for n in range(30)
+        for leaf in ("q.weight", "k.weight")
+    ]
+    lone = [{"name": row["name"], "kind": "tensor", **side} for row in rows]
+    document = {"changed": rows, "added": lone, "removed": lone[:3], "config": []}
+    lines = tables.diff_table(document)
+    assert len(lines) == 1 + 2 + 3 + 2
+    assert lines[1].startswith("layers.29.q.weight (worst of 30 layers)")
+    assert lines[-1].startswith("+ layers.*.k.weight") and lines[-1].endswith("(30)")
+    assert len(tables.diff_table(document | {"changed": rows[:20], "added": []})) == 1 + 20 + 3
+
+
+def test_compensated_rounding_tells_the_error_of_the_outputs():
+    metric = {"survived": 0.07, "output_error": 0.01, "unweighted_output_error": 0.03}
+    (line,) = outcomes({"parameters": {"a.weight": metric, "b.weight": metric}})
+    assert "outputs: median 0.0100 over 2 weights, 0.0300" in line and "kept" not in line

@@ -26,7 +26,7 @@ from adapterkit.planning.merge.job import Job, Options
 from adapterkit.planning.merge.steps import plan_steps
 from adapterkit.planning.merge.tied import resolve_tied_weights
 from adapterkit.planning.merge.vocabulary import resolve_new_head, resolve_vocab_resize
-from adapterkit.planning.model_config import set_nested
+from adapterkit.planning.model_config import nested_values, set_nested
 from adapterkit.planning.model_output import (
     CHANGED_BY,
     plan_laid_out,
@@ -65,6 +65,7 @@ def plan_merge(
         refuse_all(errors)
     job = Job(checkpoint, adapters, [weight for _, weight in sources], options)
     job.with_initial = with_initial
+    _decode_to_16_bits(job)
     job.merged_before = merged_adapters(base)
     job.notes += history_notes(base, job.merged_before, adapters, job.weights)
     steps, statistics = changed_steps(job, errors), None
@@ -72,6 +73,17 @@ def plan_merge(
         statistics = open_checkpoint(stats, len(sources) + 1)
         steps = with_compensation(job, steps, statistics)
     return _plan(job, steps, statistics)
+
+
+def _decode_to_16_bits(job: Job) -> None:
+    """Have decoded weights written in 16 bits unless `dtype` says otherwise: their own error is
+    larger than that rounding."""
+    wide = any(weight.dtype == "F32" for weight in quantized_weights(job.base.tensors))
+    if job.options.dequantize and job.options.dtype is None and wide:
+        said = set(map(str, nested_values(job.base.config, "dtype"))) & {"float16", "bfloat16"}
+        dtype = "fp16" if said == {"float16"} else "bf16"
+        job.options = replace(job.options, dtype=dtype)
+        job.notes.append(f"--dequantize: written in {dtype}; --dtype fp32 keeps 32 bits")
 
 
 def changed_steps(job: Job, errors: Sequence[AdapterkitError] = ()) -> Steps:
