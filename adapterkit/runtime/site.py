@@ -233,10 +233,6 @@ class Site(Unsaved):
         which has nothing of it."""
         yield from ()
 
-    def resized(self) -> bool:
-        """Whether the host has other sizes than when it got the site."""
-        return sizes_of(self.host) != self.sizes
-
     def value(self, name: str) -> Tensor | None:
         """A parameter of the host."""
         return Values(self.host)[name]
