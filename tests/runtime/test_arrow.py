@@ -511,7 +511,7 @@ def test_misuse_is_refused_before_anything_changes(experts, tmp_path):
     adapterkit.arrow(experts[:3], out=tmp_path / "arrow")
     model = base()
     for run, problem in [
-        (lambda: create_arrow_model(model, experts[:2]), "top-k 3"),
+        (lambda: create_arrow_model(model, experts[:2]), "top-k is 3"),
         (lambda: create_arrow_model(model, []), "no adapter|adapters"),
         (lambda: create_arrow_model(model, experts[:3], seed=1), "seed"),
         (lambda: create_arrow_model(model, experts[:3], temperature=0.0), "temperature"),
