@@ -91,6 +91,11 @@ class ValuePart(Part):
         same = self.value.shape == other.value.shape and torch.equal(self.value, other.value)
         return None if same else f"a {self.leaf} of their own"
 
+    def covers(self, other: Part) -> bool:
+        if other.replaces or not self.leaf.endswith("bias"):
+            return not other.replaces
+        return getattr(other, "bias", None) is not None
+
     def merge(self, values: dict[str, Tensor], weight: float) -> None:
         values[self.leaf] = widened(self.value)
 

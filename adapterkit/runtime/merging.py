@@ -150,6 +150,7 @@ def check(state: State, table: Mapping[str, float]) -> None:
             )
         )
     errors += conflicts(state, [*table, *state.active], "merge")
+    errors += _covered(state, table)
     for name, weight in table.items():
         errors += state.guard.hosts.problems(state.adapters[name].sites.values(), "merge")
         reasons: dict[str, list[str]] = {}
@@ -169,6 +170,23 @@ def check(state: State, table: Mapping[str, float]) -> None:
             for reason, paths in reasons.items()
         ]
     refuse_all(errors)
+
+
+def _covered(state: State, table: Mapping[str, float]) -> Iterator[Refused]:
+    """Refusals of values that go on acting in place of what the merge would change."""
+    for name in state.active.keys() - table.keys():
+        paths = [
+            site.path
+            for site, part in state.adapters[name].parts()
+            if part.replaces and any(part.covers(p) for m in table for p in site.own_parts(m))
+        ]
+        if paths:
+            yield Refused(
+                f"{shown(name)}, which stays beside them, has values in place of {listed(paths)}",
+                expected="merged weights that act",
+                where="merge",
+                hint="merge it too, or activate the others alone first",
+            )
 
 
 def _sites(state: State, table: Mapping[str, float]) -> Iterator[Site]:

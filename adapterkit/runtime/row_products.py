@@ -52,7 +52,8 @@ class LinearRows:
         self.stretch = self._rows([s.stretch for s in shares], 1.0)
         self.offset = self._rows([s.offset for s in shares], 0.0)
         self._dense: tuple[Tensor, Tensor, Tensor] | None = None
-        self._gathered: tuple[Tensor, Tensor] | None = None
+        self._groups: mixed.Groups | None = None
+        self._sizes: dict[int, int] = {}  # by the tokens of a row
 
     def _rows(self, values: Sequence[Tensor | None], default: float) -> Tensor | None:
         """(rows, 1, out), the default for rows without a value; None where no row has one."""
@@ -64,6 +65,11 @@ class LinearRows:
         return torch.stack([own[i] if i >= 0 else plain for i in self.index])[:, None].to(
             self.dtype
         )
+
+    def _size(self, tokens: int) -> int:
+        if tokens not in self._sizes:
+            self._sizes[tokens] = mixed.group_size(self.index, tokens)
+        return self._sizes[tokens]
 
     def __call__(self, y: Tensor, x: Tensor) -> Tensor:
         """y, the base's output, changed for each row; x: its input."""
@@ -89,10 +95,11 @@ class LinearRows:
                     self._dense = mixed.dense_factors(self.factors, self.index)
             mixed.add_dense_(total, x, *self._dense)
         else:
-            if self._gathered is None:
+            size = self._size(x.shape[1])
+            if self._groups is None or self._groups.size != size:
                 with torch.inference_mode(False), torch.no_grad():
-                    self._gathered = mixed.gathered_factors(self.factors, self.index)
-            mixed.add_gathered_(total, x, *self._gathered)
+                    self._groups = mixed.grouped_factors(self.factors, self.index, size)
+            mixed.add_grouped_(total, x, self._groups)
         return out if out.dtype == y.dtype else out.to(y.dtype)
 
 

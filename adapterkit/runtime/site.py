@@ -122,6 +122,11 @@ class Part(Unsaved):
         """Why it cannot act together with another adapter's part of the same module."""
         return None
 
+    def covers(self, other: "Part") -> bool:
+        """Whether its values, in place of the host's own, hide what another part merges into
+        these."""
+        return self.replaces and not other.replaces
+
     def values_in(self, other: "Part") -> dict[str, Tensor]:
         """What its parameters and buffers would be as in another part, as it was read."""
         return dict(other.named_parameters()) | dict(other.named_buffers())
@@ -300,6 +305,10 @@ class Site(Unsaved):
             for part, _ in changing:
                 part.check(values)
         return y
+
+    def own_parts(self, adapter: str) -> Iterable[Part]:
+        """The parts of an adapter here."""
+        return self.parts.get(adapter, {}).values()
 
     def add(self, part: Part) -> None:
         """Add a part of an adapter; it does not act yet."""

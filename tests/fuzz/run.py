@@ -3,7 +3,7 @@
 python -m tests.fuzz.run --kinds llama,vit --seeds 0-9 --log outcomes.jsonl
     (from the project's folder; all kinds by default; --what damaged: checkpoints that lack
     something, against what transformers' loader reports; --what statistics: of layers, against
-    hooks)
+    hooks; --what calls: sequences of calls on a live model, against a model of its state)
 """
 
 import argparse
@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.fuzz import damaged, jobs, models, sums
+from tests.fuzz import calls, damaged, jobs, models, sums
 
 # what is run: a module with `run(kind, seed, folder)`, whose outcome has `unusable`, `wrong` and
 # `refusals`, with `counts(outcome)`, and with `unjudged(outcome)`
@@ -22,7 +22,7 @@ WHAT = {"jobs": jobs, "statistics": sums}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--what", choices=[*WHAT, "damaged"], default="jobs")
+    parser.add_argument("--what", choices=[*WHAT, "damaged", "calls"], default="jobs")
     parser.add_argument("--kinds", default="all")
     parser.add_argument("--seeds", default="0-0")
     parser.add_argument("--log", type=Path)
@@ -32,6 +32,10 @@ def main() -> None:
     first, _, last = options.seeds.partition("-")
     if options.what == "damaged":
         print(dict(damaged.run_all(kinds, range(int(first), int(last or first) + 1))))
+        return
+    if options.what == "calls":
+        counted, wrong = calls.run_all(range(int(first), int(last or first) + 1))
+        print(*wrong, dict(counted), f"{len(wrong)} wrong", sep="\n")
         return
     what, counts = WHAT[options.what], collections.Counter()
     began = time.monotonic()

@@ -174,9 +174,12 @@ def test_generate_repeats_the_names(name, options):
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("count", [2, 3, 16])
-@pytest.mark.parametrize("dense", [True, False])
-def test_both_kernels(count, tokens, dense, monkeypatch):
+@pytest.mark.parametrize("dense, size", [(True, 0), (False, 1), (False, 3), (False, 4)])
+@pytest.mark.parametrize("order", ["filled", "in order"])
+def test_both_kernels(count, tokens, dense, size, order, monkeypatch):
+    """The grouped one with groups that fit, are filled up, or are one row each."""
     monkeypatch.setattr(mixed, "dense_is_better", lambda *sizes: dense)
+    monkeypatch.setattr(mixed, "group_size", lambda *sizes: size)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6, bias=False))
     names = [f"a{i}" for i in range(count)]
@@ -188,12 +191,21 @@ def test_both_kernels(count, tokens, dense, monkeypatch):
         else:
             adapters.attach(config, name=name, seed=i)
     adapters.activate(None)
-    table = [*names, None, *names[:1] * 14]
+    table = {"filled": [*names, None, *names[:1] * 14], "in order": sorted(names * 3)}[order]
     x = torch.randn(len(table), tokens, 12)
     with adapters.rows(table):
         y = model(x)
     expected = alone(adapters, lambda x: model(x), {"x": x}, table)
     torch.testing.assert_close(y, torch.cat(expected), **CLOSE)
+
+
+def test_sizes_of_groups():
+    """Few factors are read for one token, few rows copied for many; never are there more than 8
+    copies of an adapter."""
+    assert mixed.group_size([0, 1, 2, -1], 1) == 1
+    assert mixed.group_size([0, 0, 1, 1], 1) == mixed.group_size([0, 1, 0, 1], 1) == 2
+    assert mixed.group_size([0, 1, 0, 1], 128) == 1 and mixed.group_size([0, 0, 1, 1], 128) == 2
+    assert mixed.group_size([0, 1] * 32, 128) == 32
 
 
 def test_images_of_any_shape_and_routers_get_their_rows():
@@ -392,7 +404,7 @@ def test_training(llama):
 
 def test_merged(llama):
     llama.merge("de")
-    with refused("de merged", "unmerge first"), llama.rows(NAMES):
+    with refused("de is merged", "unmerge first"), llama.rows(NAMES):
         pass
     llama.unmerge()
     with llama.rows(NAMES):

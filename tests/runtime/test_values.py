@@ -484,3 +484,26 @@ def test_a_norm_without_weights(entries, tmp_path):
     assert torch.equal(load(seeded(Bare)(), tmp_path).model(x), y)
     theirs = peft.PeftModel.from_pretrained(seeded(Bare)(), tmp_path)
     torch.testing.assert_close(theirs(x), y)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(2, 2, ["up"], modules_to_save=["down"]),
+        LoraConfig(2, 2, ["up"], bias="all"),
+    ],
+    ids=["copy", "bias"],
+)
+def test_no_merge_beneath_values_that_act(config):
+    """What another adapter would merge into them, these would hide."""
+    net, x = seeded(Bare)(), torch.randn(3, 4)
+    adapters = attach(net, config, name="values", seed=0)
+    adapters.attach(LoraConfig(2, 2, ["down"], lora_bias=True, init=False), name="factors", seed=1)
+    shake(adapters.parameters())
+    adapters.activate(["values", "factors"])
+    y = net(x)
+    with pytest.raises(AdapterkitError, match="in place of down"):
+        adapters.merge("factors")
+    assert torch.equal(net(x), y)
+    adapters.merge()
+    torch.testing.assert_close(net(x), y)
