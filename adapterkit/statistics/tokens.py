@@ -147,7 +147,7 @@ class Tokens(TorchDispatchMode):
         while moved.dim() and _is_constant(moved):
             run *= moved.shape[-1]
             moved = moved[..., 0]
-        values = moved.contiguous().view(-1)
+        values = moved.clone(memory_format=torch.contiguous_format).view(-1)  # of its own
         setattr(storage, ATTRIBUTE, (self, _Tags(values, run, x.element_size())))
 
     def _write(self, x: Tensor, bits: Tensor) -> None:

@@ -197,6 +197,21 @@ def test_what_a_model_pads_by_itself_does_not_count(length: int):
     check(collect(model, lambda: [model(ids) for _ in range(2)], targets=list(expected)), expected)
 
 
+def test_what_is_written_into_a_copy_is_not_in_what_it_was_copied_from():
+    model, ids = oracle.llama(), tokens(3, 7)
+    plain = model.model.forward
+
+    def forward(input_ids, **kwargs):
+        shifted = input_ids.clone()
+        shifted[:, 1:] = input_ids[:, :-1]
+        return plain(input_ids=input_ids, **kwargs)
+
+    model.model.forward = forward
+    run = lambda: model(input_ids=ids, attention_mask=PADDED)
+    expected = {p: covariance(x[PADDED.bool()]) for p, (x,) in inputs_of(model, run).items()}
+    check(collect(model, run), expected)
+
+
 def test_vectors_of_several_tokens():
     """Refused where some of them count and others do not: a mean over a text is the text's."""
     model, ids = Regrouped(), torch.tensor([[0, 1, 2], [3, 1, 0], [2, 2, 1]])
