@@ -21,7 +21,7 @@ from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.sums import all_finite, squared_norm
 from adapterkit.plan import Progress
-from adapterkit.planning.merge.changes import collect_changes
+from adapterkit.planning.merge.changes import collect_changes, other_base
 from adapterkit.planning.merge.job import Job, Options
 from adapterkit.reports.reader import StoredReader
 from adapterkit.weights.detect import check_not_quantized
@@ -49,7 +49,9 @@ def join(adapter: Adapter, on: Folder, problems: list[AdapterkitError]) -> Join:
     job = Job(base, [adapter], [1.0], Options(expert_layout="peft-0.19"))
     collect_changes(job)
     problems += job.errors
-    problems += [Refused(note, where=adapter.label) for note in job.notes]
+    # a local copy may have any name
+    names = [] if "repo" in on.origin else other_base(job, adapter)
+    problems += [Refused(note, where=adapter.label) for note in job.notes if note not in names]
     joined = Join(job.base)
     for change in job.changes.values():
         for addition in change.additions:

@@ -210,3 +210,8 @@ def test_a_damaged_adapter(name, lora, tmp_path):
     )
     assert result["peft_type"] == (None if "config" in name else "LORA")
     assert len(result["modules"]) == (0 if name in ("cut", "no-weights", "lfs") else 14)
+
+
+def test_the_name_of_a_local_copy_is_no_problem(llama, lora, tmp_path):
+    oracle.edit_config(lora, tmp_path / "named", base_model_name_or_path="org/model")
+    assert problems_of(inspect(tmp_path / "named", base=llama)) == []

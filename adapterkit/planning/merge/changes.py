@@ -29,7 +29,7 @@ def collect_changes(job: Job) -> None:
 
 
 def _check_adapter(job: Job, adapter: Adapter, weight: float) -> None:
-    _compare_base_names(job, adapter)
+    job.notes += other_base(job, adapter)
     init = adapter.changed_base()
     if adapter.number in job.with_initial:
         _check_initial(job, adapter)
@@ -92,16 +92,15 @@ def _check_weighted(job: Job, adapter: Adapter, weight: float) -> None:
             )
 
 
-def _compare_base_names(job: Job, adapter: Adapter) -> None:
-    """Note an adapter that names another base on the Hub: shapes do not tell two models of one size
-    apart."""
+def other_base(job: Job, adapter: Adapter) -> list[str]:
+    """A note on an adapter that names another base on the Hub: shapes do not tell two models of one
+    size apart."""
     named = str(adapter.config.get("base_model_name_or_path"))
     base = str(job.original.folder.origin.get("repo") or job.original.name)
     on_hub = named.count("/") == 1 and not named.startswith(("/", ".", "~"))
     if on_hub and named.rpartition("/")[2].casefold() != base.rpartition("/")[2].casefold():
-        job.notes.append(
-            f"{adapter.name} was trained on {shown(named)}; the base here is {shown(base)}"
-        )
+        return [f"{adapter.name} was trained on {shown(named)}; the base here is {shown(base)}"]
+    return []
 
 
 def _check_complete(job: Job, adapter: Adapter) -> None:
