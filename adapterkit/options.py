@@ -143,7 +143,7 @@ def own_hint(hint: str, verb: Callable) -> str:
     name = lambda m: m[1].upper() if m[1] in arguments else m[0]
     fits = lambda text: all(m[1] in known | _OF_COMMANDS for m in _OPTION.finditer(text) if m[1])
     hint = _OPTION.sub(name, hint)
-    parts = [hint] if fits(hint) else re.split(r", or |; (?=give |--)", hint)
+    parts = [hint] if fits(hint) else re.split(r", or |, then |; (?=give |--)", hint)
     kept = ", or ".join(part for part in parts if fits(part))
     return kept or f"adapterkit {verb.__name__} --help lists its options" if hint else hint
 
@@ -356,9 +356,12 @@ def check_stats(rounding: str, stats: object) -> list[AdapterkitError]:
     """What is wrong with --rounding and --stats together."""
     if (rounding == "compensated") == (stats is not None):
         return []
-    expected = "--stats FILE beside it" if stats is None else "--rounding compensated"
-    hint = "collect statistics first" if stats is None else "leave --stats out"
-    problem = "--rounding compensated" if stats is None else f"--stats with --rounding {rounding}"
+    if stats is None:
+        problem, expected = "--rounding compensated needs --stats", "--stats FILE"
+        hint = "collect them: adapterkit stats BASE --data FILE --out STATS"
+    else:
+        problem = f"--stats has no effect with --rounding {rounding}"
+        expected, hint = "--rounding compensated", "remove --stats"
     return [Refused(problem, expected=expected, where="options", hint=hint)]
 
 

@@ -189,7 +189,7 @@ def read_receipt(folder: Folder) -> dict[str, Any]:
             f"no {RECEIPT}",
             expected="an output of adapterkit, finished",
             where=folder.label,
-            hint="run the job again (with --resume if it was interrupted)",
+            hint="give the output of a command that has finished",
         )
     receipt = read_json(folder, RECEIPT)
     if receipt.get("adapterkit") != RECEIPT_VERSION:

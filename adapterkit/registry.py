@@ -91,7 +91,7 @@ def create(package: str, name: str, settings: dict[str, object]) -> object:
     known = members(package)
     if name not in known:
         raise Refused(
-            f"method {name!r}",
+            f"unknown method {name!r}",
             expected=", ".join(known),
             where="--method",
             hint=did_you_mean([name], known) or "use one of these",

@@ -206,7 +206,8 @@ def _made(data: dict[str, Any]) -> str:
         )
     if data["recipe"]["verb"] in ("merge", "quantize", "dequantize"):
         return f"{totals['tensors_changed']} of {totals['tensors']} tensors changed"
-    return f"{data.get('modules', len(data['parameters']))} modules written"
+    changed = [one for one in data["parameters"].values() if not one.get("unchanged")]
+    return f"{data.get('modules', len(changed))} modules written"
 
 
 def _print_pushed(data: dict[str, Any]) -> None:

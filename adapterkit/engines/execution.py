@@ -115,7 +115,7 @@ class Execution(RunOptions):
                 "--ray-address with another engine",
                 expected="--engine ray",
                 where="options",
-                hint="leave --ray-address out",
+                hint="remove --ray-address",
             )
         memory = parse_size("memory", self.memory) if self.memory else None
         notes = (*plan.notes, *conversion_notes(plan.folders))
@@ -201,7 +201,7 @@ def check_disk_limit(out: StrPath, limit: str | int | None) -> None:
             "--disk-limit with an output on this machine",
             expected="an output on the Hub: --out hf://org/name",
             where="options",
-            hint="leave --disk-limit out",
+            hint="remove --disk-limit",
         )
 
 

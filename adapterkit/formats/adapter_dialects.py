@@ -39,7 +39,7 @@ def arranged(
     if words.names == "base" and model is not None:
         modules = renamed(modules, model, in_file=True)
     elif words.names == "base":
-        note = "names of modules were not compared with a base: --base does so"
+        note = "module names were not checked: give --base to compare them with the model"
         contents = replace(contents, notes=(*contents.notes, note))
     if form.scale.uniform:
         before, modules = modules, uniform(modules)

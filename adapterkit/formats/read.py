@@ -92,7 +92,7 @@ def read(
                 f"--alpha {reading.alpha:g}",
                 expected="the alphas that the file says itself",
                 where=where,
-                hint="leave --alpha out",
+                hint="remove --alpha",
             )
         )
     refuse_all(errors)
@@ -131,7 +131,7 @@ def _candidates(form: Format, reading: Reading, container: Container) -> list[st
             f"architecture {shown(reading.architecture)}",
             expected=", ".join(architectures()),
             where="--architecture",
-            hint="leave it out to have it found by the names",
+            hint="remove --architecture to detect it by the names",
         )
     return [reading.architecture]
 

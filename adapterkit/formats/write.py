@@ -198,7 +198,9 @@ def _placed(
             f"{listed([m.path for m in modules])}",
             expected="one of " + ", ".join(form.names.architectures or sorted(architectures())),
             where=contents.folders[0].label,
-            hint="give --architecture" + (", or --prefix-only" if bare else ""),
+            hint="give --architecture" + (", or --prefix-only" if bare else "")
+            if fits or bare
+            else "choose another format, or give --architecture for a model of the list",
         )
     words = [architectures()[name].words.items() for name, _ in options]
     common = {key: text for key, text in words[0] if all((key, text) in own for own in words)}

@@ -119,7 +119,7 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, RecursionError) as error:  # of TOML, of UTF-8, of its numbers
         why = error.strerror if isinstance(error, OSError) else f"not TOML: {error}"
         raise Refused(
-            shown(why), expected="[[step]] tables", where=where, hint="check the file"
+            shown(why), expected="[[step]] tables", where=where, hint="check the path and the file"
         ) from error
     unknown = [key for key in document if key != "step"]
     if unknown:

@@ -37,7 +37,7 @@ def dora_problems(adapter: Adapter) -> list[AdapterkitError]:
                     f"a DoRA with {meaning} ({key})",
                     expected="a DoRA without",
                     where=adapter.where,
-                    hint="leave --base out, or merge it",
+                    hint="remove --base, or merge the adapter",
                 )
             )
     return errors
@@ -77,7 +77,7 @@ class BaseWeights:
                 f"a grouped convolution: {shown(module)} has {self.names.groups(module)} groups",
                 expected="groups 1 (a LoRA cannot be put there)",
                 where=self.base.name,
-                hint="leave it out",
+                hint="exclude this module",
             )
         weight = StoredParameter.of(parameter, self.base.tensors)
         if not weight.dtypes <= set(dtypes.FLOATS):

@@ -248,14 +248,14 @@ def _weight(
             f"no weight of {shown(name)}",
             expected="a stored weight for each target",
             where=base.name,
-            hint="leave it out of --targets",
+            hint="remove it from --targets",
         )
     if kind == "conv" and names.groups(module) > 1:
         raise Refused(
             f"a grouped convolution: {shown(module)} has {names.groups(module)} groups",
             expected="groups 1 (PEFT cannot merge these either)",
             where=base.name,
-            hint="leave it out of --targets",
+            hint="remove it from --targets",
         )
     weight = StoredParameter.of(parameter, base.tensors)
     if not weight.dtypes <= set(dtypes.FLOATS):

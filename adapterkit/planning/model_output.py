@@ -91,7 +91,7 @@ def rounding_warnings(metrics: dict[str, dict], compat: str | None = None) -> li
         "quantized": ("modules", "half", "requantization"),
         "float": ("tensors", "80 %", "rounding to their dtype"),
     }
-    warnings, first = [], f"leave out --compat {compat}, and " if compat else ""
+    warnings, first = [], f"remove --compat {compat}, and " if compat else ""
     for kind, shares in survival.items():
         low = sorted((s, key) for key, s in shares.items() if s < LEAST_SURVIVAL[kind])
         if not low:

@@ -46,7 +46,7 @@ def _widths(
             "no linear layers with factors",
             expected="some: statistics are of their inputs",
             where="--stats",
-            hint="leave --stats out",
+            hint="remove --stats",
         )
     others = [name for name in places if name not in widths]
     if others:

@@ -200,7 +200,7 @@ def _check_options(options: dict[str, Any], exceptions: Exceptions) -> None:
                 f"--{option.replace('_', '-')} with {options['to']}",
                 expected=" or ".join(formats),
                 where="options",
-                hint="leave it out",
+                hint=f"remove --{option.replace('_', '-')}",
             )
 
 

@@ -93,7 +93,7 @@ def plan_quantized_residual(
             f"--quantize with factors on {', '.join(target.name for target in others[:4])}",
             expected="linear layers with a weight of their own, that --skip does not leave out",
             where="--targets",
-            hint="leave them out of --targets, or leave --quantize out",
+            hint="remove them from --targets, or remove --quantize",
         )
     tasks: Mapping[str, Any] = {
         (key := quantization.linear[target.name]): ResidualWeight(

@@ -31,7 +31,7 @@ def tokenizer_files(
             "no tokenizer beside any adapter",
             expected="tokenizer files in an adapter's folder",
             where="--tokenizer adapter",
-            hint="leave --tokenizer out",
+            hint="remove --tokenizer",
         )
     if not files_of:
         return {}

@@ -15,7 +15,7 @@ def outcomes(receipt: dict[str, Any]) -> Iterator[str]:
         key: metric for key, metric in metrics.items() if "energy" in metric and "norm" in metric
     }
     total = sum(metric["norm"] ** 2 for metric in refits.values())
-    if total:
+    if total and min(named("energy").values()) < 0.9995:
         share = sum(metric["energy"] * metric["norm"] ** 2 for metric in refits.values()) / total
         text = f"truncation kept {share:.1%} of the squared norm of {len(refits)} modules"
         yield f"{text}; {_worst(named('energy'))}"

@@ -116,7 +116,7 @@ class Job:
                 f"gradients of batches without labels: {without} of {len(self.batches)}",
                 expected="labels, from which the model computes its loss",
                 where="data",
-                hint="leave gradient out of --what",
+                hint="remove gradient from --what",
             )
 
     @property
@@ -184,7 +184,7 @@ class Job:
                 f"{type(self.model).__name__} computes no loss",
                 expected="a model that computes a loss from labels, such as a causal LM",
                 where=self.stored.base.name,
-                hint="leave gradient out of --what",
+                hint="remove gradient from --what",
             )
         return loss
 

@@ -292,5 +292,5 @@ def _check_loss(model: Any, is_text: bool) -> None:
             f"gradients of {name} on plain text",
             expected="input_ids with masked tokens, and labels",
             where="--data",
-            hint="mask the tokens yourself, or leave gradient out of --what",
+            hint="mask the tokens yourself, or remove gradient from --what",
         )

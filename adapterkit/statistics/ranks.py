@@ -169,7 +169,7 @@ class StatisticsFinish(Finish):
                 "--verify with statistics",
                 expected="an output whose receipt has hashes",
                 where="options",
-                hint="leave --verify out",
+                hint="remove --verify",
             )
         stage = _FileStage(Path(execution.out), plan)
         worked = 0.0

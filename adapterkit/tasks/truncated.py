@@ -222,7 +222,7 @@ def finalize_by_size(truncation: Truncation, tasks: Sequence[Task]) -> Finalize:
         parts = [f"rank 1 of {sum(map(bool, costs))} modules takes {bytes_text(sum(costs))}"]
         parts += [f"values saved whole take {bytes_text(others)}"] * bool(others)
         raise Refused(
-            f"--max-size {truncation.max_size} is too small: {', '.join(reversed(parts))}",
+            f"--max-size {bytes_text(limit)} is too small: {', '.join(reversed(parts))}",
             expected=f"at least {limit - budget:,} bytes",
             where="options",
             hint="give a larger size" + ", or --rest drop" * bool(others) + ", or fewer modules",

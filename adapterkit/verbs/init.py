@@ -170,7 +170,7 @@ def plan_init(folder: Folder, options: Options, stats: Folder | None = None) -> 
     notes: list[str] = []
     base = open_checkpoint(folder)
     if options.quantize:
-        check_not_quantized(base, "leave --quantize out: the rest keeps the base's format")
+        check_not_quantized(base, "remove --quantize: the rest keeps the base's format")
     statistics = None if stats is None else open_checkpoint(stats, 1)
     targets = find_targets(decoded_view(base), options.selection, options.scaling, notes)
     _check_targets(base, method, targets)
@@ -312,12 +312,14 @@ def _check(options: Options, method: Any, has_stats: bool) -> None:
             f"collect them: adapterkit stats BASE --data FILE --what {','.join(what)} --out STATS",
         )
     if has_stats and not needs:
-        refuse(f"--stats with --method {options.method}", "a method that uses them", "leave it out")
+        refuse(
+            f"--stats with --method {options.method}", "a method that uses them", "remove --stats"
+        )
     if options.quantize and (not method.changes_base or options.residual == "implicit"):
         refuse(
             f"--quantize with --method {options.method} and no base to write",
             "a method that takes a part of each weight, and --residual write",
-            "leave --quantize out, or quantize the base: adapterkit quantize",
+            "remove --quantize, or quantize the base: adapterkit quantize",
         )
     extra = [f"--{key.replace('_', '-')}" for key, value in options.quantization.items() if value]
     if extra and not options.quantize:
@@ -340,7 +342,7 @@ def _check_targets(base: Checkpoint, method: Any, targets: Sequence[Target]) -> 
                     f"{method.name} on {shown(target.name)}, of kind {target.kind}",
                     expected=" or ".join(kinds),
                     where=base.name,
-                    hint="leave it out of --targets (PEFT starts it in another way, silently)",
+                    hint="remove it from --targets (PEFT starts it in another way, silently)",
                 )
             )
         most = min(target.shape) // getattr(method, "triplets_per_rank", 1)

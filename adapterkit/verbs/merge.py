@@ -88,10 +88,10 @@ def merge(
     )
     if push is not None and is_on_hub(out):
         raise Refused(
-            "--push with an output on the Hub",
+            "--push does not apply to an output on the Hub",
             expected="one place",
             where="--push",
-            hint="leave --push out",
+            hint="remove --push",
         )
     folder = open_model(base)
     sources = open_weighted(adapters, base=folder)

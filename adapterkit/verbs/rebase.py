@@ -79,7 +79,7 @@ def rebase(
     before = initial_of(source) if initial is None else open_adapter(initial)
     if before is None:
         raise Refused(
-            f"no --initial for {source.name}",
+            f"{source.name} has no folder initial/, and --initial is not given",
             expected="the adapter as saved before training",
             where="--initial",
             hint="give its folder",

@@ -163,7 +163,7 @@ class _ResizePlanner:
                 "--alpha rank: PEFT scales biases of b by alpha / rank too",
             )
             self.errors.append(
-                Refused(problem, expected=expected, where="options", hint="leave --alpha out")
+                Refused(problem, expected=expected, where="options", hint="remove --alpha")
             )
         sites = join([adapter], self.errors, self._names(adapter))
         self.targets = targets_of(sites)
@@ -215,7 +215,7 @@ class _ResizePlanner:
                 problem,
                 expected="--alpha rank: the adapter has no lora_alpha",
                 where="options",
-                hint="leave --alpha out",
+                hint="remove --alpha",
             )
         self.adapter, modules = read_deltas(kind, source, self.base, self.notes, self.errors)
         for one in modules:

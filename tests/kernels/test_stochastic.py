@@ -260,6 +260,6 @@ def test_pefts_roundings_on_the_way_count_as_losses(dtype, tmp_path):
     assert metrics["rounding"] == pytest.approx(noise, abs=0.1)
     assert metrics["survived"] < 0.5
     assert any(
-        "WARNING: in 2 of 2" in note and "leave out --compat peft" in note
+        "WARNING: in 2 of 2" in note and "remove --compat peft" in note
         for note in receipt.data["notes"]
     )

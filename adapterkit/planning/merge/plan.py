@@ -157,7 +157,7 @@ def plan_merge_into_original(
                 "no quantized weights",
                 expected="a quantized base",
                 where=quantized.name,
-                hint="leave --base16 out",
+                hint="remove --base16",
             )
         )
     if changed_by:
@@ -197,7 +197,7 @@ def check_quantized_output(job: Job, steps: Steps) -> None:
     where = job.original.name
     if not weights:
         if options.dequantize:
-            job.notes.append("--dequantize: the base is not quantized")
+            job.notes.append("--dequantize has no effect: the base is not quantized")
         return
     if any(spec.key != key for key, spec in job.base.tensors.items()):
         job.refuse(
@@ -270,10 +270,10 @@ def _check_options(options: Options, stats: Folder | None) -> None:
     if options.rounding != "stochastic" and options.seed:
         errors.append(
             Refused(
-                f"--seed {options.seed} without draws",
+                f"--seed {options.seed} has no effect with --rounding {options.rounding}",
                 expected="--rounding stochastic",
                 where="options",
-                hint="give --rounding stochastic, or leave --seed out",
+                hint="remove --seed, or give --rounding stochastic",
             )
         )
     if options.rounding != "nearest" and options.compat:
@@ -282,7 +282,7 @@ def _check_options(options: Options, stats: Folder | None) -> None:
                 f"--rounding {options.rounding} with --compat {options.compat}",
                 expected="one way to round",
                 where="options",
-                hint="leave one of them out",
+                hint="remove --rounding or --compat",
             )
         )
     refuse_all(errors)
