@@ -252,8 +252,10 @@ def _moved(call: _Call, out: Tensor) -> Tensor | None:
         return None
     moved = tree_map(lambda x: _or_none(call, x), source)
     if call.func.overloadpacket.__name__ == "constant_pad_nd":
-        # what is added to token ids is no token; to states, a state of none
-        value = 0 if out.is_floating_point() or out.is_complex() else LEFT_OUT
+        # what is added to token ids is no token; vectors that are added to fill a block are not
+        # known, unlike features, or the past of a first token where as many are cut off
+        is_state = out.is_floating_point() or out.is_complex()
+        value = LEFT_OUT if not is_state else BOTH if out.shape[:-1] != moved.shape[:-1] else 0
         return call.func(moved, call.args[1], value)
     return call.func(moved, *call.args[1:], **call.kwargs)
 
