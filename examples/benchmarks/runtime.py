@@ -34,6 +34,10 @@ from adapterkit.runtime import Adapters, attach, create_arrow_model, load
 
 RANK, ROWS, TOKENS, STEPS = 16, 8, 128, 16
 MANY = 100  # adapters that are loaded
+# rows, adapters, tokens a row
+SHAPES = (
+    (8, 8, 1), (16, 2, 1), (16, 4, 1), (16, 8, 1), (16, 16, 1), (32, 8, 1), (64, 8, 1), (16, 8, 32),
+)  # fmt: skip
 SIDES = ("adapterkit", "PEFT")
 WIDTH = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16,
@@ -221,6 +225,42 @@ def decode(arguments: argparse.Namespace) -> dict:
     return inference(arguments, call)
 
 
+def shapes(arguments: argparse.Namespace) -> dict:
+    """Mixed rows over one adapter, by the shape of the batch: processor time of a forward on one
+    thread, the adapters in turns among the rows, and in their order."""
+    adapters = ours(adapter_folders(arguments.work, max(count for _, count, _ in SHAPES)))
+    torch.set_num_threads(1)
+    figures: dict[str, float] = {}
+    for rows, count, tokens in SHAPES:
+        ids = torch.randint(0, WIDTH["vocab_size"], (rows, tokens))
+        turns = [str(row % count) for row in range(rows)]
+
+        def spent(ids: torch.Tensor = ids) -> float:
+            start = time.process_time()
+            adapters.model(input_ids=ids, use_cache=False)
+            return time.process_time() - start
+
+        def mixed(names: list[str]) -> float:
+            with adapters.rows(names):
+                spent()  # factors are stacked
+                return spent()
+
+        runs: Runs = {
+            "one": spent,
+            "in turns": lambda names=turns, mixed=mixed: mixed(names),
+            "in order": lambda names=turns, mixed=mixed: mixed(sorted(names)),
+        }
+        adapters.activate("0")
+        with torch.inference_mode():
+            seconds = timed(runs, 3 * arguments.repeat)
+        title = f"{rows} rows of {count} adapters, {tokens} tokens"
+        figures[f"{title}: one adapter, ms"] = median(seconds["one"]) * 1e3
+        for name in ("in turns", "in order"):
+            figures[f"{title}: {name}"] = ratio(seconds, name, "one")
+    torch.set_num_threads(arguments.threads)
+    return figures
+
+
 def training(arguments: argparse.Namespace) -> dict:
     """Forward, backward and a step of AdamW on 2 x 128 and 1 x 128 tokens; milliseconds."""
     figures: dict[str, float] = {}
@@ -311,6 +351,7 @@ def memory(arguments: argparse.Namespace) -> dict:
 MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict]] = {
     "prefill": prefill,
     "decode": decode,
+    "shapes": shapes,
     "training": training,
     "loading": loading,
     "meta": meta,
