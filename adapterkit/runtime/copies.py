@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adapterkit.adapters.keys import PREFIX
 from adapterkit.runtime.site import CHILD, Inside, Part, Site, Values, give_forward
+from adapterkit.weights.bypassed import reads_value
 
 OUT_PROJ = "out_proj"  # torch's MultiheadAttention reads this child's values itself
 
@@ -104,6 +105,17 @@ class ValuePart(Part):
         return {f"{PREFIX}{name}": self.value} if self.saved else {}
 
 
+class MirrorPart(ValuePart):
+    """A value of a trained copy, where the code around the module reads it: the copy's own, which
+    the `CopyPart` saves and merges."""
+
+    def __init__(self, adapter: str, leaf: str, value: nn.Parameter):
+        super().__init__(adapter, leaf, value, saved=False)
+
+    def merge(self, values: dict[str, Tensor], weight: float) -> None:
+        return
+
+
 def widened(value: Tensor) -> Tensor:
     """A new tensor; of floats in float32 or wider."""
     if not value.is_floating_point():
@@ -143,6 +155,21 @@ def copies(
     ]
 
 
+def mirrors(
+    modules: Mapping[str, nn.Module], parts: Iterable[tuple[str, Part]]
+) -> list[tuple[str, MirrorPart]]:
+    """The parts with which the values of copies act where the code around their modules reads
+    them."""
+    return [
+        (host, MirrorPart(part.adapter, leaf, value))
+        for path, part in parts
+        if isinstance(part, CopyPart)
+        for name, value in part.module.named_parameters()
+        for host, leaf in [reader(modules, f"{path}.{name}")]
+        if not host.startswith(path)
+    ]
+
+
 def outermost(name: str, entries: Iterable[str]) -> str | None:
     """The outermost module around a parameter that an entry of modules_to_save means, as PEFT reads
     them: by the end of the name, also within a component."""
@@ -162,12 +189,17 @@ def entries_for_peft(
 
 
 def reader(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str]:
-    """The module whose forward reads a parameter, and the parameter's name in it."""
-    path, _, leaf = name.rpartition(".")
-    parent, _, child = path.rpartition(".")
-    if child == OUT_PROJ and isinstance(modules.get(parent), nn.MultiheadAttention):
-        return parent, f"{child}.{leaf}"
-    return path, leaf
+    """The module whose forward reads a parameter, the outermost one of several, and the parameter's
+    name in it; for most their own module."""
+    parts = name.split(".")
+    for i in range(len(parts) - 1):
+        host, inside = ".".join(parts[:i]), parts[i:]
+        # generate asks a whole model's forward for its arguments
+        if host in modules and not (host == "" and hasattr(modules[host], "config")):
+            attributes = tuple(part for part in inside if not part.isdecimal())
+            if len(attributes) > 1 and reads_value(type(modules[host]).__mro__, attributes):
+                return host, ".".join(inside)
+    return ".".join(parts[:-1]), parts[-1]
 
 
 def value_parts(

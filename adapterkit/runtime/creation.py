@@ -38,6 +38,7 @@ def attach(
     *,
     ephemeral_gpu_offload: bool = False,
     stats: Stats | None = None,
+    strict: bool = False,
 ) -> None:
     """Add a new, trainable adapter; `Refused` before anything changes."""
     state.unused(name)
@@ -46,6 +47,7 @@ def attach(
         replicate(state, config.layer_replication, "LoraConfig: layer_replication")
         config, parts = _new_parts(state, config, name, seed, dtype, ephemeral_gpu_offload, stats)
     adapter = Attached(name, config, trainable=True, base=base_name(state.model))
+    adapter.strict = strict
     for path, part in parts:
         state.add(adapter, path, part)
     state.adapters[name] = adapter

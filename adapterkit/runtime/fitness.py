@@ -10,7 +10,7 @@ from adapterkit.adapters.targets import is_within
 from adapterkit.errors import Refused, shown
 from adapterkit.runtime.layers import kind_of
 from adapterkit.runtime.quantized import quantization_of
-from adapterkit.weights.bypassed import MAMBAS, MAMBAS_REFUSED, reads_weight
+from adapterkit.weights.bypassed import MAMBAS, MAMBAS_REFUSED, looks_up_otherwise, reads_weight
 
 WHERE = "LoraConfig"
 
@@ -53,14 +53,34 @@ def unfit_module(model: nn.Module, modules: Mapping[str, nn.Module], path: str) 
             hint = f"parameters={[name]!r} adapts the parameter itself"
         elif any(kind_of(child) for child in module.modules()):
             hint = "target the layers inside it"
-    elif reader := weight_reader(model, modules, path):
-        problem = f"the weight of target {shown(path)} is read by {reader}, not by its forward"
-        expected = "layers that are called"
-        if kind_of(modules.get(path.rpartition(".")[0], model)) == "attention":
-            hint = "target the attention: both projections get factors"
     else:
-        return None
+        return unread(model, modules, path)
     return Refused(problem, expected=expected, where=WHERE, hint=hint)
+
+
+def unread(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> Refused | None:
+    """Why factors and rows, which act on a module's output, would not do as its weight does: the
+    code around it reads that and does not call the module, or an embedding's forward is its own;
+    None if they do."""
+    if looks_up_otherwise(type(modules[path]).__mro__):
+        return Refused(
+            f"{shown(path)} is a {type(modules[path]).__name__}, with a forward of its own",
+            expected="embeddings that give rows of their weight, or multiples",
+            where=WHERE,
+            hint="leave it out; modules_to_save trains it whole",
+        )
+    reader = weight_reader(model, modules, path)
+    if reader is None:
+        return None
+    hint = "leave it out; modules_to_save trains it whole"
+    if kind_of(modules.get(path.rpartition(".")[0], model)) == "attention":
+        hint = "target the attention: both projections get factors"
+    return Refused(
+        f"the weight of {shown(path)} is read by {reader}, not by its forward",
+        expected="layers that are called",
+        where=WHERE,
+        hint=hint,
+    )
 
 
 def weight_reader(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> str | None:

@@ -68,6 +68,7 @@ class Adapters:
         dtype: torch.dtype | None = torch.float32,
         ephemeral_gpu_offload: bool = False,
         stats: Stats | None = None,
+        strict: bool = False,
     ) -> None:
         """Add a new, trainable adapter; what is active stays."""
         self.state.own_weights("attach")
@@ -79,6 +80,7 @@ class Adapters:
             dtype,
             ephemeral_gpu_offload=ephemeral_gpu_offload,
             stats=stats,
+            strict=strict,
         )
 
     def load(
@@ -90,6 +92,7 @@ class Adapters:
         dtype: torch.dtype | None = None,
         ephemeral_gpu_offload: bool = False,
         pad_rank: int | None = None,
+        strict: bool = False,
     ) -> None:
         """Add an adapter from a folder, a file or the Hub; what is active stays. `pad_rank`: the
         highest rank that `swap` is to bring."""
@@ -102,6 +105,7 @@ class Adapters:
             dtype=dtype,
             ephemeral_gpu_offload=ephemeral_gpu_offload,
             pad_rank=pad_rank,
+            strict=strict,
         )
 
     def swap(self, name: str, source: StrPath) -> None:
@@ -314,6 +318,7 @@ def attach(
     dtype: torch.dtype | None = torch.float32,
     ephemeral_gpu_offload: bool = False,
     stats: Stats | None = None,
+    strict: bool = False,
 ) -> Adapters:
     """Attach a new, trainable adapter to a model, active; the base is frozen.
 
@@ -321,9 +326,10 @@ def attach(
     of either. `dtype`: of the factors, None for that of the base's
     weight. `stats`: what the inits `corda`, `eva` and `lora_ga` start from, as `collect` returns
     it, or its file. `ephemeral_gpu_offload`: norms of DoRA are computed on the accelerator, where
-    there is one, while the model is on the CPU. `Refused` for a model that has adapters (use
-    `adapters.attach`), before anything changes. Unlike PEFT, the model is not wrapped and none of
-    its names change.
+    there is one, while the model is on the CPU. `strict`: what does nothing in the model's first
+    call, or has no gradient at the first step, is an error, not a warning. `Refused` for a model
+    that has adapters (use `adapters.attach`), before anything changes. Unlike PEFT, the model is
+    not wrapped and none of its names change.
     """
     adapters = _handle(model)
     try:
@@ -334,6 +340,7 @@ def attach(
             dtype=dtype,
             ephemeral_gpu_offload=ephemeral_gpu_offload,
             stats=stats,
+            strict=strict,
         )
     except BaseException:
         adapters.detach()
@@ -351,12 +358,13 @@ def load(
     pad_rank: int | None = None,
     dtype: torch.dtype | None = None,
     ephemeral_gpu_offload: bool = False,
+    strict: bool = False,
 ) -> Adapters:
     """Load an adapter (a folder, a file, a Hub id) onto a model, active; the base is frozen.
 
     `dtype`: of the factors, None for the stored one, at least float32. `pad_rank`: the highest rank
-    that `swap` is to bring. `Refused` with all that does not fit the model, before anything
-    changes.
+    that `swap` is to bring. `strict`: what does nothing in the model's first call is an error, not
+    a warning. `Refused` with all that does not fit the model, before anything changes.
     """
     adapters = _handle(model)
     try:

@@ -1,14 +1,17 @@
 """Merging on a live model: W + Σ weight·scale·b·a in float32, rounded once; the old weights are
 kept, so that unmerging is exact."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.planning.untying import SWITCH, has_other_effects
 from adapterkit.runtime.conflicts import conflicts
 from adapterkit.runtime.quantized import (
     exchange,
@@ -82,10 +85,14 @@ def merge(state: State, table: Mapping[str, float]) -> None:
                 if isinstance(original, nn.Parameter):
                     own.append((site, f"{name.removesuffix(leaf)}{other}", original))
                 done.replaced.append((module, other, new))
+    breaks = _breaks_ties(state, done, merged)
+    if breaks:
+        _check_untying(state.model)
+    done.swap()
+    if breaks:
+        _untie(state.model, done)
     for site, name, original in own:
         site.unmerged[name] = original
-    done.swap()
-    _release_ties(state, done, merged)
     state.merge = done
     state.merged = dict(table)
     state.select({name: w for name, w in state.active.items() if name not in table})
@@ -196,13 +203,42 @@ def _sites(state: State, table: Mapping[str, float]) -> Iterator[Site]:
     yield from seen.values()
 
 
-def _release_ties(state: State, done: Merge, merged: Mapping[int, list[nn.Parameter]]) -> None:
-    """Where a merged weight is another module's too, the model is tied no longer: its config says
-    so, or a save and a load would put one weight in both places."""
-    replaced = {id(value) for _, _, value in done.replaced}
-    left = any(id(parameter) in replaced for parameter in state.model.parameters())
-    if not left and all(len(set(map(id, values))) == 1 for values in merged.values()):
+def _breaks_ties(state: State, done: Merge, merged: Mapping[int, list[nn.Parameter]]) -> bool:
+    """Whether a weight that is replaced is another module's too, which keeps it or gets another
+    value."""
+    places = {(id(module), leaf) for module, leaf, _ in done.replaced}
+    left = any(
+        id(parameter) in merged and (id(module), leaf) not in places
+        for module in state.model.modules()
+        for leaf, parameter in module._parameters.items()
+    )
+    return left or any(len({*map(id, values)}) > 1 for values in merged.values())
+
+
+def _check_untying(model: nn.Module) -> None:
+    """`Refused` where a model's code does more by the config's switch than tie."""
+    if not getattr(getattr(model, "config", None), SWITCH, False):
         return
-    config = getattr(state.model, "config", None)
-    if config is not None and getattr(config, "tie_word_embeddings", False):
-        done.tied, config.tie_word_embeddings = config.tie_word_embeddings, False
+    configs: list[Any] = [copy.deepcopy(model.config) for _ in range(2)]
+    setattr(configs[1], SWITCH, False)
+    # as a save and a load would build it
+    configs = [type(config).from_dict(config.to_dict()) for config in configs]
+    with torch.device("meta"):
+        both = [type(model)(config) for config in configs]
+    if has_other_effects(*both):
+        raise Refused(
+            f"a side of tied weights of a {type(model).__name__}, whose code does more by {SWITCH} "
+            "than tie",
+            expected="a change of both sides, or of neither",
+            where="merge",
+            hint="run it unmerged, or leave the embedding and the head out",
+        )
+
+
+def _untie(model: nn.Module, done: Merge) -> None:
+    """Say in the config that the model is tied no longer, or a save and a load would put one weight
+    in both places."""
+    config = getattr(model, "config", None)
+    if config is not None and getattr(config, SWITCH, False):
+        done.tied = getattr(config, SWITCH)
+        setattr(config, SWITCH, False)

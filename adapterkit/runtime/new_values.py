@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Refused, listed
-from adapterkit.runtime.copies import biases, copies, parameter_of, value_parts
+from adapterkit.runtime.copies import biases, copies, mirrors, parameter_of, value_parts
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import State
 from adapterkit.runtime.targets import (
@@ -57,6 +57,7 @@ def new_values(
         return tensor.detach().to(dtype, copy=True)
 
     parts: list[tuple[str, Part]] = [*copies(state.modules, saved, adapter, config.tie)]
+    parts += mirrors(state.modules, parts)
     starts = {name: start(value) for name, value in values.items()}
     parts += value_parts(state.modules, adapter, starts, trained=True, copied=saved)
     first = {
@@ -64,4 +65,4 @@ def new_values(
         for path, indices in rows.items()
         if (weight := weights[path]) is not None
     }
-    return parts + token_parts(modules, adapter, first, embedding)
+    return parts + token_parts(state.model, modules, adapter, first, embedding)

@@ -25,6 +25,7 @@ from adapterkit.registry import members
 from adapterkit.runtime import dora
 from adapterkit.runtime.creation import home
 from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.fitness import unread
 from adapterkit.runtime.layers import KINDS, kind_of, part_class
 from adapterkit.runtime.layers.linear import LinearPart
 from adapterkit.runtime.layers.parameter import StoredParameter, split_parameters
@@ -55,6 +56,7 @@ def load(
     dtype: torch.dtype | None,
     ephemeral_gpu_offload: bool = False,
     pad_rank: int | None = None,
+    strict: bool = False,
 ) -> None:
     """Add an adapter from disk; `Refused` with all that does not fit, before anything changes."""
     state.unused(name)
@@ -65,6 +67,7 @@ def load(
         if pad_rank is not None:
             _pad([(path, part) for path, part in parts if isinstance(part, FactorsPart)], pad_rank)
     adapter = Attached(name, stored.config, trainable, base_id(stored.adapter))
+    adapter.strict = strict
     for path, part in parts:
         state.add(adapter, path, part)
     state.adapters[name] = adapter
@@ -163,8 +166,28 @@ def read_parts(
             a, b = read(stored_parameter.lora.a, where), read(stored_parameter.lora.b, where)
             assert a is not None and b is not None
             parts.append((path, stored_parameter.part(name, host, a, b)))
+        refuse_all(list(_ignored(state, adapter, parts)))
         parts += read_values(state, stored.values, name, stored.config, reader.stored, dtype)
     return parts
+
+
+def _ignored(
+    state: State, adapter: Adapter, parts: Sequence[tuple[str, Part]]
+) -> Iterator[AdapterkitError]:
+    """Why factors would not act, where they are not zero, as PEFT's training leaves those that do
+    not."""
+    for path, part in parts:
+        problem = unread(state.model, state.modules, path)
+        if problem is None or not isinstance(part, FactorsPart) or part.place(path) != path:
+            continue
+        part.called = False
+        if part.a.any() and part.b.any():
+            yield Refused(
+                f"factors that do nothing: {problem.problem}",
+                expected="factors of layers that are called",
+                where=adapter.label,
+                hint="take them out; `adapterkit merge` has --exclude",
+            )
 
 
 def _pad(parts: Sequence[tuple[str, FactorsPart]], rank: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from adapterkit.runtime.copies import MirrorPart
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.layers.routed import RoutedPart
@@ -85,6 +86,8 @@ def report(state: State) -> Report:
         shares: dict[str, list[Share]] = {}  # by the name of the module or parameter
         for name, parts in site.parts.items():
             for part in parts.values():
+                if isinstance(part, MirrorPart):
+                    continue  # the copy's row
                 target = part.target(path) if isinstance(part, ParameterPart) else path
                 for share in _shares(name, part, name in state.active):
                     shares.setdefault(target, []).append(share)

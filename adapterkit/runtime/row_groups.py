@@ -29,6 +29,13 @@ def run_groups(
     """Run the site on the rows of one adapter at a time, and put the outputs together."""
     if isinstance(site.host, nn.MultiheadAttention):
         args, kwargs = (), {**dict(zip(ATTENTION, args, strict=False)), **kwargs}
+    if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
+        raise Refused(
+            f"a cache of all rows for {shown(site.path)}, which runs for some of them at a time",
+            expected="modules that read no cache",
+            where="rows",
+            hint="give use_cache=False, or run these adapters one at a time with activate",
+        )
     x = args[0] if args else next(iter(kwargs.values()))
     size = x.shape[axis]
     repeat = size // len(names)

@@ -29,6 +29,8 @@ RESERVED = {
     "adding",
     "training",
     "sizes",
+    "watched",
+    "called",
 }  # the site's attributes
 SIZES = (
     "num_embeddings", "embedding_dim", "in_features", "out_features", "in_channels", "out_channels",
@@ -70,6 +72,7 @@ class Part(Unsaved):
     role: str = "delta"  # how it begins tells which: delta, weight, or another word
     adapter: str  # its name
     replaces: bool = False  # whether its values take the place of the host's own
+    called: bool = True  # whether its host is called, as far as the code around it shows
     fixed: frozenset[str] = frozenset()  # parameters that are never trained
     _host: tuple[nn.Module]
 
@@ -216,6 +219,7 @@ class Site(Unsaved):
         self.path, self.sizes = path, sizes_of(host)
         self.parts: dict[str, dict[str, Part]] = {}  # adapter -> role -> part
         self.unmerged: dict[str, nn.Parameter] = {}  # the host's own, which merged ones replaced
+        self.watched = self.called = False  # see `watch`
         self.router: Callable[..., Any] | None = None  # decides per batch row; see `rows`
         self.select({})
         # inside accelerate's hooks, which bring weights and inputs to one device and may be removed
@@ -267,6 +271,8 @@ class Site(Unsaved):
         return self.base(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and self.watched:
+            self.watched, self.called = False, True
         if self.router is not None:
             return self.router(self, args, kwargs)
         y = self.run(self.replacing, self.changing, *args, **kwargs)

@@ -16,6 +16,7 @@ from adapterkit.runtime.invocation import Invocations
 from adapterkit.runtime.layers.invoked import InvokedPart
 from adapterkit.runtime.quantized import allow_packed, decompress, keep_unpacked
 from adapterkit.runtime.site import CHILD, Part, Site
+from adapterkit.runtime.watch import Watch
 
 
 class Merge(Protocol):
@@ -56,6 +57,8 @@ class Attached:
     trainable: bool
     base: str | None = None  # the base's id, as its config says
     sites: dict[str, Site] = field(default_factory=dict)  # by path
+    strict: bool = False  # what does nothing is an error, not a warning
+    watch: Watch | None = None  # since it was active first
 
     def parts(self) -> Iterator[tuple[Site, Part]]:
         for site in self.sites.values():
@@ -135,6 +138,8 @@ class State:
     def remove(self, name: str) -> None:
         """Take an adapter off all its modules; sites without parts go."""
         adapter = self.adapters.pop(name)
+        if adapter.watch is not None:
+            adapter.watch.release()
         for path in list(adapter.sites):
             self.take(adapter, path)
         if self.invocations is not None:
@@ -169,6 +174,9 @@ class State:
             if adapter is None:
                 continue
             trained = adapter.trainable and name in self.active
+            if name in self.active and adapter.watch is None:
+                parts = adapter.parts()
+                adapter.watch = Watch(self.model, self.modules, name, parts, strict=adapter.strict)
             if trained:
                 self._unpacked += keep_unpacked(self.model)
             for site, part in adapter.parts():

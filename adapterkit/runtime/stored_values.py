@@ -14,7 +14,8 @@ from adapterkit.adapters.targets import has_end
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.patterns import similar_names
-from adapterkit.runtime.copies import copies, outermost, parameter_of, value_parts
+from adapterkit.runtime.copies import copies, mirrors, outermost, parameter_of, value_parts
+from adapterkit.runtime.fitness import unread
 from adapterkit.runtime.site import Part, owner
 from adapterkit.runtime.state import State
 from adapterkit.runtime.targets import input_embedding, own_modules, tied_modules
@@ -118,6 +119,13 @@ def _row_errors(state: State, adapter: Adapter, tokens: Tokens) -> Iterator[Refu
     if own is None:
         yield _unknown(state, adapter, tokens.module)
         return
+    if problem := unread(state.model, state.modules, tokens.module):
+        yield Refused(
+            f"trained rows that do nothing: {problem.problem}",
+            expected=problem.expected,
+            where=adapter.label,
+            hint="take them out of the file",
+        )
     outside = [index for index in tokens.indices if index >= len(own)]
     if outside:
         yield Refused(
@@ -182,6 +190,7 @@ def read_values(
         for name, spec in stored.copies[path].items():
             _fill(part.module, name, read(spec))
         parts.append((path, part))
+    parts += mirrors(state.modules, parts)
     biases = {name: at_home(spec, _own(state, name)) for name, spec in stored.biases.items()}
     parts += value_parts(state.modules, adapter, biases, trained=True, copied=stored.copies)
     weights = {
@@ -198,7 +207,7 @@ def read_values(
         )
         for tokens in stored.rows
     }
-    parts += token_parts(modules, adapter, rows, input_embedding(state.model, modules))
+    parts += token_parts(state.model, modules, adapter, rows, input_embedding(state.model, modules))
     return parts
 
 

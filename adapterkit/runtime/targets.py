@@ -27,6 +27,7 @@ from adapterkit.runtime.fitness import (
     unfit_module,
     unfit_parameter,
     unfit_settings,
+    unread,
     weight_reader,
 )
 from adapterkit.runtime.layers import kind_of
@@ -281,6 +282,8 @@ def _leaves(
                 continue
             matching |= names & ends
             problem = unfit_parameter(path, name, parameter, config)
+            if problem is None and leaf == "weight":
+                problem = unread(model, modules, path)
             if problem is None:
                 leaves.append((path, leaf))
             else:
@@ -420,6 +423,8 @@ def resolve_tokens(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int,
                 refuse(f"{shown(path)} is trained in full", "one of both", "leave one out")
             if path in rows:
                 refuse(f"{shown(path)} has two lists", "one list", "give each its whole name")
+            if problem := unread(model, modules, path):
+                errors.append(problem)
             size = len(module.get_parameter("weight"))
             if outside := [index for index in indices if index >= size]:
                 hint = "resize the embedding first (resize_token_embeddings)"

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from adapterkit.adapters.keys import token_key
 from adapterkit.errors import Refused, shown
+from adapterkit.runtime.fitness import weight_reader
 from adapterkit.runtime.site import Inside, Part, Site
 from adapterkit.runtime.targets import tied_modules
 
@@ -93,6 +94,7 @@ class TokensPart(Part):
 
 
 def token_parts(
+    model: nn.Module,
     modules: Mapping[str, nn.Module],
     adapter: str,
     rows: Mapping[str, tuple[Sequence[int], Tensor]],  # by module: indices, values
@@ -101,12 +103,14 @@ def token_parts(
     """Parts for rows; those of the input embedding are also its tied heads'.
 
     As in PEFT, a head that has the same indices shares them, and with other indices both have rows
-    of their own; rows of a head alone leave the embedding as it is."""
+    of their own; rows of a head alone leave the embedding as it is. A head whose weight the code
+    around it reads itself has none."""
     parts = []
     for path, (indices, values) in rows.items():
         shared = nn.Parameter(values, requires_grad=False)
         parts.append((path, TokensPart(adapter, modules[path], indices, shared)))
         heads = tied_modules(modules, path) if path == embedding else []
+        heads = [head for head in heads if weight_reader(model, modules, head) is None]
         if not set(heads) & set(rows):
             parts += [
                 (head, TokensPart(adapter, modules[head], indices, shared, saved=False))

@@ -1,8 +1,12 @@
 """Layers on which PEFT's factors would be refused, or would not act: the code around them reads
 their weights itself."""
 
+import ast
 import inspect
 import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 
 from adapterkit.weights.names import Names
@@ -12,6 +16,15 @@ ATTENTION = "MultiheadAttention"  # torch's: multiplies by its projections' weig
 MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 MAMBAS_REFUSED = ("out_proj", "conv1d")
 MAMBAS_SPARED = (*MAMBAS_REFUSED, "x_proj")
+GENERAL = ("torch.", "builtins", "transformers.modeling_utils", "transformers.generation")
+LIBRARIES = ("torch.", "bitsandbytes.")
+STARTS = re.compile(r"__init__|_*(init|reset|tie|resize|set)_")  # methods
+PASSIVE = [("dtype",), ("device",), ("shape",), ("data",), ("ndim",), ("size",), ("numel",)]
+ASKED = [
+    (name,)
+    for name in ("stride", "kernel_size", "padding", "dilation", "in_channels", "out_channels")
+]
+GIVEN, FACTOR = "given", "factor"  # to a function; of a product
 # transformers' groups of conversions -> ends of names that PEFT takes for their stacks of experts,
 # wherever a module of that name is
 PEFT_EXPERTS = {
@@ -34,6 +47,29 @@ def is_bypassed(names: Names, module: str) -> bool:
         return True
     convolution = names.layer(module) in ("Conv1d", "Conv2d", "Conv3d")
     return _is_read(classes_of(names, parent), leaf, convolution)
+
+
+def weight_reader(names: Names, module: str) -> str | None:
+    """The class around a module that multiplies by its weight itself, past any factors; None if it
+    calls the module, or is torch's attention, whose factors PEFT puts on both projections."""
+    parent, _, leaf = module.rpartition(".")
+    around = classes_of(names, parent)
+    if not reads_weight(around, leaf) or any(cls.__name__ == ATTENTION for cls in around):
+        return None
+    return around[0].__name__
+
+
+def looks_up_otherwise(classes: tuple[type, ...]) -> bool:
+    """Whether a class of embeddings does more in its forward than take rows, or scale them
+    (embed_scale): a delta of its weight is none of its output, as PEFT's factors are."""
+    if not any(
+        cls.__name__ == "Embedding" and cls.__module__.startswith(LIBRARIES) for cls in classes
+    ):
+        return False
+    own = next(cls for cls in classes if "forward" in vars(cls))
+    return not own.__module__.startswith(LIBRARIES) and not any(
+        "embed_scale" in _attributes(cls) for cls in classes
+    )
 
 
 def is_taken_for_experts(model_type: str | None, module: str) -> bool:
@@ -60,38 +96,97 @@ def _is_read(around: tuple[type, ...], leaf: str, convolution: bool) -> bool:
     """Whether the code of these classes uses more of a child of that name than its forward."""
     if reads_weight(around, leaf):
         return True
-    code, leaf = _code(around), re.escape(leaf)
-    asked = re.search(
-        rf"\.{leaf}\.(stride|kernel_size|padding|dilation|in_channels|out_channels)\b", code
-    )
+    uses = _uses_of(around, leaf)
+    asked = any(use.after(leaf)[:1] in ASKED for use in uses)
     # by a function that is given it
-    asked = asked or (convolution and re.search(rf"[(,]\s*self\.{leaf}\s*[,)]", code))
-    return bool(asked)
+    return asked or (convolution and any(use.path[-1] == leaf and use.how == GIVEN for use in uses))
 
 
 @cache
 def reads_weight(around: tuple[type, ...], leaf: str) -> bool:
-    """Whether the code of these classes multiplies by the weight of a child of that name itself."""
+    """Whether the code of these classes multiplies by the weight of a child of that name itself,
+    and does not call the child; even where it calls it, if one path is a product with it."""
     if any(cls.__name__ == ATTENTION for cls in around):
         return True
-    # to read the source of a model's classes takes half a second
-    if not any({leaf, "weight"} <= _attributes(cls) for cls in _of_transformers(around)):
-        return False
-    code, leaf = _code(around), re.escape(leaf)
-    read = re.search(rf"\.{leaf}\.weight\b(?!\.(dtype|device|shape|data)\b)", code)
-    # even where another path calls the layer
-    factor = re.search(rf"\.{leaf}\.weight\s*@|@\s*self\.{leaf}\.weight\b", code)
-    return bool(factor or (read and not re.search(rf"\.{leaf}\(", code)))
-
-
-def _of_transformers(classes: tuple[type, ...]) -> list[type]:
-    return [cls for cls in classes if cls.__module__.startswith("transformers.")]
+    uses = [use for use in _uses_of(around, leaf) if "weight" in use.after(leaf)[:1]]
+    if any(use.how == FACTOR and use.path[-1] == "weight" for use in uses):
+        return True
+    read = any(use.reads((leaf, "weight")) for use in uses)
+    return read and not any(use.path[-1] == leaf for use in _uses_of(around, leaf))
 
 
 @cache
-def _code(classes: tuple[type, ...]) -> str:
-    """The source of those of these classes that transformers defines."""
-    return "\n".join(map(inspect.getsource, _of_transformers(classes)))
+def reads_value(around: tuple[type, ...], path: tuple[str, ...]) -> bool:
+    """Whether the code of these classes reads a value at that path below them, such as
+    ("conv1d", "bias"), and not the module's forward alone."""
+    if len(path) == 2 and any(cls.__name__ == ATTENTION for cls in around):
+        return True
+    return any(use.reads(path) for use in _uses_of(around, *path))
+
+
+@dataclass(frozen=True)
+class Use:
+    """What code does with an attribute of an attribute: self.conv1d.weight.squeeze(1) calls
+    ("conv1d", "weight", "squeeze")."""
+
+    path: tuple[str, ...]
+    how: str
+    starts: bool  # whether it is in code that gives a model its first values, or ties them
+
+    def after(self, name: str) -> tuple[str, ...]:
+        """What follows a name."""
+        return self.path[self.path.index(name) + 1 :] if name in self.path else ()
+
+    def reads(self, path: tuple[str, ...]) -> bool:
+        """Whether it is the value at that path, and more than its shape or dtype."""
+        ends = (i + len(path) for i in range(len(self.path) - len(path) + 1))
+        return not self.starts and any(
+            self.path[end - len(path) : end] == path and self.path[end : end + 1] not in PASSIVE
+            for end in ends
+        )
+
+
+def _uses_of(around: tuple[type, ...], *names: str) -> list[Use]:
+    """The uses of attributes of these names in the code of classes, torch's own and bases of all
+    models left out."""
+    # to read the source of a model's classes takes half a second
+    own = [cls for cls in around if not cls.__module__.startswith(GENERAL)]
+    named = (cls for cls in own if {*names} <= _attributes(cls))
+    return [use for cls in named for use in _uses(cls) if {*names} & {*use.path}]
+
+
+@cache
+def _uses(cls: type) -> tuple[Use, ...]:
+    """All uses of attributes in a class's own code; none where there is no source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return ()
+    return tuple(_found(tree, "", False))
+
+
+def _found(node: ast.AST, how: str, starts: bool) -> Iterator[Use]:
+    if isinstance(node, ast.FunctionDef):
+        starts = starts or STARTS.match(node.name) is not None
+    if isinstance(node, ast.Attribute):
+        path, base = [], node
+        while isinstance(base, ast.Attribute):
+            path.append(base.attr)
+            base = base.value
+        if isinstance(node.ctx, ast.Load):
+            yield Use(tuple(reversed(path)), how, starts)
+        node = base
+    for field, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from _found(child, _role(node, field), starts)
+
+
+def _role(node: ast.AST, field: str) -> str:
+    """What a node does with what is in one of its fields."""
+    if isinstance(node, ast.Call) and field == "args":
+        return GIVEN
+    return FACTOR if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult) else ""
 
 
 @cache

@@ -7,9 +7,10 @@ conversion tables say which stored tensors make which parameter.
 """
 
 import importlib.util
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from adapterkit.checkpoint.spec import Checkpoint
@@ -46,11 +47,25 @@ def plain_names(config: dict) -> bool:
     names = types | set(map(str, config.get("architectures") or ()))
     if not text or any(f'"{name}"' in text for name in names):
         return False
-    for kind in types:
-        code = sorted((package / "models" / kind.replace("-", "_")).glob("modeling_*.py"))
-        if not code or any(TRANSPOSED in file.read_text() for file in code):
-            return False
-    return True
+    codes = [_code(kind) for kind in types]
+    return all(code and TRANSPOSED not in code for code in codes)
+
+
+def mentions_weight(config: dict, module: str) -> bool:
+    """Whether the code of a model's types has the weight of a module of that name, beside a call
+    of it or without; the files are not imported."""
+    weight = re.compile(rf"\.{re.escape(module.rpartition('.')[2])}\.weight\b")
+    return any(weight.search(_code(kind)) for kind in _model_types(config))
+
+
+@cache
+def _code(model_type: str) -> str:
+    """The text of transformers' modeling files for a model type; empty where there are none."""
+    package = _transformers_folder()
+    if package is None:
+        return ""
+    files = sorted((package / "models" / model_type.replace("-", "_")).glob("modeling_*.py"))
+    return "\n".join(file.read_text() for file in files)
 
 
 def _transformers_folder() -> Path | None:

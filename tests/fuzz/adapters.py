@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -176,14 +177,22 @@ def keep_factors(config: dict[str, Any]) -> None:
 
 
 def train(
-    model: transformers.PreTrainedModel, config: dict[str, Any], folder: Path, seed: int
+    model: transformers.PreTrainedModel,
+    config: dict[str, Any],
+    folder: Path,
+    seed: int,
+    still: Callable[[nn.Module], Iterable[nn.Parameter]] = lambda wrapped: (),
 ) -> None:
-    """Save the adapter as training would leave it; `Untrainable` where PEFT cannot."""
+    """Save the adapter as training would leave it; `Untrainable` where PEFT cannot. `still`: the
+    parameters that stay as they start."""
     try:
         with quiet():
             wrapped = peft.get_peft_model(model, peft.LoraConfig(**config))
             _check_trainable(wrapped)
+            values = [(p, p.detach().clone()) for p in still(wrapped)]
             perturb(wrapped, seed)
+            for parameter, value in values:
+                parameter.data = value
             wrapped.save_pretrained(folder)
     except Untrainable:
         raise

@@ -52,7 +52,7 @@ def differences(
             error = _error(results.get(key), answer, step)
             if error > 1:
                 wrong.append(f"{name}.{key}: {error:.3g} times the allowed error")
-    if any(map(_ignored, (*expected.modules(), *actual.modules()))):
+    if any(map(ignored, (*expected.modules(), *actual.modules()))):
         return wrong, False
     outputs, results = models.outputs(expected, plain), models.outputs(actual, plain)
     for key, output in (outputs or {}).items():
@@ -80,7 +80,7 @@ def _inside_wrapper(root: nn.Module, name: str) -> bool:
     return False
 
 
-def _ignored(module: nn.Module) -> bool:
+def ignored(module: nn.Module) -> bool:
     """Whether PEFT adapts attention's output projection without the attention, whose forward then
     goes past the adapter."""
     return isinstance(module, nn.MultiheadAttention) and isinstance(

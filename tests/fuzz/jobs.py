@@ -60,6 +60,10 @@ JUDGED = (
         "a DoRA's delta needs the base's weights and a rank",
         r"an exact result with DoRA|DoRA of .* its delta depends on the base's weights",
     ),
+    (
+        "PEFT's factors do nothing where the code reads the weight",
+        r"reads itself: PEFT's do nothing",
+    ),
     ("trained values of two adapters, weights that are no shares", r"trained whole by"),
 )
 
@@ -165,7 +169,7 @@ def _tried(outcome: Outcome, verb: str, call) -> bool:
     return True
 
 
-def _reference(base: models.Base, paths: list[Path], weights: list[float], outcome: Outcome):
+def reference(base: models.Base, paths: list[Path], weights: list[float], outcome: Outcome):
     """PEFT's model with all adapters active; None where PEFT cannot hold them together, or loses
     some of their keys."""
     try:
@@ -205,7 +209,7 @@ def _merge(
         outcome, "merge", lambda: adapterkit.merge(base.folder, sources, out=out, verify=True)
     ):
         return
-    wrapped = _reference(base, paths, weights, outcome)
+    wrapped = reference(base, paths, weights, outcome)
     if wrapped is None:
         return
     try:
@@ -241,7 +245,7 @@ def _combine(
         lambda: adapterkit.combine(sources, base=base.folder, out=out, method="linear"),
     ):
         return
-    wrapped = _reference(base, paths, weights, outcome)
+    wrapped = reference(base, paths, weights, outcome)
     loaded = _loaded("combine", base, out, outcome)
     if wrapped is None or loaded is None:
         return
@@ -313,7 +317,7 @@ def _quantize(
     ):
         return
     decoded = replace(base, folder=floats)
-    wrapped = _reference(decoded, paths, weights, outcome)
+    wrapped = reference(decoded, paths, weights, outcome)
     if wrapped is None:
         return
     actual = replace(base, folder=merged).load()

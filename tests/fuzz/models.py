@@ -132,15 +132,14 @@ def _random_model(auto, config, seed: int) -> transformers.PreTrainedModel:
     return model.eval()
 
 
-@torch.no_grad()
 def outputs(
-    model: torch.nn.Module, plain: transformers.PreTrainedModel
+    model: torch.nn.Module, plain: transformers.PreTrainedModel, *, gradients: bool = False
 ) -> dict[str, torch.Tensor] | None:
     """All float tensors that the model's forward gives on fixed inputs; None where no inputs of
     ours suit it."""
     for candidate in _inputs(plain):
         try:
-            with quiet():
+            with quiet(), torch.set_grad_enabled(gradients):
                 torch.manual_seed(0)  # some models draw
                 actual = model(**candidate)
         except Exception:  # a model that wants other inputs

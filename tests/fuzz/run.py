@@ -3,7 +3,8 @@
 python -m tests.fuzz.run --kinds llama,vit --seeds 0-9 --log outcomes.jsonl
     (from the project's folder; all kinds by default; --what damaged: checkpoints that lack
     something, against what transformers' loader reports; --what statistics: of layers, against
-    hooks; --what calls: sequences of calls on a live model, against a model of its state)
+    hooks; --what calls: sequences of calls on a live model, against a model of its state; --what
+    live: adapters of random settings on live models, against PEFT)
 """
 
 import argparse
@@ -13,11 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.fuzz import calls, damaged, jobs, models, sums
+from tests.fuzz import calls, damaged, jobs, live, models, sums
 
 # what is run: a module with `run(kind, seed, folder)`, whose outcome has `unusable`, `wrong` and
 # `refusals`, with `counts(outcome)`, and with `unjudged(outcome)`
-WHAT = {"jobs": jobs, "statistics": sums}
+WHAT = {"jobs": jobs, "live": live, "statistics": sums}
 
 
 def main() -> None:

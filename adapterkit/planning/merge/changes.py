@@ -2,6 +2,8 @@
 rows."""
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from adapterkit.adapters.factors import rank_and_scale
@@ -12,6 +14,7 @@ from adapterkit.planning.merge.copies import remove_base_copies
 from adapterkit.planning.merge.job import Addition, Change, Job
 from adapterkit.planning.merge.orientation import orient, resolve_targets
 from adapterkit.planning.model_config import vocabulary_sizes
+from adapterkit.weights.bypassed import classes_of, looks_up_otherwise, weight_reader
 from adapterkit.weights.parameters import Parameter
 
 
@@ -188,11 +191,32 @@ def _add_products(job: Job, adapter: Adapter, weight: float) -> None:
         else:
             job.skip(adapter, lora.module)
     for module, loras in by_module.items():
+        _check_acting(job, adapter, module, "factors", loras)
         try:
             for name, leaf, lora in resolve_targets(job, adapter, module, loras):
                 _add_product(job, adapter, weight, name, leaf, lora)
         except AdapterkitError as error:
             job.errors.append(error)
+
+
+def _check_acting(
+    job: Job, adapter: Adapter, module: str, what: str, loras: Sequence[Lora] = ()
+) -> None:
+    """Refuse what does in training nothing, or something else than in a merged weight; factors may
+    be zero, as training leaves what does not act."""
+    if reader := weight_reader(job.names, module):
+        reason = f"whose weight {reader} reads itself: PEFT's do nothing there before a merge"
+    elif looks_up_otherwise(classes := classes_of(job.names, module)):
+        reason = f"a {classes[0].__name__} with a forward of its own, which PEFT's act after"
+    else:
+        return
+    if not loras or not all(map(job.is_zero, loras)):
+        job.refuse(
+            f"{what} of {shown(module)}, {reason}",
+            f"{what} that act as a change of the weight",
+            f"give --exclude '{re.escape(module.rpartition('.')[2])}$' to leave them out",
+            where=adapter.label,
+        )
 
 
 def _add_product(
@@ -278,6 +302,7 @@ def _add_rows(job: Job, adapter: Adapter) -> None:
         if parameter is None:
             job.errors.append(job.unknown_error(adapter, tokens.values.key, name))
             continue
+        _check_acting(job, adapter, tokens.module, "rows")
         shape = job.changes[name].parameter.shape if name in job.changes else parameter.shape
         above = [i for i in tokens.indices if i >= shape[0]]
         if len(tokens.values.shape) != 2 or tokens.values.shape[1] != shape[1] or above:

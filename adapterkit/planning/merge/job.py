@@ -17,7 +17,7 @@ from adapterkit.planning.merge.replication import replicated
 from adapterkit.planning.model_config import vocabulary_sizes
 from adapterkit.planning.selection import Selection
 from adapterkit.weights.decoded import decoded_view
-from adapterkit.weights.names import Names
+from adapterkit.weights.names import Names, mentions_weight
 from adapterkit.weights.parameters import Parameter
 
 CHECK_BASE = "check that the adapter was trained on this base"
@@ -110,6 +110,8 @@ class Job:
                     build_model = True
                 if len(lora.a.shape) > 2 or has_parameters:
                     build_model = True
+                if mentions_weight(self.base.config, lora.module):
+                    build_model = True
                 if self.is_selected(lora.module) and not has_parameters:
                     wanted[f"{lora.module}.weight"] = None
             replaced = adapter.replaced
@@ -165,6 +167,11 @@ class Job:
         if one is None or other is None or one == other:
             return one == other
         return same_bytes(self.in_folder(one), self.in_folder(other))
+
+    def is_zero(self, lora: Lora) -> bool:
+        """Whether one of two factors has zeros alone; reads them."""
+        both = map(self.in_folder, (lora.a, lora.b))
+        return any(f.read(x.file, x.start, x.stop) == bytes(x.nbytes) for f, x in both)
 
     def refuse(self, problem: str, expected: str, hint: str, *, where: str = "adapters") -> None:
         """Add a `Refused` to the errors."""

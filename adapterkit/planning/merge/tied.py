@@ -1,6 +1,5 @@
 """Tied embeddings: parameters with several names, kept tied, untied or folded."""
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
@@ -14,10 +13,11 @@ from adapterkit.errors import shown
 from adapterkit.plan import HANDED_ON
 from adapterkit.planning.merge.job import Addition, Change, Job
 from adapterkit.planning.model_config import nested_values, sub_configs, vocabulary_sizes
+from adapterkit.planning.untying import SWITCH, has_other_effects
+from adapterkit.weights.bypassed import weight_reader
 from adapterkit.weights.skeleton import tied_names
 
 Sides = dict[str, Change]  # the effective change under each name of one tied parameter
-SWITCH = "tie_word_embeddings"
 
 
 def resolve_tied_weights(job: Job) -> None:
@@ -138,10 +138,16 @@ def _sides(job: Job, group: tuple[str, ...]) -> Sides:
 
 
 def _followers(job: Job) -> dict[str, str]:
-    """The names that a model ties to others: PEFT wraps the rows there as well. Blt ties its
-    embedding to its head, and PEFT's head has no rows then."""
+    """The names that a model ties to others: PEFT wraps the rows there as well, which does nothing
+    where the code around a head reads its weight itself. Blt ties its embedding to its head, and
+    PEFT's head has no rows then."""
     assert job.names.model is not None
-    return job.names.model.model.all_tied_weights_keys
+    tied = job.names.model.model.all_tied_weights_keys
+    return {
+        name: other
+        for name, other in tied.items()
+        if weight_reader(job.names, name.rpartition(".")[0]) is None
+    }
 
 
 def _is_input(job: Job, name: str) -> bool:
@@ -271,7 +277,7 @@ def _untie(job: Job, unequal: dict[tuple[str, ...], Sides]) -> None:
     else:
         _refuse_untying(job, unequal, "this model's code ties them")
         return
-    if _has_other_effects(job.names.model.model, model):
+    if has_other_effects(job.names.model.model, model):
         _refuse_untying(job, unequal, "this model's code does more by tie_word_embeddings than tie")
         return
     for group in _groups(job):
@@ -332,32 +338,3 @@ def _untied_configs(config: dict) -> Iterator[dict]:
             if everywhere or SWITCH in sub_config:
                 sub_config[SWITCH] = False
         yield changed
-
-
-def _has_other_effects(tied: Any, untied: Any) -> bool:
-    """Whether the switch does more to a model than to untie it: to its config, to its parameters,
-    or in its forward (T5 and its kin scale the decoder's outputs by it, which only the code
-    says)."""
-    if _without_switch(tied.config.to_dict()) != _without_switch(untied.config.to_dict()):
-        return True
-    shapes = [[(k, v.shape) for k, v in model.state_dict().items()] for model in (tied, untied)]
-    if shapes[0] != shapes[1]:
-        return True
-    classes = {
-        cls
-        for module in untied.modules()
-        for cls in type(module).__mro__
-        if cls.__module__.startswith("transformers.")
-    }
-    return any(
-        SWITCH in inspect.getsource(vars(cls)["forward"])
-        for cls in classes
-        if "forward" in vars(cls)
-    )
-
-
-def _without_switch(config: Any) -> Any:
-    """A config without the switch, and without the path that it was read from."""
-    if not isinstance(config, dict):
-        return config
-    return {k: _without_switch(v) for k, v in config.items() if k not in (SWITCH, "_name_or_path")}

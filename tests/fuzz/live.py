@@ -1,0 +1,245 @@
+"""One random adapter on a live model, from its seed: outputs, gradients, merging and files against
+PEFT's forward, in float64."""
+
+import json
+import random
+import re
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from adapterkit.adapters.config import TASK_HEADS
+from adapterkit.adapters.keys import CONFIG
+from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.errors import AdapterkitError
+from adapterkit.runtime import Adapters, attach, load
+from tests.support.beside_peft import JUNK, parameters_of
+from tests.support.oracle import quiet, stored
+
+from . import adapters as drawn
+from . import effective, jobs, models
+from .jobs import Outcome
+
+CLOSE = 1e-6  # of a tensor's largest value, in float64: factors are float32 in PEFT's files
+# What may be refused on a live model, and why that is right.
+JUDGED = (
+    *jobs.JUDGED,
+    ("PEFT's factors do nothing there", r"is read by .*, not by its forward|that do nothing: "),
+    ("PEFT's factors act after what is looked up", r"with a forward of its own"),
+    ("no weight equals the part", r"cannot be merged into "),
+    ("no ties to keep", r"tie = True"),
+    ("a pattern for nothing", r"(rank|alpha)_pattern: .* matches none"),
+    ("the code does more by the switch than tie", r"more by tie_word_embeddings than tie"),
+)
+
+
+counts = jobs.counts
+
+
+class Wide(models.Base):
+    """A base that is read in float32: PEFT would round what it trains besides factors."""
+
+    def load(self, dtype: torch.dtype | str = torch.float32) -> Any:
+        return super().load(dtype)
+
+
+def unjudged(outcome: Outcome) -> list[tuple[str, str]]:
+    """Refusals that nobody has called right."""
+    return [
+        (verb, text)
+        for verb, text in outcome.refusals
+        if not any(re.search(pattern, text, re.S) for _, pattern in JUDGED)
+    ]
+
+
+def run(kind: str, seed: int, folder: Path) -> Outcome:
+    """Draw an adapter `seed` of a model type, load and attach it, and compare."""
+    outcome = Outcome(kind, seed)
+    rng = random.Random(f"live/{kind}/{seed}")
+    try:
+        base = models.save_base(kind, rng, folder / "base")
+    except models.Unusable as error:
+        outcome.unusable = str(error)
+        return outcome
+    base = Wide(base.folder, base.cls, base.task, "fp32")
+    for attempt in range(5):
+        config = drawn.config_for(base.load(), base.task, rng)
+        if rng.random() < 0.25:
+            config["bias"], config["lora_bias"] = "all", False
+        try:
+            path = folder / f"adapter{attempt}"
+            still = partial(_without_gradient, plain=base.load())
+            if rng.random() < 0.15:
+                still = lambda wrapped: ()  # as no training with PEFT leaves it
+            drawn.train(base.load(), config, path, rng.randrange(2**31), still)
+        except drawn.Untrainable as error:
+            outcome.untrainable.append(str(error))
+            continue
+        outcome.settings.append(config)
+        _compare(base, path, outcome)
+        return outcome
+    outcome.unusable = "PEFT trains none of the configurations"
+    return outcome
+
+
+def _without_gradient(wrapped: nn.Module, plain: Any) -> list[nn.Parameter]:
+    """What PEFT's training would leave as it starts."""
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    _backward(wrapped, plain)
+    still = [p for p in trained if p.grad is None]
+    wrapped.zero_grad()
+    return [] if len(still) == len(trained) else still
+
+
+def _backward(model: nn.Module, plain: Any) -> bool:
+    """Compute the gradients of a loss; whether there is one."""
+    outputs = models.outputs(model, plain, gradients=True) or {}
+    finite = [y for y in outputs.values() if bool(y.isfinite().all()) and y.requires_grad]
+    if finite:
+        torch.stack([y.square().mean() for y in finite]).sum().backward()
+    return bool(finite)
+
+
+def _compare(base: models.Base, path: Path, outcome: Outcome) -> None:
+    def plain() -> Any:
+        return base.load(torch.float64)
+
+    theirs = jobs.reference(base, [path], [1.0], outcome)
+    if theirs is None:
+        return
+    theirs = theirs.double()
+    model = plain()
+    expected = models.outputs(theirs, model)
+    if any(map(effective.ignored, theirs.modules())):
+        expected = None  # PEFT's own forward goes past the adapter
+    before = models.outputs(model, model)
+    adapters = _tried(
+        outcome, "load", lambda: load(model, path, trainable=True, dtype=torch.float64)
+    )
+    if adapters is None:
+        _note(outcome, "refused", _equal(models.outputs(model, model), before, 0.0))
+        return
+    actual = models.outputs(model, model)
+    outcome.forward = expected is not None
+    _note(outcome, "load", _equal(actual, expected, CLOSE))
+    _note(outcome, "gradients", _gradients(adapters, theirs, model))
+    _note(outcome, "disabled", _disabled(adapters, before))
+    _merge(adapters, actual, outcome)
+    _save(base, adapters, actual, path.parent / "saved", outcome)
+    _attach(plain(), path, outcome)
+
+
+def _tried(outcome: Outcome, verb: str, call: Callable[[], Any]) -> Any:
+    """What a call gives; a refusal is noted, anything else that is raised is a bug."""
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return call()
+    except AdapterkitError as error:
+        outcome.refusals += [(verb, str(one)) for one in getattr(error, "errors", (error,))]
+    except Exception as error:  # a traceback is a bug whatever its type
+        outcome.wrong.append(f"{verb}: {type(error).__name__}: {error}")
+    return None
+
+
+def _note(outcome: Outcome, job: str, problem: str | None) -> None:
+    if problem is None:
+        outcome.jobs.append(job)
+    else:
+        outcome.wrong.append(f"{job}: {problem}")
+
+
+def _equal(
+    actual: dict[str, Tensor] | None, expected: dict[str, Tensor] | None, tolerance: float
+) -> str | None:
+    """The first output that differs by more than a share of its largest value; None for none."""
+    for key, output in (expected or {}).items():
+        result = (actual or {}).get(key)
+        if not bool(output.isfinite().all()):
+            continue  # masked scores, and models that random weights drive to infinity
+        if result is None or result.shape != output.shape:
+            return f"output {key} is missing"
+        largest = float(output.abs().max()) + 1e-3
+        if not float((result - output).abs().max()) <= tolerance * largest:
+            return f"output {key} off by {float((result - output).abs().max()) / largest:.3g}"
+    return None
+
+
+def _gradients(adapters: Adapters, theirs: Any, plain: nn.Module) -> str | None:
+    """Where the gradients of a loss differ from PEFT's, by the keys of the file."""
+    found = []
+    for model in (adapters.model, theirs):
+        model.zero_grad()
+        _backward(model, plain)
+    state, name = theirs.state_dict(keep_vars=True), next(iter(theirs.peft_config))
+    others = peft.get_peft_model_state_dict(theirs, state_dict=state, adapter_name=name)
+    ours = parameters_of(adapters)
+    if odd := sorted(set(ours) ^ {key for key in others if not JUNK.search(key)}):
+        found.append(f"keys {odd[:3]}")
+    for key in ours.keys() & others.keys():
+        both = ours[key], others[key]
+        if not all(x.requires_grad and x.is_leaf for x in both):
+            continue  # what is not trained, and experts, whose file has another layout
+        actual, expected = (torch.zeros(()) if x.grad is None else x.grad for x in both)
+        largest = float(expected.abs().max()) + 1e-6
+        if not float((actual - expected).abs().max()) <= CLOSE * 10 * largest:
+            found.append(f"{key} off by {float((actual - expected).abs().max()) / largest:.3g}")
+    return "; ".join(found[:3]) or None
+
+
+def _disabled(adapters: Adapters, before: dict[str, Tensor] | None) -> str | None:
+    with adapters.disabled():
+        return _equal(models.outputs(adapters.model, adapters.model), before, 1e-12)
+
+
+def _merge(adapters: Adapters, actual: dict[str, Tensor] | None, outcome: Outcome) -> None:
+    """Merged outputs are those before, and so are those after unmerging, bit for bit."""
+    _tried(outcome, "merge", adapters.merge)
+    if not adapters.merged:
+        return
+    model = adapters.model
+    _note(outcome, "merge", _equal(models.outputs(model, model), actual, CLOSE))
+    adapters.unmerge()
+    _note(outcome, "unmerge", _equal(models.outputs(model, model), actual, 1e-12))
+
+
+def _save(
+    base: models.Base,
+    adapters: Adapters,
+    actual: dict[str, Tensor] | None,
+    folder: Path,
+    outcome: Outcome,
+) -> None:
+    """PEFT reads what `save` writes, and gives the same outputs."""
+    adapters.save(folder)
+    again = jobs.reference(base, [folder], [1.0], outcome)
+    if again is None:
+        outcome.wrong.append(f"save: PEFT cannot read it: {outcome.without_oracle}")
+        return
+    again = again.double()
+    if not any(map(effective.ignored, again.modules())):
+        outputs = models.outputs(again, base.load(torch.float64))
+        _note(outcome, "save", _equal(outputs, actual, CLOSE))
+
+
+def _attach(model: nn.Module, path: Path, outcome: Outcome) -> None:
+    """A new adapter of the same settings trains what PEFT's does: the keys of its file."""
+    settings = json.loads((path / CONFIG).read_text())
+    # PEFT adds all names that a head may have
+    heads = {*TASK_HEADS.get(settings.get("task_type"), ())}
+    settings["modules_to_save"] = [
+        name for name in settings.get("modules_to_save") or () if name not in heads
+    ] or None
+    config = LoraConfig.from_peft(settings, "settings")
+    adapters = _tried(outcome, "attach", lambda: attach(model, config))
+    if adapters is None:
+        return
+    keys, expected = set(parameters_of(adapters)), set(stored(path))
+    odd = sorted(key for key in keys ^ expected if not JUNK.search(key))
+    _note(outcome, "attach", f"keys {odd[:3]}" if odd else None)
