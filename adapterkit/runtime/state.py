@@ -177,6 +177,8 @@ class State:
             if name in self.active and adapter.watch is None:
                 parts = adapter.parts()
                 adapter.watch = Watch(self.model, self.modules, name, parts, strict=adapter.strict)
+            if adapter.watch is not None:
+                adapter.watch.acts = name in self.active
             if trained:
                 self._unpacked += keep_unpacked(self.model)
             for site, part in adapter.parts():

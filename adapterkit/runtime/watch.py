@@ -32,6 +32,7 @@ class Watch:
         strict: bool,
     ):
         self.name, self.parts, self.strict, self.steps = name, list(parts), strict, STEPS
+        self.acts = True  # whether the adapter does now
         self.around: set[int] = set()  # modules around their hosts
         self._parents = {
             site: parent
@@ -56,6 +57,8 @@ class Watch:
         if torch.compiler.is_compiling():
             return
         self._end_call()  # of one that failed
+        if not self.acts:
+            return
         for site, _ in self.parts:
             site.watched = True
         self._inner = [
@@ -66,7 +69,7 @@ class Watch:
         self.around.add(id(module))
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.acts:
             return
         self.around.add(id(model))
         self.release()

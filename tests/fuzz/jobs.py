@@ -64,6 +64,7 @@ JUDGED = (
         "PEFT's factors do nothing where the code reads the weight",
         r"reads itself: PEFT's do nothing",
     ),
+    ("PEFT's act after what an embedding looks up", r"with a forward of its own, which PEFT's"),
     ("trained values of two adapters, weights that are no shares", r"trained whole by"),
 )
 

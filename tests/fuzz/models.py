@@ -168,4 +168,5 @@ def _inputs(model: transformers.PreTrainedModel) -> list[dict[str, torch.Tensor]
         actual += [{"pixel_values": pixels}, text | {"pixel_values": pixels}]
     if getattr(config, "hidden_size", None) and model.main_input_name == "input_values":
         actual.append({"input_values": torch.randn(2, 4000, generator=generator).to(dtype)})
+    actual.append({"input_ids": ids[:1]})  # a classifier without a padding token
     return actual

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from transformers import (
     BambaConfig,
     BambaForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
     MambaConfig,
     MambaForCausalLM,
     MobileBertConfig,
@@ -20,6 +22,7 @@ import adapterkit
 from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import attach, load
+from tests.support import oracle
 from tests.support.beside_peft import WARNINGS, check_merging, compare, in_peft, shake
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
@@ -261,3 +264,40 @@ def test_an_optimizer_that_computes_the_gradients_itself():
         return y
 
     torch.optim.LBFGS(adapters.parameters(), max_iter=2).step(loss)
+
+
+def test_an_adapter_that_does_not_act_is_not_judged():
+    adapters = attach(model := Hidden(), LoraConfig(2, 4, ["k"]), name="a")
+    adapters.activate(None)
+    model(torch.ones(1, 4))
+    adapters.activate("a")
+    with pytest.warns(UserWarning, match=NAMED["call"]):
+        model(torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("kind", ["opt", "bart"])
+def test_embeddings_with_a_forward_of_their_own(kind, tmp_path):
+    """PEFT's factors and rows act after what is looked up by the ids of texts, a merged weight
+    before, by positions."""
+    build = {"opt": oracle.opt, "bart": bart}[kind]
+    with pytest.raises(AdapterkitError, match="PositionalEmbedding, with a forward of its own"):
+        attach(build(), LoraConfig(2, 4, ["embed_positions"]))
+    with pytest.raises(AdapterkitError, match="PositionalEmbedding, with a forward of its own"):
+        config = LoraConfig(2, 4, ["q_proj"], trainable_tokens={"embed_positions": [1]})
+        attach(build(), config)
+    build().save_pretrained(tmp_path / "base")
+    settings = {"target_modules": ["q_proj", "embed_positions"]}
+    in_peft(build(), **settings).save_pretrained(tmp_path / "a")
+    with pytest.raises(AdapterkitError, match="PositionalEmbedding, with a forward of its own"):
+        load(build(), tmp_path / "a")
+    with pytest.raises(AdapterkitError, match="PositionalEmbedding with a forward of its own"):
+        adapterkit.merge(tmp_path / "base", tmp_path / "a", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def bart() -> nn.Module:
+    sizes = {"vocab_size": 40, "d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    layers = {"encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(**sizes, **layers, **heads, max_position_embeddings=32)
+    return BartForConditionalGeneration(config)

@@ -6,6 +6,10 @@ import json
 
 import pytest
 import torch
+from transformers import (
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 from adapterkit import LoraConfig, Refused
 from adapterkit.runtime import attach, load
@@ -151,3 +155,22 @@ def test_refusals():
         )
     with pytest.raises(Refused, match="expected: tied weights"):
         attach(live.llama(), CONFIG)
+
+
+def test_a_switch_that_does_more_than_tie():
+    """SwitchTransformers scales its decoder's outputs by the config's flag: one side is not merged,
+    in files and live by the same rule, and nothing changes."""
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 2, "num_experts": 2}
+    layers = {"num_layers": 1, "num_decoder_layers": 1, "num_sparse_encoder_layers": 0}
+    config = SwitchTransformersConfig(
+        vocab_size=40, **sizes, **layers, num_sparse_decoder_layers=0, tie_word_embeddings=True
+    )
+    model = SwitchTransformersForConditionalGeneration(config).eval()
+    ids = torch.arange(8).reshape(1, 8)
+    adapters = attach(model, LoraConfig(2, 4, ["lm_head"], init=False))
+    with torch.no_grad():
+        y = model(input_ids=ids, decoder_input_ids=ids).logits
+        with pytest.raises(Refused, match="does more by tie_word_embeddings than tie"):
+            adapters.merge()
+        assert torch.equal(model(input_ids=ids, decoder_input_ids=ids).logits, y)
+    assert model.config.tie_word_embeddings and not adapters.merged
