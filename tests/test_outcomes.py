@@ -67,7 +67,11 @@ def test_of_a_quantization(llama, tmp_path):
         and " tensors changed; read " in text
     )
     text = stderr_of("loftq", llama, "--rank", 4, "--iterations", 1, "--out", tmp_path / "loftq")
-    assert re.search(r"0[.]\d+ with the adapter; worst", text)
+    assert re.search(r"over 14 weights with factors, 0[.]\d+ with the adapter; worst", text)
+    words = ["--rank", 4, "--iterations", 1, "--targets", "q_proj", "--out", tmp_path / "some"]
+    text = stderr_of("loftq", llama, *words)
+    pattern = r"over 2 weights with factors, 0[.]\d+ with the adapter; median .* over 14 .* in all;"
+    assert re.search(pattern, text)
 
 
 def test_an_adapter_that_is_in_the_base_already(llama, lora, other_lora, tmp_path):

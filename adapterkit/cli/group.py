@@ -44,6 +44,9 @@ class Group(click.Group):
             fail(stopped(ctx), error_status(ctx))
         except BrokenPipeError:
             os._exit(error_status(ctx))
+        except click.NoSuchOption as error:
+            signals.ignore_after_work()
+            raise _nearest(error) from None
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             signals.ignore_after_work()
             raise
@@ -55,3 +58,12 @@ class Group(click.Group):
                 raise
             traceback.print_exc()
             ctx.exit(error_status(ctx))
+
+
+def _nearest(error: click.NoSuchOption) -> click.NoSuchOption:
+    """Of click's guesses those alone that the name begins with, where there are any: --output is
+    --out, though --compat has more letters in common."""
+    near = [name for name in error.possibilities or () if error.option_name.startswith(name)]
+    if not near:
+        return error
+    return click.NoSuchOption(error.option_name, possibilities=near, ctx=error.ctx)

@@ -88,7 +88,7 @@ def read_plan(file: StrPath) -> PlanFile:
             data = strict_json(stream.read(MAX_JSON))
         check_depth(data)
     except OSError as error:
-        raise _unreadable(path, error.strerror or str(error)) from error
+        raise _unreadable(path, error.strerror or str(error), "check the path") from error
     except ValueError as error:
         raise _unreadable(path, f"not JSON: {shown(error)}") from error
     if not isinstance(data, dict) or data.get("adapterkit") != VERSION:
@@ -159,9 +159,9 @@ def _is_plan(path: Path) -> bool:
     return isinstance(data, dict) and {"adapterkit", "verb", "fingerprint"} <= data.keys()
 
 
-def _unreadable(path: Path, problem: str) -> Refused:
+def _unreadable(path: Path, problem: str, hint: str = "make the plan again") -> Refused:
     expected = "a file that `adapterkit VERB ... --plan FILE` wrote"
-    return Refused(problem, expected=expected, where=str(path), hint="make the plan again")
+    return Refused(problem, expected=expected, where=str(path), hint=hint)
 
 
 def _verb(name: str) -> WritingVerb[..., Any]:

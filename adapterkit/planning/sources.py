@@ -62,6 +62,21 @@ def open_source(text: StrPath) -> Folder:
         raise
 
 
+def open_statistics(text: StrPath) -> Folder:
+    """`open_source` of statistics; `Refused` for a file or folder without safetensors."""
+    folder = open_source(text)
+    if isinstance(folder, PlannedFolder) or any(
+        name.endswith(".safetensors") for name in folder.files()
+    ):
+        return folder
+    raise Refused(
+        "these are no statistics",
+        expected="a .safetensors file of statistics",
+        where=folder.label,
+        hint=f"make one: adapterkit stats BASE --data {shown(text)} --out STATS.safetensors",
+    )
+
+
 def _similar_path(text: str) -> str:
     """`did_you_mean` for a path that is not there, of what its folder holds."""
     folder = os.path.dirname(text)

@@ -41,9 +41,13 @@ def outcomes(receipt: dict[str, Any]) -> Iterator[str]:
     }
     if errors:
         after = named("error_after")
-        beside = f", {median(after.values()):.4f} with the adapter" if after else ""
+        helped = {key: errors[key] for key in errors if key in after}
         worst = max(errors, key=lambda key: errors[key])
-        error = f"median {median(errors.values()):.4f} over {len(errors)} weights{beside}"
+        error = f"median {median(errors.values()):.4f} over {len(errors)} weights"
+        if helped:
+            rest = f"; {error} in all" if len(helped) < len(errors) else ""
+            error = f"median {median(helped.values()):.4f} over {len(helped)} weights with factors"
+            error = f"{error}, {median(after.values()):.4f} with the adapter{rest}"
         yield f"relative error: {error}; worst: {errors[worst]:.4f} of {shown(worst)}"
 
 

@@ -15,7 +15,7 @@ from adapterkit.engines.reader import LocalReader
 from adapterkit.errors import Refused, Unrecoverable, listed, shown
 from adapterkit.options import StrPath
 from adapterkit.planning.input_files import header_hashes, identities
-from adapterkit.planning.sources import open_source
+from adapterkit.planning.sources import open_statistics as open_file
 from adapterkit.tasks.statistics import Statistics
 
 Stats = StrPath | Mapping[str, Tensor]
@@ -44,7 +44,7 @@ def open_statistics(stats: Stats) -> Iterator[Source]:
     if isinstance(stats, Mapping):
         yield Source(_mapped(stats), lambda spec: _value(stats[spec.key], spec))
         return
-    checkpoint = open_checkpoint(open_source(stats))
+    checkpoint = open_checkpoint(open_file(stats))
     folders = (checkpoint.folder,)
     expected = identities(folders, header_hashes({0: checkpoint}))
     with Sources(folders, expected) as sources:

@@ -36,7 +36,7 @@ from adapterkit.planning.sites import (
     names_of,
     targets_of,
 )
-from adapterkit.planning.sources import open_model, open_source, open_weighted
+from adapterkit.planning.sources import open_model, open_statistics, open_weighted
 from adapterkit.receipt import Receipt
 from adapterkit.registry import create
 from adapterkit.tasks import common
@@ -148,7 +148,7 @@ def combine(
         open_weighted(adapters),
         options,
         None if base is None else open_model(base),
-        [open_source(path) for path in stats],
+        [open_statistics(path) for path in stats],
     )
     return execution.run(plan)
 

@@ -19,7 +19,7 @@ from adapterkit.planning.extracted_adapter import ExtractedAdapter, finalize_ext
 from adapterkit.planning.merge.job import Options as MergeOptions
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.planning.norms import select_norms
-from adapterkit.planning.sources import open_adapter, open_model, open_source
+from adapterkit.planning.sources import open_adapter, open_model, open_statistics
 from adapterkit.receipt import Receipt
 from adapterkit.tasks.difference import DifferenceFactors
 from adapterkit.tasks.truncated import SHARES, Truncation, check_truncation, even_rank
@@ -79,7 +79,7 @@ def extract(
     """
     options = Options(Truncation(rank, energy, sv_ratio, max_size), include, exclude, rest, dtype)
     source = open_model(base)
-    statistics = None if stats is None else open_source(stats)
+    statistics = None if stats is None else open_statistics(stats)
     plan = plan_extract(source, open_model(tuned), options, statistics)
     check = lambda folder: plan_merge(source, [(open_adapter(folder), 1.0)], MergeOptions())
     return execution.run(plan, check)

@@ -27,7 +27,7 @@ from adapterkit.planning.residual import (
     plan_residual,
     planned_adapter,
 )
-from adapterkit.planning.sources import open_model, open_source
+from adapterkit.planning.sources import open_model, open_statistics
 from adapterkit.receipt import Receipt
 from adapterkit.registry import create, members
 from adapterkit.statistics.sums import INPUTS
@@ -159,7 +159,7 @@ def init(
         double_quant,
         dtype,
     )
-    plan = plan_init(open_model(base), options, None if stats is None else open_source(stats))
+    plan = plan_init(open_model(base), options, None if stats is None else open_statistics(stats))
     return execution.run(plan)
 
 

@@ -25,7 +25,7 @@ from adapterkit.planning.new_adapter import (
 )
 from adapterkit.planning.quantization import plan_quantization
 from adapterkit.planning.rules import Rule, read_rules, unmatched_rules
-from adapterkit.planning.sources import open_model, open_source
+from adapterkit.planning.sources import open_model, open_statistics
 from adapterkit.receipt import Receipt
 from adapterkit.tasks.handoff import HandoffFactors
 from adapterkit.tasks.loftq import Accept, LoftQFactors, LoftQWeight, finalize_accepted
@@ -36,7 +36,7 @@ from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.names import Names
 
 BITS = {4: "nf4", 8: "int8"}
-OPEN = {"quantized": open_model, "stats": open_source}
+OPEN = {"quantized": open_model, "stats": open_statistics}
 NOT_QUANTIZED = "not quantized"
 MIXED = {4: "w4a16", 8: "w8a16"}  # bitsandbytes knows one width for a model
 SUMMARY = "LoftQ: for its quantized base alone, not for the original"
@@ -347,11 +347,13 @@ def _check(options: Options, fixed_base: bool, has_callback: bool) -> None:
             "--bits-for with --quantized",
             expected="one of them",
             where="options",
-            hint="leave one out",
+            hint="remove --bits-for, or --quantized",
         )
     if options.bits == 8 and not options.bits_for and (options.double_quant or options.block_size):
-        problem = "--double-quant or --block-size with --bits 8"
-        raise Refused(problem, expected="--bits 4", where="options", hint="leave it out")
+        given = "--double-quant" if options.double_quant else "--block-size"
+        hint = f"remove {given}, or give --bits 4"
+        problem = f"{given} applies to 4 bits alone"
+        raise Refused(problem, expected="--bits 4", where="options", hint=hint)
 
 
 def _warnings(metrics: dict[str, dict]) -> list[str]:

@@ -7,7 +7,7 @@ from adapterkit.options import Executor, Sources, StrPath
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.merge.job import Options
 from adapterkit.planning.merge.plan import plan_merge, plan_merge_into_original
-from adapterkit.planning.sources import open_model, open_source, open_weighted
+from adapterkit.planning.sources import open_model, open_statistics, open_weighted
 from adapterkit.receipt import Receipt
 
 
@@ -95,7 +95,7 @@ def merge(
         )
     folder = open_model(base)
     sources = open_weighted(adapters, base=folder)
-    statistics = None if stats is None else open_source(stats)
+    statistics = None if stats is None else open_statistics(stats)
     plan = (
         plan_merge(folder, sources, options, statistics)
         if base16 is None

@@ -11,7 +11,7 @@ from adapterkit.plan import Compensation, Plan, Progress, Span, Task
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.model_output import QuantizedModel
 from adapterkit.planning.quantization import QuantizationPlan, plan_quantization, targets
-from adapterkit.planning.sources import open_model, open_source
+from adapterkit.planning.sources import open_model, open_statistics
 from adapterkit.receipt import Receipt
 from adapterkit.tasks.compensated import CompensatedWeight
 from adapterkit.tasks.statistics import select_covariances
@@ -60,7 +60,9 @@ def quantize(
     options = {"to": to, "block_size": block_size, "double_quant": double_quant, "skip": skip}
     options |= {"rounding": rounding}
     refuse_all(check_stats(rounding, stats))
-    plan = plan_quantize(open_model(base), options, None if stats is None else open_source(stats))
+    plan = plan_quantize(
+        open_model(base), options, None if stats is None else open_statistics(stats)
+    )
     return execution.run(plan)
 
 

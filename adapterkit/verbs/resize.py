@@ -24,7 +24,7 @@ from adapterkit.planning.base_weights import BaseWeights, dora_problems
 from adapterkit.planning.kind_deltas import kind_of, read_deltas
 from adapterkit.planning.norms import select_norms
 from adapterkit.planning.sites import join, levels_of, names_of, targets_of
-from adapterkit.planning.sources import open_adapter, open_model, open_source
+from adapterkit.planning.sources import open_adapter, open_model, open_statistics
 from adapterkit.receipt import Receipt
 from adapterkit.tasks.truncated import (
     SHARES,
@@ -101,7 +101,7 @@ def resize(
         open_adapter(adapter),
         options,
         None if base is None else open_model(base),
-        None if stats is None else open_source(stats),
+        None if stats is None else open_statistics(stats),
     )
     return execution.run(plan)
 

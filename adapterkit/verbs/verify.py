@@ -10,7 +10,7 @@ from adapterkit.engines.recompute import check_rows
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.options import Sources, StrPath, checked
 from adapterkit.plan import Plan, Progress
-from adapterkit.planning.sources import open_model, open_source, open_weighted
+from adapterkit.planning.sources import open_model, open_source, open_statistics, open_weighted
 from adapterkit.receipt import AGAIN, read_receipt
 
 
@@ -89,7 +89,7 @@ def _plan_again(
             hint="give all of the merge, in its order",
         )
     pairs = [(folder, weight) for (folder, _), weight in zip(sources, weights, strict=True)]
-    statistics = None if stats is None else open_source(stats)
+    statistics = None if stats is None else open_statistics(stats)
     plan = plan_merge(open_model(base), pairs, Options(**options), statistics)
     errors: list[AdapterkitError] = []
     for number, entry in enumerate(receipt["recipe"]["inputs"]):

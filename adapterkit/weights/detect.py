@@ -31,7 +31,8 @@ PACKED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M
 
 def check_not_quantized(
     base: Checkpoint,
-    hint: str = "merge into the 16-bit model it was made from, or dequantize it first",
+    hint: str = "give the 16-bit model that it was made from, or dequantize it first: "
+    "adapterkit dequantize MODEL --out DIR",
 ) -> None:
     """`Refused` if weights are quantized in a way that was not decoded: a delta added to their
     bytes would be silently wrong."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import click.testing
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -89,3 +90,28 @@ def test_what_only_convert_can_do_is_hinted_as_its_command(llama, tmp_path) -> N
         adapterkit.merge(llama, tmp_path / "mixed.safetensors", out=tmp_path / "out")
     (match,) = COMMAND.finditer(str(caught.value))
     assert match[0].startswith("adapterkit convert ADAPTER --to peft") and "--rank N" in match[0]
+
+
+def test_the_way_out_of_what_newcomers_do(llama, tmp_path, monkeypatch) -> None:
+    """The hint is for the command that was given, and the path that is not there."""
+    monkeypatch.chdir(tmp_path)
+    adapterkit.quantize(llama, out="nf4", to="nf4")
+    with pytest.raises(Refused, match="give the 16-bit model .* or dequantize it first"):
+        adapterkit.quantize("nf4", out="out", to="int8")
+    Path("t.txt").write_text("a text")
+    calls = {
+        "init": (llama, {"method": "eva", "rank": 4}),
+        "loftq": (llama, {"rank": 4}),
+        "quantize": (llama, {"to": "nf4", "rounding": "compensated"}),
+    }
+    for verb, (base, options) in calls.items():
+        with pytest.raises(Refused, match="adapterkit stats BASE --data t.txt --out STATS"):
+            getattr(adapterkit, verb)(base, out="out", stats="t.txt", **options)
+    with pytest.raises(Refused, match=r"No such file(.*\n)*.*hint: check the path"):
+        adapterkit.finish("nothere.json")
+    called = click.testing.CliRunner().invoke
+    for command in ("merge", "quantize"):
+        output = called(main, [command, "a", "b", "--output", "x"]).output
+        assert "Did you mean" in output and "--out" in output.replace("--output", "")
+        assert "--compat" not in output
+    assert "--dtype" in called(main, ["merge", "a", "b", "--dtyp", "x"]).output
