@@ -81,7 +81,8 @@ def _undecided(contents: Contents, model: NamedBase | None) -> list[AdapterkitEr
         return []
     return [
         Refused(
-            f"which factors of {listed(modules)} are whose, and which way round",
+            f"the file does not tell which factors of {listed(modules)} are whose, and which way "
+            "round",
             expected="stacks of experts that the file or the base tells apart (PEFT's keys name "
             "the nesting, not the parameters)",
             where=contents.folders[0].label,
@@ -114,7 +115,7 @@ def refusals(contents: Contents, form: Format) -> list[AdapterkitError]:
     if values:
         errors.append(
             Refused(
-                f"values trained in place of the base's, in {len(values)} modules: "
+                f"{len(values)} modules have values trained in place of the base's: "
                 f"{listed(values)}",
                 expected=f"low-rank factors{''.join(f', {name}' for name in saved)}: {form.title} "
                 "reads no others",
@@ -141,7 +142,7 @@ def _experts(
     if model is None:
         if foreign:
             raise Refused(
-                f"{len(foreign)} modules of experts in another layout: "
+                f"{len(foreign)} modules of experts are in another layout: "
                 f"{listed([m.path for m in foreign])}",
                 expected="the model, whose file tells which module of an expert is which part of a "
                 "stack",

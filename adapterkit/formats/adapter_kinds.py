@@ -76,7 +76,7 @@ def write_kinds(contents: Contents, form: Format, kind: str, *, dtype: str | Non
     if decomposed:
         errors.append(
             Refused(
-                f"magnitudes of {kind}, in {len(decomposed)} modules: {listed(decomposed)}",
+                f"{len(decomposed)} modules have magnitudes of {kind}: {listed(decomposed)}",
                 expected=f"none: PEFT has no DoRA of {kind}",
                 where=contents.folders[0].label,
                 hint=FIT_ON_BASE,
@@ -85,7 +85,7 @@ def write_kinds(contents: Contents, form: Format, kind: str, *, dtype: str | Non
     if len(contents.components) > 1:
         errors.append(
             Refused(
-                f"components {', '.join(contents.components)}",
+                f"the adapter has components {', '.join(contents.components)}",
                 expected=f"one: {form.title} is for a single model",
                 where=contents.folders[0].label,
                 hint="give --prefix-only COMPONENT, one after the other",

@@ -191,7 +191,7 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
     if others:
         errors.append(
             Refused(
-                f"{len(others)} modules of other kinds: {listed([m.path for m in others])}",
+                f"{len(others)} modules are of other kinds: {listed([m.path for m in others])}",
                 expected="low-rank factors",
                 where=where,
                 hint=ways_out(others, form, contents),
@@ -202,7 +202,7 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
     if plain and len(plain) < len(loras):
         errors.append(
             Refused(
-                f"magnitudes, but none for {listed(plain)}",
+                f"the adapter has magnitudes, but none for {listed(plain)}",
                 expected="magnitudes of all modules or none (use_dora)",
                 where=where,
                 hint=FIT_ON_BASE,
@@ -212,7 +212,7 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
     if len(components) > 1:
         errors.append(
             Refused(
-                f"components {', '.join(components)}",
+                f"the adapter has components {', '.join(components)}",
                 expected=f"one: {form.title} is for a single model",
                 where=where,
                 hint="adapterkit convert --prefix-only COMPONENT takes one of them",

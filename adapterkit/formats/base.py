@@ -74,7 +74,7 @@ def architecture_of(
         )
     if base.model_type not in known:
         raise Refused(
-            f"a base of model_type {shown(repr(base.model_type))}",
+            f"the base is of model_type {shown(repr(base.model_type))}",
             expected=", ".join(sorted(known)),
             where="--base",
             hint="choose another format",

@@ -76,8 +76,8 @@ class PlanReader:
             data = self._read(spec)
         if len(data) != spec.nbytes:
             raise Damaged(
-                f"{len(data)} bytes of {shown(spec.key)}",
-                expected=f"{spec.nbytes}",
+                f"{shown(spec.key)} has {len(data)} bytes",
+                expected=f"{spec.nbytes} bytes",
                 where=place_of(folder, spec.file),
                 hint="copy the file again",
             )

@@ -50,7 +50,7 @@ def detect(folder: Folder, number: int = 0) -> Detection:
         if others:
             names = ", ".join(match.form.name for match in (first, *others))
             raise Refused(
-                f"keys of {names}",
+                f"the file has keys of {names}",
                 expected="those of one format",
                 where=folder.label,
                 hint="take the file as its tool saved it",
@@ -65,7 +65,7 @@ def detect(folder: Folder, number: int = 0) -> Detection:
     is_model = "config.json" in folder.files()
     some = f"keys such as {', '.join(map(shown, keys[:3]))}" if keys else "no file that may be one"
     raise Refused(
-        f"no adapter of a known format: {some}",
+        f"this is no adapter of a known format: {some}",
         expected=", ".join(formats()),
         where=folder.label,
         hint="it may be a model: give an adapter"

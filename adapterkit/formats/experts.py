@@ -332,7 +332,7 @@ def _check_shape(module: Module, expected: tuple[int, ...]) -> None:
     shape = (b.shape[-2], a.shape[-1])
     if shape != tuple(expected):
         raise Refused(
-            f"{shown(module.path)}: factors of {shape}",
+            f"{shown(module.path)} has factors of {shape}",
             expected=f"ones that fit the base's {tuple(expected)}",
             hint="check that the adapter was trained on this base",
         )

@@ -377,7 +377,7 @@ def _same_inputs(members: Sequence[Module], name: str) -> None:
     if len(set(shapes.values())) > 1:
         sizes = ", ".join(f"{shown(path)} {shape}" for path, shape in shapes.items())
         raise Refused(
-            f"inputs of {sizes}",
+            f"these modules have inputs of {sizes}",
             expected=f"the same of all, for the one module {shown(name)} of the file",
             where=members[0].path,
             hint="save the adapter again",
@@ -386,8 +386,8 @@ def _same_inputs(members: Sequence[Module], name: str) -> None:
 
 def _missing(role: str, members: Sequence[Module], name: str, hint: str) -> Refused:
     return Refused(
-        f"{role} of {', '.join(shown(m.path) for m in members)} alone",
-        expected=f"of all modules that {shown(name)} is in the file",
+        f"there is {role} of {', '.join(shown(m.path) for m in members)} alone",
+        expected=f"{role} of all modules that {shown(name)} is in the file",
         where=members[0].path,
         hint=hint,
     )
@@ -409,7 +409,7 @@ def _fused_rows(members: Mapping[int, Module], shares: Sequence[int], hint: str)
     if len(totals) != 1 or not next(iter(totals)).is_integer():
         listing = ", ".join(f"{shown(m.path)} {rows[i]}" for i, m in members.items())
         raise Refused(
-            f"rows of the parts: {listing}",
+            f"the parts have these rows: {listing}",
             expected=f"rows in the proportion {':'.join(map(str, shares))}",
             where=next(iter(members.values())).path,
             hint="check the architecture (--architecture)",

@@ -29,7 +29,7 @@ def check_whole(groups: int, name: str, where: str) -> None:
     """`Refused` for some parts of a layer: nothing in the file tells which of them they are."""
     if groups not in (1, PARTS):
         raise Refused(
-            f"{shown(name)}: factors of {groups} parts, which may be any of its layer's",
+            f"{shown(name)} has factors of {groups} parts, which may be any of its layer's",
             expected=f"of the whole layer, or of {PARTS} parts (queries, keys and values)",
             where=where,
             hint=EXTRACT,
@@ -59,8 +59,8 @@ def trained(
     if sum(is_there) != groups:
         words = [word for word, there in zip(rule.parts, is_there, strict=True) if there]
         raise Refused(
-            f"factors of {groups} parts",
-            expected=f"of {len(words)}: {', '.join(words)}",
+            f"the file has factors of {groups} parts",
+            expected=f"factors of {len(words)}: {', '.join(words)}",
             where=where,
             hint="keep the config that was saved with the file beside it",
         )

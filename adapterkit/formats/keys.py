@@ -54,7 +54,7 @@ def raws_of(
     if unknown:
         errors.append(
             Refused(
-                f"{len(unknown)} keys that are no part of {form.title}: {listed(sorted(unknown))}",
+                f"{len(unknown)} keys are no part of {form.title}: {listed(sorted(unknown))}",
                 expected="keys with a role, each of them",
                 where=where,
                 hint="adapterkit convert --list tells what each format holds",
@@ -63,7 +63,7 @@ def raws_of(
     if twice:
         errors.append(
             Refused(
-                f"{listed(twice)}, and other keys of the same role",
+                f"{listed(twice)} and other keys have the same role",
                 expected="each once",
                 where=where,
                 hint="remove one of them",

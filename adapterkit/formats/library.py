@@ -59,7 +59,7 @@ def format_named(name: str) -> Format:
     known = formats()
     if name not in known:
         raise Refused(
-            f"format {shown(repr(name))}",
+            f"there is no format {shown(repr(name))} to write",
             expected=", ".join(name for name, one in known.items() if one.writes),
             where="--to",
             hint=did_you_mean([name], known) or "adapterkit convert --list tells what each holds",
@@ -88,7 +88,7 @@ def _check_steps(steps: Iterable[Iterable[str]], known: Collection[str], where: 
     unknown = sorted({step for own in steps for step in own} - set(known))
     if unknown:
         raise Damaged(
-            f"steps that there are not: {listed(unknown)}",
+            f"there are no steps {listed(unknown)}",
             expected=f"some of {', '.join(known)}",
             where=where,
             hint=did_you_mean(unknown, known) or "add it to adapterkit/formats/steps.py",

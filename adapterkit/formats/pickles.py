@@ -154,7 +154,7 @@ def _check(tensors: Mapping[str, Tensor], size: int, where: str) -> None:
     total = sum(t.numel() * t.element_size() for t in tensors.values())
     if total > MAX_GROWTH * size:
         raise Damaged(
-            f"{total} bytes of tensors in a file of {size}",
+            f"a file of {size} bytes has {total} bytes of tensors",
             expected=f"at most {MAX_GROWTH} times the file",
             where=where,
             hint="save clones of the tensors",

@@ -89,8 +89,8 @@ def read(
     if reading.alpha is not None and scales.declares:
         errors.append(
             Refused(
-                f"--alpha {reading.alpha:g}",
-                expected="the alphas that the file says itself",
+                f"--alpha {reading.alpha:g} does not apply: the file says its alphas itself",
+                expected="a file without alphas",
                 where=where,
                 hint="remove --alpha",
             )
@@ -118,7 +118,7 @@ def _candidates(form: Format, reading: Reading, container: Container) -> list[st
     if key:
         if container.metadata.get(key) not in known:
             raise Refused(
-                f"{key} {shown(repr(container.metadata.get(key)))}",
+                f"the metadata have {key} {shown(repr(container.metadata.get(key)))}",
                 expected=", ".join(known),
                 where=container.file,
                 hint="convert the adapter that it was made from",
@@ -128,7 +128,7 @@ def _candidates(form: Format, reading: Reading, container: Container) -> list[st
         return _of_type(known, reading.model_type, form.title)
     if reading.architecture not in architectures():
         raise Refused(
-            f"architecture {shown(reading.architecture)}",
+            f"there is no architecture {shown(reading.architecture)}",
             expected=", ".join(architectures()),
             where="--architecture",
             hint="remove --architecture to detect it by the names",
@@ -145,7 +145,7 @@ def _of_type(known: list[str], model_type: str | None, title: str) -> list[str]:
         return fits or known
     if not fits:
         raise Refused(
-            f"an adapter for a model of type {shown(model_type)}",
+            f"this is an adapter for a model of type {shown(model_type)}",
             expected=", ".join(sorted({one for own in models.values() for one in own})),
             where="config.json",
             hint=f"other models' names in {title} are not known",
@@ -235,7 +235,7 @@ def _resolve(
     ]
     if any(result != results[0] for result in results):
         raise Refused(
-            f"names that {' and '.join(fits)} have, for other modules",
+            f"{' and '.join(fits)} both have these names, for other modules",
             expected="names of one architecture",
             where=where,
             hint="give --base, the model it was trained on, or --architecture",
@@ -264,7 +264,7 @@ def _unstackable(attempt: Attempt, where: str) -> list[AdapterkitError]:
         return []
     return [
         Refused(
-            f"{len(attempt.unknown)} stacks whose tensors have not one height: "
+            f"{len(attempt.unknown)} stacks have tensors of different heights: "
             f"{listed(attempt.unknown)}",
             expected="in each, a matrix for every expert, or one for all",
             where=where,
@@ -434,7 +434,7 @@ def _twice(modules: Sequence[Module], where: str) -> list[AdapterkitError]:
         if key in seen:
             errors.append(
                 Refused(
-                    f"{shown(module.path)} twice, under two names",
+                    f"{shown(module.path)} is there twice, under two names",
                     expected="each module once",
                     where=where,
                     hint="remove one of them",

@@ -47,10 +47,10 @@ def order(
     if name == "swap_pair":
         if inputs is None:
             raise Refused(
-                f"{size} rows, whose order depends on the inputs of the module",
+                f"the order of {size} rows depends on the inputs of the module",
                 expected="a weight, or factors of one",
                 where=where,
-                hint="leave this bias out",
+                hint="remove this bias from the adapter",
             )
         return (
             order("swap_halves", size, heads, where) if size == 2 * inputs else torch.arange(size)
@@ -74,7 +74,7 @@ def unknown_heads(problem: str, where: str) -> Refused:
         f"{problem}, and the number of heads is unknown",
         expected="a config with num_attention_heads and num_key_value_heads",
         where=where,
-        hint="--base MODEL",
+        hint="give --base MODEL",
     )
 
 
@@ -106,7 +106,7 @@ def shares_of(size: int, shares: Sequence[int], where: str) -> list[range]:
     total = sum(shares)
     if size % total:
         raise Refused(
-            f"{size} rows",
+            f"the tensor has {size} rows",
             expected=f"a multiple of {total}, for parts of {':'.join(map(str, shares))}",
             where=where,
             hint="check the architecture (--architecture)",
@@ -134,7 +134,7 @@ def _divided(shape: tuple[int, ...], size: int, where: str) -> Tensor:
         known *= abs(n)
     if size % known:
         raise Refused(
-            f"{size} rows",
+            f"the tensor has {size} rows",
             expected=f"a multiple of {known}",
             where=where,
             hint="give the base that the adapter was trained on",

@@ -66,7 +66,7 @@ class Scales:
                 number = finite(value)
                 if number is None:
                     raise Refused(
-                        f"{words.means} {shown(repr(value))} in the metadata",
+                        f"{words.means} is {shown(repr(value))} in the metadata",
                         expected="a finite number",
                         where=self.where,
                         hint="take the file as it was saved",
@@ -94,7 +94,7 @@ class Scales:
         declared, alpha = scales.alpha_of(name)
         if declared != rank:
             raise Refused(
-                f"rank {rank} in the file for {shown(name)}",
+                f"{shown(name)} has rank {rank} in the file",
                 expected=f"rank {declared}, as {place} says",
                 where=self.where,
                 hint="take the file as it was saved",

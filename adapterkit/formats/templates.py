@@ -86,7 +86,7 @@ def settings_of(
     dora = len(plain) < len(ranked)
     if dora and plain:
         raise Refused(
-            f"magnitudes, but none for {listed(plain)}",
+            f"the adapter has magnitudes, but none for {listed(plain)}",
             expected=f"magnitudes of all modules or none: {form.title} says it once",
             where="--to",
             hint=OTHER_FORMAT,

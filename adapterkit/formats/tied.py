@@ -42,7 +42,8 @@ def without_heads(
     if len(embeddings) != len(heads) or not all(_is_head_of(a, b, reader) for a, b in pairs):
         own = [*embeddings, *heads]
         raise Refused(
-            f"{listed([m.path for m in own])}, and the base has one weight for embeddings and head",
+            f"{listed([m.path for m in own])} have factors of their own, but the base has one "
+            "weight for embeddings and head",
             expected=f"the same factors of both, or of neither: what reads {form.title} applies "
             "those of the embeddings in the head, too",
             where="--base",

@@ -24,7 +24,7 @@ def with_widths(modules: Sequence[Module], form: Format, names: Sequence[str]) -
     if wide and not form.widens:
         others = [one.name for one in formats().values() if one.widens and one.writes]
         raise Refused(
-            f"more inputs than the base has, in {listed(wide)}",
+            f"there are more inputs than the base has, in {listed(wide)}",
             expected=f"the base's shapes: clients of {form.title} do not widen its weights",
             where="--to",
             hint=f"choose one of {', '.join(others)}, whose clients do",

@@ -124,7 +124,7 @@ def _activated(contents: Contents, form: Format) -> list[AdapterkitError]:
         return []
     return [
         Refused(
-            "an activated LoRA, which acts on the tokens after its invocation only",
+            "this is an activated LoRA, which acts on the tokens after its invocation only",
             expected=f"one that acts on all: {form.title} holds no invocation",
             where=contents.folders[0].label,
             hint=OTHER_FORMAT,
@@ -147,7 +147,7 @@ def unsupported(
     for what, modules in absent.items():
         errors.append(
             Refused(
-                f"{what}, in {len(modules)} modules: {listed([m.path for m in modules])}",
+                f"{len(modules)} modules have {what}: {listed([m.path for m in modules])}",
                 expected=f"what {form.title} holds: {', '.join(form.kinds)}",
                 where=contents.folders[0].label if contents.folders else "",
                 hint=ways_out(modules, form, contents, otherwise),
@@ -274,7 +274,7 @@ def _homeless(
             return []
         return [
             Refused(
-                f"components {listed(sorted(several))}",
+                f"the adapter has components {listed(sorted(several))}",
                 expected=f"one: {form.title} is for a single model",
                 where="--to",
                 hint="adapterkit convert --prefix-only COMPONENT takes one of them",
@@ -283,7 +283,7 @@ def _homeless(
     used = sorted({m.component for m in modules})
     errors: list[AdapterkitError] = [
         Refused(
-            f"component {shown(name) or 'of a single model'}",
+            f"the adapter has {f'component {shown(name)}' if name else 'modules of no component'}",
             expected=f"{', '.join(components)}, which {form.title} holds",
             where="--to",
             hint="give --prefix-only to convert the other part alone",
@@ -297,7 +297,7 @@ def _homeless(
             homes.setdefault(components[name][0], []).append(name)
     errors += [
         Refused(
-            f"components {listed(names)}",
+            f"the adapter has components {listed(names)}",
             expected=f"one of them: {form.title} names their modules alike",
             where="--to",
             hint="give --prefix-only COMPONENT, one after the other",
@@ -360,7 +360,8 @@ def _fused(
     if tied:
         errors.append(
             Refused(
-                f"{listed(tied)}, and the base has one weight for embeddings and head",
+                f"the base has one weight for embeddings and head: {listed(tied)} cannot have "
+                "factors alone",
                 expected=f"other modules: what reads {form.title} would apply it to both, or fails",
                 where="--base",
                 hint="merge the adapter into its base instead",
@@ -369,7 +370,7 @@ def _fused(
     if lacking:
         errors.append(
             Refused(
-                f"{len(lacking)} modules without a name there: {listed(lacking)}",
+                f"{len(lacking)} modules have no name there: {listed(lacking)}",
                 expected=f"modules that {form.title} names for {architecture}",
                 where="--to",
                 hint=OTHER_FORMAT,

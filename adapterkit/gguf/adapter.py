@@ -82,7 +82,7 @@ def read_adapter(folder: Folder, name: str, number: int = 0) -> AdapterFile:
     header = read_gguf(folder, name, SIZES, hint)
     errors: list[AdapterkitError] = [
         Refused(
-            f"{key} {shown(repr(header.metadata.get(key)))}",
+            f"{key} is {shown(repr(header.metadata.get(key)))}",
             expected=repr(value),
             where=name,
             hint="give a LoRA adapter; a model goes where a base is expected",

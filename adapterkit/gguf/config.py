@@ -44,7 +44,7 @@ def check_counts(file: GgufFile) -> None:
             continue
         if type(value) is not int or not 0 <= value <= limit:
             error = Damaged(
-                f"{shown(key)} = {shown(value)}",
+                f"{shown(key)} is {shown(value)}",
                 expected=f"at most {limit}",
                 where=file.name,
                 hint="download the file again",
@@ -180,7 +180,7 @@ def _set_rope_scaling(file: GgufFile, config: dict[str, Any]) -> None:
     )
     if settings or (scaling and not fits):
         pairs = ", ".join(
-            f"{shown(key)} = {shown(value)}" for key, value in {**settings, **scaling}.items()
+            f"{shown(key)} is {shown(value)}" for key, value in {**settings, **scaling}.items()
         )
         expected = "linear or yarn by a factor, or as Llama 3's"
         raise file.refuse(f"positions scaled by rope.{pairs}", expected)

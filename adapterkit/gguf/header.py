@@ -83,8 +83,8 @@ def gguf_file(folder: Folder) -> str | None:
         return None
     if len(files) > 1:
         raise Refused(
-            f"{len(files)} GGUF files: {', '.join(map(shown, files[:6]))}",
-            expected="one",
+            f"the folder has {len(files)} GGUF files: {', '.join(map(shown, files[:6]))}",
+            expected="one file",
             where=folder.name,
             hint="give the path of the file itself",
         )
@@ -142,7 +142,7 @@ class _Parser:
         if version not in VERSIONS:
             big_endian = version & 0xFFFF == 0
             raise Refused(
-                "big-endian GGUF" if big_endian else f"GGUF version {version}",
+                f"this is {'big-endian GGUF' if big_endian else f'GGUF version {version}'}",
                 expected="GGUF version 2 or 3, little-endian",
                 where=self.name,
                 hint="convert the file with llama.cpp's own tools",
@@ -250,13 +250,13 @@ class _Parser:
         entries, names = [], set()
         for name, shape, kind, offset in infos:
             if name in names:
-                errors.append(self.damaged(f"{shown(name)} twice", "each tensor once"))
+                errors.append(self.damaged(f"{shown(name)} is there twice", "each tensor once"))
             names.add(name)
             values, width = self.block_sizes.get(kind, (0, 0))
             count = math.prod(shape)
             if not values:
                 error = Refused(
-                    f"{shown(name)} of type {kind}",
+                    f"{shown(name)} is of type {kind}",
                     expected="types it knows",
                     where=self.name,
                     hint=self.hint,

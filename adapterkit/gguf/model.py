@@ -46,7 +46,7 @@ def open_gguf(folder: Folder, name: str) -> GgufModel:
     header = read_gguf(folder, name, block_sizes)
     if header.metadata.get("split.count", 1) not in (0, 1):
         raise Refused(
-            "one file of a split model",
+            "this is one file of a split model",
             expected="a whole model",
             where=name,
             hint="join them first: llama-gguf-split --merge FIRST OUT",

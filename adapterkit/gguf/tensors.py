@@ -83,7 +83,8 @@ def model_tensors(file: GgufFile, model: Skeleton, names: TensorNames) -> dict[s
     ]
     if missing:
         error = Damaged(
-            f"nothing for {len(missing)} parameters: {', '.join(map(shown, missing[:6]))}",
+            f"the file has nothing for {len(missing)} parameters: "
+            f"{', '.join(map(shown, missing[:6]))}",
             expected=f"all of {model.class_name}",
             where=file.name,
             hint="download the file again",

@@ -39,7 +39,7 @@ def parse_output(out: str, *, file: bool = False) -> HubId:
     hub_id = place_on_hub(out)
     if hub_id is None or COMMIT.fullmatch(hub_id.revision or ""):
         raise Refused(
-            f"{shown(out)}: {'a commit' if hub_id else 'no such name'}",
+            f"{shown(out)}: {'this is a commit' if hub_id else 'this is no such name'}",
             expected=expected,
             where="--out",
             hint="give your account's or organization's name, the repository's, and a branch of it",
@@ -47,14 +47,14 @@ def parse_output(out: str, *, file: bool = False) -> HubId:
     suffix = PurePosixPath(hub_id.subfolder).suffix
     if file and suffix != ".safetensors":
         raise Refused(
-            f"{shown(out)}: no name of a file",
+            f"{shown(out)}: this is no name of a file",
             expected=expected,
             where="--out",
             hint="give a name that ends in .safetensors behind the colon",
         )
     if suffix in (".safetensors", ".gguf") and not file:
         raise Refused(
-            f"{shown(out)}: the name of a file",
+            f"{shown(out)}: this is the name of a file",
             expected=expected,
             where="--out",
             hint="give its folder: the file is named as its format has it",

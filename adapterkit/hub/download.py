@@ -46,7 +46,7 @@ def download(
         sha256 = _fetched(folder, name, descriptor, parts or pieces_of(size), stopped)
         if parts is None and sha256 != folder.hashes[name]:
             raise Failed(
-                "a download whose sha256 is not the one that the Hub lists",
+                "the sha256 of the download is not the one that the Hub lists",
                 expected=folder.hashes[name],
                 where=location(folder.pinned, name),
                 hint="run again with --resume; check proxies on the way",

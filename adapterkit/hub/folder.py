@@ -301,7 +301,7 @@ class HubFolder:
         path = shown(self.path_in_repo(name))
         command = f"hf download {self.hub_id.repo} {path} --revision {self.commit}"
         return Refused(
-            "not in the local Hub cache, and HF_HUB_OFFLINE is set",
+            "the file is not in the local Hub cache, and HF_HUB_OFFLINE is set",
             expected="a cached copy, or a network",
             where=location(self.pinned, name),
             hint=f"run `{command}` where there is a network, or unset HF_HUB_OFFLINE",
@@ -359,7 +359,7 @@ def _read_local(path: Path, start: int, stop: int) -> bytes:
         ) from error
     if len(data) != stop - start:
         raise Failed(
-            f"{len(data):,} bytes from byte {start:,} on",
+            f"the cache has {len(data):,} bytes from byte {start:,} on",
             expected=f"{stop - start:,} bytes, as there were when the size was checked",
             where=str(path),
             hint="keep other programs from the cache and run again",
@@ -371,7 +371,7 @@ def _check_size(path: Path, size: int) -> None:
     actual = path.stat().st_size
     if actual != size:
         raise Damaged(
-            f"{actual:,} bytes in the local Hub cache",
+            f"the file has {actual:,} bytes in the local Hub cache",
             expected=f"{size:,} bytes",
             where=str(path),
             hint="delete this file and the one it links to",

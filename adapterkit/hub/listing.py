@@ -48,7 +48,7 @@ def list_files(hub_id: HubId) -> tuple[str, dict[str, Entry]]:
         return commit, entries
     if not entries:
         raise Refused(
-            "no files there" if not hub_id.subfolder else "no such file or folder",
+            "there are no files" if not hub_id.subfolder else "no such file or folder",
             expected="a folder with a checkpoint, or a file of weights",
             where=str(hub_id),
             hint=f"see {page(hub_id)}/tree/{commit}",

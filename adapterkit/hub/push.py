@@ -95,13 +95,16 @@ def _finished_files(folder: Path) -> dict[str, int]:
     """The folder's files and sizes; `Refused` unless it is the finished output of a job."""
     if not Path(folder).is_dir():
         raise Refused(
-            "not a folder", expected="a folder to upload", where=str(folder), hint="check the path"
+            "this is not a folder",
+            expected="a folder to upload",
+            where=str(folder),
+            hint="check the path",
         )
     files = LocalFolder(folder).files()
     unfinished = [name for name in files if name.endswith(".part")]
     if unfinished or not files:
         raise Refused(
-            f"an unfinished file, {shown(unfinished[0])}" if unfinished else "an empty folder",
+            f"{shown(unfinished[0])} is unfinished" if unfinished else "the folder is empty",
             expected="the finished output of a job",
             where=str(folder),
             hint="finish the job first, with --resume if it was interrupted",

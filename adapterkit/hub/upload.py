@@ -236,7 +236,7 @@ def _check_commit(commit: HubId, written: Mapping[str, Entry]) -> None:
 def _refuse_left_out(names: list[str], where: HubId) -> None:
     if names:
         raise Failed(
-            f"files missing from the commit, or different in it: {shown(', '.join(names))}",
+            f"files are missing from the commit, or differ in it: {shown(', '.join(names))}",
             expected="all files of the output, byte for byte",
             where=str(where),
             hint="check whether the repository's .gitignore excludes them, then push again",

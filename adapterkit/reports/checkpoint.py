@@ -186,7 +186,7 @@ def _quantization(scan: Scan) -> dict[str, Any] | None:
     except Refused as error:
         configs = (scan.config.get(key) for key in CONFIG_KEYS)
         config = next((config for config in configs if isinstance(config, dict)), None)
-        evidence = error.problem.removeprefix("a quantized base: ")
+        evidence = error.problem.removeprefix("this base is quantized: ")
         return {"found": evidence, "config": printable(config)}
     return None
 

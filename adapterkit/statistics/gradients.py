@@ -88,7 +88,7 @@ class Gradients:
             mean = self.totals[weight] / (self.calls[path] if self.per_call else passes)
             if not bool(mean.isfinite().all()):
                 raise Failed(
-                    f"gradients of {shown(path)} that are not finite",
+                    f"gradients of {shown(path)} are not finite",
                     expected="numbers",
                     where="collect",
                     hint="run the model in float32 or bfloat16",

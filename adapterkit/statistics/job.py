@@ -48,7 +48,7 @@ class Request:
             if name not in WHAT:
                 errors.append(
                     Refused(
-                        f"{shown(name)!r} as a kind of statistics",
+                        f"{shown(name)!r} is no kind of statistics",
                         expected=", ".join(WHAT),
                         where="what",
                         hint=did_you_mean([name], WHAT),
@@ -58,19 +58,21 @@ class Request:
             errors.append(Refused("nothing to collect", expected=", ".join(WHAT), where="what"))
         if self.compat is not None and self.compat not in COMPATS:
             errors.append(
-                Refused(f"compat {shown(self.compat)!r}", expected="peft", where="compat")
+                Refused(
+                    f"there is no compat {shown(self.compat)!r}", expected="peft", where="compat"
+                )
             )
         if self.compat and "pca" in self.what:
             errors.append(
                 Refused(
-                    "pca with compat peft, whose covariance is of scaled inputs",
+                    "pca does not go with compat peft, whose covariance is of scaled inputs",
                     expected="one of them",
                     where="compat",
-                    hint="leave compat out",
+                    hint="remove --compat, or pca",
                 )
             )
         if self.components < 1:
-            errors.append(Refused(f"components {self.components}", expected="1 or more"))
+            errors.append(Refused(f"components is {self.components}", expected="1 or more"))
         refuse_all(errors)
 
 
@@ -93,15 +95,15 @@ class Job:
         self.watched = [*self.targets, *(_experts(self.model) if request.experts else ())]
         self.units = Units.of(stored)
         if not batches:
-            raise Refused("no data", expected="one batch or more", where="data")
+            raise Refused("there are no data", expected="one batch or more", where="data")
         if self.gradients:
             self._check_labels()
         if request.takes_rows and any(_samples(batch) > 1 for batch in batches):
             raise Refused(
-                "batches of several rows, with compat peft",
+                "batches have several rows, with compat peft",
                 expected="one row in each, as PEFT's preprocess_corda takes them",
                 where="data",
-                hint="leave compat out, or give the rows one by one",
+                hint="remove --compat, or give the rows one by one",
             )
         self._check_parameters()
         self.is_whole = whole or not self.units.has_layers
@@ -113,7 +115,7 @@ class Job:
         without = sum("labels" not in batch for batch in self.batches)
         if without:
             raise Refused(
-                f"gradients of batches without labels: {without} of {len(self.batches)}",
+                f"{without} of {len(self.batches)} batches have no labels, which gradients need",
                 expected="labels, from which the model computes its loss",
                 where="data",
                 hint="remove gradient from --what",
@@ -144,7 +146,7 @@ class Job:
         ]
         if len(behind) < len(absent) or (absent and self.gradients):
             raise Refused(
-                f"no {listed(absent)}",
+                f"the model has no {listed(absent)}",
                 expected="every parameter that the model computes with",
                 where=self.stored.base.name,
                 hint="save the model with all of its parts",

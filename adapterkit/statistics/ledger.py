@@ -46,7 +46,7 @@ def open_work(work: Path, job: str, resume: bool) -> None:
         if resume and file.exists():
             if file.read_text() != job:
                 raise Refused(
-                    "the work of another job",
+                    "this is the work of another job",
                     expected="the same base, data and options",
                     where=str(work),
                     hint="run it without --resume",
@@ -54,7 +54,7 @@ def open_work(work: Path, job: str, resume: bool) -> None:
         elif work.exists() and any(work.iterdir()):
             if not file.exists():
                 raise Refused(
-                    "a folder with other files",
+                    "the folder has other files",
                     expected="a folder that is not there yet",
                     where=str(work),
                     hint="give another folder",
@@ -191,7 +191,7 @@ def check_gradient(module: str, value: Tensor) -> None:
     """`Failed` for a gradient that is not finite."""
     if not bool(torch.isfinite(value).all()):
         raise Failed(
-            f"gradients of {shown(module)} that are not finite",
+            f"gradients of {shown(module)} are not finite",
             expected="numbers",
             where="collect",
             hint="run the model in float32 or bfloat16",

@@ -201,7 +201,7 @@ class Masks:
         sources = [inputs.get(f"{prefix}{key}") for key in ("input_ids", "inputs_embeds")]
         if not self._mark(sources, mask) and not self.is_same:
             raise Failed(
-                f"no tokens of a decoder for a mask of {tuple(mask.shape)}",
+                f"the call has no tokens of a decoder for a mask of {tuple(mask.shape)}",
                 expected="decoder_input_ids or labels of the mask's shape",
                 where="collect",
                 hint="give texts of one length, or mask=",
@@ -276,7 +276,7 @@ class Masks:
             f"tokens that count, by a mask of {shapes}, is not known",
             expected="vectors of one token each",
             where="collect",
-            hint="give texts of one length, or mask=, or leave the layer out of targets",
+            hint="give texts of one length, or mask=, or exclude the layer from targets",
         )
 
 

@@ -247,7 +247,7 @@ def state_of(
             return "finished", False
         if head is None and not overwrite:
             raise Refused(
-                "finished statistics of another job",
+                "these are finished statistics of another job",
                 expected="the job that --resume goes on with",
                 where=str(target.out),
                 hint="choose another --out, or give --overwrite",
@@ -263,7 +263,7 @@ def state_of(
             )
         if older is None:
             raise Refused(
-                "a file that adapterkit stats did not write",
+                "this is a file that adapterkit stats did not write",
                 expected="older statistics (--overwrite replaces the file)",
                 where=str(target.out),
                 hint="remove the file yourself, or choose another --out",

@@ -194,7 +194,7 @@ def _samples(folder: Folder, model: Any, records: list[Record], options: Options
     config = model.config
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         raise Refused(
-            "no decoder_start_token_id",
+            "the config has no decoder_start_token_id",
             expected="the token with which the decoder begins",
             where=f"{folder.label}/config.json",
             hint="add it to the config",
@@ -202,7 +202,7 @@ def _samples(folder: Folder, model: Any, records: list[Record], options: Options
     positions = _positions(model)
     if options.length is not None and options.length > positions:
         raise Refused(
-            f"--length {options.length}",
+            f"--length {options.length} is too long",
             expected=f"at most {positions}, the positions of {name}",
             where="options",
             hint="give a smaller --length",
@@ -282,14 +282,14 @@ def _check_loss(model: Any, is_text: bool) -> None:
     name = type(model).__name__
     if model.get_output_embeddings() is None:
         raise Refused(
-            f"gradients of {name}, which predicts no tokens",
+            f"{name} predicts no tokens, so it has no gradients of their loss",
             expected="a model with a loss of its tokens, such as a causal LM",
             where="--what",
             hint="collect them in Python: adapterkit.runtime.collect(model, run_model)",
         )
     if is_text and name.endswith("ForMaskedLM"):
         raise Refused(
-            f"gradients of {name} on plain text",
+            f"plain text gives no gradients of {name}",
             expected="input_ids with masked tokens, and labels",
             where="--data",
             hint="mask the tokens yourself, or remove gradient from --what",

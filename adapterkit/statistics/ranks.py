@@ -166,7 +166,7 @@ class StatisticsFinish(Finish):
         self.job.check(plan)
         if self.verify:
             raise Refused(
-                "--verify with statistics",
+                "--verify does not apply to statistics",
                 expected="an output whose receipt has hashes",
                 where="options",
                 hint="remove --verify",

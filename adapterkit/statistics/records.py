@@ -69,7 +69,7 @@ def draw_records(paths: Sequence[StrPath], count: int, seed: int) -> Drawn:
                 usable, total = usable + 1, total + 1
             if not usable:
                 raise Refused(
-                    "no usable line" if path.is_file() else "no usable row",
+                    f"there is no usable {'line' if path.is_file() else 'row'}",
                     expected=f"samples: {LINES}",
                     where=_label(path),
                     hint="give a file with text in it",
@@ -104,7 +104,7 @@ def _open(path: Path) -> tuple[str, Iterable[Record | None]]:
     if suffix == ".parquet":
         return "row", _rows(_parquet_rows(path), path)
     raise Refused(
-        f"a file of type {shown(path.suffix) or 'unknown'}",
+        f"files of type {shown(path.suffix) or 'unknown'} cannot be read",
         expected=SUFFIXES,
         where=_label(path),
         hint="convert it to .jsonl: one JSON object on each line",
@@ -149,7 +149,7 @@ def _readable(path: Path) -> Path:
 
 def _too_long(path: Path, number: int) -> Refused:
     return Refused(
-        f"more than {LONGEST:,} bytes without an end",
+        f"a sample has more than {LONGEST:,} bytes",
         expected="samples apart from each other: one a line, or with blank lines between",
         where=_line(path, number),
         hint="break the text into samples",
@@ -238,14 +238,14 @@ def _folder_rows(path: Path) -> Iterator[dict[str, Any]]:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(each.name for each in path.iterdir() if each.is_dir())
         raise Refused(
-            f"a dataset of several splits: {', '.join(map(shown, splits[:6]))}",
+            f"the dataset has several splits: {', '.join(map(shown, splits[:6]))}",
             expected="one split",
             where=_label(path),
             hint=f"give {shown(path.name)}/SPLIT",
         )
     if not (path / "dataset_info.json").is_file():
         raise Refused(
-            "a folder without dataset_info.json",
+            "the folder has no dataset_info.json",
             expected="a folder that save_to_disk of datasets wrote, or files",
             where=_label(path),
             hint="give the files themselves, each with --data",

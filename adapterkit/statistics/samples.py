@@ -86,7 +86,7 @@ def load_tokenizer(folder: Folder) -> Any:
     names = [name for name in folder.files() if "/" not in name and TOKENIZER.fullmatch(name)]
     if not names:
         raise Refused(
-            "no tokenizer",
+            "the model has no tokenizer",
             expected="tokenizer.json beside the weights, or other files of a tokenizer",
             where=folder.label,
             hint="copy the tokenizer's files there, or give data with input_ids",
@@ -145,7 +145,7 @@ def tokenize(
         if beyond is not None:
             errors.append(
                 Refused(
-                    f"token id {beyond}",
+                    f"the data have token id {beyond}",
                     expected=f"ids from 0 to {vocabulary - 1}, the model's vocabulary",
                     where=record.where,
                     hint="use the tokenizer of this model",
@@ -234,7 +234,7 @@ class _Tokenization:
             return Sample(tuple(tokens[: self.length]), tuple(labels[: self.length]))
         if labels is not None and len(labels) != len(tokens):
             raise Refused(
-                f"{len(tokens)} input_ids and {len(labels)} labels",
+                f"the sample has {len(tokens)} input_ids and {len(labels)} labels",
                 expected="a label for each token, of a model that has no encoder",
                 where=where,
                 hint="fix the data",
@@ -267,7 +267,7 @@ class _Tokenization:
             return self.tokenizer.get_chat_template()
         except ValueError as error:
             raise Refused(
-                "messages, and a tokenizer without a chat template",
+                "the data have messages, but the tokenizer has no chat template",
                 expected="chat_template.jinja, or chat_template in tokenizer_config.json",
                 where=where,
                 hint="give prompt and completion, or text",
@@ -293,7 +293,7 @@ class _Tokenization:
 
 def _needs_pairs(kind: str, where: str) -> Refused:
     return Refused(
-        f"{kind} for an encoder-decoder",
+        f"an encoder-decoder takes no {kind} alone",
         expected="prompt and completion, or input_ids and labels",
         where=where,
         hint="give what the encoder reads as prompt, what the decoder writes as completion",

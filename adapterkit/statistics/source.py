@@ -55,7 +55,7 @@ def _mapped(stats: Mapping[str, Tensor]) -> Mapped:
     wrong = [k for k, v in stats.items() if not (isinstance(v, Tensor) and v.is_floating_point())]
     if wrong:
         raise Refused(
-            f"{listed(wrong)}: no tensors of floats",
+            f"{listed(wrong)} are no tensors of floats",
             expected="tensors, as runtime.collect returns them",
             where="stats",
             hint="give a file of statistics, or what collect returned",
@@ -72,7 +72,7 @@ def _mapped(stats: Mapping[str, Tensor]) -> Mapped:
 def _value(value: Tensor, spec: TensorSpec) -> Tensor:
     if not bool(value.isfinite().all()):
         raise Unrecoverable(
-            f"{shown(spec.key)}: values that are not finite",
+            f"{shown(spec.key)} has values that are not finite",
             where="stats",
             hint="collect them again, in float32 or bfloat16",
         )

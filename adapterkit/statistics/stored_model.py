@@ -53,7 +53,7 @@ class StoredModel:
         skeleton = self.names.model
         if skeleton is None:
             raise Refused(
-                f"no model of type {shown(base.config.get('model_type'))}",
+                f"transformers has no model of type {shown(base.config.get('model_type'))}",
                 expected="a model that transformers can build",
                 where=base.name,
                 hint="; ".join(self.notes) or "update transformers",
@@ -89,7 +89,7 @@ class StoredModel:
                 continue
             if parameter.shape != tuple(value.shape):
                 error = Refused(
-                    f"{shown(name)} {parameter.shape}",
+                    f"{shown(name)} has shape {parameter.shape}",
                     expected=str(tuple(value.shape)),
                     where=self.base.name,
                     hint="fix the config",

@@ -91,7 +91,7 @@ class Sum:
         """`Failed` for inputs that are not finite."""
         if self.vector is not None and not bool(self.vector.isfinite().all()):
             raise Failed(
-                f"inputs of {shown(self.owner)} that are not finite",
+                f"inputs of {shown(self.owner)} are not finite",
                 expected="numbers",
                 where="collect",
                 hint="run the model in float32 or bfloat16",
@@ -214,7 +214,7 @@ class Sums:
                 f"{shown(module)} saw an input of {tuple(x.shape)}",
                 expected="one row at a time, as PEFT's preprocess_corda takes them",
                 where="compat",
-                hint="run the model on one text at a time, or leave compat out",
+                hint="run the model on one text at a time, or remove compat",
             )
         version = x.clone() if x.is_inference() else x._version
         rows = x.detach() if mask is None else x.detach()[mask.to(x.device, torch.bool)]

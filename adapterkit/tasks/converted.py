@@ -64,8 +64,8 @@ def rounded(
     # what overflows is infinite, which the engine refuses
     if own.is_floating_point and max(LOSS, torch.finfo(own).eps) < worst < math.inf:
         raise Unrecoverable(
-            f"values of {shown(key)} too small for {str(own).removeprefix('torch.')}, which loses "
-            f"{worst:.2g} of their norm",
+            f"values of {shown(key)} are too small for {str(own).removeprefix('torch.')}, which "
+            f"loses {worst:.2g} of their norm",
             expected=f"at most {LOSS:.2g}, as bfloat16 loses",
             where=shown(key),
             hint="give --dtype fp32, or choose a format that stores the scale of each module",

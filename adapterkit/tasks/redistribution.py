@@ -67,7 +67,7 @@ def _problems(
     if variances.shape != (stored,):
         problems.append(
             Damaged(
-                f"{variances.key}: {variances.shape} for {stored} components",
+                f"{variances.key} has shape {variances.shape} for {stored} components",
                 expected="one variance for each component",
                 where=components.file,
                 hint="collect them on this model",

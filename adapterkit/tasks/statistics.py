@@ -64,7 +64,7 @@ def _parsed(text: str, stats: Statistics) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict) or not isinstance(value.get("shared", {}), dict):
         raise Damaged(
-            f"metadata {METADATA} {shown(text)}",
+            f"the metadata have {METADATA} {shown(text)}",
             expected="an object, with the modules that share statistics",
             where=stats.name,
             hint="collect them again",
@@ -91,16 +91,17 @@ def select_statistics(
         if spec is None:
             errors.append(
                 Refused(
-                    f"no {shown(key_of(module, kind))}",
+                    f"the file has no {shown(key_of(module, kind))}",
                     expected="one for each module",
                     where=stats.name,
-                    hint="collect them for this module too, or leave it out (--targets, --exclude)",
+                    hint="collect them for this module too, or choose modules with --targets or "
+                    "--exclude",
                 )
             )
         elif not _fits(spec.shape, shape) or spec.dtype not in (*dtypes.FLOATS, "F64"):
             errors.append(
                 Damaged(
-                    f"{shown(spec.key)}: {spec.dtype} {spec.shape}",
+                    f"{shown(spec.key)} is {spec.dtype} {spec.shape}",
                     expected=f"floats ({', '.join(str(n or 'any') for n in shape)})",
                     where=stats.name,
                     hint="collect them on this model",

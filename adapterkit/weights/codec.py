@@ -209,7 +209,7 @@ def read_parts(weight: QuantizedWeight, read: Callable[[TensorSpec], Tensor]) ->
 def decode_checked(
     weight: QuantizedWeight,
     stored: dict[str, Tensor],
-    hint: str = "leave it out, or use another format",
+    hint: str = "keep it as floats with --skip, or choose another format",
 ) -> Tensor:
     """The weight in float32; `Unrecoverable` if it is not finite, as at the edge of what a scale
     can hold."""

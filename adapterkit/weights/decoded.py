@@ -65,7 +65,8 @@ def _duplicates(base: Checkpoint, weights: list[QuantizedWeight]) -> list[Adapte
         other = codes.get(weight.key) or as_floats
         if other is not None:
             error = Damaged(
-                f"{shown(weight.key)} as {shown(other)} and as {shown(weight.parts[0].key)}",
+                f"{shown(weight.key)} is stored as {shown(other)} and as "
+                f"{shown(weight.parts[0].key)}",
                 expected="each weight once",
                 where=base.name,
                 hint="remove the tensors that are not part of the model",
@@ -82,10 +83,10 @@ def _unclaimed(scan: CheckpointScan, weights: list[QuantizedWeight]) -> list[Ada
         return []
     return [
         Refused(
-            f"{shown(key)}: {spec.dtype} {spec.shape} beside weights of {weights[0].name}",
+            f"{shown(key)} is {spec.dtype} {spec.shape}, beside weights of {weights[0].name}",
             expected="formats that are known",
             where=scan.base.name,
-            hint="dequantize it first",
+            hint="dequantize it first, with the tool that made it",
         )
         for key, spec in scan.tensors.items()
         # old attention masks are called bias

@@ -39,7 +39,7 @@ def check_not_quantized(
     evidence = quantization_evidence(base.config, base.tensors)
     if evidence is not None:
         raise Refused(
-            f"a quantized base: {evidence}",
+            f"this base is quantized: {evidence}",
             expected="bf16, fp16 or fp32 weights",
             where=base.name,
             hint=hint,

@@ -69,7 +69,7 @@ class CheckpointScan:
         missing = [ending for ending in endings if key + ending not in self.tensors]
         if missing:
             error = Damaged(
-                f"{shown(key)} without {', '.join(missing)}",
+                f"{shown(key)} is without {', '.join(missing)}",
                 expected="the tensors that belong to it",
                 where=self.base.name,
                 hint="download the checkpoint again; without its scales the weight means nothing",

@@ -314,7 +314,7 @@ def _config(config_json: str, where: str) -> Any:
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if isinstance(part.get("backbone"), str):  # transformers would look it up on the Hub
             raise Refused(
-                f"backbone {shown(part['backbone'])}",
+                f"the config names a backbone, {shown(part['backbone'])}",
                 expected="a model without another one inside",
                 where=f"{where}/config.json",
                 hint="names that equal the stored keys work without it",

@@ -127,7 +127,7 @@ def test_every_word_has_a_value_that_it_takes():
 
 
 @pytest.mark.parametrize(("file", "text", "problem", "expected"), [
-    ("acme.toml", 'steps = { a = ["transpoze"] }', "steps that there are not: transpoze",
+    ("acme.toml", 'steps = { a = ["transpoze"] }', "there are no steps transpoze",
      "transpose, shared, column"),
     ("acme.toml", 'stepps = 1', "unknown words", "schema.py"),
     ("acme.toml", 'detect = { keys = ["("] }', "unterminated", "schema.py"),
@@ -135,7 +135,7 @@ def test_every_word_has_a_value_that_it_takes():
     ("architectures/acme.toml", """[[components.unet.rules]]
 model = "a"
 original = "b"
-steps = { original = ["swap_halfs"] }""", "steps that there are not: swap_halfs", "swap_halves"),
+steps = { original = ["swap_halfs"] }""", "there are no steps swap_halfs", "swap_halves"),
     ("architectures/acme.toml", 'words = 1', "words: 1", "schema.py"),
 ], ids=range(6))  # fmt: skip
 def test_a_file_of_the_library_that_is_wrong_says_what_is_known(

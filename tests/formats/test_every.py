@@ -38,19 +38,18 @@ ROUNDING = {"F64": 2.0**-50, "F32": 2.0**-22, "F16": 2.0**-9, "BF16": 2.0**-6}
 DECODED = ("gguf/llama/q8_0.gguf",)  # in blocks, which are written as the floats that they are
 # Why a format may refuse what another one holds. Every refusal of a pair must be one of these.
 JUDGED = (
-    r"in \d+ modules: .*\n.*what .* holds",  # a kind or a role without keys
-    r"modules of other kinds",
+    r"\d+ modules have .*\n.*what .* holds",  # a kind or a role without keys
+    r"modules are of other kinds",
     r"magnitudes, but none for",
-    r"values trained in place of the base's",
     r"\w+ is not the same in ",  # parts of a fused module
     r"whose rows come \d+ at a time",
     r"LoKr of \d+ modules whose matrices no one factor makes",
     r"\bcomponents? ",
-    r"modules without a name there",
+    r"modules have no name there",
     r"these names match none of the models",
     r": modules of (\w+, )+\w+\n",  # names of several architectures, which the format writes apart
     r"LoKr (of|with) ",  # PEFT decomposes all modules in one way
-    r"experts in another layout",
+    r"experts are in another layout",
     r"an activated LoRA",
     r"is written for one architecture, which the adapter does not tell",
     # what a dialect of PEFT's layout does not read, or only the model can tell
@@ -59,7 +58,7 @@ JUDGED = (
     r"whether the model keeps its experts as",
     r"modules are missing beside others",
     r"stacks of experts",
-    r"a base of model_type",
+    r"the base is of model_type",
 )
 
 

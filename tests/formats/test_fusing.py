@@ -389,7 +389,9 @@ def test_what_cannot_be_one_is_refused() -> None:
     with pytest.raises(Refused, match="to_q.*lora.*to_k.*full") as caught:
         fuse({0: lora, 1: other}, "qkv", three, memory)
     assert caught.value.hint == "give --rank N to make plain factors of them"
-    with pytest.raises(Refused, match="rows of the parts: transformer.to_q 2, transformer.to_k 3"):
+    with pytest.raises(
+        Refused, match="the parts have these rows: transformer.to_q 2, transformer.to_k 3"
+    ):
         fuse({0: lora, 1: long}, "qkv", three, memory)
     with pytest.raises(
         Refused, match=r"inputs of transformer.to_q \(5,\), transformer.to_k \(6,\)"

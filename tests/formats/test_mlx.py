@@ -37,14 +37,14 @@ def test_experts_have_the_names_of_mlx_lm_s_model(kind, tmp_path):
 def test_modules_that_mlx_lm_has_not_are_refused(tmp_path):
     base = saved("deepseek_v3", tmp_path / "base")
     trained(base, tmp_path / "peft", r=2, target_modules=["kv_b_proj", "o_proj"])
-    with pytest.raises(Refused, match="2 modules without a name there: .*kv_b_proj"):
+    with pytest.raises(Refused, match="2 modules have no name there: .*kv_b_proj"):
         adapterkit.convert(tmp_path / "peft", to="mlx", out=tmp_path / "mlx", base=base)
     base = saved("llama", tmp_path / "llama")
     trained(base, tmp_path / "own", r=2, target_modules=["o_proj"])
     file = tmp_path / "own/adapter_model.safetensors"
     tensors = load_file(file)
     save_file({k.replace("self_attn", "ffn.experts.0"): v for k, v in tensors.items()}, file)
-    with pytest.raises(AdapterkitError, match="2 modules without a name there: .*experts"):
+    with pytest.raises(AdapterkitError, match="2 modules have no name there: .*experts"):
         adapterkit.convert(tmp_path / "own", to="mlx", out=tmp_path / "mlx")
 
 

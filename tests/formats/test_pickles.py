@@ -126,7 +126,7 @@ def test_code_does_not_run(save, tmp_path, archive, monkeypatch):
 
 
 def test_a_small_file_that_unfolds_is_refused(save):
-    with pytest.raises(Damaged, match="bytes of tensors in a file of"):
+    with pytest.raises(Damaged, match=r"a file of \d+ bytes has \d+ bytes of tensors"):
         rewritten(save({"a": torch.ones(1).expand(10**6, 10**6)}))
 
 

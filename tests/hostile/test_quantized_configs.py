@@ -38,7 +38,7 @@ SIBLINGS = {
 
 
 def quantized(message: str) -> None:
-    assert "a quantized base" in message
+    assert "this base is quantized" in message
     assert "dequantize it" in message
 
 

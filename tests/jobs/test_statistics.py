@@ -210,7 +210,7 @@ def test_missing_files_are_named(benches):
     gone.unlink()
     bench.finish().failed_cleanly("1 of 4 files", gone.name)
     bench.rank("4/9").succeeded()
-    bench.finish("--verify").failed_cleanly("--verify with statistics")
+    bench.finish("--verify").failed_cleanly("--verify does not apply to statistics")
     bench.finish("--push", "me/statistics").failed_cleanly(
         "--push does not apply to a file of statistics"
     )

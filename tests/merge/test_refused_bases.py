@@ -106,7 +106,7 @@ def test_bases_whose_config_says_quantized(method, llama, lora, tmp_path):
     base = oracle.edit_config(
         llama, tmp_path / "base", quantization_config={"quant_method": method}
     )
-    assert method in refused(base, lora, out=tmp_path / "out", match="a quantized base")
+    assert method in refused(base, lora, out=tmp_path / "out", match="this base is quantized")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_bases_with_scales_beside_the_weights(suffix, llama, lora, tmp_path):
     base = oracle.edit_config(llama, tmp_path / "base")
     extra = {f"model.layers.0.self_attn.q_proj.{suffix}": torch.ones(4)}
     save_file(stored(llama) | extra, base / "model.safetensors")
-    refused(base, lora, out=tmp_path / "out", match="a quantized base")
+    refused(base, lora, out=tmp_path / "out", match="this base is quantized")
 
 
 def test_a_scale_beside_floats(llama, lora, tmp_path):

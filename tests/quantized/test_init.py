@@ -202,7 +202,7 @@ def test_what_is_no_quantized_copy_of_the_original_is_refused(base, packed, tmp_
     oracle.save_base(oracle.llama(), tmp_path / "other")
     with pytest.raises(Refused, match="the same weights"):
         into(packed, tmp_path / "other")
-    with pytest.raises(Refused, match="quantized base"):
+    with pytest.raises(Refused, match="this base is quantized"):
         into(packed, packed)
     assert not (tmp_path / "no").exists()
 

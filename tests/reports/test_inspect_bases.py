@@ -144,6 +144,6 @@ def test_a_quantized_base(name, tmp_path):
     result = inspect(tmp_path / "base")
     assert result["quantization"] == {"found": words, "config": config.get("quantization_config")}
     assert problems_of(result) == []  # several dtypes are the rule there
-    with pytest.raises(Refused, match="a quantized base"):
+    with pytest.raises(Refused, match="this base is quantized"):
         raw_files.plain().folder().write(tmp_path / "adapter")
         inspect(tmp_path / "adapter", base=tmp_path / "base")

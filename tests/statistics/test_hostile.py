@@ -59,9 +59,9 @@ def without(*names: str) -> Callable[[Path], object]:
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 PAIR = {"prompt": "who", "completion": "me"}
 CASES = {
-    "no line": Case("no usable line", b"\n\n"),
-    "an empty file": Case("no usable line", b""),
-    "empty texts": Case("no usable line", {"text": " "}),
+    "no line": Case("there is no usable line", b"\n\n"),
+    "an empty file": Case("there is no usable line", b""),
+    "empty texts": Case("there is no usable line", {"text": " "}),
     "not UTF-8": Case("line 1: not UTF-8: byte 13", b'{"text": "gr\xfc\xdf"}\n'),
     "broken JSON": Case("line 2: not JSON", b'{"text": "who"}\n{"text": "who\n'),
     "unknown field": Case("fields content", {"content": "who"}),
@@ -70,7 +70,7 @@ CASES = {
     "nothing counts": Case("no token of 1 samples counts", {"input_ids": [4], "labels": [-100]}),
     "no file": Case("no such file", options={"data": "nowhere.jsonl"}),
     "no data": Case("--data", options={"data": []}),
-    "another type": Case("a file of type .csv", options={"data": "data.csv"}),
+    "another type": Case("files of type .csv", options={"data": "data.csv"}),
     "length 0": Case("--length 0", options={"length": 0}),
     "more than the positions": Case("--length 65.*\n.*at most 64", options={"length": 65}),
     "samples 0": Case("--samples 0", options={"samples": 0}),
@@ -78,7 +78,7 @@ CASES = {
     "unknown what": Case("--what 'men'.*\n.*\n.*'mean'", options={"what": "mean,men"}),
     "nothing asked for": Case("--what", options={"what": []}),
     "another compat": Case("--compat", options={"compat": "corda"}),
-    "pca as PEFT": Case("pca with compat peft", options={"what": "pca", "compat": "peft"}),
+    "pca as PEFT": Case("pca does not go with compat", options={"what": "pca", "compat": "peft"}),
     "unknown targets": Case("'q_prof' matches none", options={"targets": "q_prof"}),
     "a norm": Case("matches none.*LlamaRMSNorm", options={"targets": "input_layernorm"}),
     "another device": Case("--device", options={"device": "tpu"}),
@@ -88,7 +88,7 @@ CASES = {
         "cannot load the tokenizer", change=lambda b: (b / "tokenizer.json").write_text("{}")
     ),
     "no template": Case(
-        "without a chat template",
+        "has no chat template",
         {"messages": [{"role": "user", "content": "who"}]},
         change=lambda base: save_tokenizer(base, template=None),
     ),
@@ -97,7 +97,7 @@ CASES = {
     "a layer is missing": Case("no model.layers.2", change=config(num_hidden_layers=3)),
     "another width": Case("expected", change=config(intermediate_size=64)),
     "images": Case("reads pixel_values, no text", model="vit"),
-    "texts for a translator": Case("for an encoder-decoder", {"text": "who"}, model="t5"),
+    "texts for a translator": Case("an encoder-decoder takes no text", {"text": "who"}, model="t5"),
     "no start": Case(
         "no decoder_start_token_id", PAIR, config(decoder_start_token_id=None), model="t5"
     ),
@@ -105,7 +105,7 @@ CASES = {
         "predicts no tokens", PAIR, model="bert", options={"what": "gradient"}
     ),
     "gradients of tokens that are seen": Case(
-        "gradients of BertForMaskedLM on plain text", model="masked_bert",
+        "plain text gives no gradients of BertForMaskedLM", model="masked_bert",
         options={"what": "gradient"},
     ),
     "an adapter": Case("adapter", change=lambda base: as_adapter(base)),

@@ -168,7 +168,7 @@ def test_cordas_own_covariance(tmp_path, large):
     """The mean over calls of one row of x xᵀ / max(x)², of all tokens."""
     model, name = llama(), "model.layers.1.self_attn.o_proj"
     base = checkpoint(model, tmp_path / "base")
-    with pytest.raises(Refused, match="batches of several rows"):
+    with pytest.raises(Refused, match="batches have several rows"):
         collect_statistics(base, texts(), work=tmp_path / "work", compat="peft")
     data = [{key: x[row : row + 1] for key, x in batch.items()} for batch in texts()
             for row in range(2)]  # fmt: skip

@@ -60,7 +60,7 @@ class Bnb4(QuantizedWeight):
         block = options.get("block_size") or 64
         if block not in blockwise.BLOCKS:
             raise Refused(
-                f"--block-size {block}",
+                f"--block-size {block} is not possible",
                 expected=" ".join(map(str, blockwise.BLOCKS)),
                 where="options",
                 hint="give one of these",
@@ -430,7 +430,7 @@ def naming(key: str) -> Iterator[None]:
         raise Unrecoverable(
             f"{shown(key)}: {error}",
             expected="values that the format can hold",
-            hint="leave it out, or use another format",
+            hint="keep it as floats with --skip, or choose another format",
         ) from error
 
 

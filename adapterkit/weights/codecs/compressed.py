@@ -339,7 +339,7 @@ def _group_size(width: int, stated: int | None) -> int:
     all."""
     if stated is not None and stated not in SIZES:
         raise Refused(
-            f"--block-size {stated}",
+            f"--block-size {stated} is not possible",
             expected=" ".join(map(str, SIZES)),
             where="options",
             hint="give one of these",

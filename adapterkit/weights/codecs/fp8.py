@@ -176,7 +176,7 @@ def _note_missing_scale(scan: CheckpointScan, key: str) -> None:
         scan.siblings(key, SCALE)
         return
     scan.refuse(
-        f"{shown(key)} with its scales in {shown(other)}",
+        f"{shown(key)} has its scales in {shown(other)}",
         f"scales called {shown(key + SCALE)}",
         hint="rename them",
     )

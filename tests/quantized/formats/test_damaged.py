@@ -200,7 +200,7 @@ LIES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, str]] = {
         "fp8",
         {Q + "weight_scale_inv": None, Q + "scale": torch.ones(2, 2)},
         None,
-        "with its scales in",
+        "has its scales in",
     ),
     "fp8 blocks": ("fp8", {}, {"weight_block_size": [0, 32]}, "blocks"),
     "gptq marlin": ("gptq4", {}, {"checkpoint_format": "marlin"}, "checkpoint_format marlin"),
