@@ -422,7 +422,7 @@ def unweighted(adapters: Any, name: str = "adapters") -> list[StrPath]:
     pairs = weighted(adapters, name)
     refuse_all(
         [
-            invalid(name, pair, "no weights: this verb has none", "leave it out")
+            invalid(name, pair, "no weights: this verb has none", "remove the weight")
             for pair in pairs
             if pair[1] not in (None, 1)
         ]

@@ -420,7 +420,7 @@ EXCLUSIVE = (
     ("parameters", "lora_bias", "b of a parameter has no output to add a bias to"),
     ("parameters", "dropout", "a parameter has no input to drop"),
     ("parameters", "invocation_tokens", "a parameter is the same for all tokens"),
-    ("dora", "lora_bias", "leave lora_bias out"),
+    ("dora", "lora_bias", "remove lora_bias"),
     ("dora", "invocation_tokens", "DoRA scales the base's output, which stays as it is before"),
 )
 

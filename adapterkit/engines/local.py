@@ -39,7 +39,7 @@ from adapterkit.tasks.rows import arithmetic
 SHUTDOWN_TIMEOUT = 1.0  # seconds that an interrupted job gives its threads
 OUT_OF_MEMORY = {  # hints
     "cpu": "free some memory, then --resume",
-    "cuda": "free some of the card's memory and give --resume, "
+    "cuda": "free some of the GPU's memory and give --resume, "
     "or begin again with --device cpu --overwrite",
 }
 OPEN_SHARDS = 8  # output files in the making: small ones would outrun the fsyncs behind them

@@ -191,7 +191,8 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
     if others:
         errors.append(
             Refused(
-                f"{len(others)} modules are of other kinds: {listed([m.path for m in others])}",
+                f"{form.title} cannot hold {len(others)} modules of other kinds: "
+                f"{listed([m.path for m in others])}",
                 expected="low-rank factors",
                 where=where,
                 hint=ways_out(others, form, contents),

@@ -147,7 +147,8 @@ def unsupported(
     for what, modules in absent.items():
         errors.append(
             Refused(
-                f"{len(modules)} modules have {what}: {listed([m.path for m in modules])}",
+                f"{form.title} cannot hold {what}, in {len(modules)} modules: "
+                f"{listed([m.path for m in modules])}",
                 expected=f"what {form.title} holds: {', '.join(form.kinds)}",
                 where=contents.folders[0].label if contents.folders else "",
                 hint=ways_out(modules, form, contents, otherwise),

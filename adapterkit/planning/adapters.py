@@ -67,7 +67,7 @@ def delta_problems(
                 f"{adapter.name} replicates layers: its modules are not the base's",
                 expected="adapters of one base",
                 where=adapter.where,
-                hint="leave it out",
+                hint="remove this adapter",
             )
         )
     return errors

@@ -30,10 +30,10 @@ def combine(
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
         raise Refused(
-            f"options {', '.join(map(shown, unknown))}",
+            f"combine takes no options {', '.join(map(shown, unknown))}",
             expected=", ".join(OPTIONS),
             where="combine",
-            hint=did_you_mean(unknown, OPTIONS) or "leave them out",
+            hint=did_you_mean(unknown, OPTIONS) or "remove them",
         )
     with tempfile.TemporaryDirectory(prefix="adapterkit-") as folder:
         sources = {}

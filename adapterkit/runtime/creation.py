@@ -140,7 +140,7 @@ def _check_dora(state: State, targets: Sequence[Target]) -> None:
                 f"DoRA on {listed(paths)}: {reason}",
                 expected="linear layers, embeddings or convolutions with values",
                 where="attach",
-                hint="leave these layers out, or attach without dora",
+                hint="exclude these layers, or attach without dora",
             )
             for reason, paths in reasons.items()
         ]

@@ -45,7 +45,7 @@ def unfit_module(model: nn.Module, modules: Mapping[str, nn.Module], path: str) 
     module = modules[path]
     problem = f"target {shown(path)} is a {type(module).__name__}"
     expected = "a linear layer, an embedding, a convolution or torch's MultiheadAttention"
-    hint = "leave it out"
+    hint = "exclude it from targets"
     if kind_of(module) is None:
         leaves = [leaf for leaf, p in module.named_parameters(recurse=False) if p.dim() in (2, 3)]
         if leaves:
@@ -105,7 +105,7 @@ def unfit_as_parameter(path: str, host: nn.Module, config: LoraConfig) -> Refuse
         f"{' and '.join(wrong)} on {shown(path)}, which PEFT takes for a stack of experts",
         expected="plain factors, which a file has as those of the layer's weight",
         where=WHERE,
-        hint="exclude the layer, or leave the setting out",
+        hint="exclude the layer, or remove the setting",
     )
 
 
@@ -115,7 +115,7 @@ def unfit_settings(target: Target, config: LoraConfig) -> Iterator[Refused]:
 
     def unfit(setting: str, expected: str) -> Refused:
         problem = f"{setting} on {shown(target.name)}, a {type(module).__name__}"
-        hint = "exclude the module, or leave the setting out"
+        hint = "exclude the module, or remove the setting"
         return Refused(problem, expected=expected, where=WHERE, hint=hint)
 
     if config.dora and kind == "attention":
@@ -137,7 +137,7 @@ def unfit_parameter(
     path: str, name: str, parameter: nn.Parameter, config: LoraConfig
 ) -> Refused | None:
     """Why a parameter takes no factors; None if it does."""
-    problem, hint = f"parameter {shown(name)}", "leave it out"
+    problem, hint = f"parameter {shown(name)}", "remove it from parameters"
     shape = tuple(parameter.shape)
     if path == "":
         problem, hint = f"{problem} of the model itself", "put the model into another module"

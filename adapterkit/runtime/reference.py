@@ -112,7 +112,7 @@ def check(state: State, cls: type, arguments: Any) -> None:
                 "use_vllm: TRL sends vLLM the base's weights alone",
                 expected="generation by the model",
                 where=WHERE,
-                hint="leave use_vllm out",
+                hint="remove use_vllm",
             )
         )
     if getattr(arguments, "sync_ref_model", False):
@@ -121,7 +121,7 @@ def check(state: State, cls: type, arguments: Any) -> None:
                 "sync_ref_model: the reference is the model with the adapters as they were",
                 expected="a reference that stays",
                 where=WHERE,
-                hint="leave sync_ref_model out, or give ref_model= another model",
+                hint="remove sync_ref_model, or give ref_model= another model",
             )
         )
     if _modules(cls, HEAD) and _acts_on_head(state):
@@ -130,7 +130,7 @@ def check(state: State, cls: type, arguments: Any) -> None:
                 f"adapters on the head, whose weight {cls.__name__} multiplies by itself",
                 expected="adapters on other modules: those on the head would do nothing",
                 where=WHERE,
-                hint="leave the head out of targets, modules_to_save and tied trainable_tokens",
+                hint="exclude the head from targets, modules_to_save and tied trainable_tokens",
             )
         )
     refuse_all(errors)

@@ -106,7 +106,7 @@ def join(outputs: Sequence[Any], indices: Sequence[Tensor], axis: int, path: str
                 f"an output {tuple(first.shape)} of {shown(path)} that is not one for each row",
                 expected="outputs whose rows are those of the batch",
                 where="rows",
-                hint="leave this module out of the adapters, or run them one at a time",
+                hint="exclude this module from the adapters, or run them one at a time",
             )
         order = torch.cat(list(indices)).argsort()
         if tokens > 1:

@@ -205,7 +205,7 @@ class Rows:
                 f"input {tuple(x.shape)} of {shown(site.path)} in a batch of {batch} rows",
                 expected=f"{batch} rows on axis {axis}",
                 where="rows",
-                hint="leave this module out of the adapters, or run them one at a time",
+                hint="exclude this module from the adapters, or run them one at a time",
             )
 
 

@@ -46,7 +46,7 @@ def method_of(config: LoraConfig, targets: Sequence[Target]) -> Any:
                     f"init {name} on {', '.join(map(shown, others[:6]))}",
                     expected="linear layers (PEFT starts other layers in another way, silently)",
                     where=WHERE,
-                    hint="leave them out, or give another init",
+                    hint="exclude them from targets, or give another init",
                 )
             )
     if method.changes_base and config.invocation_tokens:
@@ -92,7 +92,7 @@ def statistics_for(
             f"init {method.name} {'without' if kinds else 'with'} statistics",
             expected=f"stats= with {', '.join(kinds)} of each target" if kinds else "no stats=",
             where="attach",
-            hint=f'stats=collect(model, run_model, what="{what}")' if kinds else "leave it out",
+            hint=f'stats=collect(model, run_model, what="{what}")' if kinds else "remove stats=",
         )
     if stats is None:
         yield ModuleStatistics(None, {})

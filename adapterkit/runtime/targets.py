@@ -59,7 +59,7 @@ def resolve(model: nn.Module, config: LoraConfig) -> list[Target]:
             f"{shown(path)} is a target, and so is a parameter of it",
             expected="one of them",
             where=WHERE,
-            hint="leave the module out of targets, or targets=[]",
+            hint="exclude the module from targets, or give targets=[]",
         )
         for path in dict.fromkeys(path for path, _ in leaves)
         if path in paths
@@ -298,7 +298,7 @@ def _leaves(
             f"parameters of {shown(path)} and of {shown(other)} inside it",
             expected="modules beside each other: PEFT's layout has no such nest",
             where=WHERE,
-            hint="leave those of one of them out",
+            hint="remove those of one of them",
         )
         for path in homes
         for other in homes
@@ -321,8 +321,9 @@ def _tied(
     embedding = input_embedding(model, modules)
     heads = [] if embedding is None else tied_modules(modules, embedding)
     if embedding is None or not heads:
-        hint = "leave tie out"
-        errors.append(Refused("tie = True", expected="tied weights", where=WHERE, hint=hint))
+        hint = "remove tie"
+        problem = "tie = True, but the model has no tied weights"
+        errors.append(Refused(problem, expected="tied weights", where=WHERE, hint=hint))
         return {}
     if not {embedding, *heads} & set(paths):
         return {}
@@ -420,7 +421,7 @@ def resolve_tokens(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int,
                 refuse(f"{shown(path)} is a {type(module).__name__}", "an embedding or a head")
                 continue
             if any(is_within(path, entry) for entry in saved):
-                refuse(f"{shown(path)} is trained in full", "one of both", "leave one out")
+                refuse(f"{shown(path)} is trained in full", "one of both", "remove one of them")
             if path in rows:
                 refuse(f"{shown(path)} has two lists", "one list", "give each its whole name")
             if problem := unread(model, modules, path):

@@ -137,7 +137,7 @@ def own_rows(
             f"embedding that it is tied to",
             expected="the same rows",
             where="LoraConfig: trainable_tokens",
-            hint="leave the head out, or tie",
+            hint="remove the head's rows, or remove tie",
         )
     if different:
         return dict(rows)

@@ -115,7 +115,7 @@ def _refuse_options(
     options = {"--base": base, "--plot": plot, "--download": download or None}
     names = " and ".join(name for name, value in options.items() if value is not None)
     if names:
-        hint = f"leave {names} out" + (", or give --download" if "download" in problem else "")
+        hint = f"remove {names}" + (", or give --download" if "download" in problem else "")
         raise Refused(
             problem,
             expected=f"an adapter whose factors are read, for {names}",

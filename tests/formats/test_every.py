@@ -38,13 +38,13 @@ ROUNDING = {"F64": 2.0**-50, "F32": 2.0**-22, "F16": 2.0**-9, "BF16": 2.0**-6}
 DECODED = ("gguf/llama/q8_0.gguf",)  # in blocks, which are written as the floats that they are
 # Why a format may refuse what another one holds. Every refusal of a pair must be one of these.
 JUDGED = (
-    r"\d+ modules have .*\n.*what .* holds",  # a kind or a role without keys
-    r"modules are of other kinds",
+    r"in \d+ modules: .*\n.*what .* holds",  # a kind or a role without keys
+    r"modules of other kinds",
     r"magnitudes, but none for",
     r"\w+ is not the same in ",  # parts of a fused module
     r"whose rows come \d+ at a time",
     r"LoKr of \d+ modules whose matrices no one factor makes",
-    r"\bcomponents? ",
+    r"\bcomponents? |modules of no component",
     r"modules have no name there",
     r"these names match none of the models",
     r": modules of (\w+, )+\w+\n",  # names of several architectures, which the format writes apart

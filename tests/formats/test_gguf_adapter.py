@@ -109,7 +109,7 @@ def at(data: bytes, text: bytes, skip: int, form: str, value: int) -> bytes:
 ATTACKS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a model": (lambda d: d.replace(b"\0adapter", b"\0modelXX"), "'modelXX'"),
     "another kind": (lambda d: d.replace(b"\0lora", b"\0loha"), "'loha'"),
-    "no kind": (lambda d: d.replace(b"adapter.type", b"adapter.typo"), "adapter.type None"),
+    "no kind": (lambda d: d.replace(b"adapter.type", b"adapter.typo"), "adapter.type is None"),
     "a type of blocks": (lambda d: at(d, b"blk.0.ffn_up.weight.lora_a", 20, "I", 2), "q8_0"),
     "too long": (lambda d: d + b"x", "other bytes"),
     "cut off": (lambda d: d[:-1], "in a file of"),

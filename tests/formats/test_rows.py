@@ -65,7 +65,7 @@ def test_heads_that_are_unknown_are_refused(name):
     ("rotary_q", 20), ("rotary_k", 6), ("groups", 12), ("swap_halves", 5), ("interleave", 5),
 ])  # fmt: skip
 def test_rows_that_do_not_divide_are_refused(name, size):
-    with pytest.raises(Refused, match=f"m: {size} rows"):
+    with pytest.raises(Refused, match=f"m: the tensor has {size} rows"):
         order(name, size, Heads(4, 2), "m")
 
 

@@ -223,7 +223,10 @@ REFUSALS = [
         LoraConfig(targets=["q"], rank_pattern={"k": 2, "q": 3}, alpha_pattern={"layer": 2}),
         ["rank_pattern: 'k' matches none", "alpha_pattern: 'layer' matches none"],
     ),
-    (LoraConfig(targets=["norm"]), ["layers.0.norm is a LayerNorm", "layers.1.norm", "leave it"]),
+    (
+        LoraConfig(targets=["norm"]),
+        ["layers.0.norm is a LayerNorm", "layers.1.norm", "exclude it from targets"],
+    ),
     (LoraConfig(targets=["layers"]), ["layers is a ModuleList", "target the layers inside it"]),
     (LoraConfig(targets=["experts"]), ["is a Experts", "parameters=['experts.up']"]),
     (LoraConfig(targets=["out_proj"]), ["read by MultiheadAttention", "target the attention"]),

@@ -53,9 +53,9 @@ def part_class(kind: str, config: LoraConfig) -> type[FactorsPart]:
         return KINDS[kind]
     if not issubclass(KINDS[kind], LinearPart):
         raise Refused(
-            f"an activated LoRA on {kind} layers",
+            f"an activated LoRA cannot act on {kind} layers",
             expected="linear layers",
             where="targets",
-            hint="leave them out of the targets",
+            hint="exclude them from targets",
         )
     return InvokedConv1DPart if kind == "conv1d" else InvokedPart

@@ -24,7 +24,7 @@ class InvokedPart(LinearPart):
                     f"an input of {x.shape[0]} vectors for {rows} rows of {length} tokens",
                     expected="one vector for each token, in order",
                     where="aLoRA",
-                    hint="leave this layer out of the targets",
+                    hint="exclude this layer from targets",
                 )
             shaped = self.forward(
                 y.view(rows, tokens, y.shape[-1]), weight, x.view(rows, tokens, x.shape[-1])

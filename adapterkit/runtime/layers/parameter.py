@@ -82,7 +82,8 @@ class ParameterPart(FactorsPart):
                 f"{name} does not read {shown(self.leaf)} in its forward",
                 expected="parameters that their own module multiplies with",
                 where="parameters",
-                hint="leave it out: the module that reads it gets it without the adapter",
+                hint="remove it from parameters: the module that reads it gets it without the "
+                "adapter",
             )
 
     def dense(self, a: Tensor, b: Tensor) -> Tensor:
