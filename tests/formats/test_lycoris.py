@@ -214,7 +214,7 @@ def test_differences_become_factors_and_the_rest_is_left_out_if_asked(tmp_path):
         for key, v in load_file(source).items()
         if key.endswith(("w_norm", "b_norm"))
     ]
-    (note,) = (note for note in receipt["notes"] if note.startswith("left out"))
+    (note,) = (note for note in receipt["notes"] if note.startswith("dropped"))
     largest = re.search(r"differences of 2 vectors .* of norm ([\d.]+) at most", note)
     assert largest and float(largest[1]) == pytest.approx(max(norms), rel=1e-5)
     model, by_tool = tiny_unet(), by_lycoris("full")
