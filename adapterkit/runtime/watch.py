@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from adapterkit.errors import Refused, listed, shown
 from adapterkit.runtime.site import Part, Site
 
+GIVEN = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs")  # in a module's place
 STEPS = 8  # of optimizers, after which gradients are not waited for any longer
 
 
@@ -33,6 +34,7 @@ class Watch:
     ):
         self.name, self.parts, self.strict, self.steps = name, list(parts), strict, STEPS
         self.acts = True  # whether the adapter does now
+        self.looks = False  # whether it did when the call began, in which all modules had a part
         self.around: set[int] = set()  # modules around their hosts
         self._parents = {
             site: parent
@@ -41,7 +43,7 @@ class Watch:
         }
         self._inner: list[RemovableHandle] = []
         self._hooks = [
-            model.register_forward_pre_hook(self._before),
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after),
         ]
 
@@ -53,11 +55,12 @@ class Watch:
         self._hooks = []
         _waiting.discard(self)
 
-    def _before(self, model: nn.Module, args: Any) -> None:
+    def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
         self._end_call()  # of one that failed
-        if not self.acts:
+        self.looks = self.acts and all(kwargs.get(name) is None for name in GIVEN)
+        if not self.looks:
             return
         for site, _ in self.parts:
             site.watched = True
@@ -69,7 +72,7 @@ class Watch:
         self.around.add(id(module))
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not self.acts:
+        if torch.compiler.is_compiling() or not self.looks:
             return
         self.around.add(id(model))
         self.release()
@@ -121,7 +124,7 @@ class Watch:
             f"{problem}: {listed(paths)}",
             expected="values that act",
             where=f"adapter {shown(self.name)}",
-            hint="leave these modules out: what is trained there does nothing",
+            hint="remove these modules from the config, unless other calls use them",
         )
         if self.strict:
             raise error

@@ -264,7 +264,8 @@ def test_folders_of_such_names(name, tmp_path, capsys):
         "--exclude",
         "up_proj",
     ]
-    for more in ([], ["--json", "--dry-run"], ["--dry-run"], ["--json", "--overwrite"]):
+    again = ["--json", "--overwrite"]
+    for more in ([], [*again, "--dry-run"], ["--overwrite", "--dry-run"], again):
         # as on a terminal: nothing is stripped
         main([*command, *more], standalone_mode=False, color=True)
         out, err = capsys.readouterr()

@@ -22,14 +22,10 @@ def base_files():
     """A three-shard checkpoint in Llama's names, one layer per shard; over 64 KiB each, so headers
     are read by range."""
     generator = np.random.default_rng(0)
-    files, weight_map = (
-        {
-            "config.json": json.dumps(
-                {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-            ).encode()
-        },
-        {},
-    )
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8}
+    config |= {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": LAYERS}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    files, weight_map = {"config.json": json.dumps(config).encode()}, {}
     for i, name in enumerate(SHARDS):
         keys = [f"model.layers.{i}.self_attn.{leaf}_proj.weight" for leaf in "qv"]
         files[name] = save(

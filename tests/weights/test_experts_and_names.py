@@ -85,7 +85,9 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_linear_layers_of_many_models(kind, tmp_path):
-    check_against_peft(tiny.model(kind), tmp_path, target_modules="all-linear")
+    # a router that multiplies by its classifier's weight itself: PEFT's factors do nothing there
+    more = {"exclude_modules": ["classifier"]} if kind == "longcat_flash" else {}
+    check_against_peft(tiny.model(kind), tmp_path, target_modules="all-linear", **more)
 
 
 MOES = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4_text"]
