@@ -173,7 +173,7 @@ def test_statistics_of_another_model(method, kind, start, tmp_path):
         for key in [key for key in tensors if key.endswith(kind)]:
             del tensors[key]
 
-    for change, message in ((halve, f"{kind}: "), (remove, f"no .*{kind}")):
+    for change, message in ((halve, f"{kind} is "), (remove, f"no .*{kind}")):
         stats = edited(start, tmp_path, change)
         with pytest.raises(MultipleErrors, match=message) as refusal:
             init(start, tmp_path / "out", method=method, rank=4, stats=stats)

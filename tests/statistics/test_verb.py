@@ -432,7 +432,8 @@ def test_what_is_done_takes_no_space_again(base, pairs, tmp_path, monkeypatch) -
     out, job = tmp_path / "s.safetensors", {"data": pairs, "batch": 2, "seed": 1}
     with pytest.raises(Interrupted):
         adapterkit.stats(base(), out=out, progress=stop_after(2), **job)
-    needed = adapterkit.stats(base(), out=out, dry_run=True, **job).totals()["disk_needed"]
+    again = {**job, "dry_run": True, "resume": True}
+    needed = adapterkit.stats(base(), out=out, **again).totals()["disk_needed"]
     monkeypatch.setattr(output, "free_bytes", lambda path: needed - 1)
     adapterkit.stats(base(), out=out, resume=True, **job)
     with pytest.raises(Refused, match="bytes free"):
