@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -132,7 +132,7 @@ MISUSE: list[tuple[str, Action, Action, str]] = [
     ("activate numbers", nothing, lambda h, p: h.activate([3]), "adapters [3]"),
     ("attach nothing", nothing, lambda h, p: h.attach(None, name="x"), "NoneType"),
     ("attach another type", nothing,
-     lambda h, p: h.attach(peft.LoHaConfig(target_modules=["q_proj"]), name="x"), "LOHA"),
+     lambda h, p: h.attach(import_module("peft").LoHaConfig(target_modules=["q_proj"]), name="x"), "LOHA"),
     ("attach settings of PEFT alone", nothing,
      lambda h, p: h.attach({"target_modules": ["q_proj"], "use_qalora": True}, name="x"), "QALoRA"),
     ("attach loftq_config", nothing,
