@@ -48,7 +48,7 @@ def test_biases_follow_the_weights(tmp_path):
         "base_model.model.fit.lora_B.bias"
     ]
     assert torch.allclose(actual, 6 / 4 * biases[0] - 0.5 * 7 / 4 * biases[1], rtol=1e-6)
-    with pytest.raises(Refused, match="biases"):
+    with pytest.raises(Refused, match="lora_bias"):
         combined(sources, tmp_path / "ties", (1.0, 1.0), method="ties", density=0.5)
 
 
