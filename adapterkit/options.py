@@ -141,9 +141,8 @@ def own_hint(hint: str, verb: Callable) -> str:
     known |= {"adapter"} if "adapters" in known else set()
     arguments = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
     name = lambda m: m[1].upper() if m[1] in arguments else m[0]
-    # of the command that makes a plan are the options beside such words
     fits = lambda text: (
-        "the plan again" in text
+        "the plan again" in text  # by the command that makes it
         or all(m[1] in known | _OF_COMMANDS for m in _OPTION.finditer(text) if m[1])
     )
     hint = _OPTION.sub(name, hint)
