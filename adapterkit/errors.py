@@ -15,6 +15,8 @@ _VARIABLE = re.compile(r"\([\d, ]*\)|[^\s:;,'\"()]*[\d._][^\s:;,'\"()]*[^\s:;,'\
 class AdapterkitError(Exception):
     """A job that cannot be done, or failed, with a message that tells the user how to fix it."""
 
+    is_of_verb = False  # whether the hint names options of the verb that raised it
+
     def __init__(self, problem: str, *, expected: str = "", where: str = "", hint: str = ""):
         self.problem, self.expected, self.where, self.hint = problem, expected, where, hint
         super().__init__(str(self))

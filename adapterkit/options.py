@@ -124,12 +124,14 @@ _OF_COMMANDS = {"help", "json", "plan", "quiet"}  # options of commands that are
 
 @contextlib.contextmanager
 def own_hints(verb: Callable) -> Iterator[None]:
-    """Errors of a verb hint at options that it has: planning is shared by verbs that differ."""
+    """Errors of a verb hint at options that it has: planning is shared by verbs that differ. Of one
+    verb within another, such as a step of `run`, the inner one's options are meant."""
     try:
         yield
     except AdapterkitError as error:
         for one in getattr(error, "errors", (error,)):
-            one.hint = own_hint(one.hint, verb)
+            if not one.is_of_verb:
+                one.hint, one.is_of_verb = own_hint(one.hint, verb), True
         raise
 
 
@@ -141,10 +143,7 @@ def own_hint(hint: str, verb: Callable) -> str:
     known |= {"adapter"} if "adapters" in known else set()
     arguments = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
     name = lambda m: m[1].upper() if m[1] in arguments else m[0]
-    fits = lambda text: (
-        "the plan again" in text  # by the command that makes it
-        or all(m[1] in known | _OF_COMMANDS for m in _OPTION.finditer(text) if m[1])
-    )
+    fits = lambda text: all(m[1] in known | _OF_COMMANDS for m in _OPTION.finditer(text) if m[1])
     hint = _OPTION.sub(name, hint)
     parts = [hint] if fits(hint) else re.split(r", or |, then |; (?=give |--)", hint)
     kept = ", or ".join(part for part in parts if fits(part))

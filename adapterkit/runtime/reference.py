@@ -65,8 +65,7 @@ def values_of(parts: list[Part]) -> Values:
 
 
 def _tensor(part: Part, name: str) -> Tensor:
-    module, leaf = owner(part, name)
-    return module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]  # type: ignore[return-value]
+    return getattr(*owner(part, name))
 
 
 def _exchange(tensor: Tensor, value: Tensor) -> Tensor:

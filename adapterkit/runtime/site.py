@@ -235,6 +235,7 @@ class Site(Unsaved):
         return self._host[0]
 
     def children(self) -> Iterator[nn.Module]:
+        # torch types the values as optional; a site has no empty one
         yield from self._modules.values()  # type: ignore[misc]
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:

@@ -283,5 +283,5 @@ def named(names: object) -> dict[str, Any]:
             expected="a name, a list of names, a map of names to weights, or None",
             where="weights",
         )
-    # an object of the caller's
+    # what a map of the caller holds, `weights` checks; its type says nothing
     return dict(names) if isinstance(names, Mapping) else dict.fromkeys(items, 1.0)  # type: ignore[arg-type]

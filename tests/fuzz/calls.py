@@ -473,7 +473,7 @@ def run(seed: int, folder: Path, steps: int = 25) -> collections.Counter[str]:
     for _ in range(steps):
         try:
             sequence.step()
-        except Exception as error:
+        except Exception as error:  # whatever it is, the calls before belong to it
             state = sequence.state
             table = {
                 name: {key: one.settings[key] for key in TOLD if one.settings[key]}

@@ -30,6 +30,7 @@ class TiedHeadPart(LinearPart):
             self.register_buffer(name, None)
         self._folded = Memo()
 
+    # an attribute of the other parts; the embedding's, which `take` and `pad` change there
     @property
     def padded(self) -> tuple[int, float] | None:  # type: ignore[override]
         return self._source[0].padded
