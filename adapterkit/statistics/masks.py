@@ -1,8 +1,9 @@
 """Which tokens of a model's inputs count: neither padding nor labels that are ignored."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,6 +61,19 @@ def _token_shape(inputs: Mapping[str, Any], prefix: str) -> torch.Size | None:
     return embeds.shape[:2] if isinstance(embeds, Tensor) else None
 
 
+class Leader:
+    """The first of several calls of a model with inputs of the same shapes, of which all tokens
+    count: what it pads and leaves out by itself, the others do as well."""
+
+    def __init__(self, tokens: Tokens):
+        self.tokens, self.leaves_out, self.is_done = tokens, False, False
+
+    @property
+    def may_leave_out(self) -> bool:
+        """Whether some vectors may not count, as far as is known yet."""
+        return self.leaves_out or (self.tokens.has_padded and not self.is_done)
+
+
 class Masks:
     """Which vectors count of the inputs of a model's layers, while the model runs.
 
@@ -67,20 +81,31 @@ class Masks:
     are followed through its operations (`Tokens`): a vector counts unless it is of a token that is
     left out, wherever it stands; so do those of no token, of an image, say. Layers that are called
     outside of the model's own forward count all.
+
+    Where no token is left out, a call is followed only if it is the first of its shapes, or the
+    model pads by itself, as some do to blocks.
+
+    `leaders`: by the shapes of their tokens, of all calls of the model, which may take turns.
     """
 
-    def __init__(self, model: nn.Module, rule: Rule | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: Rule | None = None,
+        leaders: dict[Hashable, Leader] | None = None,
+    ):
         self.model, self.rule = model, rule or token_masks
         self.is_own = rule is not None
-        # shapes of tokens, all of which count, and of which the model itself pads none
-        self.whole: set[torch.Size] = set()
+        self.leaders = {} if leaders is None else leaders
         self._forget()
 
     def _forget(self) -> None:
         self.tokens = Tokens()
         self.masks: list[Tensor] = []  # those that leave something out
         self.decoder_mask = self.unplaced = None
-        self.leaves_none_out = True
+        self.key: Hashable = None  # among the leaders, of a call of which all tokens count
+        self.leader: Leader | None = None
+        self.waiting: Callable[[], None] | None = None  # what marks the tokens, if it turns out so
         self.is_same = False  # the decoder's mask is the encoder's: its tokens are made of those
         self.latest: tuple[Any, Tensor | None] = (None, None)
         self.scope: AbstractContextManager[object] = nullcontext()
@@ -107,28 +132,61 @@ class Masks:
         self.scope = following(self)
         self.scope.__enter__()
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, module: nn.Module, args: tuple, output: object) -> None:
         self.scope.__exit__(None, None, None)
-        if self.masks and self.leaves_none_out and all(mask.all() for mask in self.masks):
-            self.whole.add(self.masks[0].shape)
+        if output is None and self.leads:  # it has failed on its way
+            self.leaders.pop(self.key, None)
+        self.finish()
         self._forget()
+
+    @property
+    def leads(self) -> bool:
+        return self.leader is not None and self.leader.tokens is self.tokens
+
+    def finish(self) -> None:
+        """The call has come to its end."""
+        if self.leader is not None and self.leads:
+            self.leader.is_done = True
+
+    def begin(self) -> None:
+        """The call begins: it is followed from here on or not at all."""
+        mark, self.waiting = self.waiting, None
+        if mark is not None and self.leader is not None and self.leader.may_leave_out:
+            self.leader = None
+            mark()
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """The model is called."""
         self._forget()
         inputs = _arguments(module, args, kwargs)
-        has_decoder = decoder_of(module) is not None
-        if has_decoder and not any(inputs.get(key) is not None for key in DECODER_INPUTS):
+        is_given = any(inputs.get(key) is not None for key in DECODER_INPUTS)
+        if decoder_of(module) is not None and not is_given:
             inputs["decoder_input_ids"] = inputs.get("labels")  # as long as what is made of them
         masks = self.rule(inputs)
         first, second = map(_partial, masks if isinstance(masks, tuple) else (masks, None))
         shape = _token_shape(inputs, "")
-        if first is None and not self.is_own and shape is not None and shape not in self.whole:
+        if first is None and not self.is_own and shape is not None:
             first = torch.ones(shape, dtype=torch.bool)  # some models pad to blocks
+            if second is not None:
+                return self._place(module, inputs, first, second)
+            given = frozenset(name for name, value in inputs.items() if value is not None)
+            self.key = shape, _token_shape(inputs, "decoder_"), given
+            mark = partial(self._place, module, inputs, first, None)
+            if self.key in self.leaders:
+                self.leader, self.waiting = self.leaders[self.key], mark
+                return
+            self.leader = self.leaders[self.key] = Leader(self.tokens)
+            return mark()
+        self._place(module, inputs, first, second)
+
+    def _place(
+        self, module: nn.Module, inputs: dict[str, Any], first: Tensor | None, second: Tensor | None
+    ) -> None:
+        """Mark the tokens that are there, those of a decoder when it is called."""
         self.masks = [mask for mask in (first, second) if mask is not None]
         if first is not None:
             self.unplaced = None if self._mark(_sources(module, inputs), first) else first
-        if has_decoder:
+        if decoder_of(module) is not None:
             is_given = any(inputs.get(key) is not None for key in DECODER_INPUTS)
             self.decoder_mask, self.is_same = (second, False) if is_given else (first, True)
         elif second is not None:
@@ -164,6 +222,8 @@ class Masks:
         """The mask of a layer's input x (..., in), one object for layers that share it; None where
         all of it counts; `Failed` where it is not known."""
         if not self.masks:
+            if self.leader is not None and self.leader.leaves_out:
+                raise self._unknown(path, x)
             return None
         key = (self.tokens.found(x), x.shape, x.stride(), x.storage_offset())
         if key[0] is None or key != self.latest[0]:
@@ -172,10 +232,14 @@ class Masks:
                 self.latest = key, self._of(path, x)
             finally:
                 self.tokens.is_paused = False
-            self.leaves_none_out = self.leaves_none_out and self.latest[1] is None
+            if self.leader is not None and self.latest[1] is not None:
+                self.leader.leaves_out = True
         return self.latest[1]
 
     def _of(self, path: str, x: Tensor) -> Tensor | None:
+        tags = self.tokens.found(x)
+        if tags is not None and tags.is_whole:
+            return None
         bits = self.tokens.of_vectors(x)
         if bits is None:
             if self.unplaced is None:
@@ -206,7 +270,7 @@ class Masks:
         return _partial(found[0])
 
     def _unknown(self, path: str, x: Tensor) -> Failed:
-        shapes = " and ".join(str(tuple(mask.shape)) for mask in self.masks)
+        shapes = " and ".join(str(tuple(mask.shape)) for mask in self.masks) or "an earlier batch"
         return Failed(
             f"{shown(path)} saw an input of {tuple(x.shape)}, and which of its vectors are of the "
             f"tokens that count, by a mask of {shapes}, is not known",
@@ -242,6 +306,8 @@ def _partial(mask: Tensor | None) -> Tensor | None:
 
 def following(masks: Masks | None) -> AbstractContextManager[object]:
     """Tokens are followed meanwhile, where some are left out."""
+    if masks is not None:
+        masks.begin()
     return nullcontext() if masks is None or not masks.masks else masks.tokens
 
 

@@ -15,7 +15,7 @@ BOTH = COUNTED | LEFT_OUT
 ATTRIBUTE = "_adapterkit_tokens"  # of a storage: (who follows, `_Tags`)
 
 # operations that move elements of the first operand, of all of a list of them
-MOVES = {"index", "index_select", "gather", "take", "repeat", "roll", "flip", "constant_pad_nd",
+MOVES = {"index", "index_select", "gather", "take", "repeat", "roll", "flip",
          "repeat_interleave", "cat", "stack"}  # fmt: skip
 # those that write a source into the first operand -> the place of the source, and how it is written
 WRITES = {"index_put": 2, "scatter": 3, "scatter_add": 3, "scatter_reduce": 3, "index_copy": 3,
@@ -40,11 +40,23 @@ VALUELESS = {
 }
 
 
-class _Tags:
-    """What the elements of a storage are of, one value for each `run` of them."""
+_WHOLE: dict[torch.device, Tensor] = {}  # the values of what is whole
 
-    def __init__(self, values: Tensor, run: int, itemsize: int):
-        self.values, self.run, self.itemsize = values, run, itemsize
+
+class _Tags:
+    """What the elements of a storage are of, one value for each `run` of them; `is_whole`: all of
+    tokens that count, so that most results are known without a look at the values."""
+
+    def __init__(self, values: Tensor, run: int, itemsize: int, is_whole: bool = False):
+        self.values, self.run, self.itemsize, self.is_whole = values, run, itemsize, is_whole
+
+    @classmethod
+    def whole(cls, x: Tensor) -> "_Tags":
+        """Of all elements of a tensor's storage."""
+        if x.device not in _WHOLE:
+            _WHOLE[x.device] = torch.full((1,), COUNTED, dtype=torch.uint8, device=x.device)
+        size = x.element_size()
+        return cls(_WHOLE[x.device], x.untyped_storage().nbytes() // size, size, True)
 
     def of(self, x: Tensor) -> Tensor:
         """The bits of a tensor's elements, uint8, of its shape."""
@@ -63,10 +75,10 @@ class _Tags:
         return self.values.as_strided(x.shape, strides, start // self.run)
 
     def spread(self) -> None:
-        """Have a value for each element."""
-        if self.run > 1:
+        """Have a value for each element, to be changed."""
+        if self.run > 1 or self.is_whole:
             self.values = self.values.repeat_interleave(self.run)
-            self.run = 1
+            self.run, self.is_whole = 1, False
 
 
 class Tokens(TorchDispatchMode):
@@ -83,6 +95,7 @@ class Tokens(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.is_paused = False
+        self.has_padded = False  # the model, something that is of tokens
 
     def mark(self, x: Tensor, mask: Tensor) -> None:
         """The vectors of x (..., *) are of the tokens of a mask (...) of flags."""
@@ -110,11 +123,33 @@ class Tokens(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if not self.is_paused:
-            operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            if any(ATTRIBUTE in vars(x.untyped_storage()) for x in operands if _has_storage(x)):
+            operands = _tensors((*args, *kwargs.values()))
+            tags = [found for x in operands if _has_storage(x) and (found := self.found(x))]
+            if tags and not self._stay_whole(func, args, operands, tags, result):
                 with torch.inference_mode(False), torch.no_grad():
                     self._follow(func, args, kwargs, operands, result)
         return result
+
+    def _stay_whole(
+        self, func: Any, args: tuple, operands: list[Tensor], tags: list[_Tags], result: Any
+    ) -> bool:
+        """Whether the results are, as their operands are, of tokens that all count; noted."""
+        if not all(one.is_whole for one in tags):
+            return False
+        sources = _deciding(func, args)
+        if sources is None or any(self.found(x) is None for x in sources):
+            return False
+        for out in _tensors((result,)):
+            if not _has_storage(out) or out.dtype == torch.bool or out.numel() < 2:
+                continue
+            storage = out.untyped_storage()
+            if self.found(out) is not None:  # a view, or changed in place
+                continue
+            old = (x.untyped_storage()._cdata for x in operands if _has_storage(x))
+            if storage._cdata in old:
+                return False
+            setattr(storage, ATTRIBUTE, (self, _Tags.whole(out)))
+        return True
 
     def _follow(
         self, func: Any, args: tuple, kwargs: dict[str, Any], operands: list[Tensor], result: Any
@@ -126,6 +161,7 @@ class Tokens(TorchDispatchMode):
         schema = getattr(func, "_schema", None)
         is_write = schema is not None and schema.is_mutable
         rule = _rule(func)
+        self.has_padded = self.has_padded or rule is _padded
         for number, out in enumerate(tree_leaves(result)):
             if not isinstance(out, Tensor) or not _has_storage(out) or out.dtype == torch.bool:
                 continue
@@ -148,7 +184,8 @@ class Tokens(TorchDispatchMode):
             run *= moved.shape[-1]
             moved = moved[..., 0]
         values = moved.clone(memory_format=torch.contiguous_format).view(-1)  # of its own
-        setattr(storage, ATTRIBUTE, (self, _Tags(values, run, x.element_size())))
+        is_whole = len(values) == 1 and bool(values == COUNTED)
+        setattr(storage, ATTRIBUTE, (self, _Tags(values, run, x.element_size(), is_whole)))
 
     def _write(self, x: Tensor, bits: Tensor) -> None:
         """Of a tensor that shares its storage; what is of no token changes nothing."""
@@ -207,6 +244,20 @@ def _rule(func: Any) -> Rule:
     return _RULES[func]
 
 
+def _deciding(func: Any, args: tuple) -> list[Tensor] | None:
+    """The operands that have to be of tokens for the results to be, beside one of all; None where
+    only the rule can tell."""
+    rule = _rule(func)
+    if rule in (_joined, _placed, _reduced):
+        return []
+    if rule is _moved:
+        return _tensors(args[:1])
+    if rule is _embedded:
+        return [args[1]]
+    place = PRODUCTS.get(func.overloadpacket.__name__) if rule is not _padded else None
+    return None if place is None else [args[place]]
+
+
 def _find_rule(func: Any) -> Rule:
     if not isinstance(func, torch._ops.OpOverload):
         return _placed
@@ -216,6 +267,8 @@ def _find_rule(func: Any) -> Rule:
         return lambda call, out: None
     if name in WRITES:
         return lambda call, out: _written(call, out, name)
+    if name == "constant_pad_nd":
+        return _padded
     if name in MOVES:
         return _moved
     if name in PRODUCTS:
@@ -251,13 +304,18 @@ def _moved(call: _Call, out: Tensor) -> Tensor | None:
     if all(call.bits(x) is None for x in sources):
         return None
     moved = tree_map(lambda x: _or_none(call, x), source)
-    if call.func.overloadpacket.__name__ == "constant_pad_nd":
-        # what is added to token ids is no token; vectors that are added to fill a block are not
-        # known, unlike features, or the past of a first token where as many are cut off
-        is_state = out.is_floating_point() or out.is_complex()
-        value = LEFT_OUT if not is_state else BOTH if out.shape[:-1] != moved.shape[:-1] else 0
-        return call.func(moved, call.args[1], value)
     return call.func(moved, *call.args[1:], **call.kwargs)
+
+
+def _padded(call: _Call, out: Tensor) -> Tensor | None:
+    """What is added to token ids is no token; vectors that are added to fill a block are not known,
+    unlike features, or the past of a first token where as many are cut off."""
+    bits = call.bits(call.args[0])
+    if bits is None:
+        return None
+    is_state = out.is_floating_point() or out.is_complex()
+    value = LEFT_OUT if not is_state else BOTH if out.shape[:-1] != bits.shape[:-1] else 0
+    return call.func(bits, call.args[1], value)
 
 
 def _or_none(call: _Call, x: Tensor) -> Tensor:
@@ -401,6 +459,17 @@ def _is_constant(bits: Tensor) -> bool:
 
 def _axes(x: Tensor) -> Iterable[tuple[int, int]]:
     return zip(x.shape, x.stride(), strict=True)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """All tensors among values."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple, dict)):
+            found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return found
 
 
 def _has_storage(x: Tensor) -> bool:

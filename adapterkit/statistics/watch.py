@@ -1,11 +1,11 @@
 """Hooks on the layers whose inputs are summed, while batches take turns in the model."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from adapterkit.statistics.masks import Masks, decoder_of
+from adapterkit.statistics.masks import Leader, Masks, decoder_of
 from adapterkit.statistics.passages import Passage
 from adapterkit.statistics.sums import Sums
 
@@ -22,11 +22,12 @@ class Watch:
         self.sums: Sums | None = None  # nothing is added without
         self.masks: Masks | None = None
         self.stops: set[nn.Module] = set()
+        self._leaders: dict[Hashable, Leader] = {}
         self._hooks: list[Any] = []
 
     def masks_of(self, batch: Mapping[str, Tensor]) -> Masks:
         """The masks of a batch."""
-        masks = Masks(self.model)
+        masks = Masks(self.model, leaders=self._leaders)
         masks.enter(self.model, (), dict(batch))
         return masks
 

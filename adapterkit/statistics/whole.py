@@ -32,6 +32,8 @@ def run_whole(job: Job, ledger: Ledger, progress: Callable[[int, int], None]) ->
                 watch.masks = job.masks(watch, on_device)
                 with following(watch.masks):
                     output = model(**job.arguments(on_device))
+                if watch.masks is not None:
+                    watch.masks.finish()
                 if job.gradients:
                     job.loss(output).backward()
                 del output

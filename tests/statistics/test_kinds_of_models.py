@@ -13,8 +13,10 @@ from adapterkit.errors import Refused
 from adapterkit.statistics import units
 from adapterkit.statistics.collect import collect_statistics
 from adapterkit.statistics.stored_model import StoredModel
+from adapterkit.statistics.tokens import Tokens
 from tests.statistics.test_layerwise import MODELS, pairs, texts
-from tests.support.live import llama
+from tests.support import tiny
+from tests.support.live import llama, tokens
 from tests.support.stored import checkpoint, collected
 
 WHAT = ("covariance", "gradient")
@@ -123,6 +125,43 @@ def test_masks_of_an_encoder_and_a_decoder(tmp_path, large):
         expected = covariance([seen[name][0][mask]])
         actual = stats[f"{name}.covariance"].double()
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_batches_without_padding_are_followed_once(tmp_path, large, monkeypatch, whole):
+    """Of those of the same shapes."""
+    followed = set()
+    mark = Tokens.mark
+    monkeypatch.setattr(
+        Tokens, "mark", lambda self, x, mask: (followed.add(self), mark(self, x, mask))
+    )
+    base = checkpoint(llama(), tmp_path / "base")
+    data = [{"input_ids": tokens(2, 6, seed=seed)} for seed in range(4)]
+    stats = collected(base, data, tmp_path, whole=whole)
+    assert len(followed) == 1
+    name = "model.layers.1.mlp.down_proj"
+    expected = covariance(inputs_of(llama(), data, [name])[name])
+    torch.testing.assert_close(stats[f"{name}.covariance"].double(), expected, rtol=1e-5, atol=1e-6)
+    followed.clear()
+    padded = {**data[0], "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}
+    other = {"input_ids": tokens(2, 5)}
+    collected(base, [*data, padded, other], tmp_path / "others", whole=whole)
+    assert len(followed) == 3
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_model_pads_by_itself_counts_in_no_batch(tmp_path, large, whole):
+    """Longformer pads to its window, and has the tokens first in its attention."""
+    model = tiny.model("longformer").eval()
+    base = checkpoint(model, tmp_path / "base")
+    data = [{"input_ids": tokens(3, 7, seed=seed)} for seed in range(3)]
+    names = [f"encoder.layer.1.{name}" for name in ("attention.self.query", "output.dense")]
+    first, then = inputs_of(model, data, names).values()
+    assert {x.shape[:2] for x in first} == {(8, 3)} and {x.shape[:2] for x in then} == {(3, 8)}
+    stats = collected(base, data, tmp_path, whole=whole)
+    for name, kept in zip(names, ([x[:7] for x in first], [x[:, :7] for x in then]), strict=True):
+        actual = stats[f"{name}.covariance"].double()
+        torch.testing.assert_close(actual, covariance(kept), rtol=1e-4, atol=1e-5)
 
 
 def test_cordas_own_covariance(tmp_path, large):
