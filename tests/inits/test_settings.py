@@ -14,13 +14,15 @@ def test_numbers_as_they_come_from_the_command_line():
 
 
 @pytest.mark.parametrize("method, settings, problem, expected", [
-    ("pissa", {"niter": 2.5}, "--niter 2.5", "a whole number"),
-    ("pissa", {"niter": float("inf")}, "--niter inf", "a whole number"),
-    ("lora_ga", {"stable_gamma": "many"}, "--stable_gamma 'many'", "a whole number"),
-    ("eva", {"whiten": "no", "rho": "x"}, "--whiten 'no', --rho 'x'", "true or false and a number"),
-    ("eva", {"rho": True}, "--rho True", "a number"),
-    ("eva", {"tau": 0.9}, "--tau given", "--rho, --whiten, --adjust_scaling_factors"),
-    ("corda", {"method": "kpm"}, "--method given", "--corda_method"),
+    ("pissa", {"niter": 2.5}, "--set niter is 2.5", "a whole number"),
+    ("pissa", {"niter": float("inf")}, "--set niter is inf", "a whole number"),
+    ("lora_ga", {"stable_gamma": "many"}, "--set stable_gamma is 'many'", "a whole number"),
+    ("eva", {"whiten": "no", "rho": "x"}, "--set whiten is 'no', --set rho is 'x'",
+     "true or false and a number"),
+    ("eva", {"rho": True}, "--set rho is True", "a number"),
+    ("eva", {"tau": 0.9}, "takes no --set tau",
+     "--set rho, --set whiten, --set adjust_scaling_factors"),
+    ("corda", {"method": "kpm"}, "takes no --set method", "--set corda_method"),
 ])  # fmt: skip
 def test_wrong(method, settings, problem, expected):
     with pytest.raises(Refused) as refusal:
