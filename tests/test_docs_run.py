@@ -241,8 +241,8 @@ def test_what_a_document_says_to_type_runs(document: Path, documents):
 def test_the_recipes_pass_their_own_checks(tmp_path: Path):
     """The files of CONTRIBUTING.md and its lines for the tests, in a copy of the repository."""
     ignored = shutil.ignore_patterns("__pycache__", "golden", ".*")
-    for name in ("adapterkit", "formats", "tests"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    for folder in (PACKAGE, ROOT / "formats", ROOT / "tests"):
+        shutil.copytree(folder, tmp_path / folder.name, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     added = []
     for block in blocks(ROOT / "docs" / "CONTRIBUTING.md", "python"):

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from adapterkit import convert
-from adapterkit.checkpoint import storage
 
 GOLDEN = Path(__file__).parent / "golden"
 SOURCE = GOLDEN / "peft" / "llama_patterns"
@@ -29,11 +28,6 @@ TRAINERS = {
     ),
     "trl": (TOKENIZER | {"added_tokens.json", "merges.txt", "vocab.json"}, ("training_args.bin",)),
 }
-
-
-@pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "DURABLE", False)
 
 
 def folder_of(trainer: str, place: Path) -> Path:

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adapterkit
-from adapterkit.checkpoint import storage
 from adapterkit.errors import Refused
 from adapterkit.verbs.formats import detect_format
 
@@ -27,11 +26,6 @@ FUSED = {  # modules of the original model -> those of diffusers'
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "DURABLE", False)
 
 
 @pytest.fixture(scope="module")

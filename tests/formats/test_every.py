@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.checkpoint import storage
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.adapter_dialects import SINGLE
 from adapterkit.formats.kinds import FACTORS
@@ -60,12 +59,6 @@ JUDGED = (
     r"stacks of experts",
     r"the base is of model_type",
 )
-
-
-@pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without waiting for the disk: what is written is read at once."""
-    monkeypatch.setattr(storage, "DURABLE", False)
 
 
 def convert(sample: Sample, to: str, out: Path, **more: Any) -> Path:

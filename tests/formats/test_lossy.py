@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.checkpoint import storage
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.deltas import ModuleDelta
 from adapterkit.formats.fitted import Fit
@@ -24,8 +23,7 @@ FLUX2 = GOLDEN / "ai-toolkit" / "flux2_lokr.safetensors"
 
 
 @pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(storage, "DURABLE", False)
+def quietly():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

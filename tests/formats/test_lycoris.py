@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adapterkit
-from adapterkit.checkpoint import storage
 from adapterkit.errors import AdapterkitError, Refused
 from tests.formats.golden.make_lycoris import (
     ALL,
@@ -37,8 +36,7 @@ OTHERS = ["dora_in", "oft", "boft"]
 
 
 @pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(storage, "DURABLE", False)
+def quietly():
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapterkit import convert
-from adapterkit.checkpoint import storage
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.record import Module
 from adapterkit.formats.same_delta import uniform, with_scale
@@ -28,11 +27,6 @@ GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SERVERS = ("vllm", "sglang")
 ROUNDING = 1e-7  # of products with b in float32
-
-
-@pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "DURABLE", False)
 
 
 def settings_of(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import random
 import re
 import warnings
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -69,12 +70,14 @@ JUDGED = (
 )
 
 
-def unjudged(outcome: "Outcome") -> list[tuple[str, str]]:
+def unjudged(
+    outcome: "Outcome", judged: Sequence[tuple[str, str]] = JUDGED
+) -> list[tuple[str, str]]:
     """Refusals that nobody has called right."""
     return [
         (verb, text)
         for verb, text in outcome.refusals
-        if not any(re.search(pattern, text, re.S) for _, pattern in JUDGED)
+        if not any(re.search(pattern, text, re.S) for _, pattern in judged)
     ]
 
 
@@ -156,7 +159,7 @@ def _adapters(
     return paths, weights
 
 
-def _tried(outcome: Outcome, verb: str, call) -> bool:
+def tried(outcome: Outcome, verb: str, call: Callable[[], object]) -> bool:
     """Whether a verb did its job; a refusal is noted, anything else is a bug."""
     try:
         with quiet():
@@ -206,7 +209,7 @@ def _merge(
 ) -> None:
     out = folder / "merged"
     sources = [f"{path}={weight}" for path, weight in zip(paths, weights, strict=True)]
-    if not _tried(
+    if not tried(
         outcome, "merge", lambda: adapterkit.merge(base.folder, sources, out=out, verify=True)
     ):
         return
@@ -240,7 +243,7 @@ def _combine(
 ) -> None:
     out = folder / "combined"
     sources = [f"{path}={weight}" for path, weight in zip(paths, weights, strict=True)]
-    if not _tried(
+    if not tried(
         outcome,
         "combine",
         lambda: adapterkit.combine(sources, base=base.folder, out=out, method="linear"),
@@ -257,7 +260,7 @@ def _combine(
 
 def _extract(base: models.Base, folder: Path, outcome: Outcome) -> None:
     out = folder / "extracted"
-    if not _tried(
+    if not tried(
         outcome,
         "extract",
         lambda: adapterkit.extract(base.folder, folder / "merged", rank=4096, out=out),
@@ -287,7 +290,7 @@ def _quantize(
     to, double = rng.choice(["nf4", "fp4", "int8"]), rng.random() < 0.5
     out, floats, merged = folder / "quantized", folder / "decoded", folder / "merged-floats"
     double = double and to != "int8"
-    if not _tried(
+    if not tried(
         outcome,
         "quantize",
         lambda: adapterkit.quantize(base.folder, out=out, to=to, double_quant=double),
@@ -307,13 +310,13 @@ def _quantize(
             )
             return
         outcome.jobs.append("quantize")
-    if not _tried(
+    if not tried(
         outcome, "dequantize", lambda: adapterkit.dequantize(out, out=floats, dtype="fp32")
     ):
         return
     sources = [f"{path}={weight}" for path, weight in zip(paths, weights, strict=True)]
     options = {"dequantize": True, "dtype": "fp32", "verify": True}
-    if not _tried(
+    if not tried(
         outcome, "merge --dequantize", lambda: adapterkit.merge(out, sources, out=merged, **options)
     ):
         return

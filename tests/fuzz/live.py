@@ -3,7 +3,6 @@ PEFT's forward, in float64."""
 
 import json
 import random
-import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -17,10 +16,9 @@ from torch import Tensor, nn
 from adapterkit.adapters.config import TASK_HEADS
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import Adapters, attach, load
 from tests.support.beside_peft import JUNK, parameters_of
-from tests.support.oracle import quiet, stored
+from tests.support.oracle import stored
 
 from . import adapters as drawn
 from . import effective, jobs, models
@@ -40,7 +38,7 @@ JUDGED = (
 )
 
 
-counts = jobs.counts
+counts, unjudged = jobs.counts, partial(jobs.unjudged, judged=JUDGED)
 
 
 class Wide(models.Base):
@@ -50,15 +48,6 @@ class Wide(models.Base):
         model = super().load(dtype)
         model.config._experts_implementation = "eager"  # grouped products know no float64
         return model
-
-
-def unjudged(outcome: Outcome) -> list[tuple[str, str]]:
-    """Refusals that nobody has called right."""
-    return [
-        (verb, text)
-        for verb, text in outcome.refusals
-        if not any(re.search(pattern, text, re.S) for _, pattern in JUDGED)
-    ]
 
 
 def run(kind: str, seed: int, folder: Path) -> Outcome:
@@ -139,16 +128,12 @@ def _compare(base: models.Base, path: Path, outcome: Outcome) -> None:
 
 
 def _tried(outcome: Outcome, verb: str, call: Callable[[], Any]) -> Any:
-    """What a call gives; a refusal is noted, anything else that is raised is a bug."""
-    try:
-        with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return call()
-    except AdapterkitError as error:
-        outcome.refusals += [(verb, str(one)) for one in getattr(error, "errors", (error,))]
-    except Exception as error:  # a traceback is a bug whatever its type
-        outcome.wrong.append(f"{verb}: {type(error).__name__}: {error}")
-    return None
+    """What a call gives; None where it is refused, or fails."""
+    results: list[Any] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        jobs.tried(outcome, verb, lambda: results.append(call()))
+    return results[0] if results else None
 
 
 def _note(outcome: Outcome, job: str, problem: str | None) -> None:

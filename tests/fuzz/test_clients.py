@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.checkpoint import storage
 from tests.support.mlx_models import KINDS
 
 from . import clients
@@ -20,11 +19,6 @@ EXPECTED = (
 )  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "DURABLE", False)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import adapterkit
-from adapterkit.checkpoint import storage
 from adapterkit.errors import AdapterkitError
 from adapterkit.formats.library import formats
 from adapterkit.formats.record import Contents, Module
@@ -34,12 +33,6 @@ WRITTEN = sorted(name for name, form in formats().items() if form.writes)
 USUAL, MANY = 6, 1000  # mutants of each format
 # relative error of a scale that is folded into factors, by their dtype
 ROUNDING = {"F64": 1e-9, "F32": 1e-6, "F16": 2.0**-8, "BF16": 2.0**-5}
-
-
-@pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without waiting for the disk: what is written is read at once."""
-    monkeypatch.setattr(storage, "DURABLE", False)
 
 
 def files_of(sample: Sample) -> Files:

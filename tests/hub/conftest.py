@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.hub_client import FILES, OUTPUT, PRELUDE, REPO, Client
+from tests.support.hub_client import FILES, OUTPUT, PRELUDE, REPO, TOKEN, Client
+from tests.support.hub_models import CALLS, adapter_files, base_files, write
 from tests.support.hub_server import Hub
 
 
@@ -67,6 +68,30 @@ def reading(standing):
     hub.faults = lambda asked: None
     hub.log.clear()
     return hub, client
+
+
+@pytest.fixture(scope="module")
+def writing(tmp_path_factory):
+    """A hub that asks for its token, and a client for the many small tests that write to it."""
+    home = tmp_path_factory.mktemp("writing")
+    with Hub(token=TOKEN) as hub:
+        client = Client(os.environ | hub.environment(home), home / "stderr")
+        client(CALLS)
+        yield hub, client
+        client.close()
+
+
+@pytest.fixture
+def place(writing, tmp_path) -> tuple[Hub, Client, Path]:
+    """An empty hub, a client, and its folder with a base and an adapter."""
+    hub, client = writing
+    hub.repos.clear()
+    hub.log.clear()
+    hub.faults = lambda asked: None
+    write(tmp_path / "base", base_files())
+    write(tmp_path / "adapter", adapter_files())
+    client(f"import os\nos.chdir({str(tmp_path)!r})\nos.environ['HF_TOKEN'] = {TOKEN!r}")
+    return hub, client, tmp_path
 
 
 @pytest.fixture

@@ -2,14 +2,12 @@
 and onto an older output with --overwrite only; whether it is `--out hf://` or `--push`."""
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.hub_client import TOKEN, Client, during
-from tests.support.hub_models import CALLS, SHARDS, adapter_files, base_files, write
+from tests.support.hub_client import Client, during
+from tests.support.hub_models import SHARDS, adapter_files, base_files
 from tests.support.hub_server import Hub
 from tests.support.hub_state import Fault
 
@@ -17,28 +15,12 @@ PLACES = {"out": "out='hf://{repo}'", "push": "out='out', push='{repo}'"}
 FOREIGN = {"model.safetensors": b"\0of somebody", "notes.txt": b"of somebody"}
 
 
-@pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Client]]:
-    home = tmp_path_factory.mktemp("standing")
-    with Hub(token=TOKEN) as hub:
-        client = Client(os.environ | hub.environment(home), home / "stderr")
-        client(CALLS)
-        yield hub, client
-        client.close()
-
-
 @pytest.fixture
-def place(standing: tuple[Hub, Client], tmp_path: Path) -> tuple[Hub, Client, Path]:
-    """A hub with a base and an adapter, which are in the client's folder too."""
-    hub, client = standing
-    hub.repos.clear()
-    hub.log.clear()
-    hub.commit("me/base", base_files())
-    hub.commit("me/adapter", adapter_files())
-    write(tmp_path / "base", base_files())
-    write(tmp_path / "adapter", adapter_files())
-    client(f"import os\nos.chdir({str(tmp_path)!r})\nos.environ['HF_TOKEN'] = {TOKEN!r}")
-    return hub, client, tmp_path
+def place(place: tuple[Hub, Client, Path]) -> tuple[Hub, Client, Path]:
+    """The base and the adapter are on the hub, too."""
+    place[0].commit("me/base", base_files())
+    place[0].commit("me/adapter", adapter_files())
+    return place
 
 
 def merge(where: str, repo: str, more: str = "", base: str = "base", adapter: str = "adapter"):

@@ -5,13 +5,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from tests.support.hub_client import TOKEN, Client, during
-from tests.support.hub_models import CALLS, adapter_files, base_files, differing, write
+from tests.support.hub_client import TOKEN, during
+from tests.support.hub_models import adapter_files, base_files, differing
 from tests.support.hub_server import Hub
 from tests.support.hub_state import Fault
 
@@ -24,29 +21,6 @@ inputs = ["base", "adapter"]
 out = "out"
 options = { push = "org/merged" }
 """
-
-
-@pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Client]]:
-    home = tmp_path_factory.mktemp("standing")
-    with Hub(token=TOKEN) as hub:
-        client = Client(os.environ | hub.environment(home), home / "stderr")
-        client(CALLS)
-        yield hub, client
-        client.close()
-
-
-@pytest.fixture
-def place(standing: tuple[Hub, Client], tmp_path: Path) -> tuple[Hub, Client, Path]:
-    """An empty hub, a client, and its folder with a base and an adapter."""
-    hub, client = standing
-    hub.repos.clear()
-    hub.log.clear()
-    hub.faults = lambda asked: None
-    write(tmp_path / "base", base_files())
-    write(tmp_path / "adapter", adapter_files())
-    client(f"import os\nos.chdir({str(tmp_path)!r})\nos.environ['HF_TOKEN'] = {TOKEN!r}")
-    return hub, client, tmp_path
 
 
 def merge(more: str = "", base: str = "base", out: str = "out") -> str:
