@@ -22,6 +22,7 @@ from adapterkit.adapters.keys import (
     without_wrappers,
 )
 from adapterkit.adapters.record import EMBEDDINGS, Adapter, Lora, Tokens, is_inside
+from adapterkit.checkpoint.fingerprint import known
 from adapterkit.checkpoint.folder import Folder, belonging_to, locate
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Scan
@@ -96,12 +97,9 @@ def _read(
     tokens = (
         () if config is None or header is None else _tokens(keys, config, scan.errors, folder.name)
     )
-    sha256 = "" if header is None else header.sha256
-    return (
-        Adapter(folder, number, scan.config, (), keys.replaced, tokens, tensors, sha256),
-        keys,
-        scan,
-    )
+    sha256, made_for = ("", None) if header is None else (header.sha256, known(header.metadata))
+    values = keys.replaced, tokens, tensors
+    return Adapter(folder, number, scan.config, (), *values, sha256, made_for), keys, scan
 
 
 def _missing_files(folder: Folder, names: list[str], files: dict[str, int]) -> Refused:

@@ -51,6 +51,7 @@ class Adapter:
     tokens: tuple[Tokens, ...]
     tensors: dict[str, TensorSpec] = field(repr=False)
     header_sha256: str = ""
+    base_fingerprint: str | None = None  # of the base that it was made for
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key, part_keys, 
 from adapterkit.adapters.lora_config import check_live_config
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter, Lora
+from adapterkit.checkpoint.fingerprint import METADATA
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.strict import read_json
@@ -87,6 +88,7 @@ def read_layout(
         form.name,
         (folder,),
         tuple(modules),
+        metadata={METADATA: adapter.base_fingerprint} if adapter.base_fingerprint else {},
         config=adapter.config,
         facts={
             "base": base_id(adapter),
@@ -175,7 +177,8 @@ def write_layout(
         ]
     tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
     settings = _settings(contents, form, loras, experts, rebuilt)
-    return File(form, tensors, {"format": "pt"}, contents.modules, settings=settings)
+    kept = {key: text for key, text in contents.metadata.items() if key == METADATA}
+    return File(form, tensors, {"format": "pt"} | kept, contents.modules, settings=settings)
 
 
 def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:

@@ -11,6 +11,7 @@ from adapterkit.adapters.adapter_config import base_id, rank_settings, target_se
 from adapterkit.adapters.factors import rank_and_scale
 from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key
 from adapterkit.adapters.record import Adapter
+from adapterkit.checkpoint.fingerprint import METADATA
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, shown
@@ -108,6 +109,7 @@ class Output:
     # those of them that are modules, because it was not known which of their parameters it is
     unnamed: frozenset[str] = frozenset()
     tokenizer: str | None = None  # "base": none is copied from the adapters
+    base_fingerprint: str | None = None  # where there is no adapter
 
     def inside(self, name: str) -> str:
         """A file's name in the output."""
@@ -134,7 +136,9 @@ class Output:
             finalize = self.finalize(ordered)
         elif pairs:
             finalize = _finalize_pairs(ordered, self.modules, pairs)
-        return Computed(self.inside(WEIGHTS), tuple(ordered), finalize=finalize)
+        made_for = common_fingerprint(self.adapters) or self.base_fingerprint
+        metadata = {"format": "pt"} | ({METADATA: made_for} if made_for else {})
+        return Computed(self.inside(WEIGHTS), tuple(ordered), metadata, finalize)
 
     def files(self, notes: list[str]) -> Files:
         """Its other files; a tokenizer among them joins the notes."""
@@ -173,6 +177,12 @@ class Output:
         config = inherited | self.settings | {"base_model_name_or_path": self.base()}
         config |= target_settings(self.adapters, sorted(by_target.keys() - self.parameters))
         return as_json(config | rank_settings(by_target, alphas or self.alpha, self.unnamed))
+
+
+def common_fingerprint(adapters: Sequence[Adapter]) -> str | None:
+    """The fingerprint of the base that all of the adapters were made for, if they say so."""
+    fingerprints = {adapter.base_fingerprint for adapter in adapters}
+    return fingerprints.pop() if len(fingerprints) == 1 else None
 
 
 def _finalize_pairs(

@@ -75,13 +75,15 @@ def prefixes(path: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
-def finalize_extraction(truncation: Truncation, tasks: Sequence[Task]) -> Finalize | None:
+def finalize_extraction(
+    truncation: Truncation, tasks: Sequence[Task], made_for: str
+) -> Finalize | None:
     """Give each module its share of the size, and keys that depend on which modules have factors.
 
     PEFT wraps a module with factors, and calls what it wraps `base_layer`; it wraps a module's
     parameters in their order, so that the last one's wrapper is the outermost.
     """
-    by_size = finalize_by_size(truncation, tasks) if truncation.max_size else None
+    by_size = finalize_by_size(truncation, tasks, made_for) if truncation.max_size else None
     targets = Counter(task.module for task in tasks if isinstance(task, DifferenceFactors))
     if all(_has_fixed_keys(task, targets) for task in tasks):
         return by_size

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adapterkit.checkpoint.fingerprint import of_headers
 from adapterkit.checkpoint.header import Header
 from adapterkit.checkpoint.layout import ShardLayout, Stored, grouped, like_base
 from adapterkit.checkpoint.spec import Checkpoint
@@ -22,6 +23,14 @@ from adapterkit.weights.codec import QuantizedWeight
 CHANGED_BY = "adapterkit_changed_by"
 # shares of the delta below which a merge warns
 LEAST_SURVIVAL = {"quantized": 0.5, "float": 0.8}
+
+
+def planned_fingerprint(shards: Sequence[Shard | Computed]) -> str | None:
+    """The fingerprint, without values, of a base of these files; None where the shape of one of
+    their tensors depends on the values."""
+    if any(isinstance(shard, Computed) and shard.variable_size for shard in shards):
+        return None
+    return of_headers(stored for shard in shards for stored in shard.layout.tensors)
 
 
 @dataclass(frozen=True)

@@ -137,9 +137,16 @@ def _ending(end: str, modules: Iterable[str]) -> list[str]:
 
 
 def new_adapter(
-    base: Checkpoint, factors: Sequence[Task], scaling: Scaling, summary: str, folder: str = ""
+    base: Checkpoint,
+    factors: Sequence[Task],
+    scaling: Scaling,
+    summary: str,
+    folder: str = "",
+    *,
+    fingerprint: str | None,
 ) -> adapter_output.Output:
-    """The output of these factors: an adapter for a base made from this one."""
+    """The output of these factors: an adapter for a base made from this one, with the
+    fingerprint."""
     modules = {task.name: task.name for task in factors}
     settings = adapter_config.plain_settings() | {"use_rslora": scaling.rslora}
     base_settings = {
@@ -155,4 +162,5 @@ def new_adapter(
         folder,
         alpha=scaling.lora_alpha,
         base_settings=base_settings,
+        base_fingerprint=fingerprint,
     )

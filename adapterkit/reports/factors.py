@@ -51,7 +51,8 @@ def join(adapter: Adapter, on: Folder, problems: list[AdapterkitError]) -> Join:
     problems += job.errors
     # a local copy may have any name
     names = [] if "repo" in on.origin else other_base(job, adapter)
-    problems += [Refused(note, where=adapter.label) for note in job.notes if note not in names]
+    found = [note.removeprefix("WARNING: ") for note in job.notes if note not in names]
+    problems += [Refused(note, where=adapter.label) for note in found]
     joined = Join(job.base)
     for change in job.changes.values():
         for addition in change.additions:

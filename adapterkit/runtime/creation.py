@@ -46,7 +46,8 @@ def attach(
     with replicating(state):
         replicate(state, config.layer_replication, "LoraConfig: layer_replication")
         config, parts = _new_parts(state, config, name, seed, dtype, ephemeral_gpu_offload, stats)
-    adapter = Attached(name, config, trainable=True, base=base_name(state.model))
+    adapter = Attached(name, config, trainable=True, base=state.base_name)
+    adapter.base_fingerprint = state.base_fingerprint
     adapter.strict = strict
     for path, part in parts:
         state.add(adapter, path, part)
@@ -158,10 +159,3 @@ def home(host: nn.Module) -> torch.device:
     hook = vars(host).get("_hf_hook")
     devices = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", [hook])]
     return torch.device(next((device for device in devices if device is not None), "cpu"))
-
-
-def base_name(model: nn.Module) -> str | None:
-    """The id of a transformers model, for the adapter's config."""
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(
-        model, "name_or_path", None
-    )

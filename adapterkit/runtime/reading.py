@@ -1,5 +1,6 @@
 """Adapters from disk onto a live model."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from adapterkit.adapters.factors import rank_and_scale
 from adapterkit.adapters.lora_config import LoraConfig, check_live_config
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter, Lora, rank_mismatch
+from adapterkit.checkpoint.fingerprint import difference
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
@@ -66,11 +68,24 @@ def load(
         subtract_initial(state, stored, parts)
         if pad_rank is not None:
             _pad([(path, part) for path, part in parts if isinstance(part, FactorsPart)], pad_rank)
-    adapter = Attached(name, stored.config, trainable, base_id(stored.adapter))
+    adapter = Attached(name, stored.config, trainable)
+    take_base(state, adapter, stored.adapter)
     adapter.strict = strict
     for path, part in parts:
         state.add(adapter, path, part)
     state.adapters[name] = adapter
+
+
+def take_base(state: State, adapter: Attached, stored: Adapter) -> None:
+    """Note which base a stored adapter is for; a warning where the model's has other values."""
+    adapter.base, adapter.base_fingerprint = base_id(stored), stored.base_fingerprint
+    made_for = stored.base_fingerprint
+    if made_for and difference(made_for, state.base_fingerprint or made_for) == "values":
+        warnings.warn(
+            f"{stored.name} was made for a base with other values than {shown(state.base_name)} "
+            f"(fingerprint {made_for}, not {state.base_fingerprint})",
+            stacklevel=4,
+        )
 
 
 def join(state: State, source: StrPath) -> Stored:

@@ -1,13 +1,18 @@
 """The adapters of a model: which there are, on which modules, and which of them act."""
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.checkpoint.fingerprint import fingerprint
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, listed, refuse_all, shown
 from adapterkit.options import finite
 from adapterkit.runtime.encoders import Encoders
@@ -57,6 +62,7 @@ class Attached:
     trainable: bool
     base: str | None = None  # the base's id, as its config says
     sites: dict[str, Site] = field(default_factory=dict)  # by path
+    base_fingerprint: str | None = None
     strict: bool = False  # what does nothing is an error, not a warning
     watch: Watch | None = None  # since it was active first
 
@@ -97,6 +103,25 @@ class State:
         ]
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+
+    @property
+    def base_name(self) -> str | None:
+        """The id of a transformers model, for an adapter's config."""
+        return getattr(getattr(self.model, "config", None), "_name_or_path", None) or getattr(
+            self.model, "name_or_path", None
+        )
+
+    @cached_property
+    def base_fingerprint(self) -> str | None:
+        """The fingerprint of the folder on this machine that a transformers model was loaded from;
+        None where there is none."""
+        path = self.base_name
+        try:
+            if not isinstance(path, str) or not os.path.isfile(os.path.join(path, "config.json")):
+                return None
+            return fingerprint(open_checkpoint(LocalFolder(path)))
+        except (AdapterkitError, OSError):
+            return None
 
     def find_modules(self) -> None:
         """Find the model's modules by path, while it has no sites."""

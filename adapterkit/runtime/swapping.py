@@ -5,12 +5,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from adapterkit.adapters.adapter_config import base_id
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers.invoked import InvokedPart
-from adapterkit.runtime.reading import join, read_parts, subtract_initial
+from adapterkit.runtime.reading import join, read_parts, subtract_initial, take_base
 from adapterkit.runtime.replication import replicating
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import State
@@ -36,6 +35,7 @@ def swap(state: State, name: str, source: StrPath) -> None:
     }
     old: Parts = {(id(site.host), part.role): (site.path, part) for site, part in adapter.parts()}
     _check(old, new, stored.adapter.label)
+    take_base(state, adapter, stored.adapter)
     for key, (_, part) in old.items():
         other = new.get(key)
         if isinstance(part, FactorsPart):
@@ -45,7 +45,7 @@ def swap(state: State, name: str, source: StrPath) -> None:
             _copy(dict(part.named_buffers()), dict(other[1].named_buffers()))
         if isinstance(part, InvokedPart):
             part.invocations.tokens[name] = tuple(stored.config.invocation_tokens or ())
-    adapter.config, adapter.base = stored.config, base_id(stored.adapter)
+    adapter.config = stored.config
 
 
 def _copy_factors(part: FactorsPart, new: Part | None) -> None:

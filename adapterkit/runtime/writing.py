@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adapterkit.adapters.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
 from adapterkit.adapters.targets import has_end
+from adapterkit.checkpoint.fingerprint import METADATA
 from adapterkit.checkpoint.storage import storage_errors
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.hub.ids import is_on_hub
@@ -69,11 +70,20 @@ def save(state: State, folder: StrPath, name: str, *, every_process: bool = Fals
     root = Path(folder)
     with storage_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-        replace(root / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+        replace(root / WEIGHTS, lambda path: _write(tensors, path, adapter.base_fingerprint))
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         replace(root / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
         card = adapter_card(adapter.base, [], "trained with adapterkit")
         replace(root / CARD, lambda path: path.write_text(card, encoding="utf-8"))
+
+
+def _write(tensors: dict[str, Tensor], path: Path, base_fingerprint: str | None) -> None:
+    metadata = {"format": "pt"} | ({METADATA: base_fingerprint} if base_fingerprint else {})
+    save_file(tensors, path, metadata)
+    with path.open("r+b") as file:  # the library writes metadata in any order; they come first
+        file.seek(8)
+        text = json.dumps({"__metadata__": metadata}, separators=(",", ":"))
+        file.write(text.removesuffix("}").encode())
 
 
 def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:

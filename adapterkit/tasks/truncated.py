@@ -12,6 +12,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.kinds.common import Delta
+from adapterkit.checkpoint.fingerprint import METADATA
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import laid_out
 from adapterkit.errors import Refused
@@ -201,14 +202,17 @@ def even_rank(truncation: Truncation, tasks: Sequence[Task]) -> int:
     return max(1, size // max(sum(map(_rank_nbytes, tasks)), 1))
 
 
-def finalize_by_size(truncation: Truncation, tasks: Sequence[Task]) -> Finalize:
+def finalize_by_size(
+    truncation: Truncation, tasks: Sequence[Task], made_for: str | None = None
+) -> Finalize:
     """Give each module its rank once all singular values are known: the largest of all modules
-    count while the file has room.
+    count while the file has room. `made_for`: the base's fingerprint, in its header.
 
     Raises `Refused` where not even rank 1 for each fits.
     """
     most = [stored for task in tasks for stored in task.max_outputs]
-    header = len(laid_out("", most, {"format": "pt"}, ordered=True).header)
+    metadata = {"format": "pt"} | ({METADATA: made_for} if made_for else {})
+    header = len(laid_out("", most, metadata, ordered=True).header)
     costs = [_rank_nbytes(task) for task in tasks]
     others = sum(
         stored.nbytes

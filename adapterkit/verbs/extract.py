@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from adapterkit.adapters import adapter_config
+from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, executes
@@ -124,9 +125,11 @@ def plan_extract(
     }
     settings = adapter_config.plain_settings() | extraction.settings()
     summary = f"the difference of {tuned.name} and {base.name}"
-    finalize = partial(finalize_extraction, options.truncation)
+    made_for = fingerprint(sides[0])
+    finalize = partial(finalize_extraction, options.truncation, made_for=made_for)
     more: dict[str, Any] = {
         "base_settings": base_settings,
+        "base_fingerprint": made_for,
         "parameters": parameters,
         "all_modules": frozenset(extraction.targets.modules),
     }

@@ -8,6 +8,7 @@ from typing import Any
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
 from adapterkit.adapters.keys import INITIAL
+from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
@@ -19,6 +20,7 @@ from adapterkit.planning import adapter_output
 from adapterkit.planning.folder_files import Files
 from adapterkit.planning.initial_targets import Selection, Target, find_targets
 from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.model_output import planned_fingerprint
 from adapterkit.planning.new_adapter import Scaling
 from adapterkit.planning.quantization import plan_quantization
 from adapterkit.planning.quantization import targets as formats
@@ -199,16 +201,18 @@ def plan_init(folder: Folder, options: Options, stats: Folder | None = None) -> 
     adapter = _adapter(base, tasks, targets, options, method, ADAPTER, implicit)
     if redistributes:
         adapter = replace(adapter, finalize=finalize_by_ratios)
-    shards, files = [adapter.shard()], adapter.files(notes)
+    rest, files = (), adapter.files(notes)
+    if method.changes_base and not implicit:
+        rest, base_files = _residual(base, targets, options, adapter, notes, decisions)
+        files = base_files | files
+    made_for = planned_fingerprint(rest) if rest else fingerprint(base)
+    shards = [replace(adapter, base_fingerprint=made_for).shard(), *rest]
     if implicit:
         initial = [
             HandoffFactors(f"{INITIAL} {t.name}", t.place, t.dtype, t.rank, t.name) for t in tasks
         ]
         copy = _adapter(base, initial, targets, options, method, f"{ADAPTER}/{INITIAL}")
         shards, files = [*shards, copy.shard()], files | copy.files(notes)
-    elif method.changes_base:
-        more, base_files = _residual(base, targets, options, adapter, notes, decisions)
-        shards, files = [*shards, *more], base_files | files
     inputs = {number: one for number, one in enumerate((base, statistics)) if one is not None}
     headers = header_hashes(inputs, configs=(0,))
     folders = tuple(one.folder for one in inputs.values())

@@ -8,6 +8,7 @@ from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
+from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, executes
@@ -16,7 +17,7 @@ from adapterkit.options import Executor, StrPath
 from adapterkit.plan import Computed, Plan, Progress, Task
 from adapterkit.planning import adapter_output
 from adapterkit.planning.input_files import header_hashes, identities
-from adapterkit.planning.model_output import QuantizedModel
+from adapterkit.planning.model_output import QuantizedModel, planned_fingerprint
 from adapterkit.planning.new_adapter import (
     Scaling,
     new_adapter,
@@ -244,9 +245,9 @@ def _plan_base_and_adapter(
     model = QuantizedModel(
         base, quantization.quantized, tasks, quantization.config(), "base", "loftq"
     )
-    adapter = new_adapter(
-        base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY, "adapter"
-    )
+    shards, scaling = model.shards(), Scaling(options.rank, options.alpha, options.rslora)
+    made_for = planned_fingerprint(shards)
+    adapter = new_adapter(base, factors, scaling, SUMMARY, "adapter", fingerprint=made_for)
     notes = list(quantization.notes)
     names = " and ".join(dict.fromkeys((to, *(rule.value for rule in reversed(exceptions)))))
     files = model.files(
@@ -257,7 +258,7 @@ def _plan_base_and_adapter(
         "quantised": len(quantization.quantized),
         "modules": len(factors),
     }
-    return (*model.shards(), adapter.shard()), files, notes, decisions
+    return (*shards, adapter.shard()), files, notes, decisions
 
 
 def _modules(names: Names, packed: Collection[str]) -> dict[str, str]:
@@ -331,7 +332,8 @@ def _plan_fixed_base(
     selected = select_covariances(stats, {task.name: task.place.a_tail[0] for task in factors})
     factors = [replace(task, covariance=selected.get(task.name)) for task in factors]
     scaling = Scaling(options.rank, options.alpha, options.rslora)
-    return new_adapter(base, factors, scaling, SUMMARY), {"modules": len(factors)}
+    adapter = new_adapter(base, factors, scaling, SUMMARY, fingerprint=fingerprint(quantized))
+    return adapter, {"modules": len(factors)}
 
 
 def _check(options: Options, fixed_base: bool, has_callback: bool) -> None:

@@ -140,6 +140,8 @@ def plan_rebase(
         "init": init,
     }
     summary = f"{init or 'its'} initial factors taken out"
+    if not trained.is_implicit:  # made for the base that the init had changed
+        trained = replace(trained, base_fingerprint=None)
     output = adapter_output.Output(
         [trained], tasks, settings=settings, summary=summary, **targets_of(joined)
     )

@@ -268,7 +268,8 @@ class _ResizePlanner:
                 replace(task, limit=limit) if isinstance(task, ConvertedFactors) else task
                 for task in ranked
             ]
-            finalize = partial(finalize_by_size, options.truncation)
+            made_for = adapter.base_fingerprint
+            finalize = partial(finalize_by_size, options.truncation, made_for=made_for)
         settings = (
             adapter_config.plain_settings()
             | adapter_config.value_settings([adapter])

@@ -13,6 +13,8 @@ from adapterkit.plan import Plan, Progress
 from adapterkit.planning.sources import open_model, open_source, open_statistics, open_weighted
 from adapterkit.receipt import AGAIN, read_receipt
 
+WARNING = "WARNING: "
+
 
 @checked()
 def verify(
@@ -53,6 +55,9 @@ def _hint(receipt: dict, plan: Plan) -> str:
     """What to do where rows differ: the base may have held an adapter that the given one lacks."""
     held, given = receipt.get("held", []), plan.decisions.get("held", [])
     names = [str(one.get("name")) for one in held if isinstance(one, dict) and one not in given]
+    notes = [note for note in plan.notes if note.startswith(WARNING)]
+    if not names and notes and notes[0] not in receipt["notes"]:
+        return f"{notes[0].removeprefix(WARNING)}: give the base of the merge"
     if not names:
         return AGAIN
     return (

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from adapterkit.adapters.factors import rank_and_scale
 from adapterkit.adapters.record import Adapter, Lora, is_inside, rank_mismatch
+from adapterkit.checkpoint.fingerprint import difference
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, listed, shown
 from adapterkit.planning.merge.copies import remove_base_copies
@@ -32,7 +33,7 @@ def collect_changes(job: Job) -> None:
 
 
 def _check_adapter(job: Job, adapter: Adapter, weight: float) -> None:
-    job.notes += other_base(job, adapter)
+    job.notes += other_values(job, adapter) + other_base(job, adapter)
     init = adapter.changed_base()
     if adapter.number in job.with_initial:
         _check_initial(job, adapter)
@@ -95,15 +96,36 @@ def _check_weighted(job: Job, adapter: Adapter, weight: float) -> None:
             )
 
 
+def other_values(job: Job, adapter: Adapter) -> list[str]:
+    """A warning of an adapter that was made for a base of the same tensors with other values, by
+    its fingerprint."""
+    made_for = adapter.base_fingerprint
+    if made_for is None or difference(made_for, job.fingerprint) != "values":
+        return []
+    return [
+        f"WARNING: {adapter.name} was made for a base with other values than "
+        f"{job.original.name} (fingerprint {made_for}, not {job.fingerprint})"
+    ]
+
+
 def other_base(job: Job, adapter: Adapter) -> list[str]:
-    """A note on an adapter that names another base on the Hub: shapes do not tell two models of one
-    size apart."""
+    """Notes on an adapter that was made for a base stored otherwise, by its fingerprint, or that
+    names another one on the Hub: shapes do not tell two models of one size apart."""
+    made_for, notes = adapter.base_fingerprint, []
+    differs = None if made_for is None else difference(made_for, job.fingerprint)
+    if differs in ("", "values"):
+        return []
+    if differs is not None:
+        what = "dtypes of tensors" if differs == "dtypes" else "names or shapes of tensors"
+        notes.append(f"{adapter.name} was made for a base with other {what}")
     named = str(adapter.config.get("base_model_name_or_path"))
     base = str(job.original.folder.origin.get("repo") or job.original.name)
     on_hub = named.count("/") == 1 and not named.startswith(("/", ".", "~"))
     if on_hub and named.rpartition("/")[2].casefold() != base.rpartition("/")[2].casefold():
-        return [f"{adapter.name} was trained on {shown(named)}; the base here is {shown(base)}"]
-    return []
+        notes.append(
+            f"{adapter.name} was trained on {shown(named)}; the base here is {shown(base)}"
+        )
+    return notes
 
 
 def _check_complete(job: Job, adapter: Adapter) -> None:

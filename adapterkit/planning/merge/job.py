@@ -7,6 +7,7 @@ from typing import Any
 
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.compare import same_bytes
+from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
@@ -98,6 +99,11 @@ class Job:
         self.config: dict[str, Any] = json.loads(json.dumps(self.base.config))
         self.selection = Selection.of(options.include, options.exclude)
         self.names = self._names()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the base as it is stored."""
+        return fingerprint(self.original)
 
     def _names(self) -> Names:
         wanted: dict[str, None] = {}
