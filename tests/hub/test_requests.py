@@ -90,6 +90,16 @@ def test_a_plan_reads_headers(bench, verb):
     assert moved and set(moved.values()) == {(1, FIRST_READ)}
 
 
+def test_a_fingerprint_takes_no_request(bench):
+    """Of a base on the Hub it is that of the headers."""
+    call = "init('org/base', method='orthogonal', rank=2, targets='q_proj', out='new'"
+    moved = asked(bench, f"plan = adapterkit.{call}, dry_run=True)")
+    assert {where[1] for where in moved} == {*SHARDS}
+    assert set(moved.values()) == {(1, FIRST_READ)}
+    text = bench[1]("plan.shards[0].metadata['adapterkit_base']")
+    assert text.startswith("1:") and text.endswith(":----------------")
+
+
 def test_diff_reads_the_files_that_differ(bench):
     hub, _ = bench
     files = base_files()
