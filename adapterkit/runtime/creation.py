@@ -74,8 +74,8 @@ def _new_parts(
         )
     heads = {target.path: target.tied for target in targets if target.tied is not None}
     parts = share(parts, heads, config.dropout)
-    modules = [target.path for target in targets if target.leaf is None]
-    return config, parts + new_values(state, config, name, modules, dtype)
+    paths = [target.path for target in targets]
+    return config, parts + new_values(state, config, name, paths, dtype)
 
 
 def _factors(

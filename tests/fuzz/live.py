@@ -34,6 +34,10 @@ JUDGED = (
     ("layers without a target", r"layers: no target in layer"),
     ("no ties to keep", r"tie = True"),
     ("a pattern for nothing", r"(rank|alpha)_pattern: .* matches none"),
+    (
+        "PEFT's all-linear adds the experts' names where no layer has any",
+        r"parameters: '(down_proj|gate_up_proj|gate\.weight)' matches none",
+    ),
     ("the code does more by the switch than tie", r"more by tie_word_embeddings than tie"),
 )
 

@@ -97,6 +97,10 @@ CASES = {
     "own biases": ("llama", {"target_modules": QV, "bias": "lora_only"}),
     "all of bert": ("bert", {"target_modules": ["query", "dense"], "bias": "all"}),
     "own of bert": ("bert", {"target_modules": ["query"], "bias": "lora_only"}),
+    "own of parameters": (
+        "bert",
+        {"target_modules": [], "target_parameters": ["query.weight"], "bias": "lora_only"},
+    ),
     "biases and a head": (
         "bert_cls",
         {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]},
@@ -183,6 +187,7 @@ def attached(make, config: LoraConfig, run, folder, **settings) -> None:
     ("bert_cls", LoraConfig(targets=["query"], task_type="SEQ_CLS")),
     ("llama", LoraConfig(targets=QV, bias="all")),
     ("bert", LoraConfig(targets=["query", "dense"], bias="lora_only")),
+    ("bert", LoraConfig(targets=[], parameters=["output.dense.weight"], bias="lora_only")),
 ], ids=str)  # fmt: skip
 def test_a_new_adapter_trains_as_in_peft(model, config, tmp_path):
     attached(MODELS[model], config, logits, tmp_path)
