@@ -29,7 +29,7 @@ from adapterkit.checkpoint.storage import (
     write_all,
 )
 from adapterkit.checkpoint.writer import unfinished_name
-from adapterkit.errors import Refused
+from adapterkit.errors import Refused, listed
 
 JOURNAL = "journal.jsonl"
 RANKS = "ranks"  # the folder of `rank_stage.py`
@@ -235,7 +235,7 @@ class Stage:
         entries = self._output_entries()
         if entries and not self.replaces:
             raise Refused(
-                f"the output folder holds {len(entries)} files",
+                f"the output folder holds {listed(sorted(p.name for p in entries))}",
                 expected="an empty or new folder",
                 where=str(self.out),
                 hint="choose another --out, or give --overwrite to replace an older output",

@@ -171,7 +171,7 @@ def test_an_output_that_is_a_mount_point(
 def test_a_mount_point_keeps_what_is_not_ours(bench, mounted, whole):
     mounted(bench.out, "-t", "tmpfs", "tmpfs")
     (bench.out / "notes.txt").write_text("mine")
-    bench.merge().failed_cleanly("the output folder holds 1 files")
+    bench.merge().failed_cleanly("the output folder holds notes.txt")
     (bench.out / "notes.txt").unlink()
     (bench.base / "vocab.txt").write_text("a")
     bench.merge(weight="0.5").succeeded()
