@@ -1,6 +1,7 @@
 """Which tokens a vector is of: followed through a model's operations, not guessed by sizes."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ ATTRIBUTE = "_adapterkit_tokens"  # of a storage: (who follows, `_Tags`)
 
 # operations that move elements of the first operand, of all of a list of them
 MOVES = {"index", "index_select", "gather", "take", "repeat", "roll", "flip",
-         "repeat_interleave", "cat", "stack"}  # fmt: skip
+         "repeat_interleave", "stack"}  # fmt: skip
 # those that write a source into the first operand -> the place of the source, and how it is written
 WRITES = {"index_put": 2, "scatter": 3, "scatter_add": 3, "scatter_reduce": 3, "index_copy": 3,
           "index_add": 3, "masked_scatter": 2, "copy": 1, "slice_scatter": 1,
@@ -161,7 +162,8 @@ class Tokens(TorchDispatchMode):
         schema = getattr(func, "_schema", None)
         is_write = schema is not None and schema.is_mutable
         rule = _rule(func)
-        self.has_padded = self.has_padded or rule is _padded
+        appends = rule is _concatenated and _appends_ids(args, bits)
+        self.has_padded |= appends or rule is _padded
         for number, out in enumerate(tree_leaves(result)):
             if not isinstance(out, Tensor) or not _has_storage(out) or out.dtype == torch.bool:
                 continue
@@ -250,7 +252,7 @@ def _deciding(func: Any, args: tuple) -> list[Tensor] | None:
     rule = _rule(func)
     if rule in (_joined, _placed, _reduced):
         return []
-    if rule is _moved:
+    if rule in (_moved, _concatenated):
         return _tensors(args[:1])
     if rule is _embedded:
         return [args[1]]
@@ -269,6 +271,8 @@ def _find_rule(func: Any) -> Rule:
         return lambda call, out: _written(call, out, name)
     if name == "constant_pad_nd":
         return _padded
+    if name == "cat":
+        return _concatenated
     if name in MOVES:
         return _moved
     if name in PRODUCTS:
@@ -305,6 +309,22 @@ def _moved(call: _Call, out: Tensor) -> Tensor | None:
         return None
     moved = tree_map(lambda x: _or_none(call, x), source)
     return call.func(moved, *call.args[1:], **call.kwargs)
+
+
+def _concatenated(call: _Call, out: Tensor) -> Tensor | None:
+    """Ids that a model appends to those of tokens are no tokens, as what it pads with."""
+    if not _appends_ids(call.args, call._bits):
+        return _moved(call, out)
+    left_out = partial(torch.full_like, fill_value=LEFT_OUT, dtype=torch.uint8)
+    parts = [left_out(x) if (found := call.bits(x)) is None else found for x in call.args[0]]
+    return call.func(parts, *call.args[1:], **call.kwargs)
+
+
+def _appends_ids(args: tuple, bits: Mapping[int, Tensor]) -> bool:
+    """Whether integers of no token are put behind those of tokens."""
+    first, *others = args[0]
+    is_state = first.is_floating_point() or first.is_complex()
+    return not is_state and id(first) in bits and any(id(x) not in bits for x in others)
 
 
 def _padded(call: _Call, out: Tensor) -> Tensor | None:

@@ -6,7 +6,7 @@ from inspect import signature
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, ReformerConfig, ReformerModel
 
 from adapterkit.errors import Failed
 from adapterkit.runtime import collect
@@ -195,6 +195,22 @@ def test_what_a_model_pads_by_itself_does_not_count(length: int):
         expected[path] = covariance(kept.reshape(-1, x.shape[-1]))
     expected = {p: v for p, v in expected.items() if "global" not in p and "lm_head" not in p}
     check(collect(model, lambda: [model(ids) for _ in range(2)], targets=list(expected)), expected)
+
+
+def test_ids_that_a_model_appends_do_not_count():
+    """Reformer concatenates ids up to its chunks."""
+    config = ReformerConfig(
+        vocab_size=128, hidden_size=16, num_attention_heads=2, attention_head_size=8,
+        feed_forward_size=24, attn_layers=["local"], local_attn_chunk_length=4,
+        axial_pos_shape=(4, 4), axial_pos_embds_dim=(8, 8), max_position_embeddings=16,
+        is_decoder=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = ReformerModel(config).eval(), tokens(3, 7)
+    seen = inputs_of(model, lambda: model(ids))
+    assert {x.shape[:2] for (x,) in seen.values()} == {(3, 8)}
+    expected = {p: covariance(x[:, :7].reshape(-1, x.shape[-1])) for p, (x,) in seen.items()}
+    check(collect(model, lambda: [model(ids) for _ in range(2)]), expected)
 
 
 def test_what_is_written_into_a_copy_is_not_in_what_it_was_copied_from():
