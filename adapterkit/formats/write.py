@@ -110,12 +110,36 @@ def write(
     if form.file.container == "safetensors":
         tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
     final, notes = [module for module, _ in own], [*notes, *([form.note] if form.note else [])]
+    notes += _perhaps_absent(modules, form, namings) if base is None else []
     if declared:
         notes.append(
             f"the scales are in the metadata ({form.scale.key}): readers that ignore it apply "
             "scale 1"
         )
     return File(form, tensors, metadata, final, name, folded, notes, settings)
+
+
+def _perhaps_absent(
+    modules: Sequence[Module], form: Format, namings: Mapping[str, str]
+) -> list[str]:
+    """Notes on modules that some models do not have in the format, where no base tells the
+    model."""
+    notes = []
+    for name in form.names.architectures:
+        known, absent = architectures()[name], []
+        if not known.detect.models:
+            continue
+        for module in modules:
+            if module.component in known.components and module.component in namings:
+                names = names_of(name, module.component, namings[module.component])
+                named = names.named(module.name)
+                absent += [module.path] if named is not None and not named[1] else []
+        if absent:
+            notes.append(
+                f"{listed(absent)}: {form.title} has no such modules for "
+                f"{', '.join(known.detect.models)}; --base tells whether the model is one of these"
+            )
+    return notes
 
 
 def _activated(contents: Contents, form: Format) -> list[AdapterkitError]:

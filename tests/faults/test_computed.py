@@ -37,7 +37,7 @@ def whole(job) -> dict[str, str]:
     return job.undisturbed()
 
 
-@pytest.mark.parametrize("step", [23, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [47, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_each_call(job, whole, step: int):
     for when in itertools.count(random.Random(job.words[0]).randrange(step) + 1, step):
         job.clear()
@@ -53,7 +53,7 @@ def test_killed_at_each_call(job, whole, step: int):
 
 
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
-@pytest.mark.parametrize("step", [17, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [37, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_nth_write_fails(job, whole, error: str, step: int):
     calls = ["pwrite", "write", "fallocate", "ftruncate", "fsync"]
     for when in itertools.count(random.Random(error).randrange(step) + 1, step):

@@ -82,19 +82,19 @@ def sweep(bench, whole, older, fault: dict, step: int, *options: str) -> int:
             raise AssertionError(f"killed at call {when}, {ended.last}") from error
 
 
-@pytest.mark.parametrize("step", [17, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["kill", "torn"])
 def test_killed_at_each_call(shared, whole, how: str, step: int):
     calls = {"torn": {"calls": ["pwrite", "write"]}, "kill": {}}[how]
     assert sweep(shared, whole, None, {how: True} | calls, step) > (20 if calls else 100)
 
 
-@pytest.mark.parametrize("step", [29, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [67, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_while_an_older_output_is_replaced(shared, whole, older, step: int):
     assert sweep(shared, whole, older, {"kill": True}, step, "--overwrite") > 100
 
 
-@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_where_folders_cannot_be_exchanged(shared, whole, older, step: int):
     """Then the older output is moved away first: a moment with no output, never a mixed one."""
     calls = ["rename", "rmdir", "unlink"]

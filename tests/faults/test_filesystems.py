@@ -130,7 +130,7 @@ def check_inner(bench, whole, older) -> None:
 
 @root
 @pytest.mark.parametrize("kind", ["tmpfs", "bind"])
-@pytest.mark.parametrize("step", [43, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [89, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
 def test_an_output_that_is_a_mount_point(
     bench, mounted, whole, older, kind: str, step: int, options: tuple
@@ -207,7 +207,7 @@ def disk(request, bench):
 
 
 @root
-@pytest.mark.parametrize("step", [101, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [211, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("flag", [1, 2], ids=["log-flushed", "nothing-flushed"])
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
 def test_power_loss(bench, disk, whole, older, step: int, flag: int, options: tuple):

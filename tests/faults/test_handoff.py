@@ -51,7 +51,7 @@ def lofted(loftq) -> dict[str, str]:
     return loftq.undisturbed()
 
 
-@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [197, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_each_call(job, whole, step: int) -> None:
     for when in itertools.count(random.Random(job.words[0]).randrange(step) + 1, step):
         job.clear()
@@ -109,7 +109,7 @@ def test_what_waited_is_gone(loftq, lofted, harm: str) -> None:
 
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
 def test_the_nth_write_fails(job, whole, error: str) -> None:
-    calls, step = ["pwrite", "write", "fallocate", "ftruncate", "fsync"], 61
+    calls, step = ["pwrite", "write", "fallocate", "ftruncate", "fsync"], 127
     for when in itertools.count(random.Random(error).randrange(step) + 2, step):
         job.clear()
         ended = job.merge(

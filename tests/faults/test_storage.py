@@ -13,7 +13,7 @@ from tests.support.faults import WRITING, check_failure
 
 
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC", "EDQUOT"])
-@pytest.mark.parametrize("step", [23, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [53, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_nth_write_fails(shared, whole, error: str, step: int):
     """Once, or from then on (a disk that is full stays full)."""
     words = {"EIO": "check the disk", "ENOSPC": "free some space", "EDQUOT": "of your quota"}
@@ -120,7 +120,7 @@ def test_a_write_of_nothing(shared, whole):
 
 
 @pytest.mark.parametrize("call", ["pwrite", "copy_file_range"])
-@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [17, pytest.param(1, marks=pytest.mark.slow)])
 def test_lost_writes_are_found(shared, whole, call: str, step: int):
     """A write that is acknowledged and lost: --verify finds it before the output gets its name,
     `verify` finds it later."""

@@ -39,6 +39,8 @@ def test_modules_that_mlx_lm_has_not_are_refused(tmp_path):
     trained(base, tmp_path / "peft", r=2, target_modules=["kv_b_proj", "o_proj"])
     with pytest.raises(Refused, match="2 modules have no name there: .*kv_b_proj"):
         adapterkit.convert(tmp_path / "peft", to="mlx", out=tmp_path / "mlx", base=base)
+    plan = adapterkit.convert(tmp_path / "peft", to="mlx", out=tmp_path / "mlx", dry_run=True)
+    assert any("kv_b_proj" in note and "deepseek_v3" in note for note in plan.notes)
     base = saved("llama", tmp_path / "llama")
     trained(base, tmp_path / "own", r=2, target_modules=["o_proj"])
     file = tmp_path / "own/adapter_model.safetensors"

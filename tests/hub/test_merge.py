@@ -12,6 +12,7 @@ from safetensors.numpy import load, save
 
 import adapterkit
 from tests.support.hub_client import TOKEN
+from tests.support.hub_models import ends
 from tests.support.hub_server import Hub
 
 LAYERS, WIDTH, RANK = 3, 512, 4
@@ -24,15 +25,16 @@ def base_files():
     generator = np.random.default_rng(0)
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8}
     config |= {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": LAYERS}
-    config |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
     files, weight_map = {"config.json": json.dumps(config).encode()}, {}
     for i, name in enumerate(SHARDS):
         keys = [f"model.layers.{i}.self_attn.{leaf}_proj.weight" for leaf in "qv"]
-        files[name] = save(
-            {k: generator.standard_normal((WIDTH, WIDTH)).astype(np.float32) for k in keys},
-            {"format": "pt"},
-        )
-        weight_map |= dict.fromkeys(keys, name)
+        shape = (WIDTH, WIDTH)
+        weights = {k: generator.standard_normal(shape).astype(np.float32) for k in keys}
+        if i == 0:
+            weights |= ends(WIDTH)
+        files[name] = save(weights, {"format": "pt"})
+        weight_map |= dict.fromkeys(weights, name)
     files["model.safetensors.index.json"] = json.dumps(
         {"metadata": {"total_size": 1}, "weight_map": weight_map}
     ).encode()

@@ -53,7 +53,7 @@ def test_the_bytes_of_one_process_where_one_is_killed(ranks_bench, job: str, ran
 
 @pytest.mark.parametrize(
     "job, step",
-    [("merge", 43), *(pytest.param(job, 1, marks=SLOW) for job in ("merge", "loftq"))],
+    [("merge", 97), *(pytest.param(job, 1, marks=SLOW) for job in ("merge", "loftq"))],
 )
 def test_a_rank_is_killed_at_each_call(ranks_bench, job: str, step: int):
     """Nothing bears a file's name that is not whole, and another rank makes the rest."""
@@ -75,7 +75,7 @@ def test_a_rank_is_killed_at_each_call(ranks_bench, job: str, step: int):
     assert when > 20
 
 
-@pytest.mark.parametrize("step", [43, pytest.param(1, marks=SLOW)])
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=SLOW)])
 @pytest.mark.parametrize("command", ["plan", "finish"])
 def test_the_plan_and_the_end_are_killed_at_each_call(merging, command: str, step: int):
     bench, whole = merging

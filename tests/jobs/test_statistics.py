@@ -249,7 +249,7 @@ def test_a_marker_that_others_wrote(benches):
 
 
 @pytest.mark.parametrize("kind, step", [
-    ("inputs", 97), *(pytest.param(kind, 1, marks=SLOW) for kind in KINDS),
+    ("inputs", 199), *(pytest.param(kind, 1, marks=SLOW) for kind in KINDS),
 ])  # fmt: skip
 def test_a_rank_is_killed_at_each_call(benches, kind: str, step: int):
     bench, whole = benches(kind)
@@ -269,7 +269,7 @@ def test_a_rank_is_killed_at_each_call(benches, kind: str, step: int):
     assert when > 20
 
 
-@pytest.mark.parametrize("step", [61, pytest.param(1, marks=SLOW)])
+@pytest.mark.parametrize("step", [127, pytest.param(1, marks=SLOW)])
 @pytest.mark.parametrize("command", ["plan", "finish"])
 def test_the_plan_and_the_end_are_killed_at_each_call(benches, command: str, step: int):
     bench, whole = benches()
