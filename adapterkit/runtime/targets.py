@@ -332,11 +332,14 @@ def _tied(
 
 
 def input_embedding(model: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
-    """The path of a transformers model's input embedding."""
+    """The path of a transformers model's input embedding, if that is one weight: of images it is
+    several modules."""
     ask = getattr(model, "get_input_embeddings", None)
     try:
         embedding = None if ask is None else ask()
     except NotImplementedError:  # a model without one
+        return None
+    if getattr(embedding, "weight", None) is None:
         return None
     return next((path for path, module in modules.items() if module is embedding), None)
 

@@ -128,6 +128,8 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
         config |= {"target_parameters": sorted(dict.fromkeys(parameters)), "lora_dropout": 0.0}
     if taken or not isinstance(config.get("target_modules"), str) or _is_shorthand(config):
         config["target_modules"] = target_list(list(dict.fromkeys(modules)), state.modules)
+        # PEFT would look for layers in the ends of names; these are the modules
+        config |= {"layers_to_transform": None, "layers_pattern": None}
     return tensors, config
 
 

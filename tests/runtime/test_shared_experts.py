@@ -3,6 +3,7 @@
 import json
 import random
 
+import peft
 import pytest
 import torch
 
@@ -82,3 +83,21 @@ def test_what_no_parameter_has(base, tmp_path):
         adapters = attach(model, LoraConfig(2, 4, ["up_proj"], dropout=0.1))
     adapters.save(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0
+
+
+def test_a_router_stays_a_parameter(tmp_path):
+    """A module of that name without a layer's forward."""
+    folder = tmp_path / "base"
+    base = models.save_base("minimax", random.Random(0), folder, tie=False)
+    base = models.Base(folder, base.cls, base.task, "fp32")
+    with oracle.quiet():
+        theirs = peft.get_peft_model(
+            base.load(torch.float32),
+            peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.gate.weight"]),
+        )
+        oracle.perturb(theirs, 0)
+        theirs.save_pretrained(tmp_path / "adapter")
+    model = base.load(torch.float32)
+    adapters = load(model, tmp_path / "adapter")
+    assert any(path.endswith("mlp.gate") for path in adapters.state.sites)
+    torch.testing.assert_close(run(model, model), run(theirs.eval(), model), rtol=1e-4, atol=1e-5)

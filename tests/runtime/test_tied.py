@@ -13,7 +13,7 @@ from transformers import (
 
 from adapterkit import LoraConfig, Refused
 from adapterkit.runtime import attach, load
-from tests.support import live, oracle
+from tests.support import live, oracle, tiny
 from tests.support.beside_peft import in_peft, shake
 
 CONFIG = LoraConfig(4, 6, ["q_proj", "embed_tokens"], tie=True)
@@ -174,3 +174,12 @@ def test_a_switch_that_does_more_than_tie():
             adapters.merge()
         assert torch.equal(model(input_ids=ids, decoder_input_ids=ids).logits, y)
     assert model.config.tie_word_embeddings and not adapters.merged
+
+
+def test_embeddings_of_several_modules_are_tied_to_nothing(tmp_path):
+    """Of a vision model's images; PEFT takes the setting, and ties nothing."""
+    with oracle.quiet():
+        theirs = in_peft(tiny.model("sam"), target_modules=["v_proj"], ensure_weight_tying=True)
+        theirs.save_pretrained(tmp_path)
+    adapters = load(tiny.model("sam"), tmp_path)
+    assert adapters.state.sites and all(path.endswith("v_proj") for path in adapters.state.sites)

@@ -97,6 +97,11 @@ CASES = {
     "own biases": ("llama", {"target_modules": QV, "bias": "lora_only"}),
     "all of bert": ("bert", {"target_modules": ["query", "dense"], "bias": "all"}),
     "own of bert": ("bert", {"target_modules": ["query"], "bias": "lora_only"}),
+    # whole names, for which PEFT does not look at layers
+    "beside layers": (
+        "llama",
+        {"target_modules": ["model.embed_tokens", "lm_head"], "layers_to_transform": [0]},
+    ),
     "own of parameters": (
         "bert",
         {"target_modules": [], "target_parameters": ["query.weight"], "bias": "lora_only"},

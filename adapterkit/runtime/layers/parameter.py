@@ -19,6 +19,7 @@ from adapterkit.runtime.site import Part, Values
 from adapterkit.runtime.site import Site as LiveSite
 from adapterkit.runtime.targets import Target, model_type
 from adapterkit.weights.bypassed import is_taken_for_experts
+from adapterkit.weights.linear import is_linear
 
 # transformers' implementations of experts in plain torch; others are kernels, which need tensors
 PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
@@ -224,7 +225,8 @@ def split_parameters(
         host = modules.get(module)
         own = [] if host is None else list(host._parameters)
         leaves = adapter.leaves(module, own)
-        if leaves == ["weight"] and is_taken_for_experts(model_type(model), module):
+        is_layer = host is not None and is_linear(host)  # a router is none
+        if leaves == ["weight"] and is_layer and is_taken_for_experts(model_type(model), module):
             leaves = []  # a linear layer, as `writing` writes it
         if host is None or not (leaves or any(lora.depth for lora in loras)):
             of_modules += loras
