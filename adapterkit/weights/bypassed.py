@@ -124,6 +124,21 @@ def reads_value(around: tuple[type, ...], path: tuple[str, ...]) -> bool:
     return any(use.reads(path) for use in _uses_of(around, *path))
 
 
+@cache
+def calls_method(around: tuple[type, ...], leaf: str, child: tuple[type, ...], value: str) -> bool:
+    """Whether the code of these classes calls a child of that name by a method other than its
+    forward, and the child's code reads a value of its own: no call of the child surrounds it."""
+    own = [cls for cls in child if not cls.__module__.startswith(GENERAL)]
+    methods = {
+        (name,)
+        for cls in own
+        for name, method in vars(cls).items()
+        if inspect.isfunction(method) and name != "forward"
+    }
+    called = any(use.after(leaf)[:1] in methods for use in _uses_of(around, leaf) if not use.starts)
+    return called and any(value in _attributes(cls) for cls in own)
+
+
 @dataclass(frozen=True)
 class Use:
     """What code does with an attribute of an attribute: self.conv1d.weight.squeeze(1) calls

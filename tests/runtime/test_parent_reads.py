@@ -52,6 +52,25 @@ class Net(nn.Module):
         return self.block(input_ids.float().cos()[..., None].expand(-1, -1, 8))
 
 
+class Mapped(nn.Linear):
+    """As JetMoE's experts, it is used by its methods, and never called."""
+
+    def map(self, x):
+        return F.linear(x, self.weight)
+
+    def reduce(self, y):
+        return y.tanh() + self.bias
+
+
+class ByMethods(Net):
+    def __init__(self):
+        super().__init__()
+        self.map, self.head = Mapped(8, 8), nn.Linear(8, 4)
+
+    def forward(self, input_ids):
+        return self.head(self.map.reduce(self.map.map(super().forward(input_ids))))
+
+
 def mamba() -> nn.Module:
     sizes = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 1, "use_mambapy": False}
     return MambaForCausalLM(MambaConfig(vocab_size=40, **sizes))
@@ -106,6 +125,8 @@ CASES = {
     ),
     "biases of MobileBERT": (mobilebert, {"target_modules": ["query"], "bias": "all"}),
     "biases of any module": (Net, {"target_modules": ["out"], "bias": "all"}),
+    "biases of a module with methods": (ByMethods, {"target_modules": ["out"], "bias": "all"}),
+    "a module with methods": (ByMethods, {"target_modules": ["out"], "modules_to_save": ["map"]}),
     "any module": (Net, {"target_modules": ["out"], "modules_to_save": ["qkv"]}),
 }
 
