@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -62,35 +61,19 @@ def test_writing_commands_have_the_options_of_writing():
     assert all(option in help_of("merge") for option in written)
 
 
-def seconds(*words: str) -> float:
-    began = time.perf_counter()
-    subprocess.run([sys.executable, *words], capture_output=True, cwd=ROOT, check=True)
-    return time.perf_counter() - began
-
-
-def test_help_takes_at_most_ten_times_as_long_as_python():
-    """0.15 s on an idle machine; on a busy one the quickest of as many runs as that takes."""
-    bare, helped = [], []
-    for _ in range(20):
-        bare.append(seconds("-c", ""))
-        helped.append(seconds("-m", "adapterkit", "--help"))
-        if min(helped) <= 10 * min(bare):
-            return
-    raise AssertionError(f"{min(helped):.3f} s, Python alone {min(bare):.3f} s")
-
-
 @pytest.mark.parametrize(
     "words",
     [["--help"], ["combine", "--help"], ["quantize", "--help"], ["completion", "bash"]],
     ids=" ".join,
 )
 def test_help_is_light(words: list[str]):
-    """Neither torch nor transformers, nor numpy, is imported, whatever the help lists."""
+    """Neither torch nor transformers, nor numpy, is imported, whatever the help lists, and few
+    modules of Python's own: 190 in all, in 0.15 s."""
     command = [sys.executable, "-X", "importtime", "-m", "adapterkit", *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    loaded = {
-        line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()
-    }
+    modules = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
+    loaded = {name.partition(".")[0] for name in modules}
+    assert len(modules) < 240
     assert done.returncode == 0 and "adapterkit" in loaded and "click" in loaded
     assert not loaded & {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "tqdm"}
 
