@@ -34,6 +34,9 @@ class CopyPart(Part):
         # not by a call: the hooks of the module itself run around its site
         return self.module.forward(*args, **kwargs)
 
+    def own_value(self, name: str) -> Tensor | None:
+        return getattr(self.module, name, None)
+
     def clash(self, other: Part) -> str | None:
         return None if other.role.startswith("delta") else "a trained copy of the module"
 

@@ -149,6 +149,10 @@ class Part(Unsaved):
         for name, value in self.values_in(other).items():
             own[name].copy_(spread(value.to(own[name]), own[name]))
 
+    def own_value(self, name: str) -> Tensor | None:
+        """A parameter of what runs in place of the host."""
+        return None
+
     def merge(self, values: dict[str, Tensor], weight: float) -> None:
         """Change the host's parameters, float32 or wider by name, as this part changes the
         output."""
@@ -387,7 +391,10 @@ class Inside:
         return self.site.host
 
     def value(self, name: str) -> Tensor | None:
-        """A parameter of the host as its forward finds it."""
+        """A parameter of the host as its forward, or that of a copy in its place, finds it."""
+        for part in reversed(self.replacing):
+            if (value := part.own_value(name)) is not None:
+                return value
         values = Values(self.host)
         for part, weight in self.changing:
             part.change(values, weight)

@@ -198,6 +198,15 @@ def test_a_new_adapter_trains_as_in_peft(model, config, tmp_path):
     attached(MODELS[model], config, logits, tmp_path)
 
 
+def test_rows_of_a_head_have_the_bias_of_its_copy():
+    """PEFT has none there, and does not read its own file."""
+    tokens = {"word_embeddings": [3, 5]}
+    config = LoraConfig(targets=["query"], modules_to_save=["decoder"], trainable_tokens=tokens)
+    adapters = attach(MODELS["bert"](), config, seed=0)
+    shake(adapters.parameters())
+    check_merging(adapters, logits)
+
+
 def test_tied_copies_are_one_parameter(tmp_path):
     h = attach(MODELS["tied"](), LoraConfig(targets=QV, modules_to_save=["lm_head"], tie=True))
     sites = [h.state.sites[path] for path in ("model.embed_tokens", "lm_head")]
