@@ -1,0 +1,230 @@
+"""Whether the tests see a change: at random places of the package one operator or comparison is
+flipped, and the tests of that room are run (from the project's folder):
+
+    python -m tests.mutants --count 200 --seed 23 --log mutants.jsonl --rooms kernels,combinations
+
+The last line counts the killed; those that survive are to be judged by hand. A mutant takes as long
+as its tests until the first of them fails, of those that survive all of them.
+"""
+
+import argparse
+import ast
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+ROOT = Path(__file__).parents[1]
+BESIDE = ("pyproject.toml", "README.md", "LICENSE", ".ci", "docs", "tests", "examples")
+SECONDS = 1500  # after which a run counts as killed: a mutant may never end
+# a room of the package, the longest that fits -> the tests that are run, the quickest first
+SUITES = {
+    "adapterkit/adapters": "merge combine/combine formats",
+    "adapterkit/checkpoint": "hostile merge faults",
+    "adapterkit/cli": "cli options",
+    "adapterkit/combinations": "combine",
+    "adapterkit/engines": "tasks engines merge jobs faults hub",
+    "adapterkit/formats": "formats",
+    "adapterkit/gguf": "quantized/gguf formats",
+    "adapterkit/hub": "hub",
+    "adapterkit/inits": "inits",
+    "adapterkit/jobs": "jobs",
+    "adapterkit/kernels": "kernels combine quantized inits",
+    "adapterkit/planning": "planning merge combine",
+    "adapterkit/planning/convert": "formats",
+    "adapterkit/planning/merge": "merge",
+    "adapterkit/reports": "reports cli",
+    "adapterkit/runtime": "runtime",
+    "adapterkit/statistics": "statistics runtime jobs",
+    "adapterkit/tasks": "tasks combine merge quantized",
+    "adapterkit/verbs": "options combine quantized inits formats statistics reports",
+    "adapterkit/weights": "weights merge runtime",
+    "adapterkit/weights/codecs": "quantized",
+    "adapterkit": "options test_errors.py merge combine jobs",
+}
+COMPARISONS: dict[type[ast.cmpop], tuple[str, str]] = {
+    ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
+    ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"),
+    ast.IsNot: (r"is\s+not", "is"), ast.In: ("in", "not in"), ast.NotIn: (r"not\s+in", "in"),
+}  # fmt: skip
+OPERATORS: dict[type[ast.operator], tuple[str, str]] = {
+    ast.Add: (r"\+", "-"), ast.Sub: ("-", "+"), ast.Mult: (r"\*", "+"), ast.Div: ("/", "*"),
+    ast.FloorDiv: ("//", "*"), ast.Mod: ("%", "*"), ast.Pow: (r"\*\*", "*"),
+}  # fmt: skip
+JOINS: dict[type[ast.boolop], tuple[str, str]] = {ast.And: ("and", "or"), ast.Or: ("or", "and")}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """Bytes of a file, and what stands there instead."""
+
+    file: str
+    line: int
+    start: int
+    stop: int
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the tests said of a mutant."""
+
+    mutant: Mutant
+    killed_by: str  # the test that failed first; none: it survived
+    seconds: float
+
+
+def mutants_of(file: str) -> Iterator[Mutant]:
+    """Every place of a file that can be flipped."""
+    source = (ROOT / file).read_bytes()
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+
+    def begin(node: ast.expr) -> int:
+        return starts[node.lineno - 1] + node.col_offset
+
+    def end(node: ast.expr) -> int:
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        return starts[node.end_lineno - 1] + node.end_col_offset
+
+    def between(left: ast.expr, right: ast.expr, flip: tuple[str, str]) -> Iterator[Mutant]:
+        found = re.search(flip[0].encode(), source[end(left) : begin(right)])
+        if found is not None:
+            start = end(left) + found.start()
+            yield Mutant(file, left.end_lineno or 0, start, end(left) + found.end(),
+                         found[0].decode(), flip[1])  # fmt: skip
+
+    for node in _computed(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+            for left, operator, right in zip(operands, node.ops, operands[1:], strict=False):
+                yield from between(left, right, COMPARISONS[type(operator)])
+        elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS and not _is_text(node):
+            yield from between(node.left, node.right, OPERATORS[type(node.op)])
+        elif isinstance(node, ast.BoolOp):
+            for left, right in zip(node.values, node.values[1:], strict=False):
+                yield from between(left, right, JOINS[type(node.op)])
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            yield Mutant(file, node.lineno, begin(node), begin(node) + len("not "), "not ", "")
+
+
+def _computed(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes that are computed: no annotations, and nothing for type checkers."""
+    yield node
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST) and not isinstance(child, ast.Assert):
+                yield from _computed(child)
+
+
+def _is_text(node: ast.BinOp) -> bool:
+    """Whether an operator joins or fills texts."""
+    return any(
+        isinstance(side, ast.JoinedStr)
+        or (isinstance(side, ast.Constant) and isinstance(side.value, str))
+        for side in (node.left, node.right)
+    )
+
+
+def suites_of(file: str) -> list[str]:
+    """The folders of tests for a file."""
+    room = max((room for room in SUITES if file.startswith(f"{room}/")), key=len)
+    return [f"tests/{name}" for name in SUITES[room].split()]
+
+
+def prepare(folder: Path) -> None:
+    """A copy of the package, and beside it one of its tests, which cannot mean another package."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("adapterkit", "formats"):
+        shutil.copytree(ROOT / name, folder / "site" / name, ignore=ignored)
+    for name in BESIDE:
+        path = ROOT / name
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        (folder / "tree").mkdir(exist_ok=True)
+        copy(path, folder / "tree" / name)
+    shutil.copytree(ROOT / "formats", folder / "tree" / "formats")
+
+
+def try_out(mutant: Mutant, folder: Path) -> Outcome:
+    """Run the tests of a mutant in a prepared folder."""
+    file = folder / "site" / mutant.file
+    source = (ROOT / mutant.file).read_bytes()
+    file.write_bytes(source[: mutant.start] + mutant.after.encode() + source[mutant.stop :])
+    words = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *suites_of(mutant.file)]
+    environment = os.environ | {"PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, *words], cwd=folder / "tree", env=environment, timeout=SECONDS,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
+        killer = (failed or [f"status {done.returncode}"])[0] if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        killer = "the time"
+    finally:
+        file.write_bytes(source)
+    return Outcome(mutant, killer, time.monotonic() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=23)
+    parser.add_argument("--rooms", default="", help="folders of the package (default: all of it)")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--log", type=Path)
+    options = parser.parse_args()
+    rooms = [f"adapterkit/{room}".rstrip("/") for room in options.rooms.split(",")]
+    files = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("adapterkit/**/*.py"))
+    places = [
+        mutant
+        for file in files
+        if any(file.startswith(f"{room}/") for room in rooms)
+        for mutant in mutants_of(file)
+    ]
+    chosen = random.Random(options.seed).sample(places, min(options.count, len(places)))
+    print(f"{len(chosen)} of {len(places)} places")
+    killed = 0
+    with tempfile.TemporaryDirectory() as root, ThreadPoolExecutor(options.workers) as pool:
+        folders: SimpleQueue[Path] = SimpleQueue()
+        for number in range(options.workers):
+            folder = Path(root) / str(number)
+            folder.mkdir()
+            prepare(folder)
+            folders.put(folder)
+
+        def run(mutant: Mutant) -> Outcome:
+            folder = folders.get()
+            try:
+                return try_out(mutant, folder)
+            finally:
+                folders.put(folder)
+
+        for outcome in pool.map(run, chosen):
+            one = outcome.mutant
+            killed += bool(outcome.killed_by)
+            what = f"killed by {outcome.killed_by}" if outcome.killed_by else "SURVIVED"
+            print(f"{one.file}:{one.line}: {one.before!r} -> {one.after!r}: {what}", flush=True)
+            if options.log is not None:
+                with options.log.open("a") as log:
+                    log.write(json.dumps(asdict(outcome)) + "\n")
+    print(f"{killed} of {len(chosen)} killed")
+
+
+if __name__ == "__main__":
+    main()
