@@ -127,7 +127,7 @@ def _compare(base: models.Base, path: Path, outcome: Outcome) -> None:
     actual = models.outputs(model, model)
     outcome.forward = expected is not None
     _note(outcome, "load", _equal(actual, expected, CLOSE))
-    if runs:
+    if runs and _has_gradients(theirs, model):
         _note(outcome, "gradients", _gradients(adapters, theirs, model))
     _note(outcome, "disabled", _disabled(adapters, before))
     _merge(adapters, actual, outcome)
@@ -168,14 +168,18 @@ def _equal(
     return None
 
 
+def _has_gradients(theirs: Any, plain: nn.Module) -> bool:
+    """Whether PEFT's model has gradients of a loss; it has them from then on."""
+    theirs.zero_grad()
+    try:
+        return _backward(theirs, plain)
+    except RuntimeError:
+        return False  # models that change in place what their own gradients need
+
+
 def _gradients(adapters: Adapters, theirs: Any, plain: nn.Module) -> str | None:
     """Where the gradients of a loss differ from PEFT's, by the keys of the file."""
     found = []
-    theirs.zero_grad()
-    try:
-        _backward(theirs, plain)
-    except RuntimeError:
-        return None  # models that change in place what their own gradients need
     adapters.model.zero_grad()
     _backward(adapters.model, plain)
     state, name = theirs.state_dict(keep_vars=True), next(iter(theirs.peft_config))

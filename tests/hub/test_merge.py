@@ -8,55 +8,25 @@ import time
 
 import numpy as np
 import pytest
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
 import adapterkit
+from tests.support import hub_models
 from tests.support.hub_client import TOKEN
-from tests.support.hub_models import ends
+from tests.support.hub_models import write
 from tests.support.hub_server import Hub
 
-LAYERS, WIDTH, RANK = 3, 512, 4
-SHARDS = [f"model-{i + 1:05d}-of-{LAYERS:05d}.safetensors" for i in range(LAYERS)]
+LAYERS, WIDTH = 3, 512
+SHARDS = hub_models.shards(LAYERS)
 
 
-def base_files():
-    """A three-shard checkpoint in Llama's names, one layer per shard; over 64 KiB each, so headers
-    are read by range."""
-    generator = np.random.default_rng(0)
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8}
-    config |= {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": LAYERS}
-    config |= {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
-    files, weight_map = {"config.json": json.dumps(config).encode()}, {}
-    for i, name in enumerate(SHARDS):
-        keys = [f"model.layers.{i}.self_attn.{leaf}_proj.weight" for leaf in "qv"]
-        shape = (WIDTH, WIDTH)
-        weights = {k: generator.standard_normal(shape).astype(np.float32) for k in keys}
-        if i == 0:
-            weights |= ends(WIDTH)
-        files[name] = save(weights, {"format": "pt"})
-        weight_map |= dict.fromkeys(weights, name)
-    files["model.safetensors.index.json"] = json.dumps(
-        {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    ).encode()
-    return files
+def base_files() -> dict[str, bytes]:
+    """Shards of over 64 KiB, so that headers are read by range."""
+    return hub_models.base_files(LAYERS, WIDTH, "qv")
 
 
-def adapter_files():
-    generator = np.random.default_rng(1)
-    factors = {}
-    for i in range(LAYERS):
-        prefix = f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_"
-        factors[prefix + "A.weight"] = generator.standard_normal((RANK, WIDTH)).astype(np.float32)
-        factors[prefix + "B.weight"] = generator.standard_normal((WIDTH, RANK)).astype(np.float32)
-    config = json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}).encode()
-    return {"adapter_model.safetensors": save(factors), "adapter_config.json": config}
-
-
-def write(folder, files):
-    folder.mkdir()
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return folder
+def adapter_files() -> dict[str, bytes]:
+    return hub_models.adapter_files(layers=range(LAYERS), width=WIDTH)
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load, save
 
 import adapterkit
-from tests.hub.test_merge import SHARDS, adapter_files, base_files, write
+from tests.hub.test_merge import SHARDS, adapter_files, base_files
+from tests.support.hub_models import write
 
 
 def files_of_one_layer() -> dict[str, bytes]:

@@ -7,31 +7,40 @@ import numpy as np
 from safetensors.numpy import save
 
 LAYERS, WIDTH, RANK = 6, 128, 4
-SHARDS = [f"model-{i + 1:05d}-of-{LAYERS:05d}.safetensors" for i in range(LAYERS)]
+
+
+def shards(layers: int) -> list[str]:
+    return [f"model-{i + 1:05d}-of-{layers:05d}.safetensors" for i in range(layers)]
+
+
+SHARDS = shards(LAYERS)
 
 WEIGHTS = "adapter_model.safetensors"
 CALLS = "import adapterkit\nfrom adapterkit.hub import retry, download\nretry.WAIT = 0.01"
 
 
-def base_files() -> dict[str, bytes]:
+def base_files(
+    layers: int = LAYERS, width: int = WIDTH, projections: str = "qkv"
+) -> dict[str, bytes]:
     """A checkpoint in Llama's names, one layer in each shard; whole at a glance, so that no job
     imports the model."""
     generator, files, places = np.random.default_rng(0), {}, {}
-    for i, name in enumerate(SHARDS):
-        keys = [f"model.layers.{i}.self_attn.{leaf}_proj.weight" for leaf in "qkv"]
-        shape = (WIDTH, WIDTH)
+    for i, name in enumerate(shards(layers)):
+        keys = [f"model.layers.{i}.self_attn.{leaf}_proj.weight" for leaf in projections]
+        shape = (width, width)
         weights = {key: generator.standard_normal(shape).astype(np.float32) for key in keys}
-        if i == 0:
-            weights |= ends(WIDTH)
+        if i == 0:  # the ends, of which the head is tied
+            embedding = np.ones((8, width), np.float32)
+            weights |= {"model.embed_tokens.weight": embedding, "model.norm.weight": embedding[0]}
         files[name] = save(weights, {"format": "pt"})
         places |= dict.fromkeys(weights, name)
     config = {
         "tie_word_embeddings": True,
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        "hidden_size": WIDTH,
-        "intermediate_size": WIDTH,
-        "num_hidden_layers": LAYERS,
+        "hidden_size": width,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "vocab_size": 8,
@@ -42,18 +51,12 @@ def base_files() -> dict[str, bytes]:
     return files
 
 
-def ends(width: int) -> dict[str, np.ndarray]:
-    """What a Llama has besides its layers, where its head is tied."""
-    embedding = np.ones((8, width), np.float32)
-    return {"model.embed_tokens.weight": embedding, "model.norm.weight": embedding[0]}
-
-
-def adapter_files(seed: int = 1, layers=range(LAYERS)) -> dict[str, bytes]:
+def adapter_files(seed: int = 1, layers=range(LAYERS), width: int = WIDTH) -> dict[str, bytes]:
     generator, factors = np.random.default_rng(seed), {}
     for i in layers:
         prefix = f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_"
-        factors[prefix + "A.weight"] = generator.standard_normal((RANK, WIDTH)).astype(np.float32)
-        factors[prefix + "B.weight"] = generator.standard_normal((WIDTH, RANK)).astype(np.float32)
+        factors[prefix + "A.weight"] = generator.standard_normal((RANK, width)).astype(np.float32)
+        factors[prefix + "B.weight"] = generator.standard_normal((width, RANK)).astype(np.float32)
     config = {
         "peft_type": "LORA",
         "r": RANK,
