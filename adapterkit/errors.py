@@ -12,6 +12,9 @@ EXAMPLES = 3  # errors of one cause that are printed
 _VARIABLE = re.compile(r"\([\d, ]*\)|[^\s:;,'\"()]*[\d._][^\s:;,'\"()]*[^\s:;,'\"().]|\d+")
 
 
+WARNING = "WARNING: "  # begins a note of a plan that matters most
+
+
 class AdapterkitError(Exception):
     """A job that cannot be done, or failed, with a message that tells the user how to fix it."""
 

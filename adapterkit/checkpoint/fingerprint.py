@@ -47,6 +47,11 @@ def known(metadata: Mapping[str, str]) -> str | None:
     return text if FORM.fullmatch(text) else None
 
 
+def metadata_with(fingerprint: str | None) -> dict[str, str]:
+    """The metadata of an adapter's file, whose base has this fingerprint; None: it is not known."""
+    return {"format": "pt"} | ({METADATA: fingerprint} if fingerprint else {})
+
+
 def difference(one: str, other: str) -> str | None:
     """The first of `PARTS` in which two fingerprints differ; "" for none, None if values are not
     known."""

@@ -12,7 +12,7 @@ from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key, part_keys, 
 from adapterkit.adapters.lora_config import check_live_config
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter, Lora
-from adapterkit.checkpoint.fingerprint import METADATA
+from adapterkit.checkpoint.fingerprint import METADATA, metadata_with
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.strict import read_json
@@ -177,8 +177,8 @@ def write_layout(
         ]
     tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
     settings = _settings(contents, form, loras, experts, rebuilt)
-    kept = {key: text for key, text in contents.metadata.items() if key == METADATA}
-    return File(form, tensors, {"format": "pt"} | kept, contents.modules, settings=settings)
+    metadata = metadata_with(contents.metadata.get(METADATA))
+    return File(form, tensors, metadata, contents.modules, settings=settings)
 
 
 def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import Refused, shown
+from adapterkit.errors import WARNING, Refused, shown
 from adapterkit.gguf.config import check_counts, config_arguments, config_of
 from adapterkit.gguf.file import GgufFile, decodable, gguf_package, quiet_transformers
 from adapterkit.gguf.header import read_gguf
@@ -94,7 +94,7 @@ def _tokenizer_files(file: GgufFile) -> dict[str, bytes]:
     except (Exception, RecursionError) as error:  # transformers' code, on any metadata
         kind = shown(file.header.metadata["tokenizer.ggml.model"])
         file.notes.append(
-            f"WARNING: no tokenizer, as transformers cannot make one of kind {kind}: {shown(error)}"
+            f"{WARNING}no tokenizer, as transformers cannot make one of kind {kind}: {shown(error)}"
         )
         return {}
     texts = {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file()}

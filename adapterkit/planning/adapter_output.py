@@ -11,7 +11,7 @@ from adapterkit.adapters.adapter_config import base_id, rank_settings, target_se
 from adapterkit.adapters.factors import rank_and_scale
 from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key
 from adapterkit.adapters.record import Adapter
-from adapterkit.checkpoint.fingerprint import METADATA
+from adapterkit.checkpoint.fingerprint import metadata_with
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, shown
@@ -137,8 +137,7 @@ class Output:
         elif pairs:
             finalize = _finalize_pairs(ordered, self.modules, pairs)
         made_for = common_fingerprint(self.adapters) or self.base_fingerprint
-        metadata = {"format": "pt"} | ({METADATA: made_for} if made_for else {})
-        return Computed(self.inside(WEIGHTS), tuple(ordered), metadata, finalize)
+        return Computed(self.inside(WEIGHTS), tuple(ordered), metadata_with(made_for), finalize)
 
     def files(self, notes: list[str]) -> Files:
         """Its other files; a tokenizer among them joins the notes."""

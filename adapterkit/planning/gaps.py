@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError
+from adapterkit.errors import WARNING, AdapterkitError
 from adapterkit.weights.loading import find_gaps, gaps_of, looks_whole
 from adapterkit.weights.skeleton import Skeleton
 
@@ -27,5 +27,5 @@ def check_gaps(
         return []  # transformers does not know the model
     if gaps.holes or gaps.failed:
         return gaps.errors()
-    notes += [f"WARNING: {error.where}: {error.problem}; {error.hint}" for error in gaps.errors()]
+    notes += [f"{WARNING}{error.where}: {error.problem}; {error.hint}" for error in gaps.errors()]
     return []

@@ -9,7 +9,7 @@ from adapterkit.checkpoint.fingerprint import of_headers
 from adapterkit.checkpoint.header import Header
 from adapterkit.checkpoint.layout import ShardLayout, Stored, grouped, like_base
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import shown
+from adapterkit.errors import WARNING, shown
 from adapterkit.plan import Computed, Shard, Step, Task
 from adapterkit.planning.cards import model_card
 from adapterkit.planning.folder_files import Files, model_files
@@ -108,7 +108,7 @@ def rounding_warnings(metrics: dict[str, dict], compat: str | None = None) -> li
         (least, key), median = low[0], statistics.median(shares.values())
         noun, share, cause = texts[kind]
         warnings.append(
-            f"WARNING: in {len(low)} of {len(shares)} {noun} less than {share} of the change "
+            f"{WARNING}in {len(low)} of {len(shares)} {noun} less than {share} of the change "
             f"survived {cause} (median: {1 - median:.0%} lost; least survived: {least:.0%} of "
             f"{shown(key)}): {first}give --rounding stochastic, or {remedies[kind]}"
         )

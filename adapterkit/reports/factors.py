@@ -17,7 +17,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
+from adapterkit.errors import WARNING, AdapterkitError, Damaged, Refused, shown
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.sums import all_finite, squared_norm
 from adapterkit.plan import Progress
@@ -51,7 +51,7 @@ def join(adapter: Adapter, on: Folder, problems: list[AdapterkitError]) -> Join:
     problems += job.errors
     # a local copy may have any name
     names = [] if "repo" in on.origin else other_base(job, adapter)
-    found = [note.removeprefix("WARNING: ") for note in job.notes if note not in names]
+    found = [note.removeprefix(WARNING) for note in job.notes if note not in names]
     problems += [Refused(note, where=adapter.label) for note in found]
     joined = Join(job.base)
     for change in job.changes.values():

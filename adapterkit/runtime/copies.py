@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapterkit.adapters.keys import PREFIX
 from adapterkit.runtime.site import CHILD, Inside, Part, Site, Values, give_forward
-from adapterkit.weights.bypassed import calls_method, reads_value
+from adapterkit.weights.bypassed import reads_value
 
 OUT_PROJ = "out_proj"  # torch's MultiheadAttention reads this child's values itself
 
@@ -195,16 +195,14 @@ def reader(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str]:
     """The module whose forward reads a parameter, the outermost one of several, and the parameter's
     name in it; for most their own module."""
     parts = name.split(".")
+    owner = type(modules[name.rpartition(".")[0]]).__mro__
     for i in range(len(parts) - 1):
         host, inside = ".".join(parts[:i]), parts[i:]
         # generate asks a whole model's forward for its arguments
         if host in modules and not (host == "" and hasattr(modules[host], "config")):
-            around = type(modules[host]).__mro__
             attributes = tuple(part for part in inside if not part.isdecimal())
-            if len(attributes) > 1 and reads_value(around, attributes):
-                return host, ".".join(inside)
-            child = type(modules[name.rpartition(".")[0]]).__mro__
-            if len(attributes) == 2 and calls_method(around, attributes[0], child, attributes[1]):
+            around = type(modules[host]).__mro__
+            if len(attributes) > 1 and reads_value(around, attributes, owner):
                 return host, ".".join(inside)
     return ".".join(parts[:-1]), parts[-1]
 

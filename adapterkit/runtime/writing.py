@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adapterkit.adapters.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
 from adapterkit.adapters.targets import has_end
-from adapterkit.checkpoint.fingerprint import METADATA
+from adapterkit.checkpoint.fingerprint import metadata_with
 from adapterkit.checkpoint.storage import storage_errors
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.hub.ids import is_on_hub
@@ -78,7 +78,7 @@ def save(state: State, folder: StrPath, name: str, *, every_process: bool = Fals
 
 
 def _write(tensors: dict[str, Tensor], path: Path, base_fingerprint: str | None) -> None:
-    metadata = {"format": "pt"} | ({METADATA: base_fingerprint} if base_fingerprint else {})
+    metadata = metadata_with(base_fingerprint)
     save_file(tensors, path, metadata)
     with path.open("r+b") as file:  # the library writes metadata in any order; they come first
         file.seek(8)

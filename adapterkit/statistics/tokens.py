@@ -17,7 +17,7 @@ ATTRIBUTE = "_adapterkit_tokens"  # of a storage: (who follows, `_Tags`)
 
 # operations that move elements of the first operand, of all of a list of them
 MOVES = {"index", "index_select", "gather", "take", "repeat", "roll", "flip",
-         "repeat_interleave", "stack"}  # fmt: skip
+         "repeat_interleave", "cat", "stack"}  # fmt: skip
 # those that write a source into the first operand -> the place of the source, and how it is written
 WRITES = {"index_put": 2, "scatter": 3, "scatter_add": 3, "scatter_reduce": 3, "index_copy": 3,
           "index_add": 3, "masked_scatter": 2, "copy": 1, "slice_scatter": 1,
@@ -162,8 +162,9 @@ class Tokens(TorchDispatchMode):
         schema = getattr(func, "_schema", None)
         is_write = schema is not None and schema.is_mutable
         rule = _rule(func)
-        appends = rule is _concatenated and _appends_ids(args, bits)
-        self.has_padded |= appends or rule is _padded
+        if rule is _moved and _appends_ids(func, args, bits):
+            rule = _appended
+        self.has_padded |= rule in (_padded, _appended)
         for number, out in enumerate(tree_leaves(result)):
             if not isinstance(out, Tensor) or not _has_storage(out) or out.dtype == torch.bool:
                 continue
@@ -252,7 +253,7 @@ def _deciding(func: Any, args: tuple) -> list[Tensor] | None:
     rule = _rule(func)
     if rule in (_joined, _placed, _reduced):
         return []
-    if rule in (_moved, _concatenated):
+    if rule is _moved:
         return _tensors(args[:1])
     if rule is _embedded:
         return [args[1]]
@@ -271,8 +272,6 @@ def _find_rule(func: Any) -> Rule:
         return lambda call, out: _written(call, out, name)
     if name == "constant_pad_nd":
         return _padded
-    if name == "cat":
-        return _concatenated
     if name in MOVES:
         return _moved
     if name in PRODUCTS:
@@ -311,17 +310,17 @@ def _moved(call: _Call, out: Tensor) -> Tensor | None:
     return call.func(moved, *call.args[1:], **call.kwargs)
 
 
-def _concatenated(call: _Call, out: Tensor) -> Tensor | None:
+def _appended(call: _Call, out: Tensor) -> Tensor:
     """Ids that a model appends to those of tokens are no tokens, as what it pads with."""
-    if not _appends_ids(call.args, call._bits):
-        return _moved(call, out)
     left_out = partial(torch.full_like, fill_value=LEFT_OUT, dtype=torch.uint8)
     parts = [left_out(x) if (found := call.bits(x)) is None else found for x in call.args[0]]
     return call.func(parts, *call.args[1:], **call.kwargs)
 
 
-def _appends_ids(args: tuple, bits: Mapping[int, Tensor]) -> bool:
+def _appends_ids(func: Any, args: tuple, bits: Mapping[int, Tensor]) -> bool:
     """Whether integers of no token are put behind those of tokens."""
+    if func.overloadpacket.__name__ != "cat":
+        return False
     first, *others = args[0]
     is_state = first.is_floating_point() or first.is_complex()
     return not is_state and id(first) in bits and any(id(x) not in bits for x in others)

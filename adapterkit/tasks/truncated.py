@@ -12,7 +12,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.kinds.common import Delta
-from adapterkit.checkpoint.fingerprint import METADATA
+from adapterkit.checkpoint.fingerprint import metadata_with
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import laid_out
 from adapterkit.errors import Refused
@@ -211,8 +211,7 @@ def finalize_by_size(
     Raises `Refused` where not even rank 1 for each fits.
     """
     most = [stored for task in tasks for stored in task.max_outputs]
-    metadata = {"format": "pt"} | ({METADATA: made_for} if made_for else {})
-    header = len(laid_out("", most, metadata, ordered=True).header)
+    header = len(laid_out("", most, metadata_with(made_for), ordered=True).header)
     costs = [_rank_nbytes(task) for task in tasks]
     others = sum(
         stored.nbytes

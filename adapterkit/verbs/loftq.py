@@ -12,7 +12,7 @@ from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, executes
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import WARNING, AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import Executor, StrPath
 from adapterkit.plan import Computed, Plan, Progress, Task
 from adapterkit.planning import adapter_output
@@ -372,7 +372,7 @@ def _warnings(metrics: dict[str, dict]) -> list[str]:
         return []
     return [
         (
-            f"WARNING: no round of {len(worse)} modules was better than plain quantization, e.g. "
+            f"{WARNING}no round of {len(worse)} modules was better than plain quantization, e.g. "
             f"{', '.join(worse[:3])}"
         )
     ]

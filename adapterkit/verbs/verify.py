@@ -7,13 +7,11 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.engines.file_checks import check_files
 from adapterkit.engines.recompute import check_rows
-from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.errors import WARNING, AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.options import Sources, StrPath, checked
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.sources import open_model, open_source, open_statistics, open_weighted
 from adapterkit.receipt import AGAIN, read_receipt
-
-WARNING = "WARNING: "
 
 
 @checked()

@@ -116,27 +116,29 @@ def reads_weight(around: tuple[type, ...], leaf: str) -> bool:
 
 
 @cache
-def reads_value(around: tuple[type, ...], path: tuple[str, ...]) -> bool:
+def reads_value(around: tuple[type, ...], path: tuple[str, ...], owner: tuple[type, ...]) -> bool:
     """Whether the code of these classes reads a value at that path below them, such as
-    ("conv1d", "bias"), and not the module's forward alone."""
+    ("conv1d", "bias"), itself or by a method of its owner, and not the owner's forward alone."""
     if len(path) == 2 and any(cls.__name__ == ATTENTION for cls in around):
         return True
-    return any(use.reads(path) for use in _uses_of(around, *path))
+    if any(use.reads(path) for use in _uses_of(around, *path)):
+        return True
+    return len(path) == 2 and _calls_reader(around, path[0], owner, path[1])
 
 
-@cache
-def calls_method(around: tuple[type, ...], leaf: str, child: tuple[type, ...], value: str) -> bool:
+def _calls_reader(around: tuple[type, ...], leaf: str, owner: tuple[type, ...], value: str) -> bool:
     """Whether the code of these classes calls a child of that name by a method other than its
-    forward, and the child's code reads a value of its own: no call of the child surrounds it."""
-    own = [cls for cls in child if not cls.__module__.startswith(GENERAL)]
+    forward, and the child's code reads the value: no call of the child surrounds that."""
+    own = [cls for cls in owner if not cls.__module__.startswith(GENERAL)]
+    if not any(value in _attributes(cls) for cls in own):
+        return False
     methods = {
         (name,)
         for cls in own
         for name, method in vars(cls).items()
         if inspect.isfunction(method) and name != "forward"
     }
-    called = any(use.after(leaf)[:1] in methods for use in _uses_of(around, leaf) if not use.starts)
-    return called and any(value in _attributes(cls) for cls in own)
+    return any(use.after(leaf)[:1] in methods for use in _uses_of(around, leaf) if not use.starts)
 
 
 @dataclass(frozen=True)

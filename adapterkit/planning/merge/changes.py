@@ -10,7 +10,7 @@ from adapterkit.adapters.factors import rank_and_scale
 from adapterkit.adapters.record import Adapter, Lora, is_inside, rank_mismatch
 from adapterkit.checkpoint.fingerprint import difference
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError, Refused, listed, shown
+from adapterkit.errors import WARNING, AdapterkitError, Refused, listed, shown
 from adapterkit.planning.merge.copies import remove_base_copies
 from adapterkit.planning.merge.job import Addition, Change, Job
 from adapterkit.planning.merge.orientation import orient, resolve_targets
@@ -103,7 +103,7 @@ def other_values(job: Job, adapter: Adapter) -> list[str]:
     if made_for is None or difference(made_for, job.fingerprint) != "values":
         return []
     return [
-        f"WARNING: {adapter.name} was made for a base with other values than "
+        f"{WARNING}{adapter.name} was made for a base with other values than "
         f"{job.original.name} (fingerprint {made_for}, not {job.fingerprint})"
     ]
 
