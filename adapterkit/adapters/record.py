@@ -8,11 +8,10 @@ from functools import cached_property
 
 from adapterkit.adapters.config import BASE_CHANGING_INITS, IMPLICIT, saved_modules
 from adapterkit.adapters.keys import BASE_LAYER_VALUE, CONFIG
-from adapterkit.adapters.targets import ALL_LINEAR, WHOLE, Patterns, has_end
+from adapterkit.adapters.targets import ALL_LINEAR, NamedBy, Patterns, has_end
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
-from adapterkit.patterns import matcher
 
 
 @dataclass(frozen=True)
@@ -151,10 +150,9 @@ class Adapter:
     def _is_target_module(self, module: str) -> bool:
         """Whether target_modules matches a module."""
         targets = self.config.get("target_modules")
-        if isinstance(targets, str):
-            where = f"{self.where}: target_modules"
-            return targets == ALL_LINEAR or matcher(targets, where, WHOLE)(module)
-        return isinstance(targets, list) and any(has_end(module, target) for target in targets)
+        if not isinstance(targets, str | list):
+            return False
+        return targets == ALL_LINEAR or NamedBy(targets, f"{self.where}: target_modules")(module)
 
     def attention(self, lora: Lora) -> str | None:
         """The MultiheadAttention whose output projection the factors are for, else None.

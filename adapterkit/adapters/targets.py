@@ -1,6 +1,6 @@
 """PEFT's rules for names: which modules a target means, which pattern counts, usual targets."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from adapterkit.patterns import matcher
@@ -8,6 +8,7 @@ from adapterkit.patterns import matcher
 T = TypeVar("T")
 ALL_LINEAR = "all-linear"
 WHOLE = r"\A(?:{})\Z"  # of a regular expression that is matched with whole names
+ENDING = r"\A(?:.*\.)?(?:{})\Z"  # of one that is matched with the end of a name, or all of it
 CLASSIFIERS = ("score", "classifier")  # names of the heads of classifiers
 _QV = ("q_proj", "v_proj")
 _BERT = ("query", "value")
@@ -39,6 +40,33 @@ def is_within(name: str, entry: str) -> bool:
     return f".{entry}." in f".{name}."
 
 
+class NamedBy:
+    """Whether a name is meant by targets or exclude: a text is a regular expression for the whole
+    name, a list has whole names or their ends after a dot."""
+
+    def __init__(self, entries: str | Sequence[str], where: str):
+        self.entries, ends = entries, set(entries)
+        is_text = isinstance(entries, str)
+        by_end = lambda name: not ends.isdisjoint(_ends(name))
+        self._matches = matcher(entries, where, WHOLE) if is_text else by_end
+
+    def __call__(self, name: str) -> bool:
+        return self._matches(name)
+
+    def unmatched(self, names: Collection[str]) -> list[str]:
+        """The entries that mean none of the names."""
+        if isinstance(self.entries, str):
+            return [] if any(map(self._matches, names)) else [self.entries]
+        ends: set[str] = set().union(*map(_ends, names))
+        return [entry for entry in self.entries if entry not in ends]
+
+
+def _ends(name: str) -> set[str]:
+    """A dotted name and its ends."""
+    parts = name.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
+
+
 class Patterns(Generic[T]):
     """rank_pattern or alpha_pattern: of the patterns that match a name the first one counts.
 
@@ -47,9 +75,13 @@ class Patterns(Generic[T]):
 
     def __init__(self, table: Mapping[str, T], where: str):
         self.rows = [
-            (pattern, matcher(str(pattern), where, r"\A(?:.*\.)?(?:{})\Z"), value)
+            (pattern, matcher(str(pattern), where, ENDING), value)
             for pattern, value in table.items()
         ]
+
+    @property
+    def values(self) -> list[T]:
+        return [value for _, _, value in self.rows]
 
     def value(self, name: str, default: T) -> T:
         return next((value for _, matches, value in self.rows if matches(name)), default)

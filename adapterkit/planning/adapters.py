@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from adapterkit import dtypes
 from adapterkit.adapters.keys import module_of, rewrapped_key
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter
+from adapterkit.adapters.targets import Patterns
 from adapterkit.checkpoint.compare import same_bytes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
@@ -17,9 +17,12 @@ from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import finite
 from adapterkit.plan import Task
 from adapterkit.planning.comparison import differing_rows
-from adapterkit.planning.rules import Rule, read_rules
+from adapterkit.planning.readings import rule_readings
+from adapterkit.planning.rules import Rule, pattern_table, read_rules
 from adapterkit.planning.sites import Site
 from adapterkit.tasks.common import CopiedTensor, SummedTensor
+
+OPTION = "--weight-for"
 
 
 def read_all(folders: Sequence[Folder]) -> list[Adapter]:
@@ -74,47 +77,54 @@ def delta_problems(
 
 
 class AdapterWeights:
-    """Each adapter's weight on each module: its own, or that of the last --weight-for that
+    """Each adapter's weight on each module: its own, or that of the first --weight-for that
     matches."""
 
-    def __init__(self, weights: list[float], rules: Iterable[str]):
+    def __init__(self, weights: list[float], texts: Iterable[str]):
         self.weights = weights
-        self.rules = [self._rule(text) for text in rules]
-        self.used: set[str] = set()
-        self.modules: set[str] = set()
+        self.given = [self._rule(text) for text in texts]
+        self.rules = [[rule for numbers, rule in self.given if n in numbers] for n in self._numbers]
+        self.patterns = [Patterns(pattern_table(rules), OPTION) for rules in self.rules]
+        self.modules: list[set[str]] = [set() for _ in weights]  # of each adapter, so far
+
+    @property
+    def _numbers(self) -> range:
+        return range(len(self.weights))
 
     def of(self, number: int, module: str) -> float:
         """The weight of an adapter on a module."""
-        weight = self.weights[number]
-        self.modules.add(module)
-        for adapter, rule in self.rules:
-            if adapter in (None, number) and rule.matches(module):
-                self.used.add(rule.text)
-                weight = rule.value
-        return weight
+        self.modules[number].add(module)
+        return self.patterns[number].value(module, self.weights[number])
 
     def unused(self) -> list[AdapterkitError]:
-        """Refusals of the rules that no module matched so far."""
-        return [
-            rule.unmatched(self.modules, "a module of the adapter")
-            for _, rule in self.rules
-            if rule.text not in self.used
-        ]
+        """Refusals of the rules that no module matched so far, and of those that mean others than
+        they did."""
+        errors: list[AdapterkitError] = []
+        for number, (rules, modules) in enumerate(zip(self.rules, self.modules, strict=True), 1):
+            errors += rule_readings(f"{OPTION} of adapter {number}:", rules, sorted(modules))
+        for numbers, rule in [] if errors else self.given:
+            modules = set().union(*(self.modules[number] for number in numbers))
+            if Patterns(pattern_table([rule]), OPTION).unmatched(modules):
+                errors.append(rule.unmatched(modules, "a module of the adapter"))
+        return errors
 
-    def _rule(self, text: str) -> tuple[int | None, Rule[float]]:
-        """Adapter (None: all) and rule; `Refused` where the text is none."""
+    def _rule(self, text: str) -> tuple[Sequence[int], Rule[float]]:
+        """The numbers of adapters, and the rule; `Refused` where the text is none."""
         expected = "[N:]REGEX=WEIGHT, N the adapter's place from 1"
         head, colon, rest = text.partition(":")
-        which = int(head) - 1 if colon and head.isdigit() else None
-        if which is not None and not 0 <= which < len(self.weights):
+        if not (colon and head.isdigit()):
+            numbers, rest = self._numbers, text
+        elif (number := int(head) - 1) in self._numbers:
+            numbers = [number]
+        else:
             raise Refused(
-                f"--weight-for {shown(text)!r} of {len(self.weights)} adapters",
+                f"{OPTION} {shown(text)!r} of {len(self.weights)} adapters",
                 expected=expected,
                 where="options",
                 hint="e.g. 2:q_proj=0.5",
             )
-        (rule,) = read_rules("--weight-for", [text if which is None else rest], finite, expected)
-        return which, replace(rule, text=text)
+        (rule,) = read_rules(OPTION, [rest], finite, expected)
+        return numbers, rule
 
 
 def trained_values(

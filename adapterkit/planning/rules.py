@@ -47,6 +47,14 @@ def read_rules(
     return rules
 
 
+def pattern_table(rules: Sequence[Rule[V]]) -> dict[str, V]:
+    """Pattern -> value; of two rules of one pattern the first counts."""
+    table: dict[str, V] = {}
+    for rule in rules:
+        table.setdefault(rule.pattern, rule.value)
+    return table
+
+
 def last_match(rules: Sequence[Rule[V]], name: str, default: V) -> V:
     """The value for a module: the last rule that matches decides."""
     return next((rule.value for rule in reversed(rules) if rule.matches(name)), default)

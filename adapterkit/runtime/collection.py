@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.adapters.resolve import Target
 from adapterkit.checkpoint.storage import storage_errors
 from adapterkit.errors import AdapterkitError, Failed, Refused, did_you_mean, listed, refuse_all
 from adapterkit.options import StrPath
-from adapterkit.runtime.targets import Target, resolve
+from adapterkit.runtime.targets import resolve
 from adapterkit.runtime.writing import check_local, replace, writes
 from adapterkit.statistics.gradients import Gradients
 from adapterkit.statistics.masks import Masks, Rule

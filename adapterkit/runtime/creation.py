@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.adapters.resolve import Target
 from adapterkit.errors import Refused, listed, refuse_all
 from adapterkit.runtime import dora
 from adapterkit.runtime.layers import KINDS, members, part_class
@@ -25,7 +26,7 @@ from adapterkit.runtime.starts import (
     statistics_for,
 )
 from adapterkit.runtime.state import Attached, State
-from adapterkit.runtime.targets import Target, resolve
+from adapterkit.runtime.targets import resolve
 from adapterkit.statistics.source import Stats
 
 

@@ -28,7 +28,7 @@ from adapterkit.runtime import dora
 from adapterkit.runtime.creation import home
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.fitness import unread
-from adapterkit.runtime.layers import KINDS, kind_of, part_class
+from adapterkit.runtime.layers import KINDS, part_class
 from adapterkit.runtime.layers.linear import LinearPart
 from adapterkit.runtime.layers.parameter import StoredParameter, split_parameters
 from adapterkit.runtime.layers.tied import share, shared_heads
@@ -36,6 +36,7 @@ from adapterkit.runtime.replication import replicate, replicating
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import Attached, State
 from adapterkit.runtime.stored_values import StoredValues, join_values, read_values
+from adapterkit.weights.linear import kind_of
 
 
 @dataclass(frozen=True)

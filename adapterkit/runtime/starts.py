@@ -1,6 +1,5 @@
 """Initial factors of new adapters, by the records of `adapterkit.inits`."""
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.adapters.resolve import Target
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, refuse_all, shown
 from adapterkit.inits.common import draw
@@ -17,7 +17,6 @@ from adapterkit.inits.eva import distribute
 from adapterkit.registry import create, members
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers import KINDS
-from adapterkit.runtime.targets import Target
 from adapterkit.statistics.source import Source, Stats, open_statistics
 from adapterkit.tasks.statistics import select_statistics, shape_of
 
@@ -134,7 +133,7 @@ def redistributed(
     ]
     ranks = distribute(ratios, sum(target.rank for target in targets))
     left = [
-        _with_rank(method, config, target, rank)
+        replace(target, rank=rank, alpha=method.new_alpha(target.alpha, target.rank, rank))
         for target, rank in zip(targets, ranks, strict=True)
         if rank
     ]
@@ -143,13 +142,6 @@ def redistributed(
         layers_pattern=None, rank_pattern={}, alpha_pattern={},
     )  # fmt: skip
     return names, left
-
-
-def _with_rank(method: Any, config: LoraConfig, target: Target, rank: int) -> Target:
-    """The target with another rank, and the alpha that the method gives it for that."""
-    divisor = math.sqrt if config.rslora else float
-    alpha = method.new_alpha(target.scale * divisor(target.rank), target.rank, rank)
-    return replace(target, rank=rank, scale=alpha / divisor(rank))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from adapterkit.adapters.config import TASK_HEADS
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.record import Adapter, Tokens
+from adapterkit.adapters.resolve import input_embedding, tied_modules
 from adapterkit.adapters.targets import has_end
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, shown
@@ -18,7 +19,7 @@ from adapterkit.runtime.copies import copies, mirrors, outermost, parameter_of, 
 from adapterkit.runtime.fitness import unread
 from adapterkit.runtime.site import Part, owner
 from adapterkit.runtime.state import State
-from adapterkit.runtime.targets import input_embedding, own_modules, tied_modules
+from adapterkit.runtime.targets import own_modules
 from adapterkit.runtime.tokens import token_parts
 
 OTHER_MODEL = "the adapter was trained on another model"

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapterkit.adapters.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
+from adapterkit.adapters.resolve import model_type
 from adapterkit.adapters.targets import has_end
 from adapterkit.checkpoint.fingerprint import metadata_with
 from adapterkit.checkpoint.storage import storage_errors
@@ -23,7 +24,7 @@ from adapterkit.options import StrPath
 from adapterkit.planning.cards import adapter_card
 from adapterkit.runtime.copies import CopyPart, ValuePart, entries_for_peft
 from adapterkit.runtime.factors import FactorsPart
-from adapterkit.runtime.fitness import model_type, unfit_as_parameter
+from adapterkit.runtime.fitness import unfit_as_parameter
 from adapterkit.runtime.layers.linear import Conv1DPart
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.sharding import whole

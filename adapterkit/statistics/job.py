@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adapterkit.adapters.targets import ALL_LINEAR
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, listed, refuse_all, shown
 from adapterkit.planning.factor_targets import EXPERTS
-from adapterkit.planning.new_adapter import select_targets, wrappable
+from adapterkit.planning.stored_targets import select_layers
 from adapterkit.statistics.file import Results
 from adapterkit.statistics.masks import Masks, token_masks
 from adapterkit.statistics.stored_model import StoredModel
@@ -85,11 +85,8 @@ class Job:
         self.stored, self.request, self.batches = stored, request, batches
         self.model, self.notes = stored.model, stored.notes
         names = [n for n, module in self.model.named_modules() if is_linear(module)]
-        usable = wrappable(stored.names, names, self.notes)
-        lacking = "passed by in PEFT, or its weight is read by the code around it"
-        targets = request.targets or ALL_LINEAR
-        self.targets, notes = select_targets(targets, usable, self.model, lacking)
-        self.notes += notes
+        targets, lacking = request.targets or ALL_LINEAR, "no linear layer"
+        self.targets = select_layers(stored.names, targets, names, lacking, self.notes)
         self.gradients = "gradient" in request.what
         self.inputs = tuple(name for name in request.what if name in INPUTS)
         self.watched = [*self.targets, *(_experts(self.model) if request.experts else ())]

@@ -1,11 +1,34 @@
-"""Which modules are linear layers: what multiplies its inputs by its weight and adds its bias, and
-nothing else."""
+"""Which modules are layers that take factors, and which of them are linear: what multiplies its
+inputs by its weight and adds its bias, and nothing else."""
 
 import copy
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+
+def kind_of(host: nn.Module) -> str | None:
+    """The kind of layer that a module is, None for one that takes no factors."""
+    if is_conv1d(host):
+        return "conv1d"
+    if isinstance(host, nn.Embedding):
+        return "embedding"
+    if isinstance(host, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "conv"
+    if isinstance(host, nn.MultiheadAttention):
+        return "attention"
+    if isinstance(host, NonDynamicallyQuantizableLinear):
+        return "attention_output"
+    if hasattr(host, "in_features") and hasattr(host, "out_features"):
+        return None if is_odd_linear(host) else "linear"
+    return None
+
+
+def is_conv1d(host: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D."""
+    return type(host).__name__ == "Conv1D" and hasattr(host, "nf")
 
 
 def is_linear(module: Any) -> bool:

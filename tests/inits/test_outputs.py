@@ -137,8 +137,8 @@ def test_every_option_reaches_the_verb(base, tmp_path):
     out = tmp_path / "out"
     code, text = run(
         "init", base, "--method", "pissa", "--rank", 4, "--alpha", 6, "--rslora",
-        "--rank-for", "q_proj=2", "--rank-for", "layers.1=3", "--alpha-for", "v_proj=5",
-        "--targets", "all-linear", "--exclude", "mlp", "--layers", "0-1", "--set", "niter=8",
+        "--rank-for", "layers.1.*=3", "--rank-for", "layers.0.*q_proj=2", "--alpha-for", "v_proj=5",
+        "--targets", "all-linear", "--exclude", ".*mlp.*", "--layers", "0-1", "--set", "niter=8",
         "--seed", 7, "--residual", "implicit", "--dtype", "bf16", "--out", out,
     )  # fmt: skip
     assert code == 0, text

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import pytest
 import transformers
@@ -14,6 +15,7 @@ from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError
 from adapterkit.planning.initial_targets import Selection, find_targets
 from adapterkit.planning.new_adapter import Scaling
+from adapterkit.weights.linear import is_linear
 from tests.runtime.test_targets import BUILDS, wrapped
 from tests.support import oracle, tiny
 
@@ -105,11 +107,79 @@ def test_a_layer_that_is_asked_for_its_stride_is_refused(stored):
         ours(stored("whisper"), "conv1")
 
 
-def test_a_regex_is_searched_in_the_names(stored):
-    """PEFT's must match whole names."""
-    expected = theirs("llama", targets=r".*layers\.[02]\..*(q|up)_proj.*")
-    assert ours(stored("llama"), r"layers\.[02]\..*(q|up)_proj") == expected
-    assert ours(stored("llama"), r"^model\.layers\.[02]\..*(q|up)_proj$") == expected
+def test_a_regex_is_for_whole_names(stored):
+    for text in (r".*layers\.[02]\..*(q|up)_proj", r"^model\.layers\.[02]\..*(q|up)_proj$"):
+        assert ours(stored("llama"), text) == theirs("llama", targets=text)
+
+
+READINGS = [
+    ("targets", "q_proj|up_proj"),
+    ("targets", r"layers\.1\."),  # also in names that are no layers'
+    ("targets", "model.*_proj|head"),
+    ("exclude", "mlp"),
+    ("exclude", "mlp|[qk]_"),
+    ("exclude", "up_proj|0.mlp.down_proj"),
+]
+
+
+@pytest.mark.parametrize(("option", "text"), READINGS)
+def test_a_text_with_two_readings_is_refused(option, text, stored):
+    """For one release; either is written as the hint says."""
+    modules = dict(built("llama").named_modules())
+    linear = {name for name, module in modules.items() if is_linear(module)}
+    searched = {name for name in linear if re.search(text, name)}
+    ends = rf"(?:.*\.)?(?:{text})" if text == "mlp" else text
+    whole = {name for name in modules if re.fullmatch(ends, name)}
+
+    def chosen(text: str) -> set[str]:
+        options = {"targets": ".*_proj|lm_head"} | {option: text}
+        found = find_targets(stored("llama"), Selection(**options), Scaling(4), [])
+        return {target.name for target in found}
+
+    with pytest.raises(AdapterkitError, match="means .*, and meant model") as caught:
+        chosen(text)
+    former, latter = re.findall("'(\\S+)'", str(caught.value).rpartition("hint: ")[2])
+    assert chosen(latter) == (searched if option == "targets" else linear - searched)
+    if whole:
+        assert chosen(former) == (whole if option == "targets" else linear - whole)
+    else:
+        with pytest.raises(AdapterkitError, match="matches none|no module is a target"):
+            chosen(former)
+
+
+RULES = [
+    (["self_attn=2"], ["self_attn=2 means no module, and meant model.layers.0.self_attn.q_proj"]),
+    (["q_proj=2", "q_proj=3"], ["q_proj=2 and q_proj=3 both match"]),
+    (
+        [r"layers\.1.*=2", "v_proj=3", "_proj=4"],
+        ["both match model.layers.1.self_attn.v_proj", "_proj=4 means no module"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("rank_for", "words"), RULES)
+def test_rules_with_two_readings_are_refused(rank_for, words, stored):
+    with pytest.raises(AdapterkitError) as caught:
+        ours(stored("llama"), "q_proj,v_proj", Scaling(4, rank_for=tuple(rank_for)))
+    assert all(text in str(caught.value) for text in words), str(caught.value)
+
+
+def test_rules_that_agree_are_taken(stored):
+    """Also where several match: no module has another rank than before."""
+    rules = ("v_proj=3", r"layers\.0\.self_attn\.v_proj=3", ".*q_proj.*=2")
+    ranks = {
+        name[-6:]: rank
+        for name, rank, _ in ours(stored("llama"), "q_proj,v_proj", Scaling(4, rank_for=rules))
+    }
+    assert ranks == {"v_proj": 3, "q_proj": 2}
+
+
+@pytest.mark.parametrize(("layers", "expected"), [("1", {1}), ("0-1", {0, 1}), ("0,2", {0, 2})])
+def test_layers_narrow_every_kind_of_targets(layers, expected, stored):
+    for targets in ("all-linear", ".*_proj", "q_proj,model.layers.1.self_attn.k_proj"):
+        options = Selection(targets, layers=layers)
+        names = [target.name for target in find_targets(stored("llama"), options, Scaling(4), [])]
+        assert {int(name.split(".")[2]) for name in names} == expected
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
@@ -119,10 +189,12 @@ def test_experts_are_parameters(name, stored):
 
 
 def test_ranks_and_scales_are_those_of_peft(stored):
-    scaling = Scaling(4, 6, True, ("v_proj=2", r"layers\.1\.=3"), ("layers.0.self_attn.q_proj=5",))
+    scaling = Scaling(
+        4, 6, True, ("v_proj=2", r".*layers\.1.*q_proj=3"), ("layers.0.self_attn.q_proj=5",)
+    )
     patterns = {
-        "rank_pattern": {r"layers\.1\..*": 3, "v_proj": 2},
-        "alpha_pattern": {r"layers\.0\.self_attn\.q_proj": 5},
+        "rank_pattern": {"v_proj": 2, r".*layers\.1.*q_proj": 3},
+        "alpha_pattern": {"layers.0.self_attn.q_proj": 5},
     }
     expected = theirs("llama", targets=["q_proj", "v_proj"], rslora=True, **patterns)
     assert ours(stored("llama"), "q_proj,v_proj", scaling) == expected

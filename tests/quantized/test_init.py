@@ -163,7 +163,7 @@ def test_qpissa_quantizes_the_rest(target, base, tmp_path):
 
 
 def test_rebase_brings_a_trained_pissa_back(base, tmp_path):
-    adapterkit.init(base, method="pissa", rank=4, out=tmp_path / "out", targets="q_proj|down_proj")
+    adapterkit.init(base, method="pissa", rank=4, out=tmp_path / "out", targets="q_proj,down_proj")
     assert len(factors(tmp_path / "out" / "adapter")) == 4
     with oracle.quiet():
         tuned = model(tmp_path / "out" / "base", tmp_path / "out" / "adapter")
@@ -336,16 +336,16 @@ def test_one_grammar_of_targets(verb, base, packed, tmp_path):
     assert targets_of(["q_proj", "up_proj"], "list") == {
         name for name in everything if name.endswith(("q_proj", "up_proj"))
     }
-    assert targets_of(r"layers\.1\..*(q|k)_proj$", "regex") == {layer + "q_proj", layer + "k_proj"}
+    assert targets_of(r".*layers\.1\..*(q|k)_proj", "regex") == {layer + "q_proj", layer + "k_proj"}
     for wrong, words in [
         ("q_proj,nowhere,v", ["'nowhere'", "'v'"]),
         ("attn.q_proj", ["'attn.q_proj'"]),
         (
             "self_attn,q_proj",
-            ["'self_attn' matches none: model.layers.0.self_attn is a LlamaAttention"],
+            ["model.layers.0.self_attn is a LlamaAttention"],
         ),
-        ("(nowhere|v)$", ["matches none"]),
-        ("norm", ["'norm' matches none: model.norm is a LlamaRMSNorm"]),
+        ("(nowhere|v)$", ["--targets"]),
+        ("norm", ["model.norm is a LlamaRMSNorm"]),
         *(
             [("lm_head", ["lm_head is not quantized"]), ("embed_tokens", ["a Embedding"])]
             if verb != "init"

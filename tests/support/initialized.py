@@ -31,23 +31,25 @@ def _resnet() -> nn.Module:
 
 
 def _experts(kind: str, count: int) -> Kind:
-    """Stacks of experts, and a linear layer beside them."""
-    targets = f"({'|'.join(experts.parameters_of(kind))})$|q_proj$"
+    """Stacks of experts, and linear layers beside them; PEFT passes DeepSeek's shared ones by."""
+    targets = rf"(?!.*shared_experts).*({'|'.join(experts.parameters_of(kind))}|q_proj)"
     return Kind(lambda: experts.tiny(kind), targets, count)
 
 
 KINDS = {
-    "linear": Kind(oracle.llama, "_proj$", 14),
+    "linear": Kind(oracle.llama, ".*_proj", 14),
     "embedding": Kind(oracle.llama, "embed_tokens,lm_head", 2),
     "tied": Kind(oracle.tied_llama, "embed_tokens,q_proj", 3),
     "tied-head": Kind(oracle.tied_llama, "lm_head", 1),
     "transposed": Kind(oracle.gpt2, "c_attn,c_proj,c_fc", 8),
-    "conv1d": Kind(architectures.BUILDS["wav2vec2"], r"layers\.\d\.conv$|q_proj", 4, linear=False),
+    "conv1d": Kind(
+        architectures.BUILDS["wav2vec2"], r".*(layers\.\d\.conv|q_proj)", 4, linear=False
+    ),
     "conv2d": Kind(_resnet, "convolution", 9, linear=False),  # kernels of 7, 3 and 1
     "conv3d": Kind(lambda: tiny.model("videomae"), "projection", 1, linear=False),
     "subclass": Kind(lambda: tiny.model("falcon"), "query_key_value,dense", 4),
     "fused": Kind(lambda: tiny.model("phi3"), "qkv_proj,gate_up_proj", 4),
-    "stored-fused": Kind(lambda: tiny.model("nomic_bert"), "[qk]_proj$", 4),
+    "stored-fused": Kind(lambda: tiny.model("nomic_bert"), ".*[qk]_proj", 4),
     "mixtral": _experts("mixtral", 6),
     "qwen3_moe": _experts("qwen3_moe", 6),
     "gpt_oss": _experts("gpt_oss", 6),  # stacks of transposed matrices

@@ -1,8 +1,5 @@
 """The kinds of layers that take factors, by name; each is one file."""
 
-from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Refused
 from adapterkit.runtime.factors import FactorsPart
@@ -10,8 +7,8 @@ from adapterkit.runtime.layers.attention import OUTPUT, AttentionOutputPart, Att
 from adapterkit.runtime.layers.conv import ConvPart
 from adapterkit.runtime.layers.embedding import EmbeddingPart
 from adapterkit.runtime.layers.invoked import InvokedConv1DPart, InvokedPart
-from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart, is_conv1d
-from adapterkit.weights.linear import is_odd_linear
+from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
+from adapterkit.weights.linear import kind_of as kind_of
 
 KINDS: dict[str, type[FactorsPart]] = {
     "linear": LinearPart,
@@ -21,23 +18,6 @@ KINDS: dict[str, type[FactorsPart]] = {
     "attention": AttentionPart,
     "attention_output": AttentionOutputPart,
 }
-
-
-def kind_of(host: nn.Module) -> str | None:
-    """The kind of layer that a module is, None for one that takes no factors."""
-    if is_conv1d(host):
-        return "conv1d"
-    if isinstance(host, nn.Embedding):
-        return "embedding"
-    if isinstance(host, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return "conv"
-    if isinstance(host, nn.MultiheadAttention):
-        return "attention"
-    if isinstance(host, NonDynamicallyQuantizableLinear):
-        return "attention_output"
-    if hasattr(host, "in_features") and hasattr(host, "out_features"):
-        return None if is_odd_linear(host) else "linear"
-    return None
 
 
 def members(path: str, kind: str) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.quantized import quantization_of, weight_of
 from adapterkit.runtime.site import Site
+from adapterkit.weights.linear import is_conv1d
 
 
 class LinearPart(FactorsPart):
@@ -76,8 +77,3 @@ class Conv1DPart(LinearPart):
 
     def dense(self, a: Tensor, b: Tensor) -> Tensor:
         return (b @ a).T
-
-
-def is_conv1d(host: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D."""
-    return type(host).__name__ == "Conv1D" and hasattr(host, "nf")

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from adapterkit.adapters.keys import part_keys
 from adapterkit.adapters.record import Adapter, Lora
+from adapterkit.adapters.resolve import Target, model_type
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.kernels.low_rank_sum import LowRankSum, Term, summed
 from adapterkit.planning.sites import Site, flips_square_experts, sites_of
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.site import Part, Values
 from adapterkit.runtime.site import Site as LiveSite
-from adapterkit.runtime.targets import Target, model_type
 from adapterkit.weights.bypassed import is_taken_for_experts
 from adapterkit.weights.linear import is_linear
 

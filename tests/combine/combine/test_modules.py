@@ -19,7 +19,10 @@ from tests.support.deltas import assert_close, deltas, net, trained, truncated, 
 
 def test_weight_for_replaces_a_weight(mixed, tmp_path):
     combined(
-        mixed, tmp_path / "out", method="linear", weight_for=["fit=2", "1:^fit$=0.5", "3:image=0"]
+        mixed,
+        tmp_path / "out",
+        method="linear",
+        weight_for=["2:fit=2", "3:fit=2", "1:fit=0.5", "3:image=0"],
     )
     first, second, third = (deltas(source) for source in mixed)
     expected = weighted(mixed, WEIGHTS)
