@@ -13,7 +13,8 @@ from adapterkit.checkpoint.shard_result import ShardResult, read_result
 from adapterkit.checkpoint.stage import HANDOFF, RECEIPT, Stage, Workspace, size_of_file
 from adapterkit.checkpoint.storage import free_bytes
 from adapterkit.errors import AdapterkitError, Failed, Interrupted, Refused, Unrecoverable
-from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Progress, Shard
+from adapterkit.options import Progress
+from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Shard
 from adapterkit.receipt import (
     Receipt,
     create_receipt,

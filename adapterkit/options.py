@@ -1,30 +1,27 @@
-"""What the options of the verbs may be: one check for each name, the same in every verb, in Python
-and on the command line.
+"""Options of verbs: what values each takes and what it says of itself, told once.
 
-`checked` wraps a verb: values whose meaning is plain become what the verb expects ("4" and 4.0 are
-4, "5GB" is 5000000000), all others are refused together, before anything is read. What options mean
-together the verbs check themselves.
+A `Check` reads a value from outside: values whose meaning is plain become what the verb expects
+("4" and 4.0 are 4, "5GB" is 5000000000), all others are `Refused`. `option` and `argument` declare
+a field of a verb's record with its check and its help; the Python signature, the command and its
+completion, plan files, pipelines and docs/api.md are made of these fields.
 """
 
 import contextlib
-import functools
-import inspect
+import dataclasses
 import math
 import operator
 import os
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, ParamSpec, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transform
 
 from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
 from adapterkit.patterns import matcher
 
-P = ParamSpec("P")
-R = TypeVar("R")
-Check = Callable[[str, Any], Any]  # (the option, its value) -> what the verb gets; `Refused`
+T = TypeVar("T")
 StrPath = str | os.PathLike
 # Adapters, with weights where a verb has them
 Sources = (
@@ -33,87 +30,144 @@ Sources = (
     | tuple[StrPath, float]
     | Iterable[StrPath | tuple[StrPath, float]]
 )
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+MOST_WHOLE, MOST_SEED = 2**31 - 1, 2**63 - 1
 
 
-class Executor(ABC):
-    """What carries out a verb's plan in place of an engine: a rank's part of it, or its end.
+class Progress(Protocol):
+    """Called with the bytes just done; `expect`, where there is one, with the bytes to come."""
 
-    `options` are the `engines.run_options.RunOptions` of the call. Gives the receipt, or the plan
-    where the verb is to stop there, as after a dry run.
+    def __call__(self, done: int, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Check:
+    """What values an option takes: `read(name, value)` gives the verb's, `Refused` for others.
+
+    `kind` and `words` are for the command line, plan files and pipelines: how a text is read there
+    (text, flag, integer, number, targets, settings; file; source, sources: what is an input), and
+    the words that there are. `several`: a list.
     """
 
-    pushes = True  # whether what it makes is pushed at its end
+    read: Callable[[str, Any], Any]
+    kind: str = "text"
+    words: Sequence[str] | Callable[[], Iterable[str]] = ()  # a function: known on use alone
+    several: bool = False
 
-    @abstractmethod
-    def __call__(self, plan: Any, options: Any, check: Any, /) -> Any: ...
+    def __call__(self, name: str, value: Any) -> Any:
+        return self.read(name, value)
 
-
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-# Arguments of the writing verbs that name an input, and those that name several
-SOURCE = tuple("src base tuned adapter initial base16 quantized stats".split())
-WEIGHTED = ("adapters", "general")
-MOST_WHOLE, MOST_SEED = 2**31 - 1, 2**63 - 1
-CHOICES = {
-    "base_copies": ("ignore", "adapter"),
-    "compat": ("peft",),
-    "dtype": tuple(dtypes.SHORT),
-    "engine": ("local", "ray"),
-    "expert_layout": ("peft-0.18", "peft-0.19"),
-    "hash": ("sha256", "none"),
-    "majority": ("total", "frequency"),
-    "prefix_only": (
-        "unet",
-        "transformer",
-        "transformer_2",
-        "text_encoder",
-        "text_encoder_2",
-        "text_encoder_3",
-    ),
-    "residual": ("write", "implicit"),
-    "rest": ("save", "drop", "refuse"),
-    "rounding": ("nearest", "stochastic", "compensated"),
-    "space": ("delta", "factors"),
-    "tied": ("untie", "fold", "refuse"),
-    "tokenizer": ("base", "adapter"),
-}
+    @property
+    def is_source(self) -> bool:
+        return self.kind in ("source", "sources")
 
 
-def checked(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator of verbs that checks their arguments, as `binder` does."""
+@dataclass(frozen=True)
+class Option:
+    """What a field of a verb's record says of itself.
 
-    def wrap(verb: Callable[P, R]) -> Callable[P, R]:
-        bind = binder(verb, own)
+    An option without `help` is Python's alone. `flags`: as the command spells it, where that is not
+    its name; `metavar`: what its help has for the value; `needs`: an option, or OPTION=VALUE, that
+    has to be given with it; `excludes`: options that may not.
+    """
 
-        @functools.wraps(verb)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            bound = bind(*args, **kwargs)
-            with own_hints(verb):
-                return verb(*bound.args, **bound.kwargs)
-
-        return call
-
-    return wrap
+    check: Check
+    help: str = ""
+    metavar: str | None = None
+    flags: tuple[str, ...] = ()
+    needs: str = ""
+    excludes: tuple[str, ...] = ()
 
 
-def binder(verb: Callable[P, Any], own: Mapping[str, Check]) -> Callable[P, inspect.BoundArguments]:
-    """A function that gives a verb's arguments by name, checked: by `own` where an option differs
-    from the others of that name. Defaults are not checked. `Refused` with all that are invalid."""
-    signature = inspect.signature(verb)
-    checks = {name: own.get(name) or CHECKS[name] for name in signature.parameters}
+def option(*, default: Any = dataclasses.MISSING, check: Check, help: str = "", **more: Any) -> Any:
+    """A field of a verb's record that is given by name; required without `default`."""
+    return dataclasses.field(default=default, metadata={"option": Option(check, help, **more)})
 
-    def bind(*args: P.args, **kwargs: P.kwargs) -> inspect.BoundArguments:
-        bound, errors = signature.bind(*args, **kwargs), []
-        for name, value in bound.arguments.items():
-            if value is signature.parameters[name].default:
+
+def argument(
+    *,
+    default: Any = dataclasses.MISSING,
+    check: Check,
+    kw_only: Literal[False] = False,
+    **more: Any,
+) -> Any:
+    """A field of a verb's record that is given by its place."""
+    metadata = {"option": Option(check, **more)}
+    return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option, argument))
+def record(cls: type[T]) -> type[T]:
+    """A decorator: the class as a frozen record whose fields are options."""
+    return dataclass(frozen=True, kw_only=True)(cls)
+
+
+def option_of(field: dataclasses.Field) -> Option:
+    """What a field of a verb's record says of itself."""
+    return field.metadata["option"]
+
+
+def flag_of(name: str) -> str:
+    """An option as messages and the command line have it."""
+    return f"--{name.replace('_', '-')}"
+
+
+class Checked:
+    """A record whose fields are options: made with values as people give them, it holds those that
+    the checks make of them. `Refused` with all that are invalid, or do not go together."""
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        errors: list[AdapterkitError] = []
+        given: dict[str, Any] = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type] # verbs are dataclasses
+            value = getattr(self, field.name)
+            if value is field.default:
                 continue
             try:
-                bound.arguments[name] = checks[name](name, value)
+                given[field.name] = option_of(field).check(field.name, value)
             except AdapterkitError as error:
                 errors.append(error)
-        refuse_all(errors)
-        return bound
+                continue
+            object.__setattr__(self, field.name, given[field.name])
+        refuse_all(errors or self._conflicts())
 
-    return bind
+    def only(self, kind: type[T]) -> T:
+        """The options of another record that this one has too."""
+        names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        return kind(**{name: getattr(self, name) for name in names})
+
+    def _conflicts(self) -> list[AdapterkitError]:
+        """Refusals of options that are given without what they need, or with what they exclude."""
+        errors: list[AdapterkitError] = []
+        fields = {field.name: field for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        is_given = lambda name: getattr(self, name) != fields[name].default
+        for name, one in ((name, option_of(field)) for name, field in fields.items()):
+            if not is_given(name):
+                continue
+            other, _, value = one.needs.partition("=")
+            if other and (getattr(self, other) != value if value else not is_given(other)):
+                needed = f"{flag_of(other)} {value}" if value else flag_of(other)
+                errors.append(
+                    Refused(
+                        f"{flag_of(name)} is given without {needed}",
+                        expected=f"{flag_of(name)} with {needed} alone",
+                        where="options",
+                        hint=f"remove {flag_of(name)}, or give {needed}",
+                    )
+                )
+            errors += [
+                Refused(
+                    f"{flag_of(name)} and {flag_of(other)} are given",
+                    expected="one of them",
+                    where="options",
+                    hint=f"remove {flag_of(name)}, or {flag_of(other)}",
+                )
+                for other in one.excludes
+                if is_given(other)
+            ]
+        return errors
 
 
 # An option in a hint; those of a command that the hint gives in full are that command's
@@ -123,7 +177,7 @@ _OF_COMMANDS = {"help", "json", "plan", "quiet"}  # options of commands that are
 
 
 @contextlib.contextmanager
-def own_hints(verb: Callable) -> Iterator[None]:
+def own_hints(verb: type[Checked]) -> Iterator[None]:
     """Errors of a verb hint at options that it has: planning is shared by verbs that differ. Of one
     verb within another, such as a step of `run`, the inner one's options are meant."""
     try:
@@ -135,26 +189,25 @@ def own_hints(verb: Callable) -> Iterator[None]:
         raise
 
 
-def own_hint(hint: str, verb: Callable) -> str:
+def own_hint(hint: str, verb: type[Checked]) -> str:
     """A hint with the verb's arguments as they are written, without alternatives that name options
     of other verbs."""
-    parameters = inspect.signature(verb).parameters.values()
-    known = {p.name.replace("_", "-") for p in parameters if p.kind is p.KEYWORD_ONLY}
+    fields = dataclasses.fields(verb)  # type: ignore[arg-type] # verbs are dataclasses
+    known = {field.name.replace("_", "-") for field in fields if field.kw_only}
     known |= {"adapter"} if "adapters" in known else set()
-    arguments = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
+    arguments = {field.name for field in fields if not field.kw_only}
     name = lambda m: m[1].upper() if m[1] in arguments else m[0]
     fits = lambda text: all(m[1] in known | _OF_COMMANDS for m in _OPTION.finditer(text) if m[1])
     hint = _OPTION.sub(name, hint)
     parts = [hint] if fits(hint) else re.split(r", or |, then |; (?=give |--)", hint)
     kept = ", or ".join(part for part in parts if fits(part))
-    return kept or f"adapterkit {verb.__name__} --help lists its options" if hint else hint
+    return kept or f"adapterkit {verb.name} --help lists its options" if hint else hint
 
 
 def invalid(name: str, value: Any, expected: str, hint: str = "give another value") -> Refused:
     """The refusal of an option's value."""
     text = shown(value if type(value) in (int, float) else repr(value))
-    option = f"--{name.replace('_', '-')}"
-    return Refused(f"{option} {text}", expected=expected, where="options", hint=hint)
+    return Refused(f"{flag_of(name)} {text}", expected=expected, where="options", hint=hint)
 
 
 # -- one value -------------------------------------------------------------------------------------
@@ -170,7 +223,7 @@ def choice(allowed: Sequence[str] | Callable[[], Iterable[str]]) -> Check:
             raise invalid(name, value, " or ".join(words), hint or "use one of these")
         return str(value)
 
-    return check
+    return Check(check, words=allowed)
 
 
 def dtype(name: str, value: Any) -> str:
@@ -194,7 +247,7 @@ def whole(least: int = 1, most: int = MOST_WHOLE) -> Check:
             raise invalid(name, value, f"a whole number, {least} to {most}")
         return number
 
-    return check
+    return Check(check, "integer")
 
 
 def whole_of(*allowed: int) -> Check:
@@ -206,7 +259,7 @@ def whole_of(*allowed: int) -> Check:
             raise invalid(name, value, " or ".join(map(str, allowed)), "use one of these")
         return number
 
-    return check
+    return Check(check, words=tuple(map(str, allowed)))
 
 
 def number(expected: str, fits: Callable[[float], bool]) -> Check:
@@ -218,7 +271,7 @@ def number(expected: str, fits: Callable[[float], bool]) -> Check:
             raise invalid(name, value, expected)
         return result
 
-    return check
+    return Check(check, "number")
 
 
 def flag(name: str, value: Any) -> bool:
@@ -301,7 +354,7 @@ def kinds(allowed: Sequence[str]) -> Check:
         one = choice(allowed)
         return tuple(dict.fromkeys(one(name, word) for word in words or [""]))
 
-    return check
+    return Check(check, several=True)
 
 
 def targets(name: str, value: Any) -> str:
@@ -352,19 +405,6 @@ def _integer(value: Any, *, flags: bool = False) -> int | None:
 
 def _is_name(text: str | bytes) -> bool:
     return isinstance(text, str) and bool(text) and "\0" not in text
-
-
-def check_stats(rounding: str, stats: object) -> list[AdapterkitError]:
-    """What is wrong with --rounding and --stats together."""
-    if (rounding == "compensated") == (stats is not None):
-        return []
-    if stats is None:
-        problem, expected = "--rounding compensated needs --stats", "--stats FILE"
-        hint = "collect them: adapterkit stats BASE --data FILE --out STATS"
-    else:
-        problem = f"--stats has no effect with --rounding {rounding}"
-        expected, hint = "--rounding compensated", "remove --stats"
-    return [Refused(problem, expected=expected, where="options", hint=hint)]
 
 
 # -- several values --------------------------------------------------------------------------------
@@ -432,68 +472,42 @@ def unweighted(adapters: Any, name: str = "adapters") -> list[StrPath]:
     return [source for source, _ in pairs]
 
 
-def _unchecked(name: str, value: Any) -> Any:
-    """Sources, for `weighted` and `unweighted` in the verb."""
-    return value
+def _sources(name: str, value: Any) -> list[StrPath | tuple[StrPath, float]]:
+    """Sources with their weights where they have some, as `weighted` takes them again."""
+    pairs = weighted(value, name)
+    return [source if weight is None else (source, weight) for source, weight in pairs]
 
 
-def _progress(name: str, value: Any) -> Any:
-    return (lambda done: None) if value is None else function(name, value)
+def progress(name: str, value: Any) -> Progress:
+    """What is called with the bytes done; nothing for None."""
+    return no_progress if value is None else function(name, value)
 
 
-def _device(name: str, value: Any) -> str:
+def no_progress(done: int, /) -> None:
+    """The progress that nobody looks at."""
+
+
+def device(name: str, value: Any) -> str:
+    """auto, cpu, cuda or one of several GPUs; also torch's device."""
     word = str(value) if type(value).__module__ == "torch" else value
     if not isinstance(word, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", word, re.ASCII):
         raise invalid(name, value, "auto, cpu, cuda or cuda:i", "use one of these")
     return word
 
 
-def _engine(name: str, value: Any) -> Any:
-    return value if isinstance(value, Executor) else choice(CHOICES["engine"])(name, value)
-
-
-_share = number("a share above 0, at most 1", lambda value: 0 < value <= 1)
-_above_0 = number("a number above 0", lambda value: value > 0)
-
-CHECKS: dict[str, Check] = {
-    **{name: choice(words) for name, words in CHOICES.items()},
-    **dict.fromkeys(
-        (*SOURCE, *"folder path a b out plot file".split()),
-        path,
-    ),
-    **dict.fromkeys(WEIGHTED, _unchecked),
-    **dict.fromkeys(
-        (
-            "rslora double_quant base_is_residual dequantize verify download headers resume "
-            "overwrite dry_run whole lossy allow_pickle"
-        ).split(),
-        flag,
-    ),
-    **dict.fromkeys("include exclude skip".split(), regex),
-    **dict.fromkeys("max_shard_size max_size memory disk_limit".split(), parse_size),
-    **dict.fromkeys("bits_for weight_for rank_for alpha_for".split(), texts),
-    **dict.fromkeys(
-        "rank block_size iterations top_k samples length batch components workers".split(), whole()
-    ),
-    "accept": function,
-    "alpha": _above_0,
-    **dict.fromkeys(("architecture", "ray_address"), text),
-    "bits": whole_of(4, 8),
-    "data": files,
-    "density": number("a share, 0 to 1", lambda value: 0 <= value <= 1),
-    "device": _device,
-    "dtype": dtype,
-    "energy": _share,
-    "engine": _engine,
-    "progress": _progress,
-    "layers": text,
-    "rank_for_energy": number("a share, 0 to 1", lambda value: 0 <= value <= 1),
-    "seed": whole(0, MOST_SEED),
-    "settings": settings,
-    "sv_ratio": number("a number of at least 1", lambda value: value >= 1),
-    "svd_clamp": _share,
-    "targets": targets,
-    "temperature": _above_0,
-    "wait": number("0 or more seconds", lambda value: value >= 0),
-    "tolerance": number("0 or more", lambda value: value >= 0),
-}
+TEXT, TEXTS, REGEX, SIZE = Check(text), Check(texts, several=True), Check(regex), Check(parse_size)
+FLAG, SETTINGS, TARGETS = (
+    Check(flag, "flag"),
+    Check(settings, "settings"),
+    Check(targets, "targets"),
+)
+FILE, FILES = Check(path, "file"), Check(files, "file", several=True)
+SOURCE, SOURCES = Check(path, "source"), Check(paths, "source", several=True)
+WEIGHTED = Check(_sources, "sources", several=True)
+UNWEIGHTED = Check(lambda name, value: unweighted(value, name), "sources", several=True)
+FUNCTION, PROGRESS, DEVICE = Check(function), Check(progress), Check(device)
+DTYPE = Check(dtype, words=tuple(dtypes.SHORT))
+COMPAT = choice(("peft",))
+COUNT, SEED, SHARE = whole(), whole(0, MOST_SEED), number("a share, 0 to 1", lambda x: 0 <= x <= 1)
+SHARE_ABOVE_0 = number("a share above 0, at most 1", lambda x: 0 < x <= 1)
+ABOVE_0 = number("a number above 0", lambda x: x > 0)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -357,6 +357,7 @@ class Plan:
     device: str = "cpu"  # the kind that its bits are of
     on_device: dict[str, int] = field(default_factory=dict)  # totals of another kind than the CPU
     room: int = 0  # bytes of disk that its files take for a time, beside what they are in the end
+    is_file: bool = False  # the output is its one file, and no folder
 
     def recipe(self) -> dict[str, Any]:
         """What makes two plans the same: version, verb, options, inputs and output layout."""
@@ -472,9 +473,3 @@ class Plan:
         if isinstance(file, CopyFile):
             return self.folders[file.folder].files()[file.name]
         return len(file) if isinstance(file, bytes) else 0
-
-
-class Progress(Protocol):
-    """Called with the bytes just done; `expect`, where there is one, with the bytes to come."""
-
-    def __call__(self, done: int, /) -> None: ...

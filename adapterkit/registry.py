@@ -64,6 +64,12 @@ def declarations(package: str) -> dict[str, Declaration]:
     return dict(sorted(declared.items()))
 
 
+def written_formats() -> list[str]:
+    """The quantized formats that can be written, by their names in `--to`."""
+    codecs = declarations("weights.codecs").values()
+    return list(dict.fromkeys(n for one in codecs for n in one.constants.get("targets", ())))
+
+
 def _constants(record: ast.ClassDef) -> Iterator[tuple[str, Any]]:
     for item in record.body:
         if isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name):

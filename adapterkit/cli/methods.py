@@ -1,10 +1,11 @@
 """Methods and formats for the help and completion, which must not import them."""
 
-from adapterkit.cli.command import Rows
-from adapterkit.cli.completion import Name
+from collections.abc import Callable
+
 from adapterkit.combinations import ALIASES
-from adapterkit.formats import library
-from adapterkit.registry import Declaration, as_flag, declarations
+from adapterkit.registry import as_flag, declarations
+
+Rows = list[tuple[str, str]]
 
 
 def combinations() -> dict[str, Rows]:
@@ -41,12 +42,14 @@ def initializations() -> dict[str, Rows]:
 def formats() -> dict[str, Rows]:
     """The formats that a quantization can write, codec by codec."""
     codecs = declarations("weights.codecs").values()
-    rows = [(", ".join(written(codec)), codec.summary) for codec in codecs if written(codec)]
-    return {"Formats": rows}
+    targets = ((codec, codec.constants.get("targets", ())) for codec in codecs)
+    return {"Formats": [(", ".join(names), codec.summary) for codec, names in targets if names]}
 
 
 def adapter_formats() -> dict[str, Rows]:
     """The formats of adapters, by whether they are written."""
+    from adapterkit.formats import library
+
     groups: dict[str, Rows] = {"Formats": [], "Formats that are only read": []}
     for name, one in library.formats().items():
         title = "Formats" if one.writes else "Formats that are only read"
@@ -54,15 +57,10 @@ def adapter_formats() -> dict[str, Rows]:
     return groups
 
 
-def written(codec: Declaration) -> tuple[str, ...]:
-    return codec.constants.get("targets", ())
-
-
-combine_names = Name(lambda: (*declarations("combinations"), *ALIASES))
-init_names = Name(lambda: declarations("inits"))
-format_names = Name(
-    lambda: dict.fromkeys(
-        name for codec in declarations("weights.codecs").values() for name in written(codec)
-    )
-)
-adapter_format_names = Name(lambda: (n for n, one in library.formats().items() if one.writes))
+# what the help of a command lists
+LISTS: dict[str, Callable[[], dict[str, Rows]]] = {
+    "combine": combinations,
+    "convert": adapter_formats,
+    "init": initializations,
+    "quantize": formats,
+}

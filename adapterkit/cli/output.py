@@ -2,14 +2,14 @@
 
 import json
 import threading
-from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from adapterkit.cli import signals
-from adapterkit.options import bytes_text
+from adapterkit.options import bytes_text, own_hints
+from adapterkit.verb import Verb, WritingVerb, function_of
 
 if TYPE_CHECKING:
     from adapterkit.plan import Plan
@@ -18,30 +18,46 @@ if TYPE_CHECKING:
 
 
 def run_verb(
-    verb: Callable,
+    verb: type[Verb],
     *sources: Any,
     as_json: bool,
     quiet: bool,
     unit: str = "B",
     plan: str | None = None,
+    dry_run: bool = False,
     **options: Any,
 ) -> None:
-    """Call a verb that writes, with progress, and print its plan or receipt; with `plan` write that
-    file instead."""
+    """Run a verb, with progress, and print its plan or receipt; with `plan` write that file
+    instead."""
+    from adapterkit.receipt import Receipt
+
     if plan is not None:
-        write_plan(plan, verb, *sources, as_json=as_json, quiet=quiet, **options)
-    else:
-        quiet_bar = quiet or options["dry_run"]
-        run_to_receipt(
-            verb, *sources, as_json=as_json, quiet=quiet, unit=unit, silent=quiet_bar, **options
-        )
+        write_plan(plan, verb, *sources, as_json=as_json, quiet=quiet, dry_run=dry_run, **options)
+        return
+    if issubclass(verb, WritingVerb):
+        options["dry_run"] = dry_run
+    with ProgressBar(quiet or dry_run, unit) as bar:
+        result: Any = function_of(verb)(*sources, progress=bar, **options)
+        signals.ignore_after_work()  # the output is published: printing goes on
+    if not isinstance(result, Receipt):
+        print_plan(result, as_json)
+    elif as_json:
+        print_json(result.data)
+    elif not quiet:
+        print_receipt(result)
 
 
 def write_plan(
-    file: str, verb: Callable, *sources: Any, as_json: bool, quiet: bool, **options: Any
+    file: str,
+    verb: type[Verb],
+    *sources: Any,
+    as_json: bool,
+    quiet: bool,
+    dry_run: bool,
+    **options: Any,
 ) -> None:
     """Write a verb's call into a plan file, and print the plan."""
-    if options.pop("dry_run"):
+    if dry_run:
         raise click.UsageError("--plan and --dry-run exclude each other: give one")
     if options.pop("resume"):
         raise click.UsageError(
@@ -49,7 +65,8 @@ def write_plan(
         )
     from adapterkit.jobs.plan_file import write_plan as write
 
-    plan = write(file, verb.__name__, *sources, **options)
+    with own_hints(verb):
+        plan = write(file, verb.name, *sources, **options)
     if as_json or not quiet:
         print_plan(plan, as_json)
     if not quiet:
@@ -58,29 +75,6 @@ def write_plan(
             f"adapterkit finish {file}",
             err=True,
         )
-
-
-def run_to_receipt(
-    verb: Callable,
-    *sources: Any,
-    as_json: bool,
-    quiet: bool,
-    unit: str = "B",
-    silent: bool = False,
-    **options: Any,
-) -> None:
-    """Call what gives a plan or a receipt, with progress unless `silent`, and print it."""
-    from adapterkit.receipt import Receipt
-
-    with ProgressBar(quiet or silent, unit) as bar:
-        result = verb(*sources, progress=bar, **options)
-        signals.ignore_after_work()  # the output is published: printing goes on
-    if not isinstance(result, Receipt):
-        print_plan(result, as_json)
-    elif as_json:
-        print_json(result.data)
-    elif not quiet:
-        print_receipt(result)
 
 
 class ProgressBar:

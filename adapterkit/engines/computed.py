@@ -27,7 +27,8 @@ from adapterkit.engines.metrics import finite_metrics
 from adapterkit.engines.waiting import result_of, signals_deferred
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
-from adapterkit.plan import AHEAD, Computed, Progress, Task, TaskResult
+from adapterkit.options import Progress
+from adapterkit.plan import AHEAD, Computed, Task, TaskResult
 from adapterkit.tasks.handoff import HandoffWriter
 from adapterkit.tasks.rows import byte_view
 from adapterkit.weights.reader import Reader

@@ -1,197 +1,122 @@
-"""How a verb is carried out: the engine by its name, the output folder, resume, dry run."""
+"""A verb's plan becomes its output: by the engine of its name, in the output folder, on the Hub, or
+not at all (a dry run)."""
 
-import functools
-import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder, original
 from adapterkit.checkpoint.stage import Stage, check_name
-from adapterkit.engines.call import Call
+from adapterkit.engines.one_file import Done, run_to_file
 from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused, shown
 from adapterkit.execute import Engine, check_place, output_names, run
-from adapterkit.hub.destination import parse_output
 from adapterkit.hub.ids import is_on_hub
-from adapterkit.hub.push import check_push, repository, send
-from adapterkit.options import Check, StrPath, binder, own_hints, parse_size, path
+from adapterkit.hub.push import check_push, send
+from adapterkit.options import StrPath, parse_size
 from adapterkit.plan import Plan
 from adapterkit.planning.converted import conversion_notes
 from adapterkit.receipt import Receipt, fingerprint_of
 
-P = ParamSpec("P")
-Planned = TypeVar("Planned", covariant=True)  # a `Plan`, or what a verb has in its place
+# What looks at the finished folder before it gets its name
+FolderCheck = Callable[[Path], object]
 
 
-class WritingVerb(Protocol[P, Planned]):
-    """A verb that writes: a `Receipt`, or with `dry_run=True` the plan. A type checker compares
-    the other options with the verb's only in calls without `dry_run`."""
-
-    @overload
-    def __call__(self, *args: Any, dry_run: Literal[True], **options: Any) -> Planned: ...
-    @overload
-    def __call__(self, *args: Any, dry_run: Literal[False], **options: Any) -> Receipt: ...
-    @overload
-    def __call__(self, *args: Any, dry_run: bool, **options: Any) -> Receipt | Planned: ...
-    @overload
-    def __call__(self, *args: P.args, **options: P.kwargs) -> Receipt: ...
-
-    def call(self, *args: Any, **options: Any) -> Call:
-        """The call with these arguments, as data; `Refused` with all that are invalid."""
-        ...
-
-
-def writes(
-    **own: Check,
-) -> Callable[[Callable[P, Receipt | Planned]], WritingVerb[P, Planned]]:
-    """A verb that writes, its options checked as in `options.checked`; `out` is a folder unless it
-    says otherwise."""
-
-    def wrap(verb: Callable[P, Receipt | Planned]) -> WritingVerb[P, Planned]:
-        bind = binder(verb, {"out": output_folder, "push": repository, **own})
-
-        @functools.wraps(verb)
-        def written(*args: P.args, **options: P.kwargs) -> Receipt | Planned:
-            bound = bind(*args, **options)
-            with own_hints(verb), _pinned_inputs(bound.arguments):
-                return verb(*bound.args, **bound.kwargs)
-
-        as_data = lambda *args, **options: Call(written, bind(*args, **options).arguments)
-        written.call = as_data  # type: ignore[attr-defined] # of a function, as the protocol says
-        return cast(WritingVerb[P, Planned], written)
-
-    return wrap
-
-
-def output_folder(name: str, value: Any) -> StrPath:
-    """A folder on this machine or on the Hub."""
-    return _output(name, value, file=False)
-
-
-def output_file(name: str, value: Any) -> StrPath:
-    """A file on this machine, or a .safetensors file on the Hub."""
-    return _output(name, value, file=True)
-
-
-def _output(name: str, value: Any, *, file: bool) -> StrPath:
-    out = path(name, value)
-    if is_on_hub(out):
-        parse_output(os.fspath(out), file=file)
-    return out
-
-
-def _pinned_inputs(arguments: Mapping[str, Any]) -> AbstractContextManager[object]:
+def pinned_inputs(how: RunOptions) -> AbstractContextManager[object]:
     """Inputs of a job that ends on the Hub stay at the commits of its first run."""
-    if not is_on_hub(arguments["out"]):
+    if not is_on_hub(how.out):
         return nullcontext()
-    from adapterkit.engines.hub_output import pinned_inputs
+    from adapterkit.engines import hub_output
 
-    return pinned_inputs(arguments["out"], resume=bool(arguments.get("resume")))
-
-
-class Execution(RunOptions):
-    """Where and how a verb's plan runs."""
-
-    def run(
-        self,
-        plan: Plan,
-        check: Callable[[Path], object] | None = None,
-        push: str | None = None,
-    ) -> Receipt | Plan:
-        """Run a plan, or with `dry_run` return it. `check` looks at the finished folder before it
-        gets its name; `push` is the repository to which it goes then. Raises `Refused` before
-        anything is written, `Failed` after."""
-        on_hub = is_on_hub(self.out)
-        if not on_hub:
-            check_output_apart(Path(self.out), plan.folders)
-        check_disk_limit(self.out, self.disk_limit)
-        if self.ray_address is not None and self.engine != "ray":
-            raise Refused(
-                "--ray-address with another engine",
-                expected="--engine ray",
-                where="options",
-                hint="remove --ray-address",
-            )
-        memory = parse_size("memory", self.memory) if self.memory else None
-        notes = (*plan.notes, *conversion_notes(plan.folders))
-        plan = replace(plan, memory=memory, notes=notes)
-        if push is not None and (isinstance(self.engine, str) or self.engine.pushes):
-            names, job = output_names(plan), fingerprint_of(plan.recipe())
-            check_push(push, names, plan.folders, overwrite=self.overwrite, job=job)
-        if not isinstance(self.engine, str) and not self.dry_run:
-            receipt = self.engine(plan, self, check)
-            if push is not None and isinstance(receipt, Receipt):
-                receipt.data["pushed"] = send(Path(receipt.out), push, overwrite=self.overwrite)
-            return receipt
-        if self.engine == "ray" and not (self.dry_run or on_hub):
-            from adapterkit.engines.ray import on_ray
-
-            with on_ray(self.ray_address, self.device) as cluster:
-                return self._run(cluster.placed(plan), cluster, check, push)
-        from adapterkit.engines.placement import place
-
-        plan, device = place(plan, self.device)
-        if on_hub:
-            from adapterkit.engines.hub_output import run_to_hub
-
-            return run_to_hub(plan, replace(self, device=device), check)
-        if self.dry_run:
-            if not self.overwrite:
-                check_place(Stage(Path(self.out)), plan, resume=self.resume, overwrite=False)
-            return plan
-        from adapterkit.engines.local import local
-
-        return self._run(plan, local(device), check, push)
-
-    def _run(
-        self,
-        plan: Plan,
-        engine: Engine,
-        check: Callable[[Path], object] | None,
-        push: str | None,
-    ) -> Receipt | Plan:
-        return run(
-            plan,
-            Path(self.out),
-            engine,
-            hash=self.hash,
-            resume=self.resume,
-            overwrite=self.overwrite,
-            check=check,
-            push=None if push is None else partial(send, repo=push, overwrite=self.overwrite),
-            progress=self.progress,
-        )
+    return hub_output.pinned_inputs(how.out, resume=how.resume)
 
 
-def executes(
-    **own: Check,
-) -> Callable[[Callable[Concatenate[Execution, P], Receipt | Planned]], WritingVerb[P, Planned]]:
-    """A verb as of `writes` that runs a plan: before the arguments of its caller it gets the
-    `Execution` that those of them which are run options make up."""
+def with_run_options(plan: Plan, how: RunOptions) -> Plan:
+    """The plan with the memory that it may take, and notes on inputs that are converted first."""
+    memory = parse_size("memory", how.memory) if how.memory else None
+    return replace(plan, memory=memory, notes=(*plan.notes, *conversion_notes(plan.folders)))
 
-    def wrap(
-        verb: Callable[Concatenate[Execution, P], Receipt | Planned],
-    ) -> WritingVerb[P, Planned]:
-        signature = inspect.signature(verb)
-        _, *public = signature.parameters.values()
-        signature = signature.replace(parameters=public)
 
-        @functools.wraps(verb)
-        def executed(*args: P.args, **options: P.kwargs) -> Receipt | Planned:
-            bound = signature.bind(*args, **options)
-            bound.apply_defaults()
-            run_options = {field.name: bound.arguments[field.name] for field in fields(Execution)}
-            return verb(Execution(**run_options), *args, **options)
+def execute(
+    plan: Plan, how: RunOptions, check: FolderCheck | None = None, push: str | None = None
+) -> Receipt | Plan:
+    """Run a plan, or with `dry_run` look whether it would begin and return it.
 
-        executed.__signature__ = signature  # type: ignore[attr-defined] # of a function
-        return writes(**own)(executed)
+    `push` is the repository to which the finished folder goes. Raises `Refused` before anything is
+    written, `Failed` after.
+    """
+    done = in_place(plan, how, partial(_execute, check=check, push=push))
+    return with_verified(done, check) if isinstance(done, Receipt) else done
 
-    return wrap
+
+def in_place(
+    plan: Plan, how: RunOptions, run: Callable[[Plan, RunOptions], Done]
+) -> Done | Receipt:
+    """Let `run` carry out a plan whose output may be where it is to be, a folder or one file."""
+    check_disk_limit(how.out, how.disk_limit)
+
+    def checked(plan: Plan, how: RunOptions) -> Done:
+        if not is_on_hub(how.out):
+            check_output_apart(Path(how.out), plan.folders)
+        return run(plan, how)
+
+    return run_to_file(plan, how, checked) if plan.is_file else checked(plan, how)
+
+
+def with_verified(receipt: Receipt, check: FolderCheck | None) -> Receipt:
+    """The receipt with what the check of a merge's rows found."""
+    from adapterkit.engines.recompute import RowCheck
+
+    if isinstance(check, RowCheck) and check.result:
+        receipt.data["verified"] = check.result
+    return receipt
+
+
+def _execute(
+    plan: Plan, how: RunOptions, *, check: FolderCheck | None, push: str | None
+) -> Receipt | Plan:
+    on_hub = is_on_hub(how.out)
+    if push is not None:
+        names, job = output_names(plan), fingerprint_of(plan.recipe())
+        check_push(push, names, plan.folders, overwrite=how.overwrite, job=job)
+    if how.engine == "ray" and not (how.dry_run or on_hub):
+        from adapterkit.engines.ray import on_ray
+
+        with on_ray(how.ray_address, how.device) as cluster:
+            return _run(cluster.placed(plan), how, cluster, check, push)
+    from adapterkit.engines.placement import place
+
+    plan, device = place(plan, how.device)
+    if on_hub:
+        from adapterkit.engines.hub_output import run_to_hub
+
+        return run_to_hub(plan, replace(how, device=device), check)
+    if how.dry_run:
+        if not how.overwrite:
+            check_place(Stage(Path(how.out)), plan, resume=how.resume, overwrite=False)
+        return plan
+    from adapterkit.engines.local import local
+
+    return _run(plan, how, local(device), check, push)
+
+
+def _run(
+    plan: Plan, how: RunOptions, engine: Engine, check: FolderCheck | None, push: str | None
+) -> Receipt:
+    return run(
+        plan,
+        Path(how.out),
+        engine,
+        hash=how.hash,
+        resume=how.resume,
+        overwrite=how.overwrite,
+        check=check,
+        push=None if push is None else partial(send, repo=push, overwrite=how.overwrite),
+        progress=how.progress,
+    )
 
 
 def check_disk_limit(out: StrPath, limit: str | int | None) -> None:

@@ -13,7 +13,7 @@ from adapterkit.engines.computed import in_order
 from adapterkit.errors import AdapterkitError, Damaged, Failed, refuse_all, shown
 from adapterkit.gguf.adapter import read_adapter
 from adapterkit.gguf.header import ENDING
-from adapterkit.plan import Progress
+from adapterkit.options import Progress
 from adapterkit.receipt import AGAIN, CHANGED
 
 BLOCK = 4 << 20  # bytes that each thread holds

@@ -25,7 +25,8 @@ from adapterkit.hub import upload
 from adapterkit.hub.download import Stopped
 from adapterkit.hub.scratch import ScratchFolder
 from adapterkit.hub.upload import LocalFile, copy_storage
-from adapterkit.plan import Computed, Plan, Progress, Shard
+from adapterkit.options import Progress
+from adapterkit.plan import Computed, Plan, Shard
 
 SENDERS = (
     2  # threads that send: what is made is sent at once, while another file is still on its way

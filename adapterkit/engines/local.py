@@ -32,7 +32,8 @@ from adapterkit.engines.placement import fitting
 from adapterkit.engines.reader import LocalReader
 from adapterkit.engines.waiting import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.errors import Failed, shown
-from adapterkit.plan import Computed, Plan, Progress, Shard
+from adapterkit.options import Progress
+from adapterkit.plan import Computed, Plan, Shard
 from adapterkit.tasks.handoff import HandoffReader
 from adapterkit.tasks.rows import arithmetic
 

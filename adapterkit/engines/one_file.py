@@ -1,14 +1,16 @@
 """An output that is one file: its plan runs in a folder beside it, then the file gets its name."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from adapterkit.checkpoint.folder import LocalFolder, original
 from adapterkit.checkpoint.older import incomplete, lacking, receipt_at, size_at
 from adapterkit.checkpoint.stage import RECEIPT, check_name
 from adapterkit.checkpoint.storage import storage_errors, sync_folder
-from adapterkit.engines.execution import Execution
+from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused, shown
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt, fingerprint_of, is_receipt
@@ -16,25 +18,30 @@ from adapterkit.receipt import Receipt, fingerprint_of, is_receipt
 SUFFIX = ".adapterkit.json"  # of the receipt, after the file's name
 
 
-def run_to_file(execution: Execution, plan: Plan) -> Receipt | Plan:
-    """Run a plan whose only output is a file of the name of `execution.out`; the receipt lies
-    beside it as NAME.adapterkit.json. Raises as `Execution.run` does; nothing is left under the
-    file's name that is not whole."""
-    out = Path(execution.out)
+Done = TypeVar("Done")
+
+
+def run_to_file(
+    plan: Plan, how: RunOptions, run: Callable[[Plan, RunOptions], Done]
+) -> Done | Receipt:
+    """Let `run` make a plan's only output, a file of the name of `how.out`; the receipt lies beside
+    it as NAME.adapterkit.json. Raises as `run` does; nothing is left under the file's name that is
+    not whole."""
+    out = Path(how.out)
     check_name(out)
     receipt = out.with_name(out.name + SUFFIX)
     older = receipt_at(receipt)
-    is_its = execution.resume and out.is_file() and is_receipt(older)
+    is_its = how.resume and out.is_file() and is_receipt(older)
     if is_its and older["fingerprint"] == fingerprint_of(plan.recipe()):
         lacks = lacking(older, lambda name: size_at(out.with_name(name)))
         if not lacks:
             return Receipt(out, older, finished_before=True)
-        if not execution.overwrite:
+        if not how.overwrite:
             raise incomplete(lacks, str(out))
-    _check(out, plan, execution.overwrite, out.name in older.get("files", ()))
+    _check(out, plan, how.overwrite, out.name in older.get("files", ()))
     work = out.with_name(f".{out.name}.converted")
-    done = replace(execution, out=work, overwrite=not execution.resume).run(plan)
-    if isinstance(done, Plan):
+    done = run(plan, replace(how, out=work, overwrite=not how.resume))
+    if not isinstance(done, Receipt):
         return done
     with storage_errors(out):
         os.replace(work / RECEIPT, receipt)

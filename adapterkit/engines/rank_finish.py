@@ -18,29 +18,23 @@ from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, sp
 from adapterkit.engines.rank_parts import accepts, join, tiling
 from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Failed, Refused
-from adapterkit.execute import check_free, output_names, run_in
-from adapterkit.hub.push import check_push
-from adapterkit.options import Executor
+from adapterkit.execute import check_free, run_in
 from adapterkit.plan import Computed, Plan, Shard
 from adapterkit.receipt import Receipt, read_receipt
 
 
 @dataclass
-class Finish(Executor):
-    """The `Executor` that makes the output of the ranks' files; `command` is what makes missing
-    ones. With `verify` all hashes are checked before the folder gets its name. `push`: the
-    repository that it goes to afterwards."""
+class Finish:
+    """The end of ranks: the output of their files; `command` is what makes missing ones. With
+    `verify` all hashes are checked before the folder gets its name."""
 
     job: Job
     command: str
     verify: bool = False
-    push: str | None = None
 
-    def __call__(self, plan: Any, execution: RunOptions, check: Any) -> Receipt:
+    def finish(self, plan: Any, execution: RunOptions, check: Any = None) -> Receipt:
+        """The receipt of a plan's output; `check` looks at the finished folder."""
         self.job.check(plan)
-        if self.push is not None:
-            names, job = output_names(plan), self.job.fingerprint
-            check_push(self.push, names, plan.folders, overwrite=execution.overwrite, job=job)
         stage = Stage(Path(execution.out))
         worked, hashed = 0.0, execution.hash == "sha256"
         if stage.state(self.job.fingerprint, resume=True, overwrite=False) == "fresh":

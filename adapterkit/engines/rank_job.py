@@ -14,7 +14,6 @@ from adapterkit.engines.rank_parts import room
 from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused
 from adapterkit.execute import check_space, difference
-from adapterkit.options import Executor
 from adapterkit.plan import Plan
 from adapterkit.receipt import digest, public_recipe
 
@@ -86,19 +85,19 @@ def _inputs(plan: Planned) -> dict[str, list[int]]:
 
 
 @dataclass
-class Preparation(Executor):
-    """The `Executor` of a command with --plan: refuses what cannot be done, makes the stage, and
+class Preparation:
+    """What a command with --plan does: refuses what cannot be done, makes the stage, and
     leaves the files to ranks. `job` is there afterwards."""
 
-    overwrite: bool
     job: Job | None = None
 
-    def __call__(self, plan: Any, execution: RunOptions, check: Any) -> Any:
-        job = self.job = Job.of(plan, execution.hash)
+    def prepare(self, plan: Any, how: RunOptions) -> Any:
+        """Make the stage; the plan, with what ranks need of the disk."""
+        job = self.job = Job.of(plan, how.hash)
         if isinstance(plan, Plan):
             plan = replace(plan, room=room(plan.shards))
-        stage = self._stage(plan, Path(execution.out))
-        options = {"resume": False, "overwrite": self.overwrite}
+        stage = self._stage(plan, Path(how.out))
+        options = {"resume": False, "overwrite": how.overwrite}
         stage.state(job.fingerprint, **options)  # refuses before anything is made
         with stage:
             stage.state(job.fingerprint, **options)

@@ -26,7 +26,7 @@ from adapterkit.engines.pieces import Part
 from adapterkit.engines.placement import place
 from adapterkit.engines.rank_job import Job, check_one_kind, no_stage, spoiled
 from adapterkit.engines.rank_parts import accepts, file_of, tiling, units
-from adapterkit.engines.run_options import RunOptions
+from adapterkit.engines.run_options import WAIT, RunOptions
 from adapterkit.engines.waiting import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.errors import (
     AdapterkitError,
@@ -37,12 +37,11 @@ from adapterkit.errors import (
     Waiting,
     listed,
 )
-from adapterkit.options import Executor
-from adapterkit.plan import Computed, Plan, Progress, Shard
+from adapterkit.options import Progress
+from adapterkit.plan import Computed, Plan, Shard
 
 BEAT = 2.0  # seconds after which a rank says again that it lives
 POLL = 1.0  # seconds between looks at what others have done
-WAIT = 600.0  # seconds for files of others that a rank's own need
 STALLED = 90.0  # seconds without a word after which a rank on another machine counts as gone
 
 
@@ -70,8 +69,8 @@ class Outcome:
 
 
 @dataclass
-class Rank(Executor):
-    """The `Executor` of one rank: makes files until none is left for it. `outcome` is there
+class Rank:
+    """One rank: makes files until none is left for it. `outcome` is there
     afterwards. `only`: these files and no others."""
 
     job: Job
@@ -84,9 +83,8 @@ class Rank(Executor):
     only: Sequence[str] | None = None
     outcome: Outcome | None = None
 
-    pushes = False
-
-    def __call__(self, plan: Any, execution: RunOptions, check: Any) -> Any:
+    def make(self, plan: Any, execution: RunOptions) -> Any:
+        """Make files of a plan; the plan."""
         self.job.check(plan)
         plan, device = place(plan, self.device or execution.device)
         made = {unit.file: unit for unit in units(plan.shards, self.ranks, pick_device(device))}

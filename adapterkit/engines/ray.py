@@ -27,7 +27,8 @@ from adapterkit.engines.pieces import Part
 from adapterkit.engines.rank_parts import file_of, room, units
 from adapterkit.engines.ray_parts import Joiner, longest_first
 from adapterkit.errors import AdapterkitError, Failed, MultipleErrors, Refused, shown
-from adapterkit.plan import Computed, Plan, Progress, Shard
+from adapterkit.options import Progress
+from adapterkit.plan import Computed, Plan, Shard
 
 RETRIES = 3  # of the task of a lost worker
 OPTIONS = {

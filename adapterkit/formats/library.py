@@ -40,6 +40,11 @@ def formats() -> dict[str, Format]:
     return known
 
 
+def written_formats() -> list[str]:
+    """The names of the formats that are written."""
+    return [name for name, one in formats().items() if one.writes]
+
+
 @cache
 def architectures() -> dict[str, Architecture]:
     """Every architecture by name. `Damaged` as for formats."""

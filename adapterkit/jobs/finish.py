@@ -1,25 +1,31 @@
 """finish: the output of a plan file, once its ranks have made the files."""
 
 import shlex
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapterkit.errors import Refused
-from adapterkit.hub.push import repository, send
-from adapterkit.jobs.plan_file import again, read_plan
-from adapterkit.jobs.verbs import executors_of
-from adapterkit.options import StrPath, checked
-from adapterkit.plan import Progress
-from adapterkit.receipt import Receipt
+from adapterkit.options import (
+    FILE,
+    PROGRESS,
+    Progress,
+    StrPath,
+    argument,
+    no_progress,
+    option,
+    record,
+)
+from adapterkit.shared_options import verify_option
+from adapterkit.verb import Verb, function_of, push_option
+
+if TYPE_CHECKING:
+    from adapterkit.receipt import Receipt
 
 
-@checked(push=repository)
-def finish(
-    file: StrPath,
-    *,
-    verify: bool = False,
-    push: str | None = None,
-    progress: Progress = lambda done: None,
-) -> Receipt:
+@record
+class Finish(Verb["Receipt"]):
     """Publish the output of a plan file: the ranks' files, the small ones, the receipt; the
     receipt.
 
@@ -28,26 +34,56 @@ def finish(
     output where the plan has `overwrite`. Raises `Refused` where files are missing, with the
     command that makes them; finished before, it says so.
     """
-    plan_file = read_plan(file)
-    command = f"adapterkit run {shlex.quote(str(file))}"
-    call = plan_file.call
-    if push is not None and call.verb.__name__ == "stats":
-        raise Refused(
-            "--push does not apply to a file of statistics",
-            expected="an output that is a folder",
-            where="options",
-            hint="remove --push: `adapterkit stats --out hf://...` writes to the Hub",
-        )
-    recomputes = verify and call.verb.__name__ == "merge"  # it reads the hashes too
-    make = executors_of(call.verb.__name__).finish
-    if push == call.arguments.get("push"):  # it is there by then
-        push = None
-    executor = make(plan_file.job, command, verify and not recomputes, push)
-    more = {"verify": True} if recomputes else {}
-    with again():
-        receipt = call.run(engine=executor, resume=True, progress=progress, **more)
-    assert isinstance(receipt, Receipt)
-    if push is not None:
-        overwrite = bool(call.arguments.get("overwrite"))
-        receipt.data["pushed"] = send(Path(receipt.out), push, overwrite=overwrite)
-    return receipt
+
+    command = """Publish the output of a plan file once its files are made.
+
+    Refused while some are missing, with their names. The output and its receipt are those of the
+    command itself.
+
+    \b
+    Example:
+      adapterkit finish merged.plan.json
+      adapterkit finish merged.plan.json --verify --push me/merged
+    """
+
+    file: StrPath = argument(check=FILE, metavar="FILE")
+    verify: bool = verify_option()
+    push: str | None = push_option()
+    progress: Progress = option(default=no_progress, check=PROGRESS)
+
+    def run(self) -> "Receipt":
+        from adapterkit.engines.execution import in_place, with_verified
+        from adapterkit.execute import output_names
+        from adapterkit.hub.push import check_push, send
+        from adapterkit.jobs.plan_file import again, read_plan
+        from adapterkit.jobs.verbs import executors_of
+
+        plan_file = read_plan(self.file)
+        recomputes = self.verify and plan_file.verb.name == "merge"  # it reads the hashes too
+        more = {"verify": True} if recomputes else {}
+        verb = replace(plan_file.verb, resume=True, progress=self.progress, **more)
+        if self.push is not None and verb.name == "stats":
+            raise Refused(
+                "--push does not apply to a file of statistics",
+                expected="an output that is a folder",
+                where="options",
+                hint="remove --push: `adapterkit stats --out hf://...` writes to the Hub",
+            )
+        command = f"adapterkit run {shlex.quote(str(self.file))}"
+        end = executors_of(verb).finish(plan_file.job, command, self.verify and not recomputes)
+        repositories = [one for one in dict.fromkeys((verb.pushed_to, self.push)) if one]
+        with again():
+            plan = verb.plan()
+            for repo in repositories:
+                job = plan_file.job.fingerprint
+                check_push(
+                    repo, output_names(plan), plan.folders, overwrite=verb.overwrite, job=job
+                )
+            check = verb.check(plan)
+            receipt = in_place(plan, verb, partial(end.finish, check=check))
+        for repo in repositories:
+            receipt.data["pushed"] = send(Path(receipt.out), repo, overwrite=verb.overwrite)
+        return with_verified(receipt, check)
+
+
+finish = function_of(Finish)

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adapterkit.engines.call import Call
-from adapterkit.engines.execution import Execution
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, shown
 from adapterkit.jobs.older_output import (
     AnyPlan,
@@ -26,10 +24,10 @@ from adapterkit.jobs.older_output import (
 )
 from adapterkit.jobs.pipeline_file import PipelineStep, Place, Source, read_pipeline
 from adapterkit.jobs.report import Row, outcome, refusal, report, sent
-from adapterkit.options import Executor
-from adapterkit.plan import Plan, Progress
+from adapterkit.options import Progress
+from adapterkit.plan import Plan
 from adapterkit.planning.planned_folder import PlannedFolder, planned_folder
-from adapterkit.receipt import Receipt
+from adapterkit.verb import WritingVerb
 
 FINISHED: Row = {"state": "done before", "notes": []}
 
@@ -156,9 +154,9 @@ class _Pipeline:
         planned = {source: _planned(source, other) for source, other in pending.items()}
         unknown = [source for source, folder in planned.items() if folder is None]
         folders = {source: folder for source, folder in planned.items() if folder is not None}
-        call = self._call(step, folders)
+        verb = self._verb(step, folders)
         try:
-            run.plan = None if unknown else call.plan()
+            run.plan = None if unknown else verb.plan()
         except AdapterkitError:
             if not any(folder.asked_for_values for folder in folders.values()):
                 raise
@@ -176,18 +174,18 @@ class _Pipeline:
         if run.mode.sends:
             run.outcome = {"state": "planned", "notes": [sent(str(step.push))]}
 
-    def _call(self, step: PipelineStep, planned: Mapping[Source, PlannedFolder]) -> Call:
-        """The step's call, its arguments checked; some of its sources are planned."""
+    def _verb(self, step: PipelineStep, planned: Mapping[Source, PlannedFolder]) -> WritingVerb:
+        """The step's verb, its arguments checked; some of its sources are planned."""
 
         def value(source: Source) -> Any:
             there = planned.get(source, source.place.text)
             return there if source.weight is None else (there, source.weight)
 
-        arguments = step.with_sources(value) | {"out": step.place.out}
+        arguments: dict[str, Any] = step.with_sources(value) | {"out": step.place.out}
         if self.device is not None:
             arguments = {"device": self.device} | arguments
         # an older output is looked at here
-        return step.verb.call(**arguments, overwrite=True)
+        return step.verb(**arguments, overwrite=True)
 
     def _mode(self, run: StepRun, plan: AnyPlan, *, changes: bool) -> Mode:
         """How to write the output; `Refused` where something is in the way that this pipeline did
@@ -224,39 +222,22 @@ class _Pipeline:
     def carry_out(self, run: StepRun) -> Row:
         """Write the step's output, unless it turns out to be there."""
         step = run.step
-        call = self._call(step, {})
+        verb = self._verb(step, {})
         mode = run.mode
         if mode is None or step.needs:
-            mode = self._mode(run, call.plan(), changes=False)
+            mode = self._mode(run, verb.plan(), changes=False)
         if mode.finished:
             return FINISHED
-        how: dict[str, Any] = {
-            "resume": mode.resume,
-            "overwrite": mode.overwrite,
-            "progress": self.progress,
-        }
-        if step.name != "stats":  # a file of statistics has no such note
-            how["engine"] = _Marked(self, step.arguments.get("engine", "local"))
-        return outcome(call.run(**how))
-
-
-@dataclass(frozen=True)
-class _Marked(Executor):
-    """The executor that notes in the receipt which pipeline writes it, and from which files."""
-
-    pipeline: _Pipeline
-    engine: str
-
-    def __call__(
-        self, plan: Plan, execution: Execution, check: Callable[[Path], object] | None
-    ) -> Receipt | Plan:
-        entry = {
-            "file": shown(self.pipeline.file.name),
-            "id": self.pipeline.id,
-            "inputs": inputs_digest(plan),
-        }
-        marked = replace(plan, decisions=plan.decisions | {"pipeline": entry})
-        return replace(execution, engine=self.engine).run(marked, check)
+        verb = replace(verb, resume=mode.resume, overwrite=mode.overwrite, progress=self.progress)
+        plan = verb.plan()
+        if isinstance(plan, Plan):  # a file of statistics has no such note
+            entry = {
+                "file": shown(self.file.name),
+                "id": self.id,
+                "inputs": inputs_digest(plan),
+            }
+            plan = replace(plan, decisions=plan.decisions | {"pipeline": entry})
+        return outcome(verb.carry_out(plan))
 
 
 def _planned(source: Source, other: StepRun) -> PlannedFolder | None:

@@ -2,19 +2,18 @@
 without a look at any source."""
 
 import functools
-import inspect
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
 from typing import Any
 
-from adapterkit.engines.execution import WritingVerb
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
 from adapterkit.hub import ids
-from adapterkit.jobs.verbs import writing_verb, writing_verbs
-from adapterkit.options import SOURCE, WEIGHTED, finite
+from adapterkit.jobs.verbs import writing_verb
+from adapterkit.options import finite, option_of
+from adapterkit.verb import WritingVerb, fields_of
 
 KEYS = ("verb", "inputs", "out", "options")
 MAX_FILE = 1_000_000  # bytes
@@ -63,7 +62,7 @@ class PipelineStep:
 
     number: int  # from 1
     name: str  # the verb's
-    verb: WritingVerb[..., Any]
+    verb: type[WritingVerb]
     inputs: tuple[str, ...]  # as they are written
     out: str
     place: Place  # of the output
@@ -143,7 +142,12 @@ def _step(
     number: int, entry: dict[str, Any], outs: Mapping[int, Place], folder: Path
 ) -> PipelineStep:
     errors: list[AdapterkitError] = []
-    verb = _verb(entry.get("verb"), number, errors)
+    name, verb = entry.get("verb"), None
+    problem = f"unknown verb {shown(repr(name))}" if name is not None else "the step has no verb"
+    try:
+        verb = writing_verb(name, problem, f"step {number}")
+    except Refused as error:
+        errors.append(error)
     where = _where(number, entry.get("verb"))
     errors += _unknown(entry, KEYS, where, "a key of a step")
     inputs, options = entry.get("inputs"), entry.get("options", {})
@@ -156,39 +160,24 @@ def _step(
         errors.append(_wrong("options", options, "a table of the verb's options", where))
     refuse_all(errors)
     assert verb is not None and isinstance(inputs, list)
-    names = inspect.signature(verb).parameters
-    errors += _wrong_options(names, options, where)
+    fields = {field.name: field for field in fields_of(verb)}
+    errors += _wrong_options(verb.name, fields, options, where)
     source = functools.partial(_source, folder=folder, outs=tuple(outs.values()))
-    arguments = _sources(names, inputs, source, where, errors)
+    arguments = _sources(fields, inputs, source, where, errors)
     for name, value in options.items():
-        is_source = name in (*SOURCE, *WEIGHTED, "data")
-        arguments[name] = _located(name, value, source) if is_source else value
+        kind = option_of(fields[name]).check.kind if name in fields else ""
+        is_source = kind in ("source", "sources", "file")
+        arguments[name] = _located(kind, value, source) if is_source else value
     needs: dict[Source, int] = {}
     for one in _all_sources(arguments):
         errors += _needed(one, number, outs, where, needs)
     refuse_all(errors)
-    name, out = entry["verb"], entry["out"]
-    return PipelineStep(number, name, verb, tuple(inputs), out, outs[number], arguments, needs)
+    out = entry["out"]
+    return PipelineStep(number, verb.name, verb, tuple(inputs), out, outs[number], arguments, needs)
 
 
 def _where(number: int, verb: object) -> str:
     return f"step {number} ({shown(verb)})" if isinstance(verb, str) else f"step {number}"
-
-
-def _verb(name: Any, number: int, errors: list[AdapterkitError]) -> WritingVerb[..., Any] | None:
-    verb = writing_verb(name)
-    if verb is None:
-        known = writing_verbs()
-        hint = did_you_mean([name], known) if isinstance(name, str) else ""
-        errors.append(
-            Refused(
-                f"unknown verb {shown(repr(name))}" if name is not None else "the step has no verb",
-                expected=f"one of {', '.join(known)}",
-                where=f"step {number}",
-                hint=hint or "use one of these",
-            )
-        )
-    return verb
 
 
 def _unknown(given: Sequence[str] | dict, known: Sequence[str], where: str, what: str):
@@ -212,25 +201,25 @@ def _wrong(key: str, value: Any, expected: str, where: str) -> Refused:
 
 
 def _wrong_options(
-    names: Mapping[str, inspect.Parameter], options: dict[str, Any], where: str
+    verb: str, fields: Mapping[str, Field], options: dict[str, Any], where: str
 ) -> Iterator[AdapterkitError]:
-    own = {n: p for n, p in names.items() if p.kind is p.KEYWORD_ONLY and n not in RESERVED}
+    own = {n: field for n, field in fields.items() if field.kw_only and n not in RESERVED}
     if "push" in options and "push" not in own:
         yield Refused(
-            f"{where.partition('(')[2].rstrip(')')} has no push",
+            f"{verb} has no push",
             expected=", ".join(own),
             where=where,
             hint="give out = 'hf://org/name', or push a later merge",
         )
         options = {name: value for name, value in options.items() if name != "push"}
     yield from _unknown(options, list(own), where, "an option of this verb")
-    for name, parameter in own.items():
-        if parameter.default is parameter.empty and name not in options:
+    for name, field in own.items():
+        if field.default is MISSING and name not in options:
             yield _wrong(name, None, f"the option {name}", where)
 
 
 def _sources(
-    names: Mapping[str, inspect.Parameter],
+    fields: Mapping[str, Field],
     inputs: list[str],
     source: Callable[[str, str], Source],
     where: str,
@@ -238,32 +227,31 @@ def _sources(
 ) -> dict[str, Any]:
     """The verb's sources by name, in its order; the last name has all that are left where it may
     be several."""
-    order = [n for n, p in names.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    several = order[-1] in WEIGHTED
-    if len(inputs) < len(order) or (len(inputs) > len(order) and not several):
-        expected = " ".join(order).upper().replace("ADAPTERS", "ADAPTER...")
+    checks = {name: option_of(field).check for name, field in fields.items() if not field.kw_only}
+    *single, last = checks
+    several = checks[last].several
+    if len(inputs) < len(checks) or (len(inputs) > len(checks) and not several):
+        expected = " ".join(checks).upper().replace("ADAPTERS", "ADAPTER...")
         errors.append(
             Refused(f"{len(inputs)} inputs", expected=expected, where=where, hint="check inputs")
         )
         return {}
-    single = order[:-1] if several else order
     arguments: dict[str, Any] = {
-        n: source(n, text) for n, text in zip(single, inputs, strict=False)
+        name: source(checks[name].kind, text) for name, text in zip(single, inputs, strict=False)
     }
-    if several:
-        arguments[order[-1]] = [source(order[-1], text) for text in inputs[len(single) :]]
-    return arguments
+    rest = [source(checks[last].kind, text) for text in inputs[len(single) :]]
+    return arguments | {last: rest if several else rest[0]}
 
 
-def _located(name: str, value: Any, source: Callable[[str, str], Source]) -> Any:
+def _located(kind: str, value: Any, source: Callable[[str, str], Source]) -> Any:
     """The option's value with sources in the place of texts; what is none is left to its check."""
     if isinstance(value, list):
-        return [_located(name, item, source) for item in value]
-    return source(name, value) if isinstance(value, str) and value else value
+        return [_located(kind, item, source) for item in value]
+    return source(kind, value) if isinstance(value, str) and value else value
 
 
-def _source(name: str, text: str, *, folder: Path, outs: Sequence[Place]) -> Source:
-    if name not in WEIGHTED:
+def _source(kind: str, text: str, *, folder: Path, outs: Sequence[Place]) -> Source:
+    if kind != "sources":
         return Source(_place(text, folder, outs))
     whole = _place(text, folder, outs)
     path, _, number = text.rpartition("=")

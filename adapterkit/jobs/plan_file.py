@@ -6,7 +6,7 @@ recipe, and which files the inputs are, say whether it did.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +15,16 @@ from typing import Any
 from adapterkit import __version__
 from adapterkit.checkpoint.storage import replace_file
 from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
-from adapterkit.engines.call import Call
-from adapterkit.engines.execution import WritingVerb
+from adapterkit.engines.execution import in_place
 from adapterkit.engines.rank_job import Job
-from adapterkit.errors import AdapterkitError, Refused, did_you_mean, shown
+from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.hub.ids import is_on_hub
-from adapterkit.jobs.verbs import executors_of, writing_verb, writing_verbs
-from adapterkit.options import SOURCE, WEIGHTED, StrPath, finite, weighted
-from adapterkit.options import path as checked_path
+from adapterkit.jobs.verbs import executors_of, writing_verb
+from adapterkit.options import FILE, StrPath, finite, option_of
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
 from adapterkit.statistics.plan import StatisticsPlan
+from adapterkit.verb import WritingVerb, fields_of
 
 VERSION = 1
 # what each process is told, or decides for itself
@@ -41,7 +40,7 @@ class PlanFile:
     """A plan file's content, and where it lies."""
 
     path: Path
-    call: Call
+    verb: WritingVerb
     job: Job
 
 
@@ -53,12 +52,13 @@ def write_plan(file: StrPath, verb: str, *sources: Any, **options: Any) -> Plan 
     refuse is refused here. Raises `Refused` also for an output on the Hub, and for arguments that
     no file can hold.
     """
-    path = Path(checked_path("file", file)).absolute()
-    call = _portable(_verb(verb).call(*sources, **options))
-    overwrite = bool(call.arguments.get("overwrite"))
-    _check_room(path, overwrite, Path(call.arguments["out"]))
-    preparation = executors_of(verb).preparation(overwrite)
-    plan = call.run(engine=preparation)
+    path = Path(FILE("file", file)).absolute()
+    record = _verb(verb)
+    arguments = _portable(record(*sources, **options))
+    call = record(**arguments)
+    _check_room(path, call.overwrite, Path(call.out))
+    preparation = executors_of(call).preparation()
+    plan = in_place(call.plan(), call, preparation.prepare)
     assert not isinstance(plan, Receipt) and preparation.job is not None
     job, needs = preparation.job, plan.needs() if isinstance(plan, Plan) else {}
     _write(
@@ -67,7 +67,7 @@ def write_plan(file: StrPath, verb: str, *sources: Any, **options: Any) -> Plan 
             "adapterkit": VERSION,
             "version": __version__,
             "verb": verb,
-            "arguments": dict(call.arguments),
+            "arguments": arguments,
             "fingerprint": job.fingerprint,
             **vars(job),
             "shards": [
@@ -109,7 +109,7 @@ def read_plan(file: StrPath) -> PlanFile:
     if theirs := [name for name in OF_THE_PROCESS if name in arguments]:
         raise _unreadable(path, f"it holds {', '.join(theirs)}, which each process gets by itself")
     try:
-        call = verb.call(**arguments)
+        call = verb(**arguments)
     except TypeError as error:
         raise _unreadable(path, f"{data['verb']} does not take its arguments") from error
     job = Job(data["recipe"], data["inputs"], data["hash"])
@@ -164,22 +164,13 @@ def _unreadable(path: Path, problem: str, hint: str = "make the plan again") -> 
     return Refused(problem, expected=expected, where=str(path), hint=hint)
 
 
-def _verb(name: str) -> WritingVerb[..., Any]:
-    verb = writing_verb(name)
-    if verb is None:
-        known = writing_verbs()
-        raise Refused(
-            f"{shown(name)!r} takes no --plan",
-            expected=f"one of {', '.join(known)}",
-            where="options",
-            hint=did_you_mean([name], known) or "use one of these",
-        )
-    return verb
+def _verb(name: str) -> type[WritingVerb]:
+    return writing_verb(name, f"{shown(name)!r} takes no --plan", "options")
 
 
-def _portable(call: Call) -> Call:
-    """The call with arguments that mean the same in every process."""
-    if is_on_hub(call.arguments["out"]):
+def _portable(verb: WritingVerb) -> dict[str, Any]:
+    """The arguments that were given, as they mean the same in every process."""
+    if is_on_hub(verb.out):
         raise Refused(
             "--plan cannot write to the Hub directly",
             expected="a folder that all processes see",
@@ -187,11 +178,12 @@ def _portable(call: Call) -> Call:
             hint="write into a folder, then upload it: adapterkit finish PLAN --push ORG/NAME",
         )
     arguments = {}
-    for name, value in call.arguments.items():
-        if name not in OF_THE_PROCESS:
-            arguments[name] = _portable_value(name, value)
+    for field in fields_of(type(verb)):
+        value = getattr(verb, field.name)
+        if field.name not in OF_THE_PROCESS and value != field.default:
+            arguments[field.name] = _portable_value(option_of(field).check.kind, value)
     try:
-        copy = json.loads(json.dumps(arguments, allow_nan=False))
+        return json.loads(json.dumps(arguments, allow_nan=False))
     except (TypeError, ValueError) as error:
         names = [name for name, value in arguments.items() if not _is_data(value)]
         raise Refused(
@@ -200,7 +192,6 @@ def _portable(call: Call) -> Call:
             where="--plan",
             hint=f"remove {', '.join(names)}, or run without --plan",
         ) from error
-    return Call(call.verb, copy)
 
 
 def _is_data(value: Any) -> bool:
@@ -211,20 +202,16 @@ def _is_data(value: Any) -> bool:
     return True
 
 
-def _portable_value(name: str, value: Any) -> Any:
-    if value is None:
-        return None
-    if name == "out":
-        return os.path.abspath(value)
-    if name == "data":
-        return [os.path.abspath(path) for path in value]
-    if name in WEIGHTED:
-        return [_weighted(source, weight) for source, weight in weighted(value, name)]
-    if name in SOURCE:
-        if isinstance(value, str | os.PathLike):
-            return _pinned(value)
-        return [_pinned(source) for source in value]
-    return dict(value) if isinstance(value, Mapping) else value
+def _portable_value(kind: str, value: Any) -> Any:
+    """A value as every process understands it; `kind`: of its check."""
+    if kind == "sources":
+        pairs = [one if isinstance(one, tuple) else (one, None) for one in value]
+        return [_weighted(source, weight) for source, weight in pairs]
+    if isinstance(value, list | tuple):
+        return [_portable_value(kind, one) for one in value]
+    if kind == "source" and value is not None:
+        return _pinned(value)
+    return os.path.abspath(value) if kind == "file" and value is not None else value
 
 
 def _weighted(source: StrPath, weight: float | None) -> Any:

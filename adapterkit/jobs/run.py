@@ -1,32 +1,39 @@
 """run: one process's share of a plan file, or the steps of a pipeline."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from adapterkit.engines.ranks import WAIT, Outcome
+from adapterkit.engines.run_options import WAIT
 from adapterkit.errors import Refused
-from adapterkit.jobs.launcher import rank_of
-from adapterkit.jobs.pipeline import run_pipeline
-from adapterkit.jobs.plan_file import PlanFile, again, read_plan
-from adapterkit.jobs.verbs import executors_of
-from adapterkit.options import StrPath, checked, text
-from adapterkit.plan import Progress
-from adapterkit.receipt import Receipt
+from adapterkit.options import (
+    COUNT,
+    DEVICE,
+    FILE,
+    FLAG,
+    PROGRESS,
+    TEXT,
+    Progress,
+    StrPath,
+    argument,
+    flag_of,
+    no_progress,
+    number,
+    option,
+    record,
+)
+from adapterkit.verb import Verb, function_of
+
+if TYPE_CHECKING:
+    from adapterkit.engines.ranks import Outcome
+    from adapterkit.jobs.plan_file import PlanFile
+
+OF_PLAN_FILES, OF_PIPELINES = ("rank", "workers", "wait"), ("overwrite",)
 
 
-@checked(rank=text)
-def run(
-    file: StrPath,
-    *,
-    rank: str = "auto",
-    device: str | None = None,
-    workers: int | None = None,
-    wait: float = WAIT,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    progress: Progress = lambda done: None,
-) -> Outcome | dict[str, Any]:
+@record
+class Run(Verb["Outcome | dict[str, Any]"]):
     """Make the share of a plan file's output that one of several processes has, and what others
     leave; what was done. Of a `.toml` file carry out the steps of the pipeline; the report of
     `jobs.pipeline.run_pipeline`.
@@ -37,36 +44,100 @@ def run(
     stays. `overwrite`, of a pipeline: replace outputs that it did not write. Raises `Refused` where
     the job is not that of the plan file any more; `Failed` after.
     """
-    given = {"rank": rank != "auto", "workers": workers is not None, "wait": wait != WAIT}
-    if Path(file).suffix == ".toml":
-        _refuse([name for name, is_given in given.items() if is_given], "a pipeline")
-        options = {"device": device, "overwrite": overwrite, "dry_run": dry_run}
-        return run_pipeline(file, **options, progress=progress)
-    _refuse(["overwrite"] if overwrite else [], "a plan file")
-    return run_rank(
-        read_plan(file),
-        *rank_of(rank),
-        device=device,
-        workers=workers,
-        wait=wait,
-        dry_run=dry_run,
-        progress=progress,
+
+    command = """Run a plan file, one worker's share of it, or a pipeline.
+
+    Any writing command with --plan writes a plan file (what to compute) instead of its output.
+    Start this command on each machine of a shared file system: each worker writes its share of the
+    output files, then files that no other has begun. If a worker dies, others or a restart finish
+    its files. `adapterkit finish` then checks and publishes the output.
+
+    A pipeline is a .toml file of steps, each a command. All steps are planned before the first one
+    runs; a step whose output exists for the same inputs and options is skipped. The exit status is
+    1 if any step was refused.
+
+    \b
+    Example:
+      adapterkit run steps.toml --dry-run
+      adapterkit merge ./base ./adapter --out merged --plan merged.plan.json
+      adapterkit run merged.plan.json --rank 0/2
+      srun adapterkit run merged.plan.json
+    """
+
+    file: StrPath = argument(check=FILE, metavar="FILE")
+    rank: str = option(
+        default="auto",
+        check=TEXT,
+        metavar="auto|I/N",
+        help="Which of N processes this is, from 0; auto: as Slurm, torchrun, MPI or Kubernetes "
+        "say.",
     )
+    device: str | None = option(
+        default=None,
+        check=DEVICE,
+        metavar="auto|cpu|cuda[:i]",
+        help="Where to compute (default: as in the plan).",
+    )
+    workers: int | None = option(
+        default=None, check=COUNT, help="Threads (default: one for each core)."
+    )
+    wait: float = option(
+        default=WAIT,
+        check=number("0 or more seconds", lambda value: value >= 0),
+        help="Seconds to wait for files of other ranks, where this one's need them; then exit "
+        "status 3.",
+    )
+    overwrite: bool = option(
+        default=False, check=FLAG, help="Replace outputs that this pipeline did not write."
+    )
+    dry_run: bool = option(
+        default=False,
+        check=FLAG,
+        help="Print the files of this rank, or plan all steps, and stop.",
+    )
+    progress: Progress = option(default=no_progress, check=PROGRESS)
 
+    def run(self) -> "Outcome | dict[str, Any]":
+        from adapterkit.jobs.launcher import rank_of
+        from adapterkit.jobs.pipeline import run_pipeline
+        from adapterkit.jobs.plan_file import read_plan
 
-def _refuse(names: list[str], what: str) -> None:
-    if names:
-        options = ", ".join(f"--{name}" for name in names)
-        raise Refused(
-            f"{options} does not apply to {what}",
-            expected="--rank, --workers and --wait with a plan file, --overwrite with a pipeline",
-            where="options",
-            hint=f"remove {options}",
+        if Path(self.file).suffix == ".toml":
+            self._refuse(OF_PLAN_FILES, "a pipeline")
+            return run_pipeline(
+                self.file,
+                device=self.device,
+                overwrite=self.overwrite,
+                dry_run=self.dry_run,
+                progress=self.progress,
+            )
+        self._refuse(OF_PIPELINES, "a plan file")
+        return run_rank(
+            read_plan(self.file),
+            *rank_of(self.rank),
+            device=self.device,
+            workers=self.workers,
+            wait=self.wait,
+            dry_run=self.dry_run,
+            progress=self.progress,
         )
+
+    def _refuse(self, names: tuple[str, ...], what: str) -> None:
+        """`Refused` where options are given that do not apply."""
+        given = [flag_of(name) for name in names if getattr(self, name) != getattr(Run, name)]
+        if given:
+            options = ", ".join(given)
+            raise Refused(
+                f"{options} does not apply to {what}",
+                expected="--rank, --workers and --wait with a plan file, --overwrite with a "
+                "pipeline",
+                where="options",
+                hint=f"remove {options}",
+            )
 
 
 def run_rank(
-    plan_file: PlanFile,
+    plan_file: "PlanFile",
     rank: int,
     ranks: int,
     *,
@@ -75,15 +146,25 @@ def run_rank(
     workers: int | None = None,
     wait: float = WAIT,
     dry_run: bool = False,
-    progress: Progress = lambda done: None,
-) -> Outcome:
+    progress: Progress = no_progress,
+) -> "Outcome":
     """`run` of a plan file that was read; with `only` exactly these files."""
-    make = executors_of(plan_file.call.verb.__name__).rank
-    executor = make(plan_file.job, rank, ranks, device, workers, wait, dry_run, only)
+    from adapterkit.engines.execution import in_place
+    from adapterkit.engines.ranks import Outcome
+    from adapterkit.jobs.plan_file import again
+    from adapterkit.jobs.verbs import executors_of
+    from adapterkit.receipt import Receipt
+
+    # resume: an output that is one file may be there already
+    verb = replace(plan_file.verb, resume=True, progress=progress)
+    make = executors_of(verb).rank
+    worker = make(plan_file.job, rank, ranks, device, workers, wait, dry_run, only)
     with again():
-        # resume: an output that is one file may be there already
-        done = plan_file.call.run(engine=executor, resume=True, progress=progress)
+        done = in_place(verb.plan(), verb, worker.make)
     if isinstance(done, Receipt):
         return Outcome(rank, ranks, [], finished=True)
-    assert executor.outcome is not None
-    return executor.outcome
+    assert worker.outcome is not None
+    return worker.outcome
+
+
+run = function_of(Run)

@@ -1,17 +1,14 @@
 """The verbs that write, by name: all that a plan file or a pipeline can call."""
 
-import inspect
-import pkgutil
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
 
-from adapterkit import verbs
-from adapterkit.engines.execution import WritingVerb
 from adapterkit.engines.rank_finish import Finish
 from adapterkit.engines.rank_job import Preparation
 from adapterkit.engines.ranks import Rank
+from adapterkit.errors import Refused, did_you_mean
+from adapterkit.registry import members
 from adapterkit.statistics.ranks import StatisticsFinish, StatisticsPreparation, StatisticsRank
+from adapterkit.verb import WritingVerb
 
 
 @dataclass(frozen=True)
@@ -23,25 +20,28 @@ class Executors:
     finish: type[Finish]
 
 
-def executors_of(verb: str) -> Executors:
-    """Those of a verb of this name."""
-    if verb == "stats":
+def executors_of(verb: WritingVerb) -> Executors:
+    """Those of a verb."""
+    if verb.name == "stats":
         return Executors(StatisticsPreparation, StatisticsRank, StatisticsFinish)
     return Executors(Preparation, Rank, Finish)
 
 
-def writing_verbs() -> list[str]:
-    """Their names."""
-    return [name for name in _names() if writing_verb(name)]
+def writing_verbs() -> dict[str, type[WritingVerb]]:
+    """Their records by name."""
+    return {name: verb for name, verb in members("verbs").items() if issubclass(verb, WritingVerb)}
 
 
-def writing_verb(name: object) -> WritingVerb[..., Any] | None:
-    """The verb of a name from a file; None where no verb that writes has it."""
-    if name not in _names():  # before anything is imported
-        return None
-    verb = getattr(import_module(f"adapterkit.verbs.{name}"), str(name), None)
-    return verb if verb is not None and "dry_run" in inspect.signature(verb).parameters else None
-
-
-def _names() -> list[str]:
-    return [info.name for info in pkgutil.iter_modules(verbs.__path__)]
+def writing_verb(name: object, problem: str, where: str) -> type[WritingVerb]:
+    """The verb of a name from outside; `Refused` where no verb that writes has it."""
+    known = writing_verbs()
+    verb = known.get(name) if isinstance(name, str) else None
+    if verb is None:
+        raise Refused(
+            problem,
+            expected=f"one of {', '.join(known)}",
+            where=where,
+            hint=(did_you_mean([name], known) if isinstance(name, str) else "")
+            or "use one of these",
+        )
+    return verb

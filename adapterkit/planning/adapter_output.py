@@ -288,14 +288,3 @@ def _copy(spec: TensorSpec) -> CopiedTensor:
     """A tensor of an adapter under PEFT's own key for it."""
     key = canonical_key(spec.key)
     return CopiedTensor(key, spec, key, checked=True)
-
-
-def check_refit(rank: int | None, energy: float | None) -> None:
-    """`Refused` for a rank and a share of the energy together."""
-    if rank is not None and energy is not None:
-        raise Refused(
-            "--rank and --energy exclude each other",
-            expected="one of them",
-            where="options",
-            hint="remove --rank or --energy",
-        )

@@ -16,6 +16,7 @@ from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.library import formats
 from adapterkit.formats.schema import ADAPTER_LAYOUT, AdapterWords
+from adapterkit.planning.convert.options import ConvertOptions
 from adapterkit.planning.planned_folder import PlannedFolder, planned_folder
 from adapterkit.planning.temporary import temporary_folder
 
@@ -35,7 +36,6 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
     # here, so that headers of models are read without torch
     from adapterkit.formats.detect import detect
     from adapterkit.planning.convert.plan import plan_convert
-    from adapterkit.planning.convert.source import Options
 
     try:
         detection = detect(folder)
@@ -47,7 +47,7 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
         return folder
     checkpoint = None if base is None else open_checkpoint(base, 1)
     try:
-        plan = plan_convert(folder, Options(_layout()), checkpoint, detection=detection)
+        plan = plan_convert(folder, ConvertOptions(to=_layout()), checkpoint, detection=detection)
     except AdapterkitError as error:
         for one in getattr(error, "errors", (error,)):
             one.hint = _hint(one.hint)
@@ -93,13 +93,13 @@ def components_of(folder: Folder) -> dict[str, Folder]:
     """Each component of a pipeline's adapter as a folder in PEFT's layout; none without any."""
     from adapterkit.formats.detect import in_another_layout
     from adapterkit.planning.convert.plan import plan_convert
-    from adapterkit.planning.convert.source import Options, read_contents
+    from adapterkit.planning.convert.source import read_contents
 
     detection = None if CONFIG in folder.files() else in_another_layout(folder)
     if detection is None:
         return {}
-    names = read_contents(folder, detection, Options(_layout()), None).components
-    options = {name: Options(_layout(), prefix_only=name) for name in names if name}
+    names = read_contents(folder, detection, ConvertOptions(to=_layout()), None).components
+    options = {name: ConvertOptions(to=_layout(), prefix_only=name) for name in names if name}
     return {
         name: ConvertedFolder(
             folder,

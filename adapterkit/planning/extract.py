@@ -2,34 +2,37 @@
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
 from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import value_key
-from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.checkpoint.fingerprint import fingerprint
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.patterns import similar_names
+from adapterkit.plan import Plan, Task
+from adapterkit.planning import adapter_output
 from adapterkit.planning.comparison import equal_values
-from adapterkit.planning.extracted_adapter import prefixes
+from adapterkit.planning.extracted_adapter import ExtractedAdapter, finalize_extraction, prefixes
 from adapterkit.planning.factor_targets import FactorTargets
+from adapterkit.planning.merge.options import MergeOptions
+from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.planning.model_config import nested_values
+from adapterkit.planning.norms import select_norms
 from adapterkit.planning.selection import Selection
+from adapterkit.planning.sources import open_adapter, open_model, open_statistics
 from adapterkit.tasks.difference import DifferenceFactors, WholeParameter
-from adapterkit.tasks.truncated import Truncation
+from adapterkit.tasks.truncated import SHARES, Truncation, check_truncation, even_rank
+from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter, StoredParameter
 
-
-@dataclass(frozen=True)
-class Options:
-    """The options of the command; fields have their names."""
-
-    truncation: Truncation
-    include: str | None = None
-    exclude: str | None = None
-    rest: str = "save"
-    dtype: str = "fp32"
+if TYPE_CHECKING:
+    from adapterkit.verbs.extract import Extract
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,14 @@ class Extraction:
         return settings | ({"peft_version": adapter_config.PEFT_LAYOUT} if stacks else {})
 
 
-def sort_parameters(sides: tuple[Checkpoint, Checkpoint], options: Options) -> Extraction:
+def sort_parameters(
+    sides: tuple[Checkpoint, Checkpoint], options: "Extract", truncation: Truncation
+) -> Extraction:
     """Sort every parameter of the fine-tune, the second side: factors, saved whole, unchanged, or
     not selected. `Refused` with all problems.
 
     Reads the parameters without factors, to compare them."""
-    sorting = _Sorting(sides, options)
+    sorting = _Sorting(sides, options, truncation)
     sorting.sort()
     refuse_all(sorting.errors)
     return sorting.result()
@@ -77,7 +82,8 @@ class _Sorting:
     """An extraction while its parameters are sorted."""
 
     sides: tuple[Checkpoint, Checkpoint]
-    options: Options
+    options: "Extract"
+    truncation: Truncation
     errors: list[AdapterkitError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     factors: list[DifferenceFactors] = field(default_factory=list)
@@ -225,7 +231,7 @@ class _Sorting:
                 after,
                 transposed,
                 target,
-                truncation=self.options.truncation,
+                truncation=self.truncation,
             )
         )
 
@@ -312,3 +318,75 @@ def _dtype_error(name: str, stored: set[str]) -> Refused:
         where="weights",
         hint="dequantize it first",
     )
+
+
+def plan_extract(options: "Extract") -> Plan:
+    """Everything an extraction will do, or `Refused` with all that cannot be done. Reads what gets
+    no factors, to see if it differs."""
+    base, tuned = open_model(options.base), open_model(options.tuned)
+    stats = None if options.stats is None else open_statistics(options.stats)
+    truncation = Truncation(options.rank, options.energy, options.sv_ratio, options.max_size)
+    check_truncation(truncation)
+    sides = open_checkpoint(base, 0), open_checkpoint(tuned, 1)
+    for side in sides:
+        check_not_quantized(side)
+    extraction = sort_parameters(sides, options, truncation)
+    factors = list(extraction.factors)
+    if truncation.max_size:
+        limit = SHARES * even_rank(truncation, factors)
+        factors = [replace(difference, limit=limit) for difference in factors]
+    statistics = None if stats is None else open_checkpoint(stats, 2)
+    factors = _weighted(factors, statistics, extraction.notes)
+    tasks: list[Task] = [*factors, *extraction.values]
+    if not tasks:
+        raise Refused(
+            "nothing to extract",
+            expected="weights that both have",
+            where=f"{base.name}, {tuned.name}",
+            hint=similar_names(options.include or "", sides[0].tensors)
+            or "check --include, --exclude",
+        )
+    targets = {difference.name: difference.target for difference in factors}
+    parameters = frozenset(
+        difference.target for difference in factors if difference.target != difference.module
+    )
+    task_type = adapter_config.task_type(sides[1].config, extraction.saved)
+    base_settings = {
+        "base_model_name_or_path": adapter_config.hub_id(base),
+        "task_type": task_type,
+        "auto_mapping": None if task_type else extraction.targets.auto_mapping,
+        # PEFT has no wrapper of parameters for it, and needs it for none
+        "fan_in_fan_out": extraction.fan_in_fan_out and not parameters,
+    }
+    settings = adapter_config.plain_settings() | extraction.settings()
+    summary = f"the difference of {tuned.name} and {base.name}"
+    made_for = fingerprint(sides[0])
+    finalize = partial(finalize_extraction, truncation, made_for=made_for)
+    more: dict[str, Any] = {
+        "base_settings": base_settings,
+        "base_fingerprint": made_for,
+        "parameters": parameters,
+        "all_modules": frozenset(extraction.targets.modules),
+    }
+    output = ExtractedAdapter([], tasks, targets, settings, summary, finalize=finalize, **more)
+    decisions = {"left_out": extraction.skipped, "unchanged": sorted(extraction.unchanged)}
+    inputs = (*sides, *(() if statistics is None else (statistics,)))
+    models = tuple(range(len(inputs)))
+    return adapter_output.plan_outputs(
+        "extract", options.recipe_options(), inputs, [output], extraction.notes, decisions, models
+    )
+
+
+def _weighted(
+    factors: list[DifferenceFactors], stats: Checkpoint | None, notes: list[str]
+) -> list[DifferenceFactors]:
+    """Fitted in the norm of the outputs, by these statistics."""
+    places = {difference.name: difference.place for difference in factors}
+    parameters = {one.name for one in factors if one.target != one.module}
+    selected = select_norms(stats, places, parameters, notes)
+    return [replace(one, covariance=selected.get(one.name)) for one in factors]
+
+
+def plan_its_merge(plan: Plan, folder: Path) -> Plan:
+    """The plan of a merge of the extracted adapter in a folder into its base: it is read back."""
+    return plan_merge(plan.folders[0], [(open_adapter(folder), 1.0)], MergeOptions())

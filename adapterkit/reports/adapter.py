@@ -19,7 +19,7 @@ from adapterkit.reports.checkpoint import (
 from adapterkit.reports.configs import printable
 
 if TYPE_CHECKING:
-    from adapterkit.plan import Progress
+    from adapterkit.options import Progress
     from adapterkit.reports.factors import Join
 
 FLAGS = (

@@ -8,7 +8,7 @@ import torch
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.plan import Progress
+from adapterkit.options import Progress
 from adapterkit.reports.matching import Matches
 from adapterkit.reports.pairs import Pair, Result, stored_specs
 from adapterkit.reports.reader import StoredReader

@@ -20,9 +20,10 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import WARNING, AdapterkitError, Damaged, Refused, shown
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.sums import all_finite, squared_norm
-from adapterkit.plan import Progress
+from adapterkit.options import Progress
 from adapterkit.planning.merge.changes import collect_changes, other_base
-from adapterkit.planning.merge.job import Job, Options
+from adapterkit.planning.merge.job import Job
+from adapterkit.planning.merge.options import MergeOptions
 from adapterkit.reports.reader import StoredReader
 from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.parameters import Parameter
@@ -46,7 +47,7 @@ def join(adapter: Adapter, on: Folder, problems: list[AdapterkitError]) -> Join:
     base = open_checkpoint(on)
     check_not_quantized(base)
     # a norm is the same in either layout of experts
-    job = Job(base, [adapter], [1.0], Options(expert_layout="peft-0.19"))
+    job = Job(base, [adapter], [1.0], MergeOptions(expert_layout="peft-0.19"))
     collect_changes(job)
     problems += job.errors
     # a local copy may have any name

@@ -5,14 +5,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import AdapterkitError, MultipleErrors, shown
 from adapterkit.formats.capabilities import roles_by_kind
 from adapterkit.formats.detect import detect
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.record import Contents
 from adapterkit.formats.schema import ADAPTER_LAYOUT, MODEL, Architecture, Format
-from adapterkit.planning.convert.source import Options, read_contents
+from adapterkit.options import FLAG, SOURCE, StrPath
+from adapterkit.planning.convert.options import ConvertOptions
+from adapterkit.planning.convert.source import read_contents
+from adapterkit.planning.sources import open_unconverted
 
 RANKED = ("lora", "loha", "lokr")  # kinds whose modules have a rank
 PLACES = {
@@ -24,7 +26,16 @@ PLACES = {
 
 
 def list_formats() -> dict[str, Any]:
-    """Every format with what it can hold, and every architecture; see `verbs.formats`."""
+    """What each format can hold; a dict that `convert --list --json` prints as it is.
+
+      formats        name -> a format, read from formats/*.toml
+      architectures  name -> {title, components, namings, sources}
+
+    Of a format: title, summary, reads, writes, kinds {kind: its roles}, scale {place (tensor,
+    config, metadata, shared, none), means (alpha or scale), default, uniform}, container, config
+    (files beside the weights, the first is written), architectures (empty: any), components,
+    clients (who reads it), note (what to do with the file), sources (links).
+    """
     return {
         "formats": {name: _format(one) for name, one in formats().items()},
         "architectures": {name: _architecture(one) for name, one in architectures().items()},
@@ -66,12 +77,19 @@ def _architecture(one: Architecture) -> dict[str, Any]:
     }
 
 
-def detect_format(source: Folder) -> dict[str, Any]:
-    """The format of a source and what it holds; see `verbs.formats`."""
+def detect_format(src: StrPath, *, allow_pickle: bool = False) -> dict[str, Any]:
+    """The format of an adapter and what it holds, from its headers; a dict that `convert --detect
+    --json` prints as it is: format, title, architecture (null where no or several ones have its
+    names), architectures (that have them), modules, kinds {kind: count}, components, ranks {rank:
+    count}, problems [{found, expected, where, do}].
+
+    Raises `Refused` where the source is in no format that is known.
+    """
+    source = open_unconverted(SOURCE("src", src), FLAG("allow_pickle", allow_pickle))
     detection, errors = detect(source), []
     contents = Contents(detection.form.name, (source,), ())
     try:
-        contents = read_contents(source, detection, Options(detection.form.name), None)
+        contents = read_contents(source, detection, ConvertOptions(to=detection.form.name), None)
     except MultipleErrors as error:
         errors += error.errors
     except AdapterkitError as error:

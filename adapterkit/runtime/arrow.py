@@ -30,8 +30,9 @@ from adapterkit.errors import (
     refuse_all,
     shown,
 )
-from adapterkit.options import CHECKS, StrPath, unweighted
+from adapterkit.options import ABOVE_0, COUNT, StrPath, unweighted
 from adapterkit.patterns import similar_names
+from adapterkit.planning.arrow import CONFIG, FORMAT, WEIGHTS
 from adapterkit.planning.folder_files import as_json
 from adapterkit.planning.sources import open_source
 from adapterkit.runtime import writing
@@ -39,7 +40,6 @@ from adapterkit.runtime.creation import home
 from adapterkit.runtime.layers import KINDS, kind_of
 from adapterkit.runtime.layers.routed import Experts, RoutedPart
 from adapterkit.runtime.state import Attached, State
-from adapterkit.verbs.arrow import CONFIG, FORMAT, WEIGHTS
 from adapterkit.verbs.arrow import arrow as write_arrow
 
 ROLES = ("a", "b", "scale", "prototype")  # of the tensors of a module; `expert` is optional
@@ -87,9 +87,9 @@ def load(
     folder = open_source(source)
     settings = read_settings(folder)
     if top_k is not None:
-        settings["top_k"] = CHECKS["top_k"]("top_k", top_k)
+        settings["top_k"] = COUNT("top_k", top_k)
     if temperature is not None:
-        settings["temperature"] = CHECKS["temperature"]("temperature", temperature)
+        settings["temperature"] = ABOVE_0("temperature", temperature)
     count = len(settings["experts"])
     if settings["top_k"] > count:
         raise Refused(
@@ -376,9 +376,9 @@ def read_settings(folder: Folder) -> dict[str, Any]:
     names = settings.get("experts")
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         errors.append(Damaged(f"experts {names!r}", expected="a list of names"))
-    for option in ("top_k", "temperature"):
+    for option, check in {"top_k": COUNT, "temperature": ABOVE_0}.items():
         try:
-            settings[option] = CHECKS[option](option, settings.get(option))
+            settings[option] = check(option, settings.get(option))
         except AdapterkitError as error:
             errors.append(Damaged(f"{option} {settings.get(option)!r}", expected=error.expected))
     for error in errors:

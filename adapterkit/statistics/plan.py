@@ -71,7 +71,6 @@ class StatisticsPlan:
     batches: list[dict[str, Tensor]]
     shapes: dict[str, tuple[int, int]]  # (out, in) of each module
     sizes: Sizes
-    device: torch.device
     memory: int  # bytes of activations
     headers: dict[tuple[int, str], str]
     identities: dict[tuple[int, str], Identity]
@@ -79,6 +78,7 @@ class StatisticsPlan:
     reads: tuple[str, ...]  # files of the base, in the order in which they are read
     parts: tuple[str, ...]  # names of the files of sums that are foreseen
     shards: tuple[()] = ()  # of a checkpoint
+    is_file: bool = False  # it has a stage of its own
     transfers: dict[str, int] = field(default_factory=dict)  # totals of an output on the Hub
 
     @property
@@ -148,7 +148,6 @@ def plan_statistics(
     folder: Folder,
     data: Sequence[StrPath],
     options: Options,
-    device: torch.device,
     memory: int | None = None,
 ) -> StatisticsPlan:
     """Everything the collection will do, or `Refused`. `memory`: bytes of activations, None: a
@@ -156,7 +155,7 @@ def plan_statistics(
     base = open_checkpoint(folder)
     drawn = draw_records(data, options.samples, options.seed)
     with Sources((folder,), {}) as sources:
-        stored = StoredModel(base, sources, device, buffers=False)
+        stored = StoredModel(base, sources, torch.device("cpu"), buffers=False)
         samples = _samples(folder, stored.model, drawn.records, options)
         options.request.check()
         batches = samples.batches(1 if options.request.takes_rows else options.batch)
@@ -171,7 +170,6 @@ def plan_statistics(
         batches,
         shapes,
         _sizes(job, shapes, options),
-        device,
         quarter_of_memory() if memory is None else memory,
         headers,
         identities((folder,), headers),

@@ -23,7 +23,7 @@ from adapterkit.engines.rank_job import Preparation, check_one_kind, no_stage, s
 from adapterkit.engines.ranks import Marks, Outcome, Pulse, Rank
 from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Failed, Refused, listed
-from adapterkit.plan import Progress
+from adapterkit.options import Progress
 from adapterkit.receipt import Receipt
 from adapterkit.statistics import output
 from adapterkit.statistics.activations import Room
@@ -78,7 +78,7 @@ class StatisticsPreparation(Preparation):
 class StatisticsRank(Rank):
     """`Rank` of `stats`: it has no share of its own, but takes what no other one is at."""
 
-    def __call__(self, plan: StatisticsPlan, execution: RunOptions, check: Any) -> StatisticsPlan:
+    def make(self, plan: StatisticsPlan, execution: RunOptions) -> StatisticsPlan:
         self.job.check(plan)
         if self.dry_run:
             self.outcome = Outcome(self.rank, self.ranks, [path_of(name) for name in plan.parts])
@@ -163,7 +163,7 @@ def job_of(plan: StatisticsPlan, sources: Sources, device: torch.device) -> Job:
 class StatisticsFinish(Finish):
     """`Finish` of `stats`: the output of the sums that the ranks have made."""
 
-    def __call__(self, plan: StatisticsPlan, execution: RunOptions, write: Write) -> Receipt:
+    def finish(self, plan: StatisticsPlan, execution: RunOptions, check: Any = None) -> Receipt:
         self.job.check(plan)
         if self.verify:
             raise Refused(
@@ -193,7 +193,7 @@ class StatisticsFinish(Finish):
             return job.results(work, [SumsFile.read(work, name) for name in names])
 
         began = time.monotonic() - worked
-        return write(collect, began=began, resume=True, overwrite=False)
+        return check(collect, began=began, resume=True, overwrite=False)
 
     def _take_over(
         self, plan: StatisticsPlan, stage: Stage, ranks: RankStage, head: dict[str, Any]

@@ -1,1 +1,10 @@
-"""One file per verb: check the options, plan, run. No verb imports another."""
+"""One file for each verb: the record of its sources and options, which plans and runs."""
+
+# The verbs by section of the help
+SECTIONS = {
+    "Models": ("merge", "extract", "init", "stats"),
+    "Adapters": ("convert", "combine", "subtract", "arrow", "resize", "rebase"),
+    "Quantization": ("quantize", "dequantize", "loftq"),
+    "Plan files and pipelines": ("run", "finish"),
+    "Inspection": ("inspect", "diff", "verify"),
+}

@@ -2,96 +2,41 @@
 (space: the deltas, or PEFT's factors) and how the result becomes factors again (refit: exact, a
 rank, a share of the energy) are three choices."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from adapterkit import dtypes, registry
-from adapterkit.adapters import adapter_config
-from adapterkit.adapters.factors import Factors
-from adapterkit.adapters.record import Adapter, Lora
-from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.combinations import ALIASES
-from adapterkit.combinations.protocol import Method
-from adapterkit.engines.execution import Execution, executes
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import Executor, Sources, StrPath, choice, paths
-from adapterkit.plan import Plan, Progress
-from adapterkit.planning import adapter_output
-from adapterkit.planning.adapters import (
-    AdapterWeights,
-    delta_problems,
-    read_all,
-    value_tasks,
-    wrapper_problems,
+from adapterkit.options import (
+    SHARE,
+    SHARE_ABOVE_0,
+    SOURCES,
+    TEXTS,
+    WEIGHTED,
+    Sources,
+    StrPath,
+    argument,
+    choice,
+    option,
+    record,
 )
-from adapterkit.planning.base_weights import BaseWeights, dora_problems
-from adapterkit.planning.norms import check_statistics, with_statistics, without_inputs
-from adapterkit.planning.sites import (
-    Site,
-    base_with_parameters,
-    join,
-    levels_of,
-    names_of,
-    targets_of,
+from adapterkit.registry import declarations
+from adapterkit.shared_options import (
+    base_option,
+    energy_option,
+    factor_dtype_option,
+    rank_option,
+    seed_option,
+    settings_option,
+    tokenizer_option,
 )
-from adapterkit.planning.sources import open_model, open_statistics, open_weighted
-from adapterkit.receipt import Receipt
-from adapterkit.registry import create
-from adapterkit.tasks import common
-from adapterkit.tasks.combined import CombinedFactors, Part, Refit
+from adapterkit.verb import WritingVerb, function_of
+
+if TYPE_CHECKING:
+    from adapterkit.plan import Plan
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options of the command; fields have their names."""
-
-    method: str
-    space: str = "delta"
-    rank: int | None = None
-    energy: float | None = None
-    density: float | None = None
-    majority: str | None = None
-    svd_clamp: float | None = None
-    weight_for: tuple[str, ...] = ()
-    settings: tuple[tuple[str, Any], ...] = ()  # a method's other options
-    dtype: str = "fp32"
-    seed: int = 0
-    tokenizer: str | None = None
-
-
-@executes(method=choice(lambda: (*registry.members("combinations"), *ALIASES)), stats=paths)
-def combine(
-    execution: Execution,
-    adapters: Sources,
-    *,
-    out: StrPath,
-    method: str,
-    base: StrPath | None = None,
-    space: str = "delta",
-    rank: int | None = None,
-    energy: float | None = None,
-    density: float | None = None,
-    majority: str | None = None,
-    svd_clamp: float | None = None,
-    stats: Iterable[StrPath] = (),
-    weight_for: Iterable[str] = (),
-    settings: dict[str, Any] | None = None,
-    dtype: str = "fp32",
-    seed: int = 0,
-    tokenizer: str | None = None,
-    hash: str = "sha256",
-    device: str = "auto",
-    memory: str | int | None = None,
-    disk_limit: str | int | None = None,
-    engine: str | Executor = "local",
-    ray_address: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    progress: Progress = lambda done: None,
-) -> Receipt | Plan:
+@record
+class Combine(WritingVerb):
     """Combine adapters into one: Δ' = method(w₁Δ₁, w₂Δ₂, ...), Δᵢ = scaleᵢ·bᵢ@aᵢ, written as
     factors of scale 1.
 
@@ -129,258 +74,74 @@ def combine(
     Unlike PEFT: rsLoRA scales, differing ranks and patterns, and modules that some adapters lack
     are right.
     """
-    rules, more = tuple(weight_for), tuple((settings or {}).items())
-    options = Options(
-        method,
-        space,
-        rank,
-        energy,
-        density,
-        majority,
-        svd_clamp,
-        rules,
-        more,
-        dtype,
-        seed,
-        tokenizer,
-    )
-    plan = plan_combine(
-        open_weighted(adapters),
-        options,
-        None if base is None else open_model(base),
-        [open_statistics(path) for path in stats],
-    )
-    return execution.run(plan)
 
+    command = """Combine several adapters into one.
 
-def plan_combine(
-    sources: list[tuple[Folder, float]],
-    options: Options,
-    base: Folder | None = None,
-    stats: Sequence[Folder] = (),
-) -> Plan:
-    """Everything a combination will do, or `Refused` with all that cannot be done."""
-    method, refit = _resolve_method(options)
-    check_statistics(method, refit, options.space, len(sources), len(stats))
-    if len(sources) < 2 and not (sources and (options.rank or options.energy)):
-        raise Refused(
-            "no adapters were given" if not sources else "only one adapter was given",
-            expected="two or more",
-            where="combine",
-            hint="name the adapters; adapterkit resize changes the rank of one",
-        )
-    adapters = read_all([folder for folder, _ in sources])
-    given_weights = [weight for _, weight in sources]
-    equal = [1.0] * len(given_weights)
-    if options.weight_for and method.resolve_weights(equal) != equal:
-        raise Refused(
-            "--weight-for, and an option of the method that sets the weights too",
-            expected="one of them",
-            where="options",
-            hint="remove --weight-for, or the method's option",
-        )
-    given_weights = method.resolve_weights(given_weights)
-    weights = AdapterWeights(given_weights, options.weight_for)
-    doras, notes = [adapter for adapter in adapters if adapter.config.get("use_dora")], []
-    if base is not None and doras:
-        model = open_checkpoint(base, len(adapters))
-    else:
-        model = base_with_parameters(base, adapters, notes)
-    errors = [error for adapter in adapters for error in _not_summable(adapter, model)]
-    joined = join(adapters, errors, None if model is None else names_of(model, adapters, notes))
-    decomposed = (
-        {}
-        if model is None
-        else {a.number: BaseWeights(model, a, [x.module for x in a.loras], notes) for a in doras}
-    )
-    tasks: list[CombinedFactors] = []
-    levels = levels_of(joined.values())
-    for name, site in joined.items():
-        try:
-            parts = tuple(
-                _part(number, *member, weights, decomposed.get(number))
-                for number, member in site.members.items()
-            )
-            parts = _with_a_share(parts, options.space)
-            method.check_weights([part.weight for part in parts])
-        except AdapterkitError as error:
-            errors.append(error)
-            continue
-        errors += _fit(name, parts, adapters, options, refit)
-        tasks.append(
-            CombinedFactors(
-                name,
-                site.place(levels),
-                dtypes.parse(options.dtype),
-                parts,
-                method,
-                refit,
-                options.space,
-                options.seed,
-            )
-        )
-    first = len(adapters) + (model is not None)
-    statistics = [open_checkpoint(folder, number) for number, folder in enumerate(stats, first)]
-    parameters = {name for name, site in joined.items() if site.parameter}
-    tasks = with_statistics(tasks, statistics, parameters, notes, errors)
-    biases, whole = (
-        _biases(joined, weights, options, errors),
-        value_tasks(adapters, weights, without_inputs(method), levels, errors),
-    )
-    errors += weights.unused() + wrapper_problems(adapters, joined.values())
-    refuse_all(errors)
-    if not tasks:
-        raise Refused(
-            "no module with factors",
-            expected="adapters of low-rank factors",
-            where="combine",
-            hint="check the adapters",
-        )
-    receipt_options = {k: v for k, v in vars(options).items() if v not in (None, (), False)} | {
-        "weights": given_weights
-    }
-    decisions = {
-        "adapters": [
-            {"name": a.name, "weight": w, "modules": len(a.loras)}
-            for a, w in zip(adapters, given_weights, strict=True)
-        ]
-    }
-    settings = (
-        adapter_config.plain_settings()
-        | adapter_config.value_settings(adapters)
-        | {"lora_bias": bool(biases)}
-    )
-    summary = (
-        f"{options.method} in {options.space} space, weights "
-        f"{', '.join(f'{w:g}' for w in given_weights)}"
-    )
-    everything = [*tasks, *biases, *whole]
-    output = adapter_output.Output(
-        adapters,
-        everything,
-        settings=settings,
-        summary=summary,
-        tokenizer=options.tokenizer,
-        **targets_of(joined),
-    )
-    return adapter_output.plan_adapters(
-        "combine", receipt_options, adapters, [output], notes, decisions, model, *statistics
-    )
+    Δ' = method(w₁Δ₁, w₂Δ₂, ...), written as factors of scale 1.
 
+    The weights of slerp give the position on the arc: 0.7 and 0.3, or --set t=0.3. For PEFT's
+    linear, ties and the like, which act on a and b separately, add --space factors.
 
-def _with_a_share(parts: tuple[Part, ...], space: str) -> tuple[Part, ...]:
-    """Those whose weight is not 0, if there are any: weights (1, 0) give what the method makes of
-    the first adapter alone.
-
-    Not in factor space, where all is as PEFT does it: there the signs of such an adapter have their
-    say.
+    \b
+    Example:
+      adapterkit combine ./english ./french=0.5 --method linear --out both
+      adapterkit combine ./a ./b ./c --method ties --density 0.2 --rank 32 --out merged
+      adapterkit combine ./a ./b --method regmean --stats a.safetensors --stats b.safetensors
     """
-    used = tuple(part for part in parts if part.weight)
-    return used if used and space == "delta" else parts
 
-
-def _not_summable(adapter: Adapter, base: Checkpoint | None) -> list[AdapterkitError]:
-    if base is not None and adapter.config.get("use_dora"):
-        return dora_problems(adapter)
-    return delta_problems(adapter, "give --base BASE, the model it was trained on, and --rank R")
-
-
-def _part(
-    number: int,
-    lora: Lora,
-    factors: Factors,
-    weights: "AdapterWeights",
-    decomposed: BaseWeights | None,
-) -> Part:
-    return Part(
-        number,
-        factors,
-        weights.of(number, lora.module),
-        decomposed.dora(lora, factors) if decomposed else None,
+    adapters: Sources = argument(check=WEIGHTED, metavar="ADAPTER[=W]...")
+    method: str = option(
+        check=choice(lambda: (*declarations("combinations"), *ALIASES)),
+        help="How the deltas are combined; see the lists below.",
+        metavar="NAME",
     )
-
-
-def _resolve_method(options: Options) -> tuple[Method, Refit]:
-    """The method's record and the refit; `Refused` for options that do not fit."""
-    adapter_output.check_refit(options.rank, options.energy)
-    method, default = ALIASES.get(options.method, (options.method, None))
-    given_weights = {"density": options.density, "majority": options.majority} | dict(
-        options.settings
+    base: StrPath | None = base_option(
+        "The adapters' model, needed for DoRA and where target_parameters are ambiguous."
     )
-    record = cast(Method, create("combinations", method, given_weights))
-    dense = record.acts_on == "elements"
-    if options.space == "factors" and (options.rank or options.energy or options.method in ALIASES):
-        raise Refused(
-            f"--space factors keeps the ranks: it takes no "
-            f"{options.method if options.method in ALIASES else '--rank or --energy'}",
-            expected="--space factors with a method alone",
-            where="options",
-            hint="remove --space factors",
-        )
-    if options.space == "factors" and not dense and method != "linear":
-        problem = f"{method} is not defined on A and B separately (--space factors)"
-        raise Refused(
-            problem,
-            expected="linear, or a method on elements",
-            where="options",
-            hint="remove --space factors",
-        )
-    largest = default == "largest" or (dense and default is None)
-    fixed = options.rank is not None or options.energy is not None
-    return record, Refit(options.rank, options.energy, largest and not fixed, options.svd_clamp)
+    space: str = option(
+        default="delta",
+        check=choice(("delta", "factors")),
+        help="Combine the deltas scale·b@a, or a and b separately (PEFT's arithmetic, with its "
+        "cross terms).",
+    )
+    rank: int | None = rank_option()
+    energy: float | None = energy_option()
+    density: float | None = option(
+        default=None,
+        check=SHARE,
+        help="Share of the elements to keep (ties, dare, magnitude_prune, ...).",
+    )
+    majority: str | None = option(
+        default=None, check=choice(("total", "frequency")), help="How signs are elected (ties)."
+    )
+    svd_clamp: float | None = option(
+        default=None,
+        check=SHARE_ABOVE_0,
+        metavar="Q",
+        help="Clamp the factors at this quantile of their elements, as PEFT does.",
+    )
+    stats: Iterable[StrPath] = option(
+        default=(),
+        check=SOURCES,
+        metavar="FILE",
+        help="Input covariances: minimize output error in the refit; one for all adapters, or one "
+        "for each, in their order (regmean).",
+    )
+    weight_for: Iterable[str] = option(
+        default=(),
+        check=TEXTS,
+        metavar="[N:]REGEX=W",
+        help="Another weight (of the N-th adapter) for modules whose name matches REGEX.",
+    )
+    settings: dict[str, Any] | None = settings_option()
+    seed: int = seed_option()
+    tokenizer: str | None = tokenizer_option()
+    dtype: str = factor_dtype_option()
+
+    def make_plan(self) -> "Plan":
+        from adapterkit.planning.combine import plan_combine
+
+        return plan_combine(self)
 
 
-def _fit(
-    name: str, parts: tuple[Part, ...], adapters: Sequence[Adapter], options: Options, refit: Refit
-) -> list[AdapterkitError]:
-    ranks = {part.factors.rank for part in parts}
-    doras = [adapters[part.number].name for part in parts if part.dora]
-    if doras and (options.space == "factors" or refit.exact):
-        how = "--space factors" if options.space == "factors" else "an exact result"
-        expected, hint = (
-            "a refit in --space delta: a DoRA's delta has full rank",
-            "give --rank R or --energy E",
-        )
-        return [
-            Refused(
-                f"{shown(name)}: {how} does not work with DoRA ({', '.join(doras)})",
-                expected=expected,
-                where="options",
-                hint=hint,
-            )
-        ]
-    if options.space == "factors" and len(ranks) > 1:
-        listing = ", ".join(f"{adapters[p.number].name} {p.factors.rank}" for p in parts)
-        hint = "use --space delta"
-        return [
-            Refused(
-                f"{shown(name)}: the ranks differ, {listing}",
-                expected="one rank in --space factors",
-                where="adapters",
-                hint=hint,
-            )
-        ]
-    return []
-
-
-def _biases(
-    joined: dict[str, Site],
-    weights: "AdapterWeights",
-    options: Options,
-    errors: list[AdapterkitError],
-) -> list[common.SummedTensor]:
-    """The biases that LoRAs add; they follow the weights, so only `linear` says what becomes of
-    them."""
-    tasks = adapter_output.sum_biases(joined, weights.of, dtypes.parse(options.dtype), errors)
-    if tasks and (
-        ALIASES.get(options.method, (options.method,))[0] != "linear" or options.space != "delta"
-    ):
-        errors.append(
-            Refused(
-                f"{options.method} in {options.space} space cannot combine lora_bias",
-                expected="linear in delta space",
-                where="--method",
-                hint="use --method linear",
-            )
-        )
-    return tasks
+combine = function_of(Combine)

@@ -1,47 +1,23 @@
 """convert: an adapter from the layout of one tool into that of another."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from adapterkit.engines.execution import Execution, executes
-from adapterkit.engines.hub_inputs import plan_in_parts
-from adapterkit.engines.one_file import run_to_file
 from adapterkit.hub.ids import is_on_hub
-from adapterkit.options import Executor, StrPath, text
-from adapterkit.plan import Plan, Progress
-from adapterkit.planning.convert.plan import plan_convert
-from adapterkit.planning.convert.source import Options
-from adapterkit.planning.sources import open_base, open_unconverted
-from adapterkit.receipt import Receipt
+from adapterkit.options import FLAG, SOURCE, StrPath, argument, option, record
+from adapterkit.planning.convert.options import ConvertOptions
+from adapterkit.shared_options import base_option
+from adapterkit.verb import WritingVerb, function_of
+
+if TYPE_CHECKING:
+    from adapterkit.plan import Plan
 
 FILES = (".safetensors", ".gguf")
 
 
-@executes(to=text)
-def convert(
-    execution: Execution,
-    src: StrPath,
-    *,
-    to: str,
-    out: StrPath,
-    base: StrPath | None = None,
-    alpha: float | None = None,
-    rank: int | None = None,
-    dtype: str | None = None,
-    lossy: bool = False,
-    prefix_only: str | None = None,
-    architecture: str | None = None,
-    allow_pickle: bool = False,
-    hash: str = "sha256",
-    device: str = "auto",
-    memory: str | int | None = None,
-    disk_limit: str | int | None = None,
-    engine: str | Executor = "local",
-    ray_address: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    progress: Progress = lambda done: None,
-) -> Receipt | Plan:
+@record
+class Convert(WritingVerb, ConvertOptions):
     """Write an adapter in the layout of another tool: the same delta, scale · b @ a, of every
     module.
 
@@ -59,11 +35,44 @@ def convert(
     .safetensors or .gguf is a file, else a folder as the format has it. Raises `Refused` before
     anything is written.
     """
-    options = Options(to, alpha, rank, dtype, lossy, prefix_only, architecture)
-    folder = open_unconverted(src, allow_pickle)
-    checkpoint = None if base is None else open_base(base)
-    target = Path(out)
-    is_file = target.suffix in FILES and not is_on_hub(out)
-    plan = plan_convert(folder, options, checkpoint, target.name if is_file else None)
-    plan = plan_in_parts(plan)
-    return run_to_file(execution, plan) if is_file else execution.run(plan)
+
+    command = """Convert an adapter between the formats of tools.
+
+    The source's format is detected. Every key of it is used, or the conversion is refused with all
+    that is in the way; the scale is kept, multiplied into B where the format cannot store it.
+
+    With --from-list the exit status is 1 if any conversion was refused or failed; with --resume
+    those that are done are left as they are.
+
+    \b
+    Example:
+      adapterkit convert kohya.safetensors --to diffusers --out folder
+      adapterkit convert org/adapter --to kohya --architecture sdxl --out lora.safetensors
+      adapterkit convert adapter.safetensors --detect --json
+      adapterkit convert --from-list sources.txt --to peft --out-pattern 'out/{name}' --resume
+    """
+
+    src: StrPath = argument(check=SOURCE)
+    base: StrPath | None = base_option(
+        "The adapter's model, where its names or shapes are needed to read or write it."
+    )
+    allow_pickle: bool = option(
+        default=False,
+        check=FLAG,
+        help="Read .pt, .pth and .bin files with torch's weights_only loader.",
+    )
+
+    def make_plan(self) -> "Plan":
+        from adapterkit.engines.hub_inputs import plan_in_parts
+        from adapterkit.planning.convert.plan import plan_convert
+        from adapterkit.planning.sources import open_base, open_unconverted
+
+        target = Path(self.out)
+        is_file = target.suffix in FILES and not is_on_hub(self.out)
+        source = open_unconverted(self.src, self.allow_pickle)
+        base = None if self.base is None else open_base(self.base)
+        options, name = self.only(ConvertOptions), target.name if is_file else None
+        return replace(plan_in_parts(plan_convert(source, options, base, name)), is_file=is_file)
+
+
+convert = function_of(Convert)

@@ -1,38 +1,25 @@
 """diff: what two checkpoints, or two adapters, do not have in common. Read by blocks of rows;
 nothing large is held whole."""
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
-from adapterkit.adapters.keys import CONFIG
-from adapterkit.checkpoint.folder import Folder
-from adapterkit.options import StrPath, checked
-from adapterkit.plan import Progress
-from adapterkit.planning.converted import adapter_or_file, components_of
-from adapterkit.planning.sources import open_source
-from adapterkit.reports.compare import ADAPTER_ENERGY, ENERGY, measure
-from adapterkit.reports.matching import (
-    Matches,
-    are_adapters,
-    match_adapters,
-    match_checkpoints,
-    match_components,
+from adapterkit.options import (
+    PROGRESS,
+    SHARE,
+    SOURCE,
+    Progress,
+    StrPath,
+    argument,
+    no_progress,
+    number,
+    option,
+    record,
 )
-from adapterkit.reports.pairs import STATES, Result
-
-VERSION = 1
+from adapterkit.verb import Verb, function_of
 
 
-@checked()
-def diff(
-    a: StrPath,
-    b: StrPath,
-    *,
-    tolerance: float = 0.0,
-    rank_for_energy: float | None = None,
-    progress: Progress = lambda done: None,
-) -> dict[str, Any]:
+@record
+class Diff(Verb[dict[str, Any]]):
     """Compare two checkpoints, two adapters or two .safetensors files, by key or by module; returns
     what `--json` prints. Modules of a pipeline's adapters have their component's name in front.
 
@@ -70,70 +57,46 @@ def diff(
     two things that cannot be compared, and for adapters of other types than LoRA: resize makes LoRA
     of them (with their base: without it the flattened kernel of a LoHa or LoKr looks linear).
     """
-    sources = open_source(a), open_source(b)
-    folders = (adapter_or_file(sources[0]), adapter_or_file(sources[1]))
-    matches, read = _match(sources, folders)
-    adapters = matches.are_adapters
-    default = ADAPTER_ENERGY if adapters else ENERGY
-    results = measure(
-        matches, read, default if rank_for_energy is None else rank_for_energy, progress
+
+    command = """Compare two checkpoints, adapters or .safetensors files.
+
+    Checkpoints are compared by key, however they are sharded; a copy rounded to another dtype is
+    the same. Adapters are compared by their deltas scale·b@a, whatever their ranks and alphas.
+
+    Columns: relative ‖A−B‖/‖A‖, largest difference, cosine, share of elements that differ, and the
+    rank that holds 90 % of the squared singular values of the difference (~: at most that, from a
+    sketch). Differing config settings come last; those that change the arithmetic count as a
+    difference.
+
+    Exit status: 0 the same; 1 different by more than the tolerance; 2 wrong usage, refused or
+    failed.
+
+    \b
+    Example:
+      adapterkit diff ./base ./tuned
+      adapterkit diff ./adapter ./resized --tolerance 1e-3
+    """
+
+    a: StrPath = argument(check=SOURCE)
+    b: StrPath = argument(check=SOURCE)
+    tolerance: float = option(
+        default=0.0,
+        check=number("0 or more", lambda value: value >= 0),
+        help="Largest relative error of tensors that count as the same.",
     )
-    for result in results:
-        error = result.row.get("relative_error")
-        if (
-            result.row.get("why") == "values"
-            and error is not None
-            and tolerance > 0
-            and error <= tolerance
-        ):
-            result.state = "within"
-    states = [result.state for result in results]
-    totals = {"compared": len(results)} | {state: states.count(state) for state in STATES}
-    differs = (
-        states.count("changed")
-        or matches.added
-        or matches.removed
-        or any(row["decides"] for row in matches.config)
+    rank_for_energy: float | None = option(
+        default=None,
+        check=SHARE,
+        metavar="SHARE",
+        help="Suggest the rank that keeps this energy share of each difference (default: 0.9, for "
+        "adapters 0.99; 0: none).",
     )
-    return {
-        "diff": VERSION,
-        "kind": "adapters" if adapters else "checkpoints",
-        "a": folders[0].origin,
-        "b": folders[1].origin,
-        "tolerance": tolerance,
-        "same": not differs,
-        "totals": totals | {"added": len(matches.added), "removed": len(matches.removed)},
-        "change": _whole_change(results),
-        "changed": [result.row for result in results if result.state == "changed"],
-        "added": matches.added,
-        "removed": matches.removed,
-        "config": matches.config,
-        "notes": matches.notes,
-    }
+    progress: Progress = option(default=no_progress, check=PROGRESS)
+
+    def run(self) -> dict[str, Any]:
+        from adapterkit.reports.difference import compare_sources
+
+        return compare_sources(self)
 
 
-def _match(
-    sources: tuple[Folder, Folder], folders: tuple[Folder, Folder]
-) -> tuple[Matches, Sequence[Folder]]:
-    """What is compared, and the folders of its tensors."""
-    if not all(CONFIG in folder.files() for folder in folders):
-        sides = [components_of(source) for source in sources]
-        if all(sides):
-            return match_components(sides)
-    matched = match_adapters if are_adapters(folders) else match_checkpoints
-    return matched(folders), folders
-
-
-def _whole_change(results: list["Result"]) -> dict[str, float | None]:
-    """Norms of the whole difference."""
-    measured = [result.squares for result in results if result.squares is not None]
-    error, norm = (
-        (math.sqrt(sum(values)) for values in zip(*measured, strict=True))
-        if measured
-        else (0.0, 0.0)
-    )
-    good = bool(measured) and math.isfinite(error)
-    return {
-        "norm": error if good else None,
-        "relative": error / norm if good and norm > 0 and math.isfinite(norm) else None,
-    }
+diff = function_of(Diff)

@@ -1,35 +1,26 @@
 """inspect: what a checkpoint or an adapter holds, from headers and JSON, and on request from the
 factors."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from adapterkit.adapters.keys import CONFIG
-from adapterkit.checkpoint.folder import Folder, LocalFolder
-from adapterkit.checkpoint.shards import NOT_A_MODEL, pickles
-from adapterkit.errors import Refused, shown
-from adapterkit.hub.folder import HubFolder
-from adapterkit.options import StrPath, checked
-from adapterkit.planning.converted import ConvertedFolder, adapter_or_file
-from adapterkit.planning.sources import open_model, open_source
-from adapterkit.reports import pictures
-from adapterkit.reports.adapter import inspect_adapter
-from adapterkit.reports.checkpoint import MAX_NAMES, inspect_base, inspect_file
+from adapterkit.options import (
+    FILE,
+    FLAG,
+    PROGRESS,
+    SOURCE,
+    Progress,
+    StrPath,
+    argument,
+    no_progress,
+    option,
+    record,
+)
+from adapterkit.shared_options import base_option
+from adapterkit.verb import Verb, function_of
 
-if TYPE_CHECKING:
-    from adapterkit.plan import Progress
 
-
-@checked()
-def inspect(
-    path: StrPath,
-    *,
-    base: StrPath | None = None,
-    download: bool = False,
-    headers: bool = False,
-    plot: StrPath | None = None,
-    progress: "Progress" = lambda done: None,
-) -> dict[str, Any]:
+@record
+class Inspect(Verb[dict[str, Any]]):
     """What a base, an adapter or a .safetensors file holds, and what is wrong with it; a dict that
     `--json` prints as it is.
 
@@ -73,92 +64,48 @@ def inspect(
     norms, relative ones with `base`, into a PNG file. Raises `Refused` where there is nothing to
     inspect or an option does not apply.
     """
-    if plot is not None:
-        pictures.check_plot(Path(plot))
-    on = open_model(base) if base is not None else None
-    folder = open_source(path)
-    if CONFIG not in folder.files():
-        folder = adapter_or_file(folder, on)
-    kind = _kind(folder)
-    if kind != "adapter":
-        _refuse_options(folder, f"a {kind}, no adapter", base, plot)
-        return inspect_base(folder, headers) if kind == "base" else inspect_file(folder)
-    if headers:
-        _refuse_options(folder, "headers alone (--headers)", base, plot, download)
-    far = [
-        source
-        for source in (folder, on)
-        if source is not None and not isinstance(_original(source), LocalFolder)
-    ]
-    if far and not download:
-        _refuse_options(
-            far[0], "weights on the Hub, which are read with --download only", base, plot
-        )
-    with_factors = not headers and (download or not far)
-    if with_factors:  # in a dialect of PEFT's layout they may be other ones than PEFT would read
-        folder = adapter_or_file(folder, on)
-    result = inspect_adapter(folder, on, with_factors, progress)
-    if plot is not None:
-        pictures.draw(result, Path(plot))
-    return result
 
+    command = """Show what a checkpoint or adapter holds, and its problems.
 
-def _original(folder: Folder) -> Folder:
-    """The folder that was given."""
-    return folder.source if isinstance(folder, ConvertedFolder) else folder
+    Of a base and of sources on the Hub, headers and JSON are read; of a local adapter also the
+    factors, for norms and effective ranks, unless --headers is given. The exit status is 1 if a
+    file is missing or cannot be read, else 0, whatever the problems; a path without anything to
+    inspect is refused.
 
+    \b
+    Example:
+      adapterkit inspect ./my-adapter --base ./base --plot norms.png
+      adapterkit inspect meta-llama/Llama-3.1-8B --json
+    """
 
-def _refuse_options(
-    folder: Folder, problem: str, base: object, plot: object, download: bool = False
-) -> None:
-    """`Refused` where factors are asked about that there are not, or that are not read."""
-    options = {"--base": base, "--plot": plot, "--download": download or None}
-    names = " and ".join(name for name, value in options.items() if value is not None)
-    if names:
-        hint = f"remove {names}" + (", or give --download" if "download" in problem else "")
-        raise Refused(
-            problem,
-            expected=f"an adapter whose factors are read, for {names}",
-            where=folder.name,
-            hint=hint,
-        )
-
-
-def _in_another_layout(folder: Folder) -> bool:
-    from adapterkit.formats.detect import in_another_layout
-
-    return in_another_layout(folder) is not None
-
-
-def _kind(folder: Folder) -> str:
-    if isinstance(folder, LocalFolder | HubFolder) and folder.single:
-        if folder.single.endswith(".safetensors"):
-            return "file"
-        raise Refused(
-            "not a .safetensors file",
-            expected="a .safetensors file or a folder",
-            where=folder.name,
-            hint="check the path",
-        )
-    here = [name for name in folder.files() if "/" not in name]
-    if CONFIG in here or any(name.startswith(NOT_A_MODEL) for name in here):
-        return "adapter"
-    if "config.json" not in here and _in_another_layout(folder):
-        return "file"
-    if pickles(folder) or any(
-        name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
-        for name in here
-    ):
-        return "base"
-    ends = (".safetensors", CONFIG)
-    nested = sorted(
-        {name.rpartition("/")[0] for name in folder.files() if name.endswith(ends) and "/" in name}
+    path: StrPath = argument(check=SOURCE)
+    base: StrPath | None = base_option(
+        "The adapter's base: norms are also given relative to its weights' norms."
     )
-    raise Refused(
-        "neither a checkpoint nor an adapter",
-        expected=f"safetensors files, config.json or {CONFIG}",
-        where=folder.name,
-        hint=f"name a subfolder: {', '.join(map(shown, nested[:MAX_NAMES]))}"
-        if nested
-        else "check the path",
+    download: bool = option(
+        default=False,
+        check=FLAG,
+        help="Read weights on the Hub too (default: only headers and JSON).",
     )
+    headers: bool = option(
+        default=False,
+        check=FLAG,
+        help="Read only headers and JSON: no norms and effective ranks of an adapter, and of a "
+        "base no search for missing parameters, for which transformers builds the model without "
+        "data.",
+    )
+    plot: StrPath | None = option(
+        default=None,
+        check=FILE,
+        metavar="FILE.png",
+        help="Plot the norms as a heatmap, layers by modules.",
+    )
+    progress: Progress = option(default=no_progress, check=PROGRESS)
+
+    def run(self) -> dict[str, Any]:
+        from adapterkit.reports.inspection import inspect_source
+
+        return inspect_source(self)
+
+
+inspect = function_of(Inspect)

@@ -1,51 +1,21 @@
 """merge: adapters into a base, W' = round(W + Σ weight·scale·b@a), streamed from files to files."""
 
-from adapterkit.engines.execution import Execution, executes
+from typing import TYPE_CHECKING
+
 from adapterkit.errors import Refused
 from adapterkit.hub.ids import is_on_hub
-from adapterkit.options import Executor, Sources, StrPath
-from adapterkit.plan import Plan, Progress
-from adapterkit.planning.merge.job import Options
-from adapterkit.planning.merge.plan import plan_merge, plan_merge_into_original
-from adapterkit.planning.sources import open_model, open_statistics, open_weighted
-from adapterkit.receipt import Receipt
+from adapterkit.options import SOURCE, WEIGHTED, Sources, StrPath, argument, option, record
+from adapterkit.planning.merge.options import MergeOptions
+from adapterkit.shared_options import statistics_option, verify_option
+from adapterkit.verb import WritingVerb, function_of, push_option
+
+if TYPE_CHECKING:
+    from adapterkit.engines.execution import FolderCheck
+    from adapterkit.plan import Plan
 
 
-@executes()
-def merge(
-    execution: Execution,
-    base: StrPath,
-    adapters: Sources,
-    *,
-    out: StrPath,
-    dtype: str | None = None,
-    max_shard_size: str | int | None = None,
-    include: str | None = None,
-    exclude: str | None = None,
-    tied: str = "untie",
-    base_is_residual: bool = False,
-    compat: str | None = None,
-    expert_layout: str | None = None,
-    tokenizer: str | None = None,
-    dequantize: bool = False,
-    base16: StrPath | None = None,
-    rounding: str = "nearest",
-    seed: int = 0,
-    stats: StrPath | None = None,
-    base_copies: str | None = None,
-    hash: str = "sha256",
-    verify: bool = False,
-    push: str | None = None,
-    device: str = "auto",
-    memory: str | int | None = None,
-    disk_limit: str | int | None = None,
-    engine: str | Executor = "local",
-    ray_address: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    progress: Progress = lambda done: None,
-) -> Receipt | Plan:
+@record
+class Merge(WritingVerb, MergeOptions):
     """Merge adapters into a base checkpoint: W' = round(W + Σ weight·scale·b@a), each weight
     rounded once.
 
@@ -71,42 +41,63 @@ def merge(
     embeddings that only one side changes are untied, attention's `out_proj` gets its delta once,
     and anything unknown is an error; `compat="peft"` keeps PEFT's roundings and order.
     """
-    options = Options(
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        include=include,
-        exclude=exclude,
-        tied=tied,
-        base_is_residual=base_is_residual,
-        compat=compat,
-        expert_layout=expert_layout,
-        tokenizer=tokenizer,
-        dequantize=dequantize,
-        rounding=rounding,
-        seed=seed,
-        base_copies=base_copies,
+
+    command = """Merge adapters into a base checkpoint.
+
+    Each weight becomes W' = round(W + Σ weight·scale·b@a).
+
+    \b
+    Example:
+      adapterkit merge meta-llama/Llama-3.1-8B ./my-adapter --out merged
+      adapterkit merge ./base ./style=0.7 ./skill=0.3 --out merged --verify
+      adapterkit merge ./merged ./my-adapter=-1 --out unmerged
+    """
+
+    base: StrPath = argument(check=SOURCE)
+    adapters: Sources = argument(check=WEIGHTED, metavar="ADAPTER[=W]...")
+    base16: StrPath | None = option(
+        default=None,
+        check=SOURCE,
+        metavar="ORIGINAL",
+        help="Merge into this 16-bit original of BASE, the quantized model that was trained on.",
     )
-    if push is not None and is_on_hub(out):
+    stats: StrPath | None = statistics_option(
+        "Covariances of the layers' inputs, for --rounding compensated.",
+        needs="rounding=compensated",
+    )
+    verify: bool = verify_option()
+    push: str | None = push_option()
+
+    def make_plan(self) -> "Plan":
+        from adapterkit.planning.merge.plan import plan_merge, plan_merge_into_original
+        from adapterkit.planning.sources import open_model, open_statistics, open_weighted
+
+        _check_one_place(self)
+        base, options = open_model(self.base), self.only(MergeOptions)
+        adapters = open_weighted(self.adapters, base=base)
+        stats = None if self.stats is None else open_statistics(self.stats)
+        if self.base16 is None:
+            return plan_merge(base, adapters, options, stats)
+        return plan_merge_into_original(self.base, self.base16, adapters, options, stats)
+
+    def check(self, plan: "Plan") -> "FolderCheck | None":
+        from adapterkit.engines.recompute import RowCheck
+
+        return RowCheck(plan) if self.verify else None
+
+    @property
+    def pushed_to(self) -> str | None:
+        return self.push
+
+
+def _check_one_place(verb: Merge) -> None:
+    if verb.push is not None and is_on_hub(verb.out):
         raise Refused(
             "--push does not apply to an output on the Hub",
             expected="one place",
             where="--push",
             hint="remove --push",
         )
-    folder = open_model(base)
-    sources = open_weighted(adapters, base=folder)
-    statistics = None if stats is None else open_statistics(stats)
-    plan = (
-        plan_merge(folder, sources, options, statistics)
-        if base16 is None
-        else plan_merge_into_original(base, base16, sources, options, statistics)
-    )
-    check = None
-    if verify:
-        from adapterkit.engines.recompute import RowCheck
 
-        check = RowCheck(plan)
-    receipt = execution.run(plan, check, push)
-    if check is not None and check.result and isinstance(receipt, Receipt):
-        receipt.data["verified"] = check.result
-    return receipt
+
+merge = function_of(Merge)

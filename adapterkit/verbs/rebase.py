@@ -1,68 +1,25 @@
 """rebase: an adapter whose initialization changed the base becomes plain LoRA on the original base:
 Δ' = s·b@a - s₀·b₀@a₀."""
 
-from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from adapterkit import dtypes
-from adapterkit.adapters import adapter_config
-from adapterkit.adapters.record import EMBEDDINGS, Adapter
-from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.combinations.linear import Linear
-from adapterkit.engines.execution import Execution, executes
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import Executor, StrPath
-from adapterkit.plan import Plan, Progress, Task
-from adapterkit.planning import adapter_output
-from adapterkit.planning.adapters import read_all
-from adapterkit.planning.sites import (
-    Site,
-    base_with_parameters,
-    join,
-    levels_of,
-    names_of,
-    targets_of,
+from adapterkit.options import SOURCE, StrPath, argument, option, record
+from adapterkit.shared_options import (
+    EXACT_BY_DEFAULT,
+    FOR_AMBIGUOUS_PARAMETERS,
+    base_option,
+    energy_option,
+    factor_dtype_option,
+    rank_option,
 )
-from adapterkit.planning.sources import initial_of, open_adapter, open_model
-from adapterkit.receipt import Receipt
-from adapterkit.tasks.combined import CombinedFactors, Part, Refit
-from adapterkit.weights.names import Names
+from adapterkit.verb import WritingVerb, function_of
 
-# inits whose base is quantized, not a residual: no difference of factors leads back to the original
-QUANTIZED = ("loftq",)
+if TYPE_CHECKING:
+    from adapterkit.plan import Plan
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options of the command; fields have their names."""
-
-    rank: int | None = None
-    energy: float | None = None
-    dtype: str = "fp32"
-
-
-@executes()
-def rebase(
-    execution: Execution,
-    adapter: StrPath,
-    *,
-    initial: StrPath | None = None,
-    out: StrPath,
-    base: StrPath | None = None,
-    rank: int | None = None,
-    energy: float | None = None,
-    dtype: str = "fp32",
-    hash: str = "sha256",
-    device: str = "auto",
-    memory: str | int | None = None,
-    disk_limit: str | int | None = None,
-    engine: str | Executor = "local",
-    ray_address: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    progress: Progress = lambda done: None,
-) -> Receipt | Plan:
+@record
+class Rebase(WritingVerb):
     """Turn an adapter that was initialized by PiSSA, OLoRA, CorDA or LoRA-GA into plain LoRA on the
     original base.
 
@@ -74,149 +31,33 @@ def rebase(
     parameters of `target_parameters` apart where the files do not. Raises `Refused` before anything
     is written.
     """
-    folder = None if base is None else open_model(base)
-    source = open_adapter(adapter)
-    before = initial_of(source) if initial is None else open_adapter(initial)
-    if before is None:
-        raise Refused(
-            f"{source.name} has no folder initial/, and --initial is not given",
-            expected="the adapter as saved before training",
-            where="--initial",
-            hint="give its folder",
-        )
-    plan = plan_rebase(source, before, Options(rank, energy, dtype), folder)
-    return execution.run(plan)
 
+    command = """Turn a PiSSA-like adapter into LoRA on the original base.
 
-def plan_rebase(
-    source: Folder, initial: Folder, options: Options, base: Folder | None = None
-) -> Plan:
-    """Everything a rebase will do, or `Refused` with all that cannot be done."""
-    adapter_output.check_refit(options.rank, options.energy)
-    trained, before = read_all([source, initial])
-    errors: list[AdapterkitError] = []
-    notes: list[str] = []
-    init = trained.changed_base()
-    if init is None:
-        notes.append(
-            f"{trained.name} does not say that its init changed the base (init_lora_weights): "
-            "taken at the caller's word"
-        )
-    elif init.lower().startswith(QUANTIZED):
-        problem = f"{trained.name} was initialized by {init}: its base is quantized, not a residual"
-        hint = "merge it into its quantized base, or extract the difference"
-        errors.append(
-            Refused(
-                problem,
-                expected="an init that subtracts from the base",
-                where=trained.where,
-                hint=hint,
-            )
-        )
-    model = base_with_parameters(base, [trained, before], notes)
-    joined = join(
-        [trained, before],
-        errors,
-        None if model is None else names_of(model, [trained, before], notes),
+    Δ' = s·b@a - s₀·b₀@a₀, for adapters initialized by PiSSA, OLoRA, CorDA or LoRA-GA.
+
+    \b
+    Example:
+      adapterkit rebase ./pissa-trained --initial ./pissa-init --out plain
+    """
+
+    adapter: StrPath = argument(check=SOURCE)
+    initial: StrPath | None = option(
+        default=None,
+        check=SOURCE,
+        metavar="ADAPTER",
+        help="The same adapter as saved before training (default: ADAPTER/initial, of init "
+        "--residual implicit).",
     )
-    errors += _same_modules(joined, trained, before)
-    _check_ties(trained, base, errors, notes)
-    refuse_all(errors)
-    dtype, refit = dtypes.parse(options.dtype), Refit(options.rank, options.energy)
-    tasks: list[Task] = []
-    levels = levels_of(joined.values())
-    for name, site in joined.items():
-        parts = (Part(0, site.members[0][1], 1.0), Part(1, site.members[1][1], -1.0))
-        tasks.append(CombinedFactors(name, site.place(levels), dtype, parts, Linear(), refit))
-    tasks += adapter_output.copy_all_but_factors(_without_changed_base(trained, notes), dtype)
-    settings = (
-        adapter_config.plain_settings()
-        | adapter_config.value_settings([trained])
-        | adapter_config.flags(trained)
-    )
-    receipt_options = {k: v for k, v in vars(options).items() if v is not None}
-    decisions = {
-        "adapters": [{"name": a.name, "modules": len(a.loras)} for a in (trained, before)],
-        "init": init,
-    }
-    summary = f"{init or 'its'} initial factors taken out"
-    if not trained.is_implicit:  # made for the base that the init had changed
-        trained = replace(trained, base_fingerprint=None)
-    output = adapter_output.Output(
-        [trained], tasks, settings=settings, summary=summary, **targets_of(joined)
-    )
-    return adapter_output.plan_adapters(
-        "rebase", receipt_options, [trained, before], [output], notes, decisions, model
-    )
+    base: StrPath | None = base_option(FOR_AMBIGUOUS_PARAMETERS)
+    rank: int | None = rank_option(EXACT_BY_DEFAULT)
+    energy: float | None = energy_option()
+    dtype: str = factor_dtype_option()
+
+    def make_plan(self) -> "Plan":
+        from adapterkit.planning.rebase import plan_rebase
+
+        return plan_rebase(self)
 
 
-def _check_ties(
-    trained: Adapter, base: Folder | None, errors: list[AdapterkitError], notes: list[str]
-) -> None:
-    """An init on one side of a tied weight has changed the other side too, which no factors here
-    make up for."""
-    modules = [lora.module for lora in trained.loras if EMBEDDINGS.search(f"{lora.module}.weight")]
-    if trained.changed_base() is None or not modules or trained.config.get("ensure_weight_tying"):
-        return
-    if base is None:
-        names = ", ".join(map(shown, modules))
-        notes.append(
-            f"right if the model does not tie {names} to another weight, which the init would have "
-            "changed too: --base tells"
-        )
-        return
-    names = Names(
-        open_checkpoint(base, 2),
-        tuple(f"{module}.weight" for module in modules),
-        build_model=True,
-        notes=notes,
-    )
-    for module in modules:
-        parameter = names.parameter(f"{module}.weight")
-        if parameter is not None and parameter.tied:
-            problem = (
-                f"{shown(module)} is tied to {', '.join(map(shown, parameter.tied))}, which the "
-                "init has changed too"
-            )
-            expected, hint = (
-                "factors on weights of their own",
-                "merge it into the base it was trained on (--base-is-residual)",
-            )
-            errors.append(Refused(problem, expected=expected, where=trained.name, hint=hint))
-
-
-def _without_changed_base(trained: Adapter, notes: list[str]) -> Adapter:
-    """The adapter without its copies of the weights that the init changed: PEFT would put them in
-    place of the base's."""
-    modules = {lora.module for lora in trained.loras}
-    changed = {name for name in trained.copies if name.rpartition(".")[0] in modules}
-    if changed:
-        notes.append(
-            f"copies of the changed base left out: {', '.join(map(shown, sorted(changed)))}"
-        )
-    return replace(
-        trained,
-        replaced={name: spec for name, spec in trained.replaced.items() if name not in changed},
-    )
-
-
-def _same_modules(
-    joined: dict[str, Site], trained: Adapter, before: Adapter
-) -> list[AdapterkitError]:
-    errors: list[AdapterkitError] = []
-    for number, adapter in ((0, trained), (1, before)):
-        lacking = [name for name, site in joined.items() if number not in site.members]
-        if lacking:
-            problem = (
-                f"{adapter.name} lacks {len(lacking)} modules of the other: "
-                f"{', '.join(map(shown, lacking[:4]))}"
-            )
-            errors.append(
-                Refused(
-                    problem,
-                    expected="the same modules in both",
-                    where="--initial",
-                    hint="give the adapter saved before training",
-                )
-            )
-    return errors
+rebase = function_of(Rebase)

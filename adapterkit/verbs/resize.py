@@ -1,77 +1,23 @@
 """resize: an adapter at another rank, and as a plain LoRA whatever its type was: the best
 approximation of each delta, by its singular values."""
 
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
-from adapterkit import dtypes
-from adapterkit.adapters import adapter_config
-from adapterkit.adapters.factors import Place
-from adapterkit.adapters.keys import CONFIG
-from adapterkit.adapters.kinds.common import Delta, Kind
-from adapterkit.adapters.peft import read_adapter
-from adapterkit.adapters.record import Adapter
-from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.checkpoint.strict import read_json
-from adapterkit.engines.execution import Execution, executes
-from adapterkit.errors import AdapterkitError, Refused, refuse_all
-from adapterkit.options import Executor, StrPath, choice
-from adapterkit.plan import Plan, Progress, Task
-from adapterkit.planning import adapter_output
-from adapterkit.planning.base_weights import BaseWeights, dora_problems
-from adapterkit.planning.kind_deltas import kind_of, read_deltas
-from adapterkit.planning.norms import select_norms
-from adapterkit.planning.sites import join, levels_of, names_of, targets_of
-from adapterkit.planning.sources import open_adapter, open_model, open_statistics
-from adapterkit.receipt import Receipt
-from adapterkit.tasks.truncated import (
-    SHARES,
-    ConvertedFactors,
-    TruncatedFactors,
-    Truncation,
-    check_truncation,
-    even_rank,
-    finalize_by_size,
+from adapterkit.options import SOURCE, StrPath, argument, choice, option, record
+from adapterkit.shared_options import (
+    TruncationOptions,
+    base_option,
+    covariances_option,
+    factor_dtype_option,
 )
-from adapterkit.weights.names import Names
+from adapterkit.verb import WritingVerb, function_of
+
+if TYPE_CHECKING:
+    from adapterkit.plan import Plan
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options of the command; fields have their names."""
-
-    truncation: Truncation
-    alpha: str = "rank"
-    dtype: str = "fp32"
-
-
-@executes(alpha=choice(("rank", "keep")))
-def resize(
-    execution: Execution,
-    adapter: StrPath,
-    *,
-    out: StrPath,
-    base: StrPath | None = None,
-    rank: int | None = None,
-    energy: float | None = None,
-    sv_ratio: float | None = None,
-    max_size: str | int | None = None,
-    stats: StrPath | None = None,
-    alpha: str = "rank",
-    dtype: str = "fp32",
-    hash: str = "sha256",
-    device: str = "auto",
-    memory: str | int | None = None,
-    disk_limit: str | int | None = None,
-    engine: str | Executor = "local",
-    ray_address: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    progress: Progress = lambda done: None,
-) -> Receipt | Plan:
+@record
+class Resize(WritingVerb, TruncationOptions):
     """Change an adapter's rank: b'@a' is the best approximation of scale·b@a of its rank, from QR
     of both factors.
 
@@ -96,205 +42,36 @@ def resize(
     their order. Of a DoRA without `base` the magnitudes stay and scale·b@a is approximated, which a
     note says.
     """
-    options = Options(Truncation(rank, energy, sv_ratio, max_size), alpha, dtype)
-    plan = plan_resize(
-        open_adapter(adapter),
-        options,
-        None if base is None else open_model(base),
-        None if stats is None else open_statistics(stats),
+
+    command = """Change an adapter's rank, or its kind to plain LoRA.
+
+    Each delta gets its best approximation of the new rank, computed from the factors alone.
+    LoHa, LoKr, VeRA, AdaLoRA and OFT adapters, and with --base DoRA, become plain LoRA.
+
+    \b
+    Example:
+      adapterkit resize ./rank-64 --rank 16 --out rank-16
+      adapterkit resize ./rank-64 --energy 0.95 --dtype bf16 --out smaller
+      adapterkit resize ./oft --base ./model --rank 32 --out lora
+    """
+
+    adapter: StrPath = argument(check=SOURCE)
+    base: StrPath | None = base_option(
+        "The model it was trained on: OFT, VeRA and convolutions need it; with it DoRA becomes "
+        "plain LoRA."
     )
-    return execution.run(plan)
+    stats: StrPath | None = covariances_option()
+    alpha: str = option(
+        default="rank",
+        check=choice(("rank", "keep")),
+        help="lora_alpha of the result: each module's rank (scale 1), or the adapter's own.",
+    )
+    dtype: str = factor_dtype_option()
+
+    def make_plan(self) -> "Plan":
+        from adapterkit.planning.resize import plan_resize
+
+        return plan_resize(self)
 
 
-def plan_resize(
-    source: Folder, options: Options, base: Folder | None = None, stats: Folder | None = None
-) -> Plan:
-    """Everything a resize will do, or `Refused` with all that cannot be done."""
-    check_truncation(options.truncation)
-    # the reader refuses what has none
-    config = read_json(source, CONFIG) if CONFIG in source.files() else {}
-    kind, notes = kind_of(source, config), []
-    if (
-        base is not None
-        and kind is None
-        and not config.get("use_dora")
-        and not config.get("target_parameters")
-    ):
-        notes.append(f"{base.name} was not needed: the adapter's deltas are in its factors")
-        base = None
-    job = _ResizePlanner(options, None if base is None else open_checkpoint(base, 1), notes)
-    if kind is not None:
-        job.convert(kind, source)
-    else:
-        job.resize(read_adapter(source, 0))
-    refuse_all(job.errors)
-    if not job.ranked:
-        raise Refused(
-            "no module with factors",
-            expected="an adapter of low-rank factors",
-            where=source.name,
-            hint="check it",
-        )
-    statistics = None if stats is None else open_checkpoint(stats, 1 if base is None else 2)
-    job.weight(statistics)
-    return job.plan(statistics)
-
-
-@dataclass
-class _ResizePlanner:
-    """A resize while it is planned: what gets factors, and the adapter as the output's config sees
-    it."""
-
-    options: Options
-    base: Checkpoint | None
-    notes: list[str]
-    errors: list[AdapterkitError] = field(default_factory=list)
-    ranked: list[TruncatedFactors | ConvertedFactors] = field(default_factory=list)
-    targets: dict[str, Any] = field(default_factory=dict)  # what the output has to know of them
-    adapter: Adapter | None = None
-    init: Any = True  # the output's init_lora_weights
-
-    def resize(self, adapter: Adapter) -> None:
-        """A LoRA from its factors; a DoRA whose base is given from its weights."""
-        self.adapter, self.init = adapter, adapter.config.get("init_lora_weights", True)
-        if self.options.alpha == "keep" and adapter.config.get("lora_bias"):
-            problem, expected = (
-                "--alpha keep with lora_bias",
-                "--alpha rank: PEFT scales biases of b by alpha / rank too",
-            )
-            self.errors.append(
-                Refused(problem, expected=expected, where="options", hint="remove --alpha")
-            )
-        sites = join([adapter], self.errors, self._names(adapter))
-        self.targets = targets_of(sites)
-        joined = {name: next(iter(site.members.values())) for name, site in sites.items()}
-        if self.base is None or not adapter.config.get("use_dora"):
-            if adapter.config.get("use_dora"):
-                self.notes.append(
-                    "DoRA without --base: the magnitudes stay, and the approximation is of "
-                    "scale·b@a, not of the delta that they and the norms of W + scale·b@a make of "
-                    "it (with --base the delta itself is fitted, as plain LoRA)"
-                )
-            dtype, alpha, levels = (
-                dtypes.parse(self.options.dtype),
-                self._alpha(),
-                levels_of(sites.values()),
-            )
-            for name, site in sites.items():
-                self.ranked.append(
-                    TruncatedFactors(
-                        name,
-                        site.place(levels),
-                        dtype,
-                        joined[name][1],
-                        truncation=self.options.truncation,
-                        alpha=alpha,
-                    )
-                )
-            return
-        self.errors += dora_problems(adapter)
-        weights = BaseWeights(
-            self.base, adapter, [lora.module for lora in adapter.loras], self.notes
-        )
-        for name, (lora, factors) in joined.items():
-            try:
-                delta = weights.dora(lora, factors)
-            except AdapterkitError as error:
-                self.errors.append(error)
-                continue
-            tail = weights.of(lora.module, lora.kind == "embedding").weight_shape[1:]
-            self._add(name, delta, tail, lora.kind == "embedding", lora.module)
-        plain = tuple(replace(lora, magnitude=None) for lora in adapter.loras)
-        self.adapter = replace(adapter, loras=plain, config=adapter.config | {"use_dora": False})
-
-    def convert(self, kind: type[Kind], source: Folder) -> None:
-        """An adapter of another type, as a LoRA."""
-        if self.options.alpha == "keep":
-            problem = f"--alpha keep with an adapter of type {kind.name}"
-            raise Refused(
-                problem,
-                expected="--alpha rank: the adapter has no lora_alpha",
-                where="options",
-                hint="remove --alpha",
-            )
-        self.adapter, modules = read_deltas(kind, source, self.base, self.notes, self.errors)
-        for one in modules:
-            self._add(one.module, one.delta, one.tail, one.embedding, one.module)
-        self.targets = {"modules": {one.module: one.module for one in modules}}
-
-    def _names(self, adapter: Adapter) -> Names | None:
-        """The base's names where they tell the adapter's parameters apart."""
-        named = self.base is not None and adapter.config.get("target_parameters")
-        return (
-            names_of(self.base, [adapter], self.notes) if self.base is not None and named else None
-        )
-
-    def _add(
-        self, name: str, delta: Delta, tail: tuple[int, ...], embedding: bool, module: str
-    ) -> None:
-        kind = "embedding" if embedding else "module"
-        place = Place.of_weight(module, (delta.shape[0], *tail), kind)
-        self.ranked.append(
-            ConvertedFactors(
-                name,
-                place,
-                dtypes.parse(self.options.dtype),
-                delta,
-                truncation=self.options.truncation,
-                alpha=self._alpha(),
-            )
-        )
-
-    def weight(self, stats: Checkpoint | None) -> None:
-        """Fit in the norm of the outputs, by these statistics; `Refused` where some are missing."""
-        places = {task.name: task.place for task in self.ranked}
-        parameters = self.targets.get("parameters", frozenset())
-        names = [name for name, target in self.targets["modules"].items() if target in parameters]
-        selected = select_norms(stats, places, names, self.notes)
-        self.ranked = [replace(task, covariance=selected.get(task.name)) for task in self.ranked]
-
-    def _alpha(self) -> float | None:
-        assert self.adapter is not None
-        return self.adapter.config["lora_alpha"] if self.options.alpha == "keep" else None
-
-    def plan(self, stats: Checkpoint | None) -> Plan:
-        adapter, options = self.adapter, self.options
-        assert adapter is not None
-        ranked, finalize = self.ranked, None
-        beside = adapter_output.copy_all_but_factors(adapter, dtypes.parse(options.dtype))
-        if options.truncation.max_size:
-            limit = SHARES * even_rank(options.truncation, ranked)
-            ranked = [
-                replace(task, limit=limit) if isinstance(task, ConvertedFactors) else task
-                for task in ranked
-            ]
-            made_for = adapter.base_fingerprint
-            finalize = partial(finalize_by_size, options.truncation, made_for=made_for)
-        settings = (
-            adapter_config.plain_settings()
-            | adapter_config.value_settings([adapter])
-            | adapter_config.flags(adapter)
-        )
-        settings |= {"init_lora_weights": self.init}
-        tasks: list[Task] = [*ranked, *beside]
-        modules = {task.name: self.targets["modules"][task.name] for task in ranked}
-        more = self.targets | {
-            "modules": modules,
-            "settings": settings,
-            "finalize": finalize,
-            "alpha": self._alpha(),
-        }
-        output = adapter_output.Output([adapter], tasks, summary="resized", **more)
-        receipt_options = {
-            k: v
-            for k, v in {
-                **vars(options.truncation),
-                "alpha": options.alpha,
-                "dtype": options.dtype,
-            }.items()
-            if v is not None
-        }
-        decisions = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}
-        return adapter_output.plan_adapters(
-            "resize", receipt_options, [adapter], [output], self.notes, decisions, self.base, stats
-        )
+resize = function_of(Resize)

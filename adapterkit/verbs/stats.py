@@ -1,60 +1,34 @@
 """stats: statistics of what a model's layers see of some data, for what is initialized, quantized
 or refitted by them."""
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from adapterkit.engines.execution import output_file, writes
-from adapterkit.engines.run_options import RunOptions
-from adapterkit.errors import Failed, Refused, listed
-from adapterkit.options import Executor, StrPath, files, kinds, parse_size
-from adapterkit.plan import Progress
-from adapterkit.planning.sources import open_model
-from adapterkit.receipt import RECEIPT_VERSION, Receipt, fingerprint_of, public_recipe
-from adapterkit.statistics import output
-from adapterkit.statistics.collect import Layers, collect_statistics
-from adapterkit.statistics.file import Results, write_statistics
-from adapterkit.statistics.job import WHAT
-from adapterkit.statistics.plan import (
-    Options,
-    StatisticsPlan,
-    check_unchanged,
-    device_of,
-    plan_statistics,
+from adapterkit.engines.run_options import OUTPUT_FILE
+from adapterkit.options import (
+    COMPAT,
+    COUNT,
+    FILES,
+    FLAG,
+    SIZE,
+    SOURCE,
+    StrPath,
+    argument,
+    kinds,
+    option,
+    own_hints,
+    record,
 )
-from adapterkit.statistics.ranks import Collect
-from adapterkit.statistics.sums import COMPONENTS
+from adapterkit.shared_options import seed_option, targets_option
+from adapterkit.verb import WritingVerb, function_of
+
+if TYPE_CHECKING:
+    pass
 
 
-@writes(what=kinds(WHAT), out=output_file)
-def stats(
-    base: StrPath,
-    *,
-    data: StrPath | Sequence[StrPath],
-    out: StrPath,
-    what: str | Sequence[str] = ("covariance",),
-    samples: int = 256,
-    length: int | None = None,
-    targets: str | None = None,
-    batch: int = 8,
-    seed: int = 0,
-    whole: bool = False,
-    compat: str | None = None,
-    components: int = COMPONENTS,
-    device: str = "auto",
-    memory: str | int | None = None,
-    disk_limit: str | int | None = None,
-    engine: str | Executor = "local",
-    resume: bool = False,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    progress: Progress = lambda done: None,
-) -> Receipt | StatisticsPlan:
+@record
+class Stats(WritingVerb):
     """Collect statistics of what a model's linear layers see of some texts, one layer of the model
     in memory at a time.
 
@@ -84,103 +58,86 @@ def stats(
     layers just done. Raises `Refused` before anything is written; `Failed` for inputs that are not
     finite.
     """
-    if engine == "ray":
-        raise Refused(
-            "stats with --engine ray",
-            expected="one process, or several that share the sums",
-            where="options",
-            hint="give --plan, and start `adapterkit run` on each machine",
-        )
-    options = Options(tuple(what), samples, length, targets, batch, seed, whole, compat, components)
-    folder = open_model(base)
-    output.check_output(out, folder)
-    budget = parse_size("memory", memory) if memory else None
-    by_plan = isinstance(engine, Executor)
-    place = torch.device("cpu") if by_plan else device_of(device)  # each rank decides for itself
-    plan = plan_statistics(folder, files("data", data), options, place, budget)
-    plan = output.placed(plan, out, disk_limit)
-    if dry_run:
-        output.check_place(plan, out, folder, resume=resume, overwrite=overwrite)
-        return plan
 
-    def write(collect: Collect, *, began: float, resume: bool, overwrite: bool) -> Receipt:
-        with output.open_target(out, folder) as target:
-            return _Job(plan, collect, began).run(target, resume=resume, overwrite=overwrite)
+    command = """Collect what a model's layers see of some texts.
 
-    if by_plan:
-        how = RunOptions(out, "none", device, memory, engine, resume, overwrite, dry_run, progress)
-        return engine(plan, how, write)
-    collect = partial(_collected, plan, progress)
-    return write(collect, began=time.monotonic(), resume=resume, overwrite=overwrite)
+    The input covariances, means, principal components and gradients that loftq --stats,
+    data-driven inits and the like read. The model runs one layer at a time.
 
+    \b
+    Example:
+      adapterkit stats ./model --data texts.jsonl --out stats.safetensors
+      adapterkit stats ./model --data chats.jsonl --what pca,gradient --out stats.safetensors
+      adapterkit stats org/model --data texts.jsonl --out hf://me/statistics:model.safetensors
+    """
 
-@dataclass(frozen=True)
-class _Job:
-    """A plan that is carried out."""
-
-    plan: StatisticsPlan
-    collect: Collect
-    began: float  # as time.monotonic has it
-
-    def run(self, target: output.Target, *, resume: bool, overwrite: bool) -> Receipt:
-        recipe = self.plan.recipe()
-        needed = self.plan.totals()["disk_needed"]
-        file = output.write(
-            target, recipe, self._fill, needed=needed, resume=resume, overwrite=overwrite
-        )
-        seconds = time.monotonic() - self.began
-        data = {
-            "adapterkit": RECEIPT_VERSION,
-            **file.metadata,
-            "files": {target.made.name: {"size": file.size, "sha256": file.sha256}},
-            "totals": self.plan.totals() | {"tensors": file.tensors, "bytes_written": file.size},
-            "keys": {},
-            "parameters": {},
-            "timings": {"seconds": round(seconds, 3)},
-            **({"pushed": file.pushed} if file.pushed else {}),
-        }
-        return Receipt(target.out, data, finished_before=not file.is_new)
-
-    def _fill(self, file: Path, work: Path, goes_on: bool) -> None:
-        plan, recipe = self.plan, self.plan.recipe()
-        results = self.collect(work, goes_on)
-        check_unchanged(plan)
-        notes = list(dict.fromkeys([*plan.notes, *results.notes, *_unseen(plan, results)]))
-        settings = {
-            "fingerprint": fingerprint_of(recipe),
-            "recipe": public_recipe(recipe),
-            "notes": notes,
-        }
-        write_statistics(file, replace(results, settings=results.settings | settings))
-
-
-def _collected(plan: StatisticsPlan, progress: Progress, work: Path, goes_on: bool) -> Results:
-    """The statistics, collected by this process."""
-    options = plan.options
-    return collect_statistics(
-        plan.base,
-        plan.batches,
-        what=options.what,
-        targets=options.targets,
-        work=work,
-        memory=plan.memory,
-        device=plan.device,
-        whole=options.whole,
-        compat=options.compat,
-        components=options.components,
-        resume=goes_on,
-        progress=Layers(progress),
+    base: StrPath = argument(check=SOURCE)
+    data: StrPath | Sequence[StrPath] = option(
+        check=FILES,
+        metavar="FILE",
+        help="Samples: .txt, .jsonl, .parquet, or a folder of datasets; repeat for several.",
+    )
+    out: StrPath = option(
+        check=OUTPUT_FILE,
+        metavar="FILE.safetensors|hf://ORG/NAME:FILE.safetensors",
+        help="Output file (published atomically), or a file of the Hub (one commit).",
+    )
+    what: str | Sequence[str] = option(
+        default=("covariance",),
+        check=kinds(("covariance", "mean", "pca", "gradient")),
+        metavar="KINDS",
+        help="Comma-separated: covariance, mean, pca, gradient.",
+    )
+    samples: int = option(default=256, check=COUNT, help="Number of samples to draw.")
+    length: int | None = option(
+        default=None,
+        check=COUNT,
+        help="Cut samples to this many tokens (default: 512, or the model's positions).",
+    )
+    targets: str | None = targets_option("all-linear", "Modules to measure")
+    batch: int = option(default=8, check=COUNT, help="Samples per batch.")
+    seed: int = seed_option("Seed of the draw.")
+    whole: bool = option(
+        default=False,
+        check=FLAG,
+        help="Hold the whole model in memory instead of one layer at a time.",
+    )
+    components: int = option(
+        default=256, check=COUNT, help="Principal components of each module with pca."
+    )
+    compat: str | None = option(
+        default=None,
+        check=COMPAT,
+        help="PEFT's covariance of CorDA: inputs divided by their largest.",
+    )
+    memory: str | int | None = option(
+        default=None,
+        check=SIZE,
+        metavar="SIZE",
+        help="Memory for activations, which go to disk beyond it, e.g. 8GB (default: a quarter of "
+        "RAM).",
     )
 
+    def make_plan(self) -> Any:
+        from adapterkit.statistics.run import plan_stats
 
-def _unseen(plan: StatisticsPlan, results: Results) -> list[str]:
-    """A note on the modules without statistics; `Failed` where no module has any."""
-    unseen = [name for name in plan.shapes if name not in {*results.modules}]
-    if len(unseen) == len(plan.shapes):
-        raise Failed(
-            f"none of {len(unseen)} layers saw a token that counts",
-            expected="layers that the model runs",
-            where="--targets",
-            hint="name other --targets",
-        )
-    return [f"no statistics of {listed(unseen)}: they saw no token that counts"] if unseen else []
+        return plan_stats(self)
+
+    def plan(self) -> Any:
+        with own_hints(type(self)):
+            return self.make_plan()
+
+    def check(self, plan: Any) -> Any:
+        """How ranks' statistics are written."""
+        from adapterkit.statistics.run import write
+
+        return partial(write, plan, self)
+
+    def carry_out(self, plan: Any) -> Any:
+        from adapterkit.statistics.run import carry_out
+
+        with own_hints(type(self)):
+            return carry_out(plan, self)
+
+
+stats = function_of(Stats)

@@ -3,26 +3,24 @@ rows are recomputed in float64."""
 
 from typing import Any
 
-from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.stage import RECEIPT
-from adapterkit.engines.file_checks import check_files
-from adapterkit.engines.recompute import check_rows
-from adapterkit.errors import WARNING, AdapterkitError, Refused, listed, refuse_all, shown
-from adapterkit.options import Sources, StrPath, checked
-from adapterkit.plan import Plan, Progress
-from adapterkit.planning.sources import open_model, open_source, open_statistics, open_weighted
-from adapterkit.receipt import AGAIN, read_receipt
+from adapterkit.options import (
+    PROGRESS,
+    SOURCE,
+    WEIGHTED,
+    Progress,
+    Sources,
+    StrPath,
+    argument,
+    no_progress,
+    option,
+    record,
+)
+from adapterkit.shared_options import base_option, statistics_option
+from adapterkit.verb import Verb, function_of
 
 
-@checked()
-def verify(
-    folder: StrPath,
-    *,
-    base: StrPath | None = None,
-    adapters: Sources = (),
-    stats: StrPath | None = None,
-    progress: Progress = lambda done: None,
-) -> dict[str, Any]:
+@record
+class Verify(Verb[dict[str, Any]]):
     """Check the folder's files against its receipt; with `base` and `adapters`, rows of a merge
     against its inputs too; `stats`: the file of a merge with compensated rounding. Of a folder on
     the Hub the hashes of large files are those that the Hub lists; only to recompute rows are they
@@ -32,81 +30,35 @@ def verify(
     file, and in it the first tensor, whose bytes are not what was written, and `Refused` where
     there is no receipt or the inputs are not those of the receipt.
     """
-    out = open_source(folder)
-    receipt = read_receipt(out)
-    sources = open_weighted(adapters, base=open_model(base) if base else None)
-    if bool(base) != bool(sources):
-        raise Refused(
-            "--base without --adapter" if base else "--adapter without --base",
-            expected="both, or neither",
-            where="options",
-            hint="give both to recompute rows of a merge",
-        )
-    result = check_files(out, receipt, progress)
-    plan = _plan_again(receipt, base, sources, stats) if base else None
-    if plan is None:
-        return result | {"rows": 0, "tensors": 0}
-    return result | check_rows(out, plan, _hint(receipt, plan))
 
+    command = """Check an output against its receipt.
 
-def _hint(receipt: dict, plan: Plan) -> str:
-    """What to do where rows differ: the base may have held an adapter that the given one lacks."""
-    held, given = receipt.get("held", []), plan.decisions.get("held", [])
-    names = [str(one.get("name")) for one in held if isinstance(one, dict) and one not in given]
-    notes = [note for note in plan.notes if note.startswith(WARNING)]
-    if not names and notes and notes[0] not in receipt["notes"]:
-        return f"{notes[0].removeprefix(WARNING)}: give the base of the merge"
-    if not names:
-        return AGAIN
-    return (
-        f"merged twice? The receipt says that the base held {listed(names)} already: give that base"
+    Every hash, size and key is checked; with the inputs of a merge the arithmetic too.
+
+    \b
+    Example:
+      adapterkit verify merged
+      adapterkit verify merged --base ./base --adapter ./my-adapter
+    """
+
+    folder: StrPath = argument(check=SOURCE, metavar="DIR")
+    base: StrPath | None = base_option(
+        "Base of a merge: recompute rows of each changed tensor in float64."
     )
+    adapters: Sources = option(
+        default=(),
+        check=WEIGHTED,
+        flags=("--adapter",),
+        metavar="ADAPTER",
+        help="An adapter of the merge; repeat for several, in the merge's order.",
+    )
+    stats: StrPath | None = statistics_option("Statistics of a merge that took some.")
+    progress: Progress = option(default=no_progress, check=PROGRESS)
+
+    def run(self) -> dict[str, Any]:
+        from adapterkit.reports.verification import verify_output
+
+        return verify_output(self)
 
 
-def _plan_again(
-    receipt: dict,
-    base: StrPath,
-    sources: list[tuple[Folder, float]],
-    stats: StrPath | None,
-) -> Plan:
-    """The plan that made the output, from the receipt's options and inputs that are the same."""
-    from adapterkit.planning.merge.job import Options
-    from adapterkit.planning.merge.plan import plan_merge
-
-    verb = receipt["recipe"]["verb"]
-    if verb != "merge":
-        hint = "remove --base and --adapter: hashes and keys are checked without them"
-        raise Refused(
-            f"this is an output of {shown(verb)}: its arithmetic is not recomputed",
-            expected="an output of merge",
-            where="--base, --adapter",
-            hint=hint,
-        )
-    options = dict(receipt["recipe"]["options"])
-    weights = options.pop("weights")
-    if len(sources) != len(weights):
-        raise Refused(
-            f"{len(sources)} adapters were given, {len(weights)} were merged",
-            expected=f"{len(weights)} adapters",
-            where="--adapter",
-            hint="give all of the merge, in its order",
-        )
-    pairs = [(folder, weight) for (folder, _), weight in zip(sources, weights, strict=True)]
-    statistics = None if stats is None else open_statistics(stats)
-    plan = plan_merge(open_model(base), pairs, Options(**options), statistics)
-    errors: list[AdapterkitError] = []
-    for number, entry in enumerate(receipt["recipe"]["inputs"]):
-        for name, recorded in entry["files"].items():
-            if plan.headers.get((number, name)) != recorded["header"]:
-                role = "--base" if number == 0 else "--adapter"
-                errors.append(
-                    Refused(
-                        f"{role} {plan.folders[number].name} is not what was merged: "
-                        f"{shown(name)} differs",
-                        expected="the inputs of the merge",
-                        where=RECEIPT,
-                        hint=f"give the {role.strip('-')} of the merge",
-                    )
-                )
-    refuse_all(errors)
-    return plan
+verify = function_of(Verify)

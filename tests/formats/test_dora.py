@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adapterkit
 from adapterkit.errors import Refused
-from adapterkit.verbs.formats import detect_format
+from adapterkit.reports.formats import detect_format
 
 RANK = 3
 FUSED = {  # modules of the original model -> those of diffusers'

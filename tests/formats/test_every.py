@@ -18,7 +18,7 @@ from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.names import names_of
 from adapterkit.formats.record import LANGUAGE, Contents
 from adapterkit.formats.schema import DetectWords, Format
-from adapterkit.verbs.formats import detect_format
+from adapterkit.reports.formats import detect_format
 from tests.support.adapter_samples import (
     GOLDEN,
     Sample,

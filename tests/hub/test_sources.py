@@ -171,7 +171,7 @@ def test_an_output_on_the_hub_is_planned(bench, verb):
 
 def test_the_format_of_an_adapter_on_the_hub(bench):
     put_on_hub(bench, "law")
-    detect = "__import__('adapterkit.verbs.formats', fromlist=['']).detect_format"
+    detect = "__import__('adapterkit.reports.formats', fromlist=['']).detect_format"
     assert bench[1](f"{detect}('org/law')['format']") == "peft"
 
 

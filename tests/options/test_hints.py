@@ -15,6 +15,9 @@ import adapterkit
 from adapterkit import Refused
 from adapterkit.cli import main
 from adapterkit.options import own_hint
+from adapterkit.registry import members
+from adapterkit.verbs.convert import Convert
+from adapterkit.verbs.merge import Merge
 
 PACKAGE = Path(adapterkit.__file__).parent
 COMMAND = re.compile(r"adapterkit ([a-z]+)((?: (?:[A-Za-z.=/-]+|\{\}))*)")
@@ -44,10 +47,10 @@ def hints() -> set[str]:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_hints_name_options_that_the_verb_has(verb: str) -> None:
-    function = getattr(adapterkit, verb)
+    record = members("verbs")[verb]
     own = {word for param in main.commands[verb].params for word in (*param.opts, "--plan")}
     for hint in hints():
-        text = own_hint(hint, function)
+        text = own_hint(hint, record)
         assert text.strip() or not hint.strip()
         rest = re.sub(r"`[^`]*`|\b(?:adapterkit|hf|ray|llama-gguf-split|python) .*", "", text)
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", rest))
@@ -68,11 +71,9 @@ def test_commands_in_hints_exist() -> None:
 
 def test_a_hint_keeps_the_alternatives_that_the_verb_has() -> None:
     hint = "give --base BASE, the model it was trained on, or --architecture"
-    assert own_hint(hint, adapterkit.merge) == "give BASE, the model it was trained on"
-    assert own_hint(hint, adapterkit.convert) == hint
-    assert (
-        own_hint("give --rank N", adapterkit.merge) == "adapterkit merge --help lists its options"
-    )
+    assert own_hint(hint, Merge) == "give BASE, the model it was trained on"
+    assert own_hint(hint, Convert) == hint
+    assert own_hint("give --rank N", Merge) == "adapterkit merge --help lists its options"
 
 
 def test_what_only_convert_can_do_is_hinted_as_its_command(llama, tmp_path) -> None:

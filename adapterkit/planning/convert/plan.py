@@ -28,8 +28,8 @@ from adapterkit.plan import Computed, Plan
 from adapterkit.planning.convert.base_shapes import parameter_problems, shape_problems
 from adapterkit.planning.convert.folder import files_of, left_beside
 from adapterkit.planning.convert.lossy import lowered, without_zeros
+from adapterkit.planning.convert.options import ConvertOptions
 from adapterkit.planning.convert.source import (
-    Options,
     heads_of,
     modules_of,
     named_base,
@@ -44,7 +44,7 @@ LAYOUTS = {"gguf": gguf_layout}  # of containers that are not safetensors
 
 def plan_convert(
     source: Folder,
-    options: Options,
+    options: ConvertOptions,
     base: Checkpoint | None = None,
     file: str | None = None,
     detection: Detection | None = None,  # of the source, where it is known
@@ -117,7 +117,7 @@ def _in_dialect(contents: Contents, form: Format, model: NamedBase | None) -> Co
 def _written(
     contents: Contents,
     form: Format,
-    options: Options,
+    options: ConvertOptions,
     base: Checkpoint | None,
     model: NamedBase | None,
     is_rebuilt: bool,
@@ -175,7 +175,7 @@ def _plan(
     source: Folder,
     contents: Contents,
     written: File,
-    options: Options,
+    options: ConvertOptions,
     base: Checkpoint | None,
     file: str | None,
 ) -> Plan:

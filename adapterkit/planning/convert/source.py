@@ -1,7 +1,7 @@
 """What the source of a conversion holds, with what its base tells of modules, heads and experts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
@@ -17,27 +17,15 @@ from adapterkit.formats.record import LANGUAGE, Contents
 from adapterkit.formats.rows import Heads, model_heads
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
 from adapterkit.planning.convert.lossy import read_fitted
+from adapterkit.planning.convert.options import ConvertOptions
 from adapterkit.planning.kind_deltas import kind_of
 from adapterkit.weights.names import Names
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of the command; fields have their names."""
-
-    to: str
-    alpha: float | None = None
-    rank: int | None = None
-    dtype: str | None = None
-    lossy: bool = False
-    prefix_only: str | None = None
-    architecture: str | None = None
 
 
 def read_contents(
     source: Folder,
     detection: Detection,
-    options: Options,
+    options: ConvertOptions,
     base: Checkpoint | None,
     model: NamedBase | None = None,
 ) -> Contents:

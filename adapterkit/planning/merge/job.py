@@ -13,6 +13,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.planning.history import MergedAdapter
+from adapterkit.planning.merge.options import MergeOptions
 from adapterkit.planning.merge.placement import Product
 from adapterkit.planning.merge.replication import replicated
 from adapterkit.planning.model_config import vocabulary_sizes
@@ -22,25 +23,6 @@ from adapterkit.weights.names import Names, mentions_weight
 from adapterkit.weights.parameters import Parameter
 
 CHECK_BASE = "check that the adapter was trained on this base"
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of the command; fields have their names."""
-
-    dtype: str | None = None
-    max_shard_size: str | int | None = None
-    include: str | None = None
-    exclude: str | None = None
-    tied: str = "untie"
-    base_is_residual: bool = False
-    compat: str | None = None
-    expert_layout: str | None = None
-    tokenizer: str | None = None
-    dequantize: bool = False
-    rounding: str = "nearest"
-    seed: int = 0
-    base_copies: str | None = None
 
 
 @dataclass
@@ -83,7 +65,7 @@ class Job:
     parameters. Problems are collected in `errors`."""
 
     def __init__(
-        self, base: Checkpoint, adapters: list[Adapter], weights: list[float], options: Options
+        self, base: Checkpoint, adapters: list[Adapter], weights: list[float], options: MergeOptions
     ):
         self.adapters, self.weights, self.options = adapters, weights, options
         self.errors: list[AdapterkitError] = []

@@ -12,7 +12,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import StrPath, check_stats, parse_size
+from adapterkit.options import StrPath, parse_size
 from adapterkit.patterns import similar_names
 from adapterkit.plan import Computed, Plan, Shard, Step
 from adapterkit.planning.cards import merged_card
@@ -22,7 +22,8 @@ from adapterkit.planning.history import history_notes, merged_adapters
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.merge.changes import collect_changes
 from adapterkit.planning.merge.compensation import with_compensation
-from adapterkit.planning.merge.job import Job, Options
+from adapterkit.planning.merge.job import Job
+from adapterkit.planning.merge.options import MergeOptions
 from adapterkit.planning.merge.steps import plan_steps
 from adapterkit.planning.merge.tied import resolve_tied_weights
 from adapterkit.planning.merge.vocabulary import resolve_new_head, resolve_vocab_resize
@@ -36,6 +37,7 @@ from adapterkit.planning.model_output import (
 )
 from adapterkit.planning.sources import initial_of, open_model
 from adapterkit.planning.tokenizer_files import tokenizer_files
+from adapterkit.shared_options import missing_statistics
 from adapterkit.weights.codec import QuantizedWeight, check_writable
 from adapterkit.weights.decoded import decoded_view, quantization_files, quantized_weights
 from adapterkit.weights.detect import check_not_quantized
@@ -46,12 +48,12 @@ Steps = dict[str, list[Step]]  # by output file
 def plan_merge(
     base: Folder,
     sources: list[tuple[Folder, float]],
-    options: Options,
+    options: MergeOptions,
     stats: Folder | None = None,
 ) -> Plan:
     """The plan of a merge of these adapters with these weights; `Refused` or `Damaged` with all
     problems. `stats`: the covariances that compensated rounding needs."""
-    _check_options(options, stats)
+    refuse_all(missing_statistics(options.rounding, stats))
     if not sources:
         raise Refused("no adapter", expected="one or more", hint="name the adapters after the base")
     sources, with_initial = _with_initial(sources, options)
@@ -105,7 +107,7 @@ def changed_steps(job: Job, errors: Sequence[AdapterkitError] = ()) -> Steps:
 
 
 def _with_initial(
-    sources: list[tuple[Folder, float]], options: Options
+    sources: list[tuple[Folder, float]], options: MergeOptions
 ) -> tuple[list[tuple[Folder, float]], frozenset[int]]:
     """The adapters, those that lack their initial factors followed by these with the opposite
     weight; and the numbers of such."""
@@ -139,7 +141,7 @@ def plan_merge_into_original(
     base: StrPath,
     base16: StrPath,
     sources: list[tuple[Folder, float]],
-    options: Options,
+    options: MergeOptions,
     stats: Folder | None = None,
 ) -> Plan:
     """The plan of a merge into the 16-bit original `base16` of the quantized base that the adapters
@@ -263,29 +265,6 @@ def _refuse_nothing(job: Job, steps: Steps) -> None:
         where=", ".join(adapter.name for adapter in job.adapters),
         hint=hint,
     )
-
-
-def _check_options(options: Options, stats: Folder | None) -> None:
-    errors = check_stats(options.rounding, stats)
-    if options.rounding != "stochastic" and options.seed:
-        errors.append(
-            Refused(
-                f"--seed {options.seed} has no effect with --rounding {options.rounding}",
-                expected="--rounding stochastic",
-                where="options",
-                hint="remove --seed, or give --rounding stochastic",
-            )
-        )
-    if options.rounding != "nearest" and options.compat:
-        errors.append(
-            Refused(
-                f"--rounding {options.rounding} with --compat {options.compat}",
-                expected="one way to round",
-                where="options",
-                hint="remove --rounding or --compat",
-            )
-        )
-    refuse_all(errors)
 
 
 def _plan(job: Job, steps: Steps, stats: Checkpoint | None) -> Plan:

@@ -1,0 +1,183 @@
+"""What commands do that call a verb and print its result in a way of their own."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from adapterkit.cli.batch import convert_all, run_steps
+from adapterkit.cli.exits import WAITING, fail
+from adapterkit.cli.output import ProgressBar, print_diff, print_json, print_verified, run_verb
+from adapterkit.verb import Verb, function_of
+
+if TYPE_CHECKING:
+    from adapterkit.engines.ranks import Outcome
+
+QUIET_DIFF = click.Option(
+    ["--quiet"], is_flag=True, help="Show no progress and no table: only the exit status."
+)
+CONVERT_OPTIONS = [
+    click.Option(
+        ["--detect"], is_flag=True, help="Print the format of SRC and what it holds, and stop."
+    ),
+    click.Option(
+        ["--list", "listing"], is_flag=True, help="Print what each format can hold, and stop."
+    ),
+    click.Option(
+        ["--from-list"],
+        type=click.Path(allow_dash=True),
+        metavar="FILE",
+        help="Convert each source of this file, one a line (-: standard input).",
+    ),
+    click.Option(
+        ["--out-pattern"],
+        metavar="PATTERN",
+        help="Outputs of --from-list: {name} is the source's name, {parent} its folder's.",
+    ),
+]
+
+
+def inspect(verb: type[Verb], path: str, as_json: bool, **options: Any) -> None:
+    """Print what a source holds; the exit status is 1 where a file cannot be read."""
+    with ProgressBar(False) as bar:
+        result = function_of(verb)(path, progress=bar, **options)
+    if as_json:
+        print_json(result)
+    else:
+        from adapterkit.reports.tables import inspect_table
+
+        click.echo(inspect_table(result))
+    click.get_current_context().exit(0 if result["readable"] else 1)
+
+
+def diff(verb: type[Verb], a: str, b: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Print what two sources do not have in common; the exit status is 1 where they differ."""
+    if quiet and not as_json:
+        options["rank_for_energy"] = 0.0
+    with ProgressBar(quiet) as bar:
+        result = function_of(verb)(a, b, progress=bar, **options)
+    if as_json:
+        print_json(result)
+    elif not quiet:
+        from adapterkit.reports.tables import diff_table
+
+        print_diff(result, diff_table(result))
+    click.get_current_context().exit(0 if result["same"] else 1)
+
+
+def verify(verb: type[Verb], folder: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Print what was checked of an output."""
+    with ProgressBar(quiet) as bar:
+        result = function_of(verb)(folder, progress=bar, **options)
+    if as_json:
+        print_json(result)
+    elif not quiet:
+        print_verified(result)
+
+
+def run(verb: type[Verb], file: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Run a rank of a plan file, or the steps of a pipeline, and print what was done."""
+    ctx = click.get_current_context()
+    if file.endswith(".toml"):
+        names = ("rank", "workers", "wait")
+        given = [n for n in names if ctx.get_parameter_source(n) is not ParameterSource.DEFAULT]
+        if given:
+            raise click.UsageError(
+                f"--{given[0]} applies to plan files only; remove it for a pipeline"
+            )
+        steps = {name: value for name, value in options.items() if name not in names}
+        ctx.exit(run_steps(file, as_json=as_json, quiet=quiet, **steps))
+    from adapterkit.errors import Waiting
+
+    try:
+        with ProgressBar(quiet or options["dry_run"]) as bar:
+            outcome: Any = function_of(verb)(file, progress=bar, **options)
+    except Waiting as error:
+        fail(error, WAITING)
+    if as_json:
+        print_json(vars(outcome))
+    elif options["dry_run"]:
+        for name in outcome.share:
+            click.echo(name)
+    elif not quiet:
+        _print_outcome(outcome)
+
+
+def _print_outcome(outcome: "Outcome") -> None:
+    others = len({*outcome.made} - {*outcome.share})
+    text = f"rank {outcome.rank}/{outcome.ranks}: wrote {len(outcome.made)} files"
+    text += f", {others} of them for other ranks" if others else ""
+    if outcome.finished:
+        text += "; the output is already published"
+    elif outcome.left:
+        text += f"; other ranks are writing {len(outcome.left)} more"
+    else:
+        text += "; all files are written, next: adapterkit finish"
+    click.echo(text, err=True)
+
+
+def finish(verb: type[Verb], file: str, **options: Any) -> None:
+    """Publish the output of a plan file, and print its receipt."""
+    run_verb(verb, file, **options)
+
+
+def convert(
+    verb: type[Verb],
+    src: str | None,
+    detect: bool,
+    listing: bool,
+    from_list: str | None,
+    out_pattern: str | None,
+    **options: Any,
+) -> None:
+    """Convert a source, or those of a list; or print what a source or the formats hold."""
+    _check_usage(src, detect, listing, from_list, out_pattern, options)
+    if listing:
+        from adapterkit.reports.formats import formats_table, list_formats
+
+        document = list_formats()
+        _print(document, formats_table(document), options["as_json"])
+    elif detect:
+        from adapterkit.reports.formats import detect_format, detection_table
+
+        assert src is not None
+        document = detect_format(src, allow_pickle=options["allow_pickle"])
+        _print(document, detection_table(document), options["as_json"])
+    elif from_list is not None:
+        click.get_current_context().exit(convert_all(from_list, out_pattern or "", **options))
+    else:
+        run_verb(verb, src, **options)
+
+
+def _check_usage(
+    src: str | None,
+    detect: bool,
+    listing: bool,
+    from_list: str | None,
+    out_pattern: str | None,
+    options: dict[str, Any],
+) -> None:
+    """A usage error unless there is one thing to do, with what it needs."""
+    if (src is not None) + listing + (from_list is not None) != 1:
+        raise click.UsageError("give SRC, --list or --from-list FILE")
+    if listing or detect:
+        taken = {"--to": options["to"], "--out": options["out"], "--out-pattern": out_pattern}
+        more = [name for name, value in taken.items() if value is not None]
+        if more or (detect and src is None):
+            raise click.UsageError("--detect takes only SRC, --list takes nothing")
+        return
+    if options["plan"] is not None and src is None:
+        raise click.UsageError("--plan takes one SRC, not --from-list")
+    if options["to"] is None:
+        raise click.UsageError("Missing option '--to'.")
+    needed, other = ("--out-pattern", "--out") if src is None else ("--out", "--out-pattern")
+    values = {"--out": options["out"], "--out-pattern": out_pattern}
+    if values[needed] is None or values[other] is not None:
+        raise click.UsageError(f"with {'--from-list' if src is None else 'SRC'} give {needed}")
+
+
+def _print(document: dict[str, Any], table: str, as_json: bool) -> None:
+    if as_json:
+        print_json(document)
+    else:
+        click.echo(table)

@@ -1,0 +1,96 @@
+"""The parameters of a command, made of the fields of a verb's record."""
+
+import dataclasses
+import json
+from typing import Any
+
+import click
+
+from adapterkit.cli.completion import Name, Source, Targets
+from adapterkit.engines.run_options import RunOptions
+from adapterkit.options import Check, flag_of, option_of
+from adapterkit.verb import Verb, WritingVerb, fields_of
+
+json_option = click.Option(
+    ["--json", "as_json"], is_flag=True, help="Print one JSON document to stdout."
+)
+quiet_option = click.Option(["--quiet"], is_flag=True, help="Show no progress and no summary.")
+plan_option = click.Option(
+    ["--plan"],
+    type=click.Path(),
+    metavar="FILE",
+    help="Write this plan file, for adapterkit run on several machines, and stop.",
+)
+# the parameters that say how a job runs, and not what it computes
+RUNNING = {f.name for f in dataclasses.fields(RunOptions)} - {"out"} | {"plan", "as_json", "quiet"}
+TYPES = {"integer": int, "number": float, "source": Source(), "sources": Source()}
+TYPES |= {"file": click.Path(), "targets": Targets()}
+
+
+def parameters_of(verb: type[Verb]) -> list[click.Parameter]:
+    """The arguments and options of a verb's command, in the order of its help."""
+    parameters: dict[str, click.Parameter] = {}
+    for field in fields_of(verb):
+        if option_of(field).help or not field.kw_only:
+            parameters[field.name] = _parameter(field)
+        if issubclass(verb, WritingVerb) and field.name == "dry_run":
+            parameters |= {"plan": plan_option, "as_json": json_option}
+        if issubclass(verb, WritingVerb) and field.name == "overwrite":
+            parameters["quiet"] = quiet_option
+    return [*parameters.values()]
+
+
+def _parameter(field: dataclasses.Field) -> click.Parameter:
+    """An argument or an option; one without a default is required."""
+    option, default = option_of(field), field.default
+    check = option.check
+    is_required = default is dataclasses.MISSING
+    if not field.kw_only:
+        return click.Argument(
+            [field.name],
+            type=TYPES[check.kind],
+            nargs=-1 if check.several else 1,
+            required=is_required,
+            metavar=option.metavar,
+        )
+    more: dict[str, Any] = {"required": is_required, "metavar": option.metavar}
+    if not is_required and default is not None and default is not False and default != ():
+        shown = str(default) if check.words else default
+        more |= {"default": shown, "show_default": True}
+    if check.kind == "flag":
+        more |= {"is_flag": True, "metavar": None}
+    else:
+        more["type"] = _type(check)
+        more["multiple"] = check.several or check.kind == "settings"
+    flags = option.flags or (flag_of(field.name),)
+    return click.Option([*flags, field.name], help=option.help, **more)
+
+
+def _type(check: Check) -> Any:
+    """How click reads a value."""
+    if callable(check.words):
+        return Name(check.words)
+    return click.Choice(check.words) if check.words else TYPES.get(check.kind, str)
+
+
+def arguments_of(verb: type[Verb], values: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """A command's values as a verb takes them: its sources, and the others by name."""
+    fields = fields_of(verb)
+    sources = [values.pop(field.name) for field in fields if not field.kw_only]
+    for name in (f.name for f in fields if option_of(f).check.kind == "settings"):
+        values[name] = parse_settings(values[name])
+    return sources, values
+
+
+def parse_settings(words: tuple[str, ...]) -> dict[str, Any]:
+    """KEY=VALUE options; a value is a JSON number, true or false, or else a string."""
+    settings = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise click.UsageError(f"--set {word}: give KEY=VALUE")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return settings

@@ -1,0 +1,178 @@
+"""arrow: experts stacked once, with the prototypes that route tokens to them (Arrow,
+arXiv:2405.11157), as files."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from adapterkit import __version__, dtypes
+from adapterkit.adapters import adapter_config
+from adapterkit.adapters.record import Adapter
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan
+from adapterkit.planning.adapters import delta_problems, read_all, trained_values
+from adapterkit.planning.cards import hub_id_or_name
+from adapterkit.planning.folder_files import as_json
+from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.sites import join
+from adapterkit.planning.sources import open_all
+from adapterkit.tasks.experts import StackedExperts
+
+FORMAT = 1
+WEIGHTS, CONFIG = "arrow.safetensors", "arrow.json"
+
+if TYPE_CHECKING:
+    from adapterkit.verbs.arrow import Arrow
+
+
+def plan_arrow(options: "Arrow") -> Plan:
+    """Everything arrow will do, or `Refused` with all that cannot be done."""
+    expert_folders, generals = open_all(adapters=options.adapters, general=options.general)
+    _check(options, len(expert_folders))
+    read = read_all([*expert_folders, *generals])
+    experts, general = read[: len(expert_folders)], read[len(expert_folders) :]
+    errors = [
+        error for adapter in read for error in (*delta_problems(adapter), *_not_routable(adapter))
+    ]
+    joined = join(read, errors)
+    tasks: list[StackedExperts] = []
+    for name, site in joined.items():
+        parts = tuple(
+            (number, factors)
+            for number, (_, factors) in site.members.items()
+            if number < len(experts)
+        )
+        general_factors = tuple(
+            factors for number, (_, factors) in site.members.items() if number >= len(experts)
+        )
+        if not parts:
+            continue
+        if options.compat == "peft":
+            errors += _check_ranks(name, parts, general_factors, read)
+        dtype = dtypes.parse(options.dtype)
+        seed = options.seed or 0
+        tasks.append(
+            StackedExperts(
+                name,
+                parts,
+                general_factors,
+                len(general),
+                len(experts),
+                options.compat,
+                seed,
+                dtype,
+            )
+        )
+    refuse_all(errors)
+    if not tasks:
+        raise Refused(
+            "no module with factors",
+            expected="adapters of low-rank factors",
+            where="arrow",
+            hint="check the adapters",
+        )
+    config = {
+        "arrow": FORMAT,
+        "adapterkit": __version__,
+        "top_k": options.top_k or min(3, len(experts)),
+        "temperature": options.temperature,
+        "experts": [a.folder.name for a in experts],
+        "general": [a.folder.name for a in general],
+        "base_model_name_or_path": adapter_config.base_id(experts[0]),
+        "sources": [{"name": hub_id_or_name(a.folder), "header": a.header_sha256} for a in read],
+    }
+    if options.compat:
+        config |= {"compat": options.compat, "seed": options.seed or 0}
+    notes = _coverage(tasks, experts)
+    receipt_options = options.recipe_options() | {"experts": len(experts)}
+    decisions = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in experts]}
+    folders, headers = tuple(a.folder for a in read), header_hashes(dict(enumerate(read)))
+    shard = Computed(WEIGHTS, tuple(tasks))
+    files: dict[str, bytes | CopyFile | FromMetrics] = {CONFIG: as_json(config)}
+    return Plan(
+        "arrow",
+        receipt_options,
+        folders,
+        headers,
+        identities(folders, headers),
+        (shard,),
+        files,
+        decisions,
+        tuple(notes),
+        models=(),
+    )
+
+
+def _check(options: "Arrow", count: int) -> None:
+    errors: list[AdapterkitError] = []
+    if not count:
+        errors.append(
+            Refused(
+                "no adapters were given",
+                expected="one or more",
+                where="arrow",
+                hint="name the adapters",
+            )
+        )
+    if options.top_k is not None and not 0 < options.top_k <= count:
+        errors.append(
+            Refused(
+                f"--top-k is {options.top_k}, with {count} experts",
+                expected=f"1 to {count}",
+                where="options",
+                hint="give fewer" if options.top_k > 0 else "give at least 1",
+            )
+        )
+    refuse_all(errors)
+
+
+def _not_routable(adapter: Adapter) -> list[AdapterkitError]:
+    """What a router over linear layers cannot hold."""
+    not_linear_modules = [
+        lora.module
+        for lora in adapter.loras
+        if lora.kind != "module" or len(lora.a.shape) > 2 or lora.bias is not None
+    ]
+    not_linear_modules += [adapter.name] * bool(adapter.config.get("target_parameters")) + [
+        *trained_values([adapter], {}, copies=False)
+    ]
+    if not not_linear_modules:
+        return []
+    problem = (
+        f"{adapter.name} adapts more than linear layers: "
+        f"{', '.join(map(shown, not_linear_modules[:6]))}"
+    )
+    hint = "train the experts on linear layers only"
+    return [
+        Refused(
+            problem,
+            expected="no embeddings, convolutions, biases, expert stacks or values trained in full",
+            where="arrow",
+            hint=hint,
+        )
+    ]
+
+
+def _check_ranks(
+    name: str, parts: tuple, general_factors: tuple, read: Sequence[Adapter]
+) -> list[AdapterkitError]:
+    ranks = {factors.rank for _, factors in parts} | {factors.rank for factors in general_factors}
+    if len(ranks) == 1:
+        return []
+    expected = "one rank, as PEFT requires"
+    return [
+        Refused(
+            f"{shown(name)}: ranks {sorted(ranks)}",
+            expected=expected,
+            where="--compat peft",
+            hint="remove --compat peft",
+        )
+    ]
+
+
+def _coverage(tasks: Sequence["StackedExperts"], experts: Sequence[Adapter]) -> list[str]:
+    partly = [task.name for task in tasks if len(task.parts) < len(experts)]
+    return (
+        [f"{len(partly)} modules are not in all experts (first {shown(partly[0])})"]
+        if partly
+        else []
+    )

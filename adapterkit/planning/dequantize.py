@@ -1,0 +1,116 @@
+"""dequantize: a quantized checkpoint into floats."""
+
+from typing import TYPE_CHECKING
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.errors import Refused, refuse_all
+from adapterkit.gguf.header import gguf_file
+from adapterkit.gguf.model import loads_in_float32, open_gguf
+from adapterkit.options import parse_size
+from adapterkit.plan import Plan, Step
+from adapterkit.planning.cards import model_card
+from adapterkit.planning.folder_files import as_json, model_files
+from adapterkit.planning.gaps import check_gaps
+from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.model_output import plan_shard, plan_shards_of_size
+from adapterkit.planning.sources import open_model
+from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.decoded import decoded_view, quantization_files, quantized_weights
+
+SHARD_SIZE = "5GB"  # of what comes from a GGUF file
+
+if TYPE_CHECKING:
+    from adapterkit.verbs.dequantize import Dequantize
+
+
+def plan_dequantize(options: "Dequantize") -> Plan:
+    """Everything a dequantization will do, or `Refused`."""
+    folder, dtype = open_model(options.base), options.dtype
+    if name := gguf_file(folder):
+        return _plan_gguf(folder, name, options)
+    original = open_checkpoint(folder)
+    base = decoded_view(original)
+    packed = quantized_weights(base.tensors)
+    if not packed:
+        raise Refused(
+            "no quantized weights",
+            expected="a quantized checkpoint",
+            where=folder.name,
+            hint="use it as it is",
+        )
+    notes: list[str] = []
+    refuse_all(check_gaps(base, None, notes))
+    target_dtype = dtypes.parse(dtype) if dtype else None
+    steps: dict[str, list[Step]] = {name: [] for name in original.shards}
+    for key, spec in base.tensors.items():
+        steps[spec.file].append(
+            Step(
+                key,
+                (target_dtype or spec.dtype) if isinstance(spec, QuantizedWeight) else spec.dtype,
+                spec.shape,
+                spec,
+            )
+        )
+    config = dict(base.config)
+    if target_dtype and "config.json" in original.files:
+        config["dtype"] = dtypes.CONFIG_NAME[target_dtype]
+        config.pop("torch_dtype", None)
+    if options.max_shard_size:
+        shards = plan_shards_of_size(
+            [step for group in steps.values() for step in group],
+            parse_size("max_shard_size", options.max_shard_size),
+        )
+    else:
+        shards = [
+            plan_shard(name, group, original.shards[name], keep_format=False)
+            for name, group in steps.items()
+            if group
+        ]
+    headers = header_hashes({0: original}, configs=(0,))
+    decisions = {"dequantised": len(packed)}
+    card, omit = model_card(original, "decoded to floats"), quantization_files(base.tensors)
+    files = model_files(original, config, shards, card, omit=omit)
+    return Plan(
+        "dequantize",
+        options.recipe_options(),
+        (folder,),
+        headers,
+        identities((folder,), headers),
+        tuple(shards),
+        files,
+        decisions,
+        tuple(notes),
+    )
+
+
+def _plan_gguf(folder: Folder, name: str, options: "Dequantize") -> Plan:
+    """Everything that is done to a GGUF file: every parameter decoded, put into its layout, rounded
+    once."""
+    model, dtype = open_gguf(folder, name), options.dtype
+    base, target_dtype = model.checkpoint, dtypes.parse(dtype) if dtype else model.dtype
+    width = lambda key: "F32" if loads_in_float32(model.model, key, target_dtype) else target_dtype
+    steps = [Step(key, width(key), spec.shape, spec) for key, spec in base.tensors.items()]
+    shards = plan_shards_of_size(
+        steps, parse_size("max_shard_size", options.max_shard_size or SHARD_SIZE)
+    )
+    config = base.config | {"dtype": dtypes.CONFIG_NAME[target_dtype]}
+    files = (
+        model_files(base, config, shards, model_card(base, "decoded to floats"))
+        | model.texts
+        | {"config.json": as_json(config)}
+    )
+    headers = header_hashes({0: base})
+    decisions, notes = {"dequantised": len(steps)}, tuple(model.notes)
+    return Plan(
+        "dequantize",
+        options.recipe_options(),
+        (folder,),
+        headers,
+        identities((folder,), headers),
+        shards,
+        files,
+        decisions,
+        notes,
+    )

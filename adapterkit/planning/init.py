@@ -1,0 +1,253 @@
+"""init: an adapter that starts by any method, and for some the base that is left without the part
+that the adapter takes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from adapterkit import dtypes
+from adapterkit.adapters import adapter_config
+from adapterkit.adapters.keys import INITIAL
+from adapterkit.checkpoint.fingerprint import fingerprint
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.options import flag_of
+from adapterkit.plan import Computed, Plan, Shard, Task, no_warnings
+from adapterkit.planning import adapter_output
+from adapterkit.planning.folder_files import Files
+from adapterkit.planning.initial_targets import Selection, Target, find_targets
+from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.model_output import planned_fingerprint
+from adapterkit.planning.new_adapter import Scaling
+from adapterkit.planning.quantization import plan_quantization
+from adapterkit.planning.residual import (
+    plan_quantized_residual,
+    plan_residual,
+    planned_adapter,
+)
+from adapterkit.planning.sources import open_model, open_statistics
+from adapterkit.registry import create
+from adapterkit.shared_options import BlockOptions
+from adapterkit.statistics.sums import INPUTS
+from adapterkit.tasks.handoff import HandoffFactors
+from adapterkit.tasks.initial import InitialFactors
+from adapterkit.tasks.redistribution import finalize_by_ratios, warn_of_dropped, with_candidates
+from adapterkit.tasks.statistics import select_statistics, shape_of
+from adapterkit.weights.decoded import decoded_view
+from adapterkit.weights.detect import check_not_quantized
+
+COLLECTED = INPUTS | {"gradient": ("gradient",)}  # what `stats` collects: kinds
+ADAPTER = "adapter"  # folder in the output
+
+if TYPE_CHECKING:
+    from adapterkit.verbs.init import Init
+
+
+def plan_init(options: "Init") -> Plan:
+    """Everything an initialization will do, or `Refused`."""
+    folder = open_model(options.base)
+    stats = None if options.stats is None else open_statistics(options.stats)
+    method: Any = create("inits", options.method, dict(options.settings or {}))
+    _check(options, method, stats is not None)
+    notes: list[str] = []
+    base = open_checkpoint(folder)
+    if options.quantize:
+        check_not_quantized(base, "remove --quantize: the rest keeps the base's format")
+    statistics = None if stats is None else open_checkpoint(stats, 1)
+    scaling = Scaling(
+        options.rank,
+        options.alpha,
+        options.rslora,
+        tuple(options.rank_for),
+        tuple(options.alpha_for),
+    )
+    selection = Selection(options.targets, options.exclude, options.layers)
+    targets = find_targets(decoded_view(base), selection, scaling, notes)
+    _check_targets(base, method, targets)
+    specs = _statistics(statistics, method, targets)
+    tasks = [
+        InitialFactors(
+            target.name,
+            target.place,
+            dtypes.parse(options.dtype),
+            method,
+            target.rank,
+            target.alpha,
+            target.scale,
+            options.seed,
+            target.weight if "weight" in method.needs else None,
+            tuple((kind, by_module[target.name]) for kind, by_module in specs.items()),
+            method.changes_base,
+        )
+        for target in targets
+    ]
+    decisions: dict[str, Any] = {"modules": len(targets)}
+    implicit = method.changes_base and options.residual == "implicit"
+    redistributes = getattr(method, "redistributes", False)
+    if redistributes:
+        tasks = with_candidates(tasks)
+    adapter = _adapter(base, tasks, targets, options, method, ADAPTER, implicit)
+    if redistributes:
+        adapter = replace(adapter, finalize=finalize_by_ratios)
+    rest, files = (), adapter.files(notes)
+    if method.changes_base and not implicit:
+        rest, base_files = _residual(base, targets, options, adapter, notes, decisions)
+        files = base_files | files
+    made_for = planned_fingerprint(rest) if rest else fingerprint(base)
+    shards = [replace(adapter, base_fingerprint=made_for).shard(), *rest]
+    if implicit:
+        initial = [
+            HandoffFactors(f"{INITIAL} {t.name}", t.place, t.dtype, t.rank, t.name) for t in tasks
+        ]
+        copy = _adapter(base, initial, targets, options, method, f"{ADAPTER}/{INITIAL}")
+        shards, files = [*shards, copy.shard()], files | copy.files(notes)
+    inputs = {number: one for number, one in enumerate((base, statistics)) if one is not None}
+    headers = header_hashes(inputs, configs=(0,))
+    folders = tuple(one.folder for one in inputs.values())
+    return Plan(
+        "init",
+        options.recipe_options(),
+        folders,
+        headers,
+        identities(folders, headers),
+        tuple(shards),
+        files,
+        decisions,
+        tuple(notes),
+        models=tuple(inputs),
+        warn=warn_of_dropped if redistributes else no_warnings,
+    )
+
+
+def _residual(
+    base: Checkpoint,
+    targets: list[Target],
+    options: "Init",
+    adapter: adapter_output.Output,
+    notes: list[str],
+    decisions: dict[str, Any],
+) -> tuple[tuple[Shard | Computed, ...], Files]:
+    """The files of the base that is left."""
+    if options.quantize:
+        quantization = plan_quantization(
+            base, {"to": options.quantize, **vars(options.only(BlockOptions))}
+        )
+        notes += quantization.notes
+        decisions["quantised"] = len(quantization.quantized)
+        return plan_quantized_residual(base, quantization, targets, options.method)
+    config = adapter.config({t.name: {"rank": t.rank, "alpha": t.alpha} for t in targets})
+    planned = planned_adapter(config, targets, options.dtype)
+    return plan_residual(base, planned, options.method, notes)
+
+
+def _adapter(
+    base: Checkpoint,
+    tasks: Sequence[Task],
+    targets: Sequence[Target],
+    options: "Init",
+    method: Any,
+    folder: str,
+    implicit: bool = False,
+) -> adapter_output.Output:
+    """An adapter of the output; its config has no init that PEFT would repeat."""
+    parameters = [target.name for target in targets if target.is_parameter]
+    settings = adapter_config.plain_settings() | {"use_rslora": options.rslora}
+    if parameters:
+        settings |= {"target_parameters": parameters, "peft_version": adapter_config.PEFT_LAYOUT}
+    if implicit:
+        settings["init_lora_weights"] = f"implicit_{options.method}"
+    where = (
+        "for the original base"
+        if implicit or not method.changes_base
+        else ("for the base beside it, not for the original")
+    )
+    return adapter_output.Output(
+        [],
+        tasks,
+        {task.name: target.name for task, target in zip(tasks, targets, strict=True)},
+        settings,
+        f"{options.method}: {where}",
+        folder,
+        base_settings={
+            "base_model_name_or_path": adapter_config.hub_id(base.folder),
+            "task_type": adapter_config.task_type(base.config),
+        },
+        alpha={target.name: target.alpha for target in targets},
+        parameters=frozenset(parameters),
+    )
+
+
+def _statistics(
+    stats: Checkpoint | None, method: Any, targets: Sequence[Target]
+) -> dict[str, dict[str, TensorSpec]]:
+    """The tensors of each kind that the method needs, by target."""
+    return {
+        kind: select_statistics(
+            stats, kind, {target.name: shape_of(kind, *target.shape) for target in targets}
+        )
+        for kind in method.needs
+        if kind != "weight"
+    }
+
+
+def _check(options: "Init", method: Any, has_stats: bool) -> None:
+    """Refuse options that do not go together."""
+    errors: list[AdapterkitError] = []
+
+    def refuse(problem: str, expected: str, hint: str) -> None:
+        errors.append(Refused(problem, expected=expected, where="options", hint=hint))
+
+    needs = [kind for kind in method.needs if kind != "weight"]
+    if needs and not has_stats:
+        what = [name for name, kinds in COLLECTED.items() if {*kinds} & {*needs}]
+        refuse(
+            f"--method {options.method} without --stats",
+            f"statistics: {', '.join(needs)}",
+            f"collect them: adapterkit stats BASE --data FILE --what {','.join(what)} --out STATS",
+        )
+    if has_stats and not needs:
+        refuse(
+            f"--stats with --method {options.method}", "a method that uses them", "remove --stats"
+        )
+    if options.quantize and (not method.changes_base or options.residual == "implicit"):
+        refuse(
+            f"--quantize with --method {options.method} and no base to write",
+            "a method that takes a part of each weight, and --residual write",
+            "remove --quantize, or quantize the base: adapterkit quantize",
+        )
+    extra = [flag_of(key) for key, value in vars(options.only(BlockOptions)).items() if value]
+    if extra and not options.quantize:
+        refuse(
+            f"{', '.join(extra)} without --quantize",
+            "--quantize FORMAT",
+            "choose modules with --targets, or give --quantize nf4",
+        )
+    refuse_all(errors)
+
+
+def _check_targets(base: Checkpoint, method: Any, targets: Sequence[Target]) -> None:
+    """Refuse layers on which a method is not defined, and ranks above those of the weights."""
+    errors: list[AdapterkitError] = []
+    kinds = getattr(method, "kinds", None)
+    for target in targets:
+        if kinds is not None and target.kind not in kinds:
+            errors.append(
+                Refused(
+                    f"{method.name} on {shown(target.name)}, of kind {target.kind}",
+                    expected=" or ".join(kinds),
+                    where=base.name,
+                    hint="remove it from --targets (PEFT starts it in another way, silently)",
+                )
+            )
+        most = min(target.shape) // getattr(method, "triplets_per_rank", 1)
+        if method.needs and target.rank > most:
+            errors.append(
+                Refused(
+                    f"rank {target.rank} for {shown(target.name)} {target.shape}",
+                    expected=f"at most {most}",
+                    where="--rank",
+                    hint=f"give --rank-for '{target.name}={most}'",
+                )
+            )
+    refuse_all(errors)

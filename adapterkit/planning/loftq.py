@@ -1,0 +1,250 @@
+"""loftq: a quantized base and the adapter that makes up for what quantization loses (LoftQ,
+arXiv:2310.08659)."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from adapterkit import dtypes
+from adapterkit.adapters.factors import Place
+from adapterkit.checkpoint.fingerprint import fingerprint
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.errors import WARNING, AdapterkitError, Refused, refuse_all, shown
+from adapterkit.plan import Computed, Plan, Task
+from adapterkit.planning import adapter_output
+from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.model_output import QuantizedModel, planned_fingerprint
+from adapterkit.planning.new_adapter import (
+    Scaling,
+    new_adapter,
+    select_targets,
+    wrappable,
+)
+from adapterkit.planning.quantization import plan_quantization
+from adapterkit.planning.rules import Rule, read_rules, unmatched_rules
+from adapterkit.planning.sources import open_model, open_statistics
+from adapterkit.shared_options import BlockOptions
+from adapterkit.tasks.handoff import HandoffFactors
+from adapterkit.tasks.loftq import LoftQFactors, LoftQWeight, finalize_accepted
+from adapterkit.tasks.statistics import select_covariances
+from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.decoded import decoded_view
+from adapterkit.weights.detect import check_not_quantized
+from adapterkit.weights.names import Names
+
+BITS = {4: "nf4", 8: "int8"}
+NOT_QUANTIZED = "not quantized"
+MIXED = {4: "w4a16", 8: "w8a16"}  # bitsandbytes knows one width for a model
+SUMMARY = "LoftQ: for its quantized base alone, not for the original"
+
+if TYPE_CHECKING:
+    from adapterkit.verbs.loftq import Loftq
+
+
+def plan_loftq(options: "Loftq") -> Plan:
+    """Everything LoftQ will do, or `Refused`."""
+    _check(options)
+    quantized = None if options.quantized is None else open_model(options.quantized)
+    stats = None if options.stats is None else open_statistics(options.stats)
+    base = open_checkpoint(open_model(options.base))
+    check_not_quantized(base)
+    others = [
+        open_checkpoint(other, number)
+        for number, other in enumerate((o for o in (quantized, stats) if o is not None), 1)
+    ]
+    stats_checkpoint = others[-1] if stats is not None else None
+    if quantized is not None:
+        notes: list[str] = []
+        output, decisions = _plan_fixed_base(base, others[0], stats_checkpoint, options, notes)
+        if options.accept is not None:
+            output = replace(output, finalize=partial(finalize_accepted, options.accept))
+        shards, files = (output.shard(),), output.files(notes)
+    else:
+        shards, files, notes, decisions = _plan_base_and_adapter(base, stats_checkpoint, options)
+    inputs = (base, *others)
+    headers = header_hashes(dict(enumerate(inputs)), configs=(0,))
+    folders = tuple(one.folder for one in inputs)
+    return Plan(
+        "loftq",
+        options.recipe_options(),
+        folders,
+        headers,
+        identities(folders, headers),
+        shards,
+        files,
+        decisions,
+        tuple(notes),
+        models=tuple(range(len(folders))),
+        warn=_warnings,
+    )
+
+
+def _plan_base_and_adapter(
+    base: Checkpoint, stats: Checkpoint | None, options: "Loftq"
+) -> tuple[tuple[Computed, ...], dict[str, Any], list[str], dict[str, Any]]:
+    """The files of the packed base and of the adapter beside it: computed ones, others, notes, and
+    metrics of the plan."""
+    scaling = Scaling(options.rank, options.alpha, options.rslora)
+    to, exceptions = (MIXED if options.bits_for else BITS)[options.bits], _exceptions(options)
+    how = {"to": to, **vars(options.only(BlockOptions))}
+    quantization = plan_quantization(base, how, exceptions)
+    refuse_all(unmatched_rules(exceptions, quantization.modules, "a quantized module"))
+    usable = wrappable(quantization.names, quantization.modules, quantization.notes)
+    modules = {
+        quantization.modules[name].key: name
+        for name in usable
+        if quantization.modules[name].key in quantization.weights
+    }
+    if options.targets is not None:
+        matching, notes = select_targets(
+            options.targets, list(modules.values()), quantization.model, NOT_QUANTIZED
+        )
+        modules = {key: name for key, name in modules.items() if name in matching}
+        quantization.notes.extend(notes)
+    selected = select_covariances(
+        stats, {name: quantization.weights[key].shape[1] for key, name in modules.items()}
+    )
+    tasks = quantization.upcast_to_fp32()
+    factors: list[Task] = []
+    for key, name in modules.items():
+        weight = quantization.weights[key]
+        tasks[key] = LoftQWeight(
+            key,
+            base.tensors[key],
+            quantization.quantized[key],
+            name,
+            options.rank,
+            scaling.scale,
+            options.iterations,
+            weight.transposed,
+            selected.get(name),
+        )
+        place = Place.of_weight(name, weight.shape)
+        factors.append(HandoffFactors(name, place, dtypes.parse(options.dtype), options.rank))
+    model = QuantizedModel(
+        base, quantization.quantized, tasks, quantization.config(), "base", "loftq"
+    )
+    shards = model.shards()
+    made_for = planned_fingerprint(shards)
+    adapter = new_adapter(base, factors, scaling, SUMMARY, "adapter", fingerprint=made_for)
+    notes = list(quantization.notes)
+    names = " and ".join(dict.fromkeys((to, *(rule.value for rule in reversed(exceptions)))))
+    files = model.files(
+        f"quantized to {names} by LoftQ: use it with the adapter beside it"
+    ) | adapter.files(notes)
+    decisions = {
+        "left_out": sorted(quantization.skipped),
+        "quantised": len(quantization.quantized),
+        "modules": len(factors),
+    }
+    return (*shards, adapter.shard()), files, notes, decisions
+
+
+def _modules(names: Names, packed: Collection[str]) -> dict[str, str]:
+    """The modules of the loaded model whose weights are stored under these keys."""
+    known = {} if names.model is None else names.model.parameters
+    module_of = {
+        p.slots[0].key: name for name, p in known.items() if len(p.slots) == 1 and not p.is_alias
+    }
+    return {key: module_of.get(key, key).removesuffix(".weight") for key in packed}
+
+
+def _plan_fixed_base(
+    base: Checkpoint,
+    quantized: Checkpoint,
+    stats: Checkpoint | None,
+    options: "Loftq",
+    notes: list[str],
+) -> tuple[adapter_output.Output, dict[str, Any]]:
+    """The adapter alone, for a quantized base that stays as it is, and metrics of the plan."""
+    scaling = Scaling(options.rank, options.alpha, options.rslora)
+    plain = decoded_view(quantized)
+    names = Names(plain, build_model=True)
+    errors: list[AdapterkitError] = []
+    factors: list[LoftQFactors] = []
+    packed = {key: spec for key, spec in plain.tensors.items() if isinstance(spec, QuantizedWeight)}
+    modules = _modules(names, packed)
+    usable = set(wrappable(names, modules.values(), notes))
+    modules = {key: name for key, name in modules.items() if name in usable}
+    if options.targets is not None:
+        model = names.model.model if names.model is not None else None
+        matching, more = select_targets(
+            options.targets, list(modules.values()), model, NOT_QUANTIZED
+        )
+        modules = {key: name for key, name in modules.items() if name in matching}
+        notes += more
+    for key, name in modules.items():
+        spec = packed[key]
+        original = base.tensors.get(key)
+        if original is None or original.shape != spec.shape or original.dtype not in dtypes.FLOATS:
+            problem = (
+                f"{shown(key)}: {spec.shape} quantized, "
+                f"{original.shape if original else 'nothing'} in {base.name}"
+            )
+            hint = "give the original that it was quantized from"
+            errors.append(
+                Refused(problem, expected="the same weights", where=quantized.name, hint=hint)
+            )
+            continue
+        transposed = names.transposed(name)
+        shape = spec.shape[::-1] if transposed else spec.shape
+        place = Place.of_weight(name, shape)
+        factors.append(
+            LoftQFactors(
+                name,
+                place,
+                dtypes.parse(options.dtype),
+                original,
+                spec,
+                options.rank,
+                scaling.scale,
+                transposed,
+            )
+        )
+    refuse_all(errors)
+    if not factors:
+        raise Refused(
+            "no quantized weights to make up for",
+            expected="one or more",
+            where=quantized.name,
+            hint="check --targets",
+        )
+    selected = select_covariances(stats, {task.name: task.place.a_tail[0] for task in factors})
+    factors = [replace(task, covariance=selected.get(task.name)) for task in factors]
+    adapter = new_adapter(base, factors, scaling, SUMMARY, fingerprint=fingerprint(quantized))
+    return adapter, {"modules": len(factors)}
+
+
+def _exceptions(options: "Loftq") -> list[Rule[str]]:
+    """The formats of modules that have other bits."""
+    formats = {str(bits): name for bits, name in MIXED.items()}
+    return read_rules("--bits-for", tuple(options.bits_for), formats.get, "REGEX=4 or REGEX=8")
+
+
+def _check(options: "Loftq") -> None:
+    if options.bits == 8 and not options.bits_for and (options.double_quant or options.block_size):
+        given = "--double-quant" if options.double_quant else "--block-size"
+        hint = f"remove {given}, or give --bits 4"
+        problem = f"{given} applies to 4 bits alone"
+        raise Refused(problem, expected="--bits 4", where="options", hint=hint)
+
+
+def _warnings(metrics: dict[str, dict]) -> list[str]:
+    """Modules that factors did not help."""
+    tried = {
+        key: metric
+        for key, metric in metrics.items()
+        if "error_after" in metric and metric.get("accepted", True)
+    }
+    worse = sorted(
+        key for key, metric in tried.items() if metric["error_after"] >= metric["error"] > 0
+    )
+    if not worse:
+        return []
+    return [
+        (
+            f"{WARNING}no round of {len(worse)} modules was better than plain quantization, e.g. "
+            f"{', '.join(worse[:3])}"
+        )
+    ]

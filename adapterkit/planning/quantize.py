@@ -1,0 +1,74 @@
+"""quantize: a checkpoint's linear layers into a quantized format."""
+
+from typing import TYPE_CHECKING
+
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.errors import listed, refuse_all
+from adapterkit.plan import Compensation, Plan, Span, Task
+from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.model_output import QuantizedModel
+from adapterkit.planning.quantization import QuantizationPlan, plan_quantization
+from adapterkit.planning.sources import open_model, open_statistics
+from adapterkit.shared_options import BlockOptions, missing_statistics
+from adapterkit.tasks.compensated import CompensatedWeight
+from adapterkit.tasks.statistics import select_covariances
+from adapterkit.weights.detect import check_not_quantized
+
+if TYPE_CHECKING:
+    from adapterkit.verbs.quantize import Quantize
+
+
+def plan_quantize(options: "Quantize") -> Plan:
+    """Everything a quantization will do, or `Refused`."""
+    refuse_all(missing_statistics(options.rounding, options.stats))
+    stats = None if options.stats is None else open_statistics(options.stats)
+    base = open_checkpoint(open_model(options.base))
+    check_not_quantized(base)
+    how = {"to": options.to, **vars(options.only(BlockOptions))}
+    quantization = plan_quantization(base, how)
+    tasks, inputs = quantization.upcast_to_fp32(), [base]
+    if stats is not None:
+        inputs.append(open_checkpoint(stats, 1))
+        tasks |= _compensated(quantization, inputs[1])
+    output = QuantizedModel(base, quantization.quantized, tasks, quantization.config())
+    receipt_options = options.recipe_options()
+    if options.rounding == "nearest":
+        del receipt_options["rounding"]
+    folders = tuple(one.folder for one in inputs)
+    headers = header_hashes(dict(enumerate(inputs)), configs=(0,))
+    decisions = {"left_out": sorted(quantization.skipped), "quantised": len(quantization.quantized)}
+    quantization.notes.extend(quantization.size_notes())
+    shards, files = output.shards(), output.files(f"quantized to {options.to}")
+    file_ids = identities(folders, headers)
+    return Plan(
+        "quantize",
+        receipt_options,
+        folders,
+        headers,
+        file_ids,
+        shards,
+        files,
+        decisions,
+        tuple(quantization.notes),
+        models=tuple(range(len(folders))),
+    )
+
+
+def _compensated(quantization: QuantizationPlan, stats: Checkpoint) -> dict[str, Task]:
+    """The tasks of all linear layers, by key; a note on the other weights."""
+    base, modules = quantization.base, quantization.modules
+    linear = {name: w for name, w in modules.items() if w.key in quantization.weights}
+    shapes = {name: quantization.weights[w.key] for name, w in linear.items()}
+    selected = select_covariances(stats, {name: w.shape[1] for name, w in shapes.items()})
+    others = [name for name in modules if name not in linear]
+    if others:
+        quantization.notes.append(f"rounded to nearest, no linear layers: {listed(others)}")
+    tasks: dict[str, Task] = {}
+    for name, packed in linear.items():
+        weight = shapes[name]
+        span = Span(range(weight.shape[0]), selected[name])
+        compensation = Compensation((span,), weight.transposed)
+        tasks[weight.key] = CompensatedWeight(
+            weight.key, base.tensors[weight.key], packed, compensation
+        )
+    return tasks

@@ -1,0 +1,224 @@
+"""subtract: what general adapters know, taken out of task adapters (GenKnowSub, ACL 2025 short 54):
+Δ' = Δ - mean of the general Δ."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from adapterkit import dtypes
+from adapterkit.adapters import adapter_config
+from adapterkit.adapters.record import Adapter
+from adapterkit.combinations.linear import Linear
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.patterns import matcher
+from adapterkit.plan import Plan, Task
+from adapterkit.planning import adapter_output
+from adapterkit.planning.adapters import delta_problems, read_all, trained_values
+from adapterkit.planning.sites import base_with_parameters, join, levels_of, names_of, targets_of
+from adapterkit.planning.sources import open_all, open_model
+from adapterkit.tasks import common
+from adapterkit.tasks.combined import CombinedFactors, Part, Refit
+from adapterkit.tasks.subtracted import SubtractedFactors
+from adapterkit.weights.names import Names
+
+if TYPE_CHECKING:
+    from adapterkit.verbs.subtract import Subtract
+
+
+def plan_subtract(options: "Subtract") -> Plan:
+    """Everything a subtraction will do, or `Refused` with all that cannot be done."""
+    task_sources, generals = open_all(adapters=options.adapters, general=options.general)
+    base = None if options.base is None else open_model(options.base)
+    if not task_sources or not generals:
+        problem = f"{len(task_sources)} task adapters, {len(generals)} general ones"
+        raise Refused(
+            problem, expected="one or more of each", where="subtract", hint="give --general ADAPTER"
+        )
+    if options.space == "factors" and (options.rank or options.energy):
+        problem = "--space factors with --rank or --energy"
+        raise Refused(
+            problem, expected="the ranks as they are", where="options", hint="leave one of them out"
+        )
+    read = read_all([*task_sources, *generals])
+    task_adapters, general_adapters = (
+        read[: len(task_sources)],
+        [_without(a, options.exclude) for a in read[len(task_sources) :]],
+    )
+    errors = [error for adapter in read for error in delta_problems(adapter)]
+    errors += _same_names(task_adapters) + _whole_values(general_adapters)
+    notes: list[str] = []
+    model = base_with_parameters(base, read, notes)
+    names = None if model is None else names_of(model, read, notes)
+    outputs = [
+        _output(task_adapter, general_adapters, options, len(task_sources) > 1, names, errors)
+        for task_adapter in task_adapters
+    ]
+    refuse_all(errors)
+    decisions = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in task_adapters]}
+    decisions["general"] = [{"name": a.name, "modules": len(a.loras)} for a in general_adapters]
+    receipt_options = options.recipe_options() | {"tasks": len(task_sources)}
+    return adapter_output.plan_adapters(
+        "subtract", receipt_options, read, outputs, notes, decisions, model
+    )
+
+
+def _folder_name(adapter: Adapter) -> str:
+    """The last part of the folder's path, or of its repository's name."""
+    path = str(adapter.folder.origin.get("subfolder") or adapter.folder.name)
+    return path.rpartition("/")[2]
+
+
+def _same_names(task_sources: Sequence[Adapter]) -> list[AdapterkitError]:
+    names = [_folder_name(adapter) for adapter in task_sources]
+    twice = (
+        sorted({name for name in names if names.count(name) > 1}) if len(task_sources) > 1 else []
+    )
+    return [
+        Refused(
+            f"several task adapters called {shown(name)}",
+            expected="different folder names",
+            where="adapters",
+            hint="rename one",
+        )
+        for name in twice
+    ]
+
+
+def _whole_values(generals: Sequence[Adapter]) -> list[AdapterkitError]:
+    return [
+        Refused(
+            f"{shown(key)} was trained whole by "
+            f"{', '.join(a.name for a in generals if a.number in holders)}",
+            expected="general adapters of factors alone: what is no delta cannot be subtracted",
+            where="--general",
+            hint=f"give --exclude '{_pattern(generals)}' to keep the task's own, or none",
+        )
+        for key, holders in trained_values(generals, {}, copies=False).items()
+    ]
+
+
+def _pattern(generals: Sequence[Adapter]) -> str:
+    whole = [
+        (a, [*(a.replaced.keys() - a.copies.keys()), *(tokens.module for tokens in a.tokens)])
+        for a in generals
+    ]
+    return "|".join(sorted({adapter.pattern_of(names) for adapter, names in whole if names}))
+
+
+def _without(general: Adapter, exclude: str | None) -> Adapter:
+    """The adapter without what is not to be subtracted."""
+    if exclude is None:
+        return general
+    excluded = matcher(exclude, "--exclude")
+    return replace(
+        general,
+        loras=tuple(lora for lora in general.loras if not excluded(lora.module)),
+        replaced={
+            name: spec
+            for name, spec in general.replaced.items()
+            if not (excluded(name) or excluded(name.rpartition(".")[0]))
+        },
+        tokens=tuple(tokens for tokens in general.tokens if not excluded(tokens.module)),
+    )
+
+
+def _output(
+    task_adapter: Adapter,
+    generals: Sequence[Adapter],
+    options: "Subtract",
+    several: bool,
+    names: Names | None,
+    errors: list[AdapterkitError],
+) -> adapter_output.Output:
+    joined = join([task_adapter, *generals], errors, names)
+    prefix = f"{_folder_name(task_adapter)}: " if several else ""
+    refit = Refit(options.rank, options.energy)
+    dtype = dtypes.parse(options.dtype)
+    tasks: list[Task] = []
+    keeps = None if options.exclude is None else matcher(options.exclude, "--exclude")
+    alone = {
+        name
+        for name, site in joined.items()
+        if keeps and site.members.keys() == {task_adapter.number} and keeps(site.module)
+    }
+    if options.space == "factors":
+        errors += [
+            e
+            for name, site in joined.items()
+            if name not in alone
+            for e in _check_ranks(name, site.members, task_adapter, generals)
+        ]
+        joined = {
+            name: site for name, site in joined.items() if task_adapter.number in site.members
+        }
+    levels = levels_of(joined.values())
+    weights = {task_adapter.number: 1.0} | {
+        general.number: -1.0 / len(generals) for general in generals
+    }
+    for name, site in joined.items():
+        members, place = site.members, site.place(levels)
+        if options.space == "factors" and name not in alone:
+            averaged = tuple(
+                f for number, (_, f) in members.items() if number != task_adapter.number
+            )
+            tasks.append(
+                SubtractedFactors(
+                    prefix + name, place, dtype, members[task_adapter.number][1], averaged
+                )
+            )
+            continue
+        parts = tuple(
+            Part(number, factors, weights[number]) for number, (_, factors) in members.items()
+        )
+        tasks.append(CombinedFactors(prefix + name, place, dtype, parts, Linear(), refit))
+    tasks += adapter_output.sum_biases(
+        joined, lambda number, module: weights[number], dtype, errors, prefix
+    )
+    for key, holders in trained_values([task_adapter], levels).items():
+        tasks += [
+            common.CopiedTensor(prefix + key, spec, key, checked=True) for spec in holders.values()
+        ]
+    settings = (
+        adapter_config.plain_settings()
+        | adapter_config.value_settings([task_adapter])
+        | {
+            "lora_bias": any(
+                lora.bias is not None
+                for site in joined.values()
+                for lora, _ in site.members.values()
+            )
+        }
+    )
+    summary = f"the mean of {len(generals)} general adapters subtracted, in {options.space} space"
+    how = targets_of(joined, prefix) | {
+        "settings": settings,
+        "summary": summary,
+        "tokenizer": options.tokenizer,
+    }
+    return adapter_output.Output(
+        [task_adapter, *generals],
+        tasks,
+        folder=_folder_name(task_adapter) if several else "",
+        **how,
+    )
+
+
+def _check_ranks(
+    name: str, members: dict, task_adapter: Adapter, generals: Sequence[Adapter]
+) -> list[AdapterkitError]:
+    """Factors can be averaged only where all have the module, at one rank."""
+    ranks = {number: factors.rank for number, (_, factors) in members.items()}
+    if len(ranks) == 1 + len(generals) and len(set(ranks.values())) == 1:
+        return []
+    ranks_of_all = ", ".join(
+        f"{a.name} {ranks.get(a.number, 'none')}" for a in [task_adapter, *generals]
+    )
+    hint = "use --space delta"
+    return [
+        Refused(
+            f"{shown(name)}: ranks {ranks_of_all}",
+            expected="one rank, in all of them",
+            where="--space factors",
+            hint=hint,
+        )
+    ]

@@ -1,0 +1,114 @@
+"""inspect: what a checkpoint or an adapter holds, from headers and JSON, and on request from the
+factors."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.adapters.keys import CONFIG
+from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.shards import NOT_A_MODEL, pickles
+from adapterkit.errors import Refused, shown
+from adapterkit.hub.folder import HubFolder
+from adapterkit.planning.converted import ConvertedFolder, adapter_or_file
+from adapterkit.planning.sources import open_model, open_source
+from adapterkit.reports import pictures
+from adapterkit.reports.adapter import inspect_adapter
+from adapterkit.reports.checkpoint import MAX_NAMES, inspect_base, inspect_file
+
+if TYPE_CHECKING:
+    from adapterkit.verbs.inspect import Inspect
+
+
+def inspect_source(inspect: "Inspect") -> dict[str, Any]:
+    """What `inspect` says of a source."""
+    path, base, plot = inspect.path, inspect.base, inspect.plot
+    download, headers = inspect.download, inspect.headers
+    if plot is not None:
+        pictures.check_plot(Path(plot))
+    on = open_model(base) if base is not None else None
+    folder = open_source(path)
+    if CONFIG not in folder.files():
+        folder = adapter_or_file(folder, on)
+    kind = _kind(folder)
+    if kind != "adapter":
+        _refuse_options(folder, f"a {kind}, no adapter", base, plot)
+        return inspect_base(folder, headers) if kind == "base" else inspect_file(folder)
+    if headers:
+        _refuse_options(folder, "headers alone (--headers)", base, plot, download)
+    far = [
+        source
+        for source in (folder, on)
+        if source is not None and not isinstance(_original(source), LocalFolder)
+    ]
+    if far and not download:
+        _refuse_options(
+            far[0], "weights on the Hub, which are read with --download only", base, plot
+        )
+    with_factors = not headers and (download or not far)
+    if with_factors:  # in a dialect of PEFT's layout they may be other ones than PEFT would read
+        folder = adapter_or_file(folder, on)
+    result = inspect_adapter(folder, on, with_factors, inspect.progress)
+    if plot is not None:
+        pictures.draw(result, Path(plot))
+    return result
+
+
+def _original(folder: Folder) -> Folder:
+    """The folder that was given."""
+    return folder.source if isinstance(folder, ConvertedFolder) else folder
+
+
+def _refuse_options(
+    folder: Folder, problem: str, base: object, plot: object, download: bool = False
+) -> None:
+    """`Refused` where factors are asked about that there are not, or that are not read."""
+    options = {"--base": base, "--plot": plot, "--download": download or None}
+    names = " and ".join(name for name, value in options.items() if value is not None)
+    if names:
+        hint = f"remove {names}" + (", or give --download" if "download" in problem else "")
+        raise Refused(
+            problem,
+            expected=f"an adapter whose factors are read, for {names}",
+            where=folder.name,
+            hint=hint,
+        )
+
+
+def _in_another_layout(folder: Folder) -> bool:
+    from adapterkit.formats.detect import in_another_layout
+
+    return in_another_layout(folder) is not None
+
+
+def _kind(folder: Folder) -> str:
+    if isinstance(folder, LocalFolder | HubFolder) and folder.single:
+        if folder.single.endswith(".safetensors"):
+            return "file"
+        raise Refused(
+            "not a .safetensors file",
+            expected="a .safetensors file or a folder",
+            where=folder.name,
+            hint="check the path",
+        )
+    here = [name for name in folder.files() if "/" not in name]
+    if CONFIG in here or any(name.startswith(NOT_A_MODEL) for name in here):
+        return "adapter"
+    if "config.json" not in here and _in_another_layout(folder):
+        return "file"
+    if pickles(folder) or any(
+        name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
+        for name in here
+    ):
+        return "base"
+    ends = (".safetensors", CONFIG)
+    nested = sorted(
+        {name.rpartition("/")[0] for name in folder.files() if name.endswith(ends) and "/" in name}
+    )
+    raise Refused(
+        "neither a checkpoint nor an adapter",
+        expected=f"safetensors files, config.json or {CONFIG}",
+        where=folder.name,
+        hint=f"name a subfolder: {', '.join(map(shown, nested[:MAX_NAMES]))}"
+        if nested
+        else "check the path",
+    )

@@ -1,0 +1,101 @@
+"""verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled
+rows are recomputed in float64."""
+
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.stage import RECEIPT
+from adapterkit.engines.file_checks import check_files
+from adapterkit.engines.recompute import check_rows
+from adapterkit.errors import WARNING, AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.options import StrPath
+from adapterkit.plan import Plan
+from adapterkit.planning.sources import open_model, open_source, open_statistics, open_weighted
+from adapterkit.receipt import AGAIN, read_receipt
+
+if TYPE_CHECKING:
+    from adapterkit.verbs.verify import Verify
+
+
+def verify_output(verify: "Verify") -> dict[str, Any]:
+    """What `verify` says of an output."""
+    folder, base, stats, progress = verify.folder, verify.base, verify.stats, verify.progress
+    adapters = verify.adapters
+    out = open_source(folder)
+    receipt = read_receipt(out)
+    sources = open_weighted(adapters, base=open_model(base) if base else None)
+    if bool(base) != bool(sources):
+        raise Refused(
+            "--base without --adapter" if base else "--adapter without --base",
+            expected="both, or neither",
+            where="options",
+            hint="give both to recompute rows of a merge",
+        )
+    result = check_files(out, receipt, progress)
+    plan = _plan_again(receipt, base, sources, stats) if base else None
+    if plan is None:
+        return result | {"rows": 0, "tensors": 0}
+    return result | check_rows(out, plan, _hint(receipt, plan))
+
+
+def _hint(receipt: dict, plan: Plan) -> str:
+    """What to do where rows differ: the base may have held an adapter that the given one lacks."""
+    held, given = receipt.get("held", []), plan.decisions.get("held", [])
+    names = [str(one.get("name")) for one in held if isinstance(one, dict) and one not in given]
+    notes = [note for note in plan.notes if note.startswith(WARNING)]
+    if not names and notes and notes[0] not in receipt["notes"]:
+        return f"{notes[0].removeprefix(WARNING)}: give the base of the merge"
+    if not names:
+        return AGAIN
+    return (
+        f"merged twice? The receipt says that the base held {listed(names)} already: give that base"
+    )
+
+
+def _plan_again(
+    receipt: dict,
+    base: StrPath,
+    sources: list[tuple[Folder, float]],
+    stats: StrPath | None,
+) -> Plan:
+    """The plan that made the output, from the receipt's options and inputs that are the same."""
+    from adapterkit.planning.merge.options import MergeOptions
+    from adapterkit.planning.merge.plan import plan_merge
+
+    verb = receipt["recipe"]["verb"]
+    if verb != "merge":
+        hint = "remove --base and --adapter: hashes and keys are checked without them"
+        raise Refused(
+            f"this is an output of {shown(verb)}: its arithmetic is not recomputed",
+            expected="an output of merge",
+            where="--base, --adapter",
+            hint=hint,
+        )
+    options = dict(receipt["recipe"]["options"])
+    weights = options.pop("weights")
+    if len(sources) != len(weights):
+        raise Refused(
+            f"{len(sources)} adapters were given, {len(weights)} were merged",
+            expected=f"{len(weights)} adapters",
+            where="--adapter",
+            hint="give all of the merge, in its order",
+        )
+    pairs = [(folder, weight) for (folder, _), weight in zip(sources, weights, strict=True)]
+    statistics = None if stats is None else open_statistics(stats)
+    plan = plan_merge(open_model(base), pairs, MergeOptions(**options), statistics)
+    errors: list[AdapterkitError] = []
+    for number, entry in enumerate(receipt["recipe"]["inputs"]):
+        for name, recorded in entry["files"].items():
+            if plan.headers.get((number, name)) != recorded["header"]:
+                role = "--base" if number == 0 else "--adapter"
+                errors.append(
+                    Refused(
+                        f"{role} {plan.folders[number].name} is not what was merged: "
+                        f"{shown(name)} differs",
+                        expected="the inputs of the merge",
+                        where=RECEIPT,
+                        hint=f"give the {role.strip('-')} of the merge",
+                    )
+                )
+    refuse_all(errors)
+    return plan

@@ -1,0 +1,170 @@
+"""What a verb is: a frozen record of its sources and options, which plans and runs.
+
+    @record
+    class Resize(WritingVerb):
+        '''The docstring of the Python function.'''
+
+        command = "The help of the command."
+        adapter: StrPath = argument(check=SOURCE)
+        rank: int | None = option(default=None, check=COUNT, help="Rank of each module.")
+
+        def make_plan(self) -> Plan: ...
+
+    resize = function_of(Resize)
+
+Its module is loaded by every help, so that what needs torch is imported in `make_plan`.
+"""
+
+import dataclasses
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    overload,
+)
+
+from adapterkit.engines.run_options import REPOSITORY, RunOptions
+from adapterkit.options import Checked, option, option_of, own_hints, record
+
+if TYPE_CHECKING:
+    from adapterkit.engines.execution import FolderCheck
+    from adapterkit.plan import Plan
+    from adapterkit.receipt import Receipt
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Verb(Checked, ABC, Generic[R]):
+    """A verb: `command` is the help of its command."""
+
+    command: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__name__.lower()
+
+    @abstractmethod
+    def run(self) -> R:
+        """Do it; what the Python function returns."""
+
+
+@record
+class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
+    """A verb that plans, then writes: a `Receipt`, or with `dry_run` the plan."""
+
+    @abstractmethod
+    def make_plan(self) -> "Plan":
+        """The plan of these sources and options; `Refused` with all that cannot be done."""
+
+    def check(self, plan: "Plan") -> "FolderCheck | None":
+        """What looks at the finished folder of a plan before it gets its name."""
+        return None
+
+    @property
+    def pushed_to(self) -> str | None:
+        """The repository of the Hub to which the finished folder goes too."""
+        return None
+
+    def plan(self) -> "Plan":
+        """Everything the verb will do; `Refused` with all that cannot be done. Inputs of a job that
+        ends on the Hub stay at the commits of its first run."""
+        from adapterkit.engines.execution import pinned_inputs, with_run_options
+
+        with own_hints(type(self)), pinned_inputs(self):
+            return with_run_options(self.make_plan(), self)
+
+    def recipe_options(self) -> dict[str, Any]:
+        """The options of what is computed that were given, as the receipt has them; sources are its
+        inputs."""
+        running = {field.name for field in dataclasses.fields(RunOptions)}
+        own = (field for field in fields_of(type(self)) if field.name not in running)
+        computing = (f.name for f in own if option_of(f).help and not option_of(f).check.is_source)
+        return {name: value for name in computing if (value := getattr(self, name))}
+
+    def run(self) -> "Receipt | Plan":
+        return self.carry_out(self.plan())
+
+    def carry_out(self, plan: "Plan") -> "Receipt | Plan":
+        """Run a plan of this verb, or with `dry_run` look whether it would begin and return it.
+
+        Raises `Refused` before anything is written, `Failed` after.
+        """
+        from adapterkit.engines.execution import execute, pinned_inputs
+
+        with own_hints(type(self)), pinned_inputs(self):
+            return execute(plan, self, self.check(plan), self.pushed_to)
+
+
+def push_option() -> Any:
+    """The repository to which the finished folder goes too."""
+    return option(
+        default=None,
+        check=REPOSITORY,
+        metavar="ORG/NAME",
+        help="Upload the output to this repository of the Hub too, in one commit.",
+    )
+
+
+class Function(Protocol[P]):
+    """A verb that writes, as a function. A type checker compares the other options with the verb's
+    only in calls without `dry_run`."""
+
+    __name__: str
+
+    @overload
+    def __call__(self, *args: Any, dry_run: Literal[True], **options: Any) -> "Plan": ...
+    @overload
+    def __call__(self, *args: Any, dry_run: Literal[False], **options: Any) -> "Receipt": ...
+    @overload
+    def __call__(self, *args: Any, dry_run: bool, **options: Any) -> "Receipt | Plan": ...
+    @overload
+    def __call__(self, *args: P.args, **options: P.kwargs) -> "Receipt": ...
+
+
+@overload
+def function_of(verb: Callable[P, WritingVerb]) -> Function[P]: ...
+@overload
+def function_of(verb: Callable[P, Verb[R]]) -> Callable[P, R]: ...
+def function_of(verb: Any) -> Any:
+    """A verb as a Python function: its sources by their places, its options by name."""
+
+    def function(*args: Any, **options: Any) -> Any:
+        with own_hints(verb):
+            return verb(*args, **options).run()
+
+    function.__name__ = function.__qualname__ = verb.name
+    function.__module__, function.__doc__ = verb.__module__, verb.__doc__
+    function.__signature__ = signature_of(verb)
+    return function
+
+
+def fields_of(verb: type[Verb]) -> list[dataclasses.Field]:
+    """The sources and options of a verb in the order of the help: its own, then how it runs."""
+    fields = dataclasses.fields(verb)  # type: ignore[arg-type] # verbs are dataclasses
+    of_running = {field.name for field in dataclasses.fields(RunOptions)} - {"out"}
+    return sorted(fields, key=lambda f: (f.kw_only, f.name != "out", f.name in of_running))
+
+
+def signature_of(verb: type[Verb]) -> inspect.Signature:
+    """The signature of a verb's function."""
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    empty = inspect.Parameter.empty
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            kinds[field.kw_only is True],
+            default=empty if field.default is dataclasses.MISSING else field.default,
+            annotation=field.type,
+        )
+        for field in fields_of(verb)
+    ]
+    result = inspect.signature(verb.run).return_annotation
+    return inspect.Signature(parameters, return_annotation=result)
