@@ -5,20 +5,21 @@
         '''The docstring of the Python function.'''
 
         command = "The help of the command."
+        planner = "planning.resize:plan_resize"
         adapter: StrPath = argument(check=SOURCE)
         rank: int | None = option(default=None, check=COUNT, help="Rank of each module.")
 
-        def make_plan(self) -> Plan: ...
-
     resize = function_of(Resize)
 
-Its module is loaded by every help, so that what needs torch is imported in `make_plan`.
+Every help reads all records, so what needs torch is named as `MODULE:FUNCTION` and imported when it
+is called.
 """
 
 import dataclasses
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -31,11 +32,10 @@ from typing import (
     overload,
 )
 
-from adapterkit.engines.run_options import REPOSITORY, RunOptions
 from adapterkit.options import Checked, option, option_of, own_hints, record
+from adapterkit.run_options import REPOSITORY, RunOptions
 
 if TYPE_CHECKING:
-    from adapterkit.engines.execution import FolderCheck
     from adapterkit.plan import Plan
     from adapterkit.receipt import Receipt
 
@@ -43,30 +43,39 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Verb(Checked, ABC, Generic[R]):
-    """A verb: `command` is the help of its command."""
+def load(entry: str) -> Any:
+    """The function of a `MODULE:NAME` of the package."""
+    module, _, name = entry.partition(":")
+    return getattr(import_module(f"adapterkit.{module}"), name)
+
+
+class Verb(Checked, Generic[R]):
+    """A verb: `command` is the help of its command, `runner` the function of the record that does
+    it."""
 
     command: ClassVar[str]
+    runner: ClassVar[str]
 
     def __init_subclass__(cls) -> None:
         cls.name = cls.__name__.lower()
 
-    @abstractmethod
     def run(self) -> R:
         """Do it; what the Python function returns."""
+        return load(self.runner)(self)
 
 
 @record
 class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
-    """A verb that plans, then writes: a `Receipt`, or with `dry_run` the plan."""
+    """A verb that plans, then writes: a `Receipt`, or with `dry_run` the plan. `planner` is the
+    function of the record that gives the plan, `checker` one of the plan and the record that gives
+    what looks at the finished folder."""
 
-    @abstractmethod
-    def make_plan(self) -> "Plan":
-        """The plan of these sources and options; `Refused` with all that cannot be done."""
+    planner: ClassVar[str]
+    checker: ClassVar[str] = ""
 
-    def check(self, plan: "Plan") -> "FolderCheck | None":
+    def check(self, plan: "Plan") -> Callable[[Path], object] | None:
         """What looks at the finished folder of a plan before it gets its name."""
-        return None
+        return load(self.checker)(plan, self) if self.checker else None
 
     @property
     def pushed_to(self) -> str | None:
@@ -76,10 +85,9 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
     def plan(self) -> "Plan":
         """Everything the verb will do; `Refused` with all that cannot be done. Inputs of a job that
         ends on the Hub stay at the commits of its first run."""
-        from adapterkit.engines.execution import pinned_inputs, with_run_options
-
-        with own_hints(type(self)), pinned_inputs(self):
-            return with_run_options(self.make_plan(), self)
+        execution = import_module("adapterkit.engines.execution")
+        with own_hints(type(self)), execution.pinned_inputs(self):
+            return execution.with_run_options(load(self.planner)(self), self)
 
     def recipe_options(self) -> dict[str, Any]:
         """The options of what is computed that were given, as the receipt has them; sources are its
@@ -97,10 +105,9 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
 
         Raises `Refused` before anything is written, `Failed` after.
         """
-        from adapterkit.engines.execution import execute, pinned_inputs
-
-        with own_hints(type(self)), pinned_inputs(self):
-            return execute(plan, self, self.check(plan), self.pushed_to)
+        execution = import_module("adapterkit.engines.execution")
+        with own_hints(type(self)), execution.pinned_inputs(self):
+            return execution.execute(plan, self, self.check(plan), self.pushed_to)
 
 
 def push_option() -> Any:

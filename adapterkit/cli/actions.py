@@ -1,5 +1,6 @@
 """What commands do that call a verb and print its result in a way of their own."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -8,6 +9,7 @@ from click.core import ParameterSource
 from adapterkit.cli.batch import convert_all, run_steps
 from adapterkit.cli.exits import WAITING, fail
 from adapterkit.cli.output import ProgressBar, print_diff, print_json, print_verified, run_verb
+from adapterkit.cli.parameters import json_option, quiet_option
 from adapterkit.verb import Verb, function_of
 
 if TYPE_CHECKING:
@@ -181,3 +183,22 @@ def _print(document: dict[str, Any], table: str, as_json: bool) -> None:
         print_json(document)
     else:
         click.echo(table)
+
+
+# Commands that do more than call a verb and print what it gives; and options of theirs alone
+ACTIONS: dict[str, Callable[..., Any]] = {
+    "convert": convert,
+    "diff": diff,
+    "finish": finish,
+    "inspect": inspect,
+    "run": run,
+    "verify": verify,
+}
+OWN_OPTIONS = {
+    "convert": CONVERT_OPTIONS,
+    "diff": [json_option, QUIET_DIFF],
+    "finish": [json_option, quiet_option],
+    "inspect": [json_option],
+    "run": [json_option, quiet_option],
+    "verify": [json_option, quiet_option],
+}

@@ -1,39 +1,21 @@
 """The commands, by section of the help: each is made of the record of its verb."""
 
-import inspect
-from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from inspect import cleandoc
 from typing import Any
 
 import click
 
-from adapterkit.cli import actions
+from adapterkit.cli.actions import ACTIONS, OWN_OPTIONS
 from adapterkit.cli.command import WritingCommand
 from adapterkit.cli.completion import completion
 from adapterkit.cli.methods import LISTS
 from adapterkit.cli.output import run_verb
-from adapterkit.cli.parameters import arguments_of, json_option, parameters_of, quiet_option
+from adapterkit.cli.parameters import arguments_of, parameters_of
 from adapterkit.verb import Verb, WritingVerb
 from adapterkit.verbs import SECTIONS as VERBS
 
-# Commands that do more than call a verb and print what it gives; and options of theirs alone
-ACTIONS: dict[str, Callable[..., Any]] = {
-    "convert": actions.convert,
-    "diff": actions.diff,
-    "finish": actions.finish,
-    "inspect": actions.inspect,
-    "run": actions.run,
-    "verify": actions.verify,
-}
-OWN_OPTIONS = {
-    "convert": actions.CONVERT_OPTIONS,
-    "diff": [json_option, actions.QUIET_DIFF],
-    "finish": [json_option, quiet_option],
-    "inspect": [json_option],
-    "run": [json_option, quiet_option],
-    "verify": [json_option, quiet_option],
-}
 UNITS = {"stats": " layers"}  # of the progress, where it is not bytes
 
 
@@ -46,7 +28,7 @@ def command_of(verb: type[Verb]) -> click.Command:
         sources, options = arguments_of(verb, values)
         action(verb, *sources, **options)
 
-    more: dict[str, Any] = {"callback": callback, "help": inspect.cleandoc(verb.command)}
+    more: dict[str, Any] = {"callback": callback, "help": cleandoc(verb.command)}
     if not issubclass(verb, WritingVerb):
         return click.Command(verb.name, params=params, **more)
     if verb.name == "convert":  # --list and --from-list stand in place of what it takes else

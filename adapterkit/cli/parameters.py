@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from adapterkit.cli.completion import Name, Source, Targets
-from adapterkit.engines.run_options import RunOptions
 from adapterkit.options import Check, flag_of, option_of
+from adapterkit.run_options import RunOptions
 from adapterkit.verb import Verb, WritingVerb, fields_of
 
 json_option = click.Option(

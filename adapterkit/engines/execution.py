@@ -11,7 +11,6 @@ from pathlib import Path
 from adapterkit.checkpoint.folder import Folder, LocalFolder, original
 from adapterkit.checkpoint.stage import Stage, check_name
 from adapterkit.engines.one_file import Done, run_to_file
-from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused, shown
 from adapterkit.execute import Engine, check_place, output_names, run
 from adapterkit.hub.ids import is_on_hub
@@ -20,6 +19,7 @@ from adapterkit.options import StrPath, parse_size
 from adapterkit.plan import Plan
 from adapterkit.planning.converted import conversion_notes
 from adapterkit.receipt import Receipt, fingerprint_of
+from adapterkit.run_options import RunOptions
 
 # What looks at the finished folder before it gets its name
 FolderCheck = Callable[[Path], object]

@@ -13,7 +13,6 @@ from adapterkit.engines.hub_engine import HubEngine
 from adapterkit.engines.hub_inputs import ConvertedInScratch, plan_in_scratch
 from adapterkit.engines.hub_stage import HubStage, inputs_folder, pins_before, work_folder
 from adapterkit.engines.hub_transfers import plan_transfers
-from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused
 from adapterkit.execute import check_place, output_names, run_in
 from adapterkit.hub.destination import Destination, parse_output
@@ -23,6 +22,7 @@ from adapterkit.hub.pins import pinned
 from adapterkit.options import StrPath, parse_size
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt, earlier_repositories
+from adapterkit.run_options import RunOptions
 
 
 def pinned_inputs(out: StrPath, *, resume: bool) -> AbstractContextManager[object]:

@@ -10,10 +10,10 @@ from adapterkit.checkpoint.folder import LocalFolder, original
 from adapterkit.checkpoint.older import incomplete, lacking, receipt_at, size_at
 from adapterkit.checkpoint.stage import RECEIPT, check_name
 from adapterkit.checkpoint.storage import storage_errors, sync_folder
-from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused, shown
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt, fingerprint_of, is_receipt
+from adapterkit.run_options import RunOptions
 
 SUFFIX = ".adapterkit.json"  # of the receipt, after the file's name
 

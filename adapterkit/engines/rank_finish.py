@@ -16,11 +16,11 @@ from adapterkit.engines.pieces import part_name
 from adapterkit.engines.placement import device_totals
 from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
 from adapterkit.engines.rank_parts import accepts, join, tiling
-from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Failed, Refused
 from adapterkit.execute import check_free, run_in
 from adapterkit.plan import Computed, Plan, Shard
 from adapterkit.receipt import Receipt, read_receipt
+from adapterkit.run_options import RunOptions
 
 
 @dataclass

@@ -11,11 +11,11 @@ from adapterkit.checkpoint.rank_stage import RankStage, prepare
 from adapterkit.checkpoint.reader import Identity, identity
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines.rank_parts import room
-from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused
 from adapterkit.execute import check_space, difference
 from adapterkit.plan import Plan
 from adapterkit.receipt import digest, public_recipe
+from adapterkit.run_options import RunOptions
 
 Check = Callable[[Path], object]
 

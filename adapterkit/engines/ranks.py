@@ -26,7 +26,6 @@ from adapterkit.engines.pieces import Part
 from adapterkit.engines.placement import place
 from adapterkit.engines.rank_job import Job, check_one_kind, no_stage, spoiled
 from adapterkit.engines.rank_parts import accepts, file_of, tiling, units
-from adapterkit.engines.run_options import WAIT, RunOptions
 from adapterkit.engines.waiting import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.errors import (
     AdapterkitError,
@@ -39,6 +38,7 @@ from adapterkit.errors import (
 )
 from adapterkit.options import Progress
 from adapterkit.plan import Computed, Plan, Shard
+from adapterkit.run_options import WAIT, RunOptions
 
 BEAT = 2.0  # seconds after which a rank says again that it lives
 POLL = 1.0  # seconds between looks at what others have done

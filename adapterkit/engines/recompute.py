@@ -25,6 +25,7 @@ from adapterkit.receipt import AGAIN, read_receipt
 from adapterkit.tasks.compensated import CompensatedStep, before_rounding
 from adapterkit.tasks.edited import EditedTensor, RequantizedWeight
 from adapterkit.tasks.rows import arithmetic, rounded
+from adapterkit.verbs.merge import Merge
 from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts
 from adapterkit.weights.reader import ReaderView
 
@@ -395,3 +396,8 @@ class _Source:
         for edit in self.edits:
             edit.apply(rows, first)
         return rows
+
+
+def check_of(plan: Plan, merge: Merge) -> RowCheck | None:
+    """The check of a merge's rows, where it is asked for."""
+    return RowCheck(plan) if merge.verify else None

@@ -72,7 +72,7 @@ class Finish(Verb["Receipt"]):
         command = f"adapterkit run {shlex.quote(str(self.file))}"
         end = executors_of(verb).finish(plan_file.job, command, self.verify and not recomputes)
         repositories = [one for one in dict.fromkeys((verb.pushed_to, self.push)) if one]
-        with again():
+        with again(verb):
             plan = verb.plan()
             for repo in repositories:
                 job = plan_file.job.fingerprint

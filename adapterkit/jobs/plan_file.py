@@ -20,7 +20,7 @@ from adapterkit.engines.rank_job import Job
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.jobs.verbs import executors_of, writing_verb
-from adapterkit.options import FILE, StrPath, finite, option_of
+from adapterkit.options import FILE, StrPath, finite, option_of, own_hints
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
 from adapterkit.statistics.plan import StatisticsPlan
@@ -244,10 +244,12 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 @contextmanager
-def again() -> Iterator[None]:
-    """Errors in this block hint at the same command, which needs no --resume."""
+def again(verb: WritingVerb) -> Iterator[None]:
+    """Errors in this block hint at options of the plan's verb, and at the same command, which needs
+    no --resume."""
     try:
-        yield
+        with own_hints(type(verb)):
+            yield
     except AdapterkitError as error:
         error.hint = error.hint.replace(" with --resume", "")
         raise

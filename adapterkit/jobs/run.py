@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.engines.run_options import WAIT
 from adapterkit.errors import Refused
 from adapterkit.options import (
     COUNT,
@@ -23,6 +22,7 @@ from adapterkit.options import (
     option,
     record,
 )
+from adapterkit.run_options import WAIT
 from adapterkit.verb import Verb, function_of
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def run_rank(
     verb = replace(plan_file.verb, resume=True, progress=progress)
     make = executors_of(verb).rank
     worker = make(plan_file.job, rank, ranks, device, workers, wait, dry_run, only)
-    with again():
+    with again(verb):
         done = in_place(verb.plan(), verb, worker.make)
     if isinstance(done, Receipt):
         return Outcome(rank, ranks, [], finished=True)

@@ -2,7 +2,6 @@
 arXiv:2405.11157), as files."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from adapterkit import __version__, dtypes
 from adapterkit.adapters import adapter_config
@@ -16,15 +15,13 @@ from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.sites import join
 from adapterkit.planning.sources import open_all
 from adapterkit.tasks.experts import StackedExperts
+from adapterkit.verbs.arrow import Arrow
 
 FORMAT = 1
 WEIGHTS, CONFIG = "arrow.safetensors", "arrow.json"
 
-if TYPE_CHECKING:
-    from adapterkit.verbs.arrow import Arrow
 
-
-def plan_arrow(options: "Arrow") -> Plan:
+def plan_arrow(options: Arrow) -> Plan:
     """Everything arrow will do, or `Refused` with all that cannot be done."""
     expert_folders, generals = open_all(adapters=options.adapters, general=options.general)
     _check(options, len(expert_folders))
@@ -102,7 +99,7 @@ def plan_arrow(options: "Arrow") -> Plan:
     )
 
 
-def _check(options: "Arrow", count: int) -> None:
+def _check(options: Arrow, count: int) -> None:
     errors: list[AdapterkitError] = []
     if not count:
         errors.append(

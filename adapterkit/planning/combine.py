@@ -3,7 +3,7 @@
 rank, a share of the energy) are three choices."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
@@ -36,12 +36,10 @@ from adapterkit.planning.sources import open_model, open_statistics, open_weight
 from adapterkit.registry import create
 from adapterkit.tasks import common
 from adapterkit.tasks.combined import CombinedFactors, Part, Refit
-
-if TYPE_CHECKING:
-    from adapterkit.verbs.combine import Combine
+from adapterkit.verbs.combine import Combine
 
 
-def plan_combine(options: "Combine") -> Plan:
+def plan_combine(options: Combine) -> Plan:
     """Everything a combination will do, or `Refused` with all that cannot be done."""
     sources = open_weighted(options.adapters)
     base = None if options.base is None else open_model(options.base)
@@ -186,7 +184,7 @@ def _part(
     )
 
 
-def _resolve_method(options: "Combine") -> tuple[Method, Refit]:
+def _resolve_method(options: Combine) -> tuple[Method, Refit]:
     """The method's record and the refit; `Refused` for options that do not fit."""
     method, default = ALIASES.get(options.method, (options.method, None))
     settings = {"density": options.density, "majority": options.majority}
@@ -218,7 +216,7 @@ def _fit(
     name: str,
     parts: tuple[Part, ...],
     adapters: Sequence[Adapter],
-    options: "Combine",
+    options: Combine,
     refit: Refit,
 ) -> list[AdapterkitError]:
     ranks = {part.factors.rank for part in parts}
@@ -254,7 +252,7 @@ def _fit(
 def _biases(
     joined: dict[str, Site],
     weights: "AdapterWeights",
-    options: "Combine",
+    options: Combine,
     errors: list[AdapterkitError],
 ) -> list[common.SummedTensor]:
     """The biases that LoRAs add; they follow the weights, so only `linear` says what becomes of

@@ -16,9 +16,9 @@ from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.library import formats
 from adapterkit.formats.schema import ADAPTER_LAYOUT, AdapterWords
-from adapterkit.planning.convert.options import ConvertOptions
 from adapterkit.planning.planned_folder import PlannedFolder, planned_folder
 from adapterkit.planning.temporary import temporary_folder
+from adapterkit.verbs.convert import ConvertOptions
 
 if TYPE_CHECKING:
     from adapterkit.plan import Plan

@@ -1,7 +1,5 @@
 """dequantize: a quantized checkpoint into floats."""
 
-from typing import TYPE_CHECKING
-
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import open_checkpoint
@@ -16,16 +14,14 @@ from adapterkit.planning.gaps import check_gaps
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.model_output import plan_shard, plan_shards_of_size
 from adapterkit.planning.sources import open_model
+from adapterkit.verbs.dequantize import Dequantize
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.decoded import decoded_view, quantization_files, quantized_weights
 
 SHARD_SIZE = "5GB"  # of what comes from a GGUF file
 
-if TYPE_CHECKING:
-    from adapterkit.verbs.dequantize import Dequantize
 
-
-def plan_dequantize(options: "Dequantize") -> Plan:
+def plan_dequantize(options: Dequantize) -> Plan:
     """Everything a dequantization will do, or `Refused`."""
     folder, dtype = open_model(options.base), options.dtype
     if name := gguf_file(folder):
@@ -85,7 +81,7 @@ def plan_dequantize(options: "Dequantize") -> Plan:
     )
 
 
-def _plan_gguf(folder: Folder, name: str, options: "Dequantize") -> Plan:
+def _plan_gguf(folder: Folder, name: str, options: Dequantize) -> Plan:
     """Everything that is done to a GGUF file: every parameter decoded, put into its layout, rounded
     once."""
     model, dtype = open_gguf(folder, name), options.dtype

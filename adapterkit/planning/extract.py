@@ -1,10 +1,11 @@
 """The difference of two checkpoints: which parameters get factors, which are saved whole."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
@@ -19,7 +20,6 @@ from adapterkit.planning import adapter_output
 from adapterkit.planning.comparison import equal_values
 from adapterkit.planning.extracted_adapter import ExtractedAdapter, finalize_extraction, prefixes
 from adapterkit.planning.factor_targets import FactorTargets
-from adapterkit.planning.merge.options import MergeOptions
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.planning.model_config import nested_values
 from adapterkit.planning.norms import select_norms
@@ -27,12 +27,11 @@ from adapterkit.planning.selection import Selection
 from adapterkit.planning.sources import open_adapter, open_model, open_statistics
 from adapterkit.tasks.difference import DifferenceFactors, WholeParameter
 from adapterkit.tasks.truncated import SHARES, Truncation, check_truncation, even_rank
+from adapterkit.verbs.extract import Extract
+from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter, StoredParameter
-
-if TYPE_CHECKING:
-    from adapterkit.verbs.extract import Extract
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Extraction:
 
 
 def sort_parameters(
-    sides: tuple[Checkpoint, Checkpoint], options: "Extract", truncation: Truncation
+    sides: tuple[Checkpoint, Checkpoint], options: Extract, truncation: Truncation
 ) -> Extraction:
     """Sort every parameter of the fine-tune, the second side: factors, saved whole, unchanged, or
     not selected. `Refused` with all problems.
@@ -82,7 +81,7 @@ class _Sorting:
     """An extraction while its parameters are sorted."""
 
     sides: tuple[Checkpoint, Checkpoint]
-    options: "Extract"
+    options: Extract
     truncation: Truncation
     errors: list[AdapterkitError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -320,7 +319,7 @@ def _dtype_error(name: str, stored: set[str]) -> Refused:
     )
 
 
-def plan_extract(options: "Extract") -> Plan:
+def plan_extract(options: Extract) -> Plan:
     """Everything an extraction will do, or `Refused` with all that cannot be done. Reads what gets
     no factors, to see if it differs."""
     base, tuned = open_model(options.base), open_model(options.tuned)
@@ -387,6 +386,7 @@ def _weighted(
     return [replace(one, covariance=selected.get(one.name)) for one in factors]
 
 
-def plan_its_merge(plan: Plan, folder: Path) -> Plan:
-    """The plan of a merge of the extracted adapter in a folder into its base: it is read back."""
-    return plan_merge(plan.folders[0], [(open_adapter(folder), 1.0)], MergeOptions())
+def merge_check(plan: Plan, extract: Extract) -> Callable[[Path], Plan]:
+    """What reads an extracted adapter back, and plans its merge into the base."""
+    base = plan.folders[0]
+    return lambda folder: plan_merge(base, [(open_adapter(folder), 1.0)], MergeOptions())

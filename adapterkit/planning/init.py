@@ -3,7 +3,7 @@ that the adapter takes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
@@ -34,17 +34,15 @@ from adapterkit.tasks.handoff import HandoffFactors
 from adapterkit.tasks.initial import InitialFactors
 from adapterkit.tasks.redistribution import finalize_by_ratios, warn_of_dropped, with_candidates
 from adapterkit.tasks.statistics import select_statistics, shape_of
+from adapterkit.verbs.init import Init
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.detect import check_not_quantized
 
 COLLECTED = INPUTS | {"gradient": ("gradient",)}  # what `stats` collects: kinds
 ADAPTER = "adapter"  # folder in the output
 
-if TYPE_CHECKING:
-    from adapterkit.verbs.init import Init
 
-
-def plan_init(options: "Init") -> Plan:
+def plan_init(options: Init) -> Plan:
     """Everything an initialization will do, or `Refused`."""
     folder = open_model(options.base)
     stats = None if options.stats is None else open_statistics(options.stats)
@@ -123,7 +121,7 @@ def plan_init(options: "Init") -> Plan:
 def _residual(
     base: Checkpoint,
     targets: list[Target],
-    options: "Init",
+    options: Init,
     adapter: adapter_output.Output,
     notes: list[str],
     decisions: dict[str, Any],
@@ -145,7 +143,7 @@ def _adapter(
     base: Checkpoint,
     tasks: Sequence[Task],
     targets: Sequence[Target],
-    options: "Init",
+    options: Init,
     method: Any,
     folder: str,
     implicit: bool = False,
@@ -191,7 +189,7 @@ def _statistics(
     }
 
 
-def _check(options: "Init", method: Any, has_stats: bool) -> None:
+def _check(options: Init, method: Any, has_stats: bool) -> None:
     """Refuse options that do not go together."""
     errors: list[AdapterkitError] = []
 

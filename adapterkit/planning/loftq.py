@@ -4,7 +4,7 @@ arXiv:2310.08659)."""
 from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
@@ -28,6 +28,7 @@ from adapterkit.shared_options import BlockOptions
 from adapterkit.tasks.handoff import HandoffFactors
 from adapterkit.tasks.loftq import LoftQFactors, LoftQWeight, finalize_accepted
 from adapterkit.tasks.statistics import select_covariances
+from adapterkit.verbs.loftq import Loftq
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.detect import check_not_quantized
@@ -38,11 +39,8 @@ NOT_QUANTIZED = "not quantized"
 MIXED = {4: "w4a16", 8: "w8a16"}  # bitsandbytes knows one width for a model
 SUMMARY = "LoftQ: for its quantized base alone, not for the original"
 
-if TYPE_CHECKING:
-    from adapterkit.verbs.loftq import Loftq
 
-
-def plan_loftq(options: "Loftq") -> Plan:
+def plan_loftq(options: Loftq) -> Plan:
     """Everything LoftQ will do, or `Refused`."""
     _check(options)
     quantized = None if options.quantized is None else open_model(options.quantized)
@@ -81,7 +79,7 @@ def plan_loftq(options: "Loftq") -> Plan:
 
 
 def _plan_base_and_adapter(
-    base: Checkpoint, stats: Checkpoint | None, options: "Loftq"
+    base: Checkpoint, stats: Checkpoint | None, options: Loftq
 ) -> tuple[tuple[Computed, ...], dict[str, Any], list[str], dict[str, Any]]:
     """The files of the packed base and of the adapter beside it: computed ones, others, notes, and
     metrics of the plan."""
@@ -154,7 +152,7 @@ def _plan_fixed_base(
     base: Checkpoint,
     quantized: Checkpoint,
     stats: Checkpoint | None,
-    options: "Loftq",
+    options: Loftq,
     notes: list[str],
 ) -> tuple[adapter_output.Output, dict[str, Any]]:
     """The adapter alone, for a quantized base that stays as it is, and metrics of the plan."""
@@ -216,13 +214,13 @@ def _plan_fixed_base(
     return adapter, {"modules": len(factors)}
 
 
-def _exceptions(options: "Loftq") -> list[Rule[str]]:
+def _exceptions(options: Loftq) -> list[Rule[str]]:
     """The formats of modules that have other bits."""
     formats = {str(bits): name for bits, name in MIXED.items()}
     return read_rules("--bits-for", tuple(options.bits_for), formats.get, "REGEX=4 or REGEX=8")
 
 
-def _check(options: "Loftq") -> None:
+def _check(options: Loftq) -> None:
     if options.bits == 8 and not options.bits_for and (options.double_quant or options.block_size):
         given = "--double-quant" if options.double_quant else "--block-size"
         hint = f"remove {given}, or give --bits 4"

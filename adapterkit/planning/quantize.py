@@ -1,7 +1,5 @@
 """quantize: a checkpoint's linear layers into a quantized format."""
 
-from typing import TYPE_CHECKING
-
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import listed, refuse_all
 from adapterkit.plan import Compensation, Plan, Span, Task
@@ -12,13 +10,11 @@ from adapterkit.planning.sources import open_model, open_statistics
 from adapterkit.shared_options import BlockOptions, missing_statistics
 from adapterkit.tasks.compensated import CompensatedWeight
 from adapterkit.tasks.statistics import select_covariances
+from adapterkit.verbs.quantize import Quantize
 from adapterkit.weights.detect import check_not_quantized
 
-if TYPE_CHECKING:
-    from adapterkit.verbs.quantize import Quantize
 
-
-def plan_quantize(options: "Quantize") -> Plan:
+def plan_quantize(options: Quantize) -> Plan:
     """Everything a quantization will do, or `Refused`."""
     refuse_all(missing_statistics(options.rounding, options.stats))
     stats = None if options.stats is None else open_statistics(options.stats)

@@ -2,7 +2,6 @@
 Δ' = s·b@a - s₀·b₀@a₀."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
@@ -24,16 +23,14 @@ from adapterkit.planning.sites import (
 )
 from adapterkit.planning.sources import initial_of, open_adapter, open_model
 from adapterkit.tasks.combined import CombinedFactors, Part, Refit
+from adapterkit.verbs.rebase import Rebase
 from adapterkit.weights.names import Names
 
 # inits whose base is quantized, not a residual: no difference of factors leads back to the original
 QUANTIZED = ("loftq",)
 
-if TYPE_CHECKING:
-    from adapterkit.verbs.rebase import Rebase
 
-
-def plan_rebase(options: "Rebase") -> Plan:
+def plan_rebase(options: Rebase) -> Plan:
     """Everything a rebase will do, or `Refused` with all that cannot be done."""
     base = None if options.base is None else open_model(options.base)
     source = open_adapter(options.adapter)

@@ -16,12 +16,12 @@ from adapterkit.planning.cards import model_card
 from adapterkit.planning.folder_files import Files, model_files
 from adapterkit.planning.initial_targets import Target
 from adapterkit.planning.merge.job import Job
-from adapterkit.planning.merge.options import MergeOptions
 from adapterkit.planning.merge.plan import changed_steps
 from adapterkit.planning.model_output import CHANGED_BY, QuantizedModel, plan_shard
 from adapterkit.planning.quantization import QuantizationPlan
 from adapterkit.tasks.handoff import handed_on
 from adapterkit.tasks.residual import ResidualWeight
+from adapterkit.verbs.merge import MergeOptions
 
 BASE = "base"  # its folder in the output
 SUMMARY = "without the part that {} took into the adapter beside it"

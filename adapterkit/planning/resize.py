@@ -3,7 +3,7 @@ approximation of each delta, by its singular values."""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
@@ -32,13 +32,11 @@ from adapterkit.tasks.truncated import (
     even_rank,
     finalize_by_size,
 )
+from adapterkit.verbs.resize import Resize
 from adapterkit.weights.names import Names
 
-if TYPE_CHECKING:
-    from adapterkit.verbs.resize import Resize
 
-
-def plan_resize(options: "Resize") -> Plan:
+def plan_resize(options: Resize) -> Plan:
     """Everything a resize will do, or `Refused` with all that cannot be done."""
     source = open_adapter(options.adapter)
     base = None if options.base is None else open_model(options.base)
@@ -81,7 +79,7 @@ class _ResizePlanner:
     """A resize while it is planned: what gets factors, and the adapter as the output's config sees
     it."""
 
-    options: "Resize"
+    options: Resize
     truncation: Truncation
     base: Checkpoint | None
     notes: list[str]

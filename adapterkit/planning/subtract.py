@@ -3,7 +3,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
@@ -19,13 +18,11 @@ from adapterkit.planning.sources import open_all, open_model
 from adapterkit.tasks import common
 from adapterkit.tasks.combined import CombinedFactors, Part, Refit
 from adapterkit.tasks.subtracted import SubtractedFactors
+from adapterkit.verbs.subtract import Subtract
 from adapterkit.weights.names import Names
 
-if TYPE_CHECKING:
-    from adapterkit.verbs.subtract import Subtract
 
-
-def plan_subtract(options: "Subtract") -> Plan:
+def plan_subtract(options: Subtract) -> Plan:
     """Everything a subtraction will do, or `Refused` with all that cannot be done."""
     task_sources, generals = open_all(adapters=options.adapters, general=options.general)
     base = None if options.base is None else open_model(options.base)
@@ -125,7 +122,7 @@ def _without(general: Adapter, exclude: str | None) -> Adapter:
 def _output(
     task_adapter: Adapter,
     generals: Sequence[Adapter],
-    options: "Subtract",
+    options: Subtract,
     several: bool,
     names: Names | None,
     errors: list[AdapterkitError],

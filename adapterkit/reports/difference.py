@@ -3,7 +3,7 @@ nothing large is held whole."""
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder
@@ -18,14 +18,12 @@ from adapterkit.reports.matching import (
     match_components,
 )
 from adapterkit.reports.pairs import STATES, Result
-
-if TYPE_CHECKING:
-    from adapterkit.verbs.diff import Diff
+from adapterkit.verbs.diff import Diff
 
 VERSION = 1
 
 
-def compare_sources(diff: "Diff") -> dict[str, Any]:
+def compare_sources(diff: Diff) -> dict[str, Any]:
     """What `diff` says of two sources."""
     tolerance, rank_for_energy = diff.tolerance, diff.rank_for_energy
     sources = open_source(diff.a), open_source(diff.b)

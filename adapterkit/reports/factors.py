@@ -23,8 +23,8 @@ from adapterkit.kernels.sums import all_finite, squared_norm
 from adapterkit.options import Progress
 from adapterkit.planning.merge.changes import collect_changes, other_base
 from adapterkit.planning.merge.job import Job
-from adapterkit.planning.merge.options import MergeOptions
 from adapterkit.reports.reader import StoredReader
+from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.slots import Slot

@@ -12,9 +12,9 @@ from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.record import Contents
 from adapterkit.formats.schema import ADAPTER_LAYOUT, MODEL, Architecture, Format
 from adapterkit.options import FLAG, SOURCE, StrPath
-from adapterkit.planning.convert.options import ConvertOptions
 from adapterkit.planning.convert.source import read_contents
 from adapterkit.planning.sources import open_unconverted
+from adapterkit.verbs.convert import ConvertOptions
 
 RANKED = ("lora", "loha", "lokr")  # kinds whose modules have a rank
 PLACES = {

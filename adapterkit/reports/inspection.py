@@ -2,7 +2,7 @@
 factors."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder, LocalFolder
@@ -14,12 +14,10 @@ from adapterkit.planning.sources import open_model, open_source
 from adapterkit.reports import pictures
 from adapterkit.reports.adapter import inspect_adapter
 from adapterkit.reports.checkpoint import MAX_NAMES, inspect_base, inspect_file
-
-if TYPE_CHECKING:
-    from adapterkit.verbs.inspect import Inspect
+from adapterkit.verbs.inspect import Inspect
 
 
-def inspect_source(inspect: "Inspect") -> dict[str, Any]:
+def inspect_source(inspect: Inspect) -> dict[str, Any]:
     """What `inspect` says of a source."""
     path, base, plot = inspect.path, inspect.base, inspect.plot
     download, headers = inspect.download, inspect.headers

@@ -1,7 +1,7 @@
 """verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled
 rows are recomputed in float64."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.stage import RECEIPT
@@ -12,12 +12,10 @@ from adapterkit.options import StrPath
 from adapterkit.plan import Plan
 from adapterkit.planning.sources import open_model, open_source, open_statistics, open_weighted
 from adapterkit.receipt import AGAIN, read_receipt
-
-if TYPE_CHECKING:
-    from adapterkit.verbs.verify import Verify
+from adapterkit.verbs.verify import Verify
 
 
-def verify_output(verify: "Verify") -> dict[str, Any]:
+def verify_output(verify: Verify) -> dict[str, Any]:
     """What `verify` says of an output."""
     folder, base, stats, progress = verify.folder, verify.base, verify.stats, verify.progress
     adapters = verify.adapters
@@ -59,8 +57,8 @@ def _plan_again(
     stats: StrPath | None,
 ) -> Plan:
     """The plan that made the output, from the receipt's options and inputs that are the same."""
-    from adapterkit.planning.merge.options import MergeOptions
     from adapterkit.planning.merge.plan import plan_merge
+    from adapterkit.verbs.merge import MergeOptions
 
     verb = receipt["recipe"]["verb"]
     if verb != "merge":

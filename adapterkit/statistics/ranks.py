@@ -21,10 +21,10 @@ from adapterkit.engines.device import arithmetic
 from adapterkit.engines.rank_finish import Finish, seconds_of
 from adapterkit.engines.rank_job import Preparation, check_one_kind, no_stage, spoiled
 from adapterkit.engines.ranks import Marks, Outcome, Pulse, Rank
-from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Failed, Refused, listed
 from adapterkit.options import Progress
 from adapterkit.receipt import Receipt
+from adapterkit.run_options import RunOptions
 from adapterkit.statistics import output
 from adapterkit.statistics.activations import Room
 from adapterkit.statistics.collect import Layers, run

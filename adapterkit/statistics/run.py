@@ -4,7 +4,6 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,12 +22,10 @@ from adapterkit.statistics.plan import (
     plan_statistics,
 )
 from adapterkit.statistics.ranks import Collect
-
-if TYPE_CHECKING:
-    from adapterkit.verbs.stats import Stats
+from adapterkit.verbs.stats import Stats
 
 
-def plan_stats(stats: "Stats") -> StatisticsPlan:
+def plan_stats(stats: Stats) -> StatisticsPlan:
     """Everything the collection will do, or `Refused`."""
     if stats.engine == "ray":
         raise Refused(
@@ -55,7 +52,7 @@ def plan_stats(stats: "Stats") -> StatisticsPlan:
     return output.placed(plan, stats.out, stats.disk_limit)
 
 
-def carry_out(plan: StatisticsPlan, stats: "Stats") -> Receipt | StatisticsPlan:
+def carry_out(plan: StatisticsPlan, stats: Stats) -> Receipt | StatisticsPlan:
     """Write the file, or with `dry_run` look whether it could be written."""
     device, how = device_of(stats.device), {"resume": stats.resume, "overwrite": stats.overwrite}
     if stats.dry_run:
@@ -65,9 +62,14 @@ def carry_out(plan: StatisticsPlan, stats: "Stats") -> Receipt | StatisticsPlan:
     return write(plan, stats, collect, began=time.monotonic(), **how)
 
 
+def writer(plan: StatisticsPlan, stats: Stats) -> partial[Receipt]:
+    """What writes the file of ranks' statistics."""
+    return partial(write, plan, stats)
+
+
 def write(
     plan: StatisticsPlan,
-    stats: "Stats",
+    stats: Stats,
     collect: Collect,
     *,
     began: float,

@@ -18,7 +18,7 @@ from adapterkit.shared_options import factor_dtype_option
 from adapterkit.verb import WritingVerb, function_of
 
 if TYPE_CHECKING:
-    from adapterkit.plan import Plan
+    pass
 
 
 @record
@@ -37,6 +37,7 @@ class Arrow(WritingVerb):
     `temperature`. Raises `Refused` before anything is written.
     """
 
+    planner = "planning.arrow:plan_arrow"
     command = """Stack adapters as experts with routing prototypes (Arrow).
 
     \b
@@ -69,11 +70,6 @@ class Arrow(WritingVerb):
         default=None, check=SEED, help="Seed of --compat peft (default: 0).", needs="compat=peft"
     )
     dtype: str = factor_dtype_option()
-
-    def make_plan(self) -> "Plan":
-        from adapterkit.planning.arrow import plan_arrow
-
-        return plan_arrow(self)
 
 
 arrow = function_of(Arrow)

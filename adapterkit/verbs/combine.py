@@ -32,7 +32,7 @@ from adapterkit.shared_options import (
 from adapterkit.verb import WritingVerb, function_of
 
 if TYPE_CHECKING:
-    from adapterkit.plan import Plan
+    pass
 
 
 @record
@@ -75,6 +75,7 @@ class Combine(WritingVerb):
     are right.
     """
 
+    planner = "planning.combine:plan_combine"
     command = """Combine several adapters into one.
 
     Δ' = method(w₁Δ₁, w₂Δ₂, ...), written as factors of scale 1.
@@ -137,11 +138,6 @@ class Combine(WritingVerb):
     seed: int = seed_option()
     tokenizer: str | None = tokenizer_option()
     dtype: str = factor_dtype_option()
-
-    def make_plan(self) -> "Plan":
-        from adapterkit.planning.combine import plan_combine
-
-        return plan_combine(self)
 
 
 combine = function_of(Combine)

@@ -1,19 +1,69 @@
 """convert: an adapter from the layout of one tool into that of another."""
 
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
-from adapterkit.hub.ids import is_on_hub
-from adapterkit.options import FLAG, SOURCE, StrPath, argument, option, record
-from adapterkit.planning.convert.options import ConvertOptions
-from adapterkit.shared_options import base_option
+from adapterkit.options import (
+    ABOVE_0,
+    COUNT,
+    FLAG,
+    SOURCE,
+    TEXT,
+    Check,
+    Checked,
+    StrPath,
+    argument,
+    choice,
+    option,
+    record,
+    text,
+)
+from adapterkit.shared_options import base_option, dtype_option
 from adapterkit.verb import WritingVerb, function_of
 
-if TYPE_CHECKING:
-    from adapterkit.plan import Plan
+COMPONENTS = (
+    "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"
+)  # fmt: skip
 
-FILES = (".safetensors", ".gguf")
+
+def written_formats() -> Iterable[str]:
+    """The formats that are written; their tables are read for the help of `convert` alone."""
+    from adapterkit.formats import library
+
+    return library.written_formats()
+
+
+@record
+class ConvertOptions(Checked):
+    """How an adapter is written in the layout of another tool."""
+
+    to: str = option(
+        check=Check(text, words=written_formats),
+        help="Format to write; see the list below.",
+    )
+    alpha: float | None = option(
+        default=None, check=ABOVE_0, help="Alpha of a source that has none."
+    )
+    rank: int | None = option(
+        default=None,
+        check=COUNT,
+        help="Make plain factors of this rank of LoHa, LoKr, OFT and the like.",
+    )
+    dtype: str | None = dtype_option("Dtype of the tensors (default: the source's).")
+    lossy: bool = option(
+        default=False, check=FLAG, help="Drop norms and biases that the format cannot store."
+    )
+    prefix_only: str | None = option(
+        default=None,
+        check=choice(COMPONENTS),
+        help="Convert this part of a pipeline alone; of a single model's adapter, which part it "
+        "is.",
+    )
+    architecture: str | None = option(
+        default=None,
+        check=TEXT,
+        metavar="NAME",
+        help="The model's family, where the names fit several (see --list).",
+    )
 
 
 @record
@@ -36,6 +86,7 @@ class Convert(WritingVerb, ConvertOptions):
     anything is written.
     """
 
+    planner = "planning.conversion:plan_conversion"
     command = """Convert an adapter between the formats of tools.
 
     The source's format is detected. Every key of it is used, or the conversion is refused with all
@@ -61,18 +112,6 @@ class Convert(WritingVerb, ConvertOptions):
         check=FLAG,
         help="Read .pt, .pth and .bin files with torch's weights_only loader.",
     )
-
-    def make_plan(self) -> "Plan":
-        from adapterkit.engines.hub_inputs import plan_in_parts
-        from adapterkit.planning.convert.plan import plan_convert
-        from adapterkit.planning.sources import open_base, open_unconverted
-
-        target = Path(self.out)
-        is_file = target.suffix in FILES and not is_on_hub(self.out)
-        source = open_unconverted(self.src, self.allow_pickle)
-        base = None if self.base is None else open_base(self.base)
-        options, name = self.only(ConvertOptions), target.name if is_file else None
-        return replace(plan_in_parts(plan_convert(source, options, base, name)), is_file=is_file)
 
 
 convert = function_of(Convert)

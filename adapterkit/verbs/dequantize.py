@@ -7,7 +7,7 @@ from adapterkit.shared_options import dtype_option, shard_size_option
 from adapterkit.verb import WritingVerb, function_of
 
 if TYPE_CHECKING:
-    from adapterkit.plan import Plan
+    pass
 
 
 @record
@@ -25,6 +25,7 @@ class Dequantize(WritingVerb):
     plain floats keeps its dtype.
     """
 
+    planner = "planning.dequantize:plan_dequantize"
     command = """Decode a quantized checkpoint or GGUF file into floats.
 
     \b
@@ -38,11 +39,6 @@ class Dequantize(WritingVerb):
         "Dtype of the decoded weights (default: the one the format's library computes in)."
     )
     max_shard_size: str | int | None = shard_size_option()
-
-    def make_plan(self) -> "Plan":
-        from adapterkit.planning.dequantize import plan_dequantize
-
-        return plan_dequantize(self)
 
 
 dequantize = function_of(Dequantize)

@@ -58,6 +58,7 @@ class Diff(Verb[dict[str, Any]]):
     of them (with their base: without it the flattened kernel of a LoHa or LoKr looks linear).
     """
 
+    runner = "reports.difference:compare_sources"
     command = """Compare two checkpoints, adapters or .safetensors files.
 
     Checkpoints are compared by key, however they are sharded; a copy rounded to another dtype is
@@ -92,11 +93,6 @@ class Diff(Verb[dict[str, Any]]):
         "adapters 0.99; 0: none).",
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
-
-    def run(self) -> dict[str, Any]:
-        from adapterkit.reports.difference import compare_sources
-
-        return compare_sources(self)
 
 
 diff = function_of(Diff)

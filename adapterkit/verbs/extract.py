@@ -1,7 +1,7 @@
 """extract: the adapter that leads from a base to a fine-tune of it, from the two checkpoints'
 difference."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adapterkit.options import SOURCE, StrPath, argument, choice, option, record
 from adapterkit.shared_options import (
@@ -13,7 +13,7 @@ from adapterkit.shared_options import (
 from adapterkit.verb import WritingVerb, function_of
 
 if TYPE_CHECKING:
-    from adapterkit.plan import Plan
+    pass
 
 
 @record
@@ -43,6 +43,8 @@ class Extract(WritingVerb, TruncationOptions, ModuleFilters):
     `disable_adapter` leaves it there.
     """
 
+    planner = "planning.extract:plan_extract"
+    checker = "planning.extract:merge_check"
     command = """Extract the adapter between a base and its fine-tune.
 
     b@a ≈ W_tuned - W_base, the best approximation of that rank. Before it is published, the adapter
@@ -66,17 +68,6 @@ class Extract(WritingVerb, TruncationOptions, ModuleFilters):
         "drop them, or refuse.",
     )
     dtype: str = factor_dtype_option()
-
-    def make_plan(self) -> "Plan":
-        from adapterkit.planning.extract import plan_extract
-
-        return plan_extract(self)
-
-    def check(self, plan: "Plan") -> Any:
-        """What was written is read back, and its merge into the base planned."""
-        from adapterkit.planning.extract import plan_its_merge
-
-        return lambda folder: plan_its_merge(plan, folder)
 
 
 extract = function_of(Extract)

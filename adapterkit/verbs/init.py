@@ -18,7 +18,7 @@ from adapterkit.shared_options import (
 from adapterkit.verb import WritingVerb, function_of
 
 if TYPE_CHECKING:
-    from adapterkit.plan import Plan
+    pass
 
 
 @record
@@ -48,6 +48,7 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
     the adapter that is saved says nothing that makes PEFT change a base again.
     """
 
+    planner = "planning.init:plan_init"
     command = """Initialize an adapter on a base.
 
     DIR/adapter gets the factors. Methods that take a part of each weight leave the residual in
@@ -102,11 +103,6 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
         help="Quantize the residual base, e.g. nf4 (QPiSSA).",
     )
     dtype: str = factor_dtype_option()
-
-    def make_plan(self) -> "Plan":
-        from adapterkit.planning.init import plan_init
-
-        return plan_init(self)
 
 
 init = function_of(Init)

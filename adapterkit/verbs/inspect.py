@@ -65,6 +65,7 @@ class Inspect(Verb[dict[str, Any]]):
     inspect or an option does not apply.
     """
 
+    runner = "reports.inspection:inspect_source"
     command = """Show what a checkpoint or adapter holds, and its problems.
 
     Of a base and of sources on the Hub, headers and JSON are read; of a local adapter also the
@@ -101,11 +102,6 @@ class Inspect(Verb[dict[str, Any]]):
         help="Plot the norms as a heatmap, layers by modules.",
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
-
-    def run(self) -> dict[str, Any]:
-        from adapterkit.reports.inspection import inspect_source
-
-        return inspect_source(self)
 
 
 inspect = function_of(Inspect)

@@ -25,7 +25,6 @@ from adapterkit.shared_options import (
 from adapterkit.verb import WritingVerb, function_of
 
 if TYPE_CHECKING:
-    from adapterkit.plan import Plan
     from adapterkit.tasks.loftq import Accept
 
 
@@ -58,6 +57,7 @@ class Loftq(WritingVerb, ScaleOptions, BlockOptions):
     base is written packed, and the best round is kept, not the last.
     """
 
+    planner = "planning.loftq:plan_loftq"
     command = """Quantize a base and fit an adapter to the error (LoftQ).
 
     W ≈ Q + scale·b@a: DIR/base is the quantized base, DIR/adapter the adapter to train.
@@ -89,11 +89,6 @@ class Loftq(WritingVerb, ScaleOptions, BlockOptions):
     stats: StrPath | None = covariances_option()
     accept: "Accept | None" = option(default=None, check=FUNCTION, needs="quantized")
     dtype: str = factor_dtype_option()
-
-    def make_plan(self) -> "Plan":
-        from adapterkit.planning.loftq import plan_loftq
-
-        return plan_loftq(self)
 
 
 loftq = function_of(Loftq)

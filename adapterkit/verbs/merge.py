@@ -1,17 +1,83 @@
 """merge: adapters into a base, W' = round(W + Σ weight·scale·b@a), streamed from files to files."""
 
-from typing import TYPE_CHECKING
-
-from adapterkit.errors import Refused
-from adapterkit.hub.ids import is_on_hub
-from adapterkit.options import SOURCE, WEIGHTED, Sources, StrPath, argument, option, record
-from adapterkit.planning.merge.options import MergeOptions
-from adapterkit.shared_options import statistics_option, verify_option
+from adapterkit.options import (
+    COMPAT,
+    FLAG,
+    SOURCE,
+    WEIGHTED,
+    Sources,
+    StrPath,
+    argument,
+    choice,
+    option,
+    record,
+)
+from adapterkit.shared_options import (
+    ModuleFilters,
+    dtype_option,
+    seed_option,
+    shard_size_option,
+    statistics_option,
+    verify_option,
+)
 from adapterkit.verb import WritingVerb, function_of, push_option
 
-if TYPE_CHECKING:
-    from adapterkit.engines.execution import FolderCheck
-    from adapterkit.plan import Plan
+
+@record
+class MergeOptions(ModuleFilters):
+    """How adapters become part of a base."""
+
+    dtype: str | None = dtype_option(
+        "Cast floating-point tensors (default: keep the base's dtypes)."
+    )
+    max_shard_size: str | int | None = shard_size_option()
+    tied: str = option(
+        default="untie",
+        check=choice(("untie", "fold", "refuse")),
+        help="If only one of two tied embeddings changes: write two weights, change the shared one "
+        "(as PEFT does in memory), or refuse.",
+    )
+    base_is_residual: bool = option(
+        default=False,
+        check=FLAG,
+        help="BASE is the residual base that came with a PiSSA-like adapter.",
+    )
+    base_copies: str | None = option(
+        default=None,
+        check=choice(("ignore", "adapter")),
+        help="If an adapter's copy of the base's embedding differs from BASE's: ignore the copy, "
+        "or use the adapter's.",
+    )
+    compat: str | None = option(
+        default=None,
+        check=COMPAT,
+        help="PEFT's rounding, and its order of several adapters.",
+        needs="rounding=nearest",
+    )
+    expert_layout: str | None = option(
+        default=None,
+        check=choice(("peft-0.18", "peft-0.19")),
+        help="PEFT version that saved the adapter (only for square expert weights).",
+    )
+    tokenizer: str | None = option(
+        default=None,
+        check=choice(("base", "adapter")),
+        help="Tokenizer of the output (default: the adapter's, if it has one).",
+    )
+    dequantize: bool = option(
+        default=False,
+        check=FLAG,
+        help="Write a quantized base's weights as 16-bit floats (default: keep the format).",
+    )
+    rounding: str = option(
+        default="nearest",
+        check=choice(("nearest", "stochastic", "compensated")),
+        help="Rounding of changed weights; stochastic: unbiased, so that small deltas survive; "
+        "compensated: errors carried on, so that outputs change least.",
+    )
+    seed: int = seed_option(
+        "Seed of stochastic rounding: same seed, same bytes.", needs="rounding=stochastic"
+    )
 
 
 @record
@@ -42,6 +108,8 @@ class Merge(WritingVerb, MergeOptions):
     and anything unknown is an error; `compat="peft"` keeps PEFT's roundings and order.
     """
 
+    planner = "planning.merge.plan:plan_merge_of"
+    checker = "engines.recompute:check_of"
     command = """Merge adapters into a base checkpoint.
 
     Each weight becomes W' = round(W + Σ weight·scale·b@a).
@@ -68,36 +136,9 @@ class Merge(WritingVerb, MergeOptions):
     verify: bool = verify_option()
     push: str | None = push_option()
 
-    def make_plan(self) -> "Plan":
-        from adapterkit.planning.merge.plan import plan_merge, plan_merge_into_original
-        from adapterkit.planning.sources import open_model, open_statistics, open_weighted
-
-        _check_one_place(self)
-        base, options = open_model(self.base), self.only(MergeOptions)
-        adapters = open_weighted(self.adapters, base=base)
-        stats = None if self.stats is None else open_statistics(self.stats)
-        if self.base16 is None:
-            return plan_merge(base, adapters, options, stats)
-        return plan_merge_into_original(self.base, self.base16, adapters, options, stats)
-
-    def check(self, plan: "Plan") -> "FolderCheck | None":
-        from adapterkit.engines.recompute import RowCheck
-
-        return RowCheck(plan) if self.verify else None
-
     @property
     def pushed_to(self) -> str | None:
         return self.push
-
-
-def _check_one_place(verb: Merge) -> None:
-    if verb.push is not None and is_on_hub(verb.out):
-        raise Refused(
-            "--push does not apply to an output on the Hub",
-            expected="one place",
-            where="--push",
-            hint="remove --push",
-        )
 
 
 merge = function_of(Merge)

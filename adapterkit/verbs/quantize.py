@@ -8,7 +8,7 @@ from adapterkit.shared_options import BlockOptions, statistics_option
 from adapterkit.verb import WritingVerb, function_of
 
 if TYPE_CHECKING:
-    from adapterkit.plan import Plan
+    pass
 
 
 @record
@@ -30,6 +30,7 @@ class Quantize(WritingVerb, BlockOptions):
     rounding to nearest; stacks of experts are rounded so.
     """
 
+    planner = "planning.quantize:plan_quantize"
     command = """Quantize a checkpoint's linear layers.
 
     As transformers would: the output layer, embeddings and norms stay as they are.
@@ -51,11 +52,6 @@ class Quantize(WritingVerb, BlockOptions):
         "Covariances of the layers' inputs, for --rounding compensated.",
         needs="rounding=compensated",
     )
-
-    def make_plan(self) -> "Plan":
-        from adapterkit.planning.quantize import plan_quantize
-
-        return plan_quantize(self)
 
 
 quantize = function_of(Quantize)

@@ -15,7 +15,7 @@ from adapterkit.shared_options import (
 from adapterkit.verb import WritingVerb, function_of
 
 if TYPE_CHECKING:
-    from adapterkit.plan import Plan
+    pass
 
 
 @record
@@ -32,6 +32,7 @@ class Rebase(WritingVerb):
     is written.
     """
 
+    planner = "planning.rebase:plan_rebase"
     command = """Turn a PiSSA-like adapter into LoRA on the original base.
 
     Δ' = s·b@a - s₀·b₀@a₀, for adapters initialized by PiSSA, OLoRA, CorDA or LoRA-GA.
@@ -53,11 +54,6 @@ class Rebase(WritingVerb):
     rank: int | None = rank_option(EXACT_BY_DEFAULT)
     energy: float | None = energy_option()
     dtype: str = factor_dtype_option()
-
-    def make_plan(self) -> "Plan":
-        from adapterkit.planning.rebase import plan_rebase
-
-        return plan_rebase(self)
 
 
 rebase = function_of(Rebase)

@@ -13,7 +13,7 @@ from adapterkit.shared_options import (
 from adapterkit.verb import WritingVerb, function_of
 
 if TYPE_CHECKING:
-    from adapterkit.plan import Plan
+    pass
 
 
 @record
@@ -43,6 +43,7 @@ class Resize(WritingVerb, TruncationOptions):
     note says.
     """
 
+    planner = "planning.resize:plan_resize"
     command = """Change an adapter's rank, or its kind to plain LoRA.
 
     Each delta gets its best approximation of the new rank, computed from the factors alone.
@@ -67,11 +68,6 @@ class Resize(WritingVerb, TruncationOptions):
         help="lora_alpha of the result: each module's rank (scale 1), or the adapter's own.",
     )
     dtype: str = factor_dtype_option()
-
-    def make_plan(self) -> "Plan":
-        from adapterkit.planning.resize import plan_resize
-
-        return plan_resize(self)
 
 
 resize = function_of(Resize)

@@ -2,10 +2,8 @@
 or refitted by them."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.engines.run_options import OUTPUT_FILE
 from adapterkit.options import (
     COMPAT,
     COUNT,
@@ -20,8 +18,9 @@ from adapterkit.options import (
     own_hints,
     record,
 )
+from adapterkit.run_options import OUTPUT_FILE
 from adapterkit.shared_options import seed_option, targets_option
-from adapterkit.verb import WritingVerb, function_of
+from adapterkit.verb import WritingVerb, function_of, load
 
 if TYPE_CHECKING:
     pass
@@ -59,6 +58,8 @@ class Stats(WritingVerb):
     finite.
     """
 
+    planner = "statistics.run:plan_stats"
+    checker = "statistics.run:writer"
     command = """Collect what a model's layers see of some texts.
 
     The input covariances, means, principal components and gradients that loftq --stats,
@@ -118,26 +119,13 @@ class Stats(WritingVerb):
         "RAM).",
     )
 
-    def make_plan(self) -> Any:
-        from adapterkit.statistics.run import plan_stats
-
-        return plan_stats(self)
-
     def plan(self) -> Any:
         with own_hints(type(self)):
-            return self.make_plan()
-
-    def check(self, plan: Any) -> Any:
-        """How ranks' statistics are written."""
-        from adapterkit.statistics.run import write
-
-        return partial(write, plan, self)
+            return load(self.planner)(self)
 
     def carry_out(self, plan: Any) -> Any:
-        from adapterkit.statistics.run import carry_out
-
         with own_hints(type(self)):
-            return carry_out(plan, self)
+            return load("statistics.run:carry_out")(plan, self)
 
 
 stats = function_of(Stats)

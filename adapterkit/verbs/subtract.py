@@ -16,7 +16,7 @@ from adapterkit.shared_options import (
 from adapterkit.verb import WritingVerb, function_of
 
 if TYPE_CHECKING:
-    from adapterkit.plan import Plan
+    pass
 
 
 @record
@@ -34,6 +34,7 @@ class Subtract(WritingVerb):
     not. Raises `Refused` before anything is written.
     """
 
+    planner = "planning.subtract:plan_subtract"
     command = """Subtract the mean of general adapters (GenKnowSub).
 
     Δ' = Δ - mean Δ_general, of each task adapter.
@@ -67,11 +68,6 @@ class Subtract(WritingVerb):
     energy: float | None = energy_option()
     tokenizer: str | None = tokenizer_option()
     dtype: str = factor_dtype_option()
-
-    def make_plan(self) -> "Plan":
-        from adapterkit.planning.subtract import plan_subtract
-
-        return plan_subtract(self)
 
 
 subtract = function_of(Subtract)

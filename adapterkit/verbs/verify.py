@@ -31,6 +31,7 @@ class Verify(Verb[dict[str, Any]]):
     there is no receipt or the inputs are not those of the receipt.
     """
 
+    runner = "reports.verification:verify_output"
     command = """Check an output against its receipt.
 
     Every hash, size and key is checked; with the inputs of a merge the arithmetic too.
@@ -54,11 +55,6 @@ class Verify(Verb[dict[str, Any]]):
     )
     stats: StrPath | None = statistics_option("Statistics of a merge that took some.")
     progress: Progress = option(default=no_progress, check=PROGRESS)
-
-    def run(self) -> dict[str, Any]:
-        from adapterkit.reports.verification import verify_output
-
-        return verify_output(self)
 
 
 verify = function_of(Verify)

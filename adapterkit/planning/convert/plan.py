@@ -28,7 +28,6 @@ from adapterkit.plan import Computed, Plan
 from adapterkit.planning.convert.base_shapes import parameter_problems, shape_problems
 from adapterkit.planning.convert.folder import files_of, left_beside
 from adapterkit.planning.convert.lossy import lowered, without_zeros
-from adapterkit.planning.convert.options import ConvertOptions
 from adapterkit.planning.convert.source import (
     heads_of,
     modules_of,
@@ -38,6 +37,7 @@ from adapterkit.planning.convert.source import (
 from adapterkit.planning.convert.tasks import tasks_of
 from adapterkit.planning.input_files import identities
 from adapterkit.planning.unpickled import UnpickledFolder
+from adapterkit.verbs.convert import ConvertOptions
 
 LAYOUTS = {"gguf": gguf_layout}  # of containers that are not safetensors
 

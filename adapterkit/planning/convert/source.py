@@ -17,8 +17,8 @@ from adapterkit.formats.record import LANGUAGE, Contents
 from adapterkit.formats.rows import Heads, model_heads
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
 from adapterkit.planning.convert.lossy import read_fitted
-from adapterkit.planning.convert.options import ConvertOptions
 from adapterkit.planning.kind_deltas import kind_of
+from adapterkit.verbs.convert import ConvertOptions
 from adapterkit.weights.names import Names
 
 

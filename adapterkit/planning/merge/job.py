@@ -13,11 +13,11 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.planning.history import MergedAdapter
-from adapterkit.planning.merge.options import MergeOptions
 from adapterkit.planning.merge.placement import Product
 from adapterkit.planning.merge.replication import replicated
 from adapterkit.planning.model_config import vocabulary_sizes
 from adapterkit.planning.selection import Selection
+from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.names import Names, mentions_weight
 from adapterkit.weights.parameters import Parameter

@@ -12,6 +12,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath, parse_size
 from adapterkit.patterns import similar_names
 from adapterkit.plan import Computed, Plan, Shard, Step
@@ -23,7 +24,6 @@ from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.merge.changes import collect_changes
 from adapterkit.planning.merge.compensation import with_compensation
 from adapterkit.planning.merge.job import Job
-from adapterkit.planning.merge.options import MergeOptions
 from adapterkit.planning.merge.steps import plan_steps
 from adapterkit.planning.merge.tied import resolve_tied_weights
 from adapterkit.planning.merge.vocabulary import resolve_new_head, resolve_vocab_resize
@@ -35,14 +35,37 @@ from adapterkit.planning.model_output import (
     plan_shards_of_size,
     rounding_warnings,
 )
-from adapterkit.planning.sources import initial_of, open_model
+from adapterkit.planning.sources import (
+    initial_of,
+    open_model,
+    open_statistics,
+    open_weighted,
+)
 from adapterkit.planning.tokenizer_files import tokenizer_files
 from adapterkit.shared_options import missing_statistics
+from adapterkit.verbs.merge import Merge, MergeOptions
 from adapterkit.weights.codec import QuantizedWeight, check_writable
 from adapterkit.weights.decoded import decoded_view, quantization_files, quantized_weights
 from adapterkit.weights.detect import check_not_quantized
 
 Steps = dict[str, list[Step]]  # by output file
+
+
+def plan_merge_of(merge: Merge) -> Plan:
+    """The plan of a merge as it is asked for."""
+    if merge.push is not None and is_on_hub(merge.out):
+        raise Refused(
+            "--push does not apply to an output on the Hub",
+            expected="one place",
+            where="--push",
+            hint="remove --push",
+        )
+    base, options = open_model(merge.base), merge.only(MergeOptions)
+    adapters = open_weighted(merge.adapters, base=base)
+    stats = None if merge.stats is None else open_statistics(merge.stats)
+    if merge.base16 is None:
+        return plan_merge(base, adapters, options, stats)
+    return plan_merge_into_original(merge.base, merge.base16, adapters, options, stats)
 
 
 def plan_merge(
