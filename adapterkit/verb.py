@@ -29,6 +29,7 @@ from typing import (
     ParamSpec,
     Protocol,
     TypeVar,
+    get_args,
     overload,
 )
 
@@ -174,4 +175,6 @@ def signature_of(verb: type[Verb]) -> inspect.Signature:
         for field in fields_of(verb)
     ]
     result = inspect.signature(verb.run).return_annotation
+    if result is R:
+        (result,) = get_args(verb.__orig_bases__[0])  # type: ignore[attr-defined] # is generic
     return inspect.Signature(parameters, return_annotation=result)
