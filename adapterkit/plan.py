@@ -24,7 +24,7 @@ from adapterkit.checkpoint.layout import ShardLayout, Stored, laid_out
 from adapterkit.checkpoint.reader import Identity
 from adapterkit.checkpoint.shard_result import ShardResult, are_metrics
 from adapterkit.checkpoint.system import cores, quarter_of_memory
-from adapterkit.kernels.stochastic import Draws
+from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.weights.reader import Reader
 from adapterkit.weights.slots import Positions
 

@@ -12,8 +12,8 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.errors import Unrecoverable, shown
-from adapterkit.kernels import compensated as kernel
-from adapterkit.kernels.common import RoundColumn
+from adapterkit.kernels.quant import compensated as kernel
+from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.plan import Compensation, Loaded, Span, TaskResult
 from adapterkit.tasks.common import short
 from adapterkit.tasks.edited import StepTask, StoredWeight, Survival, step_memory

@@ -12,7 +12,7 @@ from adapterkit.errors import Unrecoverable, shown
 from adapterkit.inits.common import draw
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product
-from adapterkit.kernels.stochastic import Draws
+from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import norm
 from adapterkit.plan import TaskResult
 from adapterkit.tasks.common import LARGE, FactorsTask, short

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
-from adapterkit.kernels.blockwise import PIECE
+from adapterkit.kernels.quant.grid import LARGE_PIECE
 from adapterkit.kernels.sums import squared_norm
 from adapterkit.plan import Task, TaskResult
 from adapterkit.tasks.common import short
@@ -42,7 +42,7 @@ class EncodedWeight(Task):
 
     @property
     def memory(self) -> int:
-        return 6 * self.source.nbytes + 24 * min(math.prod(self.source.shape), PIECE)
+        return 6 * self.source.nbytes + 24 * min(math.prod(self.source.shape), LARGE_PIECE)
 
     def compute(self, inputs: Reader) -> TaskResult:
         weight = inputs.tensor(self.source)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from adapterkit import dtypes
-from adapterkit.kernels.stochastic import round_to
+from adapterkit.kernels.quant.stochastic import round_to
 from adapterkit.plan import Loaded, Step
 
 # of one chunk: near a core's cache, and large enough that threads seldom meet at the interpreter

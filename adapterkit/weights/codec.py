@@ -12,8 +12,8 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, listed, shown
-from adapterkit.kernels.common import RoundColumn
-from adapterkit.kernels.stochastic import Draws
+from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import all_finite
 
 if TYPE_CHECKING:
@@ -116,18 +116,18 @@ class QuantizedWeight(TensorSpec):
         such as the scale of a layer's inputs; a format may keep more.
 
         With draws every format keeps its scales, except of blocks that lose less with new ones, and
-        codes are drawn from the two neighbors: a value that does not change keeps its bytes. A
+        codes are sampled from the two neighbors: a value that does not change keeps its bytes. A
         draw belongs to an element of the weight ((out, in); of stacks as they are), so rows may be
         encoded alone, with draws that begin at them.
         """
         return stored | (
-            self.encode(weight) if draws is None else self.encode_drawn(stored, weight, draws)
+            self.encode(weight) if draws is None else self.encode_sampled(stored, weight, draws)
         )
 
-    def encode_drawn(
+    def encode_sampled(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
     ) -> dict[str, Tensor]:
-        """The parts that change when codes are drawn."""
+        """The parts that change when codes are sampled."""
         raise NotImplementedError
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
@@ -138,7 +138,7 @@ class QuantizedWeight(TensorSpec):
 
     def encode_rounded(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
         """All parts of values that can be stored with the scales that are there."""
-        return self.encode_keeping_scales(stored, weight, Draws(0))  # they are never drawn
+        return self.encode_keeping_scales(stored, weight, Draws(0))  # nothing lies between
 
     @property
     def rows_per_block(self) -> int | None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterkit.kernels import blockwise, vectorwise
-from adapterkit.kernels.blockwise import (
+from adapterkit.kernels.quant import blockwise, grid
+from adapterkit.kernels.quant.blockwise import (
     BLOCKS,
     ORDER,
     decode_4bit,
@@ -20,7 +20,7 @@ from adapterkit.kernels.blockwise import (
     quantize_4bit,
     quantize_absmax,
 )
-from adapterkit.kernels.vectorwise import decode_int8, quantize_int8
+from adapterkit.kernels.quant.int8_rows import decode_int8, quantize_int8
 from tests.support.bits import same
 
 F = bnb.functional
@@ -84,8 +84,7 @@ pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (blockwise, vectorwise):
-        monkeypatch.setattr(module, "PIECE", 3000)
+    monkeypatch.setattr(grid, "LARGE_PIECE", 3000)
 
 
 def encodes(w: Tensor, kind: blockwise.Kind, blocksize: int) -> None:

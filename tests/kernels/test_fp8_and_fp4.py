@@ -7,18 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterkit.kernels import common, fp4, fp8
-from adapterkit.kernels.common import block_amax
-from adapterkit.kernels.fp4 import (
+from adapterkit.kernels.quant import fp4, fp8, grid
+from adapterkit.kernels.quant.fp4 import (
     E2M1,
+    TensorScale,
     decode_mxfp4,
     decode_nvfp4,
     encode_mxfp4,
     encode_nvfp4,
-    nvfp4_divisor,
-    nvfp4_factor,
 )
-from adapterkit.kernels.fp8 import decode_fp8, encode_fp8
+from adapterkit.kernels.quant.fp8 import decode_fp8, encode_fp8
+from adapterkit.kernels.quant.grid import block_amax
 from tests.support import format_tools
 
 pytestmark = pytest.mark.quick
@@ -29,7 +28,7 @@ FP4 = torch.tensor([*E2M1, *(-x for x in E2M1)], dtype=torch.float64)
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "PIECE", 200)
+    monkeypatch.setattr(grid, "PIECE", 200)
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -216,7 +215,7 @@ def test_every_fp4_code_decodes() -> None:
     )
     one = torch.ones(16, 2).to(torch.float8_e4m3fn)
     assert same(
-        decode_nvfp4(CODES.view(16, 16), one, divisor=torch.ones(1)),
+        decode_nvfp4(CODES.view(16, 16), one, TensorScale(torch.ones(1), divides=True)),
         FP4[nibbles(CODES)].float().view(16, 32),
     )
 
@@ -296,50 +295,43 @@ def test_mx_scales_by_rule() -> None:
         assert not codes[10].any() and not codes[11, 0, 0]
 
 
-@pytest.mark.parametrize("layout", ["divisor", "factor"])
-def test_nvfp4_by_definition(layout: str) -> None:
+@pytest.mark.parametrize("divides", [True, False])
+def test_nvfp4_by_definition(divides: bool) -> None:
     w = gaussian(6, 80) * gaussian(6, 1).exp()
     w[2] = 0
     w[3, :16] *= 1e-9
-    whole = {layout: (nvfp4_divisor if layout == "divisor" else nvfp4_factor)(w.abs().max())}
-    codes, scale = encode_nvfp4(w, **whole)
+    whole = TensorScale.fitting(w.abs().max(), divides)
+    codes, scale, _ = encode_nvfp4(w, whole)
     assert float(scale.float().max()) == 448 and bool((scale.float() > 0).all())
     local = (
-        scale.double() / whole[layout].double()
-        if layout == "divisor"
-        else scale.double() * whole[layout].double()
+        scale.double() / whole.value.double() if divides else scale.double() * whole.value.double()
     )
     values = FP4[nibbles(codes)] * local.repeat_interleave(16, 1)
-    read = decode_nvfp4(codes, scale, **whole)
+    read = decode_nvfp4(codes, scale, whole)
     assert torch.allclose(read.double(), values, rtol=2e-7, atol=0)
     assert same(read, (FP4[nibbles(codes)].float() * local.float().repeat_interleave(16, 1)))
     step = local.repeat_interleave(16, 1)
     assert bool(
         ((values - w).abs() <= torch.maximum(w.abs() / 4, step / 4) * 1.001 + 0.07 * w.abs()).all()
     )
-    assert scale[2].float().tolist() == [0.125 if layout == "divisor" else 1.0] * 5
-    with pytest.raises(TypeError, match="a divisor or a factor"):
-        decode_nvfp4(codes, scale)
+    assert scale[2].float().tolist() == [0.125 if divides else 1.0] * 5
     with pytest.raises(ValueError, match="not finite"):
-        encode_nvfp4(torch.full((1, 16), math.inf), **whole)
+        encode_nvfp4(torch.full((1, 16), math.inf), whole)
 
 
-@pytest.mark.parametrize("layout", ["divisor", "factor"])
-def test_every_nvfp4_code_and_scale_comes_back(layout: str) -> None:
+@pytest.mark.parametrize("divides", [True, False])
+def test_every_nvfp4_code_and_scale_comes_back(divides: bool) -> None:
     scale = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None].repeat(1, 32)
     codes = CODES.repeat(126, 1)
-    whole = {layout: torch.tensor([1234.5]) if layout == "divisor" else torch.tensor(0.00321)}
-    read = decode_nvfp4(codes, scale, **whole)
-    assert same(encode_nvfp4(read, **whole, scale=scale).codes, codes)
+    whole = TensorScale(torch.tensor([1234.5]) if divides else torch.tensor(0.00321), divides)
+    read = decode_nvfp4(codes, scale, whole)
+    assert same(encode_nvfp4(read, whole, scale=scale).codes, codes)
 
 
 def test_divisor_and_factor_at_the_ends() -> None:
-    assert nvfp4_divisor(torch.tensor(2.0)).tolist() == [1344.0]
-    assert float(nvfp4_factor(torch.tensor(2688.0))) == 1
-    assert (
-        nvfp4_divisor(torch.tensor(0.0)).tolist() == [1.0]
-        and float(nvfp4_factor(torch.tensor(0.0))) == 1
-    )
+    fitting = lambda amax, divides: TensorScale.fitting(torch.tensor(amax), divides).value.tolist()
+    assert fitting(2.0, True) == [1344.0] and fitting(2688.0, False) == 1
+    assert fitting(0.0, True) == [1.0] and fitting(0.0, False) == 1
 
 
 def test_mxfp4_of_torchao(tool_tensors) -> None:
@@ -380,20 +372,20 @@ def test_mxfp4_of_transformers(tool_tensors) -> None:
 def test_nvfp4_of_compressed_tensors(tool_tensors) -> None:
     theirs = tool_tensors("compressed-tensors")
     name, w = "compressed-tensors.nvfp4", theirs["w"]
-    divisor = nvfp4_divisor(w.abs().max())
-    codes, scale = encode_nvfp4(w, divisor=divisor)
-    assert same(divisor, theirs[f"{name}.weight_global_scale"]) and same(
+    whole = TensorScale.fitting(w.abs().max(), divides=True)
+    codes, scale, _ = encode_nvfp4(w, whole)
+    assert same(whole.value, theirs[f"{name}.weight_global_scale"]) and same(
         scale, theirs[f"{name}.weight_scale"]
     )
     assert same(codes, theirs[f"{name}.weight_packed"])
-    agree(decode_nvfp4(codes, scale, divisor=divisor), theirs, f"{name}.decoded", torch.bfloat16)
+    agree(decode_nvfp4(codes, scale, whole), theirs, f"{name}.decoded", torch.bfloat16)
 
 
 def test_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     w = gaussian(40, 96)
     runs = []
     for piece in (1, 500, 1 << 20):
-        monkeypatch.setattr(common, "PIECE", piece)
+        monkeypatch.setattr(grid, "PIECE", piece)
         fp8, mx = encode_fp8(w, (16, 32)), encode_mxfp4(w)
         runs.append([*fp8, *mx, decode_fp8(*fp8, (16, 32)), decode_mxfp4(*mx)])
     for other in runs[1:]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterkit.kernels import common
-from adapterkit.kernels.integers import (
+from adapterkit.kernels.quant import grid
+from adapterkit.kernels.quant.integers import (
     decode_awq,
     decode_gptq,
     decode_int8,
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.quick
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "PIECE", 200)
+    monkeypatch.setattr(grid, "PIECE", 200)
 
 
 def agree(
@@ -241,7 +241,7 @@ def test_gptq_of_its_tool(tool_tensors) -> None:
 @pytest.mark.parametrize("piece", [1, 200, 1600])
 @pytest.mark.parametrize("zeros", [True, False])
 def test_awq_by_nibbles(piece: int, zeros: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "PIECE", piece)
+    monkeypatch.setattr(grid, "PIECE", piece)
     words = randoms(64, 4, low=-(2**31), high=2**31).int()
     zwords = randoms(2, 4, low=-(2**31), high=2**31, seed=1).int()
     scale = torch.rand(2, 32, generator=torch.Generator().manual_seed(2)).half()

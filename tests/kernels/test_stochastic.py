@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.errors import Damaged, Refused
-from adapterkit.kernels.stochastic import Draws, last_place, round_to
+from adapterkit.kernels.quant.stochastic import Draws, last_place, round_to
 from adapterkit.tasks import rows
 
 pytestmark = pytest.mark.quick

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterkit.kernels import blockwise, fp4, vectorwise
 from adapterkit.kernels.lowrank import Svd
+from adapterkit.kernels.quant import blockwise, fp4, int8_rows
 from adapterkit.kernels.subspace import near_optimal_svd
 
 EXCESS = 1e-4
@@ -49,7 +49,7 @@ MATRICES: dict[str, Callable[[], Tensor]] = {
     ),
     "noise of nf4, outliers": lambda: lost(outliers(128, 192)),
     "noise of int8": lambda: (
-        (w := normal(128, 160)) - vectorwise.decode_int8(*vectorwise.quantize_int8(w))
+        (w := normal(128, 160)) - int8_rows.decode_int8(*int8_rows.quantize_int8(w))
     ),
     "noise of mxfp4": lambda: (w := normal(128, 160)) - fp4.decode_mxfp4(*fp4.encode_mxfp4(w)),
     "normal": lambda: normal(200, 200),

@@ -17,7 +17,7 @@ import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.engines.recompute import check_rows
 from adapterkit.errors import Damaged, Failed, Refused
-from adapterkit.kernels.stochastic import last_place
+from adapterkit.kernels.quant.stochastic import last_place
 from adapterkit.options import parse_size
 from tests.support import oracle
 from tests.support.oracle import DTYPES, LINEAR, load, stored

@@ -14,7 +14,7 @@ from torch import Tensor
 import adapterkit
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable
-from adapterkit.kernels import compensated as kernel
+from adapterkit.kernels.quant import compensated as kernel
 from adapterkit.planning.sources import open_source
 from adapterkit.runtime import collect
 from adapterkit.tasks import edited

@@ -20,7 +20,7 @@ from adapterkit.checkpoint.system import cores
 from adapterkit.engines.computed import in_order
 from adapterkit.engines.reader import LocalReader
 from adapterkit.errors import Refused
-from adapterkit.kernels.stochastic import Draws
+from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.plan import BUFFERS, Step
 from adapterkit.tasks import edited, rows
 from adapterkit.tasks.edits import AddLowRank, Block, Decompose, Term

@@ -15,8 +15,8 @@ from torch import Tensor
 import adapterkit
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.dtypes import torch_dtype
-from adapterkit.kernels import blockwise, common, vectorwise
-from adapterkit.kernels.stochastic import Draws
+from adapterkit.kernels.quant import grid
+from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.planning.sources import open_source
 from adapterkit.tasks import edited
 from adapterkit.weights.codec import PlainWeight, QuantizedWeight
@@ -202,8 +202,8 @@ def test_pieces_do_not_matter(case, monkeypatch):
     weight, _ = shrunk(case.value)
     weight.view(-1)[7] *= 3
     whole = case.drawn(weight)
-    for module in (common, blockwise, vectorwise):
-        monkeypatch.setattr(module, "PIECE", 192)
+    for size in ("PIECE", "LARGE_PIECE"):
+        monkeypatch.setattr(grid, size, 192)
     assert same(case.drawn(weight), whole)
 
 

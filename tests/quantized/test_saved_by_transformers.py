@@ -9,14 +9,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from adapterkit.kernels import blockwise
-from adapterkit.kernels.blockwise import (
+from adapterkit.kernels.quant import blockwise
+from adapterkit.kernels.quant.blockwise import (
     dynamic_map,
     quant_map,
     quantize_4bit,
     quantize_absmax,
 )
-from adapterkit.kernels.vectorwise import quantize_int8
+from adapterkit.kernels.quant.int8_rows import quantize_int8
 from tests.support.bits import same
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import adapterkit
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError, Interrupted, Refused
-from adapterkit.kernels import blockwise, vectorwise
+from adapterkit.kernels.quant import blockwise, int8_rows
 from adapterkit.planning.sources import open_source
 from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import oracle
@@ -125,7 +125,7 @@ def encoded(kind: str, weight: Tensor, turned: bool = False) -> Tensor:
     weight = (weight.T if turned else weight).contiguous()
     how = HOW[kind]
     if kind == "int8":
-        value = vectorwise.decode_int8(*vectorwise.quantize_int8(weight))
+        value = int8_rows.decode_int8(*int8_rows.quantize_int8(weight))
     else:
         block = how.get("block_size", 64)
         codes, absmax = blockwise.quantize_4bit(weight, how["to"], block)
@@ -228,7 +228,7 @@ def test_the_bytes_are_those_of_one_encoding_of_the_float32_sum(
         b, a = (tensors[f"{name}.lora_{side}.weight"].double() for side in "BA")
         total = (old[key].double() + 2 * b @ a).float()
         if kind == "int8":
-            codes, scale = vectorwise.quantize_int8(total)
+            codes, scale = int8_rows.quantize_int8(total)
             assert torch.equal(new[key.removesuffix("weight") + "SCB"], scale)
         else:
             codes, scale = blockwise.quantize_4bit(

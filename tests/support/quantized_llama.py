@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkit.kernels import common, fp4, integers
-from adapterkit.kernels.fp8 import encode_fp8
+from adapterkit.kernels.quant import fp4, integers, nibbles
+from adapterkit.kernels.quant.fp8 import encode_fp8
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Parts = dict[str, Tensor]
@@ -114,12 +114,11 @@ def fp8_of_transformers(w: Tensor) -> Parts:
 
 
 def nvfp4(w: Tensor) -> Parts:
-    divisor = fp4.nvfp4_divisor(w.abs().amax())
-    result = fp4.encode_nvfp4(w, divisor=divisor)
+    result = fp4.encode_nvfp4(w, fp4.TensorScale.fitting(w.abs().amax(), divides=True))
     parts = {
         ".weight_packed": result.codes,
         ".weight_scale": result.scale,
-        ".weight_global_scale": divisor,
+        ".weight_global_scale": result.tensor_scale.value,
     }
     return parts | {".input_global_scale": torch.tensor([3.0])}
 
@@ -130,11 +129,10 @@ def mxfp4(w: Tensor) -> Parts:
 
 
 def modelopt_nvfp4(w: Tensor) -> Parts:
-    factor = fp4.nvfp4_factor(w.abs().amax())
-    result = fp4.encode_nvfp4(w, factor=factor)
+    result = fp4.encode_nvfp4(w, fp4.TensorScale.fitting(w.abs().amax(), divides=False))
     scales = {
         ".weight_scale": result.scale,
-        ".weight_scale_2": factor,
+        ".weight_scale_2": result.tensor_scale.value,
         ".input_scale": torch.tensor(0.5),
     }
     return {".weight": result.codes, **scales}
@@ -189,7 +187,7 @@ def torchao(kind: str) -> Callable[[Tensor], Parts]:
         if kind == "Int4Tensor":
             scale = w.unflatten(1, (-1, 32)).abs().amax(2).T.div(7).bfloat16().contiguous()
             codes = integers.encode_integers(w, 4, scale=scale.T.float()).codes
-            half = common.pack_nibbles(codes.int() & 15)
+            half = nibbles.pack_nibbles(codes.int() & 15)
             zero = (
                 torch.randn(scale.shape, generator=torch.Generator().manual_seed(2))
                 .mul_(1e-3)

@@ -22,7 +22,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines import reader
 from adapterkit.errors import Refused
-from adapterkit.kernels import fp8
+from adapterkit.kernels.quant import fp8
 from tests.support import tiny
 
 transformers.utils.logging.disable_progress_bar()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, Refused, shown
-from adapterkit.kernels.stochastic import Draws
+from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.plan import Edit, Step
 from adapterkit.planning.merge.job import Change, Job
 from adapterkit.planning.merge.placement import (

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
-from adapterkit.kernels.integers import decode_awq
+from adapterkit.kernels.quant.integers import decode_awq
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 

@@ -17,9 +17,9 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.errors import Refused, Unrecoverable, shown
-from adapterkit.kernels import blockwise
-from adapterkit.kernels.common import RoundColumn
-from adapterkit.kernels.stochastic import Draws
+from adapterkit.kernels.quant import blockwise
+from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
@@ -284,7 +284,7 @@ class Bnb4(QuantizedWeight):
         tensors |= {keys[1]: nested.codes, keys[3]: nested.absmax, keys[4]: values}
         return tensors | {keys[-1]: _as_tensor(self._state(float(nested.offset)))}
 
-    def encode_drawn(
+    def encode_sampled(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
     ) -> dict[str, Tensor]:
         weight = (weight.T if self.transposed else weight).contiguous()
@@ -295,9 +295,10 @@ class Bnb4(QuantizedWeight):
         return scales | {self.key: codes}
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
-        rows, columns = self.shape
-        shape = (columns, rows) if self.transposed else (rows, columns)
-        return blockwise.column_rounder(self._scales(stored), self.kind, self.block, shape)
+        width = self.shape[0] if self.transposed else self.shape[1]
+        return blockwise.grid_of(
+            self._scales(stored), self.kind, self.block, width=width
+        ).round_column
 
     def _widened_scales(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
         """New scales for blocks with a value beyond their largest code, if that makes the expected
@@ -306,13 +307,19 @@ class Bnb4(QuantizedWeight):
         Of quantized scales the code, or where their group cannot hold that either, the whole
         group's.
         """
-        key, absmax = self.parts[1].key, self._scales(stored)
-        largest, overflows = blockwise.amax_and_overflow(weight, absmax, self.block)
+        key, absmax, w = (
+            self.parts[1].key,
+            self._scales(stored),
+            blockwise.in_blocks(weight, self.block),
+        )
+        grid = lambda scales: blockwise.grid_of(
+            self._scales(stored | scales), self.kind, self.block
+        )
+        errors = lambda scales: grid(scales).errors(w)[:, 0]
+        overflows = grid({}).overflows(w)[:, 0]
         if not bool(overflows.any()):
             return {}
-        errors = lambda scales: blockwise.expected_errors(
-            weight, self._scales(stored | scales), self.kind, self.block
-        )
+        largest = w.abs().amax(1)
         target = torch.where(overflows, largest, absmax)
         if not self.double:
             better = overflows & (errors({key: target}) < errors({}))

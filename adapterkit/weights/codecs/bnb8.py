@@ -9,9 +9,9 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
-from adapterkit.kernels import vectorwise
-from adapterkit.kernels.common import RoundColumn
-from adapterkit.kernels.stochastic import Draws
+from adapterkit.kernels.quant import int8_rows
+from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
 from adapterkit.weights.codecs.bnb4 import bitsandbytes_config, naming
 from adapterkit.weights.scan import CheckpointScan
@@ -83,25 +83,26 @@ class Bnb8(QuantizedWeight):
         return f"{shown(self.key)}: format {int(layout)}", f"format {ROWS}"
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        weight = vectorwise.decode_int8(stored[self.parts[0].key], stored[self.parts[1].key])
+        weight = int8_rows.decode_int8(stored[self.parts[0].key], stored[self.parts[1].key])
         return weight.T.contiguous() if self.transposed else weight
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         with naming(self.key):
-            codes, scale = vectorwise.quantize_int8(self._rows(weight))
+            codes, scale = int8_rows.quantize_int8(self._rows(weight))
         layouts = {part.key: torch.zeros(part.shape, dtype=torch.uint8) for part in self.parts[2:]}
         return {self.parts[0].key: codes, self.parts[1].key: scale} | layouts
 
-    def encode_drawn(
+    def encode_sampled(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
     ) -> dict[str, Tensor]:
         codes, scale = (part.key for part in self.parts[:2])
         with naming(self.key):
-            result = vectorwise.requantize_int8(self._rows(weight), stored[scale], draws)
+            result = int8_rows.requantize_int8(self._rows(weight), stored[scale], draws)
         return {codes: result.codes, scale: result.scale}
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
-        return vectorwise.column_rounder(stored[self.parts[1].key].float())
+        codes, scale = (stored[part.key] for part in self.parts[:2])
+        return int8_rows.grid_of(scale, codes.shape[1]).round_column
 
     def _rows(self, weight: Tensor) -> Tensor:  # (out, in)
         return (weight.T if self.transposed else weight).contiguous()

@@ -11,9 +11,9 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
-from adapterkit.kernels import fp4, fp8, integers
-from adapterkit.kernels.common import RoundColumn, Scaled, block_amax
-from adapterkit.kernels.integers import (
+from adapterkit.kernels.quant import fp4, fp8, integers
+from adapterkit.kernels.quant.grid import RoundColumn, Scaled
+from adapterkit.kernels.quant.integers import (
     Integers,
     are_groups,
     decode_int8,
@@ -24,7 +24,7 @@ from adapterkit.kernels.integers import (
     requantize_integers,
     unpack_zeros,
 )
-from adapterkit.kernels.stochastic import Draws
+from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
 from adapterkit.weights.codecs.compressed_config import TYPES, schemes
 from adapterkit.weights.codecs.compressed_layout import INDEX, SHAPE, ZERO, layout
@@ -34,9 +34,6 @@ PACKED, SCALE, GLOBAL_SCALE = "weight_packed", "weight_scale", "weight_global_sc
 CODES = (f".{PACKED}", ".weight")
 CODE_DTYPES = ("I8", "F8_E4M3", "F8_E5M2")
 SIZES = (128, 64, 32)  # of groups that inference kernels know
-# NVFP4's largest value is this over the tensor's divisor, with room for the rounding of the divisor
-NV_RANGE = fp4.FP4_MAX * fp8.FP8_MAX
-NV_TOLERANCE = 1 + 2.0**-20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,11 +177,10 @@ class Compressed(QuantizedWeight):
                 return decode_packed(codes, scale, self.bits, self.shape[1], zero, group)
             return decode_int8(codes, scale, zero, group)
         if self.kind == "nvfp4":
-            return fp4.decode_nvfp4(codes, scale, divisor=self._sibling(stored, GLOBAL_SCALE))
+            return fp4.decode_nvfp4(codes, scale, self._divisor(stored))
         if self.kind == "mxfp4":
             return fp4.decode_mxfp4(codes, scale)
-        grid = [math.ceil(n / size) for n, size in zip(self.shape, self.block, strict=True)]
-        return fp8.decode_fp8(codes, scale.view(grid), self.block)
+        return fp8.decode_fp8(codes, self._by_block(scale), self.block)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Scales computed anew, as compressed-tensors does from the weight's largest values."""
@@ -212,16 +208,17 @@ class Compressed(QuantizedWeight):
         return stored | self._integer_parts(result)
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
-        (out, width), scale = self.shape, stored[self.parts[1].key]
+        scale = stored[self.parts[1].key]
         if self._is_integer:
-            zero, group = self._zero(stored), self._group(stored)
-            return integers.column_rounder(self.bits, scale, width, zero, group)
-        if self.kind == "nvfp4":
-            return fp4.nvfp4_rounder(scale, divisor=self._sibling(stored, GLOBAL_SCALE))
-        if self.kind == "mxfp4":
-            return fp4.mxfp4_rounder(scale)
-        grid = [math.ceil(n / size) for n, size in zip(self.shape, self.block, strict=True)]
-        return fp8.column_rounder(scale.view(grid), self.block, (out, width))
+            zero, group, (out, width) = self._zero(stored), self._group(stored), self.shape
+            grid = integers.grid_of(scale, zero, (out, width), group, self.bits)
+        elif self.kind == "nvfp4":
+            grid = fp4.nvfp4_grid(scale, self._divisor(stored))
+        elif self.kind == "mxfp4":
+            grid = fp4.mxfp4_grid(scale)
+        else:
+            (grid,) = fp8.grids(self._by_block(scale), self.shape, self.block)
+        return grid.round_column
 
     @property
     def rows_per_block(self) -> int | None:
@@ -255,6 +252,15 @@ class Compressed(QuantizedWeight):
         if self.block == self.shape and self.shape[0] > 1:
             return 1, math.prod(self.shape)
         return self.shape[0], self.shape[1]
+
+    def _by_block(self, scale: Tensor) -> Tensor:
+        return scale.view(
+            [math.ceil(n / size) for n, size in zip(self.shape, self.block, strict=True)]
+        )
+
+    def _divisor(self, stored: dict[str, Tensor]) -> fp4.TensorScale:
+        divisor = stored[self.key.removesuffix("weight") + GLOBAL_SCALE]
+        return fp4.TensorScale(divisor, divides=True)
 
     def _sibling(self, stored: dict[str, Tensor], leaf: str) -> Tensor | None:
         return stored.get(self.key.removesuffix("weight") + leaf)
@@ -299,8 +305,13 @@ class Compressed(QuantizedWeight):
         scale_dtype = dtypes.torch_dtype(scale.dtype)
         tensors: dict[str, Tensor] = {}
         if self.kind == "nvfp4":
-            result, divisor = self._encode_nvfp4(weight, stored, draws)
-            tensors[self.key.removesuffix("weight") + GLOBAL_SCALE] = divisor
+            divisor = self._divisor(stored) if stored else None
+            if draws is not None and divisor is not None:
+                result = fp4.requantize_nvfp4(weight, stored[scale.key], divisor, draws)
+            else:
+                divisor = fp4.TensorScale.kept(divisor, weight, divides=True)
+                result = fp4.encode_nvfp4(weight, divisor)
+            tensors[self.key.removesuffix("weight") + GLOBAL_SCALE] = result.tensor_scale.value
         elif self.kind == "mxfp4":
             if draws is not None:
                 old = stored[scale.key].view(torch.uint8)
@@ -313,20 +324,6 @@ class Compressed(QuantizedWeight):
         else:
             result = fp8.encode_fp8(weight, self.block, scale_dtype=scale_dtype)
         return tensors | {codes.key: result.codes, scale.key: result.scale.view(scale.shape)}
-
-    def _encode_nvfp4(
-        self, weight: Tensor, stored: dict[str, Tensor], draws: Draws | None
-    ) -> tuple[Scaled | fp4.NvFp4, Tensor]:
-        """Codes and scales, and the whole weight's divisor."""
-        divisor = self._sibling(stored, GLOBAL_SCALE)
-        if draws is not None:
-            old = stored[self.parts[1].key]
-            result = fp4.requantize_nvfp4(weight, old, draws, divisor=divisor)
-            return result, result.tensor_scale
-        largest = block_amax(weight, (self.shape[0], self.shape[1])).reshape(1)
-        if divisor is None or float(largest) * float(divisor) > NV_RANGE * NV_TOLERANCE:
-            divisor = fp4.nvfp4_divisor(largest)
-        return fp4.encode_nvfp4(weight, divisor=divisor), divisor
 
 
 def _is_unused(index: Tensor) -> bool:

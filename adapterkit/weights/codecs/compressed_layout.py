@@ -7,8 +7,8 @@ from typing import Any
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
-from adapterkit.kernels import fp4
-from adapterkit.kernels.integers import are_groups
+from adapterkit.kernels.quant import fp4
+from adapterkit.kernels.quant.integers import are_groups
 from adapterkit.weights.codecs.compressed_config import FORMATS, TYPES, Scheme
 from adapterkit.weights.scan import CheckpointScan
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
-from adapterkit.kernels import fp8
-from adapterkit.kernels.common import RoundColumn
-from adapterkit.kernels.stochastic import Draws
+from adapterkit.kernels.quant import fp8
+from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
@@ -105,7 +105,7 @@ class Fp8(QuantizedWeight):
         scales = result.scale.to(dtypes.torch_dtype(dtype)).view(dtypes.torch_dtype(scale.dtype))
         return {codes.key: result.codes, scale.key: scales.view(scale.shape)}
 
-    def encode_drawn(
+    def encode_sampled(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
     ) -> dict[str, Tensor]:
         codes, scale = (part.key for part in self.parts[:2])
@@ -113,8 +113,9 @@ class Fp8(QuantizedWeight):
         return {codes: result.codes, scale: result.scale}
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
-        out, width = self.shape
-        return fp8.column_rounder(stored[self.parts[1].key], self.block, (out, width), self._rule)
+        scale = stored[self.parts[1].key]
+        (grid,) = fp8.grids(scale, self.shape, self.block, self._rule)
+        return grid.round_column
 
     @property
     def _rule(self) -> fp8.Fp8Rule:

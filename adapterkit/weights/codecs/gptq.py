@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
-from adapterkit.kernels.integers import are_groups, decode_gptq
+from adapterkit.kernels.quant.integers import are_groups, decode_gptq
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 

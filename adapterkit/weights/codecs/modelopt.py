@@ -10,9 +10,9 @@ from torch import Tensor
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import shown
-from adapterkit.kernels import fp4, fp8
-from adapterkit.kernels.common import RoundColumn, block_amax
-from adapterkit.kernels.stochastic import Draws
+from adapterkit.kernels.quant import fp4, fp8
+from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
@@ -20,9 +20,6 @@ FILE = "hf_quant_config.json"
 CODES = {"NVFP4": "U8", "FP8": "F8_E4M3"}
 SCALES = {"NVFP4": ("_scale", "_scale_2"), "FP8": ("_scale",)}
 ACTIVATION_SCALES = ("input_scale", "k_scale", "v_scale", "output_scale")
-# NVFP4's largest value is the tensor's scale times this, with room for the rounding of the scale
-NV_RANGE = fp4.FP4_MAX * fp8.FP8_MAX
-NV_TOLERANCE = 1 + 2.0**-20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +59,7 @@ class Modelopt(QuantizedWeight):
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         codes, scale = (stored[part.key] for part in self.parts[:2])
         if self._is_nvfp4:
-            return fp4.decode_nvfp4(codes, scale, factor=stored[self.key + "_scale_2"])
+            return fp4.decode_nvfp4(codes, scale, self._tensor_scale(stored))
         return fp8.decode_fp8(codes, scale, self._block)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
@@ -78,8 +75,12 @@ class Modelopt(QuantizedWeight):
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
         scale = stored[self.parts[1].key]
         if self._is_nvfp4:
-            return fp4.nvfp4_rounder(scale, factor=stored[self.parts[2].key])
-        return fp8.column_rounder(scale, self._block, self._block)
+            return fp4.nvfp4_grid(scale, self._tensor_scale(stored)).round_column
+        (grid,) = fp8.grids(scale, self.shape, self._block)
+        return grid.round_column
+
+    def _tensor_scale(self, stored: dict[str, Tensor]) -> fp4.TensorScale:
+        return fp4.TensorScale(stored[self.parts[2].key], divides=False)
 
     @property
     def _is_nvfp4(self) -> bool:
@@ -99,18 +100,15 @@ class Modelopt(QuantizedWeight):
             else:
                 result = fp8.encode_fp8(weight, self._block)
             return {codes.key: result.codes, scale.key: result.scale.view(scale.shape)}
-        tensor_scale = self.parts[2]
-        factor = stored.get(tensor_scale.key)
         if draws is not None:
-            result = fp4.requantize_nvfp4(weight, stored[scale.key], draws, factor=factor)
-            factor = result.tensor_scale
+            factor = self._tensor_scale(stored)
+            result = fp4.requantize_nvfp4(weight, stored[scale.key], factor, draws)
         else:
-            largest = block_amax(weight, self._block)
-            if factor is None or float(largest) > NV_RANGE * float(factor) * NV_TOLERANCE:
-                factor = fp4.nvfp4_factor(largest)
-            result = fp4.encode_nvfp4(weight, factor=factor)
-            factor = factor.view(tensor_scale.shape)
-        return {codes.key: result.codes, scale.key: result.scale, tensor_scale.key: factor}
+            factor = self._tensor_scale(stored) if stored else None
+            result = fp4.encode_nvfp4(weight, fp4.TensorScale.kept(factor, weight, divides=False))
+        factor = self.parts[2]
+        value = result.tensor_scale.value.view(factor.shape)
+        return {codes.key: result.codes, scale.key: result.scale, factor.key: value}
 
 
 def _algorithm(scan: CheckpointScan) -> str | None:

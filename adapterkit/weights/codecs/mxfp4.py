@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from adapterkit.errors import Refused, shown
-from adapterkit.kernels import fp4
-from adapterkit.kernels.stochastic import Draws
+from adapterkit.kernels.quant import fp4
+from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
@@ -92,7 +92,7 @@ class Mxfp4(QuantizedWeight):
         result = fp4.encode_mxfp4(weight.transpose(-2, -1).contiguous(), rule="up")
         return {blocks.key: result.codes, scales.key: result.scale}
 
-    def encode_drawn(
+    def encode_sampled(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
     ) -> dict[str, Tensor]:
         blocks, scales = (part.key for part in self.parts)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
-from adapterkit.kernels.fp8 import decode_fp8
-from adapterkit.kernels.integers import decode_int8, decode_torchao_int4
+from adapterkit.kernels.quant.fp8 import decode_fp8
+from adapterkit.kernels.quant.integers import decode_int8, decode_torchao_int4
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 

@@ -11,7 +11,7 @@ import torch
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, MultipleErrors
-from adapterkit.kernels import blockwise
+from adapterkit.kernels.quant import blockwise
 from tests.support.bnb import INF, NAN, STATE, K, Q, text
 from tests.support.quantized_llama import change
 

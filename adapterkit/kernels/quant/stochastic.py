@@ -7,9 +7,7 @@ whatever pieces and order the elements are rounded.
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,39 +149,3 @@ def last_place(
     integer, mask = EXPONENT[size.dtype]
     powers = size.view(integer).bitwise_and(mask).view(size.dtype)
     return powers.clamp_(min=torch.finfo(dtype).tiny).mul_(2.0 ** -MANTISSA[dtype])
-
-
-class Neighbors(NamedTuple):
-    """Of each value the nearest code and the next one on the value's side."""
-
-    level: Tensor  # integers: codes in the order of their values
-    other: Tensor
-    distance: Tensor  # |value - value of level|
-    gap: Tensor  # |value of other - value of level|; 0 where no code lies beyond
-
-    def draw(self, draws: Draws) -> Tensor:
-        """The other code with probability distance / gap, else the nearest."""
-        uniform = draws.uniform(self.level.numel(), self.level.device).view(self.level.shape)
-        up = uniform.mul_(self.gap) < self.distance
-        return torch.where(up & (self.gap > 0), self.other, self.level)
-
-    def expected_error(self) -> Tensor:
-        """E[(drawn value - value)²]."""
-        between = self.distance * (self.gap - self.distance).clamp_(min=0)
-        return torch.where(self.gap > 0, between, self.distance.square())
-
-
-def neighbors(
-    w: Tensor,
-    level: Tensor,  # integers: the nearest codes
-    value: Callable[[Tensor], Tensor],  # of codes: bit for bit as decoding, so decoded values stay
-    ends: tuple[int, int],  # the lowest and the highest code
-    falling: Tensor | None = None,  # bool: where values fall as codes rise
-) -> Neighbors:
-    """The codes on both sides of each element of w."""
-    level = level.int()
-    near = value(level)
-    distance = w - near
-    step = (distance if falling is None else torch.where(falling, -distance, distance)).sign()
-    other = step.int().add_(level).clamp_(*ends)
-    return Neighbors(level, other, distance.abs_(), (value(other) - near).abs_())

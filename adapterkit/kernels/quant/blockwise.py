@@ -13,6 +13,7 @@ are not finite raise ValueError.
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,17 +21,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adapterkit.kernels.common import RoundColumn
-from adapterkit.kernels.stochastic import Draws, Neighbors, neighbors
-from adapterkit.kernels.sums import all_finite
+from adapterkit.kernels.quant.grid import Grid, check_finite, pieces
+from adapterkit.kernels.quant.stochastic import Draws
 
 Kind = Literal["nf4", "fp4"]
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # sizes that bitsandbytes accepts
 NESTED = 256  # scales with one scale
-PIECE = 1 << 19  # elements worked on at once: with fewer, threads wait for Python's lock too long
 COMPARED = 1 << 16  # elements compared with all thresholds at once: the results stay in cache
 SMALLEST = 1e-38  # stands for smaller scales in a division
+SCALES_NOT_FINITE = "the scales hold values that are not finite"
 CELLS = 1 << 16  # parts of [-1, 1] that the quantization of scales distinguishes
 
 # fmt: off
@@ -63,6 +63,35 @@ class Nested(NamedTuple):
 # 4 bits
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockGrid(Grid):
+    """table[rank] · absmax, of blocks as rows; a rank counts values from the lowest."""
+
+    kind: Kind
+    width: int = 0  # elements of a row of the weight whose columns are rounded
+    divides: bool = False  # by absmax, else multiplies by its reciprocal
+
+    ends: tuple[int, int] = (0, 15)
+    large = True
+
+    def scaled(self, x: Tensor, *scales: Tensor) -> Tensor:
+        (absmax,) = scales
+        absmax = torch.where(absmax < 0, absmax.clamp(max=-SMALLEST), absmax.clamp(min=SMALLEST))
+        return x / absmax if self.divides else x * absmax.reciprocal()
+
+    def nearest(self, x: Tensor) -> Tensor:
+        return _ranks(x, self.kind)
+
+    def value(self, code: Tensor, *scales: Tensor) -> Tensor:
+        return _rising(self.kind, code.device)[code.int()].mul_(scales[0])
+
+    def column(self, number: int, rows: int) -> list[Tensor]:
+        absmax = self.scales[0][:, 0]
+        last = number + rows * self.width
+        elements = torch.arange(number, last, self.width, device=absmax.device)
+        return [absmax[elements // self.block[1]]]
+
+
 def quant_map(kind: Kind) -> Tensor:  # (16,) float32
     """The value of each code, as stored: fp4's 8 is 0 here, and -0 where it is decoded."""
     return torch.tensor(NF4 if kind == "nf4" else FP4) + 0.0
@@ -89,11 +118,11 @@ def quantize_4bit(
     for first, last in _parts(w.numel(), blocksize):
         x = w[first:last].float().view(-1, min(blocksize, last - first))
         amax = x.abs().amax(1)
-        if not bool(amax.isfinite().all()):
-            raise ValueError("the matrix holds values that are not finite")
+        check_finite(amax)
         short = x.shape[1] < blocksize
         absmax.append(amax.clamp_(min=SMALLEST) if short else amax)
-        codes = _codes(_ranks(_scaled(x, amax, short), kind), kind)
+        grid = grid_of(amax, kind, x.shape[1], divides=short)
+        codes = _codes(grid.nearest(grid.scaled(x, *grid.scales)).view(-1), kind)
         _pack(codes, kind, packed[first // 2 : (last + 1) // 2])
     none = w.new_empty(0, dtype=torch.float32)
     return Blocks(packed[:, None], torch.cat(absmax) if absmax else none)
@@ -115,39 +144,33 @@ def encode_4bit(
     w = weight.detach().reshape(-1)
     packed = _empty_bytes(w)
     _check_blocks(absmax, w.numel(), blocksize)
-    check_scales(absmax)
+    check_finite(absmax, problem=SCALES_NOT_FINITE)
     for first, last in _parts(w.numel(), blocksize):
         x = w[first:last].float().view(-1, min(blocksize, last - first))
-        scale = absmax[first // blocksize : math.ceil(last / blocksize)].float()
-        scaled = _scaled(x, scale, x.shape[1] < blocksize)
-        if not math.isfinite(float(scaled.sum())) and not all_finite(x):
-            raise ValueError("the matrix holds values that are not finite")
-        ranks = _ranks(scaled, kind)
-        if draws is not None:
-            near = _neighbors(x, ranks, scale, kind)
-            ranks = near.draw(draws.at(first)).to(torch.uint8).view(-1)
-        codes = _codes(ranks, kind)
-        if kind == "fp4":
-            codes.add_(((x == 0) & scaled.signbit()).view(-1).to(torch.uint8), alpha=8)
-        _pack(codes, kind, packed[first // 2 : (last + 1) // 2])
+        scale = absmax[first // blocksize : math.ceil(last / blocksize)]
+        here = None if draws is None else draws.at(first)
+        grid = grid_of(scale, kind, x.shape[1], divides=x.shape[1] < blocksize)
+        for rows, ranks in grid.encode(x, here):
+            codes = _codes(ranks.to(torch.uint8).view(-1), kind)
+            if kind == "fp4":
+                minus = (x[rows] == 0) & (x[rows].signbit() ^ (grid.scales[0][rows] < 0))
+                codes.add_(minus.view(-1).to(torch.uint8), alpha=8)
+            start = first + rows.start * x.shape[1]
+            _pack(codes, kind, packed[start // 2 : (start + len(codes) + 1) // 2])
     return packed[:, None]
 
 
-def column_rounder(
+def grid_of(
     absmax: Tensor,  # (blocks,) float32, as stored or decoded
     kind: Kind,
     blocksize: int,
-    shape: tuple[int, int],  # (out, in)
-) -> RoundColumn:
-    """To nearest with these scales, as `encode_4bit`."""
-    starts = torch.arange(shape[0], device=absmax.device) * shape[1]
-    table = quant_map(kind)[list(ORDER[kind])].to(absmax.device)
-
-    def round_column(w: Tensor, column: int) -> Tensor:
-        scale = absmax[(starts + column) // blocksize]
-        return table[_ranks(_scaled(w[:, None], scale, False), kind).int()].mul_(scale)
-
-    return round_column
+    *,
+    width: int = 0,
+    divides: bool = False,
+) -> BlockGrid:
+    """That of a row for each block."""
+    scales, block = (absmax.float()[:, None],), (1, blocksize)
+    return BlockGrid(scales=scales, block=block, kind=kind, width=width, divides=divides)
 
 
 def decode_4bit(
@@ -179,45 +202,34 @@ def decode_4bit(
 
 
 def _parts(size: int, blocksize: int) -> Iterator[tuple[int, int]]:
-    """Ranges of whole blocks with about PIECE elements, then of the shorter last block."""
+    """Ranges of whole blocks with about LARGE_PIECE elements, then of the shorter last block."""
     if blocksize not in BLOCKS:
         raise ValueError(f"expected a block size of {', '.join(map(str, BLOCKS))}, not {blocksize}")
-    whole, step = size // blocksize * blocksize, max(1, PIECE // blocksize) * blocksize
-    yield from ((first, min(first + step, whole)) for first in range(0, whole, step))
-    if whole < size:
-        yield whole, size
+    for blocks in pieces(size // blocksize, blocksize, large=True):
+        yield blocks.start * blocksize, blocks.stop * blocksize
+    if size % blocksize:
+        yield size // blocksize * blocksize, size
 
 
 def _empty_bytes(w: Tensor) -> Tensor:
     return torch.empty((w.numel() + 1) // 2, dtype=torch.uint8, device=w.device)
 
 
-def _scaled(
-    x: Tensor,  # (blocks, m) float32
-    absmax: Tensor,  # (blocks,) float32
-    short: bool,
-) -> Tensor:  # (blocks, m)
-    """x / absmax, a short block by division."""
-    absmax = torch.where(absmax < 0, absmax.clamp(max=-SMALLEST), absmax.clamp(min=SMALLEST))
-    return x / absmax[:, None] if short else x * absmax[:, None].reciprocal()
-
-
 def _ranks(
     x: Tensor,  # float32
     kind: Kind,
-) -> Tensor:  # (x.numel(),) uint8
+) -> Tensor:  # uint8
     """How many thresholds are below. Comparing with each is faster than a search: numpy does 16 at
     a time."""
-    thresholds = _thresholds(kind)
-    x = x.view(-1)
+    thresholds = _thresholds(kind, x.device)
     if x.device.type != "cpu":
-        return torch.bucketize(x, thresholds.to(x.device)).to(torch.uint8)
-    values, ranks = x.numpy(), np.empty(x.numel(), np.uint8)
+        return torch.bucketize(x, thresholds).to(torch.uint8)
+    values, ranks = x.reshape(-1).numpy(), np.empty(x.numel(), np.uint8)
     for first in range(0, len(values), COMPARED):
         part = slice(first, first + COMPARED)
         above = np.greater(values[part], thresholds.numpy()[:, None]).view(np.uint8)
         np.add.reduce(above, axis=0, dtype=np.uint8, out=ranks[part])
-    return torch.from_numpy(ranks)
+    return torch.from_numpy(ranks).view(x.shape)
 
 
 def _codes(ranks: Tensor, kind: Kind) -> Tensor:  # (m,) uint8
@@ -230,43 +242,11 @@ def _codes(ranks: Tensor, kind: Kind) -> Tensor:  # (m,) uint8
     return torch.frombuffer(bytearray(codes), dtype=torch.uint8)
 
 
-def _neighbors(
-    x: Tensor,  # (blocks, m) float32
-    ranks: Tensor,  # (blocks · m,) uint8
-    absmax: Tensor,  # (blocks,) float32
-    kind: Kind,
-) -> Neighbors:
-    table, scale = quant_map(kind)[list(ORDER[kind])].to(x.device), absmax[:, None]
-    value = lambda level: table[level] * scale
-    return neighbors(x, ranks.view(x.shape), value, (0, 15), scale < 0)
-
-
-def amax_and_overflow(
+def in_blocks(
     weight: Tensor,  # n elements, any float dtype
-    absmax: Tensor,  # (blocks,) float32
     blocksize: int,
-) -> tuple[Tensor, Tensor]:  # (blocks,) float32, (blocks,) bool
-    """The largest magnitude of each block, and where that is beyond the scale's largest code."""
-    amax = _padded(weight, blocksize).abs().amax(1)
-    return amax, amax > absmax.abs()
-
-
-def expected_errors(
-    weight: Tensor,  # n elements, any float dtype
-    absmax: Tensor,  # (blocks,) float32
-    kind: Kind,
-    blocksize: int,
-) -> Tensor:  # (blocks,) float32
-    """The expected squared error of each block whose codes are drawn for this scale."""
-    w, step, errors = _padded(weight, blocksize), PIECE // blocksize, []
-    for first in range(0, len(w), step):
-        x, scale = w[first : first + step], absmax[first : first + step]
-        near = _neighbors(x, _ranks(_scaled(x, scale, False), kind), scale, kind)
-        errors.append(near.expected_error().sum(1))
-    return torch.cat(errors) if errors else absmax
-
-
-def _padded(weight: Tensor, blocksize: int) -> Tensor:  # (blocks, blocksize) float32
+) -> Tensor:  # (blocks, blocksize) float32
+    """The elements, with zeros after the last."""
     w = weight.detach().reshape(-1).float()
     return pad(w, (0, -len(w) % blocksize)).view(-1, blocksize)
 
@@ -282,8 +262,14 @@ def _pack(
 
 
 @functools.cache
-def _thresholds(kind: Kind) -> Tensor:  # (15,) float32, rising
-    values = quant_map(kind)[list(ORDER[kind])]
+def _rising(kind: Kind, device: torch.device) -> Tensor:  # (16,) float32
+    """The value of each rank."""
+    return quant_map(kind)[list(ORDER[kind])].to(device)
+
+
+@functools.cache
+def _thresholds(kind: Kind, device: torch.device) -> Tensor:  # (15,) float32, rising
+    values = _rising(kind, device)
     return (values[:-1] + values[1:]) / 2
 
 
@@ -321,7 +307,7 @@ def quantize_absmax(
     the stored bytes, or pass offset and scale to encode a changed block's absmax among others.
     """
     absmax = absmax.float()
-    check_scales(absmax, scale)
+    check_finite(absmax, *(() if scale is None else (scale,)), problem=SCALES_NOT_FINITE)
     if offset is None:
         offset = absmax.expand(2, -1).mean(1)[0]  # two rows: one thread sums each
     offset = torch.as_tensor(offset, dtype=torch.float32, device=absmax.device)
@@ -371,12 +357,3 @@ def _cells(values: tuple[float, ...] | None) -> Tensor:  # (65536,) uint8
     middles = (table[:-1] + table[1:]) * 0.5
     cells = -1 + 2 * torch.arange(CELLS).float() / (CELLS - 1)
     return torch.bucketize(cells, middles).to(torch.uint8)
-
-
-# shared
-
-
-def check_scales(*scales: Tensor | None) -> None:
-    """Raises ValueError for values that are not finite."""
-    if not all(bool(scale.isfinite().all()) for scale in scales if scale is not None):
-        raise ValueError("the scales hold values that are not finite")

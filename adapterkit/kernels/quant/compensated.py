@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapterkit.kernels.common import RoundColumn
+from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.weighted import NOT_POSITIVE, normalized
 
 BLOCK = 128  # columns between which errors are carried one by one; to the rest by one product

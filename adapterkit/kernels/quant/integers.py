@@ -7,24 +7,19 @@ exact in float32, and rounding it to that dtype gives their result.
 """
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adapterkit.kernels.common import (
-    RoundColumn,
-    expand_nibbles,
-    nibble_pairs,
-    pack_nibbles,
-    pieces,
-)
-from adapterkit.kernels.stochastic import Draws, Neighbors, neighbors
-from adapterkit.kernels.sums import all_finite
+from adapterkit.kernels.quant.grid import Grid, check_finite, chosen, loses_less, pieces
+from adapterkit.kernels.quant.nibbles import expand_nibbles, nibble_pairs, pack_nibbles
+from adapterkit.kernels.quant.stochastic import Draws
 
 WORD = 32
-REQUANTIZED = 1 << 22  # elements that are requantized at a time
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the row of eight that each nibble of a word holds
 SIGNED_NIBBLES = (*map(float, range(8)), *map(float, range(-8, 0)))  # two's complement
 
@@ -35,6 +30,69 @@ class Integers(NamedTuple):
     codes: Tensor  # (out, in) int8
     scale: Tensor  # (out, groups)
     zero: Tensor | None  # (out, groups) int8
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerGrid(Grid):
+    """(code - zero) · scale, of groups of columns; without a second scale the zero is 0."""
+
+    index: Tensor | None = None  # (in,) the group of each column, where they are not in order
+
+    def scaled(self, x: Tensor, *scales: Tensor) -> Tensor:
+        scale, *zero = scales
+        x = x / torch.where(scale == 0, 1.0, scale)
+        return x.add_(zero[0]) if zero else x
+
+    def nearest(self, x: Tensor) -> Tensor:
+        return x.round_().clamp_(*self.ends)
+
+    def value(self, code: Tensor, *scales: Tensor) -> Tensor:
+        """Of floats in their memory."""
+        scale, *zero = scales
+        x = code.float()
+        return (x.sub_(zero[0]) if zero else x).mul_(scale)
+
+    def place(self, x: Tensor, rows: slice) -> tuple[Tensor, list[Tensor]]:
+        if self.index is None:
+            return super().place(x, rows)
+        return x, [scale[rows][:, self.index] for scale in self.scales]
+
+    def column(self, number: int, rows: int) -> list[Tensor]:
+        if self.index is not None:
+            number = self._groups[number] * self.block[1]
+        return super().column(number, rows)
+
+    @cached_property
+    def _groups(self) -> list[int]:
+        assert self.index is not None
+        return self.index.tolist()
+
+
+def grid_of(
+    scale: Tensor,  # (out, groups), (out, 1) or one value
+    zero: Tensor | None,  # as scale
+    shape: tuple[int, int],  # (out, in)
+    group: Tensor | None = None,  # (in,) the group of each column; None: equal parts
+    bits: int = 8,
+) -> IntegerGrid:
+    """Raises ValueError where the columns do not divide into equal groups and `group` is None."""
+    (out, size), one = shape, scale.numel() == 1
+    scale = scale.float().reshape(1 if one else out, -1)
+    count = scale.shape[1]
+    if size % count and group is None:
+        raise ValueError(f"{size} columns do not divide into {count} groups")
+    scales = (scale,) if zero is None else (scale, zero.float().reshape(scale.shape))
+    index = None
+    if group is not None and count > 1:
+        index, columns = group.to(torch.int64), torch.arange(size, device=group.device)
+        if size % count == 0 and torch.equal(index, columns // (size // count)):
+            index = None
+    block = (out if one else 1, size // count)
+    return IntegerGrid(scales=scales, block=block, ends=_ends(bits), index=index)
+
+
+def _ends(bits: int) -> tuple[int, int]:
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
 # Codes in words.
@@ -100,11 +158,11 @@ def decode_packed(
     group: Tensor | None = None,  # (in,) int32, the group of each column; None: equal parts
 ) -> Tensor:  # (out, in) float32
     """(code - zero) · scale of pack-quantized, 1 to 8 bits."""
-    groups = _Groups(_by_rows(scale), None if zero is None else _by_rows(zero), size, group)
+    grid = grid_of(scale, zero, (len(words), size), group)
     out = torch.empty(len(words), size, device=words.device)
     for part in pieces(*out.shape):
         _expand(words[part], bits, out[part], 1 << (bits - 1))
-        groups.apply(out[part], part)
+        _decode(grid, out[part], part)
     return out
 
 
@@ -115,12 +173,11 @@ def decode_int8(
     group: Tensor | None = None,  # (in,) int32, the group of each column; None: equal parts
 ) -> Tensor:  # (out, in) float32
     """(code - zero) · scale of int-quantized, torchao's Int8Tensor and IntxUnpackedToInt8Tensor."""
-    zero = None if zero is None else _by_rows(zero)
-    groups = _Groups(_by_rows(scale), zero, codes.shape[1], group)
+    grid = grid_of(scale, zero, (len(codes), codes.shape[1]), group)
     out = torch.empty(codes.shape, device=codes.device)
     for part in pieces(*out.shape):
         out[part] = codes[part]
-        groups.apply(out[part], part)
+        _decode(grid, out[part], part)
     return out
 
 
@@ -164,63 +221,14 @@ def encode_integers(
     """
     _check_bits(bits)
     w = w.contiguous()
-    low, high = _bounds(bits)
     if scale is None:
-        scale, zero = _integer_scale(w, low, high, size or w.shape[1], symmetric, scale_dtype)
-    groups = _Groups(_by_rows(scale), zero, w.shape[1], group)
+        width = size or w.shape[1]
+        scale, zero = _integer_scale(w, bits, width, symmetric, scale_dtype)
+    grid = grid_of(scale, zero, (len(w), w.shape[1]), group, bits)
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    for part in pieces(*w.shape):
-        scaled = groups.undo(w[part], part)
-        if not all_finite(scaled):
-            raise ValueError("the matrix holds values that are not finite")
-        level = scaled.round_().clamp_(low, high)
-        if draws is not None:
-            position = part.start * w.shape[1]
-            level = _neighbors(w[part], level, groups, part, bits).draw(draws.at(position))
-        codes[part] = level
+    for rows, code in grid.encode(w, draws):
+        codes[rows] = code
     return Integers(codes, scale, zero)
-
-
-def expected_errors(
-    w: Tensor,  # (out, in) float32
-    bits: int,
-    scale: Tensor,  # (out, groups)
-    zero: Tensor | None,  # (out, groups) int8
-) -> tuple[Tensor, Tensor]:  # (out, groups) float32, (out, groups) bool
-    """Of each group: the expected squared error of drawn codes, and whether a value is beyond the
-    range of the codes."""
-    groups = _Groups(_by_rows(scale), zero, w.shape[1])
-    total = torch.empty(len(w), scale.shape[1], device=w.device)
-    beyond = torch.empty(total.shape, dtype=torch.bool, device=w.device)
-    for part in pieces(*w.shape):
-        level = groups.undo(w[part], part).round_().clamp_(*_bounds(bits))
-        codes = _neighbors(w[part], level, groups, part, bits)
-        total[part] = codes.expected_error().unflatten(1, (scale.shape[1], -1)).sum(2)
-        clipped = (codes.gap == 0) & (codes.distance > 0)
-        beyond[part] = clipped.unflatten(1, (scale.shape[1], -1)).any(2)
-    return total, beyond
-
-
-def column_rounder(
-    bits: int,
-    scale: Tensor,  # (out, groups), (out, 1) or one value
-    size: int,  # in
-    zero: Tensor | None = None,  # as scale, int8
-    group: Tensor | None = None,  # (in,) int32, the group of each column; None: equal parts
-) -> RoundColumn:
-    """To nearest with these scales and zeros, as `encode_integers`."""
-    scales, zeros = _by_rows(scale).float(), None if zero is None else _by_rows(zero).float()
-    count = scales.shape[1]
-    index = None if group is None or count == 1 else group.tolist()
-
-    def round_column(w: Tensor, column: int) -> Tensor:
-        at = index[column] if index else column * count // size
-        each, middle = scales[:, at], None if zeros is None else zeros[:, at % zeros.shape[1]]
-        x = w / torch.where(each == 0, 1.0, each)
-        x = (x if middle is None else x.add_(middle)).round_().clamp_(*_bounds(bits))
-        return (x if middle is None else x.sub_(middle)).mul_(each)
-
-    return round_column
 
 
 def requantize_integers(
@@ -232,74 +240,40 @@ def requantize_integers(
     symmetric: bool,
     draws: Draws | None = None,
 ) -> Integers:
-    """Codes with each group's stored scale or a new one, whichever is nearer to w.
-
-    With draws, codes are drawn with the stored scale, except of groups that have a value beyond it
-    and a smaller expected squared error with a new one.
-    """
+    """Codes with each group's stored scale or a new one, whichever is nearer to w; with draws
+    sampled, with new ones where `loses_less`."""
     (out, width), groups = w.shape, scale.shape[1]
-    columns = torch.arange(width, device=w.device)
-    order = columns if group is None else torch.argsort(group, stable=True)
-    size = width // groups
-    if group is not None and not torch.equal(group[order].long(), columns // size):
-        return encode_integers(w, bits, scale=scale, zero=zero, group=group, draws=draws)
-    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    scales, zeros = scale.clone(), None if zero is None else zero.clone()
-    step = max(1, REQUANTIZED // width)
-    for first in range(0, out, step):
-        rows = slice(first, first + step)
-        x = w[rows][:, order] if group is not None else w[rows]
-        old_scale, old_zero = scale[rows], None if zero is None else zero[rows]
-        new = encode_integers(x, bits, size, symmetric=symmetric, scale_dtype=scale.dtype)
-        if draws is None:
-            old = encode_integers(x, bits, scale=old_scale, zero=old_zero)
-            better = _squared_errors(x, new) < _squared_errors(x, old)
-            nearer = torch.where(better.repeat_interleave(size, 1), new.codes, old.codes)
-        else:
-            error, overflows = expected_errors(x, bits, old_scale, old_zero)
-            better = overflows & (expected_errors(x, bits, new.scale, new.zero)[0] < error)
-            nearer = None
-        scales[rows] = torch.where(better, new.scale, old_scale)
-        if zeros is not None and new.zero is not None and old_zero is not None:
-            zeros[rows] = torch.where(better, new.zero, old_zero)
-        if nearer is None:
-            new_zero = None if zeros is None else zeros[rows]
-            at = None if draws is None else draws.at(first * width)
-            nearer = encode_integers(x, bits, scale=scales[rows], zero=new_zero, draws=at).codes
-        codes[first : first + len(x), order] = nearer
-    return Integers(codes, scales, zeros)
-
-
-def _squared_errors(w: Tensor, encoded: Integers) -> Tensor:  # (out, groups)
-    error = decode_int8(encoded.codes, encoded.scale, encoded.zero).sub_(w).square_()
-    return error.unflatten(1, (encoded.scale.shape[1], -1)).sum(2)
-
-
-def _bounds(bits: int) -> tuple[int, int]:
-    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-
-
-def _neighbors(w: Tensor, level: Tensor, groups: "_Groups", rows: slice, bits: int) -> Neighbors:
-    def value(level: Tensor) -> Tensor:
-        x = level.float()
-        groups.apply(x, rows)
-        return x
-
-    falling = None
-    if bool((groups.scale < 0).any()):
-        falling = value(torch.ones_like(w)) < value(torch.zeros_like(w))
-    return neighbors(w, level, value, _bounds(bits), falling)
+    size, x, order = width // groups, w, slice(None)
+    if group is not None:
+        order = torch.argsort(group, stable=True)
+        in_order = torch.arange(width, device=w.device) // size
+        if not torch.equal(group[order].long(), in_order):
+            return encode_integers(w, bits, scale=scale, zero=zero, group=group, draws=draws)
+        x = w[:, order]
+    new, new_zero = _integer_scale(x, bits, size, symmetric, scale.dtype)
+    old_grid, new_grid = (
+        grid_of(*each, (out, width), bits=bits) for each in ((scale, zero), (new, new_zero))
+    )
+    if draws is None:
+        better = new_grid.errors(x, sampled=False) < old_grid.errors(x, sampled=False)
+    else:
+        better = loses_less(x, old_grid, new_grid)
+    scale = chosen(better, new, scale)
+    if zero is not None and new_zero is not None:
+        zero = chosen(better, new_zero, zero)
+    result = encode_integers(x, bits, scale=scale, zero=zero, draws=draws)
+    codes = torch.empty_like(result.codes)
+    codes[:, order] = result.codes
+    return Integers(codes, scale, zero)
 
 
 def _integer_scale(
-    w: Tensor, low: int, high: int, size: int, symmetric: bool, dtype: torch.dtype
+    w: Tensor, bits: int, size: int, symmetric: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    lows, highs = (w.new_empty(len(w), w.shape[1] // size) for _ in range(2))
-    for part in pieces(*w.shape):
-        x = w[part].unflatten(1, (-1, size))
-        lows[part], highs[part] = x.amin(2).clamp_(max=0), x.amax(2).clamp_(min=0)
-    if not bool((lows.isfinite() & highs.isfinite()).all()):
-        raise ValueError("the matrix holds values that are not finite")
+    low, high = _ends(bits)
+    groups = w.unflatten(1, (-1, size))
+    lows, highs = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
+    check_finite(lows, highs)
     if symmetric:
         scale = (torch.maximum(-lows, highs) / ((high - low) / 2)).to(dtype)
         return torch.where(scale == 0, torch.finfo(dtype).eps, scale), None
@@ -317,12 +291,13 @@ def decode_torchao_int4(
     zero: Tensor,  # (groups, out), a value, not a code
 ) -> Tensor:  # (out, in) float32
     """code · scale + zero of Int4Tensor (plain): two roundings."""
-    groups = _Groups(scale.T, zero.T, 2 * codes.shape[1])
+    grid = grid_of(scale.T, zero.T, (len(codes), 2 * codes.shape[1]))
     out = torch.empty(len(codes), 2 * codes.shape[1], device=codes.device)
     table = nibble_pairs(SIGNED_NIBBLES, codes.device)
     for part in pieces(*out.shape):
         expand_nibbles(codes[part], table, out[part])
-        groups.affine(out[part], part)
+        x, (each, middle) = grid.place(out[part], part)
+        x.mul_(each).add_(middle)
     return out
 
 
@@ -346,11 +321,12 @@ def decode_gptq(
     """
     if bits not in (2, 3, 4, 8):
         raise ValueError(f"expected 2, 3, 4 or 8 bits, not {bits}")
-    groups = _Groups(scale.T, _gptq_zeros(zeros, bits, version, scale.shape[1]).T, size, group)
+    zero = _gptq_zeros(zeros, bits, version, scale.shape[1])
+    grid = grid_of(scale.T, zero.T, (words.shape[1], size), group)
     out = torch.empty(words.shape[1], size, device=words.device)
     for part in pieces(*out.shape):
         _expand(words[:, part].T, bits, out[part])
-        groups.apply(out[part], part)
+        _decode(grid, out[part], part)
     return out
 
 
@@ -372,12 +348,12 @@ def decode_awq(
 ) -> Tensor:  # (out, in) float32
     """(code - zero) · scale of AutoAWQ's gemm layout, 4 bits."""
     zero = torch.full_like(scale, 8).T if zeros is None else _awq_rows(zeros)
-    groups = _Groups(scale.T, zero, words.shape[0])
+    grid = grid_of(scale.T, zero, (scale.shape[1], words.shape[0]))
     out = torch.empty(scale.shape[1], words.shape[0], device=words.device)
     for octets in pieces(words.shape[1], 8 * words.shape[0]):
         part = slice(8 * octets.start, 8 * octets.stop)
         out[part] = _awq_rows(words[:, octets])
-        groups.apply(out[part], part)
+        _decode(grid, out[part], part)
     return out
 
 
@@ -392,71 +368,10 @@ def _awq_rows(words: Tensor) -> Tensor:  # (m, n) int32 -> (8n, m) uint8
 # Shared by the formats.
 
 
-class _Groups:
-    """Scale and zero of each element of a weight, by groups of columns.
-
-    Raises ValueError where the columns do not divide into equal groups and `group` is None.
-    """
-
-    def __init__(
-        self,
-        scale: Tensor,  # (n, groups); n may be 1 for all rows, groups 1 for all columns
-        zero: Tensor | None,
-        size: int,  # columns
-        group: Tensor | None = None,  # (size,)
-    ):
-        self.scale = scale.float()
-        self.zero = zero
-        if zero is not None:
-            self.zero = zero.float().reshape(1, 1) if zero.numel() == 1 else zero.float()
-        count = scale.shape[1]
-        equal = size % count == 0
-        if group is None and not equal:
-            raise ValueError(f"{size} columns do not divide into {count} groups")
-        self.index = None  # the group of each column, where they are not equal parts in order
-        if group is not None and count > 1:
-            index = group.to(torch.int64)
-            columns = torch.arange(size, device=index.device)
-            in_order = equal and torch.equal(index, columns // (size // count))
-            self.index = None if in_order else index
-
-    def apply(self, x: Tensor, rows: slice) -> None:
-        """x ← (x - zero) · scale."""
-        scale, zero, x = self._parts(x, rows)
-        if zero is not None:
-            x.sub_(zero)
-        x.mul_(scale)
-
-    def affine(self, x: Tensor, rows: slice) -> None:
-        """x ← x · scale + zero."""
-        scale, zero, x = self._parts(x, rows)
-        x.mul_(scale)
-        if zero is not None:
-            x.add_(zero)
-
-    def undo(self, x: Tensor, rows: slice) -> Tensor:
-        """x / scale + zero; a scale of 0 counts as 1."""
-        shape = x.shape
-        scale, zero, x = self._parts(x, rows)
-        x = x / torch.where(scale == 0, 1.0, scale)
-        return (x if zero is None else x.add_(zero)).view(shape)
-
-    def _parts(self, x: Tensor, rows: slice) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Scale and zero so that they broadcast with x, and x in groups."""
-        scale = self.scale if len(self.scale) == 1 else self.scale[rows]
-        zero = self.zero
-        if zero is not None and len(zero) > 1:
-            zero = zero[rows]
-        if self.index is not None:
-            if zero is not None and zero.shape[1] > 1:
-                zero = zero[:, self.index]
-            return scale[:, self.index], zero, x
-        x = x.view(len(x), scale.shape[1], -1)
-        return scale[:, :, None], None if zero is None else zero[:, :, None], x
-
-
-def _by_rows(scale: Tensor) -> Tensor:  # (n, groups), or (1, 1)
-    return scale.reshape(1, 1) if scale.numel() == 1 else scale.reshape(len(scale), -1)
+def _decode(grid: IntegerGrid, x: Tensor, rows: slice) -> None:
+    """x ← (x - zero) · scale."""
+    x, scales = grid.place(x, rows)
+    grid.value(x, *scales)
 
 
 def _expand(

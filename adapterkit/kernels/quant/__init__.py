@@ -1,0 +1,1 @@
+"""Quantized formats, and what rounds to them: values and codes, as tensors."""

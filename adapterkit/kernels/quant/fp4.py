@@ -1,0 +1,299 @@
+"""FP4 with scales of groups, MXFP4 and NVFP4, to float32 and back.
+
+Decoding is code · scale in float32, rounded once. Encoding with the stored scales gives the codes
+back for every code (-0 included) whose product with its scale stays within float32; scales
+computed anew may differ for the same values. Codes are rounded to nearest, ties to even, or with
+`draws` stochastically, and saturate.
+
+A weight is whole rows: any part of its rows can be encoded alone.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from adapterkit.kernels.quant.fp8 import FP8_MAX
+from adapterkit.kernels.quant.grid import (
+    Grid,
+    Scaled,
+    block_amax,
+    check_finite,
+    chosen,
+    loses_less,
+    pieces,
+    scale_as_float,
+)
+from adapterkit.kernels.quant.nibbles import expand_nibbles, nibble_pairs, pack_nibbles
+from adapterkit.kernels.quant.stochastic import Draws
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # codes 0 to 7; 8 to 15 are their negatives
+FP4_MAX = 6.0
+MX_GROUP, NV_GROUP = 32, 16  # values with one scale
+
+MxRule = Literal["floor", "even", "up"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp4Grid(Grid):
+    """code · scale, of groups."""
+
+    ends: tuple[int, int] = (0, 7)
+    sign = 8
+    refuses = False
+
+    def scaled(self, x: Tensor, *scales: Tensor) -> Tensor:
+        return x / torch.where(scales[0] == 0, 1.0, scales[0])
+
+    def nearest(self, x: Tensor) -> Tensor:
+        return _e2m1(x)
+
+    def value(self, code: Tensor, *scales: Tensor) -> Tensor:
+        return _values(code.device)[code].mul_(scales[0])
+
+
+def mxfp4_grid(
+    scales: Tensor,  # (..., groups) uint8
+) -> Fp4Grid:
+    return _grid(scale_as_float(scales), MX_GROUP)
+
+
+def nvfp4_grid(
+    scale: Tensor,  # (..., in/16) float8_e4m3fn
+    tensor_scale: "TensorScale",
+) -> Fp4Grid:
+    return _grid(tensor_scale.of_groups(scale), NV_GROUP)
+
+
+# MXFP4
+
+
+def decode_mxfp4(
+    blocks: Tensor,  # (..., groups, 16) uint8, the first of two values in the low nibble
+    scales: Tensor,  # (..., groups) uint8, E8M0
+) -> Tensor:  # (..., groups · 32) float32
+    """code · 2^(scale - 127); scale 255 is NaN (OCP MX 1.0, 5.4.1), 0 is the subnormal 2^-127.
+
+    transformers does this in the weight's dtype, which gives the same rounded to it but for scale
+    255: an infinity there.
+    """
+    _check_sizes(blocks, scales, MX_GROUP // 2)
+    return _decode(blocks, mxfp4_grid(scales)).view(*scales.shape[:-1], -1)
+
+
+def encode_mxfp4(
+    w: Tensor,  # (..., groups · 32) float32
+    scales: Tensor | None = None,  # (..., groups) uint8; None: from the amax of each group
+    rule: MxRule = "floor",
+    draws: Draws | None = None,
+) -> Scaled:  # codes (..., groups, 16) uint8, scale (..., groups) uint8
+    """code = w / 2^(scale - 127).
+
+    With 2^e ≤ amax < 2^(e+1) the scale is
+    - floor (OCP MX 1.0, 6.3, and torchao): 2^(e-2), so that what is above 1.5 · 2^e saturates;
+    - even (compressed-tensors): 2^(e-1) from amax = 1.75 · 2^e on, else 2^(e-2);
+    - up (triton_kernels, so transformers): the least 2^k ≥ amax / 6, so that nothing saturates.
+
+    Zeros get scale 0, groups with a NaN or an infinity 255, all codes 0. The values of decode_mxfp4
+    come back under every rule; the scale does where the largest code is 4 or 6, not 0 to 3.
+    """
+    if scales is None:
+        scales = _mx_scale(_group_amax(w, MX_GROUP), rule)
+    codes = _encode(w, mxfp4_grid(scales), draws)
+    return Scaled(codes.view(*scales.shape, -1), scales)
+
+
+def requantize_mxfp4(w: Tensor, scales: Tensor, rule: MxRule, draws: Draws) -> Scaled:
+    """Codes sampled with the stored scales, or new ones where `loses_less`."""
+    new = _mx_scale(_group_amax(w, MX_GROUP), rule)
+    better = loses_less(_matrix(w), mxfp4_grid(scales), mxfp4_grid(new))
+    return encode_mxfp4(w, chosen(better.view(scales.shape), new, scales), draws=draws)
+
+
+def _mx_scale(amax: Tensor, rule: MxRule) -> Tensor:
+    """Biased exponents: a float32's own bias is E8M0's."""
+    amax = amax / FP4_MAX if rule == "up" else amax
+    bits = amax.view(torch.int32)
+    exponent = (bits + {"floor": 0, "even": 1 << 21, "up": (1 << 23) - 1}[rule]) >> 23
+    exponent = (exponent - (0 if rule == "up" else 2)).clamp_(0, 254)
+    return torch.where(amax.isfinite(), exponent, 255).to(torch.uint8)
+
+
+# NVFP4
+
+
+class TensorScale(NamedTuple):
+    """One value for a weight: compressed-tensors divides the scales of groups by it
+    (`weight_global_scale`), modelopt multiplies them (`weight_scale_2`)."""
+
+    value: Tensor  # float32
+    divides: bool
+
+    @classmethod
+    def fitting(cls, amax: Tensor, divides: bool) -> Self:
+        """With 448 for the scale of the largest group: 448 · 6 / amax of the weight, 1 where that
+        overflows; or amax / (6 · 448), 1 for zeros."""
+        if divides:
+            amax = amax.float().clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
+            value = FP8_MAX * FP4_MAX / amax
+            return cls(torch.where(value.isfinite(), value, 1.0), divides)
+        value = amax.float().reshape(()) / (FP4_MAX * FP8_MAX)
+        return cls(torch.where(value > 0, value, 1.0), divides)
+
+    @classmethod
+    def kept(cls, old: "TensorScale | None", w: Tensor, divides: bool) -> "TensorScale":
+        """The old one, which fused layers share, as long as the weight's largest value allows, with
+        room for roundings; else a fitting one."""
+        amax = block_amax(w, (w.shape[-2], w.shape[-1])).reshape(1)
+        largest = FP4_MAX * FP8_MAX * (1 + 2.0**-20)
+        if old is not None:
+            value = float(old.value)
+            exceeds = float(amax) * value > largest if divides else float(amax) > largest * value
+            if not exceeds:
+                return old
+        return cls.fitting(amax, divides)
+
+    def of_groups(self, scale: Tensor) -> Tensor:
+        """What each code of a group is multiplied by, float32."""
+        return scale.float() / self.value if self.divides else scale.float() * self.value
+
+    def scale_for(self, amax: Tensor) -> Tensor:
+        """Of groups by their largest value. Of zeros what the tools write: 0.125 or 1; a scale that
+        rounds to 0 is that too, or at least 2^-9."""
+        check_finite(amax)
+        if self.divides:
+            scale = (amax / FP4_MAX * self.value).clamp_(max=FP8_MAX)
+            scale = scale.to(torch.float8_e4m3fn).float()
+            return torch.where(scale == 0, 0.125, scale).to(torch.float8_e4m3fn)
+        scale = (amax / (FP4_MAX * self.value)).clamp_(2.0**-9, FP8_MAX)
+        return torch.where(amax == 0, 1.0, scale).to(torch.float8_e4m3fn)
+
+
+class NvFp4(NamedTuple):
+    codes: Tensor  # (..., in/2) uint8
+    scale: Tensor  # (..., in/16) float8_e4m3fn
+    tensor_scale: TensorScale
+
+
+def decode_nvfp4(
+    packed: Tensor,  # (..., in/2) uint8, the first of two values in the low nibble
+    scale: Tensor,  # (..., in/16) float8_e4m3fn
+    tensor_scale: TensorScale,
+) -> Tensor:  # (..., in) float32
+    """code · (scale / divisor), or code · (scale · factor), each operation in float32.
+
+    compressed-tensors does just this and rounds to bf16.
+    """
+    _check_sizes(packed, scale, NV_GROUP // 2)
+    return _decode(packed, nvfp4_grid(scale, tensor_scale)).view(*packed.shape[:-1], -1)
+
+
+def encode_nvfp4(
+    w: Tensor,  # (..., in) float32
+    tensor_scale: TensorScale,
+    scale: Tensor | None = None,  # (..., in/16) float8_e4m3fn; None: from the amax of each group
+    draws: Draws | None = None,
+) -> NvFp4:
+    """code = w / (scale / divisor) with scale = amax / 6 · divisor, or w / (scale · factor) with
+    scale = amax / (6 · factor).
+
+    compressed-tensors writes code 0 for -0, not 8. Raises ValueError where a scale is to be
+    computed from values that are not finite.
+    """
+    if scale is None:
+        scale = tensor_scale.scale_for(_group_amax(w, NV_GROUP))
+    return NvFp4(_encode(w, nvfp4_grid(scale, tensor_scale), draws), scale, tensor_scale)
+
+
+def requantize_nvfp4(
+    w: Tensor,  # (..., in) float32
+    scale: Tensor,  # (..., in/16) float8_e4m3fn
+    tensor_scale: TensorScale,
+    draws: Draws,
+) -> NvFp4:
+    """Codes sampled with the stored scales, or new ones where `loses_less`; by the same rule the
+    scale of the whole weight is computed anew, and all others with it, where a group needs more
+    than it allows."""
+    x, amax = _matrix(w), _group_amax(w, NV_GROUP)
+    old, new = nvfp4_grid(scale, tensor_scale), tensor_scale.scale_for(amax)
+    better = loses_less(x, old, nvfp4_grid(new, tensor_scale))
+    scale = chosen(better.view(scale.shape), new, scale)
+    largest = FP4_MAX * FP8_MAX * tensor_scale.of_groups(scale.new_ones(())).abs()
+    if bool((amax > largest).any()):
+        wider = TensorScale.fitting(amax.amax(), tensor_scale.divides)
+        wider = wider._replace(value=wider.value.view(tensor_scale.value.shape))
+        error = lambda scale, by: nvfp4_grid(scale, by).errors(x).sum()
+        new = wider.scale_for(amax)
+        if bool(error(new, wider) < error(scale, tensor_scale)):
+            scale, tensor_scale = new, wider
+    return encode_nvfp4(w, tensor_scale, scale, draws)
+
+
+# Shared by both.
+
+
+def _grid(scale: Tensor, size: int) -> Fp4Grid:
+    return Fp4Grid(scales=(scale.reshape(-1, scale.shape[-1]),), block=(1, size))
+
+
+def _matrix(w: Tensor) -> Tensor:
+    return w.reshape(-1, w.shape[-1]).contiguous()
+
+
+def _group_amax(
+    w: Tensor,  # (..., in)
+    size: int,
+) -> Tensor:  # (..., groups)
+    return block_amax(_matrix(w), (1, size)).view(*w.shape[:-1], -1)
+
+
+def _decode(
+    packed: Tensor,  # n/2 bytes for each scale
+    grid: Fp4Grid,
+) -> Tensor:  # (rows, in) float32
+    packed = packed.reshape(len(grid.scales[0]), -1)
+    out = torch.empty(len(packed), 2 * packed.shape[1], device=packed.device)
+    table = nibble_pairs((*E2M1, *(-x for x in E2M1)), packed.device)
+    for rows in pieces(*out.shape):
+        expand_nibbles(packed[rows], table, out[rows])
+        x, (scale,) = grid.place(out[rows], rows)
+        x.mul_(scale)
+    return out
+
+
+def _encode(w: Tensor, grid: Fp4Grid, draws: Draws | None) -> Tensor:  # (..., in/2) uint8
+    packed = torch.empty(*w.shape[:-1], w.shape[-1] // 2, dtype=torch.uint8, device=w.device)
+    target = packed.view(-1, packed.shape[-1])
+    for rows, codes in grid.encode(_matrix(w), draws):
+        target[rows] = pack_nibbles(codes)
+    return packed
+
+
+@functools.cache
+def _values(device: torch.device) -> Tensor:  # (16,) float32
+    return torch.tensor((*E2M1, *(-x for x in E2M1)), device=device)
+
+
+def _e2m1(
+    x: Tensor,  # float32, overwritten
+) -> Tensor:  # int32
+    """Codes, rounded to nearest, ties to even; NaN is 0."""
+    x.nan_to_num_(0.0, FP4_MAX, -FP4_MAX)
+    sign = (x.view(torch.int32) >> 28).bitwise_and_(8)
+    x.abs_().clamp_(max=FP4_MAX)
+    # 2^22 times the power of 2 below x has half of that power as its last place; 1 and more for
+    # the subnormals
+    last = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=1.0).mul_(2.0**22)
+    x.add_(last).sub_(last)
+    # exponent and first bit of the mantissa are the code from 1 on; 0.5 is one short of its code
+    return (x.view(torch.int32) >> 22).sub_(252).add_(x == 0.5).clamp_(min=0).bitwise_or_(sign)
+
+
+def _check_sizes(packed: Tensor, scale: Tensor, each: int) -> None:
+    if packed.numel() != scale.numel() * each:
+        raise ValueError(
+            f"expected {each} bytes for each scale, not {tuple(packed.shape)} and "
+            f"{tuple(scale.shape)}"
+        )

@@ -1,0 +1,179 @@
+"""FP8 with scales, to float32 and back.
+
+Decoding is code · scale in float32, rounded once. Encoding with the stored scales gives the codes
+back for every code (-0 and NaN included) whose product with its scale stays within float32; scales
+computed anew may differ for the same values. Codes are rounded to nearest, ties to even, or with
+`draws` stochastically, and saturate.
+
+A weight is whole rows. A part of its rows can be encoded alone where it begins with a block.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adapterkit.kernels.quant.grid import (
+    Grid,
+    Scaled,
+    block_amax,
+    check_finite,
+    chosen,
+    loses_less,
+    matrices,
+    pieces,
+    scale_as_float,
+)
+from adapterkit.kernels.quant.stochastic import Draws
+
+FP8_MAX = 448.0
+
+Fp8Rule = Literal["divide", "multiply", "power"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Grid(Grid):
+    """code · scale, of E4M3; a second scale is the factor that values are multiplied by, else they
+    are divided by the first."""
+
+    ends: tuple[int, int] = (0, 0x7E)  # 0x7F is NaN
+    sign = 0x80
+    refuses = False
+
+    def scaled(self, x: Tensor, *scales: Tensor) -> Tensor:
+        if len(scales) == 2:
+            return x * scales[1]
+        return x / torch.where(scales[0] == 0, 1.0, scales[0])
+
+    def nearest(self, x: Tensor) -> Tensor:
+        # without the clamp older torch converts what is above to NaN
+        return x.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+    def value(self, code: Tensor, *scales: Tensor) -> Tensor:
+        return _values(torch.float8_e4m3fn, code.device)[code.int()].mul_(scales[0])
+
+
+def grids(
+    scale: Tensor,  # as for decode_fp8
+    shape: tuple[int, ...],  # (..., out, in)
+    block: tuple[int, int],
+    rule: Fp8Rule = "divide",
+    factor: Tensor | None = None,  # of "multiply", where it is not 1 / scale
+) -> list[Fp8Grid]:
+    """Those of the matrices of a weight."""
+    scales = _by_block(scale_as_float(scale), shape, block)
+    if rule != "multiply":
+        return [Fp8Grid(scales=(each,), block=block) for each in scales]
+    if factor is None:
+        factors = torch.where(scales == 0, 1.0, scales).reciprocal()
+    else:
+        factors = _by_block(factor, shape, block)
+    return [Fp8Grid(scales=pair, block=block) for pair in zip(scales, factors, strict=True)]
+
+
+def decode_fp8(
+    codes: Tensor,  # (..., out, in) float8_e4m3fn, float8_e5m2, ...
+    scale: Tensor,  # (..., ceil(out/h), ceil(in/w)) any float, or uint8 (E8M0); or one value
+    block: tuple[int, int],  # (h, w): (128, 128), per channel (1, in), per tensor (out, in)
+) -> Tensor:  # (..., out, in) float32
+    """code · scale.
+
+    transformers (fp8) does just this and rounds to the weight's dtype. compressed-tensors computes
+    in the scale's dtype: for a bf16 or fp16 scale, rounding to that gives its result, since the
+    product of the two is exact in float32.
+    """
+    out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    table = _values(codes.dtype, codes.device)
+    stored = matrices(codes.contiguous().view(torch.uint8), out)
+    for (code, w), grid in zip(stored, grids(scale, codes.shape, block), strict=True):
+        for rows in pieces(*w.shape):
+            torch.index_select(table, 0, code[rows].flatten().int(), out=w[rows].view(-1))
+            x, (each,) = grid.place(w[rows], rows)
+            x.mul_(each)
+    return out
+
+
+def encode_fp8(
+    w: Tensor,  # (..., out, in) float32
+    block: tuple[int, int],
+    scale: Tensor | None = None,  # as for decode_fp8; None: from the amax of each block
+    rule: Fp8Rule = "divide",
+    scale_dtype: torch.dtype = torch.float32,
+    draws: Draws | None = None,
+) -> Scaled:  # codes (..., out, in) float8_e4m3fn, scale (..., ceil(out/h), ceil(in/w))
+    """code = w / scale.
+
+    - divide (compressed-tensors): scale = amax / 448 rounded to `scale_dtype`; for zeros its eps.
+    - multiply (transformers' fp8): f = 448 / amax, scale = 1 / f, code = w · f; for zeros 1.
+      With a scale as argument f = 1 / scale.
+    - power (transformers' fp8 with scale_fmt ue8m0): that scale, raised to a power of 2.
+
+    A scale of 0 as argument holds zeros, whatever w. Raises ValueError where a scale is to be
+    computed from values that are not finite.
+    """
+    factor = None
+    if scale is None:
+        scale, factor = _fp8_scale(block_amax(w, block), rule, scale_dtype)
+    codes = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
+    stored = matrices(w.contiguous(), codes.view(torch.uint8))
+    for number, grid in enumerate(grids(scale, w.shape, block, rule, factor)):
+        x, target = next(stored)
+        here = None if draws is None else draws.at(number * x.numel())
+        for rows, code in grid.encode(x, here):
+            target[rows] = code
+    return Scaled(codes, scale)
+
+
+def requantize_fp8(
+    w: Tensor,  # (..., out, in) float32
+    block: tuple[int, int],
+    scale: Tensor,  # as for decode_fp8, as stored
+    draws: Draws,
+    rule: Fp8Rule = "divide",
+) -> Scaled:
+    """Codes sampled with the stored scales, or new ones where `loses_less`."""
+    dtype = torch.float8_e8m0fnu if scale.dtype == torch.uint8 else scale.dtype
+    new, _ = _fp8_scale(block_amax(w, block), rule, dtype)
+    both = zip(grids(scale, w.shape, block), grids(new, w.shape, block), strict=True)
+    weights = (x for (x,) in matrices(w.contiguous()))
+    better = torch.stack([loses_less(x, *pair) for x, pair in zip(weights, both, strict=True)])
+    new = new.view(scale.dtype).view(scale.shape)
+    scale = chosen(better.view(scale.shape), new, scale)
+    return encode_fp8(w, block, scale, rule, draws=draws)
+
+
+def _fp8_scale(amax: Tensor, rule: Fp8Rule, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The scale that is stored and the factor that "multiply" uses."""
+    check_finite(amax)
+    if rule == "divide":
+        scale = (amax / FP8_MAX).to(dtype)
+        scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
+        return scale, scale.float().reciprocal()
+    limits = torch.finfo(torch.float32)
+    factor = torch.where(amax > 0, FP8_MAX / amax, 1.0).clamp(max=limits.max)
+    scale = factor.reciprocal()
+    if rule == "power":
+        scale = torch.exp2(scale.clamp(min=limits.tiny).log2().ceil())
+    return scale.to(dtype), factor
+
+
+def _by_block(scale: Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> Tensor:
+    """The scales of all blocks of a weight of this shape: (matrices, ceil(out/h), ceil(in/w))."""
+    grid = (*shape[:-2], math.ceil(shape[-2] / block[0]), math.ceil(shape[-1] / block[1]))
+    if scale.numel() > 1 and scale.shape != grid:
+        raise ValueError(
+            f"expected scales {grid} for a weight {tuple(shape)} in blocks {block}, "
+            f"not {tuple(scale.shape)}"
+        )
+    if scale.numel() > 1:
+        return scale.reshape(-1, *grid[-2:])
+    return scale.reshape(1, 1, 1).expand(math.prod(grid[:-2]), *grid[-2:])
+
+
+@functools.cache
+def _values(dtype: torch.dtype, device: torch.device) -> Tensor:  # (256,) float32
+    """The value of each byte: faster than torch's own conversion from E4M3."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float().to(device)

@@ -1,0 +1,219 @@
+"""One grid under all quantized formats: the values that codes can hold with the scales of blocks.
+
+A format says how values are scaled, which code is nearest, and what a code is worth. Rounding to
+nearest, stochastic rounding, errors, scales that are kept, and columns by themselves are here.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.kernels.sums import all_finite
+
+# (float32 values (out,) of a column of a weight, its number) -> the nearest that can be stored
+RoundColumn = Callable[[Tensor, int], Tensor]
+PIECE = 1 << 16  # elements worked on at once, so that a few temporaries of them stay in cache
+# of formats with few operations: with fewer elements threads wait for Python's lock too long
+LARGE_PIECE = 1 << 19
+NOT_FINITE = "the matrix holds values that are not finite"
+
+
+class Scaled(NamedTuple):
+    """codes · scale."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+class Neighbors(NamedTuple):
+    """Of each value the nearest code and the next one on the value's side."""
+
+    level: Tensor  # integers: codes in the order of their values
+    other: Tensor
+    distance: Tensor  # |value - value of level|
+    gap: Tensor  # |value of other - value of level|; 0 where no code lies beyond
+
+    def sample(self, draws: Draws) -> Tensor:
+        """The other code with probability distance / gap, else the nearest."""
+        uniform = draws.uniform(self.level.numel(), self.level.device).view(self.level.shape)
+        up = uniform.mul_(self.gap) < self.distance
+        return torch.where(up & (self.gap > 0), self.other, self.level)
+
+    def expected_error(self) -> Tensor:
+        """E[(sampled value - value)²]."""
+        between = self.distance * (self.gap - self.distance).clamp_(min=0)
+        return torch.where(self.gap > 0, between, self.distance.square())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(ABC):
+    """The values of a matrix (out, in) in one format, by the scales of its blocks.
+
+    A code is a level, an integer in the order of the values; with `sign`, a bit, a level of
+    magnitudes and that bit.
+    """
+
+    scales: tuple[Tensor, ...]  # (ceil(out/h), ceil(in/w)); codes are multiplied by the first
+    block: tuple[int, int]  # (h, w); of the last, parts may be missing
+    ends: tuple[int, int]  # the lowest and the highest level
+
+    sign: ClassVar[int] = 0
+    refuses: ClassVar[bool] = True  # whether values that are not finite raise ValueError
+    large: ClassVar[bool] = False  # whether its pieces are
+
+    @abstractmethod
+    def scaled(self, x: Tensor, *scales: Tensor) -> Tensor:
+        """Values in units of their scales, in memory of their own."""
+
+    @abstractmethod
+    def nearest(self, x: Tensor) -> Tensor:
+        """The nearest codes of scaled values, which may be overwritten."""
+
+    @abstractmethod
+    def value(self, code: Tensor, *scales: Tensor) -> Tensor:
+        """The values of codes in float32, bit for bit as decoding, so that decoded values stay."""
+
+    def place(self, x: Tensor, rows: slice) -> tuple[Tensor, list[Tensor]]:
+        """These rows of the matrix in blocks, and their scales so that the two broadcast."""
+        (height, width), count = self.block, self.scales[0].shape[1]
+        at = rows if height == 1 else _numbers(rows, height, x.device)
+        scales = [scale[at] for scale in self.scales]
+        if x.shape[1] == count * width:
+            return x.view(len(x), count, width), [scale[:, :, None] for scale in scales]
+        return x, [scale.repeat_interleave(width, 1)[:, : x.shape[1]] for scale in scales]
+
+    def column(self, number: int, rows: int) -> list[Tensor]:  # (rows,)
+        """The scales of a column's elements."""
+        height, at = self.block[0], number // self.block[1]
+        if height == 1:
+            return [scale[:, at] for scale in self.scales]
+        return [scale[:, at].repeat_interleave(height)[:rows] for scale in self.scales]
+
+    def encode(self, w: Tensor, draws: Draws | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """The codes of some rows after those of others: the nearest, with draws sampled."""
+        for rows in pieces(*w.shape, large=self.large):
+            x, scales = self.place(w[rows], rows)
+            scaled = self.scaled(x, *scales)
+            if self.refuses and not math.isfinite(float(scaled.sum())) and not all_finite(x):
+                raise ValueError(NOT_FINITE)
+            code = self.nearest(scaled)
+            if draws is not None:
+                level = self.neighbors(x, code, scales).sample(draws.at(rows.start * w.shape[1]))
+                code = level | code & self.sign if self.sign else level
+            yield rows, code.view(-1, w.shape[1])
+
+    def round_column(self, w: Tensor, number: int) -> Tensor:
+        """A `RoundColumn`."""
+        scales = self.column(number, len(w))
+        return self.value(self.nearest(self.scaled(w, *scales)), *scales)
+
+    def neighbors(self, x: Tensor, code: Tensor, scales: Sequence[Tensor]) -> Neighbors:
+        """The codes on both sides of each value, of which these are the nearest; of magnitudes if
+        there is a sign."""
+        if self.sign:
+            x, code, scales = x.abs(), code & ~self.sign, [scale.abs() for scale in scales]
+        falling = scales[0] < 0
+        level = code.int()
+        near = self.value(level, *scales)
+        distance = x - near
+        falls = bool(falling.any())  # as codes rise
+        step = (torch.where(falling, -distance, distance) if falls else distance).sign()
+        other = step.int().add_(level).clamp_(*self.ends)
+        gap = (self.value(other, *scales) - near).abs_()
+        return Neighbors(level, other, distance.abs_(), gap)
+
+    def errors(self, w: Tensor, sampled: bool = True) -> Tensor:
+        """The squared error of each block: expected where codes are sampled, or of the nearest."""
+        (height, width), count = self.block, self.scales[0].shape[1]
+        total = torch.zeros(self.scales[0].shape, device=w.device)
+        for rows in pieces(*w.shape, large=self.large):
+            x, scales = self.place(w[rows], rows)
+            near = self.neighbors(x, self.nearest(self.scaled(x, *scales)), scales)
+            error = near.expected_error() if sampled else near.distance.square()
+            error = pad(error.view(-1, w.shape[1]), (0, count * width - w.shape[1]))
+            error = error.view(-1, count, width).sum(2)
+            total.index_add_(0, _numbers(rows, height, w.device), error)
+        return total
+
+    def overflows(self, w: Tensor) -> Tensor:  # bool
+        """Which blocks hold a value beyond their lowest or highest one."""
+        if self.sign:
+            return block_amax(w, self.block) > self._end(1).abs()
+        x, low, high = w.reshape(*self.scales[0].shape, -1), self._end(0), self._end(1)
+        return (x.amin(2) < torch.minimum(low, high)) | (x.amax(2) > torch.maximum(low, high))
+
+    def _end(self, which: int) -> Tensor:
+        shape = self.scales[0].shape
+        code = torch.full(shape, self.ends[which], dtype=torch.int32, device=self.scales[0].device)
+        return self.value(code, *self.scales)
+
+
+def loses_less(
+    w: Tensor,
+    old: Grid,
+    new: Grid,
+) -> Tensor:  # bool
+    """Which blocks hold a value beyond those of the old scale, and have a smaller expected error
+    with the new one: all others keep theirs, so that values that do not change keep their codes."""
+    beyond = old.overflows(w)
+    return beyond & (new.errors(w) < old.errors(w)) if bool(beyond.any()) else beyond
+
+
+def chosen(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """The new scales where they are better, bit for bit, also of dtypes that torch only stores."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[old.dtype.itemsize]
+    return torch.where(better, new.view(bits), old.view(bits)).view(old.dtype)
+
+
+def pieces(rows: int, columns: int, *, large: bool = False) -> Iterator[slice]:
+    """Slices of rows with about PIECE elements, or LARGE_PIECE."""
+    step = max(1, (LARGE_PIECE if large else PIECE) // max(1, columns))
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def matrices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The matrices in the last two axes of each, side by side."""
+    return zip(*(t.reshape(-1, *t.shape[-2:]) for t in tensors), strict=True)
+
+
+def block_amax(
+    w: Tensor,  # (..., out, in)
+    block: tuple[int, int],
+) -> Tensor:  # (..., ceil(out/h), ceil(in/w))
+    """The largest magnitude of each block; NaN where it holds one."""
+    (height, width), (out, columns) = block, w.shape[-2:]
+    amax = w.new_empty(*w.shape[:-2], math.ceil(out / height), math.ceil(columns / width))
+    for x, target in matrices(w.contiguous(), amax):
+        for up in pieces(len(target), height * columns):
+            rows = x[up.start * height : up.stop * height]
+            rows = pad(rows, (0, -columns % width, 0, -len(rows) % height))
+            rows = rows.view(-1, height, rows.shape[1])
+            if height > 1:
+                high = torch.maximum(rows.amax(1), rows.amin(1).neg_())
+            else:
+                high = rows.abs().squeeze(1)
+            target[up] = high.abs_().view(len(high), -1, width).amax(2)
+    return amax
+
+
+def scale_as_float(scale: Tensor) -> Tensor:
+    """float32 of any float dtype; uint8 holds exponents (E8M0)."""
+    return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
+
+
+def check_finite(*values: Tensor, problem: str = NOT_FINITE) -> None:
+    """Raises ValueError for NaN and infinities."""
+    if not all(bool(each.isfinite().all()) for each in values):
+        raise ValueError(problem)
+
+
+def _numbers(rows: slice, height: int, device: torch.device) -> Tensor:
+    """Of each row the number of its block."""
+    return torch.arange(rows.start, rows.stop, device=device) // height
