@@ -11,7 +11,7 @@ from adapterkit.adapters.keys import FACTORS, factor_keys
 from adapterkit.adapters.record import Adapter, Lora, rank_mismatch
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
-from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.weights.reader import TensorReader
 
 

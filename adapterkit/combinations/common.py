@@ -18,7 +18,7 @@ from adapterkit.kernels.elementwise import (
     elect,
     top_k_threshold,
 )
-from adapterkit.kernels.lowrank import Product, Svd, stack_products
+from adapterkit.kernels.lowrank.algebra import Product, Svd, stack_products
 
 SUBSAMPLE = 4  # one row in four of each block is enough to estimate a threshold
 # changes a block in place; the blocks of a delta come in row-major order

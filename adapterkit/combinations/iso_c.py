@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from adapterkit.combinations.common import check_count, without_noise
 from adapterkit.combinations.protocol import Metrics, OnFactors
-from adapterkit.kernels.lowrank import Product, norm, stack_products, svd
+from adapterkit.kernels.lowrank.algebra import Product, norm, stack_products, svd
 
 
 @dataclass(frozen=True)

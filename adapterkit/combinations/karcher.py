@@ -10,7 +10,7 @@ from torch import Tensor
 from adapterkit.combinations.common import check_count
 from adapterkit.combinations.protocol import Metrics, OnFactors
 from adapterkit.errors import Refused
-from adapterkit.kernels.lowrank import Product, gram, stack_products
+from adapterkit.kernels.lowrank.algebra import Product, gram, stack_products
 
 ROUNDS = 1000
 

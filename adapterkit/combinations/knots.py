@@ -15,7 +15,7 @@ from adapterkit.combinations.common import (
 )
 from adapterkit.combinations.protocol import Metrics, OnFactors
 from adapterkit.kernels.elementwise import Majority, Trim, elect, top_k_threshold
-from adapterkit.kernels.lowrank import Product, fix_sign, norm, svd
+from adapterkit.kernels.lowrank.algebra import Product, fix_sign, norm, svd
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Generator, Tensor
 
-from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.lowrank.algebra import Product
 
 Metrics = dict[str, float]  # for the receipt
 # E[x xᵀ] (in, in) float32 of the inputs that adapter `which` saw, read when it is asked for; the

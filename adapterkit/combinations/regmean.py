@@ -8,8 +8,8 @@ import torch
 from adapterkit.combinations.common import check_count, check_share
 from adapterkit.combinations.protocol import Covariances, Metrics, OnCovariances
 from adapterkit.errors import Refused
-from adapterkit.kernels.lowrank import Product, inner, stack_products
-from adapterkit.kernels.weighted import cholesky
+from adapterkit.kernels.lowrank.algebra import Product, inner, stack_products
+from adapterkit.kernels.lowrank.weighted import cholesky
 
 
 @dataclass(frozen=True)

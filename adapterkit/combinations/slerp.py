@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from adapterkit.combinations.common import check_count, check_share
 from adapterkit.combinations.protocol import Metrics, OnFactors
 from adapterkit.errors import Refused
-from adapterkit.kernels.lowrank import Product, gram, stack_products
+from adapterkit.kernels.lowrank.algebra import Product, gram, stack_products
 
 
 @dataclass(frozen=True)

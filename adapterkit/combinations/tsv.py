@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adapterkit.combinations.common import check_count, check_share, without_noise
 from adapterkit.combinations.protocol import Metrics, OnFactors
-from adapterkit.kernels.lowrank import Product, Svd, norm, svd
+from adapterkit.kernels.lowrank.algebra import Product, Svd, norm, svd
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from adapterkit.adapters.kinds.oft import less_identity
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.formats.parts import magnitudes, matrix_shape, product_rank, tail_of
 from adapterkit.formats.record import Module
-from adapterkit.kernels.lowrank import Product, Svd
-from adapterkit.kernels.truncated import leading_svd
+from adapterkit.kernels.lowrank.algebra import Product, Svd
+from adapterkit.kernels.lowrank.truncated import leading_svd
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import TensorReader
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from adapterkit.adapters.kinds.common import Delta
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.formats.tensors import Expression, StoredReader
-from adapterkit.kernels.weighted import Decomposition
+from adapterkit.kernels.lowrank.weighted import Decomposition
 from adapterkit.weights.reader import Reader
 
 

@@ -6,10 +6,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adapterkit import options
-from adapterkit.kernels import lowrank, weighted
-from adapterkit.kernels.lowrank import Product
-from adapterkit.kernels.trailing import trailing_svd
-from adapterkit.kernels.truncated import truncated_svd
+from adapterkit.kernels.lowrank import algebra, weighted
+from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.kernels.lowrank.trailing import trailing_svd
+from adapterkit.kernels.lowrank.truncated import truncated_svd
 
 METHODS = ("ipm", "kpm")
 DAMPING = 0.01  # of the mean of C's diagonal
@@ -52,6 +52,6 @@ class Corda:
             u = truncated_svd(oriented, rank, tolerance=1e-7).u
         else:
             u = trailing_svd(oriented, rank).u
-        a, b = lowrank.balance(Product(u, u.T @ wide / scale))
+        a, b = algebra.balance(Product(u, u.T @ wide / scale))
         beyond = rank - u.shape[1]
         return pad(a, (0, 0, 0, beyond)).float(), pad(b, (0, beyond)).float()

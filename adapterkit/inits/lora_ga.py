@@ -7,8 +7,8 @@ from torch import Generator, Tensor
 from torch.nn.functional import pad
 
 from adapterkit import options
-from adapterkit.kernels.lowrank import Svd, fix_sign
-from adapterkit.kernels.truncated import truncated_svd
+from adapterkit.kernels.lowrank.algebra import Svd, fix_sign
+from adapterkit.kernels.lowrank.truncated import truncated_svd
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adapterkit.kernels.trailing import trailing_svd
+from adapterkit.kernels.lowrank.trailing import trailing_svd
 
 
 @dataclass(frozen=True)

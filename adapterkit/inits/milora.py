@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adapterkit.kernels.lowrank import Svd, balanced_factors
-from adapterkit.kernels.trailing import trailing_svd
+from adapterkit.kernels.lowrank.algebra import Svd, balanced_factors
+from adapterkit.kernels.lowrank.trailing import trailing_svd
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterkit.kernels.leading import leading_triplets
-from adapterkit.kernels.lowrank import Svd, balanced_factors
+from adapterkit.kernels.lowrank.algebra import Svd, balanced_factors
+from adapterkit.kernels.lowrank.leading import leading_triplets
 
 SEED = 0
 

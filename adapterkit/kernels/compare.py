@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.lowrank.algebra import Product
 
 SKETCH = 128  # rows of Ω: at most so many singular values are estimated
 EXACT = 512  # columns up to which DᵀD is summed instead

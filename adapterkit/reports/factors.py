@@ -18,7 +18,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import WARNING, AdapterkitError, Damaged, Refused, shown
-from adapterkit.kernels import lowrank
+from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.sums import all_finite, squared_norm
 from adapterkit.options import Progress
 from adapterkit.planning.merge.changes import collect_changes, other_base
@@ -135,7 +135,7 @@ def _singular_values(
 ) -> list[Tensor]:
     """Singular values of each expert's b @ a, of a stack in PEFT's layout."""
     right, left = a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts)
-    return [lowrank.svd(lowrank.Product(left[:, :, i], right[i])).s for i in range(experts)]
+    return [algebra.svd(algebra.Product(left[:, :, i], right[i])).s for i in range(experts)]
 
 
 def effective_rank(s: Tensor) -> float:

@@ -13,7 +13,7 @@ from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.record import Tokens
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels import compare as kernel
-from adapterkit.kernels.lowrank import Product, inner, rank_for_energy, stack_products
+from adapterkit.kernels.lowrank.algebra import Product, inner, rank_for_energy, stack_products
 from adapterkit.reports.reader import StoredReader
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.reader import TensorReader

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.errors import Failed, shown
-from adapterkit.kernels.principal import principal_components
+from adapterkit.kernels.lowrank.principal import principal_components
 from adapterkit.tasks.statistics import key_of
 
 # what can be collected of a layer's inputs, and the kinds of statistics that it gives

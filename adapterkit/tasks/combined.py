@@ -15,9 +15,9 @@ from adapterkit.adapters.kinds.dora import DoRA
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.combinations.common import WeightedSum, add_pruned
 from adapterkit.combinations.protocol import Method, Metrics
-from adapterkit.kernels import lowrank
-from adapterkit.kernels.lowrank import Product, Svd
-from adapterkit.kernels.weighted import Decomposition, decompose_dense, decompose_product
+from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels.lowrank.algebra import Product, Svd
+from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense, decompose_product
 from adapterkit.plan import TaskResult
 from adapterkit.tasks.common import FactorsTask, short
 from adapterkit.tasks.statistics import (
@@ -160,7 +160,7 @@ class CombinedFactors(FactorsTask):
         self, deltas: Sequence[Delta], weights: list[float], inputs: Reader
     ) -> tuple[Product, Tensor, Metrics]:
         assert self.method.acts_on == "covariances"
-        products = [lowrank.as_product(delta) for delta in deltas]
+        products = [algebra.as_product(delta) for delta in deltas]
         covariances = lambda which: read_covariance(inputs, self.covariances[which])
         with covariance_errors(*self.covariances):
             return self.method.combine_covariances(products, weights, covariances)
@@ -177,7 +177,7 @@ class CombinedFactors(FactorsTask):
         if self.is_dense and isinstance(self.method, WeightedSum):
             shares = self.method.shares(weights)
             return add_pruned(DenseDeltas(deltas), shares, [lambda block: None] * len(shares))
-        return self.method.combine_factors([lowrank.as_product(delta) for delta in deltas], weights)
+        return self.method.combine_factors([algebra.as_product(delta) for delta in deltas], weights)
 
     def _refit(
         self,
@@ -190,8 +190,8 @@ class CombinedFactors(FactorsTask):
         `root`: of the norm of the refit."""
         products = [result for result in results if isinstance(result, Product)]
         if self.refit.exact and products and products[0].rank <= min(self.shape):
-            pairs = [lowrank.balance(product) for product in products]
-            total = sum(lowrank.norm(product) ** 2 for product in products)
+            pairs = [algebra.balance(product) for product in products]
+            total = sum(algebra.norm(product) ** 2 for product in products)
             return self._result(pairs, metrics, {"norm": short(total**0.5), "energy": 1.0})
         most, share = self.max_rank, self.refit.energy
         decompositions = [
@@ -202,7 +202,7 @@ class CombinedFactors(FactorsTask):
         ]
         if share:
             rank = max(
-                lowrank.rank_for_energy(one.svd.s, share, one.total) for one in decompositions
+                algebra.rank_for_energy(one.svd.s, share, one.total) for one in decompositions
             )
             rank = min(rank, most)
         else:
@@ -330,7 +330,7 @@ def _span(deltas: Sequence[Delta]) -> Svd | None:
 def _cosines(deltas: Sequence[Delta]) -> dict[str, list[float]]:
     """Cosines between the inputs' deltas, row by row of the triangle above the diagonal."""
     products = [delta for delta in deltas if isinstance(delta, Product)]
-    table = lowrank.gram(products) if len(products) == len(deltas) else _gram(DenseDeltas(deltas))
+    table = algebra.gram(products) if len(products) == len(deltas) else _gram(DenseDeltas(deltas))
     norms = table.diagonal().clamp_min(0).sqrt()
     pairs = itertools.combinations(range(len(deltas)), 2)
     return {

@@ -12,8 +12,8 @@ from adapterkit import dtypes
 from adapterkit.adapters.keys import factor_keys
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
-from adapterkit.kernels.lowrank import Svd
-from adapterkit.kernels.weighted import Decomposition, decompose_dense
+from adapterkit.kernels.lowrank.algebra import Svd
+from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense
 from adapterkit.plan import Task, TaskResult
 from adapterkit.tasks.common import LARGE, CopiedTensor
 from adapterkit.tasks.statistics import read_root, root_memory

@@ -12,8 +12,8 @@ from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
-from adapterkit.kernels import lowrank
-from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.plan import Task, TaskResult
 from adapterkit.weights.reader import Reader
 
@@ -80,7 +80,7 @@ class StackedExperts(Task):
             ]
             negative = [Product(-product.left, product.right) for product in general]
             factors = [
-                lowrank.balance(lowrank.stack_products([*own.products(inputs), *negative]))
+                algebra.balance(algebra.stack_products([*own.products(inputs), *negative]))
                 for _, own in self.parts
             ]
             scales = [1.0] * len(factors)
@@ -129,11 +129,11 @@ def prototype(product: Product) -> tuple[Tensor, float]:
 
     Zero, with gap 0, where the product is zero: an untrained expert attracts no token.
     """
-    svd = lowrank.svd(product)
+    svd = algebra.svd(product)
     if not svd.s[0] > 0:
         return torch.zeros_like(svd.vh[0]), 0.0
     second = float(svd.s[1]) if len(svd.s) > 1 else 0.0
-    return lowrank.fix_sign(svd.vh[0]), 1 - second / float(svd.s[0])
+    return algebra.fix_sign(svd.vh[0]), 1 - second / float(svd.s[0])
 
 
 def power_iteration(a: Tensor, b: Tensor, seed: int) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.inits.common import draw
-from adapterkit.kernels import lowrank
-from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import norm
 from adapterkit.plan import TaskResult
@@ -76,7 +76,7 @@ class InitialFactors(FactorsTask):
             pairs.append((a, b))
             if matrix is not None:
                 product = Product(b.double() * self.scale, a.double())
-                taken += lowrank.norm(product) ** 2
+                taken += algebra.norm(product) ** 2
                 size += norm(matrix) ** 2
         tensors = self.round(self.place.stored(pairs))
         metrics: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha}

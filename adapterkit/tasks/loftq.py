@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.kernels.lowrank import Svd, balanced_factors
-from adapterkit.kernels.subspace import near_optimal_svd
+from adapterkit.kernels.lowrank.algebra import Svd, balanced_factors
+from adapterkit.kernels.lowrank.subspace import near_optimal_svd
+from adapterkit.kernels.lowrank.weighted import project
 from adapterkit.kernels.sums import norm, squared_norm
-from adapterkit.kernels.weighted import project
 from adapterkit.plan import Change, Finalize, Task, TaskResult
 from adapterkit.tasks.common import FactorsTask, short
 from adapterkit.tasks.handoff import handoff_keys, handoff_of

@@ -12,7 +12,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import Header, TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable, refuse_all, shown
-from adapterkit.kernels import weighted
+from adapterkit.kernels.lowrank import weighted
 from adapterkit.weights.reader import Reader
 
 # of a module's inputs x (in,): equal for all modules that see the same ones

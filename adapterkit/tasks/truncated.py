@@ -16,9 +16,14 @@ from adapterkit.checkpoint.fingerprint import metadata_with
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import laid_out
 from adapterkit.errors import Refused
-from adapterkit.kernels import lowrank
-from adapterkit.kernels.lowrank import Product
-from adapterkit.kernels.weighted import Decomposition, Energies, decompose_dense, decompose_product
+from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.kernels.lowrank.weighted import (
+    Decomposition,
+    Energies,
+    decompose_dense,
+    decompose_product,
+)
 from adapterkit.options import bytes_text, parse_size
 from adapterkit.plan import Change, Finalize, Task, TaskResult, unchanged
 from adapterkit.tasks.common import FactorsTask, short
@@ -49,7 +54,7 @@ class Truncation:
         if self.rank is not None:
             return min(self.rank, len(s))
         if self.energy is not None:
-            return min(lowrank.rank_for_energy(s, self.energy, total), len(s))
+            return min(algebra.rank_for_energy(s, self.energy, total), len(s))
         if self.sv_ratio is not None:
             return max(1, int((s * self.sv_ratio >= s[0]).sum())) if s[0] > 0 else 1
         return max(1, int((s > s[0] * FLOAT_NOISE).sum()))

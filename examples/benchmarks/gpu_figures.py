@@ -22,7 +22,7 @@ from adapterkit.checkpoint.system import cores
 from adapterkit.engines import device as devices
 from adapterkit.engines import local
 from adapterkit.execute import run
-from adapterkit.kernels.truncated import truncated_svd
+from adapterkit.kernels.lowrank.truncated import truncated_svd
 
 if TYPE_CHECKING:
     from gpu import Settings

@@ -18,7 +18,7 @@ from adapterkit import registry
 from adapterkit.combinations.protocol import OnFactors
 from adapterkit.errors import Refused
 from adapterkit.kernels import elementwise
-from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.lowrank.algebra import Product
 from tests.support.method_references import REFERENCES, VARIANTS, elected, refers, share_of, trimmed
 from tests.support.methods import (
     HARD,

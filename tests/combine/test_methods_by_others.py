@@ -10,7 +10,7 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from adapterkit.errors import Refused
-from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.lowrank.algebra import Product
 from tests.support.methods import combined, product, record, seeds
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())

@@ -7,7 +7,7 @@ import torch
 
 from adapterkit import registry
 from adapterkit.errors import Refused
-from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.lowrank.algebra import Product
 from tests.support.method_references import refers
 from tests.support.methods import HARD, METHODS, combined, product, record
 

@@ -14,7 +14,7 @@ import adapterkit
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.deltas import ModuleDelta
 from adapterkit.formats.fitted import Fit
-from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.lowrank.algebra import Product
 from tests.support import adapter_samples
 from tests.support.adapter_samples import GOLDEN, contents_of
 from tests.support.kinds import CASES, FULL, SIMPLE, Net, deltas, trained

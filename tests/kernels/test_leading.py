@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from adapterkit.kernels import leading
-from adapterkit.kernels.leading import leading_triplets
+from adapterkit.kernels.lowrank import leading
+from adapterkit.kernels.lowrank.leading import leading_triplets
 from tests.kernels.test_truncated import ITERATED, check, counting, gaussian, spectrum
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterkit.kernels.lowrank import Svd
+from adapterkit.kernels.lowrank.algebra import Svd
+from adapterkit.kernels.lowrank.subspace import near_optimal_svd
 from adapterkit.kernels.quant import blockwise, fp4, int8_rows
-from adapterkit.kernels.subspace import near_optimal_svd
 
 EXCESS = 1e-4
 

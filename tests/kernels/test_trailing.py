@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterkit.kernels import trailing
-from adapterkit.kernels.trailing import trailing_svd
+from adapterkit.kernels.lowrank import trailing
+from adapterkit.kernels.lowrank.trailing import trailing_svd
 
 pytestmark = pytest.mark.quick
 

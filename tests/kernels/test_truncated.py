@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterkit.kernels import krylov, truncated
-from adapterkit.kernels.lowrank import Svd
-from adapterkit.kernels.truncated import svd_for_energy, svd_for_ratio, truncated_svd
+from adapterkit.kernels.lowrank import krylov, truncated
+from adapterkit.kernels.lowrank.algebra import Svd
+from adapterkit.kernels.lowrank.truncated import svd_for_energy, svd_for_ratio, truncated_svd
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable
-from adapterkit.kernels.weighted import project, root
+from adapterkit.kernels.lowrank.weighted import project, root
 from tests.support import oracle
 from tests.support.loftq import MODELS, originals, products, values
 

@@ -11,8 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapterkit
 from adapterkit.errors import Refused
-from adapterkit.kernels.lowrank import Product
-from adapterkit.kernels.weighted import Decomposition, decompose_dense, decompose_product, root
+from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.kernels.lowrank.weighted import (
+    Decomposition,
+    decompose_dense,
+    decompose_product,
+    root,
+)
 from tests.support import kinds, oracle
 from tests.support.combining import pairs_of
 from tests.support.deltas import deltas, trained, weighted

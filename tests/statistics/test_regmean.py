@@ -12,7 +12,7 @@ from torch import Tensor
 import adapterkit
 from adapterkit.combinations.regmean import RegMean
 from adapterkit.errors import Refused, Unrecoverable
-from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.runtime import load
 from tests.support.deltas import deltas, net, trained, weighted
 from tests.support.inputs import LINEAR, draws, statistics

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adapterkit.errors import Failed
-from adapterkit.kernels.principal import principal_components
+from adapterkit.kernels.lowrank.principal import principal_components
 from adapterkit.statistics.sums import Sums
 
 ALL = ("covariance", "mean", "pca")

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkit.kernels.weighted import root
+from adapterkit.kernels.lowrank.weighted import root
 from tests.support.deltas import net
 
 # of `deltas.net`; "narrow" has more inputs than `statistics` has tokens

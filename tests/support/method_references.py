@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.errors import Refused
-from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.lowrank.algebra import Product
 from tests.support.methods import METHODS, combined, covariance_of, record, seeds
 
 

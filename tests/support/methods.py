@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adapterkit import registry
-from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.lowrank.algebra import Product
 
 METHODS = registry.members("combinations")
 ON_ELEMENTS = [name for name, record in METHODS.items() if record.acts_on == "elements"]

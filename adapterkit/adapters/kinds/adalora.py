@@ -13,7 +13,7 @@ from adapterkit.adapters.kinds.common import (
 )
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.weights.reader import TensorReader
 
 # settings that AdaLoRA's layers ignore (PEFT 0.21)

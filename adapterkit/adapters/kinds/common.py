@@ -21,9 +21,9 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.dtypes import FLOATS
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.kernels import lowrank
-from adapterkit.kernels.lowrank import Product, Svd
-from adapterkit.kernels.truncated import leading_svd
+from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels.lowrank.algebra import Product, Svd
+from adapterkit.kernels.lowrank.truncated import leading_svd
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import TensorReader
 
@@ -248,7 +248,7 @@ class ProductDelta(ABC):
 
 def product_svd(product: Product) -> tuple[Svd, float]:
     """All singular triplets of left @ right from its factors, and Σ s²."""
-    svd = lowrank.svd(product)
+    svd = algebra.svd(product)
     return svd, float(svd.s.square().sum())
 
 

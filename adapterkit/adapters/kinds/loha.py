@@ -17,8 +17,8 @@ from adapterkit.adapters.kinds.common import (
     read_float64,
 )
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.kernels.lowrank import Product, Svd
-from adapterkit.kernels.truncated import leading_svd
+from adapterkit.kernels.lowrank.algebra import Product, Svd
+from adapterkit.kernels.lowrank.truncated import leading_svd
 from adapterkit.weights.reader import TensorReader
 
 PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

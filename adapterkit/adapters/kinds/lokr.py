@@ -19,9 +19,9 @@ from adapterkit.adapters.kinds.common import (
 )
 from adapterkit.adapters.kinds.loha import with_core
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.kernels import lowrank
-from adapterkit.kernels.lowrank import Product, Svd, rank_for_energy
-from adapterkit.kernels.truncated import truncated_svd
+from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels.lowrank.algebra import Product, Svd, rank_for_energy
+from adapterkit.kernels.lowrank.truncated import truncated_svd
 from adapterkit.weights.reader import TensorReader
 
 Side = tuple[TensorSpec, ...]
@@ -172,7 +172,7 @@ def _svd(parts: Sequence[Tensor], most: int) -> tuple[Svd, float]:
     """Leading triplets of one side, float64, and Σ s² of all."""
     if len(parts) > 1:
         a, b = with_core(*parts) if len(parts) > 2 else parts
-        svd = lowrank.svd(Product(a, b))
+        svd = algebra.svd(Product(a, b))
         return svd, float(svd.s.square().sum())
     matrix = parts[0].reshape(len(parts[0]), -1)
     total = float(matrix.square().sum())

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adapterkit.kernels.lowrank.weighted import NOT_POSITIVE, normalized
 from adapterkit.kernels.quant.grid import RoundColumn
-from adapterkit.kernels.weighted import NOT_POSITIVE, normalized
 
 BLOCK = 128  # columns between which errors are carried one by one; to the rest by one product
 DAMPING = 1e-2  # of the mean of C's diagonal, added to it: GPTQ's

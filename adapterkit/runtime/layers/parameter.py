@@ -13,7 +13,7 @@ from adapterkit.adapters.keys import part_keys
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.adapters.resolve import Target, model_type
 from adapterkit.errors import AdapterkitError, Refused, shown
-from adapterkit.kernels.low_rank_sum import LowRankSum, Term, summed
+from adapterkit.kernels.lazy_sum import LowRankSum, Term, summed
 from adapterkit.planning.sites import Site, flips_square_experts, sites_of
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.site import Part, Values

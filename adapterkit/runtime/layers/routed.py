@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import Refused, shown
-from adapterkit.kernels import lowrank
-from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.routing import add_routed
 from adapterkit.runtime.sharding import spread, whole
 from adapterkit.runtime.site import Part, Site
@@ -153,7 +153,7 @@ class RoutedPart(Part):
     def norms(self) -> Sequence[float]:
         """‖scale·b·a‖ of each expert, Frobenius."""
         both = zip(self.experts.a, self.experts.b, self.scales, strict=True)
-        return [abs(s) * lowrank.norm(Product(b.double(), a.double())) for a, b, s in both]
+        return [abs(s) * algebra.norm(Product(b.double(), a.double())) for a, b, s in both]
 
     def extra_repr(self) -> str:
         return f"{len(self.names)} experts of rank {self.rank}, top_k={self.top_k}"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from adapterkit.kernels.lowrank import Svd
+from adapterkit.kernels.lowrank.algebra import Svd
 
 OVERSAMPLING = 8  # vectors of a block beyond the rank: the gap behind them decides the speed
 SAFE_RANGE = (1e-9, 1e9)  # largest magnitudes whose products float32 holds

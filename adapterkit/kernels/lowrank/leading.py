@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapterkit.kernels import krylov
-from adapterkit.kernels.krylov import OVERSAMPLING, Matrix
-from adapterkit.kernels.lowrank import Svd
-from adapterkit.kernels.truncated import SMALL_SIDE, triplets, truncated_svd
+from adapterkit.kernels.lowrank import krylov
+from adapterkit.kernels.lowrank.algebra import Svd
+from adapterkit.kernels.lowrank.krylov import OVERSAMPLING, Matrix
+from adapterkit.kernels.lowrank.truncated import SMALL_SIDE, triplets, truncated_svd
 
 EXACT_BLOCKS = 3  # before it is asked whether many more are needed
 MANY_BLOCKS = 6  # more: bfloat16

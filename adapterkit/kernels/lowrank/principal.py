@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from adapterkit.kernels.truncated import truncated_svd
+from adapterkit.kernels.lowrank.truncated import truncated_svd
 
 FULL = 0.125  # share of the components from which on a full decomposition takes less time
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from adapterkit.kernels.lowrank import Svd
-from adapterkit.kernels.truncated import truncated_svd
+from adapterkit.kernels.lowrank.algebra import Svd
+from adapterkit.kernels.lowrank.truncated import truncated_svd
 
 # of the largest value of the inverse that is asked for, the smallest one: beyond, float64 does not
 # resolve it beside the largest

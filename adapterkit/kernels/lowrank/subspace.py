@@ -6,9 +6,9 @@ import math
 import torch
 from torch import Tensor
 
-from adapterkit.kernels import krylov
-from adapterkit.kernels.krylov import OVERSAMPLING, Matrix
-from adapterkit.kernels.lowrank import Svd
+from adapterkit.kernels.lowrank import krylov
+from adapterkit.kernels.lowrank.algebra import Svd
+from adapterkit.kernels.lowrank.krylov import OVERSAMPLING, Matrix
 from adapterkit.kernels.sums import squared_norm
 
 MAX_BLOCKS = 24

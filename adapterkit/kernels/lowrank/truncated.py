@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adapterkit.kernels import krylov
-from adapterkit.kernels.krylov import FLOOR, OVERSAMPLING, Matrix, expand
-from adapterkit.kernels.lowrank import ROUNDING, Svd, rank_for_energy
+from adapterkit.kernels.lowrank import krylov
+from adapterkit.kernels.lowrank.algebra import ROUNDING, Svd, rank_for_energy
+from adapterkit.kernels.lowrank.krylov import FLOOR, OVERSAMPLING, Matrix, expand
 from adapterkit.kernels.sums import squared_norm
 
 CHUNK = 1 << 20  # elements converted to float64 at a time

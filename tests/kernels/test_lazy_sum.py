@@ -9,7 +9,7 @@ import transformers.integrations.moe  # noqa: F401  # registers an operator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapterkit.errors import Refused
-from adapterkit.kernels.low_rank_sum import LowRankSum, Term
+from adapterkit.kernels.lazy_sum import LowRankSum, Term
 
 pytestmark = pytest.mark.quick
 

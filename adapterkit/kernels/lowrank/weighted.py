@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adapterkit.kernels import lowrank
-from adapterkit.kernels.lowrank import Product, Svd
+from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels.lowrank.algebra import Product, Svd
+from adapterkit.kernels.lowrank.truncated import leading_svd, truncated_svd
 from adapterkit.kernels.sums import squared_norm
-from adapterkit.kernels.truncated import leading_svd, truncated_svd
 
 # of the mean of C's diagonal: added to it until it is positive definite
 DAMPING = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
@@ -130,9 +130,9 @@ class Decomposition(NamedTuple):
         """a (rank, in) and b (out, rank) of the best approximation of that rank, the norms of each
         rank-one part equal; zeros beyond the triplets that there are."""
         if self.comparison is None:
-            return lowrank.refit(self.svd, rank)
+            return algebra.refit(self.svd, rank)
         left, right = self.svd.u[:, :rank], self.comparison.right[:rank]
-        a, b = lowrank.balance(Product(left, right))
+        a, b = algebra.balance(Product(left, right))
         more = rank - len(a)
         return pad(a, (0, 0, 0, more)), pad(b, (0, more))
 
@@ -142,12 +142,12 @@ def decompose_product(
     root: Tensor | None = None,  # (in, in)
 ) -> Decomposition:
     """All triplets of Δ·root from the factors of Δ, which is never multiplied out, in float64."""
-    plain = lowrank.svd(product)
+    plain = algebra.svd(product)
     total = float(plain.s.square().sum())
     if root is None:
         return Decomposition(plain, total)
     outputs = Product(product.left, product.right @ root.to(product.right.dtype))
-    svd = lowrank.svd(outputs)
+    svd = algebra.svd(outputs)
     right, by_plain = (_from_left(svd.u, product), _from_left(plain.u, outputs))
     squares = float(svd.s.square().sum())
     return Decomposition(svd, squares, _compare(right, total, plain.s, by_plain, squares))
