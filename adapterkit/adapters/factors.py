@@ -15,12 +15,13 @@ from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.weights.reader import TensorReader
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
     """delta = scale * b @ a of one adapter on one module; of a stack, one delta for each expert.
 
     Kernel axes of a convolution are flattened. Of a stack a is stored (experts * rank, in), the
-    expert slowest, and b (out, rank * experts), the expert fastest.
+    expert slowest, and b (out, rank * experts), the expert fastest. `flip`: the rows of what they
+    change are the module's inputs, so it changes by (b @ a)ᵀ = aᵀ @ bᵀ.
     """
 
     a: TensorSpec
@@ -28,6 +29,7 @@ class Factors:
     scale: float
     rank: int
     experts: int | None = None
+    flip: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,7 +90,7 @@ def factors_of(adapter: Adapter, lora: Lora, leaf: str | None = None) -> Factors
             where=adapter.label,
             hint="leave the module out",
         )
-    return Factors(lora.a, lora.b, scale, rank, experts)
+    return Factors(a=lora.a, b=lora.b, scale=scale, rank=rank, experts=experts)
 
 
 @dataclass(frozen=True, slots=True)

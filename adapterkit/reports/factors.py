@@ -57,10 +57,10 @@ def join(adapter: Adapter, on: Folder, problems: list[AdapterkitError]) -> Join:
     joined = Join(job.base)
     for change in job.changes.values():
         for addition in change.additions:
-            if addition.product is not None:
+            if addition.factors is not None:
                 at = addition.lora.module, addition.lora.depth
                 joined.parameters[at] = change.parameter
-                joined.experts[at] = addition.product.experts
+                joined.experts[at] = addition.factors.experts
     return joined
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels import rows as kernel
 from adapterkit.plan import Edit, Loaded
@@ -35,73 +36,64 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
-    """One adapter's low-rank addition to one stored tensor: scale * b @ a, in blocks.
+class PlacedFactors:
+    """One adapter's low-rank addition to one stored tensor; `flip` of its factors where the rows of
+    that are the module's inputs."""
 
-    `flip`: the stored tensor (or the factors' own layout) has the axes swapped, so the addition is
-    (b @ a)ᵀ = aᵀ @ bᵀ. `experts`: a is (experts * r, in) with the expert slowest, b is (out,
-    r * experts) with the expert FASTEST (PEFT's layout).
-    """
-
-    a: TensorSpec
-    b: TensorSpec
-    scale: float
-    rank: int
+    factors: Factors
     blocks: tuple[Block, ...]
-    flip: bool = False
-    experts: int | None = None
 
     @property
     def shared(self) -> bool:
         """Whether other steps need other parts of the same factors: experts that are stored one by
         one."""
-        return self.experts is not None and len(self.blocks) < self.experts
+        return self.factors.experts is not None and len(self.blocks) < self.factors.experts
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
         """b, and a or those experts' parts of it that the blocks need."""
-        if self.experts is None:
-            return (self.a, self.b)
-        return (*(self._of_expert(block) for block in self.blocks), self.b)
+        a, b = self.factors.a, self.factors.b
+        if self.factors.experts is None:
+            return (a, b)
+        return (*(self._of_expert(block) for block in self.blocks), b)
 
     def _of_expert(self, block: Block) -> TensorSpec:
         """The block's expert's part of a."""
-        assert self.experts is not None and block.expert is not None
-        return part_of(self.a, (self.experts, self.rank, *self.a.shape[1:]), block.expert)
+        a, experts = self.factors.a, self.factors.experts
+        assert experts is not None and block.expert is not None
+        return part_of(a, (experts, self.factors.rank, *a.shape[1:]), block.expert)
 
     @property
     def flops(self) -> int:
         areas = ((b.row_stop - b.row) * (b.col_stop - b.col) for b in self.blocks)
-        return 2 * self.rank * sum(areas)
+        return 2 * self.factors.rank * sum(areas)
 
     def products(self, inputs: Reader) -> Iterator[tuple[Block, Tensor, Tensor]]:
         """(block, left (n, r) with the scale folded in, right (r, m)) for each block."""
-        for block, left, right in self._factors(inputs):
-            if self.flip:
+        for block, left, right in self._read(inputs):
+            if self.factors.flip:
                 left, right = right.T, left.T
             left = place_factor(left, 0, block.row_at, block.row_of, block.row, block.row_stop)
             right = place_factor(right, 1, block.col_at, block.col_of, block.col, block.col_stop)
             yield block, left.contiguous(), right.contiguous()
 
-    def _factors(self, inputs: Reader) -> Iterator[tuple[Block, Tensor, Tensor]]:
+    def _read(self, inputs: Reader) -> Iterator[tuple[Block, Tensor, Tensor]]:
         """(block, b (out, r) with the scale folded in, a (r, in)): of experts each one's own."""
-        if self.experts is None:
-            a, b = inputs.tensor(self.a), inputs.tensor(self.b)
-            b = scale_factor(b.reshape(b.shape[0], -1), self.scale)
+        scale, rank, experts = self.factors.scale, self.factors.rank, self.factors.experts
+        if experts is None:
+            a, b = self.factors.stored(inputs)
+            b = scale_factor(b, scale)
             for block in self.blocks:
-                yield block, b, a.reshape(a.shape[0], -1)
+                yield block, b, a
             return
-        split = lambda b: b.reshape(-1, self.rank, self.experts).permute(2, 0, 1).contiguous()
+        split = lambda b: b.reshape(-1, rank, experts).permute(2, 0, 1).contiguous()
         # where each expert is stored alone, to go through the factors of all in each step would
         # cost the square of their number
-        stack = inputs.shared(self.b, split) if self.shared else split(inputs.stored(self.b))
+        b = self.factors.b
+        stack = inputs.shared(b, split) if self.shared else split(inputs.stored(b))
         for block in self.blocks:
-            a = inputs.tensor(self._of_expert(block))
-            yield (
-                block,
-                scale_factor(stack[block.expert].to(inputs.dtype), self.scale),
-                a.reshape(self.rank, -1),
-            )
+            a = inputs.tensor(self._of_expert(block)).reshape(rank, -1)
+            yield block, scale_factor(stack[block.expert].to(inputs.dtype), scale), a
 
 
 def part_of(spec: TensorSpec, shape: tuple[int, ...], index: int) -> TensorSpec:
@@ -151,27 +143,26 @@ def _select(factor: Tensor, dim: int, at: Positions) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class AddLowRank(Edit):
-    """w += Σ scale * b @ a over the terms: one product per block, the terms' factors stacked along
-    the rank."""
+    """w += Σ scale * b @ a: one product per block, the factors stacked along the rank."""
 
-    terms: tuple[Term, ...]
+    added: tuple[PlacedFactors, ...]
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return tuple(spec for term in self.terms for spec in term.reads)
+        return tuple(spec for each in self.added for spec in each.reads)
 
     @property
     def shared_reads(self) -> tuple[TensorSpec, ...]:
-        return tuple(term.b for term in self.terms if term.shared)
+        return tuple(each.factors.b for each in self.added if each.shared)
 
     @property
     def flops(self) -> int:
-        return sum(term.flops for term in self.terms)
+        return sum(each.flops for each in self.added)
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         stacks: dict[tuple[int, int, int, int], list] = {}
-        for term in self.terms:
-            for block, left, right in term.products(inputs):
+        for each in self.added:
+            for block, left, right in each.products(inputs):
                 stacks.setdefault(
                     (block.row, block.row_stop, block.col, block.col_stop), []
                 ).append((left, right))
@@ -198,25 +189,26 @@ class AddLikePeft(Edit):
     `delta_first` it is rounded to the weight's dtype before it is added; the sum is rounded before
     the next adapter (`merge_and_unload`, safe_merge=False)."""
 
-    term: Term
+    added: PlacedFactors
     rounded: torch.dtype
     delta_first: bool
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return self.term.reads
+        return self.added.reads
 
     @property
     def shared_reads(self) -> tuple[TensorSpec, ...]:
-        return (self.term.b,) if self.term.shared else ()
+        return (self.added.factors.b,) if self.added.shared else ()
 
     @property
     def flops(self) -> int:
-        return self.term.flops
+        return self.added.flops
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
-        scale = self.term.scale
-        products = list(replace(self.term, scale=1.0).products(inputs))
+        scale = self.added.factors.scale
+        unscaled = replace(self.added, factors=replace(self.added.factors, scale=1.0))
+        products = list(unscaled.products(inputs))
         norm = (
             abs(scale)
             * sum(kernel.low_rank_norm(left, right) ** 2 for _, left, right in products) ** 0.5

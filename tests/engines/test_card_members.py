@@ -2,6 +2,7 @@
 gives there what it gives on the CPU."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy import array
 from safetensors.torch import save_file
 
 import adapterkit
+from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
@@ -28,9 +30,9 @@ from adapterkit.tasks.edits import (
     Assign,
     Block,
     Decompose,
+    PlacedFactors,
     ReplaceRows,
     RoundTo,
-    Term,
 )  # fmt: skip
 from tests.support import kinds, methods, quantized_llama
 from tests.support.card import DEVICE, Card, installed
@@ -63,12 +65,15 @@ def edits_of(s: dict[str, TensorSpec]) -> list[Edit]:
     """Each kind, and each of its ways to be stored."""
     whole, scattered = Block(0, OUT, 0, IN), range(OUT - 1, -1, -1)
     turned = Block(2, 8, 0, IN, row_at=array([3, 1, 0]), row_of=array([3, 5, 6]))
-    term = Term(s["a"], s["b"], 1.5, RANK, (whole,))
-    one = Term(s["stack_a"], s["stack_b"], 0.5, RANK, (Block(0, OUT, 0, IN, 1),), experts=EXPERTS)
+    factors = Factors(a=s["a"], b=s["b"], scale=1.5, rank=RANK)
+    term = PlacedFactors(factors, (whole,))
+    other = PlacedFactors(replace(factors, scale=1.0), (turned,))
+    stack = Factors(a=s["stack_a"], b=s["stack_b"], scale=0.5, rank=RANK, experts=EXPERTS)
+    one = PlacedFactors(stack, (Block(0, OUT, 0, IN, 1),))
     add = AddLowRank((term,))
     chosen: list[Edit] = [
         add,
-        AddLowRank((term, Term(s["a"], s["b"], 1.0, RANK, (turned,)), one)),
+        AddLowRank((term, other, one)),
         AddLikePeft(term, torch.bfloat16, True),
         AddVector(s["vector"], 0.5, 0, OUT, scattered),
         RoundTo(torch.bfloat16),

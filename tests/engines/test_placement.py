@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 import adapterkit
+from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored, laid_out
 from adapterkit.engines.placement import Capacity, fitting, place, prefers_card
 from adapterkit.plan import Computed, Plan, Shard, Step, Task, TaskResult
-from adapterkit.tasks.edits import AddLowRank, Block, Term
+from adapterkit.tasks.edits import AddLowRank, Block, PlacedFactors
 from adapterkit.weights.reader import Reader
 from tests.golden import inputs
 from tests.support.card import Card, installed
@@ -26,7 +27,7 @@ def spec(key: str, dtype: str, *shape: int) -> TensorSpec:
 def step(number: int, rank: int) -> Step:
     block = Block(0, ROWS, 0, COLUMNS)
     a, b = spec("a", "F32", rank, COLUMNS), spec("b", "F32", ROWS, rank)
-    edit = AddLowRank((Term(a, b, 1.0, rank, (block,)),))
+    edit = AddLowRank((PlacedFactors(Factors(a=a, b=b, scale=1.0, rank=rank), (block,)),))
     source = spec(f"{number}.weight", "BF16", ROWS, COLUMNS)
     return Step(source.key, "BF16", source.shape, source, (edit,), ROWS)
 

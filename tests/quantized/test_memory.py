@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import adapterkit
+from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.reader import Sources
@@ -23,7 +24,7 @@ from adapterkit.errors import Refused
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.plan import BUFFERS, Step
 from adapterkit.tasks import edited, rows
-from adapterkit.tasks.edits import AddLowRank, Block, Decompose, Term
+from adapterkit.tasks.edits import AddLowRank, Block, Decompose, PlacedFactors
 from adapterkit.weights.codec import PlainWeight, QuantizedWeight
 from adapterkit.weights.codecs.bnb4 import Bnb4
 from adapterkit.weights.codecs.bnb8 import Bnb8
@@ -86,7 +87,8 @@ class Case:
 
     def step(self, dora: str | None = None, draws: Draws | None = None) -> Step:
         rows, columns = self.grid
-        term = Term(self.specs["a"], self.specs["b"], 1.0, 8, (Block(0, rows, 0, columns),))
+        factors = Factors(a=self.specs["a"], b=self.specs["b"], scale=1.0, rank=8)
+        term = PlacedFactors(factors, (Block(0, rows, 0, columns),))
         edits = [AddLowRank((term,))]
         if dora:
             edits.append(Decompose(self.specs[dora], (0, rows), dora == "column", tuple(edits)))

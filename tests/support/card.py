@@ -437,6 +437,6 @@ def installed(card: Card) -> Iterator[Card]:
 
 def _forget_tables() -> None:
     """Tables that kernels keep on a card are another one's."""
-    for module in pkgutil.iter_modules(adapterkit.kernels.__path__, "adapterkit.kernels."):
+    for module in pkgutil.walk_packages(adapterkit.kernels.__path__, "adapterkit.kernels."):
         for value in vars(importlib.import_module(module.name)).values():
             getattr(value, "cache_clear", lambda: None)()

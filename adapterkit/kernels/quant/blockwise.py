@@ -269,8 +269,8 @@ def _rising(kind: Kind, device: torch.device) -> Tensor:  # (16,) float32
 
 @functools.cache
 def _thresholds(kind: Kind, device: torch.device) -> Tensor:  # (15,) float32, rising
-    values = _rising(kind, device)
-    return (values[:-1] + values[1:]) / 2
+    values = _rising(kind, torch.device("cpu"))
+    return ((values[:-1] + values[1:]) / 2).to(device)
 
 
 @functools.cache

@@ -273,7 +273,7 @@ def _encode(w: Tensor, grid: Fp4Grid, draws: Draws | None) -> Tensor:  # (..., i
 
 @functools.cache
 def _values(device: torch.device) -> Tensor:  # (16,) float32
-    return torch.tensor((*E2M1, *(-x for x in E2M1)), device=device)
+    return torch.tensor((*E2M1, *(-x for x in E2M1))).to(device)
 
 
 def _e2m1(

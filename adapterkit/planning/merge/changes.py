@@ -252,11 +252,11 @@ def _add_product(
     rank, scale = rank_and_scale(adapter, lora, leaf)
     if lora.bias is not None:
         _add_bias(job, adapter, lora, scale * weight)
-    product, output_axis = orient(job, adapter, parameter, lora, leaf, scale * weight)
-    if product.rank != rank:
-        raise rank_mismatch(adapter, lora, product.rank, rank)
+    factors, output_axis = orient(job, adapter, parameter, lora, leaf, scale * weight)
+    if factors.rank != rank:
+        raise rank_mismatch(adapter, lora, factors.rank, rank)
     magnitude = lora.magnitude
-    if magnitude is not None and product.experts is not None:
+    if magnitude is not None and factors.experts is not None:
         raise Refused(
             f"DoRA on the stack {shown(name)}",
             expected="a plain LoRA there",
@@ -273,7 +273,14 @@ def _add_product(
     )
     change = job.change(parameter)
     change.additions.append(
-        Addition(adapter, lora, product, None, scale * weight, magnitude, output_axis, delta_first)
+        Addition(
+            adapter=adapter,
+            lora=lora,
+            factors=factors,
+            scale=factors.scale,
+            output_axis=output_axis,
+            delta_first=delta_first,
+        )
     )
     change.adapters.append(adapter.name)
 
@@ -293,7 +300,7 @@ def _add_bias(job: Job, adapter: Adapter, lora: Lora, scale: float) -> None:
         job.errors.append(job.shape_error(adapter, lora.bias.key, lora.bias.shape, parameter.shape))
         return
     change = job.change(parameter)
-    change.additions.append(Addition(adapter, lora, None, lora.bias, scale))
+    change.additions.append(Addition(adapter=adapter, lora=lora, factors=None, scale=scale))
     change.adapters.append(adapter.name)
 
 

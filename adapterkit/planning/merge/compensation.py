@@ -91,8 +91,8 @@ def _places(job: Job, step: Step, changes: list[tuple[Change, Slot]]) -> list[_P
 def _is_linear(job: Job, change: Change) -> bool:
     """Whether the parameter is the weight of a linear layer, and factors change it."""
     parameter = change.parameter
-    products = [one.product for one in change.additions if one.product is not None]
-    if not products or len(parameter.shape) != 2 or not parameter.name.endswith(".weight"):
+    adds = any(one.factors is not None for one in change.additions)
+    if not adds or len(parameter.shape) != 2 or not parameter.name.endswith(".weight"):
         return False
     model = job.names.model
     module = parameter.name.removesuffix(".weight")
@@ -104,12 +104,10 @@ def _is_linear(job: Job, change: Change) -> bool:
 
 def _place(step: Step, change: Change, slot: Slot) -> _Place:
     """Raises `Refused` where inputs are not all on one axis, in order."""
-    parameter, product = (
-        change.parameter,
-        next(one.product for one in change.additions if one.product is not None),
-    )
-    outputs, inputs = slot.axes[::-1] if product.flip else slot.axes
-    width = parameter.shape[0 if product.flip else 1]
+    parameter = change.parameter
+    factors = next(one.factors for one in change.additions if one.factors is not None)
+    outputs, inputs = slot.axes[::-1] if factors.flip else slot.axes
+    width = parameter.shape[0 if factors.flip else 1]
     whole = inputs.at == 0 and isinstance(inputs.of, range) and inputs.of == range(width)
     whole = whole and len(slot.shape) == 2 and {outputs.axis, inputs.axis} == {0, 1}
     if not whole or slot.shape[inputs.axis or 0] != width:

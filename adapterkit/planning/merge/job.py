@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.compare import same_bytes
 from adapterkit.checkpoint.fingerprint import fingerprint
@@ -13,7 +14,6 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.planning.history import MergedAdapter
-from adapterkit.planning.merge.placement import Product
 from adapterkit.planning.merge.replication import replicated
 from adapterkit.planning.model_config import vocabulary_sizes
 from adapterkit.planning.selection import Selection
@@ -40,24 +40,28 @@ class Change:
     def stack(self) -> bool:
         """Whether the parameter is a stack of matrices (experts); a convolution's kernel may have
         three axes too."""
-        products = [one.product for one in self.additions if one.product is not None]
-        return len(self.parameter.shape) == 3 and all(
-            product.experts is not None for product in products
-        )
+        added = [one.factors for one in self.additions if one.factors is not None]
+        return len(self.parameter.shape) == 3 and all(each.experts is not None for each in added)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Addition:
-    """The addition of one adapter to one parameter."""
+    """The addition of one adapter to one parameter: of its factors, or of their bias."""
 
     adapter: Adapter
     lora: Lora
-    product: Product | None  # None: a vector
-    vector: TensorSpec | None = None
-    scale: float = 1.0
-    magnitude: TensorSpec | None = None
+    factors: Factors | None  # as they lie on the parameter; None: the bias, times `scale`
+    scale: float
     output_axis: int = 0  # the parameter's axis with one magnitude per position
     delta_first: bool = False  # PEFT rounds this kind of delta before it adds it
+
+    @property
+    def vector(self) -> TensorSpec | None:
+        return self.lora.bias if self.factors is None else None
+
+    @property
+    def magnitude(self) -> TensorSpec | None:
+        return None if self.factors is None else self.lora.magnitude
 
 
 class Job:

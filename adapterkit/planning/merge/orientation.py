@@ -1,10 +1,10 @@
 """The parameter of each adapted module, and the orientation of b @ a on it: by shapes, and by the
 model's classes where shapes leave it open."""
 
+from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.errors import Refused, shown
 from adapterkit.planning.merge.job import Job
-from adapterkit.planning.merge.placement import Product
 from adapterkit.planning.sites import flips_square_experts, sites_of
 from adapterkit.weights.parameters import Parameter
 
@@ -42,7 +42,7 @@ def resolve_targets(
 
 def orient(
     job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, leaf: str | None, scale: float
-) -> tuple[Product, int]:
+) -> tuple[Factors, int]:
     """scale · b @ a as it lies on the parameter, and the parameter's axis of outputs.
 
     A matrix that is a target itself (`leaf` its name) is taken as it is stored, whatever its
@@ -52,7 +52,7 @@ def orient(
     if lora.kind == "embedding":
         if len(a) != 2 or len(b) != 2 or (a[1], b[0]) != shape or a[0] != b[1]:
             raise job.shape_error(adapter, lora.a.key, (a, b), shape)
-        return Product(lora.a, lora.b, scale, a[0], True), 1
+        return Factors(a=lora.a, b=lora.b, scale=scale, rank=a[0], flip=True), 1
     if len(shape) > 3 or (len(shape) == 3 and len(a) == 3):
         return _on_convolution(job, adapter, parameter, lora, scale), 0
     if len(shape) == 3:
@@ -69,12 +69,13 @@ def orient(
     )
     if not (flip or fits):
         raise job.shape_error(adapter, lora.a.key, (a, b), shape)
-    return Product(lora.a, lora.b, scale, a[0], flip), 1 if flip else 0
+    factors = Factors(a=lora.a, b=lora.b, scale=scale, rank=a[0], flip=flip)
+    return factors, 1 if flip else 0
 
 
 def _on_convolution(
     job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float
-) -> Product:
+) -> Factors:
     shape, a, b = parameter.shape, lora.a.shape, lora.b.shape
     module = parameter.name.rpartition(".")[0]
     groups = job.names.groups(module)
@@ -87,12 +88,12 @@ def _on_convolution(
         )
     if b[:1] + a[1:] != shape or any(n != 1 for n in b[2:]):
         raise job.shape_error(adapter, lora.a.key, (a, b), shape)
-    return Product(lora.a, lora.b, scale, a[0], False)
+    return Factors(a=lora.a, b=lora.b, scale=scale, rank=a[0])
 
 
 def _on_experts(
     job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float
-) -> Product:
+) -> Factors:
     count, *matrix = parameter.shape
     shapes = a, b = lora.a.shape, lora.b.shape
     rank, rest = divmod(a[0], count)
@@ -102,7 +103,7 @@ def _on_experts(
     flip = fits_transposed
     if fits and fits_transposed:
         flip = _flips_square_experts(job, adapter, parameter)
-    return Product(lora.a, lora.b, scale, rank, flip, count)
+    return Factors(a=lora.a, b=lora.b, scale=scale, rank=rank, experts=count, flip=flip)
 
 
 def _flips_square_experts(job: Job, adapter: Adapter, parameter: Parameter) -> bool:

@@ -5,27 +5,15 @@ together), all others as columns.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
+from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
 from adapterkit.plan import Edit
-from adapterkit.tasks.edits import AddVector, Assign, Block, Decompose, ReplaceRows, Term
+from adapterkit.tasks.edits import AddVector, Assign, Block, Decompose, PlacedFactors, ReplaceRows
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.slots import Axis, Positions, Slot
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """scale * b @ a as it lies on a parameter: `flip` where the parameter's rows are the module's
-    inputs."""
-
-    a: TensorSpec
-    b: TensorSpec
-    scale: float
-    rank: int
-    flip: bool
-    experts: int | None = None  # the parameter is a stack of that many
 
 
 def grid_rows(slot: Slot, stack: bool) -> int:
@@ -36,17 +24,15 @@ def grid_rows(slot: Slot, stack: bool) -> int:
     return slot.shape[0] if slot.shape else 1
 
 
-def place_product(parameter: Parameter, slot: Slot, product: Product) -> Term:
-    """The product on one slot; `Refused` where the slot's layout does not allow it."""
+def place_factors(parameter: Parameter, slot: Slot, factors: Factors) -> PlacedFactors:
+    """The factors on one slot; `Refused` where the slot's layout does not allow it."""
     shape = parameter.shape
-    if product.experts is None and len(shape) > 2:  # a convolution: one row per output channel
+    if factors.experts is None and len(shape) > 2:  # a convolution: one row per output channel
         if not parameter.whole:
             raise _layout_error(parameter, slot)
-        blocks = (Block(0, shape[0], 0, math.prod(shape[1:])),)
-        return Term(product.a, product.b, product.scale, product.rank, blocks, product.flip)
-    swapped, blocks = _blocks(parameter, slot, stack=product.experts is not None)
-    flip = product.flip ^ swapped
-    return Term(product.a, product.b, product.scale, product.rank, blocks, flip, product.experts)
+        return PlacedFactors(factors, (Block(0, shape[0], 0, math.prod(shape[1:])),))
+    swapped, blocks = _blocks(parameter, slot, stack=factors.experts is not None)
+    return PlacedFactors(replace(factors, flip=factors.flip ^ swapped), blocks)
 
 
 def _blocks(parameter: Parameter, slot: Slot, *, stack: bool) -> tuple[bool, tuple[Block, ...]]:
@@ -100,7 +86,7 @@ def _span(axis: Axis, length: int) -> tuple[int, int, Positions | None, Position
 
 
 def place_vector(parameter: Parameter, slot: Slot, vector: TensorSpec, scale: float) -> AddVector:
-    """A vector added to a one-dimensional parameter; `Refused` as `place_product`."""
+    """A vector added to a one-dimensional parameter; `Refused` as `place_factors`."""
     row, row_stop, at, of = _span(slot.axes[0], parameter.shape[0])
     if of is not None or len(slot.shape) != 1:
         raise _layout_error(parameter, slot)
@@ -111,7 +97,7 @@ def place_magnitude(
     parameter: Parameter, slot: Slot, magnitude: TensorSpec, axis: int, before: tuple[Edit, ...]
 ) -> Decompose:
     """DoRA's rescaling of the parameter's `axis`, one magnitude per position, after the edits
-    `before`; `Refused` as `place_product`."""
+    `before`; `Refused` as `place_factors`."""
     if len(parameter.shape) > 2:
         if not parameter.whole:
             raise _layout_error(parameter, slot)
@@ -130,7 +116,7 @@ def place_magnitude(
 def place_rows(
     parameter: Parameter, slot: Slot, values: TensorSpec, indices: tuple[int, ...]
 ) -> ReplaceRows:
-    """Trained rows of an embedding; `Refused` as `place_product`."""
+    """Trained rows of an embedding; `Refused` as `place_factors`."""
     axis = slot.axes[0]
     if axis.at != 0 or len(slot.shape) != 2 or axis.of != range(parameter.shape[0]):
         raise _layout_error(parameter, slot)
@@ -139,7 +125,7 @@ def place_rows(
 
 def place_value(parameter: Parameter, slot: Slot, value: TensorSpec) -> tuple[Assign, ...]:
     """A parameter's new value on a stored tensor that has a part of it; `Refused` as
-    `place_product`."""
+    `place_factors`."""
     if len(parameter.shape) == 1:
         row, row_stop, at, of = _span(slot.axes[0], parameter.shape[0])
         return (Assign(value, Block(row, row_stop, 0, 1, None, at, None, of), False),)

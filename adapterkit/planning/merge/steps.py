@@ -9,8 +9,8 @@ from adapterkit.plan import Edit, Step
 from adapterkit.planning.merge.job import Change, Job
 from adapterkit.planning.merge.placement import (
     grid_rows,
+    place_factors,
     place_magnitude,
-    place_product,
     place_rows,
     place_value,
     place_vector,
@@ -139,22 +139,22 @@ def _additions(job: Job, edits: list[Edit], change: Change, slot: Slot, dtype: s
     parameter = change.parameter
     if job.options.compat == "peft":
         return _additions_like_peft(edits, change, slot, dtype)
-    terms = [
-        place_product(parameter, slot, addition.product)
+    placed = [
+        place_factors(parameter, slot, addition.factors)
         for addition in change.additions
-        if addition.product is not None
+        if addition.factors is not None
     ]
     for addition in change.additions:
         if addition.vector is not None:
             edits.append(place_vector(parameter, slot, addition.vector, addition.scale))
-    if terms:
+    if placed:
         # neighbors in one stored tensor (q, k, v in a fused projection) share one edit, so one
         # pass
         last = edits[-1] if edits else None
         if isinstance(last, AddLowRank):
             edits.pop()
-            terms = [*last.terms, *terms]
-        edits.append(AddLowRank(tuple(terms)))
+            placed = [*last.added, *placed]
+        edits.append(AddLowRank(tuple(placed)))
     for addition in change.additions:
         if addition.magnitude is not None:
             axis, before = addition.output_axis, tuple(edits)
@@ -167,17 +167,17 @@ def _additions_like_peft(edits: list[Edit], change: Change, slot: Slot, dtype: s
     parameter = change.parameter
     rounded = dtypes.torch_dtype(dtype)
     for addition in change.additions:
-        if addition.product is None:
+        if addition.factors is None:
             assert addition.vector is not None
             edits.append(place_vector(parameter, slot, addition.vector, addition.scale))
             continue
-        term = place_product(parameter, slot, addition.product)
+        placed = place_factors(parameter, slot, addition.factors)
         if addition.magnitude is None:
-            edits.append(AddLikePeft(term, rounded, addition.delta_first))
+            edits.append(AddLikePeft(placed, rounded, addition.delta_first))
             continue
         # PEFT's DoRA norm is that of the weight before any merge: W' = g ⊙ (W + Δ), rounded before
         # the next adapter
-        delta, axis = AddLowRank((term,)), addition.output_axis
+        delta, axis = AddLowRank((placed,)), addition.output_axis
         magnitude = place_magnitude(parameter, slot, addition.magnitude, axis, (delta,))
         edits += [delta, replace(magnitude, of_stored=True), RoundTo(rounded)]
     return edits

@@ -194,18 +194,18 @@ def _equal_additions(job: Job, one: Addition, other: Addition) -> bool:
         return True
     if HANDED_ON in (one.lora.a.folder, other.lora.a.folder):
         return False  # factors of the same plan: there are no bytes yet
-    if (one.adapter.number, one.scale, one.product is None) != (
+    if (one.adapter.number, one.scale, one.factors is None) != (
         other.adapter.number,
         other.scale,
-        other.product is None,
+        other.factors is None,
     ):
         return False
-    if one.magnitude or other.magnitude or one.product is None or other.product is None:
+    if one.magnitude or other.magnitude or one.factors is None or other.factors is None:
         sides = [(x.magnitude, x.vector, x.lora.a, x.lora.b) for x in (one, other)]
         return one.output_axis == other.output_axis and all(
             job.same_bytes(a, b) for a, b in zip(*sides, strict=True)
         )
-    first, second = one.product, other.product
+    first, second = one.factors, other.factors
     if first.flip == second.flip:
         return job.same_bytes(first.a, second.a) and job.same_bytes(first.b, second.b)
     return _are_transposes(job, first.a, second.b) and _are_transposes(job, first.b, second.a)
