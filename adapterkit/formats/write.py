@@ -351,7 +351,6 @@ def _fused(
     groups: dict[tuple[str, str, str], dict[int, Module]] = {}
     fusions: dict[tuple[str, str, str], Fusion] = {}
     stacks: set[tuple[str, str, str]] = set()
-    errors: list[AdapterkitError] = []
     lacking, tied = [], []
     plain: list[tuple[Module, str]] = []
     for module in modules:
@@ -382,6 +381,28 @@ def _fused(
         fusions[key] = Fusion(rule, naming, heads)
         if match.rule.untied and base is not None and base.tied:
             tied.append(module.path)
+    errors = _unnamed(form, architecture, tied, lacking)
+    whole = []
+    for (component, text, kind), members in groups.items():
+        try:
+            if (component, text, kind) in stacks:
+                height = base.experts if base is not None and base.experts else max(members) + 1
+                module = stack(members, height, text)
+            else:
+                module = fuse(members, text, fusions[component, text, kind], reader)
+        except AdapterkitError as error:
+            errors.append(error)
+            continue
+        whole.append((replace(module, name=text), prefix(module) + text))
+    refuse_all(errors)
+    return whole + plain
+
+
+def _unnamed(
+    form: Format, architecture: str, tied: list[str], lacking: list[str]
+) -> list[AdapterkitError]:
+    """Refusals of modules that the format cannot name."""
+    errors: list[AdapterkitError] = []
     if tied:
         errors.append(
             Refused(
@@ -401,20 +422,7 @@ def _fused(
                 hint=OTHER_FORMAT,
             )
         )
-    whole = []
-    for (component, text, kind), members in groups.items():
-        try:
-            if (component, text, kind) in stacks:
-                height = base.experts if base is not None and base.experts else max(members) + 1
-                module = stack(members, height, text)
-            else:
-                module = fuse(members, text, fusions[component, text, kind], reader)
-        except AdapterkitError as error:
-            errors.append(error)
-            continue
-        whole.append((replace(module, name=text), prefix(module) + text))
-    refuse_all(errors)
-    return whole + plain
+    return errors
 
 
 def _tensors(

@@ -45,20 +45,9 @@ def plan_arrow(options: Arrow) -> Plan:
             continue
         if options.compat == "peft":
             errors += _check_ranks(name, parts, general_factors, read)
-        dtype = dtypes.parse(options.dtype)
-        seed = options.seed or 0
-        tasks.append(
-            StackedExperts(
-                name,
-                parts,
-                general_factors,
-                len(general),
-                len(experts),
-                options.compat,
-                seed,
-                dtype,
-            )
-        )
+        counts, dtype = (len(general), len(experts)), dtypes.parse(options.dtype)
+        how = options.compat, options.seed or 0
+        tasks.append(StackedExperts(name, parts, general_factors, *counts, *how, dtype))
     refuse_all(errors)
     if not tasks:
         raise Refused(
@@ -67,24 +56,14 @@ def plan_arrow(options: Arrow) -> Plan:
             where="arrow",
             hint="check the adapters",
         )
-    config = {
-        "arrow": FORMAT,
-        "adapterkit": __version__,
-        "top_k": options.top_k or min(3, len(experts)),
-        "temperature": options.temperature,
-        "experts": [a.folder.name for a in experts],
-        "general": [a.folder.name for a in general],
-        "base_model_name_or_path": adapter_config.base_id(experts[0]),
-        "sources": [{"name": hub_id_or_name(a.folder), "header": a.header_sha256} for a in read],
-    }
-    if options.compat:
-        config |= {"compat": options.compat, "seed": options.seed or 0}
     notes = _coverage(tasks, experts)
     receipt_options = options.recipe_options() | {"experts": len(experts)}
     decisions = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in experts]}
     folders, headers = tuple(a.folder for a in read), header_hashes(dict(enumerate(read)))
     shard = Computed(WEIGHTS, tuple(tasks))
-    files: dict[str, bytes | CopyFile | FromMetrics] = {CONFIG: as_json(config)}
+    files: dict[str, bytes | CopyFile | FromMetrics] = {
+        CONFIG: as_json(_config(options, experts, general))
+    }
     return Plan(
         "arrow",
         receipt_options,
@@ -96,6 +75,24 @@ def plan_arrow(options: Arrow) -> Plan:
         decisions,
         tuple(notes),
         models=(),
+    )
+
+
+def _config(options: Arrow, experts: Sequence[Adapter], general: Sequence[Adapter]) -> dict:
+    """The content of arrow.json."""
+    read = [*experts, *general]
+    config = {
+        "arrow": FORMAT,
+        "adapterkit": __version__,
+        "top_k": options.top_k or min(3, len(experts)),
+        "temperature": options.temperature,
+        "experts": [a.folder.name for a in experts],
+        "general": [a.folder.name for a in general],
+        "base_model_name_or_path": adapter_config.base_id(experts[0]),
+        "sources": [{"name": hub_id_or_name(a.folder), "header": a.header_sha256} for a in read],
+    }
+    return config | (
+        {"compat": options.compat, "seed": options.seed or 0} if options.compat else {}
     )
 
 

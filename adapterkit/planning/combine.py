@@ -46,24 +46,9 @@ def plan_combine(options: Combine) -> Plan:
     stats = [open_statistics(path) for path in options.stats]
     method, refit = _resolve_method(options)
     check_statistics(method, refit, options.space, len(sources), len(stats))
-    if len(sources) < 2 and not (sources and (options.rank or options.energy)):
-        raise Refused(
-            "no adapters were given" if not sources else "only one adapter was given",
-            expected="two or more",
-            where="combine",
-            hint="name the adapters; adapterkit resize changes the rank of one",
-        )
+    _check_count(options, len(sources))
     adapters = read_all([folder for folder, _ in sources])
-    given_weights = [weight for _, weight in sources]
-    equal = [1.0] * len(given_weights)
-    if options.weight_for and method.resolve_weights(equal) != equal:
-        raise Refused(
-            "--weight-for, and an option of the method that sets the weights too",
-            expected="one of them",
-            where="options",
-            hint="remove --weight-for, or the method's option",
-        )
-    given_weights = method.resolve_weights(given_weights)
+    given_weights = _weights(method, [weight for _, weight in sources], options)
     weights = AdapterWeights(given_weights, tuple(options.weight_for))
     doras, notes = [adapter for adapter in adapters if adapter.config.get("use_dora")], []
     if base is not None and doras:
@@ -77,31 +62,18 @@ def plan_combine(options: Combine) -> Plan:
         if model is None
         else {a.number: BaseWeights(model, a, [x.module for x in a.loras], notes) for a in doras}
     )
-    tasks: list[CombinedFactors] = []
     levels = levels_of(joined.values())
+    tasks: list[CombinedFactors] = []
     for name, site in joined.items():
         try:
-            parts = tuple(
-                _part(number, *member, weights, decomposed.get(number))
-                for number, member in site.members.items()
-            )
-            parts = _with_a_share(parts, options.space)
-            method.check_weights([part.weight for part in parts])
+            parts = _parts(site, weights, decomposed, method, options.space)
         except AdapterkitError as error:
             errors.append(error)
             continue
         errors += _fit(name, parts, adapters, options, refit)
+        place, dtype = site.place(levels), dtypes.parse(options.dtype)
         tasks.append(
-            CombinedFactors(
-                name,
-                site.place(levels),
-                dtypes.parse(options.dtype),
-                parts,
-                method,
-                refit,
-                options.space,
-                options.seed,
-            )
+            CombinedFactors(name, place, dtype, parts, method, refit, options.space, options.seed)
         )
     first = len(adapters) + (model is not None)
     statistics = [open_checkpoint(folder, number) for number, folder in enumerate(stats, first)]
@@ -120,15 +92,6 @@ def plan_combine(options: Combine) -> Plan:
             where="combine",
             hint="check the adapters",
         )
-    receipt_options = options.recipe_options() | {"weights": given_weights}
-    if options.settings:
-        receipt_options["settings"] = tuple(options.settings.items())
-    decisions = {
-        "adapters": [
-            {"name": a.name, "weight": w, "modules": len(a.loras)}
-            for a, w in zip(adapters, given_weights, strict=True)
-        ]
-    }
     settings = (
         adapter_config.plain_settings()
         | adapter_config.value_settings(adapters)
@@ -138,18 +101,77 @@ def plan_combine(options: Combine) -> Plan:
         f"{options.method} in {options.space} space, weights "
         f"{', '.join(f'{w:g}' for w in given_weights)}"
     )
-    everything = [*tasks, *biases, *whole]
     output = adapter_output.Output(
         adapters,
-        everything,
+        [*tasks, *biases, *whole],
         settings=settings,
         summary=summary,
         tokenizer=options.tokenizer,
         **targets_of(joined),
     )
+    return _plan(options, given_weights, adapters, output, notes, (model, *statistics))
+
+
+def _plan(
+    options: Combine,
+    weights: list[float],
+    adapters: list[Adapter],
+    output: adapter_output.Output,
+    notes: list[str],
+    models: tuple[Checkpoint | None, ...],
+) -> Plan:
+    receipt_options = options.recipe_options() | {"weights": weights}
+    if options.settings:
+        receipt_options["settings"] = tuple(options.settings.items())
+    decisions = {
+        "adapters": [
+            {"name": a.name, "weight": w, "modules": len(a.loras)}
+            for a, w in zip(adapters, weights, strict=True)
+        ]
+    }
     return adapter_output.plan_adapters(
-        "combine", receipt_options, adapters, [output], notes, decisions, model, *statistics
+        "combine", receipt_options, adapters, [output], notes, decisions, *models
     )
+
+
+def _check_count(options: Combine, count: int) -> None:
+    if count < 2 and not (count and (options.rank or options.energy)):
+        raise Refused(
+            "no adapters were given" if not count else "only one adapter was given",
+            expected="two or more",
+            where="combine",
+            hint="name the adapters; adapterkit resize changes the rank of one",
+        )
+
+
+def _weights(method: Method, given: list[float], options: Combine) -> list[float]:
+    """The adapters' weights as the method has them; `Refused` where --weight-for means others."""
+    equal = [1.0] * len(given)
+    if options.weight_for and method.resolve_weights(equal) != equal:
+        raise Refused(
+            "--weight-for, and an option of the method that sets the weights too",
+            expected="one of them",
+            where="options",
+            hint="remove --weight-for, or the method's option",
+        )
+    return method.resolve_weights(given)
+
+
+def _parts(
+    site: Site,
+    weights: AdapterWeights,
+    decomposed: dict[int, BaseWeights],
+    method: Method,
+    space: str,
+) -> tuple[Part, ...]:
+    """What the adapters have of a module; `Refused` for weights that the method does not take."""
+    parts = tuple(
+        _part(number, *member, weights, decomposed.get(number))
+        for number, member in site.members.items()
+    )
+    parts = _with_a_share(parts, space)
+    method.check_weights([part.weight for part in parts])
+    return parts
 
 
 def _with_a_share(parts: tuple[Part, ...], space: str) -> tuple[Part, ...]:

@@ -53,15 +53,7 @@ def plan_init(options: Init) -> Plan:
     if options.quantize:
         check_not_quantized(base, "remove --quantize: the rest keeps the base's format")
     statistics = None if stats is None else open_checkpoint(stats, 1)
-    scaling = Scaling(
-        options.rank,
-        options.alpha,
-        options.rslora,
-        tuple(options.rank_for),
-        tuple(options.alpha_for),
-    )
-    selection = Selection(options.targets, options.exclude, options.layers)
-    targets = find_targets(decoded_view(base), selection, scaling, notes)
+    targets = _targets(base, options, notes)
     _check_targets(base, method, targets)
     specs = _statistics(statistics, method, targets)
     tasks = [
@@ -116,6 +108,13 @@ def plan_init(options: Init) -> Plan:
         models=tuple(inputs),
         warn=warn_of_dropped if redistributes else no_warnings,
     )
+
+
+def _targets(base: Checkpoint, options: Init, notes: list[str]) -> list[Target]:
+    rules = tuple(options.rank_for), tuple(options.alpha_for)
+    scaling = Scaling(options.rank, options.alpha, options.rslora, *rules)
+    selection = Selection(options.targets, options.exclude, options.layers)
+    return find_targets(decoded_view(base), selection, scaling, notes)
 
 
 def _residual(

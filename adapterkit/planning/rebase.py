@@ -34,16 +34,7 @@ def plan_rebase(options: Rebase) -> Plan:
     """Everything a rebase will do, or `Refused` with all that cannot be done."""
     base = None if options.base is None else open_model(options.base)
     source = open_adapter(options.adapter)
-    given = None if options.initial is None else open_adapter(options.initial)
-    initial = initial_of(source) if given is None else given
-    if initial is None:
-        raise Refused(
-            f"{source.name} has no folder initial/, and --initial is not given",
-            expected="the adapter as saved before training",
-            where="--initial",
-            hint="give its folder",
-        )
-    trained, before = read_all([source, initial])
+    trained, before = read_all([source, _initial(source, options)])
     errors: list[AdapterkitError] = []
     notes: list[str] = []
     init = trained.changed_base()
@@ -97,6 +88,20 @@ def plan_rebase(options: Rebase) -> Plan:
     return adapter_output.plan_adapters(
         "rebase", options.recipe_options(), [trained, before], [output], notes, decisions, model
     )
+
+
+def _initial(source: Folder, options: Rebase) -> Folder:
+    """The adapter as it was before training; `Refused` where there is none."""
+    given = None if options.initial is None else open_adapter(options.initial)
+    initial = initial_of(source) if given is None else given
+    if initial is None:
+        raise Refused(
+            f"{source.name} has no folder initial/, and --initial is not given",
+            expected="the adapter as saved before training",
+            where="--initial",
+            hint="give its folder",
+        )
+    return initial
 
 
 def _check_ties(

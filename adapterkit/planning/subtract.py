@@ -155,14 +155,9 @@ def _output(
     for name, site in joined.items():
         members, place = site.members, site.place(levels)
         if options.space == "factors" and name not in alone:
-            averaged = tuple(
-                f for number, (_, f) in members.items() if number != task_adapter.number
-            )
-            tasks.append(
-                SubtractedFactors(
-                    prefix + name, place, dtype, members[task_adapter.number][1], averaged
-                )
-            )
+            own = members[task_adapter.number][1]
+            others = tuple(f for n, (_, f) in members.items() if n != task_adapter.number)
+            tasks.append(SubtractedFactors(prefix + name, place, dtype, own, others))
             continue
         parts = tuple(
             Part(number, factors, weights[number]) for number, (_, factors) in members.items()
@@ -175,28 +170,18 @@ def _output(
         tasks += [
             common.CopiedTensor(prefix + key, spec, key, checked=True) for spec in holders.values()
         ]
-    settings = (
-        adapter_config.plain_settings()
-        | adapter_config.value_settings([task_adapter])
-        | {
-            "lora_bias": any(
-                lora.bias is not None
-                for site in joined.values()
-                for lora, _ in site.members.values()
-            )
-        }
-    )
+    loras = [lora for site in joined.values() for lora, _ in site.members.values()]
+    settings = adapter_config.plain_settings() | adapter_config.value_settings([task_adapter])
+    settings |= {"lora_bias": any(lora.bias is not None for lora in loras)}
     summary = f"the mean of {len(generals)} general adapters subtracted, in {options.space} space"
-    how = targets_of(joined, prefix) | {
-        "settings": settings,
-        "summary": summary,
-        "tokenizer": options.tokenizer,
-    }
     return adapter_output.Output(
         [task_adapter, *generals],
         tasks,
         folder=_folder_name(task_adapter) if several else "",
-        **how,
+        settings=settings,
+        summary=summary,
+        tokenizer=options.tokenizer,
+        **targets_of(joined, prefix),
     )
 
 
