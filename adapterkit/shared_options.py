@@ -1,5 +1,6 @@
 """Options that several verbs have, each told once."""
 
+import math
 from typing import Any
 
 from adapterkit.errors import AdapterkitError, Refused
@@ -71,7 +72,7 @@ def targets_option(default: str, modules: str = "Modules that get factors") -> A
         check=TARGETS,
         metavar="NAMES|REGEX",
         help=f"{modules}: all-linear, comma-separated name suffixes (q_proj,v_proj), or a regex "
-        f"(default: {default}).",
+        f"for whole names (default: {default}).",
     )
 
 
@@ -135,6 +136,14 @@ class ScaleOptions(Checked):
         default=None, check=ABOVE_0, help="lora_alpha (default: the rank, for a scale of 1)."
     )
     rslora: bool = option(default=False, check=FLAG, help="Use the scale alpha / sqrt(rank).")
+
+    @property
+    def lora_alpha(self) -> float:
+        return self.rank if self.alpha is None else self.alpha
+
+    @property
+    def scale(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @record

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adapterkit import options
+from adapterkit.inits.protocol import ComputedInit
 from adapterkit.kernels.lowrank import algebra, weighted
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.lowrank.trailing import trailing_svd
@@ -16,7 +17,7 @@ DAMPING = 0.01  # of the mean of C's diagonal
 
 
 @dataclass(frozen=True)
-class Corda:
+class Corda(ComputedInit):
     """scale·b@a = U_r U_rᵀ W, U_r the leading left singular vectors of W C' (`ipm`, instruction
     previewed) or the trailing ones (`kpm`, knowledge preserved), C' = C + 0.01·mean(diag C)·1,
     C = E[x xᵀ]; the base becomes W - scale·b@a.

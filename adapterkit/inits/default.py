@@ -6,14 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from adapterkit.inits.protocol import DrawnInit
+
 
 @dataclass(frozen=True)
-class Default:
+class Default(DrawnInit):
     """a ~ U(-1/√in, 1/√in), b = 0: the delta is zero (Kaiming-uniform, as in LoRA's own code)."""
 
     name = "default"
     source = "arXiv:2106.09685"
-    needs = ()
     changes_base = False
     zero_b = True
 

@@ -8,12 +8,13 @@ from torch.nn.functional import pad
 
 from adapterkit import options
 from adapterkit.errors import Refused, Unrecoverable, shown
+from adapterkit.inits.protocol import RedistributingInit
 
 NOISE = 1e-12  # of the largest variance
 
 
 @dataclass(frozen=True)
-class Eva:
+class Eva(RedistributingInit):
     """a = the principal directions of the centered inputs, b = 0: the delta is zero.
 
     Ranks are redistributed over the model: of the first round(rank·rho) components of every module,
@@ -36,7 +37,6 @@ class Eva:
     needs = ("components", "variances", "variance")
     changes_base = False
     kinds = ("linear",)
-    redistributes = True
 
     def __post_init__(self):
         options.number("at least 1", lambda value: value >= 1)("rho", self.rho)
@@ -44,18 +44,12 @@ class Eva:
         options.flag("adjust_scaling_factors", self.adjust_scaling_factors)
 
     def candidates(self, modules: Iterable[tuple[Hashable, int, int]]) -> dict[Hashable, int]:
-        """How many components take part in the redistribution, by what modules have them in common:
-        as many as the one of them with the largest rank asks for.
-
-        `modules`: (what has the components, rank, in) of each.
-        """
         most: dict[Hashable, int] = {}
         for components, rank, width in modules:
             most[components] = max(most.get(components, 0), min(round(rank * self.rho), width))
         return most
 
     def too_few(self, module: str, rank: int, stored: int, needed: int, where: str) -> Refused:
-        """The refusal of a file without as many components as take part."""
         return Refused(
             f"{stored} components of {shown(module)}",
             expected=f"at least {needed}: rank {rank} times rho {self.rho:g}",
@@ -64,7 +58,6 @@ class Eva:
         )
 
     def new_alpha(self, alpha: float, rank: int, new_rank: int) -> float:
-        """alpha after the redistribution."""
         return alpha * new_rank / rank if self.adjust_scaling_factors else alpha
 
     def factors(
@@ -88,8 +81,6 @@ class Eva:
         return a.contiguous(), a.new_zeros(len(weight), rank)
 
     def ratios(self, rank: int, variances: Tensor, variance: Tensor) -> list[float]:
-        """The shares of a layer's variance that its first components explain, falling; none for
-        those without."""
         total = float(variance)
         shares = [float(value) / total for value in variances[:rank].double()] if total > 0 else []
         return [share for share in shares if share > NOISE * shares[0]]

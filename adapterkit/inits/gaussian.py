@@ -5,14 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from adapterkit.inits.protocol import DrawnInit
+
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(DrawnInit):
     """a ~ N(0, 1/r²), b = 0: the delta is zero (as in diffusers)."""
 
     name = "gaussian"
     source = "diffusers"
-    needs = ()
     changes_base = False
     zero_b = True
 

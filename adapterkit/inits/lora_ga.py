@@ -7,6 +7,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import pad
 
 from adapterkit import options
+from adapterkit.inits.protocol import ComputedInit
 from adapterkit.kernels.lowrank.algebra import Svd, fix_sign
 from adapterkit.kernels.lowrank.truncated import truncated_svd
 
@@ -15,7 +16,7 @@ SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 
 
 @dataclass(frozen=True)
-class LoraGa:
+class LoraGa(ComputedInit):
     """a = rows of Vᵀ, b = columns of U S, of the leading 2r triplets of the gradient dLoss/dW; the
     base becomes W - scale·b@a.
 

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from adapterkit.inits.protocol import ComputedInit
 from adapterkit.kernels.lowrank.trailing import trailing_svd
 
 
 @dataclass(frozen=True)
-class Mica:
+class Mica(ComputedInit):
     """b = the left singular vectors of the smallest singular values, a = 0: the delta is zero, and
     only a is trained."""
 

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from adapterkit.inits.protocol import ComputedInit
 from adapterkit.kernels.lowrank.algebra import Svd, balanced_factors
 from adapterkit.kernels.lowrank.trailing import trailing_svd
 
 
 @dataclass(frozen=True)
-class Milora:
+class Milora(ComputedInit):
     """scale·b@a = U S Vᵀ of the smallest singular values of W; the base becomes W - scale·b@a.
 
     A rank above min(out, in) is filled with zeros.

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from adapterkit.inits.protocol import ComputedInit
+
 
 @dataclass(frozen=True)
-class Olora:
+class Olora(ComputedInit):
     """b = Q_r, a = R_r of W = QR; the base becomes W - scale·b@a.
 
     Only the first r columns of Q are made: they depend on the first r columns of W alone. A rank

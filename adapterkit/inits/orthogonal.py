@@ -6,16 +6,16 @@ import torch
 from torch import Generator, Tensor
 
 from adapterkit.errors import Refused, shown
+from adapterkit.inits.protocol import DrawnInit
 
 
 @dataclass(frozen=True)
-class Orthogonal:
+class Orthogonal(DrawnInit):
     """a = (G₁ Q₁)ᵀ/10, b = G₂ᵀ Q₂/10 with Q₁ and Q₂ the even and the odd rows of an orthogonal
     (r, r) matrix, G₁ and G₂ normal: b@a = 0, and both factors train from the start."""
 
     name = "orthogonal"
     source = "PEFT"
-    needs = ()
     changes_base = False
     zero_b = False
     kinds = ("linear", "embedding", "experts")

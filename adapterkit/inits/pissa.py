@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adapterkit.inits.protocol import ComputedInit
 from adapterkit.kernels.lowrank.algebra import Svd, balanced_factors
 from adapterkit.kernels.lowrank.leading import leading_triplets
 
@@ -12,7 +13,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Pissa:
+class Pissa(ComputedInit):
     """scale·b@a = U_r S_r V_rᵀ, the leading triplets of W, split evenly; the base becomes
     W - scale·b@a.
 

@@ -6,16 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from adapterkit.inits.protocol import DrawnInit
+
 
 @dataclass(frozen=True)
-class Random:
+class Random(DrawnInit):
     """a ~ U(-1/√in, 1/√in), b ~ U(-1/√r, 1/√r): a delta from the start (PEFT's False).
 
     On an embedding too, where PEFT draws both from N(0, 1)."""
 
     name = "random"
     source = "PEFT"
-    needs = ()
     changes_base = False
     zero_b = False
 

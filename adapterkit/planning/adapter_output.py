@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit import dtypes
+from adapterkit.adapters import adapter_config
 from adapterkit.adapters.adapter_config import base_id, rank_settings, target_settings
 from adapterkit.adapters.factors import rank_and_scale
 from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key
@@ -30,6 +31,7 @@ from adapterkit.planning.folder_files import Files, adapter_files, as_json
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.sites import Site, levels_of
 from adapterkit.planning.tokenizer_files import tokenizer_files
+from adapterkit.shared_options import ScaleOptions
 from adapterkit.tasks.common import CopiedTensor, SummedTensor
 
 if TYPE_CHECKING:
@@ -288,3 +290,28 @@ def _copy(spec: TensorSpec) -> CopiedTensor:
     """A tensor of an adapter under PEFT's own key for it."""
     key = canonical_key(spec.key)
     return CopiedTensor(key, spec, key, checked=True)
+
+
+def new_adapter(
+    base: Checkpoint,
+    factors: Sequence[Task],
+    options: ScaleOptions,
+    summary: str,
+    folder: str = "",
+    fingerprint: str | None = None,
+) -> Output:
+    """The output of factors for a base made from this one, with the fingerprint."""
+    return Output(
+        adapters=[],
+        tasks=factors,
+        modules={task.name: task.name for task in factors},
+        settings=adapter_config.plain_settings() | {"use_rslora": options.rslora},
+        summary=summary,
+        folder=folder,
+        alpha=options.lora_alpha,
+        base_settings={
+            "base_model_name_or_path": adapter_config.hub_id(base.folder),
+            "task_type": adapter_config.task_type(base.config),
+        },
+        base_fingerprint=fingerprint,
+    )

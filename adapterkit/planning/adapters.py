@@ -18,7 +18,7 @@ from adapterkit.options import finite
 from adapterkit.plan import Task
 from adapterkit.planning.comparison import differing_rows
 from adapterkit.planning.readings import rule_readings
-from adapterkit.planning.rules import Rule, pattern_table, read_rules
+from adapterkit.planning.rules import Rule, pattern_table, read_rules, unmatched
 from adapterkit.planning.sites import Site
 from adapterkit.tasks.common import CopiedTensor, SummedTensor
 
@@ -96,16 +96,16 @@ class AdapterWeights:
         self.modules[number].add(module)
         return self.patterns[number].value(module, self.weights[number])
 
-    def unused(self) -> list[AdapterkitError]:
+    def problems(self) -> list[AdapterkitError]:
         """Refusals of the rules that no module matched so far, and of those that mean others than
         they did."""
         errors: list[AdapterkitError] = []
         for number, (rules, modules) in enumerate(zip(self.rules, self.modules, strict=True), 1):
             errors += rule_readings(f"{OPTION} of adapter {number}:", rules, sorted(modules))
-        for numbers, rule in [] if errors else self.given:
+        for numbers, (pattern, value) in [] if errors else self.given:
             modules = set().union(*(self.modules[number] for number in numbers))
-            if Patterns(pattern_table([rule]), OPTION).unmatched(modules):
-                errors.append(rule.unmatched(modules, "a module of the adapter"))
+            if Patterns({pattern: value}, OPTION).unmatched(modules):
+                errors.append(unmatched(OPTION, pattern, modules, "a module of the adapter"))
         return errors
 
     def _rule(self, text: str) -> tuple[Sequence[int], Rule[float]]:

@@ -83,7 +83,7 @@ def plan_combine(options: Combine) -> Plan:
         _biases(joined, weights, options, errors),
         value_tasks(adapters, weights, without_inputs(method), levels, errors),
     )
-    errors += weights.unused() + wrapper_problems(adapters, joined.values())
+    errors += weights.problems() + wrapper_problems(adapters, joined.values())
     refuse_all(errors)
     if not tasks:
         raise Refused(

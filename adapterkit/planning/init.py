@@ -12,14 +12,15 @@ from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.inits import created_init
+from adapterkit.inits.protocol import ComputedInit, Initialization, RedistributingInit
 from adapterkit.options import flag_of
 from adapterkit.plan import Computed, Plan, Shard, Task, no_warnings
 from adapterkit.planning import adapter_output
 from adapterkit.planning.folder_files import Files
-from adapterkit.planning.initial_targets import Selection, Target, find_targets
+from adapterkit.planning.initial_targets import InitialTarget, find_targets
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.model_output import planned_fingerprint
-from adapterkit.planning.new_adapter import Scaling
 from adapterkit.planning.quantization import plan_quantization
 from adapterkit.planning.residual import (
     plan_quantized_residual,
@@ -27,7 +28,6 @@ from adapterkit.planning.residual import (
     planned_adapter,
 )
 from adapterkit.planning.sources import open_model, open_statistics
-from adapterkit.registry import create
 from adapterkit.shared_options import BlockOptions
 from adapterkit.statistics.sums import INPUTS
 from adapterkit.tasks.handoff import HandoffFactors
@@ -46,40 +46,24 @@ def plan_init(options: Init) -> Plan:
     """Everything an initialization will do, or `Refused`."""
     folder = open_model(options.base)
     stats = None if options.stats is None else open_statistics(options.stats)
-    method: Any = create("inits", options.method, dict(options.settings or {}))
+    method = created_init(options.method, dict(options.settings or {}))
     _check(options, method, stats is not None)
     notes: list[str] = []
     base = open_checkpoint(folder)
     if options.quantize:
         check_not_quantized(base, "remove --quantize: the rest keeps the base's format")
     statistics = None if stats is None else open_checkpoint(stats, 1)
-    targets = _targets(base, options, notes)
+    targets = find_targets(decoded_view(base), options, notes)
     _check_targets(base, method, targets)
-    specs = _statistics(statistics, method, targets)
-    tasks = [
-        InitialFactors(
-            target.name,
-            target.place,
-            dtypes.parse(options.dtype),
-            method,
-            target.rank,
-            target.alpha,
-            target.scale,
-            options.seed,
-            target.weight if "weight" in method.needs else None,
-            tuple((kind, by_module[target.name]) for kind, by_module in specs.items()),
-            method.changes_base,
-        )
-        for target in targets
-    ]
+    tasks = _factors(options, method, targets, statistics)
     decisions: dict[str, Any] = {"modules": len(targets)}
     implicit = method.changes_base and options.residual == "implicit"
-    redistributes = getattr(method, "redistributes", False)
-    if redistributes:
-        tasks = with_candidates(tasks)
+    finalize, warn = None, no_warnings
+    if isinstance(method, RedistributingInit):
+        tasks = with_candidates(method, tasks)
+        finalize, warn = finalize_by_ratios, warn_of_dropped
     adapter = _adapter(base, tasks, targets, options, method, ADAPTER, implicit)
-    if redistributes:
-        adapter = replace(adapter, finalize=finalize_by_ratios)
+    adapter = replace(adapter, finalize=finalize)
     rest, files = (), adapter.files(notes)
     if method.changes_base and not implicit:
         rest, base_files = _residual(base, targets, options, adapter, notes, decisions)
@@ -106,20 +90,38 @@ def plan_init(options: Init) -> Plan:
         decisions,
         tuple(notes),
         models=tuple(inputs),
-        warn=warn_of_dropped if redistributes else no_warnings,
+        warn=warn,
     )
 
 
-def _targets(base: Checkpoint, options: Init, notes: list[str]) -> list[Target]:
-    rules = tuple(options.rank_for), tuple(options.alpha_for)
-    scaling = Scaling(options.rank, options.alpha, options.rslora, *rules)
-    selection = Selection(options.targets, options.exclude, options.layers)
-    return find_targets(decoded_view(base), selection, scaling, notes)
+def _factors(
+    options: Init,
+    method: Initialization,
+    targets: Sequence[InitialTarget],
+    statistics: Checkpoint | None,
+) -> list[InitialFactors]:
+    specs = _statistics(statistics, method, targets)
+    return [
+        InitialFactors(
+            name=target.name,
+            place=target.place,
+            dtype=dtypes.parse(options.dtype),
+            method=method,
+            rank=target.rank,
+            alpha=target.alpha,
+            scale=target.scale,
+            seed=options.seed,
+            weight=target.weight if "weight" in method.needs else None,
+            statistics=tuple((kind, modules[target.name]) for kind, modules in specs.items()),
+            hands_on=method.changes_base,
+        )
+        for target in targets
+    ]
 
 
 def _residual(
     base: Checkpoint,
-    targets: list[Target],
+    targets: list[InitialTarget],
     options: Init,
     adapter: adapter_output.Output,
     notes: list[str],
@@ -141,15 +143,15 @@ def _residual(
 def _adapter(
     base: Checkpoint,
     tasks: Sequence[Task],
-    targets: Sequence[Target],
+    targets: Sequence[InitialTarget],
     options: Init,
-    method: Any,
+    method: Initialization,
     folder: str,
     implicit: bool = False,
 ) -> adapter_output.Output:
     """An adapter of the output; its config has no init that PEFT would repeat."""
     parameters = [target.name for target in targets if target.is_parameter]
-    settings = adapter_config.plain_settings() | {"use_rslora": options.rslora}
+    settings: dict[str, Any] = {}
     if parameters:
         settings |= {"target_parameters": parameters, "peft_version": adapter_config.PEFT_LAYOUT}
     if implicit:
@@ -159,24 +161,18 @@ def _adapter(
         if implicit or not method.changes_base
         else ("for the base beside it, not for the original")
     )
-    return adapter_output.Output(
-        [],
-        tasks,
-        {task.name: target.name for task, target in zip(tasks, targets, strict=True)},
-        settings,
-        f"{options.method}: {where}",
-        folder,
-        base_settings={
-            "base_model_name_or_path": adapter_config.hub_id(base.folder),
-            "task_type": adapter_config.task_type(base.config),
-        },
+    adapter = adapter_output.new_adapter(base, tasks, options, f"{options.method}: {where}", folder)
+    return replace(
+        adapter,
+        modules={task.name: target.name for task, target in zip(tasks, targets, strict=True)},
+        settings=adapter.settings | settings,
         alpha={target.name: target.alpha for target in targets},
         parameters=frozenset(parameters),
     )
 
 
 def _statistics(
-    stats: Checkpoint | None, method: Any, targets: Sequence[Target]
+    stats: Checkpoint | None, method: Initialization, targets: Sequence[InitialTarget]
 ) -> dict[str, dict[str, TensorSpec]]:
     """The tensors of each kind that the method needs, by target."""
     return {
@@ -188,7 +184,7 @@ def _statistics(
     }
 
 
-def _check(options: Init, method: Any, has_stats: bool) -> None:
+def _check(options: Init, method: Initialization, has_stats: bool) -> None:
     """Refuse options that do not go together."""
     errors: list[AdapterkitError] = []
 
@@ -223,22 +219,25 @@ def _check(options: Init, method: Any, has_stats: bool) -> None:
     refuse_all(errors)
 
 
-def _check_targets(base: Checkpoint, method: Any, targets: Sequence[Target]) -> None:
+def _check_targets(
+    base: Checkpoint, method: Initialization, targets: Sequence[InitialTarget]
+) -> None:
     """Refuse layers on which a method is not defined, and ranks above those of the weights."""
     errors: list[AdapterkitError] = []
-    kinds = getattr(method, "kinds", None)
     for target in targets:
-        if kinds is not None and target.kind not in kinds:
+        if target.kind not in method.kinds:
             errors.append(
                 Refused(
                     f"{method.name} on {shown(target.name)}, of kind {target.kind}",
-                    expected=" or ".join(kinds),
+                    expected=" or ".join(method.kinds),
                     where=base.name,
                     hint="remove it from --targets (PEFT starts it in another way, silently)",
                 )
             )
-        most = min(target.shape) // getattr(method, "triplets_per_rank", 1)
-        if method.needs and target.rank > most:
+        if not isinstance(method, ComputedInit):
+            continue
+        most = min(target.shape) // method.triplets_per_rank
+        if target.rank > most:
             errors.append(
                 Refused(
                     f"rank {target.rank} for {shown(target.name)} {target.shape}",

@@ -7,18 +7,17 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from adapterkit import dtypes
-from adapterkit.adapters import resolve
 from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import factor_keys
 from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.adapters.resolve import PARAMETER
+from adapterkit.adapters.resolve import PARAMETER, Target
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import finite
-from adapterkit.planning.new_adapter import Scaling
 from adapterkit.planning.quantization import is_stack, known_model
 from adapterkit.planning.rules import pattern_table, read_rules
 from adapterkit.planning.stored_targets import StoredResolver, entries_of
+from adapterkit.verbs.init import Init
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter, StoredParameter
 
@@ -27,7 +26,7 @@ KINDS = {"conv1d": "linear", PARAMETER: "experts"}  # what inits call a kind, wh
 
 
 @dataclass(frozen=True)
-class Target:
+class InitialTarget:
     """A module, or a stack of experts, that gets factors."""
 
     name: str  # of the module, or of the stack's parameter
@@ -50,27 +49,16 @@ class Target:
         return self.kind == "experts"
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The options that say which modules get factors."""
-
-    targets: str | None = None
-    exclude: str | None = None
-    layers: str | None = None
-
-
-def find_targets(
-    base: Checkpoint, options: Selection, scaling: Scaling, notes: list[str]
-) -> list[Target]:
+def find_targets(base: Checkpoint, options: Init, notes: list[str]) -> list[InitialTarget]:
     """The targets in the model's order; `Refused` with all names that match none, and all modules
     whose weights cannot be read.
 
     `base` as it decodes. Without `targets`, PEFT's for the model's type."""
     names = known_model(base, notes)
-    resolver = _resolver(names, options, scaling, notes)
+    resolver = _resolver(names, options, notes)
     order = {name: number for number, name in enumerate(resolver.modules)}
     errors = list[AdapterkitError]()
-    targets: list[Target] = []
+    targets: list[InitialTarget] = []
     for target in sorted(resolver.resolve(), key=lambda target: order[target.path]):
         try:
             targets.append(_target(names, target))
@@ -80,24 +68,22 @@ def find_targets(
     return _nested(names, targets)
 
 
-def _resolver(
-    names: Names, options: Selection, scaling: Scaling, notes: list[str]
-) -> StoredResolver:
+def _resolver(names: Names, options: Init, notes: list[str]) -> StoredResolver:
     """What finds the targets; `Refused` for texts that are none of these options'."""
     assert names.model is not None
-    ranks = read_rules("--rank-for", scaling.rank_for, _rank, "REGEX=N, N a whole number above 0")
-    alphas = read_rules("--alpha-for", scaling.alpha_for, _alpha, "REGEX=A, A a number above 0")
+    ranks = read_rules("--rank-for", options.rank_for, _rank, "REGEX=N, N a whole number above 0")
+    alphas = read_rules("--alpha-for", options.alpha_for, _alpha, "REGEX=A, A a number above 0")
     config = LoraConfig(
-        scaling.rank,
-        scaling.lora_alpha,
+        options.rank,
+        options.lora_alpha,
         None if options.targets is None else entries_of("--targets", options.targets),
-        rslora=scaling.rslora,
+        rslora=options.rslora,
         rank_pattern=pattern_table(ranks),
         alpha_pattern=pattern_table(alphas),
         exclude=None if options.exclude is None else entries_of("--exclude", options.exclude),
     )
     resolver = StoredResolver(names, config, notes)
-    resolver.alpha = scaling.alpha
+    resolver.alpha = options.alpha
     resolver.rules = {"--rank-for": ranks, "--alpha-for": alphas}
     resolver.exclude = options.exclude
     resolver.layers = None if options.layers is None else _numbers(options.layers)
@@ -133,7 +119,7 @@ def _numbers(text: str) -> list[int]:
     return sorted(numbers)
 
 
-def _target(names: Names, target: resolve.Target) -> Target:
+def _target(names: Names, target: Target) -> InitialTarget:
     name, kind = target.name, KINDS.get(target.kind, target.kind)
     parameter = names.parameter(name if kind == "experts" else f"{name}.weight")
     weight = _weight(names, target.path, kind, parameter, name)
@@ -142,7 +128,7 @@ def _target(names: Names, target: resolve.Target) -> Target:
         experts, *matrix = weight.shape
         shape = tuple(matrix[::-1] if weight.transposed else matrix)
     place_kind = "embedding" if kind == "embedding" else "module"
-    return Target(
+    return InitialTarget(
         name=name,
         module=target.path,
         kind=kind,
@@ -187,7 +173,7 @@ def _weight(
     return replace(weight, transposed=transposed)
 
 
-def _nested(names: Names, targets: list[Target]) -> list[Target]:
+def _nested(names: Names, targets: list[InitialTarget]) -> list[InitialTarget]:
     """The targets with keys for a file in which PEFT wraps modules for their parameters: once for
     each, the last one of the module's code outermost."""
     stacks = Counter(target.module for target in targets if target.is_parameter)

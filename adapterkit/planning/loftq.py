@@ -8,6 +8,7 @@ from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
+from adapterkit.adapters.targets import Patterns
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import WARNING, AdapterkitError, Refused, refuse_all, shown
@@ -15,15 +16,11 @@ from adapterkit.plan import Computed, Plan, Task
 from adapterkit.planning import adapter_output
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.model_output import QuantizedModel, planned_fingerprint
-from adapterkit.planning.new_adapter import (
-    Scaling,
-    new_adapter,
-    select_targets,
-    wrappable,
-)
 from adapterkit.planning.quantization import plan_quantization
-from adapterkit.planning.rules import Rule, read_rules, unmatched_rules
+from adapterkit.planning.readings import rule_readings
+from adapterkit.planning.rules import Rule, pattern_table, read_rules, unmatched
 from adapterkit.planning.sources import open_model, open_statistics
+from adapterkit.planning.stored_targets import select_layers
 from adapterkit.shared_options import BlockOptions
 from adapterkit.tasks.handoff import HandoffFactors
 from adapterkit.tasks.loftq import LoftQFactors, LoftQWeight, finalize_accepted
@@ -35,7 +32,7 @@ from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.names import Names
 
 BITS = {4: "nf4", 8: "int8"}
-NOT_QUANTIZED = "not quantized"
+BITS_FOR, NOT_QUANTIZED = "--bits-for", "not quantized"
 MIXED = {4: "w4a16", 8: "w8a16"}  # bitsandbytes knows one width for a model
 SUMMARY = "LoftQ: for its quantized base alone, not for the original"
 
@@ -83,23 +80,24 @@ def _plan_base_and_adapter(
 ) -> tuple[tuple[Computed, ...], dict[str, Any], list[str], dict[str, Any]]:
     """The files of the packed base and of the adapter beside it: computed ones, others, notes, and
     metrics of the plan."""
-    scaling = Scaling(options.rank, options.alpha, options.rslora)
-    to, exceptions = (MIXED if options.bits_for else BITS)[options.bits], _exceptions(options)
+    to, rules = (MIXED if options.bits_for else BITS)[options.bits], _rules(options)
+    exceptions = Patterns(pattern_table(rules), BITS_FOR)
     how = {"to": to, **vars(options.only(BlockOptions))}
     quantization = plan_quantization(base, how, exceptions)
-    refuse_all(unmatched_rules(exceptions, quantization.modules, "a quantized module"))
-    usable = wrappable(quantization.names, quantization.modules, quantization.notes)
-    modules = {
-        quantization.modules[name].key: name
-        for name in usable
-        if quantization.modules[name].key in quantization.weights
+    quantized = list(quantization.modules)
+    errors = rule_readings(BITS_FOR, rules, quantized)
+    for pattern in [] if errors else exceptions.unmatched(quantized):
+        errors.append(unmatched(BITS_FOR, pattern, quantized, "a quantized module"))
+    refuse_all(errors)
+    weights = {
+        name: weight.key
+        for name, weight in quantization.modules.items()
+        if weight.key in quantization.weights
     }
-    if options.targets is not None:
-        matching, notes = select_targets(
-            options.targets, list(modules.values()), quantization.model, NOT_QUANTIZED
-        )
-        modules = {key: name for key, name in modules.items() if name in matching}
-        quantization.notes.extend(notes)
+    chosen = select_layers(
+        quantization.names, options.targets, weights, NOT_QUANTIZED, quantization.notes
+    )
+    modules = {key: name for name, key in weights.items() if name in chosen}
     selected = select_covariances(
         stats, {name: quantization.weights[key].shape[1] for key, name in modules.items()}
     )
@@ -113,7 +111,7 @@ def _plan_base_and_adapter(
             quantization.quantized[key],
             name,
             options.rank,
-            scaling.scale,
+            options.scale,
             options.iterations,
             weight.transposed,
             selected.get(name),
@@ -125,9 +123,9 @@ def _plan_base_and_adapter(
     )
     shards = model.shards()
     made_for = planned_fingerprint(shards)
-    adapter = new_adapter(base, factors, scaling, SUMMARY, "adapter", fingerprint=made_for)
+    adapter = adapter_output.new_adapter(base, factors, options, SUMMARY, "adapter", made_for)
     notes = list(quantization.notes)
-    names = " and ".join(dict.fromkeys((to, *(rule.value for rule in reversed(exceptions)))))
+    names = " and ".join(dict.fromkeys((to, *exceptions.values)))
     files = model.files(
         f"quantized to {names} by LoftQ: use it with the adapter beside it"
     ) | adapter.files(notes)
@@ -156,22 +154,14 @@ def _plan_fixed_base(
     notes: list[str],
 ) -> tuple[adapter_output.Output, dict[str, Any]]:
     """The adapter alone, for a quantized base that stays as it is, and metrics of the plan."""
-    scaling = Scaling(options.rank, options.alpha, options.rslora)
     plain = decoded_view(quantized)
     names = Names(plain, build_model=True)
     errors: list[AdapterkitError] = []
     factors: list[LoftQFactors] = []
     packed = {key: spec for key, spec in plain.tensors.items() if isinstance(spec, QuantizedWeight)}
     modules = _modules(names, packed)
-    usable = set(wrappable(names, modules.values(), notes))
-    modules = {key: name for key, name in modules.items() if name in usable}
-    if options.targets is not None:
-        model = names.model.model if names.model is not None else None
-        matching, more = select_targets(
-            options.targets, list(modules.values()), model, NOT_QUANTIZED
-        )
-        modules = {key: name for key, name in modules.items() if name in matching}
-        notes += more
+    chosen = select_layers(names, options.targets, modules.values(), NOT_QUANTIZED, notes)
+    modules = {key: name for key, name in modules.items() if name in chosen}
     for key, name in modules.items():
         spec = packed[key]
         original = base.tensors.get(key)
@@ -196,7 +186,7 @@ def _plan_fixed_base(
                 original,
                 spec,
                 options.rank,
-                scaling.scale,
+                options.scale,
                 transposed,
             )
         )
@@ -210,14 +200,15 @@ def _plan_fixed_base(
         )
     selected = select_covariances(stats, {task.name: task.place.a_tail[0] for task in factors})
     factors = [replace(task, covariance=selected.get(task.name)) for task in factors]
-    adapter = new_adapter(base, factors, scaling, SUMMARY, fingerprint=fingerprint(quantized))
+    made_for = fingerprint(quantized)
+    adapter = adapter_output.new_adapter(base, factors, options, SUMMARY, "", made_for)
     return adapter, {"modules": len(factors)}
 
 
-def _exceptions(options: Loftq) -> list[Rule[str]]:
+def _rules(options: Loftq) -> list[Rule[str]]:
     """The formats of modules that have other bits."""
     formats = {str(bits): name for bits, name in MIXED.items()}
-    return read_rules("--bits-for", tuple(options.bits_for), formats.get, "REGEX=4 or REGEX=8")
+    return read_rules(BITS_FOR, tuple(options.bits_for), formats.get, "REGEX=4 or REGEX=8")
 
 
 def _check(options: Loftq) -> None:

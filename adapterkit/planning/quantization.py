@@ -1,16 +1,17 @@
 """The quantized weights of a model: modules, format, and the config for it."""
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from adapterkit import dtypes
+from adapterkit.adapters.targets import Patterns
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.plan import Step, Task
 from adapterkit.planning.gaps import check_gaps
-from adapterkit.planning.rules import Rule, last_match, selecting
+from adapterkit.planning.selection import selecting
 from adapterkit.registry import members
 from adapterkit.tasks.edited import EditedTensor
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
@@ -23,7 +24,8 @@ LINEAR = ("Linear", "Conv1D")  # classes of linear layers
 FORMAT_OPTIONS = {"double_quant": ("nf4", "fp4"), "block_size": ("nf4", "fp4", "w4a16")}
 
 Format = type[QuantizedWeight]
-Exceptions = Sequence[Rule[str]]  # modules of another format than the others
+Exceptions = Patterns[str]  # modules of another format than the others
+NO_EXCEPTIONS = Exceptions({}, "")
 
 
 def targets() -> dict[str, list[Format]]:
@@ -124,7 +126,7 @@ class QuantizationPlan:
 
 
 def plan_quantization(
-    base: Checkpoint, options: dict[str, Any], exceptions: Exceptions = ()
+    base: Checkpoint, options: dict[str, Any], exceptions: Exceptions = NO_EXCEPTIONS
 ) -> QuantizationPlan:
     """The quantization of a base into the format options["to"] (None: only its linear layers are
     listed). `exceptions`: modules that get another target, of the same format.
@@ -193,7 +195,7 @@ def known_model(base: Checkpoint, notes: list[str]) -> Names:
 
 
 def _check_options(options: dict[str, Any], exceptions: Exceptions) -> None:
-    used = {options["to"], *(rule.value for rule in exceptions)}
+    used = {options["to"], *exceptions.values}
     for option, formats in FORMAT_OPTIONS.items():
         if options.get(option) and not used & set(formats):
             raise Refused(
@@ -241,7 +243,7 @@ def _add_weight(plan: QuantizationPlan, name: str, kind: str) -> None:
             plan.linear[module] = weight.key
     if plan.format is None or kind not in plan.format.modules or module in plan.excluded:
         return
-    target = last_match(plan.exceptions, module, plan.options["to"])
+    target = plan.exceptions.value(module, plan.options["to"])
     quantized = plan.format.for_encoding(target, weight, plan.options)
     if quantized is None:
         plan.unquantized.append(module)

@@ -46,9 +46,9 @@ def rule_readings(
     option: str, rules: Sequence[Rule[V]], names: Sequence[str]
 ) -> list[AdapterkitError]:
     """The refusals of rules that give some of the names other values than they did."""
-    found = [list(filter(rule.matches, names)) for rule in rules]
-    ending = [list(filter(matcher(rule.pattern, option, ENDING), names)) for rule in rules]
-    values = [rule.value for rule in rules]
+    found = [list(filter(matcher(pattern, option), names)) for pattern, _ in rules]
+    ending = [list(filter(matcher(pattern, option, ENDING), names)) for pattern, _ in rules]
+    values = [value for _, value in rules]
     last = {name: value for value, its in zip(values, found, strict=True) for name in its}
     first = {
         name: value
@@ -58,16 +58,15 @@ def rule_readings(
     if first == last:
         return []
     errors: list[AdapterkitError] = []
-    for number, rule in enumerate(rules):
-        pattern, value = rule.pattern, rule.value
+    for number, (pattern, value) in enumerate(rules):
         now, before = ending[number], found[number]
         if now != before:
             whole, search = (f"{form.format(pattern)}={value}" for form in (END, SEARCHED))
             errors.append(_changed(f"{option} {pattern}={value}", now, before, whole, search))
-        for other, its in zip(rules[number + 1 :], ending[number + 1 :], strict=True):
-            both = [name for name in now if name in its]
-            if both and value != other.value:
-                errors.append(_overlapping(option, rule, other, both))
+        for later, (other, its) in enumerate(rules[number + 1 :], number + 1):
+            both = [name for name in now if name in ending[later]]
+            if both and value != its:
+                errors.append(_overlapping(option, rules[number], (other, its), both))
     return errors
 
 
@@ -98,7 +97,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _overlapping(option: str, one: Rule, other: Rule, both: Sequence[str]) -> Refused:
     """The refusal of two rules that match the same modules with different values."""
-    first, value, second, its = one.pattern, one.value, other.pattern, other.value
+    (first, value), (second, its) = one, other
     without = [
         f"^(?!(?:.*\\.)?(?:{out})$)(?:.*\\.)?(?:{pattern})$={number}"
         for out, pattern, number in ((first, second, its), (second, first, value))

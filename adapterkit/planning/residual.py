@@ -14,7 +14,7 @@ from adapterkit.errors import Refused
 from adapterkit.plan import Computed, Shard
 from adapterkit.planning.cards import model_card
 from adapterkit.planning.folder_files import Files, model_files
-from adapterkit.planning.initial_targets import Target
+from adapterkit.planning.initial_targets import InitialTarget
 from adapterkit.planning.merge.job import Job
 from adapterkit.planning.merge.plan import changed_steps
 from adapterkit.planning.model_output import CHANGED_BY, QuantizedModel, plan_shard
@@ -49,7 +49,7 @@ class PlannedFolder:
         pass
 
 
-def planned_adapter(config: bytes, targets: Sequence[Target], dtype: str) -> Adapter:
+def planned_adapter(config: bytes, targets: Sequence[InitialTarget], dtype: str) -> Adapter:
     """The adapter of these targets while its factors are being made."""
     loras = []
     for target in targets:
@@ -83,7 +83,7 @@ def plan_residual(
 def plan_quantized_residual(
     base: Checkpoint,
     quantization: QuantizationPlan,
-    targets: Sequence[Target],
+    targets: Sequence[InitialTarget],
     method: str,
 ) -> tuple[tuple[Shard | Computed, ...], Files]:
     """The same, quantized; weights without factors are quantized plainly."""

@@ -1,28 +1,14 @@
-"""Options REGEX=VALUE, for the modules whose name matches: `--rank-for 'down_proj=16'`."""
+"""Options REGEX=VALUE, for the modules whose name, or the end of it after a dot, matches:
+`--rank-for 'down_proj=16'`. Of several that match a module the first counts, as in PEFT."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.patterns import matcher, similar_names
 
 V = TypeVar("V")
-
-
-@dataclass(frozen=True)
-class Rule(Generic[V]):
-    """One of them."""
-
-    option: str
-    text: str  # as it is given
-    pattern: str
-    matches: Callable[[str], bool]
-    value: V
-
-    def unmatched(self, names: Collection[str], expected: str) -> Refused:
-        """The refusal of a rule that matches none of these modules."""
-        return unmatched(self.option, self.text, self.pattern, names, expected)
+Rule = tuple[str, V]  # a pattern and its value
 
 
 def read_rules(
@@ -40,7 +26,8 @@ def read_rules(
             errors.append(Refused(problem, expected=expected, where="options", hint=hint))
             continue
         try:
-            rules.append(Rule(option, text, pattern, matcher(pattern, option), number))
+            matcher(pattern, option)
+            rules.append((pattern, number))
         except AdapterkitError as error:
             errors.append(error)
     refuse_all(errors)
@@ -50,39 +37,15 @@ def read_rules(
 def pattern_table(rules: Sequence[Rule[V]]) -> dict[str, V]:
     """Pattern -> value; of two rules of one pattern the first counts."""
     table: dict[str, V] = {}
-    for rule in rules:
-        table.setdefault(rule.pattern, rule.value)
+    for pattern, value in rules:
+        table.setdefault(pattern, value)
     return table
 
 
-def last_match(rules: Sequence[Rule[V]], name: str, default: V) -> V:
-    """The value for a module: the last rule that matches decides."""
-    return next((rule.value for rule in reversed(rules) if rule.matches(name)), default)
-
-
-def unmatched_rules(
-    rules: Iterable[Rule], names: Collection[str], expected: str
-) -> list[AdapterkitError]:
-    """Refusals of the rules that match none of these modules."""
-    return [rule.unmatched(names, expected) for rule in rules if not any(map(rule.matches, names))]
-
-
-def selecting(
-    option: str, pattern: str, names: Collection[str], expected: str = "a module of the model"
-) -> Callable[[str], bool]:
-    """The `matcher` of an option that is a pattern; `Refused` where it matches none of these."""
-    matches = matcher(pattern, option)
-    if not any(map(matches, names)):
-        raise unmatched(option, pattern, pattern, names, expected)
-    return matches
-
-
-def unmatched(
-    option: str, text: str, pattern: str, names: Collection[str], expected: str
-) -> Refused:
+def unmatched(option: str, pattern: str, names: Collection[str], expected: str) -> Refused:
     """The refusal of an option whose pattern matches none of these modules."""
     return Refused(
-        f"{option} {shown(text)!r} matches none",
+        f"{option} {shown(pattern)!r} matches none",
         expected=expected,
         where=option,
         hint=similar_names(pattern, names) or "check the regex",

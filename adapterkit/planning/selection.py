@@ -1,9 +1,10 @@
-"""Which modules a job acts on: the options --include and --exclude."""
+"""Which modules a job acts on: regexes that are searched in names, --include, --exclude, --skip."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from adapterkit.patterns import matcher
+from adapterkit.planning.rules import unmatched
 
 
 @dataclass(frozen=True)
@@ -29,3 +30,11 @@ class Selection:
         if self.include is not None and not any(map(self.include, names)):
             return False
         return self.exclude is None or not any(map(self.exclude, names))
+
+
+def selecting(option: str, pattern: str, names: Collection[str]) -> Callable[[str], bool]:
+    """The `matcher` of an option that is a pattern; `Refused` where it matches none of these."""
+    matches = matcher(pattern, option)
+    if not any(map(matches, names)):
+        raise unmatched(option, pattern, names, "a module of the model")
+    return matches

@@ -37,10 +37,11 @@ from adapterkit.planning.folder_files import as_json
 from adapterkit.planning.sources import open_source
 from adapterkit.runtime import writing
 from adapterkit.runtime.creation import home
-from adapterkit.runtime.layers import KINDS, kind_of
+from adapterkit.runtime.layers import KINDS
 from adapterkit.runtime.layers.routed import Experts, RoutedPart
 from adapterkit.runtime.state import Attached, State
 from adapterkit.verbs.arrow import arrow as write_arrow
+from adapterkit.weights.linear import kind_of
 
 ROLES = ("a", "b", "scale", "prototype")  # of the tensors of a module; `expert` is optional
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.resolve import Target
 from adapterkit.errors import Refused, listed, refuse_all
+from adapterkit.inits.protocol import Initialization
 from adapterkit.runtime import dora
 from adapterkit.runtime.layers import KINDS, members, part_class
 from adapterkit.runtime.layers.parameter import new_parameter_part
@@ -84,7 +85,7 @@ def _factors(
     config: LoraConfig,
     name: str,
     targets: Sequence[Target],
-    method: Any,
+    method: Initialization,
     statistics: ModuleStatistics,
     seed: int | None,
     dtype: torch.dtype | None,
@@ -119,7 +120,7 @@ def _factors(
             else None,
             ephemeral_gpu_offload=ephemeral_gpu_offload,
         )
-        part.fix(*getattr(method, "fixed", ()))
+        part.fix(*method.fixed)
         if config.dora:
             part.decompose(host, dtype)
         parts.append((path, part))

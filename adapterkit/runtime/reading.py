@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,8 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.reader import LocalReader
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.inits import created_init
+from adapterkit.inits.protocol import ComputedInit
 from adapterkit.options import StrPath
 from adapterkit.patterns import similar_names
 from adapterkit.planning.input_files import header_hashes, identities
@@ -276,10 +277,11 @@ def subtract_initial(state: State, stored: Stored, parts: list[tuple[str, Part]]
     if (folder := initial_of(stored.adapter.folder)) is not None:
         _subtract_stored(state, stored.adapter, folder, parts)
         return
-    method: Any = members("inits").get(init.lower(), None)
+    name = init.lower()
+    method = created_init(name, {}) if name in members("inits") else None
     if (
-        method is None
-        or getattr(method, "needs", ()) != ("weight",)
+        not isinstance(method, ComputedInit)
+        or method.needs != ("weight",)
         or not all(isinstance(part, LinearPart) for _, part in parts)
     ):
         raise Refused(
@@ -290,7 +292,7 @@ def subtract_initial(state: State, stored: Stored, parts: list[tuple[str, Part]]
         )
     for path, part in parts:
         assert isinstance(part, LinearPart)
-        a, b = method().factors(part.matrix(state.modules[path]), part.rank, part.scale)
+        a, b = method.factors(part.matrix(state.modules[path]), part.rank, part.scale)
         part.initial_a, part.initial_b = a.to(part.a), b.to(part.b)
 
 

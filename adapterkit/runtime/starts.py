@@ -12,9 +12,15 @@ from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.resolve import Target
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, refuse_all, shown
-from adapterkit.inits.common import draw
+from adapterkit.inits import created_init
 from adapterkit.inits.eva import distribute
-from adapterkit.registry import create, members
+from adapterkit.inits.protocol import (
+    ComputedInit,
+    DrawnInit,
+    Initialization,
+    RedistributingInit,
+)
+from adapterkit.registry import members
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers import KINDS
 from adapterkit.statistics.source import Source, Stats, open_statistics
@@ -23,7 +29,7 @@ from adapterkit.tasks.statistics import select_statistics, shape_of
 WHERE = "LoraConfig"
 
 
-def method_of(config: LoraConfig, targets: Sequence[Target]) -> Any:
+def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:
     """The record of a config's init; `Refused` for one that cannot start these adapters."""
     name = "random" if config.init is False else str(config.init)
     name, _, niter = name.partition("_niter_")  # PEFT's pissa_niter_4
@@ -36,7 +42,7 @@ def method_of(config: LoraConfig, targets: Sequence[Target]) -> Any:
             hint="start it from the files with adapterkit init or loftq, then load it",
         )
     options = {"niter": int(niter)} if niter else config.init_options
-    method: Any = create("inits", name, dict(options))
+    method = created_init(name, dict(options))
     if method.needs:
         others = [target.path for target in targets if target.kind not in ("linear", "conv1d")]
         if others:
@@ -81,7 +87,7 @@ class ModuleStatistics:
 
 @contextmanager
 def statistics_for(
-    method: Any, targets: Sequence[Target], stats: Stats | None
+    method: Initialization, targets: Sequence[Target], stats: Stats | None
 ) -> Iterator[ModuleStatistics]:
     """The statistics that an init needs of its targets; `Refused` with all that are missing."""
     kinds = [kind for kind in method.needs if kind != "weight"]
@@ -109,11 +115,14 @@ def statistics_for(
 
 
 def redistributed(
-    method: Any, config: LoraConfig, targets: Sequence[Target], statistics: ModuleStatistics
+    method: Initialization,
+    config: LoraConfig,
+    targets: Sequence[Target],
+    statistics: ModuleStatistics,
 ) -> tuple[LoraConfig, Sequence[Target]]:
     """The targets with the ranks that the statistics give them, without those of rank 0, and the
     config that names these; `Refused` with all of which there are not enough components."""
-    if not getattr(method, "redistributes", False):
+    if not isinstance(method, RedistributingInit):
         return config, targets
     spectra = [statistics.of(target.path, ("variances", "variance")) for target in targets]
     # modules that see the same inputs have as many candidates
@@ -146,7 +155,7 @@ def redistributed(
 
 @torch.no_grad()
 def start(
-    method: Any,
+    method: Initialization,
     target: Target,
     kind: type[FactorsPart],
     host: Any,
@@ -154,32 +163,31 @@ def start(
     statistics: Mapping[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """a and b of a new adapter on a module, float32."""
-    a_shape, b_shape = kind.shapes(host, target.rank)
-    if method.needs:
-        weight = _matrix(method, target, kind, host)
-        where = "cpu" if weight.is_meta else weight.device
-        others: dict[str, Any] = {key: value.to(where) for key, value in statistics.items()}
-        if getattr(method, "draws", False):
-            others["generator"] = generator
-        try:
-            return method.factors(weight, target.rank, target.scale, **others)
-        except ValueError as error:
-            raise Unrecoverable(
-                f"statistics of {shown(target.path)}: {error}",
-                expected=f"what init {method.name} takes",
-                where="stats",
-                hint="collect them on texts that reach this module, in float32",
-            ) from error
-    return draw(method, a_shape, b_shape, generator, kind.stored_as == "embedding")
+    if isinstance(method, DrawnInit):
+        shapes = kind.shapes(host, target.rank)
+        return method.start(*shapes, generator, kind.stored_as == "embedding")
+    assert isinstance(method, ComputedInit)
+    weight = _matrix(method, target, kind, host)
+    where = "cpu" if weight.is_meta else weight.device
+    statistics = {key: value.to(where) for key, value in statistics.items()}
+    try:
+        return method.start(weight, target.rank, target.scale, statistics, generator)
+    except ValueError as error:
+        raise Unrecoverable(
+            f"statistics of {shown(target.path)}: {error}",
+            expected=f"what init {method.name} takes",
+            where="stats",
+            hint="collect them on texts that reach this module, in float32",
+        ) from error
 
 
-def _matrix(method: Any, target: Target, kind: type[FactorsPart], host: Any) -> Tensor:
+def _matrix(method: ComputedInit, target: Target, kind: type[FactorsPart], host: Any) -> Tensor:
     """The weight (out, in); without values where the method needs none."""
     if "weight" not in method.needs:
         (_, width), (out, _) = kind.shapes(host, target.rank)
         return torch.empty(out, width, device="meta")
     matrix = kind.matrix(host)
-    each = getattr(method, "triplets_per_rank", 1)
+    each = method.triplets_per_rank
     if matrix.is_meta or target.rank * each > min(matrix.shape):
         raise Refused(
             f"rank {target.rank} for {shown(target.path)} of shape {tuple(matrix.shape)}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Unrecoverable, shown
-from adapterkit.inits.common import draw
+from adapterkit.inits.protocol import ComputedInit, DrawnInit, Initialization
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.quant.stochastic import Draws
@@ -26,7 +26,7 @@ class InitialFactors(FactorsTask):
     """One module's factors by an init, in the dtype of the file; as they are rounded they are
     handed on to the files that need them: the base that is left, or a copy."""
 
-    method: Any  # of `adapterkit.inits`
+    method: Initialization
     rank: int
     alpha: float
     scale: float
@@ -96,22 +96,27 @@ class InitialFactors(FactorsTask):
     ) -> tuple[Tensor, Tensor]:
         """a (rank, in) and b (out, rank), a kernel's axes flattened."""
         generator = generator_of(self.seed, f"{self.name} {expert}")
-        if self.method.needs:
-            return self._computed(matrix, statistics, generator)
+        method = self.method
+        if isinstance(method, ComputedInit):
+            return self._computed(method, matrix, statistics, generator)
+        assert isinstance(method, DrawnInit)
         a_shape, b_shape = (self.rank, *self.place.a_tail), (self.place.out, self.rank)
-        a, b = draw(self.method, a_shape, b_shape, generator, self.place.is_embedding)
+        a, b = method.start(a_shape, b_shape, generator, self.place.is_embedding)
         return a.reshape(self.rank, -1), b
 
     def _computed(
-        self, matrix: Tensor | None, statistics: dict[str, Tensor], generator: torch.Generator
+        self,
+        method: ComputedInit,
+        matrix: Tensor | None,
+        statistics: dict[str, Tensor],
+        generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """Those of a method that needs something; `Unrecoverable` for statistics that it cannot
         use."""
         if matrix is None:
             matrix = torch.empty(self.place.out, math.prod(self.place.a_tail), device="meta")
-        drawn = {"generator": generator} if getattr(self.method, "draws", False) else {}
         try:
-            return self.method.factors(matrix, self.max_rank, self.scale, **statistics, **drawn)
+            return method.start(matrix, self.max_rank, self.scale, statistics, generator)
         except ValueError as error:
             if not self.statistics:
                 raise

@@ -10,6 +10,7 @@ from torch import Tensor
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Damaged, listed, refuse_all
 from adapterkit.inits.eva import distribute
+from adapterkit.inits.protocol import RedistributingInit
 from adapterkit.plan import Change, Finalize, Task, TaskResult
 from adapterkit.tasks.common import short
 from adapterkit.tasks.initial import InitialFactors
@@ -22,6 +23,7 @@ DROPPED = "dropped"  # metric of a module that gets no rank
 class CandidateFactors(InitialFactors):
     """One module's factors with all components that take part in the redistribution."""
 
+    method: RedistributingInit
     candidates: int = 0
 
     @property
@@ -39,21 +41,23 @@ class CandidateFactors(InitialFactors):
         return dict(self.statistics)
 
 
-def with_candidates(tasks: Sequence[InitialFactors]) -> list[CandidateFactors]:
+def with_candidates(
+    method: RedistributingInit, tasks: Sequence[InitialFactors]
+) -> list[CandidateFactors]:
     """The tasks with as many components as can take part; those that share statistics have the
     same.
 
     `Refused` or `Damaged` with all modules of which there are not enough components.
     """
     keys = [dict(task.statistics)["components"].key for task in tasks]
-    most = tasks[0].method.candidates(
+    most = method.candidates(
         (key, task.rank, task.place.a_tail[0]) for key, task in zip(keys, tasks, strict=True)
     )
     errors: list[AdapterkitError] = []
     result = []
     for key, task in zip(keys, tasks, strict=True):
         specs, count = dict(task.statistics), most[key]
-        errors += _problems(specs["components"], specs["variances"], count, task)
+        errors += _problems(method, specs["components"], specs["variances"], count, task)
         own: dict[str, Any] = {field.name: getattr(task, field.name) for field in fields(task)}
         result.append(CandidateFactors(**own, candidates=count))
     refuse_all(errors)
@@ -61,7 +65,11 @@ def with_candidates(tasks: Sequence[InitialFactors]) -> list[CandidateFactors]:
 
 
 def _problems(
-    components: TensorSpec, variances: TensorSpec, count: int, task: InitialFactors
+    method: RedistributingInit,
+    components: TensorSpec,
+    variances: TensorSpec,
+    count: int,
+    task: InitialFactors,
 ) -> list[AdapterkitError]:
     stored, problems = components.shape[0], list[AdapterkitError]()
     if variances.shape != (stored,):
@@ -75,7 +83,7 @@ def _problems(
         )
     if stored < count:
         where = components.file
-        problems.append(task.method.too_few(task.name, task.rank, stored, count, where))
+        problems.append(method.too_few(task.name, task.rank, stored, count, where))
     return problems
 
 

@@ -132,7 +132,8 @@ class Combine(WritingVerb):
         default=(),
         check=TEXTS,
         metavar="[N:]REGEX=W",
-        help="Another weight (of the N-th adapter) for modules whose name matches REGEX.",
+        help="Another weight (of the N-th adapter) for modules whose name, or the end of it, "
+        "matches.",
     )
     settings: dict[str, Any] | None = settings_option()
     seed: int = seed_option()

@@ -4,7 +4,17 @@ that the adapter takes."""
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.options import REGEX, SOURCE, TEXT, TEXTS, StrPath, argument, choice, option, record
+from adapterkit.options import (
+    SOURCE,
+    TARGETS,
+    TEXT,
+    TEXTS,
+    StrPath,
+    argument,
+    choice,
+    option,
+    record,
+)
 from adapterkit.registry import declarations, written_formats
 from adapterkit.shared_options import (
     BlockOptions,
@@ -16,6 +26,8 @@ from adapterkit.shared_options import (
     targets_option,
 )
 from adapterkit.verb import WritingVerb, function_of
+
+MATCHING = "Another {} for modules whose name, or the end of it, matches."
 
 if TYPE_CHECKING:
     pass
@@ -31,10 +43,11 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
     from statistics (corda, arXiv:2406.05223; eva, arXiv:2410.07170; lora_ga, arXiv:2407.05000).
     `stats`: the file of `adapterkit.stats`. `settings`: the method's own options, by PEFT's names.
 
-    `targets`: `all-linear`, ends of modules' names with commas between, or a regex; without it
-    PEFT's for the model's type. `exclude`: a regex; `layers`: numbers and ranges, `0-11,20`. scale
-    is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by default. `rank_for`,
-    `alpha_for`: texts `REGEX=N`, others for some modules, of several that match the last.
+    `targets`, by PEFT's rule: `all-linear`, ends of modules' names with commas between, or a regex
+    for whole names; without it PEFT's for the model's type. `exclude`: such ends, or a regex;
+    `layers`: numbers and ranges, `0-11,20`. scale is alpha / rank (alpha / √rank with `rslora`);
+    alpha is the rank by default. `rank_for`, `alpha_for`: texts `REGEX=N`, others for the modules
+    whose name, or the end of it, matches; of several the first counts.
 
     `residual`: `write` the base that is left, or `implicit`: no base is written, the initial
     factors lie in `OUT/adapter/initial`, and `adapterkit.merge` onto the original takes them out.
@@ -68,17 +81,17 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
         check=choice(lambda: declarations("inits")), help="Initialization; see the list below."
     )
     rank_for: Sequence[str] = option(
-        default=(), check=TEXTS, metavar="REGEX=N", help="Another rank for some modules."
+        default=(), check=TEXTS, metavar="REGEX=N", help=MATCHING.format("rank")
     )
     alpha_for: Sequence[str] = option(
-        default=(), check=TEXTS, metavar="REGEX=A", help="Another lora_alpha for some modules."
+        default=(), check=TEXTS, metavar="REGEX=A", help=MATCHING.format("lora_alpha")
     )
     targets: str | None = targets_option("PEFT's for the model's type")
     exclude: str | None = option(
         default=None,
-        check=REGEX,
-        metavar="REGEX",
-        help="No factors on modules whose name matches this regex.",
+        check=TARGETS,
+        metavar="NAMES|REGEX",
+        help="No factors on these: name suffixes, or a regex for whole names.",
     )
     layers: str | None = option(
         default=None,

@@ -36,12 +36,12 @@ class Loftq(WritingVerb, ScaleOptions, BlockOptions):
     rounds, plain quantization included, the one with the smallest ‖W - Q - scale·b@a‖_F is kept.
     `OUT/base` is the packed base (`bits` 4: nf4, with `double_quant`; 8: int8), which transformers
     loads as it is, `OUT/adapter` the adapter for it. `bits_for`: texts `REGEX=BITS`, other bits for
-    some modules, of several that match the last; bitsandbytes has one width for a model, so the
+    modules whose name, or the end of it, matches; bitsandbytes has one width for a model, so the
     base is then compressed-tensors' (w4a16, w8a16). `targets`: which modules get factors,
-    `all-linear`, ends of their names with commas between, or a regex (default: all that are
-    quantized). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by default.
-    The receipt has each module's relative error before and after. Raises `Refused` before anything
-    is written.
+    `all-linear`, ends of their names with commas between, or a regex for whole names (default: all
+    that are quantized). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by
+    default. The receipt has each module's relative error before and after. Raises `Refused` before
+    anything is written.
 
     `stats`: a safetensors file with `<module>.covariance`, E[x xᵀ] of what each module that gets
     factors saw (CorDA's, unscaled or scaled); then errors are those of its outputs,
@@ -65,7 +65,7 @@ class Loftq(WritingVerb, ScaleOptions, BlockOptions):
     \b
     Example:
       adapterkit loftq ./model --rank 16 --out loftq
-      adapterkit loftq ./model --rank 16 --bits-for 'down_proj|layers.0[.]=8' --out loftq
+      adapterkit loftq ./model --rank 16 --bits-for 'down_proj|layers[.]0[.].*=8' --out loftq
       adapterkit loftq ./model --quantized ./model-nf4 --rank 16 --out adapter
     """
 
@@ -75,7 +75,8 @@ class Loftq(WritingVerb, ScaleOptions, BlockOptions):
         default=(),
         check=TEXTS,
         metavar="REGEX=N",
-        help="Other bits for some modules, e.g. 'down_proj=8'; writes compressed-tensors.",
+        help="Other bits for modules whose name, or the end of it, matches, e.g. 'down_proj=8'; "
+        "writes compressed-tensors.",
         excludes=("quantized",),
     )
     iterations: int = option(default=4, check=COUNT, help="Iterations, of which the best is kept.")

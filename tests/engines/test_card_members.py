@@ -147,7 +147,7 @@ def test_inits(name: str):
             options: dict[str, Any] = {
                 kind: given[kind].to(device) for kind in method.needs if kind in given
             }
-            if getattr(method, "draws", False):
+            if method.draws:
                 options["generator"] = torch.Generator().manual_seed(1)
             a, b = method.factors(weight.to(device), 4, 1.0, **options)
             results.append((b.to(device) @ a).cpu())

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.inits.protocol import ComputedInit, DrawnInit, RedistributingInit
 from adapterkit.registry import members
 from adapterkit.tasks.statistics import KINDS as STATISTICS
 from tests.support import initialized, oracle
@@ -86,8 +87,16 @@ def test_every_init_says_what_it_is():
     for name, init in members("inits").items():
         assert init.name == name and init.source and isinstance(init.changes_base, bool)
         assert isinstance(init.needs, tuple) and set(init.needs) <= {"weight", *STATISTICS}
-        assert hasattr(init, "factors" if init.needs else "draw")
+        assert issubclass(init, ComputedInit if init.needs else DrawnInit)
     assert {*CHANGING, *ZERO, "random"} == {*ALL}
+
+
+@pytest.mark.parametrize("name", ["triplets_per_ranks", "redraw", "zerob"])
+@pytest.mark.parametrize("method", ALL)
+def test_a_misspelt_attribute_is_refused(method, name):
+    init = members("inits")[method]
+    with pytest.raises(TypeError, match=f"Other has what no init has: {name}"):
+        type("Other", init.__bases__, {"name": "other", "source": "a test", name: 1})
 
 
 @pytest.mark.parametrize("rule", SCALES)
@@ -160,7 +169,7 @@ def test_the_same_seed_gives_the_same_factors(method, bases, start):
 
 
 @pytest.mark.parametrize(
-    "method", [m for m in ALL if not hasattr(members("inits")[m], "redistributes")]
+    "method", [m for m in ALL if not issubclass(members("inits")[m], RedistributingInit)]
 )
 def test_other_modules_do_not_matter(method, bases, start):
     many = load_file(start(bases["fp32"], method, "many") / "adapter/adapter_model.safetensors")
@@ -239,9 +248,7 @@ def test_what_a_method_is_not_defined_on_is_refused(folder, tmp_path):
     base = folder / "convolutions"
     with oracle.quiet():
         KINDS["conv2d"].build().save_pretrained(base)
-    limited = [
-        name for name in ALL if "conv" not in getattr(members("inits")[name], "kinds", ["conv"])
-    ]
+    limited = [name for name in ALL if "conv" not in members("inits")[name].kinds]
     assert "orthogonal" in limited and "eva" in limited
     for method in limited:
         options = {"stats": folder / "stats.safetensors"} if needs_statistics(method) else {}

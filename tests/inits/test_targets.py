@@ -13,8 +13,8 @@ from adapterkit.adapters.targets import USUAL_TARGETS
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError
-from adapterkit.planning.initial_targets import Selection, find_targets
-from adapterkit.planning.new_adapter import Scaling
+from adapterkit.planning.initial_targets import find_targets
+from adapterkit.verbs.init import Init
 from adapterkit.weights.linear import is_linear
 from tests.runtime.test_targets import BUILDS, wrapped
 from tests.support import oracle, tiny
@@ -64,9 +64,14 @@ def stored(tmp_path_factory):
     return stored
 
 
-def ours(base, targets, scaling=Scaling(4, 6)):  # noqa: B008, frozen
-    found = find_targets(base, Selection(targets), scaling, [])
-    return sorted((target.name, target.rank, target.scale) for target in found)
+def found(base, targets, **options):
+    given = Init(base=".", out="out", method="default", **{"rank": 4, "targets": targets} | options)
+    return find_targets(base, given, [])
+
+
+def ours(base, targets, **options):
+    targets = found(base, targets, **{"alpha": 6} | options)
+    return sorted((target.name, target.rank, target.scale) for target in targets)
 
 
 def theirs(name, **config):
@@ -133,8 +138,7 @@ def test_a_text_with_two_readings_is_refused(option, text, stored):
 
     def chosen(text: str) -> set[str]:
         options = {"targets": ".*_proj|lm_head"} | {option: text}
-        found = find_targets(stored("llama"), Selection(**options), Scaling(4), [])
-        return {target.name for target in found}
+        return {target.name for target in found(stored("llama"), **options)}
 
     with pytest.raises(AdapterkitError, match="means .*, and meant model") as caught:
         chosen(text)
@@ -160,7 +164,7 @@ RULES = [
 @pytest.mark.parametrize(("rank_for", "words"), RULES)
 def test_rules_with_two_readings_are_refused(rank_for, words, stored):
     with pytest.raises(AdapterkitError) as caught:
-        ours(stored("llama"), "q_proj,v_proj", Scaling(4, rank_for=tuple(rank_for)))
+        ours(stored("llama"), "q_proj,v_proj", rank_for=rank_for)
     assert all(text in str(caught.value) for text in words), str(caught.value)
 
 
@@ -168,8 +172,7 @@ def test_rules_that_agree_are_taken(stored):
     """Also where several match: no module has another rank than before."""
     rules = ("v_proj=3", r"layers\.0\.self_attn\.v_proj=3", ".*q_proj.*=2")
     ranks = {
-        name[-6:]: rank
-        for name, rank, _ in ours(stored("llama"), "q_proj,v_proj", Scaling(4, rank_for=rules))
+        name[-6:]: rank for name, rank, _ in ours(stored("llama"), "q_proj,v_proj", rank_for=rules)
     }
     assert ranks == {"v_proj": 3, "q_proj": 2}
 
@@ -177,8 +180,7 @@ def test_rules_that_agree_are_taken(stored):
 @pytest.mark.parametrize(("layers", "expected"), [("1", {1}), ("0-1", {0, 1}), ("0,2", {0, 2})])
 def test_layers_narrow_every_kind_of_targets(layers, expected, stored):
     for targets in ("all-linear", ".*_proj", "q_proj,model.layers.1.self_attn.k_proj"):
-        options = Selection(targets, layers=layers)
-        names = [target.name for target in find_targets(stored("llama"), options, Scaling(4), [])]
+        names = [target.name for target in found(stored("llama"), targets, layers=layers)]
         assert {int(name.split(".")[2]) for name in names} == expected
 
 
@@ -189,15 +191,16 @@ def test_experts_are_parameters(name, stored):
 
 
 def test_ranks_and_scales_are_those_of_peft(stored):
-    scaling = Scaling(
-        4, 6, True, ("v_proj=2", r".*layers\.1.*q_proj=3"), ("layers.0.self_attn.q_proj=5",)
-    )
+    rules = {
+        "rank_for": ["v_proj=2", r".*layers\.1.*q_proj=3"],
+        "alpha_for": ["layers.0.self_attn.q_proj=5"],
+    }
     patterns = {
         "rank_pattern": {"v_proj": 2, r".*layers\.1.*q_proj": 3},
         "alpha_pattern": {"layers.0.self_attn.q_proj": 5},
     }
     expected = theirs("llama", targets=["q_proj", "v_proj"], rslora=True, **patterns)
-    assert ours(stored("llama"), "q_proj,v_proj", scaling) == expected
+    assert ours(stored("llama"), "q_proj,v_proj", rslora=True, **rules) == expected
 
 
 def test_the_table_of_models_covers_most_types():

@@ -222,7 +222,7 @@ def test_of_all_rounds_the_best_is_kept() -> None:
 
 def test_targets_and_skip(base, tmp_path: Path) -> None:
     metrics = loftq(
-        base("llama"), tmp_path / "out", rank=4, targets="q_proj|down_proj", skip="v_proj"
+        base("llama"), tmp_path / "out", rank=4, targets="q_proj,down_proj", skip="v_proj"
     )
     assert {key.split(".")[-2] for key in metrics} == {"q_proj", "down_proj"}
     adapterkit.quantize(base("llama"), out=tmp_path / "plain", to="nf4", skip="v_proj")
@@ -315,7 +315,7 @@ def test_it_is_what_peft_puts_into_a_loaded_model(
     )
     adapterkit.quantize(base("llama"), out=tmp_path / "q", to="nf4", double_quant=True)
     loftq(
-        base("llama"), tmp_path / "out", rank=1, quantized=tmp_path / "q", targets="q_proj|up_proj"
+        base("llama"), tmp_path / "out", rank=1, quantized=tmp_path / "q", targets="q_proj,up_proj"
     )
     with oracle.quiet():
         model = transformers.LlamaForCausalLM.from_pretrained(

@@ -74,8 +74,8 @@ def needs_statistics(method: str) -> bool:
 
 def fits(method: str, kind: Kind) -> bool:
     """Whether a method is defined on all targets of a kind, and needs no statistics of them."""
-    allowed = getattr(members("inits")[method], "kinds", None)
-    return not needs_statistics(method) and (allowed is None or kind.linear)
+    needs_matrices = "conv" not in members("inits")[method].kinds
+    return not needs_statistics(method) and (kind.linear or not needs_matrices)
 
 
 def base_of(out: Path, base: Path) -> Path:

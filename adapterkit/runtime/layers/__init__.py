@@ -8,7 +8,6 @@ from adapterkit.runtime.layers.conv import ConvPart
 from adapterkit.runtime.layers.embedding import EmbeddingPart
 from adapterkit.runtime.layers.invoked import InvokedConv1DPart, InvokedPart
 from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
-from adapterkit.weights.linear import kind_of as kind_of
 
 KINDS: dict[str, type[FactorsPart]] = {
     "linear": LinearPart,

@@ -4,7 +4,6 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from adapterkit.adapters.keys import part_keys
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.adapters.resolve import Target, model_type
 from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.inits.protocol import DrawnInit, Initialization
 from adapterkit.kernels.lazy_sum import LowRankSum, Term, summed
 from adapterkit.planning.sites import Site, flips_square_experts, sites_of
 from adapterkit.runtime.factors import FactorsPart
@@ -133,14 +133,14 @@ def _multiplies(host: nn.Module) -> bool:
 def new_parameter_part(
     adapter: str,
     target: Target,
-    method: Any,  # the record of an init that draws
+    method: Initialization,
     generator: torch.Generator,
     place: tuple[torch.device, torch.dtype | None],
     depth: int,
 ) -> ParameterPart:
     """Initial factors of a parameter; of a stack those of a linear layer for each expert."""
     leaf, host = target.leaf, target.module
-    assert leaf is not None
+    assert leaf is not None and isinstance(method, DrawnInit)
     parameter, transposed = host._parameters[leaf], is_transposed(host, leaf)
     assert parameter is not None
     out, columns = parameter.shape[-2:]
@@ -155,7 +155,7 @@ def new_parameter_part(
         a, b = pairs[0]
     a, b = a.to(*place), b.to(*place)
     part = ParameterPart(adapter, a, b, target.scale, leaf=leaf, transposed=transposed, depth=depth)
-    part.fix(*getattr(method, "fixed", ()))
+    part.fix(*method.fixed)
     return part
 
 
