@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,9 +30,17 @@ class LocalReader:
 
     sources: Sources
     device: torch.device
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = torch.float32
     handoffs: HandoffReader | None = None
     stacks: "SharedStacks" = field(default_factory=lambda: SharedStacks())
+    decoded: Callable[[], Iterator[tuple[int, Tensor]]] | None = None  # what `blocks` gives
+
+    def view(
+        self,
+        dtype: torch.dtype | None,
+        blocks: Callable[[], Iterator[tuple[int, Tensor]]] | None = None,
+    ) -> "LocalReader":
+        return replace(self, dtype=dtype, decoded=blocks or self.decoded)
 
     def handoff(self, key: str) -> Tensor:
         assert self.handoffs is not None
@@ -40,12 +48,13 @@ class LocalReader:
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         if isinstance(spec, QuantizedWeight):
-            stored = read_parts(spec, self.stored)
-            return decode_checked(spec, stored, hint="download the checkpoint again").to(self.dtype)
-        stored = self.stored(spec)
-        return stored.to(self.dtype)
+            parts = read_parts(spec, self._stored)
+            value = decode_checked(spec, parts, hint="download the checkpoint again")
+        else:
+            value = self._stored(spec)
+        return value if self.dtype is None else value.to(self.dtype)
 
-    def stored(self, spec: TensorSpec) -> Tensor:
+    def _stored(self, spec: TensorSpec) -> Tensor:
         if spec.folder == HANDED_ON:
             return self._handed_on(spec)
         data = self.sources.read(spec)
@@ -72,7 +81,7 @@ class LocalReader:
         return self.sources.read(spec)
 
     def shared(self, spec: TensorSpec, cut: Callable[[Tensor], Tensor]) -> Tensor:
-        return used_here(self.stacks.get(spec, lambda: cut(self.stored(spec))))
+        return used_here(self.stacks.get(spec, lambda: cut(self._stored(spec))))
 
     def rows(self, spec: TensorSpec, grid: tuple[int, int], first: int, last: int) -> Tensor:
         width = dtypes.BITS[spec.dtype] // 8 * grid[1]
@@ -80,9 +89,13 @@ class LocalReader:
         self.sources.read_into(spec, first * width, memoryview(data))
         stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype))
         # converted on the device: fewer bytes go to a card
-        return stored.view(last - first, grid[1]).to(self.device).to(self.dtype)
+        value = stored.view(last - first, grid[1]).to(self.device)
+        return value if self.dtype is None else value.to(self.dtype)
 
     def blocks(self, spec: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+        if self.decoded is not None:
+            yield from self.decoded()
+            return
         for first, last in chunks(grid, self.device):
             yield first, self.rows(spec, grid, first, last)
 

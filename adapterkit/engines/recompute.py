@@ -27,7 +27,6 @@ from adapterkit.tasks.edited import EditedTensor, RequantizedWeight
 from adapterkit.tasks.rows import arithmetic, rounded
 from adapterkit.verbs.merge import Merge
 from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts
-from adapterkit.weights.reader import ReaderView
 
 FEW = 3  # wrong tensors that are told one by one
 THREADS = 4  # that recompute; each holds a whole weight where its format needs that
@@ -182,7 +181,7 @@ class CodeCheck:
     ) -> Checked:
         """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
         origin = _Source(self.step, inputs)
-        after = {part.key: written.stored(specs[part.key]) for part in self.packed.parts}
+        after = {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}
         alone = (
             self.step.draws is not None or self.packed.split_nested(origin.parts)[0] is self.packed
         )
@@ -278,7 +277,7 @@ class CompensatedCheck:
     def _stored(self, written: LocalReader, specs: dict[str, TensorSpec]) -> Tensor:
         if self.packed is None:
             return written.tensor(specs[self.step.key])
-        after = {part.key: written.stored(specs[part.key]) for part in self.packed.parts}
+        after = {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}
         return decode_checked(self.packed, after)
 
     def _rounded(self, origin: "_Source", exact: Tensor, before: Tensor) -> Tensor:
@@ -324,7 +323,7 @@ class _Source:
     def parts(self) -> dict[str, Tensor]:
         """What holds a packed weight, by key."""
         assert isinstance(self.source, QuantizedWeight)
-        return read_parts(self.source, self.inputs.stored)
+        return read_parts(self.source, self.inputs.view(None).tensor)
 
     @cached_property
     def ranges(self) -> list[tuple[int, int]]:
@@ -385,10 +384,7 @@ class _Source:
 
     @cached_property
     def edits(self) -> list[Loaded]:
-        reader, grid = (
-            ReaderView(self.inputs, torch.float64, self.blocks),
-            (self.height, self.width),
-        )
+        reader, grid = self.inputs.view(torch.float64, self.blocks), (self.height, self.width)
         return [edit.load(reader, self.source, grid) for edit in self.step.edits]
 
     def edited(self, first: int, last: int) -> Tensor:

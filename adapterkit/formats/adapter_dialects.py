@@ -14,8 +14,9 @@ from adapterkit.formats.kinds import COPY, EXPERTS, FACTORS, PARAMETER, PLAIN, T
 from adapterkit.formats.record import Contents, Module
 from adapterkit.formats.same_delta import uniform
 from adapterkit.formats.schema import Format
-from adapterkit.formats.tensors import Constant, Expression, StoredReader
+from adapterkit.formats.tensors import Constant, Expression
 from adapterkit.formats.write import unsupported
+from adapterkit.weights.reader import TensorReader
 
 SINGLE = re.compile(r"\.experts\.\d+\.")  # in the name of a module of one expert
 GIVE_BASE = "give --base, the model that the adapter is for"
@@ -23,7 +24,7 @@ MERGE = "merge it: adapterkit merge BASE ADAPTER --out DIR"
 
 
 def arranged(
-    contents: Contents, form: Format, model: NamedBase | None, reader: StoredReader
+    contents: Contents, form: Format, model: NamedBase | None, reader: TensorReader
 ) -> Contents:
     """The contents as the dialect has them; `Refused` with all that its readers do not take, and
     where it depends on a base that is not given."""
@@ -132,7 +133,7 @@ def _experts(
     modules: Sequence[Module],
     layout: str,
     model: NamedBase | None,
-    reader: StoredReader,
+    reader: TensorReader,
     where: str,
 ) -> list[Module]:
     """Experts in the layout that the dialect has."""

@@ -68,7 +68,7 @@ class PlanReader:
             self._range = file, first, data
         return data[spec.start - first : spec.stop - first]
 
-    def stored(self, spec: TensorSpec) -> Tensor:
+    def tensor(self, spec: TensorSpec) -> Tensor:
         """The tensor in its own dtype. `Damaged` at the end of the file, `Unrecoverable` if it is
         not finite."""
         folder, data = self.folders[spec.folder], self._data.get(spec)

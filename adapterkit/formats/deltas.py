@@ -70,8 +70,7 @@ class ModuleDelta:
 
     def _parts(self, reader: TensorReader) -> dict[str, Tensor]:
         """The parts in float64."""
-        inner = _Decoded(reader)
-        return {role: part.value(inner).double() for role, part in self.module.parts.items()}
+        return {role: part.value(reader).double() for role, part in self.module.parts.items()}
 
     @property
     def memory(self) -> int:
@@ -115,16 +114,6 @@ class ModuleDelta:
         if isinstance(delta, Product):
             return product_svd(delta)
         return leading_svd(delta, most, energy)
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    """Reads stored tensors as the engine computes with them."""
-
-    reader: TensorReader
-
-    def stored(self, spec: TensorSpec) -> Tensor:
-        return self.reader.tensor(spec)
 
 
 def _kernel(weight: StoredParameter, reader: TensorReader) -> Tensor:

@@ -17,7 +17,6 @@ from adapterkit.formats.same_delta import common_scale, padded_to, with_scale
 from adapterkit.formats.tensors import (
     Constant,
     Expression,
-    StoredReader,
     gathered,
     joined,
     reshaped,
@@ -25,6 +24,7 @@ from adapterkit.formats.tensors import (
 )
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter
+from adapterkit.weights.reader import TensorReader
 
 WEIGHT = ".weight"
 
@@ -155,7 +155,7 @@ def _pieces(parameter: Parameter, out: int) -> list[Piece]:
 
 
 def stack_experts(
-    modules: Sequence[Module], stacks: Iterable[Stack], reader: StoredReader
+    modules: Sequence[Module], stacks: Iterable[Stack], reader: TensorReader
 ) -> list[Module]:
     """The modules of single experts as factors of stacks, at the place of the first of each; all
     others as they are. `Refused` for more than factors on one expert's module."""
@@ -189,7 +189,7 @@ def stack_experts(
     return result
 
 
-def _stack(stack: Stack, members: Mapping[str, Module], reader: StoredReader) -> Module:
+def _stack(stack: Stack, members: Mapping[str, Module], reader: TensorReader) -> Module:
     """Gate and up with one a keep it, and their rows of b; else the a's are stacked along the rank
     over a block-diagonal b. Experts and rows without a module get zeros."""
     experts, _, width = stack.shape
@@ -241,7 +241,7 @@ def _stack(stack: Stack, members: Mapping[str, Module], reader: StoredReader) ->
 def split_experts(
     modules: Sequence[Module],
     stacks: Mapping[str, Stack],
-    reader: StoredReader,
+    reader: TensorReader,
     *,
     all_of_them: bool = True,
     complete: bool = False,
@@ -276,7 +276,7 @@ def split_experts(
     return result + (_zeros(result, stacks.values()) if complete else [])
 
 
-def _split(module: Module, stack: Stack, reader: StoredReader) -> list[Module]:
+def _split(module: Module, stack: Stack, reader: TensorReader) -> list[Module]:
     a, b = module.parts["a"], module.parts["b"]
     _check_shape(module, stack.shape[1:])
     sets = stack.row_sets

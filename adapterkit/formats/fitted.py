@@ -8,9 +8,9 @@ from torch import Tensor
 
 from adapterkit.adapters.kinds.common import Delta
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.formats.tensors import Expression, StoredReader
+from adapterkit.formats.tensors import Expression
 from adapterkit.kernels.lowrank.weighted import Decomposition
-from adapterkit.weights.reader import Reader
+from adapterkit.weights.reader import Reader, TensorReader
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class FitReader:
     reader: Reader
     fits: dict[int, Factors] = field(default_factory=dict)
 
-    def stored(self, spec: TensorSpec) -> Tensor:
-        return self.reader.stored(spec)
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        return self.reader.view(None).tensor(spec)
 
     def factors(self, fit: Fit) -> Factors:
         if id(fit) not in self.fits:
@@ -86,7 +86,7 @@ class Fitted(Expression):
     def known_early(self) -> bool:
         return False
 
-    def value(self, reader: StoredReader) -> Tensor:
+    def value(self, reader: TensorReader) -> Tensor:
         assert isinstance(reader, FitReader)
         return reader.factors(self.fit).parts[self.role]
 

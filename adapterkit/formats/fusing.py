@@ -35,7 +35,6 @@ from adapterkit.formats.tensors import (
     Expression,
     Rows,
     Stored,
-    StoredReader,
     are_equal,
     compact,
     gathered,
@@ -43,6 +42,7 @@ from adapterkit.formats.tensors import (
     joined,
     scaled,
 )
+from adapterkit.weights.reader import TensorReader
 
 # roles whose second axis is the module's inputs
 MATRICES = ("a", "diff", "weight")
@@ -84,7 +84,7 @@ class Fusion:
 
 
 def split(
-    module: Module, names: Sequence[str], fusion: Fusion, reader: StoredReader
+    module: Module, names: Sequence[str], fusion: Fusion, reader: TensorReader
 ) -> list[Module]:
     """The modules of the model that a file's module holds; parts that it does nothing to are left
     out. `Refused` for a delta whose rows cannot be told apart.
@@ -128,7 +128,7 @@ def telling_rows(module: Module, fusion: Fusion) -> list[TensorSpec]:
     return [_stored_row(b.spec, rows[0]) for b, rows in pairs if _has_rows(b)]
 
 
-def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: StoredReader) -> Module:
+def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: TensorReader) -> Module:
     """The file's module for modules of the model, by their places in the rule; `name` for messages.
 
     Missing modules get zero rows; where scales differ, b takes the ratio. `Refused` where they
@@ -273,7 +273,7 @@ def _of_unit(rows: Rows, unit: int, module: Module, hint: str) -> Rows:
     return compact([start // unit for start in starts])
 
 
-def _columns(module: Module, sets: Sequence[Rows], reader: StoredReader) -> list[range | None]:
+def _columns(module: Module, sets: Sequence[Rows], reader: TensorReader) -> list[range | None]:
     """For each part the columns of its rank that it uses; None: all, shared. Read while planning,
     as the shapes depend on it."""
     shared: list[range | None] = [None] * len(sets)
@@ -290,7 +290,7 @@ def _columns(module: Module, sets: Sequence[Rows], reader: StoredReader) -> list
     return [columns[0] if has_more and not len(own) else own for own in columns]
 
 
-def _used(b: Expression, sets: Sequence[Rows], reader: StoredReader) -> list[range] | None:
+def _used(b: Expression, sets: Sequence[Rows], reader: TensorReader) -> list[range] | None:
     """The columns of each part; None where the first rows tell already that they share them."""
     first = torch.stack([_row(b, rows[0], reader) for rows in sets]) != 0
     return None if first.all() else blocks_of(b.value(reader).flatten(1), sets)
@@ -342,11 +342,11 @@ def _equal_blocks(is_used: Tensor) -> list[range] | None:
     return [range(i * size, (i + 1) * size) for i in range(parts)]
 
 
-def _row(b: Expression, row: int, reader: StoredReader) -> Tensor:
+def _row(b: Expression, row: int, reader: TensorReader) -> Tensor:
     """One row, read alone where it is stored."""
     if not _has_rows(b):
         return b.value(reader)[row].flatten()
-    return reader.stored(_stored_row(b.spec, row)).flatten()
+    return reader.tensor(_stored_row(b.spec, row)).flatten()
 
 
 def _has_rows(b: Expression) -> TypeGuard[Stored]:
@@ -418,7 +418,7 @@ def _fused_rows(members: Mapping[int, Module], shares: Sequence[int], hint: str)
 
 
 def _groups(
-    members: Sequence[Module], shared: Sequence[str], reader: StoredReader
+    members: Sequence[Module], shared: Sequence[str], reader: TensorReader
 ) -> list[list[int]]:
     """Members that have the same a, in the order of their first; one group where a kind has none
     that could be stacked."""

@@ -17,8 +17,9 @@ from adapterkit.formats.record import Module
 from adapterkit.formats.same_delta import is_float32, shared_number, with_scale
 from adapterkit.formats.schema import Format
 from adapterkit.formats.templates import words_of
-from adapterkit.formats.tensors import Stored, StoredReader
+from adapterkit.formats.tensors import Stored
 from adapterkit.options import finite
+from adapterkit.weights.reader import TensorReader
 
 SETTINGS = {  # PEFT's words for what a config says
     "rank": "r", "alpha": "lora_alpha", "rank_pattern": "rank_pattern",
@@ -35,7 +36,7 @@ class Scales:
         metadata: Mapping[str, Any],
         config: Mapping[str, Any],
         alpha: float | None,  # where the format leaves it to the reader
-        reader: StoredReader,
+        reader: TensorReader,
         where: str,
     ):
         self.form, self.asked, self.reader, self.where = form, alpha, reader, where
@@ -110,7 +111,7 @@ class Scales:
                 where=self.where,
                 hint="save the adapter again",
             )
-        return float(self.reader.stored(stored.spec).double().reshape(()))
+        return float(self.reader.tensor(stored.spec).double().reshape(()))
 
     @cached_property
     def settings(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,14 +16,9 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.gguf.adapter import BlockSpec
+from adapterkit.weights.reader import TensorReader
 
 Rows = range | tuple[int, ...]  # indices along an axis; a tuple where they are not consecutive
-
-
-class StoredReader(Protocol):
-    """What reads stored tensors in their own dtype."""
-
-    def stored(self, spec: TensorSpec) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class Expression(ABC):
         return ()
 
     @abstractmethod
-    def value(self, reader: StoredReader) -> Tensor:
+    def value(self, reader: TensorReader) -> Tensor:
         """The tensor in `dtype`, or in float64 where it is not rounded yet."""
 
     @property
@@ -89,8 +83,8 @@ class Stored(Expression):
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.spec,)
 
-    def value(self, reader: StoredReader) -> Tensor:
-        return reader.stored(self.spec)
+    def value(self, reader: TensorReader) -> Tensor:
+        return reader.tensor(self.spec)
 
 
 @dataclass(frozen=True)
@@ -111,8 +105,8 @@ class Decoded(Expression):
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.spec.stored,)
 
-    def value(self, reader: StoredReader) -> Tensor:
-        return self.spec.decode(reader.stored(self.spec.stored))
+    def value(self, reader: TensorReader) -> Tensor:
+        return self.spec.decode(reader.tensor(self.spec.stored))
 
 
 @dataclass(frozen=True)
@@ -131,7 +125,7 @@ class Constant(Expression):
     def dtype(self) -> str:
         return self.kind
 
-    def value(self, reader: StoredReader) -> Tensor:
+    def value(self, reader: TensorReader) -> Tensor:
         return torch.full(self.size, self.number, dtype=dtypes.torch_dtype(self.kind))
 
 
@@ -149,7 +143,7 @@ class Numbers(Expression):
     def dtype(self) -> str:
         return "I64"
 
-    def value(self, reader: StoredReader) -> Tensor:
+    def value(self, reader: TensorReader) -> Tensor:
         return torch.tensor(self.numbers)
 
 
@@ -185,7 +179,7 @@ class Transposed(OfOne):
         sizes[i], sizes[j] = sizes[j], sizes[i]
         return tuple(sizes)
 
-    def value(self, reader: StoredReader) -> Tensor:
+    def value(self, reader: TensorReader) -> Tensor:
         return self.source.value(reader).transpose(*self.axes)
 
 
@@ -199,7 +193,7 @@ class Reshaped(OfOne):
     def shape(self) -> tuple[int, ...]:
         return self.size
 
-    def value(self, reader: StoredReader) -> Tensor:
+    def value(self, reader: TensorReader) -> Tensor:
         return self.source.value(reader).reshape(self.size)
 
 
@@ -216,7 +210,7 @@ class Gathered(OfOne):
         sizes[self.axis] = len(self.rows)
         return tuple(sizes)
 
-    def value(self, reader: StoredReader) -> Tensor:
+    def value(self, reader: TensorReader) -> Tensor:
         value = self.source.value(reader)
         if isinstance(self.rows, range):
             return value.narrow(self.axis, self.rows.start, len(self.rows))
@@ -237,7 +231,7 @@ class Scaled(OfOne):
     def pieces(self) -> tuple[Expression, ...]:
         return (self,)
 
-    def value(self, reader: StoredReader) -> Tensor:
+    def value(self, reader: TensorReader) -> Tensor:
         return self.source.value(reader).double() * self.factor
 
 
@@ -254,7 +248,7 @@ class Padded(OfOne):
         sizes[self.axis] = self.length
         return tuple(sizes)
 
-    def value(self, reader: StoredReader) -> Tensor:
+    def value(self, reader: TensorReader) -> Tensor:
         value = self.source.value(reader)
         padded = value.new_zeros(self.shape)
         padded.narrow(self.axis, 0, value.shape[self.axis]).copy_(value)
@@ -279,7 +273,7 @@ class OfSeveral(Expression):
     def pieces(self) -> tuple[Expression, ...]:
         return tuple(piece for part in self.parts for piece in part.pieces)
 
-    def values(self, reader: StoredReader) -> list[Tensor]:
+    def values(self, reader: TensorReader) -> list[Tensor]:
         """The parts in one dtype."""
         values = [part.value(reader) for part in self.parts]
         common = reduce(torch.promote_types, [value.dtype for value in values])
@@ -298,7 +292,7 @@ class Joined(OfSeveral):
         sizes[self.axis] = sum(part.shape[self.axis] for part in self.parts)
         return tuple(sizes)
 
-    def value(self, reader: StoredReader) -> Tensor:
+    def value(self, reader: TensorReader) -> Tensor:
         return torch.cat(self.values(reader), self.axis)
 
 
@@ -315,7 +309,7 @@ class BlockDiagonal(OfSeveral):
         first = self.parts[0].shape
         return (self.out, sum(part.shape[1] for part in self.parts), *first[2:])
 
-    def value(self, reader: StoredReader) -> Tensor:
+    def value(self, reader: TensorReader) -> Tensor:
         values = self.values(reader)
         fused = values[0].new_zeros(self.shape)
         at = 0
@@ -340,7 +334,7 @@ class Contracted(OfSeveral):
     def pieces(self) -> tuple[Expression, ...]:
         return (self,)
 
-    def value(self, reader: StoredReader) -> Tensor:
+    def value(self, reader: TensorReader) -> Tensor:
         mid, a = (value.double() for value in self.values(reader))
         return torch.einsum("mn...,ni->mi...", mid, a.flatten(1))
 
@@ -442,7 +436,7 @@ def compact(rows: Sequence[int]) -> Rows:
     return tuple(rows)
 
 
-def are_equal(parts: Sequence[Expression], reader: StoredReader) -> bool:
+def are_equal(parts: Sequence[Expression], reader: TensorReader) -> bool:
     """Whether tensors have the same values; read while planning, as the shape depends on it."""
     first = parts[0]
     if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):

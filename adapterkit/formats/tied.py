@@ -9,7 +9,8 @@ from adapterkit.errors import Refused, listed
 from adapterkit.formats.base import HEAD, BaseFacts
 from adapterkit.formats.record import Module
 from adapterkit.formats.schema import Format
-from adapterkit.formats.tensors import StoredReader, are_equal, transposed
+from adapterkit.formats.tensors import are_equal, transposed
+from adapterkit.weights.reader import TensorReader
 
 SWAPPED = {"a": "b", "b": "a"}
 
@@ -28,7 +29,7 @@ def with_heads(
 
 
 def without_heads(
-    modules: Sequence[Module], form: Format, base: BaseFacts | None, reader: StoredReader
+    modules: Sequence[Module], form: Format, base: BaseFacts | None, reader: TensorReader
 ) -> tuple[list[Module], list[str]]:
     """The modules without the factors of a tied head that are those of the embeddings. `Refused`
     where only one of the two is adapted, or each in its own way."""
@@ -65,7 +66,7 @@ def _head(embedding: Module) -> Module:
     return replace(embedding, name=HEAD, parts=parts, embedding=False)
 
 
-def _is_head_of(embedding: Module, head: Module, reader: StoredReader) -> bool:
+def _is_head_of(embedding: Module, head: Module, reader: TensorReader) -> bool:
     own = _head(embedding)
     return (
         set(head.parts) == set(own.parts)

@@ -11,7 +11,8 @@ from adapterkit.formats.kinds import FACTORS, SHAPE
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.record import Module
 from adapterkit.formats.schema import Format
-from adapterkit.formats.tensors import Expression, Numbers, StoredReader
+from adapterkit.formats.tensors import Expression, Numbers
+from adapterkit.weights.reader import TensorReader
 
 
 def with_widths(modules: Sequence[Module], form: Format, names: Sequence[str]) -> list[Module]:
@@ -36,7 +37,7 @@ def with_widths(modules: Sequence[Module], form: Format, names: Sequence[str]) -
     ]
 
 
-def check_shape(parts: Mapping[str, Expression], reader: StoredReader, where: str) -> None:
+def check_shape(parts: Mapping[str, Expression], reader: TensorReader, where: str) -> None:
     """`Refused` where the shape of the weight is not that of its factors' product."""
     if SHAPE not in parts:
         return

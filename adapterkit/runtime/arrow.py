@@ -401,9 +401,9 @@ def read(folder: Folder, settings: dict[str, Any], names: list[str]) -> Stored:
     locate(errors, folder)
     result = {}
     with SourceFiles((folder,), {}) as files:
-        reader = LocalReader(files, torch.device("cpu"))
+        reader = LocalReader(files, torch.device("cpu"), dtype=None)
         for path, specs in modules.items():
-            values = {role: reader.stored(spec) for role, spec in specs.items()}
+            values = {role: reader.tensor(spec) for role, spec in specs.items()}
             count = len(values["a"])
             numbers = values["expert"].tolist() if "expert" in values else list(range(len(names)))
             if len(numbers) != count or not set(numbers) <= set(range(len(names))):

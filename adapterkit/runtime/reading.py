@@ -151,12 +151,12 @@ def read_parts(
     folders = (adapter.folder,)
     parts: list[tuple[str, Part]] = []
     with Sources(folders, identities(folders, header_hashes({0: adapter}))) as sources:
-        reader = LocalReader(sources, torch.device("cpu"))
+        reader = LocalReader(sources, torch.device("cpu"), dtype=None)
 
         def read(spec: TensorSpec | None, where: torch.device) -> Tensor | None:
             if spec is None:
                 return None
-            tensor = reader.stored(spec)
+            tensor = reader.tensor(spec)
             return tensor.to(where, dtype or torch.promote_types(tensor.dtype, torch.float32))
 
         for path, kind, lora, scale in stored.factors:
@@ -184,7 +184,7 @@ def read_parts(
             assert a is not None and b is not None
             parts.append((path, stored_parameter.part(name, host, a, b)))
         refuse_all(list(_ignored(state, adapter, parts)))
-        parts += read_values(state, stored.values, name, stored.config, reader.stored, dtype)
+        parts += read_values(state, stored.values, name, stored.config, reader.tensor, dtype)
     return parts
 
 

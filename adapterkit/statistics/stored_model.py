@@ -6,35 +6,21 @@ import copy
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from adapterkit import dtypes
-from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.engines.reader import LocalReader
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.tasks.edited import stored_parts
-from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import StoredParameter
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Tensors in the dtype that they are stored in; quantized ones in float32."""
-
-    reader: LocalReader
-
-    def tensor(self, spec: TensorSpec) -> Tensor:
-        is_quantized = isinstance(spec, QuantizedWeight)
-        return self.reader.tensor(spec) if is_quantized else self.reader.stored(spec)
 
 
 class StoredModel:
@@ -62,7 +48,7 @@ class StoredModel:
         self.dtype = self._dtype(config)
         self.model = _without_data(type(skeleton.model), config, self.dtype)
         self.model.requires_grad_(False)
-        self._reader = _Reader(LocalReader(sources, device))
+        self._reader = LocalReader(sources, device, dtype=None)
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._stored, self._absent = self._find_parameters()
         self._stored_buffers = self._find_buffers()

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,9 +10,9 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.errors import Unrecoverable, shown
-from adapterkit.formats.tensors import Expression, StoredReader
+from adapterkit.formats.tensors import Expression
 from adapterkit.plan import Task, TaskResult
-from adapterkit.weights.reader import Reader
+from adapterkit.weights.reader import Reader, TensorReader
 
 LOSS = 2.0**-8  # of a tensor's norm that rounding may lose: bfloat16's largest relative error
 
@@ -40,12 +39,12 @@ class ConvertedTensor(Task):
         return inner + 16 * math.prod(self.expression.shape)
 
     def compute(self, inputs: Reader) -> TaskResult:
-        tensor, lost = rounded(self.key, self.expression, self.dtype, inputs)
+        tensor, lost = rounded(self.key, self.expression, self.dtype, inputs.view(None))
         return TaskResult({self.key: tensor}, {} if lost is None else {"rounding": lost})
 
 
 def rounded(
-    key: str, expression: Expression, dtype: str, reader: StoredReader
+    key: str, expression: Expression, dtype: str, reader: TensorReader
 ) -> tuple[Tensor, float | None]:
     """The tensor in its dtype, and ‖value - rounded‖ / ‖value‖, None where nothing is rounded.
 
@@ -101,24 +100,23 @@ class ConvertedTensors(Task):
         return read + sum(16 * math.prod(one.expression.shape) for one in self.outputs)
 
     def compute(self, inputs: Reader) -> TaskResult:
-        reader = _ReadOnce(inputs)
+        reader = _ReadOnce(inputs.view(None))
         tensors: dict[str, torch.Tensor | TensorSpec] = {}
         rounding: list[float] = []
         for one in self.outputs:
-            result = one.compute(cast("Reader", reader))
-            tensors |= result.tensors
-            rounding += result.metrics.values()
+            tensors[one.key], lost = rounded(one.key, one.expression, one.dtype, reader)
+            rounding += [] if lost is None else [lost]
         return TaskResult(tensors, {"rounding": max(rounding)} if rounding else {})
 
 
 class _ReadOnce:
     """Keeps what it has read."""
 
-    def __init__(self, reader: Reader):
+    def __init__(self, reader: TensorReader):
         self.reader = reader
-        self.tensors: dict[TensorSpec, torch.Tensor] = {}
+        self.tensors: dict[TensorSpec, Tensor] = {}
 
-    def stored(self, spec: TensorSpec) -> torch.Tensor:
+    def tensor(self, spec: TensorSpec) -> Tensor:
         if spec not in self.tensors:
-            self.tensors[spec] = self.reader.stored(spec)
+            self.tensors[spec] = self.reader.tensor(spec)
         return self.tensors[spec]

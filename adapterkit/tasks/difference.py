@@ -151,7 +151,7 @@ class WholeParameter(Task):
         if is_one_tensor(self.value):
             copy = CopiedTensor(self.name, self.value.specs[0], self.key, checked=True)
             return copy.compute(inputs)
-        tensor = read_native(self.value, inputs.stored).contiguous()
+        tensor = read_native(self.value, inputs.view(None).tensor).contiguous()
         return TaskResult({self.key: tensor}, {"taken": True})
 
 

@@ -18,7 +18,7 @@ from adapterkit.plan import Loaded, Step, Task, TaskResult
 from adapterkit.tasks import rows
 from adapterkit.tasks.common import short
 from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts
-from adapterkit.weights.reader import Reader, ReaderView
+from adapterkit.weights.reader import Reader
 
 # elements of a weight that are decoded and encoded at a time, where its format allows that
 SLICE = 1 << 20
@@ -208,7 +208,7 @@ class StoredWeight:
         self.squares: list[float] = []  # Σ w² of each slice, before the edits
         self.whole: Tensor | None = None
         if isinstance(self.source, QuantizedWeight):
-            self.original = stored or read_parts(self.source, inputs.stored)
+            self.original = stored or read_parts(self.source, inputs.view(None).tensor)
             # with draws the scales of scales do not change
             self.record, self.parts = (
                 (self.source, self.original)
@@ -227,7 +227,7 @@ class StoredWeight:
             self.whole = self._decode(*ranges[0])
 
     def load_edits(self) -> list[Loaded]:
-        inputs = ReaderView(self.inputs, self.dtype, self._blocks)
+        inputs = self.inputs.view(self.dtype, self._blocks)
         return [edit.load(inputs, self.source, self.step.grid) for edit in self.step.edits]
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:

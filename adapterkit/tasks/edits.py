@@ -90,7 +90,7 @@ class PlacedFactors:
         # where each expert is stored alone, to go through the factors of all in each step would
         # cost the square of their number
         b = self.factors.b
-        stack = inputs.shared(b, split) if self.shared else split(inputs.stored(b))
+        stack = inputs.shared(b, split) if self.shared else split(inputs.view(None).tensor(b))
         for block in self.blocks:
             a = inputs.tensor(self._of_expert(block)).reshape(rank, -1)
             yield block, scale_factor(stack[block.expert].to(inputs.dtype), scale), a

@@ -1,7 +1,6 @@
 """How computations read their inputs, whatever engine runs them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from adapterkit.checkpoint.header import TensorSpec
@@ -15,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class TensorReader(Protocol):
-    """What reads whole tensors: all that putting parameters and factors together takes."""
+    """What reads whole tensors, in one dtype or as they are stored: all that putting parameters,
+    factors and expressions together takes."""
 
     def tensor(self, spec: TensorSpec) -> "Tensor": ...
 
@@ -30,21 +30,22 @@ class Reader(Protocol):
     def device(self) -> "torch.device": ...
 
     @property
-    def dtype(self) -> "torch.dtype":
-        """What the arithmetic runs in: float32 or float64."""
+    def dtype(self) -> "torch.dtype | None":
+        """What the arithmetic runs in: float32 or float64. None: each tensor's own; float32 for
+        quantized weights."""
+        ...
+
+    def view(
+        self, dtype: "torch.dtype | None", blocks: "Callable[[], Blocks] | None" = None
+    ) -> "Reader":
+        """The same inputs in another dtype; `blocks`: of the tensor that edits read by blocks,
+        where it is decoded elsewhere."""
         ...
 
     def tensor(self, spec: TensorSpec) -> "Tensor":
         """The whole tensor, decoded if it is quantized, in `dtype`, on `device`; the caller's own.
 
         `Unrecoverable` if it is not finite."""
-        ...
-
-    def stored(self, spec: TensorSpec) -> "Tensor":
-        """The whole tensor in its own dtype, on `device`; not of a quantized weight, only its
-        parts.
-
-        `Unrecoverable` if it is of floats that are not finite."""
         ...
 
     def bytes(self, spec: TensorSpec) -> bytearray:
@@ -61,7 +62,7 @@ class Reader(Protocol):
         ...
 
     def shared(self, spec: TensorSpec, cut: "Cut") -> "Tensor":
-        """cut(stored(spec)), computed once for all who ask soon after each other; not to be
+        """cut(the stored tensor), computed once for all who ask soon after each other; not to be
         changed.
 
         `cut` must be the same function of the tensor for all who ask for one `spec`."""
@@ -71,40 +72,3 @@ class Reader(Protocol):
         """A tensor that a task of an earlier output file handed on, in its own dtype, on
         `device`."""
         ...
-
-
-@dataclass(frozen=True)
-class ReaderView:
-    """A reader in another dtype, in which one tensor, decoded elsewhere, is read by blocks.
-
-    What an edit of a quantized weight loads through: the weight is `blocks`, all else the reader's.
-    """
-
-    reader: Reader
-    dtype: "torch.dtype"
-    decoded: "Callable[[], Blocks]"
-
-    @property
-    def device(self) -> "torch.device":
-        return self.reader.device
-
-    def tensor(self, spec: TensorSpec) -> "Tensor":
-        return self.reader.tensor(spec).to(self.dtype)
-
-    def stored(self, spec: TensorSpec) -> "Tensor":
-        return self.reader.stored(spec)
-
-    def bytes(self, spec: TensorSpec) -> bytearray:
-        return self.reader.bytes(spec)
-
-    def rows(self, spec: TensorSpec, grid: tuple[int, int], first: int, last: int) -> "Tensor":
-        return self.reader.rows(spec, grid, first, last).to(self.dtype)
-
-    def blocks(self, spec: TensorSpec, grid: tuple[int, int]) -> "Blocks":
-        return self.decoded()
-
-    def shared(self, spec: TensorSpec, cut: "Cut") -> "Tensor":
-        return self.reader.shared(spec, cut)
-
-    def handoff(self, key: str) -> "Tensor":
-        return self.reader.handoff(key)

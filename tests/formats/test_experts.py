@@ -33,9 +33,10 @@ from adapterkit.formats.experts import (
 )
 from adapterkit.formats.kinds import EXPERTS
 from adapterkit.formats.record import Module
-from adapterkit.formats.tensors import Expression, StoredReader
+from adapterkit.formats.tensors import Expression
 from adapterkit.plan import Computed, Plan
 from adapterkit.weights.names import Names
+from adapterkit.weights.reader import TensorReader
 from tests.support import oracle
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -71,7 +72,7 @@ class Value(Expression):
     def dtype(self) -> str:
         return dtypes.name_of(self.tensor.dtype)
 
-    def value(self, reader: StoredReader) -> Tensor:
+    def value(self, reader: TensorReader) -> Tensor:
         return self.tensor
 
 

@@ -37,7 +37,7 @@ class Memory:
         self.tensors[key] = value
         return Stored(TensorSpec(key, "F64", tuple(value.shape), "file", 0, value.numel() * 8))
 
-    def stored(self, spec: TensorSpec) -> Tensor:
+    def tensor(self, spec: TensorSpec) -> Tensor:
         """The tensor, or the row of it that these bytes are."""
         whole = self.tensors[spec.key]
         return whole.flatten()[spec.start // 8 : spec.stop // 8].reshape(spec.shape)

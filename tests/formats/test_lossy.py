@@ -209,7 +209,7 @@ class _Stored:
     def __init__(self, tensors):
         self.tensors = tensors
 
-    def stored(self, spec):
+    def tensor(self, spec):
         return self.tensors[spec.key]
 
 

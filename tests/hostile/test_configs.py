@@ -15,8 +15,8 @@ import adapterkit
 from adapterkit import merge
 from adapterkit.errors import AdapterkitError, Failed, Refused
 from adapterkit.patterns import matcher
-from adapterkit.planning.merge.job import Options
 from adapterkit.planning.merge.plan import plan_merge
+from adapterkit.verbs.merge import MergeOptions
 from tests.support.planned import BASE, configured, meaning, refusal
 from tests.support.raw_files import (
     GOLDEN,
@@ -69,7 +69,7 @@ def test_numbers_that_only_json_can_write_are_refused(text):
     )
     folder.content["adapter_config.json"] = config
     with pytest.raises(AdapterkitError, match=r"lora_alpha|digits"):
-        plan_merge(BASE, [(folder, 1.0)], Options())
+        plan_merge(BASE, [(folder, 1.0)], MergeOptions())
 
 
 OTHER = {

@@ -20,9 +20,10 @@ from adapterkit.formats.parts import scaled_role
 from adapterkit.formats.read import Reading, read
 from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
-from adapterkit.planning.convert.source import Options, named_base, read_contents
+from adapterkit.planning.convert.source import named_base, read_contents
 from adapterkit.planning.sources import open_base, open_unconverted
 from adapterkit.receipt import RECEIPT
+from adapterkit.verbs.convert import ConvertOptions
 
 GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
 ENDINGS = {
@@ -88,7 +89,7 @@ def contents_of(path: Path, *, stacked: bool = False, **options: Any) -> Content
     detection = detect(folder)
     checkpoint = None if base is None else open_base(base)
     model = named_base(checkpoint, detection, formats()["peft"])
-    asked = Options(detection.form.name, **options)
+    asked = ConvertOptions(to=detection.form.name, **options)
     contents = read_contents(folder, detection, asked, checkpoint, model)
     if model is None or not stacked:
         return contents

@@ -9,8 +9,8 @@ import pytest
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError
-from adapterkit.planning.merge.job import Options
 from adapterkit.planning.merge.plan import plan_merge
+from adapterkit.verbs.merge import MergeOptions
 from tests.support.raw_files import (
     AdapterFiles,
     Stored,
@@ -23,13 +23,13 @@ from tests.support.raw_files import (
 BASE = base()
 
 
-def planned(adapter: AdapterFiles, options: Options = Options(), on=BASE):  # noqa: B008, frozen
+def planned(adapter: AdapterFiles, options: MergeOptions = MergeOptions(), on=BASE):  # noqa: B008, frozen
     return plan_merge(on, [(adapter.folder(), 1.0)], options)
 
 
 def refusal(adapter: AdapterFiles, **options) -> str:
     with pytest.raises(AdapterkitError) as caught:
-        planned(adapter, Options(**options))
+        planned(adapter, MergeOptions(**options))
     message = str(caught.value)
     assert message.replace("\n", "").isprintable()
     assert len(message) < 20_000
@@ -47,7 +47,7 @@ def meaning(adapter: AdapterFiles, **options) -> str:
     """What a plan does, with the bytes themselves in place of where they are: equal meanings give
     equal outputs."""
     folder = adapter.folder()
-    plan = plan_merge(BASE, [(folder, 1.0)], Options(**options))
+    plan = plan_merge(BASE, [(folder, 1.0)], MergeOptions(**options))
     payload = {0: BASE.content, 1: folder.content}
 
     def plain_form(value):
