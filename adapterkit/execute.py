@@ -313,7 +313,7 @@ def _done_before(stage: Stage, plan: Plan, *, hashed: bool) -> dict[str, ShardRe
     shards = {shard.file: shard for shard in plan.shards}
     done = {}
     for entry in stage.journal()[1:]:
-        result = read_result(entry.get("shard"))
+        result = read_result(entry)
         if result is None or result.file not in shards:
             continue
         is_its = shards[result.file].accepts(result, hashed=hashed)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,7 +12,7 @@ from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_file
-from adapterkit.checkpoint.shard_result import ShardResult, is_count, is_number, is_sha256
+from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
@@ -82,6 +84,21 @@ def _is_file(entry: Any) -> bool:
         return False
     sha256 = entry.get("sha256", "")
     return sha256 is None or is_sha256(sha256)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is an integer that can count bytes."""
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def is_sha256(value: Any) -> bool:
+    """Whether it is a sha256 in hexadecimal digits."""
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def input_hashes(plan: Plan) -> dict[str, dict[str, str]]:

@@ -16,7 +16,6 @@ import pytest
 
 import adapterkit
 from adapterkit import registry, runtime
-from adapterkit.checkpoint.shard_result import METRICS
 from adapterkit.cli import main
 from tests.support.documents import (
     CODE,
@@ -297,10 +296,3 @@ def test_the_benchmark_runs_on_a_small_checkpoint(name: str, only: str, tmp_path
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert out.exists() and str(tmp_path) not in out.read_text()
-
-
-def test_the_metrics_of_receipts_are_those_that_are_read_again():
-    text = (ROOT / "docs" / "receipts.md").read_text()
-    table = text.partition("Metrics under `parameters`")[2].partition("\n\n`survived`")[0]
-    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == METRICS.keys()

@@ -8,29 +8,24 @@ the output, and from then on no process finds its folder.
 """
 
 import contextlib
-import json
 import os
 import re
 import secrets
-import stat
 from collections.abc import Callable, Iterable
 from glob import escape
 from pathlib import Path
 from typing import Any
 
+from adapterkit.checkpoint.journal import line_of, read_entry
 from adapterkit.checkpoint.lock import may_run, process_record
-from adapterkit.checkpoint.shard_result import ShardResult, is_number, read_result
+from adapterkit.checkpoint.shard_result import ShardResult, read_result
 from adapterkit.checkpoint.stage import HANDOFF, RANKS, Stage, size_of_file
 from adapterkit.checkpoint.storage import replace_file, storage_errors, sync_folder, sync_folders
-from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
 from adapterkit.checkpoint.writer import UNFINISHED, unfinished_name
 
 FILES, MARKS, SPOILED = "out", "marks", "SPOILED"
 ATTEMPT = re.compile(r"\.(\d+-\d+-[0-9a-f]{8})\.part$")
 PART_NAME = re.compile(r"(.+)@(\d+)-(\d+)")
-# `engines/device.py: kind`, `arithmetic`
-DEVICE = re.compile(r"cpu( [\w ]{1,40}, \d{1,5} threads)?|\w+ .{1,200}, torch \S{1,80}")
-MAX_SECONDS = 1e9  # for which anyone can have worked at a file
 BEAT = ".beat"  # suffix of the file in which a process says that it lives, and how far it is
 
 
@@ -79,11 +74,9 @@ class RankStage:
 
     def marker(self, name: str) -> dict[str, Any] | None:
         """What was noted when a file was done; None where it is not, or is not there any more."""
-        entry = _read(self.marks / f"{name}.json")
-        result = read_result(entry.get("shard"))
-        if result is None or result.file != name or not _is_marker(entry):
-            return None
-        if not self.accepts(result):
+        entry = read_entry(self.marks / f"{name}.json")
+        result = read_result(entry)
+        if result is None or result.file != name or not self.accepts(result):
             return None
         is_there = size_of_file(self.path / name) == result.size or self._is_joined(name)
         handoff = self.path / (name + HANDOFF)
@@ -116,11 +109,8 @@ class RankStage:
     def joined(self, file: str) -> int:
         """How many bytes of its parts a file has that is being joined, `NAME.part`."""
         name = unfinished_name(file)
-        count = _read(self.marks / f"{name}.json").get("joined")
-        size = size_of_file(self.path / name)
-        if size is None or type(count) is not int or not 0 <= count <= size:
-            return 0
-        return count
+        count = read_entry(self.marks / f"{name}.json").get("joined", 0)
+        return count if count <= (size_of_file(self.path / name) or 0) else 0
 
     def mark_joined(self, file: str, count: int) -> None:
         """Note durably how many bytes of its parts a file has."""
@@ -152,7 +142,7 @@ class RankStage:
         """Why the job cannot be finished, if so."""
         if not os.path.lexists(self.marks / SPOILED):
             return None
-        return str(_read(self.marks / SPOILED).get("reason") or "for no reason that can be read")
+        return str(read_entry(self.marks / SPOILED).get("reason", "for no reason that can be read"))
 
     def beat(self, number: int, done: int) -> None:
         """Say that this process lives, and how many bytes of files without a marker it has."""
@@ -161,9 +151,9 @@ class RankStage:
 
     def beats(self) -> dict[str, dict[str, Any]]:
         """What the other processes said last, by their attempts' names."""
-        beats = {path.name.removesuffix(BEAT): _read(path) for path in self.marks.glob("*" + BEAT)}
-        others = {attempt: beat for attempt, beat in beats.items() if attempt != self.attempt}
-        return {attempt: beat for attempt, beat in others.items() if _is_beat(beat)}
+        found = ((path.name.removesuffix(BEAT), path) for path in self.marks.glob("*" + BEAT))
+        beats = {attempt: read_entry(path) for attempt, path in found if attempt != self.attempt}
+        return {attempt: beat for attempt, beat in beats.items() if beat}
 
     def attempts(self, name: str) -> set[str]:
         """Who is, or was, writing a file without having finished it, other than this process."""
@@ -187,9 +177,8 @@ class RankStage:
                     path.unlink(missing_ok=True)
 
     def _write(self, name: str, entry: dict[str, Any], *, durable: bool = True) -> None:
-        data = json.dumps(entry, separators=(",", ":")).encode()
         beside = self.marks / unfinished_name(name, self.attempt)
-        replace_file(self.marks / name, data, beside, durable=durable)
+        replace_file(self.marks / name, line_of(entry), beside, durable=durable)
 
 
 def adopt(stage: Stage, ranks: RankStage, entries: Iterable[dict[str, Any]]) -> None:
@@ -203,32 +192,4 @@ def adopt(stage: Stage, ranks: RankStage, entries: Iterable[dict[str, Any]]) -> 
 
 def is_gone(beat: dict[str, Any]) -> bool:
     """Whether the process that said this is known not to run any more."""
-    return not may_run(str(beat.get("process")))
-
-
-def _is_marker(entry: dict[str, Any]) -> bool:
-    """Whether it has what a rank notes beside the file's own result."""
-    texts = [entry.get(key) for key in ("attempt", "host", "torch", "device")]
-    seconds: Any = entry.get("seconds")
-    is_time = is_number(seconds) and 0 <= seconds < MAX_SECONDS
-    are_texts = all(isinstance(text, str) and text.isprintable() for text in texts)
-    return is_time and are_texts and DEVICE.fullmatch(entry["device"]) is not None
-
-
-def _is_beat(entry: dict[str, Any]) -> bool:
-    return all(type(entry.get(key)) is int and entry[key] >= 0 for key in ("number", "done"))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The object in a file of JSON; empty where there is none: others may write here, and not
-    only files."""
-    try:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with open(os.open(path, flags), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return {}
-            entry = strict_json(file.read(MAX_JSON))
-        check_depth(entry)
-    except (OSError, ValueError):
-        return {}
-    return entry if isinstance(entry, dict) else {}
+    return not may_run(beat["process"])

@@ -8,7 +8,6 @@ nothing. A journal beside the stage lists the finished files.
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import stat
@@ -18,6 +17,7 @@ from typing import Protocol
 
 from adapterkit.checkpoint import storage, system
 from adapterkit.checkpoint.folder import is_plain_path
+from adapterkit.checkpoint.journal import entries_of, line_of, read_lines
 from adapterkit.checkpoint.lock import LOCK, Lock
 from adapterkit.checkpoint.older import incomplete, lacking, receipt_at, size_at
 from adapterkit.checkpoint.shard_result import ShardResult
@@ -303,36 +303,16 @@ class Stage:
             self.path.mkdir(exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
             self._journal = os.open(self.control / JOURNAL, flags, 0o666)
-            size = sum(len(line) for line, _ in self._lines())
+            size = sum(len(line) for line, _ in entries_of(read_lines(self.control / JOURNAL)))
             if size != os.fstat(self._journal).st_size:
                 os.ftruncate(self._journal, size)
             sync_folder(self.control)
             sync_folder(self.control.parent)
 
     def journal(self) -> list[dict]:
-        """The journal's complete entries; none where there is no interrupted run."""
-        return [entry for _, entry in self._lines()]
-
-    def _lines(self) -> list[tuple[bytes, dict]]:
-        path = self.control / JOURNAL
-        if size_of_file(path) is None:
-            return []
-        try:
-            lines = path.read_bytes().splitlines(keepends=True)
-        except OSError:
-            return []
-        complete: list[tuple[bytes, dict]] = []
-        for line in lines:
-            try:
-                entry = json.loads(line) if line.endswith(b"\n") else None
-            except (ValueError, RecursionError):
-                entry = None
-            if not isinstance(entry, dict) or ("fingerprint" in entry) != (not complete):
-                break
-            if not _is_sound(entry):
-                break
-            complete.append((line, entry))
-        return complete
+        """The journal's entries, up to the first that is torn or damaged; none where there is no
+        interrupted run."""
+        return [entry for _, entry in entries_of(read_lines(self.control / JOURNAL))]
 
     def wanted(self, name: str) -> bool:
         return True
@@ -340,16 +320,14 @@ class Stage:
     def note(self, entry: dict) -> None:
         """Append one entry to the journal, durably."""
         with storage_errors(self.control / JOURNAL):
-            line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
-            write_all(line, lambda rest, _: os.write(self._journal, rest))
+            write_all(line_of(entry), lambda rest, _: os.write(self._journal, rest))
             storage.sync(self._journal)
 
     def rewrite(self, entries: Iterable[dict]) -> None:
         """Put these entries in the place of the journal's, all at once."""
         self._close_journal()
-        lines = [json.dumps(entry, separators=(",", ":")).encode() + b"\n" for entry in entries]
-        path = self.control / JOURNAL
-        storage.replace_file(path, b"".join(lines), self.control / unfinished_name(JOURNAL))
+        beside = self.control / unfinished_name(JOURNAL)
+        storage.replace_file(self.control / JOURNAL, b"".join(map(line_of, entries)), beside)
 
     def write_file(self, name: str, blocks: Iterable[bytes]) -> tuple[int, str]:
         """Write a small file durably; its size and sha256."""
@@ -416,7 +394,7 @@ class Stage:
         """
         staged = self.path / RECEIPT
         new = [*receipt_at(staged if staged.exists() else self.out / RECEIPT)["files"], RECEIPT]
-        old = {name for name in self.journal()[-1]["old"] if name not in new}
+        old = set(filter(is_plain_path, self.journal()[-1]["old"])).difference(new)
         for name in sorted({*new, *old}, key=_publish_order, reverse=True):
             if _publish_order(name) and (name in old or (self.path / name).exists()):
                 (self.out / name).unlink(missing_ok=True)
@@ -455,19 +433,6 @@ class Stage:
         if descriptor >= 0:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
-
-
-def _is_sound(entry: dict) -> bool:
-    """Whether a journal's entry has what one of its kind has: others may have written it."""
-    device, old = entry.get("device", "cpu"), entry.get("old", [])
-    return (
-        isinstance(entry.get("fingerprint", ""), str)
-        and isinstance(entry.get("recipe", {}), dict)
-        and isinstance(device, str)
-        and device.isprintable()
-        and isinstance(old, list)
-        and all(isinstance(name, str) and is_plain_path(name) for name in old)
-    )
 
 
 def size_of_file(path: Path) -> int | None:

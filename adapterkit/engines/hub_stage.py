@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint.older import parse_receipt
-from adapterkit.checkpoint.shard_result import ShardResult, is_count, is_sha256
+from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import RECEIPT, Stage, size_of_file
 from adapterkit.engines.hub_inputs import ConvertedInScratch
 from adapterkit.errors import Failed
 from adapterkit.hub.destination import Destination
-from adapterkit.hub.ids import COMMIT, HubId
+from adapterkit.hub.ids import HubId
 from adapterkit.hub.pins import Pins, current_pins
 from adapterkit.hub.upload import CopiedFile, LocalFile, Uploaded, commit, groups, upload
 
@@ -37,9 +37,7 @@ def inputs_folder(hub_id: HubId) -> Path:
 def pins_before(hub_id: HubId) -> Pins:
     """The commits of the inputs of an interrupted run; none where there is none."""
     journal = Stage(work_folder(hub_id)).journal()
-    pins = journal[0].get("pins") if journal else None
-    is_commit = lambda value: isinstance(value, str) and COMMIT.fullmatch(value)
-    return pins if isinstance(pins, dict) and all(map(is_commit, pins.values())) else {}
+    return journal[0].get("pins", {}) if journal else {}
 
 
 class HubStage(Stage):
@@ -127,13 +125,12 @@ class HubStage(Stage):
         if self._gone is None:
             self._gone = {}
             for entry in self.journal():
-                file = _uploaded(entry.get("uploaded")) or self._copied(entry.get("copied"))
-                if file is not None:
+                if "uploaded" in entry:
+                    file = Uploaded(**entry["uploaded"])
                     self._gone[file.file] = file
+                elif entry.get("copied") in self.copies:
+                    self._gone[entry["copied"]] = self.copies[entry["copied"]]
         return self._gone
-
-    def _copied(self, name: Any) -> CopiedFile | None:
-        return self.copies.get(name) if isinstance(name, str) else None
 
     def _has_gone(self, name: str, sha256: str | None) -> bool:
         """Whether the Hub has a file with this sha256; where that is not known, whether it has one
@@ -196,12 +193,3 @@ class HubStage(Stage):
                 hint="give --overwrite to begin again",
             )
         return LocalFile(name, path, size, sha256)
-
-
-def _uploaded(data: Any) -> Uploaded | None:
-    """The file that was noted as `data`; None where it is none."""
-    if not isinstance(data, dict) or data.keys() != set(Uploaded._fields):
-        return None
-    file = Uploaded(**data)
-    is_sound = isinstance(file.file, str) and is_count(file.size) and is_sha256(file.sha256)
-    return file if is_sound else None

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkit.checkpoint.shard_result import is_count
 from adapterkit.plan import Step
 
 
@@ -25,27 +24,6 @@ class TensorMetrics:
     moved: list[float] = field(default_factory=list)  # per sampled chunk, Σ (exact - base)²
     # per sampled chunk, Σ (rounded - base)(exact - base)
     projection: list[float] = field(default_factory=list)
-
-    @classmethod
-    def read(cls, data: dict[str, Any]) -> "TensorMetrics | None":
-        """The metrics that were noted as `data`, `vars` of them; None where they are none."""
-        try:
-            read = cls(**data)
-        except TypeError:
-            return None
-        return read if read._is_sound() else None
-
-    def _is_sound(self) -> bool:
-        sums = (self.squares, self.before, self.lost, self.moved, self.projection)
-        sampled = {len(each) for each in sums[1:]} if all(_are_numbers(s) for s in sums) else {}
-        return (
-            len(sampled) == 1
-            and is_count(self.sampled)
-            and is_count(self.changed)
-            and self.changed <= self.sampled
-            and _are_numbers(delta := [] if self.delta is None else [self.delta])
-            and not any(value < 0 for each in (delta, *sums[:-1]) for value in each)
-        )
 
     def add(self, other: "TensorMetrics") -> None:
         self.squares += other.squares
@@ -97,10 +75,6 @@ def finite_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
             for one in (value if isinstance(value, list) else [value])
         )
     }
-
-
-def _are_numbers(values: object) -> bool:
-    return isinstance(values, list) and all(type(v) in (int, float) for v in values)
 
 
 def _sum(values: Iterable[float]) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from adapterkit.checkpoint.rank_stage import RankStage, part_of
-from adapterkit.checkpoint.shard_result import ShardResult, are_metrics
+from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.engines.joined_file import JoinedFile
 from adapterkit.engines.metrics import TensorMetrics
 from adapterkit.engines.pieces import Part, cut, part_name
@@ -65,7 +65,8 @@ def accepts(plan: Plan, *, hashed: bool) -> Callable[[ShardResult], bool]:
 
     def is_of_plan(result: ShardResult) -> bool:
         found = unit(result.file)
-        return found is not None and found.accepts(result, hashed=hashed)
+        is_its = found is not None and found.file == result.file
+        return is_its and found.accepts(result, hashed=hashed)
 
     return is_of_plan
 
@@ -89,11 +90,13 @@ def join(
     names = [part_name(shard.file, *edges) for edges in ranges]
     entries = [entry for name in names if (entry := stage.marker(name))]
     if len(entries) < len(names):
-        raise _unfit(stage, shard, "a part has gone")
-    tables = [entry["shard"]["metrics"] for entry in entries]
-    metrics = metrics_of_parts(shard, tables)
-    if not are_metrics(metrics):
-        raise _unfit(stage, shard, "what its parts measured does not fit together")
+        raise Refused(
+            "a part has gone",
+            expected="parts as ranks wrote them",
+            where=str(stage.marks / shard.file),
+            hint="`adapterkit run` the plan again",
+        )
+    metrics = metrics_of_parts(shard, [entry["shard"]["metrics"] for entry in entries])
     whole = JoinedFile(stage.path, shard, hashed=hashed)
     joined = stage.joined(shard.file)
     reached = max((stop for _, stop in ranges if stop <= joined), default=0)
@@ -117,15 +120,6 @@ def join(
     whole.publish()
     for name in (*names, whole.path.name):
         stage.forget(name)
-
-
-def _unfit(stage: RankStage, shard: Shard, problem: str) -> Refused:
-    return Refused(
-        problem,
-        expected="parts as ranks wrote them",
-        where=str(stage.marks / shard.file),
-        hint=f"remove the markers {shard.file}@*.json there, then `adapterkit run` the plan again",
-    )
 
 
 def metrics_of_parts(shard: Shard, tables: Iterable[dict[str, dict]]) -> dict[str, dict]:

@@ -8,10 +8,9 @@ it; a later visit of a unit has a file of its own, so no file is ever changed.
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from adapterkit.checkpoint.rank_stage import RankStage
-from adapterkit.checkpoint.shard_result import ShardResult, is_count
+from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.storage import storage_errors, sync_folder
 from adapterkit.engines.ranks import Marks, Watch
 from adapterkit.statistics.job import Job
@@ -23,14 +22,6 @@ from adapterkit.statistics.work import SumsFile
 
 FOLDER = "work"  # in the stage, as of a single process
 VISIT = re.compile(r"\d{6,}(-\d+)?\.(sums|gradients)\.safetensors")
-NAME = re.compile(r"\d{6,}\.(sums|gradients)\.safetensors")
-
-
-def is_name(name: object) -> bool:
-    """Whether it is the name of a file of sums."""
-    if name in (OUTSIDE, WHOLE):
-        return True
-    return isinstance(name, str) and VISIT.fullmatch(name) is not None
 
 
 def path_of(name: str) -> str:
@@ -56,21 +47,9 @@ def names_of(stage: RankStage, foreseen: Sequence[str]) -> list[str] | None:
 
 
 def accepts(result: ShardResult) -> bool:
-    """Whether a result that was read can be of a file of sums."""
-    is_last = result.file == path_of(OUTSIDE)
-    return (
-        (result.sha256, result.marks, result.grown, result.tensors) == (None, None, 0, None)
-        and not result.handoffs
-        and (is_last or not result.metrics)
-        and all(map(_is_visited, result.metrics.items()))
-    )
-
-
-def _is_visited(item: tuple[str, dict[str, Any]]) -> bool:
-    """Whether this is a file's name, and how often its unit was visited."""
-    name, metric = item
-    count = metric.get("visits", 0)
-    return NAME.fullmatch(name) is not None and is_count(count) and count > 0
+    """Whether a result that was noted is of a file of sums."""
+    name = result.file.removeprefix(f"{FOLDER}/")
+    return name in (OUTSIDE, WHOLE) or VISIT.fullmatch(name) is not None
 
 
 class Share:

@@ -37,7 +37,6 @@ from adapterkit.statistics.rank_ledger import (
     RankLedger,
     Share,
     accepts,
-    is_name,
     names_of,
     path_of,
 )
@@ -184,7 +183,7 @@ class StatisticsFinish(Finish):
             elif head.get("ranks"):
                 raise no_stage(found.path)
         names = head.get("files") if head else []  # finished before
-        if not isinstance(names, list) or not all(map(is_name, names)):
+        if names is None:
             raise no_stage(stage.path)
 
         def collect(work: Path, goes_on: bool) -> Results:

@@ -112,7 +112,7 @@ class HandoffReader:
 
     @cached_property
     def places(self) -> dict[str, tuple[str, list]]:
-        results = [read_result(entry.get("shard")) for entry in self.stage.journal()]
+        results = [read_result(entry) for entry in self.stage.journal()]
         return {
             key: (result.file, place)
             for result in results

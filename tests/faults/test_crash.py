@@ -7,7 +7,6 @@ them: pytest tests/faults -m slow
 """
 
 import itertools
-import json
 import os
 import random
 import shutil
@@ -17,6 +16,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from adapterkit.checkpoint.journal import entries_of, read_lines
 
 SYSTEM_CALLS = [
     "pwrite64", "copy_file_range", "ftruncate", "fallocate", "fsync", "rename|renameat|renameat2",
@@ -138,10 +139,8 @@ def test_a_stage_without_its_names_is_only_published(shared, whole):
     shared.clear()
     ended = shared.merge(fault={"kill": True, "calls": ["rename"], "when": 4})
     assert ended.status == -signal.SIGKILL and ended.last.endswith(".adapterkit/out")
-    entries = [
-        json.loads(line) for line in (shared.control / "journal.jsonl").read_bytes().splitlines()
-    ]
-    assert "publish" in entries[-1]
+    *_, (_, last) = entries_of(read_lines(shared.control / "journal.jsonl"))
+    assert "publish" in last
     ended = shared.merge(
         "--resume", fault={"calls": ["pwrite", "open"], "match": ".adapterkit/out/", "when": -1}
     )

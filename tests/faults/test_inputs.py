@@ -1,5 +1,6 @@
 """Reads that fail, inputs that change, journals that are torn."""
 
+import bisect
 import itertools
 import json
 import os
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from adapterkit.checkpoint import storage
+from adapterkit.checkpoint.journal import line_of, read_entry
+from adapterkit.checkpoint.stage import Stage
 from tests.support.faults import check_failure
 
 # -- reads and inputs --
@@ -159,37 +163,82 @@ def test_a_journal_torn_at_every_byte(shared, whole):
             shared.check_done(whole)
 
 
-def test_a_journal_torn_at_every_byte_is_read_as_its_whole_lines(tmp_path):
-    """The same in process, at every byte and with every kind of rubbish behind."""
-    from adapterkit.checkpoint.stage import Stage
+ENTRIES = [
+    {"fingerprint": "f", "recipe": {}},
+    {"shard": {"file": "a", "marks": {"\r\x0b": "\u2028"}, "metrics": {"m": {"delta": 0.5}}}},
+    {"crc32": "00000000", "x": {"crc32": ""}},
+    {"publish": "c"},
+]
 
-    entries = [
-        {"fingerprint": "f", "recipe": {}},
-        {"shard": {"file": "a"}},
-        {"shard": {"file": "b"}},
-        {"publish": "c"},
-    ]
-    lines = [json.dumps(entry).encode() + b"\n" for entry in entries]
+
+def noted(stage: Stage, *entries: dict) -> bytes:
+    """The journal's bytes with these entries."""
+    stage.begin()
+    for entry in entries:
+        stage.note(entry)
+    stage._close_journal()
+    return (stage.control / "journal.jsonl").read_bytes()
+
+
+@pytest.fixture
+def journaled(tmp_path) -> tuple[Stage, list[bytes]]:
+    """A stage, and the lines of its journal."""
     stage = Stage(tmp_path / "out")
     stage.control.mkdir()
+    lines = noted(stage, *ENTRIES).splitlines(keepends=True)
+    assert stage.journal() == ENTRIES and [json.loads(line) | {"crc32": 0} for line in lines] == [
+        entry | {"crc32": 0} for entry in ENTRIES
+    ]
+    return stage, lines
+
+
+def is_read_as(stage: Stage, data: bytes, entries: list[dict]) -> None:
+    """The journal is these entries, and goes on behind them."""
     path = stage.control / "journal.jsonl"
+    path.write_bytes(data)
+    assert stage.journal() == entries
+    noted(stage, {"more": 1})
+    assert stage.journal() == [*entries, {"more": 1}]
+
+
+TAILS = (b"", b"\0\0\0", b"\n", b"5\n", b"[]\n", b"{}\n", b'{"publish":"c"}\n', b"\xff\xfe\n",
+         b'{"shard":', b"[" * 100_000 + b"\n", b',"crc32":"00000000"}\n')  # fmt: skip
+
+
+@pytest.mark.parametrize("tail", TAILS, ids=range(len(TAILS)))
+def test_every_prefix_of_a_journal_is_its_whole_lines(journaled, monkeypatch, tail: bytes):
+    monkeypatch.setattr(storage, "DURABLE", False)
+    stage, lines = journaled
     text = b"".join(lines)
+    ends = [0, *itertools.accumulate(map(len, lines))]
     for cut in range(len(text) + 1):
-        whole = sum(1 for i in range(len(lines)) if len(b"".join(lines[: i + 1])) <= cut)
-        for tail in (
-            b"",
-            b"\0\0\0",
-            b"\n",
-            b"5\n",
-            b"[]\n",
-            b"null\n",
-            b"\xff\xfe\n",
-            b'{"shard":',
-        ):
-            path.write_bytes(text[:cut] + tail)
-            read = stage.journal()
-            assert read == entries[: len(read)] and len(read) in (whole, whole + (tail == b"\n"))
-            stage.path.mkdir(exist_ok=True)
-            stage.begin()
-            stage._close_journal()
-            assert path.read_bytes() == b"".join(lines[: len(read)])
+        whole = bisect.bisect_right(ends, cut) - 1
+        lacks_end = tail == b"\n" and cut + 1 in ends  # which comes with the tail
+        is_read_as(stage, text[:cut] + tail, ENTRIES[: whole + lacks_end])
+
+
+def test_every_flipped_byte_ends_a_journal_at_its_line(journaled, monkeypatch):
+    monkeypatch.setattr(storage, "DURABLE", False)
+    stage, lines = journaled
+    for number, line in enumerate(lines):
+        for at in range(len(line)):
+            for flip in (1, 2, 32, 128, 255):
+                bad = line[:at] + bytes([line[at] ^ flip]) + line[at + 1 :]
+                data = b"".join([*lines[:number], bad, *lines[number + 1 :]])
+                (stage.control / "journal.jsonl").write_bytes(data)
+                assert stage.journal() == ENTRIES[:number], bad
+        is_read_as(stage, data, ENTRIES[:number])
+
+
+def test_a_marker_or_a_word_of_a_rank_that_is_damaged_is_none(tmp_path):
+    """Each prefix and flipped byte of it; a link and a pipe, too."""
+    path, line = tmp_path / "x.json", line_of(ENTRIES[1])
+    for at in range(len(line)):
+        for data in (line[:at], line[:at] + bytes([line[at] ^ 8]) + line[at + 1 :]):
+            path.write_bytes(data)
+            assert read_entry(path) == {}
+    path.write_bytes(line)
+    assert read_entry(path) == ENTRIES[1]
+    (tmp_path / "link").symlink_to(path)
+    os.mkfifo(tmp_path / "pipe")
+    assert not any(read_entry(tmp_path / name) for name in ("link", "pipe", "nothing"))

@@ -8,6 +8,7 @@ or `records.CLOSE`. After a change that is meant:
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from adapterkit.plan import Plan
 from adapterkit.planning.planned_folder import planned_folder
 from tests.support.calls import JOBS as PLAN_FILES
 from tests.support.calls import VERBS
+from tests.support.documents import ROOT
 
 from . import compare, jobs, records
 
@@ -38,6 +40,8 @@ UNKNOWN = {
     "resize-size",
     "resize-dora",
 }
+_, _, TABLE = (ROOT / "docs" / "receipts.md").read_text().partition("Metrics under `parameters`")
+METRICS = {*re.findall(r"`(\w+)`", TABLE.partition("\n\n`survived`")[0])}
 GOLDEN: dict[str, Any] = json.loads(compare.GOLDEN.read_bytes())
 
 
@@ -56,7 +60,7 @@ def results(
     create = execute.create_receipt
 
     def create_receipt(plan: Plan, recipe: dict, fingerprint: str, done: dict, *rest: Any):
-        again = [read_result(json.loads(json.dumps(vars(one)))) for one in done.values()]
+        again = [read_result(json.loads(json.dumps({"shard": vars(r)}))) for r in done.values()]
         noted.extend((plan, one) for one in again if one is not None)
         assert None not in again
         return create(plan, recipe, fingerprint, done, *rest)
@@ -96,6 +100,7 @@ def test_what_is_noted_of_a_file_is_taken_for_it_again(results, noted):
     for plan, result in noted:
         is_of_plan = accepts(plan, hashed=result.sha256 is not None)
         assert is_of_plan(result), (plan.verb, result)
+        assert {name for metric in result.metrics.values() for name in metric} <= METRICS
     assert {plan.verb for plan, _ in noted} == {
         job.verb for job in jobs.WRITING if job.verb != "stats"
     }

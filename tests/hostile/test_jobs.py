@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 
 import adapterkit
+from adapterkit.checkpoint.journal import line_of, read_entry
 from adapterkit.errors import AdapterkitError, Failed, MultipleErrors, Refused
 from adapterkit.jobs.launcher import rank_of
 from adapterkit.jobs.pipeline import run_pipeline
@@ -131,36 +130,6 @@ def test_a_plan_file_that_cannot_be_made_leaves_no_stage(work: Path):
 # -- what lies in a shared stage -----------------------------------------------------------------
 
 
-def broken_markers(good: dict) -> Iterator[Any]:
-    yield from NONSENSE
-    for table, of in ((good, lambda entry: entry), (good["shard"], lambda s: good | {"shard": s})):
-        for key in table:
-            yield of({name: value for name, value in table.items() if name != key})
-            yield from (of(table | {key: value}) for value in ([1], {"a": 1}, "/etc/passwd"))
-    yield good | {"shard": good["shard"] | {"another": 1}}
-    yield good | {"seconds": float("nan")}
-
-
-def test_a_marker_that_no_rank_wrote(work: Path):
-    """It marks nothing, or says it in a message: never a traceback."""
-    file = planned()
-    adapterkit.run(file)
-    marker = ranks_folder() / "marks" / f"{WEIGHTS}.json"
-    good = json.loads(marker.read_text())
-    markers = [json.dumps(entry).encode() for entry in broken_markers(good)]
-    shutil.copytree(".out.adapterkit", "kept")
-    for content in [*markers, *NO_JSON]:
-        marker.write_bytes(content)
-        try:
-            adapterkit.finish(file)
-        except AdapterkitError:
-            adapterkit.run(file)
-        shutil.rmtree("out", ignore_errors=True)
-        shutil.rmtree(".out.adapterkit", ignore_errors=True)
-        shutil.copytree("kept", ".out.adapterkit")
-    adapterkit.finish(file, verify=True)
-
-
 def test_markers_and_files_that_are_no_files(work: Path, tmp_path: Path):
     file = planned()
     for place in ("marks/" + WEIGHTS + ".json", "out/" + WEIGHTS):
@@ -184,18 +153,6 @@ def test_whatever_stands_in_it_spoils_a_job(work: Path, content: bytes):
     either(file, "given up")
 
 
-@pytest.mark.parametrize("process", ["x", "² ² ²", f"{socket.gethostname()} ² x", 7])
-def test_what_another_rank_says_is_nonsense(work: Path, process: Any):
-    file = planned()
-    for value in ("x", [], -5, 1e400, None):
-        beat = {"process": process, "number": value, "done": value}
-        (ranks_folder() / "marks" / "0-1-aaaaaaaa.beat").write_text(json.dumps(beat))
-    (ranks_folder() / "marks" / "0-1-bbbbbbbb.beat").write_text(
-        json.dumps({"process": process, "number": 1, "done": 1})
-    )
-    assert adapterkit.run(file, progress=lambda done: None).made == [WEIGHTS]
-
-
 @pytest.mark.parametrize("inner", [".", "ranks", "ranks/JOB", "ranks/JOB/out", "ranks/JOB/marks"])
 def test_a_stage_that_leads_elsewhere(work: Path, tmp_path: Path, inner: str):
     """Neither ranks nor a new plan write where a link leads."""
@@ -211,25 +168,32 @@ def test_a_stage_that_leads_elsewhere(work: Path, tmp_path: Path, inner: str):
     assert not list(elsewhere.iterdir())
 
 
-@pytest.mark.parametrize("line", [
-    b"[]", b"{}", b'{"fingerprint": 1}', b'{"fingerprint": "x", "recipe": []}', b"[" * 100_000,
-    b'{"fingerprint": "x", "recipe": {}, "ranks": true}',
-])  # fmt: skip
-def test_a_journal_that_is_none(work: Path, line: bytes):
+def test_a_journal_that_is_none(work: Path):
     file = planned()
-    Path(".out.adapterkit/journal.jsonl").write_bytes(line + b"\n")
+    Path(".out.adapterkit/journal.jsonl").write_bytes(b'{"fingerprint": "x"}\n')
     refused(lambda: adapterkit.finish(file))
 
 
-def test_results_that_are_none_in_a_journal(work: Path):
-    """They are of no file: a resumed run makes it."""
-    planned()
-    journal = Path(".out.adapterkit/journal.jsonl")
-    head = json.loads(journal.read_bytes())
-    del head["ranks"]
-    noted = [{"shard": value} for value in (*NONSENSE, {"file": WEIGHTS, "size": 1})]
-    journal.write_text("".join(json.dumps(entry) + "\n" for entry in (head, *noted)))
-    adapterkit.merge("base", ["adapter"], out="out", resume=True, verify=True)
+def test_parts_that_the_plan_has_none_of(work: Path):
+    """A marker of other bytes than the file's, or of another file, says nothing of it."""
+    file = planned()
+    adapterkit.run(file)
+    marker = ranks_folder() / "marks" / f"{WEIGHTS}.json"
+    entry, done = read_entry(marker), ranks_folder() / "out" / WEIGHTS
+    marker.unlink()
+    size = done.stat().st_size
+    for name in ("{0}@0-{2}", "{0}@00-{1}", "{0}@-0-{1}", "{0}@{1}-0", "x@0-{1}", "@0-{1}"):
+        part = name.format(WEIGHTS, size, size + 1)
+        shard = entry["shard"] | {"file": part, "sha256": None, "marks": {}, "metrics": {}}
+        path = marker.with_name(f"{part}.json")
+        path.write_bytes(line_of(entry | {"shard": shard}))
+        done = done.rename(done.with_name(part))
+        refused(lambda: adapterkit.finish(file), "files are not there")
+    assert adapterkit.run(file).made == [WEIGHTS]
+    adapterkit.finish(file, verify=True)
+    assert {path.name for path in Path("out").iterdir()} == {
+        "README.md", WEIGHTS, "adapterkit.json", "config.json"
+    }  # fmt: skip
 
 
 # -- launchers -----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 
 import adapterkit
 from adapterkit.checkpoint import stage as stages
+from adapterkit.checkpoint.journal import entries_of, line_of, read_entry, read_lines
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines import pieces, rank_parts
 from adapterkit.errors import AdapterkitError, MultipleErrors
@@ -82,10 +83,14 @@ def unpublished(work: Path, monkeypatch) -> Path:
 def with_receipt(data: bytes) -> None:
     """As whoever may write the stage may write its journal."""
     (CONTROL / "out" / RECEIPT).write_bytes(data)
-    journal = CONTROL / "journal.jsonl"
-    *lines, _ = journal.read_text().splitlines()
-    entry = {"publish": hashlib.sha256(data).hexdigest(), "old": []}
-    journal.write_text("\n".join([*lines, json.dumps(entry)]) + "\n")
+    change_last(CONTROL, publish=hashlib.sha256(data).hexdigest())
+
+
+def change_last(control: Path, **more: Any) -> None:
+    """Change what the last line of a journal says."""
+    journal = control / "journal.jsonl"
+    *entries, last = (entry for _, entry in entries_of(read_lines(journal)))
+    journal.write_bytes(b"".join(map(line_of, [*entries, last | more])))
 
 
 def sealed(good: dict, **more: Any) -> bytes:
@@ -139,9 +144,9 @@ def test_what_lies_in_a_stage_beside_is_not_published(unpublished: Path):
 
 
 @pytest.mark.parametrize("old", [
-    ["../../../secret"], ["../../secret"], ["deep/../../../secret"], "secret", [7], {"x": 1},
+    "../../../secret", "../../secret", "deep/../../../secret",
 ])  # fmt: skip
-def test_what_a_journal_calls_an_older_file_is_in_the_folder(work: Path, monkeypatch, old: Any):
+def test_what_a_journal_calls_an_older_file_is_in_the_folder(work: Path, monkeypatch, old: str):
     """Where the files move into a folder one by one, its older ones are removed."""
     monkeypatch.setattr(stages, "is_mount", lambda path: path.name == "out")
     Path("out").mkdir()
@@ -149,24 +154,9 @@ def test_what_a_journal_calls_an_older_file_is_in_the_folder(work: Path, monkeyp
         patch.setattr(Stage, "publish", lambda self: exec("raise KeyboardInterrupt"))
         with pytest.raises(AdapterkitError):
             merge()
-    journal = Path("out/.adapterkit/journal.jsonl")
-    *lines, last = journal.read_text().splitlines()
-    named = old if old != ["../../../secret"] else [str(Path("../secret").absolute())]
-    journal.write_text("\n".join([*lines, json.dumps(json.loads(last) | {"old": named})]) + "\n")
+    change_last(Path("out/.adapterkit"), old=[old, str(Path("../secret").absolute())])
     merge(resume=True)
     assert contents(Path("out")) == expected() and Path("../secret").read_bytes() == SECRET
-
-
-@pytest.mark.parametrize("device", [7, None, "\x1b[31m", ["cpu"], "cuda x, torch 2"])
-def test_a_journal_of_another_device(unpublished: Path, device: Any):
-    journal = CONTROL / "journal.jsonl"
-    head, *lines = journal.read_text().splitlines()
-    journal.write_text("\n".join([json.dumps(json.loads(head) | {"device": device}), *lines]))
-    if isinstance(device, str) and device.isprintable():
-        refused(lambda: merge(resume=True), "another device")
-    else:
-        merge(resume=True)
-        assert contents(Path("out")) == expected()
 
 
 # -- parts ---------------------------------------------------------------------------------------
@@ -214,12 +204,12 @@ def test_what_stands_for_a_part(parts: Path, kind: str, number: int):
     assert kept.read_bytes() == data
 
 
-@pytest.mark.parametrize("joined", [True, 1, -1, 1 << 70, 0.5, "x", [1]])
+@pytest.mark.parametrize("joined", [1, 1 << 70])
 @pytest.mark.parametrize("kind", ["link", "pipe", "missing", "short"])
-def test_a_join_that_others_began(parts: Path, joined: Any, kind: str):
+def test_a_join_that_others_began(parts: Path, joined: int, kind: str):
     """So many bytes are where the file grows, they say; what lies there may be no file."""
     whole, grown = expected(), parts / "out" / f"{WEIGHTS}.part"
-    (parts / "marks" / f"{grown.name}.json").write_text(json.dumps({"joined": joined}))
+    (parts / "marks" / f"{grown.name}.json").write_bytes(line_of({"joined": joined}))
     if kind == "link":
         grown.symlink_to(Path("../secret").absolute())
     elif kind == "pipe":
@@ -234,13 +224,13 @@ def test_more_parts_than_the_file_has(parts: Path):
     """Of other places, of one byte, of none: the file is tiled with what is whole."""
     whole = expected()
     marker = min((parts / "marks").glob(f"{WEIGHTS}@0-*.json"))
-    entry = json.loads(marker.read_text())
+    entry = read_entry(marker)
     for start, stop in [(0, 1), (1, 2), (2, 2), (3, 1), (5, 9), (0, 1 << 70)]:
         name = f"{WEIGHTS}@{start}-{stop}"
         size = max(0, min(stop - start, 100))
         (parts / "out" / name).write_bytes(b"\0" * size)
         shard = entry["shard"] | {"file": name, "size": size, "metrics": {}}
-        (parts / "marks" / f"{name}.json").write_text(json.dumps(entry | {"shard": shard}))
+        (parts / "marks" / f"{name}.json").write_bytes(line_of(entry | {"shard": shard}))
     adapterkit.finish("p.json", verify=True)
     assert contents(Path("out")) == whole
 

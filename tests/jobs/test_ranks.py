@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from adapterkit.checkpoint.journal import line_of, read_entry
 from tests.jobs.conftest import JOBS
 
 SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -182,7 +183,7 @@ def test_a_changed_input_is_the_end_for_all(merging):
 def test_what_is_given_up_stays_so(merging):
     bench, _ = merging
     bench.plan().succeeded()
-    (bench.stage / "marks" / "SPOILED").write_text('{"reason": "a file changed"}')
+    (bench.stage / "marks" / "SPOILED").write_bytes(line_of({"reason": "a file changed"}))
     for ended in (bench.rank(), bench.finish()):
         ended.failed_cleanly("the job was given up: a file changed", "--overwrite")
 
@@ -193,7 +194,7 @@ def test_two_kinds_of_arithmetic_are_refused(merging, entry: dict):
     bench.plan().succeeded()
     bench.rank().succeeded()
     path = next((bench.stage / "marks").rglob("*.json"))
-    path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    path.write_bytes(line_of(read_entry(path) | entry))
     for ended in (bench.finish(), bench.rank()):
         ended.failed_cleanly("files made on", next(iter(entry.values())))
     path.unlink()

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.journal import entries_of, read_lines
 from adapterkit.engines import rank_parts
 from adapterkit.engines.ray import threads
 from adapterkit.engines.ray_parts import Joiner
@@ -230,11 +231,8 @@ class Driver:
 
     def done(self) -> list[str]:
         """The files that the journal calls done."""
-        try:
-            lines = (self.stage / "journal.jsonl").read_text().splitlines()
-        except OSError:
-            return []
-        return [json.loads(line)["shard"]["file"] for line in lines[1:] if line.endswith("}")]
+        entries = [entry for _, entry in entries_of(read_lines(self.stage / "journal.jsonl"))]
+        return [entry["shard"]["file"] for entry in entries[1:]]
 
     def end(self) -> tuple[int, str]:
         try:

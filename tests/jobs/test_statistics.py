@@ -18,6 +18,7 @@ import pytest
 from torch import nn
 
 import adapterkit
+from adapterkit.checkpoint.journal import line_of, read_entry
 from adapterkit.checkpoint.rank_stage import RankStage
 from adapterkit.engines import ranks
 from adapterkit.errors import Interrupted, Refused
@@ -226,26 +227,9 @@ def test_two_kinds_of_arithmetic_are_refused(benches, entry: dict):
     bench.plan().succeeded()
     bench.rank().succeeded()
     path = next((bench.stage / "marks").rglob("*.json"))
-    path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    path.write_bytes(line_of(read_entry(path) | entry))
     for ended in (bench.finish(), bench.rank()):
         ended.failed_cleanly("files made on", next(iter(entry.values())), "--workers")
-
-
-def test_a_marker_that_others_wrote(benches):
-    """Is none: its file is made again."""
-    bench, whole = benches()
-    bench.plan().succeeded()
-    bench.rank().succeeded()
-    path = bench.stage / "marks" / "work" / "outside.safetensors.json"
-    name, entry = "000003.sums.safetensors", json.loads(path.read_text())
-    for damage in ({"../../../base/x.sums.safetensors": {"visits": 1}}, {name: {"visits": 0}},
-                   {name: {}}):  # fmt: skip
-        shard = entry["shard"] | {"metrics": entry["shard"]["metrics"] | damage}
-        path.write_text(json.dumps(entry | {"shard": shard}))
-        bench.finish().failed_cleanly("1 of 4 files are not there: outside.safetensors")
-    bench.rank().succeeded()
-    bench.finish().succeeded()
-    bench.check_done(whole)
 
 
 @pytest.mark.parametrize("kind, step", [
