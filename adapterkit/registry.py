@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from adapterkit import records
 from adapterkit.errors import Refused, did_you_mean
 
 
@@ -90,10 +91,8 @@ def _fields(record: ast.ClassDef) -> Iterator[str]:
 
 
 def create(package: str, name: str, settings: dict[str, object]) -> object:
-    """The record of the method `name` with the settings that are not None.
-
-    `Refused` for an unknown name or option, a missing one, or a value of another type.
-    """
+    """The record of the method `name` with the settings that are not None; `Refused` with all that
+    are unknown, missing or of another type."""
     known = members(package)
     if name not in known:
         raise Refused(
@@ -102,65 +101,14 @@ def create(package: str, name: str, settings: dict[str, object]) -> object:
             where="--method",
             hint=did_you_mean([name], known) or "use one of these",
         )
-    fields = options(known[name])
-    settings = {key: value for key, value in settings.items() if value is not None}
-    unknown = sorted(set(settings) - set(fields))
-    missing = [
-        key
-        for key, field in fields.items()
-        if key not in settings and field.default is dataclasses.MISSING
-    ]
-    if unknown or missing:
-        takes = [f"takes no {as_flag(key)}" for key in unknown]
-        needs = [f"needs {as_flag(key)}" for key in missing]
-        remove = [f"remove {as_flag(key)}" for key in unknown]
-        give = [f"give {as_flag(key)}{EXAMPLES.get(key, '=VALUE')}" for key in missing]
-        raise Refused(
-            f"--method {name} {' and '.join([*takes, *needs])}",
-            expected="only " + ", ".join(map(as_flag, fields))
-            if fields
-            else "no options of its own",
-            where="options",
-            hint=did_you_mean(unknown, fields) or ", ".join([*remove, *give]),
-        )
-    typed = {key: _typed(fields[key], value) for key, value in settings.items()}
-    wrong = [key for key, value in typed.items() if value is None]
-    if wrong:
-        raise Refused(
-            f"--method {name}: "
-            + ", ".join(f"{as_flag(key)} is {settings[key]!r}" for key in wrong),
-            expected=" and ".join(EXPECTED[_declared(fields[key])] for key in wrong),
-            where="options",
-            hint="give other values",
-        )
-    return known[name](**typed)
+    given = {key: value for key, value in settings.items() if value is not None}
+    where, hint = f"--method {name}", "give another value"
+    return records.read(known[name], given, where, hint=hint, name=as_flag)
 
 
-EXAMPLES = {"density": " 0.2"}
 LIFTED = ("density", "majority")  # options of methods that are options of `combine`
 
 
 def as_flag(key: str) -> str:
     """A method's option as the command line has it, without a value."""
     return f"--{key}" if key in LIFTED else f"--set {key}"
-
-
-EXPECTED = {"float": "a number", "int": "a whole number", "bool": "true or false"}
-
-
-def _declared(field: dataclasses.Field) -> str:
-    """The name of a field's type, without None."""
-    return str(getattr(field.type, "__name__", field.type)).removesuffix(" | None")
-
-
-def _typed(field: dataclasses.Field, value: Any) -> Any:
-    """The value in the field's own type, of a whole number 4.0 as 4; None where it is none."""
-    is_number = isinstance(value, float | int) and not isinstance(value, bool)
-    match _declared(field):
-        case "float":
-            return value if is_number else None
-        case "int":
-            return int(value) if is_number and float(value).is_integer() else None
-        case "bool":
-            return value if isinstance(value, bool) else None
-    return value

@@ -180,7 +180,7 @@ def rules_of(architecture: Architecture, component: str) -> list[Rule]:
     words = architecture.components.get(component)
     if words is None:
         return []
-    rules = list(words.rules)
+    rules = [replace(rule, tables=architecture.tables) for rule in words.rules]
     for name in words.include:
         own = architectures()[name].components
         for part in [component] if component in own else own:

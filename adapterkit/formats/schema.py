@@ -6,10 +6,11 @@ theirs is evaluated.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
+from adapterkit import records
+from adapterkit.errors import Damaged
 from adapterkit.formats.configs import WORDS, unknown_words
 from adapterkit.formats.kinds import KINDS
 
@@ -25,7 +26,7 @@ HEADS = ("heads", "kv_heads")  # shares of rows that a model's config tells
 class FileWords:
     """Which files hold the adapter."""
 
-    container: str = "safetensors"  # or gguf, pickle
+    container: Literal["safetensors", "gguf", "pickle"] = "safetensors"
     name: str = "adapter_model.safetensors"  # in a folder
     # files of settings beside it: the first is written, all are read, earlier ones first
     config: tuple[str, ...] = ()
@@ -57,7 +58,7 @@ class InWords:
 class NameWords:
     """How a key names its module."""
 
-    style: str = "dots"  # or underscores: every dot written as _
+    style: Literal["dots", "underscores"] = "dots"  # underscores: every dot written as _
     # columns of the architectures' rules: the first is written, all are read
     naming: tuple[str, ...] = (MODEL,)
     # regex -> replacement, in order: spellings of keys that are read like others, never written
@@ -75,9 +76,10 @@ class NameWords:
 class ScaleWords:
     """Where the scale is."""
 
-    place: str = "none"  # tensor, config, metadata, shared (a word of the metadata), none
+    # shared: a word of the metadata
+    place: Literal["tensor", "config", "metadata", "shared", "none"] = "none"
     default: str | float = "rank"  # alpha where there is none: rank (scale 1), a number, ask
-    means: str = "alpha"  # or scale: the stored number is alpha / rank
+    means: Literal["alpha", "scale"] = "alpha"  # scale: the stored number is alpha / rank
     uniform: bool = False  # one rank and one scale for all modules
     key: str = ""  # of the metadata: PEFT's settings in JSON, by component
     older: str = ""  # the versions that multiplied a scale by an alpha beside it
@@ -113,13 +115,14 @@ class RefusedWords:
 class AdapterWords:
     """A dialect of PEFT's layout."""
 
-    experts: str = "stacks"  # or each: one module for each; base: as the base's file has them
+    # each: one module for each; base: as the base's file has them
+    experts: Literal["stacks", "each", "base"] = "stacks"
     # the side that a stack's a is over: inputs; first axis, of the matrices as the model keeps
     # them; outputs
-    a_over: str = "inputs"
-    slowest: str = "rank"  # or expert: what counts slowest in the columns of a stack's b
-    names: str = "model"  # or base: as the base's file has them
-    targets: str = "names"  # or ends: target_modules are the last words of names
+    a_over: Literal["inputs", "first axis", "outputs"] = "inputs"
+    slowest: Literal["rank", "expert"] = "rank"  # what counts slowest in the columns of a stack's b
+    names: Literal["model", "base"] = "model"  # base: as the base's file has them
+    targets: Literal["names", "ends"] = "names"  # ends: target_modules are the last words of names
     saved: tuple[str, ...] = ()  # modules trained in full that are read; none: all
     together: tuple[tuple[str, ...], ...] = ()  # modules that are there with all others of theirs
     settings: Mapping[str, Any] = field(default_factory=dict)  # that are written
@@ -140,7 +143,7 @@ class Format:
     summary: str
     sources: tuple[str, ...]
     writes: bool = True
-    layout: str = "keys"  # or ADAPTER_LAYOUT
+    layout: Literal["keys", "adapter"] = "keys"  # or ADAPTER_LAYOUT
     clients: tuple[str, ...] = ()
     note: str = ""  # what to do with the file, of which {file} is the name
     file: FileWords = field(default_factory=FileWords)
@@ -179,9 +182,11 @@ class Rule:
 
     model: tuple[str, ...]
     namings: Mapping[str, str]
-    rows: tuple[int | str, ...] = ()  # shares of the fused rows, or of HEADS; none: equal
+    # shares of the fused rows, or of those that a model's config tells; none: equal
+    rows: tuple[int | Literal["heads", "kv_heads"], ...] = ()
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by naming, to the model
-    tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # the architecture's
+    # the architecture's, with its rules (`names.py`)
+    tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     embedding: bool = False  # its factors are an embedding's
     untied: bool = False  # adapted only where the base does not tie embeddings and head
     parts: tuple[str, ...] = ()  # words of the config: whether each of the modules is in the file
@@ -226,106 +231,38 @@ class Architecture:
 
 
 def format_from(name: str, table: dict[str, Any]) -> Format:
-    """The format of a parsed TOML file; `ValueError` with what is wrong in it."""
-    table = {"name": name, **table}
-    if "in" in table.get("names", {}):
-        names = dict(table["names"])
-        inside = names.pop("in")
-        table["names"] = names | {"inside": inside}
-    one = _record(Format, table, name)
+    """The format of a parsed TOML file; `ValueError` or `Damaged` with what is wrong in it."""
+    names = {"inside" if word == "in" else word: v for word, v in table.get("names", {}).items()}
+    one = _record(Format, {"name": name, **table, "names": names}, name)
     unknown = unknown_words(dict(one.config.write)) + sorted(set(one.config.read) - set(WORDS))
     if unknown or (one.config.write and not one.file.config):
         raise ValueError(f"{name}: settings {unknown or 'without a file'}")
     for kind, roles in one.kinds.items():
         if kind not in KINDS or set(roles) - KINDS[kind].roles:
             raise ValueError(f"{name}: kind {kind!r} with roles {sorted(roles)}")
-    choices = [
-        ("layout", one.layout, ("keys", ADAPTER_LAYOUT)),
-        ("container", one.file.container, ("safetensors", "gguf", "pickle")),
-        ("style", one.names.style, ("dots", "underscores")),
-        ("place", one.scale.place, ("tensor", "config", "metadata", "shared", "none")),
-        ("means", one.scale.means, ("alpha", "scale")),
-        ("experts", one.adapter.experts, ("stacks", "each", "base")),
-        ("a_over", one.adapter.a_over, ("inputs", "first axis", "outputs")),
-        ("slowest", one.adapter.slowest, ("rank", "expert")),
-        ("names", one.adapter.names, ("model", "base")),
-        ("targets", one.adapter.targets, ("names", "ends")),
-    ]
-    for word, value, known in choices:
-        if value not in known:
-            raise ValueError(f"{name}: {word} = {value!r}, expected one of {', '.join(known)}")
     return one
 
 
 def architecture_from(name: str, table: dict[str, Any]) -> Architecture:
-    """The architecture of a parsed TOML file; `ValueError` with what is wrong in it."""
-    table = {"name": name, **table}
-    components = {}
-    for component, words in table.get("components", {}).items():
-        tables = table.get("tables", {})
-        rules = [_rule(rule, tables, f"{name}.{component}") for rule in words.get("rules", [])]
-        components[component] = words | {"rules": rules}
-    return _record(Architecture, table | {"components": components}, name)
+    """The architecture of a parsed TOML file; `ValueError` or `Damaged` with what is wrong in
+    it."""
+    components = {
+        component: words | {"rules": [_rule(rule) for rule in words.get("rules", [])]}
+        for component, words in table.get("components", {}).items()
+    }
+    one = _record(Architecture, {"name": name, **table, "components": components}, name)
+    for rule in (rule for words in one.components.values() for rule in words.rules):
+        sizes = {len(own) for own in (rule.rows, rule.parts) if own}
+        if not rule.model or sizes - {len(rule.model)} or set(rule.parts) - set(WORDS):
+            raise ValueError(f"{name}: model, rows and parts of {rule}")
+    return one
 
 
-def _rule(table: dict[str, Any], tables: dict[str, dict[str, str]], where: str) -> Rule:
-    model = table.get("model", [])
-    namings = {k: v for k, v in table.items() if k not in (*RULE_WORDS, MODEL)}
-    if not all(isinstance(text, str) for text in namings.values()):
-        raise ValueError(f"{where}: a naming that is no text in {table}")
-    rule = Rule(
-        (model,) if isinstance(model, str) else tuple(model),
-        namings,
-        tuple(table.get("rows", ())),
-        {naming: tuple(steps) for naming, steps in table.get("steps", {}).items()},
-        tables,
-        table.get("embedding") is True,
-        table.get("untied") is True,
-        tuple(table.get("parts", ())),
-    )
-    sizes = {len(own) for own in (rule.rows, rule.parts) if own}
-    if not rule.model or sizes - {len(rule.model)}:
-        raise ValueError(f"{where}: model, rows and parts of {table}")
-    unknown = {share for share in rule.rows if share not in HEADS and not isinstance(share, int)}
-    if unknown or set(rule.parts) - set(WORDS):
-        raise ValueError(f"{where}: rows or parts of {table}")
-    return rule
+def _rule(table: dict[str, Any]) -> dict[str, Any]:
+    """A rule's words, of which those that are not ours are namings."""
+    own = {word: value for word, value in table.items() if word in (*RULE_WORDS, MODEL)}
+    return own | {"namings": {k: value for k, value in table.items() if k not in own}}
 
 
-def _record(kind: type[R], table: Any, where: str) -> R:
-    """A record of a table; every word is a field of it."""
-    if not isinstance(table, dict):
-        raise ValueError(f"{where}: {table!r} is no table")
-    hints = get_type_hints(kind)
-    # a dataclass, which no bound of a type variable says
-    names = {one.name for one in fields(kind)}  # pyright: ignore[reportArgumentType]
-    unknown = set(table) - names
-    if unknown:
-        raise ValueError(f"{where}: unknown words {sorted(unknown)}")
-    values = {k: _value(hints[k], v, f"{where}.{k}") for k, v in table.items()}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """A value of the TOML file as the field's type has it."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is UnionType:
-        options = [one for one in arguments if one is not type(None)]
-        simple = [one for one in options if isinstance(one, type) and isinstance(value, one)]
-        return value if simple else _value(options[0], value, where)
-    if hint is Any or isinstance(value, hint if isinstance(hint, type) else ()):
-        return value
-    if hint is re.Pattern or origin is re.Pattern:
-        return re.compile(value)
-    if origin is tuple:
-        values = [value] if isinstance(value, str | int) else value
-        if isinstance(values, list):
-            return tuple(_value(arguments[0], one, where) for one in values)
-    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
-        return {key: _value(arguments[1], one, f"{where}.{key}") for key, one in value.items()}
-    if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
-        return _record(hint, value, where)
-    raise ValueError(f"{where}: {value!r}")
+def _record(kind: type[R], table: dict[str, Any], name: str) -> R:
+    return records.read(kind, table, f"{name}.toml", hint="fix the file", kind=Damaged)

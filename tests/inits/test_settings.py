@@ -13,18 +13,17 @@ def test_numbers_as_they_come_from_the_command_line():
     assert create("inits", "eva", {"whiten": True, "rho": 3}).whiten is True
 
 
-@pytest.mark.parametrize("method, settings, problem, expected", [
-    ("pissa", {"niter": 2.5}, "--set niter is 2.5", "a whole number"),
-    ("pissa", {"niter": float("inf")}, "--set niter is inf", "a whole number"),
-    ("lora_ga", {"stable_gamma": "many"}, "--set stable_gamma is 'many'", "a whole number"),
-    ("eva", {"whiten": "no", "rho": "x"}, "--set whiten is 'no', --set rho is 'x'",
-     "true or false and a number"),
-    ("eva", {"rho": True}, "--set rho is True", "a number"),
-    ("eva", {"tau": 0.9}, "takes no --set tau",
-     "--set rho, --set whiten, --set adjust_scaling_factors"),
-    ("corda", {"method": "kpm"}, "takes no --set method", "--set corda_method"),
+@pytest.mark.parametrize("method, settings, problems", [
+    ("pissa", {"niter": 2.5}, ["--set niter = 2.5", "a whole number"]),
+    ("pissa", {"niter": float("inf")}, ["--set niter = inf", "a whole number"]),
+    ("lora_ga", {"stable_gamma": "many"}, ["--set stable_gamma = 'many'", "a whole number"]),
+    ("eva", {"whiten": "no", "rho": "x"}, ["--set whiten = 'no'", "true or false",
+     "--set rho = 'x'", "a finite number"]),
+    ("eva", {"rho": True}, ["--set rho = True", "a finite number"]),
+    ("eva", {"tau": 0.9}, ["--set tau is unknown", "rho, whiten, adjust_scaling_factors"]),
+    ("corda", {"method": "kpm"}, ["--set method is unknown", "corda_method"]),
 ])  # fmt: skip
-def test_wrong(method, settings, problem, expected):
+def test_wrong(method, settings, problems):
     with pytest.raises(Refused) as refusal:
         create("inits", method, settings)
-    assert problem in str(refusal.value) and expected in str(refusal.value)
+    assert all(problem in str(refusal.value) for problem in problems)
