@@ -147,12 +147,12 @@ def _compiled(value: Any) -> re.Pattern[str]:
     try:
         return re.compile(value)
     except re.error as error:
-        raise ValueError from error
+        raise Refused(str(error), expected="a regular expression") from error
 
 
 ANYTHING = Check("anything", lambda value: value)
 FLAG = of_type("true or false", bool)
-TEXT = of_type("a text", str)
+TEXT = test("a text", lambda value: isinstance(value, str))
 NAME = test("a name", lambda value: isinstance(value, str) and value)
 INTEGER = Check("a whole number", _integer)
 FINITE = test("a finite number", _is_finite)

@@ -1,9 +1,24 @@
 """Checks of an adapter_config.json: types, unknown settings, patterns."""
 
-import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.records import (
+    FINITE,
+    FLAG,
+    NAME,
+    NON_NEGATIVE_INT,
+    POSITIVE_INT,
+    TEXT,
+    Check,
+    also,
+    list_of,
+    optional,
+    placed,
+    table_of,
+    test,
+    values,
+)
 
 # Settings of PEFT 0.21. Others are ignored when falsy, else refused: an unknown flag may mean
 # unknown arithmetic.
@@ -32,10 +47,46 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 # of an init whose part is still in the base: the initial factors beside the adapter say which part
 IMPLICIT = "implicit_"
 OTHER_INITS = ("gaussian", "eva", "mica", "orthogonal", "default", "true", "false")
-FLAGS = ("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying")
-TEXTS = ("task_type", "peft_version", "bias")
-LISTS = ("modules_to_save", "target_parameters")
 MAX_LAYERS = 100_000
+# settings of all types of adapters
+SHARED_SETTINGS: dict[str, Check] = {
+    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying"), optional(FLAG)),
+    **dict.fromkeys(("task_type", "peft_version", "bias"), optional(TEXT)),
+    **dict.fromkeys(
+        ("modules_to_save", "target_parameters"), optional(list_of(NAME, "a list of names"))
+    ),
+}
+PATTERNS = {
+    "rank_pattern": optional(table_of(TEXT, POSITIVE_INT)),
+    "alpha_pattern": optional(table_of(TEXT, FINITE)),
+}
+REPLICATION = also(
+    list_of(list_of(NON_NEGATIVE_INT)),
+    f"pairs [start, end) of at most {MAX_LAYERS:,} layers",
+    lambda pairs: (
+        all(len(pair) == 2 for pair in pairs)
+        and sum(max(0, end - start) for start, end in pairs) <= MAX_LAYERS
+    ),
+)
+
+
+def _is_init(value: object) -> bool:
+    name = value.lower() if isinstance(value, str) else ""
+    is_known = name in OTHER_INITS or name.startswith((*BASE_CHANGING_INITS, IMPLICIT))
+    return type(value) is bool or is_known
+
+
+LORA_SETTINGS: dict[str, Check] = {
+    # PEFT always writes both: a default here would be a guess at the scale
+    "r": POSITIVE_INT,
+    "lora_alpha": FINITE,
+    "init_lora_weights": optional(
+        test(f"true, false, or one of {', '.join(BASE_CHANGING_INITS + OTHER_INITS)}", _is_init)
+    ),
+    "layer_replication": optional(REPLICATION),
+    **SHARED_SETTINGS,
+    **PATTERNS,
+}
 # PEFT adds these to modules_to_save by task_type; a model has at most one of them
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -67,12 +118,7 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
             "read here"
         )
         return [Refused(f"peft_type {shown(repr(kind))}", expected="LORA", where=where, hint=hint)]
-    errors: list[AdapterkitError] = []
-
-    def refuse(key: str, expected: str) -> None:
-        errors.append(invalid_setting(config, key, expected, where))
-
-    errors += [
+    errors: list[AdapterkitError] = [
         Refused(
             f"{key} is set: {why}",
             expected="a plain or DoRA LoRA",
@@ -83,32 +129,14 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
         if config.get(key)
     ]
     errors += check_unknown_settings(config, KNOWN_SETTINGS | set(OTHER_ARITHMETIC), where)
-    init = config.get("init_lora_weights")
-    name = init.lower() if isinstance(init, str) else ""
-    is_known = name in OTHER_INITS or name.startswith((*BASE_CHANGING_INITS, IMPLICIT))
-    if init is not None and type(init) is not bool and not is_known:
-        inits = ", ".join(BASE_CHANGING_INITS + OTHER_INITS)
-        refuse("init_lora_weights", f"true, false, or one of {inits}")
-    # PEFT always writes both: a default here would be a guess at the scale
-    if not is_number(config.get("r"), whole=True):
-        refuse("r", "a whole number above 0")
-    if not is_number(config.get("lora_alpha"), whole=False):
-        refuse("lora_alpha", "a finite number")
-    errors += check_types(config, where) + check_patterns(config, where)
-    if not is_replication(config.get("layer_replication")):
-        refuse("layer_replication", f"pairs [start, end) of at most {MAX_LAYERS:,} layers")
-    return errors
+    return errors + check_settings(LORA_SETTINGS, config, where)
 
 
-def is_replication(value: object) -> bool:
-    """Whether a layer_replication is None, or pairs of whole numbers of not too many layers."""
-    if value is None:
-        return True
-    if not isinstance(value, list) or not all(isinstance(p, list) and len(p) == 2 for p in value):
-        return False
-    if not all(type(x) is int and x >= 0 for pair in value for x in pair):
-        return False
-    return sum(max(0, end - start) for start, end in value) <= MAX_LAYERS
+def check_settings(checks: Mapping[str, Check], config: dict, where: str) -> list[AdapterkitError]:
+    """Errors of the settings that have a check."""
+    errors: list[AdapterkitError] = []
+    values(checks, config, errors)
+    return placed(errors, where, hint="fix the config")
 
 
 def invalid_setting(config: dict, key: str, expected: str, where: str) -> Refused:
@@ -134,43 +162,3 @@ def check_unknown_settings(
         for key in sorted(set(config) - set(known))
         if config[key]
     ]
-
-
-def check_types(config: dict, where: str) -> list[AdapterkitError]:
-    """Refusals of flags, texts and lists (of all types of adapters) with values of another type."""
-    errors: list[AdapterkitError] = [
-        invalid_setting(config, k, "true or false", where)
-        for k in FLAGS
-        if not isinstance(config.get(k), bool | None)
-    ]
-    errors += [
-        invalid_setting(config, k, "a text", where)
-        for k in TEXTS
-        if not isinstance(config.get(k), str | None)
-    ]
-    for key in LISTS:
-        value = config.get(key)
-        if value is not None and not (
-            isinstance(value, list) and all(isinstance(v, str) and v for v in value)
-        ):
-            errors.append(invalid_setting(config, key, "a list of names", where))
-    return errors
-
-
-def check_patterns(config: dict, where: str) -> list[AdapterkitError]:
-    """Refusals of rank_pattern and alpha_pattern with invalid values."""
-    errors: list[AdapterkitError] = []
-    for key in ("rank_pattern", "alpha_pattern"):
-        table = config.get(key) or {}
-        if not isinstance(table, dict) or not all(
-            is_number(v, whole=key == "rank_pattern") for v in table.values()
-        ):
-            values = "whole numbers above 0" if key == "rank_pattern" else "finite numbers"
-            errors.append(invalid_setting(config, key, f"a map of patterns to {values}", where))
-    return errors
-
-
-def is_number(value, *, whole: bool) -> bool:
-    if whole:
-        return type(value) is int and 0 < value < 2**31
-    return type(value) in (int, float) and math.isfinite(value)

@@ -1,6 +1,5 @@
 """Options of an init in a LoraConfig, and where an adapter_config.json of PEFT has them."""
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,16 +16,6 @@ COLLECTING = {
     },
     "eva": {"label_mask_value", "tau", "use_label_mask"},
 }  # fmt: skip
-
-
-def is_option_map(value: object) -> bool:
-    """Whether a value maps names to texts, flags and finite numbers."""
-    return isinstance(value, Mapping) and all(
-        isinstance(name, str)
-        and isinstance(option, str | int | float)
-        and (isinstance(option, str) or math.isfinite(option))
-        for name, option in value.items()
-    )
 
 
 def option_errors(init: str | bool, options: Mapping[str, Any], where: str) -> Iterator[Refused]:

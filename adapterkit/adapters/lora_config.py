@@ -2,23 +2,21 @@
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any
 
 from adapterkit.adapters.config import (
     BASE_CHANGING_INITS,
     IMPLICIT,
     OTHER_INITS,
+    REPLICATION,
     check_config,
     invalid_setting,
-    is_number,
-    is_replication,
     with_heads,
 )
 from adapterkit.adapters.init_options import (
     PEFT_CONFIGS,
-    is_option_map,
     option_errors,
     options_of_peft,
     options_to_peft,
@@ -26,6 +24,25 @@ from adapterkit.adapters.init_options import (
 from adapterkit.adapters.targets import ALL_LINEAR
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
 from adapterkit.patterns import matcher
+from adapterkit.records import (
+    ANYTHING,
+    FINITE,
+    NAME,
+    NON_NEGATIVE_INT,
+    POSITIVE_INT,
+    Check,
+    also,
+    checked,
+    checks_of,
+    list_of,
+    one_of,
+    one_or_several,
+    optional,
+    placed,
+    table_of,
+    test,
+    values,
+)
 from adapterkit.registry import declarations
 
 EMPTY = "dummy-target-modules"  # PEFT's target_modules for an adapter of no module
@@ -74,6 +91,58 @@ def check_live_config(config: dict, where: str) -> list[AdapterkitError]:
     return check_config(config | {"alora_invocation_tokens": None}, where)
 
 
+def _distinct(check: Check, expected: str) -> Check:
+    """A list, each of its items once."""
+    return Check(expected, lambda value: tuple(dict.fromkeys(check.read(value))))
+
+
+def _unless_empty(check: Check) -> Check:
+    """The same, or None for an empty list."""
+    is_none = lambda value: value is None or value in ("", [], (), set())
+    return replace(check, read=lambda value: None if is_none(value) else check.read(value))
+
+
+def _is_init(value: Any) -> str | bool:
+    name = value.lower() if isinstance(value, str) else ""
+    if value is not False and not _is_of_peft(name) and name not in declarations("inits"):
+        raise ValueError
+    return name or False
+
+
+def _regex(value: Any) -> str:
+    matcher(NAME.read(value), "")
+    return value
+
+
+def _targets(value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        return ALL_LINEAR if value.lower() == ALL_LINEAR else _regex(value)
+    return NAMES.read(value)
+
+
+def _tokens(value: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    if not isinstance(value, Mapping):
+        return INDICES.read(value)
+    return also(table_of(NAME, INDICES), "", len).read(value)
+
+
+REGEX = Check("a regular expression", _regex)
+NAMES = _distinct(list_of(NAME), "a list of names")
+NAMES_OR_REGEX = Check("a list of names, or a regular expression", _targets)
+INDICES = also(
+    list_of(NON_NEGATIVE_INT), "different token ids", lambda ids: ids and len({*ids}) == len(ids)
+)
+PAIRS = also(
+    REPLICATION,
+    "pairs (start, end) of whole numbers, start < end",
+    lambda pairs: all(start < end for start, end in pairs),
+)
+OPTION = test(
+    "a text, a number, true or false",
+    lambda value: isinstance(value, str | bool) or FINITE.fits(value),
+)
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """delta = scale * b @ a on each target; scale = alpha / rank, with `rslora` alpha / √rank.
@@ -86,29 +155,43 @@ class LoraConfig:
 
     The settings are PEFT 0.21's (LoRA: arXiv:2106.09685)."""
 
-    rank: int = 8
+    rank: int = checked(8, POSITIVE_INT)
     alpha: float = 8
-    targets: str | Sequence[str] | None = None
+    targets: str | Sequence[str] | None = checked(
+        None, optional(replace(NAMES_OR_REGEX, expected=f"{ALL_LINEAR}, {NAMES_OR_REGEX.expected}"))
+    )
     _: KW_ONLY
     rslora: bool = False
     dora: bool = False
-    dropout: float = 0.0
-    bias: str = "none"
+    dropout: float = checked(
+        0.0, also(FINITE, "a number from 0, below 1", lambda value: 0 <= value < 1)
+    )
+    bias: str = checked("none", one_of(*BIASES))
     lora_bias: bool = False
-    init: str | bool = "default"
-    init_options: Mapping[str, Any] = field(default_factory=dict)
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    exclude: str | Sequence[str] | None = None
-    layers: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
-    parameters: Sequence[str] | None = None
-    modules_to_save: Sequence[str] | None = None
-    trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    init: str | bool = checked(
+        "default", Check(f"false, or one of {', '.join(PEFT_INITS)}", _is_init)
+    )
+    init_options: Mapping[str, Any] = checked({}, table_of(NAME, OPTION))
+    rank_pattern: Mapping[str, int] = checked({}, table_of(REGEX, POSITIVE_INT))
+    alpha_pattern: Mapping[str, float] = checked({}, table_of(REGEX, FINITE))
+    exclude: str | Sequence[str] | None = checked(None, _unless_empty(NAMES_OR_REGEX))
+    layers: int | Sequence[int] | None = checked(
+        None, _unless_empty(one_or_several(NON_NEGATIVE_INT))
+    )
+    layers_pattern: str | Sequence[str] | None = checked(
+        None, _unless_empty(_distinct(one_or_several(REGEX), "names of lists of layers"))
+    )
+    parameters: Sequence[str] | None = checked(None, _unless_empty(NAMES))
+    modules_to_save: Sequence[str] | None = checked(None, _unless_empty(NAMES))
+    trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] | None = checked(
+        None, optional(Check("different token ids, or a map of embeddings to them", _tokens))
+    )
     tie: bool = False
-    layer_replication: Sequence[Sequence[int]] | None = None
-    invocation_tokens: Sequence[int] | None = None
-    task_type: str | None = None
+    layer_replication: Sequence[Sequence[int]] | None = checked(None, optional(PAIRS))
+    invocation_tokens: Sequence[int] | None = checked(
+        None, optional(also(list_of(NON_NEGATIVE_INT), "token ids", len))
+    )
+    task_type: str | None = checked(None, optional(one_of(*TASK_TYPES)))
 
     # before __init__, which knows no other names
     def __new__(cls, *args: Any, **kwargs: Any):
@@ -179,7 +262,8 @@ class LoraConfig:
             kind = type(config).__name__
             expected = "a LoraConfig of adapterkit or PEFT, or a map of settings"
             raise Refused(f"config of type {kind}", expected=expected, where="LoraConfig")
-        if not any(key in PEFT_DEFAULTS and key not in CHECKS for key in settings):
+        known = checks_of(cls)
+        if not any(key in PEFT_DEFAULTS and key not in known for key in settings):
             return cls(**settings)
         where = "PEFT's LoraConfig"
         refuse_all(
@@ -190,7 +274,7 @@ class LoraConfig:
             ]
         )
         lists = {
-            key: list(_items(value))
+            key: list(list_of(ANYTHING).read(value))
             for key, value in settings.items()
             if isinstance(value, tuple | set | frozenset)
         }
@@ -236,182 +320,19 @@ def _init_of_peft(init: object) -> object:
     return {"true": "default", True: "default", "false": False}.get(text, text)
 
 
-# A check takes a setting's value and the place of its patterns, for messages, and returns what the
-# field holds; ValueError for an invalid value, Refused for an invalid pattern.
-Check = Callable[[Any, str], Any]
-
-
-def _require(condition: bool) -> None:
-    if not condition:
-        raise ValueError
-
-
-def _items(value: Any) -> tuple:
-    if isinstance(value, set | frozenset):
-        value = sorted(value, key=str)
-    _require(isinstance(value, Sequence) and not isinstance(value, str | bytes))
-    return tuple(value)
-
-
-def _rank(value: Any, where: str) -> int:
-    _require(is_number(value, whole=True))
-    return value
-
-
-def _number(value: Any, where: str) -> float:
-    _require(is_number(value, whole=False))
-    return value
-
-
-def _dropout(value: Any, where: str) -> float:
-    _require(is_number(value, whole=False) and 0 <= value < 1)
-    return value
-
-
-def _flag(value: Any, where: str) -> bool:
-    _require(isinstance(value, bool))
-    return value
-
-
-def _names(value: Any, where: str) -> tuple[str, ...]:
-    names = _items(value)
-    _require(all(isinstance(name, str) and name for name in names))
-    return tuple(dict.fromkeys(names))
-
-
-def _names_or_regex(value: Any, where: str) -> str | tuple[str, ...]:
-    if not isinstance(value, str):
-        return _names(value, where)
-    _require(value != "")
-    matcher(value, where)
-    return ALL_LINEAR if value.lower() == ALL_LINEAR else value
-
-
-def _patterns(value: Any, where: str) -> tuple[str, ...]:
-    patterns = _names([value] if isinstance(value, str) else value, where)
-    for pattern in patterns:
-        matcher(pattern, where)
-    return patterns
-
-
-def _numbers(value: Any, where: str) -> tuple[int, ...]:
-    numbers = _items(value)
-    _require(len(numbers) > 0 and all(type(n) is int and 0 <= n < 2**31 for n in numbers))
-    return numbers
-
-
-def _layers(value: Any, where: str) -> tuple[int, ...]:
-    return _numbers([value] if type(value) is int else value, where)
-
-
-def _indices(value: Any, where: str) -> tuple[int, ...]:
-    indices = _numbers(value, where)
-    _require(len(set(indices)) == len(indices))
-    return indices
-
-
-def _tokens(value: Any, where: str) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
-    if not isinstance(value, Mapping):
-        return _indices(value, where)
-    _require(len(value) > 0 and all(isinstance(name, str) and name for name in value))
-    return {name: _indices(indices, where) for name, indices in value.items()}
-
-
-def _pattern_table(check: Check) -> Check:
-    def check_table(value: Any, where: str) -> dict[str, Any]:
-        _require(isinstance(value, Mapping) and all(isinstance(key, str) for key in value))
-        for pattern in value:
-            matcher(pattern, where)
-        return {pattern: check(number, where) for pattern, number in value.items()}
-
-    return check_table
-
-
-def _replication(value: Any, where: str) -> tuple[tuple[int, int], ...]:
-    pairs = [list(_items(pair)) for pair in _items(value)]
-    _require(is_replication(pairs) and all(start < end for start, end in pairs))
-    return tuple((start, end) for start, end in pairs)
-
-
-def _init(value: Any, where: str) -> str | bool:
-    if value is False:
-        return False
-    _require(isinstance(value, str))
-    name = value.lower()
-    _require(_is_of_peft(name) or name in declarations("inits"))
-    return name
-
-
-def _init_options(value: Any, where: str) -> dict[str, Any]:
-    _require(is_option_map(value))
-    return dict(value)
-
-
-def _one_of(choices: Sequence[str]) -> Check:
-    def check(value: Any, where: str) -> str:
-        _require(value in choices)
-        return next(choice for choice in choices if choice == value)  # of an enum its text
-
-    return check
-
-
-NAMES_OR_REGEX = "a list of names, or a regular expression"
-# field -> its check, and what is expected
-CHECKS: dict[str, tuple[Check, str]] = {
-    "rank": (_rank, "a whole number above 0"),
-    "alpha": (_number, "a finite number"),
-    "targets": (_names_or_regex, f"{ALL_LINEAR}, {NAMES_OR_REGEX}"),
-    "rslora": (_flag, "true or false"),
-    "dora": (_flag, "true or false"),
-    "dropout": (_dropout, "a number from 0, below 1"),
-    "bias": (_one_of(BIASES), ", ".join(BIASES)),
-    "lora_bias": (_flag, "true or false"),
-    "init": (_init, f"false, or one of {', '.join(PEFT_INITS)}"),
-    "init_options": (_init_options, "a map of options to texts, numbers, true or false"),
-    "rank_pattern": (_pattern_table(_rank), "a map of patterns to whole numbers above 0"),
-    "alpha_pattern": (_pattern_table(_number), "a map of patterns to finite numbers"),
-    "exclude": (_names_or_regex, NAMES_OR_REGEX),
-    "layers": (_layers, "whole numbers of layers"),
-    "layers_pattern": (_patterns, "names of lists of layers"),
-    "parameters": (_names, "a list of names"),
-    "modules_to_save": (_names, "a list of names"),
-    "trainable_tokens": (_tokens, "different token ids, or a map of embeddings to them"),
-    "tie": (_flag, "true or false"),
-    "layer_replication": (_replication, "pairs (start, end) of whole numbers, start < end"),
-    "invocation_tokens": (_numbers, "token ids"),
-    "task_type": (_one_of(TASK_TYPES), ", ".join(TASK_TYPES)),
-}
-OPTIONAL = {
-    "targets", "exclude", "layers", "layers_pattern", "parameters", "modules_to_save",
-    "trainable_tokens", "layer_replication", "invocation_tokens", "task_type",
-}  # fmt: skip
-# empty lists of these mean none
-LISTS = ("exclude", "layers", "layers_pattern", "parameters", "modules_to_save")
-
-
 def _checked(
     settings: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """The settings as the fields hold them; `Refused` with all that are invalid, by their `names`
     in the file `where`."""
-    names, checked = names or {}, {}
-    errors: list[AdapterkitError] = []
-    for key, value in settings.items():
-        check, expected = CHECKS[key]
-        name = names.get(key, key)
-        is_empty = key in LISTS and isinstance(value, str | list | tuple | set) and not value
-        if (value is None and key in OPTIONAL) or is_empty:
-            checked[key] = None
-            continue
-        try:
-            checked[key] = check(value, f"{where}: {name}")
-        except ValueError:
-            errors.append(invalid_setting({name: value}, name, expected, where))
-        except Refused as error:
-            errors.append(error)
-    errors += _conflicts(checked, settings.keys() - checked.keys(), names, where)
+    names = names or {}
+    wrong: list[AdapterkitError] = []
+    checks = checks_of(LoraConfig)
+    found = values({key: checks[key] for key in settings}, settings, wrong)
+    errors = placed(wrong, where, hint="fix the config", name=lambda key: names.get(key, key))
+    errors += _conflicts(found, settings.keys() - found.keys(), names, where)
     refuse_all(errors)
-    return checked
+    return found
 
 
 # settings that exclude each other, and why

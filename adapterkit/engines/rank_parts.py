@@ -65,8 +65,9 @@ def accepts(plan: Plan, *, hashed: bool) -> Callable[[ShardResult], bool]:
 
     def is_of_plan(result: ShardResult) -> bool:
         found = unit(result.file)
-        is_its = found is not None and found.file == result.file
-        return is_its and found.accepts(result, hashed=hashed)
+        if found is None or found.file != result.file:
+            return False
+        return found.accepts(result, hashed=hashed)
 
     return is_of_plan
 

@@ -129,14 +129,14 @@ def test_every_word_has_a_value_that_it_takes():
 @pytest.mark.parametrize(("file", "text", "problem", "expected"), [
     ("acme.toml", 'steps = { a = ["transpoze"] }', "there are no steps transpoze",
      "transpose, shared, column"),
-    ("acme.toml", 'stepps = 1', "unknown words", "schema.py"),
-    ("acme.toml", 'detect = { keys = ["("] }', "unterminated", "schema.py"),
+    ("acme.toml", 'stepps = 1', "stepps is unknown", "steps"),
+    ("acme.toml", 'detect = { keys = ["("] }', "unterminated", "a regular expression"),
     ("acme.toml", 'title = ', "Invalid value", "schema.py"),
     ("architectures/acme.toml", """[[components.unet.rules]]
 model = "a"
 original = "b"
 steps = { original = ["swap_halfs"] }""", "there are no steps swap_halfs", "swap_halves"),
-    ("architectures/acme.toml", 'words = 1', "words: 1", "schema.py"),
+    ("architectures/acme.toml", 'words = 1', "words = 1", "a table"),
 ], ids=range(6))  # fmt: skip
 def test_a_file_of_the_library_that_is_wrong_says_what_is_known(
     file, text, problem, expected, tmp_path, monkeypatch

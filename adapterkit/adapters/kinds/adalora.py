@@ -3,17 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.config import KNOWN_SETTINGS, OTHER_ARITHMETIC, invalid_setting
-from adapterkit.adapters.kinds.common import (
-    FINITE,
-    POSITIVE_INT,
-    AdaptedModule,
-    ProductDelta,
-    read_float64,
-)
+from adapterkit.adapters.config import KNOWN_SETTINGS, OTHER_ARITHMETIC
+from adapterkit.adapters.kinds.common import AdaptedModule, ProductDelta, no_errors, read_float64
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.errors import Refused
 from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.records import FINITE, FLAG, POSITIVE_INT, TEXT, list_of, optional, table_of
 from adapterkit.weights.reader import TensorReader
 
 # settings that AdaLoRA's layers ignore (PEFT 0.21)
@@ -30,6 +25,8 @@ UNUSED = {
     "total_step",
 }
 UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "target_parameters")
+
+MASKS = optional(table_of(TEXT, list_of(FLAG, "a list of true and false")))
 
 
 @dataclass(frozen=True)
@@ -50,23 +47,13 @@ class AdaLora(ProductDelta):
     name = "adalora"
     keys = ("lora_A", "lora_B", "lora_E", "ranknum")
     shared = ()
-    settings: ClassVar = {"init_r": POSITIVE_INT, "lora_alpha": FINITE}
+    settings: ClassVar = {"init_r": POSITIVE_INT, "lora_alpha": FINITE, "rank_pattern": MASKS}
     unused_settings = frozenset(
         (KNOWN_SETTINGS | UNUSED) - set(OTHER_ARITHMETIC) - set(UNSUPPORTED)
     )
     needs_base = ""
 
-    @staticmethod
-    def check(config: dict, where: str) -> list[AdapterkitError]:
-        pattern = config.get("rank_pattern") or {}
-        masks = list(pattern.values()) if isinstance(pattern, dict) else [None]
-        if all(isinstance(mask, list) and all(type(x) is bool for x in mask) for mask in masks):
-            return []
-        return [
-            invalid_setting(
-                config, "rank_pattern", "a map of names to lists of true and false", where
-            )
-        ]
+    check = staticmethod(no_errors)
 
     @staticmethod
     def from_module(adapted: AdaptedModule) -> "AdaLora":

@@ -4,17 +4,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from adapterkit.adapters.config import (
-    check_types,
-    check_unknown_settings,
-    invalid_setting,
-    is_number,
-)
+from adapterkit.adapters.config import SHARED_SETTINGS, check_settings, check_unknown_settings
 from adapterkit.adapters.peft import read_other_type
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
@@ -24,18 +19,11 @@ from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product, Svd
 from adapterkit.kernels.lowrank.truncated import leading_svd
+from adapterkit.records import Check
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import TensorReader
 
 BLOCK = 1 << 20  # elements of a weight converted to float64 at a time
-Requirement = tuple[str, Callable[[Any], bool]]  # of a setting: its text for messages, and a test
-POSITIVE_INT: Requirement = ("a whole number above 0", lambda value: is_number(value, whole=True))
-NON_NEGATIVE_INT: Requirement = (
-    "a whole number",
-    lambda value: value == 0 or is_number(value, whole=True),
-)
-FINITE: Requirement = ("a finite number", lambda value: is_number(value, whole=False))
-FLAG: Requirement = ("true or false", lambda value: type(value) is bool)
 # Settings of all types that do not affect a delta
 UNUSED_SETTINGS = {
     "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
@@ -132,7 +120,7 @@ class Kind(Protocol):
     name: ClassVar[str]  # PEFT's peft_type, in lower case
     keys: ClassVar[tuple[str, ...]]  # tensors of a module
     shared: ClassVar[tuple[str, ...]]  # tensors that belong to all modules
-    settings: ClassVar[dict[str, Requirement]]  # settings that its arithmetic depends on
+    settings: ClassVar[dict[str, Check]]  # settings that its arithmetic depends on
     unused_settings: ClassVar[frozenset[str]]  # others, besides UNUSED_SETTINGS
     needs_base: ClassVar[str]  # the reason, or "" if it does not
 
@@ -181,13 +169,15 @@ def read_kind(
 
 
 def _check_settings(kind: type[Kind], config: dict, where: str) -> list[AdapterkitError]:
-    errors = check_unknown_settings(
-        config, UNUSED_SETTINGS | kind.unused_settings | set(kind.settings), where
-    ) + check_types(config, where)
-    for key, (expected, is_valid) in kind.settings.items():
-        if not is_valid(config.get(key)):
-            errors.append(invalid_setting(config, key, expected, where))
+    known = UNUSED_SETTINGS | kind.unused_settings | set(kind.settings)
+    errors = check_unknown_settings(config, known, where)
+    errors += check_settings(SHARED_SETTINGS | kind.settings, config, where)
     return errors or kind.check(config, where)
+
+
+def no_errors(config: dict, where: str) -> list[AdapterkitError]:
+    """The `Kind.check` of a type whose settings are valid together where each is."""
+    return []
 
 
 class WeightDelta(ABC):

@@ -7,18 +7,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adapterkit.adapters.config import check_patterns
+from adapterkit.adapters.config import PATTERNS
 from adapterkit.adapters.kinds.common import (
-    FINITE,
-    POSITIVE_INT,
     AdaptedModule,
     kernel_tail,
+    no_errors,
     product_svd,
     read_float64,
 )
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels.lowrank.algebra import Product, Svd
 from adapterkit.kernels.lowrank.truncated import leading_svd
+from adapterkit.records import FINITE, POSITIVE_INT
 from adapterkit.weights.reader import TensorReader
 
 PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -41,10 +41,10 @@ class LoHa:
     name = "loha"
     keys = (*PARTS, *CORES)
     shared = ()
-    settings: ClassVar = {"r": POSITIVE_INT, "alpha": FINITE}
-    unused_settings = frozenset({"rank_pattern", "alpha_pattern", "use_effective_conv2d"})
+    settings: ClassVar = {"r": POSITIVE_INT, "alpha": FINITE, **PATTERNS}
+    unused_settings = frozenset({"use_effective_conv2d"})
     needs_base = ""
-    check = staticmethod(check_patterns)
+    check = staticmethod(no_errors)
 
     @staticmethod
     def from_module(adapted: AdaptedModule) -> "LoHa":

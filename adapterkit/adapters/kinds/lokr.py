@@ -9,19 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adapterkit.adapters.config import check_patterns
-from adapterkit.adapters.kinds.common import (
-    FINITE,
-    POSITIVE_INT,
-    AdaptedModule,
-    kernel_tail,
-    read_float64,
-)
+from adapterkit.adapters.config import PATTERNS
+from adapterkit.adapters.kinds.common import AdaptedModule, kernel_tail, no_errors, read_float64
 from adapterkit.adapters.kinds.loha import with_core
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product, Svd, rank_for_energy
 from adapterkit.kernels.lowrank.truncated import truncated_svd
+from adapterkit.records import FINITE, POSITIVE_INT
 from adapterkit.weights.reader import TensorReader
 
 Side = tuple[TensorSpec, ...]
@@ -41,11 +36,9 @@ class LoKr:
     name = "lokr"
     keys = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     shared = ()
-    settings: ClassVar = {"r": POSITIVE_INT, "alpha": FINITE}
+    settings: ClassVar = {"r": POSITIVE_INT, "alpha": FINITE, **PATTERNS}
     unused_settings = frozenset(
         {
-            "rank_pattern",
-            "alpha_pattern",
             "use_effective_conv2d",
             "decompose_both",
             "decompose_factor",
@@ -53,7 +46,7 @@ class LoKr:
         }
     )
     needs_base = ""
-    check = staticmethod(check_patterns)
+    check = staticmethod(no_errors)
 
     @staticmethod
     def from_module(adapted: AdaptedModule) -> "LoKr":

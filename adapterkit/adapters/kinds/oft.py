@@ -8,17 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adapterkit.adapters.kinds.common import (
-    FINITE,
-    FLAG,
-    NON_NEGATIVE_INT,
-    POSITIVE_INT,
-    AdaptedModule,
-    WeightDelta,
-    map_rows,
-)
+from adapterkit.adapters.kinds.common import AdaptedModule, WeightDelta, map_rows
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.records import FINITE, FLAG, NON_NEGATIVE_INT, POSITIVE_INT
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import TensorReader
 

@@ -3,16 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.kinds.common import (
-    FLAG,
-    POSITIVE_INT,
-    AdaptedModule,
-    ProductDelta,
-    read_float64,
-)
+from adapterkit.adapters.kinds.common import AdaptedModule, ProductDelta, read_float64
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.records import FLAG, POSITIVE_INT
 from adapterkit.weights.reader import TensorReader
 
 

@@ -223,7 +223,7 @@ def test_a_wrong_rank_pattern_is_refused(base, tmp_path):
         base,
         edited(adapter, rank_pattern={"fit.lora_E": [1, 0]}),
         tmp_path,
-        "lists of true and false",
+        r"rank_pattern.fit.lora_E\[0\] = 1\n.*true or false",
     )
 
 
