@@ -16,11 +16,11 @@ from adapterkit.errors import AdapterkitError, Failed, Interrupted, Refused, Unr
 from adapterkit.options import Progress
 from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Shard
 from adapterkit.receipt import (
+    RECEIPT_CHECK,
     Receipt,
     create_receipt,
     fingerprint_of,
     input_hashes,
-    is_receipt,
     is_sealed,
     joined_metrics,
     public_recipe,
@@ -155,7 +155,7 @@ def _is_of_plan(stage: Stage, plan: Plan, recipe: dict) -> bool:
     except (ValueError, RecursionError):
         return False
     return (
-        is_receipt(receipt)
+        RECEIPT_CHECK.fits(receipt)
         and receipt["recipe"] == public_recipe(recipe)
         and receipt["files"].keys() == _names(plan)
         and is_sealed(data)
@@ -254,7 +254,7 @@ def _check(stage: Stage, check: Callable[[Path], object]) -> None:
 
 def _finished(stage: Stage, fingerprint: str, recipe: dict) -> Receipt:
     data, out = stage.published(), stage.out
-    if not is_receipt(data):
+    if not RECEIPT_CHECK.fits(data):
         raise Refused(
             "a receipt that adapterkit did not write",
             expected="that of the finished output",

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -15,9 +14,20 @@ from adapterkit.checkpoint.hashes import sha256_of_file
 from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
+from adapterkit.errors import AdapterkitError, Damaged, Refused, refuse_all, shown
 from adapterkit.hub.destination import repositories
 from adapterkit.plan import Plan
+from adapterkit.records import (
+    FINITE,
+    TABLE,
+    TEXT,
+    entries,
+    list_of,
+    optional,
+    problems,
+    table_of,
+    test,
+)
 
 RECEIPT_VERSION = 1
 SEAL = b',\n  "seal": "'
@@ -53,52 +63,24 @@ class Receipt:
     finished_before: bool = False
 
 
-# what every receipt has, and of which kind
-KINDS = {
-    "fingerprint": str, "recipe": dict, "inputs": dict, "hash": str, "files": dict, "keys": dict,
-    "totals": dict, "parameters": dict, "notes": list, "timings": dict,
-}  # fmt: skip
-
-
-def is_receipt(data: Any) -> bool:
-    """Whether what was read as a receipt has what every receipt has."""
-    if not isinstance(data, dict) or data.get("adapterkit") != RECEIPT_VERSION:
-        return False
-    if not all(isinstance(data.get(key), kind) for key, kind in KINDS.items()):
-        return False
-    kinds = {"verb": str, "options": dict, "inputs": list}
-    recipe_entries = (isinstance(data["recipe"].get(key), kind) for key, kind in kinds.items())
-    return (
-        all(recipe_entries)
-        and all(isinstance(entry, dict) for entry in data["recipe"]["inputs"])
-        and all(isinstance(marks, dict) for marks in data["keys"].values())
-        and all(map(_is_file, data["files"].values()))
-        and all(isinstance(note, str) for note in data["notes"])
-        and all(is_count(data["totals"].get(key)) for key in ("tensors", "bytes_written"))
-        and is_number(data["timings"].get("seconds"))
-    )
-
-
-def _is_file(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not is_count(entry.get("size")):
-        return False
-    sha256 = entry.get("sha256", "")
-    return sha256 is None or is_sha256(sha256)
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def is_count(value: Any) -> bool:
-    """Whether it is an integer that can count bytes."""
-    return type(value) is int and 0 <= value < 1 << 63
-
-
-def is_sha256(value: Any) -> bool:
-    """Whether it is a sha256 in hexadecimal digits."""
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+COUNT = test("a count", lambda value: type(value) is int and 0 <= value < 1 << 63)
+SHA256 = test("a sha256", lambda value: re.fullmatch("[0-9a-f]{64}", value))
+# what every receipt has, and of which kind; its keys and parameters are as many as tensors
+RECEIPT_CHECK = entries(
+    {
+        "adapterkit": test(str(RECEIPT_VERSION), lambda value: value == RECEIPT_VERSION),
+        "fingerprint": TEXT,
+        "recipe": entries({"verb": TEXT, "options": TABLE, "inputs": list_of(TABLE)}),
+        "inputs": TABLE,
+        "hash": TEXT,
+        "files": table_of(TEXT, entries({"size": COUNT, "sha256": optional(SHA256)})),
+        "keys": table_of(TEXT, TABLE),
+        "totals": entries({"tensors": COUNT, "bytes_written": COUNT}),
+        "parameters": TABLE,
+        "notes": list_of(TEXT),
+        "timings": entries({"seconds": FINITE}),
+    }
+)
 
 
 def input_hashes(plan: Plan) -> dict[str, dict[str, str]]:
@@ -220,8 +202,5 @@ def read_receipt(folder: Folder) -> dict[str, Any]:
         raise Damaged(
             CHANGED, expected="a receipt that fits the seal at its end", where=RECEIPT, hint=AGAIN
         )
-    if not is_receipt(receipt):
-        raise Damaged(
-            "sealed, but not what a receipt is", expected="a receipt", where=RECEIPT, hint=AGAIN
-        )
+    refuse_all(problems(RECEIPT_CHECK, receipt, RECEIPT, hint=AGAIN, kind=Damaged))
     return receipt

@@ -66,6 +66,15 @@ def read(
     return value
 
 
+def problems(
+    check: Check, value: object, where: str, *, hint: str, kind: type[AdapterkitError] = Refused
+) -> list[AdapterkitError]:
+    """What is wrong with a value, whose place is `where`."""
+    errors: list[AdapterkitError] = []
+    _inside(check, value, "", errors)
+    return placed(errors, where, hint=hint, kind=kind)
+
+
 def values(
     checks: Mapping[str, Check], table: Mapping[str, Any], errors: list[AdapterkitError]
 ) -> dict[str, Any]:
@@ -217,6 +226,27 @@ def table_of(key: Check, check: Check) -> Check:
     return Check("a table", read)
 
 
+def entries(checks: Mapping[str, Check]) -> Check:
+    """A table that has these words, whatever else it has, as it is."""
+
+    def read(table: Any) -> Any:
+        if not isinstance(table, Mapping):
+            raise ValueError
+        errors = _missing(checks, checks.keys() - table.keys())
+        values({name: check for name, check in checks.items() if name in table}, table, errors)
+        refuse_all(errors)
+        return table
+
+    return Check("a table", read)
+
+
+def _missing(checks: Mapping[str, Check], names: Iterable[str]) -> list[AdapterkitError]:
+    return [
+        Refused(" is missing", expected=checks[name].expected, where=f".{name}", hint="give it")
+        for name in sorted(names)
+    ]
+
+
 def also(check: Check, expected: str, fits: Callable[[Any], object]) -> Check:
     """What a check makes of a value, where it fits, too."""
     second = test(expected, fits)
@@ -241,16 +271,12 @@ def _record_of(record: Any) -> Check:
     def read(table: Any) -> Any:
         if not isinstance(table, Mapping):
             raise ValueError
-        checks, errors = checks_of(record), list[AdapterkitError]()
+        checks = checks_of(record)
+        errors = _missing(checks, required(record) - table.keys())
         for name in sorted(map(str, table.keys() - checks.keys())):
             hint = did_you_mean([name], checks) or "remove it"
             expected = ", ".join(checks) or "nothing"
             errors.append(Refused(" is unknown", expected=expected, where=f".{name}", hint=hint))
-        for name in sorted(required(record) - table.keys()):
-            expected = checks[name].expected
-            errors.append(
-                Refused(" is missing", expected=expected, where=f".{name}", hint="give it")
-            )
         given = {name: one for name, one in table.items() if name in checks}
         found = {
             name: _inside(checks[name], one, f".{name}", errors) for name, one in given.items()

@@ -12,7 +12,7 @@ from adapterkit.checkpoint.stage import RECEIPT, check_name
 from adapterkit.checkpoint.storage import storage_errors, sync_folder
 from adapterkit.errors import Refused, shown
 from adapterkit.plan import Plan
-from adapterkit.receipt import Receipt, fingerprint_of, is_receipt
+from adapterkit.receipt import RECEIPT_CHECK, Receipt, fingerprint_of
 from adapterkit.run_options import RunOptions
 
 SUFFIX = ".adapterkit.json"  # of the receipt, after the file's name
@@ -31,7 +31,7 @@ def run_to_file(
     check_name(out)
     receipt = out.with_name(out.name + SUFFIX)
     older = receipt_at(receipt)
-    is_its = how.resume and out.is_file() and is_receipt(older)
+    is_its = how.resume and out.is_file() and RECEIPT_CHECK.fits(older)
     if is_its and older["fingerprint"] == fingerprint_of(plan.recipe()):
         lacks = lacking(older, lambda name: size_at(out.with_name(name)))
         if not lacks:

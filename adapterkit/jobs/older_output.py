@@ -25,7 +25,7 @@ from adapterkit.jobs.pipeline_file import Place
 from adapterkit.plan import CopyFile, Plan
 from adapterkit.planning.converted import ConvertedFolder
 from adapterkit.planning.unpickled import UnpickledFolder
-from adapterkit.receipt import fingerprint_of, is_receipt, read_receipt
+from adapterkit.receipt import RECEIPT_CHECK, fingerprint_of, read_receipt
 from adapterkit.statistics.plan import StatisticsPlan
 from adapterkit.tasks.statistics import metadata_of
 
@@ -105,7 +105,8 @@ def _with_receipt(out: Path, receipt: Path) -> Older | None:
         data = json.loads(receipt.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return Older(data, LocalFolder(out), receipt.stat().st_mtime_ns) if is_receipt(data) else None
+    is_receipt = RECEIPT_CHECK.fits(data)
+    return Older(data, LocalFolder(out), receipt.stat().st_mtime_ns) if is_receipt else None
 
 
 def _on_hub(place: Place) -> Older | None:
@@ -119,7 +120,7 @@ def _on_hub(place: Place) -> Older | None:
     if RECEIPT not in files:
         return None
     receipt = read_json(folder, RECEIPT)
-    return Older(receipt, folder, None) if is_receipt(receipt) else None
+    return Older(receipt, folder, None) if RECEIPT_CHECK.fits(receipt) else None
 
 
 def _hub_id(place: Place) -> ids.HubId:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adapterkit import records
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec, read_header
@@ -43,6 +44,13 @@ from adapterkit.runtime.state import Attached, State
 from adapterkit.verbs.arrow import arrow as write_arrow
 from adapterkit.weights.linear import kind_of
 
+SETTINGS = records.entries(  # of arrow.json
+    {
+        "experts": records.also(records.list_of(records.TEXT), "a list of names", len),
+        "top_k": records.POSITIVE_INT,
+        "temperature": records.also(records.FINITE, "a number above 0", lambda value: value > 0),
+    }
+)
 ROLES = ("a", "b", "scale", "prototype")  # of the tensors of a module; `expert` is optional
 
 
@@ -373,18 +381,8 @@ def read_settings(folder: Folder) -> dict[str, Any]:
             where=f"{folder.label}/{CONFIG}",
             hint="update adapterkit, or run `adapterkit arrow` again",
         )
-    errors: list[AdapterkitError] = []
-    names = settings.get("experts")
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        errors.append(Damaged(f"experts {names!r}", expected="a list of names"))
-    for option, check in {"top_k": COUNT, "temperature": ABOVE_0}.items():
-        try:
-            settings[option] = check(option, settings.get(option))
-        except AdapterkitError as error:
-            errors.append(Damaged(f"{option} {settings.get(option)!r}", expected=error.expected))
-    for error in errors:
-        error.where, error.hint = f"{folder.label}/{CONFIG}", "run `adapterkit arrow` again"
-    refuse_all(errors)
+    where, hint = f"{folder.label}/{CONFIG}", "run `adapterkit arrow` again"
+    refuse_all(records.problems(SETTINGS, settings, where, hint=hint, kind=Damaged))
     return settings
 
 

@@ -30,7 +30,7 @@ LEVELS = [
     "checkpoint",
     "kernels",
     "shared_options",
-    "options patterns registry dtypes errors",
+    "options patterns registry records dtypes errors",
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts.split()}
 

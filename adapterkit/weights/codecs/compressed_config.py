@@ -6,6 +6,7 @@ from typing import Any
 
 from adapterkit.errors import AdapterkitError, shown
 from adapterkit.patterns import matcher
+from adapterkit.records import ANYTHING, TEXT, also, entries, list_of, table_of
 from adapterkit.weights.scan import CheckpointScan
 
 FORMATS = {  # of the config: kinds of codes
@@ -26,6 +27,7 @@ TYPES = {  # of the scheme, by the kind of codes
     "mxfp4": "float",
     "mxfp8": "float",
 }
+GROUPS = also(table_of(TEXT, entries({"targets": list_of(ANYTHING)})), "groups", len)
 Scheme = dict[str, Any]  # with the keys `weights` and `format`
 
 
@@ -33,17 +35,13 @@ def schemes(scan: CheckpointScan) -> Callable[[str], Scheme | None] | None:
     """The scheme of each module; None, with errors, for a config of another kind."""
     settings, errors = scan.settings, len(scan.errors)
     _check_settings(scan)
-    groups = settings.get("config_groups")
-    entries = list(groups.values()) if isinstance(groups, dict) else []
-    valid = bool(entries) and all(
-        isinstance(entry, dict) and isinstance(entry.get("targets"), list) for entry in entries
-    )
+    groups = settings.get("config_groups") or {}
     expected = "groups with targets and weights"
-    if not scan.check("quantization_config", valid, "config_groups", expected):
+    if not scan.check("quantization_config", GROUPS.fits(groups), "config_groups", expected):
         return None
     known: list[Scheme] = [
         {"format": settings.get("format"), **_without_none(entry)}
-        for entry in entries
+        for entry in groups.values()
         if isinstance(entry.get("weights"), dict)
     ]
     for name in dict.fromkeys(shown(scheme["format"]) for scheme in known):
