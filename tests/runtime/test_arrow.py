@@ -558,8 +558,8 @@ def test_misuse_is_refused_before_anything_changes(experts, tmp_path):
 @pytest.mark.parametrize("change, problem", [
     ({"arrow": 2}, "format 2"),
     ({"top_k": 9}, "top_k 9"),
-    ({"top_k": "many"}, "top_k 'many'"),
-    ({"temperature": 0}, "temperature 0"),
+    ({"top_k": "many"}, "top_k = 'many'"),
+    ({"temperature": 0}, "temperature = 0"),
     ({"experts": []}, "experts"),
     ({"experts": ["e0"], "top_k": 1}, "experts"),
 ])  # fmt: skip
