@@ -102,7 +102,7 @@ class Resolver:
         leaves = [name for name in chosen if name not in self.modules] + self._parameters()
         for path in dict.fromkeys(name.rpartition(".")[0] for name in leaves):
             if path in paths:
-                self._refuse(
+                self.refuse(
                     f"{shown(path)} is a target, and so is a parameter of it",
                     "one of them",
                     "exclude the module from targets, or give targets=[]",
@@ -138,7 +138,7 @@ class Resolver:
         ]
         names = [one.name for one in targets]
         for key, one in patterns.items():
-            self._no_match(key, one.unmatched(names), "a target", names)
+            self.no_match(key, one.unmatched(names), "a target", names)
         return targets
 
     # -- modules ---------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ class Resolver:
         if targets and not left and not self.errors:
             hint = similar_names(str(targets), self.names()) or "check targets"
             hint = "check exclude and modules_to_save" if names else hint
-            self._refuse("no module is a target", "at least one target", hint)
+            self.refuse("no module is a target", "at least one target", hint)
         return left
 
     def names(self) -> list[str]:
@@ -170,7 +170,7 @@ class Resolver:
         names, is_named = self.names(), NamedBy(targets, f"{self.where}: targets")
         if not isinstance(targets, str) and self.config.targets:
             entries = is_named.unmatched(names)
-            self._no_match("targets", entries, "the end of a module's name", names)
+            self.no_match("targets", entries, "the end of a module's name", names)
         return list(filter(is_named, names))
 
     def all_linear(self) -> list[str]:
@@ -201,7 +201,7 @@ class Resolver:
         targets = USUAL_TARGETS.get(kind or "", ())
         if not targets and not self.config.parameters:
             name = type(self.model).__name__ if kind is None else f"model type {shown(kind)}"
-            self._refuse(f"no usual targets of {name}", "at least one target", "give targets")
+            self.refuse(f"no usual targets of {name}", "at least one target", "give targets")
         return targets
 
     def in_layers(self, names: list[str], whole: Sequence[str]) -> list[str]:
@@ -214,7 +214,7 @@ class Resolver:
         layer = {name: layer_of(name, lists) for name in names if name not in whole}
         for number in layers:
             if number not in layer.values():
-                self._refuse(
+                self.refuse(
                     f"{self.label('layers')} no target in layer {number}",
                     "layers with targets",
                     "check layers and layers_pattern",
@@ -225,7 +225,7 @@ class Resolver:
         """The names without those of exclude, and without parts of modules trained in full."""
         known, saved = self.names(), self.config.saved
         is_excluded = NamedBy(self.config.exclude or (), f"{self.where}: exclude")
-        self._no_match("exclude", is_excluded.unmatched(known), "a module", known)
+        self.no_match("exclude", is_excluded.unmatched(known), "a module", known)
         return [
             name
             for name in names
@@ -293,12 +293,12 @@ class Resolver:
                 else:
                     self.errors.append(problem)
         entries = is_named.unmatched(known)
-        self._no_match("parameters", entries, "the end of a parameter's name", known)
+        self.no_match("parameters", entries, "the end of a parameter's name", known)
         homes = dict.fromkeys(name.rpartition(".")[0] for name in names)
         for path in homes:
             for other in homes:
                 if other.startswith(f"{path}."):
-                    self._refuse(
+                    self.refuse(
                         f"parameters of {shown(path)} and of {shown(other)} inside it",
                         "modules beside each other: PEFT's layout has no such nest",
                         "remove those of one of them",
@@ -329,7 +329,7 @@ class Resolver:
         heads = [] if embedding is None else tied_modules(self.modules, embedding)
         if embedding is None or not heads:
             problem = "tie = True, but the model has no tied weights"
-            self._refuse(problem, "tied weights", "remove tie")
+            self.refuse(problem, "tied weights", "remove tie")
             return {}
         if not {embedding, *heads} & set(paths):
             return {}
@@ -338,16 +338,16 @@ class Resolver:
 
     # -- refusals --------------------------------------------------------------------------------
 
-    def _refuse(self, problem: str, expected: str, hint: str) -> None:
+    def refuse(self, problem: str, expected: str, hint: str) -> None:
         self.errors.append(Refused(problem, expected=expected, where=self.where, hint=hint))
 
-    def _no_match(
+    def no_match(
         self, setting: str, entries: Sequence[str], expected: str, known: Collection[str]
     ) -> None:
         """Refuse the entries of a setting that match none of the known names."""
         for entry in entries:
             problem = f"{self.label(setting)} {shown(entry)!r} matches none"
-            self._refuse(problem, expected, similar_names(entry, known) or "check the names")
+            self.refuse(problem, expected, similar_names(entry, known) or "check the names")
 
 
 def layer_of(name: str, lists: Sequence[Callable[[str], bool]] = ()) -> int | None:

@@ -28,7 +28,6 @@ from adapterkit.registry import members
 from adapterkit.runtime import dora
 from adapterkit.runtime.creation import home
 from adapterkit.runtime.factors import FactorsPart
-from adapterkit.runtime.fitness import unread
 from adapterkit.runtime.layers import KINDS, part_class
 from adapterkit.runtime.layers.linear import LinearPart
 from adapterkit.runtime.layers.parameter import StoredParameter, split_parameters
@@ -37,6 +36,7 @@ from adapterkit.runtime.replication import replicate, replicating
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import Attached, State
 from adapterkit.runtime.stored_values import StoredValues, join_values, read_values
+from adapterkit.runtime.targets import unread
 from adapterkit.weights.linear import kind_of
 
 

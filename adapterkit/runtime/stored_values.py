@@ -16,10 +16,9 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.patterns import similar_names
 from adapterkit.runtime.copies import copies, mirrors, outermost, parameter_of, value_parts
-from adapterkit.runtime.fitness import unread
 from adapterkit.runtime.site import Part, owner
 from adapterkit.runtime.state import State
-from adapterkit.runtime.targets import own_modules
+from adapterkit.runtime.targets import own_modules, unread
 from adapterkit.runtime.tokens import token_parts
 
 OTHER_MODEL = "the adapter was trained on another model"

@@ -1,8 +1,8 @@
 """What a config means on a live model: the modules and parameters that get factors, those trained
-in full, and the rows of tokens."""
+in full, and the rows of tokens; and why factors on a module would not do as its weight does."""
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -15,14 +15,19 @@ from adapterkit.adapters.resolve import (
     tied_modules,
 )
 from adapterkit.adapters.targets import has_end, is_within
-from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
-from adapterkit.patterns import similar_names
-from adapterkit.runtime.fitness import WHERE, unfit_as_parameter, unread
+from adapterkit.errors import Refused, listed, refuse_all, shown
 from adapterkit.runtime.quantized import quantization_of
 from adapterkit.runtime.site import CHILD
-from adapterkit.weights.bypassed import is_taken_for_experts
+from adapterkit.weights.bypassed import (
+    MAMBAS,
+    MAMBAS_REFUSED,
+    is_taken_for_experts,
+    looks_up_otherwise,
+    reads_weight,
+)
 from adapterkit.weights.linear import kind_of
 
+WHERE = Resolver.where
 LISTS_OF_MODULES = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
@@ -66,10 +71,90 @@ class LiveResolver(Resolver):
             return None
         return unfit_as_parameter(path, self.modules[path], self.config)
 
+    def saved(self) -> list[str]:
+        """Paths of the modules that are trained in full.
+
+        An entry matches a whole name or its end after a dot (PEFT: any end, so that `head` also
+        means lm_head). `Refused` with all entries that match nothing or cannot be copied."""
+        modules = {
+            path: module
+            for path, module in self.model.named_modules(remove_duplicate=False)
+            if path and CHILD not in path.split(".")
+        }
+        paths = [path for path in modules if any(has_end(path, end) for end in self.config.saved)]
+        entries = [
+            entry
+            for entry in self.config.modules_to_save or ()
+            if not any(has_end(path, entry) for path in paths)
+        ]
+        self.no_match("modules_to_save", entries, "the end of a module's name", modules)
+        if self.config.tie and (embedding := input_embedding(self.model, modules)):
+            shared = {embedding, *tied_modules(modules, embedding)}
+            if shared & set(paths):
+                paths = [path for path in modules if path in shared.union(paths)]
+        different = {modules[path]: path for path in reversed(paths)}  # the first name of each
+        outer = [
+            path
+            for path in reversed(different.values())
+            if not any(path.startswith(f"{other}.") for other in different.values())
+        ]
+        for path in outer:
+            if isinstance(modules[path], LISTS_OF_MODULES):
+                problem = f"modules_to_save: {shown(path)} is a {type(modules[path]).__name__}"
+                self.refuse(problem, "modules that are called", "name the modules inside it")
+        refuse_all(self.errors)
+        return outer
+
+    def tokens(self) -> dict[str, tuple[int, ...]]:
+        """Embedding (or head) -> the rows that are trained. Without a name it is the model's input
+        embedding.
+
+        `Refused` with all names that match no embedding or head, or one that is trained in full,
+        and all rows that they have not."""
+        tokens, rows = self.config.trainable_tokens, dict[str, tuple[int, ...]]()
+        if tokens is None:
+            return {}
+        if not isinstance(tokens, Mapping):
+            tokens = {input_embedding(self.model, self.modules) or "embed_tokens": tokens}
+        for name, indices in tokens.items():
+            paths = [path for path in self.modules if has_end(path, name)]
+            if not paths:
+                self.no_match("trainable_tokens", [name], "an embedding", self.modules)
+            for path in paths:
+                self._check_tokens(path, indices, path in rows)
+                rows[path] = tuple(indices)
+        refuse_all(self.errors)
+        return rows
+
+    def _check_tokens(self, path: str, indices: Sequence[int], has_rows: bool) -> None:
+        """Refuse rows of a module that cannot be trained."""
+        module, of = self.modules[path], f"trainable_tokens: {shown(path)}"
+        if kind_of(module) not in ("embedding", "linear"):
+            self.refuse(f"{of} is a {type(module).__name__}", "an embedding or a head", "")
+            return
+        if any(is_within(path, entry) for entry in self.config.saved):
+            self.refuse(f"{of} is trained in full", "one of both", "remove one of them")
+        if has_rows:
+            self.refuse(f"{of} has two lists", "one list", "give each its whole name")
+        if problem := self.unread(path):
+            self.errors.append(problem)
+        size = len(module.get_parameter("weight"))
+        if outside := [index for index in indices if index >= size]:
+            hint = "resize the embedding first (resize_token_embeddings)"
+            self.refuse(f"{of} has no rows {outside}", f"rows below {size}", hint)
+
 
 def resolve(model: nn.Module, config: LoraConfig) -> list[Target]:
     """The targets of a config on a live model; `Refused` with all that is wrong."""
     return LiveResolver(model, own_modules(model), config).resolve()
+
+
+def resolve_saved(model: nn.Module, config: LoraConfig) -> list[str]:
+    return LiveResolver(model, own_modules(model), config).saved()
+
+
+def resolve_tokens(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    return LiveResolver(model, own_modules(model), config).tokens()
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -86,94 +171,52 @@ def _below(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tup
             yield from _below(child, f"{prefix}{name}.", seen)
 
 
-def resolve_saved(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Paths of the modules that are trained in full.
-
-    An entry matches a whole name or its end after a dot (PEFT: any end, so that `head` also means
-    lm_head). `Refused` with all entries that match nothing or cannot be copied."""
-    modules = {
-        path: module
-        for path, module in model.named_modules(remove_duplicate=False)
-        if path and CHILD not in path.split(".")
-    }
-    entries = config.saved
-    paths = [path for path in modules if any(has_end(path, entry) for entry in entries)]
-    errors: list[AdapterkitError] = [
-        _no_match("modules_to_save", entry, "the end of a module's name", modules)
-        for entry in config.modules_to_save or ()
-        if not any(has_end(path, entry) for path in paths)
-    ]
-    if config.tie and (embedding := input_embedding(model, modules)):
-        shared = {embedding, *tied_modules(modules, embedding)}
-        if shared & set(paths):
-            paths = [path for path in modules if path in shared.union(paths)]
-    different = {modules[path]: path for path in reversed(paths)}  # the first name of each
-    outer = [
-        path
-        for path in reversed(different.values())
-        if not any(path.startswith(f"{other}.") for other in different.values())
-    ]
-    errors += [
-        Refused(
-            f"modules_to_save: {shown(path)} is a {type(modules[path]).__name__}",
-            expected="modules that are called",
+def unread(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> Refused | None:
+    """Why factors and rows, which act on a module's output, would not do as its weight does: the
+    code around it reads that and does not call the module, or an embedding's forward is its own;
+    None if they do."""
+    if looks_up_otherwise(type(modules[path]).__mro__):
+        return Refused(
+            f"{shown(path)} is a {type(modules[path]).__name__}, with a forward of its own",
+            expected="embeddings that give rows of their weight, or multiples",
             where=WHERE,
-            hint="name the modules inside it",
+            hint="leave it out; modules_to_save trains it whole",
         )
-        for path in outer
-        if isinstance(modules[path], LISTS_OF_MODULES)
-    ]
-    refuse_all(errors)
-    return outer
-
-
-def resolve_tokens(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """Embedding (or head) -> the rows that are trained. Without a name it is the model's input
-    embedding.
-
-    `Refused` with all names that match no embedding or head, or one that is trained in full, and
-    all rows that they have not."""
-    tokens, modules = config.trainable_tokens, own_modules(model)
-    if tokens is None:
-        return {}
-    if not isinstance(tokens, Mapping):
-        tokens = {input_embedding(model, modules) or "embed_tokens": tokens}
-    saved = config.saved
-    rows: dict[str, tuple[int, ...]] = {}
-    errors: list[AdapterkitError] = []
-
-    def refuse(problem: str, expected: str, hint: str = "") -> None:
-        problem = f"trainable_tokens: {problem}"
-        errors.append(Refused(problem, expected=expected, where=WHERE, hint=hint))
-
-    for name, indices in tokens.items():
-        paths = [path for path in modules if has_end(path, name)]
-        if not paths:
-            errors.append(_no_match("trainable_tokens", name, "an embedding", modules))
-        for path in paths:
-            module = modules[path]
-            if kind_of(module) not in ("embedding", "linear"):
-                refuse(f"{shown(path)} is a {type(module).__name__}", "an embedding or a head")
-                continue
-            if any(is_within(path, entry) for entry in saved):
-                refuse(f"{shown(path)} is trained in full", "one of both", "remove one of them")
-            if path in rows:
-                refuse(f"{shown(path)} has two lists", "one list", "give each its whole name")
-            if problem := unread(model, modules, path):
-                errors.append(problem)
-            size = len(module.get_parameter("weight"))
-            if outside := [index for index in indices if index >= size]:
-                hint = "resize the embedding first (resize_token_embeddings)"
-                refuse(f"{shown(path)} has no rows {outside}", f"rows below {size}", hint)
-            rows[path] = tuple(indices)
-    refuse_all(errors)
-    return rows
-
-
-def _no_match(setting: str, name: str, expected: str, known: Collection[str]) -> Refused:
+    reader = weight_reader(model, modules, path)
+    if reader is None:
+        return None
+    hint = "leave it out; modules_to_save trains it whole"
+    if kind_of(modules.get(path.rpartition(".")[0], model)) == "attention":
+        hint = "target the attention: both projections get factors"
     return Refused(
-        f"{setting}: {shown(name)!r} matches none",
-        expected=expected,
+        f"the weight of {shown(path)} is read by {reader}, not by its forward",
+        expected="layers that are called",
         where=WHERE,
-        hint=similar_names(name, known) or "check the names",
+        hint=hint,
+    )
+
+
+def weight_reader(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> str | None:
+    """The class around a module that multiplies by the module's weight itself; None if it calls the
+    module."""
+    parent, _, leaf = path.rpartition(".")
+    around = type(modules.get(parent, model))
+    is_mamba = model_type(model) in MAMBAS and leaf in MAMBAS_REFUSED
+    return around.__name__ if is_mamba or reads_weight(around.__mro__, leaf) else None
+
+
+def unfit_as_parameter(path: str, host: nn.Module, config: LoraConfig) -> Refused | None:
+    """Why PEFT cannot have the factors of a linear layer as those of its weight, as a file has them
+    where PEFT takes the layer's name for a stack of experts; None if it can."""
+    settings = ("dora", "lora_bias", "invocation_tokens")
+    wrong = [name for name in settings if getattr(config, name)]
+    if quantization_of(host) is not None:
+        wrong.append(f"a quantized weight ({type(host).__name__})")
+    if not wrong:
+        return None
+    return Refused(
+        f"{' and '.join(wrong)} on {shown(path)}, which PEFT takes for a stack of experts",
+        expected="plain factors, which a file has as those of the layer's weight",
+        where=WHERE,
+        hint="exclude the layer, or remove the setting",
     )

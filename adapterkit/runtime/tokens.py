@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from adapterkit.adapters.keys import token_key
 from adapterkit.adapters.resolve import tied_modules
 from adapterkit.errors import Refused, shown
-from adapterkit.runtime.fitness import weight_reader
 from adapterkit.runtime.site import Inside, Part, Site
+from adapterkit.runtime.targets import weight_reader
 
 
 class TokensPart(Part):

@@ -24,11 +24,11 @@ from adapterkit.options import StrPath
 from adapterkit.planning.cards import adapter_card
 from adapterkit.runtime.copies import CopyPart, ValuePart, entries_for_peft
 from adapterkit.runtime.factors import FactorsPart
-from adapterkit.runtime.fitness import unfit_as_parameter
 from adapterkit.runtime.layers.linear import Conv1DPart
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.sharding import whole
 from adapterkit.runtime.state import Attached, State, refuse_merged
+from adapterkit.runtime.targets import unfit_as_parameter
 from adapterkit.runtime.tokens import TokensPart
 from adapterkit.runtime.vocabulary import resized_embeddings
 from adapterkit.weights.bypassed import is_taken_for_experts
