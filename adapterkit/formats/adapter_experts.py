@@ -13,7 +13,7 @@ from adapterkit.formats.experts import Stack, is_transposed, neutral_factors, st
 from adapterkit.formats.kinds import EXPERTS
 from adapterkit.formats.record import LANGUAGE, Module
 from adapterkit.formats.schema import AdapterWords
-from adapterkit.formats.tensors import Expression, Stored
+from adapterkit.formats.tensors import Expression, StoredTensor
 from adapterkit.weights.names import Names
 
 MOST = 4  # parameters of one module whose orders are tried
@@ -58,7 +58,7 @@ def read_stacks(
     for leaf, one in factors.items():
         assert one.experts is not None
         parts = neutral_factors(
-            Stored(one.a), Stored(one.b), one.experts,
+            StoredTensor(one.a), StoredTensor(one.b), one.experts,
             transpose=turns[leaf], expert_first=words.slowest == "expert",
         )  # fmt: skip
         name = f"{module}.{leaf}"

@@ -18,8 +18,8 @@ from adapterkit.formats.names import kernel_of
 from adapterkit.formats.parts import magnitudes, tail_of
 from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
-from adapterkit.formats.tensors import Expression, Stored, reshaped
-from adapterkit.formats.write import File, Written
+from adapterkit.formats.tensors import Expression, StoredTensor, reshaped
+from adapterkit.formats.write import File, WrittenTensor
 
 KINDS = {"LOHA": LoHa, "LOKR": LoKr}
 # of a source's settings, what stays
@@ -43,7 +43,7 @@ def read_kinds(form: Format, folder: Folder, peft_type: str, number: int = 0) ->
             continue
         config = adapter.config
         rank, alpha = adapter.rank_and_alpha(name, config["r"], config["alpha"])
-        own: dict[str, Expression] = {roles[key]: Stored(spec) for key, spec in parts.items()}
+        own: dict[str, Expression] = {roles[key]: StoredTensor(spec) for key, spec in parts.items()}
         modules.append(Module(LANGUAGE, name, kind.name, own, float(alpha), rank))
     refuse_all(errors)
     modules += replaced_values(adapter)
@@ -56,7 +56,7 @@ def replaced_values(adapter: Adapter) -> list[Module]:
     modules = []
     for name, spec in adapter.replaced.items():
         home, _, leaf = name.rpartition(".")
-        modules.append(Module(LANGUAGE, home, "value", {leaf: Stored(spec)}, 1.0, 1))
+        modules.append(Module(LANGUAGE, home, "value", {leaf: StoredTensor(spec)}, 1.0, 1))
     return modules
 
 
@@ -92,15 +92,15 @@ def write_kinds(contents: Contents, form: Format, kind: str, *, dtype: str | Non
             )
         )
     refuse_all(errors)
-    tensors: list[Written] = []
+    tensors: list[WrittenTensor] = []
     for module in contents.modules:
         for role, part in module.parts.items():
             if module.kind == kind:
                 key, value = kind_key(module.name, kind, role), _with_two_axes(role, part)
             else:
-                assert isinstance(part, Stored)
+                assert isinstance(part, StoredTensor)
                 key, value = canonical_key(part.spec.key), part
-            tensors.append(Written(key, value, dtype or value.dtype, module.path))
+            tensors.append(WrittenTensor(key, value, dtype or value.dtype, module.path))
     tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
     config = contents.config
     if config.get("peft_type") == kind.upper():

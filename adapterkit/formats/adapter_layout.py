@@ -26,9 +26,9 @@ from adapterkit.formats.library import formats
 from adapterkit.formats.parts import magnitude_in_file, shape_problem
 from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
-from adapterkit.formats.tensors import Constant, Expression, Stored, flat
+from adapterkit.formats.tensors import Constant, Expression, StoredTensor, flat
 from adapterkit.formats.widened import with_widths
-from adapterkit.formats.write import File, Written
+from adapterkit.formats.write import File, WrittenTensor
 from adapterkit.weights.names import Names
 
 # of a source's settings, what a file of other factors keeps
@@ -75,10 +75,10 @@ def read_layout(
     for name, spec in adapter.replaced.items():
         home, _, leaf = name.rpartition(".")
         kind = COPY if name in copies else VALUE
-        modules.append(Module(LANGUAGE, home, kind, {leaf: Stored(spec)}, 1.0, 1))
+        modules.append(Module(LANGUAGE, home, kind, {leaf: StoredTensor(spec)}, 1.0, 1))
     for tokens in adapter.tokens:
         modules.append(
-            Module(LANGUAGE, tokens.module, TOKENS, {"rows": Stored(tokens.values)}, 1.0, 1)
+            Module(LANGUAGE, tokens.module, TOKENS, {"rows": StoredTensor(tokens.values)}, 1.0, 1)
         )
     headers = {
         (number, WEIGHTS): adapter.header_sha256,
@@ -119,12 +119,12 @@ def _module(adapter: Adapter, lora: Lora, kind: str) -> Module:
     rank, alpha = adapter.rank_and_alpha(name, config["r"], config["lora_alpha"])
     if config.get("use_rslora"):
         alpha = adapter.scale(rank, alpha) * rank
-    parts: dict[str, Expression] = {"a": Stored(lora.a), "b": Stored(lora.b)}
+    parts: dict[str, Expression] = {"a": StoredTensor(lora.a), "b": StoredTensor(lora.b)}
     if lora.magnitude is not None:
-        magnitude = Stored(lora.magnitude)
+        magnitude = StoredTensor(lora.magnitude)
         parts["magnitude"] = flat(magnitude)
     if lora.bias is not None:
-        parts["bias"] = Stored(lora.bias)
+        parts["bias"] = StoredTensor(lora.bias)
     embedding = lora.kind == "embedding"
     return Module(LANGUAGE, lora.module, kind, parts, float(alpha), rank, embedding, lora.depth)
 
@@ -151,7 +151,7 @@ def write_layout(
     levels = Counter(m.name for m in loras) | homes
     stack_keys = stacked_keys(experts, homes)
     has_bias = any("bias" in m.parts for m in loras)
-    tensors: list[Written] = []
+    tensors: list[WrittenTensor] = []
     for module in contents.modules:
         if module.kind == EXPERTS:
             keys = stack_keys[module.name]
@@ -159,9 +159,9 @@ def write_layout(
         elif module.kind not in (FACTORS, PARAMETER):
             for role, part in module.parts.items():
                 key = value_key(f"{module.name}.{role}")
-                if contents.config.get("peft_type") and isinstance(part, Stored):
+                if contents.config.get("peft_type") and isinstance(part, StoredTensor):
                     key = canonical_key(part.spec.key)
-                tensors.append(Written(key, part, part.dtype, module.path))
+                tensors.append(WrittenTensor(key, part, part.dtype, module.path))
             continue
         else:
             kind = "embedding" if module.embedding else "module"
@@ -172,7 +172,7 @@ def write_layout(
             if "magnitude" in parts:
                 parts["magnitude"] = magnitude_in_file(module, "magnitude", column=False)
         tensors += [
-            Written(keys[role], part, dtype or part.dtype, module.path)
+            WrittenTensor(keys[role], part, dtype or part.dtype, module.path)
             for role, part in parts.items()
         ]
     tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))

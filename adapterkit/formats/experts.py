@@ -85,7 +85,7 @@ def is_transposed(
 
 
 @dataclass(frozen=True)
-class Piece:
+class ExpertRows:
     """One expert's module in the base's file: these rows of that expert's matrix in a stack."""
 
     expert: int
@@ -100,7 +100,7 @@ class Stack:
     name: str
     shape: tuple[int, int, int]  # (experts, out, in)
     transposed: bool  # the model keeps the matrices (in, out)
-    pieces: tuple[Piece, ...] = ()  # none where the file has the stack itself
+    pieces: tuple[ExpertRows, ...] = ()  # none where the file has the stack itself
 
     @property
     def home(self) -> str:
@@ -139,7 +139,7 @@ def stacks_of(names: Names) -> dict[str, Stack]:
     return stacks
 
 
-def _pieces(parameter: Parameter, out: int) -> list[Piece]:
+def _pieces(parameter: Parameter, out: int) -> list[ExpertRows]:
     pieces = []
     for slot in parameter.slots:
         expert, rows = slot.axes[0], slot.axes[out]
@@ -147,7 +147,7 @@ def _pieces(parameter: Parameter, out: int) -> list[Piece]:
         if not is_matrix or rows.axis != 0 or rows.of != range(slot.shape[0]):
             return []
         module = slot.key.removesuffix(WEIGHT)
-        pieces.append(Piece(expert.at, module, range(rows.at, rows.stop)))
+        pieces.append(ExpertRows(expert.at, module, range(rows.at, rows.stop)))
     return pieces
 
 

@@ -22,7 +22,7 @@ class Fit:
     tail: tuple[int, ...]  # the weight's axes after `out`
     rank: int  # at most the delta's
 
-    def factors(self, reader: Reader) -> "Factors":
+    def factors(self, reader: Reader) -> "FitResult":
         """a (rank, *tail) and b (out, rank, *1) in float64, ‖delta‖ and ‖delta - b @ a‖."""
         decomposition = Decomposition(*self.delta.leading_triplets(reader, self.rank, None))
         a, b = decomposition.factors(self.rank)
@@ -32,14 +32,14 @@ class Fit:
         ):  # else all singular values are there
             lost = total - float(decomposition.svd.s[: self.rank].double().square().sum())
         a, b = a.reshape(self.shape("a")), b.reshape(self.shape("b"))
-        return Factors({"a": a, "b": b}, total**0.5, max(lost, 0.0) ** 0.5)
+        return FitResult({"a": a, "b": b}, total**0.5, max(lost, 0.0) ** 0.5)
 
     def shape(self, role: str) -> tuple[int, ...]:
         ones = (1,) * (len(self.tail) - 1)
         return (self.rank, *self.tail) if role == "a" else (self.delta.shape[0], self.rank, *ones)
 
 
-class Factors(NamedTuple):
+class FitResult(NamedTuple):
     """What a fit gives."""
 
     parts: Mapping[str, Tensor]  # a, b
@@ -52,12 +52,12 @@ class FitReader:
     """Reads stored tensors, and computes each fit once."""
 
     reader: Reader
-    fits: dict[int, Factors] = field(default_factory=dict)
+    fits: dict[int, FitResult] = field(default_factory=dict)
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         return self.reader.view(None).tensor(spec)
 
-    def factors(self, fit: Fit) -> Factors:
+    def factors(self, fit: Fit) -> FitResult:
         if id(fit) not in self.fits:
             self.fits[id(fit)] = fit.factors(self.reader)
         return self.fits[id(fit)]

@@ -28,13 +28,13 @@ from adapterkit.formats.parts import scaled_role
 from adapterkit.formats.record import Module
 from adapterkit.formats.rows import Heads, model_order, shares_of, unknown_heads
 from adapterkit.formats.same_delta import common_scale
-from adapterkit.formats.schema import HEADS, Rule
+from adapterkit.formats.schema import HEADS, NamingRule
 from adapterkit.formats.tensors import (
     BlockDiagonal,
     Constant,
     Expression,
     Rows,
-    Stored,
+    StoredTensor,
     are_equal,
     compact,
     gathered,
@@ -53,7 +53,7 @@ UNKNOWN = ("magnitude", "weight")  # roles that zeros do not stand for where a p
 class Fusion:
     """A rule in one naming: which rows of a file's module are which module's of the model."""
 
-    rule: Rule
+    rule: NamingRule
     naming: str
     heads: Heads | None = None
 
@@ -349,9 +349,9 @@ def _row(b: Expression, row: int, reader: TensorReader) -> Tensor:
     return reader.tensor(_stored_row(b.spec, row)).flatten()
 
 
-def _has_rows(b: Expression) -> TypeGuard[Stored]:
+def _has_rows(b: Expression) -> TypeGuard[StoredTensor]:
     """Whether a row is stored together."""
-    return isinstance(b, Stored) and len(b.shape) == 2
+    return isinstance(b, StoredTensor) and len(b.shape) == 2
 
 
 def _stored_row(spec: TensorSpec, row: int) -> TensorSpec:

@@ -20,7 +20,7 @@ VECTORS = (*MAGNITUDES, ALPHA, SHAPE, "bias", "rescale", "diff", "diff_b", "weig
 
 
 @dataclass(frozen=True)
-class Kind:
+class DeltaKind:
     """The roles of one kind."""
 
     required: tuple[tuple[str, ...], ...]  # sets of roles, one of which is there
@@ -38,7 +38,7 @@ class Kind:
 
 
 KINDS = {
-    FACTORS: Kind(
+    FACTORS: DeltaKind(
         (("a", "b"),),
         ("mid", *MAGNITUDES, "bias", SHAPE, ALPHA),
         rank={"a": 0, "b": 1},
@@ -46,9 +46,9 @@ KINDS = {
         rows=("b", "magnitude", "bias"),
         products=(("b", "a"),),
     ),
-    "embedding": Kind((("a", "b"),), (ALPHA,)),  # a format's word for such factors
-    EXPERTS: Kind((("a", "b"),), (ALPHA,), rank={"a": 1, "b": 2}, scaled=("b",)),
-    "loha": Kind(
+    "embedding": DeltaKind((("a", "b"),), (ALPHA,)),  # a format's word for such factors
+    EXPERTS: DeltaKind((("a", "b"),), (ALPHA,), rank={"a": 1, "b": 2}, scaled=("b",)),
+    "loha": DeltaKind(
         (("w1_a", "w1_b", "w2_a", "w2_b"),),
         ("t1", "t2", *MAGNITUDES, ALPHA),
         rank={"w1_b": 0},
@@ -56,7 +56,7 @@ KINDS = {
         rows=("w1_a", "w2_a", "magnitude"),
         products=(("w1_a", "w1_b"), ("w2_a", "w2_b")),
     ),
-    "lokr": Kind(
+    "lokr": DeltaKind(
         (
             ("w1", "w2"),
             ("w1", "w2_a", "w2_b"),
@@ -67,14 +67,14 @@ KINDS = {
         rank={"w1_b": 0, "w2_b": 0},
         scaled=("w1", "w1_a"),
     ),
-    "oft": Kind((("blocks",),), ("rescale", ALPHA)),
-    "full": Kind((("diff",), ("diff_b",)), rows=("diff", "diff_b")),
-    "norm": Kind((("diff",),), ("diff_b",)),  # a format's word for the difference of a vector
-    "modulation": Kind((("table",),)),  # added to a block's own table of shifts and scales
-    VALUE: Kind((("weight",), ("bias",)), rows=("weight", "bias")),
-    COPY: Kind((("weight",),)),
-    TOKENS: Kind((("rows",),)),
-    PARAMETER: Kind((("a", "b"),), ("magnitude", "bias")),
+    "oft": DeltaKind((("blocks",),), ("rescale", ALPHA)),
+    "full": DeltaKind((("diff",), ("diff_b",)), rows=("diff", "diff_b")),
+    "norm": DeltaKind((("diff",),), ("diff_b",)),  # a format's word for the difference of a vector
+    "modulation": DeltaKind((("table",),)),  # added to a block's own table of shifts and scales
+    VALUE: DeltaKind((("weight",), ("bias",)), rows=("weight", "bias")),
+    COPY: DeltaKind((("weight",),)),
+    TOKENS: DeltaKind((("rows",),)),
+    PARAMETER: DeltaKind((("a", "b"),), ("magnitude", "bias")),
 }
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from typing import NamedTuple
 
 from adapterkit.formats.library import architectures
-from adapterkit.formats.schema import MODEL, Architecture, Rule
+from adapterkit.formats.schema import MODEL, Architecture, NamingRule
 
 PLACE = re.compile(r"\{(\w+)\}")
 NUMBER = re.compile(r"[A-Z]")  # the places that stand for a number; others name tables
@@ -28,12 +28,12 @@ class Size(NamedTuple):
 class Match:
     """A rule that a name fits, and the values of its places."""
 
-    rule: Rule
+    rule: NamingRule
     values: tuple[tuple[str, str], ...]
     part: int = 0  # which of the rule's modules it is, for a name of the model
 
 
-class Names:
+class ComponentNames:
     """The names of one architecture's component in one naming and style."""
 
     def __init__(self, architecture: Architecture, component: str, naming: str, style: str):
@@ -52,7 +52,7 @@ class Names:
         self._any_named = _any_of(pattern for pattern, _, _ in self._named)
         self._any_model = _any_of(pattern for pattern, _, _ in self._model)
 
-    def _texts(self, rule: Rule) -> tuple[str, ...]:
+    def _texts(self, rule: NamingRule) -> tuple[str, ...]:
         """A rule's names in this naming: one, each of its modules', or none."""
         if self.naming == MODEL:
             return rule.model
@@ -96,7 +96,7 @@ class Names:
             return None
         return in_style(name, self.style)
 
-    def stacked(self, rule: Rule) -> str | None:
+    def stacked(self, rule: NamingRule) -> str | None:
         """The number that a rule's name in this naming lacks: one tensor holds all its modules."""
         if self.naming == MODEL or self.naming not in rule.namings:
             return None
@@ -174,7 +174,7 @@ def in_style(text: str, style: str) -> str:
     return text.replace(".", "_") if style == "underscores" else text
 
 
-def rules_of(architecture: Architecture, component: str) -> list[Rule]:
+def rules_of(architecture: Architecture, component: str) -> list[NamingRule]:
     """A component's rules, and those of included architectures: of the component of that name, or
     of all where there is none. Tables that it has too take the place of the included ones."""
     words = architecture.components.get(component)
@@ -210,9 +210,9 @@ def _kernels(architecture: Architecture, component: str) -> list[tuple[str, tupl
 
 
 @cache
-def names_of(architecture: str, component: str, naming: str, style: str = "dots") -> Names:
+def names_of(architecture: str, component: str, naming: str, style: str = "dots") -> ComponentNames:
     """The names of an architecture's component; made once."""
-    return Names(architectures()[architecture], component, naming, style)
+    return ComponentNames(architectures()[architecture], component, naming, style)
 
 
 def likely(sizes: Mapping[str, Sequence[Size]], metadata: Mapping[str, str]) -> list[str]:

@@ -25,7 +25,7 @@ from adapterkit.formats.schema import MODEL, Format
 from adapterkit.formats.stacked_experts import unstacked
 from adapterkit.formats.steps import STEPS
 from adapterkit.formats.templates import words_of
-from adapterkit.formats.tensors import Expression, Stored, from_spec
+from adapterkit.formats.tensors import Expression, StoredTensor, from_spec
 from adapterkit.formats.tied import with_heads
 from adapterkit.formats.widened import check_shape
 
@@ -403,7 +403,7 @@ def _module(
             hint="save the adapter again",
         )
     rank = rank_of(kind, parts)
-    stored = Stored(raw.roles[ALPHA]) if ALPHA in raw.roles else None
+    stored = StoredTensor(raw.roles[ALPHA]) if ALPHA in raw.roles else None
     check_shape(parts, scales.reader, where)
     if kind == LIMITED:
         alpha = 0.0 if stored is None else scales.number(stored)

@@ -17,7 +17,7 @@ from adapterkit.formats.record import Module
 from adapterkit.formats.same_delta import is_float32, shared_number, with_scale
 from adapterkit.formats.schema import Format
 from adapterkit.formats.templates import words_of
-from adapterkit.formats.tensors import Stored
+from adapterkit.formats.tensors import StoredTensor
 from adapterkit.options import finite
 from adapterkit.weights.reader import TensorReader
 
@@ -43,7 +43,7 @@ class Scales:
         self.metadata, self.config = metadata, config
         self.declares = False  # whether the file says an alpha itself
 
-    def alpha(self, component: str, name: str, rank: int, stored: Stored | None) -> float:
+    def alpha(self, component: str, name: str, rank: int, stored: StoredTensor | None) -> float:
         """A module's alpha. `Refused` where the file does not say it and no default holds, or says
         another rank than the tensors have."""
         words = self.form.scale
@@ -102,7 +102,7 @@ class Scales:
             )
         return alpha
 
-    def number(self, stored: Stored) -> float:
+    def number(self, stored: StoredTensor) -> float:
         """The one number of a tensor; `Refused` for another shape."""
         if stored.spec.shape not in ((), (1,)):
             raise Refused(

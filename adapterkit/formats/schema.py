@@ -177,7 +177,7 @@ class Format:
 
 
 @dataclass(frozen=True)
-class Rule:
+class NamingRule:
     """One module in each naming, or modules of the model that one of another naming fuses."""
 
     model: tuple[str, ...]
@@ -197,7 +197,7 @@ class ComponentWords:
     """The modules of one component."""
 
     include: tuple[str, ...] = ()  # architectures whose rules hold here too
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[NamingRule, ...] = ()
     inputs: Mapping[str, int] = field(default_factory=dict)  # of modules that adapters may widen
     # regex of a module -> the kernel of its convolution; others are linear layers
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

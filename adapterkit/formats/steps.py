@@ -8,7 +8,7 @@ from adapterkit.formats.tensors import Expression, Joined, transposed
 COLUMN = "column"  # of magnitudes: (out, 1, ...), where PEFT has vectors
 
 
-class Step(NamedTuple):
+class LayoutStep(NamedTuple):
     """A step of a format, in both directions."""
 
     read: Callable[[Expression], Expression]  # from the file
@@ -27,7 +27,7 @@ def shared(source: Expression) -> Expression:
 
 
 STEPS = {
-    "transpose": Step(transposed, transposed),
-    "shared": Step(_same, shared),  # a file may have one matrix for all
-    COLUMN: Step(_same, _same),
+    "transpose": LayoutStep(transposed, transposed),
+    "shared": LayoutStep(_same, shared),  # a file may have one matrix for all
+    COLUMN: LayoutStep(_same, _same),
 }

@@ -66,7 +66,7 @@ class Expression(ABC):
 
 
 @dataclass(frozen=True)
-class Stored(Expression):
+class StoredTensor(Expression):
     """A stored tensor as it is."""
 
     spec: TensorSpec
@@ -341,7 +341,7 @@ class Contracted(OfSeveral):
 
 def from_spec(spec: TensorSpec) -> Expression:
     """A stored tensor's values."""
-    return Decoded(spec) if isinstance(spec, BlockSpec) else Stored(spec)
+    return Decoded(spec) if isinstance(spec, BlockSpec) else StoredTensor(spec)
 
 
 def widest(names: Sequence[str]) -> str:
@@ -392,7 +392,7 @@ def gathered(source: Expression, rows: Rows, axis: int = 0) -> Expression:
     if rows == range(source.shape[axis]):
         return source
     inner = source.source if isinstance(source, Reshaped) else None
-    if isinstance(inner, Stored) and axis == 0 and isinstance(rows, range):
+    if isinstance(inner, StoredTensor) and axis == 0 and isinstance(rows, range):
         return _stored_rows(inner.spec, source.shape, rows)  # of a stack: they lie together
     if isinstance(source, Joined) and source.axis == axis and isinstance(rows, range):
         at = 0
@@ -403,11 +403,11 @@ def gathered(source: Expression, rows: Rows, axis: int = 0) -> Expression:
     return Gathered(source, rows, axis)
 
 
-def _stored_rows(spec: TensorSpec, shape: tuple[int, ...], rows: range) -> Stored:
+def _stored_rows(spec: TensorSpec, shape: tuple[int, ...], rows: range) -> StoredTensor:
     """Consecutive rows of a stored tensor that is seen in this shape."""
     width = spec.nbytes // shape[0]
     start, stop = spec.start + rows.start * width, spec.start + rows.stop * width
-    return Stored(replace(spec, shape=(len(rows), *shape[1:]), start=start, stop=stop))
+    return StoredTensor(replace(spec, shape=(len(rows), *shape[1:]), start=start, stop=stop))
 
 
 def joined(parts: Sequence[Expression], axis: int = 0) -> Expression:

@@ -31,7 +31,7 @@ NUMBERS = ("{rank}", "{alpha}")  # templates of metadata
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenTensor:
     """One output tensor."""
 
     key: str
@@ -45,7 +45,7 @@ class File:
     """A file in a format: its tensors, metadata, and the settings beside it."""
 
     form: Format
-    tensors: Sequence[Written]
+    tensors: Sequence[WrittenTensor]
     metadata: Mapping[str, Any]
     modules: Sequence[Module]  # as they are written: fused, scales folded
     architecture: str | None = None
@@ -427,7 +427,7 @@ def _unnamed(
 
 def _tensors(
     module: Module, key: str, form: Format, dtype: str | None, is_own: bool
-) -> list[Written]:
+) -> list[WrittenTensor]:
     """The tensors of a module under their keys."""
     kind = word_of(module, form)
     suffixes = form.kinds[kind]
@@ -440,10 +440,10 @@ def _tensors(
             value = STEPS[step].write(value)
         suffix = suffixes[role][0].replace("{adapter}", "")
         own = dtype if dtype and value.dtype in dtypes.FLOATS else value.dtype
-        written.append(Written(key + suffix, value, own, module.path))
+        written.append(WrittenTensor(key + suffix, value, own, module.path))
     if has_alpha(module, form, is_own):
         value = _alpha(module, dtype)
-        written.append(Written(key + suffixes[ALPHA][0], value, value.dtype, module.path))
+        written.append(WrittenTensor(key + suffixes[ALPHA][0], value, value.dtype, module.path))
     return written
 
 

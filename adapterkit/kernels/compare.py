@@ -48,7 +48,7 @@ def base_and_difference(
 
 
 @dataclass
-class Sums:
+class PairSums:
     """‖A‖², ⟨A, D⟩, ‖D‖², max |D| and the number of elements that differ, over blocks of A and
     B = A + D, in float64."""
 

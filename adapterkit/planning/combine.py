@@ -35,7 +35,7 @@ from adapterkit.planning.sites import (
 from adapterkit.planning.sources import open_model, open_statistics, open_weighted
 from adapterkit.registry import create
 from adapterkit.tasks import common
-from adapterkit.tasks.combined import CombinedFactors, Part, Refit
+from adapterkit.tasks.combined import CombinedFactors, Operand, Refit
 from adapterkit.verbs.combine import Combine
 
 
@@ -163,7 +163,7 @@ def _parts(
     decomposed: dict[int, BaseWeights],
     method: Method,
     space: str,
-) -> tuple[Part, ...]:
+) -> tuple[Operand, ...]:
     """What the adapters have of a module; `Refused` for weights that the method does not take."""
     parts = tuple(
         _part(number, *member, weights, decomposed.get(number))
@@ -174,7 +174,7 @@ def _parts(
     return parts
 
 
-def _with_a_share(parts: tuple[Part, ...], space: str) -> tuple[Part, ...]:
+def _with_a_share(parts: tuple[Operand, ...], space: str) -> tuple[Operand, ...]:
     """Those whose weight is not 0, if there are any: weights (1, 0) give what the method makes of
     the first adapter alone.
 
@@ -197,8 +197,8 @@ def _part(
     factors: Factors,
     weights: "AdapterWeights",
     decomposed: BaseWeights | None,
-) -> Part:
-    return Part(
+) -> Operand:
+    return Operand(
         number,
         factors,
         weights.of(number, lora.module),
@@ -236,7 +236,7 @@ def _resolve_method(options: Combine) -> tuple[Method, Refit]:
 
 def _fit(
     name: str,
-    parts: tuple[Part, ...],
+    parts: tuple[Operand, ...],
     adapters: Sequence[Adapter],
     options: Combine,
     refit: Refit,

@@ -22,7 +22,7 @@ from adapterkit.planning.sites import (
     targets_of,
 )
 from adapterkit.planning.sources import initial_of, open_adapter, open_model
-from adapterkit.tasks.combined import CombinedFactors, Part, Refit
+from adapterkit.tasks.combined import CombinedFactors, Operand, Refit
 from adapterkit.verbs.rebase import Rebase
 from adapterkit.weights.names import Names
 
@@ -67,7 +67,7 @@ def plan_rebase(options: Rebase) -> Plan:
     tasks: list[Task] = []
     levels = levels_of(joined.values())
     for name, site in joined.items():
-        parts = (Part(0, site.members[0][1], 1.0), Part(1, site.members[1][1], -1.0))
+        parts = (Operand(0, site.members[0][1], 1.0), Operand(1, site.members[1][1], -1.0))
         tasks.append(CombinedFactors(name, site.place(levels), dtype, parts, Linear(), refit))
     tasks += adapter_output.copy_all_but_factors(_without_changed_base(trained, notes), dtype)
     settings = (

@@ -16,7 +16,7 @@ from adapterkit.planning.adapters import delta_problems, read_all, trained_value
 from adapterkit.planning.sites import base_with_parameters, join, levels_of, names_of, targets_of
 from adapterkit.planning.sources import open_all, open_model
 from adapterkit.tasks import common
-from adapterkit.tasks.combined import CombinedFactors, Part, Refit
+from adapterkit.tasks.combined import CombinedFactors, Operand, Refit
 from adapterkit.tasks.subtracted import SubtractedFactors
 from adapterkit.verbs.subtract import Subtract
 from adapterkit.weights.names import Names
@@ -160,7 +160,7 @@ def _output(
             tasks.append(SubtractedFactors(prefix + name, place, dtype, own, others))
             continue
         parts = tuple(
-            Part(number, factors, weights[number]) for number, (_, factors) in members.items()
+            Operand(number, factors, weights[number]) for number, (_, factors) in members.items()
         )
         tasks.append(CombinedFactors(prefix + name, place, dtype, parts, Linear(), refit))
     tasks += adapter_output.sum_biases(

@@ -48,7 +48,7 @@ class Pair(Protocol):
         ...
 
 
-class Grid(NamedTuple):
+class MatrixStack(NamedTuple):
     """A tensor as a stack of matrices of `height` rows; all axes after the first are columns."""
 
     rows: int
@@ -56,15 +56,15 @@ class Grid(NamedTuple):
     height: int
 
     @staticmethod
-    def of(shape: tuple[int, ...], name: str) -> "Grid":
+    def of(shape: tuple[int, ...], name: str) -> "MatrixStack":
         """The grid of a tensor; vectors and matrices too wide for a sketch are one column."""
         stack = len(shape) == 3 and "expert" in name
         height, columns = shape[0] if shape else 1, math.prod(shape[1:])
         if stack:
             height, columns = shape[1:]
         if len(shape) < 2 or min(height, columns) < 2 or columns > MAX_COLUMNS:
-            return Grid(math.prod(shape), 1, max(math.prod(shape), 1))
-        return Grid(math.prod(shape) // columns, columns, height)
+            return MatrixStack(math.prod(shape), 1, max(math.prod(shape), 1))
+        return MatrixStack(math.prod(shape) // columns, columns, height)
 
     def blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         step = max(1, BLOCK // self.columns)
@@ -97,8 +97,8 @@ class TensorPair:
         return Result(state) if state else self._measure(reader, energy)
 
     @property
-    def grid(self) -> Grid:
-        return Grid.of(self.a.shape, self.name)
+    def grid(self) -> MatrixStack:
+        return MatrixStack.of(self.a.shape, self.name)
 
     def _blocks(
         self, reader: StoredReader, start: int, stop: int
@@ -139,7 +139,7 @@ class TensorPair:
         return _changed(self, "values", differing=differing / (size // width))
 
     def _measure(self, reader: StoredReader, energy: float) -> Result:
-        grid, sums, spectra = self.grid, kernel.Sums(), []
+        grid, sums, spectra = self.grid, kernel.PairSums(), []
         for start in range(0, grid.rows, grid.height):
             spectra.append(self._spectrum(reader, start, start + grid.height, sums, energy))
         rank = None
@@ -148,7 +148,7 @@ class TensorPair:
         return _changed(self, "values", rank, **_figures(sums, math.prod(self.a.shape)))
 
     def _spectrum(
-        self, reader: StoredReader, start: int, stop: int, sums: kernel.Sums, energy: float
+        self, reader: StoredReader, start: int, stop: int, sums: kernel.PairSums, energy: float
     ) -> Tensor:
         """Singular values of rows [start, stop) of A − B, whose sums are added to `sums`."""
         columns = self.grid.columns
@@ -268,7 +268,7 @@ class TokenRowsPair:
         common = [(row, at[index]) for row, index in enumerate(self.a.indices) if index in at]
         a = reader.tensor(self.a.values)[[row for row, _ in common]]
         b = reader.tensor(self.b.values)[[row for _, row in common]]
-        sums = kernel.Sums()
+        sums = kernel.PairSums()
         sums.add(a, b)
         only_a, only_b = len(self.a.indices) - len(common), len(self.b.indices) - len(common)
         if not (only_a or only_b):
@@ -315,7 +315,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
 
 
-def _figures(sums: kernel.Sums, elements: int) -> dict[str, Any]:
+def _figures(sums: kernel.PairSums, elements: int) -> dict[str, Any]:
     return {
         "relative_error": sums.relative,
         "max_abs": sums.largest,
@@ -349,7 +349,7 @@ def _changed(
     return Result("changed", row | {"rank": rank}, squares)
 
 
-def _suggested_rank(s: Tensor, total: float, grid: Grid, energy: float) -> dict | None:
+def _suggested_rank(s: Tensor, total: float, grid: MatrixStack, energy: float) -> dict | None:
     """The smallest rank that keeps the share `energy` of ‖D‖² = total; None where D, or its
     singular values s, are not finite."""
     if not energy or not math.isfinite(total) or not bool(s.isfinite().all()):

@@ -54,7 +54,7 @@ class Refit:
 
 
 @dataclass(frozen=True)
-class Part:
+class Operand:
     """One adapter's share in a module."""
 
     number: int
@@ -81,7 +81,7 @@ class CombinedFactors(FactorsTask):
     """The factors of one module that a method makes of all adapters' deltas, or of their factors
     (space "factors")."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Operand, ...]
     method: Method
     refit: Refit
     space: str = "delta"
@@ -171,7 +171,7 @@ class CombinedFactors(FactorsTask):
         """The combined delta, as a product where the method keeps it one, else dense, and the
         method's metrics."""
         if self.method.acts_on == "elements":
-            seeds = Seeds(self.seed, f"{self.name}/{expert}")
+            seeds = ModuleSeeds(self.seed, f"{self.name}/{expert}")
             return self.method.combine_elements(DenseDeltas(deltas), weights, seeds)
         assert self.method.acts_on == "factors"
         if self.is_dense and isinstance(self.method, WeightedSum):
@@ -235,7 +235,7 @@ class CombinedFactors(FactorsTask):
         for side in (0, 1):
             matrices, weights = [pair[side] for pair in pairs], [root[side] for root in roots]
             if self.method.acts_on == "elements":
-                seeds = Seeds(self.seed, f"{self.name}/{'ab'[side]}")
+                seeds = ModuleSeeds(self.seed, f"{self.name}/{'ab'[side]}")
                 sides.append(self.method.combine_elements(DenseDeltas(matrices), weights, seeds)[0])
             else:
                 sides.append(sum(m * w for m, w in zip(matrices, weights, strict=True)))
@@ -290,7 +290,7 @@ def blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
     return ((first, min(first + step, shape[0])) for first in range(0, shape[0], step))
 
 
-class Seeds:
+class ModuleSeeds:
     """Random numbers for each delta of one module, from the run's seed and the module's name."""
 
     def __init__(self, seed: int, name: str):

@@ -112,7 +112,7 @@ class RequantizedWeight(StepTask):
         # the encoder may write equal values in other bytes: all of the weight goes through it
         for first, last in same:
             value = weight.read(first, last)
-            part = Part(first, last, value, value)
+            part = EditedRows(first, last, value, value)
             survival.add(part, weight.encode(part))
         tensors = weight.tensors()
         if weight.nested:
@@ -123,7 +123,7 @@ class RequantizedWeight(StepTask):
         return TaskResult(tensors, metrics | survival.metrics(self.step))
 
 
-class Part(NamedTuple):
+class EditedRows(NamedTuple):
     """Rows [first, last) of a weight before and after its edits: (last - first, columns)
     float32."""
 
@@ -144,7 +144,7 @@ class Survival:
     def __init__(self):
         self.sums: list[tuple[float, float, float, float]] = []
 
-    def add(self, part: Part, stored: Tensor) -> None:
+    def add(self, part: EditedRows, stored: Tensor) -> None:
         tensors = (part.before, part.after, stored)
         for x, y, z in zip(*(t.reshape(-1).split(rows.ELEMENTS) for t in tensors), strict=True):
             delta = y - x
@@ -260,7 +260,7 @@ class StoredWeight:
             return self.record, parts
         return self.record.rows(parts, first, last)
 
-    def edit(self, edits: list[Loaded], compared: bool = True) -> Iterator[Part]:
+    def edit(self, edits: list[Loaded], compared: bool = True) -> Iterator[EditedRows]:
         """The slices before and after the edits; the two are one tensor unless they are to be
         `compared`.
 
@@ -269,13 +269,15 @@ class StoredWeight:
         read from a file there, each by itself and by any worker, and here they are cut from slices
         that a format decodes together.
         """
-        self.squares, pending = [], deque[Part]()
+        self.squares, pending = [], deque[EditedRows]()
 
         def slices() -> Iterator[tuple[int, Tensor]]:
             for first, last in _slices(self.step):
                 before = self.read(first, last)
                 self.squares += [squared_norm(before)] if edits else []
-                pending.append(Part(first, last, before, before.clone() if compared else before))
+                pending.append(
+                    EditedRows(first, last, before, before.clone() if compared else before)
+                )
                 yield first, pending[-1].after
 
         for first, pieces in _chunk(slices(), self.rows, self.columns, self.inputs.device):
@@ -302,7 +304,7 @@ class StoredWeight:
             metrics["delta"] = short(math.hypot(*norms) / size)
         return metrics
 
-    def encode(self, part: Part) -> Tensor:
+    def encode(self, part: EditedRows) -> Tensor:
         """Encode the rows of a slice; what they decode to."""
         record, stored = self._narrow(self.parts, part.first, part.last)
         draws = self.step.draws and self.step.draws.at(part.first * self.columns)

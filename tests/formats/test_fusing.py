@@ -16,8 +16,8 @@ from adapterkit.formats.biases import as_the_format_has_them
 from adapterkit.formats.fusing import Fusion, fuse, split
 from adapterkit.formats.library import formats
 from adapterkit.formats.record import Module
-from adapterkit.formats.schema import Rule
-from adapterkit.formats.tensors import Expression, Stored
+from adapterkit.formats.schema import NamingRule
+from adapterkit.formats.tensors import Expression, StoredTensor
 
 pytestmark = pytest.mark.quick
 NAMES = ("to_q", "to_k", "to_v", "proj_mlp")
@@ -31,11 +31,13 @@ class Memory:
         self.tensors: dict[str, Tensor] = {}
         self._numbers = count()
 
-    def put(self, value: Tensor) -> Stored:
+    def put(self, value: Tensor) -> StoredTensor:
         """The expression of a new stored tensor."""
         key = f"tensor{next(self._numbers)}"
         self.tensors[key] = value
-        return Stored(TensorSpec(key, "F64", tuple(value.shape), "file", 0, value.numel() * 8))
+        return StoredTensor(
+            TensorSpec(key, "F64", tuple(value.shape), "file", 0, value.numel() * 8)
+        )
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         """The tensor, or the row of it that these bytes are."""
@@ -95,7 +97,7 @@ class Case:
 
 
 def fusion(shares: tuple[int, ...], steps: tuple[str, ...] = ()) -> Fusion:
-    rule = Rule(NAMES[: len(shares)], {"original": "linear1"}, shares, {"original": steps})
+    rule = NamingRule(NAMES[: len(shares)], {"original": "linear1"}, shares, {"original": steps})
     return Fusion(rule, "original")
 
 

@@ -12,7 +12,7 @@ from adapterkit.adapters.declared import whole
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.dtypes import name_of
 from adapterkit.errors import Unrecoverable
-from adapterkit.formats.tensors import Gathered, Joined, Scaled, Stored
+from adapterkit.formats.tensors import Gathered, Joined, Scaled, StoredTensor
 from adapterkit.tasks.converted import ConvertedTensor
 from tests.support.adapter_samples import contents_of, deltas
 
@@ -112,7 +112,7 @@ class Values:
 def test_a_part_that_vanishes_beside_large_ones_is_refused():
     """The loss of the whole, 1e-9, does not show it."""
     reader = Values(q=torch.ones(4, 2).half(), v=torch.ones(4, 2).half())
-    q, v = Stored(reader.spec("q")), Scaled(Stored(reader.spec("v")), 1e-9)
+    q, v = StoredTensor(reader.spec("q")), Scaled(StoredTensor(reader.spec("v")), 1e-9)
     task = ConvertedTensor("qv", "qv", Joined((q, v)), "F16")
     with pytest.raises(Unrecoverable, match="too small for float16"):
         task.compute(reader)
@@ -124,7 +124,7 @@ def test_rows_that_are_taken_are_those_that_count():
     """Others of the same stored tensor may be too small."""
     b = torch.cat([torch.ones(2, 2), torch.full((2, 2), 1e-9)])
     reader = Values(b=b)
-    scaled = Scaled(Stored(reader.spec("b")), 0.5)
+    scaled = Scaled(StoredTensor(reader.spec("b")), 0.5)
     rows = ConvertedTensor("b", "b", Gathered(scaled, range(2)), "F16")
     assert torch.equal(rows.compute(reader).tensors["b"], torch.full((2, 2), 0.5).half())
     with pytest.raises(Unrecoverable):

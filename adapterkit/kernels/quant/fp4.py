@@ -17,8 +17,8 @@ from torch import Tensor
 
 from adapterkit.kernels.quant.fp8 import FP8_MAX
 from adapterkit.kernels.quant.grid import (
+    Encoded,
     Grid,
-    Scaled,
     block_amax,
     check_finite,
     chosen,
@@ -88,7 +88,7 @@ def encode_mxfp4(
     scales: Tensor | None = None,  # (..., groups) uint8; None: from the amax of each group
     rule: MxRule = "floor",
     draws: Draws | None = None,
-) -> Scaled:  # codes (..., groups, 16) uint8, scale (..., groups) uint8
+) -> Encoded:  # codes (..., groups, 16) uint8, scale (..., groups) uint8
     """code = w / 2^(scale - 127).
 
     With 2^e ≤ amax < 2^(e+1) the scale is
@@ -102,10 +102,10 @@ def encode_mxfp4(
     if scales is None:
         scales = _mx_scale(_group_amax(w, MX_GROUP), rule)
     codes = _encode(w, mxfp4_grid(scales), draws)
-    return Scaled(codes.view(*scales.shape, -1), scales)
+    return Encoded(codes.view(*scales.shape, -1), scales)
 
 
-def requantize_mxfp4(w: Tensor, scales: Tensor, rule: MxRule, draws: Draws) -> Scaled:
+def requantize_mxfp4(w: Tensor, scales: Tensor, rule: MxRule, draws: Draws) -> Encoded:
     """Codes sampled with the stored scales, or new ones where `loses_less`."""
     new = _mx_scale(_group_amax(w, MX_GROUP), rule)
     better = loses_less(_matrix(w), mxfp4_grid(scales), mxfp4_grid(new))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from adapterkit.kernels.quant.grid import (
+    Encoded,
     Grid,
-    Scaled,
     block_amax,
     check_finite,
     chosen,
@@ -103,7 +103,7 @@ def encode_fp8(
     rule: Fp8Rule = "divide",
     scale_dtype: torch.dtype = torch.float32,
     draws: Draws | None = None,
-) -> Scaled:  # codes (..., out, in) float8_e4m3fn, scale (..., ceil(out/h), ceil(in/w))
+) -> Encoded:  # codes (..., out, in) float8_e4m3fn, scale (..., ceil(out/h), ceil(in/w))
     """code = w / scale.
 
     - divide (compressed-tensors): scale = amax / 448 rounded to `scale_dtype`; for zeros its eps.
@@ -124,7 +124,7 @@ def encode_fp8(
         here = None if draws is None else draws.at(number * x.numel())
         for rows, code in grid.encode(x, here):
             target[rows] = code
-    return Scaled(codes, scale)
+    return Encoded(codes, scale)
 
 
 def requantize_fp8(
@@ -133,7 +133,7 @@ def requantize_fp8(
     scale: Tensor,  # as for decode_fp8, as stored
     draws: Draws,
     rule: Fp8Rule = "divide",
-) -> Scaled:
+) -> Encoded:
     """Codes sampled with the stored scales, or new ones where `loses_less`."""
     dtype = torch.float8_e8m0fnu if scale.dtype == torch.uint8 else scale.dtype
     new, _ = _fp8_scale(block_amax(w, block), rule, dtype)

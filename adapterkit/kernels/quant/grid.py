@@ -25,7 +25,7 @@ LARGE_PIECE = 1 << 19
 NOT_FINITE = "the matrix holds values that are not finite"
 
 
-class Scaled(NamedTuple):
+class Encoded(NamedTuple):
     """codes · scale."""
 
     codes: Tensor

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterkit.kernels.quant.grid import Grid, Scaled, check_finite, loses_less, pieces
+from adapterkit.kernels.quant.grid import Encoded, Grid, check_finite, loses_less, pieces
 from adapterkit.kernels.quant.stochastic import Draws
 
 NOT_FINITE = "the matrix holds values that are not finite in float16"
@@ -55,7 +55,7 @@ def quantize_int8(
     weight: Tensor,  # (out, in), any float dtype
     scale: Tensor | None = None,  # (out,) float32: SCB; None: the amax of each row
     draws: Draws | None = None,  # only beside a scale
-) -> Scaled:  # codes (out, in) int8, scale (out,) float32
+) -> Encoded:  # codes (out, in) int8, scale (out,) float32
     """scale = amax of a row, code = w · (127 / scale) to nearest, ties to even; w is rounded to
     float16 first, as LLM.int8 does. With draws w is not, and codes are rounded stochastically.
 
@@ -80,14 +80,14 @@ def quantize_int8(
         here = None if draws is None else draws.at(rows.start * w.shape[1])
         for part, code in grid_of(scales[rows], w.shape[1]).encode(x, here):
             codes[rows][part] = code
-    return Scaled(codes, scales)
+    return Encoded(codes, scales)
 
 
 def requantize_int8(
     weight: Tensor,  # (out, in) float32
     scale: Tensor,  # (out,) float32, as stored
     draws: Draws,
-) -> Scaled:
+) -> Encoded:
     """Codes sampled with the stored scales, or new ones where `loses_less`."""
     amax, width = weight.abs().amax(1), weight.shape[1]
     better = loses_less(weight, grid_of(scale, width), grid_of(amax, width))

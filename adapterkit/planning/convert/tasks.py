@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.formats.fitted import Fit, fits_of
-from adapterkit.formats.tensors import Stored
-from adapterkit.formats.write import Written
+from adapterkit.formats.tensors import StoredTensor
+from adapterkit.formats.write import WrittenTensor
 from adapterkit.plan import Task
 from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.converted import ConvertedTensor, ConvertedTensors
@@ -15,16 +15,16 @@ from adapterkit.tasks.fitted import FittedTensors
 MANY = 8  # outputs of one stored tensor that are made together
 
 
-def tasks_of(tensors: Sequence[Written]) -> tuple[Task, ...]:
+def tasks_of(tensors: Sequence[WrittenTensor]) -> tuple[Task, ...]:
     """One task for each tensor, or for all that share fits or are made of the same stored ones."""
     fitted = [tensor for tensor in tensors if fits_of(tensor.expression)]
     others = [_task(tensor) for tensor in tensors if not fits_of(tensor.expression)]
     return _together([*others, *_fitted(fitted)])
 
 
-def _fitted(tensors: Sequence[Written]) -> list[Task]:
+def _fitted(tensors: Sequence[WrittenTensor]) -> list[Task]:
     """One task for all tensors that share fits, as parts of a fused module do."""
-    groups: dict[int, list[Written]] = {}  # by the first of their fits
+    groups: dict[int, list[WrittenTensor]] = {}  # by the first of their fits
     owner: dict[int, int] = {}
     fits: dict[int, Fit] = {}
     for tensor in tensors:
@@ -42,9 +42,9 @@ def _fitted(tensors: Sequence[Written]) -> list[Task]:
     return tasks
 
 
-def _task(tensor: Written) -> Task:
+def _task(tensor: WrittenTensor) -> Task:
     """A copy of bytes where nothing is computed."""
-    if isinstance(tensor.expression, Stored) and tensor.dtype == tensor.expression.dtype:
+    if isinstance(tensor.expression, StoredTensor) and tensor.dtype == tensor.expression.dtype:
         return CopiedTensor(tensor.key, tensor.expression.spec, tensor.key, checked=True)
     return ConvertedTensor(tensor.key, tensor.key, tensor.expression, tensor.dtype)
 

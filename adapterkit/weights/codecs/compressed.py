@@ -12,7 +12,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
 from adapterkit.kernels.quant import fp4, fp8, integers
-from adapterkit.kernels.quant.grid import RoundColumn, Scaled
+from adapterkit.kernels.quant.grid import Encoded, RoundColumn
 from adapterkit.kernels.quant.integers import (
     Integers,
     are_groups,
@@ -318,7 +318,7 @@ class Compressed(QuantizedWeight):
                 result = fp4.requantize_mxfp4(weight, old, "even", draws)
             else:
                 result = fp4.encode_mxfp4(weight, rule="even")
-            result = Scaled(result.codes.flatten(-2), result.scale.view(scale_dtype))
+            result = Encoded(result.codes.flatten(-2), result.scale.view(scale_dtype))
         elif draws is not None:
             result = fp8.requantize_fp8(weight, self.block, stored[scale.key], draws)
         else:

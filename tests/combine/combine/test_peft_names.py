@@ -6,7 +6,7 @@ from peft.utils import merge_utils
 from safetensors.torch import load_file
 
 from adapterkit.kernels import elementwise
-from adapterkit.tasks.combined import DenseDeltas, Seeds
+from adapterkit.tasks.combined import DenseDeltas, ModuleSeeds
 from tests.support import oracle
 from tests.support.combining import WEIGHTS, combined, narrowed, pairs_of, peft_combined
 from tests.support.deltas import assert_close, deltas, net, weighted
@@ -64,7 +64,7 @@ def test_dare_on_factors_is_pefts_with_the_same_draws(kind, three, tmp_path, mon
         name, side, which = next(order)
         matrix = tensor.detach().flatten(1).clone()
         given = DenseDeltas([matrix])
-        generator = Seeds(5, f"{name}/{side}")(which)
+        generator = ModuleSeeds(5, f"{name}/{side}")(which)
         for first, last in given.blocks():
             elementwise.drop(matrix[first:last], density, generator)
         return matrix.view_as(tensor)
