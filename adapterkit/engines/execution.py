@@ -12,7 +12,7 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder, original
 from adapterkit.checkpoint.stage import Stage, check_name
 from adapterkit.engines.one_file import Done, run_to_file
 from adapterkit.errors import Refused, shown
-from adapterkit.execute import Engine, check_place, output_names, run
+from adapterkit.execute import check_place, output_names, run
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.hub.push import check_push, send
 from adapterkit.options import StrPath, parse_size
@@ -83,10 +83,12 @@ def _execute(
         names, job = output_names(plan), fingerprint_of(plan.recipe())
         check_push(push, names, plan.folders, overwrite=how.overwrite, job=job)
     if how.engine == "ray" and not (how.dry_run or on_hub):
-        from adapterkit.engines.ray import on_ray
+        from adapterkit.engines.ray import run_on_ray
 
-        with on_ray(how.ray_address, how.device) as cluster:
-            return _run(cluster.placed(plan), how, cluster, check, push)
+        receipt = run_on_ray(plan, how, check)
+        if push is not None:
+            receipt.data["pushed"] = send(Path(receipt.out), push, overwrite=how.overwrite)
+        return receipt
     from adapterkit.engines.placement import place
 
     plan, device = place(plan, how.device)
@@ -100,16 +102,10 @@ def _execute(
         return plan
     from adapterkit.engines.local import local
 
-    return _run(plan, how, local(device), check, push)
-
-
-def _run(
-    plan: Plan, how: RunOptions, engine: Engine, check: FolderCheck | None, push: str | None
-) -> Receipt:
     return run(
         plan,
         Path(how.out),
-        engine,
+        local(device),
         hash=how.hash,
         resume=how.resume,
         overwrite=how.overwrite,

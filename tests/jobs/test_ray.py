@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,6 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.journal import entries_of, read_lines
-from adapterkit.engines import rank_parts
-from adapterkit.engines.ray import threads
-from adapterkit.engines.ray_parts import Joiner
 from adapterkit.errors import Refused, Unrecoverable
 from tests.golden.inputs import ADAPTER_CONFIG, CONFIG, create_inputs
 from tests.support.documents import ROOT, typed
@@ -140,27 +135,6 @@ def test_the_bytes_of_the_local_engine(cluster: Any, inputs: Path, tmp_path: Pat
 
 
 @slow
-@pytest.mark.parametrize("verb", ["merge", "init"])
-def test_the_bytes_of_the_local_engine_in_parts(
-    cluster: Any, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
-):
-    """Files above a worker's share are joined of parts, steps that take what was handed on among
-    them."""
-    monkeypatch.setattr(rank_parts, "LEAST", 1000)
-    joined, add = [], Joiner.add
-    monkeypatch.setattr(Joiner, "add", lambda *of: (joined.append(of[1].layout.file), add(*of)))
-    whole = JOBS[verb] if verb == "init" else partial(adapterkit.merge, inputs / "base32")
-    whole = partial(whole, inputs if verb == "init" else [inputs / "law"])
-    receipt = whole(out=tmp_path / "ray", engine="ray", ray_address=cluster.address)
-    assert len(joined) > len(set(joined)) > 0
-    local = whole(out=tmp_path / "local")
-    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
-    same = ("fingerprint", "recipe", "files", "keys", "parameters", "totals", "notes")
-    assert {key: receipt.data[key] for key in same} == {key: local.data[key] for key in same}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["local", "ray"]
-
-
-@slow
 def test_the_command_of_the_documents(cluster: Any, inputs: Path, tmp_path: Path):
     words = next(words for words in typed(ROOT / "docs" / "scale.md") if "ray" in words)
     for name, source in (("BASE", "base32"), ("ADAPTER", "law")):
@@ -225,14 +199,14 @@ class Driver:
 
     def worker(self) -> int | None:
         """The process of a file in the making."""
-        names = [path.name for path in self.stage.glob("out/*.part")]
+        names = [path.name for path in self.stage.glob("ranks/*/out/*.part")]
         found = [re.search(r"\.\d+-(\d+)-[0-9a-f]{8}\.part$", name) for name in names]
         return next((int(match[1]) for match in found if match), None)
 
     def done(self) -> list[str]:
-        """The files that the journal calls done."""
-        entries = [entry for _, entry in entries_of(read_lines(self.stage / "journal.jsonl"))]
-        return [entry["shard"]["file"] for entry in entries[1:]]
+        """The files that ranks have made."""
+        paths = self.stage.glob("ranks/*/marks/*.json")
+        return [path.name.removesuffix(".json") for path in paths]
 
     def end(self) -> tuple[int, str]:
         try:
@@ -276,7 +250,7 @@ def test_a_killed_driver(drive: Callable[..., Driver], large: Path):
     driver.process.kill()
     driver.process.wait()
     done = driver.done()
-    kept = {name: (driver.stage / "out" / name).stat().st_ino for name in done}
+    kept = {name: next(driver.stage.glob(f"ranks/*/out/{name}")).stat().st_ino for name in done}
     status, text = drive("--resume").end()
     assert status == 0, text
     assert contents(driver.out) == contents(large / "merged")
@@ -290,7 +264,7 @@ def test_one_large_file(drive: Callable[..., Driver], large: Path, killed: str):
     all of them."""
     driver = drive(size="1GB")
     pid = driver.until(driver.worker)
-    parts = list((driver.stage / "out").glob("*@*"))
+    parts = list(driver.stage.glob("ranks/*/out/*@*"))
     assert parts
     if killed == "driver":
         driver.process.kill()
@@ -330,14 +304,6 @@ def test_a_lost_node(cluster: Any, drive: Callable[..., Driver], large: Path):
     finally:
         cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
         cluster.wait_for_nodes()
-
-
-@pytest.mark.parametrize("workers, places, files, expected", [
-    (2, 1, 16, 1), (16, 4, 163, 2), (64, 2, 1000, 8),  # an eighth of a machine
-    (16, 4, 1, 16), (16, 4, 4, 16), (16, 4, 6, 10), (1, 2, 1, 1), (2, 1, 0, 2),  # fewer files
-])  # fmt: skip
-def test_cores_of_a_task(workers: int, places: int, files: int, expected: int):
-    assert threads(workers, places, files) == expected
 
 
 def test_without_ray(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
