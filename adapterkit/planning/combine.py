@@ -9,6 +9,7 @@ from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
 from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.record import Adapter, Lora
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.combinations import ALIASES
 from adapterkit.combinations.protocol import Method
@@ -50,18 +51,10 @@ def plan_combine(options: Combine) -> Plan:
     adapters = read_all([folder for folder, _ in sources])
     given_weights = _weights(method, [weight for _, weight in sources], options)
     weights = AdapterWeights(given_weights, tuple(options.weight_for))
-    doras, notes = [adapter for adapter in adapters if adapter.config.get("use_dora")], []
-    if base is not None and doras:
-        model = open_checkpoint(base, len(adapters))
-    else:
-        model = base_with_parameters(base, adapters, notes)
+    notes: list[str] = []
+    model, decomposed = _base(base, adapters, notes)
     errors = [error for adapter in adapters for error in _not_summable(adapter, model)]
     joined = join(adapters, errors, None if model is None else names_of(model, adapters, notes))
-    decomposed = (
-        {}
-        if model is None
-        else {a.number: BaseWeights(model, a, [x.module for x in a.loras], notes) for a in doras}
-    )
     levels = levels_of(joined.values())
     tasks: list[CombinedFactors] = []
     for name, site in joined.items():
@@ -77,12 +70,10 @@ def plan_combine(options: Combine) -> Plan:
         )
     first = len(adapters) + (model is not None)
     statistics = [open_checkpoint(folder, number) for number, folder in enumerate(stats, first)]
-    parameters = {name for name, site in joined.items() if site.parameter}
+    parameters = {n for n, site in joined.items() if site.parameter}
     tasks = with_statistics(tasks, statistics, parameters, notes, errors)
-    biases, whole = (
-        _biases(joined, weights, options, errors),
-        value_tasks(adapters, weights, without_inputs(method), levels, errors),
-    )
+    biases = _biases(joined, weights, options, errors)
+    whole = value_tasks(adapters, weights, without_inputs(method), levels, errors)
     errors += weights.problems() + wrapper_problems(adapters, joined.values())
     refuse_all(errors)
     if not tasks:
@@ -132,6 +123,18 @@ def _plan(
     return adapter_output.plan_adapters(
         "combine", receipt_options, adapters, [output], notes, decisions, *models
     )
+
+
+def _base(
+    base: Folder | None, adapters: list[Adapter], notes: list[str]
+) -> tuple[Checkpoint | None, dict[int, BaseWeights]]:
+    """The base, where the adapters need it, and its weights for each DoRA by its number."""
+    doras = [adapter for adapter in adapters if adapter.config.get("use_dora")]
+    if base is None or not doras:
+        return base_with_parameters(base, adapters, notes), {}
+    model = open_checkpoint(base, len(adapters))
+    modules = {a.number: [lora.module for lora in a.loras] for a in doras}
+    return model, {a.number: BaseWeights(model, a, modules[a.number], notes) for a in doras}
 
 
 def _check_count(options: Combine, count: int) -> None:
