@@ -81,7 +81,8 @@ def _plan_base_and_adapter(
     """The files of the packed base and of the adapter beside it: computed ones, others, notes, and
     metrics of the plan."""
     to, rules = (MIXED if options.bits_for else BITS)[options.bits], _rules(options)
-    exceptions = Patterns(pattern_table(rules), BITS_FOR)
+    formats = {pattern: MIXED[bits] for pattern, bits in pattern_table(rules).items()}
+    exceptions = Patterns(formats, BITS_FOR)
     how = {"to": to, **vars(options.only(BlockOptions))}
     quantization = plan_quantization(base, how, exceptions)
     quantized = list(quantization.modules)
@@ -205,10 +206,10 @@ def _plan_fixed_base(
     return adapter, {"modules": len(factors)}
 
 
-def _rules(options: Loftq) -> list[Rule[str]]:
-    """The formats of modules that have other bits."""
-    formats = {str(bits): name for bits, name in MIXED.items()}
-    return read_rules(BITS_FOR, tuple(options.bits_for), formats.get, "REGEX=4 or REGEX=8")
+def _rules(options: Loftq) -> list[Rule[int]]:
+    """The bits of modules that have others."""
+    bits = {str(bits): bits for bits in MIXED}
+    return read_rules(BITS_FOR, options.bits_for, bits.get, "REGEX=4 or REGEX=8")
 
 
 def _check(options: Loftq) -> None:

@@ -230,7 +230,7 @@ def test_factors_are_kept_or_rolled_back_one_after_the_other(base, packed, tmp_p
 
 
 def test_answers_need_a_quantized_base(base, tmp_path):
-    with pytest.raises(Refused, match="give quantized"):
+    with pytest.raises(Refused, match="give --quantized"):
         adapterkit.loftq(base, rank=2, accept=lambda module, a, b: True, out=tmp_path / "failed")
 
 
