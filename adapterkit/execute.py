@@ -14,7 +14,7 @@ from adapterkit.checkpoint.stage import HANDOFF, RECEIPT, Stage, Workspace, size
 from adapterkit.checkpoint.storage import free_bytes
 from adapterkit.errors import AdapterkitError, Failed, Interrupted, Refused, Unrecoverable
 from adapterkit.options import Progress
-from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Shard
+from adapterkit.plan import CopyFile, FromMetrics, OutputFile, Plan
 from adapterkit.receipt import (
     RECEIPT_CHECK,
     Receipt,
@@ -38,7 +38,7 @@ class Engine(Protocol):
     def __call__(
         self,
         plan: Plan,
-        shards: list[Shard | Computed],
+        shards: list[OutputFile],
         stage: Workspace,
         *,
         hash: bool,
@@ -208,8 +208,9 @@ def _build(
     stage.begin()
     if fresh:
         head = {"fingerprint": fingerprint, "recipe": recipe, "overwrite": stage.replaces}
+        on = plan.placement.device
         # not on the CPU, whose bits are the same on each
-        device = {} if plan.device == "cpu" else {"device": plan.device}
+        device = {} if on == "cpu" else {"device": on}
         stage.note(head | device | stage.head())
     getattr(progress, "expect", lambda total: None)(sum(shard.layout.size for shard in plan.shards))
     for shard in plan.shards:
@@ -287,11 +288,11 @@ def check_same_job(stage: Stage, recipe: dict) -> None:
 def _check_same_device(stage: Stage, plan: Plan) -> None:
     """`Refused` when the interrupted run was on another kind of device: its sums have another
     order."""
-    before = stage.journal()[0].get("device", "cpu")
-    if before != plan.device:
+    before, now = stage.journal()[0].get("device", "cpu"), plan.placement.device
+    if before != now:
         raise Refused(
             f"an interrupted run on another device: {before}",
-            expected=f"that one, not {plan.device}",
+            expected=f"that one, not {now}",
             where=str(stage.control),
             hint="resume on that device (--device), or give --overwrite to begin again",
         )
@@ -344,10 +345,12 @@ def difference(before: dict, now: dict, path: str = "") -> str:
     return "something"
 
 
-def check_space(plan: Plan, todo: Sequence[Shard | Computed], stage: Stage) -> None:
+def check_space(plan: Plan, todo: Sequence[OutputFile], stage: Stage) -> None:
     """`Refused` where the disk has no room for these files and the small ones."""
     small = plan.totals()["bytes_written"] - sum(shard.layout.size for shard in plan.shards)
-    needed = stage.disk(sum(shard.layout.size for shard in todo) + plan.room + small + (1 << 20))
+    needed = stage.disk(
+        sum(shard.layout.size for shard in todo) + plan.placement.room + small + (1 << 20)
+    )
     check_free(needed, stage.path)
 
 

@@ -1,29 +1,30 @@
 """Records of a plan: what every output tensor is made of, complete before any data is read.
 
 A `Plan` gives each output file's exact layout, and for each tensor its `Step`: the stored tensor
-its rows start from and the edits they go through. A file of factors is `Computed` instead: its
-`Task`s decide their own ranks, within bounds that the plan knows. Everything that can be refused
-has been refused when a plan exists.
+its rows start from and the edits they go through. A file of factors has `Task`s instead, which
+decide their own ranks, within bounds that the plan knows. Everything that can be refused has been
+refused when a plan exists.
 """
 
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from adapterkit import __version__, dtypes
+from adapterkit.budget import BUFFERS, factors_memory, most_together
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout, Stored, laid_out
 from adapterkit.checkpoint.reader import Identity
 from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.system import cores, quarter_of_memory
+from adapterkit.checkpoint.writer import part_name
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.weights.reader import Reader
 from adapterkit.weights.slots import Positions
@@ -31,9 +32,6 @@ from adapterkit.weights.slots import Positions
 IDENTITY = ("size", "modified", "changed")
 # bytes by which the guess of a text's size may be wrong, its numbers in the header included
 SLACK = 128
-BUFFERS = 32_000_000  # bytes of one worker's buffers
-AHEAD = 2  # tasks for each worker that may wait to be written
-STACKS = 1 << 30  # bytes of shared stacks of experts' factors
 HANDED_ON = -1  # the folder of tensors that are handed on
 
 
@@ -129,31 +127,6 @@ class Step:
         return self.rows, count // self.rows if self.rows else 0
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One output file and the steps of its tensors, in file order."""
-
-    layout: ShardLayout
-    steps: tuple[Step, ...]
-
-    @property
-    def file(self) -> str:
-        return self.layout.file
-
-    @property
-    def size(self) -> int:
-        return self.layout.size
-
-    @property
-    def handoff_reads(self) -> tuple[str, ...]:
-        """Keys of handed-on tensors that its edits load."""
-        return _handed_on(spec for step in self.steps for edit in step.edits for spec in edit.reads)
-
-    def accepts(self, result: ShardResult, *, hashed: bool) -> bool:
-        """Whether a result that was noted is of this file, hashed as it is to be."""
-        return result.size == self.size and (result.sha256 is not None) == hashed
-
-
 class TaskResult(NamedTuple):
     """The tensors of a task by key, in the order of writing, and metrics for the receipt.
 
@@ -243,47 +216,113 @@ class Task(ABC):
 
 
 @dataclass(frozen=True)
-class Computed:
-    """One output file whose tensors are made by tasks, in this order; `size` is the most it can
-    take.
+class OutputFile:
+    """One output file: of `steps`, which are streamed, or of `tasks`, which are computed whole, in
+    file order; `layout` has each tensor of a task as large as it can become.
 
     `safetensors_order`: the tensors are in the order in which the safetensors library writes them.
     Then sizes are as planned, but for those of a task's `variable_size`. `lay_out`: of a container
-    in which no size varies.
+    in which no size varies. `range`: bytes [start, stop) of it alone, whole pieces, in a file of
+    their own until all are there.
     """
 
-    file: str
-    tasks: tuple[Task, ...]
-    metadata: dict[str, Any] = field(default_factory=lambda: {"format": "pt"})
+    layout: ShardLayout
+    steps: tuple[Step, ...] = ()
+    tasks: tuple[Task, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
     finalize: Finalize | None = None
     safetensors_order: bool = False
     lay_out: LayOut | None = None
+    range: tuple[int, int] | None = None
 
-    @cached_property
-    def layout(self) -> ShardLayout:
-        tensors = [stored for task in self.tasks for stored in task.max_outputs]
-        if self.safetensors_order:
-            tensors.sort(key=lambda stored: (dtypes.SERIAL.index(stored.dtype), stored.key))
+    @classmethod
+    def computed(
+        cls,
+        file: str,
+        tasks: Iterable[Task],
+        metadata: dict[str, Any] | None = None,
+        *,
+        finalize: Finalize | None = None,
+        safetensors_order: bool = False,
+        lay_out: LayOut | None = None,
+    ) -> "OutputFile":
+        """A file of these tasks."""
+        tasks = tuple(tasks)
+        stored = [stored for task in tasks for stored in task.max_outputs]
+        if safetensors_order:
+            stored.sort(key=lambda stored: (dtypes.SERIAL.index(stored.dtype), stored.key))
+        empty = cls(
+            ShardLayout(file, b"", (), ()),
+            tasks=tasks,
+            metadata={"format": "pt"} if metadata is None else metadata,
+            finalize=finalize,
+            safetensors_order=safetensors_order,
+            lay_out=lay_out,
+        )
+        return replace(empty, layout=empty.laid_out(stored))
+
+    def laid_out(self, tensors: Sequence[Stored], header_size: int = 0) -> ShardLayout:
+        """The layout of its tasks' tensors as they turned out; where their sizes are not as
+        planned, with a header of at least `header_size` bytes."""
         if self.lay_out is not None:
             return self.lay_out(self.file, tensors, self.metadata)
-        return laid_out(self.file, tensors, self.metadata, ordered=True)
+        room = 0 if self.safetensors_order else header_size
+        return laid_out(self.file, list(tensors), self.metadata, ordered=True, header_size=room)
 
     @property
-    def handoff_reads(self) -> tuple[str, ...]:
-        """Keys of handed-on tensors that its tasks read."""
-        return tuple(key for task in self.tasks for key in task.handoff_reads)
+    def file(self) -> str:
+        """The output file's name."""
+        return self.layout.file
+
+    @property
+    def name(self) -> str:
+        """The name under which it is written: the file's, or that of its range."""
+        return self.file if self.range is None else part_name(self.file, *self.range)
+
+    @property
+    def size(self) -> int:
+        """Bytes, at most."""
+        if self.range is not None:
+            return self.range[1] - self.range[0]
+        return self.layout.size + SLACK * len(self.variable_size)
 
     @cached_property
     def variable_size(self) -> frozenset[str]:
         return frozenset(key for task in self.tasks for key in task.variable_size)
 
     @property
-    def size(self) -> int:
-        return self.layout.size + SLACK * len(self.variable_size)
+    def sizes_are_planned(self) -> bool:
+        """Whether every tensor is as large as planned, but for those of `variable_size`."""
+        return not self.tasks or self.safetensors_order or self.lay_out is not None
+
+    @property
+    def reads(self) -> Iterator[TensorSpec]:
+        """What its steps and tasks read."""
+        for step in self.steps:
+            yield step.source
+            for edit in step.edits:
+                yield from edit.reads
+        for task in self.tasks:
+            yield from task.reads
+
+    @property
+    def handoff_reads(self) -> tuple[str, ...]:
+        """Keys of handed-on tensors that its steps and tasks read."""
+        edits = (edit for step in self.steps for edit in step.edits)
+        in_tasks = (key for task in self.tasks for key in task.handoff_reads)
+        return (*_handed_on(spec for edit in edits for spec in edit.reads), *in_tasks)
+
+    @property
+    def handoff_writes(self) -> tuple[str, ...]:
+        """Keys of what its tasks hand on."""
+        return tuple(key for task in self.tasks for key in task.handoff_writes)
 
     def accepts(self, result: ShardResult, *, hashed: bool) -> bool:
-        """Whether a result that was noted is of this file, hashed as it is to be."""
-        return result.size <= self.size and (result.sha256 is not None) == hashed
+        """Whether a result that was noted is of this file, hashed as it is to be: one of its range
+        has no hash."""
+        is_size = result.size <= self.size if self.tasks else result.size == self.size
+        is_hashed = (result.sha256 is not None) == (hashed and self.range is None)
+        return result.file == self.name and is_size and is_hashed
 
 
 def _handed_on(reads: Iterable[TensorSpec]) -> tuple[str, ...]:
@@ -312,6 +351,16 @@ def no_warnings(metrics: dict[str, dict]) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where a plan runs, and what that takes; no part of the job."""
+
+    device: str = "cpu"  # the kind that its bits are of
+    # totals beside the plan's own: of another kind of device than the CPU, of an output on the Hub
+    totals: Mapping[str, int] = field(default_factory=dict)
+    room: int = 0  # bytes of disk that its files take for a time, beside what they are in the end
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A job, complete: inputs, output files, options and decisions for the receipt.
 
@@ -323,7 +372,7 @@ class Plan:
     folders: tuple[Folder, ...]
     headers: dict[tuple[int, str], str]  # (folder, file) -> sha256 of its header
     identities: dict[tuple[int, str], Identity]  # of local files: tells an edited file
-    shards: tuple[Shard | Computed, ...]
+    shards: tuple[OutputFile, ...]
     # index, config, tokenizer, card: written after the shards
     files: dict[str, bytes | CopyFile | FromMetrics]
     # decided while planning, for the receipt
@@ -332,10 +381,7 @@ class Plan:
     models: tuple[int, ...] = (0,)  # inputs too large to be read again for the receipt's hashes
     memory: int | None = None  # bytes for tasks together; None: a quarter of the machine's
     warn: Callable[[dict[str, dict]], list[str]] = no_warnings  # from the measured metrics
-    transfers: dict[str, int] = field(default_factory=dict)  # totals of an output on the Hub
-    device: str = "cpu"  # the kind that its bits are of
-    on_device: dict[str, int] = field(default_factory=dict)  # totals of another kind than the CPU
-    room: int = 0  # bytes of disk that its files take for a time, beside what they are in the end
+    placement: Placement = Placement()
     is_file: bool = False  # the output is its one file, and no folder
 
     def recipe(self) -> dict[str, Any]:
@@ -358,13 +404,7 @@ class Plan:
 
     def needs(self) -> dict[str, tuple[str, ...]]:
         """The files whose handoffs each output file reads: they are made before it."""
-        written = {
-            key: shard.file
-            for shard in self.shards
-            if isinstance(shard, Computed)
-            for task in shard.tasks
-            for key in task.handoff_writes
-        }
+        written = {key: shard.file for shard in self.shards for key in shard.handoff_writes}
         return {
             shard.file: tuple(dict.fromkeys(written[key] for key in shard.handoff_reads))
             for shard in self.shards
@@ -373,14 +413,11 @@ class Plan:
     def totals(self) -> dict[str, Any]:
         """Sizes that a dry run prints: tensors and bytes; exact, but for computed files, where they
         are the most it can be."""
-        streamed = [shard for shard in self.shards if isinstance(shard, Shard)]
-        tasks = [
-            task for shard in self.shards if isinstance(shard, Computed) for task in shard.tasks
-        ]
+        tasks = [task for shard in self.shards for task in shard.tasks]
         steps = [
             (step, stored)
-            for shard in streamed
-            for step, stored in zip(shard.steps, shard.layout.tensors, strict=True)
+            for shard in self.shards
+            for step, stored in zip(shard.steps, shard.layout.tensors, strict=False)
         ]
         changed = [(step, stored) for step, stored in steps if not step.copied]
         as_is = [stored for task in tasks if task.copied for stored in task.max_outputs]
@@ -406,11 +443,10 @@ class Plan:
             ),
             "bytes_read": sum(step.source.nbytes for step, _ in steps) + factors,
             "bytes_written": written,
-            "disk_needed": written + self.room,
+            "disk_needed": written + self.placement.room,
             "memory_peak": BUFFERS * cores()
             + max(self.factors_memory(step for step, _ in changed), self.tasks_memory()),
-            **self.on_device,
-            **self.transfers,
+            **self.placement.totals,
         }
 
     @property
@@ -419,34 +455,18 @@ class Plan:
         return quarter_of_memory() if self.memory is None else self.memory
 
     def factors_memory(self, changed: Iterable[Step]) -> int:
-        """Factors of the steps that workers are at, the largest ones, one of them while it is read;
-        and stacks that are kept."""
+        """Bytes of the factors of the steps that workers are at."""
         steps = list(changed)
-        sizes = sorted(
+        sizes = (
             sum(s.nbytes << step.wide for edit in step.edits for s in edit.reads) for step in steps
-        )[-2 * cores() :]
-        stacks = sum(
-            spec.nbytes
-            for spec in {
-                spec for step in steps for edit in step.edits for spec in edit.shared_reads
-            }
         )
-        return 2 * sum(sizes) + 2 * sum(sizes[-1:]) + min(STACKS, stacks)
+        shared = {s for step in steps for edit in step.edits for s in edit.shared_reads}
+        return factors_memory(sizes, sum(spec.nbytes for spec in shared))
 
     def tasks_memory(self) -> int:
-        """The most that tasks take which `in_order` has in memory together: those ahead, and the
-        one that is written."""
-        most, ahead, budget = 0, AHEAD * cores() + 1, self.budget
-        for shard in self.shards:
-            if isinstance(shard, Computed):
-                window, in_use = deque[int](), 0
-                for task in shard.tasks:
-                    window.append(task.memory)
-                    in_use += window[-1]
-                    while len(window) > ahead or (len(window) > 1 and in_use > budget):
-                        in_use -= window.popleft()
-                    most = max(most, in_use)
-        return most
+        """The most bytes that tasks take together."""
+        files = ([task.memory for task in shard.tasks] for shard in self.shards)
+        return max((most_together(claims, self.budget) for claims in files), default=0)
 
     def _small(self, file: bytes | CopyFile | FromMetrics) -> int:
         if isinstance(file, CopyFile):

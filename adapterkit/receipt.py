@@ -129,7 +129,8 @@ def create_receipt(
     seconds: float,
 ) -> dict[str, Any]:
     shards = [done[shard.file] for shard in plan.shards]
-    size, totals = sum(shard.size for shard in shards), replace(plan, room=0).totals()
+    size, placement = sum(shard.size for shard in shards), replace(plan.placement, room=0)
+    totals, device = replace(plan, placement=placement).totals(), placement.device
     for shard, result in zip(plan.shards, shards, strict=True):
         if result.tensors is not None:  # what was not written after all had been counted as changed
             fewer, less = (
@@ -146,7 +147,7 @@ def create_receipt(
         "recipe": public_recipe(recipe),
         "inputs": inputs,
         "hash": hash,
-        **({} if plan.device == "cpu" else {"device": plan.device}),
+        **({} if device == "cpu" else {"device": device}),
         "files": {s.file: {"size": s.size, "sha256": s.sha256} for s in shards} | sums,
         "keys": {s.file: s.marks for s in shards if s.marks is not None},
         "totals": totals,

@@ -21,11 +21,10 @@ from adapterkit.checkpoint.lock import may_run, process_record
 from adapterkit.checkpoint.shard_result import ShardResult, read_result
 from adapterkit.checkpoint.stage import HANDOFF, RANKS, Stage, size_of_file
 from adapterkit.checkpoint.storage import replace_file, storage_errors, sync_folder, sync_folders
-from adapterkit.checkpoint.writer import UNFINISHED, unfinished_name
+from adapterkit.checkpoint.writer import UNFINISHED, part_of, unfinished_name
 
 FILES, MARKS, SPOILED = "out", "marks", "SPOILED"
 ATTEMPT = re.compile(r"\.(\d+-\d+-[0-9a-f]{8})\.part$")
-PART_NAME = re.compile(r"(.+)@(\d+)-(\d+)")
 BEAT = ".beat"  # suffix of the file in which a process says that it lives, and how far it is
 
 
@@ -41,12 +40,6 @@ def prepare(stage: Stage, job: str, names: Iterable[str], head: dict[str, Any]) 
         sync_folders(stage.control)
     stage.begin()
     stage.note(head)
-
-
-def part_of(name: str) -> tuple[str, int, int] | None:
-    """The file, and which bytes [start, stop) of it, that a name is of; None of no part."""
-    match = PART_NAME.fullmatch(name)
-    return (match[1], int(match[2]), int(match[3])) if match else None
 
 
 def _root(control: Path, job: str) -> Path:

@@ -7,18 +7,31 @@ zeros.
 import contextlib
 import errno
 import os
+import re
 from pathlib import Path
 
 from adapterkit.checkpoint import storage, system
 from adapterkit.checkpoint.storage import storage_errors, write_all
 
 UNFINISHED = ".part"
+PART_NAME = re.compile(r"(.+)@(\d+)-(\d+)")
 FLUSH = 32 << 20  # bytes after which write-back is started: the fsync at the end finds little to do
 
 
 def unfinished_name(name: str, attempt: str = "") -> str:
     """The name of a file while it is written."""
     return f"{name}.{attempt}{UNFINISHED}" if attempt else name + UNFINISHED
+
+
+def part_name(file: str, start: int, stop: int) -> str:
+    """The name of the file of bytes [start, stop) of an output file."""
+    return f"{file}@{start}-{stop}"
+
+
+def part_of(name: str) -> tuple[str, int, int] | None:
+    """The file, and which bytes [start, stop) of it, that a name is of; None of no part."""
+    match = PART_NAME.fullmatch(name)
+    return (match[1], int(match[2]), int(match[3])) if match else None
 
 
 class ShardFile:

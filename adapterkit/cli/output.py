@@ -126,8 +126,6 @@ def print_plan(plan: "Plan | StatisticsPlan", as_json: bool) -> None:
 
 
 def _document(plan: "Plan | StatisticsPlan") -> dict[str, Any]:
-    from adapterkit.plan import Computed, Shard
-
     changed = [
         {
             "key": step.key,
@@ -137,7 +135,6 @@ def _document(plan: "Plan | StatisticsPlan") -> dict[str, Any]:
             "adapters": list(step.adapters),
         }
         for shard in plan.shards
-        if isinstance(shard, Shard)
         for step in shard.steps
         if not step.copied
     ]
@@ -148,7 +145,6 @@ def _document(plan: "Plan | StatisticsPlan") -> dict[str, Any]:
             "at_most": {spec.key: list(spec.shape) for spec in task.max_outputs},
         }
         for shard in plan.shards
-        if isinstance(shard, Computed)
         for task in shard.tasks
     ]
     return {

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from adapterkit import dtypes
+from adapterkit.budget import AHEAD
 from adapterkit.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import ShardLayout, Stored, laid_out
+from adapterkit.checkpoint.layout import ShardLayout, Stored
 from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import Workspace
 from adapterkit.checkpoint.writer import ShardFile
@@ -28,7 +29,7 @@ from adapterkit.engines.waiting import result_of, signals_deferred
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
 from adapterkit.options import Progress
-from adapterkit.plan import AHEAD, Computed, Task, TaskResult
+from adapterkit.plan import OutputFile, Task, TaskResult
 from adapterkit.tasks.handoff import HandoffWriter
 from adapterkit.tasks.rows import byte_view
 from adapterkit.weights.reader import Reader
@@ -39,7 +40,7 @@ BLOCK = 4 << 20
 
 
 def write_computed(
-    file: Computed,
+    file: OutputFile,
     stage: Workspace,
     inputs: Reader,
     workers: int,
@@ -52,8 +53,7 @@ def write_computed(
     shard = ShardFile(stage.path, file.file, file.size, stage.attempt)
     try:
         metrics, handoffs = {}, HandoffWriter(stage, file)
-        is_planned = file.safetensors_order or file.lay_out is not None
-        places = _SortedPlaces(file) if is_planned else _AppendedPlaces(file)
+        places = _SortedPlaces(file) if file.sizes_are_planned else _AppendedPlaces(file)
         results = _results(file, stage, inputs, workers, budget, progress)
         for task in file.tasks:  # a zip would hold on to the tensors while the next ones are made
             result = next(results)
@@ -72,16 +72,7 @@ def write_computed(
             del result
         next(results, None)
         room = len(file.layout.header)
-        if file.lay_out is not None:
-            layout = file.lay_out(file.file, places.stored(), file.metadata)
-        else:
-            layout = laid_out(
-                file.file,
-                places.stored(),
-                file.metadata,
-                ordered=True,
-                header_size=0 if file.safetensors_order else room,
-            )
+        layout = file.laid_out(places.stored(), room)
         if len(layout.header) != room:
             _shift(shard, room, len(layout.header), layout.size - len(layout.header))
         shard.write(layout.header, 0)
@@ -108,7 +99,7 @@ def write_computed(
 class _AppendedPlaces:
     """Places of tensors that follow each other as they are made."""
 
-    def __init__(self, file: Computed):
+    def __init__(self, file: OutputFile):
         self.tensors, self.at, self.grown = [], len(file.layout.header), 0
 
     def next(self, stored: Stored) -> int:
@@ -124,7 +115,7 @@ class _SortedPlaces:
     """Places in the order of the plan, whatever order they are made in: each where it was planned,
     moved by what those before it have turned out larger or smaller than guessed."""
 
-    def __init__(self, file: Computed):
+    def __init__(self, file: OutputFile):
         self.planned, self.starts = file.layout.tensors, file.layout.starts
         self.number = {stored.key: i for i, stored in enumerate(self.planned)}
         self.variable_size = sorted(self.number[key] for key in file.variable_size)
@@ -176,7 +167,12 @@ def _copy(inputs: Reader, spec: TensorSpec, shard: ShardFile, at: int) -> None:
 
 
 def _results(
-    file: Computed, stage: Workspace, inputs: Reader, workers: int, budget: int, progress: Progress
+    file: OutputFile,
+    stage: Workspace,
+    inputs: Reader,
+    workers: int,
+    budget: int,
+    progress: Progress,
 ) -> Iterator[TaskResult]:
     """The tasks' results in order, in the host's memory."""
     streams = Streams(inputs.device)
@@ -250,9 +246,9 @@ def in_order(
 
 
 class _Spill:
-    """A file of the stage that holds tensors until `Computed.finalize` has seen all metrics."""
+    """A file of the stage that holds tensors until `OutputFile.finalize` has seen all metrics."""
 
-    def __init__(self, stage: Workspace, file: Computed):
+    def __init__(self, stage: Workspace, file: OutputFile):
         name = file.file + ".spill"
         self.file, self.at = ShardFile(stage.path, name, file.size, stage.attempt), 0
 

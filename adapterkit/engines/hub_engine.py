@@ -26,7 +26,7 @@ from adapterkit.hub.download import Stopped
 from adapterkit.hub.scratch import ScratchFolder
 from adapterkit.hub.upload import LocalFile, copy_storage
 from adapterkit.options import Progress
-from adapterkit.plan import Computed, Plan, Shard
+from adapterkit.plan import OutputFile, Plan
 
 SENDERS = (
     2  # threads that send: what is made is sent at once, while another file is still on its way
@@ -48,7 +48,7 @@ class HubEngine:
     def __call__(
         self,
         plan: Plan,
-        shards: list[Shard | Computed],
+        shards: list[OutputFile],
         stage: Workspace,
         *,
         hash: bool,

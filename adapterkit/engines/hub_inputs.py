@@ -12,7 +12,7 @@ from adapterkit.checkpoint.reader import FAR
 from adapterkit.engines.waiting import run_stoppable
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.scratch import ScratchFolder, in_scratch
-from adapterkit.plan import HANDED_ON, Computed, Plan, Shard
+from adapterkit.plan import HANDED_ON, OutputFile, Plan
 from adapterkit.planning.converted import ConvertedFolder
 from adapterkit.tasks.edited import stored_parts
 
@@ -67,22 +67,14 @@ def _ranges(specs: list[TensorSpec]) -> list[tuple[int, int]]:
     return ranges
 
 
-def inputs_of(file: Shard | Computed) -> list[Input]:
+def inputs_of(file: OutputFile) -> list[Input]:
     """The input files that an output file reads, each once, in the order of reading."""
     return list(dict.fromkeys((part.folder, part.file) for part in _parts_read(file)))
 
 
-def _parts_read(file: Shard | Computed) -> Iterator[TensorSpec]:
+def _parts_read(file: OutputFile) -> Iterator[TensorSpec]:
     """The stored tensors that an output file reads."""
-    if isinstance(file, Shard):
-        specs = (
-            spec
-            for step in file.steps
-            for spec in (step.source, *(spec for edit in step.edits for spec in edit.reads))
-        )
-    else:
-        specs = (spec for task in file.tasks for spec in task.reads)
-    for spec in specs:
+    for spec in file.reads:
         for part in stored_parts(spec):
             if part.folder != HANDED_ON:
                 yield part

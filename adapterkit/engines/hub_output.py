@@ -64,7 +64,8 @@ def run_to_hub(
     if limit is None and transfers.disk(None) > free:
         limit = free // 10 * 9  # it takes what there is
     transfers.check(limit)
-    plan = replace(plan, transfers=transfers.totals(limit))
+    totals = {**plan.placement.totals, **transfers.totals(limit)}
+    plan = replace(plan, placement=replace(plan.placement, totals=totals))
     engine = HubEngine(local(execution.device), limit, held, rows.check_file if rows else None)
     with quiet_library():
         destination = open_destination(hub_id, plan.folders)

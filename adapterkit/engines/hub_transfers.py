@@ -11,7 +11,7 @@ from adapterkit.errors import Refused, shown
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.scratch import ScratchFolder
 from adapterkit.hub.upload import CopiedFile
-from adapterkit.plan import Computed, Plan, Shard
+from adapterkit.plan import OutputFile, Plan
 from adapterkit.tasks.handoff import HANDED_ON, HandoffFactors
 
 ORDINARY = 16 << 30  # bytes of disk that a job without a limit takes at least, if it can use them
@@ -23,7 +23,7 @@ class MadeFile:
     """One output file to make: the large files of the Hub that it reads, and the disk that it takes
     while it is made."""
 
-    shard: Shard | Computed
+    shard: OutputFile
     inputs: tuple[Input, ...]
     disk: int
 
@@ -117,7 +117,7 @@ def plan_transfers(plan: Plan, *, held: bool, uncopied: Sequence[str] = ()) -> T
         if shard.file not in uncopied and (file := _copied_file(plan, shard)) is not None
     }
     made = [shard for shard in plan.shards if shard.file not in copied]
-    made.sort(key=lambda shard: isinstance(shard, Shard))  # its steps may need what tasks hand on
+    made.sort(key=lambda shard: not shard.tasks)  # its steps may need what tasks hand on
     files, sizes = [], dict[Input, int]()
     for shard in made:
         inputs = [each for each in inputs_of(shard) if _disk(plan, each)]
@@ -132,9 +132,9 @@ def plan_transfers(plan: Plan, *, held: bool, uncopied: Sequence[str] = ()) -> T
     return Transfers(tuple(files), tuple(copied.values()), sizes, rest, small, sum(downloads), held)
 
 
-def _copied_file(plan: Plan, shard: Shard | Computed) -> CopiedFile | None:
+def _copied_file(plan: Plan, shard: OutputFile) -> CopiedFile | None:
     """The file on the Hub whose bytes the output's are, header and all."""
-    if not isinstance(shard, Shard) or not shard.steps or not all(s.copied for s in shard.steps):
+    if not shard.steps or not all(s.copied for s in shard.steps):
         return None
     sources = {(step.source.folder, step.source.file) for step in shard.steps}
     (number, name), *others = sources
@@ -166,18 +166,16 @@ def _disk(plan: Plan, which: Input) -> int:
     return folder.disk(which[1]) if isinstance(folder, ScratchFolder) else 0
 
 
-def _disk_of(shard: Shard | Computed) -> int:
+def _disk_of(shard: OutputFile) -> int:
     """Bytes that an output takes while it is made: twice its own where all tasks are waited for."""
-    waits = isinstance(shard, Computed) and shard.finalize is not None
-    return shard.size << waits
+    return shard.size << (shard.finalize is not None)
 
 
 def _handoffs(plan: Plan) -> int:
     """Bytes of what files hand on at most: it stays to the end."""
-    computed = [shard for shard in plan.shards if isinstance(shard, Computed)]
     factors = [
         math.prod(stored.shape)
-        for shard in computed
+        for shard in plan.shards
         for task in shard.tasks
         if isinstance(task, HandoffFactors)
         for stored in task.max_outputs
@@ -185,7 +183,6 @@ def _handoffs(plan: Plan) -> int:
     handed_on = {
         spec
         for shard in plan.shards
-        if isinstance(shard, Shard)
         for step in shard.steps
         for edit in step.edits
         for spec in edit.reads

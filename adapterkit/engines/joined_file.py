@@ -11,7 +11,7 @@ from pathlib import Path
 from adapterkit.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.checkpoint.storage import storage_errors, sync_folder
 from adapterkit.checkpoint.writer import ShardFile, unfinished_name
-from adapterkit.plan import Shard
+from adapterkit.plan import OutputFile
 
 BLOCK = 4 << 20
 
@@ -19,7 +19,7 @@ BLOCK = 4 << 20
 class JoinedFile:
     """An output file while it is joined: `NAME.part`, or `NAME.<attempt>.part`."""
 
-    def __init__(self, folder: Path, shard: Shard, attempt: str = "", *, hashed: bool):
+    def __init__(self, folder: Path, shard: OutputFile, attempt: str = "", *, hashed: bool):
         self.folder, self.file, self.attempt = folder, shard.file, attempt
         self.path = folder / unfinished_name(shard.file, attempt)
         self.digest = RunningHash(tensor_ends(shard.layout)) if hashed else None

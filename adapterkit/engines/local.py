@@ -33,7 +33,7 @@ from adapterkit.engines.reader import LocalReader
 from adapterkit.engines.waiting import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.errors import Failed, shown
 from adapterkit.options import Progress
-from adapterkit.plan import Computed, Plan, Shard
+from adapterkit.plan import OutputFile, Plan
 from adapterkit.tasks.handoff import HandoffReader
 from adapterkit.tasks.rows import arithmetic
 
@@ -53,7 +53,7 @@ def local(device: str = "auto", workers: int | None = None):
 
     def engine(
         plan: Plan,
-        shards: list[Shard | Computed],
+        shards: list[OutputFile],
         stage: Workspace,
         *,
         hash: bool,
@@ -63,10 +63,9 @@ def local(device: str = "auto", workers: int | None = None):
         count, budget = workers or cores(), plan.budget
         if where.type != "cpu":
             count, budget = fitting(plan, count, torch.cuda.mem_get_info(where)[0])
-        streamed = [shard for shard in shards if isinstance(shard, Shard)]
-        computed = [shard for shard in shards if isinstance(shard, Computed)]
-        reads = [step.source for shard in streamed for step in shard.steps]
-        reads += [spec for file in computed for task in file.tasks for spec in task.reads]
+        computed = [shard for shard in shards if shard.tasks]
+        streamed = [shard for shard in shards if not shard.tasks]
+        reads = [spec for file in (*computed, *streamed) for spec in file.reads]
         with exact_arithmetic(where), Sources(plan.folders, plan.identities) as sources:
             for folder in range(len(plan.folders)):
                 names = [spec.file for spec in reads if spec.folder == folder]
@@ -184,8 +183,8 @@ class _ShardRun:
                 turns.append(pieces)
                 yield piece
 
-    def _opened(self, shard: Shard) -> Iterator[Piece]:
-        if not self.stage.wanted(shard.file):
+    def _opened(self, shard: OutputFile) -> Iterator[Piece]:
+        if not self.stage.wanted(shard.name):
             self.room.release()
             return iter(())
         opened = OpenShard(shard, hashed=self.hashed)

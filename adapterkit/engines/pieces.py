@@ -22,7 +22,7 @@ from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.engines.device import Mark
 from adapterkit.engines.metrics import TensorMetrics
 from adapterkit.engines.reader import LocalReader
-from adapterkit.plan import Loaded, Shard, Step
+from adapterkit.plan import Loaded, OutputFile, Step
 from adapterkit.tasks.rows import arithmetic, chunks
 
 # chunks that a worker takes at a time: what it shares with the others is touched once per span
@@ -107,38 +107,13 @@ class OpenStep:
                 self.edits = None
 
 
-@dataclass(frozen=True)
-class Part(Shard):
-    """Bytes [start, stop) of an output file, whole pieces: a file of its own until all are there
-    (`rank_parts.py`)."""
-
-    start: int
-    stop: int
-
-    @property
-    def file(self) -> str:
-        return part_name(self.layout.file, self.start, self.stop)
-
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
-
-    def accepts(self, result: ShardResult, *, hashed: bool) -> bool:
-        return result.size == self.size  # a part has no hash
-
-
-def part_name(file: str, start: int, stop: int) -> str:
-    """The name of the file of bytes [start, stop) of an output file."""
-    return f"{file}@{start}-{stop}"
-
-
-def cut(shard: Shard, parts: int, device: torch.device) -> list[Part]:
+def cut(shard: OutputFile, parts: int, device: torch.device) -> list[OutputFile]:
     """An output file in so many parts of about the same size, at most; cut between pieces."""
     starts = [piece.position for piece in OpenShard(shard, hashed=False).pieces(device)]
     wanted = [shard.size * number // parts for number in range(1, parts)]
     places = [starts[i] for i in (bisect_left(starts, at) for at in wanted) if i < len(starts)]
     edges = sorted({0, *places, shard.size})
-    return [Part(shard.layout, shard.steps, *edge) for edge in itertools.pairwise(edges)]
+    return [replace(shard, range=edge) for edge in itertools.pairwise(edges)]
 
 
 class OpenShard:
@@ -146,9 +121,9 @@ class OpenShard:
 
     file: ShardFile
 
-    def __init__(self, shard: Shard, *, hashed: bool):
+    def __init__(self, shard: OutputFile, *, hashed: bool):
         self.shard = shard
-        hashed = hashed and not isinstance(shard, Part)
+        hashed = hashed and shard.range is None
         self.digest = RunningHash(tensor_ends(shard.layout)) if hashed else None
         self.steps: list[OpenStep] = []
         self.lock = threading.Lock()
@@ -158,26 +133,26 @@ class OpenShard:
 
     def create(self, stage: Workspace) -> None:
         """Make the file."""
-        self.file = ShardFile(stage.path, self.shard.file, self.shard.size, stage.attempt)
+        self.file = ShardFile(stage.path, self.shard.name, self.shard.size, stage.attempt)
 
     def pieces(self, device: torch.device) -> Iterator[Piece]:
         """The pieces in order, those of a part at their places in it."""
-        part = self.shard
-        if not isinstance(part, Part):
+        if self.shard.range is None:
             yield from self._pieces(device)
             return
-        to_the_end = part.stop == part.layout.size
+        start, stop = self.shard.range
+        to_the_end = stop == self.shard.layout.size
         inside = [
             piece
-            for piece in self._pieces(device, part.start, part.stop)
-            if part.start <= piece.position and (piece.position < part.stop or to_the_end)
+            for piece in self._pieces(device, start, stop)
+            if start <= piece.position and (piece.position < stop or to_the_end)
         ]
         spans = Counter(id(piece.step) for piece in inside)
         self.steps = [step for step in self.steps if id(step) in spans]
         for step in self.steps:
             step.remaining = spans[id(step)]
         for number, piece in enumerate(inside):
-            yield replace(piece, number=number, position=piece.position - part.start)
+            yield replace(piece, number=number, position=piece.position - start)
 
     def _pieces(
         self, device: torch.device, start: int = 0, stop: int = sys.maxsize
@@ -256,9 +231,9 @@ class OpenShard:
             ready[1]()
 
     def result(self) -> ShardResult:
-        if isinstance(self.shard, Part):  # its metrics go on in the other parts
+        if self.shard.range is not None:  # its metrics go on in the other parts
             raw = {s.step.key: vars(s.metrics) for s in self.steps if s.step.edits}
-            return ShardResult(self.shard.file, self.shard.size, None, {}, raw)
+            return ShardResult(self.shard.name, self.shard.size, None, {}, raw)
         metrics = {s.step.key: s.metrics.result(s.step) for s in self.steps if s.step.edits}
         sha = self.digest.hexdigest() if self.digest else None
         marks = self.digest.marks if self.digest else {}

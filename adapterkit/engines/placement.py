@@ -10,7 +10,7 @@ from adapterkit.checkpoint.system import cores
 from adapterkit.engines.device import kind, pick_device
 from adapterkit.engines.pieces import RUN, SPAN
 from adapterkit.errors import Refused
-from adapterkit.plan import Computed, Plan, Shard, Step, Task
+from adapterkit.plan import Placement, Plan, Step, Task
 from adapterkit.tasks.rows import CUDA_ELEMENTS
 
 LEAST_FREE = 8 << 30  # bytes of a card's memory below which it is left to others
@@ -41,7 +41,7 @@ def place(plan: Plan, name: str) -> tuple[Plan, str]:
     device = pick_device(name)
     if device.type == "cpu":
         return plan, name
-    return replace(plan, device=kind(device), on_device=device_totals(plan, cores())), name
+    return replace(plan, placement=Placement(kind(device), device_totals(plan, cores()))), name
 
 
 def _has_use(plan: Plan) -> bool:
@@ -70,12 +70,11 @@ def prefers_card(plan: Plan, capacity: Capacity) -> bool:
 
 
 def tasks_of(plan: Plan) -> list[Task]:
-    return [task for shard in plan.shards if isinstance(shard, Computed) for task in shard.tasks]
+    return [task for shard in plan.shards for task in shard.tasks]
 
 
 def _changed(plan: Plan) -> list[Step]:
-    streamed = [shard for shard in plan.shards if isinstance(shard, Shard)]
-    return [step for shard in streamed for step in shard.steps if not step.copied]
+    return [step for shard in plan.shards for step in shard.steps if not step.copied]
 
 
 def device_totals(plan: Plan, workers: int) -> dict[str, int]:
@@ -88,7 +87,7 @@ def device_totals(plan: Plan, workers: int) -> dict[str, int]:
     width = max(widths, default=1)
     chunk, piece = (width * min(n * CUDA_ELEMENTS, elements) for n in (1, SPAN))
     pinned = workers * (2 * chunk + CARD_BUFFERS * max(piece, RUN))
-    any_streamed = any(isinstance(shard, Shard) for shard in plan.shards)
+    any_streamed = not all(shard.tasks for shard in plan.shards)
     return {
         "device_memory": max(streamed, plan.tasks_memory()),
         "pinned_memory": pinned if any_streamed else 0,

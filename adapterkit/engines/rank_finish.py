@@ -11,14 +11,14 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.rank_stage import RankStage, adopt
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.checkpoint.system import cores
+from adapterkit.checkpoint.writer import part_name
 from adapterkit.engines.file_checks import check_files
-from adapterkit.engines.pieces import part_name
 from adapterkit.engines.placement import device_totals
 from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
 from adapterkit.engines.rank_parts import accepts, join, tiling
 from adapterkit.errors import Failed, Refused
 from adapterkit.execute import check_free, run_in
-from adapterkit.plan import Computed, Plan, Shard
+from adapterkit.plan import OutputFile, Placement, Plan
 from adapterkit.receipt import Receipt, read_receipt
 from adapterkit.run_options import RunOptions
 
@@ -48,7 +48,8 @@ class Finish:
                 raise no_stage(ranks.path)
         device = head.get("device", "cpu")
         if device != "cpu":  # of the ranks: this machine may have none
-            plan = replace(plan, device=device, on_device=device_totals(plan, cores()))
+            placement = Placement(device, device_totals(plan, cores()))
+            plan = replace(plan, placement=placement)
         return run_in(
             stage,
             plan,
@@ -92,7 +93,7 @@ class Finish:
         )
         for name, ranges in parts.items():
             shard = files[name]
-            assert ranges is not None and isinstance(shard, Shard)
+            assert ranges is not None
             join(ranks, shard, ranges, hashed=hashed)
         ranks.leave()
         markers = ranks.markers(names)
@@ -112,7 +113,7 @@ def seconds_of(markers: Iterable[dict[str, Any]]) -> float:
     return max(seconds.values(), default=0.0)
 
 
-def _nothing_left(plan: Plan, shards: list[Shard | Computed], *_: Any, **__: Any) -> None:
+def _nothing_left(plan: Plan, shards: list[OutputFile], *_: Any, **__: Any) -> None:
     """The engine of a job whose files are all there."""
     if shards:
         raise _gone(shards[0].file)

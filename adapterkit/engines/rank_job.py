@@ -13,7 +13,7 @@ from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines.rank_parts import room
 from adapterkit.errors import Refused
 from adapterkit.execute import check_space, difference
-from adapterkit.plan import Plan
+from adapterkit.plan import Placement, Plan
 from adapterkit.receipt import digest, public_recipe
 from adapterkit.run_options import RunOptions
 
@@ -95,7 +95,7 @@ class Preparation:
         """Make the stage; the plan, with what ranks need of the disk."""
         job = self.job = Job.of(plan, how.hash)
         if isinstance(plan, Plan):
-            plan = replace(plan, room=room(plan.shards))
+            plan = replace(plan, placement=Placement(room=room(plan.shards)))
         stage = self._stage(plan, Path(how.out))
         options = {"resume": False, "overwrite": how.overwrite}
         stage.state(job.fingerprint, **options)  # refuses before anything is made

@@ -3,29 +3,29 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
-from adapterkit.checkpoint.rank_stage import RankStage, part_of
+from adapterkit.checkpoint.rank_stage import RankStage
 from adapterkit.checkpoint.shard_result import ShardResult
+from adapterkit.checkpoint.writer import part_name, part_of
 from adapterkit.engines.joined_file import JoinedFile
 from adapterkit.engines.metrics import TensorMetrics
-from adapterkit.engines.pieces import Part, cut, part_name
+from adapterkit.engines.pieces import cut
 from adapterkit.errors import Refused
-from adapterkit.plan import Computed, Plan, Shard
+from adapterkit.plan import OutputFile, Plan
 
 LEAST = 64 << 20  # bytes of a file below which it stays whole
 MOST = 1 << 30  # bytes of a part
 
 
-def units(
-    shards: Sequence[Shard | Computed], ranks: int, device: torch.device
-) -> list[Shard | Computed]:
+def units(shards: Sequence[OutputFile], ranks: int, device: torch.device) -> list[OutputFile]:
     """What ranks make: the files, those above a rank's fair share in parts. Files of tasks stay
     whole."""
-    share, found = _share(shards, ranks), list[Shard | Computed]()
+    share, found = _share(shards, ranks), list[OutputFile]()
     for shard in shards:
-        if isinstance(shard, Shard) and shard.size > share:
+        if not shard.tasks and shard.size > share:
             parts = max(min(ranks, math.ceil(shard.size / share)), math.ceil(shard.size / MOST))
             found += cut(shard, parts, device)
         else:
@@ -33,41 +33,31 @@ def units(
     return found
 
 
-def room(shards: Sequence[Shard | Computed], ranks: int | None = None) -> int:
+def room(shards: Sequence[OutputFile], ranks: int | None = None) -> int:
     """The most bytes that the join of parts takes beside the files, for so many ranks or any."""
     share = LEAST if ranks is None else _share(shards, ranks)
-    sizes = [shard.size for shard in shards if isinstance(shard, Shard) and shard.size > share]
+    sizes = [shard.size for shard in shards if not shard.tasks and shard.size > share]
     return min(max(sizes, default=0) // 2, MOST + LEAST)
 
 
-def _share(shards: Sequence[Shard | Computed], ranks: int) -> float:
+def _share(shards: Sequence[OutputFile], ranks: int) -> float:
     """Bytes of a file above which it is cut."""
     return max(sum(shard.size for shard in shards) / ranks, LEAST)
-
-
-def file_of(unit: Shard | Computed) -> str:
-    """The output file that a unit is, or is a part of."""
-    return unit.layout.file if isinstance(unit, Part) else unit.file
 
 
 def accepts(plan: Plan, *, hashed: bool) -> Callable[[ShardResult], bool]:
     """Whether a result that was read can be of one of the plan's files, or of a part of one."""
     files = {shard.file: shard for shard in plan.shards}
 
-    def unit(name: str) -> Shard | Computed | None:
-        if name in files or (part := part_of(name)) is None:
-            return files.get(name)
-        file, start, stop = part
-        shard = files.get(file)
-        if not isinstance(shard, Shard) or not start < stop <= shard.size:
-            return None
-        return Part(shard.layout, shard.steps, start, stop)
-
     def is_of_plan(result: ShardResult) -> bool:
-        found = unit(result.file)
-        if found is None or found.file != result.file:
+        if result.file in files or (part := part_of(result.file)) is None:
+            found = files.get(result.file)
+            return found is not None and found.accepts(result, hashed=hashed)
+        name, start, stop = part
+        whole = files.get(name)
+        if whole is None or whole.tasks or not start < stop <= whole.size:
             return False
-        return found.accepts(result, hashed=hashed)
+        return replace(whole, range=(start, stop)).accepts(result, hashed=hashed)
 
     return is_of_plan
 
@@ -83,7 +73,7 @@ def tiling(ranges: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]
 
 
 def join(
-    stage: RankStage, shard: Shard, ranges: Sequence[tuple[int, int]], *, hashed: bool
+    stage: RankStage, shard: OutputFile, ranges: Sequence[tuple[int, int]], *, hashed: bool
 ) -> None:
     """Make a file, and its marker, of its parts; a part goes when the file has its bytes, its
     marker with the last. Goes on with what a join that was killed has made."""
@@ -123,7 +113,7 @@ def join(
         stage.forget(name)
 
 
-def metrics_of_parts(shard: Shard, tables: Iterable[dict[str, dict]]) -> dict[str, dict]:
+def metrics_of_parts(shard: OutputFile, tables: Iterable[dict[str, dict]]) -> dict[str, dict]:
     """The metrics of a file's tensors, of what was measured in its parts."""
     whole: dict[str, TensorMetrics] = {}
     for table in tables:

@@ -22,10 +22,9 @@ from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines.device import pick_device
 from adapterkit.engines.local import local
-from adapterkit.engines.pieces import Part
 from adapterkit.engines.placement import place
 from adapterkit.engines.rank_job import Job, check_one_kind, no_stage, spoiled
-from adapterkit.engines.rank_parts import accepts, file_of, tiling, units
+from adapterkit.engines.rank_parts import accepts, tiling, units
 from adapterkit.engines.waiting import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.errors import (
     AdapterkitError,
@@ -37,7 +36,7 @@ from adapterkit.errors import (
     listed,
 )
 from adapterkit.options import Progress
-from adapterkit.plan import Computed, Plan, Shard
+from adapterkit.plan import OutputFile, Plan
 from adapterkit.run_options import WAIT, RunOptions
 
 BEAT = 2.0  # seconds after which a rank says again that it lives
@@ -87,7 +86,7 @@ class Rank:
         """Make files of a plan; the plan."""
         self.job.check(plan)
         plan, device = place(plan, self.device or execution.device)
-        made = {unit.file: unit for unit in units(plan.shards, self.ranks, pick_device(device))}
+        made = {unit.name: unit for unit in units(plan.shards, self.ranks, pick_device(device))}
         sizes = [(name, unit.size) for name, unit in made.items()]
         share = list(self.only or assigned(sizes, self.ranks)[self.rank])
         if unknown := [name for name in share if name not in made]:
@@ -160,7 +159,7 @@ class _RankRun:
     def __init__(
         self,
         plan: Plan,
-        units: dict[str, Shard | Computed],
+        units: dict[str, OutputFile],
         stage: RankStage,
         outcome: Outcome,
         device: str,
@@ -170,10 +169,10 @@ class _RankRun:
         self.plan, self.stage, self.outcome = plan, stage, outcome
         self.execution = execution
         self.engine = local(device, workers)
-        self.marks = Marks(stage, outcome, plan.device)
+        self.marks = Marks(stage, outcome, plan.placement.device)
         self.units = units
         needs = plan.needs()
-        self.needs = {name: needs[file_of(unit)] for name, unit in units.items()}
+        self.needs = {name: needs[unit.file] for name, unit in units.items()}
         self.done: set[str] = set()
         self.watch = Watch(stage)
 
@@ -214,14 +213,11 @@ class _RankRun:
         left = [name for name in left if name not in self.done]
         return sorted(left, key=lambda name: (-self.units[name].size, name))
 
-    def _is_done_otherwise(
-        self, unit: Shard | Computed, parts: dict[str, list[tuple[int, int]]]
-    ) -> bool:
+    def _is_done_otherwise(self, unit: OutputFile, parts: dict[str, list[tuple[int, int]]]) -> bool:
         """Whether ranks of another number have made it, in other parts or whole."""
-        file = file_of(unit)
-        if isinstance(unit, Part) and self.stage.marker(file) is not None:
+        if unit.range is not None and self.stage.marker(unit.file) is not None:
             return True
-        return file in parts and tiling(parts[file], unit.layout.size) is not None
+        return unit.file in parts and tiling(parts[unit.file], unit.layout.size) is not None
 
     def _free(self, ready: Sequence[str], pulse: "Pulse") -> str | None:
         """A file that nobody is at: from the end, as its rank begins with the longest; ranks that
@@ -241,7 +237,7 @@ class _RankRun:
             if shared and pulse.is_made(names[0]):
                 raise _Made
 
-        shards: list[Shard | Computed] = [self.units[name] for name in names]
+        shards = [self.units[name] for name in names]
         with contextlib.suppress(_Made):
             self.engine(
                 self.plan,
@@ -322,7 +318,7 @@ class Watch:
 class Pulse:
     """Says every few seconds that this process lives, and shows how far all are together."""
 
-    def __init__(self, stage: RankStage, units: dict[str, Shard | Computed], progress: Progress):
+    def __init__(self, stage: RankStage, units: dict[str, OutputFile], progress: Progress):
         self.stage, self.units, self.progress = stage, units, progress
         self.bytes = self.shown = 0  # of files without a marker; of all ranks, shown so far
         self.made: set[str] = set()

@@ -154,7 +154,7 @@ class _Cluster:
         running = {
             task.remote(*arguments, rank, places, cores, VERSIONS): rank for rank in range(places)
         }
-        made = {unit.file: unit for unit in units(plan.shards, places, torch.device(device))}
+        made = {unit.name: unit for unit in units(plan.shards, places, torch.device(device))}
         known = accepts(plan, hashed=how.hash == "sha256")
         stage = RankStage(Stage(Path(how.out)).control, job.digest, places, accepts=known)
         try:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from adapterkit import dtypes
+from adapterkit.budget import STACKS
 from adapterkit.checkpoint.folder import place_of
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.device import used_here
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
-from adapterkit.plan import HANDED_ON, STACKS
+from adapterkit.plan import HANDED_ON
 from adapterkit.tasks.handoff import HandoffReader
 from adapterkit.tasks.rows import chunks
 from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts

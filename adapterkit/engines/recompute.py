@@ -20,7 +20,7 @@ from adapterkit.engines.computed import in_order
 from adapterkit.engines.file_checks import check_file, check_files
 from adapterkit.engines.reader import LocalReader
 from adapterkit.errors import Damaged, Failed, refuse_all, shown
-from adapterkit.plan import Loaded, Plan, Shard, Step
+from adapterkit.plan import Loaded, Plan, Step
 from adapterkit.receipt import AGAIN, read_receipt
 from adapterkit.tasks.compensated import CompensatedStep, before_rounding
 from adapterkit.tasks.edited import EditedTensor, RequantizedWeight
@@ -125,9 +125,7 @@ class Checked(NamedTuple):
 def _checks(plan: Plan) -> Iterator["_TensorCheck"]:
     """A check of every tensor that a plan does not copy."""
     for shard in plan.shards:
-        if isinstance(shard, Shard):
-            yield from (FloatCheck(step) for step in shard.steps if not step.copied)
-            continue
+        yield from (FloatCheck(step) for step in shard.steps if not step.copied)
         for task in shard.tasks:
             if isinstance(task, EditedTensor):
                 yield FloatCheck(task.step)

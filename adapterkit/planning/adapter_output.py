@@ -18,9 +18,9 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, shown
 from adapterkit.plan import (
     Change,
-    Computed,
     Finalize,
     FromMetrics,
+    OutputFile,
     Plan,
     Task,
     TaskResult,
@@ -28,7 +28,7 @@ from adapterkit.plan import (
 )
 from adapterkit.planning.cards import adapter_card, plain
 from adapterkit.planning.folder_files import Files, adapter_files, as_json
-from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.input_files import plan_of
 from adapterkit.planning.sites import Site, levels_of
 from adapterkit.planning.tokenizer_files import tokenizer_files
 from adapterkit.shared_options import ScaleOptions
@@ -102,7 +102,7 @@ class Output:
     settings: dict[str, Any]  # of its config, without ranks and scales
     summary: str  # for the card
     folder: str = ""  # inside the output
-    # from the tasks in the file's order to `Computed.finalize`
+    # from the tasks in the file's order to `OutputFile.finalize`
     finalize: Callable[[Sequence[Task]], Finalize | None] | None = None
     # one lora_alpha for all, or by target; None: each one's rank, so that scales are 1
     alpha: float | Mapping[str, float] | None = None
@@ -117,7 +117,7 @@ class Output:
         """A file's name in the output."""
         return f"{self.folder}/{name}" if self.folder else name
 
-    def shard(self) -> Computed:
+    def shard(self) -> OutputFile:
         """Its file of weights; `Refused` where the tasks' ranks cannot be finalized."""
         # the wider dtype first, so that no tensor is misaligned
         ordered = sorted(
@@ -139,7 +139,9 @@ class Output:
         elif pairs:
             finalize = _finalize_pairs(ordered, self.modules, pairs)
         made_for = common_fingerprint(self.adapters) or self.base_fingerprint
-        return Computed(self.inside(WEIGHTS), tuple(ordered), metadata_with(made_for), finalize)
+        return OutputFile.computed(
+            self.inside(WEIGHTS), ordered, metadata_with(made_for), finalize=finalize
+        )
 
     def files(self, notes: list[str]) -> Files:
         """Its other files; a tokenizer among them joins the notes."""
@@ -252,22 +254,18 @@ def plan_outputs(
     models: tuple[int, ...] = (),
 ) -> Plan:
     """The plan of adapters made from the inputs, numbered from 0; `models`: `Plan.models`."""
-    folders = tuple(source.folder for source in inputs)
-    headers = header_hashes(dict(enumerate(inputs)))
     files: Files = {}
     for output in outputs:
         files |= output.files(notes)
-    return Plan(
+    return plan_of(
         verb,
         options,
-        folders,
-        headers,
-        identities(folders, headers),
-        tuple(output.shard() for output in outputs),
-        files,
-        decisions,
-        tuple(notes),
-        models,
+        dict(enumerate(inputs)),
+        shards=[output.shard() for output in outputs],
+        files=files,
+        decisions=decisions,
+        notes=notes,
+        models=models,
     )
 
 

@@ -7,11 +7,11 @@ from adapterkit import __version__, dtypes
 from adapterkit.adapters import adapter_config
 from adapterkit.adapters.record import Adapter
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan
+from adapterkit.plan import OutputFile, Plan
 from adapterkit.planning.adapters import delta_problems, read_all, trained_values
 from adapterkit.planning.cards import hub_id_or_name
 from adapterkit.planning.folder_files import as_json
-from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.input_files import plan_of
 from adapterkit.planning.sites import join
 from adapterkit.planning.sources import open_all
 from adapterkit.tasks.experts import StackedExperts
@@ -59,21 +59,14 @@ def plan_arrow(options: Arrow) -> Plan:
     notes = _coverage(tasks, experts)
     receipt_options = options.recipe_options() | {"experts": len(experts)}
     decisions = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in experts]}
-    folders, headers = tuple(a.folder for a in read), header_hashes(dict(enumerate(read)))
-    shard = Computed(WEIGHTS, tuple(tasks))
-    files: dict[str, bytes | CopyFile | FromMetrics] = {
-        CONFIG: as_json(_config(options, experts, general))
-    }
-    return Plan(
+    return plan_of(
         "arrow",
         receipt_options,
-        folders,
-        headers,
-        identities(folders, headers),
-        (shard,),
-        files,
-        decisions,
-        tuple(notes),
+        dict(enumerate(read)),
+        shards=[OutputFile.computed(WEIGHTS, tasks)],
+        files={CONFIG: as_json(_config(options, experts, general))},
+        decisions=decisions,
+        notes=notes,
         models=(),
     )
 

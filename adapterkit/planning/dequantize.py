@@ -11,7 +11,7 @@ from adapterkit.plan import Plan, Step
 from adapterkit.planning.cards import model_card
 from adapterkit.planning.folder_files import as_json, model_files
 from adapterkit.planning.gaps import check_gaps
-from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.input_files import plan_of
 from adapterkit.planning.model_output import plan_shard, plan_shards_of_size
 from adapterkit.planning.sources import open_model
 from adapterkit.verbs.dequantize import Dequantize
@@ -64,20 +64,18 @@ def plan_dequantize(options: Dequantize) -> Plan:
             for name, group in steps.items()
             if group
         ]
-    headers = header_hashes({0: original}, configs=(0,))
     decisions = {"dequantised": len(packed)}
     card, omit = model_card(original, "decoded to floats"), quantization_files(base.tensors)
     files = model_files(original, config, shards, card, omit=omit)
-    return Plan(
+    return plan_of(
         "dequantize",
         options.recipe_options(),
-        (folder,),
-        headers,
-        identities((folder,), headers),
-        tuple(shards),
-        files,
-        decisions,
-        tuple(notes),
+        {0: original},
+        configs=(0,),
+        shards=shards,
+        files=files,
+        decisions=decisions,
+        notes=notes,
     )
 
 
@@ -97,16 +95,12 @@ def _plan_gguf(folder: Folder, name: str, options: Dequantize) -> Plan:
         | model.texts
         | {"config.json": as_json(config)}
     )
-    headers = header_hashes({0: base})
-    decisions, notes = {"dequantised": len(steps)}, tuple(model.notes)
-    return Plan(
+    return plan_of(
         "dequantize",
         options.recipe_options(),
-        (folder,),
-        headers,
-        identities((folder,), headers),
-        shards,
-        files,
-        decisions,
-        notes,
+        {0: base},
+        shards=shards,
+        files=files,
+        decisions={"dequantised": len(steps)},
+        notes=model.notes,
     )

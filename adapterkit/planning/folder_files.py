@@ -11,7 +11,7 @@ from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.stage import RECEIPT
-from adapterkit.plan import Computed, CopyFile, FromMetrics, Shard
+from adapterkit.plan import CopyFile, FromMetrics, OutputFile
 
 WEIGHTS = (
     ".safetensors",
@@ -35,7 +35,7 @@ Files = dict[str, bytes | CopyFile | FromMetrics]
 def model_files(
     base: Checkpoint,
     config: dict[str, Any],
-    shards: Sequence[Shard | Computed],
+    shards: Sequence[OutputFile],
     card: str,
     *,
     tokenizer: Mapping[str, CopyFile] | None = None,
@@ -92,19 +92,17 @@ def _layer_folders(base: Checkpoint) -> tuple[str, ...]:
     return tuple(f"{path}/" for path in paths if isinstance(path, str) and path)
 
 
-def _index(
-    base: Checkpoint, names: list[str], shards: Sequence[Shard | Computed]
-) -> bytes | FromMetrics:
+def _index(base: Checkpoint, names: list[str], shards: Sequence[OutputFile]) -> bytes | FromMetrics:
     """The index: each key's file, and the total size, which is known once computed files are
     written."""
     content = partial(_index_content, names, shards, base.index)
-    is_final = not any(isinstance(shard, Computed) for shard in shards)
+    is_final = not any(shard.tasks for shard in shards)
     return content({}, 0) if is_final else FromMetrics(content)
 
 
 def _index_content(
     names: Sequence[str],
-    shards: Sequence[Shard | Computed],
+    shards: Sequence[OutputFile],
     original: dict[str, Any] | None,
     metrics: dict[str, dict],
     grown: int,

@@ -15,11 +15,11 @@ from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.inits import created_init
 from adapterkit.inits.protocol import ComputedInit, Initialization, RedistributingInit
 from adapterkit.options import flag_of
-from adapterkit.plan import Computed, Plan, Shard, Task, no_warnings
+from adapterkit.plan import OutputFile, Plan, Task, no_warnings
 from adapterkit.planning import adapter_output
 from adapterkit.planning.folder_files import Files
 from adapterkit.planning.initial_targets import InitialTarget, find_targets
-from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.input_files import plan_of
 from adapterkit.planning.model_output import planned_fingerprint
 from adapterkit.planning.quantization import plan_quantization
 from adapterkit.planning.residual import (
@@ -77,18 +77,15 @@ def plan_init(options: Init) -> Plan:
         copy = _adapter(base, initial, targets, options, method, f"{ADAPTER}/{INITIAL}")
         shards, files = [*shards, copy.shard()], files | copy.files(notes)
     inputs = {number: one for number, one in enumerate((base, statistics)) if one is not None}
-    headers = header_hashes(inputs, configs=(0,))
-    folders = tuple(one.folder for one in inputs.values())
-    return Plan(
+    return plan_of(
         "init",
         options.recipe_options(),
-        folders,
-        headers,
-        identities(folders, headers),
-        tuple(shards),
-        files,
-        decisions,
-        tuple(notes),
+        inputs,
+        configs=(0,),
+        shards=shards,
+        files=files,
+        decisions=decisions,
+        notes=notes,
         models=tuple(inputs),
         warn=warn,
     )
@@ -126,7 +123,7 @@ def _residual(
     adapter: adapter_output.Output,
     notes: list[str],
     decisions: dict[str, Any],
-) -> tuple[tuple[Shard | Computed, ...], Files]:
+) -> tuple[tuple[OutputFile, ...], Files]:
     """The files of the base that is left."""
     if options.quantize:
         quantization = plan_quantization(

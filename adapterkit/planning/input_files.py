@@ -1,7 +1,9 @@
-"""Hashes and identities of the input files, by which a resumed job recognizes them."""
+"""The plan of a job with these inputs; hashes and identities of their files, by which a resumed job
+recognizes them."""
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from adapterkit.adapters.keys import CONFIG, WEIGHTS
 from adapterkit.adapters.record import Adapter
@@ -9,8 +11,41 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.reader import Identity, identity
 from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.plan import OutputFile, Plan, no_warnings
+from adapterkit.planning.folder_files import Files
 
 Inputs = Mapping[int, Checkpoint | Adapter]  # by their numbers
+
+
+def plan_of(
+    verb: str,
+    options: dict[str, Any],
+    inputs: Inputs,
+    *,
+    shards: Iterable[OutputFile],
+    files: Files,
+    decisions: dict[str, Any],
+    notes: Iterable[str] = (),
+    configs: Collection[int] = (),
+    models: Sequence[int] = (0,),
+    warn: Callable[[dict[str, dict]], list[str]] = no_warnings,
+) -> Plan:
+    """The plan of a job; `configs` as of `header_hashes`, the rest as of `Plan`."""
+    folders = tuple(source.folder for source in inputs.values())
+    headers = header_hashes(inputs, configs)
+    return Plan(
+        verb=verb,
+        options=options,
+        folders=folders,
+        headers=headers,
+        identities=identities(folders, headers),
+        shards=tuple(shards),
+        files=files,
+        decisions=decisions,
+        notes=tuple(notes),
+        models=tuple(models),
+        warn=warn,
+    )
 
 
 def header_hashes(inputs: Inputs, configs: Collection[int] = ()) -> dict[tuple[int, str], str]:

@@ -12,9 +12,9 @@ from adapterkit.adapters.targets import Patterns
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import WARNING, AdapterkitError, Refused, refuse_all, shown
-from adapterkit.plan import Computed, Plan, Task
+from adapterkit.plan import OutputFile, Plan, Task
 from adapterkit.planning import adapter_output
-from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.input_files import plan_of
 from adapterkit.planning.model_output import QuantizedModel, planned_fingerprint
 from adapterkit.planning.quantization import plan_quantization
 from adapterkit.planning.readings import rule_readings
@@ -57,27 +57,24 @@ def plan_loftq(options: Loftq) -> Plan:
         shards, files = (output.shard(),), output.files(notes)
     else:
         shards, files, notes, decisions = _plan_base_and_adapter(base, stats_checkpoint, options)
-    inputs = (base, *others)
-    headers = header_hashes(dict(enumerate(inputs)), configs=(0,))
-    folders = tuple(one.folder for one in inputs)
-    return Plan(
+    inputs = dict(enumerate((base, *others)))
+    return plan_of(
         "loftq",
         options.recipe_options(),
-        folders,
-        headers,
-        identities(folders, headers),
-        shards,
-        files,
-        decisions,
-        tuple(notes),
-        models=tuple(range(len(folders))),
+        inputs,
+        configs=(0,),
+        shards=shards,
+        files=files,
+        decisions=decisions,
+        notes=notes,
+        models=tuple(inputs),
         warn=_warnings,
     )
 
 
 def _plan_base_and_adapter(
     base: Checkpoint, stats: Checkpoint | None, options: Loftq
-) -> tuple[tuple[Computed, ...], dict[str, Any], list[str], dict[str, Any]]:
+) -> tuple[tuple[OutputFile, ...], dict[str, Any], list[str], dict[str, Any]]:
     """The files of the packed base and of the adapter beside it: computed ones, others, notes, and
     metrics of the plan."""
     to, rules = (MIXED if options.bits_for else BITS)[options.bits], _rules(options)

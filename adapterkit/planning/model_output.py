@@ -10,7 +10,7 @@ from adapterkit.checkpoint.header import Header
 from adapterkit.checkpoint.layout import ShardLayout, Stored, grouped, like_base
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import WARNING, shown
-from adapterkit.plan import Computed, Shard, Step, Task
+from adapterkit.plan import OutputFile, Step, Task
 from adapterkit.planning.cards import model_card
 from adapterkit.planning.folder_files import Files, model_files
 from adapterkit.tasks.common import CopiedTensor
@@ -25,10 +25,10 @@ CHANGED_BY = "adapterkit_changed_by"
 LEAST_SURVIVAL = {"quantized": 0.5, "float": 0.8}
 
 
-def planned_fingerprint(shards: Sequence[Shard | Computed]) -> str | None:
+def planned_fingerprint(shards: Sequence[OutputFile]) -> str | None:
     """The fingerprint, without values, of a base of these files; None where the shape of one of
     their tensors depends on the values."""
-    if any(isinstance(shard, Computed) and shard.variable_size for shard in shards):
+    if any(shard.variable_size for shard in shards):
         return None
     return of_headers(stored for shard in shards for stored in shard.layout.tensors)
 
@@ -44,7 +44,7 @@ class QuantizedModel:
     folder: str = ""
     changed_by: str = ""  # the verb whose adapter goes with it, for the files' metadata
 
-    def shards(self) -> tuple[Computed, ...]:
+    def shards(self) -> tuple[OutputFile, ...]:
         """Its files of weights, named as the base's."""
         groups: dict[str, list[Task]] = {name: [] for name in self.base.shards}
         for key, spec in self.base.tensors.items():
@@ -52,9 +52,9 @@ class QuantizedModel:
         prefix = f"{self.folder}/" if self.folder else ""
         changed_by = {CHANGED_BY: self.changed_by} if self.changed_by else {}
         return tuple(
-            Computed(
+            OutputFile.computed(
                 prefix + name,
-                tuple(sorted(tasks, key=lambda task: task.name)),
+                sorted(tasks, key=lambda task: task.name),
                 (self.base.shards[name].metadata or {"format": "pt"}) | changed_by,
                 safetensors_order=True,
             )
@@ -117,7 +117,7 @@ def rounding_warnings(metrics: dict[str, dict], compat: str | None = None) -> li
 
 def plan_shard(
     name: str, steps: Sequence[Step], header: Header, *, keep_format: bool
-) -> Shard | Computed:
+) -> OutputFile:
     """One output file of these steps, quantized weights in their format or as floats; streamed
     where nothing is decoded. `header`: of the base's file."""
     if keep_format and not any(
@@ -130,33 +130,33 @@ def plan_shard(
         plain.sort(key=lambda step: order.get(step.key, header.tensors[-1].stop))
         stored = [Stored(step.key, step.dtype, step.shape) for step in plain]
         layout = like_base(name, stored, header)
-        return Shard(layout, tuple(by_key[tensor.key] for tensor in layout.tensors))
+        return OutputFile(layout, tuple(by_key[tensor.key] for tensor in layout.tensors))
     tasks = sorted(
         (task for step in steps for task in _tasks(step, keep_format=keep_format)),
         key=lambda task: task.name,
     )
     # torchao's metadata say how tensors are quantized: not of floats
     metadata = header.metadata if keep_format else {"format": header.metadata.get("format", "pt")}
-    return Computed(name, tuple(tasks), metadata or {"format": "pt"}, safetensors_order=True)
+    return OutputFile.computed(name, tasks, metadata or None, safetensors_order=True)
 
 
 def plan_laid_out(
     layout: ShardLayout, steps: Sequence[Step], metadata: dict[str, str]
-) -> Shard | Computed:
+) -> OutputFile:
     """One output file of these steps of floats, in this order; streamed where none is rounded with
     compensation."""
     if not any(step.compensation for step in steps):
-        return Shard(layout, tuple(steps))
+        return OutputFile(layout, tuple(steps))
     tasks = [task for step in steps for task in _tasks(step, keep_format=False)]
-    return Computed(layout.file, tuple(tasks), metadata)
+    return OutputFile.computed(layout.file, tasks, metadata)
 
 
-def plan_shards_of_size(steps: Sequence[Step], limit: int) -> tuple[Computed, ...]:
+def plan_shards_of_size(steps: Sequence[Step], limit: int) -> tuple[OutputFile, ...]:
     """Files of at most `limit` bytes of these steps, quantized weights as floats."""
     tasks = [task for step in steps for task in _tasks(step, keep_format=False)]
     sizes = [sum(stored.nbytes for stored in task.max_outputs) for task in tasks]
     return tuple(
-        Computed(name, tuple(group), safetensors_order=True)
+        OutputFile.computed(name, group, safetensors_order=True)
         for name, group in grouped(tasks, sizes, limit).items()
     )
 

@@ -10,7 +10,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import Refused, shown
 
 if TYPE_CHECKING:
-    from adapterkit.plan import Computed, Plan
+    from adapterkit.plan import OutputFile, Plan
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,15 @@ def planned_folder(out: str, plan: "Plan", source: str) -> PlannedFolder | None:
     files depend on values, and for one file of a folder. `Refused` where it will write nothing
     there."""
     # here, so that headers of models are read without torch
-    from adapterkit.plan import Computed, CopyFile, FromMetrics
+    from adapterkit.plan import CopyFile, FromMetrics
 
     metrics: dict[str, dict[str, Any]] = {}
     contents: dict[str, _File] = {}
     for shard in plan.shards:
-        if isinstance(shard, Computed):
-            foreseen = _foreseen(shard)
-            if foreseen is None:
-                return None
-            metrics |= foreseen
+        foreseen = _foreseen(shard)
+        if foreseen is None:
+            return None
+        metrics |= foreseen
         contents[shard.file] = _Weights(shard.layout.header, shard.layout.size)
     for name, content in plan.files.items():
         if isinstance(content, FromMetrics):
@@ -135,10 +134,10 @@ def planned_folder(out: str, plan: "Plan", source: str) -> PlannedFolder | None:
     return folder
 
 
-def _foreseen(file: "Computed") -> dict[str, dict[str, Any]] | None:
+def _foreseen(file: "OutputFile") -> dict[str, dict[str, Any]] | None:
     """The metrics of a file's tasks, as far as small files need them; None where values decide
     about its header."""
-    if file.safetensors_order or file.lay_out is not None:
+    if file.sizes_are_planned:
         return None if file.variable_size else {}
     if file.finalize is not None:
         return None

@@ -3,7 +3,7 @@
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import listed, refuse_all
 from adapterkit.plan import Compensation, Plan, Span, Task
-from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.input_files import plan_of
 from adapterkit.planning.model_output import QuantizedModel
 from adapterkit.planning.quantization import QuantizationPlan, plan_quantization
 from adapterkit.planning.sources import open_model, open_statistics
@@ -30,23 +30,18 @@ def plan_quantize(options: Quantize) -> Plan:
     receipt_options = options.recipe_options()
     if options.rounding == "nearest":
         del receipt_options["rounding"]
-    folders = tuple(one.folder for one in inputs)
-    headers = header_hashes(dict(enumerate(inputs)), configs=(0,))
     decisions = {"left_out": sorted(quantization.skipped), "quantised": len(quantization.quantized)}
     quantization.notes.extend(quantization.size_notes())
-    shards, files = output.shards(), output.files(f"quantized to {options.to}")
-    file_ids = identities(folders, headers)
-    return Plan(
+    return plan_of(
         "quantize",
         receipt_options,
-        folders,
-        headers,
-        file_ids,
-        shards,
-        files,
-        decisions,
-        tuple(quantization.notes),
-        models=tuple(range(len(folders))),
+        dict(enumerate(inputs)),
+        configs=(0,),
+        shards=output.shards(),
+        files=output.files(f"quantized to {options.to}"),
+        decisions=decisions,
+        notes=quantization.notes,
+        models=range(len(inputs)),
     )
 
 

@@ -11,7 +11,7 @@ from adapterkit import dtypes
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused
-from adapterkit.plan import Computed, Shard
+from adapterkit.plan import OutputFile
 from adapterkit.planning.cards import model_card
 from adapterkit.planning.folder_files import Files, model_files
 from adapterkit.planning.initial_targets import InitialTarget
@@ -62,7 +62,7 @@ def planned_adapter(config: bytes, targets: Sequence[InitialTarget], dtype: str)
 
 def plan_residual(
     base: Checkpoint, adapter: Adapter, method: str, notes: list[str]
-) -> tuple[tuple[Shard | Computed, ...], Files]:
+) -> tuple[tuple[OutputFile, ...], Files]:
     """The files of W - scale·b@a in the base's own dtypes and formats: shards, and the others.
 
     `Refused` where the factors cannot be taken out of a stored weight."""
@@ -85,7 +85,7 @@ def plan_quantized_residual(
     quantization: QuantizationPlan,
     targets: Sequence[InitialTarget],
     method: str,
-) -> tuple[tuple[Shard | Computed, ...], Files]:
+) -> tuple[tuple[OutputFile, ...], Files]:
     """The same, quantized; weights without factors are quantized plainly."""
     others = [target for target in targets if target.name not in quantization.linear]
     if others:

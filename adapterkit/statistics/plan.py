@@ -92,7 +92,15 @@ class StatisticsPlan:
     def recipe(self) -> dict[str, Any]:
         """What makes two jobs the same: version, options, inputs, samples."""
         options = {key: value for key, value in vars(self.options).items() if value is not None}
-        job = Plan("stats", options, self.folders, self.headers, self.identities, (), {})
+        job = Plan(
+            verb="stats",
+            options=options,
+            folders=self.folders,
+            headers=self.headers,
+            identities=self.identities,
+            shards=(),
+            files={},
+        )
         return json.loads(json.dumps(job.recipe() | {"data": self.data}))  # as it is read again
 
     def totals(self) -> dict[str, int]:

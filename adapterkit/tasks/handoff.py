@@ -21,7 +21,7 @@ from adapterkit.checkpoint.shard_result import read_result
 from adapterkit.checkpoint.stage import HANDOFF, Workspace
 from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.errors import Unrecoverable, shown
-from adapterkit.plan import HANDED_ON, Computed, TaskResult
+from adapterkit.plan import HANDED_ON, OutputFile, TaskResult
 from adapterkit.tasks.common import FactorsTask
 from adapterkit.tasks.rows import byte_view
 from adapterkit.weights.reader import Reader
@@ -83,7 +83,7 @@ class HandoffFactors(FactorsTask):
 class HandoffWriter:
     """Writes the handoff of one output file; without one there is no file."""
 
-    def __init__(self, stage: Workspace, file: Computed):
+    def __init__(self, stage: Workspace, file: OutputFile):
         self.stage, self.name = stage, file.file + HANDOFF
         self.file: ShardFile | None = None
         self.position = 0

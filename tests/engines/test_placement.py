@@ -10,7 +10,7 @@ from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored, laid_out
 from adapterkit.engines.placement import Capacity, fitting, place, prefers_card
-from adapterkit.plan import Computed, Plan, Shard, Step, Task, TaskResult
+from adapterkit.plan import OutputFile, Plan, Step, Task, TaskResult
 from adapterkit.tasks.edits import AddLowRank, Block, PlacedFactors
 from adapterkit.weights.reader import Reader
 from tests.golden import inputs
@@ -36,11 +36,13 @@ def merge_of(count: int, rank: int) -> Plan:
     """A merge of so many weights of 268 million elements."""
     steps = tuple(step(number, rank) for number in range(count))
     stored = [Stored(one.key, one.dtype, one.shape) for one in steps]
-    return plan_of(Shard(laid_out("model.safetensors", stored, {}), steps))
+    return plan_of(OutputFile(laid_out("model.safetensors", stored, {}), steps))
 
 
-def plan_of(*shards: Shard | Computed) -> Plan:
-    return Plan("merge", {}, (), {}, {}, shards, {})
+def plan_of(*shards: OutputFile) -> Plan:
+    return Plan(
+        verb="merge", options={}, folders=(), headers={}, identities={}, shards=shards, files={}
+    )
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,12 @@ def test_a_merge_takes_a_card_where_arithmetic_is_longer_than_the_disk(
 
 def test_tasks_take_a_card_with_room():
     light, heavy = Worth("light", False, 1 << 20), Worth("heavy", True, 1 << 30)
-    assert not prefers_card(plan_of(Computed("a", (light,))), Capacity(1, CARD))
-    plan = plan_of(Computed("a", (light, heavy)))
+    assert not prefers_card(plan_of(OutputFile.computed("a", (light,))), Capacity(1, CARD))
+    plan = plan_of(OutputFile.computed("a", (light, heavy)))
     assert prefers_card(plan, Capacity(64, CARD))
     assert not prefers_card(plan, Capacity(64, (8 << 30) - 1))
     assert not prefers_card(
-        plan_of(Computed("a", (Worth("huge", True, CARD),))), Capacity(64, CARD)
+        plan_of(OutputFile.computed("a", (Worth("huge", True, CARD),))), Capacity(64, CARD)
     )
 
 
@@ -125,10 +127,10 @@ def test_auto_decides_by_the_plan(verb: str, kind: str, tmp_path: Path):
             "merge": {}, "combine": {"method": "ties", "density": 0.5}, "quantize": {"to": "nf4"}
         }[verb]  # fmt: skip
         plan = getattr(adapterkit, verb)(*arguments, out="out", dry_run=True, **options)
-        assert plan.device == "cpu"  # there is no card
+        assert plan.placement.device == "cpu"  # there is no card
         with installed(Card()) as card:
             placed, device = place(plan, "auto")
             assert device == kind
-            assert placed.device.split()[0] == kind
+            assert placed.placement.device.split()[0] == kind
             card.memory = 1 << 30  # too little
             assert place(plan, "auto")[1] == "cpu"

@@ -21,7 +21,7 @@ LEVELS = [
     "runtime",
     "planning reports engines statistics",
     "tasks",
-    "execute receipt plan",
+    "execute receipt plan budget",
     "verbs",
     "verb",
     "run_options",

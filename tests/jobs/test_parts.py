@@ -14,7 +14,6 @@ from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines import pieces, rank_parts
 from adapterkit.engines.local import local
-from adapterkit.engines.pieces import Part
 from adapterkit.engines.rank_parts import tiling, units
 from adapterkit.engines.ray_parts import Joiner, longest_first
 from adapterkit.errors import Failed, Refused
@@ -53,14 +52,14 @@ def test_a_file_is_cut_between_pieces(large, monkeypatch, ranks: int):
     """All bytes once, in parts of about the same size."""
     plan = small_pieces(large, monkeypatch)
     assert units(plan.shards, 1, CPU) == list(plan.shards)
-    parts = [unit for unit in units(plan.shards, ranks, CPU) if isinstance(unit, Part)]
+    parts = [unit for unit in units(plan.shards, ranks, CPU) if unit.range]
     size = plan.shards[0].size
     assert 2 <= len(parts) <= ranks and sum(part.size for part in parts) == size
-    edges = [edge for part in parts for edge in (part.start, part.stop)]
+    edges = [edge for part in parts for edge in part.range or ()]
     assert edges[0] == 0 and edges[-1] == size and edges[1:-1:2] == edges[2:-1:2]
     assert max(part.size for part in parts) <= size / min(ranks, 8) + 4096
     monkeypatch.setattr(rank_parts, "MOST", 8000)
-    parts = [unit for unit in units(plan.shards, ranks, CPU) if isinstance(unit, Part)]
+    parts = [unit for unit in units(plan.shards, ranks, CPU) if unit.range]
     assert sum(part.size for part in parts) == size
     assert max(part.size for part in parts) < 8000 + 4096
 
@@ -70,7 +69,7 @@ def test_parts_that_come_in_any_order(large, tmp_path, monkeypatch, hashed: bool
     """As tasks of a cluster give them: joined in the file's order, and removed."""
     plan = small_pieces(large, monkeypatch)
     made = longest_first(units(plan.shards, 5, CPU))
-    assert made == sorted(made, key=lambda part: part.start) and len(made) == 5
+    assert made == sorted(made, key=lambda part: part.range or ()) and len(made) == 5
 
     def make(stage: Stage, shards: list) -> dict[str, ShardResult]:
         found: list[ShardResult] = []
@@ -85,7 +84,7 @@ def test_parts_that_come_in_any_order(large, tmp_path, monkeypatch, hashed: bool
     joiner = Joiner(stage.path, made, "0-1-00000000", hashed=hashed, finished=finished.append)
     for part in reversed(made):
         assert not finished
-        joiner.add(part, results[part.file])
+        joiner.add(part, results[part.name])
         joiner.look()
     joiner.look(wait=True)
     joiner.close()
@@ -98,11 +97,11 @@ def test_a_part_that_is_cut_short_is_no_part(large, tmp_path, monkeypatch):
     plan = small_pieces(large, monkeypatch)
     made, finished = units(plan.shards, 2, CPU), []
     for part in made:
-        (tmp_path / part.file).write_bytes(bytes(part.size))
-    (tmp_path / made[1].file).write_bytes(bytes(made[1].size - 1))
+        (tmp_path / part.name).write_bytes(bytes(part.size))
+    (tmp_path / made[1].name).write_bytes(bytes(made[1].size - 1))
     joiner = Joiner(tmp_path, made, "0-1-00000000", hashed=True, finished=finished.append)
     for part in made:
-        joiner.add(part, ShardResult(part.file, part.size, None, {}, {}))
+        joiner.add(part, ShardResult(part.name, part.size, None, {}, {}))
     with pytest.raises(Failed, match="shorter than what was written"):
         joiner.look(wait=True)
     joiner.close()

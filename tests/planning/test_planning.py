@@ -19,7 +19,7 @@ from adapterkit.engines.computed import _SortedPlaces
 from adapterkit.engines.local import local
 from adapterkit.errors import Damaged, Unrecoverable
 from adapterkit.execute import run
-from adapterkit.plan import Computed
+from adapterkit.plan import OutputFile
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.decoded import decoded_view, quantized_weights
@@ -206,7 +206,9 @@ class Texts:
 
 
 def test_places_after_texts_of_other_sizes():
-    file = Computed("x", tuple(Texts(f"w{i:03}") for i in range(50)), safetensors_order=True)
+    file = OutputFile.computed(
+        "x", tuple(Texts(f"w{i:03}") for i in range(50)), safetensors_order=True
+    )
     places, at, draw = _SortedPlaces(file), len(file.layout.header), random.Random(0)
     for stored in file.layout.tensors:
         nbytes = stored.nbytes + (draw.randint(-50, 50) if stored.key.endswith(".text") else 0)
@@ -216,7 +218,7 @@ def test_places_after_texts_of_other_sizes():
 
 
 def test_a_place_before_what_varies_is_known_is_a_bug():
-    file = Computed("x", (Texts("w0"), Texts("w1")), safetensors_order=True)
+    file = OutputFile.computed("x", (Texts("w0"), Texts("w1")), safetensors_order=True)
     for number in (2, 3):  # w1 and its text, before w0's text
         with pytest.raises(AssertionError, match="made before"):
             _SortedPlaces(file).next(file.layout.tensors[number])

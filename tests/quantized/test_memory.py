@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import adapterkit
 from adapterkit.adapters.factors import Factors
+from adapterkit.budget import BUFFERS
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.reader import Sources
@@ -22,7 +23,7 @@ from adapterkit.engines.computed import in_order
 from adapterkit.engines.reader import LocalReader
 from adapterkit.errors import Refused
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.plan import BUFFERS, Step
+from adapterkit.plan import Step
 from adapterkit.tasks import edited, rows
 from adapterkit.tasks.edits import AddLowRank, Block, Decompose, PlacedFactors
 from adapterkit.weights.codec import PlainWeight, QuantizedWeight

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from adapterkit.plan import Computed, Plan, Shard
+from adapterkit.plan import Plan
 from adapterkit.receipt import digest, public_recipe
 from tests.golden import jobs
 
@@ -17,15 +17,8 @@ def said(plan: Plan) -> dict[str, Any]:
         "fingerprint": digest(public_recipe(document["recipe"])),
         "decisions": document["decisions"],
         "headers": [hashlib.sha256(shard.layout.header).hexdigest() for shard in plan.shards],
-        "steps": [
-            repr(step) for shard in plan.shards if isinstance(shard, Shard) for step in shard.steps
-        ],
-        "tasks": [
-            repr(task)
-            for shard in plan.shards
-            if isinstance(shard, Computed)
-            for task in shard.tasks
-        ],
+        "steps": [repr(step) for shard in plan.shards for step in shard.steps],
+        "tasks": [repr(task) for shard in plan.shards for task in shard.tasks],
         "files": {n: str(f) if isinstance(f, bytes) else "" for n, f in plan.files.items()},
         "totals": plan.totals(),
         "notes": list(plan.notes),

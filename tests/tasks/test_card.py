@@ -9,7 +9,7 @@ import torch
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.reader import LocalReader
-from adapterkit.plan import Computed, Plan, Task, TaskResult
+from adapterkit.plan import Plan, Task, TaskResult
 from tests.support.card import DEVICE, Card, installed
 from tests.tasks.test_laws import CLASSES, Handoffs, compute
 
@@ -21,7 +21,7 @@ def cases(wide_plans: dict[str, Plan]) -> dict[type[Task], list[Case]]:
     """For each class one task of each plan that has some, with the handoffs that it reads."""
     found: dict[type[Task], list[Case]] = {}
     for plan in wide_plans.values():
-        tasks = [t for shard in plan.shards if isinstance(shard, Computed) for t in shard.tasks]
+        tasks = [t for shard in plan.shards for t in shard.tasks]
         for task in {type(task): task for task in tasks}.values():
             found.setdefault(type(task), []).append((plan, task, Handoffs(plan, tasks)))
     return found

@@ -17,7 +17,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.local import LocalReader
-from adapterkit.plan import Computed, Plan, Task, TaskResult
+from adapterkit.plan import Plan, Task, TaskResult
 from adapterkit.tasks.edited import stored_parts
 
 # Bytes beyond a claim: blocks of a constant size, in which most tasks work through a weight, and
@@ -113,7 +113,7 @@ def cases(wide_plans: dict[str, Plan]) -> dict[type[Task], list[tuple[Plan, Task
     """For each class one task of each plan that has some, with the handoffs that it reads."""
     found: dict[type[Task], list[tuple[Plan, Task, Handoffs]]] = {}
     for plan in wide_plans.values():
-        tasks = [t for shard in plan.shards if isinstance(shard, Computed) for t in shard.tasks]
+        tasks = [t for shard in plan.shards for t in shard.tasks]
         last = {(type(task), getattr(task, "checked", None)): task for task in tasks}
         for (cls, _), task in last.items():
             found.setdefault(cls, []).append((plan, task, Handoffs(plan, tasks)))

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit import plan
+from adapterkit.budget import STACKS
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines import reader
@@ -345,7 +345,7 @@ def quantized_experts(folder):
 
 def test_stacks_are_bounded_but_for_the_last_ones():
     stacks, result = reader.SharedStacks(), Counter()
-    specs = [TensorSpec(str(i), "F32", (1,), "", 0, plan.STACKS) for i in range(5)]
+    specs = [TensorSpec(str(i), "F32", (1,), "", 0, STACKS) for i in range(5)]
 
     def get(i):
         stacks.get(specs[i], lambda: (result.update([i]), torch.ones(1))[1])

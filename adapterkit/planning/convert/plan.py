@@ -24,7 +24,7 @@ from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
 from adapterkit.formats.tensors import Scaled
 from adapterkit.formats.write import File, write
 from adapterkit.gguf.adapter import gguf_layout
-from adapterkit.plan import Computed, Plan
+from adapterkit.plan import OutputFile, Plan
 from adapterkit.planning.convert.base_shapes import parameter_problems, shape_problems
 from adapterkit.planning.convert.folder import files_of, left_beside
 from adapterkit.planning.convert.lossy import lowered, without_zeros
@@ -184,7 +184,7 @@ def _plan(
     name = file or form.file.name
     folders = contents.folders if base is None else (*contents.folders, base.folder)
     lay_out = LAYOUTS.get(form.file.container)
-    shard = Computed(
+    shard = OutputFile.computed(
         name,
         tasks_of(written.tensors),
         dict(written.metadata),
@@ -210,15 +210,15 @@ def _plan(
         "folded": dict(written.folded),
     }
     return Plan(
-        "convert",
-        {name: value for name, value in vars(options).items() if value not in (None, False)},
-        folders,
-        dict(contents.headers),
-        identities(folders, contents.headers),
-        (shard,),
-        files,
-        decisions,
-        notes,
+        verb="convert",
+        options={key: value for key, value in vars(options).items() if value not in (None, False)},
+        folders=folders,
+        headers=dict(contents.headers),
+        identities=identities(folders, contents.headers),
+        shards=(shard,),
+        files=files,
+        decisions=decisions,
+        notes=notes,
         models=() if base is None else (len(folders) - 1,),
     )
 

@@ -15,12 +15,12 @@ from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath, parse_size
 from adapterkit.patterns import similar_names
-from adapterkit.plan import Computed, Plan, Shard, Step
+from adapterkit.plan import OutputFile, Plan, Step
 from adapterkit.planning.cards import merged_card
 from adapterkit.planning.folder_files import model_files
 from adapterkit.planning.gaps import check_gaps
 from adapterkit.planning.history import history_notes, merged_adapters
-from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.input_files import plan_of
 from adapterkit.planning.merge.changes import collect_changes
 from adapterkit.planning.merge.compensation import with_compensation
 from adapterkit.planning.merge.job import Job
@@ -295,8 +295,6 @@ def _plan(job: Job, steps: Steps, stats: Checkpoint | None) -> Plan:
     inputs: dict[int, Checkpoint | Adapter] = {0: job.original}
     inputs |= {adapter.number: adapter for adapter in job.adapters}
     inputs |= {} if stats is None else {len(inputs): stats}
-    folders = tuple(source.folder for source in inputs.values())
-    headers = header_hashes(inputs, configs=(0,))
     if job.options.dtype:
         name = dtypes.CONFIG_NAME[dtypes.parse(job.options.dtype)]
         for key in ("dtype", "torch_dtype"):
@@ -317,22 +315,21 @@ def _plan(job: Job, steps: Steps, stats: Checkpoint | None) -> Plan:
         decisions["held"] = [adapter._asdict() for adapter in job.merged_before]
     options = {k: v for k, v in vars(job.options).items() if v not in (None, False)}
     options["weights"] = job.weights
-    return Plan(
+    return plan_of(
         "merge",
         options,
-        folders,
-        headers,
-        identities(folders, headers),
-        shards,
-        files,
-        decisions,
-        tuple(job.notes),
-        models=(0,) if stats is None else (0, len(folders) - 1),
+        inputs,
+        configs=(0,),
+        shards=shards,
+        files=files,
+        decisions=decisions,
+        notes=job.notes,
+        models=(0,) if stats is None else (0, len(inputs) - 1),
         warn=partial(rounding_warnings, compat=job.options.compat),
     )
 
 
-def _shards(job: Job, steps: Steps) -> tuple[Shard | Computed, ...]:
+def _shards(job: Job, steps: Steps) -> tuple[OutputFile, ...]:
     limit = job.options.max_shard_size
     limit = parse_size("max_shard_size", limit) if limit else None
     keep_format = not job.options.dequantize

@@ -1,0 +1,30 @@
+"""How much memory a job takes: what is in memory at a time on the local engine."""
+
+from collections import deque
+from collections.abc import Iterable
+
+from adapterkit.checkpoint.system import cores
+
+BUFFERS = 32_000_000  # bytes of one worker's buffers
+AHEAD = 2  # tasks for each worker that may wait to be written
+STACKS = 1 << 30  # bytes of shared stacks of experts' factors
+
+
+def factors_memory(sizes: Iterable[int], stacks: int) -> int:
+    """Bytes of the factors that workers are at, of those of each step: the largest ones, one of
+    them while it is read; and stacks that are kept."""
+    largest = sorted(sizes)[-2 * cores() :]
+    return 2 * sum(largest) + 2 * sum(largest[-1:]) + min(STACKS, stacks)
+
+
+def most_together(claims: Iterable[int], budget: int) -> int:
+    """The most bytes of a file's tasks, each with its claim, that are in memory together: those
+    ahead, and the one that is written."""
+    most, in_use, window = 0, 0, deque[int]()
+    for claim in claims:
+        window.append(claim)
+        in_use += claim
+        while len(window) > AHEAD * cores() + 1 or (len(window) > 1 and in_use > budget):
+            in_use -= window.popleft()
+        most = max(most, in_use)
+    return most
