@@ -97,7 +97,7 @@ def run_in(
     on with what is done.
     """
     out = stage.out
-    recipe = json.loads(json.dumps(plan.recipe()))  # as it is read again
+    recipe = plan.recipe()
     fingerprint = fingerprint_of(recipe)
     resume = resume or (push is not None and stage.is_published(recipe))
     stage.state(fingerprint, resume=resume, overwrite=overwrite)  # refuses before anything is made

@@ -7,12 +7,13 @@ refused when a plan exists.
 """
 
 import hashlib
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -360,6 +361,19 @@ class Placement:
     room: int = 0  # bytes of disk that its files take for a time, beside what they are in the end
 
 
+class Collecting(Protocol):
+    """What is collected for a file of statistics (`statistics/plan.py`)."""
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Of what."""
+        ...
+
+    def totals(self, memory: int) -> dict[str, int]:
+        """What a dry run prints, with so many bytes of memory."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A job, complete: inputs, output files, options and decisions for the receipt.
@@ -381,11 +395,13 @@ class Plan:
     models: tuple[int, ...] = (0,)  # inputs too large to be read again for the receipt's hashes
     memory: int | None = None  # bytes for tasks together; None: a quarter of the machine's
     warn: Callable[[dict[str, dict]], list[str]] = no_warnings  # from the measured metrics
+    collection: Collecting | None = None  # of statistics, in the place of output files
     placement: Placement = Placement()
     is_file: bool = False  # the output is its one file, and no folder
 
     def recipe(self) -> dict[str, Any]:
-        """What makes two plans the same: version, verb, options, inputs and output layout."""
+        """What makes two plans the same, as it is read again from a file: version, verb, options,
+        inputs and output layout."""
         inputs: list[dict] = [{"name": f.name, **f.origin, "files": {}} for f in self.folders]
         for (folder, name), sha in sorted(self.headers.items()):
             inputs[folder]["files"][name] = {"header": sha}
@@ -394,13 +410,15 @@ class Plan:
         layout = hashlib.sha256()
         for shard in self.shards:
             layout.update(shard.file.encode() + shard.layout.header)
-        return {
+        recipe = {
             "version": __version__,
             "verb": self.verb,
             "options": self.options,
             "inputs": inputs,
             "layout": layout.hexdigest(),
+            **({} if self.collection is None else {"data": self.collection.data}),
         }
+        return json.loads(json.dumps(recipe))
 
     def needs(self) -> dict[str, tuple[str, ...]]:
         """The files whose handoffs each output file reads: they are made before it."""
@@ -413,6 +431,8 @@ class Plan:
     def totals(self) -> dict[str, Any]:
         """Sizes that a dry run prints: tensors and bytes; exact, but for computed files, where they
         are the most it can be."""
+        if self.collection is not None:
+            return {**self.collection.totals(self.budget), **self.placement.totals}
         tasks = [task for shard in self.shards for task in shard.tasks]
         steps = [
             (step, stored)

@@ -14,7 +14,6 @@ from adapterkit.verb import Verb, WritingVerb, function_of
 if TYPE_CHECKING:
     from adapterkit.plan import Plan
     from adapterkit.receipt import Receipt
-    from adapterkit.statistics.plan import StatisticsPlan
 
 
 def run_verb(
@@ -109,7 +108,7 @@ def print_json(document: dict[str, Any]) -> None:
     click.echo()
 
 
-def print_plan(plan: "Plan | StatisticsPlan", as_json: bool) -> None:
+def print_plan(plan: "Plan", as_json: bool) -> None:
     if as_json:
         print_json(_document(plan))
         return
@@ -125,7 +124,7 @@ def print_plan(plan: "Plan | StatisticsPlan", as_json: bool) -> None:
         click.echo(f"skipped: {text}")
 
 
-def _document(plan: "Plan | StatisticsPlan") -> dict[str, Any]:
+def _document(plan: "Plan") -> dict[str, Any]:
     changed = [
         {
             "key": step.key,

@@ -1,14 +1,13 @@
 """What the processes that write one output have to agree on, and how a plan is handed to them."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from adapterkit.checkpoint.folder import Folder, LocalFolder, original
+from adapterkit.checkpoint.folder import LocalFolder, original
 from adapterkit.checkpoint.rank_stage import RankStage, prepare
-from adapterkit.checkpoint.reader import Identity, identity
+from adapterkit.checkpoint.reader import identity
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines.rank_parts import room
 from adapterkit.errors import Refused
@@ -20,16 +19,6 @@ from adapterkit.run_options import RunOptions
 Check = Callable[[Path], object]
 
 
-class Planned(Protocol):
-    """What a plan says of its inputs."""
-
-    @property
-    def folders(self) -> tuple[Folder, ...]: ...
-    @property
-    def identities(self) -> dict[tuple[int, str], Identity]: ...
-    def recipe(self) -> dict[str, Any]: ...
-
-
 @dataclass(frozen=True)
 class Job:
     """What all processes have to agree on: the public recipe, and which files the inputs are."""
@@ -39,9 +28,9 @@ class Job:
     hash: str
 
     @classmethod
-    def of(cls, plan: Planned, hash: str) -> "Job":
+    def of(cls, plan: Plan, hash: str) -> "Job":
         """The job of a plan, as it is read again from a file."""
-        recipe = public_recipe(json.loads(json.dumps(plan.recipe())))
+        recipe = public_recipe(plan.recipe())
         return cls(recipe, _inputs(plan), hash)
 
     @property
@@ -52,7 +41,7 @@ class Job:
     def digest(self) -> str:
         return digest(vars(self))
 
-    def check(self, plan: Planned) -> None:
+    def check(self, plan: Plan) -> None:
         """`Refused` where a plan made here and now is another job, naming the first difference."""
         now = Job.of(plan, self.hash)
         if now.recipe != self.recipe:
@@ -73,7 +62,7 @@ class Job:
             )
 
 
-def _inputs(plan: Planned) -> dict[str, list[int]]:
+def _inputs(plan: Plan) -> dict[str, list[int]]:
     """Which files the local inputs are; of an adapter that is converted first, its own files."""
     found = {f"{number} {name}": list(known) for (number, name), known in plan.identities.items()}
     for number, folder in enumerate(plan.folders):
@@ -91,11 +80,10 @@ class Preparation:
 
     job: Job | None = None
 
-    def prepare(self, plan: Any, how: RunOptions) -> Any:
+    def prepare(self, plan: Plan, how: RunOptions) -> Plan:
         """Make the stage; the plan, with what ranks need of the disk."""
         job = self.job = Job.of(plan, how.hash)
-        if isinstance(plan, Plan):
-            plan = replace(plan, placement=Placement(room=room(plan.shards)))
+        plan = replace(plan, placement=Placement(room=room(plan.shards)))
         stage = self._stage(plan, Path(how.out))
         options = {"resume": False, "overwrite": how.overwrite}
         stage.state(job.fingerprint, **options)  # refuses before anything is made
@@ -104,21 +92,21 @@ class Preparation:
             self._check_space(plan, stage)
             head = {
                 "fingerprint": job.fingerprint,
-                "recipe": json.loads(json.dumps(plan.recipe())),
+                "recipe": plan.recipe(),
                 "overwrite": stage.replaces,
                 "ranks": True,
             }
             prepare(stage, job.digest, self._files(plan), head)
         return plan
 
-    def _stage(self, plan: Any, out: Path) -> Stage:
+    def _stage(self, plan: Plan, out: Path) -> Stage:
         return Stage(out)
 
-    def _check_space(self, plan: Any, stage: Stage) -> None:
+    def _check_space(self, plan: Plan, stage: Stage) -> None:
         """`Refused` where the disk has no room."""
         check_space(plan, plan.shards, stage)
 
-    def _files(self, plan: Any) -> list[str]:
+    def _files(self, plan: Plan) -> list[str]:
         """What ranks make."""
         return [shard.file for shard in plan.shards]
 

@@ -26,10 +26,7 @@ from adapterkit.plan import CopyFile, Plan
 from adapterkit.planning.converted import ConvertedFolder
 from adapterkit.planning.unpickled import UnpickledFolder
 from adapterkit.receipt import RECEIPT_CHECK, fingerprint_of, read_receipt
-from adapterkit.statistics.plan import StatisticsPlan
 from adapterkit.tasks.statistics import metadata_of
-
-AnyPlan = Plan | StatisticsPlan
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Older:
         entry = self.receipt.get("pipeline")
         return entry if isinstance(entry, dict) else {}
 
-    def is_of(self, plan: AnyPlan) -> bool:
+    def is_of(self, plan: Plan) -> bool:
         """Whether it is, whole, what the plan would write of the inputs as they are now."""
         if self.receipt.get("fingerprint") != fingerprint_of(plan.recipe()) or not self._is_whole():
             return False
@@ -129,13 +126,13 @@ def _hub_id(place: Place) -> ids.HubId:
     return hub_id
 
 
-def can_go_on(place: Place, plan: AnyPlan, overwrite: bool) -> bool:
+def can_go_on(place: Place, plan: Plan, overwrite: bool) -> bool:
     """Whether an interrupted run of this plan can be continued. `Refused` for one of another plan,
     unless it is to be overwritten."""
     for stage in _stages(place):
         entries = stage.journal()
         if entries:
-            recipe = json.loads(json.dumps(plan.recipe()))
+            recipe = plan.recipe()
             if entries[0].get("recipe") == recipe:
                 return True
             if not overwrite:
@@ -143,7 +140,7 @@ def can_go_on(place: Place, plan: AnyPlan, overwrite: bool) -> bool:
     return False
 
 
-def check_room(place: Place, plan: AnyPlan, overwrite: bool) -> None:
+def check_room(place: Place, plan: Plan, overwrite: bool) -> None:
     """`Refused` where the output cannot be written anew at its place."""
     out = Path(place.path)
     if place.repository:  # the Hub is asked when it is carried out
@@ -168,21 +165,18 @@ def _stages(place: Place) -> list[Stage]:
     return [Stage(out), Stage(out.with_name(f".{out.name}.converted"))]
 
 
-def inputs_digest(plan: AnyPlan) -> str:
+def inputs_digest(plan: Plan) -> str:
     """A short hash of the identities of all local files that a plan reads: it changes when one is
     written again, whatever is in it."""
     rows = [identity(os.stat(path)) for path in _local_inputs(plan)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
-def _local_inputs(plan: AnyPlan) -> Iterator[Path]:
+def _local_inputs(plan: Plan) -> Iterator[Path]:
     """The files on this machine that a plan reads."""
-    folders = plan.folders if isinstance(plan, Plan) else (plan.base.folder,)
-    copied = plan.files.values() if isinstance(plan, Plan) else ()
-    names = dict.fromkeys(plan.headers)
-    names |= dict.fromkeys((c.folder, c.name) for c in copied if isinstance(c, CopyFile))
-    for number, name in names:
-        yield from _paths(folders[number], name)
+    copied = [file for file in plan.files.values() if isinstance(file, CopyFile)]
+    for number, name in dict.fromkeys([*plan.headers, *((c.folder, c.name) for c in copied)]):
+        yield from _paths(plan.folders[number], name)
 
 
 def _paths(folder: Folder, name: str) -> Iterator[Path]:

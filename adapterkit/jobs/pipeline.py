@@ -14,7 +14,6 @@ from typing import Any
 
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, shown
 from adapterkit.jobs.older_output import (
-    AnyPlan,
     Older,
     can_go_on,
     check_room,
@@ -49,7 +48,7 @@ class StepRun:
     step: PipelineStep
     mode: Mode | None = None  # None: known when its inputs are there
     damage: str = ""  # what is wrong with the output that is there
-    plan: AnyPlan | None = None
+    plan: Plan | None = None
     outcome: Row = field(default_factory=dict)
 
     @property
@@ -187,7 +186,7 @@ class _Pipeline:
         # an older output is looked at here
         return step.verb(**arguments, overwrite=True)
 
-    def _mode(self, run: StepRun, plan: AnyPlan, *, changes: bool) -> Mode:
+    def _mode(self, run: StepRun, plan: Plan, *, changes: bool) -> Mode:
         """How to write the output; `Refused` where something is in the way that this pipeline did
         not write. `changes`: inputs will be other ones than now."""
         step = run.step
@@ -230,19 +229,14 @@ class _Pipeline:
             return FINISHED
         verb = replace(verb, resume=mode.resume, overwrite=mode.overwrite, progress=self.progress)
         plan = verb.plan()
-        if isinstance(plan, Plan):  # a file of statistics has no such note
-            entry = {
-                "file": shown(self.file.name),
-                "id": self.id,
-                "inputs": inputs_digest(plan),
-            }
-            plan = replace(plan, decisions=plan.decisions | {"pipeline": entry})
+        entry = {"file": shown(self.file.name), "id": self.id, "inputs": inputs_digest(plan)}
+        plan = replace(plan, decisions=plan.decisions | {"pipeline": entry})
         return outcome(verb.carry_out(plan))
 
 
 def _planned(source: Source, other: StepRun) -> PlannedFolder | None:
     """What an earlier step will write where a source is; None where that is not known. `Refused`
     where it will write nothing there."""
-    if not isinstance(other.plan, Plan):
+    if other.plan is None:
         return None
     return planned_folder(other.step.place.text, other.plan, source.place.text)

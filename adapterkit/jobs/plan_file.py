@@ -23,7 +23,6 @@ from adapterkit.jobs.verbs import executors_of, writing_verb
 from adapterkit.options import FILE, StrPath, finite, option_of, own_hints
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
-from adapterkit.statistics.plan import StatisticsPlan
 from adapterkit.verb import WritingVerb, fields_of
 
 VERSION = 1
@@ -44,7 +43,7 @@ class PlanFile:
     job: Job
 
 
-def write_plan(file: StrPath, verb: str, *sources: Any, **options: Any) -> Plan | StatisticsPlan:
+def write_plan(file: StrPath, verb: str, *sources: Any, **options: Any) -> Plan:
     """Plan a verb's call for several processes: writes `file`, for `run` and `finish`, and makes
     the stage beside the output; the plan.
 
@@ -60,7 +59,7 @@ def write_plan(file: StrPath, verb: str, *sources: Any, **options: Any) -> Plan 
     preparation = executors_of(call).preparation()
     plan = in_place(call.plan(), call, preparation.prepare)
     assert not isinstance(plan, Receipt) and preparation.job is not None
-    job, needs = preparation.job, plan.needs() if isinstance(plan, Plan) else {}
+    job, needs = preparation.job, plan.needs()
     _write(
         path,
         {

@@ -7,7 +7,6 @@ from typing import Any
 from adapterkit.errors import AdapterkitError
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
-from adapterkit.statistics.plan import StatisticsPlan
 
 STATES = ("done", "done before", "planned", "refused")
 Row = dict[str, Any]  # what is known of the job, its state, and what that state has to say
@@ -19,7 +18,7 @@ def report(name: str, rows: Sequence[Row]) -> dict[str, Any]:
     return {"totals": totals, name: list(rows)}
 
 
-def outcome(result: Receipt | Plan | StatisticsPlan) -> Row:
+def outcome(result: Receipt | Plan) -> Row:
     """The state of a job that was carried out, or of one that is planned."""
     if not isinstance(result, Receipt):
         return {"state": "planned", "totals": result.totals(), "notes": list(result.notes)}

@@ -11,7 +11,7 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.reader import Identity, identity
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.plan import OutputFile, Plan, no_warnings
+from adapterkit.plan import Collecting, OutputFile, Plan, no_warnings
 from adapterkit.planning.folder_files import Files
 
 Inputs = Mapping[int, Checkpoint | Adapter]  # by their numbers
@@ -29,6 +29,7 @@ def plan_of(
     configs: Collection[int] = (),
     models: Sequence[int] = (0,),
     warn: Callable[[dict[str, dict]], list[str]] = no_warnings,
+    collection: Collecting | None = None,
 ) -> Plan:
     """The plan of a job; `configs` as of `header_hashes`, the rest as of `Plan`."""
     folders = tuple(source.folder for source in inputs.values())
@@ -45,6 +46,7 @@ def plan_of(
         notes=tuple(notes),
         models=tuple(models),
         warn=warn,
+        collection=collection,
     )
 
 

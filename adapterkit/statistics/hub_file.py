@@ -11,17 +11,19 @@ from adapterkit.engines.hub_transfers import ORDINARY, check_limit
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import HubId
 from adapterkit.hub.scratch import ScratchFolder
-from adapterkit.statistics.plan import StatisticsPlan
+from adapterkit.plan import Placement, Plan
+from adapterkit.statistics.plan import Collection
 
 
-def on_hub(plan: StatisticsPlan, hub_id: HubId, limit: int | None) -> StatisticsPlan:
+def on_hub(plan: Plan, hub_id: HubId, limit: int | None) -> Plan:
     """The plan of a file that goes there; the files of a base on the Hub come one after another.
     `limit`: bytes of disk; `Refused` where the job takes more."""
-    place, totals, folder = inputs_folder(hub_id), plan.totals(), plan.base.folder
+    place, totals, collection = inputs_folder(hub_id), plan.totals(), Collection.of(plan)
+    (folder,) = plan.folders
     sizes = dict[str, int]()  # of what is downloaded
     if isinstance(folder, HubFolder):
         scratch = ScratchFolder(folder, place)
-        sizes = {name: size for name in set(plan.reads) if (size := scratch.disk(name))}
+        sizes = {name: size for name in set(collection.reads) if (size := scratch.disk(name))}
     own = totals["disk_needed"]
     least, most = own + max(sizes.values(), default=0), own + sum(sizes.values())
     disk, free = min(most, max(least, ORDINARY)), free_bytes(place)
@@ -34,17 +36,20 @@ def on_hub(plan: StatisticsPlan, hub_id: HubId, limit: int | None) -> Statistics
         "what waits for its end, the file of statistics, and the largest file of the base",
     )
     disk = disk if limit is None else min(most, limit)
-    down = bytes_down((name for name in plan.reads if name in sizes), sizes, disk - own)
+    down = bytes_down((name for name in collection.reads if name in sizes), sizes, disk - own)
     if isinstance(folder, HubFolder):
         folder = BoundedFolder(folder, place, disk - own)
     return replace(
         plan,
-        base=replace(plan.base, folder=folder),
-        transfers={
-            "bytes_down": down,
-            "bytes_up": totals["bytes_written"],
-            "disk_needed": disk,
-        },
+        folders=(folder,),
+        collection=replace(collection, base=replace(collection.base, folder=folder)),
+        placement=Placement(
+            totals={
+                "bytes_down": down,
+                "bytes_up": totals["bytes_written"],
+                "disk_needed": disk,
+            }
+        ),
     )
 
 

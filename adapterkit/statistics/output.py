@@ -28,9 +28,9 @@ from adapterkit.hub.destination import check_apart, parse_output
 from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath, parse_size
+from adapterkit.plan import Plan
 from adapterkit.receipt import fingerprint_of
 from adapterkit.statistics.hub_file import FileOnHub, on_hub
-from adapterkit.statistics.plan import StatisticsPlan
 from adapterkit.tasks.statistics import metadata_of
 
 SUFFIX = ".safetensors"
@@ -88,7 +88,7 @@ class FileHere:
         return None, {}
 
 
-def placed(plan: StatisticsPlan, out: StrPath, limit: str | int | None) -> StatisticsPlan:
+def placed(plan: Plan, out: StrPath, limit: str | int | None) -> Plan:
     """The plan of a file there. `limit`: of the disk that an output on the Hub takes; `Refused` for
     another, or too small a one."""
     check_disk_limit(out, limit)
@@ -119,9 +119,7 @@ def check_output(out: StrPath, base: Folder) -> None:
         _check_path(Path(out), base)
 
 
-def check_place(
-    plan: StatisticsPlan, out: StrPath, base: Folder, *, resume: bool, overwrite: bool
-) -> None:
+def check_place(plan: Plan, out: StrPath, base: Folder, *, resume: bool, overwrite: bool) -> None:
     """`Refused` where the file could not be written there, as the job itself would be."""
     if is_on_hub(out) or not overwrite:
         with open_target(out, base) as target:

@@ -1,23 +1,21 @@
 """What `stats` will do, complete before any weight is read: samples, batches, modules, sizes."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.reader import Identity, Sources, changed
+from adapterkit.checkpoint.reader import Sources, changed
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.checkpoint.system import quarter_of_memory
 from adapterkit.engines.device import pick_device
 from adapterkit.errors import Refused, shown
 from adapterkit.options import StrPath
 from adapterkit.plan import Plan
-from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.input_files import identities, plan_of
 from adapterkit.statistics.job import Job, Request
 from adapterkit.statistics.ledger import foreseen
 from adapterkit.statistics.records import Record, draw_records
@@ -61,8 +59,8 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class StatisticsPlan:
-    """Everything `stats` will do: the model, the samples, the modules, sizes."""
+class Collection:
+    """What `stats` collects: of which model, of which samples and modules; sizes."""
 
     base: Checkpoint
     options: Options
@@ -71,47 +69,25 @@ class StatisticsPlan:
     batches: list[dict[str, Tensor]]
     shapes: dict[str, tuple[int, int]]  # (out, in) of each module
     sizes: Sizes
-    memory: int  # bytes of activations
-    headers: dict[tuple[int, str], str]
-    identities: dict[tuple[int, str], Identity]
-    notes: tuple[str, ...]
     reads: tuple[str, ...]  # files of the base, in the order in which they are read
     parts: tuple[str, ...]  # names of the files of sums that are foreseen
-    shards: tuple[()] = ()  # of a checkpoint
-    is_file: bool = False  # it has a stage of its own
-    transfers: dict[str, int] = field(default_factory=dict)  # totals of an output on the Hub
 
-    @property
-    def folders(self) -> tuple[Folder, ...]:
-        return (self.base.folder,)
+    @classmethod
+    def of(cls, plan: Plan) -> "Collection":
+        """That of a plan of statistics."""
+        assert isinstance(plan.collection, cls)
+        return plan.collection
 
-    @property
-    def decisions(self) -> dict[str, Any]:
-        return {"data": self.data, "modules": len(self.shapes)}
-
-    def recipe(self) -> dict[str, Any]:
-        """What makes two jobs the same: version, options, inputs, samples."""
-        options = {key: value for key, value in vars(self.options).items() if value is not None}
-        job = Plan(
-            verb="stats",
-            options=options,
-            folders=self.folders,
-            headers=self.headers,
-            identities=self.identities,
-            shards=(),
-            files={},
-        )
-        return json.loads(json.dumps(job.recipe() | {"data": self.data}))  # as it is read again
-
-    def totals(self) -> dict[str, int]:
-        """Sizes that a dry run prints. Those of the file and the disk are the most that it can be:
-        layers that see the same inputs share their statistics."""
+    def totals(self, memory: int) -> dict[str, int]:
+        """Sizes that a dry run prints, with so many bytes for activations. Those of the file and
+        the disk are the most that it can be: layers that see the same inputs share their
+        statistics."""
         what, shapes = self.options.what, self.shapes.values()
         size = 4 * sum(_elements(what, self.options.components, *shape) for shape in shapes)
         work = sum(4 * rows * width for rows, width in shapes if "gradient" in what)
         if self.sizes.sums:
             work += int(SUMS * sum(width**2 for _, width in shapes))
-        in_memory = min(self.sizes.activations, self.memory)
+        in_memory = min(self.sizes.activations, memory)
         return {
             "samples": len(self.samples.samples),
             "tokens": self.samples.tokens,
@@ -123,7 +99,6 @@ class StatisticsPlan:
             "bytes_written": size,
             "disk_needed": size + work + self.sizes.activations - in_memory,
             "memory_peak": self.sizes.weights + self.sizes.sums + in_memory,
-            **self.transfers,
         }
 
 
@@ -132,7 +107,7 @@ def device_of(name: str) -> torch.device:
     return pick_device("cuda" if name == "auto" and torch.cuda.is_available() else name)
 
 
-def check_unchanged(plan: StatisticsPlan) -> None:
+def check_unchanged(plan: Plan) -> None:
     """`Unrecoverable` where a file of the model is not the one that was planned with."""
     now = identities(plan.folders, plan.headers)
     for (_, name), before, after in ((key, plan.identities[key], now[key]) for key in now):
@@ -152,14 +127,8 @@ def _elements(what: Sequence[str], components: int, rows: int, width: int) -> in
     return sum(sizes[name] for name in what)
 
 
-def plan_statistics(
-    folder: Folder,
-    data: Sequence[StrPath],
-    options: Options,
-    memory: int | None = None,
-) -> StatisticsPlan:
-    """Everything the collection will do, or `Refused`. `memory`: bytes of activations, None: a
-    quarter of the machine's."""
+def plan_statistics(folder: Folder, data: Sequence[StrPath], options: Options) -> Plan:
+    """Everything the collection will do, or `Refused`."""
     base = open_checkpoint(folder)
     drawn = draw_records(data, options.samples, options.seed)
     with Sources((folder,), {}) as sources:
@@ -169,21 +138,27 @@ def plan_statistics(
         batches = samples.batches(1 if options.request.takes_rows else options.batch)
         job = Job(stored, options.request, batches, options.whole)
     shapes = {name: _shape(job, name) for name in job.targets}
-    headers = header_hashes({0: base}, configs=(0,))
-    return StatisticsPlan(
-        base,
-        options,
-        {"files": drawn.files, "sha256": samples.digest},
-        samples,
-        batches,
-        shapes,
-        _sizes(job, shapes, options),
-        quarter_of_memory() if memory is None else memory,
-        headers,
-        identities((folder,), headers),
-        tuple(dict.fromkeys([*drawn.notes, *samples.notes, *job.notes])),
-        tuple(_reads(job, options)),
-        foreseen(job),
+    collection = Collection(
+        base=base,
+        options=options,
+        data={"files": drawn.files, "sha256": samples.digest},
+        samples=samples,
+        batches=batches,
+        shapes=shapes,
+        sizes=_sizes(job, shapes, options),
+        reads=tuple(_reads(job, options)),
+        parts=foreseen(job),
+    )
+    return plan_of(
+        "stats",
+        {key: value for key, value in vars(options).items() if value is not None},
+        {0: base},
+        configs=(0,),
+        shards=(),
+        files={},
+        decisions={"data": collection.data, "modules": len(shapes)},
+        notes=dict.fromkeys([*drawn.notes, *samples.notes, *job.notes]),
+        collection=collection,
     )
 
 

@@ -23,6 +23,7 @@ from adapterkit.engines.rank_job import Preparation, check_one_kind, no_stage, s
 from adapterkit.engines.ranks import Marks, Outcome, Pulse, Rank
 from adapterkit.errors import Failed, Refused, listed
 from adapterkit.options import Progress
+from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
 from adapterkit.run_options import RunOptions
 from adapterkit.statistics import output
@@ -31,7 +32,7 @@ from adapterkit.statistics.collect import Layers, run
 from adapterkit.statistics.file import Results
 from adapterkit.statistics.job import Job
 from adapterkit.statistics.output import FileHere
-from adapterkit.statistics.plan import StatisticsPlan, check_unchanged, device_of
+from adapterkit.statistics.plan import Collection, check_unchanged, device_of
 from adapterkit.statistics.rank_ledger import (
     FOLDER,
     RankLedger,
@@ -50,7 +51,7 @@ Write = Callable[..., Receipt]  # (collect, began, resume, overwrite): writes th
 class _FileStage(Stage):
     """The stage of the file of statistics of a plan."""
 
-    def __init__(self, out: Path, plan: StatisticsPlan):
+    def __init__(self, out: Path, plan: Plan):
         super().__init__(out)
         self._recipe = plan.recipe()
 
@@ -63,24 +64,26 @@ class _FileStage(Stage):
 class StatisticsPreparation(Preparation):
     """`Preparation` of `stats`."""
 
-    def _stage(self, plan: StatisticsPlan, out: Path) -> Stage:
+    def _stage(self, plan: Plan, out: Path) -> Stage:
         return _FileStage(out, plan)
 
-    def _check_space(self, plan: StatisticsPlan, stage: Stage) -> None:
+    def _check_space(self, plan: Plan, stage: Stage) -> None:
         output.check_space(stage, plan.totals()["disk_needed"])
 
-    def _files(self, plan: StatisticsPlan) -> list[str]:
-        return [path_of(name) for name in plan.parts]
+    def _files(self, plan: Plan) -> list[str]:
+        return [path_of(name) for name in Collection.of(plan).parts]
 
 
 @dataclass
 class StatisticsRank(Rank):
     """`Rank` of `stats`: it has no share of its own, but takes what no other one is at."""
 
-    def make(self, plan: StatisticsPlan, execution: RunOptions) -> StatisticsPlan:
+    def make(self, plan: Plan, execution: RunOptions) -> Plan:
         self.job.check(plan)
         if self.dry_run:
-            self.outcome = Outcome(self.rank, self.ranks, [path_of(name) for name in plan.parts])
+            self.outcome = Outcome(
+                self.rank, self.ranks, [path_of(name) for name in Collection.of(plan).parts]
+            )
             return plan
         taken: list[str] = []
         outcome = self.outcome = Outcome(self.rank, self.ranks, taken, made=taken)
@@ -100,7 +103,7 @@ class _RankRun:
 
     def __init__(
         self,
-        plan: StatisticsPlan,
+        plan: Plan,
         stage: RankStage,
         outcome: Outcome,
         device: torch.device,
@@ -109,7 +112,9 @@ class _RankRun:
         self.plan, self.stage, self.outcome = plan, stage, outcome
         self.device, self.progress = device, progress
         self.marks = Marks(stage, outcome, arithmetic(device))
-        self.share = Share(stage, self.marks, plan.parts, lambda: check_unchanged(plan))
+        self.share = Share(
+            stage, self.marks, Collection.of(plan).parts, lambda: check_unchanged(plan)
+        )
 
     def make_files(self) -> None:
         """Let the batches through the model until nothing is left for this rank. `Refused` where
@@ -141,7 +146,7 @@ class _RankRun:
             layers(done, total)
 
         name = f"activations.{self.stage.attempt}.part"  # ranks' files are apart
-        with closing(Room(self.stage.path / FOLDER, self.plan.memory, name)) as room:
+        with closing(Room(self.stage.path / FOLDER, self.plan.budget, name)) as room:
             run(job, RankLedger(job, self.share), room, progress)
         # others may have made what was to do, before the pass or meanwhile
         if todo and not self.share.passed_by and [*self.share.todo()] == todo:
@@ -153,16 +158,17 @@ class _RankRun:
             )
 
 
-def job_of(plan: StatisticsPlan, sources: Sources, device: torch.device) -> Job:
+def job_of(plan: Plan, sources: Sources, device: torch.device) -> Job:
     """What is to be collected by a plan."""
-    stored = StoredModel(plan.base, sources, device)
-    return Job(stored, plan.options.request, plan.batches, plan.options.whole)
+    collection = Collection.of(plan)
+    stored, options = StoredModel(collection.base, sources, device), collection.options
+    return Job(stored, options.request, collection.batches, options.whole)
 
 
 class StatisticsFinish(Finish):
     """`Finish` of `stats`: the output of the sums that the ranks have made."""
 
-    def finish(self, plan: StatisticsPlan, execution: RunOptions, check: Any = None) -> Receipt:
+    def finish(self, plan: Plan, execution: RunOptions, check: Any = None) -> Receipt:
         self.job.check(plan)
         if self.verify:
             raise Refused(
@@ -195,13 +201,14 @@ class StatisticsFinish(Finish):
         return check(collect, began=began, resume=True, overwrite=False)
 
     def _take_over(
-        self, plan: StatisticsPlan, stage: Stage, ranks: RankStage, head: dict[str, Any]
+        self, plan: Plan, stage: Stage, ranks: RankStage, head: dict[str, Any]
     ) -> tuple[dict[str, Any], float]:
         """Take over what the ranks made; the journal's only entry from now on, and the seconds
         that the slowest of them took. `Refused` where files are missing."""
         if reason := ranks.spoiled():
             raise spoiled(reason, ranks)
-        names = names_of(ranks, plan.parts) or plan.parts
+        parts = Collection.of(plan).parts
+        names = names_of(ranks, parts) or parts
         markers = ranks.markers(map(path_of, names))
         missing = [name for name in names if path_of(name) not in markers]
         if missing:

@@ -9,14 +9,15 @@ import torch
 
 from adapterkit.errors import Failed, Refused, listed
 from adapterkit.options import Progress, files, parse_size
+from adapterkit.plan import Plan
 from adapterkit.planning.sources import open_model
 from adapterkit.receipt import RECEIPT_VERSION, Receipt, fingerprint_of, public_recipe
 from adapterkit.statistics import output
 from adapterkit.statistics.collect import Layers, collect_statistics
 from adapterkit.statistics.file import Results, write_statistics
 from adapterkit.statistics.plan import (
+    Collection,
     Options,
-    StatisticsPlan,
     check_unchanged,
     device_of,
     plan_statistics,
@@ -25,7 +26,7 @@ from adapterkit.statistics.ranks import Collect
 from adapterkit.verbs.stats import Stats
 
 
-def plan_stats(stats: Stats) -> StatisticsPlan:
+def plan_stats(stats: Stats) -> Plan:
     """Everything the collection will do, or `Refused`."""
     if stats.engine == "ray":
         raise Refused(
@@ -48,27 +49,27 @@ def plan_stats(stats: Stats) -> StatisticsPlan:
     folder = open_model(stats.base)
     output.check_output(stats.out, folder)
     memory = parse_size("memory", stats.memory) if stats.memory else None
-    plan = plan_statistics(folder, files("data", stats.data), options, memory)
+    plan = replace(plan_statistics(folder, files("data", stats.data), options), memory=memory)
     return output.placed(plan, stats.out, stats.disk_limit)
 
 
-def carry_out(plan: StatisticsPlan, stats: Stats) -> Receipt | StatisticsPlan:
+def carry_out(plan: Plan, stats: Stats) -> Receipt | Plan:
     """Write the file, or with `dry_run` look whether it could be written."""
     device, how = device_of(stats.device), {"resume": stats.resume, "overwrite": stats.overwrite}
     if stats.dry_run:
-        output.check_place(plan, stats.out, plan.base.folder, **how)
+        output.check_place(plan, stats.out, plan.folders[0], **how)
         return plan
     collect = partial(_collected, plan, device, stats.progress)
     return write(plan, stats, collect, began=time.monotonic(), **how)
 
 
-def writer(plan: StatisticsPlan, stats: Stats) -> partial[Receipt]:
+def writer(plan: Plan, stats: Stats) -> partial[Receipt]:
     """What writes the file of ranks' statistics."""
     return partial(write, plan, stats)
 
 
 def write(
-    plan: StatisticsPlan,
+    plan: Plan,
     stats: Stats,
     collect: Collect,
     *,
@@ -77,7 +78,7 @@ def write(
     overwrite: bool,
 ) -> Receipt:
     """Write the file of what `collect` gives."""
-    with output.open_target(stats.out, plan.base.folder) as target:
+    with output.open_target(stats.out, plan.folders[0]) as target:
         return _Job(plan, collect, began).run(target, resume=resume, overwrite=overwrite)
 
 
@@ -85,7 +86,7 @@ def write(
 class _Job:
     """A plan that is carried out."""
 
-    plan: StatisticsPlan
+    plan: Plan
     collect: Collect
     began: float  # as time.monotonic has it
 
@@ -122,17 +123,18 @@ class _Job:
 
 
 def _collected(
-    plan: StatisticsPlan, device: torch.device, progress: Progress, work: Path, goes_on: bool
+    plan: Plan, device: torch.device, progress: Progress, work: Path, goes_on: bool
 ) -> Results:
     """The statistics, collected by this process."""
-    options = plan.options
+    collection = Collection.of(plan)
+    options = collection.options
     return collect_statistics(
-        plan.base,
-        plan.batches,
+        collection.base,
+        collection.batches,
         what=options.what,
         targets=options.targets,
         work=work,
-        memory=plan.memory,
+        memory=plan.budget,
         device=device,
         whole=options.whole,
         compat=options.compat,
@@ -142,10 +144,11 @@ def _collected(
     )
 
 
-def _unseen(plan: StatisticsPlan, results: Results) -> list[str]:
+def _unseen(plan: Plan, results: Results) -> list[str]:
     """A note on the modules without statistics; `Failed` where no module has any."""
-    unseen = [name for name in plan.shapes if name not in {*results.modules}]
-    if len(unseen) == len(plan.shapes):
+    shapes = Collection.of(plan).shapes
+    unseen = [name for name in shapes if name not in {*results.modules}]
+    if len(unseen) == len(shapes):
         raise Failed(
             f"none of {len(unseen)} layers saw a token that counts",
             expected="layers that the model runs",

@@ -2,7 +2,7 @@
 or refitted by them."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adapterkit.options import (
     COMPAT,
@@ -23,7 +23,8 @@ from adapterkit.shared_options import seed_option, targets_option
 from adapterkit.verb import WritingVerb, function_of, load
 
 if TYPE_CHECKING:
-    pass
+    from adapterkit.plan import Plan
+    from adapterkit.receipt import Receipt
 
 
 @record
@@ -119,11 +120,7 @@ class Stats(WritingVerb):
         "RAM).",
     )
 
-    def plan(self) -> Any:
-        with own_hints(type(self)):
-            return load(self.planner)(self)
-
-    def carry_out(self, plan: Any) -> Any:
+    def carry_out(self, plan: "Plan") -> "Receipt | Plan":
         with own_hints(type(self)):
             return load("statistics.run:carry_out")(plan, self)
 

@@ -23,8 +23,9 @@ from adapterkit.checkpoint.rank_stage import RankStage
 from adapterkit.engines import ranks
 from adapterkit.errors import Interrupted, Refused
 from adapterkit.jobs.plan_file import read_plan
+from adapterkit.plan import Plan
 from adapterkit.statistics import activations, stored_model, units
-from adapterkit.statistics.plan import StatisticsPlan
+from adapterkit.statistics.plan import Collection
 from adapterkit.statistics.rank_ledger import FOLDER, accepts, path_of
 from adapterkit.statistics.stored_model import StoredModel
 from tests.jobs.conftest import RanksBench
@@ -322,7 +323,7 @@ def by_ranks(
     tmp_path: Path,
     name: str,
     steps: Iterable[int],
-    beside: Callable[[StatisticsPlan, Path], None] = lambda plan, file: None,
+    beside: Callable[[Plan, Path], None] = lambda plan, file: None,
     **options,
 ) -> list[str]:
     """Compare the file of a single process with that of ranks, of which each but the last stops at
@@ -367,11 +368,11 @@ def test_the_second_use_waits_for_the_first(tmp_path: Path, small_units, twice, 
     for name, value in {"POLL": 0.01, "BEAT": 0.02, "STALLED": 1.0}.items():
         monkeypatch.setattr(ranks, name, value)
 
-    def other(plan: StatisticsPlan, file: Path) -> None:
+    def other(plan: Plan, file: Path) -> None:
         control = tmp_path / ".two.safetensors.adapterkit"
         stage = RankStage(control, read_plan(file).job.digest, 9, accepts=accepts)
         stage.beat(0, 0)
-        stage.claim(path_of(plan.parts[1]))
+        stage.claim(path_of(Collection.of(plan).parts[1]))
 
     names = by_ranks(tmp_path, "llama", (), beside=other)
     assert sum("-2.sums." in name for name in names) == 3

@@ -6,7 +6,6 @@ from typing import assert_type
 import adapterkit
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
-from adapterkit.statistics.plan import StatisticsPlan
 
 
 def returned(flag: bool) -> None:
@@ -15,7 +14,7 @@ def returned(flag: bool) -> None:
     assert_type(adapterkit.quantize("base", out="out", to="nf4", dry_run=False), Receipt)
     assert_type(adapterkit.loftq("base", out="out", rank=4, dry_run=True), Plan)
     assert_type(adapterkit.stats("base", data="a.txt", out="out"), Receipt)
-    assert_type(adapterkit.stats("base", data="a.txt", out="o", dry_run=True), StatisticsPlan)
+    assert_type(adapterkit.stats("base", data="a.txt", out="o", dry_run=True), Plan)
     assert_type(
         adapterkit.combine(["a", "b"], out="out", method="linear", dry_run=flag), Receipt | Plan
     )
