@@ -99,7 +99,8 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
         return {name: value for name in computing if (value := getattr(self, name))}
 
     def run(self) -> "Receipt | Plan":
-        return self.carry_out(self.plan())
+        with load("engines.execution:pinned_inputs")(self):
+            return self.carry_out(self.plan())
 
     def carry_out(self, plan: "Plan") -> "Receipt | Plan":
         """Run a plan of this verb, or with `dry_run` look whether it would begin and return it.
@@ -107,7 +108,7 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
         Raises `Refused` before anything is written, `Failed` after.
         """
         execution = import_module("adapterkit.engines.execution")
-        with own_hints(type(self)), execution.pinned_inputs(self):
+        with own_hints(type(self)):
             return execution.execute(plan, self, self.check(plan), self.pushed_to)
 
 

@@ -14,6 +14,7 @@ from adapterkit.engines.one_file import Done, run_to_file
 from adapterkit.errors import Refused, shown
 from adapterkit.execute import check_place, output_names, run
 from adapterkit.hub.ids import is_on_hub
+from adapterkit.hub.pins import are_pinned
 from adapterkit.hub.push import check_push, send
 from adapterkit.options import StrPath, parse_size
 from adapterkit.plan import Plan
@@ -26,8 +27,9 @@ FolderCheck = Callable[[Path], object]
 
 
 def pinned_inputs(how: RunOptions) -> AbstractContextManager[object]:
-    """Inputs of a job that ends on the Hub stay at the commits of its first run."""
-    if not is_on_hub(how.out):
+    """Inputs of a job that ends on the Hub stay at the commits of its first run, from its plan to
+    its end: within such a block another one does nothing."""
+    if not is_on_hub(how.out) or are_pinned():
         return nullcontext()
     from adapterkit.engines import hub_output
 
@@ -59,7 +61,7 @@ def in_place(
     check_disk_limit(how.out, how.disk_limit)
 
     def checked(plan: Plan, how: RunOptions) -> Done:
-        if not is_on_hub(how.out):
+        if not is_on_hub(how.out) and plan.collection is None:  # statistics have looked
             check_output_apart(Path(how.out), plan.folders)
         return run(plan, how)
 

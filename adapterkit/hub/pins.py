@@ -22,6 +22,11 @@ def pinned(commits: Pins) -> Iterator[Pins]:
         _pins.reset(token)
 
 
+def are_pinned() -> bool:
+    """Whether a job has begun to note what it reads."""
+    return _pins.get() is not None
+
+
 def current_pins() -> Pins:
     """All revisions that the job has read so far, with their commits."""
     return dict(_pins.get() or {})

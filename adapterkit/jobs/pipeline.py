@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from adapterkit.engines.execution import pinned_inputs
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, shown
 from adapterkit.jobs.older_output import (
     Older,
@@ -228,10 +229,11 @@ class _Pipeline:
         if mode.finished:
             return FINISHED
         verb = replace(verb, resume=mode.resume, overwrite=mode.overwrite, progress=self.progress)
-        plan = verb.plan()
-        entry = {"file": shown(self.file.name), "id": self.id, "inputs": inputs_digest(plan)}
-        plan = replace(plan, decisions=plan.decisions | {"pipeline": entry})
-        return outcome(verb.carry_out(plan))
+        with pinned_inputs(verb):
+            plan = verb.plan()
+            entry = {"file": shown(self.file.name), "id": self.id, "inputs": inputs_digest(plan)}
+            plan = replace(plan, decisions=plan.decisions | {"pipeline": entry})
+            return outcome(verb.carry_out(plan))
 
 
 def _planned(source: Source, other: StepRun) -> PlannedFolder | None:

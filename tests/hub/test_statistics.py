@@ -274,8 +274,8 @@ def test_a_finished_file_is_only_sent(place, expected, method, path):
     assert len(hub.repos[out].trees) == 1
     hub.faults = lambda asked: None
     hub.log.clear()
-    client("verb = __import__('adapterkit.verbs.stats', fromlist=['']).stats.__wrapped__")
-    client("space, collect = verb.__globals__, verb.__globals__['collect_statistics']")
+    client("space = vars(__import__('adapterkit.statistics.run', fromlist=['']))")
+    client("collect = space['collect_statistics']")
     client("space['collect_statistics'] = refuse")
     try:
         client(stats(f"{out}:{FILE}", ", resume=True") + ".data")

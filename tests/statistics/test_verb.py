@@ -372,7 +372,7 @@ def test_inputs_that_are_not_finite_leave_nothing(base, texts, tmp_path) -> None
 @pytest.mark.parametrize("when", ["before it is read", "while it is read"])
 def test_a_model_that_changes_is_noticed(when, base, texts, tmp_path, monkeypatch) -> None:
     folder = shutil.copytree(base(), tmp_path / "base")
-    verb = importlib.import_module("adapterkit.verbs.stats")
+    verb = importlib.import_module("adapterkit.statistics.run")
     collect = verb.collect_statistics
 
     def touch(*_: Any) -> None:
