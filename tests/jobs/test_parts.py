@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from adapterkit.engines.ray_parts import Joiner, longest_first
 
 import adapterkit
 from adapterkit import execute
@@ -15,7 +16,6 @@ from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines import pieces, rank_parts
 from adapterkit.engines.local import local
 from adapterkit.engines.rank_parts import tiling, units
-from adapterkit.engines.ray_parts import Joiner, longest_first
 from adapterkit.errors import Failed, Refused
 from adapterkit.plan import Plan
 from adapterkit.tasks import rows
