@@ -16,80 +16,60 @@ from adapterkit.errors import (
     Unrecoverable,
     Waiting,
 )
+from adapterkit.verbs import SECTIONS
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from adapterkit.adapters.lora_config import LoraConfig
-    from adapterkit.jobs.finish import finish
-    from adapterkit.jobs.plan_file import write_plan
-    from adapterkit.jobs.run import run
-    from adapterkit.verbs.arrow import arrow
-    from adapterkit.verbs.combine import combine
-    from adapterkit.verbs.convert import convert
-    from adapterkit.verbs.dequantize import dequantize
-    from adapterkit.verbs.diff import diff
-    from adapterkit.verbs.extract import extract
-    from adapterkit.verbs.init import init
-    from adapterkit.verbs.inspect import inspect
-    from adapterkit.verbs.loftq import loftq
-    from adapterkit.verbs.merge import merge
-    from adapterkit.verbs.quantize import quantize
-    from adapterkit.verbs.rebase import rebase
-    from adapterkit.verbs.resize import resize
-    from adapterkit.verbs.stats import stats
-    from adapterkit.verbs.subtract import subtract
-    from adapterkit.verbs.verify import verify
+    from adapterkit.adapters.lora_config import LoraConfig as LoraConfig
+    from adapterkit.jobs.finish import finish as finish
+    from adapterkit.jobs.plan_file import write_plan as write_plan
+    from adapterkit.jobs.run import run as run
+    from adapterkit.verbs.arrow import arrow as arrow
+    from adapterkit.verbs.combine import combine as combine
+    from adapterkit.verbs.convert import convert as convert
+    from adapterkit.verbs.dequantize import dequantize as dequantize
+    from adapterkit.verbs.diff import diff as diff
+    from adapterkit.verbs.extract import extract as extract
+    from adapterkit.verbs.init import init as init
+    from adapterkit.verbs.inspect import inspect as inspect
+    from adapterkit.verbs.loftq import loftq as loftq
+    from adapterkit.verbs.merge import merge as merge
+    from adapterkit.verbs.quantize import quantize as quantize
+    from adapterkit.verbs.rebase import rebase as rebase
+    from adapterkit.verbs.resize import resize as resize
+    from adapterkit.verbs.stats import stats as stats
+    from adapterkit.verbs.subtract import subtract as subtract
+    from adapterkit.verbs.verify import verify as verify
 
-__all__ = [
-    "AdapterkitError",
-    "Damaged",
-    "Failed",
-    "Interrupted",
-    "LoraConfig",
-    "MultipleErrors",
-    "Refused",
-    "Unrecoverable",
-    "Waiting",
-    "__version__",
-    "arrow",
-    "combine",
-    "convert",
-    "dequantize",
-    "diff",
-    "extract",
-    "finish",
-    "init",
-    "inspect",
-    "loftq",
-    "merge",
-    "quantize",
-    "rebase",
-    "resize",
-    "run",
-    "stats",
-    "subtract",
-    "verify",
-    "write_plan",
-]
-
-
-_HOMES = {
+HOMES = {
+    **{verb: f"verbs.{verb}" for verbs in SECTIONS.values() for verb in verbs},
     "LoraConfig": "adapters.lora_config",
     "finish": "jobs.finish",
     "run": "jobs.run",
     "write_plan": "jobs.plan_file",
 }
+ERRORS = (
+    AdapterkitError,
+    Damaged,
+    Failed,
+    Interrupted,
+    MultipleErrors,
+    Refused,
+    Unrecoverable,
+    Waiting,
+)
+names = (error.__name__ for error in ERRORS)
+__all__ = sorted([*names, "__version__", *HOMES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):
-    if name in __all__:
+    if name in HOMES:
         from importlib import import_module
 
-        home = _HOMES.get(name, f"verbs.{name}")
-        return getattr(import_module(f"adapterkit.{home}"), name)
+        return getattr(import_module(f"adapterkit.{HOMES[name]}"), name)
     raise AttributeError(f"module 'adapterkit' has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted(__all__)
+    return __all__
