@@ -99,7 +99,8 @@ def argument(
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option, argument))
 def record(cls: type[T]) -> type[T]:
     """A decorator: the class as a frozen record whose fields are options."""
-    return dataclass(frozen=True, kw_only=True)(cls)
+    # each method that is generated costs every start of the command line some time
+    return dataclass(frozen=True, kw_only=True, repr=False, eq=False)(cls)
 
 
 def option_of(field: dataclasses.Field) -> Option:

@@ -8,7 +8,7 @@ import click
 
 from adapterkit import __version__
 from adapterkit.cli import signals
-from adapterkit.cli.commands import SECTIONS
+from adapterkit.cli.commands import SECTIONS, command_named, summary_of
 from adapterkit.cli.group import Group
 
 
@@ -35,6 +35,8 @@ def process() -> None:
 @click.group(
     cls=Group,
     sections=SECTIONS,
+    make=command_named,
+    summary=summary_of,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, "--version")

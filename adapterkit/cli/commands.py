@@ -37,11 +37,20 @@ def command_of(verb: type[Verb]) -> click.Command:
     return WritingCommand(verb.name, params=params, lists=LISTS.get(verb.name), **more)
 
 
+def command_named(name: str) -> click.Command:
+    """The command of this name; only its own record is read."""
+    return completion if name == completion.name else command_of(_record(name))
+
+
+def summary_of(name: str) -> str:
+    """The first paragraph of a command's help."""
+    text = str(completion.help) if name == completion.name else cleandoc(_record(name).command)
+    return " ".join(text.partition("\n\n")[0].split())
+
+
 def _record(name: str) -> type[Verb]:
     home = "jobs" if name in ("run", "finish") else "verbs"
     return getattr(import_module(f"adapterkit.{home}.{name}"), name.capitalize())
 
 
-SECTIONS = {
-    title: tuple(command_of(_record(name)) for name in names) for title, names in VERBS.items()
-} | {"Shell": (completion,)}
+SECTIONS = VERBS | {"Shell": (str(completion.name),)}

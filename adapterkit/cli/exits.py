@@ -22,10 +22,9 @@ def error_status(ctx: click.Context | None) -> int:
 
 def stopped(ctx: click.Context | None, problem: str = "stopped") -> Interrupted:
     """What a command says that was interrupted, whether or not its work had begun."""
-    root = ctx.find_root() if ctx else None
-    name = root.invoked_subcommand if root else None
-    group = root.command if root else None
-    command = group.commands.get(name or "") if isinstance(group, click.Group) else None
+    command = None
+    if ctx is not None and isinstance(group := (root := ctx.find_root()).command, click.Group):
+        command = group.get_command(root, root.invoked_subcommand or "")
     options = {option.name for option in command.params} if command else set()
     is_plan = any(word.partition("=")[0] == "--plan" for word in sys.argv)  # has no --resume
     how = "with --resume" if "resume" in options and not is_plan else "again"

@@ -2,7 +2,8 @@
 
 import os
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, cached_property
 from typing import Any
 
 import click
@@ -13,21 +14,38 @@ from adapterkit.errors import AdapterkitError
 
 
 class Group(click.Group):
-    """Commands in `sections` of the help: title -> commands."""
+    """Commands in `sections` of the help: title -> names. `make` makes one when it is needed: each
+    costs the start some time."""
 
-    def __init__(self, *args: Any, sections: Mapping[str, Sequence[click.Command]], **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        sections: Mapping[str, Sequence[str]],
+        make: Callable[[str], click.Command],
+        summary: Callable[[str], str],
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
-        self.sections = sections
-        for command in (command for commands in sections.values() for command in commands):
-            self.add_command(command)
+        del self.commands  # click's, which hides the one below
+        self.sections, self.make, self.summary = sections, cache(make), summary
+        self.names = [name for names in sections.values() for name in names]
+
+    @cached_property
+    def commands(self) -> dict[str, click.Command]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """All of them."""
+        return {name: self.make(name) for name in self.names}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return self.names
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return self.make(cmd_name) if cmd_name in self.names else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        width = max(map(len, self.commands))
-        limit = formatter.width - width - 4  # the indent of a section, and two spaces between
-        for title, commands in self.sections.items():
-            rows = [(c.name.ljust(width), c.get_short_help_str(limit)) for c in commands if c.name]
+        width = max(map(len, self.names))
+        for title, names in self.sections.items():
             with formatter.section(title):
-                formatter.write_dl(rows)
+                formatter.write_dl([(name.ljust(width), self.summary(name)) for name in names])
 
     def invoke(self, ctx: click.Context) -> Any:
         """An `AdapterkitError` ends in a message and `error_status`; wrong usage is click's, status

@@ -31,7 +31,7 @@ def test_each_command_has_one_whole_line_in_one_section_at_80_columns():
     for title, text in zip(sections[::2], sections[1::2], strict=True):
         if title != "Options":
             listed |= {line.split()[0]: (title, line) for line in text.strip().splitlines()}
-    assert sorted(listed) == COMMANDS == sorted(c.name for s in main.sections.values() for c in s)
+    assert sorted(listed) == COMMANDS == sorted(main.names)
     assert {title for title, _ in listed.values()} >= {
         "Models",
         "Adapters",
