@@ -6,17 +6,13 @@ import signal
 
 import pytest
 import torch
-from adapterkit.engines.ray_parts import Joiner, longest_first
 
 import adapterkit
 from adapterkit import execute
 from adapterkit.checkpoint import storage
-from adapterkit.checkpoint.shard_result import ShardResult
-from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines import pieces, rank_parts
-from adapterkit.engines.local import local
 from adapterkit.engines.rank_parts import tiling, units
-from adapterkit.errors import Failed, Refused
+from adapterkit.errors import Refused
 from adapterkit.plan import Plan
 from adapterkit.tasks import rows
 
@@ -62,50 +58,6 @@ def test_a_file_is_cut_between_pieces(large, monkeypatch, ranks: int):
     parts = [unit for unit in units(plan.shards, ranks, CPU) if unit.range]
     assert sum(part.size for part in parts) == size
     assert max(part.size for part in parts) < 8000 + 4096
-
-
-@pytest.mark.parametrize("hashed", [True, False])
-def test_parts_that_come_in_any_order(large, tmp_path, monkeypatch, hashed: bool):
-    """As tasks of a cluster give them: joined in the file's order, and removed."""
-    plan = small_pieces(large, monkeypatch)
-    made = longest_first(units(plan.shards, 5, CPU))
-    assert made == sorted(made, key=lambda part: part.range or ()) and len(made) == 5
-
-    def make(stage: Stage, shards: list) -> dict[str, ShardResult]:
-        found: list[ShardResult] = []
-        stage.path.mkdir(parents=True)
-        nothing = lambda done: None
-        local("cpu", 1)(plan, shards, stage, hash=hashed, finished=found.append, progress=nothing)
-        return {result.file: result for result in found}
-
-    alone, stage = Stage(tmp_path / "alone"), Stage(tmp_path / "out")
-    ((file, expected),) = make(alone, [*plan.shards]).items()
-    results, finished = make(stage, made), []
-    joiner = Joiner(stage.path, made, "0-1-00000000", hashed=hashed, finished=finished.append)
-    for part in reversed(made):
-        assert not finished
-        joiner.add(part, results[part.name])
-        joiner.look()
-    joiner.look(wait=True)
-    joiner.close()
-    assert finished == [expected]
-    assert [path.name for path in stage.path.iterdir()] == [file]
-    assert (stage.path / file).read_bytes() == (alone.path / file).read_bytes()
-
-
-def test_a_part_that_is_cut_short_is_no_part(large, tmp_path, monkeypatch):
-    plan = small_pieces(large, monkeypatch)
-    made, finished = units(plan.shards, 2, CPU), []
-    for part in made:
-        (tmp_path / part.name).write_bytes(bytes(part.size))
-    (tmp_path / made[1].name).write_bytes(bytes(made[1].size - 1))
-    joiner = Joiner(tmp_path, made, "0-1-00000000", hashed=True, finished=finished.append)
-    for part in made:
-        joiner.add(part, ShardResult(part.name, part.size, None, {}, {}))
-    with pytest.raises(Failed, match="shorter than what was written"):
-        joiner.look(wait=True)
-    joiner.close()
-    assert not finished and not (tmp_path / plan.shards[0].file).exists()
 
 
 @pytest.mark.parametrize("ranks", [2, 5])
