@@ -5,7 +5,8 @@ a traceback and exits 1. Any other exception is a bug and keeps its traceback.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 EXAMPLES = 3  # errors of one cause that are printed
 # a shape, or a word with a dot, an underscore or a digit, as names of tensors and files have
@@ -96,13 +97,53 @@ def _text(where: str, problems: list[str], expected: str, hint: str) -> str:
     return "\n  ".join(map(_printable, parts))
 
 
-def refuse_all(errors: list[AdapterkitError]) -> None:
-    """Raise the one error, or all of them together; nothing without errors."""
-    different = list({str(error): error for error in errors}.values())
-    if len(different) == 1:
-        raise different[0]
-    if different:
-        raise MultipleErrors(different)
+class Problems(list[AdapterkitError]):
+    """All that is wrong with a request, an input or an output, to be raised together; `where`,
+    `hint` and `kind` of those that are added without them."""
+
+    def __init__(
+        self,
+        errors: Iterable[AdapterkitError] = (),
+        *,
+        where: str = "",
+        hint: str = "",
+        kind: type[AdapterkitError] = Refused,
+    ):
+        super().__init__(errors)
+        self.where, self.hint, self.kind = where, hint, kind
+
+    def add(
+        self,
+        problem: str,
+        expected: str = "",
+        hint: str = "",
+        *,
+        where: str = "",
+        kind: type[AdapterkitError] | None = None,
+    ) -> None:
+        """Add an error of four parts."""
+        where, hint = where or self.where, hint or self.hint
+        self.append((kind or self.kind)(problem, expected=expected, where=where, hint=hint))
+
+    def include(self, error: AdapterkitError) -> None:
+        """Add an error, or those that it is made of."""
+        self += error.errors if isinstance(error, MultipleErrors) else (error,)
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Add the errors that are raised in this block."""
+        try:
+            yield
+        except AdapterkitError as error:
+            self.include(error)
+
+    def raise_all(self) -> None:
+        """Raise the one error, or all of them together; nothing without errors."""
+        different = list({str(error): error for error in self}.values())
+        if len(different) == 1:
+            raise different[0]
+        if different:
+            raise MultipleErrors(different)
 
 
 def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transform
 
 from adapterkit import dtypes
-from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, shown
 from adapterkit.patterns import matcher
 
 T = TypeVar("T")
@@ -120,7 +120,7 @@ class Checked:
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        errors: list[AdapterkitError] = []
+        errors = Problems()
         given: dict[str, Any] = {}
         for field in dataclasses.fields(self):  # type: ignore[arg-type] # verbs are dataclasses
             value = getattr(self, field.name)
@@ -132,7 +132,7 @@ class Checked:
                 errors.append(error)
                 continue
             object.__setattr__(self, field.name, given[field.name])
-        refuse_all(errors or self._conflicts())
+        Problems(errors or self._conflicts()).raise_all()
 
     def only(self, kind: type[T]) -> T:
         """The options of another record that this one has too."""
@@ -141,7 +141,7 @@ class Checked:
 
     def _conflicts(self) -> list[AdapterkitError]:
         """Refusals of options that are given without what they need, or with what they exclude."""
-        errors: list[AdapterkitError] = []
+        errors = Problems(where="options")
         fields = {field.name: field for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         is_given = lambda name: getattr(self, name) != fields[name].default
         for name, one in ((name, option_of(field)) for name, field in fields.items()):
@@ -150,13 +150,10 @@ class Checked:
             other, _, value = one.needs.partition("=")
             if other and (getattr(self, other) != value if value else not is_given(other)):
                 needed = f"{flag_of(other)} {value}" if value else flag_of(other)
-                errors.append(
-                    Refused(
-                        f"{flag_of(name)} is given without {needed}",
-                        expected=f"{flag_of(name)} with {needed} alone",
-                        where="options",
-                        hint=f"remove {flag_of(name)}, or give {needed}",
-                    )
+                errors.add(
+                    f"{flag_of(name)} is given without {needed}",
+                    f"{flag_of(name)} with {needed} alone",
+                    f"remove {flag_of(name)}, or give {needed}",
                 )
             errors += [
                 Refused(
@@ -456,20 +453,20 @@ def weighted(adapters: Any, name: str = "adapters") -> list[tuple[StrPath, float
             errors.append(invalid(name, item, "a number as the weight", "give a finite number"))
         else:
             pairs.append((source, finite(weight)))
-    refuse_all(errors)
+    Problems(errors).raise_all()
     return pairs
 
 
 def unweighted(adapters: Any, name: str = "adapters") -> list[StrPath]:
     """Sources, for verbs without weights; `Refused` for weights other than 1."""
     pairs = weighted(adapters, name)
-    refuse_all(
+    Problems(
         [
             invalid(name, pair, "no weights: this verb has none", "remove the weight")
             for pair in pairs
             if pair[1] not in (None, 1)
         ]
-    )
+    ).raise_all()
     return [source for source, _ in pairs]
 
 

@@ -14,7 +14,7 @@ from adapterkit.checkpoint.hashes import sha256_of_file
 from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import AdapterkitError, Damaged, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, shown
 from adapterkit.hub.destination import repositories
 from adapterkit.plan import Plan
 from adapterkit.records import (
@@ -203,5 +203,5 @@ def read_receipt(folder: Folder) -> dict[str, Any]:
         raise Damaged(
             CHANGED, expected="a receipt that fits the seal at its end", where=RECEIPT, hint=AGAIN
         )
-    refuse_all(problems(RECEIPT_CHECK, receipt, RECEIPT, hint=AGAIN, kind=Damaged))
+    Problems(problems(RECEIPT_CHECK, receipt, RECEIPT, hint=AGAIN, kind=Damaged)).raise_all()
     return receipt

@@ -15,7 +15,7 @@ from functools import cache
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, shown
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -60,9 +60,9 @@ def read(
     kind: type[AdapterkitError] = Refused,
 ) -> R:
     """The record of a table, whose place is `where`; `name`: what the user calls a field."""
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     value = _inside(check_of(record), table, "", errors)
-    refuse_all(placed(errors, where, hint=hint, name=name, kind=kind))
+    Problems(placed(errors, where, hint=hint, name=name, kind=kind)).raise_all()
     return value
 
 
@@ -70,13 +70,13 @@ def problems(
     check: Check, value: object, where: str, *, hint: str, kind: type[AdapterkitError] = Refused
 ) -> list[AdapterkitError]:
     """What is wrong with a value, whose place is `where`."""
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     _inside(check, value, "", errors)
     return placed(errors, where, hint=hint, kind=kind)
 
 
 def values(
-    checks: Mapping[str, Check], table: Mapping[str, Any], errors: list[AdapterkitError]
+    checks: Mapping[str, Check], table: Mapping[str, Any], errors: Problems
 ) -> dict[str, Any]:
     """What the checks make of the values of these names, None where there is none; what is wrong
     goes to `errors`, to be `placed`."""
@@ -107,7 +107,7 @@ def placed(
     return result
 
 
-def _inside(check: Check, value: object, place: str, errors: list[AdapterkitError]) -> Any:
+def _inside(check: Check, value: object, place: str, errors: Problems) -> Any:
     """What a check makes of a value at that place of a list or table."""
     try:
         return check.read(value)
@@ -119,7 +119,7 @@ def _inside(check: Check, value: object, place: str, errors: list[AdapterkitErro
     except (ValueError, TypeError):
         hint = did_you_mean([value], check.words) if isinstance(value, str) else ""
         found = f" = {shown(repr(value))}"
-        errors.append(Refused(found, expected=check.expected, where=place, hint=hint))
+        errors.add(found, check.expected, hint, where=place)
     return None
 
 
@@ -194,9 +194,9 @@ def list_of(check: Check, expected: str = "a list") -> Check:
             value = sorted(value, key=str)
         if not isinstance(value, Sequence) or isinstance(value, str | bytes):
             raise ValueError
-        errors: list[AdapterkitError] = []
+        errors = Problems()
         items = tuple(_inside(check, one, f"[{i}]", errors) for i, one in enumerate(value))
-        refuse_all(errors)
+        errors.raise_all()
         return items
 
     return Check(expected, read)
@@ -215,12 +215,12 @@ def table_of(key: Check, check: Check) -> Check:
     def read(value: Any) -> dict[Any, Any]:
         if not isinstance(value, Mapping):
             raise ValueError
-        errors: list[AdapterkitError] = []
+        errors = Problems()
         table = {
             _inside(key, name, f".{name}", errors): _inside(check, one, f".{name}", errors)
             for name, one in value.items()
         }
-        refuse_all(errors)
+        errors.raise_all()
         return table
 
     return Check("a table", read)
@@ -232,9 +232,9 @@ def entries(checks: Mapping[str, Check]) -> Check:
     def read(table: Any) -> Any:
         if not isinstance(table, Mapping):
             raise ValueError
-        errors = _missing(checks, checks.keys() - table.keys())
+        errors = Problems(_missing(checks, checks.keys() - table.keys()))
         values({name: check for name, check in checks.items() if name in table}, table, errors)
-        refuse_all(errors)
+        Problems(errors).raise_all()
         return table
 
     return Check("a table", read)
@@ -272,7 +272,7 @@ def _record_of(record: Any) -> Check:
         if not isinstance(table, Mapping):
             raise ValueError
         checks = checks_of(record)
-        errors = _missing(checks, required(record) - table.keys())
+        errors = Problems(_missing(checks, required(record) - table.keys()))
         for name in sorted(map(str, table.keys() - checks.keys())):
             hint = did_you_mean([name], checks) or "remove it"
             expected = ", ".join(checks) or "nothing"
@@ -281,7 +281,7 @@ def _record_of(record: Any) -> Check:
         found = {
             name: _inside(checks[name], one, f".{name}", errors) for name, one in given.items()
         }
-        refuse_all(errors)
+        Problems(errors).raise_all()
         return record(**found)
 
     return Check("a table", read)

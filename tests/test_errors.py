@@ -2,14 +2,14 @@
 
 import pytest
 
-from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Refused, refuse_all
+from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Problems, Refused
 
 pytestmark = pytest.mark.quick
 
 
 def lines(errors: list[AdapterkitError]) -> list[str]:
     with pytest.raises(MultipleErrors) as caught:
-        refuse_all(errors)
+        Problems(errors).raise_all()
     assert caught.value.errors == tuple(errors)
     return str(caught.value).splitlines()
 

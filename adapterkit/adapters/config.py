@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.records import (
     FINITE,
     FLAG,
@@ -118,23 +118,25 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
             "read here"
         )
         return [Refused(f"peft_type {shown(repr(kind))}", expected="LORA", where=where, hint=hint)]
-    errors: list[AdapterkitError] = [
-        Refused(
-            f"{key} is set: {why}",
-            expected="a plain or DoRA LoRA",
-            where=where,
-            hint="use this adapter with the library that trained it; it cannot be merged",
-        )
-        for key, why in OTHER_ARITHMETIC.items()
-        if config.get(key)
-    ]
+    errors = Problems(
+        [
+            Refused(
+                f"{key} is set: {why}",
+                expected="a plain or DoRA LoRA",
+                where=where,
+                hint="use this adapter with the library that trained it; it cannot be merged",
+            )
+            for key, why in OTHER_ARITHMETIC.items()
+            if config.get(key)
+        ]
+    )
     errors += check_unknown_settings(config, KNOWN_SETTINGS | set(OTHER_ARITHMETIC), where)
     return errors + check_settings(LORA_SETTINGS, config, where)
 
 
 def check_settings(checks: Mapping[str, Check], config: dict, where: str) -> list[AdapterkitError]:
     """Errors of the settings that have a check."""
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     values(checks, config, errors)
     return placed(errors, where, hint="fix the config")
 

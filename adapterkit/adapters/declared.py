@@ -6,7 +6,7 @@ from typing import Any
 from adapterkit.adapters.adapter_config import plain_settings, rank_settings
 from adapterkit.adapters.config import check_config
 from adapterkit.adapters.targets import Patterns
-from adapterkit.errors import refuse_all
+from adapterkit.errors import Problems
 
 
 class DeclaredScales:
@@ -16,7 +16,7 @@ class DeclaredScales:
 
     def __init__(self, settings: Mapping[str, Any], where: str):
         config = {"peft_type": "LORA", **settings}
-        refuse_all(check_config(config, where))
+        Problems(check_config(config, where)).raise_all()
         self.rank, self.alpha = config["r"], config["lora_alpha"]
         self.rslora = bool(config.get("use_rslora"))
         self.ranks = Patterns(config.get("rank_pattern") or {}, f"{where}: rank_pattern")

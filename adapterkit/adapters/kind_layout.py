@@ -10,7 +10,7 @@ from adapterkit.adapters.declared import whole
 from adapterkit.adapters.keys import PREFIX
 from adapterkit.adapters.kinds.loha import LoHa
 from adapterkit.adapters.kinds.lokr import LoKr
-from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all
+from adapterkit.errors import AdapterkitError, Problems, Refused, listed
 
 Shapes = Mapping[str, tuple[int, ...]]  # of a module's tensors by role: w1, w2_a, t2, ...
 # role -> name of the tensor
@@ -66,7 +66,7 @@ def _decomposition(
 ) -> dict[str, Any]:
     """decompose_factor and decompose_both with which PEFT makes matrices of these shapes."""
     both = any("w1_a" in shapes for shapes in modules.values())
-    refuse_all(list(_unlike(modules, both)))
+    Problems(list(_unlike(modules, both))).raise_all()
     sizes = {name: _sizes(shapes) for name, shapes in modules.items()}
     firsts = {first for pairs in sizes.values() for first, _ in pairs}
     for likely in LINEAR, KERNELS:

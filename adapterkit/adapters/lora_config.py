@@ -22,7 +22,7 @@ from adapterkit.adapters.init_options import (
     options_to_peft,
 )
 from adapterkit.adapters.targets import ALL_LINEAR
-from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, shown
 from adapterkit.patterns import matcher
 from adapterkit.records import (
     ANYTHING,
@@ -196,7 +196,7 @@ class LoraConfig:
     # before __init__, which knows no other names
     def __new__(cls, *args: Any, **kwargs: Any):
         known = [f.name for f in fields(cls)]
-        refuse_all([_unknown(name, known) for name in kwargs if name not in known])
+        Problems([_unknown(name, known) for name in kwargs if name not in known]).raise_all()
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -230,7 +230,7 @@ class LoraConfig:
         """The settings in an adapter_config.json, whose path is `where`; `Refused` with all that is
         unknown or invalid."""
         config = dict(config)
-        errors = check_live_config(config, where)
+        errors = Problems(check_live_config(config, where))
         settings = {}
         for f in fields(cls):
             value = config.get(PEFT_NAMES.get(f.name, f.name))
@@ -242,11 +242,9 @@ class LoraConfig:
         if "init" in settings:
             settings["init"] = _init_of_peft(settings["init"])
             settings["init_options"] = options_of_peft(settings["init"], config)
-        try:
+        with errors.collected():
             settings = _checked(settings, where, PEFT_NAMES)
-        except AdapterkitError as error:
-            errors += getattr(error, "errors", (error,))
-        refuse_all(errors)
+        errors.raise_all()
         return cls(**settings)
 
     @classmethod
@@ -266,13 +264,13 @@ class LoraConfig:
         if not any(key in PEFT_DEFAULTS and key not in known for key in settings):
             return cls(**settings)
         where = "PEFT's LoraConfig"
-        refuse_all(
+        Problems(
             [
                 invalid_setting({key: settings[key]}, key, expected, where)
                 for key, expected in ONLY_PEFT.items()
                 if settings.get(key)
             ]
-        )
+        ).raise_all()
         lists = {
             key: list(list_of(ANYTHING).read(value))
             for key, value in settings.items()
@@ -326,12 +324,12 @@ def _checked(
     """The settings as the fields hold them; `Refused` with all that are invalid, by their `names`
     in the file `where`."""
     names = names or {}
-    wrong: list[AdapterkitError] = []
+    wrong = Problems()
     checks = checks_of(LoraConfig)
     found = values({key: checks[key] for key in settings}, settings, wrong)
     errors = placed(wrong, where, hint="fix the config", name=lambda key: names.get(key, key))
     errors += _conflicts(found, settings.keys() - found.keys(), names, where)
-    refuse_all(errors)
+    Problems(errors).raise_all()
     return found
 
 

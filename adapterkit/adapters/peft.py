@@ -27,7 +27,7 @@ from adapterkit.checkpoint.folder import Folder, belonging_to, locate
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Scan
 from adapterkit.dtypes import FLOATS
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 
 Patterns = list[tuple[re.Pattern[str], str]]  # of keys, with their role
 Roles = dict[tuple[str, int], dict[str, TensorSpec]]  # (module, depth) -> role -> its tensor
@@ -37,7 +37,7 @@ def read_adapter(folder: Folder, number: int = 1, check: ConfigCheck = check_con
     """Read an adapter's config and headers; `Refused` listing every key and flag that cannot be
     used. `check` returns the errors of its config."""
     adapter, scan, _ = scan_adapter(folder, number, check)
-    refuse_all(scan.errors)
+    scan.errors.raise_all()
     return adapter
 
 
@@ -72,8 +72,8 @@ def read_other_type(
     ]
     with belonging_to(folder):
         adapter, keys, scan = _read(folder, number, check, roles)
-        refuse_all(scan.errors)
-        refuse_all(_check_config_against_file(keys, adapter.config, folder.name))
+        scan.errors.raise_all()
+        Problems(_check_config_against_file(keys, adapter.config, folder.name)).raise_all()
     return adapter, keys.roles
 
 
@@ -86,7 +86,7 @@ def _read(
     missing = [name for name in (CONFIG, WEIGHTS) if name not in files]
     scan.readable = not missing
     if missing:
-        scan.add_error(_missing_files(folder, missing, files))
+        scan.errors.include(_missing_files(folder, missing, files))
     config = scan.json(CONFIG)
     if config is not None:
         scan.config = config
@@ -146,7 +146,7 @@ NOT_READ = re.compile(
 
 
 def _classify_keys(
-    tensors: dict[str, TensorSpec], errors: list[AdapterkitError], where: str, patterns: Patterns
+    tensors: dict[str, TensorSpec], errors: Problems, where: str, patterns: Patterns
 ) -> _Keys:
     keys = _Keys()
     names = {key: unwrapped(key) for key in tensors}
@@ -167,15 +167,13 @@ def _classify_keys(
         elif NOT_READ.search("." + name):
             hint = "it is another kind of adapter"
             expected = "keys of its peft_type"
-            errors.append(Refused(f"key {shown(key)}", expected=expected, where=where, hint=hint))
+            errors.add(f"key {shown(key)}", expected, hint, where=where)
         else:
             _add_replaced(keys, trained_parameter(name, plain), spec, errors, where)
     return keys
 
 
-def _add_replaced(
-    keys: _Keys, name: str, spec: TensorSpec, errors: list[AdapterkitError], where: str
-) -> None:
+def _add_replaced(keys: _Keys, name: str, spec: TensorSpec, errors: Problems, where: str) -> None:
     """Add a value by its parameter; a trained copy takes precedence over the plain name."""
     name = without_wrappers(name.replace(".token_adapter.base_layer.", "."))
     other = keys.replaced.get(name)
@@ -190,27 +188,26 @@ def _duplicate(key: str, other: str, where: str) -> Refused:
     return Refused(problem, expected="each once", where=where, hint="remove one")
 
 
-def _loras(keys: _Keys, errors: list[AdapterkitError], name: str) -> tuple[Lora, ...]:
-    def refuse(problem: str, expected: str, hint: str) -> None:
-        errors.append(Refused(problem, expected=expected, where=name, hint=hint))
-
+def _loras(keys: _Keys, errors: Problems, name: str) -> tuple[Lora, ...]:
     loras = []
     for (module, depth), roles in sorted(keys.roles.items()):
         embedding = "embedding_a" in roles or "embedding_b" in roles
         a, b = (roles.get(f"embedding_{x}" if embedding else x) for x in "ab")
         if a is None or b is None or (embedding and ("a" in roles or "b" in roles)):
             problem = f"{shown(module)} has {', '.join(sorted(roles)) or 'nothing'}"
-            refuse(problem, "both factors, a and b", "save the adapter again")
+            errors.add(problem, "both factors, a and b", "save the adapter again", where=name)
             continue
         if len(a.shape) < 2 or len(b.shape) < 2 or 0 in a.shape or 0 in b.shape:
             problem = f"factors of {shown(module)} with shapes {a.shape} and {b.shape}"
-            refuse(problem, "matrices", "gather the shards before saving (ZeRO-3, FSDP)")
+            errors.add(
+                problem, "matrices", "gather the shards before saving (ZeRO-3, FSDP)", where=name
+            )
             continue
         magnitude, bias = roles.get("magnitude"), roles.get("bias")
         for spec in (a, b, magnitude, bias):
             if spec is not None and spec.dtype not in FLOATS:
                 problem = f"{shown(spec.key)} is {spec.dtype}"
-                refuse(problem, FLOAT_DTYPES, "save it as floats")
+                errors.add(problem, FLOAT_DTYPES, "save it as floats", where=name)
         kind = "embedding" if embedding else "module"
         loras.append(Lora(module, kind, a, b, magnitude, bias, depth))
     return tuple(loras)
@@ -218,13 +215,7 @@ def _loras(keys: _Keys, errors: list[AdapterkitError], name: str) -> tuple[Lora,
 
 def _check_config_against_file(keys: _Keys, config: dict, name: str) -> list[AdapterkitError]:
     """Tensors that the config declares and the file lacks, and the other way round."""
-    errors: list[AdapterkitError] = []
-
-    def refuse(
-        problem: str, expected: str, hint: str = "restore the config that was saved with the file"
-    ) -> None:
-        errors.append(Refused(problem, expected=expected, where=name, hint=hint))
-
+    errors = Problems(where=name, hint="restore the config that was saved with the file")
     for key, role, tensors in [
         ("use_dora", "magnitude", "magnitudes"),
         ("lora_bias", "bias", "biases of b"),
@@ -232,15 +223,15 @@ def _check_config_against_file(keys: _Keys, config: dict, name: str) -> list[Ada
         missing = [module for (module, _), roles in keys.roles.items() if role not in roles]
         if config.get(key) and missing:
             problem = f"{key}, but none for {', '.join(map(shown, missing[:6]))}"
-            refuse(problem, f"{tensors} for every module", "save the adapter again")
+            errors.add(problem, f"{tensors} for every module", "save the adapter again")
         if not config.get(key) and len(missing) < len(keys.roles):
             problem = f"{tensors} in the file, {key} = {config.get(key)}"
-            refuse(problem, f"{key} true, or no such tensors")
+            errors.add(problem, f"{key} true, or no such tensors")
     # PEFT adds the heads of a task whether the model has them or not
     heads = TASK_HEADS.get(config.get("task_type") or "", ())
     for module in sorted(set(config.get("modules_to_save") or []) - set(heads)):
         if not any(_is_entry_for(parameter, module) for parameter in keys.replaced):
-            refuse(
+            errors.add(
                 f"modules_to_save names {shown(module)}, and the file holds nothing of it",
                 "its trained weights",
                 "save the adapter again, or take the name out of the config if the model has no "
@@ -248,9 +239,9 @@ def _check_config_against_file(keys: _Keys, config: dict, name: str) -> list[Ada
             )
     for parameter, spec in keys.replaced.items():
         if spec.dtype not in FLOATS and spec.shape:
-            refuse(f"{shown(spec.key)} is {spec.dtype}", FLOAT_DTYPES, "save it as floats")
+            errors.add(f"{shown(spec.key)} is {spec.dtype}", FLOAT_DTYPES, "save it as floats")
         if not _declared_in_config(parameter, spec.key, config):
-            refuse(
+            errors.add(
                 f"{shown(spec.key)} would replace {shown(parameter)}, of which the config does "
                 "not speak",
                 "factors, or what modules_to_save, bias or a changed vocabulary account for",
@@ -275,18 +266,14 @@ def _is_entry_for(parameter: str, entry: str) -> bool:
     return is_inside(parameter, entry) or entry == parameter
 
 
-def _tokens(
-    keys: _Keys, config: dict, errors: list[AdapterkitError], name: str
-) -> tuple[Tokens, ...]:
+def _tokens(keys: _Keys, config: dict, errors: Problems, name: str) -> tuple[Tokens, ...]:
     """Trained token rows by module, with their indices from the config."""
 
-    def refuse(problem: str, expected: str, hint: str) -> None:
-        errors.append(Refused(problem, expected=expected, where=f"{name}/{CONFIG}", hint=hint))
-
+    where = f"{name}/{CONFIG}"
     setting = config.get("trainable_token_indices")
     if setting and not keys.tokens:
         problem = "trainable_token_indices, but no trained rows in the file"
-        refuse(problem, "the rows that were trained", "save the adapter again")
+        errors.add(problem, "the rows that were trained", "save the adapter again", where=where)
     tokens = []
     for module, spec in sorted(keys.tokens.items()):
         indices = setting
@@ -300,11 +287,12 @@ def _tokens(
         rows = tuple(indices) if isinstance(indices, list) else ()
         valid = all(type(i) is int and i >= 0 for i in rows) and len({*map(str, rows)}) == len(rows)
         if not valid or not rows or spec.dtype not in FLOATS or spec.shape[:1] != (len(rows),):
-            refuse(
+            errors.add(
                 f"trained rows {spec.dtype} {spec.shape} of {shown(module)}, "
                 f"trainable_token_indices {shown(repr(indices))}",
                 "one different row index for each trained row, in order",
                 "restore the config that was saved with the file",
+                where=where,
             )
             continue
         tokens.append(Tokens(module, rows, spec))

@@ -17,7 +17,7 @@ from adapterkit.adapters.targets import (
     is_within,
     output_head,
 )
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import Problems, Refused, shown
 from adapterkit.patterns import matcher, similar_names
 from adapterkit.weights.linear import is_linear, kind_of
 
@@ -74,7 +74,7 @@ class Resolver:
         layers = config.layers
         self.layers = (layers,) if isinstance(layers, int) else layers
         self.stacks: Collection[str] = ()  # parameters that `targets` name, too
-        self.errors: list[AdapterkitError] = []
+        self.errors = Problems()
 
     def label(self, setting: str) -> str:
         """How messages call a setting."""
@@ -111,7 +111,7 @@ class Resolver:
         self.errors += filter(None, map(self.unfit, paths))
         for target in targets:
             self.errors += self.unfit_settings(target)
-        refuse_all(self.errors)
+        self.errors.raise_all()
         return targets
 
     def with_ranks(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from adapterkit.checkpoint.folder import Folder, inside
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Refused, shown
+from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Problems, Refused, shown
 
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
@@ -39,7 +39,7 @@ class ShardFiles:
     index_name: str | None = None
     index: dict | None = None  # the index file's content
     complete: bool = True  # no file that the index names is missing
-    errors: list[AdapterkitError] = field(default_factory=list)
+    errors: Problems = field(default_factory=Problems)
 
 
 def find_shards(folder: Folder) -> ShardFiles:
@@ -77,25 +77,23 @@ def weight_files(folder: Folder) -> list[str]:
     return sorted(name for name in names if not name.startswith(NOT_A_MODEL))
 
 
-def _index_name(own: list[str], where: str, errors: list[AdapterkitError]) -> str | None:
+def _index_name(own: list[str], where: str, errors: Problems) -> str | None:
     """The index file, the standard name before a variant's."""
     indexes = sorted(name for name in own if name.endswith(".safetensors.index.json"))
     standard = [f"{single}.index.json" for single in SINGLE if f"{single}.index.json" in indexes]
     if standard or any(single in own for single in SINGLE):
         return standard[0] if standard else None
     if len(indexes) > 1:  # other readers may take another one
-        errors.append(
-            Refused(
-                f"several indexes: {', '.join(map(shown, indexes))}",
-                expected="one, or model.safetensors.index.json among them",
-                where=where,
-                hint="move the files of the other variants away",
-            )
+        errors.add(
+            f"several indexes: {', '.join(map(shown, indexes))}",
+            "one, or model.safetensors.index.json among them",
+            "move the files of the other variants away",
+            where=where,
         )
     return indexes[0] if indexes else None
 
 
-def _unindexed(folder: Folder, own: list[str], errors: list[AdapterkitError]) -> list[str] | None:
+def _unindexed(folder: Folder, own: list[str], errors: Problems) -> list[str] | None:
     """The files of a model without an index."""
     weights = weight_files(folder)
     for name in SINGLE:
@@ -111,15 +109,13 @@ def _unindexed(folder: Folder, own: list[str], errors: list[AdapterkitError]) ->
         sets = {(match[1], int(match[3])) for match in numbered if match}
         if len(sets) == 1 and len(weights) == next(iter(sets))[1]:
             return weights
-    errors.append(
-        Refused(
-            f"{len(weights)} safetensors files and no index: "
-            + ", ".join(shown(name) for name in weights[:6]),
-            expected="model.safetensors.index.json, or one file, or a complete set "
-            "name-0000i-of-0000n.safetensors",
-            where=folder.name,
-            hint="add the index, or remove the files that are not part of the model",
-        )
+    errors.add(
+        f"{len(weights)} safetensors files and no index: "
+        + ", ".join(shown(name) for name in weights[:6]),
+        "model.safetensors.index.json, or one file, or a complete set "
+        "name-0000i-of-0000n.safetensors",
+        "add the index, or remove the files that are not part of the model",
+        where=folder.name,
     )
     return None
 
@@ -150,13 +146,11 @@ def _read_index(shards: ShardFiles, index: dict, folder: Folder) -> None:
     for file in names:
         by_folded.setdefault(file.casefold(), []).append(file)
     for group in [group for group in by_folded.values() if len(group) > 1]:
-        shards.errors.append(
-            Refused(
-                f"file names that differ only in case: {', '.join(map(shown, group))}",
-                expected="names that any file system keeps apart",
-                where=where,
-                hint="rename one",
-            )
+        shards.errors.add(
+            f"file names that differ only in case: {', '.join(map(shown, group))}",
+            "names that any file system keeps apart",
+            "rename one",
+            where=where,
         )
     shards.names = [file for file in names if file not in wrong]
 

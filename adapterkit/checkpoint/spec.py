@@ -6,7 +6,7 @@ from adapterkit.checkpoint.folder import Folder, belonging_to
 from adapterkit.checkpoint.header import Header, TensorSpec, read_header
 from adapterkit.checkpoint.shards import find_shards, likely_shards
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, shown
 
 LAYER_COUNTS = {
     "num_hidden_layers",
@@ -45,7 +45,7 @@ class Scan:
     config: dict = field(default_factory=dict)
     index: dict | None = None  # the index file's content
     index_name: str | None = None
-    errors: list[AdapterkitError] = field(default_factory=list)
+    errors: Problems = field(default_factory=Problems)
     complete: bool = True  # all files of the weights are there and can be read
     readable: bool = True  # so are the JSON files beside them
 
@@ -63,7 +63,7 @@ class Scan:
         try:
             self.shards[name] = read_header(self.folder, name, self.number)
         except (Refused, Damaged) as error:
-            self.add_error(error)
+            self.errors.include(error)
             self.complete = self.readable = False
         return self.shards[name]
 
@@ -74,12 +74,9 @@ class Scan:
         try:
             return read_json(self.folder, name)
         except (Refused, Damaged) as error:
-            self.add_error(error)
+            self.errors.include(error)
             self.readable = False
             return None
-
-    def add_error(self, error: AdapterkitError) -> None:
-        self.errors += error.errors if isinstance(error, MultipleErrors) else (error,)
 
     def checkpoint(self) -> Checkpoint:
         """A checkpoint of what could be read."""
@@ -100,7 +97,7 @@ def open_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
     it."""
     with belonging_to(folder):
         scan = scan_checkpoint(folder, number)
-        refuse_all(scan.errors)
+        scan.errors.raise_all()
     return scan.checkpoint()
 
 
@@ -123,20 +120,17 @@ def scan_checkpoint(folder: Folder, number: int = 0) -> Scan:
 def _config_errors(config: dict, stored: int, where: str) -> list[AdapterkitError]:
     """Values of a config and its sub-configs that decide which model is built, and cannot be
     right."""
-    errors: list[AdapterkitError] = []
-    damaged = lambda problem, expected: errors.append(
-        Damaged(problem, expected=expected, where=where, hint="fix the config")
-    )
+    errors = Problems(where=where, hint="fix the config", kind=Damaged)
     names = config.get("architectures")
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if names is not None and not is_list:
-        damaged("architectures", "a list of class names")
+        errors.add("architectures", "a list of class names")
     if not isinstance(config.get("model_type"), str | None):
-        damaged("model_type", "a text")
+        errors.add("model_type", "a text")
     for key in LAYER_COUNTS & config.keys():
         layers, limit = config[key], max(1000, stored)
         if isinstance(layers, int) and layers > limit:
-            damaged(f"{key} = {layers}, with {stored} stored tensors", f"at most {limit}")
+            errors.add(f"{key} = {layers}, with {stored} stored tensors", f"at most {limit}")
     for key, value in config.items():
         if isinstance(value, dict) and key.endswith("_config"):
             errors += _config_errors(value, stored, where)
@@ -149,16 +143,13 @@ def _index_errors(scan: Scan) -> list[AdapterkitError]:
         return []
     where = f"{scan.folder.name}/{scan.index_name}"
     tensors, weight_map = scan.tensors, scan.index["weight_map"]
-    errors: list[AdapterkitError] = []
-    damaged = lambda problem, expected: errors.append(
-        Damaged(problem, expected=expected, where=where, hint="restore the index")
-    )
+    errors = Problems(where=where, hint="restore the index", kind=Damaged)
     for key, file in weight_map.items():
         spec = tensors.get(key)
         if scan.shards.get(file) is not None and (spec is None or spec.file != file):
-            damaged(f"{shown(key)} is not in {shown(file)}", "an index that matches its files")
+            errors.add(f"{shown(key)} is not in {shown(file)}", "an index that matches its files")
     for key in [key for key in tensors if key not in weight_map]:
-        damaged(f"{shown(key)} in {shown(tensors[key].file)}", "every stored key in the index")
+        errors.add(f"{shown(key)} in {shown(tensors[key].file)}", "every stored key in the index")
     return errors
 
 
@@ -175,17 +166,15 @@ def _share_strings(scan: Scan) -> None:
 def _stored_twice(scan: Scan) -> list[AdapterkitError]:
     """Keys that several files hold."""
     files: dict[str, str] = {}  # of each key
-    errors: list[AdapterkitError] = []
+    errors = Problems(where=scan.folder.name)
     for spec in (spec for header in scan.headers for spec in header.tensors):
         if spec.key in files:
             problem = f"{shown(spec.key)} in both {shown(files[spec.key])} and {shown(spec.file)}"
-            errors.append(
-                Damaged(
-                    problem,
-                    expected="each tensor once",
-                    where=scan.folder.name,
-                    hint="remove the file that is not part of the model",
-                )
+            errors.add(
+                problem,
+                "each tensor once",
+                "remove the file that is not part of the model",
+                kind=Damaged,
             )
         files[spec.key] = spec.file
     return errors

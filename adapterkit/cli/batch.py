@@ -12,7 +12,7 @@ import click
 from adapterkit.checkpoint.folder import WEIGHTS
 from adapterkit.checkpoint.shards import PICKLES
 from adapterkit.cli.output import ProgressBar, print_json
-from adapterkit.errors import AdapterkitError, Interrupted, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Interrupted, Problems, Refused, shown
 from adapterkit.hub.ids import is_on_hub, parse
 
 PLACES = ("{name}", "{parent}")
@@ -99,7 +99,7 @@ def plan_outputs(lines: Iterable[str], pattern: str) -> list[tuple[str, str]]:
         problem = "no source in the list"
         raise Refused(problem, expected="one in each line", where="--from-list", hint="add some")
     jobs: dict[str, str] = {}  # output -> source
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     for source in sources:
         name, parent = name_and_parent(source)
         out = pattern.replace("{name}", name).replace("{parent}", parent)
@@ -107,11 +107,9 @@ def plan_outputs(lines: Iterable[str], pattern: str) -> list[tuple[str, str]]:
         if out in jobs:
             problem = f"{shown(source)} and {shown(jobs[out])} would both be {shown(out)}"
             hint = "use {parent} in the pattern too, or convert them apart"
-            errors.append(
-                Refused(problem, expected="one source for each output", where=where, hint=hint)
-            )
+            errors.add(problem, "one source for each output", hint, where=where)
         jobs.setdefault(out, source)
-    refuse_all(errors)
+    errors.raise_all()
     return [(source, out) for out, source in jobs.items()]
 
 

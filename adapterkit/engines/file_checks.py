@@ -10,7 +10,7 @@ from adapterkit.checkpoint.header import read_header
 from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.checkpoint.system import cores
 from adapterkit.engines.computed import in_order
-from adapterkit.errors import AdapterkitError, Damaged, Failed, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Damaged, Failed, Problems, shown
 from adapterkit.gguf.adapter import read_adapter
 from adapterkit.gguf.header import ENDING
 from adapterkit.options import Progress
@@ -60,7 +60,7 @@ def check_files(
         )
         for name in sorted(unlisted - set(files))
     ]
-    refuse_all(errors)
+    Problems(errors).raise_all()
     total = sum(entry["size"] for entry in files.values())
     return {"files": len(files), "bytes": total, "hash": receipt["hash"]}
 

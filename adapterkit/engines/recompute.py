@@ -19,7 +19,7 @@ from adapterkit.checkpoint.system import cores
 from adapterkit.engines.computed import in_order
 from adapterkit.engines.file_checks import check_file, check_files
 from adapterkit.engines.reader import LocalReader
-from adapterkit.errors import Damaged, Failed, refuse_all, shown
+from adapterkit.errors import Damaged, Failed, Problems, shown
 from adapterkit.plan import Loaded, Plan, Step
 from adapterkit.receipt import AGAIN, read_receipt
 from adapterkit.tasks.compensated import CompensatedStep, before_rounding
@@ -81,12 +81,12 @@ def check_rows(out: Folder, plan: Plan, hint: str = AGAIN) -> dict[str, Any]:
     wrong = [(c, r.wrong) for c, r in zip(checks, results, strict=True) if r.wrong is not None]
     if len(wrong) > FEW:
         raise _many(wrong, len(checks), out.label, hint)
-    refuse_all(
+    Problems(
         [
             Damaged(each.text, expected=check.expected, where=shown(check.step.key), hint=hint)
             for check, each in wrong
         ]
-    )
+    ).raise_all()
     rows = sum(result.rows for result in results)
     if checks and not rows:
         raise Failed(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.base import NamedBase
 from adapterkit.formats.experts import split_experts, stack_experts
 from adapterkit.formats.kinds import COPY, EXPERTS, FACTORS, PARAMETER, PLAIN, TOKENS, VALUE
@@ -32,7 +32,7 @@ def arranged(
     modules, notes = without_copies(contents.modules, form)
     contents = replace(contents, modules=tuple(modules), notes=(*contents.notes, *notes))
     undecided = _undecided(contents, model) if contents.format != form.name else []
-    refuse_all([*undecided, *refusals(contents, form)])
+    Problems([*undecided, *refusals(contents, form)]).raise_all()
     if model is not None:
         modules = renamed(modules, model, in_file=False)
     modules = _experts(modules, words.experts, model, reader, contents.folders[0].label)
@@ -95,16 +95,18 @@ def _undecided(contents: Contents, model: NamedBase | None) -> list[AdapterkitEr
 def refusals(contents: Contents, form: Format) -> list[AdapterkitError]:
     """Refusals of settings, kinds and trained modules that the dialect's readers do not take."""
     where = contents.folders[0].label
-    errors: list[AdapterkitError] = [
-        Refused(
-            f"{name} = {shown(json.dumps(contents.config[name]))}: {one.why}",
-            expected=f"what {form.title} reads",
-            where=where,
-            hint=one.hint,
-        )
-        for name, one in form.adapter.refuse.items()
-        if name in contents.config and one.value.search(json.dumps(contents.config[name]))
-    ]
+    errors = Problems(
+        [
+            Refused(
+                f"{name} = {shown(json.dumps(contents.config[name]))}: {one.why}",
+                expected=f"what {form.title} reads",
+                where=where,
+                hint=one.hint,
+            )
+            for name, one in form.adapter.refuse.items()
+            if name in contents.config and one.value.search(json.dumps(contents.config[name]))
+        ]
+    )
     if not form.kinds:
         return errors
     saved = form.adapter.saved
@@ -114,15 +116,12 @@ def refusals(contents: Contents, form: Format) -> list[AdapterkitError]:
         if m.kind == TOKENS or (m.kind == VALUE and m.name.rpartition(".")[2] not in saved)
     ]
     if values:
-        errors.append(
-            Refused(
-                f"{len(values)} modules have values trained in place of the base's: "
-                f"{listed(values)}",
-                expected=f"low-rank factors{''.join(f', {name}' for name in saved)}: {form.title} "
-                "reads no others",
-                where=where,
-                hint=MERGE,
-            )
+        errors.add(
+            f"{len(values)} modules have values trained in place of the base's: {listed(values)}",
+            f"low-rank factors{''.join(f', {name}' for name in saved)}: {form.title} "
+            "reads no others",
+            MERGE,
+            where=where,
         )
     others = (VALUE, TOKENS, PARAMETER, EXPERTS)  # experts: once they are in the dialect's layout
     own = tuple(m for m in contents.modules if m.kind not in others)
@@ -204,7 +203,7 @@ def renamed(modules: Sequence[Module], model: NamedBase, *, in_file: bool) -> li
     """The modules under the base's names: its file's, or those of the model that is loaded.
     `Refused` with all that have none in the file, or several that fit."""
     names = model.checkpoint.tensors if in_file else model.names.all()
-    errors: list[AdapterkitError] = []
+    errors = Problems(where=model.checkpoint.folder.label)
     result = []
     taken: dict[tuple[str, str, int], str] = {}  # -> the module's name in the adapter
     # single experts are modules of the file alone
@@ -224,15 +223,12 @@ def renamed(modules: Sequence[Module], model: NamedBase, *, in_file: bool) -> li
         problem = listed(own) if own else "no module of that name"
         if len(own) == 1:
             problem += ", and another module of the adapter is it too"
-        errors.append(
-            Refused(
-                f"{shown(module.path)}: {problem}",
-                expected="one module of the base",
-                where=model.checkpoint.folder.label,
-                hint="check --base: it is not the model that the adapter was trained on",
-            )
+        errors.add(
+            f"{shown(module.path)}: {problem}",
+            "one module of the base",
+            "check --base: it is not the model that the adapter was trained on",
         )
-    refuse_all(errors)
+    errors.raise_all()
     return result
 
 

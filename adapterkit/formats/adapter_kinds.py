@@ -12,7 +12,7 @@ from adapterkit.adapters.kinds.lokr import LoKr
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
-from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all
+from adapterkit.errors import AdapterkitError, Problems, listed
 from adapterkit.formats.capabilities import FIT_ON_BASE
 from adapterkit.formats.names import kernel_of
 from adapterkit.formats.parts import magnitudes, tail_of
@@ -33,7 +33,7 @@ def read_kinds(form: Format, folder: Folder, peft_type: str, number: int = 0) ->
     adapter, tensors = read_kind(kind, folder, number)
     tensors.pop("")
     roles = {name: role for role, name in TENSORS[kind.name].items()}
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     modules = []
     for name, parts in tensors.items():
         try:
@@ -45,7 +45,7 @@ def read_kinds(form: Format, folder: Folder, peft_type: str, number: int = 0) ->
         rank, alpha = adapter.rank_and_alpha(name, config["r"], config["alpha"])
         own: dict[str, Expression] = {roles[key]: StoredTensor(spec) for key, spec in parts.items()}
         modules.append(Module(LANGUAGE, name, kind.name, own, float(alpha), rank))
-    refuse_all(errors)
+    errors.raise_all()
     modules += replaced_values(adapter)
     headers = headers_of(adapter, folder, number)
     return Contents(form.name, (folder,), tuple(modules), config=adapter.config, headers=headers)
@@ -70,28 +70,22 @@ def headers_of(adapter: Adapter, folder: Folder, number: int) -> dict[tuple[int,
 
 def write_kinds(contents: Contents, form: Format, kind: str, *, dtype: str | None = None) -> File:
     """The adapter of these contents. `Refused` with all that the type cannot hold."""
-    errors: list[AdapterkitError] = []
+    errors = Problems(where=contents.folders[0].label)
     own = [m for m in contents.modules if m.kind == kind]
     decomposed = [m.path for m in own if magnitudes(m.parts)]
     if decomposed:
-        errors.append(
-            Refused(
-                f"{len(decomposed)} modules have magnitudes of {kind}: {listed(decomposed)}",
-                expected=f"none: PEFT has no DoRA of {kind}",
-                where=contents.folders[0].label,
-                hint=FIT_ON_BASE,
-            )
+        errors.add(
+            f"{len(decomposed)} modules have magnitudes of {kind}: {listed(decomposed)}",
+            f"none: PEFT has no DoRA of {kind}",
+            FIT_ON_BASE,
         )
     if len(contents.components) > 1:
-        errors.append(
-            Refused(
-                f"the adapter has components {', '.join(contents.components)}",
-                expected=f"one: {form.title} is for a single model",
-                where=contents.folders[0].label,
-                hint="give --prefix-only COMPONENT, one after the other",
-            )
+        errors.add(
+            f"the adapter has components {', '.join(contents.components)}",
+            f"one: {form.title} is for a single model",
+            "give --prefix-only COMPONENT, one after the other",
         )
-    refuse_all(errors)
+    Problems(errors).raise_all()
     tensors: list[WrittenTensor] = []
     for module in contents.modules:
         for role, part in module.parts.items():

@@ -16,7 +16,7 @@ from adapterkit.checkpoint.fingerprint import METADATA, metadata_with
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.adapter_experts import homes_of, read_stacks, stacked_keys, stacked_parts
 from adapterkit.formats.adapter_kinds import KINDS, read_kinds, write_kinds
 from adapterkit.formats.capabilities import FIT_ON_BASE, kind_of, ways_out
@@ -70,7 +70,7 @@ def read_layout(
             if known is None:
                 known = [_module(adapter, one, PARAMETER) for one in own]
             modules += known
-    refuse_all(_misfits(modules, folder.label))
+    Problems(_misfits(modules, folder.label)).raise_all()
     copies = adapter.copies
     for name, spec in adapter.replaced.items():
         home, _, leaf = name.rpartition(".")
@@ -144,7 +144,7 @@ def write_layout(
     kind = kind_of(contents)
     if kind is not None:
         return write_kinds(contents, form, kind, dtype=dtype)
-    refuse_all(_problems(contents, form))
+    Problems(_problems(contents, form)).raise_all()
     loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER)]
     experts = [m for m in contents.modules if m.kind == EXPERTS]
     homes = Counter(m.name.rpartition(".")[0] for m in experts)
@@ -183,7 +183,7 @@ def write_layout(
 
 def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
     """Refusals of what the layout cannot hold."""
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     where = contents.folders[0].label
     is_own = bool(contents.config.get("peft_type"))
     known = (FACTORS, EXPERTS, *((PARAMETER, VALUE, COPY, TOKENS) if is_own else ()))
@@ -192,35 +192,29 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
         m for m in contents.modules if m.kind not in known or any(role in m.parts for role in roles)
     ]
     if others:
-        errors.append(
-            Refused(
-                f"{form.title} cannot hold {len(others)} modules of other kinds: "
-                f"{listed([m.path for m in others])}",
-                expected="low-rank factors",
-                where=where,
-                hint=ways_out(others, form, contents),
-            )
+        errors.add(
+            f"{form.title} cannot hold {len(others)} modules of other kinds: "
+            f"{listed([m.path for m in others])}",
+            "low-rank factors",
+            ways_out(others, form, contents),
+            where=where,
         )
     loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER, EXPERTS)]
     plain = [m.path for m in loras if "magnitude" not in m.parts]
     if plain and len(plain) < len(loras):
-        errors.append(
-            Refused(
-                f"the adapter has magnitudes, but none for {listed(plain)}",
-                expected="magnitudes of all modules or none (use_dora)",
-                where=where,
-                hint=FIT_ON_BASE,
-            )
+        errors.add(
+            f"the adapter has magnitudes, but none for {listed(plain)}",
+            "magnitudes of all modules or none (use_dora)",
+            FIT_ON_BASE,
+            where=where,
         )
     components = contents.components
     if len(components) > 1:
-        errors.append(
-            Refused(
-                f"the adapter has components {', '.join(components)}",
-                expected=f"one: {form.title} is for a single model",
-                where=where,
-                hint="adapterkit convert --prefix-only COMPONENT takes one of them",
-            )
+        errors.add(
+            f"the adapter has components {', '.join(components)}",
+            f"one: {form.title} is for a single model",
+            "adapterkit convert --prefix-only COMPONENT takes one of them",
+            where=where,
         )
     return errors
 

@@ -4,7 +4,6 @@ A format names its fields by words (WORDS); which of them stand where is data in
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,49 +11,32 @@ import yaml
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import Damaged, Refused, refuse_all, shown
+from adapterkit.errors import Damaged, Problems, shown
+from adapterkit.records import (
+    FINITE,
+    FLAG,
+    POSITIVE_INT,
+    TEXT,
+    Check,
+    list_of,
+    of_type,
+    placed,
+    table_of,
+    values,
+)
 
 MAX_YAML = 1_000_000  # bytes; PyYAML takes seconds for one
 
 
-def _positive(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _table_of(check):
-    return lambda value: isinstance(value, Mapping) and all(map(check, value.values()))
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_text, value))
-
-
 # what a field may say, and the values that it can have
-WORDS = {
-    "rank": ("a whole number above 0", _positive),
-    "alpha": ("a number", _number),
-    "scale": ("a number", _number),
-    "rank_pattern": ("whole numbers above 0 by module", _table_of(_positive)),
-    "alpha_pattern": ("numbers by module", _table_of(_number)),
-    "modules": ("a list of names", _texts),
-    "suffixes": ("a list of names", _texts),
-    "layers": ("a whole number", lambda value: type(value) is int),
-    "base": ("a name", _text),
-    "rslora": ("true or false", lambda value: type(value) is bool),  # scale = alpha / √rank
-    "dora": ("true or false", lambda value: type(value) is bool),
-    "kind": ("a word", _text),
-    "q": ("true or false", lambda value: type(value) is bool),  # which parts of a fused module
-    "k": ("true or false", lambda value: type(value) is bool),
-    "v": ("true or false", lambda value: type(value) is bool),
-}
+WORDS: dict[str, Check] = {
+    "rank": POSITIVE_INT, "alpha": FINITE, "scale": FINITE,
+    "rank_pattern": table_of(TEXT, POSITIVE_INT), "alpha_pattern": table_of(TEXT, FINITE),
+    "modules": list_of(TEXT), "suffixes": list_of(TEXT), "base": TEXT,
+    "layers": of_type("a whole number", int),
+    "rslora": FLAG,  # scale = alpha / √rank
+    "dora": FLAG, "kind": TEXT, **dict.fromkeys("qkv", FLAG),  # which parts of a fused module
+}  # fmt: skip
 
 
 def read_config(folder: Folder, name: str) -> dict[str, Any]:
@@ -86,21 +68,16 @@ def fields(
 
     Raises `Refused` for values that the words cannot have, all at once.
     """
-    values, errors = {}, []
-    for word, options in paths.items():
-        for path in options:
-            value = _at(config, path)
-            if value is None:
-                continue
-            expected, check = WORDS[word]
-            if not check(value):
-                problem = f"{path} is {shown(json.dumps(value, default=str))}"
-                hint = "fix the file"
-                errors.append(Refused(problem, expected=expected, where=where, hint=hint))
-            values[word] = value
-            break
-    refuse_all(errors)
-    return values
+    there = {
+        word: next((path for path in options if _at(config, path) is not None), None)
+        for word, options in paths.items()
+    }
+    names = {word: path for word, path in there.items() if path is not None}
+    found = {word: _at(config, path) for word, path in names.items()}
+    errors = Problems()
+    values({word: WORDS[word] for word in found}, found, errors)
+    Problems(placed(errors, where, hint="fix the file", name=names.__getitem__)).raise_all()
+    return found
 
 
 def filled(template: Any, values: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ which stack: `gate_proj` the first half of `gate_up_proj`, or `w1` under another
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.fusing import are_equal, blocks_of
 from adapterkit.formats.kinds import EXPERTS, FACTORS
 from adapterkit.formats.record import Module
@@ -161,21 +161,19 @@ def stack_experts(
     others as they are. `Refused` for more than factors on one expert's module."""
     homes = {piece.module: stack for stack in stacks for piece in stack.pieces}
     groups: dict[str, dict[str, Module]] = {}
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     for module in modules:
         if module.name not in homes:
             continue
         more = sorted(set(module.parts) - {"a", "b"})
         if module.kind != FACTORS or more:
-            errors.append(
-                Refused(
-                    f"{shown(module.path)} has {listed(more) if more else module.kind}",
-                    expected="a and b alone: a stack of experts has no more",
-                    hint="merge the adapter into its base",
-                )
+            errors.add(
+                f"{shown(module.path)} has {listed(more) if more else module.kind}",
+                "a and b alone: a stack of experts has no more",
+                "merge the adapter into its base",
             )
         groups.setdefault(homes[module.name].name, {})[module.name] = module
-    refuse_all(errors)
+    errors.raise_all()
     stacked: dict[str, Module | None] = {
         name: _stack(homes[next(iter(members))], members, reader)
         for name, members in groups.items()
@@ -253,20 +251,18 @@ def split_experts(
     else is beside an expert's modules, or a stack, gets zeros. `all_of_them`: stacks that the file
     does not keep one by one are `Refused`; otherwise they stay.
     """
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     for module in modules:
         stack = stacks.get(module.name)
         if module.kind == EXPERTS and (stack is None or (all_of_them and not stack.pieces)):
-            errors.append(
-                Refused(
-                    f"{shown(module.path)} is one stack in the base's file too"
-                    if stack is not None
-                    else f"{shown(module.path)} is no stack of experts of the base",
-                    expected="a base whose file keeps each expert's weights by themselves",
-                    hint="convert to a format that takes stacks, or check --base",
-                )
+            errors.add(
+                f"{shown(module.path)} is one stack in the base's file too"
+                if stack is not None
+                else f"{shown(module.path)} is no stack of experts of the base",
+                "a base whose file keeps each expert's weights by themselves",
+                "convert to a format that takes stacks, or check --base",
             )
-    refuse_all(errors)
+    errors.raise_all()
     result: list[Module] = []
     for module in modules:
         if module.kind == EXPERTS and stacks[module.name].pieces:

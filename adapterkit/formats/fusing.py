@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.capabilities import (
     EXTRACT,
     FIT,
@@ -136,7 +136,7 @@ def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: Tenso
     """
     members = [modules[place] for place in sorted(modules)]
     first = members[0]
-    refuse_all(norm_problems(members))
+    Problems(norm_problems(members)).raise_all()
     if fusion.is_plain:
         return first
     shares = fusion.shares(first.path)

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError, Refused, listed, shown
+from adapterkit.errors import Problems, listed, shown
 from adapterkit.formats.containers import Container
 from adapterkit.formats.kinds import ALPHA, EXPERTS, KINDS, SHAPE, axes_at_least, is_complete
 from adapterkit.formats.library import formats
@@ -34,7 +34,7 @@ def raws_of(
     form: Format,
     container: Container,
     candidates: Sequence[str],
-    errors: list[AdapterkitError],
+    errors: Problems,
     where: str,
 ) -> list[Raw]:
     """The tensors of the file by module and kind; keys without a role join the errors."""
@@ -52,22 +52,18 @@ def raws_of(
             twice.append(key)
         home[suffix] = (spec, roles)
     if unknown:
-        errors.append(
-            Refused(
-                f"{len(unknown)} keys are no part of {form.title}: {listed(sorted(unknown))}",
-                expected="keys with a role, each of them",
-                where=where,
-                hint="adapterkit convert --list tells what each format holds",
-            )
+        errors.add(
+            f"{len(unknown)} keys are no part of {form.title}: {listed(sorted(unknown))}",
+            "keys with a role, each of them",
+            "adapterkit convert --list tells what each format holds",
+            where=where,
         )
     if twice:
-        errors.append(
-            Refused(
-                f"{listed(twice)} and other keys have the same role",
-                expected="each once",
-                where=where,
-                hint="remove one of them",
-            )
+        errors.add(
+            f"{listed(twice)} and other keys have the same role",
+            "each once",
+            "remove one of them",
+            where=where,
         )
     raws = []
     for (prefix, head), tensors in heads.items():
@@ -126,7 +122,7 @@ def _kinds(
     prefix: str,
     head: str,
     tensors: Mapping[str, tuple[TensorSpec, dict[str, str]]],
-    errors: list[AdapterkitError],
+    errors: Problems,
     where: str,
 ) -> list[Raw]:
     """The deltas of one module; a key that several kinds have goes to the one that others tell."""
@@ -150,25 +146,21 @@ def _kinds(
             used |= {spec.key for spec in own.values()}
     missing = sorted(spec.key for spec, _ in tensors.values() if spec.key not in used)
     if missing:
-        errors.append(
-            Refused(
-                f"{shown(head)} has {listed(missing)} alone",
-                expected="all tensors of a module: both factors",
-                where=where,
-                hint="save the adapter again",
-            )
+        errors.add(
+            f"{shown(head)} has {listed(missing)} alone",
+            "all tensors of a module: both factors",
+            "save the adapter again",
+            where=where,
         )
     for raw in raws:
         for role, spec in raw.roles.items():
             numbers = dtypes.FLOATS + INTEGERS if role in (ALPHA, SHAPE) else dtypes.FLOATS
             too_few = len(spec.shape) < axes_at_least(role)
             if spec.dtype not in numbers or 0 in spec.shape or too_few:
-                errors.append(
-                    Refused(
-                        f"{shown(spec.key)} is {spec.dtype} {spec.shape}",
-                        expected="F32, F16, BF16 or F64, with axes, and not empty",
-                        where=where,
-                        hint="save it as floats, gathered from all shards",
-                    )
+                errors.add(
+                    f"{shown(spec.key)} is {spec.dtype} {spec.shape}",
+                    "F32, F16, BF16 or F64, with axes, and not empty",
+                    "save it as floats, gathered from all shards",
+                    where=where,
                 )
     return raws

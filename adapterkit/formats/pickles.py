@@ -21,7 +21,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import build_header
 from adapterkit.checkpoint.shards import PICKLES, TRAINER
 from adapterkit.checkpoint.storage import storage_errors
-from adapterkit.errors import Damaged, Refused, listed, refuse_all, shown
+from adapterkit.errors import Damaged, Problems, Refused, listed, shown
 
 # under which trainers put the weights beside the state of the optimizer, counters and the like
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "adapter")
@@ -140,7 +140,7 @@ def _no_state_dict(problem: str, where: str) -> Refused:
 
 def _check(tensors: Mapping[str, Tensor], size: int, where: str) -> None:
     """Refuse keys and tensors that a safetensors file of about this size cannot hold."""
-    refuse_all(
+    Problems(
         [
             Refused(
                 problem,
@@ -150,7 +150,7 @@ def _check(tensors: Mapping[str, Tensor], size: int, where: str) -> None:
             )
             for problem in _problems(tensors)
         ]
-    )
+    ).raise_all()
     total = sum(t.numel() * t.element_size() for t in tensors.values())
     if total > MAX_GROWTH * size:
         raise Damaged(

@@ -8,7 +8,7 @@ from typing import Any
 
 from adapterkit.adapters.adapter_config import HUB_ID
 from adapterkit.checkpoint.folder import Folder, place_of
-from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.capabilities import refused_by_name
 from adapterkit.formats.containers import Container, PlanReader
 from adapterkit.formats.fusing import Fusion, split, telling_rows
@@ -55,13 +55,13 @@ def read(
 ) -> Contents:
     """The contents of a file. `Refused` with every key that has no role, every module that is not
     whole, and every name that is unknown or ambiguous."""
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     where = place_of(folder, container.file)
     reader = PlanReader((folder,) * (number + 1))
     candidates = _candidates(form, reading, container)
-    refuse_all(refused_by_name(form, container.tensors, where))
+    Problems(refused_by_name(form, container.tensors, where)).raise_all()
     raws = raws_of(form, container, candidates, errors, where)
-    refuse_all(errors)
+    errors.raise_all()
     chosen, attempt = _resolve(form, raws, candidates, container, reading, where)
     resolved = [one for one in attempt.resolved if one[1] == reading.component] or attempt.resolved
     numbers, wanted = (ALPHA, SHAPE), [raw for raw, *_ in resolved]
@@ -69,33 +69,27 @@ def read(
     scales = Scales(form, container.metadata, config, reading.alpha, reader, where)
     found: list[tuple[Module, Fusion | None, list[str]]] = []
     for raw, component, names, fusion in resolved:
-        try:
+        with errors.collected():
             found.append(_module(form, raw, component, names, fusion, scales, where))
-        except AdapterkitError as error:
-            errors.append(error)
     reader.prefetch(
         spec for module, fusion, _ in found if fusion for spec in telling_rows(module, fusion)
     )
     modules: list[Module] = []
     for module, fusion, names in found:
-        try:
+        with errors.collected():
             if fusion is None:
                 modules.append(replace(module, name=names[0]))
             else:
                 modules += split(module, names, fusion, reader)
-        except AdapterkitError as error:
-            errors.append(error)
     errors += _twice(modules, where)
     if reading.alpha is not None and scales.declares:
-        errors.append(
-            Refused(
-                f"--alpha {reading.alpha:g} does not apply: the file says its alphas itself",
-                expected="a file without alphas",
-                where=where,
-                hint="remove --alpha",
-            )
+        errors.add(
+            f"--alpha {reading.alpha:g} does not apply: the file says its alphas itself",
+            "a file without alphas",
+            "remove --alpha",
+            where=where,
         )
-    refuse_all(errors)
+    errors.raise_all()
     modules, notes = with_heads(modules, form, reading.tied)
     return Contents(
         form.name,
@@ -203,7 +197,7 @@ def _resolve(
         naming = form.namings(None)[0]
         attempts = [_named(form, name, naming, raws, reading.heads) for name in candidates]
         attempt = max(attempts, key=lambda one: sum(rule is not None for *_, rule in one.resolved))
-        refuse_all(_unstackable(attempt, where))
+        Problems(_unstackable(attempt, where)).raise_all()
         return [], attempt
     attempts = {name: _attempt(form, name, raws, reading.heads) for name in candidates}
     fits = [name for name, attempt in attempts.items() if not attempt.unknown]
@@ -336,14 +330,12 @@ def _named(
 def _without_rules(form: Format, raws: Sequence[Raw], reading: Reading, where: str) -> Resolved:
     """Modules whose names are the model's, with dots or, by the base's modules, underscores."""
     resolved: Resolved = []
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     for raw in raws:
         component = _component(form, None, raw.prefix)
-        try:
+        with errors.collected():
             resolved.append((raw, component or "", [_from_base(form, raw, reading, where)], None))
-        except AdapterkitError as error:
-            errors.append(error)
-    refuse_all(errors)
+    errors.raise_all()
     return resolved
 
 
@@ -428,17 +420,14 @@ def _neutral(form: Format, kind: str, role: str, value: Expression) -> Expressio
 def _twice(modules: Sequence[Module], where: str) -> list[AdapterkitError]:
     """Modules of the model that two modules of the file stand for."""
     seen: set[tuple[str, str, str]] = set()
-    errors: list[AdapterkitError] = []
+    errors = Problems(where=where)
     for module in modules:
         key = (module.component, module.name, module.kind)
         if key in seen:
-            errors.append(
-                Refused(
-                    f"{shown(module.path)} is there twice, under two names",
-                    expected="each module once",
-                    where=where,
-                    hint="remove one of them",
-                )
+            errors.add(
+                f"{shown(module.path)} is there twice, under two names",
+                "each module once",
+                "remove one of them",
             )
         seen.add(key)
     return errors

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from adapterkit import dtypes
-from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.base import BaseFacts, architecture_of
 from adapterkit.formats.capabilities import OTHER_FORMAT, lacking, ways_out, word_of
 from adapterkit.formats.containers import PlanReader
@@ -71,7 +71,7 @@ def write(
             where="--to",
             hint="adapterkit convert --list tells which are",
         )
-    refuse_all(unsupported(contents, form))
+    Problems(unsupported(contents, form)).raise_all()
     if form.names.architecture_key and not architecture:
         is_own = contents.format == form.name
         architecture = (
@@ -80,7 +80,7 @@ def write(
             else architecture_of(base, form.names.architectures, form.title)
         )
     name, modules, words = _placed(contents, form, architecture, base)
-    refuse_all(_homeless(modules, form, name))
+    Problems(_homeless(modules, form, name)).raise_all()
     modules = with_widths(modules, form, [name] if name else contents.architectures)
     reader, is_own = PlanReader(contents.folders), contents.format == form.name
     modules, notes = without_heads(modules, form, base, reader)
@@ -306,16 +306,21 @@ def _homeless(
             )
         ]
     used = sorted({m.component for m in modules})
-    errors: list[AdapterkitError] = [
-        Refused(
-            f"the adapter has {f'component {shown(name)}' if name else 'modules of no component'}",
-            expected=f"{', '.join(components)}, which {form.title} holds",
-            where="--to",
-            hint="give --prefix-only to convert the other part alone",
-        )
-        for name in used
-        if name not in components
-    ]
+    names = {
+        name: f"component {shown(name)}" if name else "modules of no component" for name in used
+    }
+    errors = Problems(
+        [
+            Refused(
+                f"the adapter has {names[name]}",
+                expected=f"{', '.join(components)}, which {form.title} holds",
+                where="--to",
+                hint="give --prefix-only to convert the other part alone",
+            )
+            for name in used
+            if name not in components
+        ]
+    )
     homes: dict[str, list[str]] = {}
     for name in used:
         if name in components:
@@ -346,7 +351,7 @@ def _fused(
     components = form.components(architecture)
     prefix = lambda module: components.get(module.component, ("",))[0]
     if architecture is None:
-        refuse_all([error for module in modules for error in norm_problems([module])])
+        Problems([error for module in modules for error in norm_problems([module])]).raise_all()
         return [(m, prefix(m) + in_style(m.name, form.names.style)) for m in modules]
     groups: dict[tuple[str, str, str], dict[int, Module]] = {}
     fusions: dict[tuple[str, str, str], Fusion] = {}
@@ -394,7 +399,7 @@ def _fused(
             errors.append(error)
             continue
         whole.append((replace(module, name=text), prefix(module) + text))
-    refuse_all(errors)
+    Problems(errors).raise_all()
     return whole + plain
 
 
@@ -402,25 +407,21 @@ def _unnamed(
     form: Format, architecture: str, tied: list[str], lacking: list[str]
 ) -> list[AdapterkitError]:
     """Refusals of modules that the format cannot name."""
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     if tied:
-        errors.append(
-            Refused(
-                f"the base has one weight for embeddings and head: {listed(tied)} cannot have "
-                "factors alone",
-                expected=f"other modules: what reads {form.title} would apply it to both, or fails",
-                where="--base",
-                hint="merge the adapter into its base instead",
-            )
+        errors.add(
+            f"the base has one weight for embeddings and head: {listed(tied)} cannot have "
+            "factors alone",
+            f"other modules: what reads {form.title} would apply it to both, or fails",
+            "merge the adapter into its base instead",
+            where="--base",
         )
     if lacking:
-        errors.append(
-            Refused(
-                f"{len(lacking)} modules have no name there: {listed(lacking)}",
-                expected=f"modules that {form.title} names for {architecture}",
-                where="--to",
-                hint=OTHER_FORMAT,
-            )
+        errors.add(
+            f"{len(lacking)} modules have no name there: {listed(lacking)}",
+            f"modules that {form.title} names for {architecture}",
+            OTHER_FORMAT,
+            where="--to",
         )
     return errors
 

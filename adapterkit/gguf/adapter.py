@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout, Stored
-from adapterkit.errors import AdapterkitError, Damaged, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, shown
 from adapterkit.gguf.header import (
     ALIGNMENT,
     ARRAY,
@@ -80,27 +80,28 @@ def read_adapter(folder: Folder, name: str, number: int = 0) -> AdapterFile:
     llama.cpp takes them. `number`: which input of the job the folder is."""
     hint = "give an adapter of f32, f16, bf16 or q8_0"
     header = read_gguf(folder, name, SIZES, hint)
-    errors: list[AdapterkitError] = [
-        Refused(
-            f"{key} is {shown(repr(header.metadata.get(key)))}",
-            expected=repr(value),
-            where=name,
-            hint="give a LoRA adapter; a model goes where a base is expected",
-        )
-        for key, value in EXPECTED.items()
-        if header.metadata.get(key) != value
-    ]
+    errors = Problems(
+        [
+            Refused(
+                f"{key} is {shown(repr(header.metadata.get(key)))}",
+                expected=repr(value),
+                where=name,
+                hint="give a LoRA adapter; a model goes where a base is expected",
+            )
+            for key, value in EXPECTED.items()
+            if header.metadata.get(key) != value
+        ],
+        where=name,
+    )
     end, size = max((entry.stop for entry in header.tensors), default=0), folder.files()[name]
     if size not in (end, _aligned(end)):
-        errors.append(
-            Damaged(
-                f"{size} bytes: the data is followed by other bytes",
-                expected=f"{end} bytes, as the header says",
-                where=name,
-                hint="download or copy the file again",
-            )
+        errors.add(
+            f"{size} bytes: the data is followed by other bytes",
+            f"{end} bytes, as the header says",
+            "download or copy the file again",
+            kind=Damaged,
         )
-    refuse_all(errors)
+    errors.raise_all()
     names = {kind: dtype for dtype, kind in KINDS.items()}
     tensors = {}
     for entry in header.tensors:
@@ -115,7 +116,7 @@ def read_adapter(folder: Folder, name: str, number: int = 0) -> AdapterFile:
 def gguf_layout(file: str, tensors: Sequence[Stored], metadata: Mapping[str, Value]) -> ShardLayout:
     """A file with these tensors in this order; the same bytes for equal arguments. `Refused` for
     what ggml cannot hold."""
-    refuse_all(_errors(file, tensors))
+    Problems(_errors(file, tensors)).raise_all()
     infos, offset, offsets = bytearray(), 0, []
     for tensor in tensors:
         offsets.append(offset)
@@ -133,7 +134,7 @@ def gguf_layout(file: str, tensors: Sequence[Stored], metadata: Mapping[str, Val
 
 def _errors(file: str, tensors: Sequence[Stored]) -> list[AdapterkitError]:
     """Tensors that ggml cannot hold."""
-    errors: list[AdapterkitError] = []
+    errors = Problems(where=file)
     for tensor in tensors:
         problem = f"{shown(tensor.key)} {tensor.dtype} {tensor.shape}"
         hint = "leave that module out, or convert to another format"
@@ -145,7 +146,7 @@ def _errors(file: str, tensors: Sequence[Stored]) -> list[AdapterkitError]:
             expected, hint = f"one of {', '.join(KINDS)}", "give --dtype fp32, fp16 or bf16"
         else:
             continue
-        errors.append(Refused(problem, expected=expected, where=file, hint=hint))
+        errors.add(problem, expected, hint)
     return errors
 
 

@@ -9,7 +9,7 @@ import json
 import math
 from typing import Any
 
-from adapterkit.errors import AdapterkitError, Damaged, refuse_all, shown
+from adapterkit.errors import Damaged, Problems, shown
 from adapterkit.gguf.file import GgufFile, conversion_rules
 
 MAX_LAYERS = 1000  # or as many as the file has tensors
@@ -37,7 +37,7 @@ SUPPLEMENTS = {
 def check_counts(file: GgufFile) -> None:
     """`Damaged` for implausible numbers of layers and experts, which decide how large a model is
     built; `Refused` for falcon's groups."""
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     for key, value in file.header.metadata.items():
         limit = max(MAX_LAYERS, len(file.entries)) if key.endswith("block_count") else MAX_EXPERTS
         if not key.endswith(("block_count", "expert_count")):
@@ -55,7 +55,7 @@ def check_counts(file: GgufFile) -> None:
     if file.architecture == "falcon" and heads != 1:
         problem = f"falcon with {shown(heads)} groups of keys"
         errors.append(file.refuse(problem, "falcon with one"))
-    refuse_all(errors)
+    errors.raise_all()
 
 
 def config_arguments(file: GgufFile) -> dict[str, Any]:

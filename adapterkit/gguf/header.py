@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import MAX_NAME, Header
-from adapterkit.errors import AdapterkitError, Damaged, Refused, refuse_all, shown
+from adapterkit.errors import Damaged, Problems, Refused, shown
 
 ENDING = ".gguf"
 MAGIC = b"GGUF"
@@ -246,7 +246,7 @@ class _Parser:
     ) -> tuple[Entry, ...]:
         """The tensors with their positions; refused unless they tile the rest of the file, each
         aligned behind the one before."""
-        errors: list[AdapterkitError] = []
+        errors = Problems()
         entries, names = [], set()
         for name, shape, kind, offset in infos:
             if name in names:
@@ -268,7 +268,7 @@ class _Parser:
             else:
                 start = data_start + offset
                 entries.append(Entry(name, shape, kind, start, start + count // values * width))
-        refuse_all(errors[:MAX_ERRORS])
+        Problems(errors[:MAX_ERRORS]).raise_all()
         at = data_start
         for entry in sorted(entries, key=lambda entry: entry.start):
             if entry.start != at or entry.stop > self.size:
@@ -276,5 +276,5 @@ class _Parser:
                 expected = f"from {at} on, in a file of {self.size} bytes"
                 errors.append(self.damaged(problem, expected))
             at = -(-entry.stop // alignment) * alignment
-        refuse_all(errors[:MAX_ERRORS])
+        Problems(errors[:MAX_ERRORS]).raise_all()
         return tuple(entries)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError, Damaged, Unrecoverable, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Damaged, Problems, Unrecoverable, shown
 from adapterkit.gguf.config import FREQUENCIES
 from adapterkit.gguf.file import GgufFile
 from adapterkit.gguf.header import MAX_ERRORS, Entry
@@ -57,7 +57,7 @@ class GgufWeight(QuantizedWeight):
 def model_tensors(file: GgufFile, model: Skeleton, names: TensorNames) -> dict[str, TensorSpec]:
     """The model's parameters by name; refused unless file and model match in full."""
     shapes = {name: tuple(value.shape) for name, value in model.state.items()}
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     groups: dict[str, list[Entry]] = {}
     unknown = []
     for entry in file.header.tensors:
@@ -98,7 +98,7 @@ def model_tensors(file: GgufFile, model: Skeleton, names: TensorNames) -> dict[s
             weight = _weight(file.name, key, shape, groups[key], build)
             tensors[key] = weight
             errors += layouts.errors(weight)
-    refuse_all(errors[:MAX_ERRORS])
+    Problems(errors[:MAX_ERRORS]).raise_all()
     return tensors
 
 

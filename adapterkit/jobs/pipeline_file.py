@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
 from typing import Any
 
-from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, shown
 from adapterkit.hub import ids
 from adapterkit.jobs.verbs import writing_verb
 from adapterkit.options import finite, option_of
@@ -88,7 +88,7 @@ class PipelineStep:
 def read_pipeline(file: Path) -> list[PipelineStep]:
     """The steps of a pipeline; `Refused` with all that is wrong in any of them."""
     entries, folder = _entries(file), file.absolute().parent
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     texts = [entry.get("out") for entry in entries]
     outs = {
         number: _output(text, folder)
@@ -97,12 +97,10 @@ def read_pipeline(file: Path) -> list[PipelineStep]:
     }
     steps = []
     for number, entry in enumerate(entries, 1):
-        try:
+        with errors.collected():
             steps.append(_step(number, entry, outs, folder))
-        except AdapterkitError as error:
-            errors.append(error)
     errors += _overlaps(outs)
-    refuse_all(errors)
+    errors.raise_all()
     return steps
 
 
@@ -141,7 +139,7 @@ def _entries(file: Path) -> list[dict[str, Any]]:
 def _step(
     number: int, entry: dict[str, Any], outs: Mapping[int, Place], folder: Path
 ) -> PipelineStep:
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     name, verb = entry.get("verb"), None
     problem = f"unknown verb {shown(repr(name))}" if name is not None else "the step has no verb"
     try:
@@ -158,7 +156,7 @@ def _step(
         errors.append(_wrong("out", entry.get("out"), "a path, or hf://org/name", where))
     if not isinstance(options, dict):
         errors.append(_wrong("options", options, "a table of the verb's options", where))
-    refuse_all(errors)
+    errors.raise_all()
     assert verb is not None and isinstance(inputs, list)
     fields = {field.name: field for field in fields_of(verb)}
     errors += _wrong_options(verb.name, fields, options, where)
@@ -171,7 +169,7 @@ def _step(
     needs: dict[Source, int] = {}
     for one in _all_sources(arguments):
         errors += _needed(one, number, outs, where, needs)
-    refuse_all(errors)
+    errors.raise_all()
     out = entry["out"]
     return PipelineStep(number, verb.name, verb, tuple(inputs), out, outs[number], arguments, needs)
 
@@ -223,7 +221,7 @@ def _sources(
     inputs: list[str],
     source: Callable[[str, str], Source],
     where: str,
-    errors: list[AdapterkitError],
+    errors: Problems,
 ) -> dict[str, Any]:
     """The verb's sources by name, in its order; the last name has all that are left where it may
     be several."""
@@ -232,9 +230,7 @@ def _sources(
     several = checks[last].several
     if len(inputs) < len(checks) or (len(inputs) > len(checks) and not several):
         expected = " ".join(checks).upper().replace("ADAPTERS", "ADAPTER...")
-        errors.append(
-            Refused(f"{len(inputs)} inputs", expected=expected, where=where, hint="check inputs")
-        )
+        errors.add(f"{len(inputs)} inputs", expected, "check inputs", where=where)
         return {}
     arguments: dict[str, Any] = {
         name: source(checks[name].kind, text) for name, text in zip(single, inputs, strict=False)

@@ -15,7 +15,7 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.fingerprint import metadata_with
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, shown
+from adapterkit.errors import Problems, Refused, Unrecoverable, shown
 from adapterkit.plan import (
     Change,
     Finalize,
@@ -53,7 +53,7 @@ def sum_biases(
     sites: Mapping[str, Site],
     weight_of: Callable[[int, str], float],  # (adapter's number, module)
     dtype: str,
-    errors: list[AdapterkitError],
+    errors: Problems,
     prefix: str = "",  # of the tasks' names
 ) -> list[SummedTensor]:
     """The biases that LoRAs add (lora_bias): Σ weight · scale · bias of each module, zeros where no

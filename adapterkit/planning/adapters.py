@@ -13,7 +13,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.combinations.common import WeightedSum
 from adapterkit.combinations.protocol import Method
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.options import finite
 from adapterkit.plan import Task
 from adapterkit.planning.comparison import differing_rows
@@ -27,13 +27,11 @@ OPTION = "--weight-for"
 
 def read_all(folders: Sequence[Folder]) -> list[Adapter]:
     """The adapters of these folders, numbered from 0; `Refused` with all that cannot be read."""
-    adapters, errors = [], []
+    adapters, errors = [], Problems()
     for number, folder in enumerate(folders):
-        try:
+        with errors.collected():
             adapters.append(read_adapter(folder, number))
-        except AdapterkitError as error:
-            errors.append(error)
-    refuse_all(errors)
+    errors.raise_all()
     return adapters
 
 
@@ -43,35 +41,26 @@ def delta_problems(
 ) -> list[AdapterkitError]:
     """Reasons why an adapter's delta is not scale * b @ a on the base that it names; `dora`: the
     hint for a DoRA."""
-    errors: list[AdapterkitError] = []
+    errors = Problems(where=adapter.where)
     init = adapter.changed_base()
     if init:
-        errors.append(
-            Refused(
-                f"{adapter.name} was initialized by {init}, which changed its base's weights",
-                expected="adapters on one unchanged base",
-                where=adapter.where,
-                hint="make it plain first: adapterkit rebase ADAPTER --initial INIT",
-            )
+        errors.add(
+            f"{adapter.name} was initialized by {init}, which changed its base's weights",
+            "adapters on one unchanged base",
+            "make it plain first: adapterkit rebase ADAPTER --initial INIT",
         )
     if adapter.config.get("use_dora"):
-        errors.append(
-            Refused(
-                f"{adapter.name} is a DoRA of {len(adapter.loras)} modules: its delta depends on "
-                "the base's weights",
-                expected="plain LoRA",
-                where=adapter.where,
-                hint=dora,
-            )
+        errors.add(
+            f"{adapter.name} is a DoRA of {len(adapter.loras)} modules: its delta depends on "
+            "the base's weights",
+            "plain LoRA",
+            dora,
         )
     if adapter.config.get("layer_replication"):
-        errors.append(
-            Refused(
-                f"{adapter.name} replicates layers: its modules are not the base's",
-                expected="adapters of one base",
-                where=adapter.where,
-                hint="remove this adapter",
-            )
+        errors.add(
+            f"{adapter.name} replicates layers: its modules are not the base's",
+            "adapters of one base",
+            "remove this adapter",
         )
     return errors
 
@@ -99,7 +88,7 @@ class AdapterWeights:
     def problems(self) -> list[AdapterkitError]:
         """Refusals of the rules that no module matched so far, and of those that mean others than
         they did."""
-        errors: list[AdapterkitError] = []
+        errors = Problems()
         for number, (rules, modules) in enumerate(zip(self.rules, self.modules, strict=True), 1):
             errors += rule_readings(f"{OPTION} of adapter {number}:", rules, sorted(modules))
         for numbers, (pattern, value) in [] if errors else self.given:
@@ -147,7 +136,7 @@ def value_tasks(
     weights: "AdapterWeights",
     method: Method,
     levels: Mapping[str, int],
-    errors: list[AdapterkitError],
+    errors: Problems,
 ) -> list[Task]:
     """Tasks for values that were trained whole: copied from the one adapter of weight 1 that has
     them or from several whose values are equal, else averaged. Others join the errors."""
@@ -179,15 +168,12 @@ def value_tasks(
             f"{adapters[number].name} (weight {weight:g})"
             for number, weight in zip(specs, own_weights, strict=True)
         )
-        errors.append(
-            Refused(
-                f"{shown(key)} {shapes}, trained whole by {names}",
-                expected="one adapter of weight 1 that has it, equal values, or weights that add "
-                "up to 1 with linear, mean or ema",
-                where="adapters",
-                hint="give other weights (--weight-for MODULE=W for this module), or leave an "
-                "adapter out",
-            )
+        errors.add(
+            f"{shown(key)} {shapes}, trained whole by {names}",
+            "one adapter of weight 1 that has it, equal values, or weights that add "
+            "up to 1 with linear, mean or ema",
+            "give other weights (--weight-for MODULE=W for this module), or leave an adapter out",
+            where="adapters",
         )
     return tasks
 
@@ -203,7 +189,7 @@ def _copy_of_base(
     adapters: Sequence[Adapter],
     key: str,
     specs: dict[int, TensorSpec],
-    errors: list[AdapterkitError],
+    errors: Problems,
 ) -> Task:
     """A task for the copy of the base's weight that these adapters have, in the widest dtype. No
     weight scales it; copies of two bases join the errors."""
@@ -214,14 +200,12 @@ def _copy_of_base(
             number == widest or differing_rows(first, (adapters[number].folder, spec)) == 0
         )
         if not is_same:
-            errors.append(
-                Refused(
-                    f"{shown(key)}: copies of two bases in {adapters[widest].name} and "
-                    f"{adapters[number].name}",
-                    expected="adapters of one base",
-                    where="adapters",
-                    hint="merge them one after the other, with --base-copies",
-                )
+            errors.add(
+                f"{shown(key)}: copies of two bases in {adapters[widest].name} and "
+                f"{adapters[number].name}",
+                "adapters of one base",
+                "merge them one after the other, with --base-copies",
+                where="adapters",
             )
     return CopiedTensor(key, first[1], key, checked=True)
 

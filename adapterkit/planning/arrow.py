@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from adapterkit import __version__, dtypes
 from adapterkit.adapters import adapter_config
 from adapterkit.adapters.record import Adapter
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.plan import OutputFile, Plan
 from adapterkit.planning.adapters import delta_problems, read_all, trained_values
 from adapterkit.planning.cards import hub_id_or_name
@@ -27,9 +27,9 @@ def plan_arrow(options: Arrow) -> Plan:
     _check(options, len(expert_folders))
     read = read_all([*expert_folders, *generals])
     experts, general = read[: len(expert_folders)], read[len(expert_folders) :]
-    errors = [
-        error for adapter in read for error in (*delta_problems(adapter), *_not_routable(adapter))
-    ]
+    errors = Problems()
+    for adapter in read:
+        errors += delta_problems(adapter) + _not_routable(adapter)
     joined = join(read, errors)
     tasks: list[StackedExperts] = []
     for name, site in joined.items():
@@ -48,7 +48,7 @@ def plan_arrow(options: Arrow) -> Plan:
         counts, dtype = (len(general), len(experts)), dtypes.parse(options.dtype)
         how = options.compat, options.seed or 0
         tasks.append(StackedExperts(name, parts, general_factors, *counts, *how, dtype))
-    refuse_all(errors)
+    Problems(errors).raise_all()
     if not tasks:
         raise Refused(
             "no module with factors",
@@ -90,26 +90,17 @@ def _config(options: Arrow, experts: Sequence[Adapter], general: Sequence[Adapte
 
 
 def _check(options: Arrow, count: int) -> None:
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     if not count:
-        errors.append(
-            Refused(
-                "no adapters were given",
-                expected="one or more",
-                where="arrow",
-                hint="name the adapters",
-            )
-        )
+        errors.add("no adapters were given", "one or more", "name the adapters", where="arrow")
     if options.top_k is not None and not 0 < options.top_k <= count:
-        errors.append(
-            Refused(
-                f"--top-k is {options.top_k}, with {count} experts",
-                expected=f"1 to {count}",
-                where="options",
-                hint="give fewer" if options.top_k > 0 else "give at least 1",
-            )
+        errors.add(
+            f"--top-k is {options.top_k}, with {count} experts",
+            f"1 to {count}",
+            "give fewer" if options.top_k > 0 else "give at least 1",
+            where="options",
         )
-    refuse_all(errors)
+    errors.raise_all()
 
 
 def _not_routable(adapter: Adapter) -> list[AdapterkitError]:

@@ -9,7 +9,7 @@ from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.kinds.dora import DoRA
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import StoredParameter
@@ -19,26 +19,20 @@ CHECK_BASE = "check that the adapter was trained on this base"
 
 def dora_problems(adapter: Adapter) -> list[AdapterkitError]:
     """Reasons why a DoRA's delta does not depend on its factors and the base's weights alone."""
-    errors: list[AdapterkitError] = []
+    errors = Problems(where=adapter.where)
     init = adapter.changed_base()
     if init:
-        errors.append(
-            Refused(
-                f"a DoRA initialized by {init}, which changed its base",
-                expected="a DoRA of the base as it is",
-                where=adapter.where,
-                hint="merge it: adapterkit merge --base-is-residual",
-            )
+        errors.add(
+            f"a DoRA initialized by {init}, which changed its base",
+            "a DoRA of the base as it is",
+            "merge it: adapterkit merge --base-is-residual",
         )
     for key, meaning in [("lora_bias", "biases of b"), ("layer_replication", "replicated layers")]:
         if adapter.config.get(key):
-            errors.append(
-                Refused(
-                    f"a DoRA with {meaning} ({key})",
-                    expected="a DoRA without",
-                    where=adapter.where,
-                    hint="remove --base, or merge the adapter",
-                )
+            errors.add(
+                f"a DoRA with {meaning} ({key})",
+                "a DoRA without",
+                "remove --base, or merge the adapter",
             )
     return errors
 

@@ -13,7 +13,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.combinations import ALIASES
 from adapterkit.combinations.protocol import Method
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.plan import Plan
 from adapterkit.planning import adapter_output
 from adapterkit.planning.adapters import (
@@ -53,7 +53,7 @@ def plan_combine(options: Combine) -> Plan:
     weights = AdapterWeights(given_weights, tuple(options.weight_for))
     notes: list[str] = []
     model, decomposed = _base(base, adapters, notes)
-    errors = [error for adapter in adapters for error in _not_summable(adapter, model)]
+    errors = Problems(error for adapter in adapters for error in _not_summable(adapter, model))
     joined = join(adapters, errors, None if model is None else names_of(model, adapters, notes))
     levels = levels_of(joined.values())
     tasks: list[CombinedFactors] = []
@@ -75,7 +75,7 @@ def plan_combine(options: Combine) -> Plan:
     biases = _biases(joined, weights, options, errors)
     whole = value_tasks(adapters, weights, without_inputs(method), levels, errors)
     errors += weights.problems() + wrapper_problems(adapters, joined.values())
-    refuse_all(errors)
+    errors.raise_all()
     if not tasks:
         raise Refused(
             "no module with factors",
@@ -278,7 +278,7 @@ def _biases(
     joined: dict[str, Site],
     weights: "AdapterWeights",
     options: Combine,
-    errors: list[AdapterkitError],
+    errors: Problems,
 ) -> list[common.SummedTensor]:
     """The biases that LoRAs add; they follow the weights, so only `linear` says what becomes of
     them."""
@@ -286,12 +286,10 @@ def _biases(
     if tasks and (
         ALIASES.get(options.method, (options.method,))[0] != "linear" or options.space != "delta"
     ):
-        errors.append(
-            Refused(
-                f"{options.method} in {options.space} space cannot combine lora_bias",
-                expected="linear in delta space",
-                where="--method",
-                hint="use --method linear",
-            )
+        errors.add(
+            f"{options.method} in {options.space} space cannot combine lora_bias",
+            "linear in delta space",
+            "use --method linear",
+            where="--method",
         )
     return tasks

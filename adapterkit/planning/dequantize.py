@@ -3,7 +3,7 @@
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import Refused, refuse_all
+from adapterkit.errors import Problems, Refused
 from adapterkit.gguf.header import gguf_file
 from adapterkit.gguf.model import loads_in_float32, open_gguf
 from adapterkit.options import parse_size
@@ -37,7 +37,7 @@ def plan_dequantize(options: Dequantize) -> Plan:
             hint="use it as it is",
         )
     notes: list[str] = []
-    refuse_all(check_gaps(base, None, notes))
+    Problems(check_gaps(base, None, notes)).raise_all()
     target_dtype = dtypes.parse(dtype) if dtype else None
     steps: dict[str, list[Step]] = {name: [] for name in original.shards}
     for key, spec in base.tensors.items():

@@ -13,7 +13,7 @@ from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import value_key
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.patterns import similar_names
 from adapterkit.plan import Plan, Task
 from adapterkit.planning import adapter_output
@@ -72,7 +72,7 @@ def sort_parameters(
     Reads the parameters without factors, to compare them."""
     sorting = _Sorting(sides, options, truncation)
     sorting.sort()
-    refuse_all(sorting.errors)
+    sorting.errors.raise_all()
     return sorting.result()
 
 
@@ -83,7 +83,7 @@ class _Sorting:
     sides: tuple[Checkpoint, Checkpoint]
     options: Extract
     truncation: Truncation
-    errors: list[AdapterkitError] = field(default_factory=list)
+    errors: Problems = field(default_factory=Problems)
     notes: list[str] = field(default_factory=list)
     factors: list[DifferenceFactors] = field(default_factory=list)
     values: list[WholeParameter] = field(default_factory=list)
@@ -300,7 +300,7 @@ class _Sorting:
 
     def _refuse(self, problem: str, expected: str, hint: str) -> None:
         where = self.sides[1].name
-        self.errors.append(Refused(problem, expected=expected, where=where, hint=hint))
+        self.errors.add(problem, expected, hint, where=where)
 
 
 def _tied(old: Parameter | None, new: Parameter | None) -> tuple[str, ...]:

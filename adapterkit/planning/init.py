@@ -11,7 +11,7 @@ from adapterkit.adapters.keys import INITIAL
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import Problems, shown
 from adapterkit.inits import created_init
 from adapterkit.inits.protocol import ComputedInit, Initialization, RedistributingInit
 from adapterkit.options import flag_of
@@ -183,64 +183,57 @@ def _statistics(
 
 def _check(options: Init, method: Initialization, has_stats: bool) -> None:
     """Refuse options that do not go together."""
-    errors: list[AdapterkitError] = []
-
-    def refuse(problem: str, expected: str, hint: str) -> None:
-        errors.append(Refused(problem, expected=expected, where="options", hint=hint))
+    errors = Problems(where="options")
 
     needs = [kind for kind in method.needs if kind != "weight"]
     if needs and not has_stats:
         what = [name for name, kinds in COLLECTED.items() if {*kinds} & {*needs}]
-        refuse(
+        errors.add(
             f"--method {options.method} without --stats",
             f"statistics: {', '.join(needs)}",
             f"collect them: adapterkit stats BASE --data FILE --what {','.join(what)} --out STATS",
         )
     if has_stats and not needs:
-        refuse(
+        errors.add(
             f"--stats with --method {options.method}", "a method that uses them", "remove --stats"
         )
     if options.quantize and (not method.changes_base or options.residual == "implicit"):
-        refuse(
+        errors.add(
             f"--quantize with --method {options.method} and no base to write",
             "a method that takes a part of each weight, and --residual write",
             "remove --quantize, or quantize the base: adapterkit quantize",
         )
     extra = [flag_of(key) for key, value in vars(options.only(BlockOptions)).items() if value]
     if extra and not options.quantize:
-        refuse(
+        errors.add(
             f"{', '.join(extra)} without --quantize",
             "--quantize FORMAT",
             "choose modules with --targets, or give --quantize nf4",
         )
-    refuse_all(errors)
+    errors.raise_all()
 
 
 def _check_targets(
     base: Checkpoint, method: Initialization, targets: Sequence[InitialTarget]
 ) -> None:
     """Refuse layers on which a method is not defined, and ranks above those of the weights."""
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     for target in targets:
         if target.kind not in method.kinds:
-            errors.append(
-                Refused(
-                    f"{method.name} on {shown(target.name)}, of kind {target.kind}",
-                    expected=" or ".join(method.kinds),
-                    where=base.name,
-                    hint="remove it from --targets (PEFT starts it in another way, silently)",
-                )
+            errors.add(
+                f"{method.name} on {shown(target.name)}, of kind {target.kind}",
+                " or ".join(method.kinds),
+                "remove it from --targets (PEFT starts it in another way, silently)",
+                where=base.name,
             )
         if not isinstance(method, ComputedInit):
             continue
         most = min(target.shape) // method.triplets_per_rank
         if target.rank > most:
-            errors.append(
-                Refused(
-                    f"rank {target.rank} for {shown(target.name)} {target.shape}",
-                    expected=f"at most {most}",
-                    where="--rank",
-                    hint=f"give --rank-for '{target.name}={most}'",
-                )
+            errors.add(
+                f"rank {target.rank} for {shown(target.name)} {target.shape}",
+                f"at most {most}",
+                f"give --rank-for '{target.name}={most}'",
+                where="--rank",
             )
-    refuse_all(errors)
+    errors.raise_all()

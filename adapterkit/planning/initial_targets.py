@@ -12,7 +12,7 @@ from adapterkit.adapters.keys import factor_keys
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.resolve import PARAMETER, Target
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import Problems, Refused, shown
 from adapterkit.options import finite
 from adapterkit.planning.quantization import is_stack, known_model
 from adapterkit.planning.rules import pattern_table, read_rules
@@ -57,14 +57,12 @@ def find_targets(base: Checkpoint, options: Init, notes: list[str]) -> list[Init
     names = known_model(base, notes)
     resolver = _resolver(names, options, notes)
     order = {name: number for number, name in enumerate(resolver.modules)}
-    errors = list[AdapterkitError]()
+    errors = Problems()
     targets: list[InitialTarget] = []
     for target in sorted(resolver.resolve(), key=lambda target: order[target.path]):
-        try:
+        with errors.collected():
             targets.append(_target(names, target))
-        except AdapterkitError as error:
-            errors.append(error)
-    refuse_all(errors)
+    Problems(errors).raise_all()
     return _nested(names, targets)
 
 

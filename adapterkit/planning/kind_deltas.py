@@ -9,7 +9,7 @@ from adapterkit.adapters.kinds.common import AdaptedModule, Delta, Kind, read_ki
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.planning.base_weights import CHECK_BASE, BaseWeights
 from adapterkit.registry import members
 
@@ -49,7 +49,7 @@ def read_deltas(
     source: Folder,
     base: Checkpoint | None,
     notes: list[str],
-    errors: list[AdapterkitError],
+    errors: Problems,
 ) -> tuple[Adapter, list[ModuleOfKind]]:
     """An adapter as a LoRA's config sees it, and its deltas; pruned modules are left out, which a
     note says. What is refused of a module joins the errors."""

@@ -11,7 +11,7 @@ from adapterkit.adapters.factors import Place
 from adapterkit.adapters.targets import Patterns
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import WARNING, AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import WARNING, Problems, Refused, shown
 from adapterkit.plan import OutputFile, Plan, Task
 from adapterkit.planning import adapter_output
 from adapterkit.planning.input_files import plan_of
@@ -86,7 +86,7 @@ def _plan_base_and_adapter(
     errors = rule_readings(BITS_FOR, rules, quantized)
     for pattern in [] if errors else exceptions.unmatched(quantized):
         errors.append(unmatched(BITS_FOR, pattern, quantized, "a quantized module"))
-    refuse_all(errors)
+    Problems(errors).raise_all()
     weights = {
         name: weight.key
         for name, weight in quantization.modules.items()
@@ -154,7 +154,7 @@ def _plan_fixed_base(
     """The adapter alone, for a quantized base that stays as it is, and metrics of the plan."""
     plain = decoded_view(quantized)
     names = Names(plain, build_model=True)
-    errors: list[AdapterkitError] = []
+    errors = Problems(where=quantized.name)
     factors: list[LoftQFactors] = []
     packed = {key: spec for key, spec in plain.tensors.items() if isinstance(spec, QuantizedWeight)}
     modules = _modules(names, packed)
@@ -169,9 +169,7 @@ def _plan_fixed_base(
                 f"{original.shape if original else 'nothing'} in {base.name}"
             )
             hint = "give the original that it was quantized from"
-            errors.append(
-                Refused(problem, expected="the same weights", where=quantized.name, hint=hint)
-            )
+            errors.add(problem, "the same weights", hint)
             continue
         transposed = names.transposed(name)
         shape = spec.shape[::-1] if transposed else spec.shape
@@ -188,7 +186,7 @@ def _plan_fixed_base(
                 transposed,
             )
         )
-    refuse_all(errors)
+    errors.raise_all()
     if not factors:
         raise Refused(
             "no quantized weights to make up for",

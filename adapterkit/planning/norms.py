@@ -8,7 +8,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.combinations.mean import Mean
 from adapterkit.combinations.protocol import Method
-from adapterkit.errors import AdapterkitError, Refused, listed
+from adapterkit.errors import AdapterkitError, Problems, Refused, listed
 from adapterkit.tasks.combined import CombinedFactors, Refit
 from adapterkit.tasks.statistics import select_covariances
 
@@ -98,7 +98,7 @@ def with_statistics(
     stats: Sequence[Checkpoint],  # one for all adapters, or one for each
     parameters: Collection[str],
     notes: list[str],
-    errors: list[AdapterkitError],
+    errors: Problems,
 ) -> list[CombinedFactors]:
     """The tasks, those of linear layers with the covariances of their inputs; see `select_norms`.
     What is missing joins the errors."""

@@ -8,7 +8,7 @@ from typing import Any
 from adapterkit import dtypes
 from adapterkit.adapters.targets import Patterns
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.plan import Step, Task
 from adapterkit.planning.gaps import check_gaps
 from adapterkit.planning.selection import selecting
@@ -157,7 +157,9 @@ def plan_quantization(
         except AdapterkitError as error:
             plan.problems[name.removesuffix(".weight")] = error
     if record is not None:
-        refuse_all([error for name, error in plan.problems.items() if name not in excluded])
+        Problems(
+            [error for name, error in plan.problems.items() if name not in excluded]
+        ).raise_all()
         for name, module in model.named_modules():
             known = name in plan.modules or name in plan.unquantized
             if record.replaces(name, module) and not known:
@@ -190,7 +192,7 @@ def known_model(base: Checkpoint, notes: list[str]) -> Names:
             where=base.name,
             hint="update transformers",
         )
-    refuse_all(check_gaps(base, names.model, notes))
+    Problems(check_gaps(base, names.model, notes)).raise_all()
     return names
 
 

@@ -1,7 +1,7 @@
 """quantize: a checkpoint's linear layers into a quantized format."""
 
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import listed, refuse_all
+from adapterkit.errors import Problems, listed
 from adapterkit.plan import Compensation, Plan, Span, Task
 from adapterkit.planning.input_files import plan_of
 from adapterkit.planning.model_output import QuantizedModel
@@ -16,7 +16,7 @@ from adapterkit.weights.detect import check_not_quantized
 
 def plan_quantize(options: Quantize) -> Plan:
     """Everything a quantization will do, or `Refused`."""
-    refuse_all(missing_statistics(options.rounding, options.stats))
+    Problems(missing_statistics(options.rounding, options.stats)).raise_all()
     stats = None if options.stats is None else open_statistics(options.stats)
     base = open_checkpoint(open_model(options.base))
     check_not_quantized(base)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from adapterkit.adapters.targets import ENDING, NamedBy
-from adapterkit.errors import AdapterkitError, Refused, listed, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.patterns import matcher
 from adapterkit.planning.rules import Rule, V
 
@@ -57,7 +57,7 @@ def rule_readings(
     }
     if first == last:
         return []
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     for number, (pattern, value) in enumerate(rules):
         now, before = ending[number], found[number]
         if now != before:

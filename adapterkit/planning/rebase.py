@@ -9,7 +9,7 @@ from adapterkit.adapters.record import EMBEDDINGS, Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.combinations.linear import Linear
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.plan import Plan, Task
 from adapterkit.planning import adapter_output
 from adapterkit.planning.adapters import read_all
@@ -35,7 +35,7 @@ def plan_rebase(options: Rebase) -> Plan:
     base = None if options.base is None else open_model(options.base)
     source = open_adapter(options.adapter)
     trained, before = read_all([source, _initial(source, options)])
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     notes: list[str] = []
     init = trained.changed_base()
     if init is None:
@@ -46,14 +46,7 @@ def plan_rebase(options: Rebase) -> Plan:
     elif init.lower().startswith(QUANTIZED):
         problem = f"{trained.name} was initialized by {init}: its base is quantized, not a residual"
         hint = "merge it into its quantized base, or extract the difference"
-        errors.append(
-            Refused(
-                problem,
-                expected="an init that subtracts from the base",
-                where=trained.where,
-                hint=hint,
-            )
-        )
+        errors.add(problem, "an init that subtracts from the base", hint, where=trained.where)
     model = base_with_parameters(base, [trained, before], notes)
     joined = join(
         [trained, before],
@@ -62,7 +55,7 @@ def plan_rebase(options: Rebase) -> Plan:
     )
     errors += _same_modules(joined, trained, before)
     _check_ties(trained, base, errors, notes)
-    refuse_all(errors)
+    errors.raise_all()
     dtype, refit = dtypes.parse(options.dtype), Refit(options.rank, options.energy)
     tasks: list[Task] = []
     levels = levels_of(joined.values())
@@ -104,9 +97,7 @@ def _initial(source: Folder, options: Rebase) -> Folder:
     return initial
 
 
-def _check_ties(
-    trained: Adapter, base: Folder | None, errors: list[AdapterkitError], notes: list[str]
-) -> None:
+def _check_ties(trained: Adapter, base: Folder | None, errors: Problems, notes: list[str]) -> None:
     """An init on one side of a tied weight has changed the other side too, which no factors here
     make up for."""
     modules = [lora.module for lora in trained.loras if EMBEDDINGS.search(f"{lora.module}.weight")]
@@ -136,7 +127,7 @@ def _check_ties(
                 "factors on weights of their own",
                 "merge it into the base it was trained on (--base-is-residual)",
             )
-            errors.append(Refused(problem, expected=expected, where=trained.name, hint=hint))
+            errors.add(problem, expected, hint, where=trained.name)
 
 
 def _without_changed_base(trained: Adapter, notes: list[str]) -> Adapter:
@@ -157,7 +148,7 @@ def _without_changed_base(trained: Adapter, notes: list[str]) -> Adapter:
 def _same_modules(
     joined: dict[str, Site], trained: Adapter, before: Adapter
 ) -> list[AdapterkitError]:
-    errors: list[AdapterkitError] = []
+    errors = Problems(where="--initial")
     for number, adapter in ((0, trained), (1, before)):
         lacking = [name for name, site in joined.items() if number not in site.members]
         if lacking:
@@ -165,12 +156,7 @@ def _same_modules(
                 f"{adapter.name} lacks {len(lacking)} modules of the other: "
                 f"{', '.join(map(shown, lacking[:4]))}"
             )
-            errors.append(
-                Refused(
-                    problem,
-                    expected="the same modules in both",
-                    where="--initial",
-                    hint="give the adapter saved before training",
-                )
+            errors.add(
+                problem, "the same modules in both", "give the adapter saved before training"
             )
     return errors

@@ -15,7 +15,7 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import AdapterkitError, Refused, refuse_all
+from adapterkit.errors import AdapterkitError, Problems, Refused
 from adapterkit.plan import Plan, Task
 from adapterkit.planning import adapter_output
 from adapterkit.planning.base_weights import BaseWeights, dora_problems
@@ -61,7 +61,7 @@ def plan_resize(options: Resize) -> Plan:
         job.convert(kind, source)
     else:
         job.resize(read_adapter(source, 0))
-    refuse_all(job.errors)
+    job.errors.raise_all()
     if not job.ranked:
         raise Refused(
             "no module with factors",
@@ -83,7 +83,7 @@ class _ResizePlanner:
     truncation: Truncation
     base: Checkpoint | None
     notes: list[str]
-    errors: list[AdapterkitError] = field(default_factory=list)
+    errors: Problems = field(default_factory=Problems)
     ranked: list[TruncatedFactors | ConvertedFactors] = field(default_factory=list)
     targets: dict[str, Any] = field(default_factory=dict)  # what the output has to know of them
     adapter: Adapter | None = None
@@ -97,9 +97,7 @@ class _ResizePlanner:
                 "--alpha keep with lora_bias",
                 "--alpha rank: PEFT scales biases of b by alpha / rank too",
             )
-            self.errors.append(
-                Refused(problem, expected=expected, where="options", hint="remove --alpha")
-            )
+            self.errors.add(problem, expected, "remove --alpha", where="options")
         sites = join([adapter], self.errors, self._names(adapter))
         self.targets = targets_of(sites)
         joined = {name: next(iter(site.members.values())) for name, site in sites.items()}

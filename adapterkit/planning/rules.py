@@ -4,7 +4,7 @@
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeVar
 
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import Problems, Refused, shown
 from adapterkit.patterns import matcher, similar_names
 
 V = TypeVar("V")
@@ -17,20 +17,18 @@ def read_rules(
     """The rules of an option, in their order; `value` is None for a text that spells none.
     `Refused` with all that are no rules."""
     rules: list[Rule[V]] = []
-    errors: list[AdapterkitError] = []
+    errors = Problems(where="options")
     for text in texts:
         pattern, _, spelled = text.rpartition("=")
         number = value(spelled) if pattern else None
         if number is None:
             problem, hint = f"{option} {shown(text)!r}", "give a regex, = and the value"
-            errors.append(Refused(problem, expected=expected, where="options", hint=hint))
+            errors.add(problem, expected, hint)
             continue
-        try:
+        with errors.collected():
             matcher(pattern, option)
             rules.append((pattern, number))
-        except AdapterkitError as error:
-            errors.append(error)
-    refuse_all(errors)
+    Problems(errors).raise_all()
     return rules
 
 

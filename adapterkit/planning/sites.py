@@ -17,7 +17,7 @@ from adapterkit.adapters.keys import BASE_LAYER
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.weights.names import Names
 
 MOST = 5  # parameters of one module whose orders are tried
@@ -113,7 +113,7 @@ def names_of(base: Checkpoint, adapters: Sequence[Adapter], notes: list[str]) ->
 
 
 def join(
-    adapters: Sequence[Adapter], errors: list[AdapterkitError], names: Names | None = None
+    adapters: Sequence[Adapter], errors: Problems, names: Names | None = None
 ) -> dict[str, Site]:
     """The sites of all adapters by name; `names`: the model's, if there is a base. What cannot be
     joined is added to the errors."""
@@ -125,7 +125,7 @@ def join(
     for module, loras in by_module.items():
         own = names.children(module) if names is not None else None
         leaves = {number: of[number].leaves(module, own) for number in loras}
-        try:
+        with errors.collected():
             if not any(leaves.values()) and not any(
                 lora.depth for its in loras.values() for lora in its
             ):
@@ -136,28 +136,16 @@ def join(
                 _check_parameters(module, loras, leaves, of)
                 parameter_sites = sites_of(module, loras, leaves, of, own, names)
                 sites |= {site.name: site for site in parameter_sites}
-        except _Several as several:
-            errors += several.errors
-        except AdapterkitError as error:
-            errors.append(error)
     errors += _nested(list(sites.values())) + _other_layouts(sites.values(), adapters)
     return sites
 
 
-class _Several(Exception):
-    def __init__(self, errors: list[AdapterkitError]):
-        self.errors = errors
-
-
 def _module(module: str, loras: dict[int, Lora], of: dict[int, Adapter]) -> Site:
-    members, errors = {}, []
+    members, errors = {}, Problems()
     for number, lora in loras.items():
-        try:
+        with errors.collected():
             members[number] = lora, factors_of(of[number], lora)
-        except AdapterkitError as error:
-            errors.append(error)
-    if errors:
-        raise _Several(errors)
+    errors.raise_all()
     if len({(lora.kind, f.shape, lora.a.shape[1:]) for lora, f in members.values()}) > 1:
         raise _other_shapes(module, members, of)
     attention = next((path for n, lora in loras.items() if (path := of[n].attention(lora))), None)

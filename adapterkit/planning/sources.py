@@ -10,7 +10,7 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.shards import NOT_A_MODEL, SINGLE
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, shown
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import is_on_hub, parse
 from adapterkit.options import StrPath, finite, unweighted, weighted
@@ -194,15 +194,13 @@ def open_weighted(
     """The folders of adapters for a base, with their weights, in whatever form they are given;
     `Refused` with all that cannot be opened."""
     opened: list[tuple[Folder, float]] = []
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     for source, weight in weighted(adapters, name):
-        try:
+        with errors.collected():
             if weight is None:
                 source, weight = weight_of(source)
             opened.append((open_adapter(source, base), weight))
-        except AdapterkitError as error:
-            errors.append(error)
-    refuse_all(errors)
+    errors.raise_all()
     return opened
 
 
@@ -210,9 +208,9 @@ def open_all(**lists: Any) -> list[list[Folder]]:
     """The folders of several lists of sources without weights, by the options' names; `Refused`
     with all that cannot be opened."""
     opened: list[list[Folder]] = []
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     for name, sources in lists.items():
-        try:
+        with errors.collected():
             opened.append(
                 [
                     folder
@@ -221,9 +219,7 @@ def open_all(**lists: Any) -> list[list[Folder]]:
                     )
                 ]
             )
-        except AdapterkitError as error:
-            errors.append(error)
-    refuse_all(errors)
+    errors.raise_all()
     return opened
 
 

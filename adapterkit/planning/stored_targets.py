@@ -8,7 +8,7 @@ from torch import nn
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.resolve import LINEAR, Resolver, Target
 from adapterkit.adapters.targets import ALL_LINEAR
-from adapterkit.errors import Refused, listed, refuse_all, shown
+from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.patterns import matcher
 from adapterkit.planning.readings import layers_readings, rule_readings, text_readings
 from adapterkit.planning.rules import Rule
@@ -102,27 +102,29 @@ class StoredResolver(Resolver):
         if isinstance(self.config.targets, str) and targets != ALL_LINEAR:
             others = [path for path in self.modules if self.unfit(path)]
             fit = [name for name in self.names() if name not in others]
-            refuse_all(text_readings("--targets", self.config.targets, targets, fit, others))
+            Problems(
+                text_readings("--targets", self.config.targets, targets, fit, others)
+            ).raise_all()
         return super().named(targets)
 
     def in_layers(self, names: list[str], whole: Sequence[str]) -> list[str]:
         chosen = super().in_layers(names, ())
         if self.layers is not None:
             before = [name for name in names if _first_number(name) in self.layers]
-            refuse_all(layers_readings(chosen, before))
+            Problems(layers_readings(chosen, before)).raise_all()
         return chosen
 
     def without_excluded(self, names: list[str]) -> list[str]:
         text, entries = self.exclude, self.config.exclude
         if text is not None and entries is not None:
-            refuse_all(text_readings("--exclude", text, entries, names))
+            Problems(text_readings("--exclude", text, entries, names)).raise_all()
         return super().without_excluded(names)
 
     def with_ranks(
         self, paths: Sequence[str], leaves: Sequence[str], tied: Mapping[str, str]
     ) -> list[Target]:
         readings = [rule_readings(o, its, [*paths, *leaves]) for o, its in self.rules.items()]
-        refuse_all([error for errors in readings for error in errors])
+        Problems([error for errors in readings for error in errors]).raise_all()
         return super().with_ranks(paths, leaves, tied)
 
 

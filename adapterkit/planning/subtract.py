@@ -8,7 +8,7 @@ from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
 from adapterkit.adapters.record import Adapter
 from adapterkit.combinations.linear import Linear
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.patterns import matcher
 from adapterkit.plan import Plan, Task
 from adapterkit.planning import adapter_output
@@ -41,7 +41,7 @@ def plan_subtract(options: Subtract) -> Plan:
         read[: len(task_sources)],
         [_without(a, options.exclude) for a in read[len(task_sources) :]],
     )
-    errors = [error for adapter in read for error in delta_problems(adapter)]
+    errors = Problems(error for adapter in read for error in delta_problems(adapter))
     errors += _same_names(task_adapters) + _whole_values(general_adapters)
     notes: list[str] = []
     model = base_with_parameters(base, read, notes)
@@ -50,7 +50,7 @@ def plan_subtract(options: Subtract) -> Plan:
         _output(task_adapter, general_adapters, options, len(task_sources) > 1, names, errors)
         for task_adapter in task_adapters
     ]
-    refuse_all(errors)
+    Problems(errors).raise_all()
     decisions = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in task_adapters]}
     decisions["general"] = [{"name": a.name, "modules": len(a.loras)} for a in general_adapters]
     receipt_options = options.recipe_options() | {"tasks": len(task_sources)}
@@ -125,7 +125,7 @@ def _output(
     options: Subtract,
     several: bool,
     names: Names | None,
-    errors: list[AdapterkitError],
+    errors: Problems,
 ) -> adapter_output.Output:
     joined = join([task_adapter, *generals], errors, names)
     prefix = f"{_folder_name(task_adapter)}: " if several else ""

@@ -113,7 +113,7 @@ def _module(
     if rank and parameter is None and stored != rank and stored % rank == 0:
         experts = stored // rank if _leaves(adapter, lora) else None
     if rank is not None and stored != rank * (experts or 1):
-        scan.add_error(rank_mismatch(adapter, lora, stored, rank))
+        scan.errors.include(rank_mismatch(adapter, lora, stored, rank))
         rank = scale = None
     place = {
         "module": lora.module,
@@ -138,7 +138,7 @@ def _rank_alpha_scale(
         r, lora_alpha = adapter.config["r"], adapter.config["lora_alpha"]
         values = {adapter.rank_and_alpha(name, r, lora_alpha) for name in names}
     except Refused as error:  # a pattern that cannot be used
-        scan.add_error(error)
+        scan.errors.include(error)
         return None, None, None
     if len(values) > 1:
         add_problem(

@@ -51,7 +51,7 @@ def inspect_file(folder: Folder) -> dict[str, Any]:
     quantization = _quantization(scan)
     check_tensors(scan, mixed=quantization is not None)
     if other is not None:
-        scan.add_error(no_model(other, folder.name))
+        scan.errors.include(no_model(other, folder.name))
     elif any(".lora_" in key for key in scan.tensors):
         add_problem(
             scan,
@@ -63,7 +63,9 @@ def inspect_file(folder: Folder) -> dict[str, Any]:
 
 
 def add_problem(scan: Scan, problem: str, expected: str, hint: str, where: str = "") -> None:
-    scan.add_error(Damaged(problem, expected=expected, where=where or scan.folder.name, hint=hint))
+    scan.errors.include(
+        Damaged(problem, expected=expected, where=where or scan.folder.name, hint=hint)
+    )
 
 
 def _check_files(scan: Scan) -> None:

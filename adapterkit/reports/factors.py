@@ -17,7 +17,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import WARNING, AdapterkitError, Damaged, Refused, shown
+from adapterkit.errors import WARNING, AdapterkitError, Damaged, Problems, Refused, shown
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.sums import all_finite, squared_norm
 from adapterkit.options import Progress
@@ -42,7 +42,7 @@ class Join:
     experts: dict[tuple[str, int], int | None] = field(default_factory=dict)
 
 
-def join(adapter: Adapter, on: Folder, problems: list[AdapterkitError]) -> Join:
+def join(adapter: Adapter, on: Folder, problems: Problems) -> Join:
     """Match the adapter with the base as merge does; what merge refuses is added to `problems`."""
     base = open_checkpoint(on)
     check_not_quantized(base)
@@ -69,7 +69,7 @@ def read_factors(
     adapter: Adapter,
     modules: list[dict[str, Any]],  # of the adapter's loras, in their order; changed in place
     joined: Join | None,
-    problems: list[AdapterkitError],
+    problems: Problems,
     progress: Progress,
 ) -> None:
     """Add the statistics of the factors to `modules`; check all other tensors for NaN and
@@ -97,7 +97,7 @@ def read_factors(
 
 
 def _statistics(
-    lora: Lora, module: dict[str, Any], reader: StoredReader, problems: list[AdapterkitError]
+    lora: Lora, module: dict[str, Any], reader: StoredReader, problems: Problems
 ) -> dict[str, Any]:
     """trained, and effective_rank and norm where the factors are finite and fit each other."""
     a, b = (reader.tensor(spec).double().flatten(1) for spec in (lora.a, lora.b))
@@ -176,7 +176,7 @@ def _not_finite(file: str, key: str, values: str) -> AdapterkitError:
 
 
 def _check_values(
-    spec: TensorSpec, reader: StoredReader, problems: list[AdapterkitError], progress: Progress
+    spec: TensorSpec, reader: StoredReader, problems: Problems, progress: Progress
 ) -> None:
     dtype = dtypes.torch_dtype(spec.dtype)
     for start in range(0, spec.nbytes, BLOCK):
@@ -191,7 +191,7 @@ def _weight_norm(
     base: Checkpoint,
     parameter: Parameter,
     reader: StoredReader,
-    problems: list[AdapterkitError],
+    problems: Problems,
     progress: Progress,
 ) -> float | None:
     """‖W‖_F of a parameter; None, with a problem, where it is zero, not finite or not floats."""
@@ -199,18 +199,14 @@ def _weight_norm(
     packed = next((spec for spec in specs if spec.dtype not in dtypes.FLOATS), None)
     if packed is not None:
         problem = f"{shown(packed.key)} is {packed.dtype}"
-        problems.append(
-            Refused(problem, expected="a float weight", where=base.name, hint="dequantize the base")
-        )
+        problems.add(problem, "a float weight", "dequantize the base", where=base.name)
         return None
     pairs = zip(specs, parameter.slots, strict=True)
     total = sum(_sum_of_squares(spec, slot, reader, progress) for spec, slot in pairs)
     if total and math.isfinite(total):
         return math.sqrt(total)
     problem = f"the norm of {shown(parameter.name)} is {'not finite' if total else 'zero'}"
-    problems.append(
-        Damaged(problem, expected="a weight to compare with", where=base.name, hint=CHECK_BASE)
-    )
+    problems.add(problem, "a weight to compare with", CHECK_BASE, where=base.name, kind=Damaged)
     return None
 
 

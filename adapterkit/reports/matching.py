@@ -12,7 +12,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.shards import NOT_A_MODEL
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.planning.sites import join
 from adapterkit.reports import configs
 from adapterkit.reports.pairs import Bias, Pair, make_pair, stored_specs, summary_of
@@ -97,13 +97,11 @@ def match_checkpoints(folders: tuple[Folder, Folder]) -> Matches:
 
 def _read_both(read: Callable[[Folder, int], Any], folders: tuple[Folder, Folder]) -> list[Any]:
     """`read` of each folder and its number; the problems of both are raised together."""
-    sides, errors = [], []
+    sides, errors = [], Problems()
     for number, folder in enumerate(folders):
-        try:
+        with errors.collected():
             sides.append(read(folder, number))
-        except AdapterkitError as error:
-            errors.append(error)
-    refuse_all(errors)
+    errors.raise_all()
     return sides
 
 
@@ -154,7 +152,7 @@ def match_components(sides: Sequence[Mapping[str, Folder]]) -> tuple[Matches, li
     folders of all tensors; `Refused` or `Damaged` where one cannot be read."""
     folders = [folder for side in sides for folder in side.values()]
     parts: list[Parts] = [{}, {}]
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     places = [(of, name) for of, side in zip(parts, sides, strict=True) for name in side]
     for number, ((of, component), folder) in enumerate(zip(places, folders, strict=True)):
         try:
@@ -163,7 +161,7 @@ def match_components(sides: Sequence[Mapping[str, Folder]]) -> tuple[Matches, li
             errors.append(error)
             continue
         of |= {(kind, f"{component}.{name}"): part for (kind, name), part in its.items()}
-    refuse_all(errors)
+    errors.raise_all()
     return _match_modules(*parts), folders
 
 
@@ -172,7 +170,7 @@ def _read_adapter(folder: Folder, number: int) -> tuple[Adapter, Parts]:
     order."""
     adapter = read_adapter(folder, number)
     parts: Parts = {("replaced", name): spec for name, spec in adapter.replaced.items()}
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     for name, site in join([adapter], errors).items():
         ((lora, factors),) = site.members.values()
         parts["delta", name] = factors
@@ -181,7 +179,7 @@ def _read_adapter(folder: Folder, number: int) -> tuple[Adapter, Parts]:
             parts["magnitude", name] = replace(lora.magnitude, shape=shape)
         if lora.bias is not None:
             parts["bias", name] = Bias(lora.bias, factors.scale)
-    refuse_all(errors)
+    errors.raise_all()
     parts |= {("rows", tokens.module): tokens for tokens in adapter.tokens}
     return adapter, dict(sorted(parts.items(), key=lambda item: stored_specs(item[1])[0].start))
 

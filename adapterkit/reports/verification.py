@@ -7,7 +7,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.engines.file_checks import check_files
 from adapterkit.engines.recompute import check_rows
-from adapterkit.errors import WARNING, AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.errors import WARNING, Problems, Refused, listed, shown
 from adapterkit.options import StrPath
 from adapterkit.plan import Plan
 from adapterkit.planning.sources import open_model, open_source, open_statistics, open_weighted
@@ -81,19 +81,16 @@ def _plan_again(
     pairs = [(folder, weight) for (folder, _), weight in zip(sources, weights, strict=True)]
     statistics = None if stats is None else open_statistics(stats)
     plan = plan_merge(open_model(base), pairs, MergeOptions(**options), statistics)
-    errors: list[AdapterkitError] = []
+    errors = Problems(where=RECEIPT)
     for number, entry in enumerate(receipt["recipe"]["inputs"]):
         for name, recorded in entry["files"].items():
             if plan.headers.get((number, name)) != recorded["header"]:
                 role = "--base" if number == 0 else "--adapter"
-                errors.append(
-                    Refused(
-                        f"{role} {plan.folders[number].name} is not what was merged: "
-                        f"{shown(name)} differs",
-                        expected="the inputs of the merge",
-                        where=RECEIPT,
-                        hint=f"give the {role.strip('-')} of the merge",
-                    )
+                errors.add(
+                    f"{role} {plan.folders[number].name} is not what was merged: "
+                    f"{shown(name)} differs",
+                    "the inputs of the merge",
+                    f"give the {role.strip('-')} of the merge",
                 )
-    refuse_all(errors)
+    errors.raise_all()
     return plan

@@ -25,10 +25,10 @@ from adapterkit.engines.reader import LocalReader
 from adapterkit.errors import (
     AdapterkitError,
     Damaged,
+    Problems,
     Refused,
     did_you_mean,
     listed,
-    refuse_all,
     shown,
 )
 from adapterkit.options import ABOVE_0, COUNT, StrPath, unweighted
@@ -382,7 +382,7 @@ def read_settings(folder: Folder) -> dict[str, Any]:
             hint="update adapterkit, or run `adapterkit arrow` again",
         )
     where, hint = f"{folder.label}/{CONFIG}", "run `adapterkit arrow` again"
-    refuse_all(records.problems(SETTINGS, settings, where, hint=hint, kind=Damaged))
+    Problems(records.problems(SETTINGS, settings, where, hint=hint, kind=Damaged)).raise_all()
     return settings
 
 
@@ -451,37 +451,31 @@ def locate(errors: Sequence[AdapterkitError], folder: Folder) -> None:
     """Raise these, if any, as errors of the folder's tensors."""
     for error in errors:
         error.where, error.hint = f"{folder.label}/{WEIGHTS}", "run `adapterkit arrow` again"
-    refuse_all(list(errors))
+    Problems(list(errors)).raise_all()
 
 
 def check_modules(state: State, modules: Mapping[str, Experts]) -> None:
     """`Refused` for modules that the model has not, or has in another size."""
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     for path, experts in modules.items():
         host = state.modules.get(path)
         kind = None if host is None else kind_of(host)
         where, hint = "the model", "the experts were trained on another model"
         if host is None:
             problem = f"no module {shown(path)}"
-            errors.append(
-                Refused(
-                    problem,
-                    expected="the experts' modules",
-                    where=where,
-                    hint=similar_names(path, list(state.modules)) or hint,
-                )
+            errors.add(
+                problem,
+                "the experts' modules",
+                similar_names(path, list(state.modules)) or hint,
+                where=where,
             )
         elif kind not in ("linear", "conv1d"):
             problem = f"{shown(path)} is a {type(host).__name__}"
-            errors.append(Refused(problem, expected="a linear layer", where=where, hint=hint))
+            errors.add(problem, "a linear layer", hint, where=where)
         else:
             (_, rank, width), out = experts.a.shape, experts.b.shape[1]
             (_, own_width), (own_out, _) = KINDS[kind].shapes(host, rank)
             if (out, width) != (own_out, own_width):
                 problem = f"{shown(path)} has the shape {(own_out, own_width)}"
-                errors.append(
-                    Refused(
-                        problem, expected=f"{(out, width)}, as its experts", where=where, hint=hint
-                    )
-                )
-    refuse_all(errors)
+                errors.add(problem, f"{(out, width)}, as its experts", hint, where=where)
+    errors.raise_all()

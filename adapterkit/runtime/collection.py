@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.resolve import Target
 from adapterkit.checkpoint.storage import storage_errors
-from adapterkit.errors import AdapterkitError, Failed, Refused, did_you_mean, listed, refuse_all
+from adapterkit.errors import Failed, Problems, Refused, did_you_mean, listed
 from adapterkit.options import StrPath
 from adapterkit.runtime.targets import resolve
 from adapterkit.runtime.writing import check_local, replace, writes
@@ -143,26 +143,22 @@ def _targets(
     chosen = resolve(model, LoraConfig(targets="all-linear" if targets is None else targets))
     others = [target.path for target in chosen if target.kind not in KINDS]
     fixed = [t.path for t in chosen if gradients and t.path not in others and not _is_plain(t)]
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     if others or not chosen:
-        errors.append(
-            Refused(
-                f"{listed(others)}: no linear layer" if others else "no layer",
-                expected="linear layers of the model",
-                where="targets",
-                hint="name others",
-            )
+        errors.add(
+            f"{listed(others)}: no linear layer" if others else "no layer",
+            "linear layers of the model",
+            "name others",
+            where="targets",
         )
     if fixed:
-        errors.append(
-            Refused(
-                f"gradients of {listed(fixed)}: quantized, or on the meta device",
-                expected="weights of floats",
-                where="collect",
-                hint="load the base in bfloat16 or float32, or name other targets",
-            )
+        errors.add(
+            f"gradients of {listed(fixed)}: quantized, or on the meta device",
+            "weights of floats",
+            "load the base in bfloat16 or float32, or name other targets",
+            where="collect",
         )
-    refuse_all(errors)
+    errors.raise_all()
     return chosen
 
 
@@ -181,26 +177,22 @@ def _watch(
 
 def _check_run(sums: Sums | None, gradients: Gradients | None, layers: int) -> None:
     """`Failed` for a run that gives nothing of one of both."""
-    errors: list[AdapterkitError] = []
+    errors = Problems(where="collect")
     if sums is not None and not sums.by_module:
-        errors.append(
-            Failed(
-                f"none of {layers} layers saw an input",
-                expected="run_model() runs the model",
-                where="collect",
-                hint="call the model itself in run_model",
-            )
+        errors.add(
+            f"none of {layers} layers saw an input",
+            "run_model() runs the model",
+            "call the model itself in run_model",
+            kind=Failed,
         )
     if gradients is not None and not gradients.totals:
-        errors.append(
-            Failed(
-                f"none of {layers} layers got a gradient",
-                expected="run_model() runs the model and calls backward() of its loss",
-                where="collect",
-                hint="model(**batch).loss.backward() for each batch, without an optimizer",
-            )
+        errors.add(
+            f"none of {layers} layers got a gradient",
+            "run_model() runs the model and calls backward() of its loss",
+            "model(**batch).loss.backward() for each batch, without an optimizer",
+            kind=Failed,
         )
-    refuse_all(errors)
+    errors.raise_all()
 
 
 def _write(out: StrPath, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from itertools import combinations
 
-from adapterkit.errors import AdapterkitError, Refused, listed, shown
+from adapterkit.errors import AdapterkitError, Problems, listed, shown
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import State
 
@@ -11,21 +11,11 @@ from adapterkit.runtime.state import State
 def conflicts(state: State, names: Iterable[str], where: str) -> list[AdapterkitError]:
     """Refusals of adapters that give different values to the same parameters."""
     names = list(dict.fromkeys(names))
-    errors: list[AdapterkitError] = []
-
-    def refuse(problem: str) -> None:
-        errors.append(
-            Refused(
-                problem,
-                expected="one adapter for each trained value",
-                where=where,
-                hint="use one of them at a time",
-            )
-        )
-
+    errors = Problems(where=where, hint="use one of them at a time")
+    expected = "one adapter for each trained value"
     trained = [name for name in names if state.adapters[name].config.bias != "none"]
     if len(trained) > 1:
-        refuse(f"{', '.join(map(shown, trained))} have trained biases")
+        errors.add(f"{', '.join(map(shown, trained))} have trained biases", expected)
     clashes: dict[tuple[str, str, str], list[str]] = {}
     for path, parts in _special(state, names).items():
         for part, other in combinations(parts, 2):
@@ -38,7 +28,7 @@ def conflicts(state: State, names: Iterable[str], where: str) -> list[Adapterkit
                     reason = f"a trained copy of {shown(path)}, and the other one adapts"
                     clashes.setdefault((part.adapter, other, reason), []).append(inner)
     for (first, second, reason), paths in clashes.items():
-        refuse(f"{shown(first)} and {shown(second)} have {reason}: {listed(paths)}")
+        errors.add(f"{shown(first)} and {shown(second)} have {reason}: {listed(paths)}", expected)
     return errors
 
 

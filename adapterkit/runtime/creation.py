@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.resolve import Target
-from adapterkit.errors import Refused, listed, refuse_all
+from adapterkit.errors import Problems, Refused, listed
 from adapterkit.inits.protocol import Initialization
 from adapterkit.runtime import dora
 from adapterkit.runtime.layers import KINDS, members, part_class
@@ -137,7 +137,7 @@ def _check_dora(state: State, targets: Sequence[Target]) -> None:
             reason = "magnitudes are norms of the weight, which is on the meta device"
         if reason is not None:
             reasons.setdefault(reason, []).append(target.path)
-    refuse_all(
+    Problems(
         [
             Refused(
                 f"DoRA on {listed(paths)}: {reason}",
@@ -147,7 +147,7 @@ def _check_dora(state: State, targets: Sequence[Target]) -> None:
             )
             for reason, paths in reasons.items()
         ]
-    )
+    ).raise_all()
 
 
 def home(host: nn.Module) -> torch.device:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterkit.errors import Refused, listed, refuse_all
+from adapterkit.errors import Problems, Refused, listed
 from adapterkit.runtime.hosts import Hosts
 from adapterkit.runtime.site import Site
 
@@ -58,7 +58,7 @@ class Guard:
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        refuse_all(self.hosts.problems(self._sites.values(), "the model"))
+        Problems(self.hosts.problems(self._sites.values(), "the model")).raise_all()
         if module.training and torch.is_grad_enabled():
             self._before_step()
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.errors import Refused, refuse_all, shown
+from adapterkit.errors import Problems, Refused, shown
 from adapterkit.options import Sources, StrPath, finite
 from adapterkit.runtime import arrow as arrows
 from adapterkit.runtime import (
@@ -138,7 +138,7 @@ class Adapters:
             if self.state.store is not None:
                 self.state.provide(names, beside_active=False)
             table = weights(self.state, names)
-            refuse_all(conflicts(self.state, table, "activate"))
+            Problems(conflicts(self.state, table, "activate")).raise_all()
             self.state.select(table)
         finally:
             if self.state.store is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.planning.untying import SWITCH, has_other_effects
 from adapterkit.runtime.conflicts import conflicts
 from adapterkit.runtime.quantized import (
@@ -133,28 +133,20 @@ def without_merge(state: State) -> Iterator[None]:
 
 def check(state: State, table: Mapping[str, float]) -> None:
     """`Refused` for adapters that are merged, or have parts that no weight equals."""
-    errors: list[AdapterkitError] = []
+    errors = Problems(where="merge")
     if not table:
-        errors.append(
-            Refused("no adapter", expected="one or more", where="merge", hint="name the adapters")
-        )
+        errors.add("no adapter", "one or more", "name the adapters")
     if state.merge is not None:
-        errors.append(
-            Refused(
-                f"{', '.join(map(shown, state.merged))} already merged",
-                expected="one merge at a time",
-                where="merge",
-                hint="unmerge first, then merge all of them together",
-            )
+        errors.add(
+            f"{', '.join(map(shown, state.merged))} already merged",
+            "one merge at a time",
+            "unmerge first, then merge all of them together",
         )
     if state.replication is not None:
-        errors.append(
-            Refused(
-                "replicated layers, whose copies share weights",
-                expected="layers with weights of their own",
-                where="merge",
-                hint="`adapterkit merge` writes the deeper model; or run it unmerged",
-            )
+        errors.add(
+            "replicated layers, whose copies share weights",
+            "layers with weights of their own",
+            "`adapterkit merge` writes the deeper model; or run it unmerged",
         )
     errors += conflicts(state, [*table, *state.active], "merge")
     errors += _covered(state, table)
@@ -176,7 +168,7 @@ def check(state: State, table: Mapping[str, float]) -> None:
             )
             for reason, paths in reasons.items()
         ]
-    refuse_all(errors)
+    errors.raise_all()
 
 
 def _covered(state: State, table: Mapping[str, float]) -> Iterator[Refused]:

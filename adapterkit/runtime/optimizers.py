@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adapterkit.errors import Refused, refuse_all
+from adapterkit.errors import Problems, Refused
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.handle import Adapters
 from adapterkit.runtime.layers.parameter import ParameterPart
@@ -282,7 +282,7 @@ def unfrozen(h: Adapters) -> list[nn.Parameter]:
 def _check(**options: tuple[object, bool, str]) -> None:
     """`Refused` with all options that are invalid: their values, whether they are valid, what is
     expected."""
-    refuse_all(
+    Problems(
         [
             Refused(
                 f"{name} {value!r}", expected=expected, where="optimizer", hint=f"give {expected}"
@@ -290,4 +290,4 @@ def _check(**options: tuple[object, bool, str]) -> None:
             for name, (value, is_valid, expected) in options.items()
             if not is_valid
         ]
-    )
+    ).raise_all()

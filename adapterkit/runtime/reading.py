@@ -17,7 +17,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.reader import LocalReader
-from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.inits import created_init
 from adapterkit.inits.protocol import ComputedInit
 from adapterkit.options import StrPath
@@ -101,7 +101,7 @@ def _join(state: State, folder: Folder, *, beside: bool = False) -> Stored:
     config = LoraConfig.from_peft(adapter.config, adapter.where)
     if not beside:
         replicate(state, config.layer_replication, adapter.where)
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     factors: list[tuple[str, str, Lora, float]] = []
     loras, parameters = split_parameters(adapter, state.model, state.modules, errors)
     hosts: dict[int, str] = {}
@@ -122,19 +122,17 @@ def _join(state: State, folder: Folder, *, beside: bool = False) -> Stored:
             continue
         other = hosts.setdefault(id(host), lora.module)
         if other != lora.module:
-            errors.append(
-                Refused(
-                    f"factors of {shown(other)} and {shown(lora.module)}: the same module",
-                    expected="factors by one of the names",
-                    where=adapter.label,
-                    hint="remove those by the other name",
-                )
+            errors.add(
+                f"factors of {shown(other)} and {shown(lora.module)}: the same module",
+                "factors by one of the names",
+                "remove those by the other name",
+                where=adapter.label,
             )
         if lora.magnitude is not None:
             errors += _magnitude_errors(adapter, lora, host, kind)
         factors.append((lora.module, kind, lora, scale))
     values = join_values(state, adapter, config, errors)
-    refuse_all(errors)
+    errors.raise_all()
     return Stored(adapter, config, tuple(factors), tuple(parameters), values)
 
 
@@ -183,7 +181,7 @@ def read_parts(
             a, b = read(stored_parameter.lora.a, where), read(stored_parameter.lora.b, where)
             assert a is not None and b is not None
             parts.append((path, stored_parameter.part(name, host, a, b)))
-        refuse_all(list(_ignored(state, adapter, parts)))
+        Problems(list(_ignored(state, adapter, parts))).raise_all()
         parts += read_values(state, stored.values, name, stored.config, reader.tensor, dtype)
     return parts
 
@@ -209,7 +207,7 @@ def _ignored(
 
 def _pad(parts: Sequence[tuple[str, FactorsPart]], rank: int) -> None:
     """Give factors room for a rank; `Refused` for higher ones, and for layers without room."""
-    errors: list[AdapterkitError] = []
+    errors = Problems(where="pad_rank")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise Refused(f"pad_rank {rank!r}", expected="a positive whole number", where="pad_rank")
     for path, part in parts:
@@ -220,8 +218,8 @@ def _pad(parts: Sequence[tuple[str, FactorsPart]], rank: int) -> None:
         else:
             continue
         hint = "pad_rank: the highest rank that is to come, of factors of whole layers"
-        errors.append(Refused(problem, expected=expected, where="pad_rank", hint=hint))
-    refuse_all(errors)
+        errors.add(problem, expected, hint)
+    errors.raise_all()
     for _, part in parts:
         part.pad(rank)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapterkit.errors import AdapterkitError, Refused, refuse_all
+from adapterkit.errors import Problems
 from adapterkit.runtime.sharding import is_sharded, spread, whole
 from adapterkit.runtime.site import CHILD, Part, Site, owner
 from adapterkit.runtime.state import State
@@ -104,35 +104,26 @@ def in_place_of_loaded(model: Any, cls: type, parts: list[Part]) -> Iterator[Non
 
 def check(state: State, cls: type, arguments: Any) -> None:
     """`Refused` for settings with which a trainer of TRL would pass the adapters over."""
-    errors: list[AdapterkitError] = []
+    errors = Problems(where=WHERE)
     if getattr(arguments, "use_vllm", False):
-        errors.append(
-            Refused(
-                "use_vllm: TRL sends vLLM the base's weights alone",
-                expected="generation by the model",
-                where=WHERE,
-                hint="remove use_vllm",
-            )
+        errors.add(
+            "use_vllm: TRL sends vLLM the base's weights alone",
+            "generation by the model",
+            "remove use_vllm",
         )
     if getattr(arguments, "sync_ref_model", False):
-        errors.append(
-            Refused(
-                "sync_ref_model: the reference is the model with the adapters as they were",
-                expected="a reference that stays",
-                where=WHERE,
-                hint="remove sync_ref_model, or give ref_model= another model",
-            )
+        errors.add(
+            "sync_ref_model: the reference is the model with the adapters as they were",
+            "a reference that stays",
+            "remove sync_ref_model, or give ref_model= another model",
         )
     if _modules(cls, HEAD) and _acts_on_head(state):
-        errors.append(
-            Refused(
-                f"adapters on the head, whose weight {cls.__name__} multiplies by itself",
-                expected="adapters on other modules: those on the head would do nothing",
-                where=WHERE,
-                hint="exclude the head from targets, modules_to_save and tied trainable_tokens",
-            )
+        errors.add(
+            f"adapters on the head, whose weight {cls.__name__} multiplies by itself",
+            "adapters on other modules: those on the head would do nothing",
+            "exclude the head from targets, modules_to_save and tied trainable_tokens",
         )
-    refuse_all(errors)
+    errors.raise_all()
 
 
 def _modules(cls: type, name: str) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import Problems, Refused, shown
 from adapterkit.runtime.layers.parameter import is_stack, takes_indices
 from adapterkit.runtime.row_groups import keep_unfused, run_groups
 from adapterkit.runtime.row_products import LinearRows, linear_rows
@@ -244,24 +244,17 @@ def _checked(state: State, names: Iterable[str | None]) -> tuple[str | None, ...
             f"names {names!r}", expected="a list: one name for each row, or None", where="rows"
         )
     table = tuple(names)
-    errors: list[AdapterkitError] = []
+    errors = Problems(where="rows")
     if not table:
-        errors.append(Refused("no names", expected="one name for each row", where="rows"))
+        errors.add("no names", "one name for each row")
     if state.rows is not None:
-        errors.append(
-            Refused(
-                "rows inside rows",
-                expected="one mixed batch at a time",
-                where="rows",
-                hint="leave the other one first",
-            )
-        )
-    refuse_all(errors)
+        errors.add("rows inside rows", "one mixed batch at a time", "leave the other one first")
+    errors.raise_all()
     state.own_weights("rows")
     adapters = [name for name in dict.fromkeys(table) if name is not None]
     state.provide(adapters, beside_active=True)
     sites = {id(site): site for name in adapters for site in state.adapters[name].sites.values()}
-    refuse_all(state.guard.hosts.problems(sites.values(), "rows"))
+    Problems(state.guard.hosts.problems(sites.values(), "rows")).raise_all()
     return table
 
 
@@ -283,7 +276,7 @@ def _check_sites(state: State, sites: Iterable[Site]) -> None:
         else:
             continue
         wrong.setdefault(reason, []).append(site.path)
-    refuse_all(
+    Problems(
         [
             Refused(
                 f"modules that {reason}: {', '.join(map(shown, paths))}",
@@ -293,7 +286,7 @@ def _check_sites(state: State, sites: Iterable[Site]) -> None:
             )
             for reason, paths in wrong.items()
         ]
-    )
+    ).raise_all()
 
 
 def _text_paths(state: State) -> list[str] | None:

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.resolve import Target
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, refuse_all, shown
+from adapterkit.errors import Problems, Refused, Unrecoverable, shown
 from adapterkit.inits import created_init
 from adapterkit.inits.eva import distribute
 from adapterkit.inits.protocol import (
@@ -33,7 +33,7 @@ def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:
     """The record of a config's init; `Refused` for one that cannot start these adapters."""
     name = "random" if config.init is False else str(config.init)
     name, _, niter = name.partition("_niter_")  # PEFT's pissa_niter_4
-    errors: list[AdapterkitError] = []
+    errors = Problems(where=WHERE)
     if name not in members("inits"):
         raise Refused(
             f"init {shown(name)}",
@@ -46,24 +46,18 @@ def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:
     if method.needs:
         others = [target.path for target in targets if target.kind not in ("linear", "conv1d")]
         if others:
-            errors.append(
-                Refused(
-                    f"init {name} on {', '.join(map(shown, others[:6]))}",
-                    expected="linear layers (PEFT starts other layers in another way, silently)",
-                    where=WHERE,
-                    hint="exclude them from targets, or give another init",
-                )
+            errors.add(
+                f"init {name} on {', '.join(map(shown, others[:6]))}",
+                "linear layers (PEFT starts other layers in another way, silently)",
+                "exclude them from targets, or give another init",
             )
     if method.changes_base and config.invocation_tokens:
-        errors.append(
-            Refused(
-                f"init {name} of an activated LoRA",
-                expected="an init that leaves the base as it is before the invocation",
-                where=WHERE,
-                hint="give another init",
-            )
+        errors.add(
+            f"init {name} of an activated LoRA",
+            "an init that leaves the base as it is before the invocation",
+            "give another init",
         )
-    refuse_all(errors)
+    errors.raise_all()
     return method
 
 
@@ -129,13 +123,13 @@ def redistributed(
     groups = [tuple(spectrum["variances"].tolist()) for spectrum in spectra]
     widths = [KINDS[t.kind].shapes(t.module, t.rank)[0][1] for t in targets]
     most = method.candidates(zip(groups, (t.rank for t in targets), widths, strict=True))
-    refuse_all(
+    Problems(
         [
             method.too_few(target.path, target.rank, len(group), most[group], "stats")
             for target, group in zip(targets, groups, strict=True)
             if len(group) < most[group]
         ]
-    )
+    ).raise_all()
     ratios = [
         method.ratios(most[group], **spectrum)
         for group, spectrum in zip(groups, spectra, strict=True)

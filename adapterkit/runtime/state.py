@@ -13,7 +13,7 @@ from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import AdapterkitError, Refused, did_you_mean, listed, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
 from adapterkit.options import finite
 from adapterkit.runtime.encoders import Encoders
 from adapterkit.runtime.guard import Guard
@@ -251,19 +251,16 @@ class State:
 
     def unused(self, name: str) -> None:
         """`Refused` for the name of an adapter that is there."""
-        errors: list[AdapterkitError] = []
+        errors = Problems(where="name")
         if not isinstance(name, str) or not name:
-            errors.append(Refused(f"name {name!r}", expected="a text", where="name"))
+            errors.add(f"name {name!r}", "a text")
         elif name in self.adapters:
-            errors.append(
-                Refused(
-                    f"an adapter {shown(name)} is there already",
-                    expected="a new name",
-                    where="name",
-                    hint="give another name=, or delete it first",
-                )
+            errors.add(
+                f"an adapter {shown(name)} is there already",
+                "a new name",
+                "give another name=, or delete it first",
             )
-        refuse_all(errors)
+        errors.raise_all()
 
     def release(self) -> None:
         allow_packed(self._unpacked)

@@ -13,7 +13,7 @@ from adapterkit.adapters.record import Adapter, Tokens
 from adapterkit.adapters.resolve import input_embedding, tied_modules
 from adapterkit.adapters.targets import has_end
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.errors import Problems, Refused, shown
 from adapterkit.patterns import similar_names
 from adapterkit.runtime.copies import copies, mirrors, outermost, parameter_of, value_parts
 from adapterkit.runtime.site import Part, owner
@@ -35,7 +35,7 @@ class StoredValues:
 
 
 def join_values(
-    state: State, adapter: Adapter, config: LoraConfig, errors: list[AdapterkitError]
+    state: State, adapter: Adapter, config: LoraConfig, errors: Problems
 ) -> StoredValues:
     """Find the place of each tensor that is no factor; what does not fit joins the errors."""
     stored = StoredValues(rows=adapter.tokens)

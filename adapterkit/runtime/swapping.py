@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.options import StrPath
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers.invoked import InvokedPart
@@ -83,18 +83,15 @@ def _copy(values: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
 def _check(old: Parts, new: Parts, where: str) -> None:
     """`Refused` for modules that the old adapter lacks, kinds that differ, and ranks without
     room."""
-    errors: list[AdapterkitError] = []
+    errors = Problems(where=where)
     for key, (path, part) in new.items():
         if key in old:
             errors += _differences(path, old[key][1], part, where)
         else:
-            errors.append(
-                Refused(
-                    f"{shown(path)}, where the old adapter has nothing of this kind",
-                    expected="modules of the old adapter, all or some",
-                    where=where,
-                    hint="load it under a name of its own",
-                )
+            errors.add(
+                f"{shown(path)}, where the old adapter has nothing of this kind",
+                "modules of the old adapter, all or some",
+                "load it under a name of its own",
             )
     errors += [
         Refused(
@@ -106,7 +103,7 @@ def _check(old: Parts, new: Parts, where: str) -> None:
         for key, (path, part) in old.items()
         if key not in new and not isinstance(part, FactorsPart)
     ]
-    refuse_all(errors)
+    errors.raise_all()
 
 
 def _differences(path: str, old: Part, new: Part, where: str) -> Iterator[AdapterkitError]:

@@ -15,7 +15,7 @@ from adapterkit.adapters.resolve import (
     tied_modules,
 )
 from adapterkit.adapters.targets import has_end, is_within
-from adapterkit.errors import Refused, listed, refuse_all, shown
+from adapterkit.errors import Refused, listed, shown
 from adapterkit.runtime.quantized import quantization_of
 from adapterkit.runtime.site import CHILD
 from adapterkit.weights.bypassed import (
@@ -102,7 +102,7 @@ class LiveResolver(Resolver):
             if isinstance(modules[path], LISTS_OF_MODULES):
                 problem = f"modules_to_save: {shown(path)} is a {type(modules[path]).__name__}"
                 self.refuse(problem, "modules that are called", "name the modules inside it")
-        refuse_all(self.errors)
+        self.errors.raise_all()
         return outer
 
     def tokens(self) -> dict[str, tuple[int, ...]]:
@@ -123,7 +123,7 @@ class LiveResolver(Resolver):
             for path in paths:
                 self._check_tokens(path, indices, path in rows)
                 rows[path] = tuple(indices)
-        refuse_all(self.errors)
+        self.errors.raise_all()
         return rows
 
     def _check_tokens(self, path: str, indices: Sequence[int], has_rows: bool) -> None:

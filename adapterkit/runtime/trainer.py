@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import Problems, Refused, shown
 from adapterkit.options import StrPath
 from adapterkit.runtime import reading, reference, writing
 from adapterkit.runtime.factors import FactorsPart
@@ -95,15 +95,12 @@ def trained(state: State) -> list[str]:
     """The adapters that are trained: active and trainable; `Refused` if there are none, or if
     several have names that are no folders'."""
     names = [name for name in state.active if state.adapters[name].trainable]
-    errors: list[AdapterkitError] = []
+    errors = Problems(where="trainer")
     if not names:
-        errors.append(
-            Refused(
-                "no active adapter is trainable",
-                expected="one or more",
-                where="trainer",
-                hint="attach one, or load one with trainable=True, and activate it",
-            )
+        errors.add(
+            "no active adapter is trainable",
+            "one or more",
+            "attach one, or load one with trainable=True, and activate it",
         )
     errors += [
         Refused(
@@ -115,7 +112,7 @@ def trained(state: State) -> list[str]:
         for name in names
         if len(names) > 1 and (Path(name).name != name or "\\" in name)
     ]
-    refuse_all(errors)
+    errors.raise_all()
     return names
 
 
@@ -124,7 +121,7 @@ def restore(state: State, folder: StrPath) -> None:
     """Give the adapters that are trained the values of a checkpoint; `Refused` where it does not
     fit, before anything changes."""
     pairs = []
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     for name, place in _places(state, Path(folder)).items():
         own = {
             (site.path, part.role): part
@@ -153,7 +150,7 @@ def restore(state: State, folder: StrPath) -> None:
             if (path, role) in parts and not part.fits(parts[path, role])
         ]
         pairs += [(own[key], parts[key]) for key in own.keys() & parts.keys()]
-    refuse_all(errors)
+    errors.raise_all()
     for part, other in pairs:
         part.take(other)
 

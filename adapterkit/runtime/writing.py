@@ -18,7 +18,7 @@ from adapterkit.adapters.resolve import model_type
 from adapterkit.adapters.targets import has_end
 from adapterkit.checkpoint.fingerprint import metadata_with
 from adapterkit.checkpoint.storage import storage_errors
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import Problems, Refused, shown
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath
 from adapterkit.planning.cards import adapter_card
@@ -56,7 +56,7 @@ def save(state: State, folder: StrPath, name: str, *, every_process: bool = Fals
     state.known([name])
     refuse_merged(state, [name], "save")
     adapter = state.adapters[name]
-    refuse_all(state.guard.hosts.problems(adapter.sites.values(), "save"))
+    Problems(state.guard.hosts.problems(adapter.sites.values(), "save")).raise_all()
     factors = [part for _, part in adapter.parts() if isinstance(part, FactorsPart)]
     if any(part.a.ndim < 2 or part.b.ndim < 2 for part in factors):
         raise Refused(
@@ -137,7 +137,7 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
 def as_parameters(model: nn.Module, adapter: Attached) -> set[str]:
     """The linear layers that PEFT would take for stacks of experts, and drop, were they target
     modules: their weights are written as target parameters. `Refused` for what these have not."""
-    paths, errors = set[str](), list[AdapterkitError]()
+    paths, errors = set[str](), Problems()
     kind = model_type(model)
     for site, part in adapter.parts():
         if not isinstance(part, FactorsPart) or isinstance(part, ParameterPart):
@@ -146,7 +146,7 @@ def as_parameters(model: nn.Module, adapter: Attached) -> set[str]:
             paths.add(site.path)
             if (problem := unfit_as_parameter(site.path, site.host, adapter.config)) is not None:
                 errors.append(problem)
-    refuse_all(errors)
+    Problems(errors).raise_all()
     return paths
 
 

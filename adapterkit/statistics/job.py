@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adapterkit.adapters.targets import ALL_LINEAR
-from adapterkit.errors import AdapterkitError, Refused, did_you_mean, listed, refuse_all, shown
+from adapterkit.errors import Problems, Refused, did_you_mean, listed, shown
 from adapterkit.planning.factor_targets import EXPERTS
 from adapterkit.planning.stored_targets import select_layers
 from adapterkit.statistics.file import Results
@@ -43,37 +43,29 @@ class Request:
 
     def check(self) -> None:
         """`Refused` for what cannot be collected, or not together."""
-        errors: list[AdapterkitError] = []
+        errors = Problems()
         for name in self.what:
             if name not in WHAT:
-                errors.append(
-                    Refused(
-                        f"{shown(name)!r} is no kind of statistics",
-                        expected=", ".join(WHAT),
-                        where="what",
-                        hint=did_you_mean([name], WHAT),
-                    )
+                errors.add(
+                    f"{shown(name)!r} is no kind of statistics",
+                    ", ".join(WHAT),
+                    did_you_mean([name], WHAT),
+                    where="what",
                 )
         if not self.what:
-            errors.append(Refused("nothing to collect", expected=", ".join(WHAT), where="what"))
+            errors.add("nothing to collect", ", ".join(WHAT), where="what")
         if self.compat is not None and self.compat not in COMPATS:
-            errors.append(
-                Refused(
-                    f"there is no compat {shown(self.compat)!r}", expected="peft", where="compat"
-                )
-            )
+            errors.add(f"there is no compat {shown(self.compat)!r}", "peft", where="compat")
         if self.compat and "pca" in self.what:
-            errors.append(
-                Refused(
-                    "pca does not go with compat peft, whose covariance is of scaled inputs",
-                    expected="one of them",
-                    where="compat",
-                    hint="remove --compat, or pca",
-                )
+            errors.add(
+                "pca does not go with compat peft, whose covariance is of scaled inputs",
+                "one of them",
+                "remove --compat, or pca",
+                where="compat",
             )
         if self.components < 1:
-            errors.append(Refused(f"components is {self.components}", expected="1 or more"))
-        refuse_all(errors)
+            errors.add(f"components is {self.components}", "1 or more")
+        errors.raise_all()
 
 
 class Job:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint.strict import strict_json
-from adapterkit.errors import AdapterkitError, Damaged, Refused, did_you_mean, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, did_you_mean, shown
 from adapterkit.options import StrPath
 
 LONGEST = 64 << 20  # bytes of a line or a paragraph
@@ -52,11 +52,11 @@ def draw_records(paths: Sequence[StrPath], count: int, seed: int) -> Drawn:
     """
     drawn: list[tuple[int, Record]] = []
     files: dict[str, dict[str, Any]] = {}
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     generator, total, empty = random.Random(seed), 0, 0
     for number, path in enumerate(map(Path, paths)):
         usable = 0
-        try:
+        with errors.collected():
             unit, records = _open(path)
             for record in records:
                 if record is None:
@@ -75,9 +75,7 @@ def draw_records(paths: Sequence[StrPath], count: int, seed: int) -> Drawn:
                     hint="give a file with text in it",
                 )
             files[f"{number} {shown(path.name)}"] = {"samples": usable, "unit": unit}
-        except AdapterkitError as error:
-            errors.append(error)
-    refuse_all(errors)
+    errors.raise_all()
     notes = [f"{total} samples, fewer than --samples {count}: all are used"] * (total < count)
     notes += [f"{empty} empty samples left out"] * bool(empty)
     return Drawn([record for _, record in sorted(drawn, key=lambda pair: pair[0])], files, notes)

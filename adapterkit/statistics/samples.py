@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.planning.tokenizer_files import TOKENIZER
 from adapterkit.statistics.masks import IGNORED
 from adapterkit.statistics.records import Record
@@ -132,7 +132,7 @@ def tokenize(
     """
     reader = _Tokenization(tokenizer, length, is_encoder_decoder)
     samples: list[Sample] = []
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     uncounted = 0
     for record in records:
         try:
@@ -143,19 +143,17 @@ def tokenize(
         used = [*sample.tokens, *(label for label in sample.labels if label != IGNORED)]
         beyond = next((token for token in used if not 0 <= token < vocabulary), None)
         if beyond is not None:
-            errors.append(
-                Refused(
-                    f"the data have token id {beyond}",
-                    expected=f"ids from 0 to {vocabulary - 1}, the model's vocabulary",
-                    where=record.where,
-                    hint="use the tokenizer of this model",
-                )
+            errors.add(
+                f"the data have token id {beyond}",
+                f"ids from 0 to {vocabulary - 1}, the model's vocabulary",
+                "use the tokenizer of this model",
+                where=record.where,
             )
         elif all(label == IGNORED for label in sample.labels) or not sample.tokens:
             uncounted += 1
         else:
             samples.append(sample)
-    refuse_all(errors)
+    errors.raise_all()
     if not samples:
         raise Refused(
             f"no token of {len(records)} samples counts",

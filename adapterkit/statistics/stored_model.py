@@ -16,7 +16,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.engines.reader import LocalReader
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.tasks.edited import stored_parts
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.names import Names
@@ -63,7 +63,7 @@ class StoredModel:
 
     def _find_parameters(self) -> tuple[dict[str, StoredParameter], set[str]]:
         stored, absent = {}, set()
-        errors: list[AdapterkitError] = []
+        errors = Problems()
         for name, value in self._meta.items():
             try:
                 parameter = self.names.parameter(name)
@@ -82,7 +82,7 @@ class StoredModel:
                 )
                 errors.append(error)
             stored[name] = StoredParameter.of(parameter, self.base.tensors)
-        refuse_all(errors)
+        errors.raise_all()
         return stored, absent
 
     def _find_buffers(self) -> dict[str, StoredParameter]:

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError, Damaged, listed, refuse_all
+from adapterkit.errors import AdapterkitError, Damaged, Problems, listed
 from adapterkit.inits.eva import distribute
 from adapterkit.inits.protocol import RedistributingInit
 from adapterkit.plan import Change, Finalize, Task, TaskResult
@@ -53,14 +53,14 @@ def with_candidates(
     most = method.candidates(
         (key, task.rank, task.place.a_tail[0]) for key, task in zip(keys, tasks, strict=True)
     )
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     result = []
     for key, task in zip(keys, tasks, strict=True):
         specs, count = dict(task.statistics), most[key]
         errors += _problems(method, specs["components"], specs["variances"], count, task)
         own: dict[str, Any] = {field.name: getattr(task, field.name) for field in fields(task)}
         result.append(CandidateFactors(**own, candidates=count))
-    refuse_all(errors)
+    errors.raise_all()
     return result
 
 
@@ -71,7 +71,7 @@ def _problems(
     count: int,
     task: InitialFactors,
 ) -> list[AdapterkitError]:
-    stored, problems = components.shape[0], list[AdapterkitError]()
+    stored, problems = components.shape[0], Problems()
     if variances.shape != (stored,):
         problems.append(
             Damaged(

@@ -11,7 +11,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import Header, TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable, refuse_all, shown
+from adapterkit.errors import Damaged, Problems, Unrecoverable, shown
 from adapterkit.kernels.lowrank import weighted
 from adapterkit.weights.reader import Reader
 
@@ -79,37 +79,31 @@ def select_statistics(
 
     Raises `Refused` with all that are missing or of another shape.
     """
-    errors: list[AdapterkitError] = []
     selected: dict[str, TensorSpec] = {}
     if stats is None:
         return selected
+    errors = Problems(where=stats.name)
     shared = metadata_of(stats).get("shared", {}) if kind in INPUT_KINDS else {}
     for module, shape in shapes.items():
         spec = stats.tensors.get(key_of(module, kind))
         if spec is None:
             spec = stats.tensors.get(key_of(str(shared.get(module)), kind))
         if spec is None:
-            errors.append(
-                Refused(
-                    f"the file has no {shown(key_of(module, kind))}",
-                    expected="one for each module",
-                    where=stats.name,
-                    hint="collect them for this module too, or choose modules with --targets or "
-                    "--exclude",
-                )
+            errors.add(
+                f"the file has no {shown(key_of(module, kind))}",
+                "one for each module",
+                "collect them for this module too, or choose modules with --targets or --exclude",
             )
         elif not _fits(spec.shape, shape) or spec.dtype not in (*dtypes.FLOATS, "F64"):
-            errors.append(
-                Damaged(
-                    f"{shown(spec.key)} is {spec.dtype} {spec.shape}",
-                    expected=f"floats ({', '.join(str(n or 'any') for n in shape)})",
-                    where=stats.name,
-                    hint="collect them on this model",
-                )
+            errors.add(
+                f"{shown(spec.key)} is {spec.dtype} {spec.shape}",
+                f"floats ({', '.join(str(n or 'any') for n in shape)})",
+                "collect them on this model",
+                kind=Damaged,
             )
         else:
             selected[module] = spec
-    refuse_all(errors)
+    errors.raise_all()
     return selected
 
 

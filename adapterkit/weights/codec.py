@@ -11,7 +11,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
-from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, listed, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, Unrecoverable, listed, shown
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import all_finite
@@ -226,7 +226,7 @@ def decode_checked(
 
 def check_writable(weights: list[QuantizedWeight], where: str) -> list[AdapterkitError]:
     """`Refused` for weights of formats that are only read."""
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     for reason in dict.fromkeys(weight.read_only for weight in weights if weight.read_only):
         keys = [weight.key for weight in weights if weight.read_only == reason]
         error = Refused(

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Damaged, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, shown
 from adapterkit.registry import members
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.detect import (
@@ -29,7 +29,9 @@ def decoded_view(base: Checkpoint) -> Checkpoint:
     if quantization_evidence(base.config, base.tensors) is None:
         return base
     settings = base.config.get("quantization_config")
-    scan = CheckpointScan(base, settings if isinstance(settings, dict) else {}, dict(base.tensors))
+    errors = Problems(where=base.name, hint="dequantize it first with the tool that made it")
+    settings = settings if isinstance(settings, dict) else {}
+    scan = CheckpointScan(base, settings, dict(base.tensors), errors)
     codecs = members("weights.codecs").values()
     weights: list[QuantizedWeight] = []
     for codec in codecs:
@@ -39,7 +41,7 @@ def decoded_view(base: Checkpoint) -> Checkpoint:
                 scan.tensors.pop(part.key, None)
     scan.check_scales()
     scan.errors += _duplicates(base, weights) + _unclaimed(scan, weights)
-    refuse_all(scan.errors)
+    scan.errors.raise_all()
     by_codes = {weight.parts[0].key: weight for weight in weights}
     tensors = {}
     for key, spec in base.tensors.items():
@@ -57,7 +59,7 @@ def decoded_view(base: Checkpoint) -> Checkpoint:
 
 def _duplicates(base: Checkpoint, weights: list[QuantizedWeight]) -> list[AdapterkitError]:
     """Weights that are stored twice: as floats too, or in two formats."""
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     codes: dict[str, str] = {}
     for weight in weights:
         parts = {part.key for part in weight.parts}

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from adapterkit.checkpoint.spec import LAYER_COUNTS, Checkpoint
-from adapterkit.errors import AdapterkitError, Damaged, Refused, listed, shown
+from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, listed, shown
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.names import plain_names
 from adapterkit.weights.skeleton import Skeleton
@@ -46,32 +46,27 @@ class Gaps:
 
     def errors(self) -> list[AdapterkitError]:
         """Each kind of gap as a problem."""
-        errors: list[AdapterkitError] = list({str(e): e for e in self.failed.values()}.values())
+        errors = Problems(
+            list({str(e): e for e in self.failed.values()}.values()), where=self.base, kind=Damaged
+        )
         if self.missing:
             every = len(self.missing) == self.count
             what = f"all {self.count}" if every else f"{len(self.missing)} of {self.count}"
-            errors.append(
-                Damaged(
-                    f"{what} parameters of {self.class_name} are not stored: "
-                    f"{listed(self.missing)}",
-                    expected="every parameter: a loader makes up the missing ones at random",
-                    where=self.base,
-                    hint=self._hint(),
-                )
+            errors.add(
+                f"{what} parameters of {self.class_name} are not stored: {listed(self.missing)}",
+                "every parameter: a loader makes up the missing ones at random",
+                self._hint(),
             )
         if self.misshapen:
             texts = [
                 f"{shown(name)} {stored}, not {wanted}"
                 for name, (stored, wanted) in self.misshapen.items()
             ]
-            errors.append(
-                Damaged(
-                    f"{len(texts)} parameters of other shapes than {self.class_name}'s: "
-                    f"{listed(texts)}",
-                    expected="the shapes that config.json says: a loader refuses others",
-                    where=self.base,
-                    hint="restore the weights, or correct config.json",
-                )
+            errors.add(
+                f"{len(texts)} parameters of other shapes than {self.class_name}'s: "
+                f"{listed(texts)}",
+                "the shapes that config.json says: a loader refuses others",
+                "restore the weights, or correct config.json",
             )
         return errors
 

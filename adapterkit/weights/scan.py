@@ -16,7 +16,7 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import FEW, read_small
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
+from adapterkit.errors import Damaged, Problems, shown
 from adapterkit.weights.detect import without_quantization
 from adapterkit.weights.names import Names
 
@@ -32,7 +32,7 @@ class CheckpointScan:
     base: Checkpoint
     settings: dict[str, Any]  # the config's quantization_config
     tensors: dict[str, TensorSpec]  # that no codec has claimed yet
-    errors: list[AdapterkitError] = field(default_factory=list)
+    errors: Problems
     _scales: list[tuple[TensorSpec, bool]] = field(default_factory=list)  # whether above 0
     _cache: dict[str, bytes] = field(default_factory=dict)  # fetched tensors by key
     _alike: dict[tuple, bytes] = field(default_factory=dict)  # the first tensor of each kind
@@ -81,23 +81,9 @@ class CheckpointScan:
     def check(self, key: str, fits: bool, problem: str, expected: str) -> bool:
         """Note an error unless the shapes and dtypes fit."""
         if not fits:
-            error = Damaged(
-                f"{shown(key)}: {problem}",
-                expected=expected,
-                where=self.base.name,
-                hint="download the checkpoint again, or restore its config",
-            )
-            self.errors.append(error)
+            hint = "download the checkpoint again, or restore its config"
+            self.errors.add(f"{shown(key)}: {problem}", expected, hint, kind=Damaged)
         return fits
-
-    def refuse(
-        self,
-        problem: str,
-        expected: str,
-        hint: str = "dequantize it first with the tool that made it",
-    ) -> None:
-        """Note a layout that is not supported."""
-        self.errors.append(Refused(problem, expected=expected, where=self.base.name, hint=hint))
 
     def fetch(self, specs: Iterable[TensorSpec]) -> None:
         """Read tensors for `read` and `read_json`, in a few reads of each file; where reads are not

@@ -93,7 +93,7 @@ def test_fields_by_word():
     ("modules", "a"), ("suffixes", [1]), ("layers", 1.5), ("base", 1), ("dora", 1), ("kind", []),
 ])  # fmt: skip
 def test_values_that_a_word_cannot_have(word, value):
-    with pytest.raises(Refused, match="x: field is"):
+    with pytest.raises(Refused, match=r"x: field(\.a|\[0\])? = "):
         fields({"field": value}, {word: ["field"]}, "x")
 
 

@@ -15,7 +15,7 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.dtypes import FLOATS
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product, Svd
 from adapterkit.kernels.lowrank.truncated import leading_svd
@@ -146,7 +146,7 @@ def read_kind(
         lambda config, where: _check_settings(kind, config, where),
         (*kind.keys, *kind.shared),
     )
-    errors: list[AdapterkitError] = []
+    errors = Problems(where=folder.name)
     modules: dict[str, dict[str, TensorSpec]] = {"": {}}
     for (module, depth), parts in sorted(roles.items()):
         for key, spec in parts.items():
@@ -155,16 +155,9 @@ def read_kind(
                     " and lies inside another adapter's layer" if depth else ""
                 )
                 hint = "save the adapter again, alone and as floats"
-                errors.append(
-                    Refused(
-                        problem,
-                        expected="F32, F16, BF16 or F64 on the model's own layer",
-                        where=folder.name,
-                        hint=hint,
-                    )
-                )
+                errors.add(problem, "F32, F16, BF16 or F64 on the model's own layer", hint)
             modules.setdefault("" if key in kind.shared else module, {})[key] = spec
-    refuse_all(errors)
+    errors.raise_all()
     return adapter, modules
 
 

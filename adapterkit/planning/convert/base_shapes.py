@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.errors import AdapterkitError, Problems, shown
 from adapterkit.formats.base import NamedBase
 from adapterkit.formats.kinds import FACTORS, PARAMETER
 from adapterkit.formats.library import architectures
@@ -20,20 +20,17 @@ def shape_problems(contents: Contents, base: Checkpoint | None) -> list[Adapterk
     if base is None:
         return []
     wide = set(_widened(contents))
-    errors: list[AdapterkitError] = []
+    errors = Problems(where=base.folder.label)
     for module in contents.modules:
         spec = base.tensors.get(f"{module.name}.weight")
         if module.kind != FACTORS or spec is None or module.name in wide:
             continue
         if spec.dtype in dtypes.FLOATS and not _fits(module, spec.shape):
             a, b = module.parts["a"].shape, module.parts["b"].shape
-            errors.append(
-                Refused(
-                    f"{shown(module.path)}: factors of shapes {a} and {b}",
-                    expected=f"those of the base's weight {spec.shape}",
-                    where=base.folder.label,
-                    hint="give the base that it was trained on, with layers of the same kinds",
-                )
+            errors.add(
+                f"{shown(module.path)}: factors of shapes {a} and {b}",
+                f"those of the base's weight {spec.shape}",
+                "give the base that it was trained on, with layers of the same kinds",
             )
     return errors
 
@@ -43,7 +40,7 @@ def parameter_problems(contents: Contents, model: NamedBase | None) -> list[Adap
     if model is None:
         return []
     targets = tuple(contents.config.get("target_parameters") or ())
-    errors: list[AdapterkitError] = []
+    errors = Problems(where=model.checkpoint.folder.label)
     for module in contents.modules:
         if module.kind != PARAMETER:
             continue
@@ -54,13 +51,10 @@ def parameter_problems(contents: Contents, model: NamedBase | None) -> list[Adap
         matrix = sorted((*a[1:], *b[:1], *b[2:]))  # either way round
         if not any(sorted(shape[-2:]) == matrix for shape in shapes):
             known = f"those of {' or '.join(map(str, shapes))}" if shapes else "no such factors"
-            errors.append(
-                Refused(
-                    f"{shown(module.path)}: factors of shapes {a} and {b} for a parameter",
-                    expected=f"{known}: the base's parameters that target_parameters names",
-                    where=model.checkpoint.folder.label,
-                    hint="give the base that it was trained on, with layers of the same kinds",
-                )
+            errors.add(
+                f"{shown(module.path)}: factors of shapes {a} and {b} for a parameter",
+                f"{known}: the base's parameters that target_parameters names",
+                "give the base that it was trained on, with layers of the same kinds",
             )
     return errors
 

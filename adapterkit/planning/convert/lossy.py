@@ -13,7 +13,7 @@ from adapterkit.adapters.kinds.common import Kind
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.adapter_kinds import headers_of, replaced_values
 from adapterkit.formats.adapter_layout import KEPT
 from adapterkit.formats.biases import as_the_format_has_them
@@ -116,7 +116,7 @@ def _fitted(contents: Contents, form: Format, rank: int, base: Checkpoint | None
         return contents
     job = _Fitting(contents, rank, base, chosen)
     fitted = {id(m): one for m in chosen if (one := job.fitted(m)) is not None}
-    refuse_all(job.errors)
+    job.errors.raise_all()
     parts = [part for m in modules for part in fitted.get(id(m), [m])]
     config = contents.config
     if "peft_type" in config:
@@ -162,9 +162,9 @@ def read_fitted(
             hint="give --rank; the receipt has the error",
         )
     notes: list[str] = []
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     adapter, deltas = read_deltas(kind, folder, base, notes, errors)
-    refuse_all(errors)
+    errors.raise_all()
     modules = []
     for one in deltas:
         fit = Fit(one.module, one.delta, one.tail, min(rank, one.delta.rank, *one.delta.shape))
@@ -205,7 +205,7 @@ class _Fitting:
     rank: int
     base: Checkpoint | None
     modules: Sequence[Module]
-    errors: list[AdapterkitError] = field(default_factory=list)
+    errors: Problems = field(default_factory=Problems)
     notes: list[str] = field(default_factory=list)
     guessed: list[str] = field(default_factory=list)  # modules taken for linear layers
 
@@ -215,23 +215,19 @@ class _Fitting:
         components = {m.component for m in self.modules if depends_on_base(m)}
         self.weights: BaseWeights | None = None
         if needy and self.base is None:
-            self.errors.append(
-                Refused(
-                    f"{len(needy)} modules whose delta depends on the weight (DoRA, OFT): "
-                    f"{listed(needy)}",
-                    expected="--base BASE, the model they were trained on",
-                    where=where,
-                    hint="give --base",
-                )
+            self.errors.add(
+                f"{len(needy)} modules whose delta depends on the weight (DoRA, OFT): "
+                f"{listed(needy)}",
+                "--base BASE, the model they were trained on",
+                "give --base",
+                where=where,
             )
         elif len(components) > 1:
-            self.errors.append(
-                Refused(
-                    f"deltas that depend on the weights of {listed(sorted(components))}",
-                    expected="one component at a time, with its --base",
-                    where=where,
-                    hint="give --prefix-only COMPONENT and the folder of that component as --base",
-                )
+            self.errors.add(
+                f"deltas that depend on the weights of {listed(sorted(components))}",
+                "one component at a time, with its --base",
+                "give --prefix-only COMPONENT and the folder of that component as --base",
+                where=where,
             )
         elif self.base is not None:
             folder, config = self.contents.folders[0], dict(self.contents.config)

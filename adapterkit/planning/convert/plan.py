@@ -10,7 +10,7 @@ from adapterkit import dtypes
 from adapterkit.adapters.adapter_config import hub_id
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import Refused, listed, refuse_all, shown
+from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.adapter_dialects import arranged, renamed, without_copies
 from adapterkit.formats.adapter_layout import write_layout
 from adapterkit.formats.base import NamedBase, facts_of
@@ -87,7 +87,7 @@ def _check_target(form: Format, file: str | None) -> None:
 
 def _check_source(contents: Contents, base: Checkpoint | None, model: NamedBase | None) -> None:
     """`Refused` for factors that do not fit the base, and for no modules at all."""
-    refuse_all([*shape_problems(contents, base), *parameter_problems(contents, model)])
+    Problems([*shape_problems(contents, base), *parameter_problems(contents, model)]).raise_all()
     if not contents.modules:
         raise Refused(
             "an adapter of no module",

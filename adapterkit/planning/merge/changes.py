@@ -38,7 +38,7 @@ def _check_adapter(job: Job, adapter: Adapter, weight: float) -> None:
     if adapter.number in job.with_initial:
         _check_initial(job, adapter)
     elif init is not None and not job.options.base_is_residual:
-        job.refuse(
+        job.errors.add(
             f"init_lora_weights {init!r}: this adapter was trained on a base that the init had "
             "changed",
             "an adapter of the base as it is",
@@ -60,7 +60,7 @@ def _check_initial(job: Job, adapter: Adapter) -> None:
         {(lora.module, lora.depth) for lora in one.loras} for one in (adapter, initial)
     )
     if different := sorted(module for module, _ in modules ^ others):
-        job.refuse(
+        job.errors.add(
             f"only one of the adapter and its initial factors has {listed(different)}",
             "the same modules in both",
             "keep the folder that adapterkit init wrote together",
@@ -88,7 +88,7 @@ def _check_weighted(job: Job, adapter: Adapter, weight: float) -> None:
     ]:
         if names:
             some = ", ".join(map(shown, names[:4])) + ", ..." * (len(names) > 4)
-            job.refuse(
+            job.errors.add(
                 f"{kind} with weight {weight:g}: {some}",
                 "weight 1: these are values, not additions",
                 hint,
@@ -147,7 +147,7 @@ def _check_complete(job: Job, adapter: Adapter) -> None:
     for name, reason in expected.items():
         parameter = job.names.parameter(name)
         if parameter is not None and not adapter.replaced.keys() & {name, *parameter.tied}:
-            job.refuse(
+            job.errors.add(
                 f"{reason}, and the file holds no {shown(name)}",
                 "every tensor that was trained",
                 "save the adapter again, or keep the base's with --exclude",
@@ -172,7 +172,7 @@ def _add_values(job: Job, adapter: Adapter) -> None:
             name in adapter.copies and job.same_bytes(change.value, spec)
         ):
             other = job.adapters[change.value_from - 1].name
-            job.refuse(
+            job.errors.add(
                 f"{shown(name)} is replaced by both {other} and {adapter.name}",
                 "one adapter for each replaced parameter",
                 "exclude one with --exclude in a run of its own, or merge one adapter",
@@ -233,7 +233,7 @@ def _check_acting(
     else:
         return
     if not loras or not all(map(job.is_zero, loras)):
-        job.refuse(
+        job.errors.add(
             f"{what} of {shown(module)}, {reason}",
             f"{what} that act as a change of the weight",
             f"give --exclude '{re.escape(module.rpartition('.')[2])}$' to leave them out",
@@ -289,7 +289,7 @@ def _add_bias(job: Job, adapter: Adapter, lora: Lora, scale: float) -> None:
     assert lora.bias is not None
     parameter = job.names.parameter(f"{lora.module}.bias")
     if parameter is None:
-        job.refuse(
+        job.errors.add(
             f"{shown(lora.bias.key)}: a bias for {shown(lora.module)}, which has none in the base",
             "a module with a bias",
             "merge into a model whose module has a bias",
@@ -313,7 +313,7 @@ def _check_rows(job: Job, adapter: Adapter) -> None:
         names |= set() if parameter is None else {parameter.name, *parameter.tied}
     for module in declared if isinstance(declared, dict) else ():
         if not any(name.endswith(f"{module}.weight") for name in names):
-            job.refuse(
+            job.errors.add(
                 f"trainable_token_indices of {shown(module)}, and the file holds none of its rows",
                 "its trained rows",
                 "save the adapter again",
@@ -335,7 +335,7 @@ def _add_rows(job: Job, adapter: Adapter) -> None:
         shape = job.changes[name].parameter.shape if name in job.changes else parameter.shape
         above = [i for i in tokens.indices if i >= shape[0]]
         if len(tokens.values.shape) != 2 or tokens.values.shape[1] != shape[1] or above:
-            job.refuse(
+            job.errors.add(
                 f"{shown(tokens.values.key)} {tokens.values.shape} for rows "
                 f"{shown(str(above or tokens.indices))}",
                 f"rows of {shown(name)}, which has shape {shape}",
@@ -354,14 +354,14 @@ def _check_together(job: Job) -> None:
         numbers = {one.adapter.number for one in change.additions}
         dora = next((one for one in change.additions if one.magnitude is not None), None)
         if dora is not None and len(numbers) > 1 and job.options.compat != "peft":
-            job.refuse(
+            job.errors.add(
                 f"{shown(name)}: DoRA of {dora.adapter.name} beside another adapter",
                 "one adapter on a module that DoRA rescales: the result depends on the order",
                 "merge one after the other, or give --compat peft for PEFT's order",
             )
         rows = [i for _, indices in change.rows for i in indices]
         if len(set(rows)) != len(rows):
-            job.refuse(
+            job.errors.add(
                 f"{shown(name)}: a token row trained by two adapters",
                 "one adapter for each row",
                 "merge one of them",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.plan import Compensation, Span, Step
 from adapterkit.planning.merge.job import Change, Job
 from adapterkit.planning.merge.steps import is_rounded
@@ -35,7 +35,7 @@ def with_compensation(
     changes = _changes_by_key(job)
     places: dict[str, list[_Place]] = {}
     others: list[str] = []
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     for step in (step for group in steps.values() for step in group):
         if not is_rounded(job, step):
             continue
@@ -47,11 +47,9 @@ def with_compensation(
         others += [] if places[step.key] else [step.key]
     widths = {place.module: place.width for each in places.values() for place in each}
     selected: dict[str, TensorSpec] = {}
-    try:
+    with errors.collected():
         selected = select_covariances(stats, widths)
-    except AdapterkitError as error:
-        errors.append(error)
-    refuse_all(errors)
+    errors.raise_all()
     if others:
         job.notes.append(f"rounded to nearest, not weights of linear layers: {listed(others)}")
 

@@ -63,7 +63,7 @@ def _trained(job: Job, adapter: Adapter) -> dict[str, TensorSpec]:
         )
     text = ", ".join(f"{shown(key)} ({difference})" for key, difference in differing.items())
     if differing and job.options.base_copies is None:
-        job.refuse(
+        job.errors.add(
             f"copies of another base's weights: {text}",
             "the base that the adapter was trained on",
             "if another adapter was merged into BASE, give --base-copies ignore to add to its "

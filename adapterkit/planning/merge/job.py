@@ -12,7 +12,7 @@ from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.errors import Problems, Refused, shown
 from adapterkit.planning.history import MergedAdapter
 from adapterkit.planning.merge.replication import replicated
 from adapterkit.planning.model_config import vocabulary_sizes
@@ -72,7 +72,7 @@ class Job:
         self, base: Checkpoint, adapters: list[Adapter], weights: list[float], options: MergeOptions
     ):
         self.adapters, self.weights, self.options = adapters, weights, options
-        self.errors: list[AdapterkitError] = []
+        self.errors = Problems(where="adapters")
         self.notes: list[str] = []
         # numbers of adapters that the next one, their initial factors, is to be taken from
         self.with_initial: frozenset[int] = frozenset()
@@ -164,10 +164,6 @@ class Job:
         """Whether one of two factors has zeros alone; reads them."""
         both = map(self.in_folder, (lora.a, lora.b))
         return any(f.read(x.file, x.start, x.stop) == bytes(x.nbytes) for f, x in both)
-
-    def refuse(self, problem: str, expected: str, hint: str, *, where: str = "adapters") -> None:
-        """Add a `Refused` to the errors."""
-        self.errors.append(Refused(problem, expected=expected, where=where, hint=hint))
 
     def unknown_error(self, adapter: Adapter, key: str, name: str) -> Refused:
         """The refusal of an adapter's tensor for a parameter that the base does not have."""

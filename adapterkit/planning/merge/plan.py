@@ -11,7 +11,7 @@ from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath, parse_size
 from adapterkit.patterns import similar_names
@@ -76,7 +76,7 @@ def plan_merge(
 ) -> Plan:
     """The plan of a merge of these adapters with these weights; `Refused` or `Damaged` with all
     problems. `stats`: the covariances that compensated rounding needs."""
-    refuse_all(missing_statistics(options.rounding, stats))
+    Problems(missing_statistics(options.rounding, stats)).raise_all()
     if not sources:
         raise Refused("no adapter", expected="one or more", hint="name the adapters after the base")
     sources, with_initial = _with_initial(sources, options)
@@ -84,10 +84,10 @@ def plan_merge(
     try:
         checkpoint = open_checkpoint(base)
     except AdapterkitError as error:
-        refuse_all([error, *errors])
+        Problems([error, *errors]).raise_all()
         raise
     if errors and len(adapters) < len(sources):
-        refuse_all(errors)
+        Problems(errors).raise_all()
     job = Job(checkpoint, adapters, [weight for _, weight in sources], options)
     job.with_initial = with_initial
     _decode_to_16_bits(job)
@@ -114,18 +114,18 @@ def _decode_to_16_bits(job: Job) -> None:
 def changed_steps(job: Job, errors: Sequence[AdapterkitError] = ()) -> Steps:
     """The steps of all output files; `Refused` with these errors and all that the job runs into."""
     collect_changes(job)
-    refuse_all([*errors, *job.errors])
+    Problems([*errors, *job.errors]).raise_all()
     brought = {*job.new, *(name for name, change in job.changes.items() if change.value)}
     job.errors += check_gaps(job.base, job.names.model, job.notes, brought)
     resolve_tied_weights(job)
     resolve_vocab_resize(job)
     resolve_new_head(job)
-    refuse_all(job.errors)
+    job.errors.raise_all()
     steps = plan_steps(job)
-    refuse_all(job.errors)
+    job.errors.raise_all()
     _refuse_nothing(job, steps)
     check_quantized_output(job, steps)
-    refuse_all(job.errors)
+    job.errors.raise_all()
     return steps
 
 
@@ -151,7 +151,7 @@ def _scan_adapters(
 ) -> tuple[list[Adapter], list[AdapterkitError]]:
     """As much of each adapter as can be compared with the base, and all problems of them."""
     adapters: list[Adapter] = []
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     for number, (folder, _) in enumerate(sources, start=1):
         adapter, scan, is_typed = scan_adapter(folder, number)
         errors += scan.errors
@@ -170,45 +170,35 @@ def plan_merge_into_original(
     """The plan of a merge into the 16-bit original `base16` of the quantized base that the adapters
     were trained on; `Refused` if it is not its original."""
     quantized, original = open_checkpoint(open_model(base)), open_checkpoint(open_model(base16))
-    errors: list[AdapterkitError] = []
+    errors = Problems()
     weights = quantized_weights(decoded_view(quantized).tensors)
     changed_by = next(
         (verb for header in quantized.shards.values() if (verb := header.metadata.get(CHANGED_BY))),
         None,
     )
     if not weights:
-        errors.append(
-            Refused(
-                "no quantized weights",
-                expected="a quantized base",
-                where=quantized.name,
-                hint="remove --base16",
-            )
+        errors.add(
+            "no quantized weights", "a quantized base", "remove --base16", where=quantized.name
         )
     if changed_by:
-        errors.append(
-            Refused(
-                f"a base made by {changed_by}: what its adapter makes up for is not in the "
-                "original",
-                expected="a quantized copy of the original",
-                where=quantized.name,
-                hint="merge into the base itself",
-            )
+        errors.add(
+            f"a base made by {changed_by}: what its adapter makes up for is not in the original",
+            "a quantized copy of the original",
+            "merge into the base itself",
+            where=quantized.name,
         )
     check_not_quantized(original)
     for weight in weights:
         spec = original.tensors.get(weight.key)
         if spec is None or spec.shape != weight.shape:
             shape = spec.shape if spec else "none"
-            errors.append(
-                Refused(
-                    f"{shown(weight.key)} {weight.shape}, {shape} in {original.name}",
-                    expected="the same weights",
-                    where=quantized.name,
-                    hint="give the model that the base was quantized from",
-                )
+            errors.add(
+                f"{shown(weight.key)} {weight.shape}, {shape} in {original.name}",
+                "the same weights",
+                "give the model that the base was quantized from",
+                where=quantized.name,
             )
-    refuse_all(errors)
+    errors.raise_all()
     plan = plan_merge(original.folder, sources, options, stats)
     note = f"merged into {original.name}; the adapters were trained on {quantized.name}"
     return replace(plan, notes=(*plan.notes, note))
@@ -225,14 +215,14 @@ def check_quantized_output(job: Job, steps: Steps) -> None:
             job.notes.append("--dequantize has no effect: the base is not quantized")
         return
     if any(spec.key != key for key, spec in job.base.tensors.items()):
-        job.refuse(
+        job.errors.add(
             "layer_replication on a quantized base",
             "a base of 16 or 32 bits",
             "dequantize the base first",
             where=where,
         )
     if any(step.source.dtype == "F64" and step.edits for step in _all_steps(steps)):
-        job.refuse(
+        job.errors.add(
             "edits of F64 weights beside quantized ones",
             "F32, F16 or BF16",
             "dequantize the base first",
@@ -245,7 +235,7 @@ def check_quantized_output(job: Job, steps: Steps) -> None:
         if isinstance(step.source, QuantizedWeight):
             edited += [step.source] if step.edits else []
         elif isinstance(job.base.tensors.get(step.key), QuantizedWeight):
-            job.refuse(
+            job.errors.add(
                 f"{shown(step.key)} is quantized, and an adapter trained it whole",
                 "factors on quantized weights",
                 "give --dequantize",
@@ -259,7 +249,7 @@ def check_quantized_output(job: Job, steps: Steps) -> None:
         ("--max-shard-size", options.max_shard_size),
     ]:
         if value:
-            job.refuse(
+            job.errors.add(
                 f"{option} with a quantized base",
                 "the format as it is",
                 "give --dequantize",

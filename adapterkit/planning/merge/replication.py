@@ -14,29 +14,25 @@ from typing import Any
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.errors import Problems, Refused, shown
 
 OTHER_LISTS = re.compile(r"^architectures$|_token_ids?$")  # not one value for each layer
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 LAYER = re.compile(r"^((?:.*\.)?(?:layers|layer|h|blocks)\.)(\d+)(\..*)$")
 
 
-def replicated(
-    base: Checkpoint, adapters: list[Adapter], errors: list[AdapterkitError]
-) -> Checkpoint:
+def replicated(base: Checkpoint, adapters: list[Adapter], errors: Problems) -> Checkpoint:
     """The base with its layers stacked anew; the base itself where no adapter has replicated
     layers, or where they do not fit, which joins the errors."""
     replicating = [a for a in adapters if a.config.get("layer_replication")]
     if not replicating:
         return base
     if len({json.dumps(a.config.get("layer_replication")) for a in adapters}) > 1:
-        errors.append(
-            Refused(
-                "different layer_replication in the adapters",
-                expected="the same in all",
-                where=replicating[0].where,
-                hint="merge those that agree",
-            )
+        errors.add(
+            "different layer_replication in the adapters",
+            "the same in all",
+            "merge those that agree",
+            where=replicating[0].where,
         )
         return base
     ranges = replicating[0].config["layer_replication"]

@@ -35,7 +35,7 @@ def resolve_tied_weights(job: Job) -> None:
             _set_all(job, group, sides[group[0]])
         elif job.options.tied == "refuse":
             others = ", ".join(name for name in group if name != changed[0])
-            job.refuse(
+            job.errors.add(
                 f"{shown(changed[0])} is tied to {shown(others)}",
                 "a change of both or of neither (--tied refuse)",
                 "give --tied untie to make them two, or --tied fold for PEFT's in-memory result",
@@ -60,7 +60,7 @@ def _check_unknown_ties(job: Job) -> None:
     ]
     tied = True in nested_values(job.base.config, SWITCH)
     if names and tied and job.options.tied != "fold":
-        job.refuse(
+        job.errors.add(
             f"{', '.join(map(shown, names))} may have other names: the config says "
             "tie_word_embeddings, and transformers cannot build the model",
             "a model that transformers knows",
@@ -293,7 +293,7 @@ def _untie(job: Job, unequal: dict[tuple[str, ...], Sides]) -> None:
 
 def _refuse_untying(job: Job, groups: Iterable[tuple[str, ...]], reason: str) -> None:
     for group in groups:
-        job.refuse(
+        job.errors.add(
             f"{shown(', '.join(sorted(group)))} cannot be untied: {reason}",
             "a change that the shared weight can take",
             "exclude it with --exclude, or give --tied fold to change all sides",
@@ -310,7 +310,7 @@ def _set_one(job: Job, name: str, change: Change | None) -> None:
         job.new[name] = replace(change, parameter=own) if change else Change(own)
         key = job.names.model.renamed(name)
         if key != name:
-            job.refuse(
+            job.errors.add(
                 f"{shown(name)} cannot be stored: transformers reads that key as {shown(key)}",
                 "a key of its own",
                 "exclude it with --exclude",

@@ -23,7 +23,7 @@ def resolve_vocab_resize(job: Job) -> None:
         return
     if len(resized) > 1:
         sizes = ", ".join(f"{size} ({shown(name)})" for size, name in resized.items())
-        job.refuse(
+        job.errors.add(
             f"vocabularies of {sizes} rows",
             "one size",
             "save the adapter with both embeddings (save_embedding_layers=True)",
@@ -36,7 +36,7 @@ def resolve_vocab_resize(job: Job) -> None:
         if parameter.shape[:1] == (old,) and not _is_replaced(job, parameter)
     ]
     if others:
-        job.refuse(
+        job.errors.add(
             f"{shown(name)} has {size} rows, {shown(others[0])} stays at {old}",
             "embedding and head of one size",
             "save the adapter with both (save_embedding_layers=True)",
@@ -105,7 +105,7 @@ def _check_complete(job: Job, class_name: str, heads: list[str]) -> None:
         return
     adapter = job.adapters[job.new[heads[0]].value_from - 1]
     names = ", ".join(map(shown, missing[:8])) + ", ..." * (len(missing) > 8)
-    job.refuse(
+    job.errors.add(
         f"{class_name} needs {names}, which neither base nor adapter has",
         "values for all parameters: transformers would make these up at random on every load",
         "use the base of the training, saved with these, or train them too (modules_to_save); "

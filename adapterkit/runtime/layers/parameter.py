@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adapterkit.adapters.keys import part_keys
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.adapters.resolve import Target, model_type
-from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.errors import Problems, Refused, shown
 from adapterkit.inits.protocol import DrawnInit, Initialization
 from adapterkit.kernels.lazy_sum import LowRankSum, Term, summed
 from adapterkit.planning.sites import Site, flips_square_experts, sites_of
@@ -211,7 +211,7 @@ def split_parameters(
     adapter: Adapter,
     model: nn.Module,
     modules: Mapping[str, nn.Module],
-    errors: list[AdapterkitError],
+    errors: Problems,
 ) -> tuple[list[Lora], list[StoredParameter]]:
     """An adapter's factors of modules, and those of parameters; those that do not fit the model's
     parameters are added to the errors."""
@@ -231,11 +231,9 @@ def split_parameters(
         if host is None or not (leaves or any(lora.depth for lora in loras)):
             of_modules += loras
             continue
-        try:
+        with errors.collected():
             sites = sites_of(module, {0: loras}, {0: leaves}, {0: adapter}, own, parameters)
             of_parameters += [_stored(adapter, site, host) for site in sites]
-        except AdapterkitError as error:
-            errors.append(error)
     return of_modules, of_parameters
 
 

@@ -60,10 +60,10 @@ def _is_known(scan: CheckpointScan) -> bool:
     keys = ("version", "format", "checkpoint_format")
     versions = sorted({str(settings[key]).lower() for key in keys if settings.get(key)})
     if versions not in ([], ["gemm"]):
-        scan.refuse(f"AWQ's version {', '.join(map(shown, versions))}", "gemm")
+        scan.errors.add(f"AWQ's version {', '.join(map(shown, versions))}", "gemm")
         known = False
     if str(settings.get("backend")).lower() == "llm-awq":
-        scan.refuse("AWQ's backend llm-awq", "weights that AutoAWQ or GPTQModel packed")
+        scan.errors.add("AWQ's backend llm-awq", "weights that AutoAWQ or GPTQModel packed")
         known = False
     bits, size = settings.get("bits", settings.get("w_bit")), _group_size(scan)
     valid = bits == 4 and type(size) is int and (size == -1 or size > 0)

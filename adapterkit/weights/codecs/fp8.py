@@ -77,7 +77,7 @@ class Fp8(QuantizedWeight):
             if scale is None and spec.dtype in CODES and scan.method == "fp8":
                 _note_missing_scale(scan, key)
             if scale is not None and spec.dtype in PAIRS and scan.method == "fp8":
-                scan.refuse(f"{shown(key)}: {spec.dtype}, pairs of FP4 values", "FP8 weights")
+                scan.errors.add(f"{shown(key)}: {spec.dtype}, pairs of FP4 values", "FP8 weights")
             if scale is None or spec.dtype not in CODES:
                 continue
             block = _block(scan, spec, scale)
@@ -176,7 +176,7 @@ def _note_missing_scale(scan: CheckpointScan, key: str) -> None:
     if other is None:
         scan.siblings(key, SCALE)
         return
-    scan.refuse(
+    scan.errors.add(
         f"{shown(key)} has its scales in {shown(other)}",
         f"scales called {shown(key + SCALE)}",
         hint="rename them",

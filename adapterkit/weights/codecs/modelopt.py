@@ -45,7 +45,7 @@ class Modelopt(QuantizedWeight):
             start = key.removesuffix("weight")
             if start + "pre_quant_scale" in scan.tensors:
                 problem = f"{shown(start)}pre_quant_scale: a weight scaled for its inputs"
-                scan.refuse(problem, "weights as the model has them")
+                scan.errors.add(problem, "weights as the model has them")
                 continue
             names = (start + name for name in ACTIVATION_SCALES)
             others = (scan.tensors[name] for name in names if name in scan.tensors)
@@ -127,7 +127,7 @@ def _algorithm(scan: CheckpointScan) -> str | None:
         problem = f"quant_algo {' and '.join(names)}"
         scan.check("quantization_config", False, problem, "one, the same in both files")
     elif names and names[0] not in CODES:
-        scan.refuse(f"modelopt's quant_algo {names[0]}", " or ".join(CODES))
+        scan.errors.add(f"modelopt's quant_algo {names[0]}", " or ".join(CODES))
     return names[0] if len(names) == 1 and names[0] in CODES else None
 
 

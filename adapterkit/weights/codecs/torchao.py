@@ -51,7 +51,7 @@ class Torchao(QuantizedWeight):
             if description is None or kind == "Tensor":
                 continue
             if kind not in KINDS:
-                scan.refuse(f"{shown(key)}: torchao's {shown(kind)}", ", ".join(KINDS))
+                scan.errors.add(f"{shown(key)}: torchao's {shown(kind)}", ", ".join(KINDS))
                 continue
             record = cls._record(scan, key, kind, description)
             if record is not None:
@@ -70,7 +70,7 @@ class Torchao(QuantizedWeight):
             return None
         if prefix + "act_pre_scale" in scan.tensors:
             problem = f"{shown(prefix)}act_pre_scale: a weight scaled for its inputs"
-            scan.refuse(problem, "weights as the model has them")
+            scan.errors.add(problem, "weights as the model has them")
             return None
         codes, scale, *zeros = siblings
         data = description.get("_data")
