@@ -64,7 +64,7 @@ def plan_dequantize(options: Dequantize) -> Plan:
             for name, group in steps.items()
             if group
         ]
-    decisions = {"dequantised": len(packed)}
+    decisions = {"dequantized": len(packed)}
     card, omit = model_card(original, "decoded to floats"), quantization_files(base.tensors)
     files = model_files(original, config, shards, card, omit=omit)
     return plan_of(
@@ -101,6 +101,6 @@ def _plan_gguf(folder: Folder, name: str, options: Dequantize) -> Plan:
         {0: base},
         shards=shards,
         files=files,
-        decisions={"dequantised": len(steps)},
+        decisions={"dequantized": len(steps)},
         notes=model.notes,
     )

@@ -130,7 +130,7 @@ def _residual(
             base, {"to": options.quantize, **vars(options.only(BlockOptions))}
         )
         notes += quantization.notes
-        decisions["quantised"] = len(quantization.quantized)
+        decisions["quantized"] = len(quantization.quantized)
         return plan_quantized_residual(base, quantization, targets, options.method)
     config = adapter.config({t.name: {"rank": t.rank, "alpha": t.alpha} for t in targets})
     planned = planned_adapter(config, targets, options.dtype)

@@ -129,7 +129,7 @@ def _plan_base_and_adapter(
     ) | adapter.files(notes)
     decisions = {
         "left_out": sorted(quantization.skipped),
-        "quantised": len(quantization.quantized),
+        "quantized": len(quantization.quantized),
         "modules": len(factors),
     }
     return (*shards, adapter.shard()), files, notes, decisions

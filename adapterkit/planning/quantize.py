@@ -30,7 +30,7 @@ def plan_quantize(options: Quantize) -> Plan:
     receipt_options = options.recipe_options()
     if options.rounding == "nearest":
         del receipt_options["rounding"]
-    decisions = {"left_out": sorted(quantization.skipped), "quantised": len(quantization.quantized)}
+    decisions = {"left_out": sorted(quantization.skipped), "quantized": len(quantization.quantized)}
     quantization.notes.extend(quantization.size_notes())
     return plan_of(
         "quantize",

@@ -137,7 +137,7 @@ class Survival:
     """How much of a change Δ = after - before is in what is stored.
 
     `survived`: ⟨stored - before, Δ⟩ / ‖Δ‖², 1 if all of it is there, 0 if nothing moved. Beside it
-    the noise, ‖stored - after‖ / ‖Δ‖, of `requantisation` or `rounding`;
+    the noise, ‖stored - after‖ / ‖Δ‖, of `requantization` or `rounding`;
     where a step asks for it ‖stored - after‖ / ‖before‖, the `error`.
     """
 
@@ -151,7 +151,7 @@ class Survival:
             inner, squares = float(torch.dot(z - x, delta)), float(torch.dot(delta, delta))
             self.sums.append((inner, squares, float((z - y).square().sum()), squared_norm(x)))
 
-    def metrics(self, step: Step, noise: str = "requantisation") -> dict[str, float]:
+    def metrics(self, step: Step, noise: str = "requantization") -> dict[str, float]:
         if not self.sums:
             return {}
         inner, squares, lost, size = (math.fsum(column) for column in zip(*self.sums, strict=True))

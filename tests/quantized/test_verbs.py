@@ -194,7 +194,7 @@ def test_merged_in_the_format(base, floats, lora, name: str, kind: str, tmp_path
             float((moved * delta).sum() / delta.square().sum()), rel=1e-3
         )
         noise = float((new[key].double() - one.value).norm() / delta.norm())
-        assert metric["requantisation"] == pytest.approx(noise, rel=1e-3)
+        assert metric["requantization"] == pytest.approx(noise, rel=1e-3)
         assert metric["delta"] == pytest.approx(
             float(delta.norm() / old[key].double().norm()), rel=1e-3
         )

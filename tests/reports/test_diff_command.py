@@ -107,7 +107,7 @@ def test_a_bug_is_trouble_with_its_traceback_and_no_difference(pair, monkeypatch
     def broken(*_, **__):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("adapterkit.verbs.diff.diff", broken)
+    monkeypatch.setattr("adapterkit.reports.difference.compare_sources", broken)
     done = called(*pair({"w": normal(3)}, {"w": normal(3)}))
     assert (
         (done.exit_code, done.stdout) == (2, "")

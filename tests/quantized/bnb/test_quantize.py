@@ -84,7 +84,7 @@ def test_it_loads_and_generates(packed, name: str, kind: str) -> None:
 def test_errors_are_measured(base, packed) -> None:
     receipt = json.loads((packed("llama-bf16", "nf4") / "adapterkit.json").read_text())
     before, metrics = load_file(base("llama-bf16") / "model.safetensors"), receipt["parameters"]
-    assert receipt["quantised"] == 14 and len(metrics) == 14
+    assert receipt["quantized"] == 14 and len(metrics) == 14
     for key, metric in metrics.items():
         lost = (
             unpacked(load_file(packed("llama-bf16", "nf4") / "model.safetensors"), key)
