@@ -4,7 +4,10 @@ The remote one is `hub/folder.py`.
 """
 
 import os
+import shutil
 import stat
+import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -232,3 +235,10 @@ def _leads_inside(link: Path, root: Path) -> bool:
     snapshots = next((p for p in link.parent.resolve().parents if p.name == "snapshots"), None)
     blob = Path(os.path.normpath(link.parent.resolve() / os.readlink(link)))
     return snapshots is not None and blob.parent == snapshots.parent / "blobs" and target.is_file()
+
+
+def temporary_folder(owner: object) -> Path:
+    """A new folder, removed with its owner."""
+    home = tempfile.mkdtemp(prefix="adapterkit-")
+    weakref.finalize(owner, shutil.rmtree, home, ignore_errors=True)
+    return Path(home)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder, original
 from adapterkit.checkpoint.stage import Stage, check_name
+from adapterkit.engines.converted_folder import conversion_notes
 from adapterkit.engines.one_file import Done, run_to_file
 from adapterkit.errors import Refused, shown
 from adapterkit.execute import check_place, output_names, run
@@ -18,7 +19,6 @@ from adapterkit.hub.pins import are_pinned
 from adapterkit.hub.push import check_push, send
 from adapterkit.options import StrPath, parse_size
 from adapterkit.plan import Plan
-from adapterkit.planning.converted import conversion_notes
 from adapterkit.receipt import Receipt, fingerprint_of
 from adapterkit.run_options import RunOptions
 

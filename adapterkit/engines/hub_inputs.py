@@ -9,11 +9,11 @@ from pathlib import Path
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import FAR
+from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.engines.waiting import run_stoppable
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.scratch import ScratchFolder, in_scratch
 from adapterkit.plan import HANDED_ON, OutputFile, Plan
-from adapterkit.planning.converted import ConvertedFolder
 from adapterkit.tasks.edited import stored_parts
 
 Input = tuple[int, str]  # the folder's number and the file

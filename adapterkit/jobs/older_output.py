@@ -14,6 +14,7 @@ from adapterkit.checkpoint.reader import identity
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.checkpoint.stage import RECEIPT, Stage
 from adapterkit.checkpoint.strict import read_json
+from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.engines.file_checks import check_files
 from adapterkit.engines.hub_stage import work_folder
 from adapterkit.engines.one_file import SUFFIX
@@ -23,7 +24,6 @@ from adapterkit.hub import ids
 from adapterkit.hub.folder import HubFolder
 from adapterkit.jobs.pipeline_file import Place
 from adapterkit.plan import CopyFile, Plan
-from adapterkit.planning.converted import ConvertedFolder
 from adapterkit.planning.unpickled import UnpickledFolder
 from adapterkit.receipt import RECEIPT_CHECK, fingerprint_of, read_receipt
 from adapterkit.tasks.statistics import metadata_of

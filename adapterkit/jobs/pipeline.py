@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.engines.execution import pinned_inputs
+from adapterkit.engines.planned_folder import PlannedFolder, planned_folder
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, shown
 from adapterkit.jobs.older_output import (
     Older,
@@ -26,7 +27,6 @@ from adapterkit.jobs.pipeline_file import PipelineStep, Place, Source, read_pipe
 from adapterkit.jobs.report import Row, outcome, refusal, report, sent
 from adapterkit.options import Progress
 from adapterkit.plan import Plan
-from adapterkit.planning.planned_folder import PlannedFolder, planned_folder
 from adapterkit.verb import WritingVerb
 
 FINISHED: Row = {"state": "done before", "notes": []}

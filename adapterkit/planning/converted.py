@@ -1,27 +1,15 @@
 """An adapter of another format as a folder in PEFT's layout, for every verb that takes one."""
 
 import re
-import threading
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.keys import CONFIG
-from adapterkit.checkpoint.folder import Folder, LocalFolder
-from adapterkit.checkpoint.header import FIRST_READ
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.checkpoint.stage import RECEIPT
+from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.library import formats
 from adapterkit.formats.schema import ADAPTER_LAYOUT, AdapterWords
-from adapterkit.planning.planned_folder import PlannedFolder, planned_folder
-from adapterkit.planning.temporary import temporary_folder
 from adapterkit.verbs.convert import ConvertOptions
-
-if TYPE_CHECKING:
-    from adapterkit.plan import Plan
 
 FILES = (".safetensors", ".gguf")
 
@@ -83,12 +71,6 @@ def adapter_or_file(folder: Folder, base: Folder | None = None) -> Folder:
         return folder
 
 
-def conversion_notes(folders: Iterable[Folder]) -> list[str]:
-    """What was noted while adapters of other formats were read."""
-    own = (folder for folder in folders if isinstance(folder, ConvertedFolder))
-    return [f"{folder.name}: {note}" for folder in own for note in folder.plan.notes]
-
-
 def components_of(folder: Folder) -> dict[str, Folder]:
     """Each component of a pipeline's adapter as a folder in PEFT's layout; none without any."""
     from adapterkit.formats.detect import in_another_layout
@@ -119,67 +101,3 @@ def _layout() -> str:
         for form in formats().values()
         if form.layout == ADAPTER_LAYOUT and form.writes and form.adapter == plain
     )
-
-
-@dataclass(eq=False)
-class ConvertedFolder:
-    """A conversion into PEFT's layout: its headers and settings are those of its plan. It is
-    carried out in a temporary folder when more is asked for."""
-
-    source: Folder
-    form: str
-    file: str  # the source's
-    plan: "Plan"
-    name: str = field(init=False)
-    label: str = field(init=False)
-    origin: dict[str, Any] = field(init=False)  # the source's, with the format that it was in
-    hashes: dict[str, str] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.name, self.label = self.source.name, self.source.label
-        self.origin = {**self.source.origin, "format": self.form, "file": self.file}
-        self._lock = threading.Lock()
-        self._made: LocalFolder | None = None
-
-    def __reduce__(self) -> tuple:
-        return ConvertedFolder, (self.source, self.form, self.file, self.plan)
-
-    @cached_property
-    def _planned(self) -> PlannedFolder | None:
-        return planned_folder(self.label, self.plan, self.label)
-
-    def made(self) -> LocalFolder:
-        """The folder on disk, converted if it is not yet."""
-        with self._lock:
-            if self._made is None:
-                self._made = self._convert(temporary_folder(self) / "adapter")
-            return self._made
-
-    def _convert(self, place: Path) -> LocalFolder:
-        from adapterkit.engines.local import local
-        from adapterkit.execute import run
-
-        run(self.plan, place, local("cpu"), hash="none")
-        return LocalFolder(place)
-
-    def files(self) -> dict[str, int]:
-        folder = self._planned or self.made()
-        return {name: size for name, size in folder.files().items() if name != RECEIPT}
-
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        if self._planned is None or self._made is not None:
-            return self.made().read(name, start, stop)
-        headers = {shard.file: shard.layout.header for shard in self.plan.shards}
-        if name not in headers:
-            return self._planned.read(name, start, stop)
-        header = headers[name]
-        is_header = start == 0 and stop <= max(FIRST_READ, len(header))
-        if is_header or stop <= len(header):
-            return header[start:stop]
-        return self.made().read(name, start, stop)
-
-    def path(self, name: str) -> Path:
-        return self.made().path(name)
-
-    def prefetch(self, names: list[str]) -> None:
-        pass

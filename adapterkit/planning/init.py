@@ -29,11 +29,10 @@ from adapterkit.planning.residual import (
 )
 from adapterkit.planning.sources import open_model, open_statistics
 from adapterkit.shared_options import BlockOptions
-from adapterkit.statistics.sums import INPUTS
 from adapterkit.tasks.handoff import HandoffFactors
 from adapterkit.tasks.initial import InitialFactors
 from adapterkit.tasks.redistribution import finalize_by_ratios, warn_of_dropped, with_candidates
-from adapterkit.tasks.statistics import select_statistics, shape_of
+from adapterkit.tasks.statistics import INPUTS, select_statistics, shape_of
 from adapterkit.verbs.init import Init
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.detect import check_not_quantized

@@ -10,12 +10,12 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.shards import NOT_A_MODEL, SINGLE
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
+from adapterkit.engines.planned_folder import PlannedFolder
 from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, shown
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import is_on_hub, parse
 from adapterkit.options import StrPath, finite, unweighted, weighted
 from adapterkit.planning.converted import in_adapter_layout
-from adapterkit.planning.planned_folder import PlannedFolder
 
 INDEX = ".safetensors.index.json"
 MODEL_CONFIG = "config.json"

@@ -4,11 +4,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.folder import Folder, LocalFolder, temporary_folder
 from adapterkit.errors import Refused, listed
 from adapterkit.formats.pickles import pickles_of, rewrite, rewritten_name
 from adapterkit.hub.folder import HubFolder
-from adapterkit.planning.temporary import temporary_folder
 
 
 def without_pickles(folder: Folder) -> Folder:

@@ -7,9 +7,10 @@ from typing import Any
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.shards import NOT_A_MODEL, pickles
+from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.errors import Refused, shown
 from adapterkit.hub.folder import HubFolder
-from adapterkit.planning.converted import ConvertedFolder, adapter_or_file
+from adapterkit.planning.converted import adapter_or_file
 from adapterkit.planning.sources import open_model, open_source
 from adapterkit.reports import pictures
 from adapterkit.reports.adapter import inspect_adapter

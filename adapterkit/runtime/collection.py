@@ -19,8 +19,8 @@ from adapterkit.runtime.targets import resolve
 from adapterkit.runtime.writing import check_local, replace, writes
 from adapterkit.statistics.gradients import Gradients
 from adapterkit.statistics.masks import Masks, Rule
-from adapterkit.statistics.sums import COMPONENTS, INPUTS, Sums
-from adapterkit.tasks.statistics import INPUT_KINDS, METADATA, key_of
+from adapterkit.statistics.sums import COMPONENTS, Sums
+from adapterkit.tasks.statistics import INPUT_KINDS, INPUTS, METADATA, key_of
 from adapterkit.tasks.statistics import KINDS as ALL_KINDS
 
 KINDS = ("linear", "conv1d")  # layers whose inputs are vectors

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from adapterkit.checkpoint.layout import Stored, laid_out
-from adapterkit.statistics.sums import INPUTS, Sums
+from adapterkit.statistics.sums import Sums
 from adapterkit.statistics.work import SumsFile, remove, write_file
-from adapterkit.tasks.statistics import METADATA, key_of
+from adapterkit.tasks.statistics import INPUTS, METADATA, key_of
 
 
 @dataclass(frozen=True)

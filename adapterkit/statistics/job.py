@@ -14,10 +14,11 @@ from adapterkit.planning.stored_targets import select_layers
 from adapterkit.statistics.file import Results
 from adapterkit.statistics.masks import Masks, token_masks
 from adapterkit.statistics.stored_model import StoredModel
-from adapterkit.statistics.sums import INPUTS, Sums
+from adapterkit.statistics.sums import Sums
 from adapterkit.statistics.units import Unit, Units
 from adapterkit.statistics.watch import Watch
 from adapterkit.statistics.work import SumsFile
+from adapterkit.tasks.statistics import INPUTS
 from adapterkit.weights.linear import is_linear
 from adapterkit.weights.names import TRANSPOSED
 

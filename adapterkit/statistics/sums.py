@@ -9,14 +9,8 @@ from torch import Tensor
 
 from adapterkit.errors import Failed, shown
 from adapterkit.kernels.lowrank.principal import principal_components
-from adapterkit.tasks.statistics import key_of
+from adapterkit.tasks.statistics import INPUTS, key_of
 
-# what can be collected of a layer's inputs, and the kinds of statistics that it gives
-INPUTS = {
-    "covariance": ("covariance",),
-    "mean": ("mean",),
-    "pca": ("components", "variances", "variance"),
-}
 COMPONENTS = 256  # principal components that are stored of a layer, unless asked otherwise
 BLOCK = 1024  # vectors whose products are summed in their own dtype, before they join float64
 PANEL = 256  # least rows of a panel

@@ -18,6 +18,12 @@ from adapterkit.weights.reader import Reader
 # of a module's inputs x (in,): equal for all modules that see the same ones
 INPUT_KINDS = ("covariance", "mean", "components", "variances", "variance")
 KINDS = (*INPUT_KINDS, "gradient")
+# what can be collected of a layer's inputs, and the kinds of statistics that it gives
+INPUTS = {
+    "covariance": ("covariance",),
+    "mean": ("mean",),
+    "pca": ("components", "variances", "variance"),
+}
 METADATA = "adapterkit_statistics"  # key of the header's metadata
 Shape = tuple[int | None, ...]  # None: any length
 
