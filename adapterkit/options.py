@@ -1,9 +1,9 @@
 """Options of verbs: what values each takes and what it says of itself, told once.
 
-A `Check` reads a value from outside: values whose meaning is plain become what the verb expects
-("4" and 4.0 are 4, "5GB" is 5000000000), all others are `Refused`. `option` and `argument` declare
-a field of a verb's record with its check and its help; the Python signature, the command and its
-completion, plan files, pipelines and docs/api.md are made of these fields.
+An `OptionCheck` reads a value from outside: values whose meaning is plain become what the verb
+expects ("4" and 4.0 are 4, "5GB" is 5000000000), all others are `Refused`. `option` and `argument`
+declare a field of a verb's record with its check and its help; the Python signature, the command
+and its completion, plan files, pipelines and docs/api.md are made of these fields.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class Progress(Protocol):
 
 
 @dataclass(frozen=True)
-class Check:
+class OptionCheck:
     """What values an option takes: `read(name, value)` gives the verb's, `Refused` for others.
 
     `kind` and `words` are for the command line, plan files and pipelines: how a text is read there
@@ -71,7 +71,7 @@ class Option:
     has to be given with it; `excludes`: options that may not.
     """
 
-    check: Check
+    check: OptionCheck
     help: str = ""
     metavar: str | None = None
     flags: tuple[str, ...] = ()
@@ -79,7 +79,9 @@ class Option:
     excludes: tuple[str, ...] = ()
 
 
-def option(*, default: Any = dataclasses.MISSING, check: Check, help: str = "", **more: Any) -> Any:
+def option(
+    *, default: Any = dataclasses.MISSING, check: OptionCheck, help: str = "", **more: Any
+) -> Any:
     """A field of a verb's record that is given by name; required without `default`."""
     return dataclasses.field(default=default, metadata={"option": Option(check, help, **more)})
 
@@ -87,7 +89,7 @@ def option(*, default: Any = dataclasses.MISSING, check: Check, help: str = "", 
 def argument(
     *,
     default: Any = dataclasses.MISSING,
-    check: Check,
+    check: OptionCheck,
     kw_only: Literal[False] = False,
     **more: Any,
 ) -> Any:
@@ -113,7 +115,7 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-class Checked:
+class OptionRecord:
     """A record whose fields are options: made with values as people give them, it holds those that
     the checks make of them. `Refused` with all that are invalid, or do not go together."""
 
@@ -175,7 +177,7 @@ _OF_COMMANDS = {"help", "json", "plan", "quiet"}  # options of commands that are
 
 
 @contextlib.contextmanager
-def own_hints(verb: type[Checked]) -> Iterator[None]:
+def own_hints(verb: type[OptionRecord]) -> Iterator[None]:
     """Errors of a verb hint at options that it has: planning is shared by verbs that differ. Of one
     verb within another, such as a step of `run`, the inner one's options are meant."""
     try:
@@ -187,7 +189,7 @@ def own_hints(verb: type[Checked]) -> Iterator[None]:
         raise
 
 
-def own_hint(hint: str, verb: type[Checked]) -> str:
+def own_hint(hint: str, verb: type[OptionRecord]) -> str:
     """A hint with the verb's arguments as they are written, without alternatives that name options
     of other verbs."""
     fields = dataclasses.fields(verb)  # type: ignore[arg-type] # verbs are dataclasses
@@ -211,7 +213,7 @@ def invalid(name: str, value: Any, expected: str, hint: str = "give another valu
 # -- one value -------------------------------------------------------------------------------------
 
 
-def choice(allowed: Sequence[str] | Callable[[], Iterable[str]]) -> Check:
+def choice(allowed: Sequence[str] | Callable[[], Iterable[str]]) -> OptionCheck:
     """One of these words."""
 
     def check(name: str, value: Any) -> str:
@@ -221,7 +223,7 @@ def choice(allowed: Sequence[str] | Callable[[], Iterable[str]]) -> Check:
             raise invalid(name, value, " or ".join(words), hint or "use one of these")
         return str(value)
 
-    return Check(check, words=allowed)
+    return OptionCheck(check, words=allowed)
 
 
 def dtype(name: str, value: Any) -> str:
@@ -236,7 +238,7 @@ def dtype(name: str, value: Any) -> str:
     return short
 
 
-def whole(least: int = 1, most: int = MOST_WHOLE) -> Check:
+def whole(least: int = 1, most: int = MOST_WHOLE) -> OptionCheck:
     """An integer within bounds."""
 
     def check(name: str, value: Any) -> int:
@@ -245,10 +247,10 @@ def whole(least: int = 1, most: int = MOST_WHOLE) -> Check:
             raise invalid(name, value, f"a whole number, {least} to {most}")
         return number
 
-    return Check(check, "integer")
+    return OptionCheck(check, "integer")
 
 
-def whole_of(*allowed: int) -> Check:
+def whole_of(*allowed: int) -> OptionCheck:
     """One of these integers."""
 
     def check(name: str, value: Any) -> int:
@@ -257,10 +259,10 @@ def whole_of(*allowed: int) -> Check:
             raise invalid(name, value, " or ".join(map(str, allowed)), "use one of these")
         return number
 
-    return Check(check, words=tuple(map(str, allowed)))
+    return OptionCheck(check, words=tuple(map(str, allowed)))
 
 
-def number(expected: str, fits: Callable[[float], bool]) -> Check:
+def number(expected: str, fits: Callable[[float], bool]) -> OptionCheck:
     """A finite number that `fits`; `expected` says which do."""
 
     def check(name: str, value: Any) -> float:
@@ -269,7 +271,7 @@ def number(expected: str, fits: Callable[[float], bool]) -> Check:
             raise invalid(name, value, expected)
         return result
 
-    return Check(check, "number")
+    return OptionCheck(check, "number")
 
 
 def flag(name: str, value: Any) -> bool:
@@ -344,7 +346,7 @@ def files(name: str, value: Any) -> tuple[StrPath, ...]:
     return items
 
 
-def kinds(allowed: Sequence[str]) -> Check:
+def kinds(allowed: Sequence[str]) -> OptionCheck:
     """Several of these words: a list of them, or one text with commas between."""
 
     def check(name: str, value: Any) -> tuple[str, ...]:
@@ -352,7 +354,7 @@ def kinds(allowed: Sequence[str]) -> Check:
         one = choice(allowed)
         return tuple(dict.fromkeys(one(name, word) for word in words or [""]))
 
-    return Check(check, several=True)
+    return OptionCheck(check, several=True)
 
 
 def targets(name: str, value: Any) -> str:
@@ -493,18 +495,23 @@ def device(name: str, value: Any) -> str:
     return word
 
 
-TEXT, TEXTS, REGEX, SIZE = Check(text), Check(texts, several=True), Check(regex), Check(parse_size)
-FLAG, SETTINGS, TARGETS = (
-    Check(flag, "flag"),
-    Check(settings, "settings"),
-    Check(targets, "targets"),
+TEXT, TEXTS, REGEX, SIZE = (
+    OptionCheck(text),
+    OptionCheck(texts, several=True),
+    OptionCheck(regex),
+    OptionCheck(parse_size),
 )
-FILE, FILES = Check(path, "file"), Check(files, "file", several=True)
-SOURCE, SOURCES = Check(path, "source"), Check(paths, "source", several=True)
-WEIGHTED = Check(_sources, "sources", several=True)
-UNWEIGHTED = Check(lambda name, value: unweighted(value, name), "sources", several=True)
-FUNCTION, PROGRESS, DEVICE = Check(function), Check(progress), Check(device)
-DTYPE = Check(dtype, words=tuple(dtypes.SHORT))
+FLAG, SETTINGS, TARGETS = (
+    OptionCheck(flag, "flag"),
+    OptionCheck(settings, "settings"),
+    OptionCheck(targets, "targets"),
+)
+FILE, FILES = OptionCheck(path, "file"), OptionCheck(files, "file", several=True)
+SOURCE, SOURCES = OptionCheck(path, "source"), OptionCheck(paths, "source", several=True)
+WEIGHTED = OptionCheck(_sources, "sources", several=True)
+UNWEIGHTED = OptionCheck(lambda name, value: unweighted(value, name), "sources", several=True)
+FUNCTION, PROGRESS, DEVICE = OptionCheck(function), OptionCheck(progress), OptionCheck(device)
+DTYPE = OptionCheck(dtype, words=tuple(dtypes.SHORT))
 COMPAT = choice(("peft",))
 COUNT, SEED, SHARE = whole(), whole(0, MOST_SEED), number("a share, 0 to 1", lambda x: 0 <= x <= 1)
 SHARE_ABOVE_0 = number("a share above 0, at most 1", lambda x: 0 < x <= 1)

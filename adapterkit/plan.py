@@ -21,7 +21,7 @@ from adapterkit import __version__, dtypes
 from adapterkit.budget import BUFFERS, factors_memory, most_together
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import ShardLayout, Stored, laid_out
+from adapterkit.checkpoint.layout import ShardLayout, TensorPlan, laid_out
 from adapterkit.checkpoint.reader import Identity
 from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.system import cores, quarter_of_memory
@@ -141,7 +141,7 @@ class TaskResult(NamedTuple):
 
 
 # (file, tensors in order, metadata) -> a file in another container than safetensors
-LayOut = Callable[[str, Sequence[Stored], Mapping[str, Any]], ShardLayout]
+LayOut = Callable[[str, Sequence[TensorPlan], Mapping[str, Any]], ShardLayout]
 Change = Callable[[TaskResult], TaskResult]
 # the metrics of all tasks of a file -> what to do to the result of each
 Finalize = Callable[[list[dict[str, Any]]], list[Change]]
@@ -173,7 +173,7 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def max_outputs(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
         """Its tensors, each as large as it can become."""
 
     @property
@@ -262,7 +262,7 @@ class OutputFile:
         )
         return replace(empty, layout=empty.laid_out(stored))
 
-    def laid_out(self, tensors: Sequence[Stored], header_size: int = 0) -> ShardLayout:
+    def laid_out(self, tensors: Sequence[TensorPlan], header_size: int = 0) -> ShardLayout:
         """The layout of its tasks' tensors as they turned out; where their sizes are not as
         planned, with a header of at least `header_size` bytes."""
         if self.lay_out is not None:

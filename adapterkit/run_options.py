@@ -10,8 +10,8 @@ from adapterkit.options import (
     PROGRESS,
     SIZE,
     TEXT,
-    Check,
-    Checked,
+    OptionCheck,
+    OptionRecord,
     Progress,
     StrPath,
     choice,
@@ -39,13 +39,13 @@ def _repository(name: str, value: Any) -> str:
     return repository(name, value)
 
 
-REPOSITORY = Check(_repository)
-OUTPUT_FOLDER = Check(lambda name, value: _output(name, value, file=False), "file")
-OUTPUT_FILE = Check(lambda name, value: _output(name, value, file=True), "file")
+REPOSITORY = OptionCheck(_repository)
+OUTPUT_FOLDER = OptionCheck(lambda name, value: _output(name, value, file=False), "file")
+OUTPUT_FILE = OptionCheck(lambda name, value: _output(name, value, file=True), "file")
 
 
 @record
-class RunOptions(Checked):
+class RunOptions(OptionRecord):
     """Where and how a plan runs."""
 
     out: StrPath = option(

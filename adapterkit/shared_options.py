@@ -16,7 +16,7 @@ from adapterkit.options import (
     SIZE,
     SOURCE,
     TARGETS,
-    Checked,
+    OptionRecord,
     choice,
     number,
     option,
@@ -128,7 +128,7 @@ def energy_option() -> Any:
 
 
 @record
-class ScaleOptions(Checked):
+class ScaleOptions(OptionRecord):
     """Rank and scale of a new adapter."""
 
     rank: int = option(check=COUNT, help="Rank of the LoRA factors.")
@@ -147,7 +147,7 @@ class ScaleOptions(Checked):
 
 
 @record
-class TruncationOptions(Checked):
+class TruncationOptions(OptionRecord):
     """How many singular values of a delta stay."""
 
     rank: int | None = option(default=None, check=COUNT, help="Rank of each module.")
@@ -170,7 +170,7 @@ class TruncationOptions(Checked):
 
 
 @record
-class BlockOptions(Checked):
+class BlockOptions(OptionRecord):
     """What is quantized, and in which blocks."""
 
     skip: str | None = option(
@@ -188,7 +188,7 @@ class BlockOptions(Checked):
 
 
 @record
-class ModuleFilters(Checked):
+class ModuleFilters(OptionRecord):
     """Which modules are meant."""
 
     include: str | None = option(

@@ -33,7 +33,7 @@ from typing import (
     overload,
 )
 
-from adapterkit.options import Checked, option, option_of, own_hints, record
+from adapterkit.options import OptionRecord, option, option_of, own_hints, record
 from adapterkit.run_options import REPOSITORY, RunOptions
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def load(entry: str) -> Any:
     return getattr(import_module(f"adapterkit.{module}"), name)
 
 
-class Verb(Checked, Generic[R]):
+class Verb(OptionRecord, Generic[R]):
     """A verb: `command` is the help of its command, `runner` the function of the record that does
     it."""
 

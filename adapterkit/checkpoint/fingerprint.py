@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.checkpoint.spec import Checkpoint
 
 METADATA = "adapterkit_base"  # key of the header's metadata
@@ -34,7 +34,7 @@ def fingerprint(base: Checkpoint) -> str:
     return headers.removesuffix(UNKNOWN) + _short(sampled)
 
 
-def of_headers(tensors: Iterable[TensorSpec | Stored]) -> str:
+def of_headers(tensors: Iterable[TensorSpec | TensorPlan]) -> str:
     """The fingerprint of a base of these tensors, whose values are not known."""
     ordered = sorted(tensors, key=lambda one: one.key)
     texts = [[(one.key, one.shape) for one in ordered], [one.dtype for one in ordered]]

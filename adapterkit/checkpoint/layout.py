@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class TensorPlan:
     """One tensor of an output, as its header describes it."""
 
     key: str
@@ -30,7 +30,7 @@ class ShardLayout:
 
     file: str
     header: bytes = field(repr=False)
-    tensors: tuple[Stored, ...]
+    tensors: tuple[TensorPlan, ...]
     starts: tuple[int, ...]
 
     @property
@@ -38,7 +38,7 @@ class ShardLayout:
         return self.starts[-1] + self.tensors[-1].nbytes if self.tensors else len(self.header)
 
 
-def like_base(file: str, tensors: list[Stored], base: Header | None) -> ShardLayout:
+def like_base(file: str, tensors: list[TensorPlan], base: Header | None) -> ShardLayout:
     """A file in the base's order; with the base's header bytes if no key, dtype or shape
     changes."""
     if base is not None:
@@ -50,7 +50,7 @@ def like_base(file: str, tensors: list[Stored], base: Header | None) -> ShardLay
 
 def laid_out(
     file: str,
-    tensors: list[Stored],
+    tensors: list[TensorPlan],
     metadata: dict[str, str],
     *,
     ordered: bool = False,
@@ -72,7 +72,7 @@ def laid_out(
     return ShardLayout(file, header, tuple(tensors), tuple(starts))
 
 
-def resharded(tensors: list[Stored], limit: int, metadata: dict[str, str]) -> list[ShardLayout]:
+def resharded(tensors: list[TensorPlan], limit: int, metadata: dict[str, str]) -> list[ShardLayout]:
     """Files of at most `limit` bytes of data each, in this order; a larger tensor has its own."""
     groups = grouped(tensors, [tensor.nbytes for tensor in tensors], limit)
     return [laid_out(name, group, metadata) for name, group in groups.items()]

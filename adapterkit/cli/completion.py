@@ -18,7 +18,7 @@ from click.shell_completion import (
 from adapterkit.errors import AdapterkitError
 
 
-class Source(click.ParamType):
+class SourceType(click.ParamType):
     """A folder, a file, or a Hub id: paths complete."""
 
     name = "source"

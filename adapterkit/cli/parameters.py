@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from adapterkit.cli.completion import Name, Source, Targets
-from adapterkit.options import Check, flag_of, option_of
+from adapterkit.cli.completion import Name, SourceType, Targets
+from adapterkit.options import OptionCheck, flag_of, option_of
 from adapterkit.run_options import RunOptions
 from adapterkit.verb import Verb, WritingVerb, fields_of
 
@@ -23,7 +23,7 @@ plan_option = click.Option(
 )
 # the parameters that say how a job runs, and not what it computes
 RUNNING = {f.name for f in dataclasses.fields(RunOptions)} - {"out"} | {"plan", "as_json", "quiet"}
-TYPES = {"integer": int, "number": float, "source": Source(), "sources": Source()}
+TYPES = {"integer": int, "number": float, "source": SourceType(), "sources": SourceType()}
 TYPES |= {"file": click.Path(), "targets": Targets()}
 
 
@@ -66,7 +66,7 @@ def _parameter(field: dataclasses.Field) -> click.Parameter:
     return click.Option([*flags, field.name], help=option.help, **more)
 
 
-def _type(check: Check) -> Any:
+def _type(check: OptionCheck) -> Any:
     """How click reads a value."""
     if callable(check.words):
         return Name(check.words)

@@ -19,7 +19,7 @@ from adapterkit import dtypes
 from adapterkit.budget import AHEAD
 from adapterkit.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import ShardLayout, Stored
+from adapterkit.checkpoint.layout import ShardLayout, TensorPlan
 from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import Workspace
 from adapterkit.checkpoint.writer import ShardFile
@@ -63,10 +63,15 @@ def write_computed(
             for key, tensor in result.tensors.items():
                 if isinstance(tensor, TensorSpec):
                     _copy(
-                        inputs, tensor, shard, places.next(Stored(key, tensor.dtype, tensor.shape))
+                        inputs,
+                        tensor,
+                        shard,
+                        places.next(TensorPlan(key, tensor.dtype, tensor.shape)),
                     )
                 else:
-                    at = places.next(Stored(key, dtypes.name_of(tensor.dtype), tuple(tensor.shape)))
+                    at = places.next(
+                        TensorPlan(key, dtypes.name_of(tensor.dtype), tuple(tensor.shape))
+                    )
                     shard.write(byte_view(tensor), at)
                     del tensor
             del result
@@ -102,12 +107,12 @@ class _AppendedPlaces:
     def __init__(self, file: OutputFile):
         self.tensors, self.at, self.grown = [], len(file.layout.header), 0
 
-    def next(self, stored: Stored) -> int:
+    def next(self, stored: TensorPlan) -> int:
         self.tensors.append(stored)
         self.at += stored.nbytes
         return self.at - stored.nbytes
 
-    def stored(self) -> list[Stored]:
+    def stored(self) -> list[TensorPlan]:
         return self.tensors
 
 
@@ -121,9 +126,9 @@ class _SortedPlaces:
         self.variable_size = sorted(self.number[key] for key in file.variable_size)
         # bytes by which what follows the first, the second, ... of them lies elsewhere than planned
         self.moved = [0]
-        self.placed: dict[int, Stored] = {}
+        self.placed: dict[int, TensorPlan] = {}
 
-    def next(self, stored: Stored) -> int:
+    def next(self, stored: TensorPlan) -> int:
         number, known = self.number[stored.key], len(self.moved) - 1
         if known < len(self.variable_size) and number == self.variable_size[known]:
             self.moved.append(self.moved[-1] + stored.nbytes - self.planned[number].nbytes)
@@ -137,7 +142,7 @@ class _SortedPlaces:
         self.placed[number] = stored
         return self.starts[number] + self.moved[bisect_left(self.variable_size, number)]
 
-    def stored(self) -> list[Stored]:
+    def stored(self) -> list[TensorPlan]:
         return [self.placed[number] for number in sorted(self.placed)]
 
     @property

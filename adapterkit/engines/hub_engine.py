@@ -74,7 +74,7 @@ class HubEngine:
         _HubRun(self, plan, transfers, stage, hash, finished, progress).run()
 
 
-class Room:
+class DiskBudget:
     """Bytes of disk that are left."""
 
     def __init__(self, size: int):
@@ -105,7 +105,7 @@ class _HubRun:
         self.stage: HubStage = stage
         self.hashed, self.finished, self.progress = hashed, finished, progress
         self.stop = threading.Event()
-        self.room = Room(transfers.disk(engine.limit) - transfers.rest)
+        self.room = DiskBudget(transfers.disk(engine.limit) - transfers.rest)
         self.ready = {file.shard.file: Future[None]() for file in transfers.made}
         self.outgoing = queue.SimpleQueue[LocalFile | None]()
         self.last = transfers.last_uses()

@@ -14,7 +14,7 @@ from adapterkit.checkpoint.system import cores
 from adapterkit.checkpoint.writer import part_name
 from adapterkit.engines.file_checks import check_files
 from adapterkit.engines.placement import device_totals
-from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
+from adapterkit.engines.rank_job import Check, RankJob, check_one_kind, no_stage, spoiled
 from adapterkit.engines.rank_parts import accepts, join, tiling
 from adapterkit.errors import Failed, Refused
 from adapterkit.execute import check_free, run_in
@@ -24,11 +24,11 @@ from adapterkit.run_options import RunOptions
 
 
 @dataclass
-class Finish:
+class RankFinish:
     """The end of ranks: the output of their files; `command` is what makes missing ones. With
     `verify` all hashes are checked before the folder gets its name."""
 
-    job: Job
+    job: RankJob
     command: str
     verify: bool = False
 

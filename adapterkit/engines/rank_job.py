@@ -20,7 +20,7 @@ Check = Callable[[Path], object]
 
 
 @dataclass(frozen=True)
-class Job:
+class RankJob:
     """What all processes have to agree on: the public recipe, and which files the inputs are."""
 
     recipe: dict[str, Any]
@@ -28,7 +28,7 @@ class Job:
     hash: str
 
     @classmethod
-    def of(cls, plan: Plan, hash: str) -> "Job":
+    def of(cls, plan: Plan, hash: str) -> "RankJob":
         """The job of a plan, as it is read again from a file."""
         recipe = public_recipe(plan.recipe())
         return cls(recipe, _inputs(plan), hash)
@@ -43,7 +43,7 @@ class Job:
 
     def check(self, plan: Plan) -> None:
         """`Refused` where a plan made here and now is another job, naming the first difference."""
-        now = Job.of(plan, self.hash)
+        now = RankJob.of(plan, self.hash)
         if now.recipe != self.recipe:
             raise Refused(
                 f"planned again, the job is another: {difference(self.recipe, now.recipe)} differs",
@@ -78,11 +78,11 @@ class Preparation:
     """What a command with --plan does: refuses what cannot be done, makes the stage, and
     leaves the files to ranks. `job` is there afterwards."""
 
-    job: Job | None = None
+    job: RankJob | None = None
 
     def prepare(self, plan: Plan, how: RunOptions) -> Plan:
         """Make the stage; the plan, with what ranks need of the disk."""
-        job = self.job = Job.of(plan, how.hash)
+        job = self.job = RankJob.of(plan, how.hash)
         plan = replace(plan, placement=Placement(room=room(plan.shards)))
         stage = self._stage(plan, Path(how.out))
         options = {"resume": False, "overwrite": how.overwrite}

@@ -23,7 +23,7 @@ from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines.device import pick_device
 from adapterkit.engines.local import local
 from adapterkit.engines.placement import place
-from adapterkit.engines.rank_job import Job, check_one_kind, no_stage, spoiled
+from adapterkit.engines.rank_job import RankJob, check_one_kind, no_stage, spoiled
 from adapterkit.engines.rank_parts import accepts, tiling, units
 from adapterkit.engines.waiting import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.errors import (
@@ -72,7 +72,7 @@ class Rank:
     """One rank: makes files until none is left for it. `outcome` is there
     afterwards. `only`: these files and no others."""
 
-    job: Job
+    job: RankJob
     rank: int
     ranks: int
     device: str | None = None
@@ -139,7 +139,7 @@ class Rank:
             stage.leave()
 
 
-def _is_ended(stage: Stage, job: Job) -> bool:
+def _is_ended(stage: Stage, job: RankJob) -> bool:
     """Whether the output is there, or made of the ranks' files just now."""
     try:
         state = stage.state(job.fingerprint, resume=True, overwrite=False)
@@ -174,7 +174,7 @@ class _RankRun:
         needs = plan.needs()
         self.needs = {name: needs[unit.file] for name, unit in units.items()}
         self.done: set[str] = set()
-        self.watch = Watch(stage)
+        self.watch = Liveness(stage)
 
     def make_files(self, wait: float, *, steal: bool) -> None:
         """Make files until none is left that this rank can make. Raises `Waiting` after `wait`
@@ -289,7 +289,7 @@ class Marks:
             raise spoiled(reason, self.stage)
 
 
-class Watch:
+class Liveness:
     """Which processes are at work on a file, by what they say and whether they go on saying it."""
 
     def __init__(self, stage: RankStage):

@@ -19,8 +19,8 @@ from adapterkit import __version__, errors
 from adapterkit.checkpoint.rank_stage import RankStage
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines.device import pick_device
-from adapterkit.engines.rank_finish import Finish
-from adapterkit.engines.rank_job import Check, Job, Preparation
+from adapterkit.engines.rank_finish import RankFinish
+from adapterkit.engines.rank_job import Check, Preparation, RankJob
 from adapterkit.engines.rank_parts import accepts, units
 from adapterkit.engines.ranks import Pulse, Rank
 from adapterkit.errors import (
@@ -65,13 +65,13 @@ def run_on_ray(plan: Plan, how: RunOptions, check: Check | None) -> Receipt:
         except KeyboardInterrupt:
             where = str(Stage(Path(how.out)).control)
             raise Interrupted("stopped; finished files are kept", where=where, hint=AGAIN) from None
-    end = Finish(job, "the same command with --resume")
+    end = RankFinish(job, "the same command with --resume")
     return end.finish(plan, how, check)
 
 
-def _prepared(plan: Plan, how: RunOptions) -> Job:
+def _prepared(plan: Plan, how: RunOptions) -> RankJob:
     """The job that ranks share, its stage made where there is none yet."""
-    job, stage = Job.of(plan, how.hash), Stage(Path(how.out))
+    job, stage = RankJob.of(plan, how.hash), Stage(Path(how.out))
     state = stage.state(job.fingerprint, resume=how.resume, overwrite=how.overwrite)
     head = (stage.journal() or [{}])[0]
     if state == "fresh":
@@ -142,7 +142,7 @@ class _Cluster:
             return max(1, min(cores) // max(1, gpus)), gpus
         return min(cores), sum(count // min(cores) for count in cores)
 
-    def run_ranks(self, plan: Plan, job: Job, how: RunOptions, cores: int, places: int) -> None:
+    def run_ranks(self, plan: Plan, job: RankJob, how: RunOptions, cores: int, places: int) -> None:
         """Let each place run a rank; on an error, or Ctrl-C, end all that run."""
         device = "cuda" if self.on_cuda else "cpu"  # Ray says which GPU
         work = {"num_cpus": cores, "num_gpus": int(self.on_cuda), **OPTIONS}
@@ -196,7 +196,7 @@ class _Cluster:
 
 def _run_rank(
     stored: list[Any],
-    job: Job,
+    job: RankJob,
     how: RunOptions,
     rank: int,
     ranks: int,

@@ -68,7 +68,7 @@ def check_rows(out: Folder, plan: Plan, hint: str = AGAIN) -> dict[str, Any]:
             LocalReader(files, torch.device("cpu"), torch.float64) for files in (sources, written)
         )
 
-        def run(check: _TensorCheck) -> Checked:
+        def run(check: _TensorCheck) -> RowsChecked:
             torch.set_num_threads(1)  # this thread's
             with torch.inference_mode():
                 return check.run(inputs, stored, specs)
@@ -115,7 +115,7 @@ def _many(
     return Damaged(problem + "; ".join(texts), expected=expected, where=where, hint=hint)
 
 
-class Checked(NamedTuple):
+class RowsChecked(NamedTuple):
     """What came of one tensor: how many rows were recomputed, and the first value that is wrong."""
 
     rows: int
@@ -146,7 +146,7 @@ class FloatCheck:
 
     def run(
         self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]
-    ) -> Checked:
+    ) -> RowsChecked:
         """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
         step, origin = self.step, _Source(self.step, inputs)
         for row in origin.sample:
@@ -158,11 +158,11 @@ class FloatCheck:
             low, high = (rounded(exact + by, step, position).double() for by in (-slack, slack))
             bad = ~((low <= stored) & (stored <= high))
             if bool(bad.any()):
-                return Checked(
+                return RowsChecked(
                     len(origin.sample),
                     _difference(bad, stored, rounded(exact, step, position), row),
                 )
-        return Checked(len(origin.sample))
+        return RowsChecked(len(origin.sample))
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class CodeCheck:
 
     def run(
         self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]
-    ) -> Checked:
+    ) -> RowsChecked:
         """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
         origin = _Source(self.step, inputs)
         after = {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}
@@ -189,7 +189,9 @@ class CodeCheck:
             else [(0, origin.height)]
         )
         wrong = (self._wrong(origin, after, first, last) for first, last in ranges)
-        return Checked(sum(last - first for first, last in ranges), next(filter(None, wrong), None))
+        return RowsChecked(
+            sum(last - first for first, last in ranges), next(filter(None, wrong), None)
+        )
 
     def _wrong(
         self, origin: "_Source", after: dict[str, Tensor], first: int, last: int
@@ -245,7 +247,7 @@ class CompensatedCheck:
 
     def run(
         self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]
-    ) -> Checked:
+    ) -> RowsChecked:
         """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
         origin, compensation = _Source(self.step, inputs), self.step.compensation
         assert compensation is not None
@@ -255,7 +257,7 @@ class CompensatedCheck:
         original = origin.rows(0, origin.height)
         same = self.packed is not None and torch.equal(stored, original)
         if same and float((exact - original).abs().amax()) <= slack:
-            return Checked(count)  # what does not change keeps its bytes
+            return RowsChecked(count)  # what does not change keeps its bytes
         turn = (lambda m: m.T) if self.by_columns else (lambda m: m)
         before = turn(before_rounding(inputs, compensation, turn(exact), turn(stored)))
         low = high = value = self._rounded(origin, exact, before).double()
@@ -266,7 +268,7 @@ class CompensatedCheck:
                     other = self._rounded(origin, exact + by, beside).double()
                     low, high = torch.minimum(low, other), torch.maximum(high, other)
             bad = ~((low - slack <= stored) & (stored <= high + slack))
-        return Checked(count, _difference(bad, stored, value, 0) if bool(bad.any()) else None)
+        return RowsChecked(count, _difference(bad, stored, value, 0) if bool(bad.any()) else None)
 
     @property
     def by_columns(self) -> bool:

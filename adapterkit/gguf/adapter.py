@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import ShardLayout, Stored
+from adapterkit.checkpoint.layout import ShardLayout, TensorPlan
 from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, shown
 from adapterkit.gguf.header import (
     ALIGNMENT,
@@ -113,7 +113,9 @@ def read_adapter(folder: Folder, name: str, number: int = 0) -> AdapterFile:
     return AdapterFile(header, header.metadata | header.arrays, tensors)
 
 
-def gguf_layout(file: str, tensors: Sequence[Stored], metadata: Mapping[str, Value]) -> ShardLayout:
+def gguf_layout(
+    file: str, tensors: Sequence[TensorPlan], metadata: Mapping[str, Value]
+) -> ShardLayout:
     """A file with these tensors in this order; the same bytes for equal arguments. `Refused` for
     what ggml cannot hold."""
     Problems(_errors(file, tensors)).raise_all()
@@ -132,7 +134,7 @@ def gguf_layout(file: str, tensors: Sequence[Stored], metadata: Mapping[str, Val
     return ShardLayout(file, raw, tuple(tensors), tuple(len(raw) + at for at in offsets))
 
 
-def _errors(file: str, tensors: Sequence[Stored]) -> list[AdapterkitError]:
+def _errors(file: str, tensors: Sequence[TensorPlan]) -> list[AdapterkitError]:
     """Tensors that ggml cannot hold."""
     errors = Problems(where=file)
     for tensor in tensors:

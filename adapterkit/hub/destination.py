@@ -18,7 +18,7 @@ from adapterkit.errors import Refused, listed, shown
 from adapterkit.hub.errors import explained_errors
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import COMMIT, HubId, parse, place_on_hub
-from adapterkit.hub.listing import Entry, list_remote, offline
+from adapterkit.hub.listing import RemoteEntry, list_remote, offline
 from adapterkit.hub.retry import retry
 
 # Weights that a loader picks by their name alone: old ones beside new ones are silently wrong.
@@ -143,7 +143,7 @@ class Destination:
         self.exists = False
         self.is_new = True  # the place is still to be made, or a branch that stands where main does
         self.parent = ""  # the commit that the next one is made upon; "" before `create`
-        self.before: dict[str, Entry] = {}  # the files of that commit in the folder
+        self.before: dict[str, RemoteEntry] = {}  # the files of that commit in the folder
         self.outdated: list[str] = []  # files of an older output that go with the commit
         self.notes: list[str] = []  # for the receipt: what was created, and how
         self._repo_exists: bool | None = None  # None: not asked yet
@@ -181,7 +181,7 @@ class Destination:
         *,
         overwrite: bool,
         job: str = "",
-        is_there: Callable[[str, Entry], bool] = lambda name, entry: False,
+        is_there: Callable[[str, RemoteEntry], bool] = lambda name, entry: False,
     ) -> None:
         """`Refused` where these files would take the place of some that adapterkit did not write,
         or lie beside such weights; of an older output's without `overwrite`, unless it is of this

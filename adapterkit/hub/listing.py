@@ -19,7 +19,7 @@ MAX_SUMMARY = 10_000  # files; the summary of a larger repository may be incompl
 log = logging.getLogger(__name__)
 
 
-class Entry(NamedTuple):
+class RemoteEntry(NamedTuple):
     """One file of a listing."""
 
     size: int  # bytes
@@ -31,7 +31,7 @@ class Entry(NamedTuple):
         return self.size == size and self.sha256 is not None and self.sha256 == sha256
 
 
-def list_files(hub_id: HubId) -> tuple[str, dict[str, Entry]]:
+def list_files(hub_id: HubId) -> tuple[str, dict[str, RemoteEntry]]:
     """The commit of a Hub id and its files; from the local cache when there is no network.
 
     Of an id that names a file, that one alone, under the name "".
@@ -56,7 +56,7 @@ def list_files(hub_id: HubId) -> tuple[str, dict[str, Entry]]:
     return commit, entries
 
 
-def list_remote(hub_id: HubId, hidden: bool = False) -> tuple[str, dict[str, Entry]]:
+def list_remote(hub_id: HubId, hidden: bool = False) -> tuple[str, dict[str, RemoteEntry]]:
     """The commit of a Hub id and its files, as `list_files` names them; those with a dot in front
     only if `hidden`.
 
@@ -86,13 +86,13 @@ def list_remote(hub_id: HubId, hidden: bool = False) -> tuple[str, dict[str, Ent
     return commit, _in_subfolder(hub_id.subfolder, entries, hidden)
 
 
-def _entry(file, hub_id: HubId) -> Entry:
+def _entry(file, hub_id: HubId) -> RemoteEntry:
     size, sha = file.size, file.lfs.sha256 if file.lfs else None
     if type(size) is not int or size < 0:
         raise _not_a_hub(f"a file of {shown(size)} bytes", "a number", hub_id)
     if sha is not None and not (isinstance(sha, str) and SHA256.fullmatch(sha)):
         raise _not_a_hub(f"sha256 {shown(sha)!r}", "64 hexadecimal digits", hub_id)
-    return Entry(size, sha, None if sha else getattr(file, "blob_id", None))
+    return RemoteEntry(size, sha, None if sha else getattr(file, "blob_id", None))
 
 
 def _not_a_hub(problem: str, expected: str, hub_id: HubId) -> Failed:
@@ -100,7 +100,9 @@ def _not_a_hub(problem: str, expected: str, hub_id: HubId) -> Failed:
     return Failed(f"{problem} in the answer", expected=expected, where=str(hub_id), hint=hint)
 
 
-def _in_subfolder(subfolder: str, entries: dict[str, Entry], hidden: bool) -> dict[str, Entry]:
+def _in_subfolder(
+    subfolder: str, entries: dict[str, RemoteEntry], hidden: bool
+) -> dict[str, RemoteEntry]:
     if subfolder in entries:
         return {"": entries[subfolder]}
     prefix = f"{subfolder}/" if subfolder else ""
@@ -113,7 +115,7 @@ def _in_subfolder(subfolder: str, entries: dict[str, Entry], hidden: bool) -> di
     return {name: entry for name, entry in below.items() if hidden or not is_hidden(name)}
 
 
-def _list_cache(hub_id: HubId, why: str, way_out: str) -> tuple[str, dict[str, Entry]]:
+def _list_cache(hub_id: HubId, why: str, way_out: str) -> tuple[str, dict[str, RemoteEntry]]:
     """As `list_files`, from the local cache; `Refused` with both texts where it has no copy."""
     folder = cache_folder(hub_id)
     commit = hub_id.revision or "main"
@@ -126,7 +128,7 @@ def _list_cache(hub_id: HubId, why: str, way_out: str) -> tuple[str, dict[str, E
             LocalFolder(snapshot).files() if snapshot.is_dir() else {"": snapshot.stat().st_size}
         )
         if files:
-            return commit, {name: Entry(size) for name, size in files.items()}
+            return commit, {name: RemoteEntry(size) for name, size in files.items()}
     revision = f" --revision {hub_id.revision}" if hub_id.revision else ""
     inside_it = "" if hub_id.subfolder.endswith(WEIGHTS) else "/*"
     only = f" --include '{hub_id.subfolder}{inside_it}'" if hub_id.subfolder else ""

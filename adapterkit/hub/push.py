@@ -13,7 +13,7 @@ from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.hub.destination import Destination, repositories
 from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.ids import HubId, parse
-from adapterkit.hub.listing import Entry
+from adapterkit.hub.listing import RemoteEntry
 from adapterkit.hub.upload import LocalFile, Uploaded, commit, groups, upload
 from adapterkit.options import invalid
 
@@ -81,7 +81,7 @@ def push(
     return {"repo": repo, "revision": made.oid, "url": made.url, "notes": notes}
 
 
-def _is_there(file: Path, entry: Entry) -> bool:
+def _is_there(file: Path, entry: RemoteEntry) -> bool:
     """Whether a file of the Hub has the content of one here."""
     if file.stat().st_size != entry.size:
         return False

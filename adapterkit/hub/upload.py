@@ -11,7 +11,7 @@ from adapterkit.errors import AdapterkitError, Failed, shown
 from adapterkit.hub.destination import Destination
 from adapterkit.hub.errors import redact
 from adapterkit.hub.ids import HubId
-from adapterkit.hub.listing import Entry, list_remote
+from adapterkit.hub.listing import RemoteEntry, list_remote
 from adapterkit.hub.retry import retry
 
 # A group is sent at once: the client sends several of its files in parallel.
@@ -124,10 +124,10 @@ def commit(
         parent_commit=destination.parent,
     )
     done = retry(request, target)
-    written = {file.file: Entry(file.size, file.sha256) for file in large}
+    written = {file.file: RemoteEntry(file.size, file.sha256) for file in large}
     for file, addition in zip(files, additions, strict=True):
         info = addition.upload_info
-        written[file.name] = Entry(info.size, info.sha256.hex())
+        written[file.name] = RemoteEntry(info.size, info.sha256.hex())
     _check_commit(HubId(target.repo, done.oid, target.subfolder), written)
     return Commit(done.oid, redact(done.commit_url))
 
@@ -218,7 +218,7 @@ def _taken_over(target: HubId, file: CopiedFile):
     )
 
 
-def _check_commit(commit: HubId, written: Mapping[str, Entry]) -> None:
+def _check_commit(commit: HubId, written: Mapping[str, RemoteEntry]) -> None:
     """`Failed` where the commit lacks a file: a server's .gitignore drops files silently."""
     _, entries = list_remote(commit, hidden=True)
     _refuse_left_out(

@@ -22,7 +22,7 @@ from adapterkit.errors import AdapterkitError, Damaged, Refused
 from adapterkit.execute import check_same_job
 from adapterkit.hub import ids
 from adapterkit.hub.folder import HubFolder
-from adapterkit.jobs.pipeline_file import Place
+from adapterkit.jobs.pipeline_file import Location
 from adapterkit.plan import CopyFile, Plan
 from adapterkit.planning.unpickled import UnpickledFolder
 from adapterkit.receipt import RECEIPT_CHECK, fingerprint_of, read_receipt
@@ -67,7 +67,7 @@ class Older:
         return ""
 
 
-def older_output(place: Place) -> Older | None:
+def older_output(place: Location) -> Older | None:
     """The older output at a place; None where there is none that adapterkit wrote."""
     if place.repository:
         return _on_hub(place)
@@ -106,7 +106,7 @@ def _with_receipt(out: Path, receipt: Path) -> Older | None:
     return Older(data, LocalFolder(out), receipt.stat().st_mtime_ns) if is_receipt else None
 
 
-def _on_hub(place: Place) -> Older | None:
+def _on_hub(place: Location) -> Older | None:
     try:
         folder = HubFolder(_hub_id(place))
     except Refused:  # not there yet
@@ -120,13 +120,13 @@ def _on_hub(place: Place) -> Older | None:
     return Older(receipt, folder, None) if RECEIPT_CHECK.fits(receipt) else None
 
 
-def _hub_id(place: Place) -> ids.HubId:
+def _hub_id(place: Location) -> ids.HubId:
     hub_id = ids.parse(place.text)
     assert hub_id is not None
     return hub_id
 
 
-def can_go_on(place: Place, plan: Plan, overwrite: bool) -> bool:
+def can_go_on(place: Location, plan: Plan, overwrite: bool) -> bool:
     """Whether an interrupted run of this plan can be continued. `Refused` for one of another plan,
     unless it is to be overwritten."""
     for stage in _stages(place):
@@ -140,7 +140,7 @@ def can_go_on(place: Place, plan: Plan, overwrite: bool) -> bool:
     return False
 
 
-def check_room(place: Place, plan: Plan, overwrite: bool) -> None:
+def check_room(place: Location, plan: Plan, overwrite: bool) -> None:
     """`Refused` where the output cannot be written anew at its place."""
     out = Path(place.path)
     if place.repository:  # the Hub is asked when it is carried out
@@ -156,7 +156,7 @@ def check_room(place: Place, plan: Plan, overwrite: bool) -> None:
         Stage(out).state(fingerprint_of(plan.recipe()), resume=False, overwrite=overwrite)
 
 
-def _stages(place: Place) -> list[Stage]:
+def _stages(place: Location) -> list[Stage]:
     """Where an output may be in the making: beside its place, a single file in a folder first; one
     of the Hub on this machine."""
     if place.repository:

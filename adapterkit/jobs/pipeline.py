@@ -23,7 +23,7 @@ from adapterkit.jobs.older_output import (
     is_pushed,
     older_output,
 )
-from adapterkit.jobs.pipeline_file import PipelineStep, Place, Source, read_pipeline
+from adapterkit.jobs.pipeline_file import Location, PipelineStep, StepSource, read_pipeline
 from adapterkit.jobs.report import Row, outcome, refusal, report, sent
 from adapterkit.options import Progress
 from adapterkit.plan import Plan
@@ -174,10 +174,10 @@ class _Pipeline:
         if run.mode.sends:
             run.outcome = {"state": "planned", "notes": [sent(str(step.push))]}
 
-    def _verb(self, step: PipelineStep, planned: Mapping[Source, PlannedFolder]) -> WritingVerb:
+    def _verb(self, step: PipelineStep, planned: Mapping[StepSource, PlannedFolder]) -> WritingVerb:
         """The step's verb, its arguments checked; some of its sources are planned."""
 
-        def value(source: Source) -> Any:
+        def value(source: StepSource) -> Any:
             there = planned.get(source, source.place.text)
             return there if source.weight is None else (there, source.weight)
 
@@ -192,7 +192,7 @@ class _Pipeline:
         not write. `changes`: inputs will be other ones than now."""
         step = run.step
         older = older_output(step.place)
-        pushed = None if step.push is None else older_output(Place("", step.push))
+        pushed = None if step.push is None else older_output(Location("", step.push))
         resume = can_go_on(step.place, plan, self.overwrite)
         stays = older is not None and not (changes or resume or run.damage) and older.is_of(plan)
         if older is not None and stays and (step.push is None or is_pushed(older, pushed)):
@@ -236,7 +236,7 @@ class _Pipeline:
             return outcome(verb.carry_out(plan))
 
 
-def _planned(source: Source, other: StepRun) -> PlannedFolder | None:
+def _planned(source: StepSource, other: StepRun) -> PlannedFolder | None:
     """What an earlier step will write where a source is; None where that is not known. `Refused`
     where it will write nothing there."""
     if other.plan is None:

@@ -23,7 +23,7 @@ RESERVED = ("out", "accept", "dry_run", "overwrite", "progress", "ray_address", 
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """A folder or a file, on this machine or on the Hub."""
 
     path: str  # absolute; in a repository the folder, "" for all of it
@@ -41,7 +41,7 @@ class Place:
         """As verbs take it as an output."""
         return f"hf://{self.text}" if self.repository else self.path
 
-    def within(self, other: "Place") -> bool:
+    def within(self, other: "Location") -> bool:
         """Whether it is the other place, or lies in it."""
         if self.repository != other.repository:
             return False
@@ -49,38 +49,38 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Source:
+class StepSource:
     """A source of a verb; `weight`: as it is given behind it, PATH=0.7."""
 
-    place: Place
+    place: Location
     weight: float | None = None
 
 
 @dataclass(frozen=True)
 class PipelineStep:
-    """One step: a call of a verb. In its arguments `Source` stands for what the verb reads."""
+    """One step: a call of a verb. In its arguments `StepSource` stands for what the verb reads."""
 
     number: int  # from 1
     name: str  # the verb's
     verb: type[WritingVerb]
     inputs: tuple[str, ...]  # as they are written
     out: str
-    place: Place  # of the output
+    place: Location  # of the output
     arguments: Mapping[str, Any]
-    needs: Mapping[Source, int]  # the step whose output a source is
+    needs: Mapping[StepSource, int]  # the step whose output a source is
 
     @property
     def push(self) -> str | None:
         """The repository to which the output goes as well."""
         return self.arguments.get("push")
 
-    def with_sources(self, value: Callable[[Source], Any]) -> dict[str, Any]:
+    def with_sources(self, value: Callable[[StepSource], Any]) -> dict[str, Any]:
         """The arguments with something in the place of each source."""
 
         def put(argument: Any) -> Any:
             if isinstance(argument, list):
                 return [put(item) for item in argument]
-            return value(argument) if isinstance(argument, Source) else argument
+            return value(argument) if isinstance(argument, StepSource) else argument
 
         return {name: put(argument) for name, argument in self.arguments.items()}
 
@@ -137,7 +137,7 @@ def _entries(file: Path) -> list[dict[str, Any]]:
 
 
 def _step(
-    number: int, entry: dict[str, Any], outs: Mapping[int, Place], folder: Path
+    number: int, entry: dict[str, Any], outs: Mapping[int, Location], folder: Path
 ) -> PipelineStep:
     errors = Problems()
     name, verb = entry.get("verb"), None
@@ -166,7 +166,7 @@ def _step(
         kind = option_of(fields[name]).check.kind if name in fields else ""
         is_source = kind in ("source", "sources", "file")
         arguments[name] = _located(kind, value, source) if is_source else value
-    needs: dict[Source, int] = {}
+    needs: dict[StepSource, int] = {}
     for one in _all_sources(arguments):
         errors += _needed(one, number, outs, where, needs)
     errors.raise_all()
@@ -219,7 +219,7 @@ def _wrong_options(
 def _sources(
     fields: Mapping[str, Field],
     inputs: list[str],
-    source: Callable[[str, str], Source],
+    source: Callable[[str, str], StepSource],
     where: str,
     errors: Problems,
 ) -> dict[str, Any]:
@@ -239,33 +239,33 @@ def _sources(
     return arguments | {last: rest if several else rest[0]}
 
 
-def _located(kind: str, value: Any, source: Callable[[str, str], Source]) -> Any:
+def _located(kind: str, value: Any, source: Callable[[str, str], StepSource]) -> Any:
     """The option's value with sources in the place of texts; what is none is left to its check."""
     if isinstance(value, list):
         return [_located(kind, item, source) for item in value]
     return source(kind, value) if isinstance(value, str) and value else value
 
 
-def _source(kind: str, text: str, *, folder: Path, outs: Sequence[Place]) -> Source:
+def _source(kind: str, text: str, *, folder: Path, outs: Sequence[Location]) -> StepSource:
     if kind != "sources":
-        return Source(_place(text, folder, outs))
+        return StepSource(_place(text, folder, outs))
     whole = _place(text, folder, outs)
     path, _, number = text.rpartition("=")
     weight = finite(number)
     known = os.path.exists(whole.text) or any(whole.within(out) for out in outs)
     if known or not path or weight is None:
-        return Source(whole, 1.0)
-    return Source(_place(path, folder, outs), weight)
+        return StepSource(whole, 1.0)
+    return StepSource(_place(path, folder, outs), weight)
 
 
-def _output(text: str, folder: Path) -> Place:
+def _output(text: str, folder: Path) -> Location:
     """hf://org/name, or else a path in the file's folder."""
     return (_on_hub(text.removeprefix("hf://")) if ids.is_on_hub(text) else None) or _here(
         text, folder
     )
 
 
-def _place(text: str, folder: Path, outs: Sequence[Place]) -> Place:
+def _place(text: str, folder: Path, outs: Sequence[Location]) -> Location:
     """Where a source is: a path in the file's folder that exists or that a step writes, a Hub id,
     or else a path."""
     here = _here(text, folder)
@@ -274,27 +274,31 @@ def _place(text: str, folder: Path, outs: Sequence[Place]) -> Place:
     return _on_hub(text.removeprefix("hf://")) or here
 
 
-def _here(text: str, folder: Path) -> Place:
-    return Place(os.path.normpath(folder / text))
+def _here(text: str, folder: Path) -> Location:
+    return Location(os.path.normpath(folder / text))
 
 
-def _on_hub(text: str) -> Place | None:
+def _on_hub(text: str) -> Location | None:
     hub_id = ids.parse(text)
     if hub_id is None:
         return None
     revision = f"@{hub_id.revision}" if hub_id.revision else ""
-    return Place(hub_id.subfolder, hub_id.repo + revision)
+    return Location(hub_id.subfolder, hub_id.repo + revision)
 
 
-def _all_sources(arguments: Mapping[str, Any]) -> Iterator[Source]:
+def _all_sources(arguments: Mapping[str, Any]) -> Iterator[StepSource]:
     for argument in arguments.values():
         for item in argument if isinstance(argument, list) else [argument]:
-            if isinstance(item, Source):
+            if isinstance(item, StepSource):
                 yield item
 
 
 def _needed(
-    source: Source, number: int, outs: Mapping[int, Place], where: str, needs: dict[Source, int]
+    source: StepSource,
+    number: int,
+    outs: Mapping[int, Location],
+    where: str,
+    needs: dict[StepSource, int],
 ) -> Iterator[AdapterkitError]:
     """Note which step a source comes from; errors where that is not an earlier one."""
     for other, out in outs.items():
@@ -312,7 +316,7 @@ def _needed(
             )
 
 
-def _overlaps(outs: Mapping[int, Place]) -> list[AdapterkitError]:
+def _overlaps(outs: Mapping[int, Location]) -> list[AdapterkitError]:
     return [
         Refused(
             f"the outputs of steps {first} and {second} are one, or one holds the other",

@@ -16,7 +16,7 @@ from adapterkit import __version__
 from adapterkit.checkpoint.storage import replace_file
 from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
 from adapterkit.engines.execution import in_place
-from adapterkit.engines.rank_job import Job
+from adapterkit.engines.rank_job import RankJob
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.jobs.verbs import executors_of, writing_verb
@@ -40,7 +40,7 @@ class PlanFile:
 
     path: Path
     verb: WritingVerb
-    job: Job
+    job: RankJob
 
 
 def write_plan(file: StrPath, verb: str, *sources: Any, **options: Any) -> Plan:
@@ -111,7 +111,7 @@ def read_plan(file: StrPath) -> PlanFile:
         call = verb(**arguments)
     except TypeError as error:
         raise _unreadable(path, f"{data['verb']} does not take its arguments") from error
-    job = Job(data["recipe"], data["inputs"], data["hash"])
+    job = RankJob(data["recipe"], data["inputs"], data["hash"])
     if job.fingerprint != data["fingerprint"]:
         raise _unreadable(path, "its recipe does not match its fingerprint")
     return PlanFile(path, call, job)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from adapterkit.engines.rank_finish import Finish
+from adapterkit.engines.rank_finish import RankFinish
 from adapterkit.engines.rank_job import Preparation
 from adapterkit.engines.ranks import Rank
 from adapterkit.errors import Refused, did_you_mean
@@ -17,14 +17,14 @@ class Executors:
 
     preparation: type[Preparation]
     rank: type[Rank]
-    finish: type[Finish]
+    finish: type[RankFinish]
 
 
 def executors_of(verb: WritingVerb) -> Executors:
     """Those of a verb."""
     if verb.name == "stats":
         return Executors(StatisticsPreparation, StatisticsRank, StatisticsFinish)
-    return Executors(Preparation, Rank, Finish)
+    return Executors(Preparation, Rank, RankFinish)
 
 
 def writing_verbs() -> dict[str, type[WritingVerb]]:

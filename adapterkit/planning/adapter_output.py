@@ -29,7 +29,7 @@ from adapterkit.plan import (
 from adapterkit.planning.cards import adapter_card, plain
 from adapterkit.planning.folder_files import Files, adapter_files, as_json
 from adapterkit.planning.input_files import plan_of
-from adapterkit.planning.sites import Site, levels_of
+from adapterkit.planning.sites import JoinedSite, levels_of
 from adapterkit.planning.tokenizer_files import tokenizer_files
 from adapterkit.shared_options import ScaleOptions
 from adapterkit.tasks.common import CopiedTensor, SummedTensor
@@ -50,7 +50,7 @@ INHERITED = (
 
 
 def sum_biases(
-    sites: Mapping[str, Site],
+    sites: Mapping[str, JoinedSite],
     weight_of: Callable[[int, str], float],  # (adapter's number, module)
     dtype: str,
     errors: Problems,

@@ -19,7 +19,7 @@ from adapterkit.plan import Task
 from adapterkit.planning.comparison import differing_rows
 from adapterkit.planning.readings import rule_readings
 from adapterkit.planning.rules import Rule, pattern_table, read_rules, unmatched
-from adapterkit.planning.sites import Site
+from adapterkit.planning.sites import JoinedSite
 from adapterkit.tasks.common import CopiedTensor, SummedTensor
 
 OPTION = "--weight-for"
@@ -210,7 +210,9 @@ def _copy_of_base(
     return CopiedTensor(key, first[1], key, checked=True)
 
 
-def wrapper_problems(adapters: Sequence[Adapter], sites: Iterable[Site]) -> list[AdapterkitError]:
+def wrapper_problems(
+    adapters: Sequence[Adapter], sites: Iterable[JoinedSite]
+) -> list[AdapterkitError]:
     """PEFT refuses modules_to_save right inside a module whose parameters are targets."""
     homes = {site.module for site in sites if site.parameter}
     saved = {

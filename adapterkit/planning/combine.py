@@ -26,7 +26,7 @@ from adapterkit.planning.adapters import (
 from adapterkit.planning.base_weights import BaseWeights, dora_problems
 from adapterkit.planning.norms import check_statistics, with_statistics, without_inputs
 from adapterkit.planning.sites import (
-    Site,
+    JoinedSite,
     base_with_parameters,
     join,
     levels_of,
@@ -161,7 +161,7 @@ def _weights(method: Method, given: list[float], options: Combine) -> list[float
 
 
 def _parts(
-    site: Site,
+    site: JoinedSite,
     weights: AdapterWeights,
     decomposed: dict[int, BaseWeights],
     method: Method,
@@ -275,7 +275,7 @@ def _fit(
 
 
 def _biases(
-    joined: dict[str, Site],
+    joined: dict[str, JoinedSite],
     weights: "AdapterWeights",
     options: Combine,
     errors: Problems,

@@ -14,7 +14,7 @@ from adapterkit.plan import Plan, Task
 from adapterkit.planning import adapter_output
 from adapterkit.planning.adapters import read_all
 from adapterkit.planning.sites import (
-    Site,
+    JoinedSite,
     base_with_parameters,
     join,
     levels_of,
@@ -146,7 +146,7 @@ def _without_changed_base(trained: Adapter, notes: list[str]) -> Adapter:
 
 
 def _same_modules(
-    joined: dict[str, Site], trained: Adapter, before: Adapter
+    joined: dict[str, JoinedSite], trained: Adapter, before: Adapter
 ) -> list[AdapterkitError]:
     errors = Problems(where="--initial")
     for number, adapter in ((0, trained), (1, before)):

@@ -15,7 +15,7 @@ from adapterkit.plan import OutputFile
 from adapterkit.planning.cards import model_card
 from adapterkit.planning.folder_files import Files, model_files
 from adapterkit.planning.initial_targets import InitialTarget
-from adapterkit.planning.merge.job import Job
+from adapterkit.planning.merge.job import MergeJob
 from adapterkit.planning.merge.plan import changed_steps
 from adapterkit.planning.model_output import CHANGED_BY, QuantizedModel, plan_shard
 from adapterkit.planning.quantization import QuantizationPlan
@@ -28,7 +28,7 @@ SUMMARY = "without the part that {} took into the adapter beside it"
 
 
 @dataclass
-class PlannedFolder:
+class ResidualAdapter:
     """The folder of an adapter that the same plan writes: it has no files yet."""
 
     name: str
@@ -57,7 +57,7 @@ def planned_adapter(config: bytes, targets: Sequence[InitialTarget], dtype: str)
         kind = "embedding" if target.kind == "embedding" else "module"
         a, b = handed_on(target.name, dtypes.parse(dtype), shapes)
         loras.append(Lora(target.module, kind, a, b, depth=target.depth))
-    return Adapter(PlannedFolder("adapter"), 1, json.loads(config), tuple(loras), {}, (), {})
+    return Adapter(ResidualAdapter("adapter"), 1, json.loads(config), tuple(loras), {}, (), {})
 
 
 def plan_residual(
@@ -66,7 +66,7 @@ def plan_residual(
     """The files of W - scale·b@a in the base's own dtypes and formats: shards, and the others.
 
     `Refused` where the factors cannot be taken out of a stored weight."""
-    job = Job(base, [adapter], [-1.0], MergeOptions())
+    job = MergeJob(base, [adapter], [-1.0], MergeOptions())
     steps = changed_steps(job)
     notes += job.notes
     shards = []

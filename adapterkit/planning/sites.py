@@ -41,7 +41,7 @@ class Parameters(Protocol):
 
 
 @dataclass(frozen=True)
-class Site:
+class JoinedSite:
     """A module, or one parameter of a module, and the factors that adapters have there."""
 
     name: str
@@ -68,12 +68,12 @@ class Site:
         return Place.of_factors(lora, factors.experts, levels, self.depth)
 
 
-def levels_of(sites: Collection[Site]) -> dict[str, int]:
+def levels_of(sites: Collection[JoinedSite]) -> dict[str, int]:
     """How many wrappers PEFT puts around each module of a file with factors at these sites."""
     return {site.module: site.wrappers for site in sites}
 
 
-def targets_of(sites: Mapping[str, Site], prefix: str = "") -> dict[str, Any]:
+def targets_of(sites: Mapping[str, JoinedSite], prefix: str = "") -> dict[str, Any]:
     """The fields of `Output` for its targets; `prefix`: of the tasks' names."""
     return {
         "modules": {prefix + name: site.target for name, site in sites.items()},
@@ -114,14 +114,14 @@ def names_of(base: Checkpoint, adapters: Sequence[Adapter], notes: list[str]) ->
 
 def join(
     adapters: Sequence[Adapter], errors: Problems, names: Names | None = None
-) -> dict[str, Site]:
+) -> dict[str, JoinedSite]:
     """The sites of all adapters by name; `names`: the model's, if there is a base. What cannot be
     joined is added to the errors."""
     of, by_module = {adapter.number: adapter for adapter in adapters}, {}
     for adapter in adapters:
         for lora in adapter.loras:
             by_module.setdefault(lora.module, {}).setdefault(adapter.number, []).append(lora)
-    sites: dict[str, Site] = {}
+    sites: dict[str, JoinedSite] = {}
     for module, loras in by_module.items():
         own = names.children(module) if names is not None else None
         leaves = {number: of[number].leaves(module, own) for number in loras}
@@ -140,7 +140,7 @@ def join(
     return sites
 
 
-def _module(module: str, loras: dict[int, Lora], of: dict[int, Adapter]) -> Site:
+def _module(module: str, loras: dict[int, Lora], of: dict[int, Adapter]) -> JoinedSite:
     members, errors = {}, Problems()
     for number, lora in loras.items():
         with errors.collected():
@@ -149,7 +149,7 @@ def _module(module: str, loras: dict[int, Lora], of: dict[int, Adapter]) -> Site
     if len({(lora.kind, f.shape, lora.a.shape[1:]) for lora, f in members.values()}) > 1:
         raise _other_shapes(module, members, of)
     attention = next((path for n, lora in loras.items() if (path := of[n].attention(lora))), None)
-    return Site(module, module, False, None, 0, members, attention)
+    return JoinedSite(module, module, False, None, 0, members, attention)
 
 
 def _other_shapes(
@@ -199,14 +199,14 @@ def sites_of(
     of: dict[int, Adapter],
     own: list[str] | None,
     names: Parameters | None,
-) -> list[Site]:
+) -> list[JoinedSite]:
     """The parameters of one module, the innermost first; `Refused` where neither files nor model
     say which is which."""
     holders = [
         (leaves[number], 1 + max(lora.depth for lora in its)) for number, its in loras.items()
     ]
     union = list(dict.fromkeys(leaf for named, _ in holders for leaf in named))
-    results: dict[tuple, list[list[Site]]] = {}
+    results: dict[tuple, list[list[JoinedSite]]] = {}
     failure: AdapterkitError | None = None
     if own is None and len(union) > MOST:
         raise _undecided(module, loras, union, of)
@@ -244,7 +244,7 @@ def _undecided(module: str, loras: dict, union: list[str], of: dict[int, Adapter
     )
 
 
-def _signature(sites: list[Site]) -> tuple:
+def _signature(sites: list[JoinedSite]) -> tuple:
     """All of a result that does not depend on the parameters' names."""
     return tuple(
         (
@@ -280,7 +280,7 @@ def _arranged(
     leaves: dict[int, list[str]],
     of: dict[int, Adapter],
     names: Parameters | None,
-) -> list[Site]:
+) -> list[JoinedSite]:
     """The sites if these are the parameters, in this order; `Refused` where the files contradict
     it."""
     members: dict[str, dict[int, tuple[Lora, Factors]]] = {leaf: {} for leaf in chosen}
@@ -304,7 +304,9 @@ def _arranged(
             _check_shape(module, leaf, its, names)
     last = len(chosen) - 1
     return [
-        Site(f"{module}.{leaf}", module, True, leaf, last - i, members[leaf], wrappers=len(chosen))
+        JoinedSite(
+            f"{module}.{leaf}", module, True, leaf, last - i, members[leaf], wrappers=len(chosen)
+        )
         for i, leaf in enumerate(chosen)
         if members[leaf]
     ]
@@ -338,7 +340,7 @@ def _check_shape(
             )
 
 
-def _nested(sites: list[Site]) -> list[AdapterkitError]:
+def _nested(sites: list[JoinedSite]) -> list[AdapterkitError]:
     """PEFT cannot wrap the parameters of a module inside one whose parameters are wrapped."""
     homes = {site.module for site in sites if site.parameter}
     inner = [(home, other) for home in homes for other in homes if home.startswith(f"{other}.")]
@@ -377,7 +379,9 @@ def flips_square_experts(
     return layout == "peft-0.18" or transposed
 
 
-def _other_layouts(sites: Collection[Site], adapters: Sequence[Adapter]) -> list[AdapterkitError]:
+def _other_layouts(
+    sites: Collection[JoinedSite], adapters: Sequence[Adapter]
+) -> list[AdapterkitError]:
     """Square stacks of two versions of PEFT may be each other's transpose: their shapes do not
     tell."""
     square = [

@@ -22,7 +22,7 @@ from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.sums import all_finite, squared_norm
 from adapterkit.options import Progress
 from adapterkit.planning.merge.changes import collect_changes, other_base
-from adapterkit.planning.merge.job import Job
+from adapterkit.planning.merge.job import MergeJob
 from adapterkit.reports.reader import StoredReader
 from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.detect import check_not_quantized
@@ -47,7 +47,7 @@ def join(adapter: Adapter, on: Folder, problems: Problems) -> Join:
     base = open_checkpoint(on)
     check_not_quantized(base)
     # a norm is the same in either layout of experts
-    job = Job(base, [adapter], [1.0], MergeOptions(expert_layout="peft-0.19"))
+    job = MergeJob(base, [adapter], [1.0], MergeOptions(expert_layout="peft-0.19"))
     collect_changes(job)
     problems += job.errors
     # a local copy may have any name

@@ -55,7 +55,7 @@ ROLES = ("a", "b", "scale", "prototype")  # of the tensors of a module; `expert`
 
 
 @dataclass
-class Arrow(Attached):
+class ArrowRouter(Attached):
     """A router on the model, and what it takes to write it and to add experts."""
 
     settings: dict[str, Any] = field(default_factory=dict)  # its arrow.json
@@ -70,7 +70,7 @@ class Arrow(Attached):
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredRouter:
     """A router's folder: its arrow.json and, by module, its experts."""
 
     settings: dict[str, Any]
@@ -138,11 +138,11 @@ def create(
         )
 
 
-def place(state: State, stored: Stored, name: str) -> Arrow:
+def place(state: State, stored: StoredRouter, name: str) -> ArrowRouter:
     """Add a router that was read; `Refused` where it does not fit the model."""
     check_modules(state, stored.modules)
     settings = stored.settings
-    router = Arrow(
+    router = ArrowRouter(
         name,
         LoraConfig(targets=list(stored.modules)),
         trainable=False,
@@ -158,7 +158,7 @@ def place(state: State, stored: Stored, name: str) -> Arrow:
     return router
 
 
-def part_at(state: State, router: Arrow, path: str, experts: Experts) -> RoutedPart:
+def part_at(state: State, router: ArrowRouter, path: str, experts: Experts) -> RoutedPart:
     experts = experts.to(home(state.modules[path]))
     top_k, temperature = router.settings["top_k"], router.settings["temperature"]
     return RoutedPart(router.name, experts, top_k, temperature)
@@ -277,12 +277,12 @@ def remove_expert(state: State, name: str, *, arrow: str) -> None:
             part.hold(rest)
 
 
-def find(state: State, name: str) -> Arrow:
+def find(state: State, name: str) -> ArrowRouter:
     """A router by its name; `Refused` for another adapter."""
     state.known([name])
     router = state.adapters[name]
-    if not isinstance(router, Arrow):
-        routers = [n for n, adapter in state.adapters.items() if isinstance(adapter, Arrow)]
+    if not isinstance(router, ArrowRouter):
+        routers = [n for n, adapter in state.adapters.items() if isinstance(adapter, ArrowRouter)]
         raise Refused(
             f"{shown(name)} is no router",
             expected=listed(routers) or "a router; there is none",
@@ -292,7 +292,7 @@ def find(state: State, name: str) -> Arrow:
     return router
 
 
-def check_new(router: Arrow, name: str) -> None:
+def check_new(router: ArrowRouter, name: str) -> None:
     if not isinstance(name, str) or not name or name in router.experts:
         raise Refused(
             f"name {name!r} of an expert",
@@ -302,7 +302,7 @@ def check_new(router: Arrow, name: str) -> None:
         )
 
 
-def general_sources(router: Arrow, general: Any) -> list[StrPath]:
+def general_sources(router: ArrowRouter, general: Any) -> list[StrPath]:
     """Where the general adapters are that are subtracted from each expert."""
     names = router.settings.get("general") or []
     sources = list(router.general) if general is None else unweighted(general, "general")
@@ -318,7 +318,7 @@ def general_sources(router: Arrow, general: Any) -> list[StrPath]:
     return sources
 
 
-def check_general(router: Arrow, stored: Sequence[Mapping[str, Any]]) -> None:
+def check_general(router: ArrowRouter, stored: Sequence[Mapping[str, Any]]) -> None:
     """`Refused` for general adapters that are not those of the router's other experts."""
     known = router.settings.get("sources", [])[len(router.experts) :]
     wrong = [
@@ -386,7 +386,7 @@ def read_settings(folder: Folder) -> dict[str, Any]:
     return settings
 
 
-def read(folder: Folder, settings: dict[str, Any], names: list[str]) -> Stored:
+def read(folder: Folder, settings: dict[str, Any], names: list[str]) -> StoredRouter:
     """The experts of a router's folder under these names."""
     header = read_header(folder, WEIGHTS)
     modules: dict[str, dict[str, TensorSpec]] = {}
@@ -421,7 +421,7 @@ def read(folder: Folder, settings: dict[str, Any], names: list[str]) -> Stored:
             )
     locate(errors, folder)
     dtype = next(iter(result.values())).a.dtype
-    return Stored(settings, names, dtype, result)
+    return StoredRouter(settings, names, dtype, result)
 
 
 def problems(path: str, specs: Mapping[str, TensorSpec]) -> Iterator[AdapterkitError]:

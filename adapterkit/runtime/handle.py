@@ -275,7 +275,7 @@ class Adapters:
         `name`: may be left out where one adapter is active, or there is one only."""
         writing.check_local(folder, "save")
         name = name or self._only_name("save")
-        if isinstance(self.state.adapters.get(name), arrows.Arrow):
+        if isinstance(self.state.adapters.get(name), arrows.ArrowRouter):
             arrows.save(self.state, folder, name)
         else:
             writing.save(self.state, folder, name)

@@ -25,7 +25,7 @@ from adapterkit.runtime.state import State
 
 
 @dataclass
-class Merge:
+class ReplacedWeights:
     """Weights of a model that were replaced, and what they were."""
 
     active: dict[str, float]  # what acted before
@@ -65,7 +65,7 @@ def merge(state: State, table: Mapping[str, float]) -> None:
     """Put adapters into the base's weights; `Refused` for what cannot be merged, before anything
     changes."""
     check(state, table)
-    done = Merge(dict(state.active))
+    done = ReplacedWeights(dict(state.active))
     merged: dict[int, list[nn.Parameter]] = {}  # by the original's id
     own: list[tuple[Site, str, nn.Parameter]] = []
     for site in _sites(state, table):
@@ -195,7 +195,9 @@ def _sites(state: State, table: Mapping[str, float]) -> Iterator[Site]:
     yield from seen.values()
 
 
-def _breaks_ties(state: State, done: Merge, merged: Mapping[int, list[nn.Parameter]]) -> bool:
+def _breaks_ties(
+    state: State, done: ReplacedWeights, merged: Mapping[int, list[nn.Parameter]]
+) -> bool:
     """Whether a weight that is replaced is another module's too, which keeps it or gets another
     value."""
     places = {(id(module), leaf) for module, leaf, _ in done.replaced}
@@ -227,7 +229,7 @@ def _check_untying(model: nn.Module) -> None:
         )
 
 
-def _untie(model: nn.Module, done: Merge) -> None:
+def _untie(model: nn.Module, done: ReplacedWeights) -> None:
     """Say in the config that the model is tied no longer, or a save and a load would put one weight
     in both places."""
     config = getattr(model, "config", None)

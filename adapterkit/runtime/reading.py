@@ -30,7 +30,7 @@ from adapterkit.runtime.creation import home
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers import KINDS, part_class
 from adapterkit.runtime.layers.linear import LinearPart
-from adapterkit.runtime.layers.parameter import StoredParameter, split_parameters
+from adapterkit.runtime.layers.parameter import ParameterFactors, split_parameters
 from adapterkit.runtime.layers.tied import share, shared_heads
 from adapterkit.runtime.replication import replicate, replicating
 from adapterkit.runtime.site import Part
@@ -41,13 +41,13 @@ from adapterkit.weights.linear import kind_of
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredAdapter:
     """An adapter's files, joined with the model: for each part its module, kind and tensors."""
 
     adapter: Adapter
     config: LoraConfig
     factors: tuple[tuple[str, str, Lora, float], ...]  # path, kind, factors, scale
-    parameters: tuple[StoredParameter, ...]
+    parameters: tuple[ParameterFactors, ...]
     values: StoredValues
 
 
@@ -90,12 +90,12 @@ def take_base(state: State, adapter: Attached, stored: Adapter) -> None:
         )
 
 
-def join(state: State, source: StrPath) -> Stored:
+def join(state: State, source: StrPath) -> StoredAdapter:
     """Read an adapter's headers and find the module of each of its tensors."""
     return _join(state, open_adapter(source))
 
 
-def _join(state: State, folder: Folder, *, beside: bool = False) -> Stored:
+def _join(state: State, folder: Folder, *, beside: bool = False) -> StoredAdapter:
     """`beside`: of initial factors, for the layers as their adapter has them."""
     adapter = read_adapter(folder, 0, check_live_config)
     config = LoraConfig.from_peft(adapter.config, adapter.where)
@@ -133,12 +133,12 @@ def _join(state: State, folder: Folder, *, beside: bool = False) -> Stored:
         factors.append((lora.module, kind, lora, scale))
     values = join_values(state, adapter, config, errors)
     errors.raise_all()
-    return Stored(adapter, config, tuple(factors), tuple(parameters), values)
+    return StoredAdapter(adapter, config, tuple(factors), tuple(parameters), values)
 
 
 def read_parts(
     state: State,
-    stored: Stored,
+    stored: StoredAdapter,
     name: str,
     dtype: torch.dtype | None,
     *,
@@ -266,7 +266,7 @@ def _magnitude_errors(
         )
 
 
-def subtract_initial(state: State, stored: Stored, parts: list[tuple[str, Part]]) -> None:
+def subtract_initial(state: State, stored: StoredAdapter, parts: list[tuple[str, Part]]) -> None:
     """Give parts trained on a changed base the factors that it lacks: those beside the adapter, or
     the same as before by the method; `Refused` where there are neither."""
     init = stored.adapter.changed_base()

@@ -15,7 +15,7 @@ from adapterkit.runtime.state import State
 
 
 @dataclass(frozen=True)
-class Share:
+class AdapterOnModule:
     """One adapter, or expert of a router, on one module. `part`: factors, copy, tokens or the
     parameter's name; `norm`: of the delta, ‖scale·b·a‖ (Frobenius). Only factors have a rank, a
     scale and a norm."""
@@ -41,7 +41,7 @@ class Row:
 
     module: str
     kind: str
-    adapters: tuple[Share, ...]
+    adapters: tuple[AdapterOnModule, ...]
 
 
 class Report(list[Row]):
@@ -83,7 +83,7 @@ def report(state: State) -> Report:
         site = state.sites.get(path)
         if site is None:
             continue
-        shares: dict[str, list[Share]] = {}  # by the name of the module or parameter
+        shares: dict[str, list[AdapterOnModule]] = {}  # by the name of the module or parameter
         for name, parts in site.parts.items():
             for part in parts.values():
                 if isinstance(part, MirrorPart):
@@ -95,11 +95,11 @@ def report(state: State) -> Report:
     return rows
 
 
-def _shares(name: str, part: Part, active: bool) -> Iterator[Share]:
+def _shares(name: str, part: Part, active: bool) -> Iterator[AdapterOnModule]:
     if isinstance(part, FactorsPart):
-        yield Share(name, part.rank, part.stored_scale, part.norm(), active)
+        yield AdapterOnModule(name, part.rank, part.stored_scale, part.norm(), active)
     elif isinstance(part, RoutedPart):
         for expert, scale, norm in zip(part.names, part.scales, part.norms(), strict=True):
-            yield Share(f"{name}: {expert}", part.rank, scale, norm, active)
+            yield AdapterOnModule(f"{name}: {expert}", part.rank, scale, norm, active)
     else:
-        yield Share(name, None, None, None, active, part.role.removeprefix("weight."))
+        yield AdapterOnModule(name, None, None, None, active, part.role.removeprefix("weight."))

@@ -13,7 +13,7 @@ from adapterkit.runtime.site import Part, Site
 
 
 @dataclass(frozen=True)
-class Share:
+class AdapterTerm:
     """One adapter at a linear layer: stretch·y + offset + scale·(x·aᵀ)·bᵀ."""
 
     a: Tensor  # (r, in)
@@ -23,7 +23,7 @@ class Share:
     offset: Tensor | None  # (out,)
 
 
-def share_of(site: Site, parts: Mapping[str, Part]) -> Share | None:
+def share_of(site: Site, parts: Mapping[str, Part]) -> AdapterTerm | None:
     """The share of an adapter whose only part here is a linear layer's factors, else None."""
     part = parts.get("delta")
     if len(parts) != 1 or type(part) not in (LinearPart, Conv1DPart):
@@ -32,17 +32,17 @@ def share_of(site: Site, parts: Mapping[str, Part]) -> Share | None:
     if part.magnitude is None:
         a, b = part.joined()
         scale = part.stored_scale
-        return Share(a, b, scale, None, None if part.bias is None else part.bias * scale)
+        return AdapterTerm(a, b, scale, None, None if part.bias is None else part.bias * scale)
     stretch, a, b = part.folded()
     bias = site.host._parameters.get("bias")
     assert stretch is not None
-    return Share(a, b, 1.0, stretch, None if bias is None else (1 - stretch) * bias)
+    return AdapterTerm(a, b, 1.0, stretch, None if bias is None else (1 - stretch) * bias)
 
 
 class LinearRows:
     """The products of all rows at one linear layer; factors are stacked at the first call."""
 
-    def __init__(self, shares: Sequence[Share], index: Sequence[int], *, in_place: bool):
+    def __init__(self, shares: Sequence[AdapterTerm], index: Sequence[int], *, in_place: bool):
         dtypes = [tensor.dtype for share in shares for tensor in (share.a, share.b)]
         self.dtype = dtypes[0]
         for dtype in dtypes:

@@ -23,7 +23,7 @@ from adapterkit.inits.protocol import (
 from adapterkit.registry import members
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers import KINDS
-from adapterkit.statistics.source import Source, Stats, open_statistics
+from adapterkit.statistics.source import StatisticsReader, Stats, open_statistics
 from adapterkit.tasks.statistics import select_statistics, shape_of
 
 WHERE = "LoraConfig"
@@ -65,7 +65,7 @@ def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:
 class ModuleStatistics:
     """The statistics that an init needs, module by module."""
 
-    source: Source | None
+    source: StatisticsReader | None
     specs: Mapping[str, Mapping[str, TensorSpec]]  # module -> kind -> where it is
 
     def of(self, module: str, kinds: Collection[str] | None = None) -> dict[str, Tensor]:

@@ -21,10 +21,10 @@ from adapterkit.runtime.invocation import Invocations
 from adapterkit.runtime.layers.invoked import InvokedPart
 from adapterkit.runtime.quantized import allow_packed, decompress, keep_unpacked
 from adapterkit.runtime.site import CHILD, Part, Site
-from adapterkit.runtime.watch import Watch
+from adapterkit.runtime.watch import FirstCallWatch
 
 
-class Merge(Protocol):
+class MergeState(Protocol):
     """Weights that a merge replaced; see `merging`."""
 
     active: dict[str, float]
@@ -64,7 +64,7 @@ class Attached:
     sites: dict[str, Site] = field(default_factory=dict)  # by path
     base_fingerprint: str | None = None
     strict: bool = False  # what does nothing is an error, not a warning
-    watch: Watch | None = None  # since it was active first
+    watch: FirstCallWatch | None = None  # since it was active first
 
     def parts(self) -> Iterator[tuple[Site, Part]]:
         for site in self.sites.values():
@@ -85,7 +85,7 @@ class State:
         self.adapters: dict[str, Attached] = {}
         self.active: dict[str, float] = {}
         self.merged: dict[str, float] = {}
-        self.merge: Merge | None = None  # what `merged` replaced
+        self.merge: MergeState | None = None  # what `merged` replaced
         self.rows: Batch | None = None  # the mixed batch in progress; see `rows`
         self.store: Provider | None = None  # of adapters that are not loaded
         self.invocations: Invocations | None = None  # while there is an aLoRA
@@ -201,7 +201,9 @@ class State:
             trained = adapter.trainable and name in self.active
             if name in self.active and adapter.watch is None:
                 parts = adapter.parts()
-                adapter.watch = Watch(self.model, self.modules, name, parts, strict=adapter.strict)
+                adapter.watch = FirstCallWatch(
+                    self.model, self.modules, name, parts, strict=adapter.strict
+                )
             if adapter.watch is not None:
                 adapter.watch.acts = name in self.active
             if trained:

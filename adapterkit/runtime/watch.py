@@ -20,7 +20,7 @@ GIVEN = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs")  # in a mo
 STEPS = 8  # of optimizers, after which gradients are not waited for any longer
 
 
-class Watch:
+class FirstCallWatch:
     """What is seen of one adapter in the first call of the model, and in the first step."""
 
     def __init__(
@@ -131,11 +131,11 @@ class Watch:
         warnings.warn(str(error), stacklevel=2)
 
 
-_waiting: WeakSet[Watch] = WeakSet()
+_waiting: WeakSet[FirstCallWatch] = WeakSet()
 _hook: list[RemovableHandle] = []  # the one of all optimizers
 
 
-def _wait(watch: Watch) -> None:
+def _wait(watch: FirstCallWatch) -> None:
     _waiting.add(watch)
     if not _hook:
         _hook.append(register_optimizer_step_pre_hook(_on_step))

@@ -20,7 +20,7 @@ from adapterkit.errors import Failed
 SMALL = 1 << 16  # bytes of a tensor that is left where it is
 
 
-class Room:
+class ActivationStore:
     """Memory for activations that wait, and a file for those that it does not hold.
 
     The file has no name, so that nothing is left of it however the process ends.
@@ -68,7 +68,7 @@ class Room:
 class Copy:
     """The bytes of a storage, in memory or in the file, for as long as this object lives."""
 
-    def __init__(self, room: Room, storage: UntypedStorage, in_file: bool = False):
+    def __init__(self, room: ActivationStore, storage: UntypedStorage, in_file: bool = False):
         self.room, self.nbytes = room, storage.nbytes()
         self.memory = self.at = None
         if not in_file and room.take(self.nbytes):
@@ -133,7 +133,7 @@ class Activations:
     alone, those of parameters, of buffers, and of the data.
     """
 
-    room: Room
+    room: ActivationStore
     rows: int
     fixed: set[int]
     _tracked: dict[int, _Tracked] = field(default_factory=dict)

@@ -11,9 +11,9 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.system import quarter_of_memory
 from adapterkit.engines.hub_sources import BoundedFolder, BoundedSources
-from adapterkit.statistics.activations import Room
+from adapterkit.statistics.activations import ActivationStore
 from adapterkit.statistics.file import Results
-from adapterkit.statistics.job import Batch, Job, Request
+from adapterkit.statistics.job import Batch, CollectionJob, Request
 from adapterkit.statistics.layerwise import run_layerwise
 from adapterkit.statistics.ledger import Ledger, fingerprint, open_work
 from adapterkit.statistics.stored_model import StoredModel
@@ -71,11 +71,13 @@ def collect_statistics(
     request.check()
     with open_sources(base.folder) as sources:
         stored = StoredModel(base, sources, torch.device(device))
-        job = Job(stored, request, batches, whole)
+        job = CollectionJob(stored, request, batches, whole)
         options = {**vars(request), "targets": job.targets, "whole": job.is_whole}
         open_work(work, fingerprint(base, batches, options), resume)
         ledger = Ledger(work, job)
-        with closing(Room(work, quarter_of_memory() if memory is None else memory)) as room:
+        with closing(
+            ActivationStore(work, quarter_of_memory() if memory is None else memory)
+        ) as room:
             run(job, ledger, room, progress)
     return job.results(work, ledger.files)
 
@@ -94,7 +96,7 @@ class Layers:
         self.done = done
 
 
-def run(job: Job, ledger: Ledger, room: Room, progress: Progress) -> None:
+def run(job: CollectionJob, ledger: Ledger, room: ActivationStore, progress: Progress) -> None:
     """Let all batches go through the model, and the ledger have what it wants of it."""
     if job.is_whole:
         run_whole(job, ledger, progress)

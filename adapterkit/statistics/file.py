@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adapterkit.checkpoint.layout import Stored, laid_out
+from adapterkit.checkpoint.layout import TensorPlan, laid_out
 from adapterkit.statistics.sums import Sums
 from adapterkit.statistics.work import SumsFile, remove, write_file
 from adapterkit.tasks.statistics import INPUTS, METADATA, key_of
@@ -42,7 +42,7 @@ class Results:
         seen = [m for f in self.files for r in f.records if r["vectors"] for m in r["modules"]]
         return list(dict.fromkeys([*seen, *(m for file in self.files for m in file.gradients)]))
 
-    def tensors(self) -> list[Stored]:
+    def tensors(self) -> list[TensorPlan]:
         """What the file will hold, in its order; all float32."""
         result = []
         for file in self.files:
@@ -58,12 +58,12 @@ class Results:
                 }
                 kinds = [kind for name in INPUTS if name in self.what for kind in INPUTS[name]]
                 result += [
-                    Stored(key_of(record["modules"][0], kind), "F32", shapes[kind])
+                    TensorPlan(key_of(record["modules"][0], kind), "F32", shapes[kind])
                     for kind in kinds
                     if record["vectors"]
                 ]
             result += [
-                Stored(key_of(module, "gradient"), "F32", shape)
+                TensorPlan(key_of(module, "gradient"), "F32", shape)
                 for module, shape in file.gradients.items()
             ]
         return result

@@ -16,7 +16,7 @@ from adapterkit.statistics.masks import Masks, token_masks
 from adapterkit.statistics.stored_model import StoredModel
 from adapterkit.statistics.sums import Sums
 from adapterkit.statistics.units import Unit, Units
-from adapterkit.statistics.watch import Watch
+from adapterkit.statistics.watch import SumsWatch
 from adapterkit.statistics.work import SumsFile
 from adapterkit.tasks.statistics import INPUTS
 from adapterkit.weights.linear import is_linear
@@ -69,7 +69,7 @@ class Request:
         errors.raise_all()
 
 
-class Job:
+class CollectionJob:
     """A model, its layers whose statistics are collected, and the data."""
 
     def __init__(
@@ -159,12 +159,12 @@ class Job:
         """Whether a layer's weight is (in, out)."""
         return type(self.model.get_submodule(module)).__name__ == TRANSPOSED
 
-    def watch(self) -> Watch:
+    def watch(self) -> SumsWatch:
         """Hooks on the layers; none where no statistics of inputs are asked for."""
         layers = {name: self.model.get_submodule(name) for name in self.watched if self.inputs}
-        return Watch(self.model, layers)
+        return SumsWatch(self.model, layers)
 
-    def masks(self, watch: Watch, batch: Batch) -> Masks | None:
+    def masks(self, watch: SumsWatch, batch: Batch) -> Masks | None:
         """Which tokens of a batch count; None: all, as for CorDA's own covariance."""
         return watch.masks_of(batch) if self.inputs and self.request.compat is None else None
 

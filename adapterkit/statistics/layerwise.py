@@ -6,14 +6,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adapterkit.statistics.activations import Room
-from adapterkit.statistics.job import Batch, Job
+from adapterkit.statistics.activations import ActivationStore
+from adapterkit.statistics.job import Batch, CollectionJob
 from adapterkit.statistics.ledger import Ledger
-from adapterkit.statistics.lockstep import Lockstep, Stage
+from adapterkit.statistics.lockstep import Lockstep, UnitSums
 
 
 def run_layerwise(
-    job: Job, ledger: Ledger, room: Room, progress: Callable[[int, int], None]
+    job: CollectionJob, ledger: Ledger, room: ActivationStore, progress: Callable[[int, int], None]
 ) -> None:
     """All batches through one layer, then the next, as far as the ledger wants it. `room`: for
     activations that wait."""
@@ -27,7 +27,7 @@ def run_layerwise(
         progress(min(done, steps - 1), steps)
 
     is_outside = any(units.unit_of(name) is None for name in job.watched)
-    outside = Stage(
+    outside = UnitSums(
         lambda: job.sums() if is_outside and job.inputs else None,
         lambda: {} if job.gradients else None,
     )
@@ -47,7 +47,7 @@ def run_layerwise(
     progress(steps, steps)
 
 
-def _loss(job: Job, batch: Batch) -> Tensor | None:
+def _loss(job: CollectionJob, batch: Batch) -> Tensor | None:
     """What a batch's pass computes."""
     with torch.set_grad_enabled(job.gradients):
         output = job.model(**job.arguments(batch))

@@ -14,8 +14,8 @@ from torch import Tensor
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.storage import storage_errors
 from adapterkit.errors import Failed, Refused, shown
-from adapterkit.statistics.job import Job
-from adapterkit.statistics.lockstep import Gradients, Stage
+from adapterkit.statistics.job import CollectionJob
+from adapterkit.statistics.lockstep import Gradients, UnitSums
 from adapterkit.statistics.sums import Sum, Sums
 from adapterkit.statistics.units import Unit, is_within
 from adapterkit.statistics.work import SumsFile, remove
@@ -71,7 +71,7 @@ class Ledger:
     far, and how many visits they are of. The visits of a resumed job are the same.
     """
 
-    def __init__(self, work: Path, job: Job):
+    def __init__(self, work: Path, job: CollectionJob):
         self.work, self.job = work, job
         self._files: dict[str, SumsFile] = {}
         self._visits = Counter[str]()
@@ -85,10 +85,10 @@ class Ledger:
         """Whether the sums of a model that is run whole are still to be made."""
         return True
 
-    def stage(self, unit: Unit) -> Stage | None:
+    def stage(self, unit: Unit) -> UnitSums | None:
         """What is to be collected of a unit that the batches go through now; None where nothing is
         left to collect, of it and of all that follow."""
-        return Stage(
+        return UnitSums(
             lambda: self._sums(unit) if has_sums(self.job, unit) else None,
             lambda: self._gradients(unit) if has_gradients(self.job, unit) else None,
         )
@@ -117,7 +117,7 @@ class Ledger:
             return {}
         return {module: self._oriented(module, file.gradient(module)) for module in file.gradients}
 
-    def finish(self, unit: Unit, stage: Stage) -> None:
+    def finish(self, unit: Unit, stage: UnitSums) -> None:
         """Write what a stage has collected."""
         collected = vars(stage)
         sums, gradients = collected.get("sums"), collected.get("gradients")
@@ -144,7 +144,7 @@ class Ledger:
         visits = self._visits[name]
         self._files[name] = SumsFile.write(self.work, name, sums, gradients, visits, passes)
 
-    def write_outside(self, stage: Stage) -> None:
+    def write_outside(self, stage: UnitSums) -> None:
         """Of layers outside the units, when all batches have gone through the model."""
         if stage.sums is not None or stage.gradients is not None:
             self._collect(OUTSIDE, stage.sums, stage.gradients or {})
@@ -159,17 +159,17 @@ class Ledger:
         return gradient.T if self.job.is_transposed(module) else gradient
 
 
-def has_sums(job: Job, unit: Unit) -> bool:
+def has_sums(job: CollectionJob, unit: Unit) -> bool:
     """Whether a unit has layers whose inputs are summed."""
     return bool(job.inputs) and any(is_within(name, [unit.name]) for name in job.watched)
 
 
-def has_gradients(job: Job, unit: Unit) -> bool:
+def has_gradients(job: CollectionJob, unit: Unit) -> bool:
     """Whether a unit has layers whose gradients are summed."""
     return job.gradients and any(is_within(name, [unit.name]) for name in job.targets)
 
 
-def foreseen(job: Job) -> tuple[str, ...]:
+def foreseen(job: CollectionJob) -> tuple[str, ...]:
     """Names of a job's files, in the order of a pass, if the model calls each layer once."""
     if job.is_whole:
         return (WHOLE,)

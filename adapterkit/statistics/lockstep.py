@@ -20,14 +20,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from adapterkit.errors import Refused, shown
-from adapterkit.statistics.activations import Activations, Room
+from adapterkit.statistics.activations import Activations, ActivationStore
 from adapterkit.statistics.masks import Masks, following
 from adapterkit.statistics.passages import Passage
 from adapterkit.statistics.recompute import Call, apply, is_differentiable
 from adapterkit.statistics.stored_model import StoredModel
 from adapterkit.statistics.sums import Sums
 from adapterkit.statistics.units import Unit, Units
-from adapterkit.statistics.watch import Watch
+from adapterkit.statistics.watch import SumsWatch
 
 Gradients = dict[str, Tensor]  # Σ dLoss/dW by module, as the model has W, float32 on the CPU
 
@@ -38,7 +38,7 @@ class Stop:
 
     unit: Unit
     is_backward: bool
-    run: Callable[["Lockstep", "Pass", "Stage"], Any]
+    run: Callable[["Lockstep", "Pass", "UnitSums"], Any]
     tensors: Any  # that wait
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
@@ -51,7 +51,7 @@ class Pass(Passage):
         self.activations, self.masks = activations, masks
 
 
-class Stage:
+class UnitSums:
     """What is collected of a unit while batches go through it: `sums` in the forward pass,
     `gradients` in the backward pass, made when they are first asked for; nothing where they are
     None."""
@@ -80,13 +80,13 @@ class Lockstep:
 
     stored: StoredModel
     units: Units
-    watch: Watch
+    watch: SumsWatch
     targets: Sequence[str]
-    room: Room
+    room: ActivationStore
     stop_at: Unit | None
-    outside: Stage  # of layers outside the units
-    begin: Callable[[Unit], Stage | None]
-    end: Callable[[Unit, Stage], None]
+    outside: UnitSums  # of layers outside the units
+    begin: Callable[[Unit], UnitSums | None]
+    end: Callable[[Unit, UnitSums], None]
     step: Callable[[], None]  # one batch has gone through one unit
     fixed: set[int] = field(default_factory=set)  # storages that are never emptied
 
@@ -147,7 +147,7 @@ class Lockstep:
         ]
         return {name: self.stored.model.get_submodule(name).weight for name in modules}
 
-    def _stage(self, unit: Unit, stage: Stage, waiting: Sequence[Pass]) -> None:
+    def _stage(self, unit: Unit, stage: UnitSums, waiting: Sequence[Pass]) -> None:
         """All passes that wait for a unit go through it."""
         self.stored.load(unit.parameters, self.stored.device)
         before = set(self.fixed)
@@ -163,7 +163,7 @@ class Lockstep:
             self.stored.free(unit.parameters)
         self.end(unit, stage)
 
-    def _through(self, one: Pass, stage: Stage) -> None:
+    def _through(self, one: Pass, stage: UnitSums) -> None:
         stop: Stop = one.request
         one.activations.restore()
         sums = None if stop.is_backward else stage.sums
@@ -236,7 +236,7 @@ class Lockstep:
         if not isinstance(one, Pass):
             return forward(*args, **kwargs)  # within a unit
 
-        def compute(lockstep: Lockstep, one: Pass, stage: Stage) -> Any:
+        def compute(lockstep: Lockstep, one: Pass, stage: UnitSums) -> Any:
             with torch.no_grad(), following(one.masks):
                 return lockstep.computed(unit, forward, (args, kwargs))
 
@@ -296,7 +296,7 @@ def _backward(
     grads: tuple[Tensor | None, ...],
     lockstep: Lockstep,
     one: Pass,
-    stage: Stage,
+    stage: UnitSums,
 ) -> list[Tensor | None]:
     """Run a unit again to get the gradients of its inputs, and of its targets' weights."""
     weights = lockstep.weights(unit.name) if stage.gradients is not None else {}

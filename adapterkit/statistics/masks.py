@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import Failed, shown
-from adapterkit.statistics.tokens import BOTH, COUNTED, LEFT_OUT, Tokens
+from adapterkit.statistics.tokens import BOTH, COUNTED, LEFT_OUT, TokenTracker
 
 IGNORED = -100  # of labels, as in torch's cross entropy
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
@@ -65,7 +65,7 @@ class Leader:
     """The first of several calls of a model with inputs of the same shapes, of which all tokens
     count: what it pads and leaves out by itself, the others do as well."""
 
-    def __init__(self, tokens: Tokens):
+    def __init__(self, tokens: TokenTracker):
         self.tokens, self.leaves_out, self.is_done = tokens, False, False
 
     @property
@@ -78,9 +78,9 @@ class Masks:
     """Which vectors count of the inputs of a model's layers, while the model runs.
 
     `rule`: which tokens count, `token_masks` if it is None. From the model's inputs on the tokens
-    are followed through its operations (`Tokens`): a vector counts unless it is of a token that is
-    left out, wherever it stands; so do those of no token, of an image, say. Layers that are called
-    outside of the model's own forward count all.
+    are followed through its operations (`TokenTracker`): a vector counts unless it is of a token
+    that is left out, wherever it stands; so do those of no token, of an image, say. Layers that are
+    called outside of the model's own forward count all.
 
     Where no token is left out, a call is followed only if it is the first of its shapes, or the
     model pads by itself, as some do to blocks.
@@ -100,7 +100,7 @@ class Masks:
         self._forget()
 
     def _forget(self) -> None:
-        self.tokens = Tokens()
+        self.tokens = TokenTracker()
         self.masks: list[Tensor] = []  # those that leave something out
         self.decoder_mask = self.unplaced = None
         self.key: Hashable = None  # among the leaders, of a call of which all tokens count

@@ -37,7 +37,7 @@ SUFFIX = ".safetensors"
 Fill = Callable[[Path, Path, bool], None]  # (file to write, work folder, whether to go on there)
 
 
-class Target(Protocol):
+class StatisticsTarget(Protocol):
     """Where the file of statistics goes: on this machine, or on the Hub (`hub_file.py`)."""
 
     @property
@@ -61,7 +61,7 @@ class Target(Protocol):
 
 
 class FileHere:
-    """A `Target` on this machine."""
+    """A `StatisticsTarget` on this machine."""
 
     def __init__(self, out: Path):
         self.out, self.stage = out, Stage(out)
@@ -99,7 +99,7 @@ def placed(plan: Plan, out: StrPath, limit: str | int | None) -> Plan:
 
 
 @contextmanager
-def open_target(out: StrPath, base: Folder) -> Iterator[Target]:
+def open_target(out: StrPath, base: Folder) -> Iterator[StatisticsTarget]:
     """Where the file goes; `Refused` for an account of the Hub that may not write there."""
     if not is_on_hub(out):
         yield FileHere(Path(out))
@@ -177,7 +177,7 @@ class Written:
 
 
 def write(
-    target: Target,
+    target: StatisticsTarget,
     recipe: dict[str, Any],
     fill: Fill,
     *,
@@ -234,7 +234,7 @@ def _size(folder: Path) -> int:
 
 
 def state_of(
-    target: Target, recipe: dict[str, Any], *, resume: bool, overwrite: bool
+    target: StatisticsTarget, recipe: dict[str, Any], *, resume: bool, overwrite: bool
 ) -> tuple[str, bool]:
     """'fresh', 'resume' or 'finished', and whether an older file is replaced."""
     stage, there = target.stage, target.older
@@ -288,7 +288,7 @@ def _metadata(file: Folder) -> dict[str, Any] | None:
     return metadata if "fingerprint" in metadata else None
 
 
-def _fill(target: Target, fill: Fill, *, resume: bool) -> None:
+def _fill(target: StatisticsTarget, fill: Fill, *, resume: bool) -> None:
     """Write the file in the stage; a failure that no resumption can continue leaves nothing."""
     stage = target.stage
     try:

@@ -16,7 +16,7 @@ from adapterkit.errors import Refused, shown
 from adapterkit.options import StrPath
 from adapterkit.plan import Plan
 from adapterkit.planning.input_files import identities, plan_of
-from adapterkit.statistics.job import Job, Request
+from adapterkit.statistics.job import CollectionJob, Request
 from adapterkit.statistics.ledger import foreseen
 from adapterkit.statistics.records import Record, draw_records
 from adapterkit.statistics.samples import Samples, load_tokenizer, tokenize
@@ -136,7 +136,7 @@ def plan_statistics(folder: Folder, data: Sequence[StrPath], options: Options) -
         samples = _samples(folder, stored.model, drawn.records, options)
         options.request.check()
         batches = samples.batches(1 if options.request.takes_rows else options.batch)
-        job = Job(stored, options.request, batches, options.whole)
+        job = CollectionJob(stored, options.request, batches, options.whole)
     shapes = {name: _shape(job, name) for name in job.targets}
     collection = Collection(
         base=base,
@@ -201,13 +201,13 @@ def _samples(folder: Folder, model: Any, records: list[Record], options: Options
     )
 
 
-def _shape(job: Job, module: str) -> tuple[int, int]:
+def _shape(job: CollectionJob, module: str) -> tuple[int, int]:
     """(out, in) of a layer's weight."""
     rows, width = job.model.get_submodule(module).weight.shape
     return (width, rows) if job.is_transposed(module) else (rows, width)
 
 
-def _reads(job: Job, options: Options) -> list[str]:
+def _reads(job: CollectionJob, options: Options) -> list[str]:
     """The files of the base in the order in which they are read, as far as it is known: a model's
     code may call its layers in another one."""
     units = job.units
@@ -218,7 +218,7 @@ def _reads(job: Job, options: Options) -> list[str]:
     return job.stored.reads([units.outside, *forward, *backward])
 
 
-def _sizes(job: Job, shapes: dict[str, tuple[int, int]], options: Options) -> Sizes:
+def _sizes(job: CollectionJob, shapes: dict[str, tuple[int, int]], options: Options) -> Sizes:
     """What the job takes, by its layers' shapes."""
     stored, units = job.stored, job.units
     layers = [unit for unit in units.outer if unit.is_layer]

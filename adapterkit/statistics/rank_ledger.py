@@ -12,10 +12,10 @@ from pathlib import Path
 from adapterkit.checkpoint.rank_stage import RankStage
 from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.storage import storage_errors, sync_folder
-from adapterkit.engines.ranks import Marks, Watch
-from adapterkit.statistics.job import Job
+from adapterkit.engines.ranks import Liveness, Marks
+from adapterkit.statistics.job import CollectionJob
 from adapterkit.statistics.ledger import OUTSIDE, WHOLE, Ledger
-from adapterkit.statistics.lockstep import Gradients, Stage
+from adapterkit.statistics.lockstep import Gradients, UnitSums
 from adapterkit.statistics.sums import Sum
 from adapterkit.statistics.units import Unit
 from adapterkit.statistics.work import SumsFile
@@ -52,7 +52,7 @@ def accepts(result: ShardResult) -> bool:
     return name in (OUTSIDE, WHOLE) or VISIT.fullmatch(name) is not None
 
 
-class Share:
+class SumsShare:
     """What one process knows of the files, and which of them it takes."""
 
     def __init__(
@@ -64,7 +64,7 @@ class Share:
     ):
         self.stage, self.marks, self.foreseen = stage, marks, foreseen
         self.folder: Path = stage.path / FOLDER
-        self.watch = Watch(stage)
+        self.watch = Liveness(stage)
         self.passed_by = False  # a file, since others are at it
         self._check_inputs = check_inputs
         self._done: set[str] = set()
@@ -123,7 +123,7 @@ class Share:
 class RankLedger(Ledger):
     """The ledger of one pass of one process."""
 
-    def __init__(self, job: Job, share: Share):
+    def __init__(self, job: CollectionJob, share: SumsShare):
         super().__init__(share.folder, job)
         self.share = share
         share.passed_by = False
@@ -133,7 +133,7 @@ class RankLedger(Ledger):
     def wants_whole(self) -> bool:
         return self.share.take(WHOLE)
 
-    def stage(self, unit: Unit) -> Stage | None:
+    def stage(self, unit: Unit) -> UnitSums | None:
         self.share.marks.check_spoiled()
         return super().stage(unit) if self.share.has_free() else None
 
@@ -152,7 +152,7 @@ class RankLedger(Ledger):
         file = visit_name(name, visits or 1)
         self.share.write(file, sums, gradients, visits, passes, metrics)
 
-    def write_outside(self, stage: Stage) -> None:
+    def write_outside(self, stage: UnitSums) -> None:
         """Also where nothing is outside: the file says that this pass came to the end."""
         if not self.share.is_done(OUTSIDE):
             self._collect(OUTSIDE, stage.sums, stage.gradients or {})

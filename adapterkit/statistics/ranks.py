@@ -18,7 +18,7 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines import ranks
 from adapterkit.engines.device import arithmetic
-from adapterkit.engines.rank_finish import Finish, seconds_of
+from adapterkit.engines.rank_finish import RankFinish, seconds_of
 from adapterkit.engines.rank_job import Preparation, check_one_kind, no_stage, spoiled
 from adapterkit.engines.ranks import Marks, Outcome, Pulse, Rank
 from adapterkit.errors import Failed, Refused, listed
@@ -27,16 +27,16 @@ from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
 from adapterkit.run_options import RunOptions
 from adapterkit.statistics import output
-from adapterkit.statistics.activations import Room
+from adapterkit.statistics.activations import ActivationStore
 from adapterkit.statistics.collect import Layers, run
 from adapterkit.statistics.file import Results
-from adapterkit.statistics.job import Job
+from adapterkit.statistics.job import CollectionJob
 from adapterkit.statistics.output import FileHere
 from adapterkit.statistics.plan import Collection, check_unchanged, device_of
 from adapterkit.statistics.rank_ledger import (
     FOLDER,
     RankLedger,
-    Share,
+    SumsShare,
     accepts,
     names_of,
     path_of,
@@ -92,13 +92,13 @@ class StatisticsRank(Rank):
             torch.set_num_threads(self.workers)
 
         def make_files(stage: RankStage) -> None:
-            _RankRun(plan, stage, outcome, device, execution.progress).make_files()
+            _SumsRun(plan, stage, outcome, device, execution.progress).make_files()
 
         self._at_work(_FileStage(Path(execution.out), plan), make_files, accepts)
         return plan
 
 
-class _RankRun:
+class _SumsRun:
     """One rank's run."""
 
     def __init__(
@@ -112,7 +112,7 @@ class _RankRun:
         self.plan, self.stage, self.outcome = plan, stage, outcome
         self.device, self.progress = device, progress
         self.marks = Marks(stage, outcome, arithmetic(device))
-        self.share = Share(
+        self.share = SumsShare(
             stage, self.marks, Collection.of(plan).parts, lambda: check_unchanged(plan)
         )
 
@@ -137,7 +137,7 @@ class _RankRun:
                 else:
                     time.sleep(ranks.POLL)
 
-    def _pass(self, job: Job, pulse: Pulse) -> None:
+    def _pass(self, job: CollectionJob, pulse: Pulse) -> None:
         """Let the batches through once; `Failed` where that will never do."""
         layers, todo = Layers(self.progress), [*self.share.todo()]
 
@@ -146,7 +146,7 @@ class _RankRun:
             layers(done, total)
 
         name = f"activations.{self.stage.attempt}.part"  # ranks' files are apart
-        with closing(Room(self.stage.path / FOLDER, self.plan.budget, name)) as room:
+        with closing(ActivationStore(self.stage.path / FOLDER, self.plan.budget, name)) as room:
             run(job, RankLedger(job, self.share), room, progress)
         # others may have made what was to do, before the pass or meanwhile
         if todo and not self.share.passed_by and [*self.share.todo()] == todo:
@@ -158,15 +158,15 @@ class _RankRun:
             )
 
 
-def job_of(plan: Plan, sources: Sources, device: torch.device) -> Job:
+def job_of(plan: Plan, sources: Sources, device: torch.device) -> CollectionJob:
     """What is to be collected by a plan."""
     collection = Collection.of(plan)
     stored, options = StoredModel(collection.base, sources, device), collection.options
-    return Job(stored, options.request, collection.batches, options.whole)
+    return CollectionJob(stored, options.request, collection.batches, options.whole)
 
 
-class StatisticsFinish(Finish):
-    """`Finish` of `stats`: the output of the sums that the ranks have made."""
+class StatisticsFinish(RankFinish):
+    """`RankFinish` of `stats`: the output of the sums that the ranks have made."""
 
     def finish(self, plan: Plan, execution: RunOptions, check: Any = None) -> Receipt:
         self.job.check(plan)

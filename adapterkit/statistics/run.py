@@ -90,7 +90,7 @@ class _Job:
     collect: Collect
     began: float  # as time.monotonic has it
 
-    def run(self, target: output.Target, *, resume: bool, overwrite: bool) -> Receipt:
+    def run(self, target: output.StatisticsTarget, *, resume: bool, overwrite: bool) -> Receipt:
         recipe = self.plan.recipe()
         needed = self.plan.totals()["disk_needed"]
         file = output.write(

@@ -31,7 +31,7 @@ class Mapped:
 
 
 @dataclass(frozen=True)
-class Source:
+class StatisticsReader:
     """Statistics, and how their values are read: float32 on the CPU."""
 
     statistics: Statistics
@@ -39,16 +39,16 @@ class Source:
 
 
 @contextmanager
-def open_statistics(stats: Stats) -> Iterator[Source]:
+def open_statistics(stats: Stats) -> Iterator[StatisticsReader]:
     """The statistics of a safetensors file, or of a mapping; `Refused` for what is neither."""
     if isinstance(stats, Mapping):
-        yield Source(_mapped(stats), lambda spec: _value(stats[spec.key], spec))
+        yield StatisticsReader(_mapped(stats), lambda spec: _value(stats[spec.key], spec))
         return
     checkpoint = open_checkpoint(open_file(stats))
     folders = (checkpoint.folder,)
     expected = identities(folders, header_hashes({0: checkpoint}))
     with Sources(folders, expected) as sources:
-        yield Source(checkpoint, LocalReader(sources, torch.device("cpu")).tensor)
+        yield StatisticsReader(checkpoint, LocalReader(sources, torch.device("cpu")).tensor)
 
 
 def _mapped(stats: Mapping[str, Tensor]) -> Mapped:

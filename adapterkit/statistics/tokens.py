@@ -82,7 +82,7 @@ class _Tags:
             self.run, self.is_whole = 1, False
 
 
-class Tokens(TorchDispatchMode):
+class TokenTracker(TorchDispatchMode):
     """Follows tokens while it is entered.
 
     `mark` says which tokens are counted. From there on a result is of the tokens that its operands

@@ -10,7 +10,7 @@ from adapterkit.statistics.passages import Passage
 from adapterkit.statistics.sums import Sums
 
 
-class Watch:
+class SumsWatch:
     """Adds what layers see to sums, as a context.
 
     `masks` is to be set to those of the batch that runs; None: all vectors count. `stops`: modules
@@ -31,7 +31,7 @@ class Watch:
         masks.enter(self.model, (), dict(batch))
         return masks
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "SumsWatch":
         for name, module in self.modules.items():
             hook = module.register_forward_pre_hook(self._see(name), with_kwargs=True)
             self._hooks.append(hook)

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import torch
 
 from adapterkit.statistics.gradients import Gradients
-from adapterkit.statistics.job import Job
+from adapterkit.statistics.job import CollectionJob
 from adapterkit.statistics.ledger import Ledger
 from adapterkit.statistics.masks import following
 
 
-def run_whole(job: Job, ledger: Ledger, progress: Callable[[int, int], None]) -> None:
+def run_whole(job: CollectionJob, ledger: Ledger, progress: Callable[[int, int], None]) -> None:
     """Batch by batch, unless the ledger has the sums."""
     if not ledger.wants_whole():
         return

@@ -13,7 +13,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import Header, read_header
-from adapterkit.checkpoint.layout import ShardLayout, Stored, laid_out
+from adapterkit.checkpoint.layout import ShardLayout, TensorPlan, laid_out
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.statistics.sums import Sum
@@ -52,7 +52,7 @@ class SumsFile:
             records.append(one.record())
         tensors |= {f"gradient.{module}": value for module, value in gradients.items()}
         stored = [
-            Stored(key, dtypes.name_of(value.dtype), tuple(value.shape))
+            TensorPlan(key, dtypes.name_of(value.dtype), tuple(value.shape))
             for key, value in tensors.items()
         ]
         about = {SUMS: json.dumps(records), VISITS: str(visits), PASSES: str(passes)}

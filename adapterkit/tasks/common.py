@@ -13,7 +13,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.plan import Task, TaskResult
 from adapterkit.weights.reader import Reader
 
@@ -38,8 +38,8 @@ class CopiedTensor(Task):
         return (self.source,)
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
-        return (Stored(self.key, self.source.dtype, self.source.shape),)
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
+        return (TensorPlan(self.key, self.source.dtype, self.source.shape),)
 
     @property
     def foreseen(self) -> dict[str, Any]:
@@ -76,8 +76,8 @@ class SummedTensor(Task):
         return tuple(spec for spec, _ in self.terms)
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
-        return (Stored(self.key, self.dtype, self.shape),)
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
+        return (TensorPlan(self.key, self.dtype, self.shape),)
 
     @property
     def foreseen(self) -> dict[str, Any]:
@@ -111,9 +111,11 @@ class FactorsTask(Task):
         """The largest rank that they can have."""
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
         a, b = self.place.shapes(self.max_rank)
-        return Stored(self.place.a_key, self.dtype, a), Stored(self.place.b_key, self.dtype, b)
+        return TensorPlan(self.place.a_key, self.dtype, a), TensorPlan(
+            self.place.b_key, self.dtype, b
+        )
 
     def round(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors in the dtype of the file."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.quant import compensated as kernel
 from adapterkit.kernels.quant.grid import RoundColumn
@@ -71,10 +71,10 @@ class CompensatedStep(StepTask):
         return source if self.packed and isinstance(source, QuantizedWeight) else None
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
         if self.format is not None:
             return self.format.max_outputs
-        return (Stored(self.step.key, self.step.dtype, self.step.shape),)
+        return (TensorPlan(self.step.key, self.step.dtype, self.step.shape),)
 
     @property
     def variable_size(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.formats.tensors import Expression
 from adapterkit.plan import Task, TaskResult
@@ -30,8 +30,8 @@ class ConvertedTensor(Task):
         return self.expression.reads
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
-        return (Stored(self.key, self.dtype, self.expression.shape),)
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
+        return (TensorPlan(self.key, self.dtype, self.expression.shape),)
 
     @property
     def memory(self) -> int:
@@ -91,7 +91,7 @@ class ConvertedTensors(Task):
         return tuple(dict.fromkeys(spec for one in self.outputs for spec in one.reads))
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
         return tuple(stored for one in self.outputs for stored in one.max_outputs)
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.adapters.keys import factor_keys
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.lowrank.algebra import Svd
 from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense
 from adapterkit.plan import Task, TaskResult
@@ -140,8 +140,8 @@ class WholeParameter(Task):
         return self.value.reads
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
-        return (Stored(self.key, dtypes.name_of(_widest(self.value)), self.value.shape),)
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
+        return (TensorPlan(self.key, dtypes.name_of(_widest(self.value)), self.value.shape),)
 
     @property
     def memory(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.sums import squared_norm
 from adapterkit.plan import Loaded, Step, Task, TaskResult
 from adapterkit.tasks import rows
@@ -50,8 +50,8 @@ class EditedTensor(StepTask):
     once."""
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
-        return (Stored(self.step.key, self.step.dtype, self.step.shape),)
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
+        return (TensorPlan(self.step.key, self.step.dtype, self.step.shape),)
 
     @property
     def memory(self) -> int:
@@ -86,7 +86,7 @@ class RequantizedWeight(StepTask):
         return self.step.source
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
         return self.packed.max_outputs
 
     @property

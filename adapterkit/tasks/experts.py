@@ -11,7 +11,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.plan import Task, TaskResult
@@ -45,16 +45,16 @@ class StackedExperts(Task):
         return max(factors.rank for _, factors in self.parts) + added
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
         count, (out, width) = len(self.parts), self.parts[0][1].shape
         stored = [
-            Stored(f"{self.name}.a", self.dtype, (count, self.rank, width)),
-            Stored(f"{self.name}.b", self.dtype, (count, out, self.rank)),
-            Stored(f"{self.name}.scale", "F32", (count,)),
-            Stored(f"{self.name}.prototype", "F32", (count, width)),
+            TensorPlan(f"{self.name}.a", self.dtype, (count, self.rank, width)),
+            TensorPlan(f"{self.name}.b", self.dtype, (count, out, self.rank)),
+            TensorPlan(f"{self.name}.scale", "F32", (count,)),
+            TensorPlan(f"{self.name}.prototype", "F32", (count, width)),
         ]
         if self._is_partial:
-            stored.append(Stored(f"{self.name}.expert", "I32", (count,)))
+            stored.append(TensorPlan(f"{self.name}.expert", "I32", (count,)))
         return tuple(stored)
 
     @property

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.formats.fitted import Fit, FitReader
 from adapterkit.formats.tensors import Expression
 from adapterkit.plan import Task, TaskResult
@@ -26,8 +26,8 @@ class FittedTensors(Task):
         return tuple(dict.fromkeys(specs))
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
-        return tuple(Stored(key, dtype, one.shape) for key, one, dtype in self.outputs)
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
+        return tuple(TensorPlan(key, dtype, one.shape) for key, one, dtype in self.outputs)
 
     @property
     def memory(self) -> int:

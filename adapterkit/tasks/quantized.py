@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.quant.grid import LARGE_PIECE
 from adapterkit.kernels.sums import squared_norm
 from adapterkit.plan import Task, TaskResult
@@ -29,7 +29,7 @@ class EncodedWeight(Task):
         return (self.source,)
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
         return self.packed.max_outputs
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.sums import norm
 from adapterkit.plan import Task, TaskResult
 from adapterkit.tasks.common import short
@@ -35,10 +35,10 @@ class ResidualWeight(Task):
         return handoff_keys(self.module)
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
         if self.packed is not None:
             return self.packed.max_outputs
-        return (Stored(self.source.key, self.source.dtype, self.source.shape),)
+        return (TensorPlan(self.source.key, self.source.dtype, self.source.shape),)
 
     @property
     def variable_size(self) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from adapterkit.options import (
     FLAG,
     SOURCE,
     TEXT,
-    Check,
-    Checked,
+    OptionCheck,
+    OptionRecord,
     StrPath,
     argument,
     choice,
@@ -33,11 +33,11 @@ def written_formats() -> Iterable[str]:
 
 
 @record
-class ConvertOptions(Checked):
+class ConvertOptions(OptionRecord):
     """How an adapter is written in the layout of another tool."""
 
     to: str = option(
-        check=Check(text, words=written_formats),
+        check=OptionCheck(text, words=written_formats),
         help="Format to write; see the list below.",
     )
     alpha: float | None = option(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.errors import AdapterkitError, Problems, Refused, Unrecoverable, listed, shown
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
@@ -80,9 +80,9 @@ class QuantizedWeight(TensorSpec):
         return sum(part.nbytes for part in self.parts)
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
         """The stored tensors that `encode` returns."""
-        return tuple(Stored(part.key, part.dtype, part.shape) for part in self.parts)
+        return tuple(TensorPlan(part.key, part.dtype, part.shape) for part in self.parts)
 
     @property
     def variable_size(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import pytest
 import adapterkit
 from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import Stored, laid_out
+from adapterkit.checkpoint.layout import TensorPlan, laid_out
 from adapterkit.engines.placement import Capacity, fitting, place, prefers_card
 from adapterkit.plan import OutputFile, Plan, Step, Task, TaskResult
 from adapterkit.tasks.edits import AddLowRank, Block, PlacedFactors
@@ -21,7 +21,9 @@ ROWS = COLUMNS = 16384
 
 
 def spec(key: str, dtype: str, *shape: int) -> TensorSpec:
-    return TensorSpec(key, dtype, shape, "model.safetensors", 0, Stored(key, dtype, shape).nbytes)
+    return TensorSpec(
+        key, dtype, shape, "model.safetensors", 0, TensorPlan(key, dtype, shape).nbytes
+    )
 
 
 def step(number: int, rank: int) -> Step:
@@ -35,7 +37,7 @@ def step(number: int, rank: int) -> Step:
 def merge_of(count: int, rank: int) -> Plan:
     """A merge of so many weights of 268 million elements."""
     steps = tuple(step(number, rank) for number in range(count))
-    stored = [Stored(one.key, one.dtype, one.shape) for one in steps]
+    stored = [TensorPlan(one.key, one.dtype, one.shape) for one in steps]
     return plan_of(OutputFile(laid_out("model.safetensors", stored, {}), steps))
 
 
@@ -57,8 +59,8 @@ class Worth(Task):
         return ()
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
-        return (Stored("x", "F32", (4, 4)),)
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
+        return (TensorPlan("x", "F32", (4, 4)),)
 
     @property
     def prefers_card(self) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.errors import AdapterkitError, MultipleErrors, Refused
 from adapterkit.gguf.adapter import AdapterFile, BlockSpec, gguf_layout, is_gguf, read_adapter
 
@@ -29,7 +29,7 @@ def case_of(path: Path) -> str:
 @pytest.mark.parametrize("path", PLAIN, ids=case_of)
 def test_headers_are_written_as_the_converter_writes_them(path: Path):
     file = read(path)
-    tensors = [Stored(spec.key, spec.dtype, spec.shape) for spec in file.tensors.values()]
+    tensors = [TensorPlan(spec.key, spec.dtype, spec.shape) for spec in file.tensors.values()]
     layout = gguf_layout("a.gguf", tensors, file.metadata)
     assert path.read_bytes().startswith(layout.header)
     assert layout.starts == tuple(spec.start for spec in file.tensors.values())
@@ -64,7 +64,7 @@ def test_the_package_reads_what_is_laid_out(tmp_path: Path):
         "blk.0.ffn_up_exps.weight.lora_b": np.arange(6, dtype=np.float16).reshape(1, 3, 2),
     }
     dtypes = {"float32": "F32", "float16": "F16"}
-    tensors = [Stored(key, dtypes[str(v.dtype)], v.shape) for key, v in values.items()]
+    tensors = [TensorPlan(key, dtypes[str(v.dtype)], v.shape) for key, v in values.items()]
     metadata: dict[str, Any] = {"general.architecture": "llama", "x": 0.5, "n": 7, "t": (1, 2, 3)}
     layout = gguf_layout("a.gguf", tensors, metadata)
     data = bytearray(layout.size)
@@ -90,12 +90,12 @@ def test_the_package_reads_what_is_laid_out(tmp_path: Path):
 ])  # fmt: skip
 def test_what_ggml_cannot_hold_is_refused(key: str, dtype: str, shape: tuple, text: str):
     with pytest.raises(Refused, match=text):
-        gguf_layout("a.gguf", [Stored(key, dtype, shape)], {})
+        gguf_layout("a.gguf", [TensorPlan(key, dtype, shape)], {})
 
 
 def test_all_that_ggml_cannot_hold_is_told():
     with pytest.raises(MultipleErrors) as caught:
-        gguf_layout("a.gguf", [Stored("a", "F64", (1,)), Stored("b", "F32", ())], {})
+        gguf_layout("a.gguf", [TensorPlan("a", "F64", (1,)), TensorPlan("b", "F32", ())], {})
     assert len(caught.value.errors) == 2
 
 

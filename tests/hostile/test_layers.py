@@ -143,6 +143,16 @@ def test_no_verb_imports_another(path):
     assert not [name for name in others if name.startswith("adapterkit.verbs.")]
 
 
+def test_a_class_name_occurs_once():
+    """What it means needs no folder to tell."""
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(path.relative_to(PACKAGE).as_posix())
+    assert not {name: files for name, files in homes.items() if len(files) > 1}
+
+
 MOST_LINES = 60  # of a function's body
 
 
@@ -219,6 +229,15 @@ def test_the_watch_sees_what_is_loaded():
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
     )
     assert "numpy" in done.stdout
+
+
+def test_the_headers_of_a_model_need_no_torch(llama):
+    """Checkpoints of any size are looked at in a moment."""
+    code = f"import adapterkit; adapterkit.inspect({str(llama)!r}, headers=True)"
+    script = WATCH.format(code=code, heavy="('torch', 'transformers')")
+    env = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert done.stdout.splitlines()[-1].strip() == "loaded:", done.stderr
 
 
 def test_a_refusal_of_the_arguments_needs_no_torch():

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.checkpoint.reader import Sources, read_small
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.computed import _SortedPlaces
@@ -197,8 +197,8 @@ class Texts:
     memory = 0
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
-        return (Stored(self.name + ".text", "U8", (100,)), Stored(self.name, "U8", (10,)))
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
+        return (TensorPlan(self.name + ".text", "U8", (100,)), TensorPlan(self.name, "U8", (10,)))
 
     @property
     def variable_size(self) -> tuple[str, ...]:
@@ -212,7 +212,7 @@ def test_places_after_texts_of_other_sizes():
     places, at, draw = _SortedPlaces(file), len(file.layout.header), random.Random(0)
     for stored in file.layout.tensors:
         nbytes = stored.nbytes + (draw.randint(-50, 50) if stored.key.endswith(".text") else 0)
-        assert places.next(Stored(stored.key, "U8", (nbytes,))) == at
+        assert places.next(TensorPlan(stored.key, "U8", (nbytes,))) == at
         at += nbytes
     assert places.grown == at - file.layout.size and len(places.stored()) == 100
 

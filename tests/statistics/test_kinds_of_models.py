@@ -13,7 +13,7 @@ from adapterkit.errors import Refused
 from adapterkit.statistics import units
 from adapterkit.statistics.collect import collect_statistics
 from adapterkit.statistics.stored_model import StoredModel
-from adapterkit.statistics.tokens import Tokens
+from adapterkit.statistics.tokens import TokenTracker
 from tests.statistics.test_layerwise import MODELS, pairs, texts
 from tests.support import tiny
 from tests.support.live import llama, tokens
@@ -131,9 +131,9 @@ def test_masks_of_an_encoder_and_a_decoder(tmp_path, large):
 def test_batches_without_padding_are_followed_once(tmp_path, large, monkeypatch, whole):
     """Of those of the same shapes."""
     followed = set()
-    mark = Tokens.mark
+    mark = TokenTracker.mark
     monkeypatch.setattr(
-        Tokens, "mark", lambda self, x, mask: (followed.add(self), mark(self, x, mask))
+        TokenTracker, "mark", lambda self, x, mask: (followed.add(self), mark(self, x, mask))
     )
     base = checkpoint(llama(), tmp_path / "base")
     data = [{"input_ids": tokens(2, 6, seed=seed)} for seed in range(4)]

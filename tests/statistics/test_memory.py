@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adapterkit.statistics import activations, lockstep
-from adapterkit.statistics.activations import Activations, Copy, Room
+from adapterkit.statistics.activations import Activations, ActivationStore, Copy
 from adapterkit.statistics.collect import collect_statistics
 from adapterkit.statistics.passages import Passage
 from adapterkit.statistics.stored_model import StoredModel
@@ -77,8 +77,10 @@ def test_memory_is_what_may_wait(tmp_path, large, monkeypatch, memory):
 def test_rooms_are_given_back(tmp_path, large, monkeypatch):
     """Of a file as long as it has to be: places are used again; nothing is taken in the end."""
     rooms = []
-    init = Room.__init__
-    monkeypatch.setattr(Room, "__init__", lambda self, *a: (rooms.append(self), init(self, *a))[1])
+    init = ActivationStore.__init__
+    monkeypatch.setattr(
+        ActivationStore, "__init__", lambda self, *a: (rooms.append(self), init(self, *a))[1]
+    )
     ends = []
     for depth in (3, 8):
         base = checkpoint(llama(num_hidden_layers=depth), tmp_path / f"base{depth}")
@@ -92,7 +94,7 @@ def test_rooms_are_given_back(tmp_path, large, monkeypatch):
 
 
 def test_a_batch_waits_with_its_views(tmp_path, large):
-    room = Room(tmp_path, 0)
+    room = ActivationStore(tmp_path, 0)
     waiting = Activations(room, 4, set())
     x = torch.randn(4, 6)
     view, value = x.T[2:], x.clone()
@@ -112,7 +114,7 @@ def test_a_batch_waits_with_its_views(tmp_path, large):
 
 
 def test_a_copy_in_memory_counts(tmp_path):
-    room = Room(tmp_path, 100)
+    room = ActivationStore(tmp_path, 100)
     storage = torch.arange(20, dtype=torch.float32).untyped_storage()
     first, second = Copy(room, storage), Copy(room, storage)
     assert (first.at, second.memory) == (None, None) and room.used == 80

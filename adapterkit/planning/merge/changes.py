@@ -12,14 +12,14 @@ from adapterkit.checkpoint.fingerprint import difference
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import WARNING, AdapterkitError, Refused, listed, shown
 from adapterkit.planning.merge.copies import remove_base_copies
-from adapterkit.planning.merge.job import Addition, Change, Job
+from adapterkit.planning.merge.job import Addition, Change, MergeJob
 from adapterkit.planning.merge.orientation import orient, resolve_targets
 from adapterkit.planning.model_config import vocabulary_sizes
 from adapterkit.weights.bypassed import classes_of, looks_up_otherwise, weight_reader
 from adapterkit.weights.parameters import Parameter
 
 
-def collect_changes(job: Job) -> None:
+def collect_changes(job: MergeJob) -> None:
     """Fill the job's changes from its adapters; its errors get everything that does not fit."""
     remove_base_copies(job)
     for adapter, weight in zip(job.adapters, job.weights, strict=True):
@@ -32,7 +32,7 @@ def collect_changes(job: Job) -> None:
     _check_together(job)
 
 
-def _check_adapter(job: Job, adapter: Adapter, weight: float) -> None:
+def _check_adapter(job: MergeJob, adapter: Adapter, weight: float) -> None:
     job.notes += other_values(job, adapter) + other_base(job, adapter)
     init = adapter.changed_base()
     if adapter.number in job.with_initial:
@@ -51,7 +51,7 @@ def _check_adapter(job: Job, adapter: Adapter, weight: float) -> None:
         _check_weighted(job, adapter, weight)
 
 
-def _check_initial(job: Job, adapter: Adapter) -> None:
+def _check_initial(job: MergeJob, adapter: Adapter) -> None:
     """Refuse initial factors on other modules than the adapter's."""
     initial = next((one for one in job.adapters if one.number == adapter.number + 1), None)
     if initial is None:
@@ -68,7 +68,7 @@ def _check_initial(job: Job, adapter: Adapter) -> None:
         )
 
 
-def _check_weighted(job: Job, adapter: Adapter, weight: float) -> None:
+def _check_weighted(job: MergeJob, adapter: Adapter, weight: float) -> None:
     """Refuse multiples of values that replace the base's; with --exclude the base's stay."""
     values = [name for name in adapter.replaced if job.is_selected_value(name)]
     rows = [tokens.module for tokens in adapter.tokens if job.is_selected(tokens.module)]
@@ -96,7 +96,7 @@ def _check_weighted(job: Job, adapter: Adapter, weight: float) -> None:
             )
 
 
-def other_values(job: Job, adapter: Adapter) -> list[str]:
+def other_values(job: MergeJob, adapter: Adapter) -> list[str]:
     """A warning of an adapter that was made for a base of the same tensors with other values, by
     its fingerprint."""
     made_for = adapter.base_fingerprint
@@ -108,7 +108,7 @@ def other_values(job: Job, adapter: Adapter) -> list[str]:
     ]
 
 
-def other_base(job: Job, adapter: Adapter) -> list[str]:
+def other_base(job: MergeJob, adapter: Adapter) -> list[str]:
     """Notes on an adapter that was made for a base stored otherwise, by its fingerprint, or that
     names another one on the Hub: shapes do not tell two models of one size apart."""
     made_for, notes = adapter.base_fingerprint, []
@@ -128,7 +128,7 @@ def other_base(job: Job, adapter: Adapter) -> list[str]:
     return notes
 
 
-def _check_complete(job: Job, adapter: Adapter) -> None:
+def _check_complete(job: MergeJob, adapter: Adapter) -> None:
     """Refuse a file without some of the tensors that PEFT saves together: the whole state of a
     saved module, each bias that was trained."""
     names = job.names.all()
@@ -155,7 +155,7 @@ def _check_complete(job: Job, adapter: Adapter) -> None:
             )
 
 
-def _add_values(job: Job, adapter: Adapter) -> None:
+def _add_values(job: MergeJob, adapter: Adapter) -> None:
     for name, spec in adapter.replaced.items():
         if not job.is_selected_value(name):
             job.skip(adapter, name)
@@ -183,7 +183,7 @@ def _add_values(job: Job, adapter: Adapter) -> None:
         change.adapters.append(adapter.name)
 
 
-def _is_resized_vocabulary(job: Job, parameter: Parameter, spec: TensorSpec) -> bool:
+def _is_resized_vocabulary(job: MergeJob, parameter: Parameter, spec: TensorSpec) -> bool:
     """Whether the new value is an embedding (or head) of another vocabulary size, which a
     checkpoint may have."""
     sizes = vocabulary_sizes(job.base.config)
@@ -192,12 +192,12 @@ def _is_resized_vocabulary(job: Job, parameter: Parameter, spec: TensorSpec) -> 
     return bool(sizes) and (parameter.shape[0] in sizes or _is_embedding(job, parameter.name))
 
 
-def _is_embedding(job: Job, name: str) -> bool:
+def _is_embedding(job: MergeJob, name: str) -> bool:
     layer = job.names.layer(name.rpartition(".")[0])
     return layer is not None and "Embedding" in layer
 
 
-def _add_new_parameter(job: Job, adapter: Adapter, name: str, spec: TensorSpec) -> None:
+def _add_new_parameter(job: MergeJob, adapter: Adapter, name: str, spec: TensorSpec) -> None:
     if not adapter.saves(name) or job.names.layer(name.rpartition(".")[0]) is None:
         job.errors.append(job.unknown_error(adapter, spec.key, name))
         return
@@ -205,7 +205,7 @@ def _add_new_parameter(job: Job, adapter: Adapter, name: str, spec: TensorSpec) 
     job.new[name] = Change(parameter, spec, adapters=[adapter.name], value_from=adapter.number)
 
 
-def _add_products(job: Job, adapter: Adapter, weight: float) -> None:
+def _add_products(job: MergeJob, adapter: Adapter, weight: float) -> None:
     by_module: dict[str, list[Lora]] = {}
     for lora in adapter.loras:
         if job.is_selected(lora.module):
@@ -222,7 +222,7 @@ def _add_products(job: Job, adapter: Adapter, weight: float) -> None:
 
 
 def _check_acting(
-    job: Job, adapter: Adapter, module: str, what: str, loras: Sequence[Lora] = ()
+    job: MergeJob, adapter: Adapter, module: str, what: str, loras: Sequence[Lora] = ()
 ) -> None:
     """Refuse what does in training nothing, or something else than in a merged weight; factors may
     be zero, as training leaves what does not act."""
@@ -242,7 +242,7 @@ def _check_acting(
 
 
 def _add_product(
-    job: Job, adapter: Adapter, weight: float, name: str, leaf: str | None, lora: Lora
+    job: MergeJob, adapter: Adapter, weight: float, name: str, leaf: str | None, lora: Lora
 ) -> None:
     """Raises `Refused` where the factors do not fit the parameter or the config."""
     parameter = job.names.parameter(name)
@@ -285,7 +285,7 @@ def _add_product(
     change.adapters.append(adapter.name)
 
 
-def _add_bias(job: Job, adapter: Adapter, lora: Lora, scale: float) -> None:
+def _add_bias(job: MergeJob, adapter: Adapter, lora: Lora, scale: float) -> None:
     assert lora.bias is not None
     parameter = job.names.parameter(f"{lora.module}.bias")
     if parameter is None:
@@ -304,7 +304,7 @@ def _add_bias(job: Job, adapter: Adapter, lora: Lora, scale: float) -> None:
     change.adapters.append(adapter.name)
 
 
-def _check_rows(job: Job, adapter: Adapter) -> None:
+def _check_rows(job: MergeJob, adapter: Adapter) -> None:
     """Refuse a file without the rows of a module of trainable_token_indices, unless that is tied to
     one whose rows it has (PEFT saves those once)."""
     declared = adapter.config.get("trainable_token_indices")
@@ -321,7 +321,7 @@ def _check_rows(job: Job, adapter: Adapter) -> None:
             )
 
 
-def _add_rows(job: Job, adapter: Adapter) -> None:
+def _add_rows(job: MergeJob, adapter: Adapter) -> None:
     for tokens in adapter.tokens:
         name = f"{tokens.module}.weight"
         if not job.is_selected(tokens.module):
@@ -348,7 +348,7 @@ def _add_rows(job: Job, adapter: Adapter) -> None:
         change.adapters.append(adapter.name)
 
 
-def _check_together(job: Job) -> None:
+def _check_together(job: MergeJob) -> None:
     """Refuse changes of one parameter by several adapters whose order would matter."""
     for name, change in job.changes.items():
         numbers = {one.adapter.number for one in change.additions}

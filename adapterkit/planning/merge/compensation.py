@@ -7,7 +7,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.plan import Compensation, Span, Step
-from adapterkit.planning.merge.job import Change, Job
+from adapterkit.planning.merge.job import Change, MergeJob
 from adapterkit.planning.merge.steps import is_rounded
 from adapterkit.planning.quantization import LINEAR
 from adapterkit.tasks.statistics import select_covariances
@@ -28,7 +28,7 @@ class _Place:
 
 
 def with_compensation(
-    job: Job, steps: Mapping[str, list[Step]], stats: Checkpoint
+    job: MergeJob, steps: Mapping[str, list[Step]], stats: Checkpoint
 ) -> dict[str, list[Step]]:
     """The steps; those that round changed weights of linear layers with covariances of their
     inputs. `Refused` for layers without one, or stored so that a row is no output or input."""
@@ -63,7 +63,7 @@ def with_compensation(
     return {name: [compensated(step) for step in group] for name, group in steps.items()}
 
 
-def _changes_by_key(job: Job) -> dict[str, list[tuple[Change, Slot]]]:
+def _changes_by_key(job: MergeJob) -> dict[str, list[tuple[Change, Slot]]]:
     """The changes of each stored tensor, and of each new one."""
     changes: dict[str, list[tuple[Change, Slot]]] = {}
     for change in job.changes.values():
@@ -74,7 +74,7 @@ def _changes_by_key(job: Job) -> dict[str, list[tuple[Change, Slot]]]:
     return changes
 
 
-def _places(job: Job, step: Step, changes: list[tuple[Change, Slot]]) -> list[_Place]:
+def _places(job: MergeJob, step: Step, changes: list[tuple[Change, Slot]]) -> list[_Place]:
     """The changed linear layers that a step's tensor holds."""
     packed = isinstance(step.source, QuantizedWeight) and not job.options.dequantize
     turned = packed and getattr(step.source, "transposed", False)
@@ -86,7 +86,7 @@ def _places(job: Job, step: Step, changes: list[tuple[Change, Slot]]) -> list[_P
     return places
 
 
-def _is_linear(job: Job, change: Change) -> bool:
+def _is_linear(job: MergeJob, change: Change) -> bool:
     """Whether the parameter is the weight of a linear layer, and factors change it."""
     parameter = change.parameter
     adds = any(one.factors is not None for one in change.additions)

@@ -8,12 +8,12 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import listed, shown
 from adapterkit.planning.comparison import differing_rows, relative_difference
 from adapterkit.planning.history import holds, merged_change
-from adapterkit.planning.merge.job import Job
+from adapterkit.planning.merge.job import MergeJob
 
 ROUNDING = 2.0**-8  # what bf16 adds to the relative change that a receipt tells
 
 
-def remove_base_copies(job: Job) -> None:
+def remove_base_copies(job: MergeJob) -> None:
     """Remove the copies of the base's own weights from the job's adapters.
 
     Copies of other weights are refused, unless the option says which weight counts: the base's
@@ -21,7 +21,7 @@ def remove_base_copies(job: Job) -> None:
     job.adapters = [replace(adapter, replaced=_trained(job, adapter)) for adapter in job.adapters]
 
 
-def _trained(job: Job, adapter: Adapter) -> dict[str, TensorSpec]:
+def _trained(job: MergeJob, adapter: Adapter) -> dict[str, TensorSpec]:
     """Those of an adapter's replaced parameters that are no copies of the base's."""
     trained, differing = dict(adapter.replaced), {}
     explained: list[str] = []
@@ -77,7 +77,7 @@ def _trained(job: Job, adapter: Adapter) -> dict[str, TensorSpec]:
     return trained
 
 
-def _is_of_original(job: Job, adapter: Adapter, copy: TensorSpec, stored: TensorSpec) -> bool:
+def _is_of_original(job: MergeJob, adapter: Adapter, copy: TensorSpec, stored: TensorSpec) -> bool:
     """Whether a copy is of the base before the merges that its receipt tells of: this adapter is
     one of them, or the copy differs by about what the last merge changed."""
     if not job.merged_before:

@@ -64,7 +64,7 @@ class Addition:
         return None if self.factors is None else self.lora.magnitude
 
 
-class Job:
+class MergeJob:
     """One merge while it is planned: its inputs, and the adapters' changes of the base's
     parameters. Problems are collected in `errors`."""
 

@@ -4,13 +4,13 @@ model's classes where shapes leave it open."""
 from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.errors import Refused, shown
-from adapterkit.planning.merge.job import Job
+from adapterkit.planning.merge.job import MergeJob
 from adapterkit.planning.sites import flips_square_experts, sites_of
 from adapterkit.weights.parameters import Parameter
 
 
 def resolve_targets(
-    job: Job, adapter: Adapter, module: str, loras: list[Lora]
+    job: MergeJob, adapter: Adapter, module: str, loras: list[Lora]
 ) -> list[tuple[str, str | None, Lora]]:
     """The parameter of each of a module's factor pairs, with its own name where target_parameters
     has it; `Refused` where there is none, or several fit."""
@@ -41,7 +41,12 @@ def resolve_targets(
 
 
 def orient(
-    job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, leaf: str | None, scale: float
+    job: MergeJob,
+    adapter: Adapter,
+    parameter: Parameter,
+    lora: Lora,
+    leaf: str | None,
+    scale: float,
 ) -> tuple[Factors, int]:
     """scale · b @ a as it lies on the parameter, and the parameter's axis of outputs.
 
@@ -74,7 +79,7 @@ def orient(
 
 
 def _on_convolution(
-    job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float
+    job: MergeJob, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float
 ) -> Factors:
     shape, a, b = parameter.shape, lora.a.shape, lora.b.shape
     module = parameter.name.rpartition(".")[0]
@@ -92,7 +97,7 @@ def _on_convolution(
 
 
 def _on_experts(
-    job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float
+    job: MergeJob, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float
 ) -> Factors:
     count, *matrix = parameter.shape
     shapes = a, b = lora.a.shape, lora.b.shape
@@ -106,7 +111,7 @@ def _on_experts(
     return Factors(a=lora.a, b=lora.b, scale=scale, rank=rank, experts=count, flip=flip)
 
 
-def _flips_square_experts(job: Job, adapter: Adapter, parameter: Parameter) -> bool:
+def _flips_square_experts(job: MergeJob, adapter: Adapter, parameter: Parameter) -> bool:
     """Whether square experts are (in, out) to the adapter."""
     transposed = job.names.transposed_experts(parameter.name.rpartition(".")[0])
     hint = "give --expert-layout peft-0.18 or --expert-layout peft-0.19"

@@ -9,7 +9,7 @@ from adapterkit.adapters.peft import scan_adapter
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.hub.ids import is_on_hub
@@ -23,7 +23,7 @@ from adapterkit.planning.history import history_notes, merged_adapters
 from adapterkit.planning.input_files import plan_of
 from adapterkit.planning.merge.changes import collect_changes
 from adapterkit.planning.merge.compensation import with_compensation
-from adapterkit.planning.merge.job import Job
+from adapterkit.planning.merge.job import MergeJob
 from adapterkit.planning.merge.steps import plan_steps
 from adapterkit.planning.merge.tied import resolve_tied_weights
 from adapterkit.planning.merge.vocabulary import resolve_new_head, resolve_vocab_resize
@@ -88,7 +88,7 @@ def plan_merge(
         raise
     if errors and len(adapters) < len(sources):
         Problems(errors).raise_all()
-    job = Job(checkpoint, adapters, [weight for _, weight in sources], options)
+    job = MergeJob(checkpoint, adapters, [weight for _, weight in sources], options)
     job.with_initial = with_initial
     _decode_to_16_bits(job)
     job.merged_before = merged_adapters(base)
@@ -100,7 +100,7 @@ def plan_merge(
     return _plan(job, steps, statistics)
 
 
-def _decode_to_16_bits(job: Job) -> None:
+def _decode_to_16_bits(job: MergeJob) -> None:
     """Have decoded weights written in 16 bits unless `dtype` says otherwise: their own error is
     larger than that rounding."""
     wide = any(weight.dtype == "F32" for weight in quantized_weights(job.base.tensors))
@@ -111,7 +111,7 @@ def _decode_to_16_bits(job: Job) -> None:
         job.notes.append(f"--dequantize: written in {dtype}; --dtype fp32 keeps 32 bits")
 
 
-def changed_steps(job: Job, errors: Sequence[AdapterkitError] = ()) -> Steps:
+def changed_steps(job: MergeJob, errors: Sequence[AdapterkitError] = ()) -> Steps:
     """The steps of all output files; `Refused` with these errors and all that the job runs into."""
     collect_changes(job)
     Problems([*errors, *job.errors]).raise_all()
@@ -204,7 +204,7 @@ def plan_merge_into_original(
     return replace(plan, notes=(*plan.notes, note))
 
 
-def check_quantized_output(job: Job, steps: Steps) -> None:
+def check_quantized_output(job: MergeJob, steps: Steps) -> None:
     """Refuse what a quantized base's format, or its decoding, does not allow; keep the format in
     the config where the weights keep theirs."""
     weights = quantized_weights(job.base.tensors)
@@ -264,7 +264,7 @@ def _all_steps(steps: Steps) -> Iterator[Step]:
     return (step for group in steps.values() for step in group)
 
 
-def _refuse_nothing(job: Job, steps: Steps) -> None:
+def _refuse_nothing(job: MergeJob, steps: Steps) -> None:
     if any(step.edits or step.source.folder for step in _all_steps(steps)):
         return
     problem, hint = "an adapter without weights", "check the adapter"
@@ -280,7 +280,7 @@ def _refuse_nothing(job: Job, steps: Steps) -> None:
     )
 
 
-def _plan(job: Job, steps: Steps, stats: Checkpoint | None) -> Plan:
+def _plan(job: MergeJob, steps: Steps, stats: Checkpoint | None) -> Plan:
     shards = _shards(job, steps)
     inputs: dict[int, Checkpoint | Adapter] = {0: job.original}
     inputs |= {adapter.number: adapter for adapter in job.adapters}
@@ -319,7 +319,7 @@ def _plan(job: Job, steps: Steps, stats: Checkpoint | None) -> Plan:
     )
 
 
-def _shards(job: Job, steps: Steps) -> tuple[OutputFile, ...]:
+def _shards(job: MergeJob, steps: Steps) -> tuple[OutputFile, ...]:
     limit = job.options.max_shard_size
     limit = parse_size("max_shard_size", limit) if limit else None
     keep_format = not job.options.dequantize
@@ -350,5 +350,5 @@ def _shards(job: Job, steps: Steps) -> tuple[OutputFile, ...]:
     )
 
 
-def _stored(step: Step) -> Stored:
-    return Stored(step.key, step.dtype, step.shape)
+def _stored(step: Step) -> TensorPlan:
+    return TensorPlan(step.key, step.dtype, step.shape)

@@ -6,7 +6,7 @@ from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.plan import Edit, Step
-from adapterkit.planning.merge.job import Change, Job
+from adapterkit.planning.merge.job import Change, MergeJob
 from adapterkit.planning.merge.placement import (
     grid_rows,
     place_factors,
@@ -20,7 +20,7 @@ from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.slots import Slot, identity_slot
 
 
-def plan_steps(job: Job) -> dict[str, list[Step]]:
+def plan_steps(job: MergeJob) -> dict[str, list[Step]]:
     """Steps per output file, in the base's order; new tensors at the end of the last file. Changes
     that cannot be laid on stored tensors join the job's errors."""
     changed = _changed(job)
@@ -39,7 +39,7 @@ def plan_steps(job: Job) -> dict[str, list[Step]]:
     return {name: steps for name, steps in groups.items() if steps}
 
 
-def _obsolete(job: Job) -> set[str]:
+def _obsolete(job: MergeJob) -> set[str]:
     """Keys that the class with the new head no longer has (the old head)."""
     model = job.names.model
     if model is None or job.config.get("architectures") == job.base.config.get("architectures"):
@@ -58,7 +58,7 @@ def _cast(step: Step, dtype: str | None) -> Step:
     return replace(step, dtype=dtype)
 
 
-def _with_rounding(job: Job, step: Step) -> Step:
+def _with_rounding(job: MergeJob, step: Step) -> Step:
     """The step with the width of its arithmetic and the draws of its rounding, if it has edits.
 
     Tensors that are only cast are rounded to nearest, which is nearer. Rounded float32 sums differ
@@ -71,19 +71,19 @@ def _with_rounding(job: Job, step: Step) -> Step:
     return replace(step, draws=Draws.of(job.options.seed, step.key))
 
 
-def is_rounded(job: Job, step: Step) -> bool:
+def is_rounded(job: MergeJob, step: Step) -> bool:
     """Whether a step's edits are written with fewer digits than they are computed with."""
     narrower = dtypes.BITS[step.dtype] < dtypes.BITS[step.source.dtype]
     return bool(step.edits) and (_is_narrow(job, step) or narrower)
 
 
-def _is_narrow(job: Job, step: Step) -> bool:
+def _is_narrow(job: MergeJob, step: Step) -> bool:
     """Whether it is written in less than 32 bits."""
     quantized = isinstance(step.source, QuantizedWeight) and not job.options.dequantize
     return quantized or dtypes.BITS[step.dtype] < 32
 
 
-def _changed(job: Job) -> dict[str, Step]:
+def _changed(job: MergeJob) -> dict[str, Step]:
     """The steps of stored tensors that the job changes, by key."""
     steps: dict[str, Step] = {}
     for change in job.changes.values():
@@ -95,7 +95,7 @@ def _changed(job: Job) -> dict[str, Step]:
     return steps
 
 
-def _place(job: Job, steps: dict[str, Step], change: Change, slot: Slot) -> None:
+def _place(job: MergeJob, steps: dict[str, Step], change: Change, slot: Slot) -> None:
     parameter = change.parameter
     spec = job.base.tensors[slot.key]
     step = steps.get(slot.key) or Step(slot.key, spec.dtype, spec.shape, spec)
@@ -122,7 +122,7 @@ def _place(job: Job, steps: dict[str, Step], change: Change, slot: Slot) -> None
     steps[slot.key] = _edited(job, step, edits, change, resized)
 
 
-def _edited(job: Job, step: Step, edits: list[Edit], change: Change, slot: Slot) -> Step:
+def _edited(job: MergeJob, step: Step, edits: list[Edit], change: Change, slot: Slot) -> Step:
     """The step with these edits, then the change's rows, then its additions on the slot: in PEFT a
     LoRA wraps the rows of the same weight."""
     edits = edits + [
@@ -134,7 +134,9 @@ def _edited(job: Job, step: Step, edits: list[Edit], change: Change, slot: Slot)
     return replace(step, edits=tuple(edits), rows=rows, adapters=names)
 
 
-def _additions(job: Job, edits: list[Edit], change: Change, slot: Slot, dtype: str) -> list[Edit]:
+def _additions(
+    job: MergeJob, edits: list[Edit], change: Change, slot: Slot, dtype: str
+) -> list[Edit]:
     """The edits, followed by those of the change's additions."""
     parameter = change.parameter
     if job.options.compat == "peft":
@@ -183,7 +185,7 @@ def _additions_like_peft(edits: list[Edit], change: Change, slot: Slot, dtype: s
     return edits
 
 
-def _new_step(job: Job, name: str, change: Change) -> Step:
+def _new_step(job: MergeJob, name: str, change: Change) -> Step:
     """The step of a tensor that the base does not store: an untied weight, or a head."""
     parameter = change.parameter
     if not parameter.slots:
@@ -202,7 +204,7 @@ def _new_step(job: Job, name: str, change: Change) -> Step:
     )
 
 
-def _usual_dtype(job: Job, fallback: str) -> str:
+def _usual_dtype(job: MergeJob, fallback: str) -> str:
     """The dtype of most of the base's bytes, the fallback if none are floats: a head trained in
     float32 beside a bf16 model is loaded as bf16."""
     sizes: dict[str, int] = {}

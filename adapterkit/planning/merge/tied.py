@@ -11,7 +11,7 @@ import numpy as np
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.plan import HANDED_ON
-from adapterkit.planning.merge.job import Addition, Change, Job
+from adapterkit.planning.merge.job import Addition, Change, MergeJob
 from adapterkit.planning.model_config import nested_values, sub_configs, vocabulary_sizes
 from adapterkit.planning.untying import SWITCH, has_other_effects
 from adapterkit.weights.bypassed import weight_reader
@@ -20,7 +20,7 @@ from adapterkit.weights.skeleton import tied_names
 Sides = dict[str, Change]  # the effective change under each name of one tied parameter
 
 
-def resolve_tied_weights(job: Job) -> None:
+def resolve_tied_weights(job: MergeJob) -> None:
     """Untie parameters whose names are not changed in the same way, or as the option `tied` has it:
     refuse them, or fold all changes into the shared weight."""
     if job.names.model is None:
@@ -49,7 +49,7 @@ def resolve_tied_weights(job: Job) -> None:
     _note_biases(job)
 
 
-def _check_unknown_ties(job: Job) -> None:
+def _check_unknown_ties(job: MergeJob) -> None:
     """Without the model nobody knows what is tied to an embedding: refuse to change one where the
     config says that something is."""
     sizes = vocabulary_sizes(job.base.config)
@@ -69,7 +69,7 @@ def _check_unknown_ties(job: Job) -> None:
         )
 
 
-def _note_biases(job: Job) -> None:
+def _note_biases(job: MergeJob) -> None:
     """Note heads with a bias and trained token rows: PEFT 0.21 computes these without the bias
     before a merge, and with it afterwards."""
     for name, change in {**job.changes, **job.new}.items():
@@ -86,7 +86,7 @@ def _note_biases(job: Job) -> None:
                 )
 
 
-def _groups(job: Job) -> list[tuple[str, ...]]:
+def _groups(job: MergeJob) -> list[tuple[str, ...]]:
     """The names of each parameter that has several, the stored one first."""
     parameters = job.names.model.parameters if job.names.model is not None else {}
     groups = {
@@ -99,12 +99,12 @@ def _groups(job: Job) -> list[tuple[str, ...]]:
     )
 
 
-def _is_stored(job: Job, name: str) -> bool:
+def _is_stored(job: MergeJob, name: str) -> bool:
     parameter = job.names.parameter(name)
     return parameter is not None and not parameter.is_alias
 
 
-def _sides(job: Job, group: tuple[str, ...]) -> Sides:
+def _sides(job: MergeJob, group: tuple[str, ...]) -> Sides:
     """The effective change under each name of a parameter, as in PEFT.
 
     An adapter's token rows at the input embedding act under all names, unless it trained rows under
@@ -137,7 +137,7 @@ def _sides(job: Job, group: tuple[str, ...]) -> Sides:
     return sides
 
 
-def _followers(job: Job) -> dict[str, str]:
+def _followers(job: MergeJob) -> dict[str, str]:
     """The names that a model ties to others: PEFT wraps the rows there as well, which does nothing
     where the code around a head reads its weight itself. Blt ties its embedding to its head, and
     PEFT's head has no rows then."""
@@ -150,7 +150,7 @@ def _followers(job: Job) -> dict[str, str]:
     }
 
 
-def _is_input(job: Job, name: str) -> bool:
+def _is_input(job: MergeJob, name: str) -> bool:
     """Whether a parameter is the input embedding's: trained rows there are the head's too, those of
     the head its own."""
     assert job.names.model is not None
@@ -158,21 +158,21 @@ def _is_input(job: Job, name: str) -> bool:
     return model.get_submodule(name.rpartition(".")[0]) is model.get_input_embeddings()
 
 
-def _is_saved(job: Job, name: str) -> bool:
+def _is_saved(job: MergeJob, name: str) -> bool:
     """Whether the new value is a module of its own in the trained model (modules_to_save), no
     longer the shared one."""
     change = job.changes[name]
     return change.value is not None and job.adapters[change.value_from - 1].saves(name)
 
 
-def _are_equal(job: Job, names: Iterable[str], sides: Sides) -> bool:
+def _are_equal(job: MergeJob, names: Iterable[str], sides: Sides) -> bool:
     """Whether the names are changed in the same way, by the values, whatever a config says of
     them."""
     first, *others = (sides[name] for name in names)
     return all(_equal_changes(job, first, other) for other in others)
 
 
-def _equal_changes(job: Job, one: Change, other: Change) -> bool:
+def _equal_changes(job: MergeJob, one: Change, other: Change) -> bool:
     if [indices for _, indices in one.rows] != [indices for _, indices in other.rows]:
         return False
     if len(one.additions) != len(other.additions) or (one.value is None) != (other.value is None):
@@ -187,7 +187,7 @@ def _equal_changes(job: Job, one: Change, other: Change) -> bool:
     return all(_equal_additions(job, a, b) for a, b in additions)
 
 
-def _equal_additions(job: Job, one: Addition, other: Addition) -> bool:
+def _equal_additions(job: MergeJob, one: Addition, other: Addition) -> bool:
     """Whether two additions are the same: equal scales and, element by element, factors; those of
     an embedding are stored transposed."""
     if one is other:
@@ -211,7 +211,7 @@ def _equal_additions(job: Job, one: Addition, other: Addition) -> bool:
     return _are_transposes(job, first.a, second.b) and _are_transposes(job, first.b, second.a)
 
 
-def _are_transposes(job: Job, one: TensorSpec, other: TensorSpec) -> bool:
+def _are_transposes(job: MergeJob, one: TensorSpec, other: TensorSpec) -> bool:
     """Whether two matrices of adapters are each other's transpose, bit for bit."""
     if one.dtype != other.dtype or len(one.shape) != 2 or one.shape != other.shape[::-1]:
         return False
@@ -223,7 +223,7 @@ def _are_transposes(job: Job, one: TensorSpec, other: TensorSpec) -> bool:
     return bool(np.array_equal(matrices[0], matrices[1].T))
 
 
-def _set_all(job: Job, group: tuple[str, ...], change: Change) -> None:
+def _set_all(job: MergeJob, group: tuple[str, ...], change: Change) -> None:
     """Change the shared weight under every name that the base stores (some store the tied head
     too)."""
     for name in group:
@@ -235,7 +235,7 @@ def _set_all(job: Job, group: tuple[str, ...], change: Change) -> None:
             )
 
 
-def _foldable(job: Job, names: list[str]) -> bool:
+def _foldable(job: MergeJob, names: list[str]) -> bool:
     """Whether one weight can take all the changes. New values of modules_to_save cannot be folded:
     PEFT has two weights then."""
     changes = [job.changes[name] for name in names]
@@ -246,7 +246,7 @@ def _foldable(job: Job, names: list[str]) -> bool:
     return all(job.same_bytes(valued[0].value, change.value) for change in valued)
 
 
-def _sum(job: Job, changed: list[str]) -> Change:
+def _sum(job: MergeJob, changed: list[str]) -> Change:
     """The changes of all names as one change."""
     changes = [job.changes[name] for name in changed]
     valued = next((change for change in changes if change.value is not None), changes[0])
@@ -258,7 +258,7 @@ def _sum(job: Job, changed: list[str]) -> Change:
     )
 
 
-def _untie(job: Job, unequal: dict[tuple[str, ...], Sides]) -> None:
+def _untie(job: MergeJob, unequal: dict[tuple[str, ...], Sides]) -> None:
     """Turn the config's switch off, and write every parameter that this releases, also those that
     no adapter changes.
 
@@ -291,7 +291,7 @@ def _untie(job: Job, unequal: dict[tuple[str, ...], Sides]) -> None:
     job.notes.append(f"untied: {', '.join(sorted(released))}; tie_word_embeddings is now false")
 
 
-def _refuse_untying(job: Job, groups: Iterable[tuple[str, ...]], reason: str) -> None:
+def _refuse_untying(job: MergeJob, groups: Iterable[tuple[str, ...]], reason: str) -> None:
     for group in groups:
         job.errors.add(
             f"{shown(', '.join(sorted(group)))} cannot be untied: {reason}",
@@ -300,7 +300,7 @@ def _refuse_untying(job: Job, groups: Iterable[tuple[str, ...]], reason: str) ->
         )
 
 
-def _set_one(job: Job, name: str, change: Change | None) -> None:
+def _set_one(job: MergeJob, name: str, change: Change | None) -> None:
     """Change one name alone; it becomes a tensor of its own if the base does not store it."""
     parameter = job.names.parameter(name)
     assert parameter is not None and job.names.model is not None

@@ -3,13 +3,13 @@
 import re
 
 from adapterkit.errors import shown
-from adapterkit.planning.merge.job import Job
+from adapterkit.planning.merge.job import MergeJob
 from adapterkit.planning.model_config import set_nested
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.skeleton import tied_names
 
 
-def resolve_vocab_resize(job: Job) -> None:
+def resolve_vocab_resize(job: MergeJob) -> None:
     """Set the config's vocab_size to that of a resized embedding; refuse another size of a stored
     embedding or head."""
     resized: dict[int, str] = {}
@@ -45,7 +45,7 @@ def resolve_vocab_resize(job: Job) -> None:
     job.notes.append(f"vocab_size: {old} -> {size}")
 
 
-def _embedding_and_head(job: Job) -> list[Parameter]:
+def _embedding_and_head(job: MergeJob) -> list[Parameter]:
     """Parameters of the model's input embedding and of its head."""
     model = job.names.model
     if model is None:
@@ -58,14 +58,14 @@ def _embedding_and_head(job: Job) -> list[Parameter]:
     return [parameter for name in names if (parameter := job.names.parameter(name)) is not None]
 
 
-def _is_replaced(job: Job, parameter: Parameter) -> bool:
+def _is_replaced(job: MergeJob, parameter: Parameter) -> bool:
     """Whether an adapter has a new value for the parameter, or for one to which it stays tied."""
     own = job.changes.get(parameter.name) or job.new.get(parameter.name)
     tied = [job.changes[name] for name in parameter.tied if name in job.changes]
     return any(change.value is not None for change in ([own] if own else tied))
 
 
-def resolve_new_head(job: Job) -> None:
+def resolve_new_head(job: MergeJob) -> None:
     """Give the config the class and labels of a head that the base lacks; refuse a class of which
     other parameters have no values."""
     heads = [name for name, change in job.new.items() if not change.parameter.slots]
@@ -87,7 +87,7 @@ def resolve_new_head(job: Job) -> None:
                 job.config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
 
 
-def _check_complete(job: Job, class_name: str, heads: list[str]) -> None:
+def _check_complete(job: MergeJob, class_name: str, heads: list[str]) -> None:
     """Refuse a class with parameters without a value: transformers would draw them on every
     load."""
     model = job.names.model

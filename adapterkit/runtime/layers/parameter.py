@@ -14,7 +14,7 @@ from adapterkit.adapters.resolve import Target, model_type
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.inits.protocol import DrawnInit, Initialization
 from adapterkit.kernels.lazy_sum import LowRankSum, Term, summed
-from adapterkit.planning.sites import Site, flips_square_experts, sites_of
+from adapterkit.planning.sites import JoinedSite, flips_square_experts, sites_of
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.site import Part, Values
 from adapterkit.runtime.site import Site as LiveSite
@@ -178,7 +178,7 @@ class ModelParameters:
 
 
 @dataclass(frozen=True)
-class StoredParameter:
+class ParameterFactors:
     """A file's factors of one parameter; see `ParameterPart`."""
 
     lora: Lora
@@ -212,11 +212,11 @@ def split_parameters(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     errors: Problems,
-) -> tuple[list[Lora], list[StoredParameter]]:
+) -> tuple[list[Lora], list[ParameterFactors]]:
     """An adapter's factors of modules, and those of parameters; those that do not fit the model's
     parameters are added to the errors."""
     of_modules: list[Lora] = []
-    of_parameters: list[StoredParameter] = []
+    of_parameters: list[ParameterFactors] = []
     parameters = ModelParameters(model, modules)
     by_module: dict[str, list[Lora]] = {}
     for lora in adapter.loras:
@@ -237,7 +237,7 @@ def split_parameters(
     return of_modules, of_parameters
 
 
-def _stored(adapter: Adapter, site: Site, host: nn.Module) -> StoredParameter:
+def _stored(adapter: Adapter, site: JoinedSite, host: nn.Module) -> ParameterFactors:
     lora, factors = site.members[0]
     assert site.leaf is not None
     parameter, transposed = host._parameters[site.leaf], is_transposed(host, site.leaf)
@@ -249,4 +249,4 @@ def _stored(adapter: Adapter, site: Site, host: nn.Module) -> StoredParameter:
         flip = flips_square_experts(adapter, site.name, transposed, None, HINT) != transposed
     else:
         flip = (parameter.shape[1:] == (columns, out)) != transposed
-    return StoredParameter(lora, factors.scale, site.leaf, site.depth, flip)
+    return ParameterFactors(lora, factors.scale, site.leaf, site.depth, flip)

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.errors import Refused, Unrecoverable, shown
 from adapterkit.kernels.quant import blockwise
 from adapterkit.kernels.quant.grid import RoundColumn
@@ -190,10 +190,10 @@ class Bnb4(QuantizedWeight):
         return (self.parts[-1].key,) if self.double else ()
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
         count = math.prod(self.shape)
-        stored = {part.key: Stored(part.key, part.dtype, part.shape) for part in self.parts}
-        stored[self.key] = Stored(self.key, "U8", ((count + 1) // 2, 1))
+        stored = {part.key: TensorPlan(part.key, part.dtype, part.shape) for part in self.parts}
+        stored[self.key] = TensorPlan(self.key, "U8", ((count + 1) // 2, 1))
         return tuple(stored.values())
 
     def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
