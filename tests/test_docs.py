@@ -62,8 +62,11 @@ def test_every_command_is_in_the_readme_and_has_an_example_in_its_help():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_commands_parse(document: Path):
+    """But for those of a verb that the document itself adds, which tests/test_docs_run.py runs."""
+    first = [block.text.partition("\n")[0] for block in blocks(document, "python")]
+    added = {Path(line).stem for line in first if line.startswith("# adapterkit/verbs/")}
     for words in typed(document):
-        if words[0] == "adapterkit":
+        if words[0] == "adapterkit" and words[1] not in added:
             main.commands[words[1]].make_context(words[1], words[2:])
 
 
