@@ -102,14 +102,15 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
         with load("engines.execution:pinned_inputs")(self):
             return self.carry_out(self.plan())
 
-    def carry_out(self, plan: "Plan") -> "Receipt | Plan":
-        """Run a plan of this verb, or with `dry_run` look whether it would begin and return it.
+    def carry_out(self, plan: "Plan", *, push: bool = True) -> "Receipt | Plan":
+        """Run a plan of this verb, or with `dry_run` look whether it would begin and return it;
+        without `push` the caller sends the output.
 
         Raises `Refused` before anything is written, `Failed` after.
         """
         execution = import_module("adapterkit.engines.execution")
         with own_hints(type(self)):
-            return execution.execute(plan, self, self.check(plan), self.pushed_to)
+            return execution.execute(plan, self, self.check(plan), self.pushed_to if push else None)
 
 
 def push_option() -> Any:

@@ -77,20 +77,30 @@ def with_verified(receipt: Receipt, check: FolderCheck | None) -> Receipt:
     return receipt
 
 
+def check_pushes(plan: Plan, how: RunOptions, *repositories: str | None) -> None:
+    """`Refused` where the output of a plan could not be pushed to one of these."""
+    names, job = output_names(plan), fingerprint_of(plan.recipe())
+    for repository in dict.fromkeys(filter(None, repositories)):
+        check_push(repository, names, plan.folders, overwrite=how.overwrite, job=job)
+
+
+def pushed(receipt: Receipt, how: RunOptions, *repositories: str | None) -> Receipt:
+    """The receipt of a finished output that is sent to these."""
+    for repository in dict.fromkeys(filter(None, repositories)):
+        receipt.data["pushed"] = send(Path(receipt.out), repository, overwrite=how.overwrite)
+    return receipt
+
+
 def _execute(
     plan: Plan, how: RunOptions, *, check: FolderCheck | None, push: str | None
 ) -> Receipt | Plan:
     on_hub = is_on_hub(how.out)
-    if push is not None:
-        names, job = output_names(plan), fingerprint_of(plan.recipe())
-        check_push(push, names, plan.folders, overwrite=how.overwrite, job=job)
+    check_pushes(plan, how, push)
     if how.engine == "ray" and not (how.dry_run or on_hub):
         from adapterkit.engines.ray import run_on_ray
 
         receipt = run_on_ray(plan, how, check)
-        if push is not None:
-            receipt.data["pushed"] = send(Path(receipt.out), push, overwrite=how.overwrite)
-        return receipt
+        return pushed(receipt, how, push)
     from adapterkit.engines.placement import place
 
     plan, device = place(plan, how.device)

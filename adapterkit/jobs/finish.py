@@ -3,7 +3,6 @@
 import shlex
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import Refused
@@ -52,9 +51,7 @@ class Finish(Verb["Receipt"]):
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
     def run(self) -> "Receipt":
-        from adapterkit.engines.execution import in_place, with_verified
-        from adapterkit.execute import output_names
-        from adapterkit.hub.push import check_push, send
+        from adapterkit.engines.execution import check_pushes, in_place, pushed, with_verified
         from adapterkit.jobs.plan_file import again, read_plan
         from adapterkit.jobs.verbs import executors_of
 
@@ -71,19 +68,13 @@ class Finish(Verb["Receipt"]):
             )
         command = f"adapterkit run {shlex.quote(str(self.file))}"
         end = executors_of(verb).finish(plan_file.job, command, self.verify and not recomputes)
-        repositories = [one for one in dict.fromkeys((verb.pushed_to, self.push)) if one]
+        repositories = verb.pushed_to, self.push
         with again(verb):
             plan = verb.plan()
-            for repo in repositories:
-                job = plan_file.job.fingerprint
-                check_push(
-                    repo, output_names(plan), plan.folders, overwrite=verb.overwrite, job=job
-                )
+            check_pushes(plan, verb, *repositories)
             check = verb.check(plan)
             receipt = in_place(plan, verb, partial(end.finish, check=check))
-        for repo in repositories:
-            receipt.data["pushed"] = send(Path(receipt.out), repo, overwrite=verb.overwrite)
-        return with_verified(receipt, check)
+        return with_verified(pushed(receipt, verb, *repositories), check)
 
 
 finish = function_of(Finish)

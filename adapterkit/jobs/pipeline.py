@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adapterkit.engines.execution import pinned_inputs
+from adapterkit.engines.execution import check_pushes, pinned_inputs, pushed
 from adapterkit.engines.planned_folder import PlannedFolder, planned_folder
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, shown
 from adapterkit.jobs.older_output import (
@@ -27,6 +27,7 @@ from adapterkit.jobs.pipeline_file import Location, PipelineStep, StepSource, re
 from adapterkit.jobs.report import Row, outcome, refusal, report, sent
 from adapterkit.options import Progress
 from adapterkit.plan import Plan
+from adapterkit.receipt import Receipt
 from adapterkit.verb import WritingVerb
 
 FINISHED: Row = {"state": "done before", "notes": []}
@@ -156,7 +157,7 @@ class _Pipeline:
         folders = {source: folder for source, folder in planned.items() if folder is not None}
         verb = self._verb(step, folders)
         try:
-            run.plan = None if unknown else verb.plan()
+            run.plan = None if unknown else _dry_run(verb)
         except AdapterkitError:
             if not any(folder.asked_for_values for folder in folders.values()):
                 raise
@@ -225,7 +226,7 @@ class _Pipeline:
         verb = self._verb(step, {})
         mode = run.mode
         if mode is None or step.needs:
-            mode = self._mode(run, verb.plan(), changes=False)
+            mode = self._mode(run, _dry_run(verb), changes=False)
         if mode.finished:
             return FINISHED
         verb = replace(verb, resume=mode.resume, overwrite=mode.overwrite, progress=self.progress)
@@ -233,7 +234,16 @@ class _Pipeline:
             plan = verb.plan()
             entry = {"file": shown(self.file.name), "id": self.id, "inputs": inputs_digest(plan)}
             plan = replace(plan, decisions=plan.decisions | {"pipeline": entry})
-            return outcome(verb.carry_out(plan))
+            check_pushes(plan, verb, step.push)
+            done = verb.carry_out(plan, push=False)
+            return outcome(pushed(done, verb, step.push) if isinstance(done, Receipt) else done)
+
+
+def _dry_run(verb: WritingVerb) -> Plan:
+    """What a verb would do, where it would begin."""
+    plan = replace(verb, dry_run=True).run()
+    assert isinstance(plan, Plan)
+    return plan
 
 
 def _planned(source: StepSource, other: StepRun) -> PlannedFolder | None:

@@ -15,7 +15,7 @@ from typing import Any
 from adapterkit import __version__
 from adapterkit.checkpoint.storage import replace_file
 from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
-from adapterkit.engines.execution import in_place
+from adapterkit.engines.execution import check_pushes, in_place
 from adapterkit.engines.rank_job import RankJob
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.hub.ids import is_on_hub
@@ -56,8 +56,9 @@ def write_plan(file: StrPath, verb: str, *sources: Any, **options: Any) -> Plan:
     arguments = _portable(record(*sources, **options))
     call = record(**arguments)
     _check_room(path, call.overwrite, Path(call.out))
-    preparation = executors_of(call).preparation()
-    plan = in_place(call.plan(), call, preparation.prepare)
+    preparation, plan = executors_of(call).preparation(), call.plan()
+    check_pushes(plan, call, call.pushed_to)
+    plan = in_place(plan, call, preparation.prepare)
     assert not isinstance(plan, Receipt) and preparation.job is not None
     job, needs = preparation.job, plan.needs()
     _write(

@@ -120,7 +120,7 @@ class Stats(WritingVerb):
         "RAM).",
     )
 
-    def carry_out(self, plan: "Plan") -> "Receipt | Plan":
+    def carry_out(self, plan: "Plan", *, push: bool = True) -> "Receipt | Plan":
         with own_hints(type(self)):
             return load("statistics.run:carry_out")(plan, self)
 

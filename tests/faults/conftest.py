@@ -35,8 +35,12 @@ warnings.simplefilter("ignore")
 sys.path.insert(0, sys.argv[1])
 from transformers import LlamaForCausalLM
 from transformers.quantizers import base, quantizers_utils
-for verb in sys.argv[2:]:
-    importlib.import_module(f"adapterkit.verbs.{verb}")
+for verb in sys.argv[2:]:  # with what plans and runs it: a fork without rights cannot read it
+    record = getattr(importlib.import_module(f"adapterkit.verbs.{verb}"), verb.capitalize())
+    for entry in (getattr(record, "planner", ""), getattr(record, "runner", "")):
+        importlib.import_module(f"adapterkit.{entry.partition(':')[0] or 'verb'}")
+for name in ("execution", "local", "placement", "recompute"):
+    importlib.import_module(f"adapterkit.engines.{name}")
 import driver
 driver.serve()
 """

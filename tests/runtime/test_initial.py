@@ -36,8 +36,8 @@ def started(request, tmp_path) -> tuple:
     build, targets = MODELS[request.param]
     build().save_pretrained(tmp_path / "base")
     adapterkit.init(
-        tmp_path / "base", method="pissa", rank=4, alpha=6, targets=targets, rank_for=[r"\.0\.=2"],
-        residual="implicit", out=tmp_path / "new",
+        tmp_path / "base", method="pissa", rank=4, alpha=6, targets=targets,
+        rank_for=[r".*\.0\..*=2"], residual="implicit", out=tmp_path / "new",
     )  # fmt: skip
     return build, tmp_path / "new" / "adapter", tmp_path
 
