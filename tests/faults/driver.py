@@ -246,15 +246,18 @@ def serve() -> None:
     import torch
 
     import adapterkit.cli
+    import adapterkit.engines.execution
     import adapterkit.engines.local
+    import adapterkit.engines.placement
     import adapterkit.engines.ranks
-    import adapterkit.jobs.finish
-    import adapterkit.jobs.run
-    import adapterkit.verbs.combine
-    import adapterkit.verbs.merge
-    import adapterkit.verbs.resize
-    import adapterkit.verbs.subtract
-    import adapterkit.verbs.verify  # noqa: F401, imported once for all forks
+    import adapterkit.engines.recompute
+    import adapterkit.jobs.pipeline
+    import adapterkit.jobs.plan_file
+    import adapterkit.planning.combine
+    import adapterkit.planning.merge.plan
+    import adapterkit.planning.resize
+    import adapterkit.planning.subtract
+    import adapterkit.reports.verification  # noqa: F401, imported once for all forks
 
     torch.set_num_threads(1)
     children: dict[int, Child] = {}
