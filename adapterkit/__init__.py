@@ -7,16 +7,30 @@ transformers. Their errors are here too.
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import (
-    AdapterkitError,
-    Damaged,
-    Failed,
-    Interrupted,
-    MultipleErrors,
-    Refused,
-    Unrecoverable,
-    Waiting,
+    AdapterkitError as AdapterkitError,
 )
-from adapterkit.verbs import SECTIONS
+from adapterkit.errors import (
+    Damaged as Damaged,
+)
+from adapterkit.errors import (
+    Failed as Failed,
+)
+from adapterkit.errors import (
+    Interrupted as Interrupted,
+)
+from adapterkit.errors import (
+    MultipleErrors as MultipleErrors,
+)
+from adapterkit.errors import (
+    Refused as Refused,
+)
+from adapterkit.errors import (
+    Unrecoverable as Unrecoverable,
+)
+from adapterkit.errors import (
+    Waiting as Waiting,
+)
+from adapterkit.verbs import HOMES
 
 __version__ = "0.1.0"
 
@@ -42,32 +56,17 @@ if TYPE_CHECKING:
     from adapterkit.verbs.subtract import subtract as subtract
     from adapterkit.verbs.verify import verify as verify
 
-HOMES = {
-    **{verb: f"verbs.{verb}" for verbs in SECTIONS.values() for verb in verbs},
-    "LoraConfig": "adapters.lora_config",
-    "finish": "jobs.finish",
-    "run": "jobs.run",
-    "write_plan": "jobs.plan_file",
-}
-ERRORS = (
-    AdapterkitError,
-    Damaged,
-    Failed,
-    Interrupted,
-    MultipleErrors,
-    Refused,
-    Unrecoverable,
-    Waiting,
-)
-names = (error.__name__ for error in ERRORS)
-__all__ = sorted([*names, "__version__", *HOMES])  # pyright: ignore[reportUnsupportedDunderAll]
+_HOMES = HOMES | {"LoraConfig": "adapters.lora_config", "write_plan": "jobs.plan_file"}
+_ERRORS = [name for name, value in globals().items() if isinstance(value, type)]
+# computed, so that a verb is told once: type checkers take the names above
+__all__ = sorted([*_ERRORS, "__version__", *_HOMES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):
-    if name in HOMES:
+    if name in _HOMES:
         from importlib import import_module
 
-        return getattr(import_module(f"adapterkit.{HOMES[name]}"), name)
+        return getattr(import_module(f"adapterkit.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'adapterkit' has no attribute {name!r}")
 
 

@@ -22,6 +22,7 @@ from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, 
 from adapterkit.patterns import matcher
 
 T = TypeVar("T")
+Kind = TypeVar("Kind", bound="OptionRecord")
 StrPath = str | os.PathLike
 # Adapters, with weights where a verb has them
 Sources = (
@@ -120,31 +121,29 @@ class OptionRecord:
     the checks make of them. `Refused` with all that are invalid, or do not go together."""
 
     name: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # each is one, by `record`
 
     def __post_init__(self) -> None:
         errors = Problems()
-        given: dict[str, Any] = {}
-        for field in dataclasses.fields(self):  # type: ignore[arg-type] # verbs are dataclasses
+        for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is field.default:
                 continue
             try:
-                given[field.name] = option_of(field).check(field.name, value)
+                object.__setattr__(self, field.name, option_of(field).check(field.name, value))
             except AdapterkitError as error:
                 errors.append(error)
-                continue
-            object.__setattr__(self, field.name, given[field.name])
         Problems(errors or self._conflicts()).raise_all()
 
-    def only(self, kind: type[T]) -> T:
+    def only(self, kind: type[Kind]) -> Kind:
         """The options of another record that this one has too."""
-        names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        names = [field.name for field in dataclasses.fields(kind)]
         return kind(**{name: getattr(self, name) for name in names})
 
     def _conflicts(self) -> list[AdapterkitError]:
         """Refusals of options that are given without what they need, or with what they exclude."""
         errors = Problems(where="options")
-        fields = {field.name: field for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        fields = {field.name: field for field in dataclasses.fields(self)}
         is_given = lambda name: getattr(self, name) != fields[name].default
         for name, one in ((name, option_of(field)) for name, field in fields.items()):
             if not is_given(name):
@@ -157,16 +156,12 @@ class OptionRecord:
                     f"{flag_of(name)} with {needed} alone",
                     f"remove {flag_of(name)}, or give {needed}",
                 )
-            errors += [
-                Refused(
+            for other in filter(is_given, one.excludes):
+                errors.add(
                     f"{flag_of(name)} and {flag_of(other)} are given",
-                    expected="one of them",
-                    where="options",
-                    hint=f"remove {flag_of(name)}, or {flag_of(other)}",
+                    "one of them",
+                    f"remove {flag_of(name)}, or {flag_of(other)}",
                 )
-                for other in one.excludes
-                if is_given(other)
-            ]
         return errors
 
 
@@ -192,7 +187,7 @@ def own_hints(verb: type[OptionRecord]) -> Iterator[None]:
 def own_hint(hint: str, verb: type[OptionRecord]) -> str:
     """A hint with the verb's arguments as they are written, without alternatives that name options
     of other verbs."""
-    fields = dataclasses.fields(verb)  # type: ignore[arg-type] # verbs are dataclasses
+    fields = dataclasses.fields(verb)
     known = {field.name.replace("_", "-") for field in fields if field.kw_only}
     known |= {"adapter"} if "adapters" in known else set()
     arguments = {field.name for field in fields if not field.kw_only}

@@ -158,7 +158,7 @@ def function_of(verb: Any) -> Any:
 
 def fields_of(verb: type[Verb]) -> list[dataclasses.Field]:
     """The sources and options of a verb in the order of the help: its own, then how it runs."""
-    fields = dataclasses.fields(verb)  # type: ignore[arg-type] # verbs are dataclasses
+    fields = dataclasses.fields(verb)
     of_running = {field.name for field in dataclasses.fields(RunOptions)} - {"out"}
     return sorted(fields, key=lambda f: (f.kw_only, f.name != "out", f.name in of_running))
 

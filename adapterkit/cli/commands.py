@@ -14,6 +14,7 @@ from adapterkit.cli.methods import LISTS
 from adapterkit.cli.output import run_verb
 from adapterkit.cli.parameters import arguments_of, parameters_of
 from adapterkit.verb import Verb, WritingVerb
+from adapterkit.verbs import HOMES
 from adapterkit.verbs import SECTIONS as VERBS
 
 UNITS = {"stats": " layers"}  # of the progress, where it is not bytes
@@ -49,8 +50,7 @@ def summary_of(name: str) -> str:
 
 
 def _record(name: str) -> type[Verb]:
-    home = "jobs" if name in ("run", "finish") else "verbs"
-    return getattr(import_module(f"adapterkit.{home}.{name}"), name.capitalize())
+    return getattr(import_module(f"adapterkit.{HOMES[name]}"), name.capitalize())
 
 
 SECTIONS = VERBS | {"Shell": (str(completion.name),)}

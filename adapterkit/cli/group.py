@@ -30,6 +30,7 @@ class Group(click.Group):
         self.sections, self.make, self.summary = sections, cache(make), summary
         self.names = [name for names in sections.values() for name in names]
 
+    # click has a plain attribute
     @cached_property
     def commands(self) -> dict[str, click.Command]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """All of them."""

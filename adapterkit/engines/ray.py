@@ -52,10 +52,15 @@ def run_on_ray(plan: Plan, how: RunOptions, check: Check | None) -> Receipt:
     `Refused` without the package ray, where no cluster answers, and for a run to resume that was
     one machine's.
     """
+    end = RankFinish(job := RankJob.of(plan, how.hash), "the same command with --resume")
+    state = _state(job, how)
+    if state == "finished":
+        return end.finish(plan, how, check)
     with _connected(how.ray_address) as ray:
         cluster = _Cluster(ray, on_cuda=how.device.startswith("cuda"))
         cores, places = cluster.places()
-        job = _prepared(plan, how)
+        if state == "fresh":
+            Preparation().prepare(plan, how)
         try:
             cluster.run_ranks(plan, job, how, cores, places)
         except Unrecoverable:  # no rank can go on
@@ -65,25 +70,21 @@ def run_on_ray(plan: Plan, how: RunOptions, check: Check | None) -> Receipt:
         except KeyboardInterrupt:
             where = str(Stage(Path(how.out)).control)
             raise Interrupted("stopped; finished files are kept", where=where, hint=AGAIN) from None
-    end = RankFinish(job, "the same command with --resume")
     return end.finish(plan, how, check)
 
 
-def _prepared(plan: Plan, how: RunOptions) -> RankJob:
-    """The job that ranks share, its stage made where there is none yet."""
-    job, stage = RankJob.of(plan, how.hash), Stage(Path(how.out))
+def _state(job: RankJob, how: RunOptions) -> str:
+    """'fresh', 'resume' or 'finished'; `Refused` for a run to resume that ranks did not begin."""
+    stage = Stage(Path(how.out))
     state = stage.state(job.fingerprint, resume=how.resume, overwrite=how.overwrite)
-    head = (stage.journal() or [{}])[0]
-    if state == "fresh":
-        Preparation().prepare(plan, how)
-    elif state == "resume" and not head.get("ranks") and not how.overwrite:
+    if state == "resume" and not (stage.journal() or [{}])[0].get("ranks"):
         raise Refused(
             "the run to resume is one machine's",
             expected="a run that --engine ray began",
             where=str(stage.control),
-            hint="resume it with --engine local, or give --overwrite to begin again",
+            hint="resume it with --engine local, or give --overwrite without --resume",
         )
-    return job
+    return state
 
 
 @contextlib.contextmanager

@@ -8,3 +8,6 @@ SECTIONS = {
     "Plan files and pipelines": ("run", "finish"),
     "Inspection": ("inspect", "diff", "verify"),
 }
+# where each is: the modules of the package
+HOMES = {verb: f"verbs.{verb}" for verbs in SECTIONS.values() for verb in verbs}
+HOMES |= {"run": "jobs.run", "finish": "jobs.finish"}

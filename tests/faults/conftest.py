@@ -37,10 +37,7 @@ from transformers import LlamaForCausalLM
 from transformers.quantizers import base, quantizers_utils
 for verb in sys.argv[2:]:  # with what plans and runs it: a fork without rights cannot read it
     record = getattr(importlib.import_module(f"adapterkit.verbs.{verb}"), verb.capitalize())
-    for entry in (getattr(record, "planner", ""), getattr(record, "runner", "")):
-        importlib.import_module(f"adapterkit.{entry.partition(':')[0] or 'verb'}")
-for name in ("execution", "local", "placement", "recompute"):
-    importlib.import_module(f"adapterkit.engines.{name}")
+    importlib.import_module(f"adapterkit.{record.planner.partition(':')[0]}")
 import driver
 driver.serve()
 """

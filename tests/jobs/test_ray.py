@@ -131,6 +131,7 @@ def test_the_bytes_of_the_local_engine(cluster: Any, inputs: Path, tmp_path: Pat
     same = ("fingerprint", "recipe", "files", "parameters", "totals", "notes")
     assert {key: receipt.data[key] for key in same} == {key: local.data[key] for key in same}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["local", "ray"]
+    assert JOBS[verb](inputs, out=tmp_path / "ray", resume=True, **where).finished_before
     assert not ray.is_initialized()
 
 
