@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from adapterkit.checkpoint.disk import free_bytes
+from adapterkit.checkpoint.output.file_result import ShardResult, read_result
+from adapterkit.checkpoint.output.stage import HANDOFF, RECEIPT, Stage, Workspace, size_of_file
 from adapterkit.checkpoint.reader import changed
-from adapterkit.checkpoint.shard_result import ShardResult, read_result
-from adapterkit.checkpoint.stage import HANDOFF, RECEIPT, Stage, Workspace, size_of_file
-from adapterkit.checkpoint.storage import free_bytes
 from adapterkit.errors import AdapterkitError, Failed, Interrupted, Refused, Unrecoverable
 from adapterkit.options import Progress
 from adapterkit.plan import CopyFile, FromMetrics, OutputFile, Plan

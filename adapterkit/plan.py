@@ -22,10 +22,10 @@ from adapterkit.budget import BUFFERS, factors_memory, most_together
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout, TensorPlan, laid_out
+from adapterkit.checkpoint.output.file_result import ShardResult
+from adapterkit.checkpoint.output.writer import part_name
 from adapterkit.checkpoint.reader import Identity
-from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.system import cores, quarter_of_memory
-from adapterkit.checkpoint.writer import part_name
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.weights.reader import Reader
 from adapterkit.weights.slots import Positions

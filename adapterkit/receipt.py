@@ -11,8 +11,8 @@ from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_file
-from adapterkit.checkpoint.shard_result import ShardResult
-from adapterkit.checkpoint.stage import RECEIPT
+from adapterkit.checkpoint.output.file_result import ShardResult
+from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, shown
 from adapterkit.hub.destination import repositories

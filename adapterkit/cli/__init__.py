@@ -21,9 +21,9 @@ def process() -> None:
     signals.exit_at_once()
     gc.set_threshold(100_000, 50, 50)
     if os.environ.get("ADAPTERKIT_FSYNC") == "0":  # for measuring only: what durability costs
-        from adapterkit.checkpoint import storage
+        from adapterkit.checkpoint import disk
 
-        storage.DURABLE = False
+        disk.DURABLE = False
     atexit.register(gc.freeze)
     signals.own_process = True
     try:

@@ -13,7 +13,7 @@ from adapterkit.cli.parameters import json_option, quiet_option
 from adapterkit.verb import Verb, function_of
 
 if TYPE_CHECKING:
-    from adapterkit.engines.ranks import Outcome
+    from adapterkit.engines.ranks.rank import Outcome
 
 QUIET_DIFF = click.Option(
     ["--quiet"], is_flag=True, help="Show no progress and no table: only the exit status."

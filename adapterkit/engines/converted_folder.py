@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder, temporary_folder
 from adapterkit.checkpoint.header import FIRST_READ
-from adapterkit.checkpoint.stage import RECEIPT
+from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.engines.planned_folder import PlannedFolder, planned_folder
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class ConvertedFolder:
 
     def _convert(self, place: Path) -> LocalFolder:
         # here, so that headers of models are read without torch
-        from adapterkit.engines.local import local
+        from adapterkit.engines.local.engine import local
         from adapterkit.execute import run
 
         run(self.plan, place, local("cpu"), hash="none")

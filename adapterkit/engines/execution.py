@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder, original
-from adapterkit.checkpoint.stage import Stage, check_name
+from adapterkit.checkpoint.output.stage import Stage, check_name
 from adapterkit.engines.converted_folder import conversion_notes
 from adapterkit.engines.one_file import Done, run_to_file
 from adapterkit.errors import Refused, shown
@@ -31,7 +31,7 @@ def pinned_inputs(how: RunOptions) -> AbstractContextManager[object]:
     its end: within such a block another one does nothing."""
     if not is_on_hub(how.out) or are_pinned():
         return nullcontext()
-    from adapterkit.engines import hub_output
+    from adapterkit.engines.hub import output as hub_output
 
     return hub_output.pinned_inputs(how.out, resume=how.resume)
 
@@ -70,7 +70,7 @@ def in_place(
 
 def with_verified(receipt: Receipt, check: FolderCheck | None) -> Receipt:
     """The receipt with what the check of a merge's rows found."""
-    from adapterkit.engines.recompute import RowCheck
+    from adapterkit.engines.verify.row_checks import RowCheck
 
     if isinstance(check, RowCheck) and check.result:
         receipt.data["verified"] = check.result
@@ -100,7 +100,7 @@ def _execute(
     on_hub = is_on_hub(how.out)
     check_pushes(plan, how, push)
     if how.engine == "ray" and not (how.dry_run or on_hub):
-        from adapterkit.engines.ray import run_on_ray
+        from adapterkit.engines.ranks.ray import run_on_ray
 
         receipt = run_on_ray(plan, how, check)
         return pushed(receipt, how, push)
@@ -108,14 +108,14 @@ def _execute(
 
     plan, device = place(plan, how.device)
     if on_hub:
-        from adapterkit.engines.hub_output import run_to_hub
+        from adapterkit.engines.hub.output import run_to_hub
 
         return run_to_hub(plan, replace(how, device=device), check)
     if how.dry_run:
         if not how.overwrite:
             check_place(Stage(Path(how.out)), plan, resume=how.resume, overwrite=False)
         return plan
-    from adapterkit.engines.local import local
+    from adapterkit.engines.local.engine import local
 
     return run(
         plan,

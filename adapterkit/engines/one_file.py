@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from adapterkit.checkpoint.disk import storage_errors, sync_folder
 from adapterkit.checkpoint.folder import LocalFolder, original
-from adapterkit.checkpoint.older import incomplete, lacking, receipt_at, size_at
-from adapterkit.checkpoint.stage import RECEIPT, check_name
-from adapterkit.checkpoint.storage import storage_errors, sync_folder
+from adapterkit.checkpoint.output.earlier import incomplete, lacking, receipt_at, size_at
+from adapterkit.checkpoint.output.stage import RECEIPT, check_name
 from adapterkit.errors import Refused, shown
 from adapterkit.plan import Plan
 from adapterkit.receipt import RECEIPT_CHECK, Receipt, fingerprint_of

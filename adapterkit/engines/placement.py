@@ -8,7 +8,7 @@ import torch
 from adapterkit import dtypes
 from adapterkit.checkpoint.system import cores
 from adapterkit.engines.device import kind, pick_device
-from adapterkit.engines.pieces import RUN, SPAN
+from adapterkit.engines.local.pieces import RUN, SPAN
 from adapterkit.errors import Refused
 from adapterkit.plan import Placement, Plan, Step, Task
 from adapterkit.tasks.rows import CUDA_ELEMENTS

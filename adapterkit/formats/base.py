@@ -7,9 +7,9 @@ from typing import Any
 
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, shown
-from adapterkit.formats.experts import Stack
 from adapterkit.formats.library import architectures
-from adapterkit.formats.rows import Heads, model_heads
+from adapterkit.formats.modules.experts import Stack
+from adapterkit.formats.modules.rows import Heads, model_heads
 from adapterkit.weights.names import Names
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 from adapterkit.errors import AdapterkitError, Refused, listed
-from adapterkit.formats.kinds import FACTORS, MAGNITUDES, SHAPE
-from adapterkit.formats.parts import magnitudes
-from adapterkit.formats.record import Contents, Module
+from adapterkit.formats.modules.kinds import FACTORS, MAGNITUDES, SHAPE
+from adapterkit.formats.modules.parts import magnitudes
+from adapterkit.formats.modules.record import Contents, Module
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
 
 # what PEFT's layout holds, in dialects that say nothing else

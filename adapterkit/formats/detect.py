@@ -8,10 +8,10 @@ from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import AdapterkitError, Refused, shown
-from adapterkit.formats.configs import read_config
-from adapterkit.formats.containers import Container, open_container
+from adapterkit.formats.files.configs import read_config
+from adapterkit.formats.files.containers import Container, open_container
+from adapterkit.formats.files.pickles import pickles_of, rewritten_name, unsafe
 from adapterkit.formats.library import formats
-from adapterkit.formats.pickles import pickles_of, rewritten_name, unsafe
 from adapterkit.formats.schema import Format
 
 PICKLE = "pickle"

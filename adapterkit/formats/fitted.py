@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adapterkit.adapters.kinds.common import Delta
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.formats.tensors import Expression
+from adapterkit.formats.modules.tensors import Expression
 from adapterkit.kernels.lowrank.weighted import Decomposition
 from adapterkit.weights.reader import Reader, TensorReader
 

@@ -31,8 +31,8 @@ def names() -> list[str]:
 def formats() -> dict[str, Format]:
     """Every format by name. `Damaged` for a file with a word or a step that there is not."""
     # here, so that headers of models are read without torch
-    from adapterkit.formats.grouped import GROUPED
-    from adapterkit.formats.steps import STEPS
+    from adapterkit.formats.modules.merged_linear import GROUPED
+    from adapterkit.formats.modules.orientation import STEPS
 
     known = {path.stem: _read(path, format_from) for path in _files(folder())}
     for name, form in known.items():
@@ -48,7 +48,7 @@ def written_formats() -> list[str]:
 @cache
 def architectures() -> dict[str, Architecture]:
     """Every architecture by name. `Damaged` as for formats."""
-    from adapterkit.formats.rows import ORDERS
+    from adapterkit.formats.modules.rows import ORDERS
 
     files = _files(folder() / ARCHITECTURES)
     known = {path.stem: _read(path, architecture_from) for path in files}
@@ -96,5 +96,5 @@ def _check_steps(steps: Iterable[Iterable[str]], known: Collection[str], where: 
             f"there are no steps {listed(unknown)}",
             expected=f"some of {', '.join(known)}",
             where=where,
-            hint=did_you_mean(unknown, known) or "add it to adapterkit/formats/steps.py",
+            hint=did_you_mean(unknown, known) or "add it to formats/modules/orientation.py",
         )

@@ -10,24 +10,30 @@ from adapterkit.adapters.adapter_config import HUB_ID
 from adapterkit.checkpoint.folder import Folder, place_of
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.capabilities import refused_by_name
-from adapterkit.formats.containers import Container, PlanReader
-from adapterkit.formats.fusing import Fusion, split, telling_rows
-from adapterkit.formats.grouped import GROUPED, check_whole, groups_in, trained, ungrouped
-from adapterkit.formats.keys import Raw, raws_of
-from adapterkit.formats.kinds import ALPHA, CORES, EXPERTS, FACTORS, LIMITED, SHAPE, SIZED
+from adapterkit.formats.files.containers import Container, PlanReader
+from adapterkit.formats.files.keys import Raw, raws_of
+from adapterkit.formats.files.templates import words_of
 from adapterkit.formats.library import architectures
-from adapterkit.formats.names import Size, in_style, likely, names_of, of_type
-from adapterkit.formats.parts import matrix_shape, rank_of, shape_problem, with_magnitudes
-from adapterkit.formats.record import LANGUAGE, Contents, Module, StoredAlpha
-from adapterkit.formats.rows import Heads
+from adapterkit.formats.modules.fusing import Fusion, split, telling_rows
+from adapterkit.formats.modules.kinds import ALPHA, CORES, EXPERTS, FACTORS, LIMITED, SHAPE, SIZED
+from adapterkit.formats.modules.merged_linear import (
+    GROUPED,
+    check_whole,
+    groups_in,
+    trained,
+    ungrouped,
+)
+from adapterkit.formats.modules.names import Size, in_style, likely, names_of, of_type
+from adapterkit.formats.modules.orientation import STEPS
+from adapterkit.formats.modules.parts import matrix_shape, rank_of, shape_problem, with_magnitudes
+from adapterkit.formats.modules.record import LANGUAGE, Contents, Module, StoredAlpha
+from adapterkit.formats.modules.rows import Heads
+from adapterkit.formats.modules.stacked_experts import unstacked
+from adapterkit.formats.modules.tensors import Expression, StoredTensor, from_spec
+from adapterkit.formats.modules.tied import with_heads
+from adapterkit.formats.modules.wide_inputs import check_shape
 from adapterkit.formats.scales import Scales
 from adapterkit.formats.schema import MODEL, Format
-from adapterkit.formats.stacked_experts import unstacked
-from adapterkit.formats.steps import STEPS
-from adapterkit.formats.templates import words_of
-from adapterkit.formats.tensors import Expression, StoredTensor, from_spec
-from adapterkit.formats.tied import with_heads
-from adapterkit.formats.widened import check_shape
 
 BASE = "base_model_name_or_path"
 

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from adapterkit.formats.kinds import KINDS, PLAIN
-from adapterkit.formats.parts import scaled_role
-from adapterkit.formats.record import Module
-from adapterkit.formats.tensors import Expression, padded, scaled
+from adapterkit.formats.modules.kinds import KINDS, PLAIN
+from adapterkit.formats.modules.parts import scaled_role
+from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.tensors import Expression, padded, scaled
 
 FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104  # the smallest and the largest at full precision
 

@@ -10,14 +10,14 @@ from adapterkit.adapters.declared import DeclaredScales, declared_settings
 from adapterkit.checkpoint.strict import strict_json
 from adapterkit.errors import Damaged, Refused, shown
 from adapterkit.formats.capabilities import word_of
-from adapterkit.formats.configs import fields
-from adapterkit.formats.kinds import FACTORS, KINDS
-from adapterkit.formats.parts import rank_of
-from adapterkit.formats.record import Module
+from adapterkit.formats.files.configs import fields
+from adapterkit.formats.files.templates import words_of
+from adapterkit.formats.modules.kinds import FACTORS, KINDS
+from adapterkit.formats.modules.parts import rank_of
+from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.tensors import StoredTensor
 from adapterkit.formats.same_delta import is_float32, shared_number, with_scale
 from adapterkit.formats.schema import Format
-from adapterkit.formats.templates import words_of
-from adapterkit.formats.tensors import StoredTensor
 from adapterkit.options import finite
 from adapterkit.weights.reader import TensorReader
 

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar
 
 from adapterkit import records
 from adapterkit.errors import Damaged
-from adapterkit.formats.configs import WORDS, unknown_words
-from adapterkit.formats.kinds import KINDS
+from adapterkit.formats.files.configs import WORDS, unknown_words
+from adapterkit.formats.modules.kinds import KINDS
 
 R = TypeVar("R")
 MODEL = "model"  # the naming of the loaded model

@@ -9,23 +9,23 @@ from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.base import BaseFacts, architecture_of
 from adapterkit.formats.capabilities import OTHER_FORMAT, lacking, ways_out, word_of
-from adapterkit.formats.containers import PlanReader
-from adapterkit.formats.fusing import Fusion, fuse, inputs_of, norm_problems
-from adapterkit.formats.kinds import ALPHA, MAGNITUDES, SIZED
+from adapterkit.formats.files.containers import PlanReader
+from adapterkit.formats.files.templates import base_words, filled, numbers, settings_of
 from adapterkit.formats.library import architectures
-from adapterkit.formats.names import Size, fitting, in_style, likely, names_of, of_type
-from adapterkit.formats.parts import magnitude_in_file, matrix_shape
-from adapterkit.formats.record import LANGUAGE, Contents, Module
-from adapterkit.formats.rows import Heads
+from adapterkit.formats.modules.fusing import Fusion, fuse, inputs_of, norm_problems
+from adapterkit.formats.modules.kinds import ALPHA, MAGNITUDES, SIZED
+from adapterkit.formats.modules.names import Size, fitting, in_style, likely, names_of, of_type
+from adapterkit.formats.modules.orientation import COLUMN, STEPS
+from adapterkit.formats.modules.parts import magnitude_in_file, matrix_shape
+from adapterkit.formats.modules.record import LANGUAGE, Contents, Module
+from adapterkit.formats.modules.rows import Heads
+from adapterkit.formats.modules.stacked_experts import stack
+from adapterkit.formats.modules.tensors import Constant, Expression, reshaped
+from adapterkit.formats.modules.tied import without_heads
+from adapterkit.formats.modules.wide_inputs import with_widths
 from adapterkit.formats.same_delta import uniform
 from adapterkit.formats.scales import has_alpha, place_scales
 from adapterkit.formats.schema import MODEL, Format
-from adapterkit.formats.stacked_experts import stack
-from adapterkit.formats.steps import COLUMN, STEPS
-from adapterkit.formats.templates import base_words, filled, numbers, settings_of
-from adapterkit.formats.tensors import Constant, Expression, reshaped
-from adapterkit.formats.tied import without_heads
-from adapterkit.formats.widened import with_widths
 
 NUMBERS = ("{rank}", "{alpha}")  # templates of metadata
 

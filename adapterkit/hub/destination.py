@@ -1,8 +1,9 @@
 """Where an output goes on the Hub: a repository, a branch of it, a folder there; what is refused
 before a byte is sent, and what is created.
 
-The rule is that of folders on this machine (`checkpoint/stage.py`): an output never takes the place
-of an input, nor of what adapterkit did not write, and that of an older output with --overwrite.
+The rule is that of folders on this machine (`checkpoint/output/stage.py`): an output never takes
+the place of an input, nor of what adapterkit did not write, and that of an older output with
+--overwrite.
 """
 
 import re
@@ -12,8 +13,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from adapterkit.checkpoint.folder import Folder, original
-from adapterkit.checkpoint.older import parse_receipt
-from adapterkit.checkpoint.stage import RECEIPT
+from adapterkit.checkpoint.output.earlier import parse_receipt
+from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.errors import Refused, listed, shown
 from adapterkit.hub.errors import explained_errors
 from adapterkit.hub.folder import HubFolder

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from adapterkit.checkpoint.storage import storage_errors, write_all
-from adapterkit.checkpoint.writer import unfinished_name
+from adapterkit.checkpoint.disk import storage_errors, write_all
+from adapterkit.checkpoint.output.writer import unfinished_name
 from adapterkit.errors import Failed
 from adapterkit.hub.errors import location
 from adapterkit.hub.folder import HubFolder

@@ -7,7 +7,7 @@ from typing import Any
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.hashes import sha256_of_file
-from adapterkit.checkpoint.stage import RECEIPT
+from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.hub.destination import Destination, repositories

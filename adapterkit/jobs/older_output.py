@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
-from adapterkit.checkpoint.older import lacking
+from adapterkit.checkpoint.output.earlier import lacking
+from adapterkit.checkpoint.output.stage import RECEIPT, Stage
 from adapterkit.checkpoint.reader import identity
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.checkpoint.stage import RECEIPT, Stage
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.engines.converted_folder import ConvertedFolder
-from adapterkit.engines.file_checks import check_files
-from adapterkit.engines.hub_stage import work_folder
+from adapterkit.engines.hub.stage import work_folder
 from adapterkit.engines.one_file import SUFFIX
+from adapterkit.engines.verify.file_checks import check_files
 from adapterkit.errors import AdapterkitError, Damaged, Refused
 from adapterkit.execute import check_same_job
 from adapterkit.hub import ids
 from adapterkit.hub.folder import HubFolder
 from adapterkit.jobs.pipeline_file import Location
 from adapterkit.plan import CopyFile, Plan
-from adapterkit.planning.unpickled import UnpickledFolder
+from adapterkit.planning.inputs.unpickled_folder import UnpickledFolder
 from adapterkit.receipt import RECEIPT_CHECK, fingerprint_of, read_receipt
 from adapterkit.tasks.statistics import metadata_of
 

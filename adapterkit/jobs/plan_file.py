@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit import __version__
-from adapterkit.checkpoint.storage import replace_file
+from adapterkit.checkpoint.disk import replace_file
 from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
 from adapterkit.engines.execution import check_pushes, in_place
-from adapterkit.engines.rank_job import RankJob
+from adapterkit.engines.ranks.job_identity import RankJob
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.jobs.verbs import executors_of, writing_verb

@@ -26,7 +26,7 @@ from adapterkit.run_options import WAIT
 from adapterkit.verb import Verb, function_of
 
 if TYPE_CHECKING:
-    from adapterkit.engines.ranks import Outcome
+    from adapterkit.engines.ranks.rank import Outcome
     from adapterkit.jobs.plan_file import PlanFile
 
 OF_PLAN_FILES, OF_PIPELINES = ("rank", "workers", "wait"), ("overwrite",)
@@ -150,7 +150,7 @@ def run_rank(
 ) -> "Outcome":
     """`run` of a plan file that was read; with `only` exactly these files."""
     from adapterkit.engines.execution import in_place
-    from adapterkit.engines.ranks import Outcome
+    from adapterkit.engines.ranks.rank import Outcome
     from adapterkit.jobs.plan_file import again
     from adapterkit.jobs.verbs import executors_of
     from adapterkit.receipt import Receipt

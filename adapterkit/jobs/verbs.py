@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from adapterkit.engines.rank_finish import RankFinish
-from adapterkit.engines.rank_job import Preparation
-from adapterkit.engines.ranks import Rank
+from adapterkit.engines.ranks.finish import RankFinish
+from adapterkit.engines.ranks.job_identity import Preparation
+from adapterkit.engines.ranks.rank import Rank
 from adapterkit.errors import Refused, did_you_mean
 from adapterkit.registry import members
 from adapterkit.statistics.ranks import StatisticsFinish, StatisticsPreparation, StatisticsRank

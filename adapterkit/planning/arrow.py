@@ -8,13 +8,13 @@ from adapterkit.adapters import adapter_config
 from adapterkit.adapters.record import Adapter
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.plan import OutputFile, Plan
-from adapterkit.planning.adapters import delta_problems, read_all, trained_values
-from adapterkit.planning.cards import hub_id_or_name
-from adapterkit.planning.folder_files import as_json
-from adapterkit.planning.input_files import plan_of
-from adapterkit.planning.sites import join
-from adapterkit.planning.sources import open_all
-from adapterkit.tasks.experts import StackedExperts
+from adapterkit.planning.adapters.joined_values import delta_problems, read_all, trained_values
+from adapterkit.planning.adapters.sites import join
+from adapterkit.planning.inputs.input_identity import plan_of
+from adapterkit.planning.inputs.sources import open_all
+from adapterkit.planning.outputs.cards import hub_id_or_name
+from adapterkit.planning.outputs.folder_files import as_json
+from adapterkit.tasks.arrow import StackedExperts
 from adapterkit.verbs.arrow import Arrow
 
 FORMAT = 1

@@ -15,17 +15,20 @@ from adapterkit.combinations import ALIASES
 from adapterkit.combinations.protocol import Method
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.plan import Plan
-from adapterkit.planning import adapter_output
-from adapterkit.planning.adapters import (
+from adapterkit.planning.adapters.dora_deltas import BaseWeights, dora_problems
+from adapterkit.planning.adapters.joined_values import (
     AdapterWeights,
     delta_problems,
     read_all,
     value_tasks,
     wrapper_problems,
 )
-from adapterkit.planning.base_weights import BaseWeights, dora_problems
-from adapterkit.planning.norms import check_statistics, with_statistics, without_inputs
-from adapterkit.planning.sites import (
+from adapterkit.planning.adapters.output_norms import (
+    check_statistics,
+    with_statistics,
+    without_inputs,
+)
+from adapterkit.planning.adapters.sites import (
     JoinedSite,
     base_with_parameters,
     join,
@@ -33,7 +36,8 @@ from adapterkit.planning.sites import (
     names_of,
     targets_of,
 )
-from adapterkit.planning.sources import open_model, open_statistics, open_weighted
+from adapterkit.planning.inputs.sources import open_model, open_statistics, open_weighted
+from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.registry import create
 from adapterkit.tasks import common
 from adapterkit.tasks.combined import CombinedFactors, Operand, Refit

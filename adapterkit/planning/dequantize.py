@@ -8,12 +8,12 @@ from adapterkit.gguf.header import gguf_file
 from adapterkit.gguf.model import loads_in_float32, open_gguf
 from adapterkit.options import parse_size
 from adapterkit.plan import Plan, Step
-from adapterkit.planning.cards import model_card
-from adapterkit.planning.folder_files import as_json, model_files
-from adapterkit.planning.gaps import check_gaps
-from adapterkit.planning.input_files import plan_of
-from adapterkit.planning.model_output import plan_shard, plan_shards_of_size
-from adapterkit.planning.sources import open_model
+from adapterkit.planning.inputs.input_identity import plan_of
+from adapterkit.planning.inputs.sources import open_model
+from adapterkit.planning.outputs.cards import model_card
+from adapterkit.planning.outputs.folder_files import as_json, model_files
+from adapterkit.planning.outputs.gaps import check_gaps
+from adapterkit.planning.outputs.model import plan_shard, plan_shards_of_size
 from adapterkit.verbs.dequantize import Dequantize
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.decoded import decoded_view, quantization_files, quantized_weights

@@ -16,15 +16,19 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.patterns import similar_names
 from adapterkit.plan import Plan, Task
-from adapterkit.planning import adapter_output
-from adapterkit.planning.comparison import equal_values
-from adapterkit.planning.extracted_adapter import ExtractedAdapter, finalize_extraction, prefixes
-from adapterkit.planning.factor_targets import FactorTargets
+from adapterkit.planning.adapters.output_norms import select_norms
+from adapterkit.planning.adapters.value_comparison import equal_values
+from adapterkit.planning.inputs.model_config import nested_values
+from adapterkit.planning.inputs.sources import open_adapter, open_model, open_statistics
 from adapterkit.planning.merge.plan import plan_merge
-from adapterkit.planning.model_config import nested_values
-from adapterkit.planning.norms import select_norms
-from adapterkit.planning.selection import Selection
-from adapterkit.planning.sources import open_adapter, open_model, open_statistics
+from adapterkit.planning.outputs import adapter as adapter_output
+from adapterkit.planning.outputs.extracted_adapter import (
+    ExtractedAdapter,
+    finalize_extraction,
+    prefixes,
+)
+from adapterkit.planning.targets.peft_targets import FactorTargets
+from adapterkit.planning.targets.selection import Selection
 from adapterkit.tasks.difference import DifferenceFactors, WholeParameter
 from adapterkit.tasks.truncated import SHARES, Truncation, check_truncation, even_rank
 from adapterkit.verbs.extract import Extract

@@ -16,18 +16,18 @@ from adapterkit.inits import created_init
 from adapterkit.inits.protocol import ComputedInit, Initialization, RedistributingInit
 from adapterkit.options import flag_of
 from adapterkit.plan import OutputFile, Plan, Task, no_warnings
-from adapterkit.planning import adapter_output
-from adapterkit.planning.folder_files import Files
-from adapterkit.planning.initial_targets import InitialTarget, find_targets
-from adapterkit.planning.input_files import plan_of
-from adapterkit.planning.model_output import planned_fingerprint
+from adapterkit.planning.inputs.input_identity import plan_of
+from adapterkit.planning.inputs.sources import open_model, open_statistics
+from adapterkit.planning.outputs import adapter as adapter_output
+from adapterkit.planning.outputs.folder_files import Files
+from adapterkit.planning.outputs.model import planned_fingerprint
 from adapterkit.planning.quantization import plan_quantization
 from adapterkit.planning.residual import (
     plan_quantized_residual,
     plan_residual,
     planned_adapter,
 )
-from adapterkit.planning.sources import open_model, open_statistics
+from adapterkit.planning.targets.initial_targets import InitialTarget, find_targets
 from adapterkit.shared_options import BlockOptions
 from adapterkit.tasks.handoff import HandoffFactors
 from adapterkit.tasks.initial import InitialFactors

@@ -13,14 +13,14 @@ from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import WARNING, Problems, Refused, shown
 from adapterkit.plan import OutputFile, Plan, Task
-from adapterkit.planning import adapter_output
-from adapterkit.planning.input_files import plan_of
-from adapterkit.planning.model_output import QuantizedModel, planned_fingerprint
+from adapterkit.planning.inputs.input_identity import plan_of
+from adapterkit.planning.inputs.sources import open_model, open_statistics
+from adapterkit.planning.outputs import adapter as adapter_output
+from adapterkit.planning.outputs.model import QuantizedModel, planned_fingerprint
 from adapterkit.planning.quantization import plan_quantization
-from adapterkit.planning.readings import rule_readings
-from adapterkit.planning.rules import Rule, pattern_table, read_rules, unmatched
-from adapterkit.planning.sources import open_model, open_statistics
-from adapterkit.planning.stored_targets import select_layers
+from adapterkit.planning.targets.changed_meanings import rule_readings
+from adapterkit.planning.targets.stored_targets import select_layers
+from adapterkit.planning.targets.values_by_regex import Rule, pattern_table, read_rules, unmatched
 from adapterkit.shared_options import BlockOptions
 from adapterkit.tasks.handoff import HandoffFactors
 from adapterkit.tasks.loftq import LoftQFactors, LoftQWeight, finalize_accepted

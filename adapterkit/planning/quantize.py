@@ -3,10 +3,10 @@
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import Problems, listed
 from adapterkit.plan import Compensation, Plan, Span, Task
-from adapterkit.planning.input_files import plan_of
-from adapterkit.planning.model_output import QuantizedModel
+from adapterkit.planning.inputs.input_identity import plan_of
+from adapterkit.planning.inputs.sources import open_model, open_statistics
+from adapterkit.planning.outputs.model import QuantizedModel
 from adapterkit.planning.quantization import QuantizationPlan, plan_quantization
-from adapterkit.planning.sources import open_model, open_statistics
 from adapterkit.shared_options import BlockOptions, missing_statistics
 from adapterkit.tasks.compensated import CompensatedWeight
 from adapterkit.tasks.statistics import select_covariances

@@ -11,9 +11,8 @@ from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.combinations.linear import Linear
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.plan import Plan, Task
-from adapterkit.planning import adapter_output
-from adapterkit.planning.adapters import read_all
-from adapterkit.planning.sites import (
+from adapterkit.planning.adapters.joined_values import read_all
+from adapterkit.planning.adapters.sites import (
     JoinedSite,
     base_with_parameters,
     join,
@@ -21,7 +20,8 @@ from adapterkit.planning.sites import (
     names_of,
     targets_of,
 )
-from adapterkit.planning.sources import initial_of, open_adapter, open_model
+from adapterkit.planning.inputs.sources import initial_of, open_adapter, open_model
+from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.tasks.combined import CombinedFactors, Operand, Refit
 from adapterkit.verbs.rebase import Rebase
 from adapterkit.weights.names import Names

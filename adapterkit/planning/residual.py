@@ -12,13 +12,13 @@ from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused
 from adapterkit.plan import OutputFile
-from adapterkit.planning.cards import model_card
-from adapterkit.planning.folder_files import Files, model_files
-from adapterkit.planning.initial_targets import InitialTarget
 from adapterkit.planning.merge.job import MergeJob
 from adapterkit.planning.merge.plan import changed_steps
-from adapterkit.planning.model_output import CHANGED_BY, QuantizedModel, plan_shard
+from adapterkit.planning.outputs.cards import model_card
+from adapterkit.planning.outputs.folder_files import Files, model_files
+from adapterkit.planning.outputs.model import CHANGED_BY, QuantizedModel, plan_shard
 from adapterkit.planning.quantization import QuantizationPlan
+from adapterkit.planning.targets.initial_targets import InitialTarget
 from adapterkit.tasks.handoff import handed_on
 from adapterkit.tasks.residual import ResidualWeight
 from adapterkit.verbs.merge import MergeOptions

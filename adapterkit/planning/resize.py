@@ -17,12 +17,12 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Problems, Refused
 from adapterkit.plan import Plan, Task
-from adapterkit.planning import adapter_output
-from adapterkit.planning.base_weights import BaseWeights, dora_problems
-from adapterkit.planning.kind_deltas import kind_of, read_deltas
-from adapterkit.planning.norms import select_norms
-from adapterkit.planning.sites import join, levels_of, names_of, targets_of
-from adapterkit.planning.sources import open_adapter, open_model, open_statistics
+from adapterkit.planning.adapters.dora_deltas import BaseWeights, dora_problems
+from adapterkit.planning.adapters.other_types import kind_of, read_deltas
+from adapterkit.planning.adapters.output_norms import select_norms
+from adapterkit.planning.adapters.sites import join, levels_of, names_of, targets_of
+from adapterkit.planning.inputs.sources import open_adapter, open_model, open_statistics
+from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.tasks.truncated import (
     SHARES,
     ConvertedFactors,

@@ -11,10 +11,16 @@ from adapterkit.combinations.linear import Linear
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.patterns import matcher
 from adapterkit.plan import Plan, Task
-from adapterkit.planning import adapter_output
-from adapterkit.planning.adapters import delta_problems, read_all, trained_values
-from adapterkit.planning.sites import base_with_parameters, join, levels_of, names_of, targets_of
-from adapterkit.planning.sources import open_all, open_model
+from adapterkit.planning.adapters.joined_values import delta_problems, read_all, trained_values
+from adapterkit.planning.adapters.sites import (
+    base_with_parameters,
+    join,
+    levels_of,
+    names_of,
+    targets_of,
+)
+from adapterkit.planning.inputs.sources import open_all, open_model
+from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.tasks import common
 from adapterkit.tasks.combined import CombinedFactors, Operand, Refit
 from adapterkit.tasks.subtracted import SubtractedFactors

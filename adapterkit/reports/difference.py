@@ -7,8 +7,8 @@ from typing import Any
 
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.planning.converted import adapter_or_file, components_of
-from adapterkit.planning.sources import open_source
+from adapterkit.planning.inputs.converted_adapter import adapter_or_file, components_of
+from adapterkit.planning.inputs.sources import open_source
 from adapterkit.reports.compare import ADAPTER_ENERGY, ENERGY, measure
 from adapterkit.reports.matching import (
     Matches,

@@ -9,11 +9,11 @@ from adapterkit.errors import AdapterkitError, MultipleErrors, shown
 from adapterkit.formats.capabilities import roles_by_kind
 from adapterkit.formats.detect import detect
 from adapterkit.formats.library import architectures, formats
-from adapterkit.formats.record import Contents
+from adapterkit.formats.modules.record import Contents
 from adapterkit.formats.schema import ADAPTER_LAYOUT, MODEL, Architecture, Format
 from adapterkit.options import FLAG, SOURCE, StrPath
 from adapterkit.planning.convert.source import read_contents
-from adapterkit.planning.sources import open_unconverted
+from adapterkit.planning.inputs.sources import open_unconverted
 from adapterkit.verbs.convert import ConvertOptions
 
 RANKED = ("lora", "loha", "lokr")  # kinds whose modules have a rank

@@ -10,8 +10,8 @@ from adapterkit.checkpoint.shards import NOT_A_MODEL, pickles
 from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.errors import Refused, shown
 from adapterkit.hub.folder import HubFolder
-from adapterkit.planning.converted import adapter_or_file
-from adapterkit.planning.sources import open_model, open_source
+from adapterkit.planning.inputs.converted_adapter import adapter_or_file
+from adapterkit.planning.inputs.sources import open_model, open_source
 from adapterkit.reports import pictures
 from adapterkit.reports.adapter import inspect_adapter
 from adapterkit.reports.checkpoint import MAX_NAMES, inspect_base, inspect_file

@@ -13,7 +13,7 @@ from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.shards import NOT_A_MODEL
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
-from adapterkit.planning.sites import join
+from adapterkit.planning.adapters.sites import join
 from adapterkit.reports import configs
 from adapterkit.reports.pairs import Bias, Pair, make_pair, stored_specs, summary_of
 from adapterkit.weights.codec import QuantizedWeight

@@ -4,13 +4,18 @@ rows are recomputed in float64."""
 from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.stage import RECEIPT
-from adapterkit.engines.file_checks import check_files
-from adapterkit.engines.recompute import check_rows
+from adapterkit.checkpoint.output.stage import RECEIPT
+from adapterkit.engines.verify.file_checks import check_files
+from adapterkit.engines.verify.row_checks import check_rows
 from adapterkit.errors import WARNING, Problems, Refused, listed, shown
 from adapterkit.options import StrPath
 from adapterkit.plan import Plan
-from adapterkit.planning.sources import open_model, open_source, open_statistics, open_weighted
+from adapterkit.planning.inputs.sources import (
+    open_model,
+    open_source,
+    open_statistics,
+    open_weighted,
+)
 from adapterkit.receipt import AGAIN, read_receipt
 from adapterkit.verbs.verify import Verify
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.errors import Refused, did_you_mean, shown
-from adapterkit.runtime import reading, writing
+from adapterkit.runtime.load import reading, writing
 from adapterkit.runtime.state import State, weights
 from adapterkit.verbs.combine import combine as combine_files
 

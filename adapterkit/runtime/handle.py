@@ -10,21 +10,15 @@ from torch import nn
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.options import Sources, StrPath, finite
-from adapterkit.runtime import arrow as arrows
-from adapterkit.runtime import (
-    combining,
-    creation,
-    merging,
-    reading,
-    rows,
-    swapping,
-    trainer,
-    writing,
-)
+from adapterkit.runtime import combining, merging, swapping
 from adapterkit.runtime.conflicts import conflicts
+from adapterkit.runtime.load import creation, reading, writing
+from adapterkit.runtime.load.store import Store
 from adapterkit.runtime.report import Report, report
+from adapterkit.runtime.routers import arrow as arrows
+from adapterkit.runtime.rows import router as rows
 from adapterkit.runtime.state import State, named, weights
-from adapterkit.runtime.store import Store
+from adapterkit.runtime.training import trainer
 from adapterkit.statistics.source import Stats
 
 ATTRIBUTE = "_adapterkit"  # of a model that has a handle

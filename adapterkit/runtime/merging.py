@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import Problems, Refused, listed, shown
-from adapterkit.planning.untying import SWITCH, has_other_effects
+from adapterkit.planning.outputs.untying import SWITCH, has_other_effects
 from adapterkit.runtime.conflicts import conflicts
 from adapterkit.runtime.quantized import (
     exchange,

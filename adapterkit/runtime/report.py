@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from adapterkit.runtime.copies import MirrorPart
-from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.layers.routed import RoutedPart
+from adapterkit.runtime.parts.copies import MirrorPart
+from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import State
 

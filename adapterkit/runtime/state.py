@@ -15,10 +15,10 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
 from adapterkit.options import finite
-from adapterkit.runtime.encoders import Encoders
 from adapterkit.runtime.guard import Guard
-from adapterkit.runtime.invocation import Invocations
 from adapterkit.runtime.layers.invoked import InvokedPart
+from adapterkit.runtime.parts.alora import Invocations
+from adapterkit.runtime.parts.encoders import Encoders
 from adapterkit.runtime.quantized import allow_packed, decompress, keep_unpacked
 from adapterkit.runtime.site import CHILD, Part, Site
 from adapterkit.runtime.watch import FirstCallWatch

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.options import StrPath
-from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers.invoked import InvokedPart
-from adapterkit.runtime.reading import join, read_parts, subtract_initial, take_base
+from adapterkit.runtime.load.reading import join, read_parts, subtract_initial, take_base
+from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.replication import replicating
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import State

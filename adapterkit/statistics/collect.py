@@ -10,7 +10,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.system import quarter_of_memory
-from adapterkit.engines.hub_sources import BoundedFolder, BoundedSources
+from adapterkit.engines.hub.sources import BoundedFolder, BoundedSources
 from adapterkit.statistics.activations import ActivationStore
 from adapterkit.statistics.file import Results
 from adapterkit.statistics.job import Batch, CollectionJob, Request

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
+from adapterkit.checkpoint.disk import free_bytes
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.storage import free_bytes
-from adapterkit.engines.hub_output import open_destination
-from adapterkit.engines.hub_sources import BoundedFolder, bytes_down
-from adapterkit.engines.hub_stage import HubStage, inputs_folder, work_folder
-from adapterkit.engines.hub_transfers import ORDINARY, check_limit
+from adapterkit.engines.hub.output import open_destination
+from adapterkit.engines.hub.sources import BoundedFolder, bytes_down
+from adapterkit.engines.hub.stage import HubStage, inputs_folder, work_folder
+from adapterkit.engines.hub.transfers import ORDINARY, check_limit
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import HubId
 from adapterkit.hub.scratch import ScratchFolder

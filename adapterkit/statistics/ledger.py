@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterkit.checkpoint.disk import storage_errors
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.checkpoint.storage import storage_errors
 from adapterkit.errors import Failed, Refused, shown
 from adapterkit.statistics.job import CollectionJob
 from adapterkit.statistics.lockstep import Gradients, UnitSums

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from adapterkit.checkpoint.disk import free_bytes, storage_errors, sync_folder
 from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.output.stage import Stage, check_name
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.checkpoint.stage import Stage, check_name
-from adapterkit.checkpoint.storage import free_bytes, storage_errors, sync_folder
 from adapterkit.engines.execution import check_disk_limit
-from adapterkit.engines.hub_stage import work_folder
+from adapterkit.engines.hub.stage import work_folder
 from adapterkit.errors import (
     AdapterkitError,
     Damaged,

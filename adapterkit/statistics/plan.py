@@ -15,7 +15,7 @@ from adapterkit.engines.device import pick_device
 from adapterkit.errors import Refused, shown
 from adapterkit.options import StrPath
 from adapterkit.plan import Plan
-from adapterkit.planning.input_files import identities, plan_of
+from adapterkit.planning.inputs.input_identity import identities, plan_of
 from adapterkit.statistics.job import CollectionJob, Request
 from adapterkit.statistics.ledger import foreseen
 from adapterkit.statistics.records import Record, draw_records

@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from adapterkit.checkpoint.rank_stage import RankStage
-from adapterkit.checkpoint.shard_result import ShardResult
-from adapterkit.checkpoint.storage import storage_errors, sync_folder
-from adapterkit.engines.ranks import Liveness, Marks
+from adapterkit.checkpoint.disk import storage_errors, sync_folder
+from adapterkit.checkpoint.output.file_result import ShardResult
+from adapterkit.checkpoint.output.rank_stage import RankStage
+from adapterkit.engines.ranks.rank import Liveness, Marks
 from adapterkit.statistics.job import CollectionJob
 from adapterkit.statistics.ledger import OUTSIDE, WHOLE, Ledger
 from adapterkit.statistics.lockstep import Gradients, UnitSums

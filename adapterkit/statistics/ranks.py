@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from adapterkit.checkpoint.rank_stage import RankStage, adopt
+from adapterkit.checkpoint.output.rank_stage import RankStage, adopt
+from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.stage import Stage
-from adapterkit.engines import ranks
 from adapterkit.engines.device import arithmetic
-from adapterkit.engines.rank_finish import RankFinish, seconds_of
-from adapterkit.engines.rank_job import Preparation, check_one_kind, no_stage, spoiled
-from adapterkit.engines.ranks import Marks, Outcome, Pulse, Rank
+from adapterkit.engines.ranks import rank as ranks
+from adapterkit.engines.ranks.finish import RankFinish, seconds_of
+from adapterkit.engines.ranks.job_identity import Preparation, check_one_kind, no_stage, spoiled
+from adapterkit.engines.ranks.rank import Marks, Outcome, Pulse, Rank
 from adapterkit.errors import Failed, Refused, listed
 from adapterkit.options import Progress
 from adapterkit.plan import Plan

@@ -10,7 +10,7 @@ import torch
 from adapterkit.errors import Failed, Refused, listed
 from adapterkit.options import Progress, files, parse_size
 from adapterkit.plan import Plan
-from adapterkit.planning.sources import open_model
+from adapterkit.planning.inputs.sources import open_model
 from adapterkit.receipt import RECEIPT_VERSION, Receipt, fingerprint_of, public_recipe
 from adapterkit.statistics import output
 from adapterkit.statistics.collect import Layers, collect_statistics

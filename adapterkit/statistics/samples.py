@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
-from adapterkit.planning.tokenizer_files import TOKENIZER
+from adapterkit.planning.outputs.tokenizer_files import TOKENIZER
 from adapterkit.statistics.masks import IGNORED
 from adapterkit.statistics.records import Record
 

@@ -11,11 +11,11 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import Header, TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines.reader import LocalReader
+from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Refused, Unrecoverable, listed, shown
 from adapterkit.options import StrPath
-from adapterkit.planning.input_files import header_hashes, identities
-from adapterkit.planning.sources import open_statistics as open_file
+from adapterkit.planning.inputs.input_identity import header_hashes, identities
+from adapterkit.planning.inputs.sources import open_statistics as open_file
 from adapterkit.tasks.statistics import Statistics
 
 Stats = StrPath | Mapping[str, Tensor]

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from adapterkit import dtypes
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.engines.reader import LocalReader
+from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.tasks.edited import stored_parts
 from adapterkit.weights.decoded import decoded_view

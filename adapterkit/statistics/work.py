@@ -14,8 +14,8 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import Header, read_header
 from adapterkit.checkpoint.layout import ShardLayout, TensorPlan, laid_out
+from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.statistics.sums import Sum
 from adapterkit.tasks.rows import byte_view
 

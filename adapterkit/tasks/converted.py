@@ -10,7 +10,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.errors import Unrecoverable, shown
-from adapterkit.formats.tensors import Expression
+from adapterkit.formats.modules.tensors import Expression
 from adapterkit.plan import Task, TaskResult
 from adapterkit.weights.reader import Reader, TensorReader
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.formats.fitted import Fit, FitReader
-from adapterkit.formats.tensors import Expression
+from adapterkit.formats.modules.tensors import Expression
 from adapterkit.plan import Task, TaskResult
 from adapterkit.tasks.common import short
 from adapterkit.tasks.converted import rounded

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.shard_result import read_result
-from adapterkit.checkpoint.stage import HANDOFF, Workspace
-from adapterkit.checkpoint.writer import ShardFile
+from adapterkit.checkpoint.output.file_result import read_result
+from adapterkit.checkpoint.output.stage import HANDOFF, Workspace
+from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.plan import HANDED_ON, OutputFile, TaskResult
 from adapterkit.tasks.common import FactorsTask

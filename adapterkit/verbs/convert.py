@@ -86,7 +86,7 @@ class Convert(WritingVerb, ConvertOptions):
     anything is written.
     """
 
-    planner = "planning.conversion:plan_conversion"
+    planner = "planning.convert.verb:plan_conversion"
     command = """Convert an adapter between the formats of tools.
 
     The source's format is detected. Every key of it is used, or the conversion is refused with all

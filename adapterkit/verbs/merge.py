@@ -109,7 +109,7 @@ class Merge(WritingVerb, MergeOptions):
     """
 
     planner = "planning.merge.plan:plan_merge_of"
-    checker = "engines.recompute:check_of"
+    checker = "engines.verify.row_checks:check_of"
     command = """Merge adapters into a base checkpoint.
 
     Each weight becomes W' = round(W + Σ weight·scale·b@a).

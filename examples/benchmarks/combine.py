@@ -30,7 +30,7 @@ SHAPES = {"2048": (2048, 5632, 16, 22), "4096": (4096, 11008, 32, 32)}
 
 ADAPTERKIT = """
 import sys, time, torch, json
-from adapterkit.engines import local
+from adapterkit.engines.local import engine as local
 from adapterkit.planning import {verb} as planner
 from adapterkit.verbs import {verb}
 start = time.perf_counter()

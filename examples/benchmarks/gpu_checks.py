@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.engines import local, reader
+from adapterkit.engines.local import engine as local
+from adapterkit.engines.local import reader
 from adapterkit.errors import AdapterkitError
 from adapterkit.execute import run
 from adapterkit.tasks import rows

@@ -20,7 +20,7 @@ from torch import Tensor
 import adapterkit
 from adapterkit.checkpoint.system import cores
 from adapterkit.engines import device as devices
-from adapterkit.engines import local
+from adapterkit.engines.local import engine as local
 from adapterkit.execute import run
 from adapterkit.kernels.lowrank.truncated import truncated_svd
 

@@ -60,8 +60,8 @@ ray.shutdown()
 """
 
 ROOMY = """
-from adapterkit.checkpoint import storage
-storage.free_bytes = lambda path: 1 << 60
+from adapterkit.checkpoint import disk
+disk.free_bytes = lambda path: 1 << 60
 from adapterkit.cli import process
 process()
 """

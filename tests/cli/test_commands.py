@@ -13,7 +13,7 @@ import pytest
 
 from adapterkit.cli import main
 from adapterkit.cli.output import ProgressBar
-from adapterkit.planning.sources import weight_of
+from adapterkit.planning.inputs.sources import weight_of
 from tests.support import oracle
 from tests.support.oracle import stored
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapterkit.engines import buffers, chunks, local, pieces
+from adapterkit.engines.local import buffers, chunks, pieces
+from adapterkit.engines.local import engine as local
 from adapterkit.execute import run
 from adapterkit.tasks import rows
 from tests.golden import inputs, jobs

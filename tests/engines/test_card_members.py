@@ -18,7 +18,7 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines.reader import LocalReader
+from adapterkit.engines.local.reader import LocalReader
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.plan import Edit
 from adapterkit.registry import members

@@ -12,8 +12,10 @@ import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines import chunks, device, local
-from adapterkit.engines.reader import LocalReader
+from adapterkit.engines import device
+from adapterkit.engines.local import chunks
+from adapterkit.engines.local import engine as local
+from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Failed, Refused
 from adapterkit.execute import run
 from tests.golden import inputs

@@ -10,8 +10,8 @@ import pytest
 
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.hashes import sha256_of_file
-from adapterkit.engines import file_checks
-from adapterkit.engines.file_checks import check_files
+from adapterkit.engines.verify import file_checks
+from adapterkit.engines.verify.file_checks import check_files
 from adapterkit.errors import MultipleErrors
 
 SIZES = {"small": 10, "large": 5000, "empty": 0, "middle": 900}

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.engines import local
+from adapterkit.engines.local import engine as local
 from adapterkit.errors import Failed, Refused
 from adapterkit.execute import run
 
@@ -125,7 +125,7 @@ def test_a_large_embedding_is_merged_under_a_cap_below_its_size(tmp_path):
         json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4})
     )
     script = """
-import resource, sys, torch, adapterkit.verbs.merge, adapterkit.engines.local
+import resource, sys, torch, adapterkit.verbs.merge, adapterkit.engines.local.engine
 used = sum(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (used * 1024 + 400_000_000,) * 2)
 adapterkit.verbs.merge.merge(sys.argv[1], [sys.argv[2]], out=sys.argv[3])

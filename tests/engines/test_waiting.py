@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from adapterkit.engines import waiting
-from adapterkit.engines.waiting import Running, result_of, signals_deferred
+from adapterkit.engines import interruptible as waiting
+from adapterkit.engines.interruptible import Running, result_of, signals_deferred
 
 
 @pytest.fixture(autouse=True)

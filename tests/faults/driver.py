@@ -190,9 +190,10 @@ class Child:
         os._exit(status)
 
     def _command(self) -> int:
-        from adapterkit.checkpoint import storage
+        from adapterkit.checkpoint import disk
         from adapterkit.cli import main, signals
-        from adapterkit.engines import local, pieces
+        from adapterkit.engines.local import engine as local
+        from adapterkit.engines.local import pieces
         from adapterkit.tasks import rows
 
         request = self.request
@@ -212,7 +213,7 @@ class Child:
             os.setgid(request["user"])
             os.setuid(request["user"])
         if request.get("undurable"):
-            storage.DURABLE = False
+            disk.DURABLE = False
         fault = request.get("fault") or {"calls": WRITES, "when": -1}
         if "also" in fault:
             Faults(fault["also"], mmap.mmap(-1, 4096)).install()
@@ -247,10 +248,10 @@ def serve() -> None:
 
     import adapterkit.cli
     import adapterkit.engines.execution
-    import adapterkit.engines.local
+    import adapterkit.engines.local.engine
     import adapterkit.engines.placement
-    import adapterkit.engines.ranks
-    import adapterkit.engines.recompute
+    import adapterkit.engines.ranks.rank
+    import adapterkit.engines.verify.row_checks
     import adapterkit.jobs.pipeline
     import adapterkit.jobs.plan_file
     import adapterkit.planning.combine

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.checkpoint.journal import entries_of, read_lines
+from adapterkit.checkpoint.output.journal import entries_of, read_lines
 
 SYSTEM_CALLS = [
     "pwrite64", "copy_file_range", "ftruncate", "fallocate", "fsync", "rename|renameat|renameat2",

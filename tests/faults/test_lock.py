@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from adapterkit.checkpoint.lock import Lock
+from adapterkit.checkpoint.output.lock import Lock
 from adapterkit.errors import Refused
 from tests.support.faults import root
 
@@ -72,7 +72,8 @@ def test_the_lock_of_a_killed_container(tmp_path):
     if subprocess.run([*isolated, "true"], capture_output=True).returncode:
         pytest.skip("no PID namespaces here")
     hold = (
-        "import sys, time; from pathlib import Path; from adapterkit.checkpoint.lock import Lock\n"
+        "import sys, time; from pathlib import Path\n"
+        "from adapterkit.checkpoint.output.lock import Lock\n"
         "Lock(Path(sys.argv[1])).acquire(); print('locked', flush=True); time.sleep(60)"
     )
     command = [*isolated, sys.executable, "-c", hold, str(tmp_path)]

@@ -8,7 +8,7 @@ import pytest
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.errors import AdapterkitError, Damaged, Refused
 from adapterkit.formats import library
-from adapterkit.formats.configs import (
+from adapterkit.formats.files.configs import (
     WORDS,
     config_bytes,
     fields,

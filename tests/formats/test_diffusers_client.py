@@ -22,7 +22,7 @@ from torch import Tensor
 
 import adapterkit
 from adapterkit.errors import Refused
-from adapterkit.formats.names import names_of
+from adapterkit.formats.modules.names import names_of
 from tests.support import pipelines
 
 GOLDEN = Path(__file__).parent / "golden"

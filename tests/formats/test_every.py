@@ -12,11 +12,11 @@ from torch import Tensor
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.formats.adapter_dialects import SINGLE
-from adapterkit.formats.kinds import FACTORS
 from adapterkit.formats.library import architectures, formats
-from adapterkit.formats.names import names_of
-from adapterkit.formats.record import LANGUAGE, Contents
+from adapterkit.formats.modules.kinds import FACTORS
+from adapterkit.formats.modules.names import names_of
+from adapterkit.formats.modules.record import LANGUAGE, Contents
+from adapterkit.formats.peft.dialects import SINGLE
 from adapterkit.formats.schema import DetectWords, Format
 from adapterkit.reports.formats import detect_format
 from tests.support.adapter_samples import (

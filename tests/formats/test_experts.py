@@ -22,7 +22,7 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import Refused
 from adapterkit.formats.detect import detect
-from adapterkit.formats.experts import (
+from adapterkit.formats.modules.experts import (
     Stack,
     is_transposed,
     neutral_factors,
@@ -31,9 +31,9 @@ from adapterkit.formats.experts import (
     stacks_of,
     stored_factors,
 )
-from adapterkit.formats.kinds import EXPERTS
-from adapterkit.formats.record import Module
-from adapterkit.formats.tensors import Expression
+from adapterkit.formats.modules.kinds import EXPERTS
+from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.tensors import Expression
 from adapterkit.plan import Plan
 from adapterkit.weights.names import Names
 from adapterkit.weights.reader import TensorReader

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused
-from adapterkit.formats.biases import as_the_format_has_them
-from adapterkit.formats.fusing import Fusion, fuse, split
 from adapterkit.formats.library import formats
-from adapterkit.formats.record import Module
+from adapterkit.formats.modules.biases import as_the_format_has_them
+from adapterkit.formats.modules.fusing import Fusion, fuse, split
+from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.tensors import Expression, StoredTensor
 from adapterkit.formats.schema import NamingRule
-from adapterkit.formats.tensors import Expression, StoredTensor
 
 pytestmark = pytest.mark.quick
 NAMES = ("to_q", "to_k", "to_v", "proj_mlp")

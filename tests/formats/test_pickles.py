@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.errors import AdapterkitError, Damaged, Refused
-from adapterkit.formats.pickles import is_pickle, pickles_of, rewrite, rewritten_name, unsafe
-from adapterkit.planning.sources import open_unconverted
-from adapterkit.planning.unpickled import UnpickledFolder
+from adapterkit.formats.files.pickles import is_pickle, pickles_of, rewrite, rewritten_name, unsafe
+from adapterkit.planning.inputs.sources import open_unconverted
+from adapterkit.planning.inputs.unpickled_folder import UnpickledFolder
 
 pytestmark = pytest.mark.quick
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adapterkit.errors import Refused
-from adapterkit.formats.rows import ORDERS, Heads, inverse, model_heads, order
+from adapterkit.formats.modules.rows import ORDERS, Heads, inverse, model_heads, order
 
 pytestmark = pytest.mark.quick
 

@@ -12,7 +12,7 @@ from adapterkit.adapters.declared import whole
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.dtypes import name_of
 from adapterkit.errors import Unrecoverable
-from adapterkit.formats.tensors import Gathered, Joined, Scaled, StoredTensor
+from adapterkit.formats.modules.tensors import Gathered, Joined, Scaled, StoredTensor
 from adapterkit.tasks.converted import ConvertedTensor
 from tests.support.adapter_samples import contents_of, deltas
 

@@ -20,7 +20,7 @@ from transformers import CLIPTextModelWithProjection
 
 import adapterkit
 from adapterkit.errors import Refused
-from adapterkit.formats.names import names_of
+from adapterkit.formats.modules.names import names_of
 from adapterkit.reports.formats import detect_format
 from tests.support import pipelines
 

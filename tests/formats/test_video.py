@@ -8,8 +8,8 @@ import torch
 from diffusers.loaders import lora_conversion_utils, single_file_utils
 from torch import Tensor
 
-from adapterkit.formats.names import names_of
-from adapterkit.formats.rows import model_order
+from adapterkit.formats.modules.names import names_of
+from adapterkit.formats.modules.rows import model_order
 from adapterkit.formats.schema import MODEL
 from tests.formats.video_models import MODELS, WIDTH, drawn, named_parameters
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import adapterkit
 from adapterkit.errors import AdapterkitError
-from adapterkit.formats.names import names_of
+from adapterkit.formats.modules.names import names_of
 from tests.formats.golden.make_lycoris import tiny_unet
 from tests.support import mlx_models
 

@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 
-from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.parts.factors import FactorsPart
 from tests.fuzz import calls
 
 

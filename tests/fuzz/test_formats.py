@@ -15,7 +15,7 @@ import pytest
 import adapterkit
 from adapterkit.errors import AdapterkitError
 from adapterkit.formats.library import formats
-from adapterkit.formats.record import Contents, Module
+from adapterkit.formats.modules.record import Contents, Module
 from tests.support.adapter_samples import (
     Delta,
     Sample,

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapterkit import execute
-from adapterkit.checkpoint.shard_result import ShardResult, read_result
+from adapterkit.checkpoint.output.file_result import ShardResult, read_result
 from adapterkit.cli import main
 from adapterkit.engines.planned_folder import planned_folder
-from adapterkit.engines.rank_parts import accepts
+from adapterkit.engines.ranks.parts import accepts
 from adapterkit.plan import Plan
 from tests.support.calls import JOBS as PLAN_FILES
 from tests.support.calls import VERBS

@@ -184,7 +184,7 @@ WATCHED = """
 import json, sys
 from pathlib import Path
 here, out = sys.argv[1:]
-import adapterkit.verbs.merge, adapterkit.engines.local, regex
+import adapterkit.verbs.merge, adapterkit.engines.local.engine, regex
 seen = []
 def audit(event, args):
     calls = "socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "urllib."

@@ -422,7 +422,7 @@ def test_the_output_has_ordinary_permissions_whatever_the_input(tmp_path):
 
 
 def test_a_shard_that_shrinks_between_plan_and_run_is_found(tmp_path):
-    from adapterkit.engines.local import local
+    from adapterkit.engines.local.engine import local
     from adapterkit.errors import Failed
     from adapterkit.execute import run
     from adapterkit.planning.merge.plan import plan_merge

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import adapterkit
-from adapterkit.checkpoint.journal import line_of, read_entry
+from adapterkit.checkpoint.output.journal import line_of, read_entry
 from adapterkit.errors import AdapterkitError, Failed, MultipleErrors, Refused
 from adapterkit.jobs.launcher import rank_of
 from adapterkit.jobs.pipeline import run_pipeline
@@ -268,7 +268,7 @@ def test_paths_of_a_pipeline(work: Path, change: tuple[str, str]):
 
 def test_an_error_of_a_task_is_one_of_the_driver():
     """Also one of a class that only the worker knows."""
-    from adapterkit.engines.ray import _as_data, _as_error
+    from adapterkit.engines.ranks.ray import _as_data, _as_error
 
     class Unreachable(Failed):
         pass

@@ -15,7 +15,7 @@ import adapterkit
 from adapterkit import merge
 from adapterkit.errors import AdapterkitError, Failed, Refused, shown
 from adapterkit.execute import run
-from adapterkit.planning.cards import merged_card
+from adapterkit.planning.outputs.cards import merged_card
 from tests.support.raw_files import PREFIX, AdapterFiles, MemoryFolder, base, plain, tensors_file
 
 TOKEN = "hf_PlantedTokenOfTheEnvironment123"
@@ -32,7 +32,7 @@ SECRETS = [TOKEN, "PlantedAwsSecret", "proxypass", "endpass", HOST]
 RUN = """
 import json, os, socket, sys, tempfile
 socket.gethostname = lambda: HOST
-import adapterkit.engines.local, adapterkit.verbs.merge, adapterkit.verbs.verify
+import adapterkit.engines.local.engine, adapterkit.verbs.merge, adapterkit.verbs.verify
 from adapterkit.cli import main
 for words in json.loads(sys.argv[1]):
     files = [tempfile.TemporaryFile("w+") for _ in range(2)]

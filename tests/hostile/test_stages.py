@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 import adapterkit
-from adapterkit.checkpoint import stage as stages
-from adapterkit.checkpoint.journal import entries_of, line_of, read_entry, read_lines
-from adapterkit.checkpoint.stage import Stage
-from adapterkit.engines import pieces, rank_parts
+from adapterkit.checkpoint.output import stage as stages
+from adapterkit.checkpoint.output.journal import entries_of, line_of, read_entry, read_lines
+from adapterkit.checkpoint.output.stage import Stage
+from adapterkit.engines.local import pieces
+from adapterkit.engines.ranks import parts as rank_parts
 from adapterkit.errors import AdapterkitError, MultipleErrors
 from adapterkit.jobs.pipeline import run_pipeline
 from adapterkit.receipt import seal_receipt

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from adapterkit.checkpoint.journal import entries_of, line_of, read_lines
+from adapterkit.checkpoint.output.journal import entries_of, line_of, read_lines
 from adapterkit.receipt import seal_receipt
 from tests.support.hub_client import TOKEN, Client, ClientError, during
 from tests.support.hub_models import CALLS, SHARDS, adapter_files, base_files

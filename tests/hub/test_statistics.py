@@ -11,7 +11,7 @@ from safetensors.torch import load, load_file, save
 
 import adapterkit
 from adapterkit.checkpoint.header import FIRST_READ
-from adapterkit.engines.hub_sources import Kept, bytes_down
+from adapterkit.engines.hub.sources import Kept, bytes_down
 from tests.hub.test_output_faults import kill_at
 from tests.support.hub_client import TOKEN, Client, ClientError, during
 from tests.support.hub_models import CALLS, write
@@ -336,7 +336,7 @@ def test_what_comes_of_a_private_base_is_private(place, standing):
 # -- little disk -----------------------------------------------------------------------------------
 
 WATCH = """
-from adapterkit.engines.hub_sources import BoundedFolder
+from adapterkit.engines.hub.sources import BoundedFolder
 download, taken = BoundedFolder.download, []
 def watched(folder, name, stopped):
     files = [path for path in folder.place.parent.rglob("*") if path.is_file()]

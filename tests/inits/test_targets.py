@@ -13,7 +13,7 @@ from adapterkit.adapters.targets import USUAL_TARGETS
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError
-from adapterkit.planning.initial_targets import find_targets
+from adapterkit.planning.targets.initial_targets import find_targets
 from adapterkit.verbs.init import Init
 from adapterkit.weights.linear import is_linear
 from tests.runtime.test_targets import BUILDS, wrapped

@@ -21,7 +21,7 @@ from tests.faults.conftest import AdapterBench, Driver, Ended, digests, make_ada
 from tests.golden.inputs import create_inputs
 from tests.support.documents import ROOT, blocks
 
-QUICK = {"ranks.BEAT": 0.02, "ranks.POLL": 0.01, "ranks.STALLED": 0.3}
+QUICK = {"ranks.rank.BEAT": 0.02, "ranks.rank.POLL": 0.01, "ranks.rank.STALLED": 0.3}
 JOBS = {
     "merge": ["merge", "base", "adapter", "other=0.5"],
     "init": ["init", "base", "--method", "pissa", "--rank", "2"],

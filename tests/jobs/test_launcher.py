@@ -2,7 +2,7 @@
 
 import pytest
 
-from adapterkit.engines.ranks import assigned
+from adapterkit.engines.ranks.rank import assigned
 from adapterkit.errors import Refused
 from adapterkit.jobs.launcher import rank_of
 

@@ -9,14 +9,15 @@ import torch
 
 import adapterkit
 from adapterkit import execute
-from adapterkit.checkpoint import storage
-from adapterkit.engines import pieces, rank_parts
-from adapterkit.engines.rank_parts import tiling, units
+from adapterkit.checkpoint import disk
+from adapterkit.engines.local import pieces
+from adapterkit.engines.ranks import parts as rank_parts
+from adapterkit.engines.ranks.parts import tiling, units
 from adapterkit.errors import Refused
 from adapterkit.plan import Plan
 from adapterkit.tasks import rows
 
-SMALL = {"constants": {"rank_parts.LEAST": 1000}}
+SMALL = {"constants": {"ranks.parts.LEAST": 1000}}
 slow = pytest.mark.slow
 CPU = torch.device("cpu")
 
@@ -157,7 +158,7 @@ def test_a_join_takes_the_room_of_one_part(large, monkeypatch):
     bench.clear()
     bench.plan().succeeded()
     bench.rank("0/4", **SMALL).succeeded()
-    folder, used, synced = bench.stage / "out", [], storage.sync
+    folder, used, synced = bench.stage / "out", [], disk.sync
 
     def sync(descriptor: int) -> None:
         synced(descriptor)
@@ -165,7 +166,7 @@ def test_a_join_takes_the_room_of_one_part(large, monkeypatch):
             used.append(sum(path.stat().st_size for path in folder.iterdir()))
 
     parts = [path.stat().st_size for path in folder.iterdir()]
-    monkeypatch.setattr(storage, "sync", sync)
+    monkeypatch.setattr(disk, "sync", sync)
     adapterkit.finish(bench.file)
     assert len(parts) == 4 and min(used) == sum(parts)
     assert sum(parts) < max(used) <= sum(parts) + max(parts[1:])

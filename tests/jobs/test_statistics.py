@@ -18,9 +18,9 @@ import pytest
 from torch import nn
 
 import adapterkit
-from adapterkit.checkpoint.journal import line_of, read_entry
-from adapterkit.checkpoint.rank_stage import RankStage
-from adapterkit.engines import ranks
+from adapterkit.checkpoint.output.journal import line_of, read_entry
+from adapterkit.checkpoint.output.rank_stage import RankStage
+from adapterkit.engines.ranks import rank as ranks
 from adapterkit.errors import Interrupted, Refused
 from adapterkit.jobs.plan_file import read_plan
 from adapterkit.plan import Plan
@@ -130,7 +130,7 @@ def test_ranks_share_the_sums(benches):
     stop = {"calls": ["pwrite"], "match": ".sums.", "when": 1, "act": [["stop", "."]]}
     pid = bench.begin("0/2", fault=stop)
     until(lambda: stopped(pid))
-    patient = bench.begin("1/2", constants={"ranks.STALLED": 60})
+    patient = bench.begin("1/2", constants={"ranks.rank.STALLED": 60})
     until(lambda: len(bench.sums()) >= 2)
     os.kill(pid, signal.SIGCONT)
     ended = [bench.wait(each) for each in (pid, patient)]
@@ -241,7 +241,7 @@ def test_a_rank_is_killed_at_each_call(benches, kind: str, step: int):
     for when in itertools.count(random.Random(kind).randrange(step) + 1, step):
         bench.clear()
         bench.plan().succeeded()
-        quiet = {"ranks.BEAT": 60}  # each word of a rank is calls, too
+        quiet = {"ranks.rank.BEAT": 60}  # each word of a rank is calls, too
         ended = bench.rank("0/2", fault={"kill": True, "when": when}, constants=quiet)
         if ended.status == 0:
             break

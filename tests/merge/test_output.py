@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.engines.recompute import check_rows
+from adapterkit.engines.verify.row_checks import check_rows
 from adapterkit.errors import Damaged, Failed, Refused
 from adapterkit.kernels.quant.stochastic import last_place
 from adapterkit.options import parse_size

@@ -15,8 +15,8 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.checkpoint.reader import Sources, read_small
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines.computed import _SortedPlaces
-from adapterkit.engines.local import local
+from adapterkit.engines.local.computed import _SortedPlaces
+from adapterkit.engines.local.engine import local
 from adapterkit.errors import Damaged, Unrecoverable
 from adapterkit.execute import run
 from adapterkit.plan import OutputFile

@@ -15,7 +15,7 @@ import adapterkit
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable
 from adapterkit.kernels.quant import compensated as kernel
-from adapterkit.planning.sources import open_source
+from adapterkit.planning.inputs.sources import open_source
 from adapterkit.runtime import collect
 from adapterkit.tasks import edited
 from adapterkit.tasks.statistics import select_covariances

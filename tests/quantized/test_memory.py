@@ -19,8 +19,8 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.system import cores
-from adapterkit.engines.computed import in_order
-from adapterkit.engines.reader import LocalReader
+from adapterkit.engines.local.computed import in_order
+from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Refused
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.plan import Step

@@ -17,7 +17,7 @@ from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.dtypes import torch_dtype
 from adapterkit.kernels.quant import grid
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.planning.sources import open_source
+from adapterkit.planning.inputs.sources import open_source
 from adapterkit.tasks import edited
 from adapterkit.weights.codec import PlainWeight, QuantizedWeight
 from adapterkit.weights.codecs.mxfp4 import Mxfp4

@@ -8,10 +8,10 @@ import pytest
 
 import adapterkit
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines import recompute
+from adapterkit.engines.verify import row_checks as recompute
 from adapterkit.errors import Damaged
 from adapterkit.kernels import rows
-from adapterkit.planning.sources import open_source
+from adapterkit.planning.inputs.sources import open_source
 from adapterkit.tasks import edited
 from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import oracle, quantized_llama

@@ -147,7 +147,7 @@ def test_layers_that_share_an_input(how, inference):
 
 def test_layers_that_share_an_input_have_one_sum():
     """Of a llama's seven layers four see something of their own."""
-    from adapterkit.runtime import collection
+    from adapterkit.runtime.training import collection
 
     model, kept = llama(), []
     original = collection.Sums.settle

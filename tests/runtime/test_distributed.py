@@ -150,7 +150,7 @@ def work(rank, port, folder):
 
 def restored(folder, rank):
     """Losses with sharded parameters that took a checkpoint's values."""
-    from adapterkit.runtime.trainer import restore
+    from adapterkit.runtime.training.trainer import restore
 
     h = make("lora")
     model = fsdp2(h)
@@ -162,7 +162,7 @@ def restored(folder, rank):
 def referenced(rank):
     """How far the reference of sharded parameters is from the model as it was, and what is trained
     from what it was before the call."""
-    from adapterkit.runtime.reference import Reference, values_of
+    from adapterkit.runtime.training.reference import Reference, values_of
 
     h = make("lora")
     parts = [part for _, part in h.state.adapters["default"].parts()]

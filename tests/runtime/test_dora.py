@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.runtime import attach, load
-from adapterkit.runtime import dora as dora_module
-from adapterkit.runtime.dora import RowNorms
+from adapterkit.runtime.parts import dora as dora_module
+from adapterkit.runtime.parts.dora import RowNorms
 from tests.support import oracle
 from tests.support.live import llama, tokens
 

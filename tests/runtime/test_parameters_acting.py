@@ -13,7 +13,7 @@ from transformers.integrations.moe import ExpertsInterface
 from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import attach, load
-from adapterkit.runtime.optimizers import LoraFA, Riemannian, loraplus
+from adapterkit.runtime.training.optimizers import LoraFA, Riemannian, loraplus
 from tests.support.experts import (
     CASES,
     EXPERTS,

@@ -20,7 +20,7 @@ from adapterkit import LoraConfig
 from adapterkit.adapters.keys import CONFIG, WEIGHTS
 from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import attach, load
-from adapterkit.runtime.trainer import restore
+from adapterkit.runtime.training.trainer import restore
 from tests.support.beside_peft import (
     SIZES,
     WARNINGS,

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import adapterkit
-from adapterkit.checkpoint.stage import Stage
-from adapterkit.checkpoint.storage import storage_errors
-from adapterkit.checkpoint.writer import ShardFile
+from adapterkit.checkpoint.disk import storage_errors
+from adapterkit.checkpoint.output.stage import Stage
+from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.cli import main
 from adapterkit.errors import Failed, Interrupted, Refused, Unrecoverable
 from adapterkit.statistics import output

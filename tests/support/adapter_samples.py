@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from adapterkit.engines.one_file import SUFFIX
-from adapterkit.formats.adapter_dialects import arranged
-from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.detect import detect
-from adapterkit.formats.kinds import COPY
+from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.library import architectures, formats
-from adapterkit.formats.parts import scaled_role
+from adapterkit.formats.modules.kinds import COPY
+from adapterkit.formats.modules.parts import scaled_role
+from adapterkit.formats.modules.record import LANGUAGE, Contents, Module
+from adapterkit.formats.peft.dialects import arranged
 from adapterkit.formats.read import Reading, read
-from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
 from adapterkit.planning.convert.source import named_base, read_contents
-from adapterkit.planning.sources import open_base, open_unconverted
+from adapterkit.planning.inputs.sources import open_base, open_unconverted
 from adapterkit.receipt import RECEIPT
 from adapterkit.verbs.convert import ConvertOptions
 

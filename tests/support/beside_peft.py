@@ -9,7 +9,8 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from adapterkit.runtime import Adapters, load, writing
+from adapterkit.runtime import Adapters, load
+from adapterkit.runtime.load import writing
 
 SIZES = {
     "vocab_size": 20,

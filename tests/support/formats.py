@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.planning.sources import open_source
+from adapterkit.planning.inputs.sources import open_source
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import format_tools, quantized_llama

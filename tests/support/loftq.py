@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.planning.sources import open_source
+from adapterkit.planning.inputs.sources import open_source
 from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import oracle
 

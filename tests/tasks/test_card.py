@@ -8,7 +8,7 @@ import torch
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.engines.reader import LocalReader
+from adapterkit.engines.local.reader import LocalReader
 from adapterkit.plan import Plan, Task, TaskResult
 from tests.support.card import DEVICE, Card, installed
 from tests.tasks.test_laws import CLASSES, Handoffs, compute

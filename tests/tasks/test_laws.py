@@ -16,7 +16,7 @@ import adapterkit.tasks
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.engines.local import LocalReader
+from adapterkit.engines.local.engine import LocalReader
 from adapterkit.plan import Plan, Task, TaskResult
 from adapterkit.tasks.edited import stored_parts
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.engines.local import local
+from adapterkit.engines.local.engine import local
 from adapterkit.execute import run
 from adapterkit.plan import Plan
 from tests.golden import jobs

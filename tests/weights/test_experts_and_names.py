@@ -20,7 +20,7 @@ import adapterkit
 from adapterkit.budget import STACKS
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.engines import reader
+from adapterkit.engines.local import reader
 from adapterkit.errors import Refused
 from adapterkit.kernels.quant import fp8
 from tests.support import tiny

@@ -7,9 +7,9 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Problems, shown
 from adapterkit.formats.base import NamedBase
-from adapterkit.formats.kinds import FACTORS, PARAMETER
 from adapterkit.formats.library import architectures
-from adapterkit.formats.record import Contents, Module
+from adapterkit.formats.modules.kinds import FACTORS, PARAMETER
+from adapterkit.formats.modules.record import Contents, Module
 
 
 def shape_problems(contents: Contents, base: Checkpoint | None) -> list[AdapterkitError]:

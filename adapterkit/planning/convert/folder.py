@@ -5,16 +5,16 @@ import re
 from collections.abc import Collection
 
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.stage import RECEIPT
+from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.errors import listed
-from adapterkit.formats.configs import config_bytes
+from adapterkit.formats.files.configs import config_bytes
 from adapterkit.formats.library import formats
-from adapterkit.formats.record import Contents
+from adapterkit.formats.modules.record import Contents
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
 from adapterkit.formats.write import File
 from adapterkit.plan import CopyFile
-from adapterkit.planning.cards import adapter_card
-from adapterkit.planning.folder_files import Files
+from adapterkit.planning.outputs.cards import adapter_card
+from adapterkit.planning.outputs.folder_files import Files
 
 MOST = 100_000_000  # bytes of one file
 # weights, and no state of a trainer

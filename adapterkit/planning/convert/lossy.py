@@ -14,26 +14,26 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
-from adapterkit.formats.adapter_kinds import headers_of, replaced_values
-from adapterkit.formats.adapter_layout import KEPT
-from adapterkit.formats.biases import as_the_format_has_them
 from adapterkit.formats.capabilities import (
     depends_on_base,
     is_fitted,
     is_vector,
     lacking,
 )
-from adapterkit.formats.containers import PlanReader
-from adapterkit.formats.deltas import ModuleDelta
+from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.fitted import Fit, Fitted
-from adapterkit.formats.kinds import EXPERTS, FACTORS, PARAMETER, SHAPE
-from adapterkit.formats.names import kernel_of
-from adapterkit.formats.parts import cores, magnitudes, matrix_shape, tail_of
-from adapterkit.formats.record import LANGUAGE, Contents, Module
+from adapterkit.formats.modules.biases import as_the_format_has_them
+from adapterkit.formats.modules.deltas import ModuleDelta
+from adapterkit.formats.modules.kinds import EXPERTS, FACTORS, PARAMETER, SHAPE
+from adapterkit.formats.modules.names import kernel_of
+from adapterkit.formats.modules.parts import cores, magnitudes, matrix_shape, tail_of
+from adapterkit.formats.modules.record import LANGUAGE, Contents, Module
+from adapterkit.formats.modules.tensors import Contracted, scaled
+from adapterkit.formats.peft.kinds import headers_of, replaced_values
+from adapterkit.formats.peft.layout import KEPT
 from adapterkit.formats.schema import Format
-from adapterkit.formats.tensors import Contracted, scaled
-from adapterkit.planning.base_weights import CHECK_BASE, BaseWeights, dora_problems
-from adapterkit.planning.kind_deltas import FLATTENED, read_deltas
+from adapterkit.planning.adapters.dora_deltas import CHECK_BASE, BaseWeights, dora_problems
+from adapterkit.planning.adapters.other_types import FLATTENED, read_deltas
 from adapterkit.tasks.common import short
 from adapterkit.weights.parameters import StoredParameter
 

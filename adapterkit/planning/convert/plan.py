@@ -11,17 +11,17 @@ from adapterkit.adapters.adapter_config import hub_id
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Problems, Refused, listed, shown
-from adapterkit.formats.adapter_dialects import arranged, renamed, without_copies
-from adapterkit.formats.adapter_layout import write_layout
 from adapterkit.formats.base import NamedBase, facts_of
-from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.detect import Detection, detect
-from adapterkit.formats.experts import split_experts
-from adapterkit.formats.kinds import EXPERTS
+from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.library import format_named
-from adapterkit.formats.record import Contents
+from adapterkit.formats.modules.experts import split_experts
+from adapterkit.formats.modules.kinds import EXPERTS
+from adapterkit.formats.modules.record import Contents
+from adapterkit.formats.modules.tensors import Scaled
+from adapterkit.formats.peft.dialects import arranged, renamed, without_copies
+from adapterkit.formats.peft.layout import write_layout
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
-from adapterkit.formats.tensors import Scaled
 from adapterkit.formats.write import File, write
 from adapterkit.gguf.adapter import gguf_layout
 from adapterkit.plan import OutputFile, Plan
@@ -35,8 +35,8 @@ from adapterkit.planning.convert.source import (
     read_contents,
 )
 from adapterkit.planning.convert.tasks import tasks_of
-from adapterkit.planning.input_files import identities
-from adapterkit.planning.unpickled import UnpickledFolder
+from adapterkit.planning.inputs.input_identity import identities
+from adapterkit.planning.inputs.unpickled_folder import UnpickledFolder
 from adapterkit.verbs.convert import ConvertOptions
 
 LAYOUTS = {"gguf": gguf_layout}  # of containers that are not safetensors

@@ -7,17 +7,17 @@ from typing import Any
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, listed, shown
-from adapterkit.formats.adapter_kinds import KINDS
-from adapterkit.formats.adapter_layout import read_layout
 from adapterkit.formats.base import NamedBase, facts_of
 from adapterkit.formats.detect import Detection
-from adapterkit.formats.experts import stacks_of
+from adapterkit.formats.modules.experts import stacks_of
+from adapterkit.formats.modules.record import LANGUAGE, Contents
+from adapterkit.formats.modules.rows import Heads, model_heads
+from adapterkit.formats.peft.kinds import KINDS
+from adapterkit.formats.peft.layout import read_layout
 from adapterkit.formats.read import Reading, read
-from adapterkit.formats.record import LANGUAGE, Contents
-from adapterkit.formats.rows import Heads, model_heads
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
+from adapterkit.planning.adapters.other_types import kind_of
 from adapterkit.planning.convert.lossy import read_fitted
-from adapterkit.planning.kind_deltas import kind_of
 from adapterkit.verbs.convert import ConvertOptions
 from adapterkit.weights.names import Names
 

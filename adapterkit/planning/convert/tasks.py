@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.formats.fitted import Fit, fits_of
-from adapterkit.formats.tensors import StoredTensor
+from adapterkit.formats.modules.tensors import StoredTensor
 from adapterkit.formats.write import WrittenTensor
 from adapterkit.plan import Task
 from adapterkit.tasks.common import CopiedTensor

@@ -11,10 +11,10 @@ from adapterkit.adapters.record import Adapter, Lora, is_inside, rank_mismatch
 from adapterkit.checkpoint.fingerprint import difference
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import WARNING, AdapterkitError, Refused, listed, shown
+from adapterkit.planning.inputs.model_config import vocabulary_sizes
 from adapterkit.planning.merge.copies import remove_base_copies
 from adapterkit.planning.merge.job import Addition, Change, MergeJob
 from adapterkit.planning.merge.orientation import orient, resolve_targets
-from adapterkit.planning.model_config import vocabulary_sizes
 from adapterkit.weights.bypassed import classes_of, looks_up_otherwise, weight_reader
 from adapterkit.weights.parameters import Parameter
 

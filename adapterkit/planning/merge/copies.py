@@ -6,8 +6,8 @@ from adapterkit import dtypes
 from adapterkit.adapters.record import EMBEDDINGS, Adapter
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import listed, shown
-from adapterkit.planning.comparison import differing_rows, relative_difference
-from adapterkit.planning.history import holds, merged_change
+from adapterkit.planning.adapters.value_comparison import differing_rows, relative_difference
+from adapterkit.planning.inputs.earlier_merges import holds, merged_change
 from adapterkit.planning.merge.job import MergeJob
 
 ROUNDING = 2.0**-8  # what bf16 adds to the relative change that a receipt tells

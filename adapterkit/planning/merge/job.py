@@ -13,10 +13,10 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Problems, Refused, shown
-from adapterkit.planning.history import MergedAdapter
+from adapterkit.planning.inputs.earlier_merges import MergedAdapter
+from adapterkit.planning.inputs.model_config import vocabulary_sizes
 from adapterkit.planning.merge.replication import replicated
-from adapterkit.planning.model_config import vocabulary_sizes
-from adapterkit.planning.selection import Selection
+from adapterkit.planning.targets.selection import Selection
 from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.names import Names, mentions_weight

@@ -4,8 +4,8 @@ model's classes where shapes leave it open."""
 from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.errors import Refused, shown
+from adapterkit.planning.adapters.sites import flips_square_experts, sites_of
 from adapterkit.planning.merge.job import MergeJob
-from adapterkit.planning.sites import flips_square_experts, sites_of
 from adapterkit.weights.parameters import Parameter
 
 

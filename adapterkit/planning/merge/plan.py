@@ -16,32 +16,32 @@ from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath, parse_size
 from adapterkit.patterns import similar_names
 from adapterkit.plan import OutputFile, Plan, Step
-from adapterkit.planning.cards import merged_card
-from adapterkit.planning.folder_files import model_files
-from adapterkit.planning.gaps import check_gaps
-from adapterkit.planning.history import history_notes, merged_adapters
-from adapterkit.planning.input_files import plan_of
+from adapterkit.planning.inputs.earlier_merges import history_notes, merged_adapters
+from adapterkit.planning.inputs.input_identity import plan_of
+from adapterkit.planning.inputs.model_config import nested_values, set_nested
+from adapterkit.planning.inputs.sources import (
+    initial_of,
+    open_model,
+    open_statistics,
+    open_weighted,
+)
 from adapterkit.planning.merge.changes import collect_changes
 from adapterkit.planning.merge.compensation import with_compensation
 from adapterkit.planning.merge.job import MergeJob
 from adapterkit.planning.merge.steps import plan_steps
 from adapterkit.planning.merge.tied import resolve_tied_weights
 from adapterkit.planning.merge.vocabulary import resolve_new_head, resolve_vocab_resize
-from adapterkit.planning.model_config import nested_values, set_nested
-from adapterkit.planning.model_output import (
+from adapterkit.planning.outputs.cards import merged_card
+from adapterkit.planning.outputs.folder_files import model_files
+from adapterkit.planning.outputs.gaps import check_gaps
+from adapterkit.planning.outputs.model import (
     CHANGED_BY,
     plan_laid_out,
     plan_shard,
     plan_shards_of_size,
     rounding_warnings,
 )
-from adapterkit.planning.sources import (
-    initial_of,
-    open_model,
-    open_statistics,
-    open_weighted,
-)
-from adapterkit.planning.tokenizer_files import tokenizer_files
+from adapterkit.planning.outputs.tokenizer_files import tokenizer_files
 from adapterkit.shared_options import missing_statistics
 from adapterkit.verbs.merge import Merge, MergeOptions
 from adapterkit.weights.codec import QuantizedWeight, check_writable

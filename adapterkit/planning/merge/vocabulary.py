@@ -3,8 +3,8 @@
 import re
 
 from adapterkit.errors import shown
+from adapterkit.planning.inputs.model_config import set_nested
 from adapterkit.planning.merge.job import MergeJob
-from adapterkit.planning.model_config import set_nested
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.skeleton import tied_names
 

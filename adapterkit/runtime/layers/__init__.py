@@ -2,12 +2,12 @@
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Refused
-from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers.attention import OUTPUT, AttentionOutputPart, AttentionPart
 from adapterkit.runtime.layers.conv import ConvPart
 from adapterkit.runtime.layers.embedding import EmbeddingPart
 from adapterkit.runtime.layers.invoked import InvokedConv1DPart, InvokedPart
 from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
+from adapterkit.runtime.parts.factors import FactorsPart
 
 KINDS: dict[str, type[FactorsPart]] = {
     "linear": LinearPart,

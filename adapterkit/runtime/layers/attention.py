@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.site import CHILD, Values
 
 OUTPUT = "out_proj"  # the child that the attention reads and does not call

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.site import Site
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)

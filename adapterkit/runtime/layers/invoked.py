@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from adapterkit.errors import Refused
-from adapterkit.runtime.invocation import Invocations
 from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
+from adapterkit.runtime.parts.alora import Invocations
 from adapterkit.runtime.site import Site
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.quantized import quantization_of, weight_of
 from adapterkit.runtime.site import Site
 from adapterkit.weights.linear import is_conv1d

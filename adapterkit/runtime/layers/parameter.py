@@ -14,8 +14,8 @@ from adapterkit.adapters.resolve import Target, model_type
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.inits.protocol import DrawnInit, Initialization
 from adapterkit.kernels.lazy_sum import LowRankSum, Term, summed
-from adapterkit.planning.sites import JoinedSite, flips_square_experts, sites_of
-from adapterkit.runtime.factors import FactorsPart
+from adapterkit.planning.adapters.sites import JoinedSite, flips_square_experts, sites_of
+from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.site import Part, Values
 from adapterkit.runtime.site import Site as LiveSite
 from adapterkit.weights.bypassed import is_taken_for_experts

@@ -163,7 +163,7 @@ def test_biases_go_with_their_layers(saved, tmp_path):
 
 
 def test_large_weights_are_read_in_blocks(saved, tmp_path, monkeypatch):
-    from adapterkit.engines.reader import LocalReader
+    from adapterkit.engines.local.reader import LocalReader
 
     base = saved("llama")
     after = tuned(base, oracle.llama, tmp_path / "tuned", low_rank(3, linear))

@@ -16,7 +16,7 @@ import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import Interrupted, Refused
 from adapterkit.gguf.header import read_gguf
-from adapterkit.planning.sources import open_source
+from adapterkit.planning.inputs.sources import open_source
 from tests.support import oracle
 from tests.support.gguf_files import (
     MODELS,

@@ -1,0 +1,28 @@
+"""What is noted of an output file when it is written: in a journal, a marker, the receipt."""
+
+from dataclasses import dataclass, field
+
+from adapterkit.checkpoint.output.journal import Entry
+
+
+@dataclass
+class ShardResult:
+    """One written shard: its hash, the hash of its bytes up to each tensor's end, and metrics."""
+
+    file: str
+    size: int
+    sha256: str | None
+    # key -> first 16 hex digits of the sha256 of the file up to that tensor's end; None of a file
+    # whose bytes never came here
+    marks: dict[str, str] | None
+    metrics: dict[str, dict]
+    grown: int = 0  # bytes by which tensors are larger than planned, all together
+    tensors: int | None = None  # their number, where the plan knows an upper bound only
+    # key -> dtype, shape, position in the handoff's file
+    handoffs: dict[str, list] = field(default_factory=dict)
+
+
+def read_result(entry: Entry) -> ShardResult | None:
+    """The result that an entry notes, still to be held against the plan; None where it notes
+    something else."""
+    return ShardResult(**entry["shard"]) if "shard" in entry else None

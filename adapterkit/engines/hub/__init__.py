@@ -1,0 +1,1 @@
+"""Outputs on the Hub, made on bounded disk."""

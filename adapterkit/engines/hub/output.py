@@ -1,0 +1,105 @@
+"""An output that goes to the Hub, on bounded disk: `--out hf://org/name[@branch][:folder]`."""
+
+import os
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+from adapterkit.checkpoint.disk import free_bytes
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.output.stage import check_name
+from adapterkit.engines.hub.engine import HubEngine
+from adapterkit.engines.hub.inputs import ConvertedInScratch, plan_in_scratch
+from adapterkit.engines.hub.stage import HubStage, inputs_folder, pins_before, work_folder
+from adapterkit.engines.hub.transfers import plan_transfers
+from adapterkit.errors import Refused
+from adapterkit.execute import check_place, output_names, run_in
+from adapterkit.hub.destination import Destination, parse_output
+from adapterkit.hub.errors import quiet_library
+from adapterkit.hub.ids import HubId, place_on_hub
+from adapterkit.hub.pins import pinned
+from adapterkit.options import StrPath, parse_size
+from adapterkit.plan import Plan
+from adapterkit.receipt import Receipt, earlier_repositories
+from adapterkit.run_options import RunOptions
+
+
+def pinned_inputs(out: StrPath, *, resume: bool) -> AbstractContextManager[object]:
+    """Revisions of inputs are read at the commits of the run that is resumed; those of a new run
+    are noted."""
+    hub_id = place_on_hub(out)
+    return pinned(pins_before(hub_id) if resume and hub_id else {})
+
+
+def run_to_hub(
+    plan: Plan, execution: RunOptions, check: Callable[[Path], object] | None = None
+) -> Receipt | Plan:
+    """Run a plan whose output is a place on the Hub, or with `dry_run` return it, once the place
+    and the account are such that the job would begin.
+
+    Weights are downloaded file by file and sent as they are made; files that are the Hub's own
+    already are copied there. Raises `Refused` before any weights move, `Failed` after: then nothing
+    is committed, and `resume` goes on with what is done.
+    """
+    from adapterkit.engines.local.engine import local
+    from adapterkit.engines.verify.row_checks import RowCheck
+
+    hub_id = parse_output(os.fspath(execution.out))
+    limit = parse_size("disk_limit", execution.disk_limit) if execution.disk_limit else None
+    if execution.engine != "local":
+        raise Refused(
+            "an output on the Hub from several machines",
+            expected="one machine",
+            where="--out",
+            hint="write a folder, then `adapterkit finish FILE --push org/name`",
+        )
+    work = work_folder(hub_id)
+    check_name(work)
+    rows = check if isinstance(check, RowCheck) else None
+    held = check is not None and rows is None
+    plan = plan_in_scratch(plan, inputs_folder(hub_id))
+    transfers = plan_transfers(plan, held=held)
+    free = free_bytes(work)
+    if limit is None and transfers.disk(None) > free:
+        limit = free // 10 * 9  # it takes what there is
+    transfers.check(limit)
+    totals = {**plan.placement.totals, **transfers.totals(limit)}
+    plan = replace(plan, placement=replace(plan.placement, totals=totals))
+    engine = HubEngine(local(execution.device), limit, held, rows.check_file if rows else None)
+    with quiet_library():
+        destination = open_destination(hub_id, plan.folders)
+        destination.look()
+        stage = HubStage(
+            work,
+            destination,
+            transfers.disk(limit),
+            transfers.copied,
+            [each for each in plan.folders if isinstance(each, ConvertedInScratch)],
+            output_names(plan),
+        )
+        if execution.dry_run:
+            check_place(stage, plan, resume=execution.resume, overwrite=execution.overwrite)
+            return plan
+        receipt = run_in(
+            stage,
+            plan,
+            engine,
+            hash=execution.hash,
+            resume=execution.resume,
+            overwrite=execution.overwrite,
+            check=None if rows else check,
+            progress=execution.progress,
+        )
+    if stage.pushed:
+        receipt.data["pushed"] = stage.pushed
+    return replace(receipt, out=f"hf://{hub_id}")
+
+
+def open_destination(hub_id: HubId, folders: Collection[Folder]) -> Destination:
+    """The folder on the Hub that an output of these inputs goes to; `Refused` for an account that
+    may not write there, and for the place of an input."""
+    sources = {folder.origin["repo"] for folder in folders if "repo" in folder.origin}
+    destination = Destination(hub_id, sorted(sources.union(earlier_repositories(folders))), folders)
+    destination.check_account()
+    return destination

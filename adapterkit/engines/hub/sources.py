@@ -1,0 +1,79 @@
+"""The files of a base on the Hub that are read one after another, on bounded disk: each comes when
+it is read, and those that were read longest ago go where there is no room left."""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.engines.interruptible import run_stoppable
+from adapterkit.hub.folder import HubFolder
+from adapterkit.hub.scratch import ScratchFolder
+
+
+class BoundedFolder(ScratchFolder):
+    """A `ScratchFolder` whose files take `room` bytes together, or what the largest one takes."""
+
+    def __init__(self, source: HubFolder, place: Path, room: int):
+        super().__init__(source, place)
+        self.room = room
+
+
+class Kept:
+    """Which of the files are here, by when they were read last; `sizes` in bytes."""
+
+    def __init__(self, sizes: Mapping[str, int], room: int):
+        self.sizes, self.room = sizes, room
+        self._here: dict[str, None] = {}
+
+    def read(self, name: str) -> list[str] | None:
+        """Take a file in: those that go for it; None where it is here already."""
+        is_here = name in self._here
+        self._here.pop(name, None)
+        gone = []
+        if not is_here:
+            used = sum(self.sizes[other] for other in self._here)
+            for other in list(self._here):
+                if used + self.sizes[name] <= self.room:
+                    break
+                used -= self.sizes[other]
+                gone.append(other)
+                del self._here[other]
+        self._here[name] = None
+        return None if is_here else gone
+
+
+def bytes_down(names: Iterable[str], sizes: Mapping[str, int], room: int) -> int:
+    """Bytes that are downloaded while these files are read in this order."""
+    kept = Kept(sizes, room)
+    return sum(sizes[name] for name in names if kept.read(name) is not None)
+
+
+class BoundedSources(Sources):
+    """The `Sources` of a job that reads one `BoundedFolder`, by one thread; its files are removed
+    at the end."""
+
+    def __init__(self, folder: BoundedFolder):
+        super().__init__((folder,), {})
+        self.folder = folder
+        sizes = {name: folder.disk(name) for name in folder.files()}
+        self._kept = Kept(sizes, folder.room)
+        shutil.rmtree(folder.place, ignore_errors=True)  # of a run that was killed
+
+    def acquire(self, which: tuple[int, str]) -> int:
+        _, name = which
+        if self._kept.sizes[name]:
+            gone = self._kept.read(name)
+            for other in gone or ():
+                self.forget((0, other))
+                self.folder.drop(other)
+            if gone is not None:
+                run_stoppable(partial(self.folder.download, name))
+        return super().acquire(which)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            shutil.rmtree(self.folder.place, ignore_errors=True)

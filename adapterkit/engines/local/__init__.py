@@ -1,0 +1,1 @@
+"""One machine: threads that read, compute and write, on CPU or GPU."""

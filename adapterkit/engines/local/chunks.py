@@ -1,0 +1,81 @@
+"""One chunk of a step: read, computed, copied to the host, measured, checked.
+
+On a card all of it is only begun: what it gives is there when the chunk has landed. Until then a
+worker reads and begins the next one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.reader import read_exactly
+from adapterkit.engines.device import Mark
+from adapterkit.engines.local.buffers import Buffer
+from adapterkit.engines.local.metrics import chunk_sums
+from adapterkit.engines.local.pieces import Chunk
+from adapterkit.errors import Unrecoverable, shown
+from adapterkit.kernels.sums import all_finite
+from adapterkit.plan import Loaded, Step
+from adapterkit.tasks.rows import rounded, unrounded
+
+
+def read_chunk(descriptor: int, step: Step, chunk: Chunk, room: Buffer) -> Tensor:
+    """The rows of a chunk as they are stored, in the room's memory."""
+    source, columns = step.source, step.grid[1]
+    width = dtypes.BITS[source.dtype] // 8 * columns
+    size = (chunk.last - chunk.first) * width
+    read_exactly(descriptor, room.sized(size), source.start + chunk.first * width, source)
+    return room.tensor(size, dtypes.torch_dtype(source.dtype)).view(-1, columns)
+
+
+@dataclass
+class ComputedChunk:
+    """A chunk whose arithmetic and copy have begun, as far as a card is concerned."""
+
+    chunk: Chunk
+    values: Tensor  # in the dtype of the arithmetic, on the device
+    outgoing: Tensor  # rounded, in the host's memory
+    sums: list[Tensor]
+    mark: Mark
+
+    def landed(self, step: Step) -> list[float]:
+        """Wait for it: `outgoing` is there; `chunk_sums`. `Unrecoverable` if it is not finite."""
+        self.mark.wait()
+        sums = [float(one) for one in self.sums]
+        limit = torch.finfo(self.outgoing.dtype).max
+        # then no element is above the limit; false for NaN
+        if not sums[0] <= limit * limit and not all_finite(self.outgoing):
+            raise _not_finite(step, self.values)
+        return sums
+
+
+def compute_chunk(
+    w: Tensor, edits: list[Loaded], step: Step, chunk: Chunk, outgoing: Tensor
+) -> ComputedChunk:
+    """Begin the edits of w, which change it, and the copy of the rounded rows to `outgoing`."""
+    before = w.clone() if chunk.sampled and edits else None
+    for edit in edits:
+        edit.apply(w, chunk.first)
+    # on the device: a copy that converts would be one thread's work, and wait for the card
+    written = rounded(w, step, chunk.first * step.grid[1])
+    outgoing.copy_(written, non_blocking=True)
+    compared = None if before is None else (before, unrounded(w, before, edits, chunk.first))
+    sums = chunk_sums(w, written, compared)
+    if w.device.type != "cpu":
+        together = torch.stack([one.double() for one in sums])
+        sums = list(together.to("cpu", non_blocking=True))
+    return ComputedChunk(chunk, w, outgoing, sums, Mark(w.device))
+
+
+def _not_finite(step: Step, values: Tensor) -> Unrecoverable:
+    what = "overflows" if all_finite(values) else "is not finite (NaN or infinity)"
+    return Unrecoverable(
+        f"the merged value of {shown(step.key)} {what} in {step.dtype}",
+        expected="finite values",
+        where=f"{step.source.file}: {shown(step.key)}",
+        hint="give --dtype bf16 or fp32, or a smaller weight"
+        if what == "overflows"
+        else "check the base and the adapters",
+    )

@@ -1,0 +1,141 @@
+"""The output of the files that ranks have made: journal, small files, receipt, one rename."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.output.rank_stage import RankStage, adopt
+from adapterkit.checkpoint.output.stage import Stage
+from adapterkit.checkpoint.output.writer import part_name
+from adapterkit.checkpoint.system import cores
+from adapterkit.engines.placement import device_totals
+from adapterkit.engines.ranks.job_identity import Check, RankJob, check_one_kind, no_stage, spoiled
+from adapterkit.engines.ranks.parts import accepts, join, tiling
+from adapterkit.engines.verify.file_checks import check_files
+from adapterkit.errors import Failed, Refused
+from adapterkit.execute import check_free, run_in
+from adapterkit.plan import OutputFile, Placement, Plan
+from adapterkit.receipt import Receipt, read_receipt
+from adapterkit.run_options import RunOptions
+
+
+@dataclass
+class RankFinish:
+    """The end of ranks: the output of their files; `command` is what makes missing ones. With
+    `verify` all hashes are checked before the folder gets its name."""
+
+    job: RankJob
+    command: str
+    verify: bool = False
+
+    def finish(self, plan: Any, execution: RunOptions, check: Any = None) -> Receipt:
+        """The receipt of a plan's output; `check` looks at the finished folder."""
+        self.job.check(plan)
+        stage = Stage(Path(execution.out))
+        worked, hashed = 0.0, execution.hash == "sha256"
+        if stage.state(self.job.fingerprint, resume=True, overwrite=False) == "fresh":
+            raise no_stage(stage.path)
+        with stage:
+            head = (stage.journal() or [{}])[0]
+            ranks = RankStage(stage.control, self.job.digest, accepts=accepts(plan, hashed=hashed))
+            if ranks.exists():
+                head, worked = self._adopt(plan, stage, ranks, head, hashed=hashed)
+            elif head.get("ranks"):
+                raise no_stage(ranks.path)
+        device = head.get("device", "cpu")
+        if device != "cpu":  # of the ranks: this machine may have none
+            placement = Placement(device, device_totals(plan, cores()))
+            plan = replace(plan, placement=placement)
+        return run_in(
+            stage,
+            plan,
+            _nothing_left,
+            hash=execution.hash,
+            resume=True,
+            check=_both(check, self.verify),
+            progress=execution.progress,
+            began=time.monotonic() - worked,
+        )
+
+    def _adopt(
+        self, plan: Plan, stage: Stage, ranks: RankStage, head: dict[str, Any], *, hashed: bool
+    ) -> tuple[dict[str, Any], float]:
+        """Take over what the ranks made; the journal's first entry from now on, and the seconds
+        that the slowest of them took. `Refused` where files are missing."""
+        if reason := ranks.spoiled():
+            raise spoiled(reason, ranks)
+        files = {shard.file: shard for shard in plan.shards}
+        names = [*files]
+        markers = ranks.markers(names)
+        done = ranks.parts()
+        parts = {
+            name: tiling(done.get(name, ()), shard.size)
+            for name, shard in files.items()
+            if name not in markers
+        }
+        missing = [name for name, ranges in parts.items() if not ranges]
+        if missing:
+            raise Refused(
+                f"{len(missing)} of {len(names)} files are not there: {', '.join(missing)}",
+                expected="all files of the plan",
+                where=str(ranks.path),
+                hint=f"run `{self.command}` again, as one rank or as all",
+            )
+        made = [part_name(name, *edges) for name, ranges in parts.items() for edges in ranges or ()]
+        check_one_kind([*markers.values(), *ranks.markers(made).values()], ranks)
+        check_free(
+            max((b - a for some in parts.values() for a, b in (some or ())[1:]), default=0),
+            ranks.path,
+        )
+        for name, ranges in parts.items():
+            shard = files[name]
+            assert ranges is not None
+            join(ranks, shard, ranges, hashed=hashed)
+        ranks.leave()
+        markers = ranks.markers(names)
+        if len(markers) < len(names):
+            raise _gone(next(name for name in names if name not in markers))
+        head = {key: value for key, value in head.items() if key != "ranks"}
+        head["device"] = markers[names[0]]["device"]
+        adopt(stage, ranks, [head, *({"shard": entry["shard"]} for entry in markers.values())])
+        return head, seconds_of(markers.values())
+
+
+def seconds_of(markers: Iterable[dict[str, Any]]) -> float:
+    """The seconds that the slowest of the ranks took."""
+    seconds = defaultdict[str, float](float)
+    for entry in markers:
+        seconds[entry["attempt"]] += entry["seconds"]
+    return max(seconds.values(), default=0.0)
+
+
+def _nothing_left(plan: Plan, shards: list[OutputFile], *_: Any, **__: Any) -> None:
+    """The engine of a job whose files are all there."""
+    if shards:
+        raise _gone(shards[0].file)
+
+
+def _gone(name: str) -> Failed:
+    return Failed(
+        "a file has gone",
+        expected="the files of the ranks",
+        where=name,
+        hint="make the plan again with --overwrite",
+    )
+
+
+def _both(check: Check | None, verify: bool) -> Check | None:
+    if not verify:
+        return check
+
+    def checks(folder: Path) -> None:
+        if check is not None:
+            check(folder)
+        out = LocalFolder(folder)
+        check_files(out, read_receipt(out))
+
+    return checks

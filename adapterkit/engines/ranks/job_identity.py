@@ -1,0 +1,151 @@
+"""What the processes that write one output have to agree on, and how a plan is handed to them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapterkit.checkpoint.folder import LocalFolder, original
+from adapterkit.checkpoint.output.rank_stage import RankStage, prepare
+from adapterkit.checkpoint.output.stage import Stage
+from adapterkit.checkpoint.reader import identity
+from adapterkit.engines.ranks.parts import room
+from adapterkit.errors import Refused
+from adapterkit.execute import check_space, difference
+from adapterkit.plan import Placement, Plan
+from adapterkit.receipt import digest, public_recipe
+from adapterkit.run_options import RunOptions
+
+Check = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class RankJob:
+    """What all processes have to agree on: the public recipe, and which files the inputs are."""
+
+    recipe: dict[str, Any]
+    inputs: dict[str, list[int]]  # "number name" -> size and times of local files
+    hash: str
+
+    @classmethod
+    def of(cls, plan: Plan, hash: str) -> "RankJob":
+        """The job of a plan, as it is read again from a file."""
+        recipe = public_recipe(plan.recipe())
+        return cls(recipe, _inputs(plan), hash)
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.recipe)
+
+    @property
+    def digest(self) -> str:
+        return digest(vars(self))
+
+    def check(self, plan: Plan) -> None:
+        """`Refused` where a plan made here and now is another job, naming the first difference."""
+        now = RankJob.of(plan, self.hash)
+        if now.recipe != self.recipe:
+            raise Refused(
+                f"planned again, the job is another: {difference(self.recipe, now.recipe)} differs",
+                expected="the inputs, options and version of the plan file",
+                where="the plan file",
+                hint="use the same adapterkit everywhere, or make the plan again",
+            )
+        if now.inputs != self.inputs:
+            names = [*self.inputs, *now.inputs]
+            name = next(n for n in names if self.inputs.get(n) != now.inputs.get(n))
+            raise Refused(
+                f"{name.partition(' ')[2]} is not the file that was planned with",
+                expected="inputs that stay as they are",
+                where=f"input {name.partition(' ')[0]}",
+                hint="make the plan again with --overwrite",
+            )
+
+
+def _inputs(plan: Plan) -> dict[str, list[int]]:
+    """Which files the local inputs are; of an adapter that is converted first, its own files."""
+    found = {f"{number} {name}": list(known) for (number, name), known in plan.identities.items()}
+    for number, folder in enumerate(plan.folders):
+        source = original(folder)
+        if source is not folder and isinstance(source, LocalFolder):
+            for name in source.files():
+                found[f"{number} {name}"] = list(identity(source.path(name).stat()))
+    return found
+
+
+@dataclass
+class Preparation:
+    """What a command with --plan does: refuses what cannot be done, makes the stage, and
+    leaves the files to ranks. `job` is there afterwards."""
+
+    job: RankJob | None = None
+
+    def prepare(self, plan: Plan, how: RunOptions) -> Plan:
+        """Make the stage; the plan, with what ranks need of the disk."""
+        job = self.job = RankJob.of(plan, how.hash)
+        plan = replace(plan, placement=Placement(room=room(plan.shards)))
+        stage = self._stage(plan, Path(how.out))
+        options = {"resume": False, "overwrite": how.overwrite}
+        stage.state(job.fingerprint, **options)  # refuses before anything is made
+        with stage:
+            stage.state(job.fingerprint, **options)
+            self._check_space(plan, stage)
+            head = {
+                "fingerprint": job.fingerprint,
+                "recipe": plan.recipe(),
+                "overwrite": stage.replaces,
+                "ranks": True,
+            }
+            prepare(stage, job.digest, self._files(plan), head)
+        return plan
+
+    def _stage(self, plan: Plan, out: Path) -> Stage:
+        return Stage(out)
+
+    def _check_space(self, plan: Plan, stage: Stage) -> None:
+        """`Refused` where the disk has no room."""
+        check_space(plan, plan.shards, stage)
+
+    def _files(self, plan: Plan) -> list[str]:
+        """What ranks make."""
+        return [shard.file for shard in plan.shards]
+
+
+def check_one_kind(entries: Sequence[dict[str, Any]], stage: RankStage) -> None:
+    """`Refused` where files were, or would be, made on CPU and on CUDA, or with several torch."""
+    kinds: dict[str, list[str]] = {}
+    for entry in entries:
+        kind = f"{entry['device']}, torch {entry['torch']}"
+        kinds.setdefault(kind, []).append(
+            entry["shard"]["file"] if "shard" in entry else "this run"
+        )
+    if len(kinds) > 1:
+        texts = [f"{kind} ({len(files)}, e.g. {files[0]})" for kind, files in kinds.items()]
+        raise Refused(
+            f"files made on {' and on '.join(texts)}",
+            expected="one kind of device, one version of torch, and as many threads where they are "
+            "named (--workers): others round otherwise",
+            where=str(stage.marks),
+            hint="run with the same ones; or remove the markers NAME.json of the fewer, and run "
+            "again",
+        )
+
+
+def spoiled(reason: str, stage: RankStage) -> Refused:
+    """The refusal of a job that one of its ranks found cannot be finished."""
+    return Refused(
+        f"the job was given up: {reason}",
+        expected="inputs that stay as they are, and results that fit",
+        where=str(stage.marks),
+        hint="make the plan again with --overwrite",
+    )
+
+
+def no_stage(path: Path) -> Refused:
+    """The refusal of a plan file whose stage is not there."""
+    return Refused(
+        "nothing of this plan",
+        expected="the folder that --plan made, or the finished output",
+        where=str(path.parent),
+        hint="make the plan again: the same command with --plan",
+    )

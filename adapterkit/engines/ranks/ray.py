@@ -1,0 +1,237 @@
+"""Ranks on a Ray cluster whose machines see one file system: the plan is prepared as for `--plan`,
+each place of the cluster runs a rank as a task, and the end is `finish`'s.
+
+No tensor goes through Ray: the plan does, once for each worker process. The rank of a lost worker
+is tried again, or its files are made by others; one that is refused is not.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapterkit import __version__, errors
+from adapterkit.checkpoint.output.rank_stage import RankStage
+from adapterkit.checkpoint.output.stage import Stage
+from adapterkit.engines.device import pick_device
+from adapterkit.engines.ranks.finish import RankFinish
+from adapterkit.engines.ranks.job_identity import Check, Preparation, RankJob
+from adapterkit.engines.ranks.parts import accepts, units
+from adapterkit.engines.ranks.rank import Pulse, Rank
+from adapterkit.errors import (
+    AdapterkitError,
+    Failed,
+    Interrupted,
+    MultipleErrors,
+    Refused,
+    Unrecoverable,
+    shown,
+)
+from adapterkit.options import no_progress
+from adapterkit.plan import Plan
+from adapterkit.receipt import Receipt
+from adapterkit.run_options import RunOptions
+
+RETRIES = 3  # of the task of a lost worker
+OPTIONS = {"scheduling_strategy": "SPREAD", "max_retries": RETRIES, "retry_exceptions": False}
+POLL = 1.0  # seconds between looks at Ctrl-C
+LEAVE = 10.0  # seconds that cancelled tasks get
+VERSIONS = f"adapterkit {__version__}, torch {torch.__version__}"
+AGAIN = "run the same command with --resume"
+
+
+def run_on_ray(plan: Plan, how: RunOptions, check: Check | None) -> Receipt:
+    """Run a plan by the ranks of a cluster: the one at `how.ray_address`, or the one that Ray finds
+    or starts; the connection that the process has, where it has one.
+
+    `Refused` without the package ray, where no cluster answers, and for a run to resume that was
+    one machine's.
+    """
+    end = RankFinish(job := RankJob.of(plan, how.hash), "the same command with --resume")
+    state = _state(job, how)
+    if state == "finished":
+        return end.finish(plan, how, check)
+    with _connected(how.ray_address) as ray:
+        cluster = _Cluster(ray, on_cuda=how.device.startswith("cuda"))
+        cores, places = cluster.places()
+        if state == "fresh":
+            Preparation().prepare(plan, how)
+        try:
+            cluster.run_ranks(plan, job, how, cores, places)
+        except Unrecoverable:  # no rank can go on
+            with Stage(Path(how.out)) as stage:
+                stage.discard()
+            raise
+        except KeyboardInterrupt:
+            where = str(Stage(Path(how.out)).control)
+            raise Interrupted("stopped; finished files are kept", where=where, hint=AGAIN) from None
+    return end.finish(plan, how, check)
+
+
+def _state(job: RankJob, how: RunOptions) -> str:
+    """'fresh', 'resume' or 'finished'; `Refused` for a run to resume that ranks did not begin."""
+    stage = Stage(Path(how.out))
+    state = stage.state(job.fingerprint, resume=how.resume, overwrite=how.overwrite)
+    if state == "resume" and not (stage.journal() or [{}])[0].get("ranks"):
+        raise Refused(
+            "the run to resume is one machine's",
+            expected="a run that --engine ray began",
+            where=str(stage.control),
+            hint="resume it with --engine local, or give --overwrite without --resume",
+        )
+    return state
+
+
+@contextlib.contextmanager
+def _connected(address: str | None) -> Iterator[Any]:
+    """The package ray, connected to a cluster for as long as the block runs."""
+    try:
+        import ray
+    except ImportError as error:
+        raise Refused(
+            "--engine ray without the package ray",
+            expected="ray, on this machine and on the cluster's",
+            where="options",
+            hint="pip install 'adapterkit[ray]'",
+        ) from error
+    connects = not ray.is_initialized()
+    if connects:
+        # a cluster that is started here would report its use over the network
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise Refused(
+                f"no Ray cluster at {shown(address or 'this machine')}: {shown(error)}",
+                expected="a cluster that runs",
+                where="--ray-address",
+                hint="check the address, or start one: ray start --head",
+            ) from error
+    try:
+        yield ray
+    finally:
+        if connects:
+            ray.shutdown()
+
+
+@dataclass(frozen=True)
+class _Cluster:
+    """A connected cluster; `on_cuda`: each rank gets a GPU."""
+
+    ray: Any  # the package
+    on_cuda: bool
+
+    def places(self) -> tuple[int, int]:
+        """The cores of the smallest machine, or those that each GPU has, and how many such places
+        there are: each runs a rank."""
+        resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        cores = [int(each["CPU"]) for each in resources if each.get("CPU", 0) >= 1]
+        gpus = sum(int(each.get("GPU", 0)) for each in resources)
+        if not cores or (self.on_cuda and not gpus):
+            raise Failed(
+                f"a Ray cluster of {sum(cores)} CPUs and {gpus} GPUs",
+                expected="at least one" + " GPU" * self.on_cuda,
+                where="--ray-address",
+                hint=f"add a machine to the cluster, then {AGAIN}",
+            )
+        if self.on_cuda:
+            return max(1, min(cores) // max(1, gpus)), gpus
+        return min(cores), sum(count // min(cores) for count in cores)
+
+    def run_ranks(self, plan: Plan, job: RankJob, how: RunOptions, cores: int, places: int) -> None:
+        """Let each place run a rank; on an error, or Ctrl-C, end all that run."""
+        device = "cuda" if self.on_cuda else "cpu"  # Ray says which GPU
+        work = {"num_cpus": cores, "num_gpus": int(self.on_cuda), **OPTIONS}
+        task = self.ray.remote(_run_rank).options(**work)
+        out = Path(how.out).absolute()  # a worker runs in a folder of its own
+        options = replace(how.only(RunOptions), out=out, device=device, progress=no_progress)
+        # in a list a task gets the reference
+        arguments = ([self.ray.put(plan)], job, options)
+        running = {
+            task.remote(*arguments, rank, places, cores, VERSIONS): rank for rank in range(places)
+        }
+        made = {unit.name: unit for unit in units(plan.shards, places, torch.device(device))}
+        known = accepts(plan, hashed=how.hash == "sha256")
+        stage = RankStage(Stage(Path(how.out)).control, job.digest, places, accepts=known)
+        try:
+            with Pulse(stage, made, how.progress) as pulse:
+                while running:
+                    done, _ = self.ray.wait(list(running), timeout=POLL)
+                    for reference in done:
+                        self._check(reference, running.pop(reference))
+                    pulse(0)
+        except BaseException:
+            for reference in running:
+                self.ray.cancel(reference, force=True)
+            if running:
+                self.ray.wait(list(running), num_returns=len(running), timeout=LEAVE)
+            raise
+        finally:
+            stage.leave()
+
+    def _check(self, reference: Any, rank: int) -> None:
+        """Raise a rank's own error, and `Failed` where its workers were lost again and again."""
+        lost = self.ray.exceptions
+        try:
+            error = self.ray.get(reference)
+        except (
+            lost.WorkerCrashedError,
+            lost.NodeDiedError,
+            lost.OutOfMemoryError,
+            lost.RaySystemError,
+        ) as caught:
+            raise Failed(
+                f"the worker of rank {rank} was lost {RETRIES + 1} times: {shown(caught)}",
+                expected="machines that stay, with the memory that the plan says",
+                where="the Ray cluster",
+                hint=AGAIN,
+            ) from caught
+        if error is not None:
+            raise _as_error(error)
+
+
+def _run_rank(
+    stored: list[Any],
+    job: RankJob,
+    how: RunOptions,
+    rank: int,
+    ranks: int,
+    workers: int,
+    versions: str,
+) -> dict[str, Any] | None:
+    """A task: one rank; its error as data, which is not retried."""
+    import ray
+
+    try:
+        if versions != VERSIONS:
+            raise Failed(
+                f"a worker with {VERSIONS}",
+                expected=f"{versions}, as here: others round otherwise",
+                where="the Ray cluster",
+                hint=f"install the same on all machines, then {AGAIN}",
+            )
+        pick_device(how.device)
+        Rank(job, rank, ranks, workers=workers, wait=math.inf).make(ray.get(stored[0]), how)
+    except AdapterkitError as error:
+        return _as_data(error)
+    return None
+
+
+def _as_data(error: AdapterkitError) -> dict[str, Any]:
+    inner = error.errors if isinstance(error, MultipleErrors) else ()
+    four = {key: getattr(error, key) for key in ("problem", "expected", "where", "hint")}
+    # the driver knows the classes of `errors`, and those of them that others are made of
+    kind = next(each.__name__ for each in type(error).__mro__ if hasattr(errors, each.__name__))
+    return {"kind": kind, **four, "errors": [_as_data(one) for one in inner]}
+
+
+def _as_error(data: dict[str, Any]) -> AdapterkitError:
+    if data["errors"]:
+        return MultipleErrors(_as_error(one) for one in data["errors"])
+    four = {key: data[key] for key in ("expected", "where", "hint")}
+    return getattr(errors, data["kind"])(data["problem"], **four)

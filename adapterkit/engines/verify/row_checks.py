@@ -1,0 +1,399 @@
+"""Float64 checks of an output: sampled rows are computed again from the inputs and compared."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.header import TensorSpec, read_header
+from adapterkit.checkpoint.output.file_result import ShardResult
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.checkpoint.system import cores
+from adapterkit.engines.local.computed import in_order
+from adapterkit.engines.local.reader import LocalReader
+from adapterkit.engines.verify.file_checks import check_file, check_files
+from adapterkit.errors import Damaged, Failed, Problems, shown
+from adapterkit.plan import Loaded, Plan, Step
+from adapterkit.receipt import AGAIN, read_receipt
+from adapterkit.tasks.compensated import CompensatedStep, before_rounding
+from adapterkit.tasks.edited import EditedTensor, RequantizedWeight
+from adapterkit.tasks.rows import arithmetic, rounded
+from adapterkit.verbs.merge import Merge
+from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts
+
+FEW = 3  # wrong tensors that are told one by one
+THREADS = 4  # that recompute; each holds a whole weight where its format needs that
+Specs = dict[str, TensorSpec]  # by key
+CHUNK = 1 << 18  # elements that are float64 at a time
+# of a row's largest magnitude: what arithmetic may be wrong by
+SLACK = {torch.float32: 2.0**-20, torch.float64: 2.0**-44}
+SLACK_OF_SUMS = 2.0**-16  # the same of a tensor's, where errors of all columns are summed
+
+
+class RowCheck:
+    """What `merge --verify` looks at, and the sum of what it saw: the finished folder, or each file
+    before it leaves for the Hub."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.result: dict[str, Any] = {}
+
+    def __call__(self, folder: Path) -> None:
+        out = LocalFolder(folder)
+        self.result = check_files(out, read_receipt(out)) | check_rows(out, self.plan)
+
+    def check_file(self, folder: Path, plan: Plan, result: ShardResult) -> None:
+        """Look at the one file of this plan."""
+        out = LocalFolder(folder)
+        check_file(out, result.file, result.sha256, result.marks, lambda done: None)
+        seen = {"files": 1, "bytes": result.size, **check_rows(out, plan)}
+        sums = {name: self.result.get(name, 0) + count for name, count in seen.items()}
+        self.result = sums | {"hash": "sha256" if result.sha256 else "none"}
+
+
+def check_rows(out: Folder, plan: Plan, hint: str = AGAIN) -> dict[str, Any]:
+    """Recompute rows of every changed tensor from the inputs in float64: how many rows and tensors
+    those are. `Damaged` with all that is wrong."""
+    specs = {s.key: s for shard in plan.shards for s in read_header(out, shard.file).tensors}
+    checks = list(_checks(plan))
+    with Sources(plan.folders, dict(plan.identities)) as sources, Sources((out,), {}) as written:
+        inputs, stored = (
+            LocalReader(files, torch.device("cpu"), torch.float64) for files in (sources, written)
+        )
+
+        def run(check: _TensorCheck) -> RowsChecked:
+            torch.set_num_threads(1)  # this thread's
+            with torch.inference_mode():
+                return check.run(inputs, stored, specs)
+
+        threads = torch.get_num_threads()
+        try:
+            results = list(in_order(run, checks, min(THREADS, cores())))
+        finally:
+            torch.set_num_threads(threads)
+    wrong = [(c, r.wrong) for c, r in zip(checks, results, strict=True) if r.wrong is not None]
+    if len(wrong) > FEW:
+        raise _many(wrong, len(checks), out.label, hint)
+    Problems(
+        [
+            Damaged(each.text, expected=check.expected, where=shown(check.step.key), hint=hint)
+            for check, each in wrong
+        ]
+    ).raise_all()
+    rows = sum(result.rows for result in results)
+    if checks and not rows:
+        raise Failed(
+            "no row was recomputed: every changed tensor is empty",
+            where=out.label,
+            hint="check the base and the adapters",
+        )
+    return {"rows": rows, "tensors": len(checks)}
+
+
+class Wrong(NamedTuple):
+    """The first wrong value of a tensor, and by how much the worst is wrong."""
+
+    text: str
+    by: float = math.inf
+
+
+def _many(
+    wrong: "list[tuple[_TensorCheck, Wrong]]", checked: int, where: str, hint: str
+) -> Damaged:
+    """One error for many wrong tensors, with the worst of them."""
+    worst = sorted(wrong, key=lambda pair: -pair[1].by)[:FEW]
+    texts = [f"{shown(check.step.key)} by {each.by:.3g} ({each.text})" for check, each in worst]
+    problem = f"{len(wrong)} of {checked} tensors are not what the inputs give, the worst: "
+    expected = worst[0][0].expected
+    return Damaged(problem + "; ".join(texts), expected=expected, where=where, hint=hint)
+
+
+class RowsChecked(NamedTuple):
+    """What came of one tensor: how many rows were recomputed, and the first value that is wrong."""
+
+    rows: int
+    wrong: Wrong | None = None
+
+
+def _checks(plan: Plan) -> Iterator["_TensorCheck"]:
+    """A check of every tensor that a plan does not copy."""
+    for shard in plan.shards:
+        yield from (FloatCheck(step) for step in shard.steps if not step.copied)
+        for task in shard.tasks:
+            if isinstance(task, EditedTensor):
+                yield FloatCheck(task.step)
+            elif isinstance(task, RequantizedWeight):
+                yield CodeCheck(task.step, task.packed)
+            elif isinstance(task, CompensatedStep):
+                yield CompensatedCheck(task.step, task.format)
+            elif not task.copied:
+                raise TypeError(f"{shown(task.name)}: no check of a {type(task).__name__}")
+
+
+@dataclass(frozen=True)
+class FloatCheck:
+    """A tensor of floats: its first row, the last, and one between."""
+
+    step: Step
+    expected = "W + Σ weight·scale·b@a, rounded"
+
+    def run(
+        self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]
+    ) -> RowsChecked:
+        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
+        step, origin = self.step, _Source(self.step, inputs)
+        for row in origin.sample:
+            exact = origin.edited(row, row + 1)
+            stored = written.rows(specs[step.key], (origin.height, origin.width), row, row + 1)
+            # rounding never swaps two values, whatever it draws: the exact one, summed by a merge,
+            # is between these
+            slack, position = exact.abs().amax() * SLACK[arithmetic(step)], row * origin.width
+            low, high = (rounded(exact + by, step, position).double() for by in (-slack, slack))
+            bad = ~((low <= stored) & (stored <= high))
+            if bool(bad.any()):
+                return RowsChecked(
+                    len(origin.sample),
+                    _difference(bad, stored, rounded(exact, step, position), row),
+                )
+        return RowsChecked(len(origin.sample))
+
+
+@dataclass(frozen=True)
+class CodeCheck:
+    """A weight in a quantized format: the slices that hold its first row, the last, and one
+    between; all of it where scales depend on all of it."""
+
+    step: Step
+    packed: QuantizedWeight
+    expected = "W + Σ weight·scale·b@a, encoded"
+
+    def run(
+        self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]
+    ) -> RowsChecked:
+        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
+        origin = _Source(self.step, inputs)
+        after = {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}
+        alone = (
+            self.step.draws is not None or self.packed.split_nested(origin.parts)[0] is self.packed
+        )
+        ranges = (
+            sorted({origin.range_of(row) for row in origin.sample})
+            if alone
+            else [(0, origin.height)]
+        )
+        wrong = (self._wrong(origin, after, first, last) for first, last in ranges)
+        return RowsChecked(
+            sum(last - first for first, last in ranges), next(filter(None, wrong), None)
+        )
+
+    def _wrong(
+        self, origin: "_Source", after: dict[str, Tensor], first: int, last: int
+    ) -> Wrong | None:
+        """What is wrong with these rows."""
+        record, before = origin.at(origin.parts, first, last)
+        exact, slack = torch.empty(last - first, origin.width), torch.empty(last - first, 1)
+        for low, high in origin.pieces(first, last):
+            block, here = origin.edited(low, high), slice(low - first, high - first)
+            exact[here], slack[here] = (
+                block,
+                block.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step)],
+            )
+        stored = decode_checked(record, origin.at(after, first, last)[1]).view(exact.shape)
+        if bool(((exact - stored).abs() <= slack).all()) and torch.equal(
+            stored, decode_checked(record, before).view(exact.shape)
+        ):
+            return None  # what does not change keeps its bytes
+        expected = self._encoded(record, before, exact, first)
+        for key, part in expected.items():
+            if part is before[key] and not torch.equal(part, origin.at(after, first, last)[1][key]):
+                return Wrong(
+                    f"{shown(key)} is not the base's, though it does not depend on the weight's "
+                    "values"
+                )
+        value = decode_checked(record, expected).view(exact.shape)
+        low, high = value - slack, value + slack
+        bad = ~((low <= stored) & (stored <= high))
+        if bool(bad.any()):  # of codes near a boundary: an encoder never swaps two values either
+            for by in (-slack, slack):
+                beside = decode_checked(
+                    record, self._encoded(record, before, exact + by, first)
+                ).view(exact.shape)
+                low, high = torch.minimum(low, beside - slack), torch.maximum(high, beside + slack)
+            bad = ~((low <= stored) & (stored <= high))
+        return _difference(bad, stored, value, first) if bool(bad.any()) else None
+
+    def _encoded(
+        self, record: QuantizedWeight, before: dict[str, Tensor], weight: Tensor, first: int
+    ) -> dict[str, Tensor]:
+        draws = self.step.draws and self.step.draws.at(first * weight.shape[1])
+        return record.encode_keeping_scales(before, weight.view(record.shape), draws)
+
+
+@dataclass(frozen=True)
+class CompensatedCheck:
+    """A tensor rounded with compensation, all of it: what each element was when it was rounded
+    follows from the exact weight and from what is stored."""
+
+    step: Step
+    packed: QuantizedWeight | None  # the format, if it is written in one
+    expected = "W + Σ weight·scale·b@a, rounded with compensation"
+
+    def run(
+        self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]
+    ) -> RowsChecked:
+        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
+        origin, compensation = _Source(self.step, inputs), self.step.compensation
+        assert compensation is not None
+        exact = torch.cat([origin.edited(*piece) for piece in origin.pieces(0, origin.height)])
+        stored = self._stored(written, specs).view(exact.shape).double()
+        slack, count = float(exact.abs().amax()) * SLACK_OF_SUMS, origin.height
+        original = origin.rows(0, origin.height)
+        same = self.packed is not None and torch.equal(stored, original)
+        if same and float((exact - original).abs().amax()) <= slack:
+            return RowsChecked(count)  # what does not change keeps its bytes
+        turn = (lambda m: m.T) if self.by_columns else (lambda m: m)
+        before = turn(before_rounding(inputs, compensation, turn(exact), turn(stored)))
+        low = high = value = self._rounded(origin, exact, before).double()
+        bad = (stored - value).abs() > slack
+        if bool(bad.any()):  # of values near a boundary, or with a scale near one
+            for by in (-slack, slack):
+                for beside in (before + by, before - by):
+                    other = self._rounded(origin, exact + by, beside).double()
+                    low, high = torch.minimum(low, other), torch.maximum(high, other)
+            bad = ~((low - slack <= stored) & (stored <= high + slack))
+        return RowsChecked(count, _difference(bad, stored, value, 0) if bool(bad.any()) else None)
+
+    @property
+    def by_columns(self) -> bool:
+        return self.step.compensation is not None and self.step.compensation.by_columns
+
+    def _stored(self, written: LocalReader, specs: dict[str, TensorSpec]) -> Tensor:
+        if self.packed is None:
+            return written.tensor(specs[self.step.key])
+        after = {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}
+        return decode_checked(self.packed, after)
+
+    def _rounded(self, origin: "_Source", exact: Tensor, before: Tensor) -> Tensor:
+        """`before` rounded to nearest, in a format with the scales of the exact weight."""
+        if self.packed is None:
+            return rounded(before, self.step)
+        shape = self.packed.shape
+        plain = self.packed.encode_keeping_scales(origin.parts, exact.float().view(shape))
+        rounder, turned = self.packed.column_rounder(plain), self.by_columns
+        columns = (before.T if turned else before).float().T.contiguous()
+        values = torch.stack([rounder(w, number) for number, w in enumerate(columns)])
+        return values if turned else values.T
+
+
+_TensorCheck = FloatCheck | CodeCheck | CompensatedCheck
+
+
+def _difference(bad: Tensor, stored: Tensor, expected: Tensor, row: int) -> Wrong:
+    """The first of the bad values; `row`: of the first row in the tensor."""
+    at, column = divmod(int(bad.flatten().nonzero()[0]), bad.shape[1])
+    by = float((stored.double() - expected.double()).abs()[bad].nan_to_num(math.inf).max())
+    text = (
+        f"row {row + at}, column {column}: {float(stored[at, column])!r}, not "
+        f"{float(expected[at, column])!r}"
+    )
+    return Wrong(text, by)
+
+
+class _Source:
+    """The rows that a step starts from, in float64, and through its edits, which read them while
+    they load."""
+
+    def __init__(self, step: Step, inputs: LocalReader):
+        self.step, self.inputs, self.source = step, inputs, step.source
+        shape = step.shape or (1,)
+        self.height, self.width = step.grid if step.edits else (math.prod(shape[:-1]), shape[-1])
+        self.chunk = max(1, CHUNK // max(self.width, 1))
+        # the range that was decoded last
+        self.cached: tuple[tuple[int, int], Tensor] = ((0, 0), torch.empty(0))
+        self.sample = sorted({0, self.height // 2, self.height - 1}) if math.prod(shape) else []
+
+    @cached_property
+    def parts(self) -> dict[str, Tensor]:
+        """What holds a packed weight, by key."""
+        assert isinstance(self.source, QuantizedWeight)
+        return read_parts(self.source, self.inputs.view(None).tensor)
+
+    @cached_property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Rows that are read at once, in order."""
+        if not isinstance(self.source, QuantizedWeight):
+            return [
+                (first, min(first + self.chunk, self.height))
+                for first in range(0, self.height, self.chunk)
+            ]
+        return (
+            list(self.source.row_ranges(CHUNK))
+            if self.source.shape[-1] == self.width
+            else [(0, self.height)]
+        )
+
+    def range_of(self, row: int) -> tuple[int, int]:
+        return self.ranges[bisect_right(self.ranges, row, key=lambda each: each[0]) - 1]
+
+    def pieces(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Rows [first, last), some at a time, none of them in two ranges."""
+        while first < last:
+            stop = min(first + self.chunk, self.range_of(first)[1], last)
+            yield first, stop
+            first = stop
+
+    def at(
+        self, parts: dict[str, Tensor], first: int, last: int
+    ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
+        """One of the ranges, or all rows, as a packed weight of its own."""
+        assert isinstance(self.source, QuantizedWeight)
+        return (
+            self.source.rows(parts, first, last)
+            if (first, last) != (0, self.height)
+            else (self.source, parts)
+        )
+
+    def _decoded(self, first: int, last: int) -> Tensor:  # (last - first, width) float32
+        if self.cached[0] != (first, last):
+            value = decode_checked(
+                *self.at(self.parts, first, last), hint="download the checkpoint again"
+            )
+            self.cached = (first, last), value.view(last - first, self.width)
+        return self.cached[1]
+
+    def rows(self, first: int, last: int) -> Tensor:
+        if not isinstance(self.source, QuantizedWeight):
+            return self.inputs.rows(self.source, (self.height, self.width), first, last)
+        pieces = []
+        while first < last:
+            low, high = self.range_of(first)
+            pieces.append(self._decoded(low, high)[first - low : last - low].double())
+            first = high
+        return torch.cat(pieces)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        for first, last in self.pieces(0, self.height):
+            yield first, self.rows(first, last)
+
+    @cached_property
+    def edits(self) -> list[Loaded]:
+        reader, grid = self.inputs.view(torch.float64, self.blocks), (self.height, self.width)
+        return [edit.load(reader, self.source, grid) for edit in self.step.edits]
+
+    def edited(self, first: int, last: int) -> Tensor:
+        rows = self.rows(first, last)
+        for edit in self.edits:
+            edit.apply(rows, first)
+        return rows
+
+
+def check_of(plan: Plan, merge: Merge) -> RowCheck | None:
+    """The check of a merge's rows, where it is asked for."""
+    return RowCheck(plan) if merge.verify else None

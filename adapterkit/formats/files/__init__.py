@@ -1,0 +1,1 @@
+"""What the files of a format say: containers, keys, configs, metadata."""

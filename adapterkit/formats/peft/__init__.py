@@ -1,0 +1,1 @@
+"""PEFT's layout as one of the formats, and the dialects of its readers."""

@@ -1,0 +1,255 @@
+"""PEFT's layout as neutral contents, and back: names and settings by the package `adapters`."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from adapterkit import dtypes
+from adapterkit.adapters.adapter_config import PEFT_LAYOUT, base_id
+from adapterkit.adapters.declared import declared_settings
+from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key, part_keys, value_key
+from adapterkit.adapters.lora_config import check_live_config
+from adapterkit.adapters.peft import read_adapter
+from adapterkit.adapters.record import Adapter, Lora
+from adapterkit.checkpoint.fingerprint import METADATA, metadata_with
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.hashes import sha256_of_small_file
+from adapterkit.checkpoint.strict import read_json
+from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
+from adapterkit.formats.capabilities import FIT_ON_BASE, kind_of, ways_out
+from adapterkit.formats.library import formats
+from adapterkit.formats.modules.experts import Stack
+from adapterkit.formats.modules.kinds import COPY, EXPERTS, FACTORS, PARAMETER, TOKENS, VALUE
+from adapterkit.formats.modules.parts import magnitude_in_file, shape_problem
+from adapterkit.formats.modules.record import LANGUAGE, Contents, Module
+from adapterkit.formats.modules.tensors import Constant, Expression, StoredTensor, flat
+from adapterkit.formats.modules.wide_inputs import with_widths
+from adapterkit.formats.peft.experts import homes_of, read_stacks, stacked_keys, stacked_parts
+from adapterkit.formats.peft.kinds import KINDS, read_kinds, write_kinds
+from adapterkit.formats.schema import Format
+from adapterkit.formats.write import File, WrittenTensor
+from adapterkit.weights.names import Names
+
+# of a source's settings, what a file of other factors keeps
+KEPT = (
+    "base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "auto_mapping", "bias",
+    "modules_to_save",
+)  # fmt: skip
+# what says which modules have factors of which rank and scale
+TARGETS = (
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "layer_replication", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
+    "use_rslora",
+)  # fmt: skip
+# what formats say in words of their own -> PEFT's settings
+FACTS = {"base": "base_model_name_or_path", "invocation": "alora_invocation_tokens"}
+
+
+def read_layout(
+    form: Format,
+    folder: Folder,
+    number: int = 0,
+    names: Names | None = None,
+    stacks: Mapping[str, Stack] | None = None,
+) -> Contents:
+    """The contents of an adapter in PEFT's layout; `names` and `stacks` of its base, if known.
+    `Refused` with every key and setting that cannot be used."""
+    peft_type = read_json(folder, CONFIG).get("peft_type") if CONFIG in folder.files() else None
+    if peft_type in KINDS:
+        return read_kinds(form, folder, peft_type, number)
+    adapter = read_adapter(folder, number, check_live_config)
+    modules: list[Module] = []
+    homes = homes_of(adapter)
+    for lora in adapter.loras:
+        if lora.module not in homes:
+            modules.append(_module(adapter, lora, FACTORS))
+        elif lora is homes[lora.module][0]:
+            own = homes[lora.module]
+            known = read_stacks(adapter, lora.module, own, form.adapter, names, stacks or {})
+            if known is None:
+                known = [_module(adapter, one, PARAMETER) for one in own]
+            modules += known
+    Problems(_misfits(modules, folder.label)).raise_all()
+    copies = adapter.copies
+    for name, spec in adapter.replaced.items():
+        home, _, leaf = name.rpartition(".")
+        kind = COPY if name in copies else VALUE
+        modules.append(Module(LANGUAGE, home, kind, {leaf: StoredTensor(spec)}, 1.0, 1))
+    for tokens in adapter.tokens:
+        modules.append(
+            Module(LANGUAGE, tokens.module, TOKENS, {"rows": StoredTensor(tokens.values)}, 1.0, 1)
+        )
+    headers = {
+        (number, WEIGHTS): adapter.header_sha256,
+        (number, CONFIG): sha256_of_small_file(folder, CONFIG),
+    }
+    return Contents(
+        form.name,
+        (folder,),
+        tuple(modules),
+        metadata={METADATA: adapter.base_fingerprint} if adapter.base_fingerprint else {},
+        config=adapter.config,
+        facts={
+            "base": base_id(adapter),
+            "invocation": adapter.config.get("alora_invocation_tokens"),
+        },
+        headers=headers,
+    )
+
+
+def _misfits(modules: Sequence[Module], where: str) -> list[AdapterkitError]:
+    """Refusals of factors whose shapes do not fit together."""
+    kind = lambda module: FACTORS if module.kind == PARAMETER else module.kind
+    expected = ((module, shape_problem(kind(module), module.parts)) for module in modules)
+    return [
+        Refused(
+            f"{shown(module.path)}: {', '.join(f'{r} {p.shape}' for r, p in module.parts.items())}",
+            expected=text,
+            where=where,
+            hint="save the adapter again",
+        )
+        for module, text in expected
+        if text
+    ]
+
+
+def _module(adapter: Adapter, lora: Lora, kind: str) -> Module:
+    name, config = adapter.pattern_name(lora), adapter.config
+    rank, alpha = adapter.rank_and_alpha(name, config["r"], config["lora_alpha"])
+    if config.get("use_rslora"):
+        alpha = adapter.scale(rank, alpha) * rank
+    parts: dict[str, Expression] = {"a": StoredTensor(lora.a), "b": StoredTensor(lora.b)}
+    if lora.magnitude is not None:
+        magnitude = StoredTensor(lora.magnitude)
+        parts["magnitude"] = flat(magnitude)
+    if lora.bias is not None:
+        parts["bias"] = StoredTensor(lora.bias)
+    embedding = lora.kind == "embedding"
+    return Module(LANGUAGE, lora.module, kind, parts, float(alpha), rank, embedding, lora.depth)
+
+
+def write_layout(
+    contents: Contents,
+    form: Format,
+    *,
+    dtype: str | None = None,
+    stacks: Mapping[str, Stack] | None = None,
+    rebuilt: bool = False,
+) -> File:
+    """The adapter of these contents in PEFT's layout; `stacks` of its base, if known. `rebuilt`:
+    its modules are not the source's. `Refused` with all that it cannot hold."""
+    modules = with_widths(contents.modules, form, contents.architectures)
+    contents = replace(contents, modules=modules)
+    kind = kind_of(contents)
+    if kind is not None:
+        return write_kinds(contents, form, kind, dtype=dtype)
+    Problems(_problems(contents, form)).raise_all()
+    loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER)]
+    experts = [m for m in contents.modules if m.kind == EXPERTS]
+    homes = Counter(m.name.rpartition(".")[0] for m in experts)
+    levels = Counter(m.name for m in loras) | homes
+    stack_keys = stacked_keys(experts, homes)
+    has_bias = any("bias" in m.parts for m in loras)
+    tensors: list[WrittenTensor] = []
+    for module in contents.modules:
+        if module.kind == EXPERTS:
+            keys = stack_keys[module.name]
+            parts = stacked_parts(module, form.adapter, stacks or {})
+        elif module.kind not in (FACTORS, PARAMETER):
+            for role, part in module.parts.items():
+                key = value_key(f"{module.name}.{role}")
+                if contents.config.get("peft_type") and isinstance(part, StoredTensor):
+                    key = canonical_key(part.spec.key)
+                tensors.append(WrittenTensor(key, part, part.dtype, module.path))
+            continue
+        else:
+            kind = "embedding" if module.embedding else "module"
+            keys = part_keys(module.name, kind, levels, module.depth)
+            parts = dict(module.parts)
+            if has_bias and "bias" not in parts:
+                parts["bias"] = Constant((module.out,), 0.0, parts["b"].dtype)
+            if "magnitude" in parts:
+                parts["magnitude"] = magnitude_in_file(module, "magnitude", column=False)
+        tensors += [
+            WrittenTensor(keys[role], part, dtype or part.dtype, module.path)
+            for role, part in parts.items()
+        ]
+    tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
+    settings = _settings(contents, form, loras, experts, rebuilt)
+    metadata = metadata_with(contents.metadata.get(METADATA))
+    return File(form, tensors, metadata, contents.modules, settings=settings)
+
+
+def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
+    """Refusals of what the layout cannot hold."""
+    errors = Problems()
+    where = contents.folders[0].label
+    is_own = bool(contents.config.get("peft_type"))
+    known = (FACTORS, EXPERTS, *((PARAMETER, VALUE, COPY, TOKENS) if is_own else ()))
+    roles = ("mid", "input_magnitude")
+    others = [
+        m for m in contents.modules if m.kind not in known or any(role in m.parts for role in roles)
+    ]
+    if others:
+        errors.add(
+            f"{form.title} cannot hold {len(others)} modules of other kinds: "
+            f"{listed([m.path for m in others])}",
+            "low-rank factors",
+            ways_out(others, form, contents),
+            where=where,
+        )
+    loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER, EXPERTS)]
+    plain = [m.path for m in loras if "magnitude" not in m.parts]
+    if plain and len(plain) < len(loras):
+        errors.add(
+            f"the adapter has magnitudes, but none for {listed(plain)}",
+            "magnitudes of all modules or none (use_dora)",
+            FIT_ON_BASE,
+            where=where,
+        )
+    components = contents.components
+    if len(components) > 1:
+        errors.add(
+            f"the adapter has components {', '.join(components)}",
+            f"one: {form.title} is for a single model",
+            "adapterkit convert --prefix-only COMPONENT takes one of them",
+            where=where,
+        )
+    return errors
+
+
+def _settings(
+    contents: Contents,
+    form: Format,
+    loras: Sequence[Module],
+    experts: Sequence[Module],
+    rebuilt: bool,
+) -> dict[str, Any]:
+    """adapter_config.json: a source's own where it has one, with the ranks and scales."""
+    own = contents.config if formats()[contents.format].layout == form.layout else {}
+    if own and not rebuilt:
+        return dict(own)
+    ranked = [*loras, *experts]
+    kept = {k: contents.config[k] for k in KEPT if k in contents.config}
+    facts = contents.facts
+    kept |= {key: facts[word] for word, key in FACTS.items() if facts.get(word) is not None}
+    kept |= {k: v for k, v in own.items() if k not in TARGETS}
+    names = sorted({m.name for m in loras})
+    if form.adapter.targets == "ends":
+        names = sorted({name.rpartition(".")[2] for name in names})
+    settings: dict[str, Any] = {
+        "target_modules": names,
+        "use_dora": any("magnitude" in m.parts for m in loras),
+        "lora_bias": any("bias" in m.parts for m in loras),
+    }
+    if experts:
+        settings |= {"target_parameters": sorted(m.name for m in experts), "lora_dropout": 0.0}
+        settings |= {"peft_version": PEFT_LAYOUT}
+    saved = sorted({m.name for m in contents.modules if m.kind == VALUE})
+    if saved and not own:
+        settings["modules_to_save"] = saved
+    settings |= form.adapter.settings
+    ranks, alphas = {m.name: m.rank for m in ranked}, {m.name: m.alpha for m in ranked}
+    defaults = {"base_model_name_or_path": None, "task_type": None}
+    return defaults | declared_settings(ranks, alphas, **kept | settings)

@@ -1,0 +1,1 @@
+"""Adapters as they act on a base: joined, compared, as deltas."""

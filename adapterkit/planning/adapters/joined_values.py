@@ -1,0 +1,267 @@
+"""Several adapters together: their weights, and their trained values that are no factors."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from adapterkit import dtypes
+from adapterkit.adapters.keys import module_of, rewrapped_key
+from adapterkit.adapters.peft import read_adapter
+from adapterkit.adapters.record import Adapter
+from adapterkit.adapters.targets import Patterns
+from adapterkit.checkpoint.compare import same_bytes
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.combinations.common import WeightedSum
+from adapterkit.combinations.protocol import Method
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.options import finite
+from adapterkit.plan import Task
+from adapterkit.planning.adapters.sites import JoinedSite
+from adapterkit.planning.adapters.value_comparison import differing_rows
+from adapterkit.planning.targets.changed_meanings import rule_readings
+from adapterkit.planning.targets.values_by_regex import Rule, pattern_table, read_rules, unmatched
+from adapterkit.tasks.common import CopiedTensor, SummedTensor
+
+OPTION = "--weight-for"
+
+
+def read_all(folders: Sequence[Folder]) -> list[Adapter]:
+    """The adapters of these folders, numbered from 0; `Refused` with all that cannot be read."""
+    adapters, errors = [], Problems()
+    for number, folder in enumerate(folders):
+        with errors.collected():
+            adapters.append(read_adapter(folder, number))
+    errors.raise_all()
+    return adapters
+
+
+def delta_problems(
+    adapter: Adapter,
+    dora: str = "make it plain first: adapterkit resize ADAPTER --base BASE --rank R",
+) -> list[AdapterkitError]:
+    """Reasons why an adapter's delta is not scale * b @ a on the base that it names; `dora`: the
+    hint for a DoRA."""
+    errors = Problems(where=adapter.where)
+    init = adapter.changed_base()
+    if init:
+        errors.add(
+            f"{adapter.name} was initialized by {init}, which changed its base's weights",
+            "adapters on one unchanged base",
+            "make it plain first: adapterkit rebase ADAPTER --initial INIT",
+        )
+    if adapter.config.get("use_dora"):
+        errors.add(
+            f"{adapter.name} is a DoRA of {len(adapter.loras)} modules: its delta depends on "
+            "the base's weights",
+            "plain LoRA",
+            dora,
+        )
+    if adapter.config.get("layer_replication"):
+        errors.add(
+            f"{adapter.name} replicates layers: its modules are not the base's",
+            "adapters of one base",
+            "remove this adapter",
+        )
+    return errors
+
+
+class AdapterWeights:
+    """Each adapter's weight on each module: its own, or that of the first --weight-for that
+    matches."""
+
+    def __init__(self, weights: list[float], texts: Iterable[str]):
+        self.weights = weights
+        self.given = [self._rule(text) for text in texts]
+        self.rules = [[rule for numbers, rule in self.given if n in numbers] for n in self._numbers]
+        self.patterns = [Patterns(pattern_table(rules), OPTION) for rules in self.rules]
+        self.modules: list[set[str]] = [set() for _ in weights]  # of each adapter, so far
+
+    @property
+    def _numbers(self) -> range:
+        return range(len(self.weights))
+
+    def of(self, number: int, module: str) -> float:
+        """The weight of an adapter on a module."""
+        self.modules[number].add(module)
+        return self.patterns[number].value(module, self.weights[number])
+
+    def problems(self) -> list[AdapterkitError]:
+        """Refusals of the rules that no module matched so far, and of those that mean others than
+        they did."""
+        errors = Problems()
+        for number, (rules, modules) in enumerate(zip(self.rules, self.modules, strict=True), 1):
+            errors += rule_readings(f"{OPTION} of adapter {number}:", rules, sorted(modules))
+        for numbers, (pattern, value) in [] if errors else self.given:
+            modules = set().union(*(self.modules[number] for number in numbers))
+            if Patterns({pattern: value}, OPTION).unmatched(modules):
+                errors.append(unmatched(OPTION, pattern, modules, "a module of the adapter"))
+        return errors
+
+    def _rule(self, text: str) -> tuple[Sequence[int], Rule[float]]:
+        """The numbers of adapters, and the rule; `Refused` where the text is none."""
+        expected = "[N:]REGEX=WEIGHT, N the adapter's place from 1"
+        head, colon, rest = text.partition(":")
+        if not (colon and head.isdigit()):
+            numbers, rest = self._numbers, text
+        elif (number := int(head) - 1) in self._numbers:
+            numbers = [number]
+        else:
+            raise Refused(
+                f"{OPTION} {shown(text)!r} of {len(self.weights)} adapters",
+                expected=expected,
+                where="options",
+                hint="e.g. 2:q_proj=0.5",
+            )
+        (rule,) = read_rules(OPTION, [rest], finite, expected)
+        return numbers, rule
+
+
+def trained_values(
+    adapters: Sequence[Adapter], levels: Mapping[str, int], *, copies: bool = True
+) -> dict[str, dict[int, TensorSpec]]:
+    """The trained values that are no factors, by key and adapter number; keys are those in a file
+    whose modules are wrapped `levels` times. Without `copies` no copies of the base's weights."""
+    values: dict[str, dict[int, TensorSpec]] = {}
+    for adapter in adapters:
+        specs = [
+            spec for name, spec in adapter.replaced.items() if copies or name not in adapter.copies
+        ]
+        for spec in [*specs, *(tokens.values for tokens in adapter.tokens)]:
+            values.setdefault(rewrapped_key(spec.key, levels), {})[adapter.number] = spec
+    return values
+
+
+def value_tasks(
+    adapters: Sequence[Adapter],
+    weights: "AdapterWeights",
+    method: Method,
+    levels: Mapping[str, int],
+    errors: Problems,
+) -> list[Task]:
+    """Tasks for values that were trained whole: copied from the one adapter of weight 1 that has
+    them or from several whose values are equal, else averaged. Others join the errors."""
+    errors += _row_problems(adapters, levels)
+    tasks: list[Task] = []
+    for key, specs in trained_values(adapters, levels).items():
+        module = module_of(key)
+        if all(spec in adapters[number].copies.values() for number, spec in specs.items()):
+            tasks.append(_copy_of_base(adapters, key, specs, errors))
+            continue
+        own_weights = [weights.of(number, module) for number in specs]
+        spec, several = next(iter(specs.values())), len(specs) > 1
+        if several:
+            is_copy = same_bytes(*((adapters[n].folder, spec) for n, spec in specs.items()))
+        else:
+            is_copy = _shares(method, own_weights) == [1.0]
+        if is_copy:
+            tasks.append(CopiedTensor(key, spec, key, checked=True))
+            continue
+        shares = _shares(method, own_weights)
+        same_shape = len({spec.shape for spec in specs.values()}) == 1
+        are_floats = all(spec.dtype in dtypes.FLOATS for spec in specs.values())
+        if several and same_shape and are_floats and abs(math.fsum(shares) - 1) < 1e-9:
+            terms = tuple(zip(specs.values(), shares, strict=True))
+            tasks.append(SummedTensor(key, key, terms, spec.dtype, spec.shape))
+            continue
+        shapes = "/".join(sorted({str(spec.shape) for spec in specs.values()}))
+        names = ", ".join(
+            f"{adapters[number].name} (weight {weight:g})"
+            for number, weight in zip(specs, own_weights, strict=True)
+        )
+        errors.add(
+            f"{shown(key)} {shapes}, trained whole by {names}",
+            "one adapter of weight 1 that has it, equal values, or weights that add "
+            "up to 1 with linear, mean or ema",
+            "give other weights (--weight-for MODULE=W for this module), or leave an adapter out",
+            where="adapters",
+        )
+    return tasks
+
+
+def _shares(method: Method, weights: list[float]) -> list[float]:
+    """The factors of a sum of values by the method; none where it is no weighted sum of several."""
+    if isinstance(method, WeightedSum):
+        return list(method.shares(weights))
+    return weights if len(weights) == 1 else []
+
+
+def _copy_of_base(
+    adapters: Sequence[Adapter],
+    key: str,
+    specs: dict[int, TensorSpec],
+    errors: Problems,
+) -> Task:
+    """A task for the copy of the base's weight that these adapters have, in the widest dtype. No
+    weight scales it; copies of two bases join the errors."""
+    widest = max(specs, key=lambda number: dtypes.BITS[specs[number].dtype])
+    first = (adapters[widest].folder, specs[widest])
+    for number, spec in specs.items():
+        is_same = spec.shape == first[1].shape and (
+            number == widest or differing_rows(first, (adapters[number].folder, spec)) == 0
+        )
+        if not is_same:
+            errors.add(
+                f"{shown(key)}: copies of two bases in {adapters[widest].name} and "
+                f"{adapters[number].name}",
+                "adapters of one base",
+                "merge them one after the other, with --base-copies",
+                where="adapters",
+            )
+    return CopiedTensor(key, first[1], key, checked=True)
+
+
+def wrapper_problems(
+    adapters: Sequence[Adapter], sites: Iterable[JoinedSite]
+) -> list[AdapterkitError]:
+    """PEFT refuses modules_to_save right inside a module whose parameters are targets."""
+    homes = {site.module for site in sites if site.parameter}
+    saved = {
+        name.rpartition(".")[0]: adapter.name
+        for adapter in adapters
+        for name in adapter.replaced
+        if adapter.saves(name)
+    }
+    inside = [(name, a) for name, a in saved.items() if name.rpartition(".")[0] in homes]
+    if not inside:
+        return []
+    some = "; ".join(
+        f"{shown(name)} ({adapter}) inside {shown(name.rpartition('.')[0])}"
+        for name, adapter in inside[:4]
+    )
+    return [
+        Refused(
+            f"modules_to_save {some}, of which parameters are targets",
+            expected="one of both: PEFT cannot load them together",
+            where="adapters",
+            hint="merge one adapter after the other instead",
+        )
+    ]
+
+
+def _row_problems(adapters: Sequence[Adapter], levels: Mapping[str, int]) -> list[AdapterkitError]:
+    """Trained token rows can be joined only where they are the same rows, and of an embedding
+    without factors."""
+    both = {
+        tokens.module: a.name for a in adapters for tokens in a.tokens if levels.get(tokens.module)
+    }
+    if both:
+        return [
+            Refused(
+                f"trained token rows of {', '.join(map(shown, both))} "
+                f"({', '.join(both.values())}) beside factors of the same module",
+                expected="one of both: PEFT cannot load them together",
+                where="adapters",
+                hint="merge one adapter after the other instead",
+            )
+        ]
+    rows = {a.name: a.config["trainable_token_indices"] for a in adapters if a.tokens}
+    if all(its == next(iter(rows.values())) for its in rows.values()):
+        return []
+    return [
+        Refused(
+            f"other token rows trained by each of {', '.join(rows)}",
+            expected="the same rows",
+            where="adapters",
+            hint="combine adapters that trained the same rows",
+        )
+    ]

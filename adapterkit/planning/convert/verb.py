@@ -1,0 +1,23 @@
+"""convert as it is asked for: its source and base opened, one file or a folder."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from adapterkit.engines.hub.inputs import plan_in_parts
+from adapterkit.hub.ids import is_on_hub
+from adapterkit.plan import Plan
+from adapterkit.planning.convert.plan import plan_convert
+from adapterkit.planning.inputs.sources import open_base, open_unconverted
+from adapterkit.verbs.convert import Convert, ConvertOptions
+
+FILES = (".safetensors", ".gguf")  # endings of an output that is one file
+
+
+def plan_conversion(convert: Convert) -> Plan:
+    """The plan of a conversion as it is asked for."""
+    target = Path(convert.out)
+    is_file = target.suffix in FILES and not is_on_hub(convert.out)
+    source = open_unconverted(convert.src, convert.allow_pickle)
+    base = None if convert.base is None else open_base(convert.base)
+    options, name = convert.only(ConvertOptions), target.name if is_file else None
+    return replace(plan_in_parts(plan_convert(source, options, base, name)), is_file=is_file)

@@ -1,0 +1,1 @@
+"""The folders that a job reads, and what identifies their files."""

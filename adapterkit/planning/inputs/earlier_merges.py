@@ -1,0 +1,100 @@
+"""Adapters that were merged into a base before, by the receipt beside it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from adapterkit.adapters.keys import WEIGHTS
+from adapterkit.adapters.record import Adapter
+from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.hashes import sha256_of_file
+from adapterkit.checkpoint.output.stage import RECEIPT
+from adapterkit.checkpoint.strict import read_json
+from adapterkit.errors import shown
+
+
+class MergedAdapter(NamedTuple):
+    """An adapter in a base; receipts have these fields."""
+
+    name: str
+    weight: float
+    header: str  # sha256 of its file's header
+    sha256: str  # of its file
+
+
+def merged_adapters(base: Folder) -> list[MergedAdapter]:
+    """The adapters that were merged into a base, by the last merge and by those before it.
+
+    None where there is no receipt, or one of another verb or version, or one without hashes."""
+    receipt = read_json(base, RECEIPT) if RECEIPT in base.files() else {}
+    try:
+        recipe, sums = receipt["recipe"], receipt["inputs"]
+        if recipe["verb"] != "merge":
+            return []
+        rows = zip(recipe["inputs"][1:], recipe["options"]["weights"], strict=True)
+        last = [
+            MergedAdapter(
+                str(entry["name"]),
+                float(weight),
+                entry["files"][WEIGHTS]["header"],
+                sums[f"{number} {entry['name']}"][WEIGHTS],
+            )
+            for number, (entry, weight) in enumerate(rows, start=1)
+        ]
+        return [*(MergedAdapter(**entry) for entry in receipt.get("held", [])), *last]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []
+
+
+def holds(merged: Sequence[MergedAdapter], adapter: Adapter) -> bool:
+    """Whether an adapter is among these. Files are compared by their sha256; only those whose
+    headers agree are read for it."""
+    candidates = [one for one in merged if one.header == adapter.header_sha256]
+    return bool(candidates) and _sha256(adapter.folder) in {one.sha256 for one in candidates}
+
+
+def merged_change(base: Folder, key: str) -> float:
+    """How much the last merge changed a stored tensor, relative to its norm, as the receipt says;
+    0 where it says nothing."""
+    receipt = read_json(base, RECEIPT) if RECEIPT in base.files() else {}
+    try:
+        return float(receipt["parameters"][key]["delta"])
+    except (KeyError, TypeError, ValueError):
+        return 0.0
+
+
+def history_notes(
+    base: Folder,
+    merged: Sequence[MergedAdapter],
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+) -> list[str]:
+    """Notes on adapters that are in the base already and are added again, and on others that are
+    subtracted from a base that does not have them.
+
+    Files are compared by their sha256; only those whose headers agree are read for it."""
+    notes = []
+    for adapter, weight in zip(adapters, weights, strict=True):
+        candidates = [one for one in merged if one.header == adapter.header_sha256]
+        sha256 = _sha256(adapter.folder) if candidates else ""
+        present = sum(one.weight for one in candidates if one.sha256 == sha256)
+        if present * weight > 0:
+            notes.append(
+                f"{adapter.name} is in {base.name} already, with weight {present:g}, as its "
+                "receipt says: it is added once more"
+            )
+        elif merged and weight < 0 and present == 0:
+            names = ", ".join(dict.fromkeys(shown(one.name) for one in merged))
+            notes.append(
+                f"{adapter.name} is subtracted, but the receipt of {base.name} names {names} "
+                "instead"
+            )
+    return notes
+
+
+def _sha256(folder: Folder) -> str:
+    """The sha256 of an adapter's weights; "" where they are not on this machine and the Hub has no
+    hash of them."""
+    known = folder.hashes.get(WEIGHTS)
+    if known or not isinstance(folder, LocalFolder):
+        return known or ""
+    return sha256_of_file(folder.path(WEIGHTS))

@@ -1,0 +1,75 @@
+"""The plan of a job with these inputs; hashes and identities of their files, by which a resumed job
+recognizes them."""
+
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from adapterkit.adapters.keys import CONFIG, WEIGHTS
+from adapterkit.adapters.record import Adapter
+from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.hashes import sha256_of_small_file
+from adapterkit.checkpoint.reader import Identity, identity
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.plan import Collecting, OutputFile, Plan, no_warnings
+from adapterkit.planning.outputs.folder_files import Files
+
+Inputs = Mapping[int, Checkpoint | Adapter]  # by their numbers
+
+
+def plan_of(
+    verb: str,
+    options: dict[str, Any],
+    inputs: Inputs,
+    *,
+    shards: Iterable[OutputFile],
+    files: Files,
+    decisions: dict[str, Any],
+    notes: Iterable[str] = (),
+    configs: Collection[int] = (),
+    models: Sequence[int] = (0,),
+    warn: Callable[[dict[str, dict]], list[str]] = no_warnings,
+    collection: Collecting | None = None,
+) -> Plan:
+    """The plan of a job; `configs` as of `header_hashes`, the rest as of `Plan`."""
+    folders = tuple(source.folder for source in inputs.values())
+    headers = header_hashes(inputs, configs)
+    return Plan(
+        verb=verb,
+        options=options,
+        folders=folders,
+        headers=headers,
+        identities=identities(folders, headers),
+        shards=tuple(shards),
+        files=files,
+        decisions=decisions,
+        notes=tuple(notes),
+        models=tuple(models),
+        warn=warn,
+        collection=collection,
+    )
+
+
+def header_hashes(inputs: Inputs, configs: Collection[int] = ()) -> dict[tuple[int, str], str]:
+    """sha256 of the headers of all inputs, by input and file; and of the config of each adapter and
+    of the models numbered in `configs`."""
+    hashes: dict[tuple[int, str], str] = {}
+    for number, source in inputs.items():
+        config = "config.json"
+        if isinstance(source, Adapter):
+            hashes[number, WEIGHTS], config = source.header_sha256, CONFIG
+        else:
+            hashes |= {(number, name): header.sha256 for name, header in source.shards.items()}
+            if number not in configs or config not in source.files:
+                continue
+        hashes[number, config] = sha256_of_small_file(source.folder, config)
+    return hashes
+
+
+def identities(
+    folders: tuple[Folder, ...], names: Iterable[tuple[int, str]]
+) -> dict[tuple[int, str], Identity]:
+    """Inode, size and times of those of the inputs' files that are local; call it when
+    their headers are read."""
+    local = [(folder, name) for folder, name in names if isinstance(folders[folder], LocalFolder)]
+    return {(folder, name): identity(os.stat(folders[folder].path(name))) for folder, name in local}

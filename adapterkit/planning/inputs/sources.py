@@ -1,0 +1,240 @@
+"""The folders of the bases and adapters that a caller names."""
+
+import os
+import re
+from typing import Any, Protocol, TypeGuard
+
+from adapterkit.adapters.config import IMPLICIT
+from adapterkit.adapters.keys import CONFIG, INITIAL, WEIGHTS
+from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.shards import NOT_A_MODEL, SINGLE
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.checkpoint.strict import read_json
+from adapterkit.engines.planned_folder import PlannedFolder
+from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, shown
+from adapterkit.hub.folder import HubFolder
+from adapterkit.hub.ids import is_on_hub, parse
+from adapterkit.options import StrPath, finite, unweighted, weighted
+from adapterkit.planning.inputs.converted_adapter import in_adapter_layout
+
+INDEX = ".safetensors.index.json"
+MODEL_CONFIG = "config.json"
+MODEL_WEIGHTS = re.compile(r"\.(safetensors|bin|gguf|index\.json)$")
+NUMBERED = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
+
+
+class _File(Folder, Protocol):
+    """One file, as a folder that holds nothing else."""
+
+    single: str
+
+    def whole(self) -> Folder: ...
+    def beside(self) -> set[str]: ...
+    def as_weights(self, name: str) -> Folder: ...
+
+
+def open_source(text: StrPath) -> Folder:
+    """The folder, or the one file, that a path or a Hub id `org/name[@revision][:path]` stands for;
+    a path that exists is read as it is, a folder that is planned stands for itself. `Refused` for a
+    text that is neither."""
+    if isinstance(text, PlannedFolder):
+        return text
+    if os.path.exists(text):
+        return LocalFolder(text)
+    name = os.fspath(text)
+    hub_id, similar = parse(name), _similar_path(name)
+    if hub_id is None:
+        is_output = (
+            "inputs on the Hub are written org/name, without hf://" if is_on_hub(name) else ""
+        )
+        raise Refused(
+            f"no such path: {shown(name)}",
+            expected=(
+                "a folder, a .safetensors or .gguf file, or a Hub id "
+                "org/name[@revision][:folder or file]"
+            ),
+            hint=is_output or similar or "check the path",
+        )
+    try:
+        return HubFolder(hub_id)
+    except AdapterkitError as error:
+        error.hint = f"{similar} else {error.hint}" if similar else error.hint
+        raise
+
+
+def open_statistics(text: StrPath) -> Folder:
+    """`open_source` of statistics; `Refused` for a file or folder without safetensors."""
+    folder = open_source(text)
+    if isinstance(folder, PlannedFolder) or any(
+        name.endswith(".safetensors") for name in folder.files()
+    ):
+        return folder
+    raise Refused(
+        "these are no statistics",
+        expected="a .safetensors file of statistics",
+        where=folder.label,
+        hint=f"make one: adapterkit stats BASE --data {shown(text)} --out STATS.safetensors",
+    )
+
+
+def _similar_path(text: str) -> str:
+    """`did_you_mean` for a path that is not there, of what its folder holds."""
+    folder = os.path.dirname(text)
+    try:
+        names = os.listdir(folder or ".")
+    except (OSError, ValueError):  # no such folder; a text that is no path
+        return ""
+    return did_you_mean([text], [os.path.join(folder, name) for name in names])
+
+
+def open_model(text: StrPath) -> Folder:
+    """The folder of a model. A `.safetensors` file stands for the checkpoint that it is part of, or
+    is it, with the config and the tokenizer beside it. `Refused` for an adapter."""
+    folder = _open_model(text)
+    if MODEL_CONFIG in folder.files():
+        return folder
+    # here, so that headers of models are read without torch
+    from adapterkit.formats.detect import in_another_layout, no_model
+
+    adapter = in_another_layout(folder)
+    if adapter is not None:
+        raise no_model(adapter, folder.name)
+    return folder
+
+
+def _open_model(text: StrPath) -> Folder:
+    folder = open_source(text)
+    if not _is_weights(folder) or folder.single.startswith(NOT_A_MODEL):
+        return folder
+    whole, here = folder.whole(), folder.beside()
+    indexes = [read_json(whole, name) for name in here if name.endswith(INDEX)]
+    named = [
+        index["weight_map"].values()
+        for index in indexes
+        if isinstance(index.get("weight_map"), dict)
+    ]
+    if NUMBERED.fullmatch(folder.single) or any(folder.single in files for files in named):
+        return whole
+    name = folder.single if folder.single in SINGLE else SINGLE[0]
+    return folder.as_weights(name) if MODEL_CONFIG in here else folder
+
+
+def open_base(text: StrPath) -> Checkpoint:
+    """The model that an adapter is for; a folder without weights will do where its config is all
+    that is asked."""
+    folder = open_model(text)
+    if MODEL_CONFIG in folder.files() and not any(map(MODEL_WEIGHTS.search, folder.files())):
+        config = read_json(folder, MODEL_CONFIG)
+        return Checkpoint(folder, {}, {}, None, None, config, folder.files())
+    return open_checkpoint(folder, 1)
+
+
+def open_adapter(text: StrPath, base: Folder | None = None) -> Folder:
+    """The folder of an adapter in PEFT's layout, or one that stands for an adapter in another
+    format; `base` tells the names of formats that have others than the model."""
+    return in_adapter_layout(open_unconverted(text), base)
+
+
+def open_unconverted(text: StrPath, allow_pickle: bool = False) -> Folder:
+    """The folder of an adapter in any format; with `allow_pickle` that of a pickle, too. A
+    `.safetensors` file, whatever its name, is one of PEFT's where its adapter_config.json lies
+    beside it; `Refused` where that belongs to another file."""
+    folder = open_source(text)
+    beside = folder.beside() if _is_weights(folder) else ()
+    if not _is_weights(folder) or CONFIG not in beside:
+        if not allow_pickle:
+            return folder
+        from adapterkit.planning.inputs.unpickled_folder import without_pickles
+
+        return without_pickles(folder)
+    if folder.single != WEIGHTS and WEIGHTS in beside:
+        problem = f"{shown(folder.single)} beside {WEIGHTS}: whose is {CONFIG}?"
+        hint = "give each a folder of its own with its config"
+        raise Refused(problem, expected="one adapter in a folder", where=folder.label, hint=hint)
+    return folder.as_weights(WEIGHTS)
+
+
+def _is_weights(folder: Folder) -> TypeGuard[_File]:
+    return (
+        isinstance(folder, LocalFolder | HubFolder)
+        and folder.single is not None
+        and folder.single.endswith(".safetensors")
+    )
+
+
+def initial_of(adapter: Folder) -> Folder | None:
+    """The folder of the initial factors beside an adapter that is relative to the original base
+    without them; None for other adapters. `Refused` where it is missing."""
+    if CONFIG not in adapter.files():
+        return None  # refused where the adapter is read
+    try:
+        init = read_json(adapter, CONFIG).get("init_lora_weights")
+    except AdapterkitError:
+        return None  # likewise
+    if not isinstance(init, str) or not init.lower().startswith(IMPLICIT):
+        return None
+    if isinstance(adapter, LocalFolder):
+        path = adapter.root / INITIAL
+        if path.is_dir():
+            return LocalFolder(path)
+    elif f"{INITIAL}/{CONFIG}" in adapter.files():
+        assert isinstance(adapter, HubFolder | PlannedFolder)
+        return adapter.subfolder(INITIAL)
+    raise Refused(
+        f"init_lora_weights {shown(init)} without the folder {INITIAL}/",
+        expected="the initial factors, which the base is to be without",
+        where=f"{adapter.label}/{CONFIG}",
+        hint="keep the folder that adapterkit init wrote together",
+    )
+
+
+def open_weighted(
+    adapters: Any, name: str = "adapters", base: Folder | None = None
+) -> list[tuple[Folder, float]]:
+    """The folders of adapters for a base, with their weights, in whatever form they are given;
+    `Refused` with all that cannot be opened."""
+    opened: list[tuple[Folder, float]] = []
+    errors = Problems()
+    for source, weight in weighted(adapters, name):
+        with errors.collected():
+            if weight is None:
+                source, weight = weight_of(source)
+            opened.append((open_adapter(source, base), weight))
+    errors.raise_all()
+    return opened
+
+
+def open_all(**lists: Any) -> list[list[Folder]]:
+    """The folders of several lists of sources without weights, by the options' names; `Refused`
+    with all that cannot be opened."""
+    opened: list[list[Folder]] = []
+    errors = Problems()
+    for name, sources in lists.items():
+        with errors.collected():
+            opened.append(
+                [
+                    folder
+                    for folder, _ in open_weighted(
+                        [(s, 1.0) for s in unweighted(sources, name)], name
+                    )
+                ]
+            )
+    errors.raise_all()
+    return opened
+
+
+def weight_of(source: StrPath) -> tuple[str, float]:
+    """A source and its weight: `PATH=0.7` unless the whole text exists as a path; 1 where none is
+    given."""
+    text = os.fspath(source)
+    if os.path.exists(text) or "=" not in text:
+        return text, 1.0
+    path, _, number = text.rpartition("=")
+    weight = finite(number)
+    if weight is None or not path:
+        raise Refused(
+            f"{shown(text)}: {shown(number)!r} is not a number",
+            expected="ADAPTER or ADAPTER=WEIGHT",
+            hint=f"give a number, such as {shown(path) or 'ADAPTER'}=0.5",
+        )
+    return path, weight

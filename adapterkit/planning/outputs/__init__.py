@@ -1,0 +1,1 @@
+"""The folders that a job writes: adapters, models, and the files beside the weights."""

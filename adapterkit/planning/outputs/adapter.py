@@ -1,0 +1,315 @@
+"""The plan of an output that is an adapter: its tasks, config, card and tokenizer."""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from adapterkit import dtypes
+from adapterkit.adapters import adapter_config
+from adapterkit.adapters.adapter_config import base_id, rank_settings, target_settings
+from adapterkit.adapters.factors import rank_and_scale
+from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key
+from adapterkit.adapters.record import Adapter
+from adapterkit.checkpoint.fingerprint import metadata_with
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.errors import Problems, Refused, Unrecoverable, shown
+from adapterkit.plan import (
+    Change,
+    Finalize,
+    FromMetrics,
+    OutputFile,
+    Plan,
+    Task,
+    TaskResult,
+    unchanged,
+)
+from adapterkit.planning.adapters.sites import JoinedSite, levels_of
+from adapterkit.planning.inputs.input_identity import plan_of
+from adapterkit.planning.outputs.cards import adapter_card, plain
+from adapterkit.planning.outputs.folder_files import Files, adapter_files, as_json
+from adapterkit.planning.outputs.tokenizer_files import tokenizer_files
+from adapterkit.shared_options import ScaleOptions
+from adapterkit.tasks.common import CopiedTensor, SummedTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# settings that an adapter made from others has of the first of them
+INHERITED = (
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "auto_mapping",
+    "fan_in_fan_out",
+    "target_parameters",
+)
+
+
+def sum_biases(
+    sites: Mapping[str, JoinedSite],
+    weight_of: Callable[[int, str], float],  # (adapter's number, module)
+    dtype: str,
+    errors: Problems,
+    prefix: str = "",  # of the tasks' names
+) -> list[SummedTensor]:
+    """The biases that LoRAs add (lora_bias): Σ weight · scale · bias of each module, zeros where no
+    adapter has one; no tasks where no module has one.
+
+    PEFT gives every module a bias then, and refuses embeddings and parameters beside them: these
+    join the errors.
+    """
+    terms = {
+        name: tuple(
+            (lora.bias, factors.scale * weight_of(number, lora.module))
+            for number, (lora, factors) in site.members.items()
+            if lora.bias is not None
+        )
+        for name, site in sites.items()
+    }
+    if not any(terms.values()):
+        return []
+    levels = levels_of(sites.values())
+    places = {name: site.place(levels) for name, site in sites.items()}
+    errors += [
+        Refused(
+            f"{shown(name)} beside biases of b (lora_bias)",
+            expected="linear layers and convolutions only: PEFT has no such bias on embeddings and "
+            "parameters",
+            where="adapters",
+            hint="merge the adapters into their base instead, or remove the one with lora_bias",
+        )
+        for name, site in sites.items()
+        if site.parameter or places[name].is_embedding
+    ]
+    return [
+        SummedTensor(f"{prefix}{name} bias", places[name].bias_key, its, dtype, (places[name].out,))
+        for name, its in terms.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One adapter that a job writes."""
+
+    adapters: Sequence[Adapter]  # its sources; the first one's config says what it is for
+    tasks: Sequence[Task]
+    # name of a task that makes factors -> their target: a module, or a parameter's full name
+    modules: dict[str, str]
+    settings: dict[str, Any]  # of its config, without ranks and scales
+    summary: str  # for the card
+    folder: str = ""  # inside the output
+    # from the tasks in the file's order to `OutputFile.finalize`
+    finalize: Callable[[Sequence[Task]], Finalize | None] | None = None
+    # one lora_alpha for all, or by target; None: each one's rank, so that scales are 1
+    alpha: float | Mapping[str, float] | None = None
+    base_settings: dict[str, Any] | None = None  # the INHERITED ones where there is no adapter
+    parameters: frozenset[str] = frozenset()  # targets that are parameters
+    # those of them that are modules, because it was not known which of their parameters it is
+    unnamed: frozenset[str] = frozenset()
+    tokenizer: str | None = None  # "base": none is copied from the adapters
+    base_fingerprint: str | None = None  # where there is no adapter
+
+    def inside(self, name: str) -> str:
+        """A file's name in the output."""
+        return f"{self.folder}/{name}" if self.folder else name
+
+    def shard(self) -> OutputFile:
+        """Its file of weights; `Refused` where the tasks' ranks cannot be finalized."""
+        # the wider dtype first, so that no tensor is misaligned
+        ordered = sorted(
+            self.tasks,
+            key=lambda task: -max((dtypes.BITS[s.dtype] for s in task.max_outputs), default=0),
+        )
+        counts = Counter(self.modules.values())
+        pairs = {target for target, count in counts.items() if count > 1} - self.parameters
+        if pairs and self.finalize:
+            raise Refused(
+                f"--max-size with MultiheadAttention ({shown(min(pairs))})",
+                expected="a rank or an energy: both projections have one rank",
+                where="options",
+                hint="give --rank or --energy",
+            )
+        finalize = None
+        if self.finalize:
+            finalize = self.finalize(ordered)
+        elif pairs:
+            finalize = _finalize_pairs(ordered, self.modules, pairs)
+        made_for = common_fingerprint(self.adapters) or self.base_fingerprint
+        return OutputFile.computed(
+            self.inside(WEIGHTS), ordered, metadata_with(made_for), finalize=finalize
+        )
+
+    def files(self, notes: list[str]) -> Files:
+        """Its other files; a tokenizer among them joins the notes."""
+        tokenizer = tokenizer_files(list(self.adapters), self.tokenizer, notes)
+        card = adapter_card(self.base(), self.adapters, self.summary)
+        return adapter_files(
+            FromMetrics(self.config), card, tokenizer=tokenizer, folder=self.folder
+        )
+
+    def base(self) -> str | None:
+        """The Hub id of its base, if that is known."""
+        if self.adapters:
+            return base_id(self.adapters[0])
+        return (self.base_settings or {}).get("base_model_name_or_path")
+
+    def config(self, metrics: dict[str, dict], grown: int = 0) -> bytes:
+        """adapter_config.json for the ranks in the metrics; `Unrecoverable` where two parameters of
+        one target have different ones."""
+        inherited = self.base_settings
+        if inherited is None:
+            first = self.adapters[0].config
+            inherited = {key: value for key, value in first.items() if key in INHERITED}
+        by_target: dict[str, int] = {}
+        alphas: dict[str, float] = {}  # of those tasks that say one
+        for name, target in self.modules.items():
+            rank = metrics.get(name, {}).get("rank")
+            if "alpha" in metrics.get(name, {}):
+                alphas[target] = metrics[name]["alpha"]
+            if rank is not None and by_target.setdefault(target, rank) != rank:
+                raise Unrecoverable(
+                    f"ranks {by_target[target]} and {rank} for two parameters of {shown(target)}",
+                    expected="one for both",
+                    where=self.inside(CONFIG),
+                    hint="give --rank, or --base",
+                )
+        config = inherited | self.settings | {"base_model_name_or_path": self.base()}
+        config |= target_settings(self.adapters, sorted(by_target.keys() - self.parameters))
+        return as_json(config | rank_settings(by_target, alphas or self.alpha, self.unnamed))
+
+
+def common_fingerprint(adapters: Sequence[Adapter]) -> str | None:
+    """The fingerprint of the base that all of the adapters were made for, if they say so."""
+    fingerprints = {adapter.base_fingerprint for adapter in adapters}
+    return fingerprints.pop() if len(fingerprints) == 1 else None
+
+
+def _finalize_pairs(
+    tasks: Sequence[Task], modules: dict[str, str], pairs: Collection[str]
+) -> Finalize:
+    """Bring both projections of a MultiheadAttention to one rank: PEFT has one pattern for
+    them."""
+    homes = [target if (target := modules.get(task.name)) in pairs else None for task in tasks]
+    return partial(_pad_pairs, tasks, homes)
+
+
+def _pad_pairs(
+    tasks: Sequence[Task], homes: Sequence[str | None], metrics: list[dict]
+) -> list[Change]:
+    ranks: dict[str, int] = {}
+    for home, metric in zip(homes, metrics, strict=True):
+        if home is not None:
+            ranks[home] = max(ranks.get(home, 0), metric["rank"])
+    return [
+        unchanged if home is None else partial(_pad_factors, task, ranks[home])
+        for task, home in zip(tasks, homes, strict=True)
+    ]
+
+
+def _pad_factors(task: Any, rank: int, result: TaskResult) -> TaskResult:
+    """The factors with zeros up to `rank`."""
+    import torch
+
+    a, b = (cast("Tensor", result.tensors[key]) for key in (task.place.a_key, task.place.b_key))
+    more = rank - len(a)
+    if not more:
+        return result
+    tensors = {
+        task.place.a_key: torch.cat([a, a.new_zeros(more, *a.shape[1:])]),
+        task.place.b_key: torch.cat([b, b.new_zeros(len(b), more)], 1),
+    }
+    return TaskResult(tensors, result.metrics | {"rank": rank})
+
+
+def plan_adapters(
+    verb: str,
+    options: dict[str, Any],
+    inputs: Sequence[Adapter],
+    outputs: Sequence[Output],
+    notes: list[str],
+    decisions: dict[str, Any],
+    *others: Checkpoint | None,
+) -> Plan:
+    """The plan of adapters made from the adapters `inputs`, numbered from 0, with the others that
+    are given after them: a base, statistics."""
+    bases = sorted({plain(str(base_id(adapter))) for adapter in inputs})
+    if len(bases) > 1:
+        notes.append(f"the adapters were trained on different bases: {', '.join(bases)}")
+    sources: list[Adapter | Checkpoint] = [*inputs, *(one for one in others if one is not None)]
+    models = tuple(range(len(inputs), len(sources)))
+    return plan_outputs(verb, options, sources, outputs, notes, decisions, models)
+
+
+def plan_outputs(
+    verb: str,
+    options: dict[str, Any],
+    inputs: Sequence[Adapter | Checkpoint],
+    outputs: Sequence[Output],
+    notes: list[str],
+    decisions: dict[str, Any],
+    models: tuple[int, ...] = (),
+) -> Plan:
+    """The plan of adapters made from the inputs, numbered from 0; `models`: `Plan.models`."""
+    files: Files = {}
+    for output in outputs:
+        files |= output.files(notes)
+    return plan_of(
+        verb,
+        options,
+        dict(enumerate(inputs)),
+        shards=[output.shard() for output in outputs],
+        files=files,
+        decisions=decisions,
+        notes=notes,
+        models=models,
+    )
+
+
+def copy_all_but_factors(adapter: Adapter, dtype: str) -> list[Task]:
+    """Tasks for all that an adapter holds besides its factors: biases of b in `dtype` with the
+    scale folded in, all else byte for byte."""
+    tasks: list[Task] = []
+    for lora in adapter.loras:
+        if lora.bias is not None:
+            terms = ((lora.bias, rank_and_scale(adapter, lora, None)[1]),)
+            name, key = f"{lora.module} bias", canonical_key(lora.bias.key)
+            tasks.append(SummedTensor(name, key, terms, dtype, lora.bias.shape))
+        if lora.magnitude is not None:
+            tasks.append(_copy(lora.magnitude))
+    values = [*adapter.replaced.values(), *(tokens.values for tokens in adapter.tokens)]
+    return [*tasks, *map(_copy, values)]
+
+
+def _copy(spec: TensorSpec) -> CopiedTensor:
+    """A tensor of an adapter under PEFT's own key for it."""
+    key = canonical_key(spec.key)
+    return CopiedTensor(key, spec, key, checked=True)
+
+
+def new_adapter(
+    base: Checkpoint,
+    factors: Sequence[Task],
+    options: ScaleOptions,
+    summary: str,
+    folder: str = "",
+    fingerprint: str | None = None,
+) -> Output:
+    """The output of factors for a base made from this one, with the fingerprint."""
+    return Output(
+        adapters=[],
+        tasks=factors,
+        modules={task.name: task.name for task in factors},
+        settings=adapter_config.plain_settings() | {"use_rslora": options.rslora},
+        summary=summary,
+        folder=folder,
+        alpha=options.lora_alpha,
+        base_settings={
+            "base_model_name_or_path": adapter_config.hub_id(base.folder),
+            "task_type": adapter_config.task_type(base.config),
+        },
+        base_fingerprint=fingerprint,
+    )

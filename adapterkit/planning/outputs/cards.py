@@ -1,0 +1,99 @@
+"""Model cards: the README.md of an output, with the Hub's metadata.
+
+Texts of inputs are not interpreted: they are quoted as JSON in the metadata, and stripped of markup
+in the body.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+
+from adapterkit import __version__
+from adapterkit.adapters.record import Adapter
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.output.stage import RECEIPT
+from adapterkit.checkpoint.spec import Checkpoint
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# fields of a base's card that hold for the merged model too
+INHERITED = re.compile(
+    r"^(license|license_name|license_link|pipeline_tag|language): *([\w .:/\-]+)$", re.MULTILINE
+)
+LONGEST = 65536  # bytes of a base's card that are read
+
+
+def merged_card(base: Checkpoint, adapters: list[Adapter], weights: list[float]) -> str:
+    """The card of a merged model."""
+    ids = [hub_id_or_name(base.folder), *(hub_id_or_name(adapter.folder) for adapter in adapters)]
+    metadata = ["base_model:", *(f"- {json.dumps(name)}" for name in ids)]
+    metadata += ["base_model_relation: merge", *_inherited(base), "library_name: transformers"]
+    rows = [
+        f"| {plain(hub_id_or_name(a.folder))} | {w:g} | {len(a.loras)} | {a.config.get('r', '')} |"
+        for a, w in zip(adapters, weights, strict=True)
+    ]
+    names = [plain(name) for name in ids]
+    body = [
+        (
+            f"Made by adapterkit {__version__} from the files: W' = round(W + Σ weight · scale · b "
+            "@ a), each weight rounded once."
+        ),
+        f"The changes of each tensor, and the hash of every file, are in `{RECEIPT}`; "
+        "`adapterkit verify .` checks it.",
+        "",
+        f"Base: {names[0]}",
+        "",
+        "| adapter | weight | modules | r |",
+        "|---|---|---|---|",
+        *rows,
+    ]
+    title = f"{names[0]} merged with {', '.join(names[1:])}"
+    return _card(metadata, ["merge", "lora", "adapterkit"], title, body)
+
+
+def model_card(base: Checkpoint, summary: str) -> str:
+    """The card of a model made from this one alone."""
+    name = plain(hub_id_or_name(base.folder))
+    metadata = [f"base_model: {name}"] if HUB_ID.fullmatch(name) else []
+    metadata += ["library_name: transformers"]
+    body = [f"Made by adapterkit {__version__}."]
+    return _card(metadata, ["adapterkit"], f"{name}, {summary}", body)
+
+
+def adapter_card(base: str | None, adapters: Sequence[Adapter], summary: str) -> str:
+    """The card of an adapter for the base of that id, made from these adapters."""
+    metadata = [f"base_model: {json.dumps(base)}"] if base else []
+    metadata += ["library_name: peft"]
+    body = [f"Made by adapterkit {__version__} from the files: {plain(summary)}.", ""]
+    body += ["From:", ""] if adapters else []
+    body += [f"- {plain(hub_id_or_name(adapter.folder))}" for adapter in adapters]
+    body += [
+        "",
+        f"The changes of each module, and the hash of every file, are in `{RECEIPT}`.",
+    ]
+    return _card(metadata, ["lora", "adapterkit"], "Adapter", body)
+
+
+def _card(metadata: list[str], tags: list[str], title: str, body: list[str]) -> str:
+    lines = ["---", *metadata, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+    return "\n".join([*lines, f"# {title}", "", *body, ""])
+
+
+def hub_id_or_name(folder: Folder) -> str:
+    """The Hub id of a folder, else its name."""
+    return str(folder.origin.get("repo") or folder.name)
+
+
+def plain(text: str) -> str:
+    """A text without what Markdown or HTML would read as markup."""
+    return "".join(c if c.isalnum() or c in " ._-/" else " " for c in text)
+
+
+def _inherited(base: Checkpoint) -> list[str]:
+    """Licence, language and pipeline of the base's card, as lines of metadata."""
+    size = base.files.get("README.md")
+    if size is None:
+        return []
+    text = base.folder.read("README.md", 0, min(size, LONGEST)).decode("utf-8", "replace")
+    has_metadata = text.startswith("---") and text.count("---") >= 2
+    fields = INHERITED.findall(text.split("---")[1]) if has_metadata else []
+    return [f"{key}: {json.dumps(value.strip())}" for key, value in fields]

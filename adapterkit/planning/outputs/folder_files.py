@@ -1,0 +1,115 @@
+"""Files of an output folder besides its weights and its receipt, in the order of writing: what
+makes the folder loadable is last."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from adapterkit.adapters.keys import CONFIG
+from adapterkit.checkpoint import layout
+from adapterkit.checkpoint.output.stage import RECEIPT
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.plan import CopyFile, FromMetrics, OutputFile
+
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".tflite",
+    ".ot",
+    ".npz",
+)
+NOT_COPIED = {RECEIPT, "README.md", "config.json", CONFIG, "training_args.bin"}
+Files = dict[str, bytes | CopyFile | FromMetrics]
+
+
+def model_files(
+    base: Checkpoint,
+    config: dict[str, Any],
+    shards: Sequence[OutputFile],
+    card: str,
+    *,
+    tokenizer: Mapping[str, CopyFile] | None = None,
+    folder: str = "",
+    omit: Collection[str] = (),
+) -> Files:
+    """A model's files: the base's own, also those in subfolders, with this config, card and index.
+
+    `tokenizer`: an adapter's instead of the base's; `folder`: where in the output; `omit`: the
+    base's files that do not hold for the output."""
+    prefix = f"{folder}/" if folder else ""
+    files: Files = {}
+    layers = _layer_folders(base)
+    for name in base.files:
+        is_weights = name.endswith((*WEIGHTS, ".index.json")) and not name.startswith(layers)
+        if not is_weights and name not in NOT_COPIED:
+            files[name] = CopyFile(0, name)
+    files |= tokenizer or {}
+    files["README.md"] = card.encode()
+    names = [shard.file.removeprefix(prefix) for shard in shards]
+    if len(shards) > 1 or (base.index is not None and any(name in base.shards for name in names)):
+        files[base.index_name or "model.safetensors.index.json"] = _index(base, names, shards)
+    if "config.json" in base.files:
+        files["config.json"] = (
+            CopyFile(0, "config.json") if config == base.config else as_json(config)
+        )
+    return {prefix + name: file for name, file in files.items() if name not in omit}
+
+
+def adapter_files(
+    config: FromMetrics,
+    card: str,
+    *,
+    tokenizer: Mapping[str, CopyFile],
+    folder: str = "",
+) -> Files:
+    """An adapter's files, in this folder of the output."""
+    prefix = f"{folder}/" if folder else ""
+    files: Files = {**tokenizer, "README.md": card.encode(), CONFIG: config}
+    return {prefix + name: file for name, file in files.items()}
+
+
+def _layer_folders(base: Checkpoint) -> tuple[str, ...]:
+    """Subfolders with further layers of the model and weights of their own: those that the
+    modules.json of sentence-transformers names (`2_Dense/`)."""
+    if "modules.json" not in base.files:
+        return ()
+    try:
+        layers = json.loads(base.folder.read("modules.json", 0, base.files["modules.json"]))
+    except ValueError:
+        return ()
+    entries = layers if isinstance(layers, list) else []
+    paths = [entry.get("path") for entry in entries if isinstance(entry, dict)]
+    return tuple(f"{path}/" for path in paths if isinstance(path, str) and path)
+
+
+def _index(base: Checkpoint, names: list[str], shards: Sequence[OutputFile]) -> bytes | FromMetrics:
+    """The index: each key's file, and the total size, which is known once computed files are
+    written."""
+    content = partial(_index_content, names, shards, base.index)
+    is_final = not any(shard.tasks for shard in shards)
+    return content({}, 0) if is_final else FromMetrics(content)
+
+
+def _index_content(
+    names: Sequence[str],
+    shards: Sequence[OutputFile],
+    original: dict[str, Any] | None,
+    metrics: dict[str, dict],
+    grown: int,
+) -> bytes:
+    layouts = [replace(shard.layout, file=name) for name, shard in zip(names, shards, strict=True)]
+    return layout.index(layouts, original, grown)
+
+
+def as_json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

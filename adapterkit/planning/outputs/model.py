@@ -1,0 +1,186 @@
+"""Output files of a model: in a quantized format, decoded to floats, or streamed."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adapterkit.checkpoint.fingerprint import of_headers
+from adapterkit.checkpoint.header import Header
+from adapterkit.checkpoint.layout import ShardLayout, TensorPlan, grouped, like_base
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.errors import WARNING, shown
+from adapterkit.plan import OutputFile, Step, Task
+from adapterkit.planning.outputs.cards import model_card
+from adapterkit.planning.outputs.folder_files import Files, model_files
+from adapterkit.tasks.common import CopiedTensor
+from adapterkit.tasks.compensated import CompensatedStep
+from adapterkit.tasks.edited import EditedTensor, RequantizedWeight
+from adapterkit.tasks.quantized import EncodedWeight
+from adapterkit.weights.codec import QuantizedWeight
+
+# in the metadata of a base that is not a copy of the original, but goes with an adapter
+CHANGED_BY = "adapterkit_changed_by"
+# shares of the delta below which a merge warns
+LEAST_SURVIVAL = {"quantized": 0.5, "float": 0.8}
+
+
+def planned_fingerprint(shards: Sequence[OutputFile]) -> str | None:
+    """The fingerprint, without values, of a base of these files; None where the shape of one of
+    their tensors depends on the values."""
+    if any(shard.variable_size for shard in shards):
+        return None
+    return of_headers(stored for shard in shards for stored in shard.layout.tensors)
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A base some of whose weights are encoded, by `tasks` where there is one for the key."""
+
+    base: Checkpoint
+    quantized: Mapping[str, QuantizedWeight]  # by key
+    tasks: Mapping[str, Task]
+    config: dict[str, Any]
+    folder: str = ""
+    changed_by: str = ""  # the verb whose adapter goes with it, for the files' metadata
+
+    def shards(self) -> tuple[OutputFile, ...]:
+        """Its files of weights, named as the base's."""
+        groups: dict[str, list[Task]] = {name: [] for name in self.base.shards}
+        for key, spec in self.base.tensors.items():
+            groups[spec.file].append(self._task(key))
+        prefix = f"{self.folder}/" if self.folder else ""
+        changed_by = {CHANGED_BY: self.changed_by} if self.changed_by else {}
+        return tuple(
+            OutputFile.computed(
+                prefix + name,
+                sorted(tasks, key=lambda task: task.name),
+                (self.base.shards[name].metadata or {"format": "pt"}) | changed_by,
+                safetensors_order=True,
+            )
+            for name, tasks in groups.items()
+        )
+
+    def _task(self, key: str) -> Task:
+        if key in self.tasks:
+            return self.tasks[key]
+        spec = self.base.tensors[key]
+        if key in self.quantized:
+            return EncodedWeight(key, spec, self.quantized[key])
+        return CopiedTensor(key, spec, key)
+
+    def files(self, summary: str) -> Files:
+        """Its other files; `summary` is part of the card's title."""
+        card = model_card(self.base, summary)
+        return model_files(self.base, self.config, self.shards(), card, folder=self.folder)
+
+
+def rounding_warnings(metrics: dict[str, dict], compat: str | None = None) -> list[str]:
+    """Warnings where rounding to nearest lost a part of the delta: in quantized formats, and in
+    floats.
+
+    `survived` is the projection of the stored change on the delta. Normal deltas of 2, 1, 1/2, 1/8,
+    1/32 of bf16's median step survive by 1.00, 0.93, 0.70, 0.22, 0.06, with `rounding` (the error
+    over the delta's norm) 0.27, 0.48, 0.70, 0.92, 0.98. An extracted adapter of median `rounding`
+    0.75, which goes with about 0.65, kept 0.64 of its gain in loss. Above 1 the error is noise that
+    loses nothing: of draws, or of a base of more digits. What compensated rounding keeps is in the
+    outputs, whatever is left of each element.
+    """
+    survival: dict[str, dict[str, float]] = {kind: {} for kind in LEAST_SURVIVAL}
+    for key, metric in metrics.items():
+        elementwise = "survived" in metric and "output_error" not in metric
+        if elementwise and metric.get("rounding", 0) <= 1:
+            kind = "float" if "rounding" in metric else "quantized"
+            survival[kind][key] = metric["survived"]
+    remedies = {
+        "quantized": "merge with --dequantize, or into the 16-bit original with --base16",
+        "float": "write floats with --dtype fp32",
+    }
+    texts = {
+        "quantized": ("modules", "half", "requantization"),
+        "float": ("tensors", "80 %", "rounding to their dtype"),
+    }
+    warnings, first = [], f"remove --compat {compat}, and " if compat else ""
+    for kind, shares in survival.items():
+        low = sorted((s, key) for key, s in shares.items() if s < LEAST_SURVIVAL[kind])
+        if not low:
+            continue
+        (least, key), median = low[0], statistics.median(shares.values())
+        noun, share, cause = texts[kind]
+        warnings.append(
+            f"{WARNING}in {len(low)} of {len(shares)} {noun} less than {share} of the change "
+            f"survived {cause} (median: {1 - median:.0%} lost; least survived: {least:.0%} of "
+            f"{shown(key)}): {first}give --rounding stochastic, or {remedies[kind]}"
+        )
+    return warnings
+
+
+def plan_shard(
+    name: str, steps: Sequence[Step], header: Header, *, keep_format: bool
+) -> OutputFile:
+    """One output file of these steps, quantized weights in their format or as floats; streamed
+    where nothing is decoded. `header`: of the base's file."""
+    if keep_format and not any(
+        (isinstance(step.source, QuantizedWeight) and step.edits) or step.compensation
+        for step in steps
+    ):
+        plain = [part for step in steps for part in _stored_steps(step)]
+        by_key = {step.key: step for step in plain}
+        order = {spec.key: spec.start for spec in header.tensors}
+        plain.sort(key=lambda step: order.get(step.key, header.tensors[-1].stop))
+        stored = [TensorPlan(step.key, step.dtype, step.shape) for step in plain]
+        layout = like_base(name, stored, header)
+        return OutputFile(layout, tuple(by_key[tensor.key] for tensor in layout.tensors))
+    tasks = sorted(
+        (task for step in steps for task in _tasks(step, keep_format=keep_format)),
+        key=lambda task: task.name,
+    )
+    # torchao's metadata say how tensors are quantized: not of floats
+    metadata = header.metadata if keep_format else {"format": header.metadata.get("format", "pt")}
+    return OutputFile.computed(name, tasks, metadata or None, safetensors_order=True)
+
+
+def plan_laid_out(
+    layout: ShardLayout, steps: Sequence[Step], metadata: dict[str, str]
+) -> OutputFile:
+    """One output file of these steps of floats, in this order; streamed where none is rounded with
+    compensation."""
+    if not any(step.compensation for step in steps):
+        return OutputFile(layout, tuple(steps))
+    tasks = [task for step in steps for task in _tasks(step, keep_format=False)]
+    return OutputFile.computed(layout.file, tasks, metadata)
+
+
+def plan_shards_of_size(steps: Sequence[Step], limit: int) -> tuple[OutputFile, ...]:
+    """Files of at most `limit` bytes of these steps, quantized weights as floats."""
+    tasks = [task for step in steps for task in _tasks(step, keep_format=False)]
+    sizes = [sum(stored.nbytes for stored in task.max_outputs) for task in tasks]
+    return tuple(
+        OutputFile.computed(name, group, safetensors_order=True)
+        for name, group in grouped(tasks, sizes, limit).items()
+    )
+
+
+def _stored_steps(step: Step) -> list[Step]:
+    """The steps of the stored tensors of a step without edits."""
+    if not isinstance(step.source, QuantizedWeight):
+        return [step]
+    return [Step(part.key, part.dtype, part.shape, part) for part in step.source.parts]
+
+
+def _tasks(step: Step, *, keep_format: bool) -> list[Task]:
+    source = step.source
+    if step.compensation is not None:
+        return [CompensatedStep(step.key, step, packed=keep_format)]
+    if not isinstance(source, QuantizedWeight):
+        is_copy = step.copied and step.key == source.key
+        return (
+            [CopiedTensor(step.key, source, step.key)]
+            if is_copy
+            else [EditedTensor(step.key, step)]
+        )
+    if not keep_format:
+        return [EditedTensor(step.key, step)]
+    if step.edits:
+        return [RequantizedWeight(step.key, step)]
+    return [CopiedTensor(part.key, part, part.key) for part in source.parts]

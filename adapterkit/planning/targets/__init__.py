@@ -1,0 +1,1 @@
+"""Which modules an option means."""

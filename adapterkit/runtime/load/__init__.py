@@ -1,0 +1,1 @@
+"""Adapters onto a live model, made or read, and back to disk."""

@@ -1,0 +1,194 @@
+"""Initial factors of new adapters, by the records of `adapterkit.inits`."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.adapters.resolve import Target
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import Problems, Refused, Unrecoverable, shown
+from adapterkit.inits import created_init
+from adapterkit.inits.eva import distribute
+from adapterkit.inits.protocol import (
+    ComputedInit,
+    DrawnInit,
+    Initialization,
+    RedistributingInit,
+)
+from adapterkit.registry import members
+from adapterkit.runtime.layers import KINDS
+from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.statistics.source import StatisticsReader, Stats, open_statistics
+from adapterkit.tasks.statistics import select_statistics, shape_of
+
+WHERE = "LoraConfig"
+
+
+def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:
+    """The record of a config's init; `Refused` for one that cannot start these adapters."""
+    name = "random" if config.init is False else str(config.init)
+    name, _, niter = name.partition("_niter_")  # PEFT's pissa_niter_4
+    errors = Problems(where=WHERE)
+    if name not in members("inits"):
+        raise Refused(
+            f"init {shown(name)}",
+            expected=", ".join(members("inits")),
+            where=WHERE,
+            hint="start it from the files with adapterkit init or loftq, then load it",
+        )
+    options = {"niter": int(niter)} if niter else config.init_options
+    method = created_init(name, dict(options))
+    if method.needs:
+        others = [target.path for target in targets if target.kind not in ("linear", "conv1d")]
+        if others:
+            errors.add(
+                f"init {name} on {', '.join(map(shown, others[:6]))}",
+                "linear layers (PEFT starts other layers in another way, silently)",
+                "exclude them from targets, or give another init",
+            )
+    if method.changes_base and config.invocation_tokens:
+        errors.add(
+            f"init {name} of an activated LoRA",
+            "an init that leaves the base as it is before the invocation",
+            "give another init",
+        )
+    errors.raise_all()
+    return method
+
+
+@dataclass(frozen=True)
+class ModuleStatistics:
+    """The statistics that an init needs, module by module."""
+
+    source: StatisticsReader | None
+    specs: Mapping[str, Mapping[str, TensorSpec]]  # module -> kind -> where it is
+
+    def of(self, module: str, kinds: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The statistics of a module by kind, all or some, float32 on the CPU."""
+        if self.source is None:
+            return {}
+        return {
+            kind: self.source.tensor(spec)
+            for kind, spec in self.specs[module].items()
+            if kinds is None or kind in kinds
+        }
+
+
+@contextmanager
+def statistics_for(
+    method: Initialization, targets: Sequence[Target], stats: Stats | None
+) -> Iterator[ModuleStatistics]:
+    """The statistics that an init needs of its targets; `Refused` with all that are missing."""
+    kinds = [kind for kind in method.needs if kind != "weight"]
+    if bool(kinds) != (stats is not None):
+        what = "covariance" if not kinds else "pca" if "components" in kinds else kinds[0]
+        raise Refused(
+            f"init {method.name} {'without' if kinds else 'with'} statistics",
+            expected=f"stats= with {', '.join(kinds)} of each target" if kinds else "no stats=",
+            where="attach",
+            hint=f'stats=collect(model, run_model, what="{what}")' if kinds else "remove stats=",
+        )
+    if stats is None:
+        yield ModuleStatistics(None, {})
+        return
+    with open_statistics(stats) as source:
+        specs: dict[str, dict[str, TensorSpec]] = {target.path: {} for target in targets}
+        for kind in kinds:
+            shapes = {}
+            for target in targets:
+                (_, width), (out, _) = KINDS[target.kind].shapes(target.module, target.rank)
+                shapes[target.path] = shape_of(kind, out, width)
+            for path, spec in select_statistics(source.statistics, kind, shapes).items():
+                specs[path][kind] = spec
+        yield ModuleStatistics(source, specs)
+
+
+def redistributed(
+    method: Initialization,
+    config: LoraConfig,
+    targets: Sequence[Target],
+    statistics: ModuleStatistics,
+) -> tuple[LoraConfig, Sequence[Target]]:
+    """The targets with the ranks that the statistics give them, without those of rank 0, and the
+    config that names these; `Refused` with all of which there are not enough components."""
+    if not isinstance(method, RedistributingInit):
+        return config, targets
+    spectra = [statistics.of(target.path, ("variances", "variance")) for target in targets]
+    # modules that see the same inputs have as many candidates
+    groups = [tuple(spectrum["variances"].tolist()) for spectrum in spectra]
+    widths = [KINDS[t.kind].shapes(t.module, t.rank)[0][1] for t in targets]
+    most = method.candidates(zip(groups, (t.rank for t in targets), widths, strict=True))
+    Problems(
+        [
+            method.too_few(target.path, target.rank, len(group), most[group], "stats")
+            for target, group in zip(targets, groups, strict=True)
+            if len(group) < most[group]
+        ]
+    ).raise_all()
+    ratios = [
+        method.ratios(most[group], **spectrum)
+        for group, spectrum in zip(groups, spectra, strict=True)
+    ]
+    ranks = distribute(ratios, sum(target.rank for target in targets))
+    left = [
+        replace(target, rank=rank, alpha=method.new_alpha(target.alpha, target.rank, rank))
+        for target, rank in zip(targets, ranks, strict=True)
+        if rank
+    ]
+    names = replace(
+        config, targets=[target.path for target in left], exclude=None, layers=None,
+        layers_pattern=None, rank_pattern={}, alpha_pattern={},
+    )  # fmt: skip
+    return names, left
+
+
+@torch.no_grad()
+def start(
+    method: Initialization,
+    target: Target,
+    kind: type[FactorsPart],
+    host: Any,
+    generator: Generator,
+    statistics: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """a and b of a new adapter on a module, float32."""
+    if isinstance(method, DrawnInit):
+        shapes = kind.shapes(host, target.rank)
+        return method.start(*shapes, generator, kind.stored_as == "embedding")
+    assert isinstance(method, ComputedInit)
+    weight = _matrix(method, target, kind, host)
+    where = "cpu" if weight.is_meta else weight.device
+    statistics = {key: value.to(where) for key, value in statistics.items()}
+    try:
+        return method.start(weight, target.rank, target.scale, statistics, generator)
+    except ValueError as error:
+        raise Unrecoverable(
+            f"statistics of {shown(target.path)}: {error}",
+            expected=f"what init {method.name} takes",
+            where="stats",
+            hint="collect them on texts that reach this module, in float32",
+        ) from error
+
+
+def _matrix(method: ComputedInit, target: Target, kind: type[FactorsPart], host: Any) -> Tensor:
+    """The weight (out, in); without values where the method needs none."""
+    if "weight" not in method.needs:
+        (_, width), (out, _) = kind.shapes(host, target.rank)
+        return torch.empty(out, width, device="meta")
+    matrix = kind.matrix(host)
+    each = method.triplets_per_rank
+    if matrix.is_meta or target.rank * each > min(matrix.shape):
+        raise Refused(
+            f"rank {target.rank} for {shown(target.path)} of shape {tuple(matrix.shape)}"
+            + (" on the meta device" if matrix.is_meta else ""),
+            expected="a weight with values, and a rank of at most "
+            + ("its smaller side" if each == 1 else f"1/{each} of its smaller side"),
+            where=f"init {method.name}",
+            hint="load the base first" if matrix.is_meta else "give a smaller rank",
+        )
+    return matrix

@@ -1,0 +1,333 @@
+"""Adapters from disk onto a live model."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.adapters.adapter_config import base_id
+from adapterkit.adapters.factors import rank_and_scale
+from adapterkit.adapters.lora_config import LoraConfig, check_live_config
+from adapterkit.adapters.peft import read_adapter
+from adapterkit.adapters.record import Adapter, Lora, rank_mismatch
+from adapterkit.checkpoint.fingerprint import difference
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.engines.local.reader import LocalReader
+from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
+from adapterkit.inits import created_init
+from adapterkit.inits.protocol import ComputedInit
+from adapterkit.options import StrPath
+from adapterkit.patterns import similar_names
+from adapterkit.planning.inputs.input_identity import header_hashes, identities
+from adapterkit.planning.inputs.sources import initial_of, open_adapter
+from adapterkit.registry import members
+from adapterkit.runtime.layers import KINDS, part_class
+from adapterkit.runtime.layers.linear import LinearPart
+from adapterkit.runtime.layers.parameter import ParameterFactors, split_parameters
+from adapterkit.runtime.layers.tied import share, shared_heads
+from adapterkit.runtime.load.creation import home
+from adapterkit.runtime.load.stored_values import StoredValues, join_values, read_values
+from adapterkit.runtime.parts import dora
+from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.replication import replicate, replicating
+from adapterkit.runtime.site import Part
+from adapterkit.runtime.state import Attached, State
+from adapterkit.runtime.targets import unread
+from adapterkit.weights.linear import kind_of
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter's files, joined with the model: for each part its module, kind and tensors."""
+
+    adapter: Adapter
+    config: LoraConfig
+    factors: tuple[tuple[str, str, Lora, float], ...]  # path, kind, factors, scale
+    parameters: tuple[ParameterFactors, ...]
+    values: StoredValues
+
+
+def load(
+    state: State,
+    source: StrPath,
+    name: str,
+    *,
+    trainable: bool,
+    dtype: torch.dtype | None,
+    ephemeral_gpu_offload: bool = False,
+    pad_rank: int | None = None,
+    strict: bool = False,
+) -> None:
+    """Add an adapter from disk; `Refused` with all that does not fit, before anything changes."""
+    state.unused(name)
+    with replicating(state):
+        stored = join(state, source)
+        parts = read_parts(state, stored, name, dtype, ephemeral_gpu_offload=ephemeral_gpu_offload)
+        subtract_initial(state, stored, parts)
+        if pad_rank is not None:
+            _pad([(path, part) for path, part in parts if isinstance(part, FactorsPart)], pad_rank)
+    adapter = Attached(name, stored.config, trainable)
+    take_base(state, adapter, stored.adapter)
+    adapter.strict = strict
+    for path, part in parts:
+        state.add(adapter, path, part)
+    state.adapters[name] = adapter
+
+
+def take_base(state: State, adapter: Attached, stored: Adapter) -> None:
+    """Note which base a stored adapter is for; a warning where the model's has other values."""
+    adapter.base, adapter.base_fingerprint = base_id(stored), stored.base_fingerprint
+    made_for = stored.base_fingerprint
+    if made_for and difference(made_for, state.base_fingerprint or made_for) == "values":
+        warnings.warn(
+            f"{stored.name} was made for a base with other values than {shown(state.base_name)} "
+            f"(fingerprint {made_for}, not {state.base_fingerprint})",
+            stacklevel=4,
+        )
+
+
+def join(state: State, source: StrPath) -> StoredAdapter:
+    """Read an adapter's headers and find the module of each of its tensors."""
+    return _join(state, open_adapter(source))
+
+
+def _join(state: State, folder: Folder, *, beside: bool = False) -> StoredAdapter:
+    """`beside`: of initial factors, for the layers as their adapter has them."""
+    adapter = read_adapter(folder, 0, check_live_config)
+    config = LoraConfig.from_peft(adapter.config, adapter.where)
+    if not beside:
+        replicate(state, config.layer_replication, adapter.where)
+    errors = Problems()
+    factors: list[tuple[str, str, Lora, float]] = []
+    loras, parameters = split_parameters(adapter, state.model, state.modules, errors)
+    hosts: dict[int, str] = {}
+    for lora in loras:
+        host = state.modules.get(lora.module)
+        kind = None if host is None else kind_of(host)
+        if host is None or kind is None:
+            errors.append(_no_module(state, adapter, lora, host))
+            continue
+        leaf = "weight" if adapter.leaves(lora.module, ["weight"]) else None
+        rank, scale = rank_and_scale(adapter, lora, leaf)
+        if lora.a.shape[0] != rank:
+            errors.append(rank_mismatch(adapter, lora, lora.a.shape[0], rank))
+            continue
+        wrong = _shape_errors(adapter, lora, host, kind)
+        if wrong:
+            errors += wrong
+            continue
+        other = hosts.setdefault(id(host), lora.module)
+        if other != lora.module:
+            errors.add(
+                f"factors of {shown(other)} and {shown(lora.module)}: the same module",
+                "factors by one of the names",
+                "remove those by the other name",
+                where=adapter.label,
+            )
+        if lora.magnitude is not None:
+            errors += _magnitude_errors(adapter, lora, host, kind)
+        factors.append((lora.module, kind, lora, scale))
+    values = join_values(state, adapter, config, errors)
+    errors.raise_all()
+    return StoredAdapter(adapter, config, tuple(factors), tuple(parameters), values)
+
+
+def read_parts(
+    state: State,
+    stored: StoredAdapter,
+    name: str,
+    dtype: torch.dtype | None,
+    *,
+    ephemeral_gpu_offload: bool = False,
+) -> list[tuple[str, Part]]:
+    """The parts of an adapter with their values."""
+    adapter = stored.adapter
+    folders = (adapter.folder,)
+    parts: list[tuple[str, Part]] = []
+    with Sources(folders, identities(folders, header_hashes({0: adapter}))) as sources:
+        reader = LocalReader(sources, torch.device("cpu"), dtype=None)
+
+        def read(spec: TensorSpec | None, where: torch.device) -> Tensor | None:
+            if spec is None:
+                return None
+            tensor = reader.tensor(spec)
+            return tensor.to(where, dtype or torch.promote_types(tensor.dtype, torch.float32))
+
+        for path, kind, lora, scale in stored.factors:
+            where = home(state.modules[path])
+            a, b = read(lora.a, where), read(lora.b, where)
+            assert a is not None and b is not None
+            part = part_class(kind, stored.config)(
+                name,
+                a,
+                b,
+                scale,
+                dropout=stored.config.dropout,
+                bias=read(lora.bias, where),
+                magnitude=read(lora.magnitude, where),
+                ephemeral_gpu_offload=ephemeral_gpu_offload,
+            )
+            parts.append((path, part))
+        if stored.config.tie:
+            parts = share(parts, shared_heads(parts, state.modules), stored.config.dropout)
+        for stored_parameter in stored.parameters:
+            path = stored_parameter.lora.module
+            host = state.modules[path]
+            where = home(host)
+            a, b = read(stored_parameter.lora.a, where), read(stored_parameter.lora.b, where)
+            assert a is not None and b is not None
+            parts.append((path, stored_parameter.part(name, host, a, b)))
+        Problems(list(_ignored(state, adapter, parts))).raise_all()
+        parts += read_values(state, stored.values, name, stored.config, reader.tensor, dtype)
+    return parts
+
+
+def _ignored(
+    state: State, adapter: Adapter, parts: Sequence[tuple[str, Part]]
+) -> Iterator[AdapterkitError]:
+    """Why factors would not act, where they are not zero, as PEFT's training leaves those that do
+    not."""
+    for path, part in parts:
+        problem = unread(state.model, state.modules, path)
+        if problem is None or not isinstance(part, FactorsPart) or part.place(path) != path:
+            continue
+        part.called = False
+        if part.a.any() and part.b.any():
+            yield Refused(
+                f"factors that do nothing: {problem.problem}",
+                expected="factors of layers that are called",
+                where=adapter.label,
+                hint="take them out; `adapterkit merge` has --exclude",
+            )
+
+
+def _pad(parts: Sequence[tuple[str, FactorsPart]], rank: int) -> None:
+    """Give factors room for a rank; `Refused` for higher ones, and for layers without room."""
+    errors = Problems(where="pad_rank")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise Refused(f"pad_rank {rank!r}", expected="a positive whole number", where="pad_rank")
+    for path, part in parts:
+        if not part.has_room:
+            problem, expected = f"{type(part).__name__} at {shown(path)}", "factors of layers"
+        elif part.rank > rank:
+            problem, expected = f"rank {part.rank} at {shown(path)}", f"at most {rank}"
+        else:
+            continue
+        hint = "pad_rank: the highest rank that is to come, of factors of whole layers"
+        errors.add(problem, expected, hint)
+    errors.raise_all()
+    for _, part in parts:
+        part.pad(rank)
+
+
+def _shape_errors(
+    adapter: Adapter, lora: Lora, host: nn.Module, kind: str
+) -> list[AdapterkitError]:
+    """Why factors do not fit a module: their names and shapes."""
+
+    def wrong(problem: str, expected: str) -> list[AdapterkitError]:
+        hint = "the adapter was trained on another model"
+        return [Refused(problem, expected=expected, where=adapter.label, hint=hint)]
+
+    if lora.kind != KINDS[kind].stored_as:
+        return wrong(f"{shown(lora.a.key)} for a {type(host).__name__}", "the keys of such a layer")
+    shapes = KINDS[kind].shapes(host, lora.a.shape[0])
+    if (lora.a.shape, lora.b.shape) != shapes:
+        problem = f"factors of {shown(lora.module)} with shapes {lora.a.shape}, {lora.b.shape}"
+        return wrong(problem, f"{shapes[0]}, {shapes[1]} for this model")
+    if lora.bias is not None and lora.bias.shape != lora.b.shape[:1]:
+        problem = f"{shown(lora.bias.key)} with shape {lora.bias.shape}"
+        return wrong(problem, f"{lora.b.shape[:1]}, one value for each output")
+    return []
+
+
+def _magnitude_errors(
+    adapter: Adapter, lora: Lora, host: nn.Module, kind: str
+) -> Iterator[AdapterkitError]:
+    problem = dora.problem(host, KINDS[kind].axis)
+    if problem is not None:
+        yield Refused(
+            f"magnitudes of {shown(lora.module)}: {problem}",
+            expected="a layer that takes magnitudes",
+            where=adapter.label,
+            hint="the adapter was trained on another model",
+        )
+    expected = dora.magnitude_shape(lora.b.shape)
+    if lora.magnitude is not None and lora.magnitude.shape != expected:
+        yield Refused(
+            f"magnitudes of {shown(lora.module)} with shape {lora.magnitude.shape}",
+            expected=f"{expected}",
+            where=adapter.label,
+            hint="save the adapter again",
+        )
+
+
+def subtract_initial(state: State, stored: StoredAdapter, parts: list[tuple[str, Part]]) -> None:
+    """Give parts trained on a changed base the factors that it lacks: those beside the adapter, or
+    the same as before by the method; `Refused` where there are neither."""
+    init = stored.adapter.changed_base()
+    if init is None:
+        return
+    if (folder := initial_of(stored.adapter.folder)) is not None:
+        _subtract_stored(state, stored.adapter, folder, parts)
+        return
+    name = init.lower()
+    method = created_init(name, {}) if name in members("inits") else None
+    if (
+        not isinstance(method, ComputedInit)
+        or method.needs != ("weight",)
+        or not all(isinstance(part, LinearPart) for _, part in parts)
+    ):
+        raise Refused(
+            f"init_lora_weights {shown(init)}: the factors are relative to a changed base",
+            expected="an adapter for the original base",
+            where=stored.adapter.where,
+            hint="adapterkit rebase it first, with the adapter as it was before training",
+        )
+    for path, part in parts:
+        assert isinstance(part, LinearPart)
+        a, b = method.factors(part.matrix(state.modules[path]), part.rank, part.scale)
+        part.initial_a, part.initial_b = a.to(part.a), b.to(part.b)
+
+
+def _subtract_stored(
+    state: State, adapter: Adapter, folder: Folder, parts: list[tuple[str, Part]]
+) -> None:
+    """Give parts the initial factors of the folder beside their adapter."""
+    initial = read_parts(state, _join(state, folder, beside=True), "initial", None)
+    own, others = (
+        {(path, part.role): part for path, part in each if isinstance(part, FactorsPart)}
+        for each in (parts, initial)
+    )
+    if different := sorted({path for path, _ in own.keys() ^ others.keys()}):
+        raise Refused(
+            f"only one of the adapter and its initial factors has {listed(different)}",
+            expected="the same modules in both",
+            where=adapter.label,
+            hint="keep the folder that adapterkit init wrote together",
+        )
+    for key, part in own.items():
+        other = others[key]
+        part.initial_a = other.a.detach().to(part.a)
+        part.initial_b = (other.b.detach() * (other.scale / part.scale)).to(part.b)
+
+
+def _no_module(state: State, adapter: Adapter, lora: Lora, host: object) -> Refused:
+    if host is None:
+        return Refused(
+            f"factors of {shown(lora.module)}, which the model has not",
+            expected="modules of the model",
+            where=adapter.label,
+            hint=similar_names(lora.module, list(state.modules))
+            or "the adapter was trained on another model",
+        )
+    return Refused(
+        f"factors of {shown(lora.module)}, a {type(host).__name__}",
+        expected="a layer that takes factors",
+        where=adapter.label,
+        hint="the adapter was trained on another model",
+    )

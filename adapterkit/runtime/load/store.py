@@ -1,0 +1,122 @@
+"""Adapters of a folder, loaded when they are asked for; the least recently used ones go."""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from adapterkit.adapters.keys import CONFIG
+from adapterkit.errors import Refused, did_you_mean, shown
+from adapterkit.options import StrPath
+from adapterkit.runtime.load import reading
+from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.state import State
+
+# A name is a subfolder's path, as in org/name; no part of it leads out of the folder.
+NAME = re.compile(r"(?!\.{1,2}(/|$))[^/\\\0]+(/(?!\.{1,2}(/|$))[^/\\\0]+)*")
+
+
+class Store:
+    """The adapters of a folder by the names of its subfolders: `name` or `org/name`, or in the
+    layout of the Hub's cache, `models--org--name/snapshots/...`.
+
+    At most `max_loaded` of them are on the model; where that is not enough for what is asked for,
+    those used longest ago go. Never those in use, and none that changed since it was loaded.
+    Loading one does not depend on how many there are.
+    """
+
+    def __init__(self, state: State, folder: StrPath, max_loaded: int):
+        if isinstance(max_loaded, bool) or not isinstance(max_loaded, int) or max_loaded < 1:
+            raise Refused(
+                f"max_loaded {max_loaded!r}", expected="a positive whole number", where="store"
+            )
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise Refused(
+                f"no folder {shown(folder)}",
+                expected="a folder with an adapter in each subfolder",
+                where="store",
+                hint="check the path",
+            )
+        self.state, self.max_loaded = state, max_loaded
+        self._stamps: dict[str, tuple[object, ...]] = {}  # by name, the last one used last
+
+    @property
+    def loaded(self) -> list[str]:
+        """The adapters that it has on the model, the last one used last."""
+        return [name for name in self._stamps if name in self.state.adapters]
+
+    def path(self, name: str) -> Path | None:
+        """The folder of an adapter; None where there is none."""
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            return None
+        cached = self.folder / f"models--{name.replace('/', '--')}"
+        snapshots = [self.folder / name]
+        if cached.is_dir():
+            main = cached / "refs" / "main"
+            revisions = [main.read_text().strip()] if main.is_file() else []
+            snapshots += [cached / "snapshots" / revision for revision in revisions]
+            snapshots += sorted(cached.glob("snapshots/*"))
+        return next((path for path in snapshots if (path / CONFIG).is_file()), None)
+
+    def provide(self, names: Collection[str], *, beside_active: bool) -> None:
+        """Load what is missing of these names, which are to be in use together, and with what is
+        active where that stays; `Refused` for unknown ones, and for more than may be loaded,
+        before anything changes."""
+        missing = {n: self.path(n) for n in names if n not in self.state.adapters}
+        unknown = [name for name, path in missing.items() if path is None]
+        if unknown:
+            known = {*self.state.adapters, *(path.name for path in self.folder.iterdir())}
+            raise Refused(
+                f"no adapter {', '.join(map(shown, unknown))}",
+                expected=f"a loaded adapter, or a subfolder with {CONFIG}",
+                where=f"the model's adapters and {shown(self.folder)}",
+                hint=did_you_mean(unknown, known) or "load or attach it first",
+            )
+        own = [name for name in names if name in missing or name in self._stamps]
+        active = self.state.active if beside_active else ()
+        others = [n for n in self.loaded if n not in own and (n in active or self._is_kept(n))]
+        if missing and len(own) + len(others) > self.max_loaded:
+            raise Refused(
+                f"{len(own)} adapters of the store at once"
+                + (f", and {', '.join(map(shown, others))} active or changed" if others else ""),
+                expected=f"at most {self.max_loaded}",
+                where="store",
+                hint="ask for fewer at once, activate(None) first, or raise max_loaded",
+            )
+        self._stamps |= {name: self._stamps.pop(name) for name in own if name in self._stamps}
+        self.trim(self.max_loaded - len(missing), keep=own)
+        for name, path in missing.items():
+            assert path is not None
+            reading.load(self.state, path, name, trainable=False, dtype=None)
+            self._stamps[name] = self._stamp(name)
+
+    def trim(self, limit: int | None = None, keep: Collection[str] = ()) -> None:
+        """Take those used longest ago off the model, down to the limit; none that is in use."""
+        surplus = len(self.loaded) - (self.max_loaded if limit is None else limit)
+        for name in self.loaded:
+            used = name in self.state.active or name in keep
+            if surplus > 0 and not used and not self._is_kept(name):
+                self.state.remove(name)
+                del self._stamps[name]
+                surplus -= 1
+
+    def _is_kept(self, name: str) -> bool:
+        """Whether it must stay, in use or not."""
+        is_trained = self.state.adapters[name].trainable
+        changed = self._stamp(name) != self._stamps[name]
+        return name in self.state.merged or is_trained or changed
+
+    def _stamp(self, name: str) -> tuple[object, ...]:
+        """What changes where the adapter's values or scales change, or another one has its name."""
+        stamp: list[object] = []
+        for _, part in self.state.adapters[name].parts():
+            stamp += [(id(p), _version(p)) for p in part.parameters()]
+            if isinstance(part, FactorsPart):
+                stamp.append(part.stored_scale)
+        return tuple(stamp)
+
+
+def _version(value: torch.Tensor) -> int:
+    return 0 if value.is_inference() else value._version

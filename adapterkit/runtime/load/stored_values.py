@@ -1,0 +1,240 @@
+"""What an adapter's file holds besides factors, joined with a live model: copies of modules,
+trained biases, weights of the base that it was trained on, rows of tokens."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.adapters.config import TASK_HEADS
+from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.adapters.record import Adapter, Tokens
+from adapterkit.adapters.resolve import input_embedding, tied_modules
+from adapterkit.adapters.targets import has_end
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import Problems, Refused, shown
+from adapterkit.patterns import similar_names
+from adapterkit.runtime.parts.copies import copies, mirrors, outermost, parameter_of, value_parts
+from adapterkit.runtime.parts.tokens import token_parts
+from adapterkit.runtime.site import Part, owner
+from adapterkit.runtime.state import State
+from adapterkit.runtime.targets import own_modules, unread
+
+OTHER_MODEL = "the adapter was trained on another model"
+
+
+@dataclass(frozen=True)
+class StoredValues:
+    """Tensors of a file by what they are for."""
+
+    copies: dict[str, dict[str, TensorSpec]] = field(default_factory=dict)  # path -> name in it
+    biases: dict[str, TensorSpec] = field(default_factory=dict)  # by parameter
+    weights: dict[str, TensorSpec] = field(default_factory=dict)  # by parameter; not trained
+    rows: tuple[Tokens, ...] = ()
+
+
+def join_values(
+    state: State, adapter: Adapter, config: LoraConfig, errors: Problems
+) -> StoredValues:
+    """Find the place of each tensor that is no factor; what does not fit joins the errors."""
+    stored = StoredValues(rows=adapter.tokens)
+    tied = _tied_together(state, config)
+    # PEFT's config names the embedding alone
+    entries = [*adapter.saved, *(tied if any(map(adapter.saves, map(_weight, tied))) else ())]
+    for name, spec in adapter.replaced.items():
+        path = outermost(name, entries)
+        if path is not None:
+            stored.copies.setdefault(path, {})[name.removeprefix(f"{path}.")] = spec
+        elif config.bias != "none" and name.rpartition(".")[2] == "bias":
+            stored.biases[name] = spec
+        else:
+            stored.weights[name] = spec
+    for path, specs in stored.copies.items():
+        errors += _copy_errors(state, adapter, path, specs)
+    for name, spec in {**stored.biases, **stored.weights}.items():
+        errors += _value_errors(state, adapter, name, spec)
+    for tokens in stored.rows:
+        errors += _row_errors(state, adapter, tokens)
+    heads = TASK_HEADS.get(config.task_type or "", ())
+    errors += [
+        Refused(
+            f"no values of {shown(path)}, the head of a {config.task_type} model",
+            expected="its trained values",
+            where=adapter.label,
+            hint="save the adapter again, with the head in modules_to_save",
+        )
+        for path in own_modules(state.model)
+        if any(has_end(path, head) for head in heads) and path not in stored.copies
+    ]
+    return stored
+
+
+def _tied_together(state: State, config: LoraConfig) -> list[str]:
+    """With `config.tie`, the embedding and its heads."""
+    modules = own_modules(state.model)
+    embedding = input_embedding(state.model, modules) if config.tie else None
+    return [] if embedding is None else [embedding, *tied_modules(modules, embedding)]
+
+
+def _weight(path: str) -> str:
+    return f"{path}.weight"
+
+
+def _copy_errors(
+    state: State, adapter: Adapter, path: str, specs: Mapping[str, TensorSpec]
+) -> Iterator[Refused]:
+    if path not in state.modules:
+        yield _unknown(state, adapter, path)
+        return
+    own = state.modules[path].state_dict()
+    for problem, names in (
+        ("no values of", own.keys() - specs.keys()),
+        ("values of", specs.keys() - own.keys()),
+    ):
+        if names:
+            listed = ", ".join(shown(f"{path}.{name}") for name in sorted(names))
+            yield Refused(
+                f"{problem} {listed}",
+                expected=f"the values of the model's {shown(path)}",
+                where=adapter.label,
+                hint=OTHER_MODEL,
+            )
+    for name in own.keys() & specs.keys():
+        if tuple(own[name].shape) != specs[name].shape:
+            yield _wrong_shape(state, adapter, f"{path}.{name}", specs[name], own[name])
+
+
+def _value_errors(state: State, adapter: Adapter, name: str, spec: TensorSpec) -> Iterator[Refused]:
+    own = parameter_of(state.modules, name)
+    if own is None:
+        yield _unknown(state, adapter, name)
+    elif tuple(own.shape) != spec.shape:
+        yield _wrong_shape(state, adapter, name, spec, own)
+
+
+def _row_errors(state: State, adapter: Adapter, tokens: Tokens) -> Iterator[Refused]:
+    name = f"{tokens.module}.weight"
+    own = parameter_of(state.modules, name)
+    if own is None:
+        yield _unknown(state, adapter, tokens.module)
+        return
+    if problem := unread(state.model, state.modules, tokens.module):
+        yield Refused(
+            f"trained rows that do nothing: {problem.problem}",
+            expected=problem.expected,
+            where=adapter.label,
+            hint="take them out of the file",
+        )
+    outside = [index for index in tokens.indices if index >= len(own)]
+    if outside:
+        yield Refused(
+            f"trained rows {outside} of {shown(name)}, which has {len(own)}",
+            expected="rows that the model has",
+            where=adapter.label,
+            hint=f"model.resize_token_embeddings({max(outside) + 1}) or more first, as in training",
+        )
+    if tokens.values.shape[1:] != own.shape[1:]:
+        yield _wrong_shape(state, adapter, tokens.values.key, tokens.values, own)
+
+
+def _unknown(state: State, adapter: Adapter, name: str) -> Refused:
+    hint = similar_names(name, list(state.modules)) or OTHER_MODEL
+    if any(has_end(name, head) for heads in TASK_HEADS.values() for head in heads):
+        hint = "load the model in the class with this head"
+    return Refused(
+        f"values of {shown(name)}, which the model has not",
+        expected="modules of the model",
+        where=adapter.label,
+        hint=hint,
+    )
+
+
+def _wrong_shape(
+    state: State, adapter: Adapter, name: str, spec: TensorSpec, own: Tensor
+) -> Refused:
+    hint = OTHER_MODEL
+    ask = getattr(state.model, "get_input_embeddings", None)
+    if ask is not None and spec.shape[1:] == own.shape[1:]:
+        # nn.Module types its attributes as Tensor or Module
+        embeddings = [ask(), state.model.get_output_embeddings()]  # type: ignore[operator]
+        if any(getattr(module, "weight", None) is own for module in embeddings):
+            hint = f"model.resize_token_embeddings({spec.shape[0]}) first, as in training"
+    return Refused(
+        f"{shown(name)} with shape {spec.shape}",
+        expected=f"{tuple(own.shape)}, as the model has it",
+        where=adapter.label,
+        hint=hint,
+    )
+
+
+def read_values(
+    state: State,
+    stored: StoredValues,
+    adapter: str,
+    config: LoraConfig,
+    read: Callable[[TensorSpec], Tensor],
+    dtype: torch.dtype | None,
+) -> list[tuple[str, Part]]:
+    """The parts of an adapter that are no factors, with their values.
+
+    Biases and rows in `dtype`, without it at least float32; copies and weights as the base's."""
+
+    def at_home(spec: TensorSpec, own: Tensor) -> Tensor:
+        tensor = read(spec)
+        where = torch.device("cpu") if own.is_meta else own.device
+        return tensor.to(where, dtype or torch.promote_types(tensor.dtype, torch.float32))
+
+    parts: list[tuple[str, Part]] = []
+    for path, part in copies(state.modules, stored.copies, adapter, config.tie):
+        for name, spec in stored.copies[path].items():
+            _fill(part.module, name, read(spec))
+        parts.append((path, part))
+    parts += mirrors(state.modules, parts)
+    biases = {name: at_home(spec, _own(state, name)) for name, spec in stored.biases.items()}
+    parts += value_parts(state.modules, adapter, biases, trained=True, copied=stored.copies)
+    weights = {
+        name: read(spec).to(_own(state, name).dtype) for name, spec in stored.weights.items()
+    }
+    parts += value_parts(
+        state.modules, adapter, _different(state, weights), trained=False, copied=stored.copies
+    )
+    modules = own_modules(state.model)
+    rows = {
+        tokens.module: (
+            tokens.indices,
+            at_home(tokens.values, _own(state, f"{tokens.module}.weight")),
+        )
+        for tokens in stored.rows
+    }
+    parts += token_parts(state.model, modules, adapter, rows, input_embedding(state.model, modules))
+    return parts
+
+
+def _own(state: State, name: str) -> nn.Parameter:
+    parameter = parameter_of(state.modules, name)
+    assert parameter is not None
+    return parameter
+
+
+def _different(state: State, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that are not the base's own, on its device."""
+    different = {}
+    for name, value in weights.items():
+        own = _own(state, name)
+        if own.is_meta or not torch.equal(value := value.to(own.device), own):
+            different[name] = value
+    return different
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, name: str, value: Tensor) -> None:
+    """Set a parameter or buffer of a copy, in its dtype; a new one where it is on meta."""
+    inner, leaf = owner(module, name)
+    own = getattr(inner, leaf)
+    if not own.is_meta:
+        own.copy_(value)
+    elif isinstance(own, nn.Parameter):
+        inner._parameters[leaf] = nn.Parameter(value.to(own.dtype), requires_grad=False)
+    else:
+        inner._buffers[leaf] = value.to(own.dtype)

@@ -1,0 +1,228 @@
+"""An adapter of a live model as files in PEFT's layout."""
+
+import dataclasses
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from adapterkit.adapters.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
+from adapterkit.adapters.resolve import model_type
+from adapterkit.adapters.targets import has_end
+from adapterkit.checkpoint.disk import storage_errors
+from adapterkit.checkpoint.fingerprint import metadata_with
+from adapterkit.errors import Problems, Refused, shown
+from adapterkit.hub.ids import is_on_hub
+from adapterkit.options import StrPath
+from adapterkit.planning.outputs.cards import adapter_card
+from adapterkit.runtime.layers.linear import Conv1DPart
+from adapterkit.runtime.layers.parameter import ParameterPart
+from adapterkit.runtime.load.vocabulary import resized_embeddings
+from adapterkit.runtime.parts.copies import CopyPart, ValuePart, entries_for_peft
+from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.parts.tokens import TokensPart
+from adapterkit.runtime.sharding import whole
+from adapterkit.runtime.state import Attached, State, refuse_merged
+from adapterkit.runtime.targets import unfit_as_parameter
+from adapterkit.weights.bypassed import is_taken_for_experts
+
+CARD = "README.md"
+
+
+def check_local(out: StrPath, where: str) -> None:
+    """`Refused` where an output is on the Hub: a live model is written to this machine."""
+    if is_on_hub(out):
+        raise Refused(
+            "an output on the Hub",
+            expected="a path on this machine",
+            where=where,
+            hint="save it here, then `adapterkit convert FOLDER --to peft --out hf://org/name`, or "
+            "push the file with huggingface_hub",
+        )
+
+
+def save(state: State, folder: StrPath, name: str, *, every_process: bool = False) -> None:
+    """Write an adapter: adapter_model.safetensors, adapter_config.json and a card; each file
+    replaces an older one of its name in one step. `Refused` while it is merged.
+
+    Of a distributed job only the first process writes, with `every_process` each one."""
+    state.known([name])
+    refuse_merged(state, [name], "save")
+    adapter = state.adapters[name]
+    Problems(state.guard.hosts.problems(adapter.sites.values(), "save")).raise_all()
+    factors = [part for _, part in adapter.parts() if isinstance(part, FactorsPart)]
+    if any(part.a.ndim < 2 or part.b.ndim < 2 for part in factors):
+        raise Refused(
+            f"factors of {shown(name)} as flat shards",
+            expected="whole parameters, or FSDP2's",
+            where="save",
+            hint="save it inside FullyShardedDataParallel.summon_full_params(model)",
+        )
+    tensors, config = contents(state, adapter)
+    if not writes() and not every_process:
+        return
+    root = Path(folder)
+    with storage_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        replace(root / WEIGHTS, lambda path: _write(tensors, path, adapter.base_fingerprint))
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        replace(root / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+        card = adapter_card(adapter.base, [], "trained with adapterkit")
+        replace(root / CARD, lambda path: path.write_text(card, encoding="utf-8"))
+
+
+def _write(tensors: dict[str, Tensor], path: Path, base_fingerprint: str | None) -> None:
+    metadata = metadata_with(base_fingerprint)
+    save_file(tensors, path, metadata)
+    with path.open("r+b") as file:  # the library writes metadata in any order; they come first
+        file.seek(8)
+        text = json.dumps({"__metadata__": metadata}, separators=(",", ":"))
+        file.write(text.removesuffix("}").encode())
+
+
+def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and config of an adapter as its files hold them."""
+    tensors: dict[str, Tensor] = {}
+    scales: dict[str, tuple[int, float]] = {}
+    modules, parameters = [], list(adapter.config.parameters or ())
+    taken = as_parameters(state.model, adapter)
+    levels = Counter(
+        part.module(site.path) for site, part in adapter.parts() if isinstance(part, FactorsPart)
+    )
+    with_rows = {site.path for site, part in adapter.parts() if isinstance(part, TokensPart)}
+    for site, part in adapter.parts():
+        path = part.module(site.path) if isinstance(part, FactorsPart) else site.path
+        plain, nested = value_key(path), value_key(path, levels)
+        for key, value in part.stored(site.path).items():
+            if isinstance(part, CopyPart | ValuePart):
+                key = replaced_key(key.removeprefix(PREFIX), levels, with_rows)
+            else:
+                key = nested + key.removeprefix(plain)
+            tensors[key] = stored_value(value)
+        if isinstance(part, FactorsPart) and part.stored_rank:
+            target = part.target(site.path)
+            if target in taken:
+                target = f"{target}.weight"
+                parameters.append(target)
+            elif not isinstance(part, ParameterPart):
+                modules.append(target)
+            scales[target] = (part.stored_rank, part.stored_scale)
+    for name, value in resized_embeddings(state, adapter.base).items():
+        key = replaced_key(name, levels, with_rows)
+        if key not in tensors:
+            tensors[key] = stored_value(value)
+    # whatever the init was, the factors are for the original base
+    plain = dataclasses.replace(adapter.config, init="default", init_options={})
+    config = plain.to_peft(adapter.base)
+    # PEFT asks for it, though the layer's class tells
+    config["fan_in_fan_out"] = any(isinstance(part, Conv1DPart) for _, part in adapter.parts())
+    config |= _names_for_peft(state, adapter)
+    config |= scale_settings(scales, config)
+    if taken:
+        config |= {"target_parameters": sorted(dict.fromkeys(parameters)), "lora_dropout": 0.0}
+    if taken or not isinstance(config.get("target_modules"), str) or _is_shorthand(config):
+        config["target_modules"] = target_list(list(dict.fromkeys(modules)), state.modules)
+        # PEFT would look for layers in the ends of names; these are the modules
+        config |= {"layers_to_transform": None, "layers_pattern": None}
+    return tensors, config
+
+
+def as_parameters(model: nn.Module, adapter: Attached) -> set[str]:
+    """The linear layers that PEFT would take for stacks of experts, and drop, were they target
+    modules: their weights are written as target parameters. `Refused` for what these have not."""
+    paths, errors = set[str](), Problems()
+    kind = model_type(model)
+    for site, part in adapter.parts():
+        if not isinstance(part, FactorsPart) or isinstance(part, ParameterPart):
+            continue
+        if is_taken_for_experts(kind, site.path):
+            paths.add(site.path)
+            if (problem := unfit_as_parameter(site.path, site.host, adapter.config)) is not None:
+                errors.append(problem)
+    Problems(errors).raise_all()
+    return paths
+
+
+def _names_for_peft(state: State, adapter: Attached) -> dict[str, Any]:
+    """The names of modules trained in full, and of those with rows, so that PEFT reads them
+    alike."""
+    config, names = adapter.config, {}
+    if config.modules_to_save:
+        copies = [(site.path, p) for site, p in adapter.parts() if isinstance(p, CopyPart)]
+        # a norm without weights has nothing in the file
+        saved = [path for path, part in copies if any(part.values())]
+        entries = [name for name in config.modules_to_save if _means(name, saved)]
+        names["modules_to_save"] = entries_for_peft(entries, saved, state.modules) or None
+    if isinstance(config.trainable_tokens, Mapping):
+        table = names["trainable_token_indices"] = {}
+        for name, indices in config.trainable_tokens.items():
+            paths = [path for path in state.modules if has_end(path, name)]
+            for entry in entries_for_peft([name], paths, state.modules):
+                table[entry] = list(indices)
+    return names
+
+
+def _means(entry: str, paths: Collection[str]) -> bool:
+    return any(path.endswith(entry) for path in paths)
+
+
+def scale_settings(
+    scales: Mapping[str, tuple[int, float]], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """r, lora_alpha and their patterns for each module's rank and scale; the commonest ones have no
+    pattern, the others anchored ones."""
+
+    def alpha(rank: int, scale: float) -> float:
+        value = scale * (math.sqrt(rank) if config.get("use_rslora") else rank)
+        return round(value) if math.isclose(value, round(value), rel_tol=1e-9) else value
+
+    alphas = {path: alpha(*both) for path, both in scales.items()}
+    ranks = {path: rank for path, (rank, _) in scales.items()}
+    if not scales:
+        return {}
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "rank_pattern": {f"^{path}": x for path, x in ranks.items() if x != r},
+        "alpha_pattern": {f"^{path}": x for path, x in alphas.items() if x != lora_alpha},
+    }
+
+
+def target_list(paths: list[str], modules: Collection[str]) -> list[str]:
+    """The last parts of the paths, where they match these modules alone; else the paths."""
+    ends = sorted({path.rpartition(".")[2] for path in paths})
+    matching = {name for name in modules if name.rpartition(".")[2] in ends}
+    return ends if matching == set(paths) else sorted(paths)
+
+
+def _is_shorthand(config: Mapping[str, Any]) -> bool:
+    return str(config["target_modules"]).lower() == "all-linear"
+
+
+def stored_value(value: Tensor) -> Tensor:
+    """A tensor as the file holds it: gathered where it is sharded, dense and of its own memory."""
+    return whole(value).detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def writes() -> bool:
+    """Whether this process writes: the first one of a distributed job."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or (
+        distributed.get_rank() == 0
+    )
+
+
+def replace(path: Path, write: Any) -> None:
+    """Write a file under another name and rename it."""
+    other = path.with_name(f".{path.name}.part")
+    write(other)
+    os.replace(other, path)

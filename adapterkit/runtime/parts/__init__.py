@@ -1,0 +1,1 @@
+"""What acts at a module: factors, copies, rows of tokens, DoRA, aLoRA."""

@@ -1,0 +1,1 @@
+"""Arrow routers on a live model."""

@@ -1,0 +1,1 @@
+"""Adapters by rows of a batch."""

@@ -1,0 +1,338 @@
+"""Mixed batches: each row of a batch with its own adapter, one pass of the model for all rows.
+
+At a module where the rows differ, the site gets a router: `row_products` for linear layers,
+`row_groups` for every other kind of part. Where they do not differ, it runs as with `activate`.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.errors import Problems, Refused, shown
+from adapterkit.runtime.layers.parameter import is_stack, takes_indices
+from adapterkit.runtime.rows.groups import keep_unfused, run_groups
+from adapterkit.runtime.rows.products import LinearRows, linear_rows
+from adapterkit.runtime.site import Site
+from adapterkit.runtime.state import State
+
+# The arguments of a model, or of its generate, whose first axis is the batch, in this order.
+INPUTS = (
+    "inputs input_ids inputs_embeds decoder_input_ids decoder_inputs_embeds pixel_values "
+    "input_features input_values"
+).split()
+UNBATCHED = ("cache_position", "position_ids")  # whose first axis may be another
+REGROUPED = re.compile(r"(^|\.)experts?[._]\d+(\.|$)")  # one expert's modules get the tokens routed
+TABLES = re.compile(r"(^|\.)relative_attention_bias$")  # looked up by distance, not by row
+SEQUENCE_FIRST = ("xlnet",)  # model types whose hidden states are (tokens, rows, ...)
+
+
+@contextmanager
+def rows(state: State, names: Iterable[str | None]) -> Iterator[None]:
+    """Let row i of each batch have the adapter names[i], None: the base alone."""
+    batch = Rows(state, _checked(state, names))
+    batch.enter()
+    try:
+        yield
+    finally:
+        batch.leave()
+
+
+@contextmanager
+def without_rows(state: State) -> Iterator[None]:
+    """The routers of a mixed batch, where there is one, do nothing while the block runs."""
+    # `State` knows it by its protocol only
+    batch: Rows | None = state.rows  # type: ignore[assignment]
+    if batch is None:
+        yield
+        return
+    batch.route(on=False)
+    try:
+        yield
+    finally:
+        batch.route(on=True)
+
+
+class Rows:
+    """A mixed batch: which adapter each row has, and how many rows the call in progress has."""
+
+    def __init__(self, state: State, names: tuple[str | None, ...]):
+        self.state, self.names = state, names
+        self.batch: int | None = None  # rows of the call in progress, once they are checked
+        self.group: tuple[int, ...] = tuple(range(len(names)))  # the rows that run now
+        self.generating = self.on = False
+        self.routes = {site: self._row_names(site) for site in state.sites.values()}
+        mixed_sites = [site for site, own in self.routes.items() if len(set(own)) > 1]
+        _check_sites(state, mixed_sites)
+        self.routers = {site: Router(self, site, self.routes[site]) for site in mixed_sites}
+
+    def _row_names(self, site: Site) -> tuple[str | None, ...]:
+        return tuple(name if name in site.parts else None for name in self.names)
+
+    @property
+    def acting(self) -> Collection[str]:
+        """The adapters that act in the next call of the model."""
+        return {name for name in self.names if name is not None} if self.on else ()
+
+    def enter(self) -> None:
+        model = self.state.model
+        axis = 0 if _batch_first(model) else 1
+        self._generate = model.__dict__.get("generate")
+        self._hooks = (
+            model.register_forward_pre_hook(
+                lambda module, args, kwargs: self._before(args, kwargs, axis), with_kwargs=True
+            ),
+            model.register_forward_hook(lambda *args: self._after(), always_call=True),
+        )
+        if callable(getattr(model, "generate", None)):
+            # nn.Module types its attributes as Tensor or Module
+            model.__dict__["generate"] = self._generator(model.generate)  # type: ignore[operator]
+        self.state.rows = self
+        self.route(on=True)
+
+    def leave(self) -> None:
+        model = self.state.model
+        self.route(on=False)
+        for site in self.routes:
+            site.select(self.state.active)
+        self.state.pad_encoders()
+        self.state.rows = None
+        for hook in self._hooks:
+            hook.remove()
+        if "generate" in model.__dict__:
+            del model.__dict__["generate"]
+        if self._generate is not None:
+            model.__dict__["generate"] = self._generate
+
+    def route(self, *, on: bool) -> None:
+        """Let each site act as its rows ask, or as the base."""
+        self.on = on
+        for site, names in self.routes.items():
+            router = self.routers.get(site) if on else None
+            uniform = names[0] if on and router is None else None
+            site.select({} if uniform is None else {uniform: 1.0})
+            site.router = router
+            if router is not None:
+                keep_unfused(site)
+        self.state.pad_encoders()
+
+    def _generator(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            """The model's own generate, for as many rows as there are names."""
+            if not self.on:
+                return generate(*args, **kwargs)
+            size = _batch_size(args, kwargs, 0)
+            if size is not None:
+                self._fits(size, multiples=False)
+            before = self.generating, self.batch
+            self.generating, self.batch = True, len(self.names)
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self.generating, self.batch = before
+
+        return run
+
+    def _before(self, args: Sequence[Any], kwargs: Mapping[str, Any], axis: int) -> None:
+        if not self.on:
+            return
+        self._not_training()
+        size = _batch_size(args, kwargs, axis)
+        if size is None:
+            return
+        self._fits(size, multiples=self.generating)
+        self.batch = size
+
+    def _after(self) -> None:
+        self.batch = len(self.names) if self.generating else None
+
+    def _fits(self, size: int, *, multiples: bool) -> None:
+        count = len(self.names)
+        if size != count and not (multiples and size and size % count == 0):
+            raise Refused(
+                f"{count} names for a batch of {size} rows",
+                expected="one name for each row, None for the base",
+                where="rows",
+                hint="give as many names as the batch has rows; generate repeats them for beams",
+            )
+
+    def _not_training(self) -> None:
+        if not torch.is_grad_enabled():
+            return
+        trained = [
+            name
+            for name in dict.fromkeys(self.names)
+            if name in self.state.active and self.state.adapters[name].trainable
+        ]
+        if self.state.model.training or trained:
+            raise Refused(
+                "the model is in training mode"
+                if self.state.model.training
+                else f"{', '.join(map(shown, trained))} active and trainable, with gradients",
+                expected="inference: rows have no gradients of their adapters",
+                where="rows",
+                hint="call model.eval() and use torch.no_grad(), or train with activate",
+            )
+
+    @contextmanager
+    def narrowed(self, rows: Sequence[int], index: Tensor, size: int) -> Iterator[None]:
+        """Some of the rows run: these of the group, at `index` of a module's `size` inputs."""
+        before, invocations = (self.group, self.batch), self.state.invocations
+        if self.batch is not None:
+            self.batch = self.batch // len(self.group) * len(rows)
+        self.group = tuple(self.group[row] for row in rows)
+        shape = (0, 0) if invocations is None else invocations.shape
+        fits = size in (shape[0], shape[0] * shape[1])
+        try:
+            with invocations.narrowed(index, size) if invocations and fits else nullcontext():
+                yield
+        finally:
+            self.group, self.batch = before
+
+    def check(self, site: Site, x: Tensor, axis: int) -> None:
+        """`Refused` where this input of a module does not consist of the batch's rows, in their
+        order."""
+        size, batch = x.shape[axis], self.batch or len(self.group)
+        # (rows * tokens, hidden), as routers of experts get it, or (rows * windows, tokens, hidden)
+        flat = self.batch is not None and size and size % batch == 0 and axis == 0
+        sequence_first = x.ndim > 2 and x.shape[1] == batch
+        table = isinstance(site.host, nn.Embedding)
+        if (size != batch and (not flat or sequence_first or table)) or (table and x.ndim < 2):
+            raise Refused(
+                f"input {tuple(x.shape)} of {shown(site.path)} in a batch of {batch} rows",
+                expected=f"{batch} rows on axis {axis}",
+                where="rows",
+                hint="exclude this module from the adapters, or run them one at a time",
+            )
+
+
+class Router:
+    """What a site does for the rows of a mixed batch."""
+
+    def __init__(self, batch: Rows, site: Site, names: tuple[str | None, ...]):
+        self.batch, self.names = batch, names
+        self.axis = _axis(batch.state, site.path)
+        self._linear: LinearRows | None = None
+        self._is_linear: bool | None = None
+
+    def __call__(self, site: Site, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if self._is_linear is None:
+            self._linear = linear_rows(site, self.names)
+            self._is_linear = self._linear is not None
+        x = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(site.host, nn.Embedding) and x.ndim == 2 and x.shape[0] == 1:
+            # positions that all rows share
+            x = x.expand(self.batch.batch or len(self.batch.group), -1)
+            args = (x, *args[1:])
+        self.batch.check(site, x, self.axis)
+        if self._linear is None or len(self.batch.group) < len(self.names):
+            names = [self.names[row] for row in self.batch.group]
+            return run_groups(site, names, self.axis, args, kwargs, self.batch.narrowed)
+        y = site.base(*args, **kwargs)
+        if self.axis == 0:
+            return self._linear(y, x)
+        return self._linear(y.transpose(0, 1), x.transpose(0, 1)).transpose(0, 1)
+
+
+def _checked(state: State, names: Iterable[str | None]) -> tuple[str | None, ...]:
+    """The names of the rows; `Refused` for what is no list of them, and where rows cannot be."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise Refused(
+            f"names {names!r}", expected="a list: one name for each row, or None", where="rows"
+        )
+    table = tuple(names)
+    errors = Problems(where="rows")
+    if not table:
+        errors.add("no names", "one name for each row")
+    if state.rows is not None:
+        errors.add("rows inside rows", "one mixed batch at a time", "leave the other one first")
+    errors.raise_all()
+    state.own_weights("rows")
+    adapters = [name for name in dict.fromkeys(table) if name is not None]
+    state.provide(adapters, beside_active=True)
+    sites = {id(site): site for name in adapters for site in state.adapters[name].sites.values()}
+    Problems(state.guard.hosts.problems(sites.values(), "rows")).raise_all()
+    return table
+
+
+def _check_sites(state: State, sites: Iterable[Site]) -> None:
+    """`Refused` for modules whose inputs are not the batch's rows in their order."""
+    wrong: dict[str, list[str]] = {}
+    model_type = getattr(getattr(state.model, "config", None), "model_type", None)
+    text = _text_paths(state)
+    for site in sites:
+        stacks = [p for parts in site.parts.values() for p in parts.values() if is_stack(p)]
+        if REGROUPED.search(site.path) or (stacks and not takes_indices(site.host)):
+            reason = "get the tokens that are routed to them, not the batch's rows"
+        elif TABLES.search(site.path):
+            reason = "are looked up by distance, not by row"
+        elif model_type in SEQUENCE_FIRST:
+            reason = "have their rows on another axis"
+        elif text is not None and not _below(site.path, text):
+            reason = "get images or sounds, of which a row may have none or several"
+        else:
+            continue
+        wrong.setdefault(reason, []).append(site.path)
+    Problems(
+        [
+            Refused(
+                f"modules that {reason}: {', '.join(map(shown, paths))}",
+                expected="modules that each row passes",
+                where="rows",
+                hint="run these adapters one at a time with activate",
+            )
+            for reason, paths in wrong.items()
+        ]
+    ).raise_all()
+
+
+def _text_paths(state: State) -> list[str] | None:
+    """The language model and its head in a model that puts images or sounds among the tokens;
+    None for another model."""
+    model, config = state.model, getattr(state.model, "config", None)
+    kinds = (
+        f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index")
+    )
+    if config is None or not any(getattr(config, name, None) is not None for name in kinds):
+        return None
+    # nn.Module types its attributes as Tensor or Module
+    inner = [model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings()]  # type: ignore[operator]
+    names = {id(module): path for path, module in state.modules.items()}
+    return [names[id(module)] for module in inner if module is not None and id(module) in names]
+
+
+def _below(path: str, roots: Iterable[str]) -> bool:
+    return any(not root or path == root or path.startswith(root + ".") for root in roots)
+
+
+def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any], axis: int) -> int | None:
+    """Rows of the first tensor among a call's arguments."""
+    named = [kwargs.get(name) for name in INPUTS]
+    others = [value for key, value in kwargs.items() if key not in (*INPUTS, *UNBATCHED)]
+    for value in (*args, *named, *others):
+        if isinstance(value, Tensor) and value.ndim > axis:
+            return value.shape[axis]
+    return None
+
+
+def _batch_first(module: nn.Module) -> bool:
+    """False for torch's own transformers whose inputs are (tokens, rows, ...)."""
+    inner = getattr(module, "self_attn", module)
+    layers = getattr(module, "layers", None)
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder) and layers:
+        inner = layers[0].self_attn
+    if not isinstance(module, nn.Transformer) and not isinstance(inner, nn.MultiheadAttention):
+        return True
+    return bool(inner.batch_first)
+
+
+def _axis(state: State, path: str) -> int:
+    """The axis of a module's inputs on which the rows are."""
+    while path:
+        if not _batch_first(state.modules[path]):
+            return 1
+        path = path.rpartition(".")[0]
+    return 0 if _batch_first(state.model) else 1

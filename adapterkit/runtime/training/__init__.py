@@ -1,0 +1,1 @@
+"""What training needs: optimizers, trainers' hooks, statistics."""

@@ -1,0 +1,203 @@
+"""Statistics of the layers of a live model: of what they see, and of their weights' gradients."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.adapters.resolve import Target
+from adapterkit.checkpoint.disk import storage_errors
+from adapterkit.errors import Failed, Problems, Refused, did_you_mean, listed
+from adapterkit.options import StrPath
+from adapterkit.runtime.load.writing import check_local, replace, writes
+from adapterkit.runtime.targets import resolve
+from adapterkit.statistics.gradients import Gradients
+from adapterkit.statistics.masks import Masks, Rule
+from adapterkit.statistics.sums import COMPONENTS, Sums
+from adapterkit.tasks.statistics import INPUT_KINDS, INPUTS, METADATA, key_of
+from adapterkit.tasks.statistics import KINDS as ALL_KINDS
+
+KINDS = ("linear", "conv1d")  # layers whose inputs are vectors
+GRADIENT = "gradient"
+WHAT = (*INPUTS, GRADIENT)
+COMPAT = {"peft": ("covariance", GRADIENT)}  # what has another arithmetic there
+
+
+def collect(
+    model: nn.Module,
+    run_model: Callable[[], object],
+    *,
+    what: str | Sequence[str] = "covariance",
+    targets: str | Sequence[str] | None = None,
+    compat: str | None = None,
+    mask: Rule | None = None,
+    components: int = COMPONENTS,
+    out: StrPath | None = None,
+) -> dict[str, Tensor]:
+    """Statistics `<module>.<kind>` of each linear layer while `run_model()` runs, float32 on the
+    CPU: what `attach(stats=)` and the `--stats` of the verbs take.
+
+    `what`, several with commas between: `covariance` E[x xᵀ] (in, in) of the layer's inputs; `mean`
+    E[x] (in,); `pca`, the principal directions of the centered inputs, `components` (k, in) with
+    `variances` (k,) and the total `variance` (1,), at most `components` of them; `gradient`
+    dLoss/dW (out, in), the mean over the backward passes that run_model() makes, without an
+    optimizer: each gradient is taken when it is computed, and freed. Sums are in float32 over
+    blocks, then in float64.
+
+    Inputs count where attention_mask and labels of the model's call say so (not 0, not -100).
+    `mask`, a function of the arguments of the model's forward by name, says it otherwise: flags
+    (batch, length), None for all, of an encoder-decoder a pair. Tokens are followed through the
+    model's operations, in whatever order a layer sees them; vectors of no token, as of an image,
+    count. Layers called outside of the model's own forward count all.
+
+    `targets`: as in LoraConfig, None for all linear layers. `out`: a safetensors file to write as
+    well, in which layers that always saw the same input have one set of statistics; the mapping has
+    a copy for each. Layers that saw nothing are left out. Active adapters act: leave them out with
+    `disabled()`. The model, its mode and its gradients are left as they were.
+
+    `compat="peft"`: a covariance is the mean over calls of x xᵀ / max(x)², of all tokens
+    (`preprocess_corda`, arXiv:2406.05223; one row at a time, `Failed` for a batch of several), and
+    gradients are divided by the calls of each layer (`preprocess_loraga`, arXiv:2407.05000).
+    `Refused` for targets that are no linear layers, or that have no gradient, before anything runs;
+    `Failed` for values that are not finite, and where it is not known which vectors count."""
+    if out is not None:
+        check_local(out, "collect")
+    kinds = _kinds(what, compat)
+    chosen = _targets(model, targets, GRADIENT in kinds)
+    inputs = [kind for kind in kinds if kind != GRADIENT]
+    sums = Sums(inputs, _count(components), normalize=compat is not None)
+    masks = Masks(model, mask or (None if compat is None else lambda arguments: None))
+    transposed = {target.path: target.kind == "conv1d" for target in chosen}
+    gradients = Gradients(model, transposed, per_call=compat is not None)
+    with ExitStack() as stack:
+        if inputs:
+            stack.enter_context(masks.watching())
+        for target in chosen if inputs else ():
+            watch = partial(_watch, sums, masks, target.path)
+            hook = target.module.register_forward_pre_hook(watch, with_kwargs=True)
+            stack.callback(hook.remove)
+        if GRADIENT in kinds:
+            stack.enter_context(gradients.watching())
+        run_model()
+    sums.settle()
+    _check_run(sums if inputs else None, gradients if GRADIENT in kinds else None, len(chosen))
+    tensors = dict(sums.statistics()) if inputs else {}
+    tensors |= {key_of(path, GRADIENT): value for path, value in gradients.means()}
+    if out is not None and writes():
+        vectors = max((total.vectors for total in sums.groups), default=0)
+        about = {"shared": sums.shared, "tokens": vectors, "what": kinds}
+        about |= {"model": type(model).__name__} | ({"compat": compat} if compat else {})
+        _write(out, tensors, about)
+    for module, owner in sums.shared.items():
+        for kind in INPUT_KINDS:
+            if (value := tensors.get(key_of(owner, kind))) is not None:
+                tensors[key_of(module, kind)] = value.clone()
+    keys = [key_of(target.path, kind) for target in chosen for kind in ALL_KINDS]
+    return {key: tensors[key] for key in keys if key in tensors}
+
+
+def _kinds(what: str | Sequence[str], compat: str | None) -> list[str]:
+    names = what.split(",") if isinstance(what, str) else list(what)
+    names = [name.strip() if isinstance(name, str) else repr(name) for name in names]
+    unknown = [name for name in names if name not in WHAT]
+    if unknown or not names:
+        raise Refused(
+            f"what={what!r}",
+            expected=", ".join(WHAT),
+            where="collect",
+            hint=did_you_mean(unknown, WHAT) or "name one or more of them",
+        )
+    if compat is None:
+        return names
+    others = [name for name in names if name not in COMPAT.get(compat, ())]
+    if others:
+        raise Refused(
+            f"compat={compat!r} of {', '.join(others)}",
+            expected="compat='peft', of covariance and gradient",
+            where="collect",
+            hint="collect the others by themselves, without compat",
+        )
+    return names
+
+
+def _count(components: int) -> int:
+    if isinstance(components, bool) or not isinstance(components, int) or components < 1:
+        raise Refused(
+            f"components={components!r}",
+            expected="a whole number above 0",
+            where="collect",
+            hint="give the number of principal directions of a layer",
+        )
+    return components
+
+
+def _targets(
+    model: nn.Module, targets: str | Sequence[str] | None, gradients: bool
+) -> list[Target]:
+    chosen = resolve(model, LoraConfig(targets="all-linear" if targets is None else targets))
+    others = [target.path for target in chosen if target.kind not in KINDS]
+    fixed = [t.path for t in chosen if gradients and t.path not in others and not _is_plain(t)]
+    errors = Problems()
+    if others or not chosen:
+        errors.add(
+            f"{listed(others)}: no linear layer" if others else "no layer",
+            "linear layers of the model",
+            "name others",
+            where="targets",
+        )
+    if fixed:
+        errors.add(
+            f"gradients of {listed(fixed)}: quantized, or on the meta device",
+            "weights of floats",
+            "load the base in bfloat16 or float32, or name other targets",
+            where="collect",
+        )
+    errors.raise_all()
+    return chosen
+
+
+def _is_plain(target: Target) -> bool:
+    """Whether a layer's weight gets gradients."""
+    weight = target.module._parameters.get("weight")
+    return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
+
+
+def _watch(
+    sums: Sums, masks: Masks, path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> None:
+    x = args[0] if args else next(iter(kwargs.values()))
+    sums.add(path, x.detach(), masks.of(path, x))
+
+
+def _check_run(sums: Sums | None, gradients: Gradients | None, layers: int) -> None:
+    """`Failed` for a run that gives nothing of one of both."""
+    errors = Problems(where="collect")
+    if sums is not None and not sums.by_module:
+        errors.add(
+            f"none of {layers} layers saw an input",
+            "run_model() runs the model",
+            "call the model itself in run_model",
+            kind=Failed,
+        )
+    if gradients is not None and not gradients.totals:
+        errors.add(
+            f"none of {layers} layers got a gradient",
+            "run_model() runs the model and calls backward() of its loss",
+            "model(**batch).loss.backward() for each batch, without an optimizer",
+            kind=Failed,
+        )
+    errors.raise_all()
+
+
+def _write(out: StrPath, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    path = Path(out)
+    metadata = {"format": "pt", METADATA: json.dumps(about)}
+    with storage_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace(path, lambda part: save_file(tensors, part, metadata))
