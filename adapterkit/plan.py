@@ -204,7 +204,7 @@ class Task(ABC):
 
     @property
     def prefers_card(self) -> bool:
-        """Whether it is so much arithmetic that a card is worth starting."""
+        """Whether it is so much arithmetic that a GPU is worth starting."""
         return False
 
     @property

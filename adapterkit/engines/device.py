@@ -24,7 +24,7 @@ PRECISIONS = [  # settings of torch by which products of float32 are made of sho
 def pick_device(name: str) -> torch.device:
     """torch's device for `cpu`, `cuda` or `cuda:i`; of `auto` the CPU: `chosen` looks at a plan.
 
-    `Refused` where there is no such device, or where the environment has the card round factors
+    `Refused` where there is no such device, or where the environment has the GPU round factors
     to TF32.
     """
     if name in ("auto", "cpu"):
@@ -52,8 +52,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def kind(device: torch.device) -> str:
-    """What the same plan's bits depend on: `cpu`, or `cuda` with the card's name and torch's
-    version. Cards, and versions of cuBLAS, sum in different orders."""
+    """What the same plan's bits depend on: `cpu`, or `cuda` with the GPU's name and torch's
+    version. GPUs, and versions of cuBLAS, sum in different orders."""
     if device.type == "cpu":
         return "cpu"
     return f"{device.type} {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
@@ -69,7 +69,7 @@ def arithmetic(device: torch.device) -> str:
 
 @contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """Products of float32 in float32 and, on a card, sums in the same order every time, whatever
+    """Products of float32 in float32 and, on a GPU, sums in the same order every time, whatever
     the caller or the environment has set; theirs again after. Settings of the whole process."""
     with _float32_products(), _repeatable_sums() if device.type == "cuda" else nullcontext():
         yield
@@ -114,7 +114,7 @@ def _repeatable_sums() -> Iterator[None]:
 
 
 class Streams:
-    """A stream of the card for each thread, so that copies and arithmetic of different threads
+    """A stream of the GPU for each thread, so that copies and arithmetic of different threads
     overlap; nothing on the CPU.
 
     What a thread's stream has been given is only done when the thread has waited for it: tensors

@@ -13,23 +13,23 @@ from adapterkit.errors import Refused
 from adapterkit.plan import Placement, Plan, Step, Task
 from adapterkit.tasks.rows import CUDA_ELEMENTS
 
-LEAST_FREE = 8 << 30  # bytes of a card's memory below which it is left to others
-GAIN, SECONDS = 0.5, 10.0  # of the disk's time, and in all: what a card has to save a merge
+LEAST_FREE = 8 << 30  # bytes of a GPU's memory below which it is left to others
+GAIN, SECONDS = 0.5, 10.0  # of the disk's time, and in all: what a GPU has to save a merge
 SECONDS_EACH = 1.5e-9  # of one core for a changed byte: read, converted, rounded, hashed
 FLOPS = 40e9  # of one core, in float32
-CARD_BUFFERS = 2  # of each worker, for pieces that are on their way
+GPU_BUFFERS = 2  # of each worker, for pieces that are on their way
 # bytes of a worker for each element of a chunk, twice in float64: two chunks that are under way, of
 # which one is measured
 CHUNK_BYTES = 60
-USABLE = 0.8  # of a card's free memory: the rest is the allocator's and the libraries'
+USABLE = 0.8  # of a GPU's free memory: the rest is the allocator's and the libraries'
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a machine has: cores, bytes a second of its disk, free bytes on its card (0: none)."""
+    """What a machine has: cores, bytes a second of its disk, free bytes on its GPU (0: none)."""
 
     cores: int
-    card: int = 0
+    gpu: int = 0
     disk: float = 2e9
 
 
@@ -55,13 +55,13 @@ def _has_use(plan: Plan) -> bool:
 
 
 def prefers_card(plan: Plan, capacity: Capacity) -> bool:
-    """Whether a plan is better off on a card: with tasks that are much arithmetic; else where the
+    """Whether a plan is better off on a GPU: with tasks that are much arithmetic; else where the
     arithmetic would take half as long again as the disk, and ten seconds longer."""
     tasks = tasks_of(plan)
-    if capacity.card < LEAST_FREE:
+    if capacity.gpu < LEAST_FREE:
         return False
     if any(task.prefers_card for task in tasks):
-        return max(task.memory for task in tasks) <= USABLE * capacity.card
+        return max(task.memory for task in tasks) <= USABLE * capacity.gpu
     totals = plan.totals()
     disk = (totals["bytes_read"] + totals["bytes_written"]) / capacity.disk
     flops = sum(edit.flops for step in _changed(plan) for edit in step.edits)
@@ -78,7 +78,7 @@ def _changed(plan: Plan) -> list[Step]:
 
 
 def device_totals(plan: Plan, workers: int) -> dict[str, int]:
-    """The most bytes of the card's memory that the plan takes, and of page-locked memory of this
+    """The most bytes of the GPU's memory that the plan takes, and of page-locked memory of this
     machine."""
     steps = _changed(plan)
     streamed = workers * worker_memory(steps) + plan.factors_memory(steps) if steps else 0
@@ -86,7 +86,7 @@ def device_totals(plan: Plan, workers: int) -> dict[str, int]:
     elements = max((math.prod(step.shape) for step in steps), default=0)
     width = max(widths, default=1)
     chunk, piece = (width * min(n * CUDA_ELEMENTS, elements) for n in (1, SPAN))
-    pinned = workers * (2 * chunk + CARD_BUFFERS * max(piece, RUN))
+    pinned = workers * (2 * chunk + GPU_BUFFERS * max(piece, RUN))
     any_streamed = not all(shard.tasks for shard in plan.shards)
     return {
         "device_memory": max(streamed, plan.tasks_memory()),
@@ -95,7 +95,7 @@ def device_totals(plan: Plan, workers: int) -> dict[str, int]:
 
 
 def worker_memory(steps: list[Step]) -> int:
-    """Bytes on the card for the chunks of one worker."""
+    """Bytes on the GPU for the chunks of one worker."""
     return max(
         ((CHUNK_BYTES << step.wide) * min(CUDA_ELEMENTS, math.prod(step.shape)) for step in steps),
         default=0,
@@ -103,7 +103,7 @@ def worker_memory(steps: list[Step]) -> int:
 
 
 def fitting(plan: Plan, workers: int, free: int) -> tuple[int, int]:
-    """How many of the workers a card with that many free bytes has room for, at least one, and the
+    """How many of the workers a GPU with that many free bytes has room for, at least one, and the
     bytes for tasks together."""
     steps, usable = _changed(plan), int(USABLE * free)
     each, room = worker_memory(steps), usable - plan.factors_memory(steps)

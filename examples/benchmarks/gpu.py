@@ -1,4 +1,4 @@
-"""The hour of a CUDA card: is what it computes right, the same every time, and what does it gain?
+"""The hour of a GPU: is what it computes right, the same every time, and what does it gain?
 
     python examples/benchmarks/gpu.py --json gpu.json               all steps, 16 GB, 40 minutes
     python examples/benchmarks/gpu.py --steps facts,right,races
@@ -6,7 +6,7 @@
 
 Data are made in --work, which should be a memory file system. JSON is written after each step, so
 that an interrupted hour keeps what it has; a step that fails is named and the next one begins. On a
-machine without a card it says so and exits with status 2.
+machine without a GPU it says so and exits with status 2.
 
 | step | what | expected |
 |---|---|---|
@@ -43,7 +43,7 @@ class Settings:
     small: bool  # sizes that a CPU does in seconds: to see that the steps run
 
     @property
-    def on_card(self) -> bool:
+    def on_gpu(self) -> bool:
         return self.device != "cpu"
 
     def pick(self, large, small):
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 def device_name(settings: Settings) -> str:
     import torch
 
-    return torch.cuda.get_device_name(settings.device) if settings.on_card else "cpu"
+    return torch.cuda.get_device_name(settings.device) if settings.on_gpu else "cpu"
 
 
 def run_step(name: str, settings: Settings) -> dict:

@@ -218,7 +218,7 @@ def late_streams(settings: "Settings") -> Iterator[None]:
     real = reader.LocalReader.tensor
 
     def tensor(inputs, spec) -> Tensor:
-        if settings.on_card:
+        if settings.on_gpu:
             torch.cuda._sleep(LATE)  # of torch's own tests of streams
         return real(inputs, spec)
 
@@ -295,12 +295,12 @@ def stopped_and_resumed(settings: "Settings", base: Path, adapter: Path, sign: i
 
 
 def limits(settings: "Settings") -> dict:
-    """A card that is nearly full, an interrupt, a resume on the other kind of device."""
+    """A GPU that is nearly full, an interrupt, a resume on the other kind of device."""
     base, adapter = checkpoint(settings, settings.pick(2.0, 0.02), 16)
     result: dict[str, Any] = {
         "interrupted_and_resumed": stopped_and_resumed(settings, base, adapter, signal.SIGINT)
     }
-    if settings.on_card:
+    if settings.on_gpu:
         out = settings.work / "capped"
         argv = [str(base), str(adapter), str(out), settings.device, "0.001"]
         done = subprocess.run(

@@ -48,20 +48,20 @@ def facts(settings: "Settings") -> dict:
         "sha256_a_core": sha256_rate(settings.pick(1 << 30, 1 << 22)),
         "disk": {n: disk_rates(settings, n) for n in settings.pick((1, 4, 16), (1, 2))},
     }  # fmt: skip
-    if settings.on_card and shutil.which("nvidia-smi"):
+    if settings.on_gpu and shutil.which("nvidia-smi"):
         argv = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
         done = subprocess.run(argv, capture_output=True, text=True)
-        result["card"] = dict(zip(QUERY.split(","), done.stdout.strip().split(", "), strict=False))
-    if settings.on_card:
+        result["gpu"] = dict(zip(QUERY.split(","), done.stdout.strip().split(", "), strict=False))
+    if settings.on_gpu:
         for pinned in (True, False):
             result["pinned" if pinned else "pageable"] = copy_rates(settings.device, pinned)
     return result
 
 
 def copy_rates(device: str, pinned: bool, size: int = 1 << 28, times: int = 8) -> dict[str, float]:
-    """GB/s to the card, back, and the sum of both at once."""
+    """GB/s to the GPU, back, and the sum of both at once."""
     host = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
-    card = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    gpu = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
     streams = [torch.cuda.Stream(device) for _ in range(2)]
 
     def copy(which: Iterable[int]) -> float:
@@ -69,13 +69,13 @@ def copy_rates(device: str, pinned: bool, size: int = 1 << 28, times: int = 8) -
         began = time.perf_counter()
         for _ in range(times):
             for way in which:
-                to, source = (card, host) if way == 0 else (host, card)
+                to, source = (gpu, host) if way == 0 else (host, gpu)
                 with torch.cuda.stream(streams[way]):
                     to[way].copy_(source[way], non_blocking=True)
         torch.cuda.synchronize(device)
         return times * size * len(list(which)) / (time.perf_counter() - began) / common.GB
 
-    ways = {"to_card": [0], "to_host": [1], "both": [0, 1]}
+    ways = {"to_gpu": [0], "to_host": [1], "both": [0, 1]}
     for which in ways.values():
         copy(which)  # pages are touched once
     return {name: round(copy(which), 2) for name, which in ways.items()}
@@ -123,7 +123,7 @@ def disk_rates(settings: "Settings", threads: int) -> dict[str, float]:
 
 
 def speed(settings: "Settings") -> dict:
-    """GB/s of whole merges, imports paid; on one of them, what overlaps on the card."""
+    """GB/s of whole merges, imports paid; on one of them, what overlaps on the GPU."""
     counts = [n for n in (1, 2, 4, 8, 16) if n <= max(cores(), 2)]
     cases = [
         *({"shards": n, "hash": hash} for n in (4, 16) for hash in ("none", "sha256")),
@@ -165,9 +165,9 @@ def planned(settings: "Settings", base: Path, adapter: Path, device: str) -> tup
 
 
 def overlap_of_merge(settings: "Settings") -> dict[str, float]:
-    """Shares of a merge's time on the card: see `overlaps`."""
-    if not settings.on_card:
-        return overlaps({"kernel": [], "to_card": [], "to_host": []})
+    """Shares of a merge's time on the GPU: see `overlaps`."""
+    if not settings.on_gpu:
+        return overlaps({"kernel": [], "to_gpu": [], "to_host": []})
     from torch._C._autograd import DeviceType  # of the profiler's events
     from torch.profiler import ProfilerActivity, profile
 
@@ -176,10 +176,10 @@ def overlap_of_merge(settings: "Settings") -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         run(plan, out, local.local(settings.device), hash="none")
     shutil.rmtree(out)
-    intervals: dict[str, list[Interval]] = {"kernel": [], "to_card": [], "to_host": []}
+    intervals: dict[str, list[Interval]] = {"kernel": [], "to_gpu": [], "to_host": []}
     for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr] # after a run
         name = event.name()
-        kind = "to_card" if "HtoD" in name else "to_host" if "DtoH" in name else "kernel"
+        kind = "to_gpu" if "HtoD" in name else "to_host" if "DtoH" in name else "kernel"
         if event.device_type() == DeviceType.CUDA:
             intervals[kind].append((event.start_ns(), event.start_ns() + event.duration_ns()))
     return overlaps(intervals)
@@ -202,7 +202,7 @@ def overlaps(intervals: dict[str, list[Interval]]) -> dict[str, float]:
         kinds = {name for name, count in running.items() if count}
         spent["busy"] += (at - before) * bool(kinds)
         spent["two"] += (at - before) * (len(kinds) > 1)
-        spent["both_ways"] += (at - before) * ({"to_card", "to_host"} <= kinds)
+        spent["both_ways"] += (at - before) * ({"to_gpu", "to_host"} <= kinds)
         running[kind] += change
         before = at
     whole = edges[-1][0] - edges[0][0] if edges else 0.0
@@ -258,7 +258,7 @@ def compare(settings: "Settings", kernel: Callable[[Tensor], Tensor], w: Tensor)
                 began = time.perf_counter()
                 results.append(kernel(x).cpu())  # waits for a card
                 timed.append(time.perf_counter() - began)
-        seconds.append(timed[-1])  # the first one on a card starts its libraries
+        seconds.append(timed[-1])  # the first one on a GPU starts its libraries
     apart = float((results[0] - results[-1]).abs().max() / results[0].abs().max())
     return ratio(seconds) | {"apart": apart}
 
@@ -335,7 +335,7 @@ def compare_verb(settings: "Settings", call: Verb) -> dict:
 
 
 def runtime(settings: "Settings") -> dict:
-    """Training steps and a batch of rows of many adapters: seconds and peak memory on the card,
+    """Training steps and a batch of rows of many adapters: seconds and peak memory on the GPU,
     ours and PEFT's."""
     import peft
 
@@ -343,7 +343,7 @@ def runtime(settings: "Settings") -> dict:
     from adapterkit.runtime import attach, load
 
     methods = {"LoRA": (False, False), "DoRA": (True, False)}
-    if settings.on_card and find_spec("bitsandbytes"):
+    if settings.on_gpu and find_spec("bitsandbytes"):
         methods["QLoRA"] = (False, True)
     result: dict[str, Any] = {}
     for name, (dora, packed) in methods.items():
@@ -411,7 +411,7 @@ def packed_llama(settings: "Settings") -> Any:
 
 
 def train(settings: "Settings", model: Any) -> dict[str, float]:
-    """The median of steps, and the peak of the card's memory."""
+    """The median of steps, and the peak of the GPU's memory."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(0, 1000, settings.pick((8, 512), (1, 16)), device=settings.device)
@@ -422,15 +422,15 @@ def train(settings: "Settings", model: Any) -> dict[str, float]:
         optimizer.zero_grad()
 
     step()
-    if settings.on_card:
+    if settings.on_gpu:
         torch.cuda.reset_peak_memory_stats(settings.device)
     seconds = median(seconds_of(settings, step) for _ in range(settings.pick(7, 2)))
-    peak = torch.cuda.max_memory_allocated(settings.device) if settings.on_card else 0
+    peak = torch.cuda.max_memory_allocated(settings.device) if settings.on_gpu else 0
     return {"seconds": seconds, "peak": peak}
 
 
 def seconds_of(settings: "Settings", call: Callable[[], object]) -> float:
-    wait = (lambda: torch.cuda.synchronize(settings.device)) if settings.on_card else (lambda: None)
+    wait = (lambda: torch.cuda.synchronize(settings.device)) if settings.on_gpu else (lambda: None)
     wait()
     began = time.perf_counter()
     call()
@@ -453,7 +453,7 @@ def peers(settings: "Settings") -> dict:
             load_file(path, device=settings.device)
 
     found: dict[str, Callable[[], object]] = {"safetensors": safetensors}
-    if settings.on_card and find_spec("fastsafetensors"):
+    if settings.on_gpu and find_spec("fastsafetensors"):
         found["fastsafetensors"] = lambda: fastsafetensors(settings, files)
     size = sum(path.stat().st_size for path in files)
     common.warm(base)
@@ -464,7 +464,7 @@ def peers(settings: "Settings") -> dict:
 
 
 def fastsafetensors(settings: "Settings", files: list[Path]) -> None:
-    # a package of the card's machine
+    # a package of the GPU's machine
     from fastsafetensors import SafeTensorsFileLoader, SingleGroup  # type: ignore[import-not-found]
 
     loader = SafeTensorsFileLoader(SingleGroup(), torch.device(settings.device), nogds=True)

@@ -57,10 +57,10 @@ def test_steps_run_on_the_cpu(steps: str, tmp_path: Path):
 def test_overlaps_are_counted(scripts: None):
     overlaps = importlib.import_module("gpu_figures").overlaps
 
-    found = overlaps({"kernel": [(0, 4)], "to_card": [(2, 6), (5, 7)], "to_host": [(6, 8)]})
+    found = overlaps({"kernel": [(0, 4)], "to_gpu": [(2, 6), (5, 7)], "to_host": [(6, 8)]})
     # busy 0-8; two kinds 2-4 and 6-7; both ways 6-7
     assert found == {"busy": 1.0, "two": 0.375, "both_ways": 0.125}
-    gap = overlaps({"kernel": [(0, 1), (3, 4)], "to_card": [], "to_host": []})
+    gap = overlaps({"kernel": [(0, 1), (3, 4)], "to_gpu": [], "to_host": []})
     assert gap == {"busy": 0.5, "two": 0.0, "both_ways": 0.0}
 
 

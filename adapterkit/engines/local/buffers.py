@@ -39,18 +39,18 @@ class Scratch:
     """A worker's own memory: chunks' bytes as stored and, on the CPU, the numbers of one in float32
     or float64.
 
-    A card's worker reads the next chunk while one is on the card, so there it has two rooms for
-    bytes. One is read into again when the chunk that it held has come back from the card.
+    A GPU's worker reads the next chunk while one is on the GPU, so there it has two rooms for
+    bytes. One is read into again when the chunk that it held has come back from the GPU.
     """
 
     def __init__(self, device: torch.device):
-        on_card = device.type != "cpu"
-        self.device, self.ahead = device, int(on_card)  # chunks that may be on the card meanwhile
-        self.stored = [Buffer(pinned=on_card) for _ in range(1 + self.ahead)]
+        on_gpu = device.type != "cpu"
+        self.device, self.ahead = device, int(on_gpu)  # chunks that may be on the GPU meanwhile
+        self.stored = [Buffer(pinned=on_gpu) for _ in range(1 + self.ahead)]
         self.numbers: dict[torch.dtype, Tensor] = {}
 
     def floats(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """The chunk's numbers, on the device; its own memory on a card."""
+        """The chunk's numbers, on the device; its own memory on a GPU."""
         if self.ahead:
             # in this worker's stream, where all that follows waits for it; converted there
             return stored.to(self.device, non_blocking=True).to(dtype)

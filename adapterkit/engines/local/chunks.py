@@ -1,6 +1,6 @@
 """One chunk of a step: read, computed, copied to the host, measured, checked.
 
-On a card all of it is only begun: what it gives is there when the chunk has landed. Until then a
+On a GPU all of it is only begun: what it gives is there when the chunk has landed. Until then a
 worker reads and begins the next one.
 """
 
@@ -32,7 +32,7 @@ def read_chunk(descriptor: int, step: Step, chunk: Chunk, room: Buffer) -> Tenso
 
 @dataclass
 class ComputedChunk:
-    """A chunk whose arithmetic and copy have begun, as far as a card is concerned."""
+    """A chunk whose arithmetic and copy have begun, as far as a GPU is concerned."""
 
     chunk: Chunk
     values: Tensor  # in the dtype of the arithmetic, on the device
@@ -58,9 +58,11 @@ def compute_chunk(
     before = w.clone() if chunk.sampled and edits else None
     for edit in edits:
         edit.apply(w, chunk.first)
-    # on the device: a copy that converts would be one thread's work, and wait for the card
-    written = rounded(w, step, chunk.first * step.grid[1])
-    outgoing.copy_(written, non_blocking=True)
+    if w.device.type == "cpu" and step.draws is None:
+        written = outgoing.copy_(w)
+    else:  # rounded on the device: a copy that converts would make one thread wait for the GPU
+        written = rounded(w, step, chunk.first * step.grid[1])
+        outgoing.copy_(written, non_blocking=True)
     compared = None if before is None else (before, unrounded(w, before, edits, chunk.first))
     sums = chunk_sums(w, written, compared)
     if w.device.type != "cpu":

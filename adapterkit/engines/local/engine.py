@@ -6,7 +6,7 @@ change. Workers take the pieces of a few files in turn; each goes through its sp
 fit a core's cache: read, compute in float32 or float64, round once, write at the chunk's offset.
 Hashing follows in file order while the bytes are still in cache. Chunks are a pure function of the
 shapes, so the number of workers, and a resume in between, change no bit. On CUDA each worker has
-its own stream, so copies to and from the card and the arithmetic of different workers overlap.
+its own stream, so copies to and from the GPU and the arithmetic of different workers overlap.
 """
 
 import threading
@@ -114,8 +114,8 @@ class _ShardRun:
         )
         self.inputs = LocalReader(sources, device, handoffs=HandoffReader(stage))
         self.streams = Streams(device)
-        on_card = device.type != "cpu"
-        self.buffers = BufferPool((2 if on_card else 4) * workers, pinned=on_card)
+        on_gpu = device.type != "cpu"
+        self.buffers = BufferPool((2 if on_gpu else 4) * workers, pinned=on_gpu)
         self.stop = threading.Event()
         self.problem: BaseException | None = None
         self.open: list[OpenShard] = []

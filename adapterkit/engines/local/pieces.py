@@ -75,7 +75,7 @@ class _CopiedRun:
 @dataclass
 class OpenStep:
     """A step while its chunks are worked on: its edits are loaded by the first worker and freed
-    after the last chunk, when each worker has waited for what it had a card do with them."""
+    after the last chunk, when each worker has waited for what it had a GPU do with them."""
 
     step: Step
     remaining: int
