@@ -1,11 +1,10 @@
 """The runtime: train and run PyTorch models with adapters, beside the base and never inside it."""
 
-from adapterkit.runtime.handle import Adapters, attach, load
+from adapterkit.runtime.handle import Adapters, attach, create_arrow_model, load, load_arrow
 from adapterkit.runtime.quantized import register_quantized
-from adapterkit.runtime.routers.arrow_model import create_arrow_model, load_arrow
 from adapterkit.runtime.training.collection import collect
-from adapterkit.runtime.training.kbit import prepare_for_kbit_training
 from adapterkit.runtime.training.optimizers import LoraFA, Riemannian, loraplus
+from adapterkit.runtime.training.trainer import prepare_for_kbit_training
 
 __all__ = [
     "Adapters",

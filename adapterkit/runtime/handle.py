@@ -1,26 +1,32 @@
 """The handle on a model's adapters: train, run, combine and save them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.errors import Problems, Refused, shown
+from adapterkit.errors import Problems, Refused, did_you_mean, shown
 from adapterkit.options import Sources, StrPath, finite
-from adapterkit.runtime import combining, merging, swapping
-from adapterkit.runtime.conflicts import conflicts
+from adapterkit.runtime import arrow as arrows
+from adapterkit.runtime import merging, rows, swapping
 from adapterkit.runtime.load import creation, reading, writing
 from adapterkit.runtime.load.store import Store
+from adapterkit.runtime.merging import conflicts
 from adapterkit.runtime.report import Report, report
-from adapterkit.runtime.routers import arrow as arrows
-from adapterkit.runtime.rows import router as rows
 from adapterkit.runtime.state import State, named, weights
 from adapterkit.runtime.training import trainer
 from adapterkit.statistics.source import Stats
+from adapterkit.verbs.combine import combine as combine_files
 
+COMBINE_OPTIONS = (
+    "space", "rank", "energy", "density", "majority", "svd_clamp", "weight_for", "settings",
+    "dtype", "seed", "stats",
+)  # fmt: skip
 ATTRIBUTE = "_adapterkit"  # of a model that has a handle
 
 Names = str | Iterable[str] | Mapping[str, float] | None
@@ -191,7 +197,25 @@ class Adapters:
         """Add a combination of adapters, not active: the methods and options of
         `adapterkit.combine`."""
         self.state.own_weights("combine")
-        combining.combine(self.state, adapters, name, method, options)
+        self.state.unused(name)
+        table = weights(self.state, adapters)
+        unknown = sorted(set(options) - set(COMBINE_OPTIONS))
+        if unknown:
+            raise Refused(
+                f"combine takes no options {', '.join(map(shown, unknown))}",
+                expected=", ".join(COMBINE_OPTIONS),
+                where="combine",
+                hint=did_you_mean(unknown, COMBINE_OPTIONS) or "remove them",
+            )
+        with tempfile.TemporaryDirectory(prefix="adapterkit-") as folder:
+            sources = {}
+            for number, (adapter, weight) in enumerate(table.items()):
+                source = Path(folder, str(number))
+                writing.save(self.state, source, adapter, every_process=True)
+                sources[source] = weight
+            out = Path(folder, "combined")
+            combine_files(sources, out=out, method=method, hash="none", **options)
+            reading.load(self.state, out, name, trainable=False, dtype=None)
 
     def experts(self, arrow: str = "arrow") -> list[str]:
         """The names of a router's experts."""
@@ -325,9 +349,10 @@ def attach(
     that has adapters (use `adapters.attach`), before anything changes. Unlike PEFT, the model is
     not wrapped and none of its names change.
     """
-    adapters = _handle(model)
-    try:
-        adapters.attach(
+    return _first(
+        model,
+        name,
+        lambda adapters: adapters.attach(
             config,
             name=name,
             seed=seed,
@@ -335,12 +360,8 @@ def attach(
             ephemeral_gpu_offload=ephemeral_gpu_offload,
             stats=stats,
             strict=strict,
-        )
-    except BaseException:
-        adapters.detach()
-        raise
-    adapters.activate(name)
-    return adapters
+        ),
+    )
 
 
 def load(
@@ -360,24 +381,90 @@ def load(
     that `swap` is to bring. `strict`: what does nothing in the model's first call is an error, not
     a warning. `Refused` with all that does not fit the model, before anything changes.
     """
-    adapters = _handle(model)
-    try:
-        adapters.load(
+    return _first(
+        model,
+        name,
+        lambda adapters: adapters.load(
             source,
             name=name,
             trainable=trainable,
             dtype=dtype,
             ephemeral_gpu_offload=ephemeral_gpu_offload,
             pad_rank=pad_rank,
-        )
-    except BaseException:
-        adapters.detach()
-        raise
-    adapters.activate(name)
+            strict=strict,
+        ),
+    )
+
+
+def load_arrow(
+    model: nn.Module,
+    folder: StrPath,
+    *,
+    name: str = "arrow",
+    top_k: int | None = None,
+    temperature: float | None = None,
+) -> Adapters:
+    """Load the router that `adapterkit arrow` wrote: y + Σ_e coefficient_e·scale_e·b_e·a_e·x.
+
+    For each token, e are the `top_k` experts with the largest |x·prototype_e|, x not normalized,
+    and the coefficients their softmax at `temperature` (None: as stored); arXiv:2405.11157. Active,
+    or beside what is active where the model has adapters already. Factors are float32 or wider.
+    `Refused` before anything changes. PEFT cannot load a router that it saved.
+    """
+    return _with(
+        model,
+        name,
+        lambda state: arrows.load(state, folder, name, top_k=top_k, temperature=temperature),
+    )
+
+
+def create_arrow_model(
+    model: nn.Module,
+    sources: Sources,
+    *,
+    general: Sources = (),
+    top_k: int | None = 3,
+    temperature: float = 1.0,
+    compat: str | None = None,
+    seed: int | None = None,
+    name: str = "arrow",
+) -> Adapters:
+    """Route between adapters, each of them an expert: `adapterkit.arrow`, then `load_arrow`.
+
+    `sources`, `general`: folders, Hub ids, or names of adapters that the model has. `general` ones
+    are subtracted from each expert (GenKnowSub): exactly, where PEFT subtracts means of factors.
+    `compat="peft"`: PEFT's prototypes and subtraction, from `seed`. `top_k` None: 3, or all experts
+    where they are fewer. `Refused` before anything changes.
+    """
+    return _with(
+        model,
+        name,
+        lambda state: arrows.create(
+            state,
+            sources,
+            name,
+            general=general,
+            top_k=top_k,
+            temperature=temperature,
+            compat=compat,
+            seed=seed,
+        ),
+    )
+
+
+def _with(model: nn.Module, name: str, add: Callable[[State], None]) -> Adapters:
+    """The handle of a model with a further adapter; without others that one is active."""
+    adapters = getattr(model, ATTRIBUTE, None)
+    if adapters is None:
+        return _first(model, name, lambda adapters: add(adapters.state))
+    adapters.state.outside_rows("load_arrow")
+    adapters.state.own_weights("load_arrow")
+    add(adapters.state)
     return adapters
 
 
-def _handle(model: nn.Module) -> Adapters:
+def _first(model: nn.Module, name: str, add: Callable[[Adapters], None]) -> Adapters:
+    """The new handle of a model with its first adapter, active."""
     if hasattr(model, ATTRIBUTE):
         raise Refused(
             f"{type(model).__name__} has adapters already",
@@ -387,4 +474,10 @@ def _handle(model: nn.Module) -> Adapters:
         )
     adapters = Adapters(model)
     object.__setattr__(model, ATTRIBUTE, adapters)
+    try:
+        add(adapters)
+    except BaseException:
+        adapters.detach()
+        raise
+    adapters.activate(name)
     return adapters

@@ -2,17 +2,17 @@
 kept, so that unmerging is exact."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit.errors import Problems, Refused, listed, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.planning.outputs.untying import SWITCH, has_other_effects
-from adapterkit.runtime.conflicts import conflicts
 from adapterkit.runtime.quantized import (
     exchange,
     quantization_of,
@@ -20,7 +20,7 @@ from adapterkit.runtime.quantized import (
     tensors_of,
     weight_of,
 )
-from adapterkit.runtime.site import Site, owner
+from adapterkit.runtime.site import Part, Site, owner
 from adapterkit.runtime.state import State
 
 
@@ -236,3 +236,46 @@ def _untie(model: nn.Module, done: ReplacedWeights) -> None:
     if config is not None and getattr(config, SWITCH, False):
         done.tied = getattr(config, SWITCH)
         setattr(config, SWITCH, False)
+
+
+def conflicts(state: State, names: Iterable[str], where: str) -> list[AdapterkitError]:
+    """Refusals of adapters that give different values to the same parameters."""
+    names = list(dict.fromkeys(names))
+    errors = Problems(where=where, hint="use one of them at a time")
+    expected = "one adapter for each trained value"
+    trained = [name for name in names if state.adapters[name].config.bias != "none"]
+    if len(trained) > 1:
+        errors.add(f"{', '.join(map(shown, trained))} have trained biases", expected)
+    clashes: dict[tuple[str, str, str], list[str]] = {}
+    for path, parts in _special(state, names).items():
+        for part, other in combinations(parts, 2):
+            reason = part.adapter != other.adapter and (part.clash(other) or other.clash(part))
+            if reason:
+                clashes.setdefault((part.adapter, other.adapter, reason), []).append(path)
+        for part in parts:
+            if part.role == "copy":
+                for other, inner in _inside(state, names, path, part):
+                    reason = f"a trained copy of {shown(path)}, and the other one adapts"
+                    clashes.setdefault((part.adapter, other, reason), []).append(inner)
+    for (first, second, reason), paths in clashes.items():
+        errors.add(f"{shown(first)} and {shown(second)} have {reason}: {listed(paths)}", expected)
+    return errors
+
+
+def _special(state: State, names: list[str]) -> dict[str, list[Part]]:
+    """By module the parts of these adapters that do more than add to the module's output."""
+    special: dict[str, list[Part]] = {}
+    for name in names:
+        for site, part in state.adapters[name].parts():
+            if not part.role.startswith("delta"):
+                special.setdefault(site.path, []).append(part)
+    return special
+
+
+def _inside(state: State, names: list[str], path: str, copy: Part) -> Iterable[tuple[str, str]]:
+    """The adapters other than the copy's with parts inside a module, and where."""
+    for name in names:
+        if name != copy.adapter:
+            for inner in state.adapters[name].sites:
+                if inner.startswith(f"{path}."):
+                    yield name, inner

@@ -162,7 +162,7 @@ def restored(folder, rank):
 def referenced(rank):
     """How far the reference of sharded parameters is from the model as it was, and what is trained
     from what it was before the call."""
-    from adapterkit.runtime.training.reference import Reference, values_of
+    from adapterkit.runtime.training.trainer import Reference, values_of
 
     h = make("lora")
     parts = [part for _, part in h.state.adapters["default"].parts()]

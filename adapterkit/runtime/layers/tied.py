@@ -8,7 +8,7 @@ from torch import nn
 
 from adapterkit.runtime.layers.embedding import EmbeddingPart
 from adapterkit.runtime.layers.linear import LinearPart
-from adapterkit.runtime.memo import Memo
+from adapterkit.runtime.parts.memo import Memo
 from adapterkit.runtime.site import Part
 
 

@@ -21,13 +21,20 @@ from adapterkit.runtime.load.initial_values import (
     start,
     statistics_for,
 )
-from adapterkit.runtime.load.new_values import new_values
 from adapterkit.runtime.parts import dora
+from adapterkit.runtime.parts.copies import biases, copies, mirrors, parameter_of, value_parts
+from adapterkit.runtime.parts.tokens import own_rows, token_parts
 from adapterkit.runtime.quantized import stored
 from adapterkit.runtime.replication import replicate, replicating
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import Attached, State
-from adapterkit.runtime.targets import resolve
+from adapterkit.runtime.targets import (
+    input_embedding,
+    own_modules,
+    resolve,
+    resolve_saved,
+    resolve_tokens,
+)
 from adapterkit.statistics.source import Stats
 
 
@@ -161,3 +168,51 @@ def home(host: nn.Module) -> torch.device:
     hook = vars(host).get("_hf_hook")
     devices = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", [hook])]
     return torch.device(next((device for device in devices if device is not None), "cpu"))
+
+
+def new_values(
+    state: State,
+    config: LoraConfig,
+    adapter: str,
+    targets: Sequence[str],  # modules that get factors
+    dtype: torch.dtype | None,  # of biases and rows; None: the base's
+) -> list[tuple[str, Part]]:
+    """The parts that a config asks for besides factors; `Refused` for values that the base, on the
+    meta device, has not yet."""
+    saved = resolve_saved(state.model, config)
+    modules, embedding = own_modules(state.model), None
+    rows = resolve_tokens(state.model, config)
+    if rows:
+        embedding = input_embedding(state.model, modules)
+        rows = own_rows(modules, rows, embedding, config.tie)
+    names = []
+    if config.bias != "none":
+        names = biases(state.modules, None if config.bias == "all" else targets)
+        names = [name for name in names if not any(name.startswith(f"{x}.") for x in saved)]
+    values = {name: parameter_of(state.modules, name) for name in names}
+    weights = {path: parameter_of(modules, f"{path}.weight") for path in rows}
+    tensors: dict[str, Tensor | None] = {**values, **weights}
+    tensors |= {path: t for path in saved for t in state.modules[path].state_dict().values()}
+    missing = [name for name, tensor in tensors.items() if tensor is None or tensor.is_meta]
+    if missing:
+        raise Refused(
+            f"{listed(missing)} on the meta device",
+            expected="values, with which those of the adapter start",
+            where="attach",
+            hint="load the base's weights first",
+        )
+
+    def start(tensor: Tensor | None) -> Tensor:
+        assert tensor is not None
+        return tensor.detach().to(dtype, copy=True)
+
+    parts: list[tuple[str, Part]] = [*copies(state.modules, saved, adapter, config.tie)]
+    parts += mirrors(state.modules, parts)
+    starts = {name: start(value) for name, value in values.items()}
+    parts += value_parts(state.modules, adapter, starts, trained=True, copied=saved)
+    first = {
+        path: (indices, start(weight[list(indices)]))
+        for path, indices in rows.items()
+        if (weight := weights[path]) is not None
+    }
+    return parts + token_parts(state.model, modules, adapter, first, embedding)

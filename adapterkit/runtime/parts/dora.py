@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from adapterkit.runtime.memo import Memo
+from adapterkit.runtime.parts.memo import Memo
 from adapterkit.runtime.quantized import is_readable, stored, weight_of
 
 BLOCK = 2**24  # values that are widened to float32 at a time

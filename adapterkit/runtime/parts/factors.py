@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterkit.adapters.keys import part_keys
-from adapterkit.runtime.memo import Memo
 from adapterkit.runtime.parts import dora
+from adapterkit.runtime.parts.memo import Memo
 from adapterkit.runtime.quantized import stored, unmergeable
 from adapterkit.runtime.site import Part, Site, Values
 

@@ -1,19 +1,24 @@
 """transformers' Trainer on a model with adapters: checkpoints hold the adapters, not the base."""
 
+import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.options import StrPath
 from adapterkit.runtime.guard import OWNER
 from adapterkit.runtime.load import reading, writing
 from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.quantized import quantization_of
+from adapterkit.runtime.sharding import is_sharded, spread, whole
+from adapterkit.runtime.site import CHILD, Part, Site, owner
 from adapterkit.runtime.state import State
-from adapterkit.runtime.training import reference
 
 ARGUMENTS = "training_args.bin"  # transformers' name
 
@@ -28,9 +33,9 @@ def trainer(state: State, cls: type) -> type:
             model = kwargs.get("model", args[0] if args else None)
             _check_model(state, model)
             settings = (each for each in (*args, *kwargs.values()) if hasattr(each, "output_dir"))
-            reference.check(state, cls, next(settings, None))
+            check_reference(state, cls, next(settings, None))
             parts = [p for name in trained(state) for _, p in state.adapters[name].parts()]
-            with _accepted(state.model), reference.in_place_of_loaded(model, cls, parts):
+            with _accepted(state.model), in_place_of_loaded(model, cls, parts):
                 super().__init__(*args, **kwargs)
             if getattr(self.args, "disable_dropout", False):  # TRL's: PEFT's dropout is a module
                 for part in parts:
@@ -194,3 +199,180 @@ def _accepted(model: Any) -> Iterator[None]:
         delattr(model, name)
         if before is not None:
             setattr(model, name, before)
+
+
+LOADER = "create_model_from_path"  # TRL's, by which its trainers load a reference
+HEAD = "add_fused_lm_head"  # TRL's, of trainers that multiply by the head's weight themselves
+
+Values = list[tuple[Part, str, Tensor]]  # names of parameters and buffers in parts
+
+
+class Reference(nn.Module):
+    """A model with what its adapters were: calls run the model with those values.
+
+    It has no parameters. TRL changes the forward of what it takes for a model of its own: that of
+    the model itself, which it has changed as well, is run."""
+
+    def __init__(self, model: nn.Module, values: Values):
+        super().__init__()
+        # in a tuple: a child would have the model's parameters
+        self._policy = (model,)
+        self._values = [(part, name, value.clone()) for part, name, value in values]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._as_it_was():
+            return self._policy[0](*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_policy":  # before there is one
+            raise AttributeError(name)
+        return getattr(self._policy[0], name)
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """The versions of the parameters stay, which backward compares."""
+        # by name: FSDP2 puts other parameters into the parts
+        before = [(_tensor(part, name), value) for part, name, value in self._values]
+        present = [_exchange(now, value) for now, value in before]
+        try:
+            yield
+        finally:
+            for (now, _), value in zip(before, present, strict=True):
+                _exchange(now, value)
+
+
+def values_of(parts: list[Part]) -> Values:
+    """What parts have now; no copies."""
+    return [
+        (part, name, value.data)
+        for part in parts
+        for name, value in (*part.named_parameters(), *part.named_buffers())
+    ]
+
+
+def _tensor(part: Part, name: str) -> Tensor:
+    return getattr(*owner(part, name))
+
+
+def _exchange(tensor: Tensor, value: Tensor) -> Tensor:
+    """Give a tensor a whole value, and return what it had."""
+    if is_sharded(tensor):
+        own: Tensor = whole(tensor.detach()).clone()
+        new: Any = spread(value.to(tensor.device), tensor)
+        # in place: FSDP2 gathers from memory of its own
+        tensor.to_local().data.copy_(new.to_local())
+        return own
+    own, tensor.data = tensor.data, value.to(tensor.device)
+    return own
+
+
+@contextmanager
+def in_place_of_loaded(model: Any, cls: type, parts: list[Part]) -> Iterator[None]:
+    """While a trainer of TRL is made, the reference that it would load is the model itself, as its
+    adapters are now."""
+    values = values_of(parts)
+    own_path = getattr(getattr(model, "config", None), "_name_or_path", "")
+    loaders = [(vars(module), vars(module)[LOADER]) for module in _modules(cls, LOADER)]
+    for table, load in loaders:
+        table[LOADER] = lambda path, load=load, **settings: (
+            Reference(model, values) if path == own_path else load(path, **settings)
+        )
+    try:
+        yield
+    finally:
+        for table, load in loaders:
+            table[LOADER] = load
+        for part, name, value in values:  # TRL casts what is trained on quantized bases
+            tensor = _tensor(part, name)
+            if tensor.dtype != value.dtype:
+                tensor.data = value
+
+
+def check_reference(state: State, cls: type, arguments: Any) -> None:
+    """`Refused` for settings with which a trainer of TRL would pass the adapters over."""
+    errors = Problems(where="trainer")
+    if getattr(arguments, "use_vllm", False):
+        errors.add(
+            "use_vllm: TRL sends vLLM the base's weights alone",
+            "generation by the model",
+            "remove use_vllm",
+        )
+    if getattr(arguments, "sync_ref_model", False):
+        errors.add(
+            "sync_ref_model: the reference is the model with the adapters as they were",
+            "a reference that stays",
+            "remove sync_ref_model, or give ref_model= another model",
+        )
+    if _modules(cls, HEAD) and _acts_on_head(state):
+        errors.add(
+            f"adapters on the head, whose weight {cls.__name__} multiplies by itself",
+            "adapters on other modules: those on the head would do nothing",
+            "exclude the head from targets, modules_to_save and tied trainable_tokens",
+        )
+    errors.raise_all()
+
+
+def _modules(cls: type, name: str) -> list[Any]:
+    """The modules of a trainer's class, and of those that it derives from, that use a function of
+    TRL."""
+    modules = dict.fromkeys(sys.modules.get(each.__module__) for each in inspect.getmro(cls))
+    return [module for module in modules if name in vars(module or object)]
+
+
+def _acts_on_head(state: State) -> bool:
+    ask: Any = getattr(state.model, "get_output_embeddings", None)
+    head = None if ask is None else ask()
+    site = None if head is None else head._modules.get(CHILD)
+    return isinstance(site, Site) and any(name in site.parts for name in state.active)
+
+
+BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
+
+
+def prepare_for_kbit_training(
+    model: nn.Module,
+    *,
+    gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Make a base ready for QLoRA (arXiv:2305.14314), in place: parameters are frozen, those in 16
+    bits become float32, and, where layers are quantized, checkpoints save memory.
+
+    Layers of bitsandbytes cast what they are given, and those of other tools do not: with these
+    all parameters keep their dtype. Adapters that are there already stay as they are. `Refused` for
+    a model that has no checkpointing. Unlike PEFT's prepare_model_for_kbit_training, checkpoints
+    are not reentrant unless the keywords say so."""
+    layers = [known for known in map(quantization_of, model.modules()) if known is not None]
+    transformer: Any = model
+    # its name before transformers 5.24
+    old = getattr(model, "gradient_checkpointing_enable", None)
+    enable = getattr(model, "activation_checkpointing_enable", old)
+    is_able = enable is not None and transformer.supports_gradient_checkpointing
+    if layers and gradient_checkpointing and not is_able:
+        raise Refused(
+            f"{type(model).__name__} has no gradient checkpointing",
+            expected="a model of transformers that has",
+            where="prepare_for_kbit_training",
+            hint="give gradient_checkpointing=False",
+        )
+    widens = _method(model) in (None, "bitsandbytes") and all(
+        known.matches in BITSANDBYTES for known in layers
+    )
+    adapters = {id(p) for path, p in model.named_parameters() if CHILD in path.split(".")}
+    for parameter in model.parameters():
+        if id(parameter) in adapters:
+            continue
+        parameter.requires_grad_(False)
+        narrow = parameter.dtype in (torch.float16, torch.bfloat16)
+        if narrow and widens and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.to(torch.float32)
+    if layers and gradient_checkpointing and enable is not None:
+        transformer.enable_input_require_grads()
+        enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+    return model
+
+
+def _method(model: nn.Module) -> str | None:
+    """The tool that transformers says quantized the model."""
+    method = getattr(model, "quantization_method", None)
+    return None if method is None else str(getattr(method, "value", method))

@@ -1,22 +1,24 @@
 """Mixed batches: each row of a batch with its own adapter, one pass of the model for all rows.
 
-At a module where the rows differ, the site gets a router: `row_products` for linear layers,
-`row_groups` for every other kind of part. Where they do not differ, it runs as with `activate`.
+At a module where the rows differ, the site gets a router: `LinearRows` for linear layers,
+`run_groups` for every other kind of part. Where they do not differ, it runs as with `activate`.
 """
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import Problems, Refused, shown
+from adapterkit.kernels import mixed
+from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
 from adapterkit.runtime.layers.parameter import is_stack, takes_indices
-from adapterkit.runtime.rows.groups import keep_unfused, run_groups
-from adapterkit.runtime.rows.products import LinearRows, linear_rows
-from adapterkit.runtime.site import Site
+from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.site import Part, Site
 from adapterkit.runtime.state import State
 
 # The arguments of a model, or of its generate, whose first axis is the batch, in this order.
@@ -336,3 +338,228 @@ def _axis(state: State, path: str) -> int:
             return 1
         path = path.rpartition(".")[0]
     return 0 if _batch_first(state.model) else 1
+
+
+Narrowed = Callable[[Sequence[int], Tensor, int], AbstractContextManager[None]]
+
+# nn.MultiheadAttention's arguments, in order
+ATTENTION = (
+    "query key value key_padding_mask need_weights attn_mask average_attn_weights is_causal".split()
+)
+
+
+def run_groups(
+    site: Site,
+    names: Sequence[str | None],
+    axis: int,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    narrowed: Narrowed,  # around the run of some of the rows
+) -> Any:
+    """Run the site on the rows of one adapter at a time, and put the outputs together."""
+    if isinstance(site.host, nn.MultiheadAttention):
+        args, kwargs = (), {**dict(zip(ATTENTION, args, strict=False)), **kwargs}
+    if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
+        raise Refused(
+            f"a cache of all rows for {shown(site.path)}, which runs for some of them at a time",
+            expected="modules that read no cache",
+            where="rows",
+            hint="give use_cache=False, or run these adapters one at a time with activate",
+        )
+    x = args[0] if args else next(iter(kwargs.values()))
+    size = x.shape[axis]
+    repeat = size // len(names)
+    groups: dict[str | None, list[int]] = {}
+    for row, name in enumerate(names):
+        groups.setdefault(name, []).append(row)
+    indices, outputs = [], []
+    for name, rows in groups.items():
+        index = torch.tensor(rows, device=x.device)[:, None] * repeat
+        index = (index + torch.arange(repeat, device=x.device)).flatten()
+        own_args = [select(value, index, size, axis) for value in args]
+        own_kwargs = {
+            key: _argument(site.host, key, value, index, size, axis)
+            for key, value in kwargs.items()
+        }
+        with narrowed(rows, index, size):
+            outputs.append(run_alone(site, name, own_args, own_kwargs))
+        indices.append(index)
+    if isinstance(site.host, nn.MultiheadAttention):
+        first, weights = zip(*outputs, strict=True)  # weights have the rows first
+        return join(first, indices, axis, site.path), join(weights, indices, 0, site.path)
+    return join(outputs, indices, axis, site.path)
+
+
+def _argument(host: nn.Module, key: str, value: Any, index: Tensor, size: int, axis: int) -> Any:
+    """The rows of an argument; an attention's masks have them first, 3-D ones for each head."""
+    if isinstance(host, nn.MultiheadAttention) and key.endswith("_mask"):
+        if key == "attn_mask" and isinstance(value, Tensor) and value.ndim == 3:
+            return select(value.unflatten(0, (size, -1)), index, size, 0).flatten(0, 1)
+        return value if key == "attn_mask" else select(value, index, size, 0)
+    return select(value, index, size, axis)
+
+
+def run_alone(site: Site, name: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The site's output with one adapter, or with none."""
+    router, site.router = site.router, None
+    site.select({} if name is None else {name: 1.0})
+    try:
+        return site.forward(*args, **kwargs)
+    finally:
+        site.select({})
+        site.router = router
+        keep_unfused(site)
+
+
+def select(value: Any, index: Tensor, size: int, axis: int) -> Any:
+    """The rows of every tensor with that many rows, in lists and maps too."""
+    if isinstance(value, Tensor):
+        if value.ndim <= axis or value.shape[axis] != size:
+            return value
+        return value.index_select(axis, index.to(value.device))
+    if isinstance(value, tuple | list):
+        return type(value)(select(item, index, size, axis) for item in value)
+    if isinstance(value, dict):
+        return {key: select(item, index, size, axis) for key, item in value.items()}
+    return value
+
+
+def join(outputs: Sequence[Any], indices: Sequence[Tensor], axis: int, path: str) -> Any:
+    """The outputs of all groups as one: tensors row by row, in tuples and maps too."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        sizes = [output.shape[axis] if output.ndim > axis else 0 for output in outputs]
+        # (rows * tokens, ...), as some routers of experts give (rows, tokens, ...) back
+        tokens = max(sizes[0] // len(indices[0]), 1) if axis == 0 else 1
+        if sizes != [tokens * len(index) for index in indices]:
+            raise Refused(
+                f"an output {tuple(first.shape)} of {shown(path)} that is not one for each row",
+                expected="outputs whose rows are those of the batch",
+                where="rows",
+                hint="exclude this module from the adapters, or run them one at a time",
+            )
+        order = torch.cat(list(indices)).argsort()
+        if tokens > 1:
+            order = (order[:, None] * tokens + torch.arange(tokens, device=order.device)).flatten()
+        return torch.cat(list(outputs), axis).index_select(axis, order)
+    if isinstance(first, tuple | list):
+        joined = [join(items, indices, axis, path) for items in zip(*outputs, strict=True)]
+        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
+    if isinstance(first, dict):
+        return type(first)(
+            **{key: join([o[key] for o in outputs], indices, axis, path) for key in first}
+        )
+    return first
+
+
+def keep_unfused(site: Site) -> None:
+    """Torch's fused layers read the weights of their modules unless one of these has hooks."""
+    if not site._forward_pre_hooks:
+        site.register_forward_pre_hook(lambda *args: None)
+
+
+@dataclass(frozen=True)
+class AdapterTerm:
+    """One adapter at a linear layer: stretch·y + offset + scale·(x·aᵀ)·bᵀ."""
+
+    a: Tensor  # (r, in)
+    b: Tensor  # (out, r)
+    scale: float
+    stretch: Tensor | None  # (out,)
+    offset: Tensor | None  # (out,)
+
+
+def share_of(site: Site, parts: Mapping[str, Part]) -> AdapterTerm | None:
+    """The share of an adapter whose only part here is a linear layer's factors, else None."""
+    part = parts.get("delta")
+    if len(parts) != 1 or type(part) not in (LinearPart, Conv1DPart):
+        return None
+    assert isinstance(part, FactorsPart)
+    if part.magnitude is None:
+        a, b = part.joined()
+        scale = part.stored_scale
+        return AdapterTerm(a, b, scale, None, None if part.bias is None else part.bias * scale)
+    stretch, a, b = part.folded()
+    bias = site.host._parameters.get("bias")
+    assert stretch is not None
+    return AdapterTerm(a, b, 1.0, stretch, None if bias is None else (1 - stretch) * bias)
+
+
+class LinearRows:
+    """The products of all rows at one linear layer; factors are stacked at the first call."""
+
+    def __init__(self, shares: Sequence[AdapterTerm], index: Sequence[int], *, in_place: bool):
+        dtypes = [tensor.dtype for share in shares for tensor in (share.a, share.b)]
+        self.dtype = dtypes[0]
+        for dtype in dtypes:
+            self.dtype = torch.promote_types(self.dtype, dtype)
+        self.factors = [(s.a.to(self.dtype), s.b.to(self.dtype), s.scale) for s in shares]
+        self.index, self.in_place = index, in_place
+        self.stretch = self._rows([s.stretch for s in shares], 1.0)
+        self.offset = self._rows([s.offset for s in shares], 0.0)
+        self._dense: tuple[Tensor, Tensor, Tensor] | None = None
+        self._groups: mixed.Groups | None = None
+        self._sizes: dict[int, int] = {}  # by the tokens of a row
+
+    def _rows(self, values: Sequence[Tensor | None], default: float) -> Tensor | None:
+        """(rows, 1, out), the default for rows without a value; None where no row has one."""
+        given = next((value for value in values if value is not None), None)
+        if given is None:
+            return None
+        plain = torch.full_like(given, default)
+        own = [plain if value is None else value for value in values]
+        return torch.stack([own[i] if i >= 0 else plain for i in self.index])[:, None].to(
+            self.dtype
+        )
+
+    def _size(self, tokens: int) -> int:
+        if tokens not in self._sizes:
+            self._sizes[tokens] = mixed.group_size(self.index, tokens)
+        return self._sizes[tokens]
+
+    def __call__(self, y: Tensor, x: Tensor) -> Tensor:
+        """y, the base's output, changed for each row; x: its input."""
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._add(y, x)
+        return self._add(y, x)
+
+    def _add(self, y: Tensor, x: Tensor) -> Tensor:
+        rows = len(self.index)
+        x = x.reshape(rows, -1, x.shape[-1])
+        x = x if x.dtype == self.dtype else x.to(self.dtype)
+        owned = self.in_place and y.dtype == self.dtype and not y.requires_grad
+        out = y if owned and y.is_contiguous() else y.to(self.dtype, copy=True).contiguous()
+        total = out.view(rows, -1, y.shape[-1])
+        if self.stretch is not None:
+            total.mul_(self.stretch)
+        if self.offset is not None:
+            total.add_(self.offset)
+        if mixed.dense_is_better(rows, len(self.factors), x.shape[1]):
+            if self._dense is None:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._dense = mixed.dense_factors(self.factors, self.index)
+            mixed.add_dense_(total, x, *self._dense)
+        else:
+            size = self._size(x.shape[1])
+            if self._groups is None or self._groups.size != size:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._groups = mixed.grouped_factors(self.factors, self.index, size)
+            mixed.add_grouped_(total, x, self._groups)
+        return out if out.dtype == y.dtype else out.to(y.dtype)
+
+
+def linear_rows(site: Site, names: Sequence[str | None]) -> LinearRows | None:
+    """All rows at once, where each adapter has the factors of a linear layer here; else None."""
+    adapters = [name for name in dict.fromkeys(names) if name is not None]
+    index = [-1 if name is None else adapters.index(name) for name in names]
+    shares = []
+    # not in inference mode, or no later call could record gradients of its input
+    with torch.inference_mode(False), torch.no_grad():
+        for name in adapters:
+            share = share_of(site, site.parts[name])
+            if share is None:
+                return None
+            shares.append(share)
+        # the output of another class may be a view, or not writable (8-bit layers)
+        return LinearRows(shares, index, in_place=type(site.host) is nn.Linear)

@@ -1,1 +1,0 @@
-"""Arrow routers on a live model."""

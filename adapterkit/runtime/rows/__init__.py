@@ -1,1 +1,0 @@
-"""Adapters by rows of a batch."""
