@@ -40,7 +40,7 @@ from adapterkit.planning.inputs.sources import open_model, open_statistics, open
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.registry import create
 from adapterkit.tasks import common
-from adapterkit.tasks.combined import CombinedFactors, Operand, Refit
+from adapterkit.tasks.combine import CombinedFactors, Operand, Refit
 from adapterkit.verbs.combine import Combine
 
 

@@ -30,7 +30,7 @@ from adapterkit.planning.outputs.extracted_adapter import (
 from adapterkit.planning.targets.peft_targets import FactorTargets
 from adapterkit.planning.targets.selection import Selection
 from adapterkit.tasks.difference import DifferenceFactors, WholeParameter
-from adapterkit.tasks.truncated import SHARES, Truncation, check_truncation, even_rank
+from adapterkit.tasks.truncate import SHARES, Truncation, check_truncation, even_rank
 from adapterkit.verbs.extract import Extract
 from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.detect import check_not_quantized

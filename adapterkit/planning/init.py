@@ -30,8 +30,12 @@ from adapterkit.planning.residual import (
 from adapterkit.planning.targets.initial_targets import InitialTarget, find_targets
 from adapterkit.shared_options import BlockOptions
 from adapterkit.tasks.handoff import HandoffFactors
-from adapterkit.tasks.initial import InitialFactors
-from adapterkit.tasks.redistribution import finalize_by_ratios, warn_of_dropped, with_candidates
+from adapterkit.tasks.initial import (
+    InitialFactors,
+    finalize_by_ratios,
+    warn_of_dropped,
+    with_candidates,
+)
 from adapterkit.tasks.statistics import INPUTS, select_statistics, shape_of
 from adapterkit.verbs.init import Init
 from adapterkit.weights.decoded import decoded_view

@@ -13,7 +13,7 @@ from adapterkit.plan import Step, Task
 from adapterkit.planning.outputs.gaps import check_gaps
 from adapterkit.planning.targets.selection import selecting
 from adapterkit.registry import members
-from adapterkit.tasks.edited import EditedTensor
+from adapterkit.tasks.rows import EditedTensor
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
 from adapterkit.weights.linear import linear_class
 from adapterkit.weights.names import Names

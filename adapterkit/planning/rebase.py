@@ -22,7 +22,7 @@ from adapterkit.planning.adapters.sites import (
 )
 from adapterkit.planning.inputs.sources import initial_of, open_adapter, open_model
 from adapterkit.planning.outputs import adapter as adapter_output
-from adapterkit.tasks.combined import CombinedFactors, Operand, Refit
+from adapterkit.tasks.combine import CombinedFactors, Operand, Refit
 from adapterkit.verbs.rebase import Rebase
 from adapterkit.weights.names import Names
 

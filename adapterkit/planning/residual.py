@@ -20,7 +20,7 @@ from adapterkit.planning.outputs.model import CHANGED_BY, QuantizedModel, plan_s
 from adapterkit.planning.quantization import QuantizationPlan
 from adapterkit.planning.targets.initial_targets import InitialTarget
 from adapterkit.tasks.handoff import handed_on
-from adapterkit.tasks.residual import ResidualWeight
+from adapterkit.tasks.initial import ResidualWeight
 from adapterkit.verbs.merge import MergeOptions
 
 BASE = "base"  # its folder in the output

@@ -23,7 +23,7 @@ from adapterkit.planning.adapters.output_norms import select_norms
 from adapterkit.planning.adapters.sites import join, levels_of, names_of, targets_of
 from adapterkit.planning.inputs.sources import open_adapter, open_model, open_statistics
 from adapterkit.planning.outputs import adapter as adapter_output
-from adapterkit.tasks.truncated import (
+from adapterkit.tasks.truncate import (
     SHARES,
     ConvertedFactors,
     TruncatedFactors,

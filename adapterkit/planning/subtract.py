@@ -22,8 +22,7 @@ from adapterkit.planning.adapters.sites import (
 from adapterkit.planning.inputs.sources import open_all, open_model
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.tasks import common
-from adapterkit.tasks.combined import CombinedFactors, Operand, Refit
-from adapterkit.tasks.subtracted import SubtractedFactors
+from adapterkit.tasks.combine import CombinedFactors, Operand, Refit, SubtractedFactors
 from adapterkit.verbs.subtract import Subtract
 from adapterkit.weights.names import Names
 

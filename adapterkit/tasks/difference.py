@@ -17,7 +17,7 @@ from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense
 from adapterkit.plan import Task, TaskResult
 from adapterkit.tasks.common import LARGE, CopiedTensor
 from adapterkit.tasks.statistics import read_root, root_memory
-from adapterkit.tasks.truncated import FittedFactors
+from adapterkit.tasks.truncate import FittedFactors
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import Reader
 

@@ -18,7 +18,7 @@ from adapterkit.kernels.sums import norm, squared_norm
 from adapterkit.plan import Change, Finalize, Task, TaskResult
 from adapterkit.tasks.common import FactorsTask, short
 from adapterkit.tasks.handoff import handoff_keys, handoff_of
-from adapterkit.tasks.quantized import EncodedWeight
+from adapterkit.tasks.quantize import EncodedWeight
 from adapterkit.tasks.statistics import read_root, root_memory
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.reader import Reader

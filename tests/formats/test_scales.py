@@ -13,7 +13,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.dtypes import name_of
 from adapterkit.errors import Unrecoverable
 from adapterkit.formats.modules.tensors import Gathered, Joined, Scaled, StoredTensor
-from adapterkit.tasks.converted import ConvertedTensor
+from adapterkit.tasks.convert import ConvertedTensor
 from tests.support.adapter_samples import contents_of, deltas
 
 FLUX = "transformer_blocks.0.attn.to_out.0"

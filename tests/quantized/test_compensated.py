@@ -17,7 +17,7 @@ from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable
 from adapterkit.kernels.quant import compensated as kernel
 from adapterkit.planning.inputs.sources import open_source
 from adapterkit.runtime import collect
-from adapterkit.tasks import edited
+from adapterkit.tasks import rows
 from adapterkit.tasks.statistics import select_covariances
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.decoded import decoded_view, quantized_weights
@@ -298,7 +298,7 @@ def test_slices_and_a_resharded_output_do_not_matter(
 ) -> None:
     options = {"rounding": "compensated", "stats": stats}
     adapterkit.merge(folder(name), [lora], out=tmp_path / "one", **options)
-    monkeypatch.setattr(edited, "SLICE", 1 << 9)
+    monkeypatch.setattr(rows, "SLICE", 1 << 9)
     more = {"max_shard_size": "20KB"} if name == "plain" else {}
     adapterkit.merge(folder(name), [lora], out=tmp_path / "two", **options, **more)
     both = [

@@ -24,8 +24,9 @@ from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Refused
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.plan import Step
-from adapterkit.tasks import edited, rows
+from adapterkit.tasks import rows as task_rows
 from adapterkit.tasks.edits import AddLowRank, Block, Decompose, PlacedFactors
+from adapterkit.tasks.rows import EditedTensor, RequantizedWeight
 from adapterkit.weights.codec import PlainWeight, QuantizedWeight
 from adapterkit.weights.codecs.bnb4 import Bnb4
 from adapterkit.weights.codecs.bnb8 import Bnb8
@@ -116,7 +117,10 @@ def peak() -> int:
 def test_no_more_memory_than_claimed(name: str, tmp_path: Path) -> None:
     case = Case(tmp_path, name)
     step = case.step()
-    for task in (edited.RequantizedWeight(step.key, step), edited.EditedTensor(step.key, step)):
+    for task in (
+        RequantizedWeight(step.key, step),
+        EditedTensor(step.key, step),
+    ):
         assert name in WHOLE or task.memory < 10 * math.prod(case.packed.shape), (
             "decoded whole it takes more"
         )
@@ -134,18 +138,21 @@ def test_slices_give_the_bytes_of_the_whole(
     name: str, dora: str | None, seed: int | None, tmp_path: Path, monkeypatch
 ) -> None:
     """Slices and the chunks of the edits end at different rows."""
-    monkeypatch.setattr(rows, "ELEMENTS", 7777)
+    monkeypatch.setattr(task_rows, "ELEMENTS", 7777)
     case = Case(tmp_path, name, small=True)
     step, whole = (
         case.step(dora, None if seed is None else Draws.of(seed, "x.weight")),
-        edited.SLICE,
+        task_rows.SLICE,
     )
     result = {}
     for size in (whole, 5000, 50_000):
-        monkeypatch.setattr(edited, "SLICE", size)
+        monkeypatch.setattr(task_rows, "SLICE", size)
         slices = len(list(case.packed.row_ranges(size)))
         assert slices > 1 or size == whole
-        tasks = (edited.RequantizedWeight(step.key, step), edited.EditedTensor(step.key, step))
+        tasks = (
+            RequantizedWeight(step.key, step),
+            EditedTensor(step.key, step),
+        )
         result[size] = [tensor for task in tasks for tensor in case.compute(task).tensors.values()]
     for size in (5000, 50_000):
         for ours, right in zip(result[size], result[whole], strict=True):
@@ -161,9 +168,9 @@ class Load:
 
     def __init__(self, monkeypatch, delay: float = 0.0):
         self.lock, self.now, self.most, self.together = threading.Lock(), 0, 0, 0
-        self.running, real = 0, edited.RequantizedWeight.compute
+        self.running, real = 0, RequantizedWeight.compute
 
-        def make(task: edited.RequantizedWeight, inputs: LocalReader):
+        def make(task: RequantizedWeight, inputs: LocalReader):
             with self.lock:
                 self.now, self.running = self.now + task.memory, self.running + 1
                 self.most, self.together = (
@@ -177,7 +184,7 @@ class Load:
                 self.running -= 1
             return result
 
-        monkeypatch.setattr(edited.RequantizedWeight, "compute", make)
+        monkeypatch.setattr(RequantizedWeight, "compute", make)
 
     def written(self, memory: int) -> None:
         with self.lock:
@@ -208,10 +215,7 @@ def test_the_budget_bounds_what_is_made_at_a_time(
             load = Load(patch, 0.01)
             adapterkit.merge(quantized, [lora], out=tmp_path / str(budget), memory=budget)
         tasks = [
-            b
-            for shard in plan.shards
-            for b in shard.tasks
-            if isinstance(b, edited.RequantizedWeight)
+            b for shard in plan.shards for b in shard.tasks if isinstance(b, RequantizedWeight)
         ]
         result[budget] = (tmp_path / str(budget) / "model.safetensors").read_bytes()
         peaks[budget] = plan.totals()["memory_peak"] - BUFFERS * cores()

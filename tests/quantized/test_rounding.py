@@ -18,7 +18,7 @@ from adapterkit.dtypes import torch_dtype
 from adapterkit.kernels.quant import grid
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.planning.inputs.sources import open_source
-from adapterkit.tasks import edited
+from adapterkit.tasks import rows
 from adapterkit.weights.codec import PlainWeight, QuantizedWeight
 from adapterkit.weights.codecs.mxfp4 import Mxfp4
 from adapterkit.weights.decoded import decoded_view, quantized_weights
@@ -275,7 +275,7 @@ def test_a_merge_keeps_the_delta_the_scales_and_the_other_modules(inputs, tmp_pa
     ]:
         out = tmp_path / f"{rounding}-{seed}-{workers}"
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=workers: set(range(n)))
-        monkeypatch.setattr(edited, "SLICE", 2048 // workers)
+        monkeypatch.setattr(rows, "SLICE", 2048 // workers)
         receipt = adapterkit.merge(base, [lora], out=out, rounding=rounding, seed=seed, verify=True)
         outs[rounding, seed, workers] = out / "model.safetensors"
         survived = [metric["survived"] for metric in receipt.data["parameters"].values()]
@@ -313,7 +313,7 @@ def test_a_merge_into_decoded_weights_says_what_survived(cached_folder, tmp_path
     actual = []
     for rounding, size in (("nearest", 1 << 20), ("stochastic", 1 << 20), ("stochastic", 1024)):
         out = tmp_path / f"{rounding}-{size}"
-        monkeypatch.setattr(edited, "SLICE", size)
+        monkeypatch.setattr(rows, "SLICE", size)
         receipt = adapterkit.merge(
             base, [lora], out=out, dequantize=True, dtype="bf16", rounding=rounding, verify=True
         )

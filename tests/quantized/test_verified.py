@@ -12,7 +12,7 @@ from adapterkit.engines.verify import row_checks as recompute
 from adapterkit.errors import Damaged
 from adapterkit.kernels import rows
 from adapterkit.planning.inputs.sources import open_source
-from adapterkit.tasks import edited
+from adapterkit.tasks import rows as task_rows
 from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import oracle, quantized_llama
 from tests.support.quantized_llama import FORMS
@@ -84,7 +84,7 @@ def test_slices(
     """Weights larger than what is recomputed at once, cut otherwise than they were written."""
     base, lora = model(name)
     monkeypatch.setattr(recompute, "CHUNK", 1 << 9)
-    monkeypatch.setattr(edited, "SLICE", 1 << 11)
+    monkeypatch.setattr(task_rows, "SLICE", 1 << 11)
     oracle.merge(base, lora, out=tmp_path / "kept", rounding=rounding, verify=True)
     oracle.merge(
         base, lora, out=tmp_path / "floats", rounding=rounding, verify=True, dequantize=True

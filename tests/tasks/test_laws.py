@@ -18,7 +18,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.local.engine import LocalReader
 from adapterkit.plan import Plan, Task, TaskResult
-from adapterkit.tasks.edited import stored_parts
+from adapterkit.tasks.rows import stored_parts
 
 # Bytes beyond a claim: blocks of a constant size, in which most tasks work through a weight, and
 # which are as large as the layers here; LAPACK's workspace; Python's objects.

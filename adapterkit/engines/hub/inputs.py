@@ -14,7 +14,7 @@ from adapterkit.engines.interruptible import run_stoppable
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.scratch import ScratchFolder, in_scratch
 from adapterkit.plan import HANDED_ON, OutputFile, Plan
-from adapterkit.tasks.edited import stored_parts
+from adapterkit.tasks.rows import stored_parts
 
 Input = tuple[int, str]  # the folder's number and the file
 CONVERTED, SOURCES = "converted", "sources"  # folders

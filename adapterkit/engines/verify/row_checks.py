@@ -22,9 +22,8 @@ from adapterkit.engines.verify.file_checks import check_file, check_files
 from adapterkit.errors import Damaged, Failed, Problems, shown
 from adapterkit.plan import Loaded, Plan, Step
 from adapterkit.receipt import AGAIN, read_receipt
-from adapterkit.tasks.compensated import CompensatedStep, before_rounding
-from adapterkit.tasks.edited import EditedTensor, RequantizedWeight
-from adapterkit.tasks.rows import arithmetic, rounded
+from adapterkit.tasks.quantize import CompensatedStep, before_rounding
+from adapterkit.tasks.rows import EditedTensor, RequantizedWeight, arithmetic, rounded
 from adapterkit.verbs.merge import Merge
 from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts
 

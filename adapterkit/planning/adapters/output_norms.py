@@ -9,7 +9,7 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.combinations.mean import Mean
 from adapterkit.combinations.protocol import Method
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed
-from adapterkit.tasks.combined import CombinedFactors, Refit
+from adapterkit.tasks.combine import CombinedFactors, Refit
 from adapterkit.tasks.statistics import select_covariances
 
 BY_WEIGHTS = "fitted in the norm of their weights"

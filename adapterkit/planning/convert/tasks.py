@@ -9,8 +9,7 @@ from adapterkit.formats.modules.tensors import StoredTensor
 from adapterkit.formats.write import WrittenTensor
 from adapterkit.plan import Task
 from adapterkit.tasks.common import CopiedTensor
-from adapterkit.tasks.converted import ConvertedTensor, ConvertedTensors
-from adapterkit.tasks.fitted import FittedTensors
+from adapterkit.tasks.convert import ConvertedTensor, ConvertedTensors, FittedTensors
 
 MANY = 8  # outputs of one stored tensor that are made together
 

@@ -14,7 +14,7 @@ from adapterkit.plan import Change, Finalize, Task, TaskResult, unchanged
 from adapterkit.planning.outputs.adapter import Output
 from adapterkit.planning.outputs.folder_files import as_json
 from adapterkit.tasks.difference import DifferenceFactors, WholeParameter
-from adapterkit.tasks.truncated import Truncation, finalize_by_size
+from adapterkit.tasks.truncate import Truncation, finalize_by_size
 
 # PEFT's word for an adapter without factors: an empty list is an error there
 NO_MODULES = "dummy-target-modules"

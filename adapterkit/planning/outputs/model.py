@@ -14,9 +14,8 @@ from adapterkit.plan import OutputFile, Step, Task
 from adapterkit.planning.outputs.cards import model_card
 from adapterkit.planning.outputs.folder_files import Files, model_files
 from adapterkit.tasks.common import CopiedTensor
-from adapterkit.tasks.compensated import CompensatedStep
-from adapterkit.tasks.edited import EditedTensor, RequantizedWeight
-from adapterkit.tasks.quantized import EncodedWeight
+from adapterkit.tasks.quantize import CompensatedStep, EncodedWeight
+from adapterkit.tasks.rows import EditedTensor, RequantizedWeight
 from adapterkit.weights.codec import QuantizedWeight
 
 # in the metadata of a base that is not a copy of the original, but goes with an adapter

@@ -26,8 +26,7 @@ from adapterkit.kernels.quant.integers import (
 )
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
-from adapterkit.weights.codecs.compressed_config import TYPES, schemes
-from adapterkit.weights.codecs.compressed_layout import INDEX, SHAPE, ZERO, layout
+from adapterkit.weights.codecs.compressed_layout import INDEX, SHAPE, TYPES, ZERO, layout, schemes
 from adapterkit.weights.scan import CheckpointScan
 
 PACKED, SCALE, GLOBAL_SCALE = "weight_packed", "weight_scale", "weight_global_scale"

@@ -14,7 +14,7 @@ from safetensors.torch import safe_open, save_file
 import adapterkit
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError
-from adapterkit.tasks import edited
+from adapterkit.tasks import rows
 from adapterkit.weights.codec import check_writable
 from adapterkit.weights.codecs.fp8 import Fp8
 from tests.support import oracle, quantized_llama
@@ -112,7 +112,7 @@ def test_merged_by_slices_of_rows(
 ) -> None:
     """As many as the format allows, or one: the same bytes."""
     for size in (1 << 20, 1):
-        monkeypatch.setattr(edited, "SLICE", size)
+        monkeypatch.setattr(rows, "SLICE", size)
         adapterkit.merge(base(name), [lora], out=tmp_path / f"{size}", rounding=rounding)
         adapterkit.merge(
             base(name), [lora], out=tmp_path / f"{size}-floats", dequantize=True, rounding=rounding

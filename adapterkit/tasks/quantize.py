@@ -1,5 +1,5 @@
-"""Weights rounded with compensation: quantized, or edited and written as floats or encoded again.
-All of a weight is in memory, as its columns need each other."""
+"""Weights in quantized formats with their measured errors: rounded to nearest, or with
+compensation, for which all of a weight is in memory, as its columns need each other."""
 
 import math
 from collections.abc import Iterable
@@ -13,13 +13,57 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.quant import compensated as kernel
-from adapterkit.kernels.quant.grid import RoundColumn
-from adapterkit.plan import Compensation, Loaded, Span, TaskResult
+from adapterkit.kernels.quant.grid import LARGE_PIECE, RoundColumn
+from adapterkit.kernels.sums import squared_norm
+from adapterkit.plan import Compensation, Loaded, Span, Task, TaskResult
 from adapterkit.tasks.common import short
-from adapterkit.tasks.edited import StepTask, StoredWeight, Survival, step_memory
-from adapterkit.tasks.quantized import EncodedWeight, relative_error
+from adapterkit.tasks.rows import StepTask, StoredWeight, Survival, step_memory
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.reader import Reader
+
+BLOCK = 1 << 20  # elements compared at a time
+
+
+@dataclass(frozen=True)
+class EncodedWeight(Task):
+    """One weight, quantized."""
+
+    source: TensorSpec
+    packed: QuantizedWeight
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.source,)
+
+    @property
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
+        return self.packed.max_outputs
+
+    @property
+    def variable_size(self) -> tuple[str, ...]:
+        return self.packed.variable_size
+
+    @property
+    def prefers_card(self) -> bool:
+        return True
+
+    @property
+    def memory(self) -> int:
+        return 6 * self.source.nbytes + 24 * min(math.prod(self.source.shape), LARGE_PIECE)
+
+    def compute(self, inputs: Reader) -> TaskResult:
+        weight = inputs.tensor(self.source)
+        tensors = self.packed.encode(weight)
+        error = relative_error(weight, decode_checked(self.packed, tensors))
+        return TaskResult(tensors, {"error": error})
+
+
+def relative_error(weight: Tensor, other: Tensor) -> float:
+    """‖other - W‖_F / ‖W‖_F, to six digits."""
+    lost = size = 0.0
+    for x, y in zip(weight.reshape(-1).split(BLOCK), other.reshape(-1).split(BLOCK), strict=True):
+        lost, size = lost + squared_norm(y - x), size + squared_norm(x)
+    return short((lost / size) ** 0.5) if size else 0.0
 
 
 @dataclass(frozen=True)
