@@ -38,6 +38,13 @@ class Fit:
         ones = (1,) * (len(self.tail) - 1)
         return (self.rank, *self.tail) if role == "a" else (self.delta.shape[0], self.rank, *ones)
 
+    @property
+    def parts(self) -> dict[str, Expression]:
+        """Its factors as expressions."""
+        return {
+            role: Fitted(shape=self.shape(role), dtype="F32", fit=self, role=role) for role in "ab"
+        }
+
 
 class FitResult(NamedTuple):
     """What a fit gives."""
@@ -63,20 +70,12 @@ class FitReader:
         return self.fits[id(fit)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fitted(Expression):
     """One factor of a fit, in float64 until it is written."""
 
     fit: Fit
     role: str  # a or b
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.fit.shape(self.role)
-
-    @property
-    def dtype(self) -> str:
-        return "F32"
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:

@@ -29,7 +29,7 @@ from adapterkit.formats.modules.parts import matrix_shape, rank_of, shape_proble
 from adapterkit.formats.modules.record import LANGUAGE, Contents, Module, StoredAlpha
 from adapterkit.formats.modules.rows import Heads
 from adapterkit.formats.modules.stacked_experts import unstacked
-from adapterkit.formats.modules.tensors import Expression, StoredTensor, from_spec
+from adapterkit.formats.modules.tensors import Expression, from_spec, stored
 from adapterkit.formats.modules.tied import with_heads
 from adapterkit.formats.modules.wide_inputs import check_shape
 from adapterkit.formats.scales import Scales
@@ -401,15 +401,15 @@ def _module(
             hint="save the adapter again",
         )
     rank = rank_of(kind, parts)
-    stored = StoredTensor(raw.roles[ALPHA]) if ALPHA in raw.roles else None
+    spec = raw.roles.get(ALPHA)
     check_shape(parts, scales.reader, where)
     if kind == LIMITED:
-        alpha = 0.0 if stored is None else scales.number(stored)
+        alpha = 0.0 if spec is None else scales.number(spec)
     elif rank is None:
         alpha = 1.0
     else:
-        alpha = scales.alpha(component, raw.head, rank // groups, stored) * groups
-    held = None if stored is None else StoredAlpha(stored, alpha)
+        alpha = scales.alpha(component, raw.head, rank // groups, spec) * groups
+    held = None if spec is None else StoredAlpha(stored(spec), alpha)
     module = Module(
         component, raw.head, kind, parts, alpha, rank or 1, embedding, stored_alpha=held
     )

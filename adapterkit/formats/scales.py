@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from adapterkit.adapters.declared import DeclaredScales, declared_settings
+from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.strict import strict_json
 from adapterkit.errors import Damaged, Refused, shown
 from adapterkit.formats.capabilities import word_of
@@ -15,7 +16,6 @@ from adapterkit.formats.files.templates import words_of
 from adapterkit.formats.modules.kinds import FACTORS, KINDS
 from adapterkit.formats.modules.parts import rank_of
 from adapterkit.formats.modules.record import Module
-from adapterkit.formats.modules.tensors import StoredTensor
 from adapterkit.formats.same_delta import is_float32, shared_number, with_scale
 from adapterkit.formats.schema import Format
 from adapterkit.options import finite
@@ -43,7 +43,7 @@ class Scales:
         self.metadata, self.config = metadata, config
         self.declares = False  # whether the file says an alpha itself
 
-    def alpha(self, component: str, name: str, rank: int, stored: StoredTensor | None) -> float:
+    def alpha(self, component: str, name: str, rank: int, stored: TensorSpec | None) -> float:
         """A module's alpha. `Refused` where the file does not say it and no default holds, or says
         another rank than the tensors have."""
         words = self.form.scale
@@ -52,7 +52,7 @@ class Scales:
             number = self.number(stored)
             if number == 0 and words.place == "tensor":
                 raise Refused(
-                    f"{shown(stored.spec.key)} is 0",
+                    f"{shown(stored.key)} is 0",
                     expected="another number: the trainers take the rank for it, ComfyUI takes 0",
                     where=self.where,
                     hint="write the alpha that was meant into the file",
@@ -102,16 +102,16 @@ class Scales:
             )
         return alpha
 
-    def number(self, stored: StoredTensor) -> float:
+    def number(self, stored: TensorSpec) -> float:
         """The one number of a tensor; `Refused` for another shape."""
-        if stored.spec.shape not in ((), (1,)):
+        if stored.shape not in ((), (1,)):
             raise Refused(
-                f"{shown(stored.spec.key)} has shape {stored.spec.shape}",
+                f"{shown(stored.key)} has shape {stored.shape}",
                 expected="one number",
                 where=self.where,
                 hint="save the adapter again",
             )
-        return float(self.reader.tensor(stored.spec).double().reshape(()))
+        return float(self.reader.tensor(stored).double().reshape(()))
 
     @cached_property
     def settings(self) -> dict[str, Any]:

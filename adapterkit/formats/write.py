@@ -20,7 +20,7 @@ from adapterkit.formats.modules.parts import magnitude_in_file, matrix_shape
 from adapterkit.formats.modules.record import LANGUAGE, Contents, Module
 from adapterkit.formats.modules.rows import Heads
 from adapterkit.formats.modules.stacked_experts import stack
-from adapterkit.formats.modules.tensors import Constant, Expression, reshaped
+from adapterkit.formats.modules.tensors import Expression, constant, reshaped
 from adapterkit.formats.modules.tied import without_heads
 from adapterkit.formats.modules.wide_inputs import with_widths
 from adapterkit.formats.same_delta import uniform
@@ -453,4 +453,4 @@ def _alpha(module: Module, dtype: str | None) -> Expression:
     stored = module.stored_alpha
     if stored is not None and stored.number == module.alpha:
         return reshaped(stored.expression, ())
-    return Constant((), module.alpha)
+    return constant(module.alpha)

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.weights.reader import TensorReader
-from adapterkit.weights.slots import Axis, Slot
+from adapterkit.weights.slots import Axis, Slot, taken
 
 
 @dataclass(frozen=True)
@@ -145,19 +144,11 @@ def _in_place(stored: Tensor, slot: Slot) -> Tensor:
     """The slot's elements of its stored tensor, axes in the parameter's order."""
     for axis in slot.axes:
         if axis.axis is not None:
-            stored = _select(stored, axis)
+            stored = taken(stored, axis.of, axis.axis)
     order = [axis.axis for axis in slot.axes if axis.axis is not None]
     # a stored axis that the parameter lacks has one position left
     stored = stored.permute(order + [i for i in range(stored.dim()) if i not in order])
     return stored.reshape(tuple(len(axis.of) for axis in slot.axes))
-
-
-def _select(stored: Tensor, axis: Axis) -> Tensor:
-    """The axis's positions of a stored tensor."""
-    assert axis.axis is not None
-    if isinstance(axis.of, range) and axis.of.step == 1:
-        return stored.narrow(axis.axis, axis.of.start, len(axis.of))
-    return stored.index_select(axis.axis, torch.from_numpy(np.asarray(axis.of)).to(stored.device))
 
 
 def _is_plain(spec: TensorSpec) -> bool:

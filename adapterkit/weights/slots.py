@@ -19,6 +19,14 @@ from adapterkit.errors import Refused
 Positions = range | np.ndarray
 
 
+def taken(tensor: torch.Tensor, positions: Positions | tuple[int, ...], axis: int) -> torch.Tensor:
+    """The entries at these positions of an axis; a view where they are consecutive."""
+    if isinstance(positions, range) and positions.step == 1:
+        return tensor.narrow(axis, positions.start, len(positions))
+    index = torch.from_numpy(np.asarray(positions, dtype=np.int64))
+    return tensor.index_select(axis, index.to(tensor.device))
+
+
 @dataclass(frozen=True, slots=True)
 class Axis:
     """One axis of a slot: parameter positions [at, at + len(of)) are positions `of` on axis `axis`

@@ -52,7 +52,7 @@ EACH = [path.name for path in FOLDERS if path.parent.name == "peft-per-expert"]
 FACTOR = re.compile(r"base_model\.model\.(.*)\.lora_([AB])\.weight")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Value(Expression):
     """A tensor as an expression."""
 
@@ -64,16 +64,14 @@ class Value(Expression):
     def __hash__(self) -> int:
         return id(self)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> str:
-        return dtypes.name_of(self.tensor.dtype)
-
     def value(self, reader: TensorReader) -> Tensor:
         return self.tensor
+
+
+def held(tensor: Tensor) -> Value:
+    """The expression of a tensor."""
+    dtype = dtypes.name_of(tensor.dtype)
+    return Value(shape=tuple(tensor.shape), dtype=dtype, tensor=tensor)
 
 
 READER: Any = None  # nothing is stored
@@ -100,7 +98,7 @@ def modules_at(folder: Path) -> list[Module]:
     for key, tensor in sorted(load_file(folder / "adapter_model.safetensors").items()):
         match = FACTOR.fullmatch(key)
         assert match
-        parts.setdefault(match[1], {})[match[2].lower()] = Value(tensor)
+        parts.setdefault(match[1], {})[match[2].lower()] = held(tensor)
     return [
         Module("", name, "lora", own, config["lora_alpha"], own["a"].shape[0])
         for name, own in parts.items()
@@ -113,7 +111,7 @@ def test_layout_of_stacks(transpose: bool) -> None:
     torch.manual_seed(0)
     experts, rank, x, y = 3, 2, 5, 4
     a, b = torch.randn(experts * rank, x), torch.randn(y, rank * experts)
-    parts = neutral_factors(Value(a), Value(b), experts, transpose=transpose)
+    parts = neutral_factors(held(a), held(b), experts, transpose=transpose)
     module = Module("", "stack", EXPERTS, parts, 3.0, rank)
     stored = torch.einsum(
         "ore,eri->eoi", b.view(y, rank, experts), a.view(experts, rank, x)
@@ -121,7 +119,7 @@ def test_layout_of_stacks(transpose: bool) -> None:
     expected = stored.transpose(1, 2) if transpose else stored
     torch.testing.assert_close(delta(module), 1.5 * expected)
     again = stored_factors(parts, transpose=transpose)
-    assert again == {"a": Value(a), "b": Value(b)} or (
+    assert again == {"a": held(a), "b": held(b)} or (
         torch.equal(again["a"].value(READER), a) and torch.equal(again["b"].value(READER), b)
     )
     assert type(again["a"]) is type(again["b"]) is Value  # bytes are copied
@@ -185,7 +183,7 @@ def test_shared_a_stays_one(kind: str) -> None:
     for stack in stacks.values():
         experts, out, width = stack.shape
         parts: dict[str, Expression] = {
-            "a": Value(torch.randn(experts, 2, width)), "b": Value(torch.randn(experts, out, 2)),
+            "a": held(torch.randn(experts, 2, width)), "b": held(torch.randn(experts, out, 2)),
         }  # fmt: skip
         stacked.append(Module("", stack.name, EXPERTS, parts, 3.0, 2))
     apart = split_experts(stacked, stacks, READER)
@@ -210,7 +208,7 @@ def test_ranks_and_scales_of_single_experts() -> None:
     for number, module in enumerate(modules_at(folder)):
         a, b = values(module)
         rank = 1 + number % 2
-        parts: dict[str, Expression] = {"a": Value(a[:rank]), "b": Value(b[:, :rank])}
+        parts: dict[str, Expression] = {"a": held(a[:rank]), "b": held(b[:, :rank])}
         source.append(Module("", module.name, "lora", parts, 3.0 + number % 3, rank))
     expected = {m.name: delta(m) for m in source}
     stacked = stack_experts(source, stacks.values(), READER)
@@ -250,7 +248,7 @@ def test_refused() -> None:
     for number in (0, 1):
         module = source[number]
         source[number] = Module(
-            "", module.name, "lora", {**module.parts, "magnitude": Value(torch.ones(8))}, 3.0, 2
+            "", module.name, "lora", {**module.parts, "magnitude": held(torch.ones(8))}, 3.0, 2
         )
     with pytest.raises(Refused) as refused:
         stack_experts(source, stacks.values(), READER)
@@ -258,8 +256,8 @@ def test_refused() -> None:
     oss = stacks_at(GOLDEN / "peft" / "gpt_oss" / "base")
     assert all(stack.transposed and not stack.pieces for stack in oss.values())
     parts: dict[str, Expression] = {
-        "a": Value(torch.ones(3, 2, 8)),
-        "b": Value(torch.ones(3, 24, 2)),
+        "a": held(torch.ones(3, 2, 8)),
+        "b": held(torch.ones(3, 24, 2)),
     }
     module = Module("", "model.layers.0.mlp.experts.gate_up_proj", EXPERTS, parts, 3.0, 2)
     with pytest.raises(Refused, match="one stack in the base's file"):

@@ -16,7 +16,7 @@ from adapterkit.formats.library import formats
 from adapterkit.formats.modules.biases import as_the_format_has_them
 from adapterkit.formats.modules.fusing import Fusion, fuse, split
 from adapterkit.formats.modules.record import Module
-from adapterkit.formats.modules.tensors import Expression, StoredTensor
+from adapterkit.formats.modules.tensors import Expression, StoredTensor, stored
 from adapterkit.formats.schema import NamingRule
 
 pytestmark = pytest.mark.quick
@@ -35,9 +35,7 @@ class Memory:
         """The expression of a new stored tensor."""
         key = f"tensor{next(self._numbers)}"
         self.tensors[key] = value
-        return StoredTensor(
-            TensorSpec(key, "F64", tuple(value.shape), "file", 0, value.numel() * 8)
-        )
+        return stored(TensorSpec(key, "F64", tuple(value.shape), "file", 0, value.numel() * 8))
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         """The tensor, or the row of it that these bytes are."""

@@ -12,7 +12,7 @@ from adapterkit.adapters.declared import whole
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.dtypes import name_of
 from adapterkit.errors import Unrecoverable
-from adapterkit.formats.modules.tensors import Gathered, Joined, Scaled, StoredTensor
+from adapterkit.formats.modules.tensors import gathered, joined, scaled, stored
 from adapterkit.tasks.convert import ConvertedTensor
 from tests.support.adapter_samples import contents_of, deltas
 
@@ -112,11 +112,11 @@ class Values:
 def test_a_part_that_vanishes_beside_large_ones_is_refused():
     """The loss of the whole, 1e-9, does not show it."""
     reader = Values(q=torch.ones(4, 2).half(), v=torch.ones(4, 2).half())
-    q, v = StoredTensor(reader.spec("q")), Scaled(StoredTensor(reader.spec("v")), 1e-9)
-    task = ConvertedTensor("qv", "qv", Joined((q, v)), "F16")
+    q, v = stored(reader.spec("q")), scaled(stored(reader.spec("v")), 1e-9)
+    task = ConvertedTensor("qv", "qv", joined([q, v]), "F16")
     with pytest.raises(Unrecoverable, match="too small for float16"):
         task.compute(reader)
-    result = ConvertedTensor("qv", "qv", Joined((q, v)), "F32").compute(reader)
+    result = ConvertedTensor("qv", "qv", joined([q, v]), "F32").compute(reader)
     assert torch.equal(result.tensors["qv"][4:].double(), torch.full((4, 2), 1e-9).float().double())
 
 
@@ -124,11 +124,11 @@ def test_rows_that_are_taken_are_those_that_count():
     """Others of the same stored tensor may be too small."""
     b = torch.cat([torch.ones(2, 2), torch.full((2, 2), 1e-9)])
     reader = Values(b=b)
-    scaled = Scaled(StoredTensor(reader.spec("b")), 0.5)
-    rows = ConvertedTensor("b", "b", Gathered(scaled, range(2)), "F16")
+    half = scaled(stored(reader.spec("b")), 0.5)
+    rows = ConvertedTensor("b", "b", gathered(half, range(2)), "F16")
     assert torch.equal(rows.compute(reader).tensors["b"], torch.full((2, 2), 0.5).half())
     with pytest.raises(Unrecoverable):
-        ConvertedTensor("b", "b", Gathered(scaled, range(2, 4)), "F16").compute(reader)
+        ConvertedTensor("b", "b", gathered(half, range(2, 4)), "F16").compute(reader)
 
 
 def kohya(path, modules, **metadata):

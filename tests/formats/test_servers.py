@@ -20,7 +20,7 @@ from adapterkit.formats.same_delta import uniform, with_scale
 from tests.formats.golden.make_sglang import CASES as SGLANG
 from tests.formats.golden.make_vllm import CASES as VLLM
 from tests.formats.golden.make_vllm import SETTINGS
-from tests.formats.test_experts import Value, delta, scale_of
+from tests.formats.test_experts import delta, held, scale_of
 from tests.support import oracle
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -241,7 +241,7 @@ def test_dora_is_baked_on_request(tmp_path: Path) -> None:
 
 def module(name: str, rank: int, alpha: float, dtype: torch.dtype = torch.float32) -> Module:
     a, b = torch.randn(rank, 6).to(dtype), torch.randn(5, rank).to(dtype)
-    return Module("", name, "lora", {"a": Value(a), "b": Value(b)}, alpha, rank)
+    return Module("", name, "lora", {"a": held(a), "b": held(b)}, alpha, rank)
 
 
 def test_one_rank_and_scale_change_no_delta() -> None:

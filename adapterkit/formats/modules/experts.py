@@ -14,12 +14,12 @@ from adapterkit.formats.modules.fusing import are_equal, blocks_of
 from adapterkit.formats.modules.kinds import EXPERTS, FACTORS
 from adapterkit.formats.modules.record import Module
 from adapterkit.formats.modules.tensors import (
-    Constant,
     Expression,
     gathered,
     joined,
     reshaped,
     transposed,
+    zeros,
 )
 from adapterkit.formats.same_delta import common_scale, padded_to, with_scale
 from adapterkit.weights.names import Names
@@ -206,8 +206,8 @@ def _stack(stack: Stack, members: Mapping[str, Module], reader: TensorReader) ->
         for expert in range(experts):
             module = own.get(expert)
             if module is None:
-                a.append(Constant((1, rank, width), 0.0, kind))
-                b.append(Constant((1, len(rows), rank), 0.0, kind))
+                a.append(zeros((1, rank, width), kind))
+                b.append(zeros((1, len(rows), rank), kind))
                 continue
             module = padded_to(with_scale(module, scale), rank)
             _check_shape(module, (len(rows), width))
@@ -222,12 +222,12 @@ def _stack(stack: Stack, members: Mapping[str, Module], reader: TensorReader) ->
         own = parts.get(rows.start)
         dtype = next(iter(parts.values()))[1].dtype
         if own is None:
-            bands.append(Constant((experts, len(rows), rank), 0.0, dtype))
+            bands.append(zeros((experts, len(rows), rank), dtype))
         elif shared:
             bands.append(own[1])
         else:
             blocks = [
-                own[1] if start == rows.start else Constant((experts, len(rows), n), 0.0, dtype)
+                own[1] if start == rows.start else zeros((experts, len(rows), n), dtype)
                 for start, n in ranks.items()
             ]
             bands.append(joined(blocks, 2))
@@ -302,7 +302,7 @@ def _zeros(modules: Sequence[Module], stacks: Iterable[Stack]) -> list[Module]:
     homes: dict[str, list[Stack]] = {}
     for stack in stacks:
         homes.setdefault(stack.home, []).append(stack)
-    zeros = []
+    added = []
     for own in homes.values():
         names = [name for stack in own for name in stack.modules if name in known]
         if not names:
@@ -315,12 +315,12 @@ def _zeros(modules: Sequence[Module], stacks: Iterable[Stack]) -> list[Module]:
                     continue
                 lead = () if stack.pieces else stack.shape[:1]
                 parts: dict[str, Expression] = {
-                    "a": Constant((*lead, rank, stack.shape[2]), 0.0, dtype),
-                    "b": Constant((*lead, rows, rank), 0.0, dtype),
+                    "a": zeros((*lead, rank, stack.shape[2]), dtype),
+                    "b": zeros((*lead, rows, rank), dtype),
                 }
                 kind = FACTORS if stack.pieces else EXPERTS
-                zeros.append(Module(like.component, name, kind, parts, like.alpha, rank))
-    return zeros
+                added.append(Module(like.component, name, kind, parts, like.alpha, rank))
+    return added
 
 
 def _check_shape(module: Module, expected: tuple[int, ...]) -> None:

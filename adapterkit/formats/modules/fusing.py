@@ -28,17 +28,18 @@ from adapterkit.formats.modules.parts import scaled_role
 from adapterkit.formats.modules.record import Module
 from adapterkit.formats.modules.rows import Heads, model_order, shares_of, unknown_heads
 from adapterkit.formats.modules.tensors import (
-    BlockDiagonal,
-    Constant,
     Expression,
     Rows,
     StoredTensor,
     are_equal,
+    block_diagonal,
     compact,
     gathered,
     index_of,
     joined,
     scaled,
+    stored_rows,
+    zeros,
 )
 from adapterkit.formats.same_delta import common_scale
 from adapterkit.formats.schema import HEADS, NamingRule
@@ -355,9 +356,7 @@ def _has_rows(b: Expression) -> TypeGuard[StoredTensor]:
 
 
 def _stored_row(spec: TensorSpec, row: int) -> TensorSpec:
-    size = spec.nbytes // spec.shape[0]
-    start = spec.start + row * size
-    return replace(spec, shape=(1, spec.shape[1]), start=start, stop=start + size)
+    return stored_rows(spec, spec.shape, range(row, row + 1)).spec
 
 
 def _same_roles(members: Sequence[Module], name: str, hint: str) -> None:
@@ -445,7 +444,7 @@ def _diagonal(
     """Each group's rows in columns of its own."""
     blocks = [joined([values[i] for i in group]) for group in groups]
     rows = [compact([row for i in group for row in places[i]]) for group in groups]
-    return BlockDiagonal(tuple(blocks), tuple(rows), out)
+    return block_diagonal(blocks, rows, out)
 
 
 def _placed(values: Sequence[Expression], places: Sequence[Rows], out: int) -> Expression:
@@ -456,7 +455,7 @@ def _placed(values: Sequence[Expression], places: Sequence[Rows], out: int) -> E
     lacking = sorted(set(range(out)) - set(rows))
     pieces = list(values)
     if lacking:
-        pieces.append(Constant((len(lacking), *values[0].shape[1:]), 0.0, values[0].dtype))
+        pieces.append(zeros((len(lacking), *values[0].shape[1:]), values[0].dtype))
     position = {row: at for at, row in enumerate([*rows, *lacking])}
     return gathered(joined(pieces), compact([position[row] for row in range(out)]))
 
@@ -467,9 +466,9 @@ def _in_order(values: Sequence[Expression], places: Sequence[range], out: int) -
     at = 0
     for value, own in sorted(zip(values, places, strict=True), key=lambda pair: pair[1].start):
         if at < own.start:
-            pieces.append(Constant((own.start - at, *value.shape[1:]), 0.0, value.dtype))
+            pieces.append(zeros((own.start - at, *value.shape[1:]), value.dtype))
         pieces.append(value)
         at = own.stop
     if at < out:
-        pieces.append(Constant((out - at, *values[0].shape[1:]), 0.0, values[0].dtype))
+        pieces.append(zeros((out - at, *values[0].shape[1:]), values[0].dtype))
     return joined(pieces)

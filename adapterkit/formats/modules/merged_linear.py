@@ -11,7 +11,7 @@ from adapterkit.errors import Refused, shown
 from adapterkit.formats.capabilities import EXTRACT
 from adapterkit.formats.modules.fusing import Fusion
 from adapterkit.formats.modules.rows import shares_of
-from adapterkit.formats.modules.tensors import BlockDiagonal, Expression, gathered
+from adapterkit.formats.modules.tensors import Expression, block_diagonal, gathered
 
 PARTS = 3  # of a layer that loralib's users train in parts: queries, keys, values
 GROUPED = "grouped"  # the step of a format's factors that may be so
@@ -40,8 +40,8 @@ def ungrouped(parts: Parts, shares: tuple[int, ...], where: str) -> Parts:
     """Plain factors of the same delta: b is block-diagonal, (out, n·r)."""
     b = parts["b"]
     rows = shares_of(b.shape[0], shares, where)
-    blocks = tuple(gathered(b, own) for own in rows)
-    return {**parts, "b": BlockDiagonal(blocks, tuple(rows), b.shape[0])}
+    blocks = [gathered(b, own) for own in rows]
+    return {**parts, "b": block_diagonal(blocks, rows, b.shape[0])}
 
 
 def trained(

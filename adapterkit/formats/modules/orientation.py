@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from adapterkit.formats.modules.tensors import Expression, Joined, transposed
+from adapterkit.formats.modules.tensors import Expression, is_made_by, transposed
 
 COLUMN = "column"  # of magnitudes: (out, 1, ...), where PEFT has vectors
 
@@ -21,8 +21,8 @@ def _same(value: Expression) -> Expression:
 
 def shared(source: Expression) -> Expression:
     """One of a stack's matrices where it holds the same one for all, as (1, ...)."""
-    if isinstance(source, Joined) and len(set(source.parts)) == 1:
-        return source.parts[0]
+    if is_made_by(source, "cat") and len(set(source.inputs)) == 1:
+        return source.inputs[0]
     return source
 
 

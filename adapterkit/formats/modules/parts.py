@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 
 from adapterkit.formats.modules.kinds import CORES, EXPERTS, FACTORS, KINDS, MAGNITUDES
 from adapterkit.formats.modules.record import Module
-from adapterkit.formats.modules.tensors import Expression, Reshaped, flat, reshaped
+from adapterkit.formats.modules.tensors import Expression, flat, reshaped, without_reshape
 
 Parts = Mapping[str, Expression]
 
@@ -37,7 +37,7 @@ def magnitude_in_file(module: Module, role: str, *, column: bool) -> Expression:
     size = max(value.shape)
     if not column:
         return reshaped(value, (1, size, *(1,) * (axes - 2)) if axes > 2 else (size,))
-    own = value.source if isinstance(value, Reshaped) else value
+    own = without_reshape(value)
     is_row = role == "input_magnitude"
     if tail is None and len(own.shape) > 1 and own.shape[is_row] == size:
         return own  # of a flattened kernel: as the source has it

@@ -8,7 +8,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
 from adapterkit.formats.modules.kinds import EXPERTS, FACTORS
 from adapterkit.formats.modules.record import Module
-from adapterkit.formats.modules.tensors import Constant, Expression, joined, reshaped
+from adapterkit.formats.modules.tensors import Expression, joined, reshaped, zeros
 from adapterkit.formats.same_delta import common_scale, padded_to, with_scale
 
 
@@ -55,9 +55,9 @@ def stack(
     parts: dict[str, Expression] = {}
     for role in ("a", "b"):
         part = next(iter(own.values())).parts[role]
-        zeros = Constant((1, *part.shape), 0.0, part.dtype)
+        none = zeros((1, *part.shape), part.dtype)
         places = [
-            reshaped(own[i].parts[role], (1, *part.shape)) if i in own else zeros
+            reshaped(own[i].parts[role], (1, *part.shape)) if i in own else none
             for i in range(height)
         ]
         parts[role] = joined(places)

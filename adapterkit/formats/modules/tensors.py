@@ -1,14 +1,20 @@
 """Tensors of an output as expressions over stored ones: what a conversion computes.
 
-Renames cost nothing: an expression that is a `Stored` tensor is copied as bytes. The functions
-simplify: a transpose of a transpose is the tensor itself, and rows of a joined tensor are its part.
+Renames cost nothing: a `StoredTensor` is copied as bytes. The functions simplify: a transpose of a
+transpose is the tensor itself, and rows of a joined tensor are its part.
+
+`weights.slots.Symbol` goes through some of the same operations, and answers another question: which
+positions of which stored tensors a parameter is, axis by axis, for those who read some of its rows.
+Slots cannot say that an axis was cut and joined with another, nor zeros, nor arithmetic, which
+formats need; an expression cannot say which bytes a few rows take. Both take entries by `taken`.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,27 +23,18 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.gguf.adapter import BlockSpec
 from adapterkit.weights.reader import TensorReader
+from adapterkit.weights.slots import taken
 
 Rows = range | tuple[int, ...]  # indices along an axis; a tuple where they are not consecutive
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Expression(ABC):
     """A tensor made from stored ones; subclasses are frozen, picklable dataclasses."""
 
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    @abstractmethod
-    def dtype(self) -> str:
-        """The dtype that it is written in unless another is asked for."""
-
-    @property
-    def inputs(self) -> tuple["Expression", ...]:
-        """The expressions that it is made of."""
-        return ()
+    shape: tuple[int, ...]
+    dtype: str  # that it is written in unless another is asked for
+    inputs: tuple["Expression", ...] = ()  # what it is made of
 
     @abstractmethod
     def value(self, reader: TensorReader) -> Tensor:
@@ -65,19 +62,11 @@ class Expression(ABC):
             yield from part
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoredTensor(Expression):
     """A stored tensor as it is."""
 
     spec: TensorSpec
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.spec.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.spec.dtype
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -87,261 +76,105 @@ class StoredTensor(Expression):
         return reader.tensor(self.spec)
 
 
-@dataclass(frozen=True)
-class Decoded(Expression):
-    """A tensor stored in blocks, in the dtype that holds it exactly."""
-
-    spec: BlockSpec
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.spec.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.spec.dtype
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.spec.stored,)
-
-    def value(self, reader: TensorReader) -> Tensor:
-        return self.spec.decode(reader.tensor(self.spec.stored))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Constant(Expression):
-    """One number everywhere: an alpha, rows of zeros."""
+    """Numbers that no file has: an alpha, rows of zeros, the shape of a weight."""
 
-    size: tuple[int, ...]
-    number: float
-    kind: str = "F32"  # its dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.size
-
-    @property
-    def dtype(self) -> str:
-        return self.kind
+    number: float | tuple[int, ...]
 
     def value(self, reader: TensorReader) -> Tensor:
-        return torch.full(self.size, self.number, dtype=dtypes.torch_dtype(self.kind))
+        dtype = dtypes.torch_dtype(self.dtype)
+        return torch.tensor(self.number, dtype=dtype).expand(self.shape)
 
 
-@dataclass(frozen=True)
-class Numbers(Expression):
-    """A few whole numbers: the shape of a weight."""
+@dataclass(frozen=True, kw_only=True)
+class Operation(Expression):
+    """What one of OPERATIONS makes of its inputs, which it is given in one dtype."""
 
-    numbers: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self.numbers),)
-
-    @property
-    def dtype(self) -> str:
-        return "I64"
-
-    def value(self, reader: TensorReader) -> Tensor:
-        return torch.tensor(self.numbers)
-
-
-@dataclass(frozen=True)
-class OfOne(Expression):
-    """Base of expressions over one other."""
-
-    source: Expression
-
-    @property
-    def dtype(self) -> str:
-        return self.source.dtype
-
-    @property
-    def inputs(self) -> tuple[Expression, ...]:
-        return (self.source,)
+    name: str
+    arguments: tuple = ()
 
     @property
     def pieces(self) -> tuple[Expression, ...]:
-        own = self.source.pieces
-        return own if len(own) > 1 else (self,)
-
-
-@dataclass(frozen=True)
-class Transposed(OfOne):
-    """Two axes swapped; counted from the end."""
-
-    axes: tuple[int, int] = (-2, -1)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        sizes, (i, j) = list(self.source.shape), self.axes
-        sizes[i], sizes[j] = sizes[j], sizes[i]
-        return tuple(sizes)
+        own = [piece for part in self.inputs for piece in part.pieces]
+        return (self,) if self.name in ARITHMETIC or len(own) == 1 else tuple(own)
 
     def value(self, reader: TensorReader) -> Tensor:
-        return self.source.value(reader).transpose(*self.axes)
-
-
-@dataclass(frozen=True)
-class Reshaped(OfOne):
-    """The same elements in another shape."""
-
-    size: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.size
-
-    def value(self, reader: TensorReader) -> Tensor:
-        return self.source.value(reader).reshape(self.size)
-
-
-@dataclass(frozen=True)
-class Gathered(OfOne):
-    """Entries along an axis, by their indices."""
-
-    rows: Rows
-    axis: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        sizes = list(self.source.shape)
-        sizes[self.axis] = len(self.rows)
-        return tuple(sizes)
-
-    def value(self, reader: TensorReader) -> Tensor:
-        value = self.source.value(reader)
-        if isinstance(self.rows, range):
-            return value.narrow(self.axis, self.rows.start, len(self.rows))
-        return value.index_select(self.axis, torch.tensor(self.rows))
-
-
-@dataclass(frozen=True)
-class Scaled(OfOne):
-    """factor · source, in float64 until it is written."""
-
-    factor: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def pieces(self) -> tuple[Expression, ...]:
-        return (self,)
-
-    def value(self, reader: TensorReader) -> Tensor:
-        return self.source.value(reader).double() * self.factor
-
-
-@dataclass(frozen=True)
-class Padded(OfOne):
-    """Zeros after the entries of an axis, up to this length."""
-
-    length: int
-    axis: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        sizes = list(self.source.shape)
-        sizes[self.axis] = self.length
-        return tuple(sizes)
-
-    def value(self, reader: TensorReader) -> Tensor:
-        value = self.source.value(reader)
-        padded = value.new_zeros(self.shape)
-        padded.narrow(self.axis, 0, value.shape[self.axis]).copy_(value)
-        return padded
-
-
-@dataclass(frozen=True)
-class OfSeveral(Expression):
-    """Base of expressions over several others, in the widest dtype of theirs."""
-
-    parts: tuple[Expression, ...]
-
-    @property
-    def dtype(self) -> str:
-        return widest([part.dtype for part in self.parts])
-
-    @property
-    def inputs(self) -> tuple[Expression, ...]:
-        return self.parts
-
-    @property
-    def pieces(self) -> tuple[Expression, ...]:
-        return tuple(piece for part in self.parts for piece in part.pieces)
-
-    def values(self, reader: TensorReader) -> list[Tensor]:
-        """The parts in one dtype."""
-        values = [part.value(reader) for part in self.parts]
+        values = [part.value(reader) for part in self.inputs]
         common = reduce(torch.promote_types, [value.dtype for value in values])
-        return [value.to(common) for value in values]
+        return OPERATIONS[self.name](*(value.to(common) for value in values), *self.arguments)
 
 
-@dataclass(frozen=True)
-class Joined(OfSeveral):
-    """Tensors one after the other along an axis."""
-
-    axis: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        sizes = list(self.parts[0].shape)
-        sizes[self.axis] = sum(part.shape[self.axis] for part in self.parts)
-        return tuple(sizes)
-
-    def value(self, reader: TensorReader) -> Tensor:
-        return torch.cat(self.values(reader), self.axis)
+def _cat(*parts_and_axis) -> Tensor:
+    *parts, axis = parts_and_axis
+    return torch.cat(parts, axis)
 
 
-@dataclass(frozen=True)
-class BlockDiagonal(OfSeveral):
-    """b of fused modules: part i in rows[i] of all `out` rows and in its own columns, zeros
-    elsewhere."""
-
-    rows: tuple[Rows, ...]
-    out: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        first = self.parts[0].shape
-        return (self.out, sum(part.shape[1] for part in self.parts), *first[2:])
-
-    def value(self, reader: TensorReader) -> Tensor:
-        values = self.values(reader)
-        fused = values[0].new_zeros(self.shape)
-        at = 0
-        for value, rows in zip(values, self.rows, strict=True):
-            columns = slice(at, at + value.shape[1])
-            fused[index_of(rows), columns] = value
-            at += value.shape[1]
-        return fused
+def _block_diagonal(*parts_and_arguments) -> Tensor:
+    *parts, sets, shape = parts_and_arguments
+    fused = parts[0].new_zeros(shape)
+    at = 0
+    for part, rows in zip(parts, sets, strict=True):
+        fused[index_of(rows), at : at + part.shape[1]] = part
+        at += part.shape[1]
+    return fused
 
 
-@dataclass(frozen=True)
-class Contracted(OfSeveral):
-    """a of a plain convolution from a core and its a: Σ_n mid[m, n, kernel] a[n, i], in float64
-    until it is written."""
+def _contract(mid: Tensor, a: Tensor) -> Tensor:
+    return torch.einsum("mn...,ni->mi...", mid.double(), a.double().flatten(1))
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        mid, a = self.parts
-        return (mid.shape[0], a.shape[1], *mid.shape[2:])
 
-    @property
-    def pieces(self) -> tuple[Expression, ...]:
-        return (self,)
+OPERATIONS: Mapping[str, Callable[..., Tensor]] = {
+    "block_diagonal": _block_diagonal,
+    "cat": _cat,
+    "contract": _contract,
+    "decode": lambda blocks, spec: spec.decode(blocks),
+    "reshape": Tensor.reshape,
+    "scale": lambda value, factor: value.double() * factor,
+    "take": taken,
+    "transpose": Tensor.transpose,
+}
+ARITHMETIC = ("contract", "scale")  # in float64 until it is written
 
-    def value(self, reader: TensorReader) -> Tensor:
-        mid, a = (value.double() for value in self.values(reader))
-        return torch.einsum("mn...,ni->mi...", mid, a.flatten(1))
+
+def stored(spec: TensorSpec) -> StoredTensor:
+    """A stored tensor as it is."""
+    return StoredTensor(shape=spec.shape, dtype=spec.dtype, spec=spec)
 
 
 def from_spec(spec: TensorSpec) -> Expression:
-    """A stored tensor's values."""
-    return Decoded(spec) if isinstance(spec, BlockSpec) else StoredTensor(spec)
+    """A stored tensor's values: of one in blocks in the dtype that holds them exactly."""
+    if not isinstance(spec, BlockSpec):
+        return stored(spec)
+    return _operation("decode", spec.shape, [stored(spec.stored)], spec, dtype=spec.dtype)
+
+
+def constant(number: float | tuple[int, ...], dtype: str = "F32") -> Expression:
+    """A number, or a vector of some."""
+    shape = (len(number),) if isinstance(number, tuple) else ()
+    return Constant(shape=shape, dtype=dtype, number=number)
+
+
+def zeros(shape: tuple[int, ...], dtype: str) -> Expression:
+    """Zeros in that shape."""
+    return Constant(shape=shape, dtype=dtype, number=0.0)
+
+
+def _operation(
+    name: str,
+    shape: Sequence[int],
+    inputs: Sequence[Expression],
+    *arguments: object,
+    dtype: str = "",
+) -> Operation:
+    """An operation, in the widest dtype of its inputs unless it is another."""
+    return Operation(
+        shape=tuple(shape),
+        dtype=dtype or widest([part.dtype for part in inputs]),
+        inputs=tuple(inputs),
+        name=name,
+        arguments=arguments,
+    )
 
 
 def widest(names: Sequence[str]) -> str:
@@ -350,21 +183,32 @@ def widest(names: Sequence[str]) -> str:
     return dtypes.name_of(common)
 
 
+def is_made_by(expression: Expression, name: str) -> TypeGuard[Operation]:
+    """Whether an expression is that operation."""
+    return isinstance(expression, Operation) and expression.name == name
+
+
 def transposed(source: Expression, axes: tuple[int, int] = (-2, -1)) -> Expression:
-    """Two axes swapped."""
-    if isinstance(source, Transposed) and source.axes == axes:
-        return source.source
-    return Transposed(source, axes)
+    """Two axes swapped; counted from either end."""
+    if is_made_by(source, "transpose") and source.arguments == axes:
+        return source.inputs[0]
+    shape, (i, j) = list(source.shape), axes
+    shape[i], shape[j] = shape[j], shape[i]
+    return _operation("transpose", shape, [source], *axes)
 
 
 def reshaped(source: Expression, shape: tuple[int, ...]) -> Expression:
     """The same elements in this shape."""
-    if isinstance(source, Reshaped):
-        source = source.source
+    source = without_reshape(source)
     if source.shape == shape:
         return source
     assert math.prod(source.shape) == math.prod(shape)
-    return Reshaped(source, shape)
+    return _operation("reshape", shape, [source], shape)
+
+
+def without_reshape(source: Expression) -> Expression:
+    """The expression in the shape that it has before a change of it."""
+    return source.inputs[0] if is_made_by(source, "reshape") else source
 
 
 def flat(source: Expression) -> Expression:
@@ -374,40 +218,54 @@ def flat(source: Expression) -> Expression:
 
 
 def scaled(source: Expression, factor: float) -> Expression:
-    """factor · source."""
-    if isinstance(source, Scaled):
-        source, factor = source.source, source.factor * factor
-    return source if factor == 1 else Scaled(source, factor)
+    """factor · source, in float64 until it is written."""
+    if is_made_by(source, "scale"):
+        source, factor = source.inputs[0], source.arguments[0] * factor
+    return source if factor == 1 else _operation("scale", source.shape, [source], factor)
+
+
+def contracted(mid: Expression, a: Expression) -> Expression:
+    """a of a plain convolution from a core and its a: Σ_n mid[m, n, kernel] a[n, i], in float64
+    until it is written."""
+    shape = (mid.shape[0], a.shape[1], *mid.shape[2:])
+    return _operation("contract", shape, [mid, a])
 
 
 def padded(source: Expression, length: int, axis: int = 0) -> Expression:
     """Zeros after the entries of an axis, up to this length."""
-    return source if source.shape[axis] == length else Padded(source, length, axis)
+    shape = list(source.shape)
+    shape[axis] = length - shape[axis]
+    if not shape[axis]:
+        return source
+    return joined([source, zeros(tuple(shape), source.dtype)], axis)
 
 
 def gathered(source: Expression, rows: Rows, axis: int = 0) -> Expression:
-    """Entries along an axis."""
-    if isinstance(source, Gathered) and source.axis == axis:
-        source, rows = source.source, compact([source.rows[i] for i in rows])
+    """Entries along an axis, by their indices."""
+    if is_made_by(source, "take") and source.arguments[1] == axis:
+        earlier = source.arguments[0]
+        source, rows = source.inputs[0], compact([earlier[i] for i in rows])
     if rows == range(source.shape[axis]):
         return source
-    inner = source.source if isinstance(source, Reshaped) else None
-    if isinstance(inner, StoredTensor) and axis == 0 and isinstance(rows, range):
-        return _stored_rows(inner.spec, source.shape, rows)  # of a stack: they lie together
-    if isinstance(source, Joined) and source.axis == axis and isinstance(rows, range):
+    inner = source.inputs[0] if is_made_by(source, "reshape") and axis == 0 else None
+    if isinstance(inner, StoredTensor) and isinstance(rows, range):  # of a stack: they lie together
+        return stored_rows(inner.spec, source.shape, rows)
+    if is_made_by(source, "cat") and source.arguments == (axis,) and isinstance(rows, range):
         at = 0
-        for part in source.parts:
+        for part in source.inputs:
             if rows == range(at, at + part.shape[axis]):
                 return part
             at += part.shape[axis]
-    return Gathered(source, rows, axis)
+    shape = list(source.shape)
+    shape[axis] = len(rows)
+    return _operation("take", shape, [source], rows, axis)
 
 
-def _stored_rows(spec: TensorSpec, shape: tuple[int, ...], rows: range) -> StoredTensor:
+def stored_rows(spec: TensorSpec, shape: tuple[int, ...], rows: range) -> StoredTensor:
     """Consecutive rows of a stored tensor that is seen in this shape."""
     width = spec.nbytes // shape[0]
     start, stop = spec.start + rows.start * width, spec.start + rows.stop * width
-    return StoredTensor(replace(spec, shape=(len(rows), *shape[1:]), start=start, stop=stop))
+    return stored(replace(spec, shape=(len(rows), *shape[1:]), start=start, stop=stop))
 
 
 def joined(parts: Sequence[Expression], axis: int = 0) -> Expression:
@@ -415,11 +273,20 @@ def joined(parts: Sequence[Expression], axis: int = 0) -> Expression:
     first = parts[0]
     if len(parts) == 1:
         return first
-    pieces = [part for part in parts if isinstance(part, Gathered) and part.axis == axis]
-    if len(pieces) == len(parts) and all(one.source == pieces[0].source for one in pieces):
-        rows = [row for piece in pieces for row in piece.rows]
-        return gathered(pieces[0].source, compact(rows), axis)
-    return Joined(tuple(parts), axis)
+    takes = [part for part in parts if is_made_by(part, "take") and part.arguments[1] == axis]
+    if len(takes) == len(parts) and all(one.inputs == takes[0].inputs for one in takes):
+        rows = [row for one in takes for row in one.arguments[0]]
+        return gathered(takes[0].inputs[0], compact(rows), axis)
+    shape = list(first.shape)
+    shape[axis] = sum(part.shape[axis] for part in parts)
+    return _operation("cat", shape, parts, axis)
+
+
+def block_diagonal(parts: Sequence[Expression], rows: Sequence[Rows], out: int) -> Expression:
+    """b of fused modules: part i in rows[i] of all `out` rows and in its own columns, zeros
+    elsewhere."""
+    shape = (out, sum(part.shape[1] for part in parts), *parts[0].shape[2:])
+    return _operation("block_diagonal", shape, parts, tuple(rows), shape)
 
 
 def index_of(rows: Rows) -> slice | list[int]:

@@ -10,7 +10,7 @@ from adapterkit.errors import Refused, listed, shown
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.modules.kinds import FACTORS, SHAPE
 from adapterkit.formats.modules.record import Module
-from adapterkit.formats.modules.tensors import Expression, Numbers
+from adapterkit.formats.modules.tensors import Expression, constant
 from adapterkit.formats.schema import Format
 from adapterkit.weights.reader import TensorReader
 
@@ -76,5 +76,5 @@ def _is_wide(module: Module, names: Sequence[str]) -> bool:
 def _with_shape(module: Module) -> Module:
     if SHAPE in module.parts:
         return module
-    shape = Numbers((module.parts["b"].shape[0], module.parts["a"].shape[1]))
+    shape = constant((module.parts["b"].shape[0], module.parts["a"].shape[1]), "I64")
     return replace(module, parts={**module.parts, SHAPE: shape})

@@ -12,7 +12,7 @@ from adapterkit.formats.base import NamedBase
 from adapterkit.formats.modules.experts import split_experts, stack_experts
 from adapterkit.formats.modules.kinds import COPY, EXPERTS, FACTORS, PARAMETER, PLAIN, TOKENS, VALUE
 from adapterkit.formats.modules.record import Contents, Module
-from adapterkit.formats.modules.tensors import Constant, Expression
+from adapterkit.formats.modules.tensors import Expression, zeros
 from adapterkit.formats.same_delta import uniform
 from adapterkit.formats.schema import Format
 from adapterkit.formats.write import unsupported
@@ -169,7 +169,7 @@ def _zeros_beside(
     """Zeros for modules that readers want beside others: k and v beside q. `Refused` with all that
     are missing where no base tells their shapes."""
     known = {m.name: m for m in modules if m.kind == FACTORS}
-    zeros: list[Module] = []
+    added: list[Module] = []
     lacking: list[str] = []
     for module in known.values():
         home, _, leaf = module.name.rpartition(".")
@@ -185,10 +185,10 @@ def _zeros_beside(
                 out, width = parameter.shape
                 dtype = module.parts["a"].dtype
                 parts: dict[str, Expression] = {
-                    "a": Constant((module.rank, width), 0.0, dtype),
-                    "b": Constant((out, module.rank), 0.0, dtype),
+                    "a": zeros((module.rank, width), dtype),
+                    "b": zeros((out, module.rank), dtype),
                 }
-                zeros.append(replace(module, name=name, parts=parts, stored_alpha=None))
+                added.append(replace(module, name=name, parts=parts, stored_alpha=None))
     if lacking:
         raise Refused(
             f"{len(lacking)} modules are missing beside others: {listed(lacking)}",
@@ -196,7 +196,7 @@ def _zeros_beside(
             where=where,
             hint=GIVE_BASE,
         )
-    return zeros
+    return added
 
 
 def renamed(modules: Sequence[Module], model: NamedBase, *, in_file: bool) -> list[Module]:

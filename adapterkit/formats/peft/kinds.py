@@ -17,7 +17,7 @@ from adapterkit.formats.capabilities import FIT_ON_BASE
 from adapterkit.formats.modules.names import kernel_of
 from adapterkit.formats.modules.parts import magnitudes, tail_of
 from adapterkit.formats.modules.record import LANGUAGE, Contents, Module
-from adapterkit.formats.modules.tensors import Expression, StoredTensor, reshaped
+from adapterkit.formats.modules.tensors import Expression, StoredTensor, reshaped, stored
 from adapterkit.formats.schema import Format
 from adapterkit.formats.write import File, WrittenTensor
 
@@ -43,7 +43,7 @@ def read_kinds(form: Format, folder: Folder, peft_type: str, number: int = 0) ->
             continue
         config = adapter.config
         rank, alpha = adapter.rank_and_alpha(name, config["r"], config["alpha"])
-        own: dict[str, Expression] = {roles[key]: StoredTensor(spec) for key, spec in parts.items()}
+        own: dict[str, Expression] = {roles[key]: stored(spec) for key, spec in parts.items()}
         modules.append(Module(LANGUAGE, name, kind.name, own, float(alpha), rank))
     errors.raise_all()
     modules += replaced_values(adapter)
@@ -56,7 +56,7 @@ def replaced_values(adapter: Adapter) -> list[Module]:
     modules = []
     for name, spec in adapter.replaced.items():
         home, _, leaf = name.rpartition(".")
-        modules.append(Module(LANGUAGE, home, "value", {leaf: StoredTensor(spec)}, 1.0, 1))
+        modules.append(Module(LANGUAGE, home, "value", {leaf: stored(spec)}, 1.0, 1))
     return modules
 
 

@@ -23,7 +23,7 @@ from adapterkit.formats.modules.experts import Stack
 from adapterkit.formats.modules.kinds import COPY, EXPERTS, FACTORS, PARAMETER, TOKENS, VALUE
 from adapterkit.formats.modules.parts import magnitude_in_file, shape_problem
 from adapterkit.formats.modules.record import LANGUAGE, Contents, Module
-from adapterkit.formats.modules.tensors import Constant, Expression, StoredTensor, flat
+from adapterkit.formats.modules.tensors import Expression, StoredTensor, flat, stored, zeros
 from adapterkit.formats.modules.wide_inputs import with_widths
 from adapterkit.formats.peft.experts import homes_of, read_stacks, stacked_keys, stacked_parts
 from adapterkit.formats.peft.kinds import KINDS, read_kinds, write_kinds
@@ -75,10 +75,10 @@ def read_layout(
     for name, spec in adapter.replaced.items():
         home, _, leaf = name.rpartition(".")
         kind = COPY if name in copies else VALUE
-        modules.append(Module(LANGUAGE, home, kind, {leaf: StoredTensor(spec)}, 1.0, 1))
+        modules.append(Module(LANGUAGE, home, kind, {leaf: stored(spec)}, 1.0, 1))
     for tokens in adapter.tokens:
         modules.append(
-            Module(LANGUAGE, tokens.module, TOKENS, {"rows": StoredTensor(tokens.values)}, 1.0, 1)
+            Module(LANGUAGE, tokens.module, TOKENS, {"rows": stored(tokens.values)}, 1.0, 1)
         )
     headers = {
         (number, WEIGHTS): adapter.header_sha256,
@@ -119,12 +119,12 @@ def _module(adapter: Adapter, lora: Lora, kind: str) -> Module:
     rank, alpha = adapter.rank_and_alpha(name, config["r"], config["lora_alpha"])
     if config.get("use_rslora"):
         alpha = adapter.scale(rank, alpha) * rank
-    parts: dict[str, Expression] = {"a": StoredTensor(lora.a), "b": StoredTensor(lora.b)}
+    parts: dict[str, Expression] = {"a": stored(lora.a), "b": stored(lora.b)}
     if lora.magnitude is not None:
-        magnitude = StoredTensor(lora.magnitude)
+        magnitude = stored(lora.magnitude)
         parts["magnitude"] = flat(magnitude)
     if lora.bias is not None:
-        parts["bias"] = StoredTensor(lora.bias)
+        parts["bias"] = stored(lora.bias)
     embedding = lora.kind == "embedding"
     return Module(LANGUAGE, lora.module, kind, parts, float(alpha), rank, embedding, lora.depth)
 
@@ -168,7 +168,7 @@ def write_layout(
             keys = part_keys(module.name, kind, levels, module.depth)
             parts = dict(module.parts)
             if has_bias and "bias" not in parts:
-                parts["bias"] = Constant((module.out,), 0.0, parts["b"].dtype)
+                parts["bias"] = zeros((module.out,), parts["b"].dtype)
             if "magnitude" in parts:
                 parts["magnitude"] = magnitude_in_file(module, "magnitude", column=False)
         tensors += [

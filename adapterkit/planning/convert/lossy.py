@@ -21,14 +21,14 @@ from adapterkit.formats.capabilities import (
     lacking,
 )
 from adapterkit.formats.files.containers import PlanReader
-from adapterkit.formats.fitted import Fit, Fitted
+from adapterkit.formats.fitted import Fit
 from adapterkit.formats.modules.biases import as_the_format_has_them
 from adapterkit.formats.modules.deltas import ModuleDelta
 from adapterkit.formats.modules.kinds import EXPERTS, FACTORS, PARAMETER, SHAPE
 from adapterkit.formats.modules.names import kernel_of
 from adapterkit.formats.modules.parts import cores, magnitudes, matrix_shape, tail_of
 from adapterkit.formats.modules.record import LANGUAGE, Contents, Module
-from adapterkit.formats.modules.tensors import Contracted, scaled
+from adapterkit.formats.modules.tensors import contracted, scaled
 from adapterkit.formats.peft.kinds import headers_of, replaced_values
 from adapterkit.formats.peft.layout import KEPT
 from adapterkit.formats.schema import Format
@@ -144,7 +144,7 @@ def _lacks_core_only(module: Module, form: Format, contents: Contents) -> bool:
 def _without_core(module: Module) -> Module:
     """A convolution with a core as a plain one: a'[m, i] = Σ_n mid[m, n] a[n, i]."""
     parts = dict(module.parts)
-    parts["a"] = Contracted((parts.pop("mid"), parts["a"]))
+    parts["a"] = contracted(parts.pop("mid"), parts["a"])
     rank = parts["a"].shape[0]
     return replace(module, parts=parts, alpha=module.scale * rank, rank=rank)
 
@@ -168,7 +168,7 @@ def read_fitted(
     modules = []
     for one in deltas:
         fit = Fit(one.module, one.delta, one.tail, min(rank, one.delta.rank, *one.delta.shape))
-        parts = {"a": Fitted(fit, "a"), "b": Fitted(fit, "b")}
+        parts = fit.parts
         modules.append(
             Module(LANGUAGE, one.module, FACTORS, parts, float(fit.rank), fit.rank, one.embedding)
         )
@@ -257,7 +257,7 @@ class _Fitting:
         delta = ModuleDelta(module, weight if needs else None, tuple(self._others(module)))
         tail = self._tail(module, weight)
         fit = Fit(module.path, delta, tail, min(self.rank, delta.rank))
-        parts: dict = {"a": Fitted(fit, "a"), "b": Fitted(fit, "b")}
+        parts = dict(fit.parts)
         if SHAPE in module.parts:
             parts[SHAPE] = module.parts[SHAPE]
         if "bias" in module.parts:

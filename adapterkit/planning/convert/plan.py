@@ -18,7 +18,7 @@ from adapterkit.formats.library import format_named
 from adapterkit.formats.modules.experts import split_experts
 from adapterkit.formats.modules.kinds import EXPERTS
 from adapterkit.formats.modules.record import Contents
-from adapterkit.formats.modules.tensors import Scaled
+from adapterkit.formats.modules.tensors import is_made_by
 from adapterkit.formats.peft.dialects import arranged, renamed, without_copies
 from adapterkit.formats.peft.layout import write_layout
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
@@ -245,7 +245,7 @@ def _rounded_note(written: File) -> list[str]:
         tensor
         for tensor in written.tensors
         if tensor.dtype in ("BF16", "F16")
-        and any(isinstance(e, Scaled) and not _is_power(e.factor) for e in tensor.expression)
+        and any(is_made_by(e, "scale") and not _is_power(e.arguments[0]) for e in tensor.expression)
     ]
     if not rounded:
         return []
