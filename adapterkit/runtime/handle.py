@@ -20,7 +20,7 @@ from adapterkit.runtime.merging import conflicts
 from adapterkit.runtime.report import Report, report
 from adapterkit.runtime.state import State, named, weights
 from adapterkit.runtime.training import trainer
-from adapterkit.statistics.source import Stats
+from adapterkit.statistics.reader import Stats
 from adapterkit.verbs.combine import combine as combine_files
 
 COMBINE_OPTIONS = (

@@ -11,14 +11,14 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.system import quarter_of_memory
 from adapterkit.engines.hub.sources import BoundedFolder, BoundedSources
-from adapterkit.statistics.activations import ActivationStore
 from adapterkit.statistics.file import Results
 from adapterkit.statistics.job import Batch, CollectionJob, Request
-from adapterkit.statistics.layerwise import run_layerwise
 from adapterkit.statistics.ledger import Ledger, fingerprint, open_work
-from adapterkit.statistics.stored_model import StoredModel
+from adapterkit.statistics.model.activations import ActivationStore
+from adapterkit.statistics.model.layerwise import run_layerwise
+from adapterkit.statistics.model.stored_model import StoredModel
+from adapterkit.statistics.model.whole import run_whole
 from adapterkit.statistics.sums import COMPONENTS
-from adapterkit.statistics.whole import run_whole
 
 Progress = Callable[[int, int], None]  # (steps done, of how many)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapterkit.checkpoint.layout import TensorPlan, laid_out
 from adapterkit.statistics.sums import Sums
-from adapterkit.statistics.work import SumsFile, remove, write_file
+from adapterkit.statistics.sums_files import SumsFile, remove, write_file
 from adapterkit.tasks.statistics import INPUTS, METADATA, key_of
 
 

@@ -11,13 +11,13 @@ from adapterkit.adapters.targets import ALL_LINEAR
 from adapterkit.errors import Problems, Refused, did_you_mean, listed, shown
 from adapterkit.planning.targets.peft_targets import EXPERTS
 from adapterkit.planning.targets.stored_targets import select_layers
+from adapterkit.statistics.data.masks import Masks, token_masks
 from adapterkit.statistics.file import Results
-from adapterkit.statistics.masks import Masks, token_masks
-from adapterkit.statistics.stored_model import StoredModel
+from adapterkit.statistics.model.hooks import SumsWatch
+from adapterkit.statistics.model.layers import Unit, Units
+from adapterkit.statistics.model.stored_model import StoredModel
 from adapterkit.statistics.sums import Sums
-from adapterkit.statistics.units import Unit, Units
-from adapterkit.statistics.watch import SumsWatch
-from adapterkit.statistics.work import SumsFile
+from adapterkit.statistics.sums_files import SumsFile
 from adapterkit.tasks.statistics import INPUTS
 from adapterkit.weights.linear import is_linear
 from adapterkit.weights.names import TRANSPOSED

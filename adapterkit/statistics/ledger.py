@@ -15,10 +15,10 @@ from adapterkit.checkpoint.disk import storage_errors
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Failed, Refused, shown
 from adapterkit.statistics.job import CollectionJob
-from adapterkit.statistics.lockstep import Gradients, UnitSums
+from adapterkit.statistics.model.layers import Unit, is_within
+from adapterkit.statistics.model.lockstep import Gradients, UnitSums
 from adapterkit.statistics.sums import Sum, Sums
-from adapterkit.statistics.units import Unit, is_within
-from adapterkit.statistics.work import SumsFile, remove
+from adapterkit.statistics.sums_files import SumsFile, remove
 from adapterkit.tasks.rows import byte_view
 
 JOB = "job.json"

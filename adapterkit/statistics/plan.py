@@ -16,11 +16,11 @@ from adapterkit.errors import Refused, shown
 from adapterkit.options import StrPath
 from adapterkit.plan import Plan
 from adapterkit.planning.inputs.input_identity import identities, plan_of
+from adapterkit.statistics.data.records import Record, draw_records
+from adapterkit.statistics.data.samples import Samples, load_tokenizer, tokenize
 from adapterkit.statistics.job import CollectionJob, Request
 from adapterkit.statistics.ledger import foreseen
-from adapterkit.statistics.records import Record, draw_records
-from adapterkit.statistics.samples import Samples, load_tokenizer, tokenize
-from adapterkit.statistics.stored_model import StoredModel
+from adapterkit.statistics.model.stored_model import StoredModel
 
 # bytes of an element of a covariance in sums, of which 9/16 are kept: in float64; beside it while
 # they are summed in float32

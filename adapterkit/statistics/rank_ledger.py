@@ -15,10 +15,10 @@ from adapterkit.checkpoint.output.rank_stage import RankStage
 from adapterkit.engines.ranks.rank import Liveness, Marks
 from adapterkit.statistics.job import CollectionJob
 from adapterkit.statistics.ledger import OUTSIDE, WHOLE, Ledger
-from adapterkit.statistics.lockstep import Gradients, UnitSums
+from adapterkit.statistics.model.layers import Unit
+from adapterkit.statistics.model.lockstep import Gradients, UnitSums
 from adapterkit.statistics.sums import Sum
-from adapterkit.statistics.units import Unit
-from adapterkit.statistics.work import SumsFile
+from adapterkit.statistics.sums_files import SumsFile
 
 FOLDER = "work"  # in the stage, as of a single process
 VISIT = re.compile(r"\d{6,}(-\d+)?\.(sums|gradients)\.safetensors")

@@ -27,10 +27,11 @@ from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
 from adapterkit.run_options import RunOptions
 from adapterkit.statistics import output
-from adapterkit.statistics.activations import ActivationStore
 from adapterkit.statistics.collect import Layers, run
 from adapterkit.statistics.file import Results
 from adapterkit.statistics.job import CollectionJob
+from adapterkit.statistics.model.activations import ActivationStore
+from adapterkit.statistics.model.stored_model import StoredModel
 from adapterkit.statistics.output import FileHere
 from adapterkit.statistics.plan import Collection, check_unchanged, device_of
 from adapterkit.statistics.rank_ledger import (
@@ -41,8 +42,7 @@ from adapterkit.statistics.rank_ledger import (
     names_of,
     path_of,
 )
-from adapterkit.statistics.stored_model import StoredModel
-from adapterkit.statistics.work import SumsFile
+from adapterkit.statistics.sums_files import SumsFile
 
 Collect = Callable[[Path, bool], Results]  # (work folder, whether to go on there)
 Write = Callable[..., Receipt]  # (collect, began, resume, overwrite): writes the output

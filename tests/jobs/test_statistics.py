@@ -24,10 +24,11 @@ from adapterkit.engines.ranks import rank as ranks
 from adapterkit.errors import Interrupted, Refused
 from adapterkit.jobs.plan_file import read_plan
 from adapterkit.plan import Plan
-from adapterkit.statistics import activations, stored_model, units
+from adapterkit.statistics.model import activations, stored_model
+from adapterkit.statistics.model import layers as units
+from adapterkit.statistics.model.stored_model import StoredModel
 from adapterkit.statistics.plan import Collection
 from adapterkit.statistics.rank_ledger import FOLDER, accepts, path_of
-from adapterkit.statistics.stored_model import StoredModel
 from tests.jobs.conftest import RanksBench
 from tests.jobs.test_ranks import SLOW, stopped, until
 from tests.statistics.test_layerwise import MODELS

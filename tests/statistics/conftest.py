@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.statistics import activations, units
+from adapterkit.statistics.model import activations
+from adapterkit.statistics.model import layers as units
 from tests.support import oracle
 from tests.support.texts import save_tokenizer, write_rows
 

@@ -10,10 +10,10 @@ import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import Refused
-from adapterkit.statistics import units
 from adapterkit.statistics.collect import collect_statistics
-from adapterkit.statistics.stored_model import StoredModel
-from adapterkit.statistics.tokens import TokenTracker
+from adapterkit.statistics.data.tokens import TokenTracker
+from adapterkit.statistics.model import layers as units
+from adapterkit.statistics.model.stored_model import StoredModel
 from tests.statistics.test_layerwise import MODELS, pairs, texts
 from tests.support import tiny
 from tests.support.live import llama, tokens

@@ -5,11 +5,11 @@ import threading
 import pytest
 import torch
 
-from adapterkit.statistics import activations, lockstep
-from adapterkit.statistics.activations import Activations, ActivationStore, Copy
 from adapterkit.statistics.collect import collect_statistics
-from adapterkit.statistics.passages import Passage
-from adapterkit.statistics.stored_model import StoredModel
+from adapterkit.statistics.model import activations, lockstep
+from adapterkit.statistics.model.activations import Activations, ActivationStore, Copy
+from adapterkit.statistics.model.coroutines import Coroutine
+from adapterkit.statistics.model.stored_model import StoredModel
 from tests.statistics.test_layerwise import texts
 from tests.support.live import llama
 from tests.support.stored import checkpoint, collected
@@ -147,11 +147,11 @@ def test_passes_take_turns():
                 assert len(running) == 1
                 seen.append((name, number))
                 running.remove(name)
-                assert Passage.current().stop(number) == (name, number)
+                assert Coroutine.current().stop(number) == (name, number)
 
         return go
 
-    passes = {name: Passage(run(name)) for name in "ab"}
+    passes = {name: Coroutine(run(name)) for name in "ab"}
     answers = dict.fromkeys("ab")
     for number in range(4):
         for name, one in passes.items():
@@ -162,11 +162,11 @@ def test_passes_take_turns():
 
 
 def test_an_error_of_a_pass_is_raised_where_it_is_resumed():
-    one = Passage(lambda: 1 / 0)
+    one = Coroutine(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         one.resume()
     assert one.is_done
-    other = Passage(lambda: Passage.current().stop("more"))
+    other = Coroutine(lambda: Coroutine.current().stop("more"))
     other.resume()
     before = threading.active_count()
     other.close()

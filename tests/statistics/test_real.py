@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import adapterkit
 import realmodel
 from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.statistics.samples import load_tokenizer
+from adapterkit.statistics.data.samples import load_tokenizer
 from tests.support import oracle
 from tests.support.texts import write_rows
 

@@ -10,9 +10,9 @@ import torch
 
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.errors import Damaged, Refused
-from adapterkit.statistics.masks import IGNORED
-from adapterkit.statistics.records import draw_records
-from adapterkit.statistics.samples import Sample, Samples, load_tokenizer, tokenize
+from adapterkit.statistics.data.masks import IGNORED
+from adapterkit.statistics.data.records import draw_records
+from adapterkit.statistics.data.samples import Sample, Samples, load_tokenizer, tokenize
 from tests.support.texts import MARKED, WORDS, ids, save_tokenizer, write_rows
 
 USER, REPLY = {"role": "user", "content": "who"}, {"role": "assistant", "content": "me"}
@@ -347,7 +347,7 @@ def test_damaged_tables(tmp_path: Path) -> None:
 
 
 def test_a_line_without_an_end_is_not_read_whole(tmp_path: Path, monkeypatch) -> None:
-    from adapterkit.statistics import records
+    from adapterkit.statistics.data import records
 
     monkeypatch.setattr(records, "LONGEST", 10)
     for text in ("x" * 11, "fine\n\n" + "word\n" * 4):

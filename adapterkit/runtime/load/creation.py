@@ -35,7 +35,7 @@ from adapterkit.runtime.targets import (
     resolve_saved,
     resolve_tokens,
 )
-from adapterkit.statistics.source import Stats
+from adapterkit.statistics.reader import Stats
 
 
 def attach(

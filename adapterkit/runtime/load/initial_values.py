@@ -23,7 +23,7 @@ from adapterkit.inits.protocol import (
 from adapterkit.registry import members
 from adapterkit.runtime.layers import KINDS
 from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.statistics.source import StatisticsReader, Stats, open_statistics
+from adapterkit.statistics.reader import StatisticsReader, Stats, open_statistics
 from adapterkit.tasks.statistics import select_statistics, shape_of
 
 WHERE = "LoraConfig"

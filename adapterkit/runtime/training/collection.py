@@ -17,8 +17,8 @@ from adapterkit.errors import Failed, Problems, Refused, did_you_mean, listed
 from adapterkit.options import StrPath
 from adapterkit.runtime.load.writing import check_local, replace, writes
 from adapterkit.runtime.targets import resolve
-from adapterkit.statistics.gradients import Gradients
-from adapterkit.statistics.masks import Masks, Rule
+from adapterkit.statistics.data.masks import Masks, Rule
+from adapterkit.statistics.model.gradients import Gradients
 from adapterkit.statistics.sums import COMPONENTS, Sums
 from adapterkit.tasks.statistics import INPUT_KINDS, INPUTS, METADATA, key_of
 from adapterkit.tasks.statistics import KINDS as ALL_KINDS

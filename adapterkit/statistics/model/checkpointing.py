@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from adapterkit.statistics.activations import Activations, Saved
+from adapterkit.statistics.model.activations import Activations, Saved
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import Failed, shown
-from adapterkit.statistics.tokens import BOTH, COUNTED, LEFT_OUT, TokenTracker
+from adapterkit.statistics.data.tokens import BOTH, COUNTED, LEFT_OUT, TokenTracker
 
 IGNORED = -100  # of labels, as in torch's cross entropy
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")

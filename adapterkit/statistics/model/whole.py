@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from adapterkit.statistics.gradients import Gradients
+from adapterkit.statistics.data.masks import following
 from adapterkit.statistics.job import CollectionJob
 from adapterkit.statistics.ledger import Ledger
-from adapterkit.statistics.masks import following
+from adapterkit.statistics.model.gradients import Gradients
 
 
 def run_whole(job: CollectionJob, ledger: Ledger, progress: Callable[[int, int], None]) -> None:

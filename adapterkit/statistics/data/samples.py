@@ -16,8 +16,8 @@ from torch import Tensor
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.planning.outputs.tokenizer_files import TOKENIZER
-from adapterkit.statistics.masks import IGNORED
-from adapterkit.statistics.records import Record
+from adapterkit.statistics.data.masks import IGNORED
+from adapterkit.statistics.data.records import Record
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks what an assistant says in a template
 

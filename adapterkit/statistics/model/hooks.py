@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapterkit.statistics.masks import Leader, Masks, decoder_of
-from adapterkit.statistics.passages import Passage
+from adapterkit.statistics.data.masks import Leader, Masks, decoder_of
+from adapterkit.statistics.model.coroutines import Coroutine
 from adapterkit.statistics.sums import Sums
 
 
@@ -47,7 +47,7 @@ class SumsWatch:
 
     def _see(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if module not in self.stops or Passage.current() is None:
+            if module not in self.stops or Coroutine.current() is None:
                 self.see(name, args, kwargs)
 
         return hook

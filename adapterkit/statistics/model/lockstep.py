@@ -20,14 +20,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from adapterkit.errors import Refused, shown
-from adapterkit.statistics.activations import Activations, ActivationStore
-from adapterkit.statistics.masks import Masks, following
-from adapterkit.statistics.passages import Passage
-from adapterkit.statistics.recompute import Call, apply, is_differentiable
-from adapterkit.statistics.stored_model import StoredModel
+from adapterkit.statistics.data.masks import Masks, following
+from adapterkit.statistics.model.activations import Activations, ActivationStore
+from adapterkit.statistics.model.checkpointing import Call, apply, is_differentiable
+from adapterkit.statistics.model.coroutines import Coroutine
+from adapterkit.statistics.model.hooks import SumsWatch
+from adapterkit.statistics.model.layers import Unit, Units
+from adapterkit.statistics.model.stored_model import StoredModel
 from adapterkit.statistics.sums import Sums
-from adapterkit.statistics.units import Unit, Units
-from adapterkit.statistics.watch import SumsWatch
 
 Gradients = dict[str, Tensor]  # Σ dLoss/dW by module, as the model has W, float32 on the CPU
 
@@ -43,7 +43,7 @@ class Stop:
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
 
-class Pass(Passage):
+class Pass(Coroutine):
     """One batch's pass through the model."""
 
     def __init__(self, run: Callable[[], object], activations: Activations, masks: Masks | None):
@@ -232,7 +232,7 @@ class Lockstep:
 
     def _call(self, unit: Unit, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What a unit's forward is meanwhile."""
-        one = Passage.current()
+        one = Coroutine.current()
         if not isinstance(one, Pass):
             return forward(*args, **kwargs)  # within a unit
 

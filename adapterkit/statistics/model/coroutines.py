@@ -9,10 +9,10 @@ _local = threading.local()
 
 
 class Abandoned(BaseException):
-    """Ends the thread of a passage that will not go on."""
+    """Ends the thread of a coroutine that will not go on."""
 
 
-class Passage:
+class Coroutine:
     """A function that runs until it stops to ask for something, and goes on with the answer.
 
     (A generator would need every function in between to be one; here they are a model's own code
@@ -29,9 +29,9 @@ class Passage:
         self._thread: threading.Thread | None = None
 
     @staticmethod
-    def current() -> "Passage | None":
-        """The passage whose thread this is."""
-        return getattr(_local, "passage", None)
+    def current() -> "Coroutine | None":
+        """The coroutine whose thread this is."""
+        return getattr(_local, "coroutine", None)
 
     def resume(self, answer: Any = None) -> None:
         """Let it run, with the answer to its request, until it stops again or ends; raises what it
@@ -48,7 +48,7 @@ class Passage:
             raise error
 
     def stop(self, request: Any) -> Any:
-        """Wait for the answer to a request; to be called in the passage's own thread."""
+        """Wait for the answer to a request; to be called in the coroutine's own thread."""
         self.request = request
         self._stopped.release()
         self._turn.acquire()
@@ -66,7 +66,7 @@ class Passage:
         self.request, self.is_done = None, True
 
     def _main(self) -> None:
-        _local.passage = self
+        _local.coroutine = self
         try:
             self._run()
         except Abandoned:

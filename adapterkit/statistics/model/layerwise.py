@@ -6,10 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adapterkit.statistics.activations import ActivationStore
 from adapterkit.statistics.job import Batch, CollectionJob
 from adapterkit.statistics.ledger import Ledger
-from adapterkit.statistics.lockstep import Lockstep, UnitSums
+from adapterkit.statistics.model.activations import ActivationStore
+from adapterkit.statistics.model.lockstep import Lockstep, UnitSums
 
 
 def run_layerwise(

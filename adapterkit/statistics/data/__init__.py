@@ -1,0 +1,1 @@
+"""The data: samples, their tokens, and which of these count."""

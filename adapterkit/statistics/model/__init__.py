@@ -1,0 +1,1 @@
+"""The model, run one layer at a time."""
