@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from adapterkit.errors import AdapterkitError, Refused, listed
 from adapterkit.formats.modules.kinds import FACTORS, MAGNITUDES, SHAPE
 from adapterkit.formats.modules.parts import magnitudes
-from adapterkit.formats.modules.record import Contents, Module
+from adapterkit.formats.modules.record import AdapterModule, Contents
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
 
 # what PEFT's layout holds, in dialects that say nothing else
@@ -40,7 +40,7 @@ def kind_of(contents: Contents) -> str | None:
     return kind if len(kinds) == 1 and kind in OF_ONE_TYPE else None
 
 
-def word_of(module: Module, form: Format) -> str:
+def word_of(module: AdapterModule, form: Format) -> str:
     """The format's word for a module's kind: those for embeddings and norms are apart."""
     if module.embedding:
         return "embedding"
@@ -49,7 +49,7 @@ def word_of(module: Module, form: Format) -> str:
     return "norm" if is_vector and "norm" in form.kinds else module.kind
 
 
-def lacking(module: Module, form: Format, contents: Contents) -> list[str]:
+def lacking(module: AdapterModule, form: Format, contents: Contents) -> list[str]:
     """The roles of a module that the format has no keys for; its kind where it lacks that."""
     if form.layout == ADAPTER_LAYOUT and not form.kinds:  # else a dialect that lists its own
         return _lacking_in_adapter(module, contents)
@@ -65,7 +65,7 @@ def lacking(module: Module, form: Format, contents: Contents) -> list[str]:
     return absent
 
 
-def _lacking_in_adapter(module: Module, contents: Contents) -> list[str]:
+def _lacking_in_adapter(module: AdapterModule, contents: Contents) -> list[str]:
     """PEFT: one type for all modules, DoRA of all or of none, no cores."""
     if module.kind in OF_ONE_TYPE:
         return magnitudes(module.parts) if kind_of(contents) == module.kind else [module.kind]
@@ -78,31 +78,34 @@ def _lacking_in_adapter(module: Module, contents: Contents) -> list[str]:
     return roles
 
 
-def can_be_plain(module: Module) -> bool:
+def can_be_plain(module: AdapterModule) -> bool:
     """Whether plain factors of a rank that is asked for can take the place of its kind."""
     if module.kind == "full":
         return "diff" in module.parts and len(module.parts["diff"].shape) > 1
     return module.kind in (*OF_ONE_TYPE, "oft")
 
 
-def is_fitted(module: Module, form: Format, contents: Contents) -> bool:
+def is_fitted(module: AdapterModule, form: Format, contents: Contents) -> bool:
     """Whether `--rank` makes plain factors of a module, and the format holds them."""
     absent = set(lacking(module, form, contents)) if module.kind == FACTORS else set()
     return can_be_plain(module) or (bool(absent) and absent <= {"mid", *MAGNITUDES})
 
 
-def depends_on_base(module: Module) -> bool:
+def depends_on_base(module: AdapterModule) -> bool:
     """Whether the delta is one of the base's weight."""
     return module.kind == "oft" or bool(magnitudes(module.parts))
 
 
-def is_vector(module: Module) -> bool:
+def is_vector(module: AdapterModule) -> bool:
     """Whether it is a difference of a norm or a bias, which `--lossy` can leave out."""
     return module.kind == "full" and all(len(part.shape) == 1 for part in module.parts.values())
 
 
 def ways_out(
-    modules: Iterable[Module], form: Format, contents: Contents, otherwise: str = OTHER_FORMAT
+    modules: Iterable[AdapterModule],
+    form: Format,
+    contents: Contents,
+    otherwise: str = OTHER_FORMAT,
 ) -> str:
     """The hint for modules that the format does not hold: the options that help."""
     ways: dict[str, None] = {}

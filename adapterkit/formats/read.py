@@ -26,7 +26,13 @@ from adapterkit.formats.modules.merged_linear import (
 from adapterkit.formats.modules.names import Size, in_style, likely, names_of, of_type
 from adapterkit.formats.modules.orientation import STEPS
 from adapterkit.formats.modules.parts import matrix_shape, rank_of, shape_problem, with_magnitudes
-from adapterkit.formats.modules.record import LANGUAGE, Contents, Module, StoredAlpha
+from adapterkit.formats.modules.record import (
+    LANGUAGE,
+    AdapterModule,
+    Contents,
+    Modules,
+    StoredAlpha,
+)
 from adapterkit.formats.modules.rows import Heads
 from adapterkit.formats.modules.stacked_experts import unstacked
 from adapterkit.formats.modules.tensors import Expression, from_spec, stored
@@ -73,14 +79,14 @@ def read(
     numbers, wanted = (ALPHA, SHAPE), [raw for raw, *_ in resolved]
     reader.prefetch(raw.roles[role] for raw in wanted for role in numbers if role in raw.roles)
     scales = Scales(form, container.metadata, config, reading.alpha, reader, where)
-    found: list[tuple[Module, Fusion | None, list[str]]] = []
+    found: list[tuple[AdapterModule, Fusion | None, list[str]]] = []
     for raw, component, names, fusion in resolved:
         with errors.collected():
             found.append(_module(form, raw, component, names, fusion, scales, where))
     reader.prefetch(
         spec for module, fusion, _ in found if fusion for spec in telling_rows(module, fusion)
     )
-    modules: list[Module] = []
+    modules: list[AdapterModule] = []
     for module, fusion, names in found:
         with errors.collected():
             if fusion is None:
@@ -368,7 +374,7 @@ def _module(
     fusion: Fusion | None,
     scales: Scales,
     where: str,
-) -> tuple[Module, Fusion | None, list[str]]:
+) -> tuple[AdapterModule, Fusion | None, list[str]]:
     """The module of a file, still under the file's name, and the modules of the model that it is.
     `Refused` where shapes or the alpha are not right."""
     parts = {
@@ -410,7 +416,7 @@ def _module(
     else:
         alpha = scales.alpha(component, raw.head, rank // groups, spec) * groups
     held = None if spec is None else StoredAlpha(stored(spec), alpha)
-    module = Module(
+    module = AdapterModule(
         component, raw.head, kind, parts, alpha, rank or 1, embedding, stored_alpha=held
     )
     return module, fusion, names
@@ -423,7 +429,7 @@ def _neutral(form: Format, kind: str, role: str, value: Expression) -> Expressio
     return value
 
 
-def _twice(modules: Sequence[Module], where: str) -> list[AdapterkitError]:
+def _twice(modules: Modules, where: str) -> list[AdapterkitError]:
     """Modules of the model that two modules of the file stand for."""
     seen: set[tuple[str, str, str]] = set()
     errors = Problems(where=where)

@@ -3,18 +3,18 @@ all modules."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 from adapterkit.formats.modules.kinds import KINDS, PLAIN
 from adapterkit.formats.modules.parts import scaled_role
-from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.record import AdapterModule, Modules
 from adapterkit.formats.modules.tensors import Expression, padded, scaled
 
 FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104  # the smallest and the largest at full precision
 
 
-def uniform(modules: Sequence[Module], rank: int | None = None) -> list[Module]:
+def uniform(modules: Modules, rank: int | None = None) -> list[AdapterModule]:
     """The modules with one rank and one scale: zeros up to `rank` (default the largest), and the
     ratio of scales folded into b.
 
@@ -32,13 +32,13 @@ def uniform(modules: Sequence[Module], rank: int | None = None) -> list[Module]:
     ]
 
 
-def common_scale(modules: Iterable[Module]) -> float:
+def common_scale(modules: Iterable[AdapterModule]) -> float:
     """The scale that most modules have; 1 where none has one but 0."""
     counts = Counter(module.scale for module in modules if module.scale)
     return max(counts, key=lambda one: (counts[one], one)) if counts else 1.0
 
 
-def shared_number(modules: Sequence[Module], means: str) -> tuple[float, list[Module]]:
+def shared_number(modules: Modules, means: str) -> tuple[float, list[AdapterModule]]:
     """The commonest alpha, or scale, of the modules that a float32 holds, and they with it: others
     have the ratio folded into b."""
     if means == "scale":
@@ -49,7 +49,7 @@ def shared_number(modules: Sequence[Module], means: str) -> tuple[float, list[Mo
     return number, [with_scale(module, number / module.rank) for module in modules]
 
 
-def with_scale(module: Module, scale: float) -> Module:
+def with_scale(module: AdapterModule, scale: float) -> AdapterModule:
     """The same delta at another scale: the ratio is folded into b and its bias, or the first of
     another kind's factors."""
     own = scaled_role(module)
@@ -65,7 +65,7 @@ def with_scale(module: Module, scale: float) -> Module:
     return replace(module, parts=parts, alpha=scale * module.rank, stored_alpha=None)
 
 
-def padded_to(module: Module, rank: int) -> Module:
+def padded_to(module: AdapterModule, rank: int) -> AdapterModule:
     """The same delta at a larger rank: zero rows of a and zero columns of b."""
     if module.rank == rank:
         return module

@@ -15,7 +15,7 @@ from adapterkit.formats.files.configs import fields
 from adapterkit.formats.files.templates import words_of
 from adapterkit.formats.modules.kinds import FACTORS, KINDS
 from adapterkit.formats.modules.parts import rank_of
-from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.record import AdapterModule, Modules
 from adapterkit.formats.same_delta import is_float32, shared_number, with_scale
 from adapterkit.formats.schema import Format
 from adapterkit.options import finite
@@ -172,8 +172,8 @@ class Scales:
 
 
 def place_scales(
-    modules: Sequence[tuple[Module, str]], form: Format, *, is_own: bool
-) -> tuple[list[tuple[Module, str]], dict[str, float], dict[str, Any]]:
+    modules: Sequence[tuple[AdapterModule, str]], form: Format, *, is_own: bool
+) -> tuple[list[tuple[AdapterModule, str]], dict[str, float], dict[str, Any]]:
     """The modules as they are written, those whose scale is folded into b now, and the metadata
     that declare the others', or the word for it. `is_own`: the source is in the format, too."""
     words = form.scale
@@ -197,7 +197,7 @@ def place_scales(
     return placed, folded, {}
 
 
-def _declaration(modules: Sequence[Module], without: str) -> str:
+def _declaration(modules: Modules, without: str) -> str:
     """The settings of each component, in JSON; names that begin with `without` by their ends."""
     settings: dict[str, Any] = {}
     for component in sorted({module.component for module in modules}):
@@ -215,7 +215,7 @@ def _declaration(modules: Sequence[Module], without: str) -> str:
     return json.dumps(settings, indent=2, sort_keys=True)
 
 
-def has_alpha(module: Module, form: Format, is_own: bool) -> bool:
+def has_alpha(module: AdapterModule, form: Format, is_own: bool) -> bool:
     """Whether a file in the format has a tensor for the module's alpha. `is_own`: the source is in
     the format, too, and keeps its alphas where others' are folded."""
     is_kept = is_own and form.scale.place == "none" and module.stored_alpha is not None
@@ -223,7 +223,7 @@ def has_alpha(module: Module, form: Format, is_own: bool) -> bool:
     return is_written and "alpha" in form.kinds[word_of(module, form)]
 
 
-def is_scaled(module: Module, form: Format, is_own: bool) -> bool:
+def is_scaled(module: AdapterModule, form: Format, is_own: bool) -> bool:
     """Whether a file in the format says this module's scale; else it is folded."""
     if not KINDS[module.kind].scaled or module.scale == 1:
         return True
@@ -234,7 +234,7 @@ def is_scaled(module: Module, form: Format, is_own: bool) -> bool:
     return form.scale.place == "config" or has_alpha(module, form, is_own)
 
 
-def _is_storable(module: Module) -> bool:
+def _is_storable(module: AdapterModule) -> bool:
     """Whether a tensor can say the module's alpha: one of the source, or a float32 but 0, for which
     trainers take the rank."""
     stored = module.stored_alpha

@@ -17,7 +17,7 @@ from adapterkit.formats.modules.kinds import ALPHA, MAGNITUDES, SIZED
 from adapterkit.formats.modules.names import Size, fitting, in_style, likely, names_of, of_type
 from adapterkit.formats.modules.orientation import COLUMN, STEPS
 from adapterkit.formats.modules.parts import magnitude_in_file, matrix_shape
-from adapterkit.formats.modules.record import LANGUAGE, Contents, Module
+from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
 from adapterkit.formats.modules.rows import Heads
 from adapterkit.formats.modules.stacked_experts import stack
 from adapterkit.formats.modules.tensors import Expression, constant, reshaped
@@ -41,13 +41,13 @@ class WrittenTensor:
 
 
 @dataclass(frozen=True)
-class File:
+class FormatFile:
     """A file in a format: its tensors, metadata, and the settings beside it."""
 
     form: Format
     tensors: Sequence[WrittenTensor]
     metadata: Mapping[str, Any]
-    modules: Sequence[Module]  # as they are written: fused, scales folded
+    modules: Modules  # as they are written: fused, scales folded
     architecture: str | None = None
     folded: Mapping[str, float] = field(default_factory=dict)  # module -> scale folded into b
     notes: Sequence[str] = ()
@@ -62,7 +62,7 @@ def write(
     dtype: str | None = None,
     heads: Heads | None = None,
     base: BaseFacts | None = None,
-) -> File:
+) -> FormatFile:
     """The file of these contents. `Refused` with all that the format cannot hold."""
     if not form.writes:
         raise Refused(
@@ -116,12 +116,10 @@ def write(
             f"the scales are in the metadata ({form.scale.key}): readers that ignore it apply "
             "scale 1"
         )
-    return File(form, tensors, metadata, final, name, folded, notes, settings)
+    return FormatFile(form, tensors, metadata, final, name, folded, notes, settings)
 
 
-def _perhaps_absent(
-    modules: Sequence[Module], form: Format, namings: Mapping[str, str]
-) -> list[str]:
+def _perhaps_absent(modules: Modules, form: Format, namings: Mapping[str, str]) -> list[str]:
     """Notes on modules that some models do not have in the format, where no base tells the
     model."""
     notes = []
@@ -162,7 +160,7 @@ def unsupported(
     """Refusals of kinds and roles that the format has no keys for; `otherwise`: the hint where no
     option helps."""
     errors = _activated(contents, form)
-    absent: dict[str, list[Module]] = {}
+    absent: dict[str, list[AdapterModule]] = {}
     for module in contents.modules:
         kind = word_of(module, form)
         for what in lacking(module, form, contents):
@@ -183,7 +181,7 @@ def unsupported(
 
 def _placed(
     contents: Contents, form: Format, architecture: str | None, base: BaseFacts | None
-) -> tuple[str | None, list[Module], dict[str, str]]:
+) -> tuple[str | None, list[AdapterModule], dict[str, str]]:
     """The architecture in whose names the file is written, None where names are the model's; the
     modules with their components; the words of all architectures that it may be."""
     needed = bool(form.names.architectures)
@@ -232,7 +230,7 @@ def _placed(
     return (options[0][0] if needed else None), options[0][1], common
 
 
-def _components(modules: Sequence[Module], architecture: str) -> list[list[Module]]:
+def _components(modules: Modules, architecture: str) -> list[list[AdapterModule]]:
     """The modules with the components of an architecture: one way, or several, or none."""
     bare = [m for m in modules if m.component == LANGUAGE]
     others = [(m.component, m.name) for m in modules if m.component != LANGUAGE]
@@ -252,7 +250,7 @@ def _components(modules: Sequence[Module], architecture: str) -> list[list[Modul
 
 
 def _namings(
-    contents: Contents, form: Format, architecture: str | None, modules: Sequence[Module]
+    contents: Contents, form: Format, architecture: str | None, modules: Modules
 ) -> dict[str, str]:
     """The column of the rules in which each component's names are written: the source's own within
     a format, else the first that has them all."""
@@ -275,7 +273,7 @@ def _namings(
 
 
 def _keys(
-    form: Format, architecture: str, namings: Mapping[str, str], modules: Sequence[Module]
+    form: Format, architecture: str, namings: Mapping[str, str], modules: Modules
 ) -> list[str | None]:
     """The names that modules would have in the file."""
     keys: list[str | None] = []
@@ -288,9 +286,7 @@ def _keys(
     return keys
 
 
-def _homeless(
-    modules: Sequence[Module], form: Format, architecture: str | None
-) -> list[AdapterkitError]:
+def _homeless(modules: Modules, form: Format, architecture: str | None) -> list[AdapterkitError]:
     """Refusals of components that the format has no keys for."""
     components = form.components(architecture)
     if not components:
@@ -339,25 +335,25 @@ def _homeless(
 
 
 def _fused(
-    modules: Sequence[Module],
+    modules: Modules,
     form: Format,
     architecture: str | None,
     namings: Mapping[str, str],
     heads: Heads | None,
     base: BaseFacts | None,
     reader: PlanReader,
-) -> list[tuple[Module, str]]:
+) -> list[tuple[AdapterModule, str]]:
     """The file's modules with their keys without suffix."""
     components = form.components(architecture)
     prefix = lambda module: components.get(module.component, ("",))[0]
     if architecture is None:
         Problems([error for module in modules for error in norm_problems([module])]).raise_all()
         return [(m, prefix(m) + in_style(m.name, form.names.style)) for m in modules]
-    groups: dict[tuple[str, str, str], dict[int, Module]] = {}
+    groups: dict[tuple[str, str, str], dict[int, AdapterModule]] = {}
     fusions: dict[tuple[str, str, str], Fusion] = {}
     stacks: set[tuple[str, str, str]] = set()
     lacking, tied = [], []
-    plain: list[tuple[Module, str]] = []
+    plain: list[tuple[AdapterModule, str]] = []
     for module in modules:
         naming = namings[module.component]
         names = names_of(architecture, module.component, naming, form.names.style)
@@ -427,7 +423,7 @@ def _unnamed(
 
 
 def _tensors(
-    module: Module, key: str, form: Format, dtype: str | None, is_own: bool
+    module: AdapterModule, key: str, form: Format, dtype: str | None, is_own: bool
 ) -> list[WrittenTensor]:
     """The tensors of a module under their keys."""
     kind = word_of(module, form)
@@ -448,7 +444,7 @@ def _tensors(
     return written
 
 
-def _alpha(module: Module, dtype: str | None) -> Expression:
+def _alpha(module: AdapterModule, dtype: str | None) -> Expression:
     """The tensor of a module's alpha: as the source has it, else a float32."""
     stored = module.stored_alpha
     if stored is not None and stored.number == module.alpha:

@@ -58,7 +58,7 @@ def rounded(
     if value.dtype == own:
         return tensor, None
     lost = worst = loss(value, tensor)
-    pieces = expression.pieces
+    pieces = expression.joined_parts
     if len(pieces) > 1:
         del value
         worst = max(loss(one, one.to(own)) for one in (piece.value(reader) for piece in pieces))

@@ -32,7 +32,7 @@ from adapterkit.formats.modules.experts import (
     stored_factors,
 )
 from adapterkit.formats.modules.kinds import EXPERTS
-from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.record import AdapterModule
 from adapterkit.formats.modules.tensors import Expression
 from adapterkit.plan import Plan
 from adapterkit.weights.names import Names
@@ -77,11 +77,11 @@ def held(tensor: Tensor) -> Value:
 READER: Any = None  # nothing is stored
 
 
-def values(module: Module) -> tuple[Tensor, Tensor]:
+def values(module: AdapterModule) -> tuple[Tensor, Tensor]:
     return module.parts["a"].value(READER).double(), module.parts["b"].value(READER).double()
 
 
-def delta(module: Module) -> Tensor:
+def delta(module: AdapterModule) -> Tensor:
     a, b = values(module)
     return module.scale * b @ a
 
@@ -91,7 +91,7 @@ def stacks_at(base: Path) -> dict[str, Stack]:
     return stacks_of(Names(checkpoint, task="CAUSAL_LM", build_model=True))
 
 
-def modules_at(folder: Path) -> list[Module]:
+def modules_at(folder: Path) -> list[AdapterModule]:
     """The modules of an adapter without patterns, one for each pair of factors."""
     config = json.loads((folder / "adapter_config.json").read_text())
     parts: dict[str, dict[str, Expression]] = {}
@@ -100,7 +100,7 @@ def modules_at(folder: Path) -> list[Module]:
         assert match
         parts.setdefault(match[1], {})[match[2].lower()] = held(tensor)
     return [
-        Module("", name, "lora", own, config["lora_alpha"], own["a"].shape[0])
+        AdapterModule("", name, "lora", own, config["lora_alpha"], own["a"].shape[0])
         for name, own in parts.items()
     ]
 
@@ -112,7 +112,7 @@ def test_layout_of_stacks(transpose: bool) -> None:
     experts, rank, x, y = 3, 2, 5, 4
     a, b = torch.randn(experts * rank, x), torch.randn(y, rank * experts)
     parts = neutral_factors(held(a), held(b), experts, transpose=transpose)
-    module = Module("", "stack", EXPERTS, parts, 3.0, rank)
+    module = AdapterModule("", "stack", EXPERTS, parts, 3.0, rank)
     stored = torch.einsum(
         "ore,eri->eoi", b.view(y, rank, experts), a.view(experts, rank, x)
     ).double()
@@ -185,7 +185,7 @@ def test_shared_a_stays_one(kind: str) -> None:
         parts: dict[str, Expression] = {
             "a": held(torch.randn(experts, 2, width)), "b": held(torch.randn(experts, out, 2)),
         }  # fmt: skip
-        stacked.append(Module("", stack.name, EXPERTS, parts, 3.0, 2))
+        stacked.append(AdapterModule("", stack.name, EXPERTS, parts, 3.0, 2))
     apart = split_experts(stacked, stacks, READER)
     assert {m.rank for m in apart} == {2}
     for stack, module in zip(stacks.values(), stacked, strict=True):
@@ -209,7 +209,7 @@ def test_ranks_and_scales_of_single_experts() -> None:
         a, b = values(module)
         rank = 1 + number % 2
         parts: dict[str, Expression] = {"a": held(a[:rank]), "b": held(b[:, :rank])}
-        source.append(Module("", module.name, "lora", parts, 3.0 + number % 3, rank))
+        source.append(AdapterModule("", module.name, "lora", parts, 3.0 + number % 3, rank))
     expected = {m.name: delta(m) for m in source}
     stacked = stack_experts(source, stacks.values(), READER)
     for stack in stacks.values():
@@ -247,7 +247,7 @@ def test_refused() -> None:
     source = modules_at(folder)
     for number in (0, 1):
         module = source[number]
-        source[number] = Module(
+        source[number] = AdapterModule(
             "", module.name, "lora", {**module.parts, "magnitude": held(torch.ones(8))}, 3.0, 2
         )
     with pytest.raises(Refused) as refused:
@@ -259,7 +259,7 @@ def test_refused() -> None:
         "a": held(torch.ones(3, 2, 8)),
         "b": held(torch.ones(3, 24, 2)),
     }
-    module = Module("", "model.layers.0.mlp.experts.gate_up_proj", EXPERTS, parts, 3.0, 2)
+    module = AdapterModule("", "model.layers.0.mlp.experts.gate_up_proj", EXPERTS, parts, 3.0, 2)
     with pytest.raises(Refused, match="one stack in the base's file"):
         split_experts([module], oss, READER)
 

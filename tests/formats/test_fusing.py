@@ -15,7 +15,7 @@ from adapterkit.errors import Refused
 from adapterkit.formats.library import formats
 from adapterkit.formats.modules.biases import as_the_format_has_them
 from adapterkit.formats.modules.fusing import Fusion, fuse, split
-from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.record import AdapterModule
 from adapterkit.formats.modules.tensors import Expression, StoredTensor, stored
 from adapterkit.formats.schema import NamingRule
 
@@ -42,12 +42,12 @@ class Memory:
         whole = self.tensors[spec.key]
         return whole.flatten()[spec.start // 8 : spec.stop // 8].reshape(spec.shape)
 
-    def again(self, module: Module) -> Module:
+    def again(self, module: AdapterModule) -> AdapterModule:
         """The module as another file holds it: the same bytes, nothing known of where from."""
         parts = {role: self.put(part.value(self).clone()) for role, part in module.parts.items()}
         return replace(module, parts=parts)
 
-    def delta(self, module: Module) -> Tensor:
+    def delta(self, module: AdapterModule) -> Tensor:
         """What it adds to the weight."""
         value = {role: part.value(self) for role, part in module.parts.items()}
         if module.kind == "lora":
@@ -68,21 +68,21 @@ class Case:
     """Modules of a rule: `parts` by place, the whole's shares."""
 
     shares: tuple[int, ...]
-    parts: dict[int, Module]
+    parts: dict[int, AdapterModule]
     memory: Memory
 
     @property
     def fusion(self) -> Fusion:
         return fusion(self.shares)
 
-    def fused(self) -> Module:
+    def fused(self) -> AdapterModule:
         return self.memory.again(fuse(self.parts, "linear1", self.fusion, self.memory))
 
-    def split(self, whole: Module) -> dict[int, Module]:
+    def split(self, whole: AdapterModule) -> dict[int, AdapterModule]:
         parts = split(whole, NAMES[: len(self.shares)], self.fusion, self.memory)
         return {NAMES.index(part.name): self.memory.again(part) for part in parts}
 
-    def delta(self, parts: dict[int, Module]) -> Tensor:
+    def delta(self, parts: dict[int, AdapterModule]) -> Tensor:
         """Of the whole, zeros where a part is missing."""
         return torch.cat(
             [
@@ -99,12 +99,14 @@ def fusion(shares: tuple[int, ...], steps: tuple[str, ...] = ()) -> Fusion:
     return Fusion(rule, "original")
 
 
-def module(memory: Memory, kind: str, name: str, alpha: float, rank: int, **parts: Any) -> Module:
+def module(
+    memory: Memory, kind: str, name: str, alpha: float, rank: int, **parts: Any
+) -> AdapterModule:
     stored: dict[str, Expression] = {
         role: part if isinstance(part, Expression) else memory.put(part)
         for role, part in parts.items()
     }
-    return Module("transformer", name, kind, stored, alpha, rank)
+    return AdapterModule("transformer", name, kind, stored, alpha, rank)
 
 
 @st.composite

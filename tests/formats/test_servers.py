@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapterkit import convert
 from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.record import AdapterModule
 from adapterkit.formats.same_delta import uniform, with_scale
 from tests.formats.golden.make_sglang import CASES as SGLANG
 from tests.formats.golden.make_vllm import CASES as VLLM
@@ -239,9 +239,9 @@ def test_dora_is_baked_on_request(tmp_path: Path) -> None:
 # -- one rank and scale ----------------------------------------------------------------------------
 
 
-def module(name: str, rank: int, alpha: float, dtype: torch.dtype = torch.float32) -> Module:
+def module(name: str, rank: int, alpha: float, dtype: torch.dtype = torch.float32) -> AdapterModule:
     a, b = torch.randn(rank, 6).to(dtype), torch.randn(5, rank).to(dtype)
-    return Module("", name, "lora", {"a": held(a), "b": held(b)}, alpha, rank)
+    return AdapterModule("", name, "lora", {"a": held(a), "b": held(b)}, alpha, rank)
 
 
 def test_one_rank_and_scale_change_no_delta() -> None:

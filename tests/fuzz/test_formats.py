@@ -15,7 +15,7 @@ import pytest
 import adapterkit
 from adapterkit.errors import AdapterkitError
 from adapterkit.formats.library import formats
-from adapterkit.formats.modules.record import Contents, Module
+from adapterkit.formats.modules.record import AdapterModule, Contents
 from tests.support.adapter_samples import (
     Delta,
     Sample,
@@ -94,7 +94,7 @@ def check(seed: int, sample: Sample, files: Files, folder: Path) -> bool:
     return True
 
 
-def keys_of(module: Module) -> set[str]:
+def keys_of(module: AdapterModule) -> set[str]:
     """The keys of the file that a module is read from."""
     keys = {spec.key for part in module.parts.values() for spec in part.reads}
     if module.stored_alpha:

@@ -16,7 +16,7 @@ from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.modules.kinds import COPY
 from adapterkit.formats.modules.parts import scaled_role
-from adapterkit.formats.modules.record import LANGUAGE, Contents, Module
+from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents
 from adapterkit.formats.peft.dialects import arranged
 from adapterkit.formats.read import Reading, read
 from adapterkit.formats.schema import Format
@@ -178,7 +178,7 @@ def comparable(before: dict[str, Delta], after: dict[str, Delta]) -> bool:
     )
 
 
-def delta(module: Module, reader: PlanReader) -> Delta:
+def delta(module: AdapterModule, reader: PlanReader) -> Delta:
     """A module's delta in float64."""
     parts = {role: part.value(reader).double() for role, part in module.parts.items()}
     if module.kind == "lora":

@@ -7,7 +7,7 @@ itself.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from adapterkit.adapters.declared import declared_settings, whole
@@ -16,7 +16,7 @@ from adapterkit.formats.capabilities import OTHER_FORMAT
 from adapterkit.formats.files import configs
 from adapterkit.formats.modules.kinds import PLAIN
 from adapterkit.formats.modules.parts import rank_of
-from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.record import AdapterModule, Modules
 from adapterkit.formats.schema import Format
 
 WORD = re.compile(r"\{(\w+)\}")
@@ -57,7 +57,7 @@ def words_of(templates: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[
     return values
 
 
-def numbers(modules: Iterable[Module]) -> dict[str, str | None]:
+def numbers(modules: Iterable[AdapterModule]) -> dict[str, str | None]:
     """The one rank and the one alpha of all modules as texts, VARIOUS where they differ; None where
     no module has any."""
     own = [m for m in modules if rank_of(m.kind, m.parts) is not None]
@@ -71,9 +71,7 @@ def base_words(base: str | None) -> dict[str, Any]:
     return {} if base is None else {"bases": 1, "base_name": base.rpartition("/")[2]}
 
 
-def settings_of(
-    form: Format, modules: Sequence[Module], config: Mapping[str, Any]
-) -> dict[str, Any] | None:
+def settings_of(form: Format, modules: Modules, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The settings of modules under the file's names; None where the format has none.
 
     `config`: the source's. `Refused` for magnitudes of some modules only, which a file cannot say.

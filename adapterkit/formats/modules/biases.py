@@ -3,19 +3,18 @@
 PEFT adds scale · bias beside b; other tools keep what is added to the layer's bias by itself.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from adapterkit.formats.capabilities import roles_by_kind
 from adapterkit.formats.modules.kinds import FACTORS
-from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.record import AdapterModule, Modules
 from adapterkit.formats.modules.tensors import scaled
 from adapterkit.formats.schema import Format
 
 BIAS, DIFFERENCE, FULL = "bias", "diff_b", "full"
 
 
-def as_the_format_has_them(modules: Sequence[Module], form: Format) -> list[Module]:
+def as_the_format_has_them(modules: Modules, form: Format) -> list[AdapterModule]:
     """The modules with their biases where the format's files have them."""
     kinds = roles_by_kind(form)
     has_role = BIAS in kinds.get(FACTORS, ())
@@ -27,10 +26,10 @@ def as_the_format_has_them(modules: Sequence[Module], form: Format) -> list[Modu
     return list(modules)
 
 
-def _apart(modules: Sequence[Module]) -> list[Module]:
+def _apart(modules: Modules) -> list[AdapterModule]:
     """diff_b = scale · bias as modules of their own, beside those of the factors."""
     differences = {(m.component, m.name): m for m in modules if m.kind == FULL}
-    result: list[Module] = []
+    result: list[AdapterModule] = []
     for module in modules:
         bias = module.parts.get(BIAS) if module.kind == FACTORS else None
         if bias is None or (module.component, module.name) in differences:
@@ -38,11 +37,11 @@ def _apart(modules: Sequence[Module]) -> list[Module]:
             continue
         result.append(replace(module, parts={r: p for r, p in module.parts.items() if r != BIAS}))
         parts = {DIFFERENCE: scaled(bias, module.scale)}
-        result.append(Module(module.component, module.name, FULL, parts, 1.0, 1))
+        result.append(AdapterModule(module.component, module.name, FULL, parts, 1.0, 1))
     return result
 
 
-def _together(modules: Sequence[Module]) -> list[Module]:
+def _together(modules: Modules) -> list[AdapterModule]:
     """bias = diff_b / scale among the factors, where a module has both."""
     factors = {
         (m.component, m.name): m
@@ -54,7 +53,7 @@ def _together(modules: Sequence[Module]) -> list[Module]:
         for m in modules
         if m.kind == FULL and set(m.parts) == {DIFFERENCE} and (m.component, m.name) in factors
     }
-    result: list[Module] = []
+    result: list[AdapterModule] = []
     for module in modules:
         key = (module.component, module.name)
         if key not in biases:

@@ -17,7 +17,7 @@ from adapterkit.adapters.kinds.lokr import kronecker_svd
 from adapterkit.adapters.kinds.oft import less_identity
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.formats.modules.parts import magnitudes, matrix_shape, product_rank, tail_of
-from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.record import AdapterModule
 from adapterkit.kernels.lowrank.algebra import Product, Svd
 from adapterkit.kernels.lowrank.truncated import leading_svd
 from adapterkit.weights.parameters import StoredParameter
@@ -30,7 +30,7 @@ Values = Mapping[str, Tensor]  # of a module's parts, float64
 class ModuleDelta:
     """The delta of one module, (out, in) with a kernel's axes flattened."""
 
-    module: Module
+    module: AdapterModule
     weight: StoredParameter | None = None  # of the base; of kinds that depend on it
     others: tuple["ModuleDelta", ...] = ()  # over whose weights norms of inputs are taken too
 

@@ -6,13 +6,13 @@ the model keeps its matrices. The base's file tells which module of one expert i
 which stack: `gate_proj` the first half of `gate_up_proj`, or `w1` under another path.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.modules.fusing import are_equal, blocks_of
 from adapterkit.formats.modules.kinds import EXPERTS, FACTORS
-from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.record import AdapterModule, Modules
 from adapterkit.formats.modules.tensors import (
     Expression,
     gathered,
@@ -155,12 +155,12 @@ def _pieces(parameter: Parameter, out: int) -> list[ExpertRows]:
 
 
 def stack_experts(
-    modules: Sequence[Module], stacks: Iterable[Stack], reader: TensorReader
-) -> list[Module]:
+    modules: Modules, stacks: Iterable[Stack], reader: TensorReader
+) -> list[AdapterModule]:
     """The modules of single experts as factors of stacks, at the place of the first of each; all
     others as they are. `Refused` for more than factors on one expert's module."""
     homes = {piece.module: stack for stack in stacks for piece in stack.pieces}
-    groups: dict[str, dict[str, Module]] = {}
+    groups: dict[str, dict[str, AdapterModule]] = {}
     errors = Problems()
     for module in modules:
         if module.name not in homes:
@@ -174,7 +174,7 @@ def stack_experts(
             )
         groups.setdefault(homes[module.name].name, {})[module.name] = module
     errors.raise_all()
-    stacked: dict[str, Module | None] = {
+    stacked: dict[str, AdapterModule | None] = {
         name: _stack(homes[next(iter(members))], members, reader)
         for name, members in groups.items()
     }
@@ -187,7 +187,9 @@ def stack_experts(
     return result
 
 
-def _stack(stack: Stack, members: Mapping[str, Module], reader: TensorReader) -> Module:
+def _stack(
+    stack: Stack, members: Mapping[str, AdapterModule], reader: TensorReader
+) -> AdapterModule:
     """Gate and up with one a keep it, and their rows of b; else the a's are stacked along the rank
     over a block-diagonal b. Experts and rows without a module get zeros."""
     experts, _, width = stack.shape
@@ -233,17 +235,17 @@ def _stack(stack: Stack, members: Mapping[str, Module], reader: TensorReader) ->
             bands.append(joined(blocks, 2))
     rows_of_a = [a for a, _ in parts.values()]
     factors = {"a": rows_of_a[0] if shared else joined(rows_of_a, 1), "b": joined(bands, 1)}
-    return Module(first.component, stack.name, EXPERTS, factors, scale * rank, rank)
+    return AdapterModule(first.component, stack.name, EXPERTS, factors, scale * rank, rank)
 
 
 def split_experts(
-    modules: Sequence[Module],
+    modules: Modules,
     stacks: Mapping[str, Stack],
     reader: TensorReader,
     *,
     all_of_them: bool = True,
     complete: bool = False,
-) -> list[Module]:
+) -> list[AdapterModule]:
     """Factors of stacks as modules of single experts, named as the base's file names them; all
     others as they are.
 
@@ -263,7 +265,7 @@ def split_experts(
                 "convert to a format that takes stacks, or check --base",
             )
     errors.raise_all()
-    result: list[Module] = []
+    result: list[AdapterModule] = []
     for module in modules:
         if module.kind == EXPERTS and stacks[module.name].pieces:
             result += _split(module, stacks[module.name], reader)
@@ -272,7 +274,7 @@ def split_experts(
     return result + (_zeros(result, stacks.values()) if complete else [])
 
 
-def _split(module: Module, stack: Stack, reader: TensorReader) -> list[Module]:
+def _split(module: AdapterModule, stack: Stack, reader: TensorReader) -> list[AdapterModule]:
     a, b = module.parts["a"], module.parts["b"]
     _check_shape(module, stack.shape[1:])
     sets = stack.row_sets
@@ -291,12 +293,12 @@ def _split(module: Module, stack: Stack, reader: TensorReader) -> list[Module]:
         parts = {"a": reshaped(rows, rows.shape[1:]), "b": reshaped(own, own.shape[1:])}
         rank = parts["a"].shape[0]
         result.append(
-            Module(module.component, piece.module, FACTORS, parts, module.scale * rank, rank)
+            AdapterModule(module.component, piece.module, FACTORS, parts, module.scale * rank, rank)
         )
     return result
 
 
-def _zeros(modules: Sequence[Module], stacks: Iterable[Stack]) -> list[Module]:
+def _zeros(modules: Modules, stacks: Iterable[Stack]) -> list[AdapterModule]:
     """Zeros for the modules, and the stacks, that are beside others of the same experts."""
     known = {module.name: module for module in modules}
     homes: dict[str, list[Stack]] = {}
@@ -319,11 +321,11 @@ def _zeros(modules: Sequence[Module], stacks: Iterable[Stack]) -> list[Module]:
                     "b": zeros((*lead, rows, rank), dtype),
                 }
                 kind = FACTORS if stack.pieces else EXPERTS
-                added.append(Module(like.component, name, kind, parts, like.alpha, rank))
+                added.append(AdapterModule(like.component, name, kind, parts, like.alpha, rank))
     return added
 
 
-def _check_shape(module: Module, expected: tuple[int, ...]) -> None:
+def _check_shape(module: AdapterModule, expected: tuple[int, ...]) -> None:
     a, b = module.parts["a"], module.parts["b"]
     shape = (b.shape[-2], a.shape[-1])
     if shape != tuple(expected):

@@ -25,7 +25,7 @@ from adapterkit.formats.capabilities import (
 )
 from adapterkit.formats.modules.kinds import CORES, FACTORS, KINDS
 from adapterkit.formats.modules.parts import scaled_role
-from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.record import AdapterModule, Modules
 from adapterkit.formats.modules.rows import Heads, model_order, shares_of, unknown_heads
 from adapterkit.formats.modules.tensors import (
     Expression,
@@ -63,7 +63,7 @@ class Fusion:
         """Whether the module is the same on both sides."""
         return len(self.rule.model) == 1 and not self.rule.steps.get(self.naming)
 
-    def rows(self, out: int, module: Module) -> list[Rows]:
+    def rows(self, out: int, module: AdapterModule) -> list[Rows]:
         """For each module of the model its rows in the file's, `out` in all; the module is one of
         them, or the file's."""
         steps = self.rule.steps.get(self.naming, ())
@@ -85,8 +85,8 @@ class Fusion:
 
 
 def split(
-    module: Module, names: Sequence[str], fusion: Fusion, reader: TensorReader
-) -> list[Module]:
+    module: AdapterModule, names: Sequence[str], fusion: Fusion, reader: TensorReader
+) -> list[AdapterModule]:
     """The modules of the model that a file's module holds; parts that it does nothing to are left
     out. `Refused` for a delta whose rows cannot be told apart.
     """
@@ -115,7 +115,7 @@ def split(
     return parts
 
 
-def telling_rows(module: Module, fusion: Fusion) -> list[TensorSpec]:
+def telling_rows(module: AdapterModule, fusion: Fusion) -> list[TensorSpec]:
     """The rows that `split` looks at first; none where it refuses the module."""
     products = KINDS[module.kind].products
     if fusion.is_plain or not products:
@@ -129,7 +129,9 @@ def telling_rows(module: Module, fusion: Fusion) -> list[TensorSpec]:
     return [_stored_row(b.spec, rows[0]) for b, rows in pairs if _has_rows(b)]
 
 
-def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: TensorReader) -> Module:
+def fuse(
+    modules: Mapping[int, AdapterModule], name: str, fusion: Fusion, reader: TensorReader
+) -> AdapterModule:
     """The file's module for modules of the model, by their places in the rule; `name` for messages.
 
     Missing modules get zero rows; where scales differ, b takes the ratio. `Refused` where they
@@ -177,7 +179,7 @@ def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: Tenso
     return replace(usual, parts=parts, alpha=alpha, rank=rank, whole=())
 
 
-def norm_problems(members: Sequence[Module]) -> list[AdapterkitError]:
+def norm_problems(members: Modules) -> list[AdapterkitError]:
     """Refusals of norms of inputs that are taken over other modules than these, one of a file."""
     own = tuple(member.name for member in members)
     return [
@@ -198,19 +200,19 @@ def _ratio(scale: float, common: float) -> float:
     return 1.0 if math.isclose(scale, common, rel_tol=1e-12) else scale / common
 
 
-def _as_stored(alpha: float, part: Module) -> float:
+def _as_stored(alpha: float, part: AdapterModule) -> float:
     """Alpha of a fused module: the source's own where this is its rounding."""
     stored = part.stored_alpha
     return stored.number if stored and math.isclose(alpha, stored.number) else alpha
 
 
-def inputs_of(module: Module) -> int | None:
+def inputs_of(module: AdapterModule) -> int | None:
     """Columns of the weight; None where no part tells."""
     shapes = (module.parts[role].shape for role in MATRICES if role in module.parts)
     return next((shape[1] for shape in shapes if len(shape) > 1), None)
 
 
-def _way_out(members: Sequence[Module]) -> str:
+def _way_out(members: Modules) -> str:
     """The hint for parts that cannot be one as they are: `--rank` makes them plain factors first,
     where all can be."""
     others = [m for m in members if m.kind != FACTORS or set(m.parts) - {"a", "b"}]
@@ -219,7 +221,7 @@ def _way_out(members: Sequence[Module]) -> str:
     return FIT_ON_BASE if any(map(depends_on_base, others)) else FIT
 
 
-def _units(module: Module, hint: str) -> dict[str, int]:
+def _units(module: AdapterModule, hint: str) -> dict[str, int]:
     """The roles by rows, each with how many of the delta's rows one of theirs stands for.
 
     `Refused`, with the hint, for a delta whose rows are mixed.
@@ -242,7 +244,7 @@ def _units(module: Module, hint: str) -> dict[str, int]:
     return units
 
 
-def _out(module: Module, units: Mapping[str, int]) -> int:
+def _out(module: AdapterModule, units: Mapping[str, int]) -> int:
     """Rows of the delta."""
     sizes = {module.parts[role].shape[0] * unit for role, unit in units.items()}
     if len(sizes) != 1:
@@ -255,7 +257,7 @@ def _out(module: Module, units: Mapping[str, int]) -> int:
     return sizes.pop()
 
 
-def _of_unit(rows: Rows, unit: int, module: Module, hint: str) -> Rows:
+def _of_unit(rows: Rows, unit: int, module: AdapterModule, hint: str) -> Rows:
     """The rows of a factor, of which each stands for `unit` consecutive ones of the delta."""
     if unit == 1:
         return rows
@@ -274,7 +276,9 @@ def _of_unit(rows: Rows, unit: int, module: Module, hint: str) -> Rows:
     return compact([start // unit for start in starts])
 
 
-def _columns(module: Module, sets: Sequence[Rows], reader: TensorReader) -> list[range | None]:
+def _columns(
+    module: AdapterModule, sets: Sequence[Rows], reader: TensorReader
+) -> list[range | None]:
     """For each part the columns of its rank that it uses; None: all, shared. Read while planning,
     as the shapes depend on it."""
     shared: list[range | None] = [None] * len(sets)
@@ -359,7 +363,7 @@ def _stored_row(spec: TensorSpec, row: int) -> TensorSpec:
     return stored_rows(spec, spec.shape, range(row, row + 1)).spec
 
 
-def _same_roles(members: Sequence[Module], name: str, hint: str) -> None:
+def _same_roles(members: Modules, name: str, hint: str) -> None:
     kinds = {(module.kind, *sorted(module.parts)) for module in members}
     if len(kinds) > 1:
         raise Refused(
@@ -370,7 +374,7 @@ def _same_roles(members: Sequence[Module], name: str, hint: str) -> None:
         )
 
 
-def _same_inputs(members: Sequence[Module], name: str) -> None:
+def _same_inputs(members: Modules, name: str) -> None:
     """`Refused` where parts have other inputs, of which one module cannot be."""
     shapes = {member.path: member.parts["a"].shape[1:] for member in members if "a" in member.parts}
     if len(set(shapes.values())) > 1:
@@ -383,7 +387,7 @@ def _same_inputs(members: Sequence[Module], name: str) -> None:
         )
 
 
-def _missing(role: str, members: Sequence[Module], name: str, hint: str) -> Refused:
+def _missing(role: str, members: Modules, name: str, hint: str) -> Refused:
     return Refused(
         f"there is {role} of {', '.join(shown(m.path) for m in members)} alone",
         expected=f"{role} of all modules that {shown(name)} is in the file",
@@ -392,7 +396,7 @@ def _missing(role: str, members: Sequence[Module], name: str, hint: str) -> Refu
     )
 
 
-def _different(role: str, members: Sequence[Module], name: str, hint: str) -> Refused:
+def _different(role: str, members: Modules, name: str, hint: str) -> Refused:
     return Refused(
         f"{role} is not the same in {', '.join(shown(m.path) for m in members)}",
         expected=f"one for all, as {shown(name)} is one module of the file",
@@ -401,7 +405,7 @@ def _different(role: str, members: Sequence[Module], name: str, hint: str) -> Re
     )
 
 
-def _fused_rows(members: Mapping[int, Module], shares: Sequence[int], hint: str) -> int:
+def _fused_rows(members: Mapping[int, AdapterModule], shares: Sequence[int], hint: str) -> int:
     """Rows of the whole from those of its parts; `Refused` where they contradict each other."""
     rows = {place: _out(module, _units(module, hint)) for place, module in members.items()}
     totals = {rows[i] * sum(shares) / shares[i] for i in members}
@@ -416,9 +420,7 @@ def _fused_rows(members: Mapping[int, Module], shares: Sequence[int], hint: str)
     return int(totals.pop())
 
 
-def _groups(
-    members: Sequence[Module], shared: Sequence[str], reader: TensorReader
-) -> list[list[int]]:
+def _groups(members: Modules, shared: Sequence[str], reader: TensorReader) -> list[list[int]]:
     """Members that have the same a, in the order of their first; one group where a kind has none
     that could be stacked."""
     if not shared:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 
 from adapterkit.formats.modules.kinds import CORES, EXPERTS, FACTORS, KINDS, MAGNITUDES
-from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.record import AdapterModule
 from adapterkit.formats.modules.tensors import Expression, flat, reshaped, without_reshape
 
 Parts = Mapping[str, Expression]
@@ -28,7 +28,7 @@ def with_magnitudes(parts: Parts, roles: Collection[str]) -> dict[str, Expressio
     return own
 
 
-def magnitude_in_file(module: Module, role: str, *, column: bool) -> Expression:
+def magnitude_in_file(module: AdapterModule, role: str, *, column: bool) -> Expression:
     """Norms as a file has them: as a column (out, 1, ...), or as PEFT does, a vector, of a
     convolution (1, out, 1, ...); those of inputs as a row (1, in, ...)."""
     value = module.parts[role]
@@ -44,7 +44,7 @@ def magnitude_in_file(module: Module, role: str, *, column: bool) -> Expression:
     return reshaped(value, (1, size, *(1,) * (axes - 2)) if is_row else (size, *(1,) * (axes - 1)))
 
 
-def scaled_role(module: Module) -> str:
+def scaled_role(module: AdapterModule) -> str:
     """The role that takes a factor of the delta; "" where the kind has no scale."""
     return next((role for role in KINDS[module.kind].scaled if role in module.parts), "")
 

@@ -21,7 +21,7 @@ class StoredAlpha:
 
 
 @dataclass(frozen=True)
-class Module:
+class AdapterModule:
     """What an adapter does to one module: the expressions of its kind by role.
 
     kind lora: delta = scale · b @ a, with a (r, in, *kernel), b (out, r, *1), mid (r, r, *kernel),
@@ -57,13 +57,16 @@ class Module:
         return self.parts["b"].shape[KINDS[self.kind].rank["b"] - 1]
 
 
+Modules = Sequence[AdapterModule]
+
+
 @dataclass(frozen=True)
 class Contents:
     """All that a source holds; its tensors are expressions over the job's inputs."""
 
     format: str
     folders: tuple[Folder, ...]  # the inputs, by the numbers in the specs
-    modules: Sequence[Module]
+    modules: Modules
     architectures: tuple[str, ...] = ()  # those whose names fit; none: not looked for
     # architecture -> component -> the column of its rules that the source's names are in
     namings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
 from adapterkit.formats.modules.kinds import EXPERTS, FACTORS
-from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.record import AdapterModule
 from adapterkit.formats.modules.tensors import Expression, joined, reshaped, zeros
 from adapterkit.formats.same_delta import common_scale, padded_to, with_scale
 
@@ -33,10 +33,10 @@ def unstacked(roles: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]] | 
 
 
 def stack(
-    modules: Mapping[int, Module],  # by their places
+    modules: Mapping[int, AdapterModule],  # by their places
     height: int,
     name: str,  # of the stack, for messages
-) -> Module:
+) -> AdapterModule:
     """One module of kind experts: the largest rank, the commonest scale, zeros where there is no
     module. `Refused` for what has no plain factors of one size."""
     members = dict(sorted(modules.items()))
@@ -61,4 +61,4 @@ def stack(
             for i in range(height)
         ]
         parts[role] = joined(places)
-    return Module(last.component, last.name, EXPERTS, parts, scale * rank, rank)
+    return AdapterModule(last.component, last.name, EXPERTS, parts, scale * rank, rank)

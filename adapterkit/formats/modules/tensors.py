@@ -46,7 +46,7 @@ class Expression(ABC):
         return tuple(dict.fromkeys(spec for part in self.inputs for spec in part.reads))
 
     @property
-    def pieces(self) -> tuple["Expression", ...]:
+    def joined_parts(self) -> tuple["Expression", ...]:
         """What it is put together from, each piece of one source or computation."""
         return (self,)
 
@@ -95,8 +95,8 @@ class Operation(Expression):
     arguments: tuple = ()
 
     @property
-    def pieces(self) -> tuple[Expression, ...]:
-        own = [piece for part in self.inputs for piece in part.pieces]
+    def joined_parts(self) -> tuple[Expression, ...]:
+        own = [piece for part in self.inputs for piece in part.joined_parts]
         return (self,) if self.name in ARITHMETIC or len(own) == 1 else tuple(own)
 
     def value(self, reader: TensorReader) -> Tensor:

@@ -2,12 +2,11 @@
 ties the two, such factors act in both, and PEFT's in the embeddings alone."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 from adapterkit.errors import Refused, listed
 from adapterkit.formats.base import HEAD, BaseFacts
-from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.record import AdapterModule, Modules
 from adapterkit.formats.modules.tensors import are_equal, transposed
 from adapterkit.formats.schema import Format
 from adapterkit.weights.reader import TensorReader
@@ -16,8 +15,8 @@ SWAPPED = {"a": "b", "b": "a"}
 
 
 def with_heads(
-    modules: Sequence[Module], form: Format, tied: bool | None
-) -> tuple[list[Module], list[str]]:
+    modules: Modules, form: Format, tied: bool | None
+) -> tuple[list[AdapterModule], list[str]]:
     """The modules of a file, with the factors of a tied head beside those of the embeddings; a note
     where no base tells (`tied` None)."""
     embeddings = [m for m in modules if m.embedding] if form.ties else []
@@ -29,8 +28,8 @@ def with_heads(
 
 
 def without_heads(
-    modules: Sequence[Module], form: Format, base: BaseFacts | None, reader: TensorReader
-) -> tuple[list[Module], list[str]]:
+    modules: Modules, form: Format, base: BaseFacts | None, reader: TensorReader
+) -> tuple[list[AdapterModule], list[str]]:
     """The modules without the factors of a tied head that are those of the embeddings. `Refused`
     where only one of the two is adapted, or each in its own way."""
     embeddings = [m for m in modules if m.embedding] if form.ties else []
@@ -53,20 +52,20 @@ def without_heads(
     return [m for m in modules if m.name != HEAD], []
 
 
-def _untold(embeddings: Sequence[Module], form: Format) -> str:
+def _untold(embeddings: Modules, form: Format) -> str:
     return (
         f"{listed([m.path for m in embeddings])}: what reads {form.title} applies it in the head, "
         "too, where the base ties the two; --base tells whether it does"
     )
 
 
-def _head(embedding: Module) -> Module:
+def _head(embedding: AdapterModule) -> AdapterModule:
     """delta = (b @ a)ᵀ of the embeddings as aᵀ @ bᵀ of the head."""
     parts = {role: transposed(embedding.parts[other]) for role, other in SWAPPED.items()}
     return replace(embedding, name=HEAD, parts=parts, embedding=False)
 
 
-def _is_head_of(embedding: Module, head: Module, reader: TensorReader) -> bool:
+def _is_head_of(embedding: AdapterModule, head: AdapterModule, reader: TensorReader) -> bool:
     own = _head(embedding)
     return (
         set(head.parts) == set(own.parts)

@@ -9,13 +9,13 @@ from dataclasses import replace
 from adapterkit.errors import Refused, listed, shown
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.modules.kinds import FACTORS, SHAPE
-from adapterkit.formats.modules.record import Module
+from adapterkit.formats.modules.record import AdapterModule, Modules
 from adapterkit.formats.modules.tensors import Expression, constant
 from adapterkit.formats.schema import Format
 from adapterkit.weights.reader import TensorReader
 
 
-def with_widths(modules: Sequence[Module], form: Format, names: Sequence[str]) -> list[Module]:
+def with_widths(modules: Modules, form: Format, names: Sequence[str]) -> list[AdapterModule]:
     """The modules, with the shape of each widened weight where files in the format say it.
 
     `names`: the architectures that tell the base's inputs. `Refused` where clients of the format
@@ -53,14 +53,14 @@ def check_shape(parts: Mapping[str, Expression], reader: TensorReader, where: st
         )
 
 
-def without_shape(module: Module) -> Module:
+def without_shape(module: AdapterModule) -> AdapterModule:
     """The module without the shape of its weight."""
     if SHAPE not in module.parts:
         return module
     return replace(module, parts={role: p for role, p in module.parts.items() if role != SHAPE})
 
 
-def _is_wide(module: Module, names: Sequence[str]) -> bool:
+def _is_wide(module: AdapterModule, names: Sequence[str]) -> bool:
     """Whether the source says so, or a has more columns than the weight in these architectures."""
     if module.kind != FACTORS:
         return False
@@ -73,7 +73,7 @@ def _is_wide(module: Module, names: Sequence[str]) -> bool:
     return SHAPE in module.parts or (bool(known) and module.parts["a"].shape[1] > max(known))
 
 
-def _with_shape(module: Module) -> Module:
+def _with_shape(module: AdapterModule) -> AdapterModule:
     if SHAPE in module.parts:
         return module
     shape = constant((module.parts["b"].shape[0], module.parts["a"].shape[1]), "I64")

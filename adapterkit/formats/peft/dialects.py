@@ -11,7 +11,7 @@ from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.base import NamedBase
 from adapterkit.formats.modules.experts import split_experts, stack_experts
 from adapterkit.formats.modules.kinds import COPY, EXPERTS, FACTORS, PARAMETER, PLAIN, TOKENS, VALUE
-from adapterkit.formats.modules.record import Contents, Module
+from adapterkit.formats.modules.record import AdapterModule, Contents, Modules
 from adapterkit.formats.modules.tensors import Expression, zeros
 from adapterkit.formats.same_delta import uniform
 from adapterkit.formats.schema import Format
@@ -51,7 +51,7 @@ def arranged(
     return replace(contents, modules=tuple(modules))
 
 
-def _uniform_notes(before: Sequence[Module], after: Sequence[Module]) -> list[str]:
+def _uniform_notes(before: Modules, after: Modules) -> list[str]:
     """How many modules were padded, and into how many b's a scale was folded."""
     pairs = [(a, b) for a, b in zip(before, after, strict=True) if b.kind in PLAIN]
     padded = sum(a.rank != b.rank for a, b in pairs)
@@ -64,7 +64,7 @@ def _uniform_notes(before: Sequence[Module], after: Sequence[Module]) -> list[st
     return notes
 
 
-def without_copies(modules: Sequence[Module], form: Format) -> tuple[list[Module], list[str]]:
+def without_copies(modules: Modules, form: Format) -> tuple[list[AdapterModule], list[str]]:
     """Without the base's own weights that PEFT saves beside an embedding's factors, where the
     dialect has none."""
     copies = [m.path for m in modules if m.kind == COPY]
@@ -129,12 +129,12 @@ def refusals(contents: Contents, form: Format) -> list[AdapterkitError]:
 
 
 def _experts(
-    modules: Sequence[Module],
+    modules: Modules,
     layout: str,
     model: NamedBase | None,
     reader: TensorReader,
     where: str,
-) -> list[Module]:
+) -> list[AdapterModule]:
     """Experts in the layout that the dialect has."""
     stacked = [m for m in modules if m.kind == EXPERTS]
     single = [m for m in modules if SINGLE.search(m.name)]
@@ -161,15 +161,15 @@ def _experts(
 
 
 def _zeros_beside(
-    modules: Sequence[Module],
+    modules: Modules,
     together: Sequence[Sequence[str]],
     model: NamedBase | None,
     where: str,
-) -> list[Module]:
+) -> list[AdapterModule]:
     """Zeros for modules that readers want beside others: k and v beside q. `Refused` with all that
     are missing where no base tells their shapes."""
     known = {m.name: m for m in modules if m.kind == FACTORS}
-    added: list[Module] = []
+    added: list[AdapterModule] = []
     lacking: list[str] = []
     for module in known.values():
         home, _, leaf = module.name.rpartition(".")
@@ -199,7 +199,7 @@ def _zeros_beside(
     return added
 
 
-def renamed(modules: Sequence[Module], model: NamedBase, *, in_file: bool) -> list[Module]:
+def renamed(modules: Modules, model: NamedBase, *, in_file: bool) -> list[AdapterModule]:
     """The modules under the base's names: its file's, or those of the model that is loaded.
     `Refused` with all that have none in the file, or several that fit."""
     names = model.checkpoint.tensors if in_file else model.names.all()
@@ -240,7 +240,9 @@ def _by_last_word(names: Collection[str]) -> dict[str, list[str]]:
     return modules
 
 
-def _names_of(module: Module, model: NamedBase, names: Collection[str], in_file: bool) -> list[str]:
+def _names_of(
+    module: AdapterModule, model: NamedBase, names: Collection[str], in_file: bool
+) -> list[str]:
     """The base's module that this one is, by its own name or by one that it had before."""
     name = module.name
     if module.kind == EXPERTS:  # a parameter

@@ -11,7 +11,7 @@ from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.formats.modules.experts import Stack, is_transposed, neutral_factors, stored_factors
 from adapterkit.formats.modules.kinds import EXPERTS
-from adapterkit.formats.modules.record import LANGUAGE, Module
+from adapterkit.formats.modules.record import LANGUAGE, AdapterModule
 from adapterkit.formats.modules.tensors import Expression, stored
 from adapterkit.formats.schema import AdapterWords
 from adapterkit.weights.names import Names
@@ -38,7 +38,7 @@ def read_stacks(
     words: AdapterWords,
     names: Names | None,
     stacks: Mapping[str, Stack],
-) -> list[Module] | None:
+) -> list[AdapterModule] | None:
     """The stacks of one module, the innermost first; None where the file leaves open which
     factors are whose, or which way round they are."""
     own = names.children(module) if names is not None else None
@@ -68,7 +68,9 @@ def read_stacks(
         elif adapter.has_old_stacks:
             inward = not turns[leaf]
         alpha = one.scale * one.rank
-        modules.append(Module(LANGUAGE, name, EXPERTS, parts, alpha, one.rank, inward=inward))
+        modules.append(
+            AdapterModule(LANGUAGE, name, EXPERTS, parts, alpha, one.rank, inward=inward)
+        )
     return modules
 
 
@@ -136,7 +138,9 @@ def _turns(
     return turns
 
 
-def stacked_keys(modules: Iterable[Module], levels: Mapping[str, int]) -> dict[str, dict[str, str]]:
+def stacked_keys(
+    modules: Iterable[AdapterModule], levels: Mapping[str, int]
+) -> dict[str, dict[str, str]]:
     """The keys of a and b of each stack: of one module's, the first is the innermost."""
     depths: dict[str, int] = {}
     keys = {}
@@ -148,7 +152,7 @@ def stacked_keys(modules: Iterable[Module], levels: Mapping[str, int]) -> dict[s
 
 
 def stacked_parts(
-    module: Module, words: AdapterWords, stacks: Mapping[str, Stack]
+    module: AdapterModule, words: AdapterWords, stacks: Mapping[str, Stack]
 ) -> dict[str, Expression]:
     """a and b of a stack as the dialect stores them. `Refused` where that depends on the model's
     class, which is not known."""

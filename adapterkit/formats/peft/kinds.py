@@ -16,10 +16,10 @@ from adapterkit.errors import AdapterkitError, Problems, listed
 from adapterkit.formats.capabilities import FIT_ON_BASE
 from adapterkit.formats.modules.names import kernel_of
 from adapterkit.formats.modules.parts import magnitudes, tail_of
-from adapterkit.formats.modules.record import LANGUAGE, Contents, Module
+from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents
 from adapterkit.formats.modules.tensors import Expression, StoredTensor, reshaped, stored
 from adapterkit.formats.schema import Format
-from adapterkit.formats.write import File, WrittenTensor
+from adapterkit.formats.write import FormatFile, WrittenTensor
 
 KINDS = {"LOHA": LoHa, "LOKR": LoKr}
 # of a source's settings, what stays
@@ -44,19 +44,19 @@ def read_kinds(form: Format, folder: Folder, peft_type: str, number: int = 0) ->
         config = adapter.config
         rank, alpha = adapter.rank_and_alpha(name, config["r"], config["alpha"])
         own: dict[str, Expression] = {roles[key]: stored(spec) for key, spec in parts.items()}
-        modules.append(Module(LANGUAGE, name, kind.name, own, float(alpha), rank))
+        modules.append(AdapterModule(LANGUAGE, name, kind.name, own, float(alpha), rank))
     errors.raise_all()
     modules += replaced_values(adapter)
     headers = headers_of(adapter, folder, number)
     return Contents(form.name, (folder,), tuple(modules), config=adapter.config, headers=headers)
 
 
-def replaced_values(adapter: Adapter) -> list[Module]:
+def replaced_values(adapter: Adapter) -> list[AdapterModule]:
     """The parameters that were trained whole."""
     modules = []
     for name, spec in adapter.replaced.items():
         home, _, leaf = name.rpartition(".")
-        modules.append(Module(LANGUAGE, home, "value", {leaf: stored(spec)}, 1.0, 1))
+        modules.append(AdapterModule(LANGUAGE, home, "value", {leaf: stored(spec)}, 1.0, 1))
     return modules
 
 
@@ -68,7 +68,9 @@ def headers_of(adapter: Adapter, folder: Folder, number: int) -> dict[tuple[int,
     }
 
 
-def write_kinds(contents: Contents, form: Format, kind: str, *, dtype: str | None = None) -> File:
+def write_kinds(
+    contents: Contents, form: Format, kind: str, *, dtype: str | None = None
+) -> FormatFile:
     """The adapter of these contents. `Refused` with all that the type cannot hold."""
     errors = Problems(where=contents.folders[0].label)
     own = [m for m in contents.modules if m.kind == kind]
@@ -104,10 +106,10 @@ def write_kinds(contents: Contents, form: Format, kind: str, *, dtype: str | Non
         kernels = {m.name: kernel_size(m, contents.architectures) for m in own}
         settings = kind_settings(kind, shapes, {m.name: m.scale for m in own}, kernels)
         settings |= {key: config[key] for key in KEPT if key in config}
-    return File(form, tensors, {"format": "pt"}, contents.modules, settings=settings)
+    return FormatFile(form, tensors, {"format": "pt"}, contents.modules, settings=settings)
 
 
-def kernel_size(module: Module, architectures: Sequence[str]) -> int | None:
+def kernel_size(module: AdapterModule, architectures: Sequence[str]) -> int | None:
     """The size of the kernel that is flattened in the inputs; None where nothing tells."""
     if tail_of(module.kind, module.parts) is not None:
         return 1

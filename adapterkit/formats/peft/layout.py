@@ -1,7 +1,7 @@
 """PEFT's layout as neutral contents, and back: names and settings by the package `adapters`."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,13 +22,13 @@ from adapterkit.formats.library import formats
 from adapterkit.formats.modules.experts import Stack
 from adapterkit.formats.modules.kinds import COPY, EXPERTS, FACTORS, PARAMETER, TOKENS, VALUE
 from adapterkit.formats.modules.parts import magnitude_in_file, shape_problem
-from adapterkit.formats.modules.record import LANGUAGE, Contents, Module
+from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
 from adapterkit.formats.modules.tensors import Expression, StoredTensor, flat, stored, zeros
 from adapterkit.formats.modules.wide_inputs import with_widths
 from adapterkit.formats.peft.experts import homes_of, read_stacks, stacked_keys, stacked_parts
 from adapterkit.formats.peft.kinds import KINDS, read_kinds, write_kinds
 from adapterkit.formats.schema import Format
-from adapterkit.formats.write import File, WrittenTensor
+from adapterkit.formats.write import FormatFile, WrittenTensor
 from adapterkit.weights.names import Names
 
 # of a source's settings, what a file of other factors keeps
@@ -59,7 +59,7 @@ def read_layout(
     if peft_type in KINDS:
         return read_kinds(form, folder, peft_type, number)
     adapter = read_adapter(folder, number, check_live_config)
-    modules: list[Module] = []
+    modules: list[AdapterModule] = []
     homes = homes_of(adapter)
     for lora in adapter.loras:
         if lora.module not in homes:
@@ -75,10 +75,10 @@ def read_layout(
     for name, spec in adapter.replaced.items():
         home, _, leaf = name.rpartition(".")
         kind = COPY if name in copies else VALUE
-        modules.append(Module(LANGUAGE, home, kind, {leaf: stored(spec)}, 1.0, 1))
+        modules.append(AdapterModule(LANGUAGE, home, kind, {leaf: stored(spec)}, 1.0, 1))
     for tokens in adapter.tokens:
         modules.append(
-            Module(LANGUAGE, tokens.module, TOKENS, {"rows": stored(tokens.values)}, 1.0, 1)
+            AdapterModule(LANGUAGE, tokens.module, TOKENS, {"rows": stored(tokens.values)}, 1.0, 1)
         )
     headers = {
         (number, WEIGHTS): adapter.header_sha256,
@@ -98,7 +98,7 @@ def read_layout(
     )
 
 
-def _misfits(modules: Sequence[Module], where: str) -> list[AdapterkitError]:
+def _misfits(modules: Modules, where: str) -> list[AdapterkitError]:
     """Refusals of factors whose shapes do not fit together."""
     kind = lambda module: FACTORS if module.kind == PARAMETER else module.kind
     expected = ((module, shape_problem(kind(module), module.parts)) for module in modules)
@@ -114,7 +114,7 @@ def _misfits(modules: Sequence[Module], where: str) -> list[AdapterkitError]:
     ]
 
 
-def _module(adapter: Adapter, lora: Lora, kind: str) -> Module:
+def _module(adapter: Adapter, lora: Lora, kind: str) -> AdapterModule:
     name, config = adapter.pattern_name(lora), adapter.config
     rank, alpha = adapter.rank_and_alpha(name, config["r"], config["lora_alpha"])
     if config.get("use_rslora"):
@@ -126,7 +126,9 @@ def _module(adapter: Adapter, lora: Lora, kind: str) -> Module:
     if lora.bias is not None:
         parts["bias"] = stored(lora.bias)
     embedding = lora.kind == "embedding"
-    return Module(LANGUAGE, lora.module, kind, parts, float(alpha), rank, embedding, lora.depth)
+    return AdapterModule(
+        LANGUAGE, lora.module, kind, parts, float(alpha), rank, embedding, lora.depth
+    )
 
 
 def write_layout(
@@ -136,7 +138,7 @@ def write_layout(
     dtype: str | None = None,
     stacks: Mapping[str, Stack] | None = None,
     rebuilt: bool = False,
-) -> File:
+) -> FormatFile:
     """The adapter of these contents in PEFT's layout; `stacks` of its base, if known. `rebuilt`:
     its modules are not the source's. `Refused` with all that it cannot hold."""
     modules = with_widths(contents.modules, form, contents.architectures)
@@ -178,7 +180,7 @@ def write_layout(
     tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
     settings = _settings(contents, form, loras, experts, rebuilt)
     metadata = metadata_with(contents.metadata.get(METADATA))
-    return File(form, tensors, metadata, contents.modules, settings=settings)
+    return FormatFile(form, tensors, metadata, contents.modules, settings=settings)
 
 
 def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
@@ -222,8 +224,8 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
 def _settings(
     contents: Contents,
     form: Format,
-    loras: Sequence[Module],
-    experts: Sequence[Module],
+    loras: Modules,
+    experts: Modules,
     rebuilt: bool,
 ) -> dict[str, Any]:
     """adapter_config.json: a source's own where it has one, with the ranks and scales."""

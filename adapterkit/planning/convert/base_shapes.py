@@ -9,7 +9,7 @@ from adapterkit.errors import AdapterkitError, Problems, shown
 from adapterkit.formats.base import NamedBase
 from adapterkit.formats.library import architectures
 from adapterkit.formats.modules.kinds import FACTORS, PARAMETER
-from adapterkit.formats.modules.record import Contents, Module
+from adapterkit.formats.modules.record import AdapterModule, Contents
 
 
 def shape_problems(contents: Contents, base: Checkpoint | None) -> list[AdapterkitError]:
@@ -59,7 +59,7 @@ def parameter_problems(contents: Contents, model: NamedBase | None) -> list[Adap
     return errors
 
 
-def _fits(module: Module, shape: tuple[int, ...]) -> bool:
+def _fits(module: AdapterModule, shape: tuple[int, ...]) -> bool:
     """Whether a (r, in, *kernel) and b (out, r) make a weight of that shape, or of its transpose:
     GPT-2 stores linear layers so, and embeddings are."""
     rows, columns = module.parts["b"].shape[0], module.parts["a"].shape[1:]

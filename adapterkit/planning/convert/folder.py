@@ -11,7 +11,7 @@ from adapterkit.formats.files.configs import config_bytes
 from adapterkit.formats.library import formats
 from adapterkit.formats.modules.record import Contents
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
-from adapterkit.formats.write import File
+from adapterkit.formats.write import FormatFile
 from adapterkit.plan import CopyFile
 from adapterkit.planning.outputs.cards import adapter_card
 from adapterkit.planning.outputs.folder_files import Files
@@ -23,7 +23,7 @@ TRAINED = re.compile(
 )
 
 
-def files_of(contents: Contents, written: File, notes: list[str]) -> Files:
+def files_of(contents: Contents, written: FormatFile, notes: list[str]) -> Files:
     """The files of a folder besides its weights; notes tell what goes along or stays behind."""
     files: Files = {}
     form = written.form

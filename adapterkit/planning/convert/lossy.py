@@ -3,7 +3,7 @@ DoRA; convolutions with a core as plain ones, which loses nothing; vectors and z
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from adapterkit.formats.modules.deltas import ModuleDelta
 from adapterkit.formats.modules.kinds import EXPERTS, FACTORS, PARAMETER, SHAPE
 from adapterkit.formats.modules.names import kernel_of
 from adapterkit.formats.modules.parts import cores, magnitudes, matrix_shape, tail_of
-from adapterkit.formats.modules.record import LANGUAGE, Contents, Module
+from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
 from adapterkit.formats.modules.tensors import contracted, scaled
 from adapterkit.formats.peft.kinds import headers_of, replaced_values
 from adapterkit.formats.peft.layout import KEPT
@@ -125,7 +125,7 @@ def _fitted(contents: Contents, form: Format, rank: int, base: Checkpoint | None
     return replace(contents, modules=tuple(parts), config=config, notes=notes, refitted=True)
 
 
-def _check_large(modules: Sequence[Module], rank: int, where: str) -> None:
+def _check_large(modules: Modules, rank: int, where: str) -> None:
     """`Refused` for factors of a larger rank that are none of one matrix."""
     stacks = [m.path for m in modules if m.kind != FACTORS or m.depth]
     if stacks:
@@ -137,11 +137,11 @@ def _check_large(modules: Sequence[Module], rank: int, where: str) -> None:
         )
 
 
-def _lacks_core_only(module: Module, form: Format, contents: Contents) -> bool:
+def _lacks_core_only(module: AdapterModule, form: Format, contents: Contents) -> bool:
     return "mid" in module.parts and lacking(module, form, contents) == ["mid"]
 
 
-def _without_core(module: Module) -> Module:
+def _without_core(module: AdapterModule) -> AdapterModule:
     """A convolution with a core as a plain one: a'[m, i] = Σ_n mid[m, n] a[n, i]."""
     parts = dict(module.parts)
     parts["a"] = contracted(parts.pop("mid"), parts["a"])
@@ -170,7 +170,9 @@ def read_fitted(
         fit = Fit(one.module, one.delta, one.tail, min(rank, one.delta.rank, *one.delta.shape))
         parts = fit.parts
         modules.append(
-            Module(LANGUAGE, one.module, FACTORS, parts, float(fit.rank), fit.rank, one.embedding)
+            AdapterModule(
+                LANGUAGE, one.module, FACTORS, parts, float(fit.rank), fit.rank, one.embedding
+            )
         )
     notes.append(_note({kind.name.upper(): len(deltas)}, rank))
     return Contents(
@@ -204,7 +206,7 @@ class _Fitting:
     contents: Contents
     rank: int
     base: Checkpoint | None
-    modules: Sequence[Module]
+    modules: Modules
     errors: Problems = field(default_factory=Problems)
     notes: list[str] = field(default_factory=list)
     guessed: list[str] = field(default_factory=list)  # modules taken for linear layers
@@ -236,7 +238,7 @@ class _Fitting:
             names = [m.name for m in self.modules]
             self.weights = BaseWeights(self.base, adapter, names, self.notes)
 
-    def fitted(self, module: Module) -> list[Module] | None:
+    def fitted(self, module: AdapterModule) -> list[AdapterModule] | None:
         """The module as plain factors, and what else it holds; None where it stays as it is."""
         try:
             return self._fitted(module)
@@ -244,7 +246,7 @@ class _Fitting:
             self.errors.append(error)
             return None
 
-    def _fitted(self, module: Module) -> list[Module] | None:
+    def _fitted(self, module: AdapterModule) -> list[AdapterModule] | None:
         if module.depth:
             return None
         needs = depends_on_base(module)
@@ -271,7 +273,7 @@ class _Fitting:
             return [one, rest]
         return [one]
 
-    def _others(self, module: Module) -> Iterator[ModuleDelta]:
+    def _others(self, module: AdapterModule) -> Iterator[ModuleDelta]:
         """The other modules over which its norms of inputs are taken."""
         for other in self.modules:
             if (
@@ -284,7 +286,7 @@ class _Fitting:
                 self._check(other, weight)
                 yield ModuleDelta(other, weight)
 
-    def _check(self, module: Module, weight: StoredParameter | None) -> None:
+    def _check(self, module: AdapterModule, weight: StoredParameter | None) -> None:
         if weight is None:
             return
         out, inputs = matrix_shape(module.kind, module.parts)
@@ -297,12 +299,12 @@ class _Fitting:
                 hint=CHECK_BASE,
             )
 
-    def _is_in_base(self, module: Module) -> bool:
+    def _is_in_base(self, module: AdapterModule) -> bool:
         """Whether the base, which may be one component of several, has the module's weight."""
         assert self.weights is not None
         return self.weights.names.parameter(f"{module.name}.weight") is not None
 
-    def _tail(self, module: Module, weight: StoredParameter | None) -> tuple[int, ...]:
+    def _tail(self, module: AdapterModule, weight: StoredParameter | None) -> tuple[int, ...]:
         """The axes after `out`: of the file, of the base, of the architecture."""
         if weight is not None:
             return weight.weight_shape[1:]

@@ -22,7 +22,7 @@ from adapterkit.formats.modules.tensors import is_made_by
 from adapterkit.formats.peft.dialects import arranged, renamed, without_copies
 from adapterkit.formats.peft.layout import write_layout
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
-from adapterkit.formats.write import File, write
+from adapterkit.formats.write import FormatFile, write
 from adapterkit.gguf.adapter import gguf_layout
 from adapterkit.plan import OutputFile, Plan
 from adapterkit.planning.convert.base_shapes import parameter_problems, shape_problems
@@ -121,7 +121,7 @@ def _written(
     base: Checkpoint | None,
     model: NamedBase | None,
     is_rebuilt: bool,
-) -> File:
+) -> FormatFile:
     """The file of these contents in a format; `is_rebuilt`: its modules are not the source's."""
     dtype = dtypes.parse(options.dtype) if options.dtype else None
     if form.layout == ADAPTER_LAYOUT:
@@ -174,7 +174,7 @@ def _in_file(contents: Contents, form: Format, model: NamedBase | None) -> Conte
 def _plan(
     source: Folder,
     contents: Contents,
-    written: File,
+    written: FormatFile,
     options: ConvertOptions,
     base: Checkpoint | None,
     file: str | None,
@@ -229,7 +229,7 @@ def _pickle_note(source: Folder) -> list[str]:
     return [f"not converted: {source.pickle} also holds {listed(source.left_out)}"]
 
 
-def _folded_note(written: File) -> list[str]:
+def _folded_note(written: FormatFile) -> list[str]:
     if not written.folded:
         return []
     scales = sorted(set(written.folded.values()))
@@ -239,7 +239,7 @@ def _folded_note(written: File) -> list[str]:
     ]
 
 
-def _rounded_note(written: File) -> list[str]:
+def _rounded_note(written: FormatFile) -> list[str]:
     """That scales were multiplied into factors of few bits, and what that rounds away."""
     rounded = [
         tensor
