@@ -257,14 +257,14 @@ def _finished(stage: Stage, fingerprint: str, recipe: dict) -> Receipt:
     data, out = stage.published(), stage.out
     if not RECEIPT_CHECK.fits(data):
         raise Refused(
-            "a receipt that adapterkit did not write",
+            "adapterkit did not write the receipt",
             expected="that of the finished output",
             where=str(out),
             hint="remove the output, or choose another --out",
         )
     if data.get("fingerprint") != fingerprint:
         raise Refused(
-            "a finished output of another job "
+            "the finished output is of another job "
             f"({difference(data.get('recipe', {}), public_recipe(recipe))} differs)",
             expected="the job that --resume goes on with",
             where=str(out),
@@ -278,7 +278,7 @@ def check_same_job(stage: Stage, recipe: dict) -> None:
     before = stage.journal()[0].get("recipe", {})
     if before != recipe:
         raise Refused(
-            f"an interrupted run of another job: {difference(before, recipe)} differs",
+            f"the interrupted run was of another job: {difference(before, recipe)} differs",
             expected="the same inputs, options and version",
             where=str(stage.control),
             hint="give the options of that run, or --overwrite to begin again",
@@ -291,7 +291,7 @@ def _check_same_device(stage: Stage, plan: Plan) -> None:
     before, now = stage.journal()[0].get("device", "cpu"), plan.placement.device
     if before != now:
         raise Refused(
-            f"an interrupted run on another device: {before}",
+            f"the interrupted run was on another device: {before}",
             expected=f"that one, not {now}",
             where=str(stage.control),
             hint="resume on that device (--device), or give --overwrite to begin again",
@@ -302,7 +302,7 @@ def check_alone(stage: Stage) -> None:
     """`Refused` while several processes write the output's files."""
     if stage.journal()[0].get("ranks"):
         raise Refused(
-            "the output of a plan file, which `adapterkit run` writes",
+            "the output is that of a plan file, which `adapterkit run` writes",
             expected="one way of making it",
             where=str(stage.control),
             hint="end it with `adapterkit finish`, or give --overwrite to begin again",
@@ -359,7 +359,7 @@ def check_free(needed: int, path: Path) -> None:
     free = free_bytes(path)
     if needed > free:
         raise Refused(
-            f"{free:,} bytes free",
+            f"the disk has {free:,} bytes free",
             expected=f"{needed:,} bytes",
             where=str(path.parent),
             hint="free some space, or choose an --out on another disk",
@@ -380,7 +380,7 @@ def _write_files(
             listed = plan.folders[content.folder].hashes.get(content.name)
             if listed not in (None, sha):
                 raise Failed(
-                    "bytes whose sha256 is not the one that the Hub lists",
+                    "the sha256 of the bytes is not the one that the Hub lists",
                     expected=f"{listed}",
                     where=content.name,
                     hint="run again with --resume; check proxies on the way",

@@ -137,11 +137,13 @@ class LocalFolder:
             raise Damaged(f"cannot open: {error.strerror}", where=str(path)) from error
         if not stat.S_ISREG(mode):
             raise Refused(
-                "not a regular file", where=str(path), hint="give a folder of ordinary files"
+                "this is not a regular file",
+                where=str(path),
+                hint="give a folder of ordinary files",
             )
         if path.is_symlink() and not _leads_inside(path, self.root):
             raise Refused(
-                f"a link to {shown(os.readlink(path))}",
+                f"this is a link to {shown(os.readlink(path))}",
                 expected=(
                     "a file of this folder, or the link of a Hub cache into its own blobs folder"
                 ),

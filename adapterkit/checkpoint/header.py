@@ -67,7 +67,9 @@ def read_header(folder: Folder, name: str, number: int = 0) -> Header:
         raw += folder.read(name, len(raw), length)
     if len(raw) < length:
         raise Damaged(
-            f"{len(raw)} bytes of a header of {length}", where=name, hint="copy the file again"
+            f"the file has {len(raw)} bytes of a header of {length}",
+            where=name,
+            hint="copy the file again",
         )
     return parse_header(raw[:length], size, name, number)
 
@@ -77,14 +79,14 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
     has none."""
     if prefix.startswith(b"version https://git-lfs"):
         raise Damaged(
-            "a Git LFS pointer, not the weights",
+            "this is this is a Git LFS pointer, not the weights",
             expected="a safetensors file",
             where=where,
             hint="run `git lfs pull`",
         )
     if prefix.lstrip().lower().startswith((b"<!doc", b"<html", b"<?xml")):
         raise Damaged(
-            "an HTML page, not the weights",
+            "this is this is an HTML page, not the weights",
             expected="a safetensors file",
             where=where,
             hint="download it again",
@@ -94,7 +96,7 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
     if len(prefix) < 8 or not 2 <= length <= limit:
         found = f"header length {length}" if len(prefix) >= 8 else f"a file of {file_size} bytes"
         raise Damaged(
-            f"{found}: not a safetensors file, or cut off",
+            f"{found}: this is not a safetensors file, or it is cut off",
             expected="a safetensors file"
             + f", whose first 8 bytes are a length of at most {limit}" * (limit >= 2),
             where=where,

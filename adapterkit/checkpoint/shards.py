@@ -175,14 +175,14 @@ def _shard_name_error(file: str, files: dict[str, int], where: str) -> Adapterki
         )
     if file.startswith(NOT_A_MODEL) or not file.endswith(".safetensors"):
         return Refused(
-            f"{shown(file)} as a shard",
+            f"the index names {shown(file)} as a shard",
             expected="safetensors files of a model",
             where=where,
             hint="restore the index",
         )
     if file not in files:
         return Damaged(
-            f"no file {shown(file)}",
+            f"{shown(file)} is missing",
             expected="every file the index names",
             where=where,
             hint="download it",
@@ -193,7 +193,7 @@ def _shard_name_error(file: str, files: dict[str, int], where: str) -> Adapterki
 def _two_models(single: str, where: str) -> Refused:
     """The refusal of a single file and an index without it."""
     return Refused(
-        f"{single} beside an index that does not name it",
+        f"{single} lies beside an index that does not name it",
         expected="one of them (transformers would load the single file, the index says otherwise)",
         where=where,
         hint="move away the one that is not the model",
@@ -212,7 +212,7 @@ def _no_weights(folder: Folder, own: list[str]) -> AdapterkitError:
     names = pickles(folder)
     if names:
         return Refused(
-            f"weights as pickles: {', '.join(shown(p) for p in names[:6])}",
+            f"the weights are pickles: {', '.join(shown(p) for p in names[:6])}",
             expected="safetensors files",
             where=folder.name,
             hint=(
@@ -222,9 +222,11 @@ def _no_weights(folder: Folder, own: list[str]) -> AdapterkitError:
         )
     if any(name.endswith(".gguf") for name in own):
         hint = "adapterkit dequantize MODEL.gguf --out DIR"
-        return Refused("a GGUF file", expected="safetensors files", where=folder.name, hint=hint)
+        return Refused(
+            "this is a GGUF file", expected="safetensors files", where=folder.name, hint=hint
+        )
     return Refused(
-        "no safetensors files",
+        "there are no safetensors files",
         expected="a model checkpoint",
         where=folder.name,
         hint="check the path",

@@ -59,14 +59,14 @@ def read_json(folder: Folder, name: str) -> dict:
         check_depth(value)
     except ValueError as error:
         raise Damaged(
-            f"not JSON: {shown(error)}",
+            f"this is not JSON: {shown(error)}",
             expected="a JSON object",
             where=f"{folder.name}/{name}",
             hint="fix the file",
         ) from error
     if not isinstance(value, dict):
         raise Damaged(
-            f"a JSON {type(value).__name__}",
+            f"this is a JSON {type(value).__name__}",
             expected="a JSON object",
             where=name,
             hint="fix the file",

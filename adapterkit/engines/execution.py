@@ -134,7 +134,7 @@ def check_disk_limit(out: StrPath, limit: str | int | None) -> None:
     """`Refused` for a limit with an output on this machine."""
     if limit is not None and not is_on_hub(out):
         raise Refused(
-            "--disk-limit with an output on this machine",
+            "--disk-limit is given with an output on this machine",
             expected="an output on the Hub: --out hf://org/name",
             where="options",
             hint="remove --disk-limit",

@@ -68,7 +68,7 @@ def _check(out: Path, plan: Plan, overwrite: bool, is_older: bool) -> None:
     there = out if out.exists() else receipt
     if there.exists() and not is_older:
         raise Refused(
-            f"a file that adapterkit did not write: {shown(there.name)}",
+            f"output exists, and adapterkit did not write it: {shown(there.name)}",
             expected="a new file, or an older output, which --overwrite replaces",
             where=str(out),
             hint="move it away, or choose another --out",

@@ -89,7 +89,7 @@ class PlannedFolder:
     def _not_written(self, name: str) -> Refused:
         self._asked.append(name)
         return Refused(
-            "values that are not written yet",
+            "the values are not written yet",
             expected="a plan from headers",
             where=f"{self.label}/{name}",
             hint="plan it when the step before is done",
@@ -128,7 +128,7 @@ def planned_folder(out: str, plan: "Plan", source: str) -> PlannedFolder | None:
     if not folder.files():
         inside = sorted({name.rpartition("/")[0] for name in contents} - {""})
         raise Refused(
-            f"no folder {shown(inner)} in what is written there",
+            f"there is no folder {shown(inner)} in what is written there",
             expected=f"the output itself{' or '.join(['', *map(shown, inside)])}",
             where=shown(source),
             hint="check the path",

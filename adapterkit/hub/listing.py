@@ -97,7 +97,7 @@ def _entry(file, hub_id: HubId) -> RemoteEntry:
 
 def _not_a_hub(problem: str, expected: str, hub_id: HubId) -> Failed:
     hint = "check that HF_ENDPOINT is a Hub server"
-    return Failed(f"{problem} in the answer", expected=expected, where=str(hub_id), hint=hint)
+    return Failed(f"the answer has {problem}", expected=expected, where=str(hub_id), hint=hint)
 
 
 def _in_subfolder(

@@ -90,12 +90,12 @@ def read_plan(file: StrPath) -> PlanFile:
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error), "check the path") from error
     except ValueError as error:
-        raise _unreadable(path, f"not JSON: {shown(error)}") from error
+        raise _unreadable(path, f"this is not JSON: {shown(error)}") from error
     if not isinstance(data, dict) or data.get("adapterkit") != VERSION:
         raise _unreadable(path, f"no plan file of version {VERSION}")
     if data.get("version") != __version__:
         raise Refused(
-            f"a plan of adapterkit {shown(data.get('version'))}",
+            f"the plan is of adapterkit {shown(data.get('version'))}",
             expected=f"one of {__version__}, as this is",
             where=str(path),
             hint="use the same adapterkit everywhere, or make the plan again",
@@ -129,7 +129,7 @@ def _check_room(path: Path, overwrite: bool, out: Path) -> None:
         )
     if path.is_file() and overwrite and not _is_plan(path):
         raise Refused(
-            "a file that is no plan file",
+            "the file is no plan file",
             expected="a new file, or an older plan, which --overwrite replaces",
             where=str(path),
             hint="move it away, or choose another --plan",

@@ -57,7 +57,7 @@ def test_all_that_is_wrong_in_the_order_of_the_receipt(output: tuple[LocalFolder
         ("small", "no such file"),
         ("large", changed),
         ("middle", changed),
-        ("more.safetensors", "weights that the receipt does not list"),
+        ("more.safetensors", "the receipt does not list these weights"),
     ]
 
 

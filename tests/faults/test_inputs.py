@@ -60,7 +60,7 @@ def test_an_input_changed_between_runs(bench, what: str, place: str):
     time.sleep(0.02)  # a tick of the clock of file times
     change(bench.root / place, what)
     bench.merge("--resume").failed_cleanly(
-        "an interrupted run of another job", place.partition("/")[2], "identity."
+        "the interrupted run was of another job", place.partition("/")[2], "identity."
     )
     assert not bench.out.exists()
     bench.merge("--overwrite").succeeded()

@@ -150,7 +150,7 @@ def test_markers_and_files_that_are_no_files(work: Path, tmp_path: Path):
 def test_whatever_stands_in_it_spoils_a_job(work: Path, content: bytes):
     file = planned()
     (ranks_folder() / "marks" / "SPOILED").write_bytes(content)
-    either(file, "given up")
+    either(file, "the job failed")
 
 
 @pytest.mark.parametrize("inner", [".", "ranks", "ranks/JOB", "ranks/JOB/out", "ranks/JOB/marks"])

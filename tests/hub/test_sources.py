@@ -214,7 +214,7 @@ def test_verify_looks_at_the_hashes_that_the_hub_lists(bench):
     with pytest.raises(ClientError) as caught:
         client("adapterkit.verify('org/merge-several')")
     assert f"{name}: bytes that are not those" in caught.value.text
-    assert "other.safetensors: weights that the receipt does not list" in caught.value.text
+    assert "other.safetensors: the receipt does not list these weights" in caught.value.text
     assert "no adapterkit.json" in client.refusal("adapterkit.verify('org/base')").text
 
 

@@ -112,7 +112,7 @@ def test_a_dry_run_refuses_the_place_that_the_job_refuses(tmp_path: Path):
 @pytest.mark.parametrize("plan, problem", [
     ("out", "the plan file is the output, or in it"),
     ("out/p.json", "the plan file is the output, or in it"),
-    ("notes.txt", "a file that is no plan file"),
+    ("notes.txt", "the file is no plan file"),
 ])  # fmt: skip
 def test_a_plan_file_has_a_place_of_its_own(tmp_path: Path, plan: str, problem: str):
     (tmp_path / "notes.txt").write_text("mine")

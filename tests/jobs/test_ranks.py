@@ -185,7 +185,7 @@ def test_what_is_given_up_stays_so(merging):
     bench.plan().succeeded()
     (bench.stage / "marks" / "SPOILED").write_bytes(line_of({"reason": "a file changed"}))
     for ended in (bench.rank(), bench.finish()):
-        ended.failed_cleanly("the job was given up: a file changed", "--overwrite")
+        ended.failed_cleanly("the job failed: a file changed", "--overwrite")
 
 
 @pytest.mark.parametrize("entry", [{"torch": "1.0"}, {"device": "cuda Card 80GB, torch 2.13.0"}])
@@ -196,7 +196,7 @@ def test_two_kinds_of_arithmetic_are_refused(merging, entry: dict):
     path = next((bench.stage / "marks").rglob("*.json"))
     path.write_bytes(line_of(read_entry(path) | entry))
     for ended in (bench.finish(), bench.rank()):
-        ended.failed_cleanly("files made on", next(iter(entry.values())))
+        ended.failed_cleanly("files were made on", next(iter(entry.values())))
     path.unlink()
     bench.rank().succeeded()
     bench.finish().succeeded()

@@ -231,7 +231,7 @@ def test_two_kinds_of_arithmetic_are_refused(benches, entry: dict):
     path = next((bench.stage / "marks").rglob("*.json"))
     path.write_bytes(line_of(read_entry(path) | entry))
     for ended in (bench.finish(), bench.rank()):
-        ended.failed_cleanly("files made on", next(iter(entry.values())), "--workers")
+        ended.failed_cleanly("files were made on", next(iter(entry.values())), "--workers")
 
 
 @pytest.mark.parametrize("kind, step", [

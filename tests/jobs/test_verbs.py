@@ -117,7 +117,7 @@ def test_refusals_come_with_the_plan(folder: Path, tmp_path: Path):
     file.unlink()
     with pytest.raises(Refused, match="was interrupted"):
         write("merge", "base", "style")
-    with pytest.raises(Refused, match="the output of a plan file"):
+    with pytest.raises(Refused, match="the output is that of a plan file"):
         adapterkit.merge("base", "style", out=out, resume=True)
     adapterkit.merge("base", "style", out=out, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -133,7 +133,7 @@ def test_an_older_output_is_replaced(folder: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("change, problem", [
-    (lambda plan: plan.update(version="0.0"), "a plan of adapterkit 0.0"),
+    (lambda plan: plan.update(version="0.0"), "the plan is of adapterkit 0.0"),
     (lambda plan: plan.update(adapterkit=9), "no plan file"),
     (lambda plan: plan.update(verb="os.system"), "takes no --plan"),
     (lambda plan: plan.pop("inputs"), "inputs missing"),

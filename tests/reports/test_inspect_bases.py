@@ -62,7 +62,7 @@ def test_a_missing_shard_hides_no_other_problem(sharded):
     for name in ("missing", "layers", "pickle"):
         DAMAGED[name][0](sharded)
     words = [
-        f"no file {SHARD}",
+        f"{SHARD} is missing",
         "ghost is not in",
         f"{EMBEDDING} in",
         "num_hidden_layers = 1000000",
@@ -97,14 +97,14 @@ def test_a_refusal_lists_what_an_inspection_finds(sharded, lora, tmp_path):
 
 def test_a_config_nested_too_deeply_is_a_problem(sharded):
     (sharded / "config.json").write_text('{"a":' * 200 + "1" + "}" * 200)
-    assert problems_of(inspect(sharded)) == ["not JSON: nested too deeply"]
+    assert problems_of(inspect(sharded)) == ["this is not JSON: nested too deeply"]
 
 
 def test_weights_as_pickles_alone(lora, tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
     (tmp_path / "base" / "pytorch_model.bin").write_bytes(pickle.dumps(1))
-    assert problems_of(inspect(tmp_path / "base")) == ["weights as pickles: pytorch_model.bin"]
+    assert problems_of(inspect(tmp_path / "base")) == ["the weights are pickles: pytorch_model.bin"]
     shutil.copytree(lora, tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(
         tmp_path / "adapter" / "adapter_model.bin"

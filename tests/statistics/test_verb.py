@@ -312,7 +312,7 @@ def test_an_interrupted_run_goes_on(layers, base, pairs, tmp_path) -> None:
     with pytest.raises(Refused, match="was interrupted"):
         run()
     for other in ({"seed": 1}, {"length": 3}, {"targets": "q_proj"}, {"batch": 3}):
-        with pytest.raises(Refused, match="an interrupted run of another job"):
+        with pytest.raises(Refused, match="the interrupted run was of another job"):
             run(resume=True, **other)
     assert not run(resume=True).finished_before
     assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()

@@ -89,7 +89,7 @@ DAMAGED = {
         lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-2]),
         "the data is cut off",
     ),
-    "missing": (lambda f: (f / SHARD).unlink(), f"no file {SHARD}"),
+    "missing": (lambda f: (f / SHARD).unlink(), f"{SHARD} is missing"),
     "html": (lambda f: (f / SHARD).write_text("<!doctype html>" + " " * 100), "an HTML page"),
     "empty-file": (lambda f: (f / SHARD).write_bytes(b""), "a file of 0 bytes"),
     "no-weight-map": (

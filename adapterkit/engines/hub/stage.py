@@ -187,7 +187,7 @@ class HubStage(Stage):
         size = size_of_file(path)
         if size is None or path.resolve() != self.path.resolve() / name:
             raise Failed(
-                "no such file, or a link",
+                "the file is missing, or is a link",
                 expected="the file that was made",
                 where=str(path),
                 hint="give --overwrite to begin again",

@@ -298,7 +298,7 @@ def _finite(result: TaskResult) -> TaskResult:
             continue
         if not all_finite(tensor):
             raise Unrecoverable(
-                f"values of {shown(key)} that are not finite in "
+                f"values of {shown(key)} are not finite in "
                 f"{str(tensor.dtype).removeprefix('torch.')}",
                 expected="finite values",
                 where=shown(key),

@@ -66,7 +66,7 @@ class LocalReader:
         if floats and not all_finite(stored):
             file = place_of(self.sources.folders[spec.folder], spec.file)
             raise Unrecoverable(
-                "values that are not finite (NaN or infinity)",
+                "values are not finite (NaN or infinity)",
                 where=f"{file}: {shown(spec.key)}",
                 hint="the training run diverged: use an earlier save",
             )

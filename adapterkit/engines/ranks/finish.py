@@ -121,7 +121,7 @@ def _nothing_left(plan: Plan, shards: list[OutputFile], *_: Any, **__: Any) -> N
 
 def _gone(name: str) -> Failed:
     return Failed(
-        "a file has gone",
+        "a file has disappeared",
         expected="the files of the ranks",
         where=name,
         hint="make the plan again with --overwrite",

@@ -46,7 +46,7 @@ class RankJob:
         now = RankJob.of(plan, self.hash)
         if now.recipe != self.recipe:
             raise Refused(
-                f"planned again, the job is another: {difference(self.recipe, now.recipe)} differs",
+                f"the job differs when it is planned again: {difference(self.recipe, now.recipe)}",
                 expected="the inputs, options and version of the plan file",
                 where="the plan file",
                 hint="use the same adapterkit everywhere, or make the plan again",
@@ -122,7 +122,7 @@ def check_one_kind(entries: Sequence[dict[str, Any]], stage: RankStage) -> None:
     if len(kinds) > 1:
         texts = [f"{kind} ({len(files)}, e.g. {files[0]})" for kind, files in kinds.items()]
         raise Refused(
-            f"files made on {' and on '.join(texts)}",
+            f"files were made on {' and on '.join(texts)}",
             expected="one kind of device, one version of torch, and as many threads where they are "
             "named (--workers): others round otherwise",
             where=str(stage.marks),
@@ -134,7 +134,7 @@ def check_one_kind(entries: Sequence[dict[str, Any]], stage: RankStage) -> None:
 def spoiled(reason: str, stage: RankStage) -> Refused:
     """The refusal of a job that one of its ranks found cannot be finished."""
     return Refused(
-        f"the job was given up: {reason}",
+        f"the job failed: {reason}",
         expected="inputs that stay as they are, and results that fit",
         where=str(stage.marks),
         hint="make the plan again with --overwrite",
@@ -144,7 +144,7 @@ def spoiled(reason: str, stage: RankStage) -> Refused:
 def no_stage(path: Path) -> Refused:
     """The refusal of a plan file whose stage is not there."""
     return Refused(
-        "nothing of this plan",
+        "no run of this plan was found",
         expected="the folder that --plan made, or the finished output",
         where=str(path.parent),
         hint="make the plan again: the same command with --plan",

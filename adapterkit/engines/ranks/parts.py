@@ -82,7 +82,7 @@ def join(
     entries = [entry for name in names if (entry := stage.marker(name))]
     if len(entries) < len(names):
         raise Refused(
-            "a part has gone",
+            "a range of the file has disappeared",
             expected="parts as ranks wrote them",
             where=str(stage.marks / shard.file),
             hint="`adapterkit run` the plan again",

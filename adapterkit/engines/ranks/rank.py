@@ -91,7 +91,7 @@ class Rank:
         share = list(self.only or assigned(sizes, self.ranks)[self.rank])
         if unknown := [name for name in share if name not in made]:
             raise Refused(
-                f"no file {listed(unknown)} in the plan",
+                f"the plan has no file {listed(unknown)}",
                 expected=f"some of {listed([*made])}",
                 where="the plan file",
                 hint="make the plan again",

@@ -94,7 +94,7 @@ def _connected(address: str | None) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise Refused(
-            "--engine ray without the package ray",
+            "the package ray is not installed",
             expected="ray, on this machine and on the cluster's",
             where="options",
             hint="pip install 'adapterkit[ray]'",
@@ -134,7 +134,7 @@ class _Cluster:
         gpus = sum(int(each.get("GPU", 0)) for each in resources)
         if not cores or (self.on_cuda and not gpus):
             raise Failed(
-                f"a Ray cluster of {sum(cores)} CPUs and {gpus} GPUs",
+                f"the Ray cluster has {sum(cores)} CPUs and {gpus} GPUs",
                 expected="at least one" + " GPU" * self.on_cuda,
                 where="--ray-address",
                 hint=f"add a machine to the cluster, then {AGAIN}",
@@ -210,7 +210,7 @@ def _run_rank(
     try:
         if versions != VERSIONS:
             raise Failed(
-                f"a worker with {VERSIONS}",
+                f"a worker has {VERSIONS}",
                 expected=f"{versions}, as here: others round otherwise",
                 where="the Ray cluster",
                 hint=f"install the same on all machines, then {AGAIN}",

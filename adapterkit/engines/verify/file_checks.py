@@ -53,7 +53,7 @@ def check_files(
     unlisted = {name for name in sizes if name.endswith(".safetensors") and "/" not in name}
     errors += [
         Damaged(
-            "weights that the receipt does not list",
+            "the receipt does not list these weights",
             expected="the files of the receipt",
             where=shown(name),
             hint="remove the file",
