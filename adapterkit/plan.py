@@ -11,8 +11,8 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field, fields, replace
+from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -27,17 +27,40 @@ from adapterkit.checkpoint.output.writer import part_name
 from adapterkit.checkpoint.reader import Identity
 from adapterkit.checkpoint.system import cores, quarter_of_memory
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.weights.codec import stored_parts
 from adapterkit.weights.reader import Reader
 from adapterkit.weights.slots import Positions
 
 IDENTITY = ("size", "modified", "changed")
 # bytes by which the guess of a text's size may be wrong, its numbers in the header included
 SLACK = 128
-HANDED_ON = -1  # the folder of tensors that are handed on
+HANDOFF_FOLDER = -1  # of tensors that an earlier output file hands on
+READ = {"read": True}  # metadata of fields that hold tensors which are read
 
 
 # (block of rows, number of its first row): changes the block in place
 Apply = Callable[[Tensor, int], None]
+
+
+def _marked_reads(record: "Edit | Task") -> tuple[TensorSpec, ...]:
+    """The stored tensors in the fields of a record that are marked `READ`."""
+    return tuple(
+        spec for name in _marked_fields(type(record)) for spec in _specs_in(getattr(record, name))
+    )
+
+
+@cache
+def _marked_fields(cls: "type[Edit | Task]") -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls) if field.metadata == READ)
+
+
+def _specs_in(value: object) -> Iterator[TensorSpec]:
+    """The stored tensors of a tensor, of all in a tuple, or that a record reads."""
+    if isinstance(value, TensorSpec):
+        yield from stored_parts(value)
+        return
+    for one in value if isinstance(value, tuple) else getattr(value, "reads", ()):
+        yield from _specs_in(one)
 
 
 @dataclass
@@ -53,15 +76,14 @@ class Loaded:
     exact: Apply | None = None
 
 
+@dataclass(frozen=True, slots=True)
 class Edit(ABC):
     """One change to a stored tensor; subclasses are frozen, picklable dataclasses."""
 
-    __slots__ = ()
-
     @property
-    @abstractmethod
     def reads(self) -> tuple[TensorSpec, ...]:
-        """All that `load` reads, but for the source."""
+        """All that `load` reads, but for the source: the fields that are marked `READ`."""
+        return _marked_reads(self)
 
     @property
     def shared_reads(self) -> tuple[TensorSpec, ...]:
@@ -94,6 +116,11 @@ class Compensation:
     spans: tuple[Span, ...]
     by_columns: bool = False  # the outputs are the grid's columns, the inputs its rows
 
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        """Each covariance once."""
+        return tuple(dict.fromkeys(span.covariance for span in self.spans))
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -112,6 +139,10 @@ class Step:
     wide: bool = False
     measures_error: bool = False  # of what is written, relative to the source's norm
     compensation: Compensation | None = None
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.source, *(spec for edit in self.edits for spec in edit.reads))
 
     @property
     def copied(self) -> bool:
@@ -162,9 +193,9 @@ class Task(ABC):
     name: str  # in the receipt: the module's, or the tensor's key
 
     @property
-    @abstractmethod
     def reads(self) -> tuple[TensorSpec, ...]:
-        """All that `compute` reads."""
+        """All that `compute` reads, each once: the fields that are marked `READ`."""
+        return tuple(dict.fromkeys(_marked_reads(self)))
 
     @property
     def shared_reads(self) -> tuple[TensorSpec, ...]:
@@ -177,12 +208,7 @@ class Task(ABC):
         """Its tensors, each as large as it can become."""
 
     @property
-    def variable_size(self) -> tuple[str, ...]:
-        """Keys of outputs whose planned size is a guess: JSON texts of a format."""
-        return ()
-
-    @property
-    def foreseen(self) -> dict[str, Any] | None:
+    def planned_metrics(self) -> dict[str, Any] | None:
         """Those of its metrics that small files need, where it is known before any value is read
         that its outputs are `max_outputs`; None where values decide."""
         return None
@@ -203,7 +229,7 @@ class Task(ABC):
         return False
 
     @property
-    def prefers_card(self) -> bool:
+    def prefers_gpu(self) -> bool:
         """Whether it is so much arithmetic that a GPU is worth starting."""
         return False
 
@@ -222,7 +248,7 @@ class OutputFile:
     file order; `layout` has each tensor of a task as large as it can become.
 
     `safetensors_order`: the tensors are in the order in which the safetensors library writes them.
-    Then sizes are as planned, but for those of a task's `variable_size`. `lay_out`: of a container
+    Then sizes are as planned, but for those of `variable_size`. `lay_out`: of a container
     in which no size varies. `range`: bytes [start, stop) of it alone, whole pieces, in a file of
     their own until all are there.
     """
@@ -289,7 +315,8 @@ class OutputFile:
 
     @cached_property
     def variable_size(self) -> frozenset[str]:
-        return frozenset(key for task in self.tasks for key in task.variable_size)
+        """Keys of tensors whose planned size is a guess: JSON texts of a format."""
+        return frozenset(stored.key for stored in self.layout.tensors if stored.varies)
 
     @property
     def sizes_are_planned(self) -> bool:
@@ -299,12 +326,8 @@ class OutputFile:
     @property
     def reads(self) -> Iterator[TensorSpec]:
         """What its steps and tasks read."""
-        for step in self.steps:
-            yield step.source
-            for edit in step.edits:
-                yield from edit.reads
-        for task in self.tasks:
-            yield from task.reads
+        for one in (*self.steps, *self.tasks):
+            yield from one.reads
 
     @property
     def handoff_reads(self) -> tuple[str, ...]:
@@ -327,7 +350,7 @@ class OutputFile:
 
 
 def _handed_on(reads: Iterable[TensorSpec]) -> tuple[str, ...]:
-    return tuple(spec.key for spec in reads if spec.folder == HANDED_ON)
+    return tuple(spec.key for spec in reads if spec.folder == HANDOFF_FOLDER)
 
 
 @dataclass(frozen=True)

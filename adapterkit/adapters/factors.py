@@ -32,6 +32,10 @@ class Factors:
     flip: bool = False
 
     @property
+    def reads(self) -> tuple[TensorSpec, TensorSpec]:
+        return self.a, self.b
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of each product."""
         return self.b.shape[0], math.prod(self.a.shape[1:])

@@ -18,6 +18,7 @@ class TensorPlan:
     key: str
     dtype: str
     shape: tuple[int, ...]
+    varies: bool = False  # its size depends on values: what is planned is a guess
 
     @property
     def nbytes(self) -> int:

@@ -35,7 +35,7 @@ class Capacity:
 
 def place(plan: Plan, name: str) -> tuple[Plan, str]:
     """The plan with the device that it runs on and what it takes there, and that device's name;
-    `Refused` where there is no such device. `auto`: see `prefers_card`."""
+    `Refused` where there is no such device. `auto`: see `prefers_gpu`."""
     if name == "auto":
         name = "cuda" if torch.cuda.device_count() and _has_use(plan) else "cpu"
     device = pick_device(name)
@@ -45,22 +45,22 @@ def place(plan: Plan, name: str) -> tuple[Plan, str]:
 
 
 def _has_use(plan: Plan) -> bool:
-    if not prefers_card(plan, Capacity(cores(), LEAST_FREE)):
+    if not prefers_gpu(plan, Capacity(cores(), LEAST_FREE)):
         return False  # before CUDA is started
     try:
         device = pick_device("cuda")
     except Refused:
         return False
-    return prefers_card(plan, Capacity(cores(), torch.cuda.mem_get_info(device)[0]))
+    return prefers_gpu(plan, Capacity(cores(), torch.cuda.mem_get_info(device)[0]))
 
 
-def prefers_card(plan: Plan, capacity: Capacity) -> bool:
+def prefers_gpu(plan: Plan, capacity: Capacity) -> bool:
     """Whether a plan is better off on a GPU: with tasks that are much arithmetic; else where the
     arithmetic would take half as long again as the disk, and ten seconds longer."""
     tasks = tasks_of(plan)
     if capacity.gpu < LEAST_FREE:
         return False
-    if any(task.prefers_card for task in tasks):
+    if any(task.prefers_gpu for task in tasks):
         return max(task.memory for task in tasks) <= USABLE * capacity.gpu
     totals = plan.totals()
     disk = (totals["bytes_read"] + totals["bytes_written"]) / capacity.disk

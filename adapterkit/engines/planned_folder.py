@@ -108,10 +108,10 @@ def planned_folder(out: str, plan: "Plan", source: str) -> PlannedFolder | None:
     metrics: dict[str, dict[str, Any]] = {}
     contents: dict[str, _File] = {}
     for shard in plan.shards:
-        foreseen = _foreseen(shard)
-        if foreseen is None:
+        planned = _planned_metrics(shard)
+        if planned is None:
             return None
-        metrics |= foreseen
+        metrics |= planned
         contents[shard.file] = _Weights(shard.layout.header, shard.layout.size)
     for name, content in plan.files.items():
         if isinstance(content, FromMetrics):
@@ -136,14 +136,14 @@ def planned_folder(out: str, plan: "Plan", source: str) -> PlannedFolder | None:
     return folder
 
 
-def _foreseen(file: "OutputFile") -> dict[str, dict[str, Any]] | None:
+def _planned_metrics(file: "OutputFile") -> dict[str, dict[str, Any]] | None:
     """The metrics of a file's tasks, as far as small files need them; None where values decide
     about its header."""
     if file.sizes_are_planned:
         return None if file.variable_size else {}
     if file.finalize is not None:
         return None
-    metrics = {task.name: task.foreseen for task in file.tasks}
+    metrics = {task.name: task.planned_metrics for task in file.tasks}
     known = {name: metric for name, metric in metrics.items() if metric is not None}
     return known if len(known) == len(metrics) else None
 

@@ -179,11 +179,11 @@ def _plan_fixed_base(
                 name,
                 place,
                 dtypes.parse(options.dtype),
-                original,
-                spec,
-                options.rank,
-                options.scale,
-                transposed,
+                rank=options.rank,
+                original=original,
+                packed=spec,
+                scale=options.scale,
+                transposed=transposed,
             )
         )
     errors.raise_all()

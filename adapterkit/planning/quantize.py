@@ -8,7 +8,7 @@ from adapterkit.planning.inputs.sources import open_model, open_statistics
 from adapterkit.planning.outputs.model import QuantizedModel
 from adapterkit.planning.quantization import QuantizationPlan, plan_quantization
 from adapterkit.shared_options import BlockOptions, missing_statistics
-from adapterkit.tasks.quantize import CompensatedWeight
+from adapterkit.tasks.quantize import EncodedWeight
 from adapterkit.tasks.statistics import select_covariances
 from adapterkit.verbs.quantize import Quantize
 from adapterkit.weights.detect import check_not_quantized
@@ -59,7 +59,7 @@ def _compensated(quantization: QuantizationPlan, stats: Checkpoint) -> dict[str,
         weight = shapes[name]
         span = Span(range(weight.shape[0]), selected[name])
         compensation = Compensation((span,), weight.transposed)
-        tasks[weight.key] = CompensatedWeight(
+        tasks[weight.key] = EncodedWeight(
             weight.key, base.tensors[weight.key], packed, compensation
         )
     return tasks

@@ -162,7 +162,7 @@ def _output(
         if options.space == "factors" and name not in alone:
             own = members[task_adapter.number][1]
             others = tuple(f for n, (_, f) in members.items() if n != task_adapter.number)
-            tasks.append(SubtractedFactors(prefix + name, place, dtype, own, others))
+            tasks.append(SubtractedFactors(prefix + name, place, dtype, own.rank, own, others))
             continue
         parts = tuple(
             Operand(number, factors, weights[number]) for number, (_, factors) in members.items()

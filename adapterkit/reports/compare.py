@@ -12,7 +12,7 @@ from adapterkit.options import Progress
 from adapterkit.reports.matching import Matches
 from adapterkit.reports.pairs import Pair, Result, stored_specs
 from adapterkit.reports.reader import StoredReader
-from adapterkit.tasks.rows import stored_parts
+from adapterkit.weights.codec import stored_parts
 
 ENERGY, ADAPTER_ENERGY = 0.9, 0.99  # shares that the suggested ranks keep
 WORKERS = 2

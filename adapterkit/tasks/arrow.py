@@ -2,7 +2,7 @@
 arXiv:2405.11157)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,11 +10,10 @@ from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors
-from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.plan import Task, TaskResult
+from adapterkit.plan import READ, Task, TaskResult
 from adapterkit.weights.reader import Reader
 
 ITERATIONS = 15  # of PEFT's power iteration
@@ -25,18 +24,13 @@ TINY = 1e-8  # what PEFT adds to a norm that it divides by
 class StackedExperts(Task):
     """One module's experts: a (E, r, in), b (E, out, r), scale (E), prototype (E, in)."""
 
-    parts: tuple[tuple[int, Factors], ...]  # expert's number, factors
-    general: tuple[Factors, ...]  # of the general adapters that have the module
+    parts: tuple[tuple[int, Factors], ...] = field(metadata=READ)  # expert's number, factors
+    general: tuple[Factors, ...] = field(metadata=READ)  # of those general adapters that have it
     generals: int  # how many general adapters there are
     experts: int
     compat: str | None
     seed: int
     dtype: str
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        factors = (*(own for _, own in self.parts), *self.general)
-        return tuple(spec for each in factors for spec in (each.a, each.b))
 
     @property
     def rank(self) -> int:

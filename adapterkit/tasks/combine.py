@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from adapterkit.combinations.protocol import Method, Metrics
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product, Svd
 from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense, decompose_product
-from adapterkit.plan import TaskResult
-from adapterkit.tasks.common import FactorsTask, short
+from adapterkit.plan import READ, TaskResult
+from adapterkit.tasks.common import FactorsTask, RankedFactors, short
 from adapterkit.tasks.statistics import (
     covariance_errors,
     read_covariance,
@@ -64,7 +64,7 @@ class Operand:
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return self.dora.reads if self.dora else (self.factors.a, self.factors.b)
+        return self.dora.reads if self.dora else self.factors.reads
 
     @property
     def memory(self) -> int:
@@ -81,19 +81,14 @@ class CombinedFactors(FactorsTask):
     """The factors of one module that a method makes of all adapters' deltas, or of their factors
     (space "factors")."""
 
-    parts: tuple[Operand, ...]
+    parts: tuple[Operand, ...] = field(metadata=READ)
     method: Method
     refit: Refit
     space: str = "delta"
     seed: int = 0
     # of the module's inputs: of each part's, or one for all; with them the refit is in the norm of
     # the outputs
-    covariances: tuple[TensorSpec, ...] = ()
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        parts = dict.fromkeys(spec for part in self.parts for spec in part.reads)
-        return (*parts, *dict.fromkeys(self.covariances))
+    covariances: tuple[TensorSpec, ...] = field(default=(), metadata=READ)
 
     @property
     def is_dense(self) -> bool:
@@ -116,13 +111,13 @@ class CombinedFactors(FactorsTask):
         return min(full, max(ranks) if self.refit.largest else self.refit.rank or full)
 
     @property
-    def foreseen(self) -> dict[str, Any] | None:
+    def planned_metrics(self) -> dict[str, Any] | None:
         known = self.space == "factors" or self.method.acts_on == "elements"
         known = known or (self.method.acts_on == "factors" and self.method.stacks)
         return {"rank": self.max_rank} if known and not self.refit.energy else None
 
     @property
-    def prefers_card(self) -> bool:
+    def prefers_gpu(self) -> bool:
         return self.method.acts_on == "elements" and len(self.parts) >= MANY
 
     @property
@@ -359,23 +354,11 @@ def _mean(values: list) -> Any:
 
 
 @dataclass(frozen=True)
-class SubtractedFactors(FactorsTask):
+class SubtractedFactors(RankedFactors):
     """PEFT's subtraction: a - mean of the general a's, scale · (b - mean of the general b's)."""
 
-    task_adapter: Factors
-    generals: tuple[Factors, ...]
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return tuple(spec for f in (self.task_adapter, *self.generals) for spec in (f.a, f.b))
-
-    @property
-    def max_rank(self) -> int:
-        return self.task_adapter.rank
-
-    @property
-    def foreseen(self) -> dict[str, Any]:
-        return {"rank": self.max_rank}
+    task_adapter: Factors = field(metadata=READ)
+    generals: tuple[Factors, ...] = field(metadata=READ)
 
     @property
     def memory(self) -> int:
@@ -387,4 +370,4 @@ class SubtractedFactors(FactorsTask):
         count = len(others)
         a = a - sum(other for other, _ in others) / count
         b = (b - sum(other for _, other in others) / count) * self.task_adapter.scale
-        return TaskResult(self.round_matrices(a, b, self.max_rank), {"rank": self.max_rank})
+        return TaskResult(self.round_matrices(a, b, self.rank), self.planned_metrics)

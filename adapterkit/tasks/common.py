@@ -4,7 +4,7 @@ of tasks that make factors."""
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,11 +14,11 @@ from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
-from adapterkit.plan import Task, TaskResult
+from adapterkit.plan import READ, Task, TaskResult
 from adapterkit.weights.reader import Reader
 
 BLOCK = 1 << 20  # elements that are summed at a time
-LARGE = 1024  # the shorter side of a matrix whose decomposition is worth a card
+LARGE = 1024  # the shorter side of a matrix whose decomposition is worth a GPU
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,16 @@ class CopiedTensor(Task):
     copied without a look at them.
     """
 
-    source: TensorSpec
+    source: TensorSpec = field(metadata=READ)
     key: str
     checked: bool = False
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.source,)
 
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
         return (TensorPlan(self.key, self.source.dtype, self.source.shape),)
 
     @property
-    def foreseen(self) -> dict[str, Any]:
+    def planned_metrics(self) -> dict[str, Any]:
         return {}
 
     @property
@@ -67,25 +63,21 @@ class SummedTensor(Task):
     whole."""
 
     key: str
-    terms: tuple[tuple[TensorSpec, float], ...]  # none: zeros
+    terms: tuple[tuple[TensorSpec, float], ...] = field(metadata=READ)  # none: zeros
     dtype: str
     shape: tuple[int, ...]
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return tuple(spec for spec, _ in self.terms)
 
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
         return (TensorPlan(self.key, self.dtype, self.shape),)
 
     @property
-    def foreseen(self) -> dict[str, Any]:
+    def planned_metrics(self) -> dict[str, Any]:
         return {}
 
     @property
     def memory(self) -> int:
-        return 12 * sum(math.prod(spec.shape) for spec in self.reads)
+        return 12 * sum(math.prod(spec.shape) for spec, _ in self.terms)
 
     def compute(self, inputs: Reader) -> TaskResult:
         values = [(inputs.tensor(spec).view(-1), scale) for spec, scale in self.terms]
@@ -117,6 +109,11 @@ class FactorsTask(Task):
             self.place.b_key, self.dtype, b
         )
 
+    @property
+    def is_large(self) -> bool:
+        """Whether a decomposition of the module's weight is worth a GPU."""
+        return min(self.place.out, math.prod(self.place.a_tail)) >= LARGE
+
     def round(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors in the dtype of the file."""
         dtype = dtypes.torch_dtype(self.dtype)
@@ -128,6 +125,21 @@ class FactorsTask(Task):
         return self.round(
             {self.place.a_key: a.reshape(a_shape), self.place.b_key: b.reshape(b_shape)}
         )
+
+
+@dataclass(frozen=True)
+class RankedFactors(FactorsTask):
+    """Factors of a rank that is known when they are planned."""
+
+    rank: int
+
+    @property
+    def max_rank(self) -> int:
+        return self.rank
+
+    @property
+    def planned_metrics(self) -> dict[str, Any]:
+        return {"rank": self.rank}
 
 
 def short(value: float) -> float:

@@ -1,7 +1,7 @@
 """Tensors of a converted adapter, made from stored ones."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.formats.fitted import Fit, FitReader
 from adapterkit.formats.modules.tensors import Expression
-from adapterkit.plan import Task, TaskResult
+from adapterkit.plan import READ, Task, TaskResult
 from adapterkit.tasks.common import short
 from adapterkit.weights.reader import Reader, TensorReader
 
@@ -20,8 +20,8 @@ LOSS = 2.0**-8  # of a tensor's norm that rounding may lose: bfloat16's largest 
 
 
 @dataclass(frozen=True)
-class ConvertedTensor(Task):
-    """An expression under `key`, rounded once to `dtype`; the receipt has what that lost."""
+class ConvertedTensor:
+    """An expression under `key`, rounded once to `dtype`."""
 
     key: str
     expression: Expression
@@ -31,18 +31,59 @@ class ConvertedTensor(Task):
     def reads(self) -> tuple[TensorSpec, ...]:
         return self.expression.reads
 
+
+@dataclass(frozen=True)
+class ConvertedTensors(Task):
+    """One tensor, or all that read the same large ones or share fits: each of these is read, or
+    computed, once. The receipt has what rounding lost, or of fits ‖Δ - b @ a‖ / ‖Δ‖."""
+
+    outputs: tuple[ConvertedTensor, ...] = field(metadata=READ)
+    fits: tuple[Fit, ...] = ()
+
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
-        return (TensorPlan(self.key, self.dtype, self.expression.shape),)
+        return tuple(TensorPlan(one.key, one.dtype, one.expression.shape) for one in self.outputs)
 
     @property
     def memory(self) -> int:
-        inner = sum(8 * math.prod(spec.shape) for spec in self.reads)
-        return inner + 16 * math.prod(self.expression.shape)
+        made = sum(16 * math.prod(one.expression.shape) for one in self.outputs)
+        if not self.fits:
+            return made + sum(8 * math.prod(spec.shape) for spec in self.reads)
+        kept = sum(8 * fit.rank * sum(fit.delta.shape) for fit in self.fits)
+        return made + kept + max(fit.delta.memory for fit in self.fits)
 
     def compute(self, inputs: Reader) -> TaskResult:
-        tensor, lost = rounded(self.key, self.expression, self.dtype, inputs.view(None))
-        return TaskResult({self.key: tensor}, {} if lost is None else {"rounding": lost})
+        fits = FitReader(inputs)
+        reader = fits if self.fits else _ReadOnce(inputs.view(None))
+        tensors: dict[str, Tensor | TensorSpec] = {}
+        rounding: list[float] = []
+        for one in self.outputs:
+            tensors[one.key], lost = rounded(one.key, one.expression, one.dtype, reader)
+            rounding += [] if lost is None else [lost]
+        if not self.fits:
+            return TaskResult(tensors, {"rounding": max(rounding)} if rounding else {})
+        factors = [fits.factors(fit) for fit in self.fits]
+        norm = math.hypot(*(one.norm for one in factors))
+        lost = math.hypot(*(one.lost for one in factors))
+        metrics = {
+            "rank": max(fit.rank for fit in self.fits),
+            "norm": short(norm),
+            "error": short(lost / norm) if norm else 0.0,
+        }
+        return TaskResult(tensors, metrics)
+
+
+class _ReadOnce:
+    """Keeps what it has read."""
+
+    def __init__(self, reader: TensorReader):
+        self.reader = reader
+        self.tensors: dict[TensorSpec, Tensor] = {}
+
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        if spec not in self.tensors:
+            self.tensors[spec] = self.reader.tensor(spec)
+        return self.tensors[spec]
 
 
 def rounded(
@@ -80,81 +121,3 @@ def loss(value: Tensor, tensor: Tensor) -> float:
     lost = torch.linalg.vector_norm(tensor.double() - wide)
     norm = torch.linalg.vector_norm(wide)
     return float(lost / norm) if norm else float(wide.any())
-
-
-@dataclass(frozen=True)
-class ConvertedTensors(Task):
-    """Expressions that read the same large tensors: each is read once for all of them."""
-
-    outputs: tuple[ConvertedTensor, ...]
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return tuple(dict.fromkeys(spec for one in self.outputs for spec in one.reads))
-
-    @property
-    def max_outputs(self) -> tuple[TensorPlan, ...]:
-        return tuple(stored for one in self.outputs for stored in one.max_outputs)
-
-    @property
-    def memory(self) -> int:
-        read = sum(8 * math.prod(spec.shape) for spec in self.reads)
-        return read + sum(16 * math.prod(one.expression.shape) for one in self.outputs)
-
-    def compute(self, inputs: Reader) -> TaskResult:
-        reader = _ReadOnce(inputs.view(None))
-        tensors: dict[str, torch.Tensor | TensorSpec] = {}
-        rounding: list[float] = []
-        for one in self.outputs:
-            tensors[one.key], lost = rounded(one.key, one.expression, one.dtype, reader)
-            rounding += [] if lost is None else [lost]
-        return TaskResult(tensors, {"rounding": max(rounding)} if rounding else {})
-
-
-class _ReadOnce:
-    """Keeps what it has read."""
-
-    def __init__(self, reader: TensorReader):
-        self.reader = reader
-        self.tensors: dict[TensorSpec, Tensor] = {}
-
-    def tensor(self, spec: TensorSpec) -> Tensor:
-        if spec not in self.tensors:
-            self.tensors[spec] = self.reader.tensor(spec)
-        return self.tensors[spec]
-
-
-@dataclass(frozen=True)
-class FittedTensors(Task):
-    """All tensors that share fits, each fit computed once; the receipt has ‖Δ - b @ a‖ / ‖Δ‖."""
-
-    outputs: tuple[tuple[str, Expression, str], ...]  # key, tensor, dtype
-    fits: tuple[Fit, ...]
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        specs = (spec for _, expression, _ in self.outputs for spec in expression.reads)
-        return tuple(dict.fromkeys(specs))
-
-    @property
-    def max_outputs(self) -> tuple[TensorPlan, ...]:
-        return tuple(TensorPlan(key, dtype, one.shape) for key, one, dtype in self.outputs)
-
-    @property
-    def memory(self) -> int:
-        made = sum(16 * math.prod(one.shape) for _, one, _ in self.outputs)
-        kept = sum(8 * fit.rank * sum(fit.delta.shape) for fit in self.fits)
-        return made + kept + max(fit.delta.memory for fit in self.fits)
-
-    def compute(self, inputs: Reader) -> TaskResult:
-        reader = FitReader(inputs)
-        tensors = {key: rounded(key, one, dtype, reader)[0] for key, one, dtype in self.outputs}
-        factors = [reader.factors(fit) for fit in self.fits]
-        norm = math.hypot(*(one.norm for one in factors))
-        lost = math.hypot(*(one.lost for one in factors))
-        metrics = {
-            "rank": max(fit.rank for fit in self.fits),
-            "norm": short(norm),
-            "error": short(lost / norm) if norm else 0.0,
-        }
-        return TaskResult(tensors, metrics)

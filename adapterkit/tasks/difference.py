@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 
 import torch
@@ -14,8 +14,8 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.lowrank.algebra import Svd
 from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense
-from adapterkit.plan import Task, TaskResult
-from adapterkit.tasks.common import LARGE, CopiedTensor
+from adapterkit.plan import READ, Task, TaskResult
+from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.statistics import read_root, root_memory
 from adapterkit.tasks.truncate import FittedFactors
 from adapterkit.weights.parameters import StoredParameter
@@ -56,11 +56,10 @@ class DifferenceFactors(FittedFactors):
     of it."""
 
     module: str
-    old: StoredParameter
-    new: StoredParameter
+    old: StoredParameter = field(metadata=READ)
+    new: StoredParameter = field(metadata=READ)
     transposed: bool
     target: str  # what PEFT's config calls it
-    limit: int | None = None  # of the rank
 
     def with_keys(self, wrappers: Mapping[str, int], depth: int) -> "DifferenceFactors":
         """The same with keys as deep as they can become, `depth` among those of its module."""
@@ -68,21 +67,17 @@ class DifferenceFactors(FittedFactors):
         return replace(self, place=replace(self.place, a_key=a_key, b_key=b_key))
 
     @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return (*self.old.tensors.values(), *self.new.tensors.values(), *self.statistics)
-
-    @property
     def _shape(self) -> tuple[int, int]:
         """(out, in) of each matrix."""
         return self.place.out, math.prod(self.place.a_tail)
 
     @property
-    def max_rank(self) -> int:
-        return self.truncation.max_rank(min(self.limit or min(self._shape), *self._shape))
+    def full_rank(self) -> int:
+        return min(self._shape)
 
     @property
-    def prefers_card(self) -> bool:
-        return min(self._shape) >= LARGE
+    def prefers_gpu(self) -> bool:
+        return self.is_large
 
     @property
     def memory(self) -> int:
@@ -131,13 +126,9 @@ class WholeParameter(Task):
     else."""
 
     parameter: str
-    value: StoredParameter
+    value: StoredParameter = field(metadata=READ)
     key: str
     only_beside_factors: bool = False  # written if its layer has factors alone
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return self.value.reads
 
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
@@ -145,7 +136,7 @@ class WholeParameter(Task):
 
     @property
     def memory(self) -> int:
-        return 2 * sum(spec.nbytes for spec in self.reads)
+        return 2 * sum(spec.nbytes for spec in self.value.reads)
 
     def compute(self, inputs: Reader) -> TaskResult:
         if is_one_tensor(self.value):

@@ -1,7 +1,7 @@
 """Edits of the rows of one stored tensor, described before any data is read."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels import rows as kernel
-from adapterkit.plan import Edit, Loaded
+from adapterkit.plan import READ, Edit, Loaded
 from adapterkit.weights.reader import Reader
 from adapterkit.weights.slots import Positions
 
@@ -52,10 +52,9 @@ class PlacedFactors:
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
         """b, and a or those experts' parts of it that the blocks need."""
-        a, b = self.factors.a, self.factors.b
         if self.factors.experts is None:
-            return (a, b)
-        return (*(self._of_expert(block) for block in self.blocks), b)
+            return self.factors.reads
+        return (*(self._of_expert(block) for block in self.blocks), self.factors.b)
 
     def _of_expert(self, block: Block) -> TensorSpec:
         """The block's expert's part of a."""
@@ -238,15 +237,11 @@ class Decompose(Edit):
     whatever else has been added to w (PEFT with several adapters).
     """
 
-    magnitude: TensorSpec
+    magnitude: TensorSpec = field(metadata=READ)
     rows: tuple[int, int]  # where the outputs lie on the grid, when they are rows
     by_columns: bool
     before: tuple[Edit, ...]
     of_stored: bool = False
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.magnitude,)
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         magnitude = inputs.tensor(self.magnitude).reshape(-1)
@@ -284,10 +279,6 @@ class RoundTo(Edit):
 
     rounded: torch.dtype
 
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return ()
-
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         return Loaded(lambda w, first: _round(w, self.rounded), exact=lambda w, first: None)
 
@@ -301,15 +292,11 @@ class AddVector(Edit):
     """w += scale * vector, for biases: the grid is (n, 1). `at`: which of the vector's entries lie
     on rows [row, row_stop)."""
 
-    vector: TensorSpec
+    vector: TensorSpec = field(metadata=READ)
     scale: float
     row: int
     row_stop: int
     at: Positions | None = None
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.vector,)
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         vector = scale_factor(inputs.tensor(self.vector).reshape(-1, 1), self.scale)
@@ -326,13 +313,9 @@ class AddVector(Edit):
 class ReplaceRows(Edit):
     """w[indices] = values: trained token rows. `by_columns`: the tokens are the grid's columns."""
 
-    values: TensorSpec
+    values: TensorSpec = field(metadata=READ)
     indices: tuple[int, ...]
     by_columns: bool = False
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.values,)
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         values = inputs.tensor(self.values)
@@ -358,13 +341,9 @@ class Assign(Edit):
     """w[block] = the parameter's trained value there: replaced parameters that are stored in
     pieces."""
 
-    value: TensorSpec
+    value: TensorSpec = field(metadata=READ)
     block: Block
     flip: bool
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.value,)
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         block = self.block

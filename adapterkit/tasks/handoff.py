@@ -4,13 +4,12 @@ quantized weight.
 A task returns them in `TaskResult.handoff`; `HandoffWriter` stores them in a file beside the
 finished one, the journal records where, and tasks of later files, such as `HandoffFactors`, read
 them through `Reader.handoff`; steps of streamed files, which are written last, as tensors of the
-folder `HANDED_ON`. Once all files are done they are removed.
+folder `HANDOFF_FOLDER`. Once all files are done they are removed.
 """
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +20,8 @@ from adapterkit.checkpoint.output.file_result import read_result
 from adapterkit.checkpoint.output.stage import HANDOFF, Workspace
 from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.errors import Unrecoverable, shown
-from adapterkit.plan import HANDED_ON, OutputFile, TaskResult
-from adapterkit.tasks.common import FactorsTask
+from adapterkit.plan import HANDOFF_FOLDER, OutputFile, TaskResult
+from adapterkit.tasks.common import RankedFactors
 from adapterkit.tasks.rows import byte_view
 from adapterkit.weights.reader import Reader
 
@@ -42,34 +41,21 @@ def handed_on(
 ) -> tuple[TensorSpec, TensorSpec]:
     """a and b of `handoff_of`, as inputs of steps."""
     a, b = (
-        TensorSpec(key, dtype, shape, "", 0, dtypes.size(dtype, math.prod(shape)), HANDED_ON)
+        TensorSpec(key, dtype, shape, "", 0, dtypes.size(dtype, math.prod(shape)), HANDOFF_FOLDER)
         for key, shape in zip(handoff_keys(name), shapes, strict=True)
     )
     return a, b
 
 
 @dataclass(frozen=True)
-class HandoffFactors(FactorsTask):
+class HandoffFactors(RankedFactors):
     """One module's factors, computed with a weight or a module of an earlier file."""
 
-    rank: int
     source: str | None = None  # the task that handed them on; None: one of the same name
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return ()
 
     @property
     def handoff_reads(self) -> tuple[str, ...]:
         return handoff_keys(self.source or self.name)
-
-    @property
-    def max_rank(self) -> int:
-        return self.rank
-
-    @property
-    def foreseen(self) -> dict[str, Any]:
-        return {"rank": self.max_rank}
 
     @property
     def memory(self) -> int:
@@ -77,7 +63,7 @@ class HandoffFactors(FactorsTask):
 
     def compute(self, inputs: Reader) -> TaskResult:
         a, b = map(inputs.handoff, self.handoff_reads)
-        return TaskResult(self.round_matrices(a, b, self.rank), {"rank": self.rank})
+        return TaskResult(self.round_matrices(a, b, self.rank), self.planned_metrics)
 
 
 class HandoffWriter:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, cast
 
@@ -19,8 +19,8 @@ from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import norm
-from adapterkit.plan import Change, Finalize, Task, TaskResult
-from adapterkit.tasks.common import LARGE, FactorsTask, short
+from adapterkit.plan import READ, Change, Finalize, Task, TaskResult
+from adapterkit.tasks.common import RankedFactors, short
 from adapterkit.tasks.handoff import handoff_keys, handoff_of
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.parameters import StoredParameter
@@ -28,40 +28,32 @@ from adapterkit.weights.reader import Reader
 
 
 @dataclass(frozen=True)
-class InitialFactors(FactorsTask):
+class InitialFactors(RankedFactors):
     """One module's factors by an init, in the dtype of the file; as they are rounded they are
     handed on to the files that need them: the base that is left, or a copy."""
 
     method: Initialization
-    rank: int
     alpha: float
     scale: float
     seed: int
-    weight: StoredParameter | None  # where the method needs it; of a stack all experts
-    statistics: tuple[tuple[str, TensorSpec], ...] = ()  # by kind
+    # where the method needs it; of a stack all experts
+    weight: StoredParameter | None = field(metadata=READ)
+    # by kind
+    statistics: tuple[tuple[str, TensorSpec], ...] = field(default=(), metadata=READ)
     hands_on: bool = False
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        weight = () if self.weight is None else self.weight.reads
-        return (*weight, *(spec for _, spec in self.statistics))
 
     @property
     def handoff_writes(self) -> tuple[str, ...]:
         return handoff_keys(self.name) if self.hands_on else ()
 
     @property
-    def max_rank(self) -> int:
-        return self.rank
-
-    @property
-    def foreseen(self) -> dict[str, Any]:
+    def planned_metrics(self) -> dict[str, Any]:
         return {"rank": self.rank, "alpha": self.alpha}
 
     @property
-    def prefers_card(self) -> bool:
+    def prefers_gpu(self) -> bool:
         decomposed = {"weight", "gradient"}.intersection(self.method.needs)
-        return bool(decomposed) and min(self.place.out, math.prod(self.place.a_tail)) >= LARGE
+        return bool(decomposed) and self.is_large
 
     @property
     def memory(self) -> int:
@@ -145,15 +137,11 @@ class ResidualWeight(Task):
     """W - scale·b@a, quantized, or in the dtype of W where it is not to be; a and b were handed
     on by the task of their module."""
 
-    source: TensorSpec
+    source: TensorSpec = field(metadata=READ)
     packed: QuantizedWeight | None
     module: str
     scale: float
     transposed: bool
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.source,)
 
     @property
     def handoff_reads(self) -> tuple[str, ...]:
@@ -166,11 +154,7 @@ class ResidualWeight(Task):
         return (TensorPlan(self.source.key, self.source.dtype, self.source.shape),)
 
     @property
-    def variable_size(self) -> tuple[str, ...]:
-        return self.packed.variable_size if self.packed else ()
-
-    @property
-    def prefers_card(self) -> bool:
+    def prefers_gpu(self) -> bool:
         return self.packed is not None
 
     @property

@@ -3,9 +3,9 @@ error."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from adapterkit.kernels.lowrank.algebra import Svd, balanced_factors
 from adapterkit.kernels.lowrank.subspace import near_optimal_svd
 from adapterkit.kernels.lowrank.weighted import project
 from adapterkit.kernels.sums import norm, squared_norm
-from adapterkit.plan import Change, Finalize, Task, TaskResult
-from adapterkit.tasks.common import FactorsTask, short
+from adapterkit.plan import READ, Change, Finalize, Task, TaskResult
+from adapterkit.tasks.common import FactorsTask, RankedFactors, short
 from adapterkit.tasks.handoff import handoff_keys, handoff_of
-from adapterkit.tasks.quantize import EncodedWeight
+from adapterkit.tasks.quantize import PackedWeight
 from adapterkit.tasks.statistics import read_root, root_memory
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.reader import Reader
@@ -30,7 +30,7 @@ Accept = Callable[[str, Tensor, Tensor], bool]  # (module, a, b) -> whether to k
 
 
 @dataclass(frozen=True)
-class LoftQWeight(EncodedWeight):
+class LoftQWeight(PackedWeight):
     """One weight quantized together with the factors that compensate its error; they are handed on
     to the adapter's file."""
 
@@ -39,11 +39,7 @@ class LoftQWeight(EncodedWeight):
     scale: float
     iterations: int
     transposed: bool
-    covariance: TensorSpec | None = None
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.source,) if self.covariance is None else (self.source, self.covariance)
+    covariance: TensorSpec | None = field(default=None, metadata=READ)
 
     @property
     def handoff_writes(self) -> tuple[str, ...]:
@@ -131,32 +127,18 @@ def _product(svd: Svd) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LoftQFactors(FactorsTask):
+class LoftQFactors(RankedFactors):
     """One module's factors for a quantized weight that is not changed: the best approximation of
-    W - decode(Q), in one step."""
+    W - decode(Q), in one step, padded with zeros where the weight has a lower rank."""
 
-    original: TensorSpec
-    packed: QuantizedWeight
-    rank: int  # padded with zeros where the weight has fewer
+    original: TensorSpec = field(metadata=READ)
+    packed: QuantizedWeight = field(metadata=READ)
     scale: float
     transposed: bool
-    covariance: TensorSpec | None = None
+    covariance: TensorSpec | None = field(default=None, metadata=READ)
 
     @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        statistics = () if self.covariance is None else (self.covariance,)
-        return (self.original, *self.packed.parts, *statistics)
-
-    @property
-    def max_rank(self) -> int:
-        return self.rank
-
-    @property
-    def foreseen(self) -> dict[str, Any]:
-        return {"rank": self.max_rank}
-
-    @property
-    def prefers_card(self) -> bool:
+    def prefers_gpu(self) -> bool:
         return True
 
     @property

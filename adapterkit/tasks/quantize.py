@@ -2,8 +2,7 @@
 compensation, for which all of a weight is in memory, as its columns need each other."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.quant import compensated as kernel
 from adapterkit.kernels.quant.grid import LARGE_PIECE, RoundColumn
 from adapterkit.kernels.sums import squared_norm
-from adapterkit.plan import Compensation, Loaded, Span, Task, TaskResult
+from adapterkit.plan import READ, Compensation, Loaded, Span, Task, TaskResult
 from adapterkit.tasks.common import short
 from adapterkit.tasks.rows import StepTask, StoredWeight, Survival, step_memory
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
@@ -25,37 +24,44 @@ BLOCK = 1 << 20  # elements compared at a time
 
 
 @dataclass(frozen=True)
-class EncodedWeight(Task):
-    """One weight, quantized."""
+class PackedWeight(Task):
+    """One weight in a quantized format."""
 
-    source: TensorSpec
+    source: TensorSpec = field(metadata=READ)
     packed: QuantizedWeight
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.source,)
 
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
         return self.packed.max_outputs
 
     @property
-    def variable_size(self) -> tuple[str, ...]:
-        return self.packed.variable_size
-
-    @property
-    def prefers_card(self) -> bool:
+    def prefers_gpu(self) -> bool:
         return True
+
+
+@dataclass(frozen=True)
+class EncodedWeight(PackedWeight):
+    """Rounded to nearest, or with compensation and the scales of that."""
+
+    compensation: Compensation | None = field(default=None, metadata=READ)
 
     @property
     def memory(self) -> int:
-        return 6 * self.source.nbytes + 24 * min(math.prod(self.source.shape), LARGE_PIECE)
+        count = math.prod(self.source.shape)
+        if self.compensation is not None:
+            return 36 * count + compensation_memory(self.compensation)
+        return 6 * self.source.nbytes + 24 * min(count, LARGE_PIECE)
 
     def compute(self, inputs: Reader) -> TaskResult:
-        weight = inputs.tensor(self.source)
+        weight, metrics = inputs.tensor(self.source), dict[str, float]()
         tensors = self.packed.encode(weight)
+        if self.compensation is not None:
+            nearest = decode_checked(self.packed, tensors)
+            rounder = self.packed.column_rounder(tensors)
+            value, metrics = compensate(inputs, self.compensation, weight, nearest, rounder)
+            tensors = self.packed.encode_rounded(tensors, value)
         error = relative_error(weight, decode_checked(self.packed, tensors))
-        return TaskResult(tensors, {"error": error})
+        return TaskResult(tensors, {"error": error, **metrics})
 
 
 def relative_error(weight: Tensor, other: Tensor) -> float:
@@ -64,32 +70,6 @@ def relative_error(weight: Tensor, other: Tensor) -> float:
     for x, y in zip(weight.reshape(-1).split(BLOCK), other.reshape(-1).split(BLOCK), strict=True):
         lost, size = lost + squared_norm(y - x), size + squared_norm(x)
     return short((lost / size) ** 0.5) if size else 0.0
-
-
-@dataclass(frozen=True)
-class CompensatedWeight(EncodedWeight):
-    """One weight, quantized with the scales of plain encoding."""
-
-    compensation: Compensation
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.source, *covariances(self.compensation))
-
-    @property
-    def memory(self) -> int:
-        return 36 * math.prod(self.source.shape) + compensation_memory(self.compensation)
-
-    def compute(self, inputs: Reader) -> TaskResult:
-        weight = inputs.tensor(self.source)
-        plain = self.packed.encode(weight)
-        nearest = decode_checked(self.packed, plain)
-        value, metrics = compensate(
-            inputs, self.compensation, weight, nearest, self.packed.column_rounder(plain)
-        )
-        tensors = self.packed.encode_rounded(plain, value)
-        error = relative_error(weight, decode_checked(self.packed, tensors))
-        return TaskResult(tensors, {"error": error, **metrics})
 
 
 @dataclass(frozen=True)
@@ -106,7 +86,7 @@ class CompensatedStep(StepTask):
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return (*super().reads, *covariances(self.compensation))
+        return (*super().reads, *self.compensation.reads)
 
     @property
     def format(self) -> QuantizedWeight | None:
@@ -121,11 +101,7 @@ class CompensatedStep(StepTask):
         return (TensorPlan(self.step.key, self.step.dtype, self.step.shape),)
 
     @property
-    def variable_size(self) -> tuple[str, ...]:
-        return () if self.format is None else self.format.variable_size
-
-    @property
-    def prefers_card(self) -> bool:
+    def prefers_gpu(self) -> bool:
         return True
 
     @property
@@ -234,11 +210,6 @@ def read_factor(c: Tensor, spec: TensorSpec) -> kernel.Factor:
             where=spec.file,
             hint="collect it on texts that reach this module, and store it in float32",
         ) from error
-
-
-def covariances(compensation: Compensation) -> Iterable[TensorSpec]:
-    """Each covariance once."""
-    return dict.fromkeys(span.covariance for span in compensation.spans)
 
 
 def compensation_memory(compensation: Compensation) -> int:

@@ -5,7 +5,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.quant.stochastic import round_to
 from adapterkit.kernels.sums import squared_norm
-from adapterkit.plan import Loaded, Step, Task, TaskResult
+from adapterkit.plan import READ, Loaded, Step, Task, TaskResult
 from adapterkit.tasks.common import short
 from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts
 from adapterkit.weights.reader import Reader
@@ -76,20 +76,15 @@ SLICE = 1 << 20
 class StepTask(Task):
     """A step whose source, or whose result, is not stored as it is computed."""
 
-    step: Step
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        edits = (spec for edit in self.step.edits for spec in edit.reads)
-        return (*stored_parts(self.step.source), *edits)
+    step: Step = field(metadata=READ)
 
     @property
     def shared_reads(self) -> tuple[TensorSpec, ...]:
         return tuple(spec for edit in self.step.edits for spec in edit.shared_reads)
 
     @property
-    def foreseen(self) -> dict[str, Any] | None:
-        return None if self.variable_size else {}
+    def planned_metrics(self) -> dict[str, Any]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -136,10 +131,6 @@ class RequantizedWeight(StepTask):
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
         return self.packed.max_outputs
-
-    @property
-    def variable_size(self) -> tuple[str, ...]:
-        return self.packed.variable_size
 
     @property
     def memory(self) -> int:
@@ -209,11 +200,6 @@ class Survival:
         if step.measures_error:
             metrics["error"] = short((lost / size) ** 0.5) if size else 0.0
         return metrics
-
-
-def stored_parts(spec: TensorSpec) -> tuple[TensorSpec, ...]:
-    """The stored tensors that hold a tensor."""
-    return spec.parts if isinstance(spec, QuantizedWeight) else (spec,)
 
 
 def _grid(step: Step) -> tuple[int, int]:

@@ -2,8 +2,9 @@
 truncated."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from adapterkit.kernels.lowrank.weighted import (
     decompose_product,
 )
 from adapterkit.options import bytes_text, parse_size
-from adapterkit.plan import Change, Finalize, Task, TaskResult, unchanged
+from adapterkit.plan import READ, Change, Finalize, Task, TaskResult, unchanged
 from adapterkit.tasks.common import FactorsTask, short
 from adapterkit.tasks.statistics import read_root, root_memory
 from adapterkit.weights.reader import Reader
@@ -87,7 +88,18 @@ class FittedFactors(FactorsTask):
 
     truncation: Truncation
     alpha: float | None = None  # the config's lora_alpha, compensated in b; None: the scale is 1
-    covariance: TensorSpec | None = None  # of a module with one delta
+    covariance: TensorSpec | None = field(default=None, metadata=READ)  # of a module with one delta
+    limit: int | None = None  # of the rank
+
+    @property
+    @abstractmethod
+    def full_rank(self) -> int:
+        """The largest rank that the delta can have."""
+
+    @property
+    def max_rank(self) -> int:
+        full = self.full_rank
+        return self.truncation.max_rank(min(self.limit or full, full))
 
     @property
     def statistics(self) -> tuple[TensorSpec, ...]:
@@ -140,18 +152,14 @@ def fit_metrics(energies: Squares, rank: int) -> dict[str, float]:
 class TruncatedFactors(FittedFactors):
     """Of a delta that is stored as factors."""
 
-    factors: Factors
+    factors: Factors = field(metadata=READ)
 
     @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.factors.a, self.factors.b, *self.statistics)
+    def full_rank(self) -> int:
+        return min(self.factors.rank, *self.factors.shape)
 
     @property
-    def max_rank(self) -> int:
-        return self.truncation.max_rank(min(self.factors.rank, *self.factors.shape))
-
-    @property
-    def foreseen(self) -> dict[str, Any] | None:
+    def planned_metrics(self) -> dict[str, Any] | None:
         return None if self.truncation.rank is None else {"rank": self.max_rank}
 
     @property
@@ -169,17 +177,11 @@ class TruncatedFactors(FittedFactors):
 class ConvertedFactors(FittedFactors):
     """Of the delta of another type of adapter."""
 
-    delta: Delta
-    limit: int | None = None  # of the rank
+    delta: Delta = field(metadata=READ)
 
     @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return (*self.delta.reads, *self.statistics)
-
-    @property
-    def max_rank(self) -> int:
-        full = min(self.delta.rank, *self.delta.shape)
-        return self.truncation.max_rank(min(self.limit or full, full))
+    def full_rank(self) -> int:
+        return min(self.delta.rank, *self.delta.shape)
 
     @property
     def memory(self) -> int:

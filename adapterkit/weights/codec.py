@@ -85,11 +85,6 @@ class QuantizedWeight(TensorSpec):
         return tuple(TensorPlan(part.key, part.dtype, part.shape) for part in self.parts)
 
     @property
-    def variable_size(self) -> tuple[str, ...]:
-        """Keys among them whose size depends on the values; as planned it is a guess."""
-        return ()
-
-    @property
     def read_only(self) -> str | None:
         """Why it cannot be written, if it cannot."""
         return None
@@ -188,6 +183,11 @@ class QuantizedWeight(TensorSpec):
         views = stored | self.row_views(stored, matrix, first_row, first_row + last - first)
         parts = tuple(replace(part, shape=tuple(views[part.key].shape)) for part in self.parts)
         return replace(self, shape=(last - first, self.shape[-1]), parts=parts), views
+
+
+def stored_parts(spec: TensorSpec) -> tuple[TensorSpec, ...]:
+    """The stored tensors that hold a tensor."""
+    return spec.parts if isinstance(spec, QuantizedWeight) else (spec,)
 
 
 def read_parts(weight: QuantizedWeight, read: Callable[[TensorSpec], Tensor]) -> dict[str, Tensor]:

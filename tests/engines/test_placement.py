@@ -9,7 +9,7 @@ import adapterkit
 from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan, laid_out
-from adapterkit.engines.placement import Capacity, fitting, place, prefers_card
+from adapterkit.engines.placement import Capacity, fitting, place, prefers_gpu
 from adapterkit.plan import OutputFile, Plan, Step, Task, TaskResult
 from adapterkit.tasks.edits import AddLowRank, Block, PlacedFactors
 from adapterkit.weights.reader import Reader
@@ -55,15 +55,11 @@ class Worth(Task):
     claim: int
 
     @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return ()
-
-    @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
         return (TensorPlan("x", "F32", (4, 4)),)
 
     @property
-    def prefers_card(self) -> bool:
+    def prefers_gpu(self) -> bool:
         return self.prefers
 
     @property
@@ -90,17 +86,17 @@ def test_a_merge_takes_a_card_where_arithmetic_is_longer_than_the_disk(
     count: int, rank: int, cores: int, disk: float, card: bool
 ):
     plan = merge_of(count, rank)
-    assert prefers_card(plan, Capacity(cores, CARD, disk)) is card
-    assert not prefers_card(plan, Capacity(cores, 0, disk))
+    assert prefers_gpu(plan, Capacity(cores, CARD, disk)) is card
+    assert not prefers_gpu(plan, Capacity(cores, 0, disk))
 
 
 def test_tasks_take_a_card_with_room():
     light, heavy = Worth("light", False, 1 << 20), Worth("heavy", True, 1 << 30)
-    assert not prefers_card(plan_of(OutputFile.computed("a", (light,))), Capacity(1, CARD))
+    assert not prefers_gpu(plan_of(OutputFile.computed("a", (light,))), Capacity(1, CARD))
     plan = plan_of(OutputFile.computed("a", (light, heavy)))
-    assert prefers_card(plan, Capacity(64, CARD))
-    assert not prefers_card(plan, Capacity(64, (8 << 30) - 1))
-    assert not prefers_card(
+    assert prefers_gpu(plan, Capacity(64, CARD))
+    assert not prefers_gpu(plan, Capacity(64, (8 << 30) - 1))
+    assert not prefers_gpu(
         plan_of(OutputFile.computed("a", (Worth("huge", True, CARD),))), Capacity(64, CARD)
     )
 

@@ -13,7 +13,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.dtypes import name_of
 from adapterkit.errors import Unrecoverable
 from adapterkit.formats.modules.tensors import gathered, joined, scaled, stored
-from adapterkit.tasks.convert import ConvertedTensor
+from adapterkit.tasks.convert import ConvertedTensor, ConvertedTensors
 from tests.support.adapter_samples import contents_of, deltas
 
 FLUX = "transformer_blocks.0.attn.to_out.0"
@@ -109,14 +109,18 @@ class Values:
         return self
 
 
+def converted(key, expression, dtype):
+    return ConvertedTensors(key, (ConvertedTensor(key, expression, dtype),))
+
+
 def test_a_part_that_vanishes_beside_large_ones_is_refused():
     """The loss of the whole, 1e-9, does not show it."""
     reader = Values(q=torch.ones(4, 2).half(), v=torch.ones(4, 2).half())
     q, v = stored(reader.spec("q")), scaled(stored(reader.spec("v")), 1e-9)
-    task = ConvertedTensor("qv", "qv", joined([q, v]), "F16")
+    task = converted("qv", joined([q, v]), "F16")
     with pytest.raises(Unrecoverable, match="too small for float16"):
         task.compute(reader)
-    result = ConvertedTensor("qv", "qv", joined([q, v]), "F32").compute(reader)
+    result = converted("qv", joined([q, v]), "F32").compute(reader)
     assert torch.equal(result.tensors["qv"][4:].double(), torch.full((4, 2), 1e-9).float().double())
 
 
@@ -125,10 +129,10 @@ def test_rows_that_are_taken_are_those_that_count():
     b = torch.cat([torch.ones(2, 2), torch.full((2, 2), 1e-9)])
     reader = Values(b=b)
     half = scaled(stored(reader.spec("b")), 0.5)
-    rows = ConvertedTensor("b", "b", gathered(half, range(2)), "F16")
+    rows = converted("b", gathered(half, range(2)), "F16")
     assert torch.equal(rows.compute(reader).tensors["b"], torch.full((2, 2), 0.5).half())
     with pytest.raises(Unrecoverable):
-        ConvertedTensor("b", "b", gathered(half, range(2, 4)), "F16").compute(reader)
+        converted("b", gathered(half, range(2, 4)), "F16").compute(reader)
 
 
 def kohya(path, modules, **metadata):

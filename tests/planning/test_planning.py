@@ -198,11 +198,8 @@ class Texts:
 
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
-        return (TensorPlan(self.name + ".text", "U8", (100,)), TensorPlan(self.name, "U8", (10,)))
-
-    @property
-    def variable_size(self) -> tuple[str, ...]:
-        return (self.name + ".text",)
+        text = TensorPlan(self.name + ".text", "U8", (100,), varies=True)
+        return text, TensorPlan(self.name, "U8", (10,))
 
 
 def test_places_after_texts_of_other_sizes():

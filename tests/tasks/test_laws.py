@@ -18,7 +18,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.local.engine import LocalReader
 from adapterkit.plan import Plan, Task, TaskResult
-from adapterkit.tasks.rows import stored_parts
+from adapterkit.weights.codec import stored_parts
 
 # Bytes beyond a claim: blocks of a constant size, in which most tasks work through a weight, and
 # which are as large as the layers here; LAPACK's workspace; Python's objects.
@@ -142,7 +142,7 @@ def test_outputs_are_within_their_bounds(own_cases: list):
             is_spec = isinstance(tensor, TensorSpec)
             assert (tensor.dtype if is_spec else dtypes.name_of(tensor.dtype)) == bound.dtype
             assert len(tensor.shape) == len(bound.shape)
-            if key not in task.variable_size:
+            if not bound.varies:
                 assert all(n <= most for n, most in zip(tensor.shape, bound.shape, strict=True))
 
 

@@ -13,8 +13,8 @@ from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.engines.interruptible import run_stoppable
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.scratch import ScratchFolder, in_scratch
-from adapterkit.plan import HANDED_ON, OutputFile, Plan
-from adapterkit.tasks.rows import stored_parts
+from adapterkit.plan import HANDOFF_FOLDER, OutputFile, Plan
+from adapterkit.weights.codec import stored_parts
 
 Input = tuple[int, str]  # the folder's number and the file
 CONVERTED, SOURCES = "converted", "sources"  # folders
@@ -76,7 +76,7 @@ def _parts_read(file: OutputFile) -> Iterator[TensorSpec]:
     """The stored tensors that an output file reads."""
     for spec in file.reads:
         for part in stored_parts(spec):
-            if part.folder != HANDED_ON:
+            if part.folder != HANDOFF_FOLDER:
                 yield part
 
 

@@ -12,7 +12,7 @@ from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.scratch import ScratchFolder
 from adapterkit.hub.upload import CopiedFile
 from adapterkit.plan import OutputFile, Plan
-from adapterkit.tasks.handoff import HANDED_ON, HandoffFactors
+from adapterkit.tasks.handoff import HANDOFF_FOLDER, HandoffFactors
 
 ORDINARY = 16 << 30  # bytes of disk that a job without a limit takes at least, if it can use them
 RECORDS = (64 << 10, 800)  # bytes of journal and receipt, and those of each tensor
@@ -186,6 +186,6 @@ def _handoffs(plan: Plan) -> int:
         for step in shard.steps
         for edit in step.edits
         for spec in edit.reads
-        if spec.folder == HANDED_ON
+        if spec.folder == HANDOFF_FOLDER
     }
     return 4 * sum(factors) + sum(spec.nbytes for spec in handed_on)

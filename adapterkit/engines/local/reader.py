@@ -16,7 +16,7 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.device import used_here
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
-from adapterkit.plan import HANDED_ON
+from adapterkit.plan import HANDOFF_FOLDER
 from adapterkit.tasks.handoff import HandoffReader
 from adapterkit.tasks.rows import chunks
 from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts
@@ -56,7 +56,7 @@ class LocalReader:
         return value if self.dtype is None else value.to(self.dtype)
 
     def _stored(self, spec: TensorSpec) -> Tensor:
-        if spec.folder == HANDED_ON:
+        if spec.folder == HANDOFF_FOLDER:
             return self._handed_on(spec)
         data = self.sources.read(spec)
         if not data:

@@ -9,7 +9,7 @@ from adapterkit.formats.modules.tensors import StoredTensor
 from adapterkit.formats.write import WrittenTensor
 from adapterkit.plan import Task
 from adapterkit.tasks.common import CopiedTensor
-from adapterkit.tasks.convert import ConvertedTensor, ConvertedTensors, FittedTensors
+from adapterkit.tasks.convert import ConvertedTensor, ConvertedTensors
 
 MANY = 8  # outputs of one stored tensor that are made together
 
@@ -36,8 +36,8 @@ def _fitted(tensors: Sequence[WrittenTensor]) -> list[Task]:
     tasks: list[Task] = []
     for home, members in groups.items():
         own = tuple(fits[fit] for fit, place in owner.items() if place == home)
-        outputs = tuple((one.key, one.expression, one.dtype) for one in members)
-        tasks.append(FittedTensors(members[0].module, outputs, own))
+        outputs = tuple(map(_converted, members))
+        tasks.append(ConvertedTensors(members[0].module, outputs, own))
     return tasks
 
 
@@ -45,19 +45,26 @@ def _task(tensor: WrittenTensor) -> Task:
     """A copy of bytes where nothing is computed."""
     if isinstance(tensor.expression, StoredTensor) and tensor.dtype == tensor.expression.dtype:
         return CopiedTensor(tensor.key, tensor.expression.spec, tensor.key, checked=True)
-    return ConvertedTensor(tensor.key, tensor.key, tensor.expression, tensor.dtype)
+    return ConvertedTensors(tensor.key, (_converted(tensor),))
+
+
+def _converted(tensor: WrittenTensor) -> ConvertedTensor:
+    return ConvertedTensor(tensor.key, tensor.expression, tensor.dtype)
 
 
 def _together(tasks: Sequence[Task]) -> tuple[Task, ...]:
     """Tensors that are made of the same stored ones, such as experts of their stack, in one task:
     otherwise each of them would read the whole stack."""
     readers = Counter(spec for task in tasks for spec in task.reads)
-    groups: dict[TensorSpec, list[ConvertedTensor]] = {}
+    groups: dict[TensorSpec, list[ConvertedTensors]] = {}
     result: list[Task] = []
     for task in tasks:
         shared = next((spec for spec in task.reads if readers[spec] > MANY), None)
-        if shared is None or not isinstance(task, ConvertedTensor):
+        if shared is None or not isinstance(task, ConvertedTensors) or task.fits:
             result.append(task)
         else:
             groups.setdefault(shared, []).append(task)
-    return (*result, *(ConvertedTensors(own[0].name, tuple(own)) for own in groups.values()))
+    for own in groups.values():
+        outputs = tuple(output for task in own for output in task.outputs)
+        result.append(ConvertedTensors(own[0].name, outputs))
+    return tuple(result)

@@ -10,7 +10,7 @@ import numpy as np
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
-from adapterkit.plan import HANDED_ON
+from adapterkit.plan import HANDOFF_FOLDER
 from adapterkit.planning.inputs.model_config import nested_values, sub_configs, vocabulary_sizes
 from adapterkit.planning.merge.job import Addition, Change, MergeJob
 from adapterkit.planning.outputs.untying import SWITCH, has_other_effects
@@ -192,7 +192,7 @@ def _equal_additions(job: MergeJob, one: Addition, other: Addition) -> bool:
     an embedding are stored transposed."""
     if one is other:
         return True
-    if HANDED_ON in (one.lora.a.folder, other.lora.a.folder):
+    if HANDOFF_FOLDER in (one.lora.a.folder, other.lora.a.folder):
         return False  # factors of the same plan: there are no bytes yet
     if (one.adapter.number, one.scale, one.factors is None) != (
         other.adapter.number,

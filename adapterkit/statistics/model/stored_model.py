@@ -17,7 +17,7 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
-from adapterkit.tasks.rows import stored_parts
+from adapterkit.weights.codec import stored_parts
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import StoredParameter

@@ -186,14 +186,12 @@ class Bnb4(QuantizedWeight):
         return None
 
     @property
-    def variable_size(self) -> tuple[str, ...]:
-        return (self.parts[-1].key,) if self.double else ()
-
-    @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
         count = math.prod(self.shape)
         stored = {part.key: TensorPlan(part.key, part.dtype, part.shape) for part in self.parts}
         stored[self.key] = TensorPlan(self.key, "U8", ((count + 1) // 2, 1))
+        state = self.parts[-1]
+        stored[state.key] = TensorPlan(state.key, state.dtype, state.shape, varies=self.double)
         return tuple(stored.values())
 
     def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
