@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from adapterkit.adapters.adapter_config import rank_settings
-from adapterkit.adapters.declared import whole
+from adapterkit.adapters.adapter_config import rank_settings, whole
 from adapterkit.adapters.keys import PREFIX
 from adapterkit.adapters.kinds.loha import LoHa
 from adapterkit.adapters.kinds.lokr import LoKr

@@ -7,9 +7,9 @@ import click
 from click.core import ParameterSource
 
 from adapterkit.cli.batch import convert_all, run_steps
-from adapterkit.cli.exits import WAITING, fail
 from adapterkit.cli.output import ProgressBar, print_diff, print_json, print_verified, run_verb
 from adapterkit.cli.parameters import json_option, quiet_option
+from adapterkit.cli.signals import WAITING, fail
 from adapterkit.verb import Verb, function_of
 
 if TYPE_CHECKING:

@@ -1,4 +1,5 @@
-"""The group of all commands: errors become messages and exit statuses, the help lists sections."""
+"""The group of all commands, whose errors become messages and exit statuses, and the help of a
+command that writes."""
 
 import os
 import traceback
@@ -9,8 +10,35 @@ from typing import Any
 import click
 
 from adapterkit.cli import signals
-from adapterkit.cli.exits import error_status, fail, stopped
+from adapterkit.cli.parameters import RUNNING
+from adapterkit.cli.signals import error_status, fail, stopped
 from adapterkit.errors import AdapterkitError
+
+Rows = list[tuple[str, str]]  # a name and a text
+
+
+class WritingCommand(click.Command):
+    """A command whose help has its own options first, those of running in a section behind, and at
+    its end `lists()`: title -> rows."""
+
+    def __init__(
+        self, *args: Any, lists: Callable[[], dict[str, Rows]] | None = None, **kwargs: Any
+    ):
+        super().__init__(*args, **kwargs)
+        self.lists = lists or dict
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [one for one in self.get_params(ctx) if isinstance(one, click.Option)]
+        records = {one.name: record for one in options if (record := one.get_help_record(ctx))}
+        running = [records.pop(name) for name in [*records] if name in RUNNING]
+        for title, rows in {"Options": [*records.values()], "Common options": running}.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, rows in ((title, rows) for title, rows in self.lists().items() if rows):
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
 
 class Group(click.Group):

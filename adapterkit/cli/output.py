@@ -158,8 +158,7 @@ def _document(plan: "Plan") -> dict[str, Any]:
 
 
 def print_receipt(receipt: "Receipt") -> None:
-    from adapterkit.reports.outcomes import outcomes
-    from adapterkit.reports.tables import grouped
+    from adapterkit.reports.tables import grouped, outcomes
 
     data = receipt.data
     if receipt.finished_before:

@@ -32,7 +32,7 @@ def formats() -> dict[str, Format]:
     """Every format by name. `Damaged` for a file with a word or a step that there is not."""
     # here, so that headers of models are read without torch
     from adapterkit.formats.modules.merged_linear import GROUPED
-    from adapterkit.formats.modules.orientation import STEPS
+    from adapterkit.formats.modules.tensors import STEPS
 
     known = {path.stem: _read(path, format_from) for path in _files(folder())}
     for name, form in known.items():
@@ -96,5 +96,5 @@ def _check_steps(steps: Iterable[Iterable[str]], known: Collection[str], where: 
             f"there are no steps {listed(unknown)}",
             expected=f"some of {', '.join(known)}",
             where=where,
-            hint=did_you_mean(unknown, known) or "add it to formats/modules/orientation.py",
+            hint=did_you_mean(unknown, known) or "add it to formats/modules/tensors.py",
         )

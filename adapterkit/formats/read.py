@@ -14,6 +14,7 @@ from adapterkit.formats.files.containers import Container, PlanReader
 from adapterkit.formats.files.keys import Raw, raws_of
 from adapterkit.formats.files.templates import words_of
 from adapterkit.formats.library import architectures
+from adapterkit.formats.modules.experts import unstacked
 from adapterkit.formats.modules.fusing import Fusion, split, telling_rows
 from adapterkit.formats.modules.kinds import ALPHA, CORES, EXPERTS, FACTORS, LIMITED, SHAPE, SIZED
 from adapterkit.formats.modules.merged_linear import (
@@ -24,7 +25,6 @@ from adapterkit.formats.modules.merged_linear import (
     ungrouped,
 )
 from adapterkit.formats.modules.names import Size, in_style, likely, names_of, of_type
-from adapterkit.formats.modules.orientation import STEPS
 from adapterkit.formats.modules.parts import matrix_shape, rank_of, shape_problem, with_magnitudes
 from adapterkit.formats.modules.record import (
     LANGUAGE,
@@ -34,8 +34,7 @@ from adapterkit.formats.modules.record import (
     StoredAlpha,
 )
 from adapterkit.formats.modules.rows import Heads
-from adapterkit.formats.modules.stacked_experts import unstacked
-from adapterkit.formats.modules.tensors import Expression, from_spec, stored
+from adapterkit.formats.modules.tensors import STEPS, Expression, from_spec, stored
 from adapterkit.formats.modules.tied import with_heads
 from adapterkit.formats.modules.wide_inputs import check_shape
 from adapterkit.formats.scales import Scales

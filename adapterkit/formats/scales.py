@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from adapterkit.adapters.declared import DeclaredScales, declared_settings
+from adapterkit.adapters.adapter_config import DeclaredScales, declared_settings
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.strict import strict_json
 from adapterkit.errors import Damaged, Refused, shown

@@ -12,15 +12,14 @@ from adapterkit.formats.capabilities import OTHER_FORMAT, lacking, ways_out, wor
 from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.files.templates import base_words, filled, numbers, settings_of
 from adapterkit.formats.library import architectures
+from adapterkit.formats.modules.experts import stack
 from adapterkit.formats.modules.fusing import Fusion, fuse, inputs_of, norm_problems
 from adapterkit.formats.modules.kinds import ALPHA, MAGNITUDES, SIZED
 from adapterkit.formats.modules.names import Size, fitting, in_style, likely, names_of, of_type
-from adapterkit.formats.modules.orientation import COLUMN, STEPS
 from adapterkit.formats.modules.parts import magnitude_in_file, matrix_shape
 from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
 from adapterkit.formats.modules.rows import Heads
-from adapterkit.formats.modules.stacked_experts import stack
-from adapterkit.formats.modules.tensors import Expression, constant, reshaped
+from adapterkit.formats.modules.tensors import COLUMN, STEPS, Expression, constant, reshaped
 from adapterkit.formats.modules.tied import without_heads
 from adapterkit.formats.modules.wide_inputs import with_widths
 from adapterkit.formats.same_delta import uniform

@@ -15,8 +15,7 @@ from adapterkit.errors import WARNING, Refused, shown
 from adapterkit.gguf.config import check_counts, config_arguments, config_of
 from adapterkit.gguf.file import GgufFile, decodable, gguf_package, quiet_transformers
 from adapterkit.gguf.header import read_gguf
-from adapterkit.gguf.names import tensor_names
-from adapterkit.gguf.tensors import model_tensors
+from adapterkit.gguf.tensors import model_tensors, tensor_names
 from adapterkit.weights.skeleton import Skeleton
 
 COPY = "model.gguf"

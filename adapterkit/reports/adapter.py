@@ -22,13 +22,7 @@ if TYPE_CHECKING:
     from adapterkit.options import Progress
     from adapterkit.reports.factors import Join
 
-FLAGS = (
-    "lora_bias",
-    "bias",
-    "ensure_weight_tying",
-    "layer_replication",
-    "target_parameters",
-)
+FLAGS = ("lora_bias", "bias", "ensure_weight_tying", "layer_replication", "target_parameters")
 
 
 def inspect_adapter(

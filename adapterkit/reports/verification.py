@@ -56,10 +56,7 @@ def _hint(receipt: dict, plan: Plan) -> str:
 
 
 def _plan_again(
-    receipt: dict,
-    base: StrPath,
-    sources: list[tuple[Folder, float]],
-    stats: StrPath | None,
+    receipt: dict, base: StrPath, sources: list[tuple[Folder, float]], stats: StrPath | None
 ) -> Plan:
     """The plan that made the output, from the receipt's options and inputs that are the same."""
     from adapterkit.planning.merge.plan import plan_merge

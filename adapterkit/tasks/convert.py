@@ -10,7 +10,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.errors import Unrecoverable, shown
-from adapterkit.formats.fitted import Fit, FitReader
+from adapterkit.formats.modules.deltas import Fit, FitReader
 from adapterkit.formats.modules.tensors import Expression
 from adapterkit.plan import READ, Task, TaskResult
 from adapterkit.tasks.common import short

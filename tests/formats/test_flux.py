@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adapterkit
-from adapterkit.adapters.declared import DeclaredScales
+from adapterkit.adapters.adapter_config import DeclaredScales
 from adapterkit.errors import Refused
 from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.modules.names import names_of

@@ -13,10 +13,10 @@ from torch import Tensor
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused
 from adapterkit.formats.library import formats
-from adapterkit.formats.modules.biases import as_the_format_has_them
 from adapterkit.formats.modules.fusing import Fusion, fuse, split
 from adapterkit.formats.modules.record import AdapterModule
 from adapterkit.formats.modules.tensors import Expression, StoredTensor, stored
+from adapterkit.formats.same_delta import as_the_format_has_them
 from adapterkit.formats.schema import NamingRule
 
 pytestmark = pytest.mark.quick

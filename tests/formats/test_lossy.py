@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.formats.fitted import Fit
-from adapterkit.formats.modules.deltas import ModuleDelta
+from adapterkit.formats.modules.deltas import Fit, ModuleDelta
 from adapterkit.kernels.lowrank.algebra import Product
 from tests.support import adapter_samples
 from tests.support.adapter_samples import GOLDEN, contents_of

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.adapters.declared import whole
+from adapterkit.adapters.adapter_config import whole
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.dtypes import name_of
 from adapterkit.errors import Unrecoverable

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from adapterkit import diff
 from adapterkit.errors import Damaged, MultipleErrors, Refused
 from adapterkit.reports import tables
-from adapterkit.reports.outcomes import outcomes
+from adapterkit.reports.tables import outcomes
 from tests.support import oracle
 from tests.support.differences import ROOT, called, normal, only, run
 

@@ -38,12 +38,7 @@ class LoKr:
     shared = ()
     settings: ClassVar = {"r": POSITIVE_INT, "alpha": FINITE, **PATTERNS}
     unused_settings = frozenset(
-        {
-            "use_effective_conv2d",
-            "decompose_both",
-            "decompose_factor",
-            "rank_dropout_scale",
-        }
+        {"use_effective_conv2d", "decompose_both", "decompose_factor", "rank_dropout_scale"}
     )
     needs_base = ""
     check = staticmethod(no_errors)
@@ -131,8 +126,7 @@ def _side(adapted: AdaptedModule, full: str, core: str, rank: int) -> Side:
         others = [name for name in (f"{full}_a", f"{full}_b", core) if name in adapted.parts]
         (matrix,) = adapted.require(full)
         adapted.check(
-            not others and len(matrix.shape) in (2, 3, 4),
-            f"{full} alone, or {full}_a and {full}_b",
+            not others and len(matrix.shape) in (2, 3, 4), f"{full} alone, or {full}_a and {full}_b"
         )
         return (matrix,)
     a, b, *cores = adapted.require(

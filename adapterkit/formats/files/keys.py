@@ -38,11 +38,7 @@ class Raw:
 
 
 def raws_of(
-    form: Format,
-    container: Container,
-    candidates: Sequence[str],
-    errors: Problems,
-    where: str,
+    form: Format, container: Container, candidates: Sequence[str], errors: Problems, where: str
 ) -> list[Raw]:
     """The tensors of the file by module and kind; keys without a role join the errors."""
     prefixes = _prefixes(form, candidates)

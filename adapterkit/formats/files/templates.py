@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from adapterkit.adapters.declared import declared_settings, whole
+from adapterkit.adapters.adapter_config import declared_settings, whole
 from adapterkit.errors import Refused, listed
 from adapterkit.formats.capabilities import OTHER_FORMAT
 from adapterkit.formats.files import configs

@@ -3,12 +3,14 @@
 Neutral (kind experts): a (E, r, in), b (E, out, r) of the stack that transformers loads, a
 parameter such as `mlp.experts.gate_up_proj`; delta[e] = scale · b[e] @ a[e], whichever way round
 the model keeps its matrices. The base's file tells which module of one expert is which rows of
-which stack: `gate_proj` the first half of `gate_up_proj`, or `w1` under another path.
+which stack: `gate_proj` the first half of `gate_up_proj`, or `w1` under another path. A format may
+have numbered modules as one tensor, too, stacked along a first axis.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.modules.fusing import are_equal, blocks_of
 from adapterkit.formats.modules.kinds import EXPERTS, FACTORS
@@ -61,10 +63,7 @@ def stored_factors(parts: Mapping[str, Expression], *, transpose: bool) -> dict[
     experts, rank, width = a.shape
     height = b.shape[1]
     b = transposed(transposed(b, (1, 2)), (0, 2))
-    return {
-        "a": reshaped(a, (experts * rank, width)),
-        "b": reshaped(b, (height, rank * experts)),
-    }
+    return {"a": reshaped(a, (experts * rank, width)), "b": reshaped(b, (height, rank * experts))}
 
 
 def is_transposed(
@@ -334,3 +333,55 @@ def _check_shape(module: AdapterModule, expected: tuple[int, ...]) -> None:
             expected=f"ones that fit the base's {tuple(expected)}",
             hint="check that the adapter was trained on this base",
         )
+
+
+def slices(spec: TensorSpec) -> list[TensorSpec]:
+    """The entries of a stored tensor along its first axis, each as a tensor of its own."""
+    size = spec.nbytes // spec.shape[0]
+    return [
+        replace(spec, shape=spec.shape[1:], start=start, stop=start + size)
+        for start in range(spec.start, spec.stop, size)
+    ]
+
+
+def unstacked(roles: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]] | None:
+    """The tensors of each module of a stack, of which all may share one; None where they are no
+    stacks of one height."""
+    heights = {spec.shape[0] for spec in roles.values()}
+    height = max(heights)
+    if heights - {1, height} or any(len(spec.shape) < 3 for spec in roles.values()):
+        return None
+    parts = {role: slices(spec) for role, spec in roles.items()}
+    return [{role: own[i % len(own)] for role, own in parts.items()} for i in range(height)]
+
+
+def stack(
+    modules: Mapping[int, AdapterModule],  # by their places
+    height: int,
+    name: str,  # of the stack, for messages
+) -> AdapterModule:
+    """One module of kind experts: the largest rank, the commonest scale, zeros where there is no
+    module. `Refused` for what has no plain factors of one size."""
+    members = dict(sorted(modules.items()))
+    last = next(reversed(members.values()))
+    is_plain = all(m.kind == FACTORS and set(m.parts) == {"a", "b"} for m in members.values())
+    sizes = {(m.parts["b"].shape[0], *m.parts["a"].shape[1:]) for m in members.values() if is_plain}
+    if len(sizes) != 1 or max(members) >= height:
+        raise Refused(
+            f"{len(members)} modules, the last of them {shown(last.path)}",
+            expected=f"plain factors of one size, of {height} modules at most, for {shown(name)}",
+            where=last.path,
+            hint="give the base that the adapter was trained on",
+        )
+    rank, scale = max(m.rank for m in members.values()), common_scale(members.values())
+    own = {i: padded_to(with_scale(m, scale), rank) for i, m in members.items()}
+    parts: dict[str, Expression] = {}
+    for role in ("a", "b"):
+        part = next(iter(own.values())).parts[role]
+        none = zeros((1, *part.shape), part.dtype)
+        places = [
+            reshaped(own[i].parts[role], (1, *part.shape)) if i in own else none
+            for i in range(height)
+        ]
+        parts[role] = joined(places)
+    return AdapterModule(last.component, last.name, EXPERTS, parts, scale * rank, rank)

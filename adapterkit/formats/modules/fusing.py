@@ -438,10 +438,7 @@ def _groups(members: Modules, shared: Sequence[str], reader: TensorReader) -> li
 
 
 def _diagonal(
-    values: Sequence[Expression],
-    places: Sequence[Rows],
-    groups: Sequence[Sequence[int]],
-    out: int,
+    values: Sequence[Expression], places: Sequence[Rows], groups: Sequence[Sequence[int]], out: int
 ) -> Expression:
     """Each group's rows in columns of its own."""
     blocks = [joined([values[i] for i in group]) for group in groups]

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -315,3 +315,31 @@ def are_equal(parts: Sequence[Expression], reader: TensorReader) -> bool:
         return False
     value = first.value(reader)
     return all(torch.equal(value, part.value(reader)) for part in others)
+
+
+COLUMN = "column"  # of magnitudes: (out, 1, ...), where PEFT has vectors
+
+
+class LayoutStep(NamedTuple):
+    """A step of a format, in both directions."""
+
+    read: Callable[[Expression], Expression]  # from the file
+    write: Callable[[Expression], Expression]  # into the file
+
+
+def _same(value: Expression) -> Expression:
+    return value
+
+
+def shared(source: Expression) -> Expression:
+    """One of a stack's matrices where it holds the same one for all, as (1, ...)."""
+    if is_made_by(source, "cat") and len(set(source.inputs)) == 1:
+        return source.inputs[0]
+    return source
+
+
+STEPS = {
+    "transpose": LayoutStep(transposed, transposed),
+    "shared": LayoutStep(_same, shared),  # a file may have one matrix for all
+    COLUMN: LayoutStep(_same, _same),
+}

@@ -129,11 +129,7 @@ def refusals(contents: Contents, form: Format) -> list[AdapterkitError]:
 
 
 def _experts(
-    modules: Modules,
-    layout: str,
-    model: NamedBase | None,
-    reader: TensorReader,
-    where: str,
+    modules: Modules, layout: str, model: NamedBase | None, reader: TensorReader, where: str
 ) -> list[AdapterModule]:
     """Experts in the layout that the dialect has."""
     stacked = [m for m in modules if m.kind == EXPERTS]
@@ -161,10 +157,7 @@ def _experts(
 
 
 def _zeros_beside(
-    modules: Modules,
-    together: Sequence[Sequence[str]],
-    model: NamedBase | None,
-    where: str,
+    modules: Modules, together: Sequence[Sequence[str]], model: NamedBase | None, where: str
 ) -> list[AdapterModule]:
     """Zeros for modules that readers want beside others: k and v beside q. `Refused` with all that
     are missing where no base tells their shapes."""

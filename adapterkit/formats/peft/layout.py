@@ -6,8 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from adapterkit import dtypes
-from adapterkit.adapters.adapter_config import PEFT_LAYOUT, base_id
-from adapterkit.adapters.declared import declared_settings
+from adapterkit.adapters.adapter_config import PEFT_LAYOUT, base_id, declared_settings
 from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key, part_keys, value_key
 from adapterkit.adapters.lora_config import check_live_config
 from adapterkit.adapters.peft import read_adapter
@@ -222,11 +221,7 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
 
 
 def _settings(
-    contents: Contents,
-    form: Format,
-    loras: Modules,
-    experts: Modules,
-    rebuilt: bool,
+    contents: Contents, form: Format, loras: Modules, experts: Modules, rebuilt: bool
 ) -> dict[str, Any]:
     """adapter_config.json: a source's own where it has one, with the ranks and scales."""
     own = contents.config if formats()[contents.format].layout == form.layout else {}

@@ -21,9 +21,7 @@ from adapterkit.formats.capabilities import (
     lacking,
 )
 from adapterkit.formats.files.containers import PlanReader
-from adapterkit.formats.fitted import Fit
-from adapterkit.formats.modules.biases import as_the_format_has_them
-from adapterkit.formats.modules.deltas import ModuleDelta
+from adapterkit.formats.modules.deltas import Fit, ModuleDelta
 from adapterkit.formats.modules.kinds import EXPERTS, FACTORS, PARAMETER, SHAPE
 from adapterkit.formats.modules.names import kernel_of
 from adapterkit.formats.modules.parts import cores, magnitudes, matrix_shape, tail_of
@@ -31,6 +29,7 @@ from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents,
 from adapterkit.formats.modules.tensors import contracted, scaled
 from adapterkit.formats.peft.kinds import headers_of, replaced_values
 from adapterkit.formats.peft.layout import KEPT
+from adapterkit.formats.same_delta import as_the_format_has_them
 from adapterkit.formats.schema import Format
 from adapterkit.planning.adapters.dora_deltas import CHECK_BASE, BaseWeights, dora_problems
 from adapterkit.planning.adapters.other_types import FLATTENED, read_deltas

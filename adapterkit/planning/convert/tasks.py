@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.formats.fitted import Fit, fits_of
+from adapterkit.formats.modules.deltas import Fit, fits_of
 from adapterkit.formats.modules.tensors import StoredTensor
 from adapterkit.formats.write import WrittenTensor
 from adapterkit.plan import Task
