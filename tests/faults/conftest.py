@@ -29,20 +29,6 @@ ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(Path(adapterkit.__file__).parents[1]),
 }
 
-WITH_VERBS = """
-import importlib, sys, warnings
-warnings.simplefilter("ignore")
-sys.path.insert(0, sys.argv[1])
-from transformers import LlamaForCausalLM
-from transformers.quantizers import base, quantizers_utils
-for verb in sys.argv[2:]:  # with what plans and runs it: a fork without rights cannot read it
-    record = getattr(importlib.import_module(f"adapterkit.verbs.{verb}"), verb.capitalize())
-    importlib.import_module(f"adapterkit.{record.planner.partition(':')[0]}")
-import driver
-driver.serve()
-"""
-
-
 def weights(layers: int = LAYERS) -> dict[str, np.ndarray]:
     """Tensors of a Llama, float16, in the order of the model."""
     generator = np.random.default_rng(0)
@@ -135,12 +121,10 @@ class Ended:
 
 
 class Driver:
-    """The process that has everything imported and forks; for these verbs the model's class and
-    transformers' quantizers too."""
+    """The process that has everything imported and forks."""
 
-    def __init__(self, *verbs: str):
-        script = Path(__file__).with_name("driver.py")
-        program = ["-c", WITH_VERBS, str(script.parent), *verbs] if verbs else [str(script)]
+    def __init__(self):
+        program = [str(Path(__file__).with_name("driver.py"))]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([sys.executable, *program], env=ENVIRONMENT, **pipes)
         assert self.process.stdout.readline() == "ready\n"

@@ -6,10 +6,12 @@ In a child, the functions of `os` and libc that the writer and the reader use ar
 counts, and the N-th one dies, fails, is cut short, or is lost.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import functools
+import gc
 import importlib
 import json
 import mmap
@@ -21,6 +23,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 
 WRITES = [
     "open", "pwrite", "write", "copy_file_range", "ftruncate", "fallocate", "fsync", "close",
@@ -243,25 +246,31 @@ class Child:
         }  # fmt: skip
 
 
+def rehearse(argv: list[str]) -> None:
+    """A dry run in this process: what it imports and reads of the package, every fork has then."""
+    from adapterkit.cli import main
+
+    with open(os.devnull, "w") as nothing:
+        with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+            with contextlib.suppress(BaseException):
+                main(args=[*argv, "--dry-run"], prog_name="adapterkit")
+
+
 def serve() -> None:
     import torch
 
-    import adapterkit.cli
     import adapterkit.engines.execution
     import adapterkit.engines.local.engine
-    import adapterkit.engines.placement
     import adapterkit.engines.ranks.rank
     import adapterkit.engines.verify.row_checks
     import adapterkit.jobs.pipeline
-    import adapterkit.jobs.plan_file
-    import adapterkit.planning.combine
-    import adapterkit.planning.merge.plan
-    import adapterkit.planning.resize
-    import adapterkit.planning.subtract
+    import adapterkit.reports.outcomes
     import adapterkit.reports.verification  # noqa: F401, imported once for all forks
 
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     children: dict[int, Child] = {}
+    rehearsed: set[str] = set()
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -271,6 +280,12 @@ def serve() -> None:
             children[request["release"]].release()
             answer = {}
         else:
+            verb = request["argv"][0]
+            if verb not in rehearsed:
+                rehearsed.add(verb)
+                rehearse(request["argv"])
+                gc.collect()
+                gc.freeze()
             child = Child(request)
             children[child.pid] = child
             answer = {"pid": child.pid}

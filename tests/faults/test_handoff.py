@@ -18,13 +18,6 @@ JOBS = {
 }
 
 
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Driver]:
-    process = Driver("loftq")
-    yield process
-    process.stop()
-
-
 @pytest.fixture(scope="module", params=JOBS)
 def job(request, adapter_bench, inputs):
     bench = adapter_bench(JOBS[request.param])

@@ -75,13 +75,6 @@ class RanksBench(AdapterBench):
 
 
 @pytest.fixture(scope="session")
-def driver() -> Iterator[Driver]:
-    process = Driver("init", "loftq", "stats")
-    yield process
-    process.stop()
-
-
-@pytest.fixture(scope="session")
 def disk(tmp_path_factory) -> Iterator[Path]:
     """In memory, where an fsync costs nothing."""
     memory = Path("/dev/shm")
