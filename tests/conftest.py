@@ -24,6 +24,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def without_waiting_for_the_disk() -> None:
+    """What is written is read at once; that it lasts is the law of tests/faults, whose runs are
+    forks."""
+    from adapterkit.checkpoint import disk
+
+    disk.DURABLE = False
+
+
 @pytest.fixture(scope="session")
 def cached_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A folder that `build(folder)` fills, filled at the first request for `name`."""
@@ -38,6 +47,14 @@ def cached_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         return known[name]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def driver():
+    """The process that forks for each command of the suites of faults and of ranks."""
+    from tests.support.forks import forks
+
+    return forks()
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ import importlib.util
 import inspect
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -269,33 +267,3 @@ def test_the_tables_of_formats_are_those_of_the_files():
     assert written == script("formats").document(), tables
     listed = re.findall(r"^\| \[`([\w.-]+)`\]", written, re.MULTILINE)
     assert sorted(listed) == sorted(path.stem for path in (ROOT / "formats").glob("*.toml"))
-
-
-# -- examples ------------------------------------------------------------------------------------
-
-
-@pytest.mark.timeout(280)
-def test_the_quickstart_runs(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "quickstart.py"), str(tmp_path / "out")],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "the merged model is the base with the adapter on it" in done.stdout
-
-
-@pytest.mark.parametrize(
-    "name, only",
-    [("merge", "cp,adapterkit"), pytest.param("ranks", "ranks-2", marks=pytest.mark.slow)],
-)
-def test_the_benchmark_runs_on_a_small_checkpoint(name: str, only: str, tmp_path: Path):
-    out = tmp_path / "figures.json"
-    script = str(ROOT / "examples" / "benchmarks" / f"{name}.py")
-    small = ["--size", "0.02", "--repeat", "1", "--only", only]
-    done = subprocess.run(
-        [sys.executable, script, *small, "--work", str(tmp_path / "work"), "--json", str(out)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert out.exists() and str(tmp_path) not in out.read_text()

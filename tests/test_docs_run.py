@@ -34,6 +34,7 @@ from tests.support.documents import (
     sessions,
     typed,
 )
+from tests.support.forks import Forks
 from tests.support.hub_client import TOKEN
 from tests.support.hub_server import Hub
 from tests.support.texts import save_tokenizer, write_rows
@@ -54,39 +55,6 @@ PREPARATION = [
 # Commands with one of these words are parsed and not run: what they need is not on a test machine.
 PARSED_ONLY = re.compile(r"^(?!\d+/\d)[\w.-]+/[\w.-]+(@|:|$)|\.gguf$|^oft$|^--push$|^/|^cuda|^ray$")
 
-# Each command is a fork of one process, which has imported the verbs and the model's class once.
-RUN = """
-import json, os, sys, tempfile, traceback
-import adapterkit
-from transformers import LlamaForCausalLM
-from adapterkit.cli import main
-for verb in main.commands:
-    getattr(adapterkit, verb, None)
-for folder, words, program in json.loads(sys.stdin.read()):
-    files = [tempfile.TemporaryFile("w+") for _ in range(2)]
-    child = os.fork()
-    if child == 0:
-        for number, file in enumerate(files, start=1):
-            os.dup2(file.fileno(), number)
-        os.chdir(folder)
-        try:
-            if program:
-                exec(compile(program, folder, "exec"), {"__name__": "__main__"})
-            else:
-                sys.argv = ["adapterkit", *words]
-                main(words)
-        except SystemExit as end:
-            os._exit(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(70)
-        sys.stdout.flush()
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = [file.seek(0) or file.read() for file in files]
-    print(json.dumps([status, *texts]), flush=True)
-"""
-
 
 class Task(NamedTuple):
     """One command or program of a document, and what it should print (None: not said)."""
@@ -99,23 +67,15 @@ class Task(NamedTuple):
 
 def run(tasks: list[Task], path: Path, **variables: str) -> list[tuple[int, str, str]]:
     """Status, output and messages of each, by the package in the folder `path`."""
-    request = json.dumps([(str(t.folder), t.words, t.program) for t in tasks])
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "COLUMNS": "100",
-        "PYTHONPATH": str(path),
-    }
-    environment |= variables
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", RUN],
-        input=request,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    plain = {"OMP_NUM_THREADS": "1", "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
+    server = Forks(os.environ | plain | {"PYTHONPATH": str(path)} | variables)
+    results = []
+    for task in tasks:
+        what = {"program": task.program} if task.program else {"argv": task.words}
+        ended = server.wait(server.start(cwd=str(task.folder), **what), timeout=300)
+        results.append((ended.status, ended.stdout, ended.stderr))
+    server.stop()
+    return results
 
 
 def tasks_of(document: Path, folder: Path) -> Iterator[Task]:

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import click.testing
 import pytest
@@ -15,14 +14,8 @@ from adapterkit.cli import main
 from adapterkit.cli.output import ProgressBar
 from adapterkit.planning.inputs.sources import weight_of
 from tests.support import oracle
+from tests.support.forks import command as run
 from tests.support.oracle import stored
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(*words, python=()):
-    command = [sys.executable, *python, "-m", "adapterkit", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
 def test_a_merge_and_its_verification(llama, lora, tmp_path):
@@ -49,7 +42,10 @@ def test_json_is_one_document(llama, lora, tmp_path):
 
 
 def test_quiet_prints_nothing(llama, lora, tmp_path):
-    done = run("merge", llama, lora, "--out", tmp_path / "out", "--quiet")
+    """As a process of its own, which imports all: no library prints either."""
+    words = ["merge", llama, lora, "--out", tmp_path / "out", "--quiet"]
+    line = [sys.executable, "-m", "adapterkit", *map(str, words)]
+    done = subprocess.run(line, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

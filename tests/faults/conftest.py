@@ -1,15 +1,13 @@
 """A three-shard job that costs milliseconds, and a bench on which it runs while things go wrong.
 
 The files are made with numpy and safetensors alone: Llama's names, a PEFT adapter. Runs happen in
-children of `driver.py`.
+children of a fork server.
 """
 
 import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +16,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import adapterkit
+from tests.support.forks import Ended, Forks
 
 LAYERS, WIDTH, VOCABULARY, RANK = 3, 16, 40, 4
 RECEIPT = "adapterkit.json"
-MEMORY = 1 << 30
-# the package that the tests import, installed or not, and no network
-ENVIRONMENT = os.environ | {
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": str(Path(adapterkit.__file__).parents[1]),
-}
+
 
 def weights(layers: int = LAYERS) -> dict[str, np.ndarray]:
     """Tensors of a Llama, float16, in the order of the model."""
@@ -90,56 +83,6 @@ def make_adapter(folder: Path, layers: int = LAYERS, modules: tuple[str, ...] = 
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-@dataclass
-class Ended:
-    """What a run left: its exit status (negative: the signal that ended it), texts, and how many
-    calls were counted."""
-
-    status: int
-    stdout: str
-    stderr: str
-    calls: int
-    last: str
-    memory: int
-    seconds: float
-
-    def failed_cleanly(self, *words: str) -> None:
-        """Status 1 and a message that holds the words; no traceback; little memory."""
-        if self.status == 70:
-            print(self.stderr)
-        assert self.status == 1, (self.status, self.stderr, self.last)
-        assert self.stderr.startswith("Error: ") and "Traceback" not in self.stderr, self.stderr
-        assert "hint:" in self.stderr, self.stderr
-        assert self.memory < MEMORY
-        for word in words:
-            assert word in self.stderr, (word, self.stderr)
-
-    def succeeded(self) -> None:
-        assert self.status == 0, (self.status, self.stderr, self.last)
-        assert "Traceback" not in self.stderr, self.stderr
-        assert self.memory < MEMORY
-
-
-class Driver:
-    """The process that has everything imported and forks."""
-
-    def __init__(self):
-        program = [str(Path(__file__).with_name("driver.py"))]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, *program], env=ENVIRONMENT, **pipes)
-        assert self.process.stdout.readline() == "ready\n"
-
-    def ask(self, **request) -> dict:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def stop(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-
-
 def digests(folder: Path) -> dict[str, str]:
     """The sha256 of every file of an output; of the receipt without its timings."""
     found = {}
@@ -181,8 +124,7 @@ class Bench:
     """A folder with a base, an adapter and a place for outputs; runs `merge` there."""
 
     root: Path
-    driver: Driver
-    environment = ENVIRONMENT
+    driver: Forks
     defaults: dict = field(default_factory=lambda: {"rows": 128, "workers": 2})
 
     def __post_init__(self):
@@ -201,10 +143,10 @@ class Bench:
         return ["merge", str(self.base), adapter, "--out", str(self.out), *more]
 
     def start(self, argv: list[str], fault: dict | None = None, **settings) -> int:
-        return self.driver.ask(argv=argv, fault=fault, **(self.defaults | settings))["pid"]
+        return self.driver.start(argv=argv, fault=fault, **(self.defaults | settings))
 
     def wait(self, pid: int, timeout: float = 60) -> Ended:
-        return Ended(**self.driver.ask(wait=pid, timeout=timeout))
+        return self.driver.wait(pid, timeout)
 
     def run(self, argv: list[str], fault: dict | None = None, **settings) -> Ended:
         return self.wait(self.start(argv, fault, **settings))
@@ -271,7 +213,7 @@ class AdapterBench(Bench):
 
 
 @pytest.fixture(scope="module")
-def adapter_bench(disk_of_tests: Path, driver: "Driver", inputs: Path):
+def adapter_bench(disk_of_tests: Path, driver: Forks, inputs: Path):
     """A bench for these words, with three adapters."""
 
     def make(words: list[str]) -> AdapterBench:
@@ -282,13 +224,6 @@ def adapter_bench(disk_of_tests: Path, driver: "Driver", inputs: Path):
         return AdapterBench(root, driver, words=words)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def driver():
-    process = Driver()
-    yield process
-    process.stop()
 
 
 @pytest.fixture(scope="session")
@@ -311,26 +246,26 @@ def disk_of_tests(request, tmp_path_factory):
         yield Path(folder)
 
 
-def new_bench(place: Path, driver: Driver, inputs: Path) -> Bench:
+def new_bench(place: Path, driver: Forks, inputs: Path) -> Bench:
     root = Path(tempfile.mkdtemp(dir=place))
     shutil.copytree(inputs, root, dirs_exist_ok=True)
     return Bench(root, driver)
 
 
 @pytest.fixture
-def bench(disk_of_tests: Path, driver: Driver, inputs: Path) -> Bench:
+def bench(disk_of_tests: Path, driver: Forks, inputs: Path) -> Bench:
     """A bench of its own for each test."""
     return new_bench(disk_of_tests, driver, inputs)
 
 
 @pytest.fixture(scope="module")
-def shared(disk_of_tests: Path, driver: Driver, inputs: Path) -> Bench:
+def shared(disk_of_tests: Path, driver: Forks, inputs: Path) -> Bench:
     """A bench for a module's tests that leave the inputs alone and clear what they make."""
     return new_bench(disk_of_tests, driver, inputs)
 
 
 @pytest.fixture
-def many_shards(disk_of_tests: Path, driver: Driver) -> Bench:
+def many_shards(disk_of_tests: Path, driver: Forks) -> Bench:
     """A bench whose base has 300 shards."""
     root = Path(tempfile.mkdtemp(dir=disk_of_tests))
     make_base(root / "base", shards=300, layers=40)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.checkpoint import disk
 from adapterkit.checkpoint.output.journal import line_of, read_entry
 from adapterkit.checkpoint.output.stage import Stage
 from tests.support.faults import check_failure
@@ -206,8 +205,7 @@ TAILS = (b"", b"\0\0\0", b"\n", b"5\n", b"[]\n", b"{}\n", b'{"publish":"c"}\n', 
 
 
 @pytest.mark.parametrize("tail", TAILS, ids=range(len(TAILS)))
-def test_every_prefix_of_a_journal_is_its_whole_lines(journaled, monkeypatch, tail: bytes):
-    monkeypatch.setattr(disk, "DURABLE", False)
+def test_every_prefix_of_a_journal_is_its_whole_lines(journaled, tail: bytes):
     stage, lines = journaled
     text = b"".join(lines)
     ends = [0, *itertools.accumulate(map(len, lines))]
@@ -217,8 +215,7 @@ def test_every_prefix_of_a_journal_is_its_whole_lines(journaled, monkeypatch, ta
         is_read_as(stage, text[:cut] + tail, ENTRIES[: whole + lacks_end])
 
 
-def test_every_flipped_byte_ends_a_journal_at_its_line(journaled, monkeypatch):
-    monkeypatch.setattr(disk, "DURABLE", False)
+def test_every_flipped_byte_ends_a_journal_at_its_line(journaled):
     stage, lines = journaled
     for number, line in enumerate(lines):
         for at in range(len(line)):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forks import ENVIRONMENT
+
 SLOW = {"calls": ["pwrite", "copy_file_range"], "delay": 0.15}
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -162,7 +164,7 @@ def test_a_real_process_while_it_imports(bench, delay: float):
     """Importing torch takes a second or more; an interrupt in it is one too, as soon as a library
     is loaded."""
     argv = [sys.executable, "-m", "adapterkit", *bench.argv()]
-    process = subprocess.Popen(argv, env=bench.environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(argv, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     while (
         process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
     ):

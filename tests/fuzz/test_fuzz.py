@@ -16,7 +16,7 @@ SOME = (
     "distilbert",
     "bert-generation",
 )  # fmt: skip
-USUAL = [(kind, seed) for kind in SOME for seed in range(2)]
+USUAL = [(kind, n % 2) for n, kind in enumerate(SOME)]
 
 
 def check(kind: str, seed: int, folder) -> jobs.Outcome:

@@ -5,17 +5,15 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import adapterkit
 from adapterkit import merge
 from adapterkit.errors import AdapterkitError, Failed, Refused, shown
 from adapterkit.execute import run
 from adapterkit.planning.outputs.cards import merged_card
+from tests.support.forks import forks
 from tests.support.raw_files import PREFIX, AdapterFiles, MemoryFolder, base, plain, tensors_file
 
 TOKEN = "hf_PlantedTokenOfTheEnvironment123"
@@ -27,24 +25,6 @@ PLANTED = {
     "HF_ENDPOINT": "http://enduser:endpass@127.0.0.1:9", "HF_HUB_OFFLINE": "1",
 }  # fmt: skip
 SECRETS = [TOKEN, "PlantedAwsSecret", "proxypass", "endpass", HOST]
-
-# Every command is a fork of one process, which has imported torch once.
-RUN = """
-import json, os, socket, sys, tempfile
-socket.gethostname = lambda: HOST
-import adapterkit.engines.local.engine, adapterkit.verbs.merge, adapterkit.verbs.verify
-from adapterkit.cli import main
-for words in json.loads(sys.argv[1]):
-    files = [tempfile.TemporaryFile("w+") for _ in range(2)]
-    child = os.fork()
-    if child == 0:
-        for number, file in enumerate(files, start=1):
-            os.dup2(file.fileno(), number)
-        main(words)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = [file.seek(0) or file.read() for file in files]
-    print(json.dumps([status, *texts]), flush=True)
-"""
 
 
 class Desk:
@@ -76,20 +56,17 @@ class Desk:
 
     def run(self, *commands: tuple[str, ...], status: int = 0) -> list[str]:
         """What each command prints; its messages are kept in `everything` as well."""
-        where = {"HOME": str(self.home), "PYTHONPATH": str(Path(adapterkit.__file__).parents[1])}
-        script = [sys.executable, "-c", RUN.replace("HOST", repr(HOST)), json.dumps(commands)]
-        env = os.environ | PLANTED | where
-        done = subprocess.run(
-            script, capture_output=True, text=True, timeout=120, cwd=self.home, env=env
-        )
-        assert done.returncode == 0, done.stderr
-        results = [json.loads(line) for line in done.stdout.splitlines()]
-        assert len(results) == len(commands)
-        for found, out, err in results:
-            assert found == status, err
-            assert "Traceback" not in err
-            self.everything += [out, err]
-        return [out for _, out, _ in results]
+        env = os.environ | PLANTED | {"HOME": str(self.home)}
+        program = "import socket; socket.gethostname = lambda: {!r}; import adapterkit.cli as cli; "
+        results, server = [], forks(rehearse=False)
+        for words in commands:
+            line = program.format(HOST) + f"cli.main({words!r})"
+            done = server.wait(server.start(program=line, env=env, cwd=str(self.home)))
+            assert done.status == status, done.stderr
+            assert "Traceback" not in done.stderr
+            self.everything += [done.stdout, done.stderr]
+            results.append(done.stdout)
+        return results
 
     def check(self, text: str, *more: str) -> None:
         assert not [secret for secret in (*SECRETS, *more) if secret in text]

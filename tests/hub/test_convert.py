@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
 import adapterkit
+from tests.support.forks import command as adapterkit_command
 from tests.support.hub_client import TOKEN
 from tests.support.hub_server import Hub
 
@@ -39,8 +38,7 @@ def hub():
 
 def command(hub, tmp_path, *words, source="org/lora"):
     variables = os.environ | hub.environment(tmp_path / "home") | {"HF_TOKEN": TOKEN}
-    line = [sys.executable, "-m", "adapterkit", "convert", source, *words]
-    return subprocess.run(line, capture_output=True, text=True, env=variables, cwd=tmp_path)
+    return adapterkit_command("convert", source, *words, env=variables, cwd=tmp_path)
 
 
 def test_a_conversion_is_that_of_the_file(hub, tmp_path):

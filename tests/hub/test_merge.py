@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -12,6 +10,7 @@ from safetensors.numpy import load
 
 import adapterkit
 from tests.support import hub_models
+from tests.support.forks import command as adapterkit_command
 from tests.support.hub_client import TOKEN
 from tests.support.hub_models import write
 from tests.support.hub_server import Hub
@@ -39,8 +38,8 @@ def hub():
 
 def command(hub, tmp_path, *words, **environment):
     variables = os.environ | hub.environment(tmp_path / "home") | environment
-    line = [sys.executable, "-m", "adapterkit", "merge", *words, "--out", str(tmp_path / "out")]
-    return subprocess.run(line, capture_output=True, text=True, env=variables, cwd=tmp_path)
+    line = ["merge", *words, "--out", tmp_path / "out"]
+    return adapterkit_command(*line, env=variables, cwd=tmp_path)
 
 
 def test_from_the_hub_to_the_hub(hub, tmp_path):

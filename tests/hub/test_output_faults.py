@@ -3,13 +3,12 @@ what a run that was killed leaves to the next one."""
 
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.support.forks import command, forks
 from tests.support.hub_client import TOKEN, Client, during
 from tests.support.hub_models import (
     CALLS,
@@ -199,8 +198,7 @@ def kill_at(hub: Hub, client: Client, method: str, path: str, number: int) -> No
         if asked.method == method and path in asked.path:
             left[0] -= 1
             if left[0] == 0:
-                os.kill(client.process.pid, signal.SIGKILL)
-                client.process.wait()
+                client.kill()
                 return Fault(reset=True)
         return None
 
@@ -215,7 +213,6 @@ def killed(standing, out: str, *request, base: str = "org/base") -> None:
     kill_at(hub, client, *request)
     with pytest.raises(AssertionError):  # no answer
         client(merge(out, base=base))
-    client.process.communicate()
     hub.faults = lambda asked: None
 
 
@@ -266,28 +263,27 @@ def test_an_interrupted_command_says_how_to_go_on(standing, place, expected):
     words = ["merge", "org/base", "org/adapter", "--out", f"hf://{out}", "--disk-limit", "1MB"]
     variables = os.environ | hub.environment(home) | {"HF_TOKEN": TOKEN}
 
-    def command(*more: str) -> subprocess.Popen:
-        line, pipe = [sys.executable, "-m", "adapterkit", *words, *more], subprocess.PIPE
-        return subprocess.Popen(line, stderr=pipe, text=True, env=variables, cwd=home)
-
-    first = command()
+    server = forks(rehearse=False)
+    first = server.start(argv=words, env=variables, cwd=str(home))
 
     def faults(asked):
         if asked.method == "PUT" and signals:
-            first.send_signal(signals.pop())
+            os.kill(first, signals.pop())
             return Fault(delay=0.5)
         return None
 
     hub.faults = faults
-    _, text = first.communicate()
-    assert first.returncode == 1, text
+    ended = server.wait(first)
+    text = ended.stderr
+    assert ended.status == 1, text
     assert "Traceback" not in text and TOKEN not in text
     assert "stopped" in text and f"--out hf://{out} --disk-limit 1MB --resume" in text
     assert len(hub.repos[out].trees) == 1
-    again = command("--resume")
-    _, text = again.communicate()
-    assert again.returncode == 0, text
-    assert f"on the Hub: {hub.url}/{out}/commit/" in text and changed(hub, expected, out) == []
+    again = command(*words, "--resume", env=variables, cwd=home)
+    assert again.returncode == 0, again.stderr
+    assert (
+        f"on the Hub: {hub.url}/{out}/commit/" in again.stderr and changed(hub, expected, out) == []
+    )
 
 
 def test_a_resumed_run_reads_the_commits_of_the_first(standing, place, expected):

@@ -3,10 +3,9 @@ who may see what is made of a private repository."""
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+from tests.support.forks import command as adapterkit_command
 from tests.support.hub_client import TOKEN, during
 from tests.support.hub_models import adapter_files, base_files, differing
 from tests.support.hub_server import Hub
@@ -78,12 +77,11 @@ def test_who_may_not_push_is_refused_before_the_merge(place):
 
 def test_the_command_says_what_it_sent(place):
     hub, _, root = place
-    words = [sys.executable, "-m", "adapterkit", "merge", "base", "adapter", "--out", "out"]
+    words = ["merge", "base", "adapter", "--out", "out", "--push", OUT]
     environment = os.environ | hub.environment(root / "home") | {"HF_TOKEN": TOKEN}
 
     def command(*more: str) -> tuple[int, str]:
-        line = [*words, "--push", OUT, *more]
-        done = subprocess.run(line, cwd=root, env=environment, capture_output=True, text=True)
+        done = adapterkit_command(*words, *more, env=environment, cwd=root)
         assert "Traceback" not in done.stderr
         return done.returncode, done.stderr
 

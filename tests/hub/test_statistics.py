@@ -291,7 +291,6 @@ def test_a_killed_run_is_resumed(place, standing, expected):
     kill_at(hub, other, "PUT", "/lfs/", 1)
     with pytest.raises(AssertionError):  # no answer
         other(stats(f"{out}:{FILE}") + ".data")
-    other.process.communicate()
     hub.faults = lambda asked: None
     client(stats(f"{out}:{FILE}", ", resume=True") + ".data")
     assert is_same(hub.files(out)[FILE], expected) and len(hub.repos[out].trees) == 2

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from safetensors.numpy import load, save
 
 import adapterkit
 from tests.hub.test_merge import SHARDS, adapter_files, base_files
+from tests.support.forks import command as adapterkit_command
 from tests.support.hub_models import write
 
 
@@ -22,8 +21,7 @@ def files_of_one_layer() -> dict[str, bytes]:
 
 def command(hub, tmp_path, *words: str) -> None:
     variables = os.environ | hub.environment(tmp_path / "home") | {"HF_TOKEN": "hf_any"}
-    line = [sys.executable, "-m", "adapterkit", *words, "--quiet"]
-    done = subprocess.run(line, capture_output=True, text=True, env=variables, cwd=tmp_path)
+    done = adapterkit_command(*words, "--quiet", env=variables, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

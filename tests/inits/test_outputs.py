@@ -1,8 +1,6 @@
 """What `init` leaves behind: implicit residuals, after an interrupt, through the command line."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -14,6 +12,7 @@ import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import Interrupted, Refused
 from tests.support import initialized, oracle
+from tests.support.forks import command
 from tests.support.initialized import methods, needs_statistics
 
 CHANGING = [name for name in methods(changes_base=True) if not needs_statistics(name)]
@@ -158,8 +157,7 @@ def test_every_option_reaches_the_verb(base, tmp_path):
 
 def test_a_refusal_has_all_reasons_and_status_1(base, tmp_path):
     words = ("init", base, "--method", "pissa", "--rank", 4, "--out", tmp_path / "out")
-    command = [sys.executable, "-m", "adapterkit", *map(str, words), "--targets", "q_proj,no,gone"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = command(*words, "--targets", "q_proj,no,gone")
     assert done.returncode == 1 and not done.stdout and "Traceback" not in done.stderr
     assert "2 problems found" in done.stderr
     assert all(f"--targets '{name}' matches none" in done.stderr for name in ("no", "gone"))

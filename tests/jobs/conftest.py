@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 import adapterkit
-from tests.faults.conftest import AdapterBench, Driver, Ended, digests, make_adapter, make_base
+from tests.faults.conftest import AdapterBench, digests, make_adapter, make_base
 from tests.golden.inputs import create_inputs
 from tests.support.documents import ROOT, blocks
+from tests.support.forks import Ended, Forks
 
 QUICK = {"ranks.rank.BEAT": 0.02, "ranks.rank.POLL": 0.01, "ranks.rank.STALLED": 0.3}
 JOBS = {
@@ -95,7 +96,7 @@ def rank_inputs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ranks_bench(disk: Path, driver: Driver, rank_inputs: Path):
+def ranks_bench(disk: Path, driver: Forks, rank_inputs: Path):
     """A bench for one of JOBS, with its digests as the local engine makes them; made once."""
     known: dict[str, tuple[RanksBench, dict[str, str]]] = {}
 
@@ -113,7 +114,7 @@ def ranks_bench(disk: Path, driver: Driver, rank_inputs: Path):
 
 
 @pytest.fixture(scope="module")
-def large(disk: Path, driver: Driver, rank_inputs: Path) -> tuple[RanksBench, dict[str, str]]:
+def large(disk: Path, driver: Forks, rank_inputs: Path) -> tuple[RanksBench, dict[str, str]]:
     """A merge into a base that is one file."""
     root = Path(tempfile.mkdtemp(dir=disk))
     make_base(root / "base", shards=1)

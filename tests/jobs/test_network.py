@@ -22,8 +22,9 @@ from pathlib import Path
 import pytest
 
 import adapterkit
-from tests.faults.conftest import ENVIRONMENT, digests, make_adapter, make_base
+from tests.faults.conftest import digests, make_adapter, make_base
 from tests.support import daemons
+from tests.support.forks import ENVIRONMENT
 
 SFTP = "/usr/lib/openssh/sftp-server"
 PROGRAMS = {"gluster": ("glusterd", "gluster", "glusterfs"), "sftp": ("sshfs", SFTP)}

@@ -2,8 +2,6 @@
 command."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import click.testing
@@ -12,6 +10,7 @@ from safetensors.torch import save_file
 
 from adapterkit.cli import main
 from tests.support import oracle
+from tests.support.forks import command
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -50,8 +49,7 @@ def called(*words):
 
 def run(*words):
     """As a process: a refusal ends it."""
-    command = [sys.executable, "-m", "adapterkit", "diff", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    return command("diff", *words)
 
 
 def write_lora(folder, factors, alpha=8.0, extra=None, **config):

@@ -5,12 +5,13 @@ HF_ENDPOINT and HF_HUB_OFFLINE count when huggingface_hub is imported.
 
 import ast
 import json
-import subprocess
-import sys
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from tests.support.forks import forks
 from tests.support.hub_server import Fault
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,11 @@ FILES = {
 }
 
 WORKER = """
-import ast, json, os, sys, traceback
+import ast, json, os, sys, traceback, warnings
+warnings.simplefilter("error")
+# huggingface_hub 2.4 about itself, and torchao 0.18 about its text
+for text in (".*Use 'content=", ".*invalid escape sequence"):
+    warnings.filterwarnings("ignore", text, DeprecationWarning)
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 space = {}
@@ -68,25 +73,18 @@ class Client:
 
     def __init__(self, environment: dict[str, str], errors: Path):
         self.errors = errors
-        # huggingface_hub 2.4 about itself, and torchao 0.18 about its text
-        ignored = ("Use 'content=", "invalid escape sequence")
-        warnings = ["-W", "error", *(f"-Wignore:{text}:DeprecationWarning" for text in ignored)]
-        command, pipe = [sys.executable, *warnings, "-c", WORKER], subprocess.PIPE
-        with errors.open("w") as stderr:
-            self.process = subprocess.Popen(
-                command,
-                stdin=pipe,
-                stdout=pipe,
-                stderr=stderr,
-                text=True,
-                cwd=ROOT,
-                env=environment,
-            )
+        pipes = [f"{errors}.{name}" for name in ("in", "out")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        self.pid = forks(rehearse=False).start(
+            program=WORKER, env=environment, cwd=str(ROOT), streams=[*pipes, str(errors)]
+        )
+        self.questions, self.answers = open(pipes[0], "w"), open(pipes[1])  # noqa: SIM115
 
     def __call__(self, code: str):
-        self.process.stdin.write(json.dumps(code) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        self.questions.write(json.dumps(code) + "\n")
+        self.questions.flush()
+        line = self.answers.readline()
         assert line, self.errors.read_text()
         answer = json.loads(line)
         if "kind" in answer:
@@ -102,10 +100,15 @@ class Client:
         assert all(error.parts.values()), error.parts
         return error
 
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        self.close()
+
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(20)
-        self.process.stdout.close()
+        if not self.questions.closed:
+            self.questions.close()
+            self.answers.close()
+            forks(rehearse=False).wait(self.pid, 20)
 
 
 OUTPUT = {

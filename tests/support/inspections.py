@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import adapterkit
 from adapterkit.errors import Refused
 from tests.support import oracle
+from tests.support.forks import command
 
 ROOT = Path(__file__).parents[2]
 EVERY = {
@@ -169,8 +168,4 @@ def refused(*words, **options):
 
 
 def run(*words, **environment):
-    command = [sys.executable, "-m", "adapterkit", "inspect", *map(str, words)]
-    variables = os.environ | environment
-    return subprocess.run(
-        command, capture_output=True, text=True, env=variables, cwd=ROOT, timeout=60
-    )
+    return command("inspect", *words, env=os.environ | environment if environment else None)

@@ -2,11 +2,12 @@
 format_tools.safetensors."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -308,6 +309,15 @@ FORMS = {
         for kind in ("Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor")
     },
 }
+
+# one form of each codec, for laws whose code does not know the codec
+FEW = {"int4-g_idx", "int8-zero", "fp8-channel", "nvfp4", "mxfp4", "fp8", "double", "int8-bnb"}
+
+
+def few(names: Iterable[str]) -> list:
+    """These names, those beyond FEW marked slow."""
+    slow = pytest.mark.slow
+    return [name if name in FEW else pytest.param(name, marks=slow) for name in names]
 
 
 def llama() -> transformers.PreTrainedModel:

@@ -30,7 +30,7 @@ from tests.support.formats import (
     sha,
     stored,
 )
-from tests.support.quantized_llama import FORMS, LINEAR, Form, change
+from tests.support.quantized_llama import FORMS, LINEAR, Form, change, few
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -106,7 +106,7 @@ def test_integers_of_any_bytes_come_back(symmetric: bool, indexed: bool, tmp_pat
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("name", WRITABLE)
+@pytest.mark.parametrize("name", few(WRITABLE))
 def test_merged_by_slices_of_rows(
     base, lora: Path, name: str, rounding: str, tmp_path: Path, monkeypatch
 ) -> None:

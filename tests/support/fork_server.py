@@ -2,8 +2,10 @@
 
 A merge of a tiny model costs a hundredth of what importing torch does, so this process imports once
 and forks for each run. It reads one request a line on stdin and answers each with one line of JSON.
-In a child, the functions of `os` and libc that the writer and the reader use are wrapped: each call
-counts, and the N-th one dies, fails, is cut short, or is lost.
+huggingface_hub, which reads the environment when it is imported, is left to the children, unless
+this process is told to rehearse.
+In a child with faults, the functions of `os` and libc that the writer and the reader use are
+wrapped: each call counts, and the N-th one dies, fails, is cut short, or is lost.
 """
 
 import contextlib
@@ -180,9 +182,9 @@ class Child:
         try:
             os.setsid()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.dup2(self.out, 1), os.dup2(self.err, 2)
             os.close(self.gate[1])
             os.read(self.gate[0], 1)
+            self._enter()
             status = self._command()
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
@@ -192,14 +194,31 @@ class Child:
         sys.stderr.flush()
         os._exit(status)
 
+    def _enter(self) -> None:
+        """The folder, the environment and the streams of the request."""
+        request = self.request
+        if "env" in request:
+            os.environ.clear()
+            os.environ.update(request["env"])
+        os.chdir(request.get("cwd", "."))
+        stdin, stdout, stderr = request.get("streams", (os.devnull, None, None))
+        os.dup2(os.open(stdin, os.O_RDONLY), 0)
+        os.dup2(os.open(stdout, os.O_WRONLY) if stdout else self.out, 1)
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT) if stderr else self.err, 2)
+        sys.stdin = os.fdopen(0, closefd=False)
+
     def _command(self) -> int:
+        request = self.request
+        if "program" in request:
+            program = compile(request["program"], request.get("cwd", "program"), "exec")
+            exec(program, {"__name__": "__main__"})
+            return 0
         from adapterkit.checkpoint import disk
         from adapterkit.cli import main, signals
         from adapterkit.engines.local import engine as local
         from adapterkit.engines.local import pieces
         from adapterkit.tasks import rows
 
-        request = self.request
         if request.get("rows"):
             rows.ELEMENTS, pieces.RUN = request["rows"], request["rows"] * 4
         for name, limit in request.get("limits", {}).items():
@@ -217,10 +236,11 @@ class Child:
             os.setuid(request["user"])
         if request.get("undurable"):
             disk.DURABLE = False
-        fault = request.get("fault") or {"calls": WRITES, "when": -1}
-        if "also" in fault:
-            Faults(fault["also"], mmap.mmap(-1, 4096)).install()
-        Faults(fault, self.shared).install()
+        if "fault" in request:
+            fault = request["fault"] or {"calls": WRITES, "when": -1}
+            if "also" in fault:
+                Faults(fault["also"], mmap.mmap(-1, 4096)).install()
+            Faults(fault, self.shared).install()
         sys.argv = ["adapterkit", *request["argv"]]
         signals.own_process = True  # as `process` does
         main(args=request["argv"], prog_name="adapterkit")
@@ -246,31 +266,31 @@ class Child:
         }  # fmt: skip
 
 
-def rehearse(argv: list[str]) -> None:
+def rehearse(request: dict) -> None:
     """A dry run in this process: what it imports and reads of the package, every fork has then."""
     from adapterkit.cli import main
 
-    with open(os.devnull, "w") as nothing:
-        with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-            with contextlib.suppress(BaseException):
-                main(args=[*argv, "--dry-run"], prog_name="adapterkit")
+    here = os.getcwd()
+    os.chdir(request.get("cwd", "."))
+    with open(os.devnull, "w") as nothing, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outputs = contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing)
+        with outputs[0], outputs[1], contextlib.suppress(BaseException):
+            main(args=[*request["argv"], "--dry-run"], prog_name="adapterkit")
+    os.chdir(here)
 
 
-def serve() -> None:
+def serve(rehearses: bool) -> None:
     import torch
 
-    import adapterkit.engines.execution
-    import adapterkit.engines.local.engine
-    import adapterkit.engines.ranks.rank
-    import adapterkit.engines.verify.row_checks
-    import adapterkit.jobs.pipeline
-    import adapterkit.reports.outcomes
-    import adapterkit.reports.verification  # noqa: F401, imported once for all forks
+    from adapterkit.formats import library
 
+    library.formats()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+    assert rehearses or "huggingface_hub" not in sys.modules
     children: dict[int, Child] = {}
     rehearsed: set[str] = set()
+    gc.freeze()
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -280,11 +300,10 @@ def serve() -> None:
             children[request["release"]].release()
             answer = {}
         else:
-            verb = request["argv"][0]
-            if verb not in rehearsed:
+            verb = (request.get("argv") or [""])[0]
+            if rehearses and verb not in rehearsed:
                 rehearsed.add(verb)
-                rehearse(request["argv"])
-                gc.collect()
+                rehearse(request)
                 gc.freeze()
             child = Child(request)
             children[child.pid] = child
@@ -293,4 +312,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(rehearses="rehearse" in sys.argv)

@@ -1,0 +1,94 @@
+"""The examples on real models, cut short: each runs, and what must hold holds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(EXAMPLES / f"{name}.py"), *words]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WRONG" not in done.stdout
+    return done
+
+
+@pytest.mark.timeout(280)
+def test_the_quickstart_runs(tmp_path: Path):
+    done = run("quickstart", str(tmp_path / "out"))
+    assert "the merged model is the base with the adapter on it" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "name, only",
+    [
+        ("merge", "cp,adapterkit --hash none,adapterkit none no fsync"),
+        pytest.param("ranks", "ranks-2", marks=pytest.mark.slow),
+    ],
+)
+def test_the_benchmark_runs_on_a_small_checkpoint(name: str, only: str, tmp_path: Path):
+    out = tmp_path / "figures.json"
+    small = ["--size", "0.02", "--repeat", "1", "--only", only]
+    run(f"benchmarks/{name}", *small, "--work", str(tmp_path / "work"), "--json", str(out))
+    assert out.exists() and str(tmp_path) not in out.read_text()
+
+
+@pytest.mark.slow
+def test_formats(tmp_path: Path):
+    """Each program that is installed predicts what PEFT does."""
+    done = run("formats", str(tmp_path / "out"), "--steps", "2", "--prompts", "1")
+    assert "| PEFT, through GGUF |" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_inits(tmp_path: Path):
+    done = run("inits", str(tmp_path), "--steps", "2", "--layers", "2")
+    assert "\nok: " in done.stdout and done.stdout.count("\n| ") == 1 + 7
+    curves = json.loads((tmp_path / "losses.json").read_text())["training"]
+    assert len(curves) == 7 and {len(curve) for curve in curves.values()} == {2}
+    first = [curve[0] for curve in curves.values()]
+    assert max(first) - min(first) < 5e-3  # the base's loss, whatever the start
+    assert (tmp_path / "losses.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_languages(tmp_path: Path):
+    done = run("languages", str(tmp_path / "out"))
+    assert done.stdout.count("\nok: ") == 8 + 3 + 2  # loaded by PEFT, learned, exact
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_lossy(tmp_path: Path):
+    done = run("lossy", str(tmp_path / "out"), "--short", "--json", str(tmp_path / "tables.json"))
+    assert "\nok: " in done.stdout
+    tables = json.loads((tmp_path / "tables.json").read_text())
+    assert done.stdout.count("|---") >= len(tables)
+    for name, row in tables["output_error"].items():
+        assert 0 < row["with"] < row["without"] < 1, name
+    assert {len(row) for name in ("resize", "combine") for row in tables[name].values()} == {3}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_quantized(tmp_path: Path):
+    done = run("quantized", str(tmp_path / "out"), "--json")
+    # better than plain nf4, packed as decoded, merged as trained; roundings into six formats, of
+    # which 4 bits lose the adapter, as bf16 does that of a short fine-tune
+    assert done.stderr.count("\nok: ") >= 7 + 5 + 2 + 6 + 3 + 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_train(tmp_path: Path):
+    done = run("train", str(tmp_path), "--steps", "2")
+    # PEFT's losses, rows, what each language learned, the merged files
+    assert done.stdout.count("\nok: ") == 1 + 1 + 3 + 1
