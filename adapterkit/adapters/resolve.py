@@ -2,7 +2,7 @@
 without data."""
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -84,6 +84,10 @@ class Resolver:
         """Why factors on a layer would not do as its weight does; None if they do."""
         raise NotImplementedError
 
+    def kind_of(self, module: nn.Module) -> str | None:
+        """The kind of layer that a module is; None for one that takes no factors."""
+        return kind_of(module)
+
     def is_quantized(self, module: nn.Module) -> bool:
         return False
 
@@ -131,7 +135,7 @@ class Resolver:
             head = tied.get(path) if leaf is None else None
             return Target(path, self.modules[path], kind, rank, alpha, config.rslora, leaf, head)
 
-        kinds = {path: kind_of(self.modules[path]) for path in paths}
+        kinds = {path: self.kind_of(self.modules[path]) for path in paths}
         targets = [target(path, kind) for path, kind in kinds.items() if kind]
         targets += [
             target(path, PARAMETER, leaf) for path, _, leaf in (n.rpartition(".") for n in leaves)
@@ -150,7 +154,8 @@ class Resolver:
         names = self.named(targets)
         names = self.in_layers(names, () if isinstance(targets, str) else targets)
         # an attention's factors are for both of its projections
-        attentions = {n for n in names if n in self.modules and self._kind(n) == "attention"}
+        kinds = {name: self.kind_of(self.modules[name]) for name in names if name in self.modules}
+        attentions = {name for name, kind in kinds.items() if kind == "attention"}
         names = [name for name in names if name.rpartition(".")[0] not in attentions]
         left = self.without_excluded(names)
         if targets and not left and not self.errors:
@@ -186,14 +191,11 @@ class Resolver:
     def _is_whole_linear(self, path: str) -> bool:
         """Whether a module is a linear layer and no container."""
         module = self.modules[path]
-        if self._kind(path) not in LINEAR:
+        if self.kind_of(module) not in LINEAR:
             return False
         if isinstance(module, nn.Linear):
             return self.is_quantized(module) or is_linear(module)
         return not any(f"{path}.{name}" in self.modules for name, _ in module.named_children())
-
-    def _kind(self, path: str) -> str | None:
-        return kind_of(self.modules[path])
 
     def _usual(self) -> Sequence[str] | str:
         """What is usual for the model's type."""
@@ -235,14 +237,14 @@ class Resolver:
     def unfit(self, path: str) -> Refused | None:
         """Why a module takes no factors; None if it does."""
         module = self.modules[path]
-        if kind_of(module) is not None:
+        if self.kind_of(module) is not None:
             return self.unread(path)
         hint = "exclude it from targets"
         leaves = [leaf for leaf, p in module.named_parameters(recurse=False) if p.dim() in (2, 3)]
         if leaves:
             name = f"{path.rpartition('.')[2]}.{leaves[0]}"
             hint = f"parameters={[name]!r} adapts the parameter itself"
-        elif any(kind_of(child) for child in module.modules()):
+        elif any(self.kind_of(child) for child in module.modules()):
             hint = "target the layers inside it"
         return Refused(
             f"target {shown(path)} is a {type(module).__name__}",
@@ -251,28 +253,9 @@ class Resolver:
             hint=hint,
         )
 
-    def unfit_settings(self, target: Target) -> Iterator[Refused]:
+    def unfit_settings(self, target: Target) -> Iterable[Refused]:
         """Settings that a target does not take."""
-        kind, module, config = target.kind, target.module, self.config
-
-        def unfit(setting: str, expected: str) -> Refused:
-            problem = f"{setting} on {shown(target.name)}, a {type(module).__name__}"
-            hint = "exclude the module, or remove the setting"
-            return Refused(problem, expected=expected, where=self.where, hint=hint)
-
-        if config.dora and kind == "attention":
-            yield unfit("dora", "a linear layer, an embedding or a convolution")
-        if target.tied is not None and (config.dora or kind != "linear"):
-            yield unfit("dora with tie" if config.dora else "tie", "a linear head without dora")
-        if config.invocation_tokens and kind not in LINEAR:
-            yield unfit("invocation_tokens", "linear layers")
-        if config.lora_bias and kind in ("embedding", "attention"):
-            yield unfit("lora_bias", "a linear layer or a convolution")
-        groups = getattr(module, "groups", 1) if kind == "conv" else 1
-        if target.rank % groups:
-            yield unfit(f"rank {target.rank}", f"a multiple of the {groups} groups")
-        if kind == "attention" and not getattr(module, "_qkv_same_embed_dim", True):
-            yield unfit("factors", "one width of queries, keys and values")
+        return ()
 
     # -- parameters and tied heads ---------------------------------------------------------------
 

@@ -36,13 +36,12 @@ from adapterkit.patterns import similar_names
 from adapterkit.planning.arrow import CONFIG, FORMAT, WEIGHTS
 from adapterkit.planning.inputs.sources import open_source
 from adapterkit.planning.outputs.folder_files import as_json
-from adapterkit.runtime.layers import KINDS
+from adapterkit.runtime.layers import kind_of
 from adapterkit.runtime.layers.routed import Experts, RoutedPart
 from adapterkit.runtime.load import writing
 from adapterkit.runtime.load.creation import home
 from adapterkit.runtime.state import Attached, State
 from adapterkit.verbs.arrow import arrow as write_arrow
-from adapterkit.weights.linear import kind_of
 
 SETTINGS = records.entries(  # of arrow.json
     {
@@ -474,7 +473,7 @@ def check_modules(state: State, modules: Mapping[str, Experts]) -> None:
             errors.add(problem, "a linear layer", hint, where=where)
         else:
             (_, rank, width), out = experts.a.shape, experts.b.shape[1]
-            (_, own_width), (own_out, _) = KINDS[kind].shapes(host, rank)
+            (_, own_width), (own_out, _) = kind.shapes(host, rank)
             if (out, width) != (own_out, own_width):
                 problem = f"{shown(path)} has the shape {(own_out, own_width)}"
                 errors.add(problem, f"{(out, width)}, as its experts", hint, where=where)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.kernels import mixed
-from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
 from adapterkit.runtime.layers.parameter import is_stack, takes_indices
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.site import Part, Site
@@ -472,9 +471,8 @@ class AdapterTerm:
 def share_of(site: Site, parts: Mapping[str, Part]) -> AdapterTerm | None:
     """The share of an adapter whose only part here is a linear layer's factors, else None."""
     part = parts.get("delta")
-    if len(parts) != 1 or type(part) not in (LinearPart, Conv1DPart):
+    if len(parts) != 1 or not isinstance(part, FactorsPart) or not part.mixes_rows:
         return None
-    assert isinstance(part, FactorsPart)
     if part.magnitude is None:
         a, b = part.joined()
         scale = part.stored_scale

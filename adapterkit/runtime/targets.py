@@ -16,6 +16,7 @@ from adapterkit.adapters.resolve import (
 )
 from adapterkit.adapters.targets import has_end, is_within
 from adapterkit.errors import Refused, listed, shown
+from adapterkit.runtime import layers
 from adapterkit.runtime.quantized import quantization_of
 from adapterkit.runtime.site import CHILD
 from adapterkit.weights.bypassed import (
@@ -28,6 +29,11 @@ from adapterkit.weights.bypassed import (
 from adapterkit.weights.linear import kind_of
 
 WHERE = Resolver.where
+SETTINGS = {  # that some kinds of layers do not take, with those that do
+    "dora": "a linear layer, an embedding or a convolution",
+    "invocation_tokens": "linear layers",
+    "lora_bias": "a linear layer or a convolution",
+}
 LISTS_OF_MODULES = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
@@ -37,6 +43,10 @@ class LiveResolver(Resolver):
 
     def unread(self, path: str) -> Refused | None:
         return unread(self.model, self.modules, path)
+
+    def kind_of(self, module: nn.Module) -> str | None:
+        part = layers.kind_of(module)
+        return None if part is None else part.kind
 
     def is_quantized(self, module: nn.Module) -> bool:
         return quantization_of(module) is not None
@@ -62,6 +72,25 @@ class LiveResolver(Resolver):
 
     def unfit(self, path: str) -> Refused | None:
         return super().unfit(path) or self._unfit_as_parameter(path)
+
+    def unfit_settings(self, target: Target) -> Iterator[Refused]:
+        part, config = layers.KINDS[target.kind], self.config
+        wrong = [
+            (setting, expected)
+            for setting, expected in SETTINGS.items()
+            if getattr(config, setting) and setting not in part.takes
+        ]
+        if target.tied is not None and (config.dora or "tie" not in part.takes):
+            wrong.append(("dora with tie" if config.dora else "tie", "a linear head without dora"))
+        if (unfit := part.unfit(target.module, target.rank)) is not None:
+            wrong.append(unfit)
+        for setting, expected in wrong:
+            yield Refused(
+                f"{setting} on {shown(target.name)}, a {type(target.module).__name__}",
+                expected=expected,
+                where=self.where,
+                hint="exclude the module, or remove the setting",
+            )
 
     def _is_taken(self, path: str) -> bool:
         return is_taken_for_experts(model_type(self.model), path)

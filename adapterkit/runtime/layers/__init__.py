@@ -1,40 +1,41 @@
-"""The kinds of layers that take factors, by name; each is one file."""
+"""The kinds of layers that take factors: each is a class of one file here, which says all that the
+runtime asks of its kind; see `FactorsPart`."""
+
+import importlib
+import pkgutil
+
+from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Refused
-from adapterkit.runtime.layers.attention import OUTPUT, AttentionOutputPart, AttentionPart
-from adapterkit.runtime.layers.conv import ConvPart
-from adapterkit.runtime.layers.embedding import EmbeddingPart
-from adapterkit.runtime.layers.invoked import InvokedConv1DPart, InvokedPart
-from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
+from adapterkit.runtime.layers.invoked import INVOKED
 from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.weights import linear
 
 KINDS: dict[str, type[FactorsPart]] = {
-    "linear": LinearPart,
-    "conv1d": Conv1DPart,
-    "embedding": EmbeddingPart,
-    "conv": ConvPart,
-    "attention": AttentionPart,
-    "attention_output": AttentionOutputPart,
+    part.kind: part
+    for module in pkgutil.iter_modules(__path__)
+    for part in vars(importlib.import_module(f"{__name__}.{module.name}")).values()
+    if isinstance(part, type) and issubclass(part, FactorsPart) and "kind" in vars(part)
 }
 
 
-def members(path: str, kind: str) -> list[tuple[str, str]]:
-    """The modules, with their kinds, that have factors where `path` is a target."""
-    if kind == "attention":
-        return [(path, kind), (f"{path}.{OUTPUT}", "attention_output")]
-    return [(path, kind)]
+def kind_of(host: nn.Module) -> type[FactorsPart] | None:
+    """The kind of layer that a module is, None for one that takes no factors."""
+    if (known := linear.kind_of(host)) is not None:
+        return KINDS[known]
+    return next((part for part in KINDS.values() if part.matches(host)), None)
 
 
-def part_class(kind: str, config: LoraConfig) -> type[FactorsPart]:
+def part_class(kind: type[FactorsPart], config: LoraConfig) -> type[FactorsPart]:
     """The class of an adapter's parts on layers of a kind; `Refused` where an aLoRA cannot act."""
     if not config.invocation_tokens:
-        return KINDS[kind]
-    if not issubclass(KINDS[kind], LinearPart):
+        return kind
+    if kind not in INVOKED:
         raise Refused(
-            f"an activated LoRA cannot act on {kind} layers",
+            f"an activated LoRA cannot act on {kind.kind} layers",
             expected="linear layers",
             where="targets",
             hint="exclude them from targets",
         )
-    return InvokedConv1DPart if kind == "conv1d" else InvokedPart
+    return INVOKED[kind]

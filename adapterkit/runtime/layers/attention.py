@@ -17,13 +17,22 @@ class AttentionPart(FactorsPart):
     The sum is taken in float32 or wider and rounded once. As in PEFT dropout, which acts on the
     input of factors, does nothing."""
 
-    role = "weight"
+    kind, role = "attention", "weight"
     parameter = "in_proj_weight"
     host_bias = "in_proj_bias"
 
     @classmethod
     def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, host.embed_dim), (3 * host.embed_dim, rank)
+
+    @classmethod
+    def members(cls, path: str) -> list[tuple[str, type[FactorsPart]]]:
+        return [(path, cls), (f"{path}.{OUTPUT}", AttentionOutputPart)]
+
+    @classmethod
+    def unfit(cls, host: Any, rank: int) -> tuple[str, str] | None:
+        is_one = host._qkv_same_embed_dim
+        return None if is_one else ("factors", "one width of queries, keys and values")
 
     def change(self, values: Values, weight: float) -> None:
         scale = self.scale * weight
@@ -46,9 +55,17 @@ class AttentionOutputPart(AttentionPart):
 
     PEFT adapts both projections, or neither, and adds this delta twice."""
 
-    role = f"weight:{OUTPUT}"
+    kind, role = "attention_output", f"weight:{OUTPUT}"
     parameter = f"{OUTPUT}.weight"
     host_bias = f"{OUTPUT}.bias"
+
+    @classmethod
+    def members(cls, path: str) -> list[tuple[str, type[FactorsPart]]]:
+        return [(path, cls)]
+
+    @classmethod
+    def unfit(cls, host: Any, rank: int) -> tuple[str, str] | None:
+        return None
 
     @classmethod
     def place(cls, path: str) -> str:

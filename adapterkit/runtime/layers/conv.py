@@ -20,7 +20,8 @@ class ConvPart(FactorsPart):
     (out, r / groups, 1, ...) has groups, and no weight of the host equals it.
     """
 
-    axis = 0
+    kind, axis = "conv", 0
+    takes = ("dora", "lora_bias")
 
     @classmethod
     def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -30,6 +31,11 @@ class ConvPart(FactorsPart):
             (rank, host.in_channels, *kernel),
             (host.out_channels, rank // host.groups, *points),
         )
+
+    @classmethod
+    def unfit(cls, host: Any, rank: int) -> tuple[str, str] | None:
+        expected = f"a multiple of the {host.groups} groups"
+        return (f"rank {rank}", expected) if rank % host.groups else None
 
     def product(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         host: Any = self.host

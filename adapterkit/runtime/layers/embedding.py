@@ -17,7 +17,8 @@ class EmbeddingPart(FactorsPart):
     place, and files have no copy of the host's weight: rows that were added to it are the base's,
     and are trained and saved with modules_to_save or trainable_tokens."""
 
-    stored_as, axis = "embedding", 1
+    kind, stored_as, axis = "embedding", "embedding", 1
+    takes = ("dora",)
 
     @classmethod
     def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -6,12 +6,14 @@ from torch import Tensor
 from adapterkit.errors import Refused
 from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
 from adapterkit.runtime.parts.alora import Invocations
+from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.site import Site
 
 
 class InvokedPart(LinearPart):
     """Factors that act on the last tokens of each row, as many as the invocation says."""
 
+    mixes_rows = False
     invocations: Invocations
 
     def forward(self, y: Tensor, weight: float, x: Tensor) -> Tensor:
@@ -49,3 +51,9 @@ class InvokedPart(LinearPart):
 
 class InvokedConv1DPart(InvokedPart, Conv1DPart):
     """The same on GPT-2's Conv1D."""
+
+
+INVOKED: dict[type[FactorsPart], type[InvokedPart]] = {
+    LinearPart: InvokedPart,
+    Conv1DPart: InvokedConv1DPart,
+}

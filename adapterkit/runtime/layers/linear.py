@@ -15,7 +15,9 @@ from adapterkit.weights.linear import is_conv1d
 class LinearPart(FactorsPart):
     """a (r, in), b (out, r); delta (out, in)."""
 
-    axis = 0
+    kind, axis = "linear", 0
+    takes = ("dora", "lora_bias", "invocation_tokens", "tie")
+    is_matrix = mixes_rows = True
 
     @classmethod
     def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -64,7 +66,8 @@ class LinearPart(FactorsPart):
 class Conv1DPart(LinearPart):
     """GPT-2's Conv1D stores its weight as (in, out); delta is (b·a)ᵀ."""
 
-    axis = 1
+    kind, axis = "conv1d", 1
+    takes = ("dora", "lora_bias", "invocation_tokens")
 
     @classmethod
     def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

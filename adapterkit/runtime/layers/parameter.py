@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapterkit.adapters.keys import part_keys
 from adapterkit.adapters.record import Adapter, Lora
-from adapterkit.adapters.resolve import Target, model_type
+from adapterkit.adapters.resolve import PARAMETER, Target, model_type
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.inits.protocol import DrawnInit, Initialization
 from adapterkit.kernels.lazy_sum import LowRankSum, Term, summed
@@ -37,7 +37,7 @@ class ParameterPart(FactorsPart):
     parameter, and factors keep their dtype.
     """
 
-    rank_axes = (-2, -1)
+    kind, rank_axes = PARAMETER, (-2, -1)
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ class TiedHeadPart(LinearPart):
     It has no parameters of its own, so both stay one while they are trained, in any dtype (PEFT's
     become two where it casts bf16 and fp16 to float32), and merging adds the delta once to each."""
 
+    mixes_rows = False
     _source: tuple[EmbeddingPart]
 
     def __init__(self, source: EmbeddingPart, dropout: float):

@@ -11,7 +11,7 @@ from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.resolve import Target
 from adapterkit.errors import Problems, Refused, listed
 from adapterkit.inits.protocol import Initialization
-from adapterkit.runtime.layers import KINDS, members, part_class
+from adapterkit.runtime.layers import KINDS, part_class
 from adapterkit.runtime.layers.parameter import new_parameter_part
 from adapterkit.runtime.layers.tied import share
 from adapterkit.runtime.load.initial_values import (
@@ -102,9 +102,11 @@ def _factors(
     parts: list[tuple[str, Part]] = []
     further = Counter(target.path for target in targets)  # parameters of a module, after this one
     places = [
-        (target, *member) for target in targets for member in members(target.path, target.kind)
+        (target, *member)
+        for target in targets
+        for member in KINDS[target.kind].members(target.path)
     ]
-    for target, path, kind_name in places:
+    for target, path, kind in places:
         host = state.modules[path]
         if target.leaf is not None:
             further[path] -= 1
@@ -112,7 +114,7 @@ def _factors(
             part = new_parameter_part(name, target, method, generator, place, further[path])
             parts.append((path, part))
             continue
-        kind = part_class(kind_name, config)
+        kind = part_class(kind, config)
         a, b = start(method, target, kind, host, generator, statistics.of(path))
         where = home(host)
         part = kind(

@@ -44,7 +44,7 @@ def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:
     options = {"niter": int(niter)} if niter else config.init_options
     method = created_init(name, dict(options))
     if method.needs:
-        others = [target.path for target in targets if target.kind not in ("linear", "conv1d")]
+        others = [target.path for target in targets if not KINDS[target.kind].is_matrix]
         if others:
             errors.add(
                 f"init {name} on {', '.join(map(shown, others[:6]))}",

@@ -25,8 +25,7 @@ from adapterkit.patterns import similar_names
 from adapterkit.planning.inputs.input_identity import header_hashes, identities
 from adapterkit.planning.inputs.sources import initial_of, open_adapter
 from adapterkit.registry import members
-from adapterkit.runtime.layers import KINDS, part_class
-from adapterkit.runtime.layers.linear import LinearPart
+from adapterkit.runtime.layers import kind_of, part_class
 from adapterkit.runtime.layers.parameter import ParameterFactors, split_parameters
 from adapterkit.runtime.layers.tied import share, shared_heads
 from adapterkit.runtime.load.creation import home
@@ -37,7 +36,6 @@ from adapterkit.runtime.replication import replicate, replicating
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import Attached, State
 from adapterkit.runtime.targets import unread
-from adapterkit.weights.linear import kind_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class StoredAdapter:
 
     adapter: Adapter
     config: LoraConfig
-    factors: tuple[tuple[str, str, Lora, float], ...]  # path, kind, factors, scale
+    factors: tuple[tuple[str, type[FactorsPart], Lora, float], ...]  # path, kind, factors, scale
     parameters: tuple[ParameterFactors, ...]
     values: StoredValues
 
@@ -102,7 +100,7 @@ def _join(state: State, folder: Folder, *, beside: bool = False) -> StoredAdapte
     if not beside:
         replicate(state, config.layer_replication, adapter.where)
     errors = Problems()
-    factors: list[tuple[str, str, Lora, float]] = []
+    factors: list[tuple[str, type[FactorsPart], Lora, float]] = []
     loras, parameters = split_parameters(adapter, state.model, state.modules, errors)
     hosts: dict[int, str] = {}
     for lora in loras:
@@ -225,7 +223,7 @@ def _pad(parts: Sequence[tuple[str, FactorsPart]], rank: int) -> None:
 
 
 def _shape_errors(
-    adapter: Adapter, lora: Lora, host: nn.Module, kind: str
+    adapter: Adapter, lora: Lora, host: nn.Module, kind: type[FactorsPart]
 ) -> list[AdapterkitError]:
     """Why factors do not fit a module: their names and shapes."""
 
@@ -233,9 +231,9 @@ def _shape_errors(
         hint = "the adapter was trained on another model"
         return [Refused(problem, expected=expected, where=adapter.label, hint=hint)]
 
-    if lora.kind != KINDS[kind].stored_as:
+    if lora.kind != kind.stored_as:
         return wrong(f"{shown(lora.a.key)} for a {type(host).__name__}", "the keys of such a layer")
-    shapes = KINDS[kind].shapes(host, lora.a.shape[0])
+    shapes = kind.shapes(host, lora.a.shape[0])
     if (lora.a.shape, lora.b.shape) != shapes:
         problem = f"factors of {shown(lora.module)} with shapes {lora.a.shape}, {lora.b.shape}"
         return wrong(problem, f"{shapes[0]}, {shapes[1]} for this model")
@@ -246,9 +244,9 @@ def _shape_errors(
 
 
 def _magnitude_errors(
-    adapter: Adapter, lora: Lora, host: nn.Module, kind: str
+    adapter: Adapter, lora: Lora, host: nn.Module, kind: type[FactorsPart]
 ) -> Iterator[AdapterkitError]:
-    problem = dora.problem(host, KINDS[kind].axis)
+    problem = dora.problem(host, kind.axis)
     if problem is not None:
         yield Refused(
             f"magnitudes of {shown(lora.module)}: {problem}",
@@ -280,7 +278,7 @@ def subtract_initial(state: State, stored: StoredAdapter, parts: list[tuple[str,
     if (
         not isinstance(method, ComputedInit)
         or method.needs != ("weight",)
-        or not all(isinstance(part, LinearPart) for _, part in parts)
+        or not all(isinstance(part, FactorsPart) and part.is_matrix for _, part in parts)
     ):
         raise Refused(
             f"init_lora_weights {shown(init)}: the factors are relative to a changed base",
@@ -289,7 +287,7 @@ def subtract_initial(state: State, stored: StoredAdapter, parts: list[tuple[str,
             hint="adapterkit rebase it first, with the adapter as it was before training",
         )
     for path, part in parts:
-        assert isinstance(part, LinearPart)
+        assert isinstance(part, FactorsPart)
         a, b = method.factors(part.matrix(state.modules[path]), part.rank, part.scale)
         part.initial_a, part.initial_b = a.to(part.a), b.to(part.b)
 

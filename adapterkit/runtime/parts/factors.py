@@ -17,13 +17,18 @@ class FactorsPart(Part):
     """y + weight·scale·b(a(dropout(x))) of one adapter on one module.
 
     a (r, in) and b (out, r) as in the file, float32 unless the caller says otherwise. Subclasses
-    say what b·a means for their layer. `initial`: factors that the base lacks (PiSSA and the like):
-    their product is subtracted, so the base itself never changes. `magnitude`: DoRA, see `dora`;
-    with a weight w it gives y + w·(DoRA's output - y).
+    say what b·a means for their layer, and those with a `kind` all that the runtime asks of it.
+    `initial`: factors that the base lacks (PiSSA and the like): their product is subtracted, so the
+    base itself never changes. `magnitude`: DoRA, see `dora`; with a weight w it gives
+    y + w·(DoRA's output - y).
     """
 
+    kind: ClassVar[str]  # how targets call it
+    takes: ClassVar[tuple[str, ...]] = ()  # settings of a LoraConfig that some layers do not take
+    is_matrix: ClassVar[bool] = False  # of vectors: inits decompose it, and statistics are of x
+    mixes_rows: ClassVar[bool] = False  # whether all rows of a mixed batch have one product
     stored_as: ClassVar[str] = "module"  # the layout of its keys
-    axis: ClassVar[int | None] = None  # of the outputs in the host's weight; None: no DoRA
+    axis: ClassVar[int | None] = None  # of the outputs in the host's weight, where it takes dora
     parameter: ClassVar[str] = "weight"  # of the host, to which it adds
     host_bias: ClassVar[str] = "bias"
     rank_axes: ClassVar[tuple[int, int]] = (0, 1)  # of a and b
@@ -80,6 +85,21 @@ class FactorsPart(Part):
     @property
     def rank(self) -> int:
         return self.a.shape[self.rank_axes[0]] if self.padded is None else self.padded[0]
+
+    @classmethod
+    def matches(cls, host: nn.Module) -> bool:
+        """Whether a module is of this kind, where `weights.linear` knows none for it."""
+        return False
+
+    @classmethod
+    def members(cls, path: str) -> "list[tuple[str, type[FactorsPart]]]":
+        """The modules, with their kinds, that have factors where `path` is a target."""
+        return [(path, cls)]
+
+    @classmethod
+    def unfit(cls, host: Any, rank: int) -> tuple[str, str] | None:
+        """What a host does not take, and what is expected; None for nothing."""
+        return None
 
     @classmethod
     def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -15,6 +15,7 @@ from adapterkit.adapters.resolve import Target
 from adapterkit.checkpoint.disk import storage_errors
 from adapterkit.errors import Failed, Problems, Refused, did_you_mean, listed
 from adapterkit.options import StrPath
+from adapterkit.runtime.layers import KINDS
 from adapterkit.runtime.load.writing import check_local, replace, writes
 from adapterkit.runtime.targets import resolve
 from adapterkit.statistics.data.masks import Masks, Rule
@@ -23,7 +24,6 @@ from adapterkit.statistics.sums import COMPONENTS, Sums
 from adapterkit.tasks.statistics import INPUT_KINDS, INPUTS, METADATA, key_of
 from adapterkit.tasks.statistics import KINDS as ALL_KINDS
 
-KINDS = ("linear", "conv1d")  # layers whose inputs are vectors
 GRADIENT = "gradient"
 WHAT = (*INPUTS, GRADIENT)
 COMPAT = {"peft": ("covariance", GRADIENT)}  # what has another arithmetic there
@@ -141,7 +141,7 @@ def _targets(
     model: nn.Module, targets: str | Sequence[str] | None, gradients: bool
 ) -> list[Target]:
     chosen = resolve(model, LoraConfig(targets="all-linear" if targets is None else targets))
-    others = [target.path for target in chosen if target.kind not in KINDS]
+    others = [target.path for target in chosen if not KINDS[target.kind].is_matrix]
     fixed = [t.path for t in chosen if gradients and t.path not in others and not _is_plain(t)]
     errors = Problems()
     if others or not chosen:
