@@ -39,7 +39,7 @@ from adapterkit.planning.outputs.folder_files import as_json
 from adapterkit.runtime.layers import kind_of
 from adapterkit.runtime.layers.routed import Experts, RoutedPart
 from adapterkit.runtime.load import writing
-from adapterkit.runtime.load.creation import home
+from adapterkit.runtime.load.placing import home
 from adapterkit.runtime.state import Attached, State
 from adapterkit.verbs.arrow import arrow as write_arrow
 
@@ -151,9 +151,7 @@ def place(state: State, stored: StoredRouter, name: str) -> ArrowRouter:
         dtype=stored.dtype,
     )
     parts = {path: part_at(state, router, path, own) for path, own in stored.modules.items()}
-    for path, part in parts.items():
-        state.add(router, path, part)
-    state.adapters[name] = router
+    state.put(router, parts.items())
     return router
 
 

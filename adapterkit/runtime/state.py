@@ -160,6 +160,12 @@ class State:
         site.add(part)
         adapter.sites[site.path] = site
 
+    def put(self, adapter: Attached, parts: Iterable[tuple[str, Part]]) -> None:
+        """Add an adapter with its parts; it does not act yet."""
+        for path, part in parts:
+            self.add(adapter, path, part)
+        self.adapters[adapter.name] = adapter
+
     def remove(self, name: str) -> None:
         """Take an adapter off all its modules; sites without parts go."""
         adapter = self.adapters.pop(name)

@@ -8,7 +8,7 @@ from torch import Tensor
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.options import StrPath
 from adapterkit.runtime.layers.invoked import InvokedPart
-from adapterkit.runtime.load.reading import join, read_parts, subtract_initial, take_base
+from adapterkit.runtime.load.reading import read, take_base
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.replication import replicating
 from adapterkit.runtime.site import Part
@@ -27,9 +27,7 @@ def swap(state: State, name: str, source: StrPath) -> None:
     state.own_weights("swap")
     adapter = state.adapters[name]
     with replicating(state):
-        stored = join(state, source)
-        parts = read_parts(state, stored, name, None)
-        subtract_initial(state, stored, parts)
+        stored, parts = read(state, source, name, None)
     new: Parts = {
         (id(state.modules[part.place(path)]), part.role): (path, part) for path, part in parts
     }

@@ -12,7 +12,7 @@ from torch import nn
 from adapterkit import LoraConfig
 from adapterkit.errors import Refused
 from adapterkit.runtime import attach, load
-from adapterkit.runtime.load.creation import home
+from adapterkit.runtime.load.placing import home
 from tests.support.live import llama, on_meta, peft_of, tokens
 
 CONFIG = LoraConfig(4, 8, ["q_proj", "v_proj", "down_proj"], init=False)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from adapterkit.adapters.keys import part_keys
 from adapterkit.adapters.record import Adapter, Lora
-from adapterkit.adapters.resolve import PARAMETER, Target, model_type
+from adapterkit.adapters.resolve import PARAMETER, model_type
 from adapterkit.errors import Problems, Refused, shown
-from adapterkit.inits.protocol import DrawnInit, Initialization
 from adapterkit.kernels.lazy_sum import LowRankSum, Term, summed
 from adapterkit.planning.adapters.sites import JoinedSite, flips_square_experts, sites_of
 from adapterkit.runtime.parts.factors import FactorsPart
@@ -130,35 +129,6 @@ def _multiplies(host: nn.Module) -> bool:
     return implementation in PLAIN_EXPERTS
 
 
-def new_parameter_part(
-    adapter: str,
-    target: Target,
-    method: Initialization,
-    generator: torch.Generator,
-    place: tuple[torch.device, torch.dtype | None],
-    depth: int,
-) -> ParameterPart:
-    """Initial factors of a parameter; of a stack those of a linear layer for each expert."""
-    leaf, host = target.leaf, target.module
-    assert leaf is not None and isinstance(method, DrawnInit)
-    parameter, transposed = host._parameters[leaf], is_transposed(host, leaf)
-    assert parameter is not None
-    out, columns = parameter.shape[-2:]
-    if transposed:
-        out, columns = columns, out
-    shapes = (target.rank, columns), (out, target.rank)
-    count = len(parameter) if parameter.ndim == 3 else 1
-    pairs = [method.draw(*shapes, generator) for _ in range(count)]
-    if parameter.ndim == 3:
-        a, b = torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
-    else:
-        a, b = pairs[0]
-    a, b = a.to(*place), b.to(*place)
-    part = ParameterPart(adapter, a, b, target.scale, leaf=leaf, transposed=transposed, depth=depth)
-    part.fix(*method.fixed)
-    return part
-
-
 def is_transposed(host: nn.Module, leaf: str) -> bool:
     """Whether the matrices of a parameter are (in, out): of a stack the module's class says it."""
     parameter = host._parameters[leaf]
@@ -187,24 +157,15 @@ class ParameterFactors:
     depth: int
     flip: bool  # to exchange in and out: PEFT up to 0.18 had them so
 
-    def part(
-        self,
-        adapter: str,
-        host: nn.Module,
-        a: Tensor,  # (r, in), of experts (E * r, in)
-        b: Tensor,  # (out, r), of experts (out, r * E)
-    ) -> ParameterPart:
-        parameter, transposed = host._parameters[self.leaf], is_transposed(host, self.leaf)
+    def factors(self, host: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """a and b as the part has them; of experts a (E * r, in) and b (out, r * E) in the file."""
+        parameter = host._parameters[self.leaf]
         assert parameter is not None
         if parameter.ndim == 3:
             experts = len(parameter)
             a = a.unflatten(0, (experts, -1))
             b = b.unflatten(1, (-1, experts)).permute(2, 0, 1).contiguous()
-        if self.flip:
-            a, b = b.mT.contiguous(), a.mT.contiguous()
-        return ParameterPart(
-            adapter, a, b, self.scale, leaf=self.leaf, transposed=transposed, depth=self.depth
-        )
+        return (b.mT.contiguous(), a.mT.contiguous()) if self.flip else (a, b)
 
 
 def split_parameters(

@@ -1,32 +1,37 @@
-"""New adapters on a live model."""
+"""New adapters on a live model: what they start as, by the records of `adapterkit.inits`."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.resolve import Target
-from adapterkit.errors import Problems, Refused, listed
-from adapterkit.inits.protocol import Initialization
-from adapterkit.runtime.layers import KINDS, part_class
-from adapterkit.runtime.layers.parameter import new_parameter_part
-from adapterkit.runtime.layers.tied import share
-from adapterkit.runtime.load.initial_values import (
-    ModuleStatistics,
-    method_of,
-    redistributed,
-    start,
-    statistics_for,
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import Problems, Refused, Unrecoverable, listed, shown
+from adapterkit.inits import created_init
+from adapterkit.inits.eva import distribute
+from adapterkit.inits.protocol import (
+    ComputedInit,
+    DrawnInit,
+    Initialization,
+    RedistributingInit,
 )
+from adapterkit.registry import members
+from adapterkit.runtime.layers import KINDS
+from adapterkit.runtime.layers.parameter import ParameterPart, is_transposed
+from adapterkit.runtime.layers.tied import TiedHeadPart
+from adapterkit.runtime.load.placing import AdapterValues, LayerFactors, place
 from adapterkit.runtime.parts import dora
-from adapterkit.runtime.parts.copies import biases, copies, mirrors, parameter_of, value_parts
-from adapterkit.runtime.parts.tokens import own_rows, token_parts
+from adapterkit.runtime.parts.copies import biases, parameter_of
+from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.parts.tokens import own_rows
 from adapterkit.runtime.quantized import stored
 from adapterkit.runtime.replication import replicate, replicating
-from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import Attached, State
 from adapterkit.runtime.targets import (
     input_embedding,
@@ -35,7 +40,191 @@ from adapterkit.runtime.targets import (
     resolve_saved,
     resolve_tokens,
 )
-from adapterkit.statistics.reader import Stats
+from adapterkit.statistics.reader import StatisticsReader, Stats, open_statistics
+from adapterkit.tasks.statistics import select_statistics, shape_of
+
+
+def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:
+    """The record of a config's init; `Refused` for one that cannot start these adapters."""
+    name = "random" if config.init is False else str(config.init)
+    name, _, niter = name.partition("_niter_")  # PEFT's pissa_niter_4
+    errors = Problems(where="LoraConfig")
+    if name not in members("inits"):
+        raise Refused(
+            f"init {shown(name)}",
+            expected=", ".join(members("inits")),
+            where="LoraConfig",
+            hint="start it from the files with adapterkit init or loftq, then load it",
+        )
+    options = {"niter": int(niter)} if niter else config.init_options
+    method = created_init(name, dict(options))
+    if method.needs:
+        others = [target.path for target in targets if not KINDS[target.kind].is_matrix]
+        if others:
+            errors.add(
+                f"init {name} on {', '.join(map(shown, others[:6]))}",
+                "linear layers (PEFT starts other layers in another way, silently)",
+                "exclude them from targets, or give another init",
+            )
+    if method.changes_base and config.invocation_tokens:
+        errors.add(
+            f"init {name} of an activated LoRA",
+            "an init that leaves the base as it is before the invocation",
+            "give another init",
+        )
+    errors.raise_all()
+    return method
+
+
+@dataclass(frozen=True)
+class ModuleStatistics:
+    """The statistics that an init needs, module by module."""
+
+    source: StatisticsReader | None
+    specs: Mapping[str, Mapping[str, TensorSpec]]  # module -> kind -> where it is
+
+    def of(self, module: str, kinds: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The statistics of a module by kind, all or some, float32 on the CPU."""
+        if self.source is None:
+            return {}
+        return {
+            kind: self.source.tensor(spec)
+            for kind, spec in self.specs[module].items()
+            if kinds is None or kind in kinds
+        }
+
+
+@contextmanager
+def statistics_for(
+    method: Initialization, targets: Sequence[Target], stats: Stats | None
+) -> Iterator[ModuleStatistics]:
+    """The statistics that an init needs of its targets; `Refused` with all that are missing."""
+    kinds = [kind for kind in method.needs if kind != "weight"]
+    if bool(kinds) != (stats is not None):
+        what = "covariance" if not kinds else "pca" if "components" in kinds else kinds[0]
+        raise Refused(
+            f"init {method.name} {'without' if kinds else 'with'} statistics",
+            expected=f"stats= with {', '.join(kinds)} of each target" if kinds else "no stats=",
+            where="attach",
+            hint=f'stats=collect(model, run_model, what="{what}")' if kinds else "remove stats=",
+        )
+    if stats is None:
+        yield ModuleStatistics(None, {})
+        return
+    with open_statistics(stats) as source:
+        specs: dict[str, dict[str, TensorSpec]] = {target.path: {} for target in targets}
+        for kind in kinds:
+            shapes = {}
+            for target in targets:
+                (_, width), (out, _) = KINDS[target.kind].shapes(target.module, target.rank)
+                shapes[target.path] = shape_of(kind, out, width)
+            for path, spec in select_statistics(source.statistics, kind, shapes).items():
+                specs[path][kind] = spec
+        yield ModuleStatistics(source, specs)
+
+
+def redistributed(
+    method: Initialization,
+    config: LoraConfig,
+    targets: Sequence[Target],
+    statistics: ModuleStatistics,
+) -> tuple[LoraConfig, Sequence[Target]]:
+    """The targets with the ranks that the statistics give them, without those of rank 0, and the
+    config that names these; `Refused` with all of which there are not enough components."""
+    if not isinstance(method, RedistributingInit):
+        return config, targets
+    spectra = [statistics.of(target.path, ("variances", "variance")) for target in targets]
+    # modules that see the same inputs have as many candidates
+    groups = [tuple(spectrum["variances"].tolist()) for spectrum in spectra]
+    widths = [KINDS[t.kind].shapes(t.module, t.rank)[0][1] for t in targets]
+    most = method.candidates(zip(groups, (t.rank for t in targets), widths, strict=True))
+    Problems(
+        [
+            method.too_few(target.path, target.rank, len(group), most[group], "stats")
+            for target, group in zip(targets, groups, strict=True)
+            if len(group) < most[group]
+        ]
+    ).raise_all()
+    ratios = [
+        method.ratios(most[group], **spectrum)
+        for group, spectrum in zip(groups, spectra, strict=True)
+    ]
+    ranks = distribute(ratios, sum(target.rank for target in targets))
+    left = [
+        replace(target, rank=rank, alpha=method.new_alpha(target.alpha, target.rank, rank))
+        for target, rank in zip(targets, ranks, strict=True)
+        if rank
+    ]
+    names = replace(
+        config, targets=[target.path for target in left], exclude=None, layers=None,
+        layers_pattern=None, rank_pattern={}, alpha_pattern={},
+    )  # fmt: skip
+    return names, left
+
+
+@torch.no_grad()
+def start(
+    method: Initialization,
+    target: Target,
+    kind: type[FactorsPart],
+    host: Any,
+    generator: Generator,
+    statistics: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """a and b of a new adapter on a module, float32."""
+    if isinstance(method, DrawnInit):
+        shapes = kind.shapes(host, target.rank)
+        return method.start(*shapes, generator, kind.stored_as == "embedding")
+    assert isinstance(method, ComputedInit)
+    weight = _matrix(method, target, kind, host)
+    where = "cpu" if weight.is_meta else weight.device
+    statistics = {key: value.to(where) for key, value in statistics.items()}
+    try:
+        return method.start(weight, target.rank, target.scale, statistics, generator)
+    except ValueError as error:
+        raise Unrecoverable(
+            f"statistics of {shown(target.path)}: {error}",
+            expected=f"what init {method.name} takes",
+            where="stats",
+            hint="collect them on texts that reach this module, in float32",
+        ) from error
+
+
+def _matrix(method: ComputedInit, target: Target, kind: type[FactorsPart], host: Any) -> Tensor:
+    """The weight (out, in); without values where the method needs none."""
+    if "weight" not in method.needs:
+        (_, width), (out, _) = kind.shapes(host, target.rank)
+        return torch.empty(out, width, device="meta")
+    matrix = kind.matrix(host)
+    each = method.triplets_per_rank
+    if matrix.is_meta or target.rank * each > min(matrix.shape):
+        raise Refused(
+            f"rank {target.rank} for {shown(target.path)} of shape {tuple(matrix.shape)}"
+            + (" on the meta device" if matrix.is_meta else ""),
+            expected="a weight with values, and a rank of at most "
+            + ("its smaller side" if each == 1 else f"1/{each} of its smaller side"),
+            where=f"init {method.name}",
+            hint="load the base first" if matrix.is_meta else "give a smaller rank",
+        )
+    return matrix
+
+
+def start_parameter(
+    method: Initialization, target: Target, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """a and b of a parameter, float32; of a stack those of a linear layer for each expert."""
+    leaf, host = target.leaf, target.module
+    assert leaf is not None and isinstance(method, DrawnInit)
+    parameter = host._parameters[leaf]
+    assert parameter is not None
+    out, columns = parameter.shape[-2:]
+    if is_transposed(host, leaf):
+        out, columns = columns, out
+    shapes = (target.rank, columns), (out, target.rank)
+    if parameter.ndim == 2:
+        return method.draw(*shapes, generator)
+    pairs = [method.draw(*shapes, generator) for _ in parameter]
+    return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
 
 
 def attach(
@@ -54,86 +243,65 @@ def attach(
     config = LoraConfig.of(config)
     with replicating(state):
         replicate(state, config.layer_replication, "LoraConfig: layer_replication")
-        config, parts = _new_parts(state, config, name, seed, dtype, ephemeral_gpu_offload, stats)
+        targets: Sequence[Target] = resolve(state.model, config)
+        if config.dora:
+            _check_dora(state, targets)
+        method = method_of(config, targets)
+        generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
+        with statistics_for(method, targets, stats) as statistics:
+            config, targets = redistributed(method, config, targets, statistics)
+            factors = _new_factors(state, config, targets, method, statistics, generator)
+            heads = {target.path: target.tied for target in targets if target.tied is not None}
+            values = _other_values(state, config, [target.path for target in targets])
+            values = replace(values, factors=factors, heads=heads)
+            offload = ephemeral_gpu_offload
+            parts = place(state, name, config, values, dtype, ephemeral_gpu_offload=offload)
+        for path, part in parts:
+            if isinstance(part, FactorsPart) and not isinstance(part, TiedHeadPart):
+                part.fix(*method.fixed)
+                if config.dora:
+                    part.decompose(state.modules[path], dtype)
     adapter = Attached(name, config, trainable=True, base=state.base_name)
     adapter.base_fingerprint = state.base_fingerprint
     adapter.strict = strict
-    for path, part in parts:
-        state.add(adapter, path, part)
-    state.adapters[name] = adapter
+    state.put(adapter, parts)
 
 
-def _new_parts(
+def _new_factors(
     state: State,
     config: LoraConfig,
-    name: str,
-    seed: int | None,
-    dtype: torch.dtype | None,
-    ephemeral_gpu_offload: bool,
-    stats: Stats | None,
-) -> tuple[LoraConfig, list[tuple[str, Part]]]:
-    targets: Sequence[Target] = resolve(state.model, config)
-    if config.dora:
-        _check_dora(state, targets)
-    method = method_of(config, targets)
-    with statistics_for(method, targets, stats) as statistics:
-        config, targets = redistributed(method, config, targets, statistics)
-        parts = _factors(
-            state, config, name, targets, method, statistics, seed, dtype, ephemeral_gpu_offload
-        )
-    heads = {target.path: target.tied for target in targets if target.tied is not None}
-    parts = share(parts, heads, config.dropout)
-    paths = [target.path for target in targets]
-    return config, parts + new_values(state, config, name, paths, dtype)
-
-
-def _factors(
-    state: State,
-    config: LoraConfig,
-    name: str,
     targets: Sequence[Target],
     method: Initialization,
     statistics: ModuleStatistics,
-    seed: int | None,
-    dtype: torch.dtype | None,
-    ephemeral_gpu_offload: bool,
-) -> list[tuple[str, Part]]:
-    generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
-    parts: list[tuple[str, Part]] = []
+    generator: torch.Generator,
+) -> Iterator[LayerFactors]:
     further = Counter(target.path for target in targets)  # parameters of a module, after this one
-    places = [
-        (target, *member)
-        for target in targets
-        for member in KINDS[target.kind].members(target.path)
-    ]
-    for target, path, kind in places:
-        host = state.modules[path]
+    for target in targets:
         if target.leaf is not None:
-            further[path] -= 1
-            place = home(host), dtype
-            part = new_parameter_part(name, target, method, generator, place, further[path])
-            parts.append((path, part))
+            further[target.path] -= 1
+            a, b = start_parameter(method, target, generator)
+            yield LayerFactors(
+                path=target.path,
+                kind=ParameterPart,
+                a=a,
+                b=b,
+                scale=target.scale,
+                leaf=target.leaf,
+                depth=further[target.path],
+            )
             continue
-        kind = part_class(kind, config)
-        a, b = start(method, target, kind, host, generator, statistics.of(path))
-        where = home(host)
-        part = kind(
-            name,
-            a.to(where, dtype),
-            b.to(where, dtype),
-            target.scale,
-            dropout=config.dropout,
-            bias=torch.zeros(b.shape[0], device=where) if config.lora_bias else None,
-            initial=(a.clone().to(where, dtype), b.clone().to(where, dtype))
-            if method.changes_base
-            else None,
-            ephemeral_gpu_offload=ephemeral_gpu_offload,
-        )
-        part.fix(*method.fixed)
-        if config.dora:
-            part.decompose(host, dtype)
-        parts.append((path, part))
-    return parts
+        for path, kind in KINDS[target.kind].members(target.path):
+            host = state.modules[path]
+            a, b = start(method, target, kind, host, generator, statistics.of(path))
+            yield LayerFactors(
+                path=path,
+                kind=kind,
+                a=a,
+                b=b,
+                scale=target.scale,
+                bias=torch.zeros(b.shape[0]) if config.lora_bias else None,
+                base_lacks=method.changes_base,
+            )
 
 
 def _check_dora(state: State, targets: Sequence[Target]) -> None:
@@ -159,34 +327,15 @@ def _check_dora(state: State, targets: Sequence[Target]) -> None:
     ).raise_all()
 
 
-def home(host: nn.Module) -> torch.device:
-    """Where a host's factors live: beside its weight; where it runs if accelerate offloads it; on
-    the CPU while it is on meta."""
-    tensor: Tensor | None = next(host.parameters(), None)
-    if tensor is None:
-        tensor = next(host.buffers(), None)
-    if tensor is not None and not tensor.is_meta:
-        return tensor.device
-    hook = vars(host).get("_hf_hook")
-    devices = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", [hook])]
-    return torch.device(next((device for device in devices if device is not None), "cpu"))
-
-
-def new_values(
-    state: State,
-    config: LoraConfig,
-    adapter: str,
-    targets: Sequence[str],  # modules that get factors
-    dtype: torch.dtype | None,  # of biases and rows; None: the base's
-) -> list[tuple[str, Part]]:
-    """The parts that a config asks for besides factors; `Refused` for values that the base, on the
-    meta device, has not yet."""
+def _other_values(state: State, config: LoraConfig, targets: Sequence[str]) -> AdapterValues:
+    """What a config asks for besides the factors of its targets: copies of modules, biases and rows
+    of tokens, which start as the base's. `Refused` for values that the base, on the meta device,
+    has not yet."""
     saved = resolve_saved(state.model, config)
-    modules, embedding = own_modules(state.model), None
+    modules = own_modules(state.model)
     rows = resolve_tokens(state.model, config)
     if rows:
-        embedding = input_embedding(state.model, modules)
-        rows = own_rows(modules, rows, embedding, config.tie)
+        rows = own_rows(modules, rows, input_embedding(state.model, modules), config.tie)
     names = []
     if config.bias != "none":
         names = biases(state.modules, None if config.bias == "all" else targets)
@@ -203,18 +352,13 @@ def new_values(
             where="attach",
             hint="load the base's weights first",
         )
-
-    def start(tensor: Tensor | None) -> Tensor:
-        assert tensor is not None
-        return tensor.detach().to(dtype, copy=True)
-
-    parts: list[tuple[str, Part]] = [*copies(state.modules, saved, adapter, config.tie)]
-    parts += mirrors(state.modules, parts)
-    starts = {name: start(value) for name, value in values.items()}
-    parts += value_parts(state.modules, adapter, starts, trained=True, copied=saved)
-    first = {
-        path: (indices, start(weight[list(indices)]))
-        for path, indices in rows.items()
-        if (weight := weights[path]) is not None
-    }
-    return parts + token_parts(state.model, modules, adapter, first, embedding)
+    return AdapterValues(
+        factors=(),
+        copies={path: {} for path in saved},
+        biases={name: own.detach().clone() for name, own in values.items() if own is not None},
+        rows={
+            path: (indices, own.detach()[list(indices)])
+            for path, indices in rows.items()
+            if (own := weights[path]) is not None
+        },
+    )

@@ -1,8 +1,8 @@
 """Adapters from disk onto a live model."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,10 @@ from adapterkit.patterns import similar_names
 from adapterkit.planning.inputs.input_identity import header_hashes, identities
 from adapterkit.planning.inputs.sources import initial_of, open_adapter
 from adapterkit.registry import members
-from adapterkit.runtime.layers import kind_of, part_class
-from adapterkit.runtime.layers.parameter import ParameterFactors, split_parameters
-from adapterkit.runtime.layers.tied import share, shared_heads
-from adapterkit.runtime.load.creation import home
-from adapterkit.runtime.load.stored_values import StoredValues, join_values, read_values
+from adapterkit.runtime.layers import kind_of
+from adapterkit.runtime.layers.parameter import ParameterFactors, ParameterPart, split_parameters
+from adapterkit.runtime.load.placing import LayerFactors, place
+from adapterkit.runtime.load.stored_values import StoredValues, join_values
 from adapterkit.runtime.parts import dora
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.replication import replicate, replicating
@@ -62,18 +61,30 @@ def load(
 ) -> None:
     """Add an adapter from disk; `Refused` with all that does not fit, before anything changes."""
     state.unused(name)
+    offload = ephemeral_gpu_offload
     with replicating(state):
-        stored = join(state, source)
-        parts = read_parts(state, stored, name, dtype, ephemeral_gpu_offload=ephemeral_gpu_offload)
-        subtract_initial(state, stored, parts)
+        stored, parts = read(state, source, name, dtype, ephemeral_gpu_offload=offload)
         if pad_rank is not None:
             _pad([(path, part) for path, part in parts if isinstance(part, FactorsPart)], pad_rank)
     adapter = Attached(name, stored.config, trainable)
     take_base(state, adapter, stored.adapter)
     adapter.strict = strict
-    for path, part in parts:
-        state.add(adapter, path, part)
-    state.adapters[name] = adapter
+    state.put(adapter, parts)
+
+
+def read(
+    state: State,
+    source: StrPath,
+    name: str,
+    dtype: torch.dtype | None,
+    *,
+    ephemeral_gpu_offload: bool = False,
+) -> tuple[StoredAdapter, list[tuple[str, Part]]]:
+    """A stored adapter, and its parts for the base as it is."""
+    stored = join(state, source)
+    parts = read_parts(state, stored, name, dtype, ephemeral_gpu_offload=ephemeral_gpu_offload)
+    subtract_initial(state, stored, parts)
+    return stored, parts
 
 
 def take_base(state: State, adapter: Attached, stored: Adapter) -> None:
@@ -142,46 +153,45 @@ def read_parts(
     *,
     ephemeral_gpu_offload: bool = False,
 ) -> list[tuple[str, Part]]:
-    """The parts of an adapter with their values."""
-    adapter = stored.adapter
-    folders = (adapter.folder,)
-    parts: list[tuple[str, Part]] = []
+    """The parts of an adapter with their values; without `dtype` at least float32."""
+    adapter, config = stored.adapter, stored.config
+    folders, offload = (adapter.folder,), ephemeral_gpu_offload
     with Sources(folders, identities(folders, header_hashes({0: adapter}))) as sources:
-        reader = LocalReader(sources, torch.device("cpu"), dtype=None)
+        read = LocalReader(sources, torch.device("cpu"), dtype=None).tensor
 
-        def read(spec: TensorSpec | None, where: torch.device) -> Tensor | None:
-            if spec is None:
-                return None
-            tensor = reader.tensor(spec)
-            return tensor.to(where, dtype or torch.promote_types(tensor.dtype, torch.float32))
+        def read_wide(spec: TensorSpec) -> Tensor:
+            tensor = read(spec)
+            return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
-        for path, kind, lora, scale in stored.factors:
-            where = home(state.modules[path])
-            a, b = read(lora.a, where), read(lora.b, where)
-            assert a is not None and b is not None
-            part = part_class(kind, stored.config)(
-                name,
-                a,
-                b,
-                scale,
-                dropout=stored.config.dropout,
-                bias=read(lora.bias, where),
-                magnitude=read(lora.magnitude, where),
-                ephemeral_gpu_offload=ephemeral_gpu_offload,
-            )
-            parts.append((path, part))
-        if stored.config.tie:
-            parts = share(parts, shared_heads(parts, state.modules), stored.config.dropout)
-        for stored_parameter in stored.parameters:
-            path = stored_parameter.lora.module
-            host = state.modules[path]
-            where = home(host)
-            a, b = read(stored_parameter.lora.a, where), read(stored_parameter.lora.b, where)
-            assert a is not None and b is not None
-            parts.append((path, stored_parameter.part(name, host, a, b)))
-        Problems(list(_ignored(state, adapter, parts))).raise_all()
-        parts += read_values(state, stored.values, name, stored.config, reader.tensor, dtype)
+        values = replace(
+            stored.values.read(state, read, read if dtype else read_wide),
+            factors=_read_factors(state, stored, read if dtype else read_wide),
+        )
+        parts = place(state, name, config, values, dtype, ephemeral_gpu_offload=offload)
+    Problems(list(_ignored(state, adapter, parts))).raise_all()
     return parts
+
+
+def _read_factors(
+    state: State, stored: StoredAdapter, read: Callable[[TensorSpec], Tensor]
+) -> Iterator[LayerFactors]:
+    for path, kind, lora, scale in stored.factors:
+        yield LayerFactors(
+            path=path,
+            kind=kind,
+            a=read(lora.a),
+            b=read(lora.b),
+            scale=scale,
+            bias=None if lora.bias is None else read(lora.bias),
+            magnitude=None if lora.magnitude is None else read(lora.magnitude),
+        )
+    for own in stored.parameters:
+        path = own.lora.module
+        a, b = own.factors(state.modules[path], read(own.lora.a), read(own.lora.b))
+        depth = own.depth
+        yield LayerFactors(
+            path=path, kind=ParameterPart, a=a, b=b, scale=own.scale, leaf=own.leaf, depth=depth
+        )
 
 
 def _ignored(

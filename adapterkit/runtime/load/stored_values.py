@@ -15,9 +15,8 @@ from adapterkit.adapters.targets import has_end
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.patterns import similar_names
-from adapterkit.runtime.parts.copies import copies, mirrors, outermost, parameter_of, value_parts
-from adapterkit.runtime.parts.tokens import token_parts
-from adapterkit.runtime.site import Part, owner
+from adapterkit.runtime.load.placing import AdapterValues
+from adapterkit.runtime.parts.copies import outermost, parameter_of
 from adapterkit.runtime.state import State
 from adapterkit.runtime.targets import own_modules, unread
 
@@ -32,6 +31,27 @@ class StoredValues:
     biases: dict[str, TensorSpec] = field(default_factory=dict)  # by parameter
     weights: dict[str, TensorSpec] = field(default_factory=dict)  # by parameter; not trained
     rows: tuple[Tokens, ...] = ()
+
+    def read(
+        self,
+        state: State,
+        read: Callable[[TensorSpec], Tensor],
+        read_trained: Callable[[TensorSpec], Tensor],  # biases and rows
+    ) -> AdapterValues:
+        """These values; copies and weights have the base's dtypes."""
+        weights = {
+            name: read(spec).to(_own(state, name).dtype) for name, spec in self.weights.items()
+        }
+        return AdapterValues(
+            factors=(),
+            copies={
+                path: {name: read(spec) for name, spec in specs.items()}
+                for path, specs in self.copies.items()
+            },
+            biases={name: read_trained(spec) for name, spec in self.biases.items()},
+            weights=_different(state, weights),
+            rows={one.module: (one.indices, read_trained(one.values)) for one in self.rows},
+        )
 
 
 def join_values(
@@ -168,49 +188,6 @@ def _wrong_shape(
     )
 
 
-def read_values(
-    state: State,
-    stored: StoredValues,
-    adapter: str,
-    config: LoraConfig,
-    read: Callable[[TensorSpec], Tensor],
-    dtype: torch.dtype | None,
-) -> list[tuple[str, Part]]:
-    """The parts of an adapter that are no factors, with their values.
-
-    Biases and rows in `dtype`, without it at least float32; copies and weights as the base's."""
-
-    def at_home(spec: TensorSpec, own: Tensor) -> Tensor:
-        tensor = read(spec)
-        where = torch.device("cpu") if own.is_meta else own.device
-        return tensor.to(where, dtype or torch.promote_types(tensor.dtype, torch.float32))
-
-    parts: list[tuple[str, Part]] = []
-    for path, part in copies(state.modules, stored.copies, adapter, config.tie):
-        for name, spec in stored.copies[path].items():
-            _fill(part.module, name, read(spec))
-        parts.append((path, part))
-    parts += mirrors(state.modules, parts)
-    biases = {name: at_home(spec, _own(state, name)) for name, spec in stored.biases.items()}
-    parts += value_parts(state.modules, adapter, biases, trained=True, copied=stored.copies)
-    weights = {
-        name: read(spec).to(_own(state, name).dtype) for name, spec in stored.weights.items()
-    }
-    parts += value_parts(
-        state.modules, adapter, _different(state, weights), trained=False, copied=stored.copies
-    )
-    modules = own_modules(state.model)
-    rows = {
-        tokens.module: (
-            tokens.indices,
-            at_home(tokens.values, _own(state, f"{tokens.module}.weight")),
-        )
-        for tokens in stored.rows
-    }
-    parts += token_parts(state.model, modules, adapter, rows, input_embedding(state.model, modules))
-    return parts
-
-
 def _own(state: State, name: str) -> nn.Parameter:
     parameter = parameter_of(state.modules, name)
     assert parameter is not None
@@ -225,16 +202,3 @@ def _different(state: State, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
         if own.is_meta or not torch.equal(value := value.to(own.device), own):
             different[name] = value
     return different
-
-
-@torch.no_grad()
-def _fill(module: nn.Module, name: str, value: Tensor) -> None:
-    """Set a parameter or buffer of a copy, in its dtype; a new one where it is on meta."""
-    inner, leaf = owner(module, name)
-    own = getattr(inner, leaf)
-    if not own.is_meta:
-        own.copy_(value)
-    elif isinstance(own, nn.Parameter):
-        inner._parameters[leaf] = nn.Parameter(value.to(own.dtype), requires_grad=False)
-    else:
-        inner._buffers[leaf] = value.to(own.dtype)
