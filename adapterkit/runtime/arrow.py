@@ -466,7 +466,7 @@ def check_modules(state: State, modules: Mapping[str, Experts]) -> None:
                 similar_names(path, list(state.modules)) or hint,
                 where=where,
             )
-        elif kind not in ("linear", "conv1d"):
+        elif kind is None or not kind.is_matrix:
             problem = f"{shown(path)} is a {type(host).__name__}"
             errors.add(problem, "a linear layer", hint, where=where)
         else:
