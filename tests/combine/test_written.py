@@ -213,8 +213,12 @@ def test_subtract(trained, tmp_path):
     )
 
 
-@each
-@pytest.mark.parametrize("alpha", ["rank", "keep"])
+@pytest.mark.parametrize(
+    ("trained", "alpha"),
+    [(kind, "rank") for kind in KINDS]
+    + [(kind, "keep") for kind in ("plain", "bias of b", "dora", "transposed", "experts")],
+    indirect=["trained"],
+)
 def test_resize(alpha, trained, tmp_path):
     if alpha == "keep" and trained.config.get("lora_bias"):
         with pytest.raises(AdapterkitError, match="--alpha keep with lora_bias"):

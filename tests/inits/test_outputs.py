@@ -43,7 +43,7 @@ def test_interrupted_anywhere_and_resumed(residual, base, tmp_path):
     expected = files(tmp_path / "whole")
     assert not any("handoff" in name for name in expected)
     resumed = 0
-    for when in range(len(calls)):
+    for when in range(0, len(calls), 1 if residual == "write" else 3):
         seen: list[int] = []
 
         def progress(done: int, when: int = when, seen: list[int] = seen) -> None:

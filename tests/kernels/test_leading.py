@@ -1,10 +1,12 @@
 """Leading triplets of weights against LAPACK's in float64: values to the tolerance for every kind
 of spectrum, on every path."""
 
+import functools
 import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from adapterkit.kernels.lowrank import leading
 from adapterkit.kernels.lowrank.leading import leading_triplets
@@ -25,6 +27,13 @@ SPECTRA = {
 }
 
 
+@functools.cache
+def example(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The matrix and all of its singular values."""
+    w = SPECTRA[name]().to(dtype)
+    return w, torch.linalg.svdvals(w.double())
+
+
 @pytest.fixture
 def iterated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The iteration at any size and never another method; how often it took inexact products."""
@@ -42,8 +51,7 @@ def iterated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_values_are_within_the_tolerance(
     name: str, rank: int, dtype: torch.dtype, iterated: list[int]
 ) -> None:
-    w = SPECTRA[name]().to(dtype)
-    exact = torch.linalg.svdvals(w.double())
+    w, exact = example(name, dtype)
     actual = leading_triplets(w, rank)
     check(w, actual, rank, 1e-3, exact, values=1e-5)
 

@@ -98,8 +98,7 @@ def routed_by_the_rule(model, folder: Path, weight: float = 1.0):
 # -- equal to PEFT, and to the rule ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("general", [0, 2])
-@pytest.mark.parametrize("top_k, temperature", [(2, 1.0), (1, 1.0), (4, 0.3)])
+@pytest.mark.parametrize("general, top_k, temperature", [(0, 2, 1.0), (2, 1, 1.0), (2, 4, 0.3)])
 def test_outputs_equal_pefts(general, top_k, temperature, experts):
     tasks, others = experts[:4], experts[4 : 4 + general]
     settings = {"top_k": top_k, "rng_seed": 3, "router_temperature": temperature}

@@ -330,7 +330,7 @@ def test_combine(kind):
     close(base(TOKENS).logits, want)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_swap_within_padded_ranks(kind, tmp_path):
     """Compiled code goes on as it is."""
     base = tiny(kind, "grouped_mm")

@@ -30,6 +30,13 @@ def _resnet() -> nn.Module:
     return transformers.ResNetForImageClassification(config).eval()
 
 
+def _videomae() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "patch_size": 4, "num_frames": 4, "hidden_size": 16}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig(**sizes)).eval()
+
+
 def _experts(kind: str, count: int) -> Kind:
     """Stacks of experts, and linear layers beside them; PEFT passes DeepSeek's shared ones by."""
     targets = rf"(?!.*shared_experts).*({'|'.join(experts.parameters_of(kind))}|q_proj)"
@@ -46,7 +53,7 @@ KINDS = {
         architectures.BUILDS["wav2vec2"], r".*(layers\.\d\.conv|q_proj)", 4, linear=False
     ),
     "conv2d": Kind(_resnet, "convolution", 9, linear=False),  # kernels of 7, 3 and 1
-    "conv3d": Kind(lambda: tiny.model("videomae"), "projection", 1, linear=False),
+    "conv3d": Kind(_videomae, "projection", 1, linear=False),
     "subclass": Kind(lambda: tiny.model("falcon"), "query_key_value,dense", 4),
     "fused": Kind(lambda: tiny.model("phi3"), "qkv_proj,gate_up_proj", 4),
     "stored-fused": Kind(lambda: tiny.model("nomic_bert"), ".*[qk]_proj", 4),

@@ -110,7 +110,8 @@ def _join(state: State, folder: Folder, *, beside: bool = False) -> StoredAdapte
     config = LoraConfig.from_peft(adapter.config, adapter.where)
     if not beside:
         replicate(state, config.layer_replication, adapter.where)
-    errors = Problems()
+    hint = "the adapter was trained on another model"
+    errors = Problems(where=adapter.label, hint=hint)
     factors: list[tuple[str, type[FactorsPart], Lora, float]] = []
     loras, parameters = split_parameters(adapter, state.model, state.modules, errors)
     hosts: dict[int, str] = {}
@@ -118,16 +119,14 @@ def _join(state: State, folder: Folder, *, beside: bool = False) -> StoredAdapte
         host = state.modules.get(lora.module)
         kind = None if host is None else kind_of(host)
         if host is None or kind is None:
-            errors.append(_no_module(state, adapter, lora, host))
+            _add_no_module(state, lora, host, errors)
             continue
         leaf = "weight" if adapter.leaves(lora.module, ["weight"]) else None
         rank, scale = rank_and_scale(adapter, lora, leaf)
         if lora.a.shape[0] != rank:
             errors.append(rank_mismatch(adapter, lora, lora.a.shape[0], rank))
             continue
-        wrong = _shape_errors(adapter, lora, host, kind)
-        if wrong:
-            errors += wrong
+        if not _fits(lora, host, kind, errors):
             continue
         other = hosts.setdefault(id(host), lora.module)
         if other != lora.module:
@@ -135,10 +134,9 @@ def _join(state: State, folder: Folder, *, beside: bool = False) -> StoredAdapte
                 f"factors of {shown(other)} and {shown(lora.module)}: the same module",
                 "factors by one of the names",
                 "remove those by the other name",
-                where=adapter.label,
             )
         if lora.magnitude is not None:
-            errors += _magnitude_errors(adapter, lora, host, kind)
+            _check_magnitude(lora, host, kind, errors)
         factors.append((lora.module, kind, lora, scale))
     values = join_values(state, adapter, config, errors)
     errors.raise_all()
@@ -232,46 +230,43 @@ def _pad(parts: Sequence[tuple[str, FactorsPart]], rank: int) -> None:
         part.pad(rank)
 
 
-def _shape_errors(
-    adapter: Adapter, lora: Lora, host: nn.Module, kind: type[FactorsPart]
-) -> list[AdapterkitError]:
-    """Why factors do not fit a module: their names and shapes."""
-
-    def wrong(problem: str, expected: str) -> list[AdapterkitError]:
-        hint = "the adapter was trained on another model"
-        return [Refused(problem, expected=expected, where=adapter.label, hint=hint)]
-
-    if lora.kind != kind.stored_as:
-        return wrong(f"{shown(lora.a.key)} for a {type(host).__name__}", "the keys of such a layer")
+def _fits(lora: Lora, host: nn.Module, kind: type[FactorsPart], errors: Problems) -> bool:
+    """Whether factors have the names and shapes of those of a module; if not errors say why."""
     shapes = kind.shapes(host, lora.a.shape[0])
-    if (lora.a.shape, lora.b.shape) != shapes:
+    if lora.kind != kind.stored_as:
+        problem = f"{shown(lora.a.key)} for a {type(host).__name__}"
+        errors.add(problem, "the keys of such a layer")
+    elif (lora.a.shape, lora.b.shape) != shapes:
         problem = f"factors of {shown(lora.module)} with shapes {lora.a.shape}, {lora.b.shape}"
-        return wrong(problem, f"{shapes[0]}, {shapes[1]} for this model")
-    if lora.bias is not None and lora.bias.shape != lora.b.shape[:1]:
+        errors.add(problem, f"{shapes[0]}, {shapes[1]} for this model")
+    elif lora.bias is not None and lora.bias.shape != lora.b.shape[:1]:
         problem = f"{shown(lora.bias.key)} with shape {lora.bias.shape}"
-        return wrong(problem, f"{lora.b.shape[:1]}, one value for each output")
-    return []
+        errors.add(problem, f"{lora.b.shape[:1]}, one value for each output")
+    else:
+        return True
+    return False
 
 
-def _magnitude_errors(
-    adapter: Adapter, lora: Lora, host: nn.Module, kind: type[FactorsPart]
-) -> Iterator[AdapterkitError]:
-    problem = dora.problem(host, kind.axis)
-    if problem is not None:
-        yield Refused(
-            f"magnitudes of {shown(lora.module)}: {problem}",
-            expected="a layer that takes magnitudes",
-            where=adapter.label,
-            hint="the adapter was trained on another model",
-        )
+def _check_magnitude(
+    lora: Lora, host: nn.Module, kind: type[FactorsPart], errors: Problems
+) -> None:
+    name = shown(lora.module)
+    if (problem := dora.problem(host, kind.axis)) is not None:
+        errors.add(f"magnitudes of {name}: {problem}", "a layer that takes magnitudes")
     expected = dora.magnitude_shape(lora.b.shape)
     if lora.magnitude is not None and lora.magnitude.shape != expected:
-        yield Refused(
-            f"magnitudes of {shown(lora.module)} with shape {lora.magnitude.shape}",
-            expected=f"{expected}",
-            where=adapter.label,
-            hint="save the adapter again",
-        )
+        problem = f"magnitudes of {name} with shape {lora.magnitude.shape}"
+        errors.add(problem, f"{expected}", "save the adapter again")
+
+
+def _add_no_module(state: State, lora: Lora, host: object, errors: Problems) -> None:
+    name = shown(lora.module)
+    if host is None:
+        hint = similar_names(lora.module, list(state.modules))
+        errors.add(f"factors of {name}, which the model has not", "modules of the model", hint)
+    else:
+        problem = f"factors of {name}, a {type(host).__name__}"
+        errors.add(problem, "a layer that takes factors")
 
 
 def subtract_initial(state: State, stored: StoredAdapter, parts: list[tuple[str, Part]]) -> None:
@@ -322,20 +317,3 @@ def _subtract_stored(
         other = others[key]
         part.initial_a = other.a.detach().to(part.a)
         part.initial_b = (other.b.detach() * (other.scale / part.scale)).to(part.b)
-
-
-def _no_module(state: State, adapter: Adapter, lora: Lora, host: object) -> Refused:
-    if host is None:
-        return Refused(
-            f"factors of {shown(lora.module)}, which the model has not",
-            expected="modules of the model",
-            where=adapter.label,
-            hint=similar_names(lora.module, list(state.modules))
-            or "the adapter was trained on another model",
-        )
-    return Refused(
-        f"factors of {shown(lora.module)}, a {type(host).__name__}",
-        expected="a layer that takes factors",
-        where=adapter.label,
-        hint="the adapter was trained on another model",
-    )

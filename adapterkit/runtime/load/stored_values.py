@@ -1,7 +1,7 @@
 """What an adapter's file holds besides factors, joined with a live model: copies of modules,
 trained biases, weights of the base that it was trained on, rows of tokens."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,14 +13,13 @@ from adapterkit.adapters.record import Adapter, Tokens
 from adapterkit.adapters.resolve import input_embedding, tied_modules
 from adapterkit.adapters.targets import has_end
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import Problems, Refused, shown
+from adapterkit.errors import Problems, shown
 from adapterkit.patterns import similar_names
 from adapterkit.runtime.load.placing import AdapterValues
 from adapterkit.runtime.parts.copies import outermost, parameter_of
 from adapterkit.runtime.state import State
-from adapterkit.runtime.targets import own_modules, unread
-
-OTHER_MODEL = "the adapter was trained on another model"
+from adapterkit.runtime.targets import own_modules
+from adapterkit.runtime.targets import unread as why_unread
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,10 @@ def join_values(
     stored = StoredValues(rows=adapter.tokens)
     tied = _tied_together(state, config)
     # PEFT's config names the embedding alone
-    entries = [*adapter.saved, *(tied if any(map(adapter.saves, map(_weight, tied))) else ())]
+    entries = [
+        *adapter.saved,
+        *(tied if any(adapter.saves(f"{path}.weight") for path in tied) else ()),
+    ]
     for name, spec in adapter.replaced.items():
         path = outermost(name, entries)
         if path is not None:
@@ -71,22 +73,17 @@ def join_values(
         else:
             stored.weights[name] = spec
     for path, specs in stored.copies.items():
-        errors += _copy_errors(state, adapter, path, specs)
+        _check_copy(state, path, specs, errors)
     for name, spec in {**stored.biases, **stored.weights}.items():
-        errors += _value_errors(state, adapter, name, spec)
+        _check_value(state, name, spec, errors)
     for tokens in stored.rows:
-        errors += _row_errors(state, adapter, tokens)
+        _check_rows(state, tokens, errors)
     heads = TASK_HEADS.get(config.task_type or "", ())
-    errors += [
-        Refused(
-            f"no values of {shown(path)}, the head of a {config.task_type} model",
-            expected="its trained values",
-            where=adapter.label,
-            hint="save the adapter again, with the head in modules_to_save",
-        )
-        for path in own_modules(state.model)
-        if any(has_end(path, head) for head in heads) and path not in stored.copies
-    ]
+    for path in own_modules(state.model):
+        if any(has_end(path, head) for head in heads) and path not in stored.copies:
+            problem = f"no values of {shown(path)}, the head of a {config.task_type} model"
+            hint = "save the adapter again, with the head in modules_to_save"
+            errors.add(problem, "its trained values", hint)
     return stored
 
 
@@ -97,95 +94,70 @@ def _tied_together(state: State, config: LoraConfig) -> list[str]:
     return [] if embedding is None else [embedding, *tied_modules(modules, embedding)]
 
 
-def _weight(path: str) -> str:
-    return f"{path}.weight"
-
-
-def _copy_errors(
-    state: State, adapter: Adapter, path: str, specs: Mapping[str, TensorSpec]
-) -> Iterator[Refused]:
+def _check_copy(state: State, path: str, specs: Mapping[str, TensorSpec], errors: Problems) -> None:
     if path not in state.modules:
-        yield _unknown(state, adapter, path)
+        _add_unknown(state, path, errors)
         return
     own = state.modules[path].state_dict()
+    expected = f"the values of the model's {shown(path)}"
     for problem, names in (
         ("no values of", own.keys() - specs.keys()),
         ("values of", specs.keys() - own.keys()),
     ):
         if names:
             listed = ", ".join(shown(f"{path}.{name}") for name in sorted(names))
-            yield Refused(
-                f"{problem} {listed}",
-                expected=f"the values of the model's {shown(path)}",
-                where=adapter.label,
-                hint=OTHER_MODEL,
-            )
+            errors.add(f"{problem} {listed}", expected)
     for name in own.keys() & specs.keys():
         if tuple(own[name].shape) != specs[name].shape:
-            yield _wrong_shape(state, adapter, f"{path}.{name}", specs[name], own[name])
+            _add_wrong_shape(state, f"{path}.{name}", specs[name], own[name], errors)
 
 
-def _value_errors(state: State, adapter: Adapter, name: str, spec: TensorSpec) -> Iterator[Refused]:
+def _check_value(state: State, name: str, spec: TensorSpec, errors: Problems) -> None:
     own = parameter_of(state.modules, name)
     if own is None:
-        yield _unknown(state, adapter, name)
+        _add_unknown(state, name, errors)
     elif tuple(own.shape) != spec.shape:
-        yield _wrong_shape(state, adapter, name, spec, own)
+        _add_wrong_shape(state, name, spec, own, errors)
 
 
-def _row_errors(state: State, adapter: Adapter, tokens: Tokens) -> Iterator[Refused]:
+def _check_rows(state: State, tokens: Tokens, errors: Problems) -> None:
     name = f"{tokens.module}.weight"
     own = parameter_of(state.modules, name)
     if own is None:
-        yield _unknown(state, adapter, tokens.module)
+        _add_unknown(state, tokens.module, errors)
         return
-    if problem := unread(state.model, state.modules, tokens.module):
-        yield Refused(
-            f"trained rows that do nothing: {problem.problem}",
-            expected=problem.expected,
-            where=adapter.label,
-            hint="take them out of the file",
-        )
+    if unread := why_unread(state.model, state.modules, tokens.module):
+        problem = f"trained rows that do nothing: {unread.problem}"
+        errors.add(problem, unread.expected, "take them out of the file")
     outside = [index for index in tokens.indices if index >= len(own)]
     if outside:
-        yield Refused(
-            f"trained rows {outside} of {shown(name)}, which has {len(own)}",
-            expected="rows that the model has",
-            where=adapter.label,
-            hint=f"model.resize_token_embeddings({max(outside) + 1}) or more first, as in training",
-        )
+        problem = f"trained rows {outside} of {shown(name)}, which has {len(own)}"
+        call = f"model.resize_token_embeddings({max(outside) + 1})"
+        errors.add(problem, "rows that the model has", f"{call} or more first, as in training")
     if tokens.values.shape[1:] != own.shape[1:]:
-        yield _wrong_shape(state, adapter, tokens.values.key, tokens.values, own)
+        _add_wrong_shape(state, tokens.values.key, tokens.values, own, errors)
 
 
-def _unknown(state: State, adapter: Adapter, name: str) -> Refused:
-    hint = similar_names(name, list(state.modules)) or OTHER_MODEL
+def _add_unknown(state: State, name: str, errors: Problems) -> None:
+    hint = similar_names(name, list(state.modules))
     if any(has_end(name, head) for heads in TASK_HEADS.values() for head in heads):
         hint = "load the model in the class with this head"
-    return Refused(
-        f"values of {shown(name)}, which the model has not",
-        expected="modules of the model",
-        where=adapter.label,
-        hint=hint,
-    )
+    problem = f"values of {shown(name)}, which the model has not"
+    errors.add(problem, "modules of the model", hint)
 
 
-def _wrong_shape(
-    state: State, adapter: Adapter, name: str, spec: TensorSpec, own: Tensor
-) -> Refused:
-    hint = OTHER_MODEL
+def _add_wrong_shape(
+    state: State, name: str, spec: TensorSpec, own: Tensor, errors: Problems
+) -> None:
+    hint = ""
     ask = getattr(state.model, "get_input_embeddings", None)
     if ask is not None and spec.shape[1:] == own.shape[1:]:
         # nn.Module types its attributes as Tensor or Module
         embeddings = [ask(), state.model.get_output_embeddings()]  # type: ignore[operator]
         if any(getattr(module, "weight", None) is own for module in embeddings):
             hint = f"model.resize_token_embeddings({spec.shape[0]}) first, as in training"
-    return Refused(
-        f"{shown(name)} with shape {spec.shape}",
-        expected=f"{tuple(own.shape)}, as the model has it",
-        where=adapter.label,
-        hint=hint,
-    )
+    expected = f"{tuple(own.shape)}, as the model has it"
+    errors.add(f"{shown(name)} with shape {spec.shape}", expected, hint)
 
 
 def _own(state: State, name: str) -> nn.Parameter:

@@ -212,7 +212,17 @@ def test_the_command(saved, tmp_path):
     adapterkit.verify(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", architectures.BUILDS)
+# with layers as others have them
+ALIKE = ("clip", "blip2", "sam", "falcon_mamba", "qwen3_moe", "jina")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE))
+        for name in architectures.BUILDS
+    ],
+)
 def test_a_full_fine_tune_answers_as_it_does_itself(name, cached_folder, tmp_path):
     """Every parameter has changed, bare ones beside modules too: at full rank PEFT's model and the
     merged one give the fine-tune's answers."""
