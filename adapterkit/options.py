@@ -1,6 +1,6 @@
 """Options of verbs: what values each takes and what it says of itself, told once.
 
-An `OptionCheck` reads a value from outside: values whose meaning is plain become what the verb
+Checks of options read a value from outside: values whose meaning is plain become what the verb
 expects ("4" and 4.0 are 4, "5GB" is 5000000000), all others are `Refused`. `option` and `argument`
 declare a field of a verb's record with its check and its help; the Python signature, the command
 and its completion, plan files, pipelines and docs/api.md are made of these fields.
@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transform
 
 from adapterkit import dtypes
-from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, shown
+from adapterkit.errors import AdapterkitError, Problems
 from adapterkit.patterns import matcher
+from adapterkit.records import Check, inside, unfit
 
 T = TypeVar("T")
 Kind = TypeVar("Kind", bound="OptionRecord")
@@ -42,37 +43,15 @@ class Progress(Protocol):
 
 
 @dataclass(frozen=True)
-class OptionCheck:
-    """What values an option takes: `read(name, value)` gives the verb's, `Refused` for others.
-
-    `kind` and `words` are for the command line, plan files and pipelines: how a text is read there
-    (text, flag, integer, number, targets, settings; file; source, sources: what is an input), and
-    the words that there are. `several`: a list.
-    """
-
-    read: Callable[[str, Any], Any]
-    kind: str = "text"
-    words: Sequence[str] | Callable[[], Iterable[str]] = ()  # a function: known on use alone
-    several: bool = False
-
-    def __call__(self, name: str, value: Any) -> Any:
-        return self.read(name, value)
-
-    @property
-    def is_source(self) -> bool:
-        return self.kind in ("source", "sources")
-
-
-@dataclass(frozen=True)
 class Option:
     """What a field of a verb's record says of itself.
 
     An option without `help` is Python's alone. `flags`: as the command spells it, where that is not
     its name; `metavar`: what its help has for the value; `needs`: an option, or OPTION=VALUE, that
-    has to be given with it; `excludes`: options that may not.
+    has to be given with it; `excludes`: those that may not, as far as the verb has them.
     """
 
-    check: OptionCheck
+    check: Check
     help: str = ""
     metavar: str | None = None
     flags: tuple[str, ...] = ()
@@ -80,9 +59,7 @@ class Option:
     excludes: tuple[str, ...] = ()
 
 
-def option(
-    *, default: Any = dataclasses.MISSING, check: OptionCheck, help: str = "", **more: Any
-) -> Any:
+def option(*, default: Any = dataclasses.MISSING, check: Check, help: str = "", **more: Any) -> Any:
     """A field of a verb's record that is given by name; required without `default`."""
     return dataclasses.field(default=default, metadata={"option": Option(check, help, **more)})
 
@@ -90,7 +67,7 @@ def option(
 def argument(
     *,
     default: Any = dataclasses.MISSING,
-    check: OptionCheck,
+    check: Check,
     kw_only: Literal[False] = False,
     **more: Any,
 ) -> Any:
@@ -121,6 +98,8 @@ class OptionRecord:
     the checks make of them. `Refused` with all that are invalid, or do not go together."""
 
     name: ClassVar[str]
+    one_needed: ClassVar[tuple[str, ...]] = ()  # options of which exactly one is to be given
+    needs: ClassVar[Mapping[str, str]] = {}  # as of `Option`, of options that several verbs have
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # each is one, by `record`
 
     def __post_init__(self) -> None:
@@ -129,39 +108,52 @@ class OptionRecord:
             value = getattr(self, field.name)
             if value is field.default:
                 continue
-            try:
-                object.__setattr__(self, field.name, option_of(field).check(field.name, value))
-            except AdapterkitError as error:
-                errors.append(error)
+            with errors.collected():
+                value = checked(field.name, option_of(field).check, value)
+                object.__setattr__(self, field.name, value)
         Problems(errors or self._conflicts()).raise_all()
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *vars(self).values()))
 
     def only(self, kind: type[Kind]) -> Kind:
         """The options of another record that this one has too."""
         names = [field.name for field in dataclasses.fields(kind)]
         return kind(**{name: getattr(self, name) for name in names})
 
+    def _is_given(self, text: str) -> bool:
+        """Whether an option is given, or in OPTION=VALUE has that value."""
+        name, _, value = text.partition("=")
+        default, own = type(self).__dataclass_fields__[name].default, getattr(self, name)
+        return str(own) == value if value else own != default
+
     def _conflicts(self) -> list[AdapterkitError]:
         """Refusals of options that are given without what they need, or with what they exclude."""
         errors = Problems(where="options")
-        fields = {field.name: field for field in dataclasses.fields(self)}
-        is_given = lambda name: getattr(self, name) != fields[name].default
-        for name, one in ((name, option_of(field)) for name, field in fields.items()):
-            if not is_given(name):
-                continue
-            other, _, value = one.needs.partition("=")
-            if other and (getattr(self, other) != value if value else not is_given(other)):
-                needed = f"{flag_of(other)} {value}" if value else flag_of(other)
-                errors.add(
-                    f"{flag_of(name)} is given without {needed}",
-                    f"{flag_of(name)} with {needed} alone",
-                    f"remove {flag_of(name)}, or give {needed}",
-                )
-            for other in filter(is_given, one.excludes):
-                errors.add(
-                    f"{flag_of(name)} and {flag_of(other)} are given",
-                    "one of them",
-                    f"remove {flag_of(name)}, or {flag_of(other)}",
-                )
+        given = [flag_of(name) for name in filter(self._is_given, self.one_needed)]
+        if self.one_needed and len(given) != 1:
+            *most, last = map(flag_of, self.one_needed)
+            errors.add(
+                f"{' and '.join(given)} exclude each other" if given else "the rank is not chosen",
+                f"one of {', '.join(most)} or {last}",
+                "choose one of them",
+            )
+        fields = {field.name: option_of(field) for field in dataclasses.fields(self)}
+        for name in filter(self._is_given, fields):
+            own, others = flag_of(name), fields[name].excludes
+            needed = fields[name].needs or self.needs.get(name)
+            if needed and not self._is_given(needed):
+                other = flag_of(needed).replace("=", " ")
+                problem, expected = f"{own} is given without {other}", f"{own} with {other} alone"
+                errors.add(problem, expected, f"remove {own}, or give {other}")
+            others = (one for one in others if one.partition("=")[0] in fields)
+            for other in map(flag_of, filter(self._is_given, others)):
+                other = other.replace("=", " ")
+                problem = f"{own} and {other} are given"
+                errors.add(problem, "one of them", f"remove {own}, or {other}")
         return errors
 
 
@@ -199,108 +191,110 @@ def own_hint(hint: str, verb: type[OptionRecord]) -> str:
     return kept or f"adapterkit {verb.name} --help lists its options" if hint else hint
 
 
-def invalid(name: str, value: Any, expected: str, hint: str = "give another value") -> Refused:
-    """The refusal of an option's value."""
-    text = shown(value if type(value) in (int, float) else repr(value))
-    return Refused(f"{flag_of(name)} {text}", expected=expected, where="options", hint=hint)
+def checked(name: str, check: Check, value: object) -> Any:
+    """What an option's check makes of a value; `Refused` for others."""
+    errors = Problems()
+    result = inside(check, value, "", errors)
+    for error in errors:
+        if error.problem.startswith(" = "):
+            error.problem, error.where = flag_of(name) + error.problem[2:], "options"
+        else:
+            error.problem = error.problem.removeprefix(": ")
+            error.where = error.where or flag_of(name)
+        error.hint = error.hint or "give another value"
+    errors.raise_all()
+    return result
 
 
 # -- one value -------------------------------------------------------------------------------------
 
 
-def choice(allowed: Sequence[str] | Callable[[], Iterable[str]]) -> OptionCheck:
+def choice(allowed: Sequence[str] | Callable[[], Iterable[str]]) -> Check:
     """One of these words."""
 
-    def check(name: str, value: Any) -> str:
+    def read(value: object) -> str:
         words = tuple(allowed() if callable(allowed) else allowed)
         if not isinstance(value, str) or value not in words:
-            hint = did_you_mean([value], words) if isinstance(value, str) else ""
-            raise invalid(name, value, " or ".join(words), hint or "use one of these")
+            raise unfit(value, " or ".join(words), "use one of these", words)
         return str(value)
 
-    return OptionCheck(check, words=allowed)
+    return Check("one of the words", read, words=allowed)
 
 
-def dtype(name: str, value: Any) -> str:
+def dtype(value: object) -> str:
     """bf16, fp16 or fp32; also torch's name of it, or torch's dtype."""
     long = {dtypes.CONFIG_NAME[header]: short for short, header in dtypes.SHORT.items()}
-    word = (
-        value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else ""
-    )
+    is_word = isinstance(value, str) or type(value).__module__ == "torch"
+    word = str(value) if is_word else ""
     short = long.get(word.removeprefix("torch."), word)
     if short not in dtypes.SHORT:
-        raise invalid(name, value, " or ".join(dtypes.SHORT), "use one of these")
+        raise ValueError
     return short
 
 
-def whole(least: int = 1, most: int = MOST_WHOLE) -> OptionCheck:
+def whole(least: int = 1, most: int = MOST_WHOLE) -> Check:
     """An integer within bounds."""
 
-    def check(name: str, value: Any) -> int:
+    def read(value: object) -> int:
         number = _integer(value)
         if number is None or not least <= number <= most:
-            raise invalid(name, value, f"a whole number, {least} to {most}")
+            raise ValueError
         return number
 
-    return OptionCheck(check, "integer")
+    return Check(f"a whole number, {least} to {most}", read, kind="integer")
 
 
-def whole_of(*allowed: int) -> OptionCheck:
+def whole_of(*allowed: int) -> Check:
     """One of these integers."""
-
-    def check(name: str, value: Any) -> int:
-        number = _integer(value)
-        if number not in allowed:
-            raise invalid(name, value, " or ".join(map(str, allowed)), "use one of these")
-        return number
-
-    return OptionCheck(check, words=tuple(map(str, allowed)))
+    words = tuple(map(str, allowed))
+    read = lambda value: allowed[allowed.index(_integer(value))]
+    return Check(" or ".join(words), read, words, "use one of these")
 
 
-def number(expected: str, fits: Callable[[float], bool]) -> OptionCheck:
+def number(expected: str, fits: Callable[[float], bool]) -> Check:
     """A finite number that `fits`; `expected` says which do."""
 
-    def check(name: str, value: Any) -> float:
+    def read(value: object) -> float:
         result = finite(value)
         if result is None or not fits(result):
-            raise invalid(name, value, expected)
+            raise ValueError
         return result
 
-    return OptionCheck(check, "number")
+    return Check(expected, read, kind="number")
 
 
-def flag(name: str, value: Any) -> bool:
+def flag(value: object) -> bool:
     """True or false, also as a number."""
     if _integer(value, flags=True) not in (0, 1) or isinstance(value, str):
-        raise invalid(name, value, "True or False")
+        raise ValueError
     return bool(value)
 
 
-def text(name: str, value: Any) -> str:
+def text(value: object) -> str:
     """A text of printable characters."""
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
-        raise invalid(name, value, "a text")
+        raise unfit(value, "a text")
     return str(value)
 
 
-def regex(name: str, value: Any) -> str:
+def regex(value: object) -> str:
     """A regular expression, also a compiled one without flags."""
     if isinstance(value, re.Pattern) and value.flags in (0, re.UNICODE):
         value = value.pattern
     if not isinstance(value, str) or not value:
-        raise invalid(name, value, "a regular expression", "give a text")
-    matcher(value, f"--{name.replace('_', '-')}")
+        raise unfit(value, "a regular expression", "give a text")
+    matcher(value, "")
     return str(value)
 
 
-def path(name: str, value: Any) -> StrPath:
+def path(value: object) -> StrPath:
     """A path, or what else a source can be called."""
     if not isinstance(value, str | os.PathLike) or not _is_name(os.fspath(value)):
-        raise invalid(name, value, "a path", "give a text or a Path")
+        raise unfit(value, "a path", "give a text or a Path")
     return value
 
 
-def parse_size(name: str, value: Any) -> int:
+def parse_size(value: object) -> int:
     """Bytes of a size such as 5GB; KB, MB and GB are powers of 1000. A number is bytes."""
     size = _integer(value)
     if size is None and isinstance(value, str):
@@ -310,7 +304,7 @@ def parse_size(name: str, value: Any) -> int:
         scaled = math.nan if factor is None else factor * UNITS.get(unit, 1)
         size = int(scaled) if math.isfinite(scaled) else None
     if size is None or size <= 0:
-        raise invalid(name, value, "bytes, or a number with KB, MB, GB or TB", "e.g. 5GB")
+        raise ValueError
     return size
 
 
@@ -323,53 +317,50 @@ def bytes_text(count: int) -> str:
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
 
 
-def texts(name: str, value: Any) -> tuple[str, ...]:
+def texts(value: object) -> tuple[str, ...]:
     """Several texts, or one."""
-    return tuple(text(name, item) for item in _items(name, value))
+    return tuple(map(text, _items(value)))
 
 
-def paths(name: str, value: Any) -> tuple[StrPath, ...]:
+def paths(value: object) -> tuple[StrPath, ...]:
     """Several paths, or one."""
-    return tuple(path(name, item) for item in _items(name, value))
+    return tuple(map(path, _items(value)))
 
 
-def files(name: str, value: Any) -> tuple[StrPath, ...]:
+def files(value: object) -> tuple[StrPath, ...]:
     """One path or more."""
-    items = paths(name, value)
+    items = paths(value)
     if not items:
-        raise invalid(name, value, "one path or more", "give a file")
+        raise unfit(value, "one path or more", "give a file")
     return items
 
 
-def kinds(allowed: Sequence[str]) -> OptionCheck:
+def kinds(allowed: Sequence[str]) -> Check:
     """Several of these words: a list of them, or one text with commas between."""
 
-    def check(name: str, value: Any) -> tuple[str, ...]:
-        words = [word for text in texts(name, value) for word in text.replace(" ", "").split(",")]
-        one = choice(allowed)
-        return tuple(dict.fromkeys(one(name, word) for word in words or [""]))
+    def read(value: object) -> tuple[str, ...]:
+        words = [word for text in texts(value) for word in text.replace(" ", "").split(",")]
+        return tuple(dict.fromkeys(map(choice(allowed).read, words or [""])))
 
-    return OptionCheck(check, several=True)
+    return Check("some of the words", read, several=True)
 
 
-def targets(name: str, value: Any) -> str:
+def targets(value: object) -> str:
     """Which modules: a text, or a list of names as PEFT takes it."""
-    if isinstance(value, str | re.Pattern):
-        return regex(name, value)
-    return ",".join(texts(name, value))
+    return regex(value) if isinstance(value, str | re.Pattern) else ",".join(texts(value))
 
 
-def settings(name: str, value: Any) -> dict[str, Any]:
+def settings(value: object) -> dict[str, Any]:
     """A method's own options by name; numbers, also spelled ones, as numbers."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise invalid(name, value, "a mapping of names to values")
+        raise ValueError
     return {key: item if finite(item) is None else finite(item) for key, item in value.items()}
 
 
-def function(name: str, value: Any) -> Any:
+def function(value: object) -> Any:
     """Something to call."""
     if not callable(value):
-        raise invalid(name, value, "a function")
+        raise unfit(value, "a function")
     return value
 
 
@@ -405,108 +396,87 @@ def _is_name(text: str | bytes) -> bool:
 # -- several values --------------------------------------------------------------------------------
 
 
-def _items(name: str, value: Any) -> list[Any]:
+def _items(value: Any) -> list[Any]:
     """The items of a list in its order; a text or a path is a list of one, None an empty one."""
     if value is None:
         return []
     if isinstance(value, str | os.PathLike):
         return [value]
-    if (
-        isinstance(value, bytes | bytearray | AbstractSet)
-        or hasattr(value, "shape")
-        or not isinstance(value, Iterable)
-    ):
-        raise invalid(name, value, "a list, in the order that counts", "give a list")
+    has_order = not isinstance(value, bytes | bytearray | AbstractSet)
+    if not has_order or hasattr(value, "shape") or not isinstance(value, Iterable):
+        raise unfit(value, "a list, in the order that counts", "give a list")
     return list(value)
 
 
-def weighted(adapters: Any, name: str = "adapters") -> list[tuple[StrPath, float | None]]:
+def weighted(adapters: Any) -> list[tuple[StrPath, float | None]]:
     """Sources and their weights, None where there is none, of one source or several, of pairs
     `(source, weight)`, or of a mapping of sources to weights. `Refused` with all that are none of
     these."""
-    items = list(adapters.items()) if isinstance(adapters, Mapping) else _items(name, adapters)
-    if (
-        len(items) == 2
-        and isinstance(adapters, tuple)
-        and finite(items[1]) is not None
-        and not isinstance(items[1], str)
-    ):
-        items = [adapters]  # one pair
-    pairs, errors = [], []
+    items = list(adapters.items()) if isinstance(adapters, Mapping) else _items(adapters)
+    is_pair = isinstance(adapters, tuple) and len(items) == 2 and not isinstance(items[1], str)
+    if is_pair and finite(items[1]) is not None:
+        items = [adapters]
+    pairs, errors = [], Problems()
     for item in items:
         source, weight = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+        number = finite(weight)
         if not isinstance(source, str | os.PathLike) or not _is_name(os.fspath(source)):
-            errors.append(
-                invalid(
-                    name,
-                    item,
-                    "a source, or a source and its weight",
-                    "give a text, a Path or a pair",
-                )
-            )
-        elif source is item:
-            pairs.append((source, None))
-        elif finite(weight) is None:
-            errors.append(invalid(name, item, "a number as the weight", "give a finite number"))
-        else:
-            pairs.append((source, finite(weight)))
-    Problems(errors).raise_all()
+            hint = "give a text, a Path or a pair"
+            errors.append(unfit(item, "a source, or a source and its weight", hint))
+        elif source is not item and number is None:
+            errors.append(unfit(item, "a number as the weight", "give a finite number"))
+        pairs.append((source, number))
+    errors.raise_all()
     return pairs
 
 
-def unweighted(adapters: Any, name: str = "adapters") -> list[StrPath]:
+def unweighted(adapters: Any) -> list[StrPath]:
     """Sources, for verbs without weights; `Refused` for weights other than 1."""
-    pairs = weighted(adapters, name)
-    Problems(
-        [
-            invalid(name, pair, "no weights: this verb has none", "remove the weight")
-            for pair in pairs
-            if pair[1] not in (None, 1)
-        ]
-    ).raise_all()
+    pairs = weighted(adapters)
+    expected, hint = "no weights: this verb has none", "remove the weight"
+    wrong = (pair for pair in pairs if pair[1] not in (None, 1))
+    Problems(unfit(pair, expected, hint) for pair in wrong).raise_all()
     return [source for source, _ in pairs]
 
 
-def _sources(name: str, value: Any) -> list[StrPath | tuple[StrPath, float]]:
+def _sources(value: object) -> list[StrPath | tuple[StrPath, float]]:
     """Sources with their weights where they have some, as `weighted` takes them again."""
-    pairs = weighted(value, name)
+    pairs = weighted(value)
     return [source if weight is None else (source, weight) for source, weight in pairs]
 
 
-def progress(name: str, value: Any) -> Progress:
+def progress(value: object) -> Progress:
     """What is called with the bytes done; nothing for None."""
-    return no_progress if value is None else function(name, value)
+    return no_progress if value is None else function(value)
 
 
 def no_progress(done: int, /) -> None:
     """The progress that nobody looks at."""
 
 
-def device(name: str, value: Any) -> str:
+def device(value: object) -> str:
     """auto, cpu, cuda or one of several GPUs; also torch's device."""
     word = str(value) if type(value).__module__ == "torch" else value
     if not isinstance(word, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", word, re.ASCII):
-        raise invalid(name, value, "auto, cpu, cuda or cuda:i", "use one of these")
+        raise ValueError
     return word
 
 
-TEXT, TEXTS, REGEX, SIZE = (
-    OptionCheck(text),
-    OptionCheck(texts, several=True),
-    OptionCheck(regex),
-    OptionCheck(parse_size),
-)
-FLAG, SETTINGS, TARGETS = (
-    OptionCheck(flag, "flag"),
-    OptionCheck(settings, "settings"),
-    OptionCheck(targets, "targets"),
-)
-FILE, FILES = OptionCheck(path, "file"), OptionCheck(files, "file", several=True)
-SOURCE, SOURCES = OptionCheck(path, "source"), OptionCheck(paths, "source", several=True)
-WEIGHTED = OptionCheck(_sources, "sources", several=True)
-UNWEIGHTED = OptionCheck(lambda name, value: unweighted(value, name), "sources", several=True)
-FUNCTION, PROGRESS, DEVICE = OptionCheck(function), OptionCheck(progress), OptionCheck(device)
-DTYPE = OptionCheck(dtype, words=tuple(dtypes.SHORT))
+ONE_OF = "use one of these"
+TEXT, TEXTS = Check("a text", text), Check("texts", texts, several=True)
+REGEX = Check("a regular expression", regex)
+SIZE = Check("bytes, or a number with KB, MB, GB or TB", parse_size, hint="e.g. 5GB")
+FLAG = Check("True or False", flag, kind="flag")
+SETTINGS = Check("a mapping of names to values", settings, kind="settings")
+TARGETS = Check("names, or a regular expression", targets, kind="targets")
+FILE, FILES = (Check("a path", path, kind="file"), Check("paths", files, kind="file", several=True))
+SOURCE = Check("a path", path, kind="source")
+SOURCES = Check("paths", paths, kind="source", several=True)
+WEIGHTED = Check("sources and weights", _sources, kind="sources", several=True)
+UNWEIGHTED = Check("sources", unweighted, kind="sources", several=True)
+FUNCTION, PROGRESS = Check("a function", function), Check("a function", progress)
+DEVICE = Check("auto, cpu, cuda or cuda:i", device, hint=ONE_OF)
+DTYPE = Check(" or ".join(dtypes.SHORT), dtype, tuple(dtypes.SHORT), ONE_OF)
 COMPAT = choice(("peft",))
 COUNT, SEED, SHARE = whole(), whole(0, MOST_SEED), number("a share, 0 to 1", lambda x: 0 <= x <= 1)
 SHARE_ABOVE_0 = number("a share above 0, at most 1", lambda x: 0 < x <= 1)

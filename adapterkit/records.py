@@ -25,11 +25,19 @@ MOST = 2**31 - 1  # no whole number is larger, but a count of bytes
 @dataclasses.dataclass(frozen=True)
 class Check:
     """What a value is to be, as a text and as a function: from the value to what is used, or
-    `ValueError`, or errors with reasons of their own. `words`: those that it may be."""
+    `ValueError`, or errors with reasons of their own.
+
+    `words`: those that it may be, or a function of them where they are known on use alone; `hint`:
+    the way out where none of them is near. Of options: `kind`, how a text is read on the command
+    line, in plan files and pipelines (text, flag, integer, number, targets, settings; file; source,
+    sources: what is an input), and `several`, a list."""
 
     expected: str
     read: Callable[[Any], Any]
-    words: tuple[str, ...] = ()
+    words: Sequence[str] | Callable[[], Iterable[str]] = ()
+    hint: str = ""
+    kind: str = "text"
+    several: bool = False
 
     def fits(self, value: object) -> bool:
         """Whether a value is what is expected."""
@@ -38,6 +46,10 @@ class Check:
         except (ValueError, TypeError, AdapterkitError):
             return False
         return True
+
+    @property
+    def is_source(self) -> bool:
+        return self.kind in ("source", "sources")
 
 
 def checked(default: T, check: Check) -> T:
@@ -61,7 +73,7 @@ def read(
 ) -> R:
     """The record of a table, whose place is `where`; `name`: what the user calls a field."""
     errors = Problems()
-    value = _inside(check_of(record), table, "", errors)
+    value = inside(check_of(record), table, "", errors)
     Problems(placed(errors, where, hint=hint, name=name, kind=kind)).raise_all()
     return value
 
@@ -71,7 +83,7 @@ def problems(
 ) -> list[AdapterkitError]:
     """What is wrong with a value, whose place is `where`."""
     errors = Problems()
-    _inside(check, value, "", errors)
+    inside(check, value, "", errors)
     return placed(errors, where, hint=hint, kind=kind)
 
 
@@ -83,7 +95,7 @@ def values(
     found: dict[str, Any] = {}
     for name, check in checks.items():
         count = len(errors)
-        value = _inside(check, table.get(name), f".{name}", errors)
+        value = inside(check, table.get(name), f".{name}", errors)
         if len(errors) == count:
             found[name] = value
     return found
@@ -100,27 +112,40 @@ def placed(
     """Errors of values as the user sees them: the place in the table, then what is wrong."""
     result = []
     for error in errors:
+        is_within = error.where[:1] in ("", ".", "[")
         place = re.sub(r"^\.(\w+)", lambda match: name(match[1]), error.where)
-        problem = (place + error.problem).removeprefix(" = ")
-        hint = error.hint or hint
-        result.append(kind(problem, expected=error.expected, where=where, hint=hint))
+        problem = (place * is_within + error.problem).removeprefix(" = ")
+        result.append(kind(problem, expected=error.expected, where=where, hint=error.hint or hint))
     return result
 
 
-def _inside(check: Check, value: object, place: str, errors: Problems) -> Any:
+def inside(check: Check, value: object, place: str, errors: Problems) -> Any:
     """What a check makes of a value at that place of a list or table."""
     try:
         return check.read(value)
     except AdapterkitError as error:
         for one in getattr(error, "errors", (error,)):
-            one.problem = one.problem if one.where else f": {one.problem}"
-            one.where = place + one.where
+            if not one.where and not one.problem.startswith(" = "):
+                one.problem = f": {one.problem}"
+            if one.where[:1] in ("", ".", "["):  # else it says where in its own words
+                one.where = place + one.where
             errors.append(one)
     except (ValueError, TypeError):
-        hint = did_you_mean([value], check.words) if isinstance(value, str) else ""
-        found = f" = {shown(repr(value))}"
-        errors.add(found, check.expected, hint, where=place)
+        errors.append(unfit(value, check.expected, check.hint, check.words))
+        errors[-1].where = place
     return None
+
+
+def unfit(
+    value: object,
+    expected: str,
+    hint: str = "",
+    words: Sequence[str] | Callable[[], Iterable[str]] = (),
+) -> Refused:
+    """The refusal of a value, by a check or by what it is made of; its place is added later."""
+    known = words() if callable(words) else words
+    near = did_you_mean([value], known) if known and isinstance(value, str) else ""
+    return Refused(f" = {shown(repr(value))}", expected=expected, hint=near or hint)
 
 
 # -- checks ----------------------------------------------------------------------------------------
@@ -195,7 +220,7 @@ def list_of(check: Check, expected: str = "a list") -> Check:
         if not isinstance(value, Sequence) or isinstance(value, str | bytes):
             raise ValueError
         errors = Problems()
-        items = tuple(_inside(check, one, f"[{i}]", errors) for i, one in enumerate(value))
+        items = tuple(inside(check, one, f"[{i}]", errors) for i, one in enumerate(value))
         errors.raise_all()
         return items
 
@@ -217,7 +242,7 @@ def table_of(key: Check, check: Check) -> Check:
             raise ValueError
         errors = Problems()
         table = {
-            _inside(key, name, f".{name}", errors): _inside(check, one, f".{name}", errors)
+            inside(key, name, f".{name}", errors): inside(check, one, f".{name}", errors)
             for name, one in value.items()
         }
         errors.raise_all()
@@ -238,6 +263,17 @@ def entries(checks: Mapping[str, Check]) -> Check:
         return table
 
     return Check("a table", read)
+
+
+def misnamed(
+    names: Iterable[str], checks: Mapping[str, Check], needed: Iterable[str]
+) -> list[AdapterkitError]:
+    """What is wrong with the words of a table: some are missing, or unknown; to be `placed`."""
+    errors = _missing(checks, set(needed) - set(names))
+    for name in sorted(map(str, set(names) - checks.keys())):
+        hint, expected = did_you_mean([name], checks) or "remove it", ", ".join(checks) or "nothing"
+        errors.append(Refused(" is unknown", expected=expected, where=f".{name}", hint=hint))
+    return errors
 
 
 def _missing(checks: Mapping[str, Check], names: Iterable[str]) -> list[AdapterkitError]:
@@ -272,15 +308,9 @@ def _record_of(record: Any) -> Check:
         if not isinstance(table, Mapping):
             raise ValueError
         checks = checks_of(record)
-        errors = Problems(_missing(checks, required(record) - table.keys()))
-        for name in sorted(map(str, table.keys() - checks.keys())):
-            hint = did_you_mean([name], checks) or "remove it"
-            expected = ", ".join(checks) or "nothing"
-            errors.append(Refused(" is unknown", expected=expected, where=f".{name}", hint=hint))
+        errors = Problems(misnamed(table, checks, required(record)))
         given = {name: one for name, one in table.items() if name in checks}
-        found = {
-            name: _inside(checks[name], one, f".{name}", errors) for name, one in given.items()
-        }
+        found = {name: inside(checks[name], one, f".{name}", errors) for name, one in given.items()}
         Problems(errors).raise_all()
         return record(**found)
 
@@ -289,12 +319,12 @@ def _record_of(record: Any) -> Check:
 
 @cache
 def checks_of(record: Any) -> dict[str, Check]:
-    """The check of each field of a record."""
+    """The check of each field of a record: of an option its own."""
+    fields = dataclasses.fields(record)
+    if options := [one for one in fields if "option" in one.metadata]:
+        return {one.name: one.metadata["option"].check for one in options}
     hints = get_type_hints(record)
-    return {
-        one.name: one.metadata.get("check") or check_of(hints[one.name])
-        for one in dataclasses.fields(record)
-    }
+    return {one.name: one.metadata.get("check") or check_of(hints[one.name]) for one in fields}
 
 
 def required(record: Any) -> set[str]:

@@ -1,7 +1,7 @@
 """The options that every verb that writes has, told once: where and how its plan runs."""
 
 import os
-from typing import Any
+from functools import partial
 
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import (
@@ -10,7 +10,6 @@ from adapterkit.options import (
     PROGRESS,
     SIZE,
     TEXT,
-    OptionCheck,
     OptionRecord,
     Progress,
     StrPath,
@@ -20,12 +19,13 @@ from adapterkit.options import (
     path,
     record,
 )
+from adapterkit.records import Check
 
 WAIT = 600.0  # seconds for files of other ranks that a rank's own need
 
 
-def _output(name: str, value: Any, *, file: bool) -> StrPath:
-    out = path(name, value)
+def _output(value: object, *, file: bool) -> StrPath:
+    out = path(value)
     if is_on_hub(out):
         from adapterkit.hub.destination import parse_output
 
@@ -33,15 +33,15 @@ def _output(name: str, value: Any, *, file: bool) -> StrPath:
     return out
 
 
-def _repository(name: str, value: Any) -> str:
+def _repository(value: object) -> str:
     from adapterkit.hub.push import repository
 
-    return repository(name, value)
+    return repository(value)
 
 
-REPOSITORY = OptionCheck(_repository)
-OUTPUT_FOLDER = OptionCheck(lambda name, value: _output(name, value, file=False), "file")
-OUTPUT_FILE = OptionCheck(lambda name, value: _output(name, value, file=True), "file")
+REPOSITORY = Check("a repository", _repository)
+OUTPUT_FOLDER = Check("an output", partial(_output, file=False), kind="file")
+OUTPUT_FILE = Check("an output", partial(_output, file=True), kind="file")
 
 
 @record

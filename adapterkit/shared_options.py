@@ -118,13 +118,13 @@ def verify_option() -> Any:
 def rank_option(default: str = "") -> Any:
     """The rank of a result, of which `default` says what holds without it."""
     help = f"Refit each module to this rank{default}."
-    return option(default=None, check=COUNT, help=help, excludes=("energy",))
+    return option(default=None, check=COUNT, help=help, excludes=("energy", "space=factors"))
 
 
 def energy_option() -> Any:
     """The energy that the result keeps."""
     help = "Refit each module to the smallest rank that keeps this share of its energy."
-    return option(default=None, check=SHARE_ABOVE_0, help=help)
+    return option(default=None, check=SHARE_ABOVE_0, help=help, excludes=("space=factors",))
 
 
 @record
@@ -148,7 +148,10 @@ class ScaleOptions(OptionRecord):
 
 @record
 class TruncationOptions(OptionRecord):
-    """How many singular values of a delta stay."""
+    """How many singular values of a delta stay: by a number, a share of the energy, a ratio to the
+    largest one, or a size of the file for all modules."""
+
+    one_needed = ("rank", "energy", "sv_ratio", "max_size")
 
     rank: int | None = option(default=None, check=COUNT, help="Rank of each module.")
     energy: float | None = option(
@@ -167,6 +170,15 @@ class TruncationOptions(OptionRecord):
         metavar="SIZE",
         help="Largest file, e.g. 50MB: ranks go to the largest singular values.",
     )
+
+    @property
+    def size(self) -> int:
+        """`max_size` in bytes."""
+        return int(self.max_size or 0)
+
+    def max_rank(self, full: int) -> int:
+        """The largest rank that a delta of full rank `full` can get."""
+        return min(self.rank, full) if self.rank is not None else full
 
 
 @record

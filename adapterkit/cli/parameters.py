@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from adapterkit.cli.completion import Name, SourceType, Targets
-from adapterkit.options import OptionCheck, flag_of, option_of
+from adapterkit.options import flag_of, option_of
+from adapterkit.records import Check
 from adapterkit.run_options import RunOptions
 from adapterkit.verb import Verb, WritingVerb, fields_of
 
@@ -66,7 +67,7 @@ def _parameter(field: dataclasses.Field) -> click.Parameter:
     return click.Option([*flags, field.name], help=option.help, **more)
 
 
-def _type(check: OptionCheck) -> Any:
+def _type(check: Check) -> Any:
     """How click reads a value."""
     if callable(check.words):
         return Name(check.words)

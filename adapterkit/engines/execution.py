@@ -38,7 +38,7 @@ def pinned_inputs(how: RunOptions) -> AbstractContextManager[object]:
 
 def with_run_options(plan: Plan, how: RunOptions) -> Plan:
     """The plan with the memory that it may take, and notes on inputs that are converted first."""
-    memory = parse_size("memory", how.memory) if how.memory else None
+    memory = parse_size(how.memory) if how.memory else None
     return replace(plan, memory=memory, notes=(*plan.notes, *conversion_notes(plan.folders)))
 
 

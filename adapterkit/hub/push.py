@@ -15,7 +15,7 @@ from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.ids import HubId, parse
 from adapterkit.hub.listing import RemoteEntry
 from adapterkit.hub.upload import LocalFile, Uploaded, commit, groups, upload
-from adapterkit.options import invalid
+from adapterkit.records import unfit
 
 
 def check_push(
@@ -23,7 +23,7 @@ def check_push(
 ) -> None:
     """`Refused` where a job's output of files of these names could not be pushed: before they are
     made. `job`: its fingerprint; `inputs`: what it is made of."""
-    destination = Destination(HubId(repository("push", repo)), inputs=inputs)
+    destination = Destination(HubId(repository(repo)), inputs=inputs)
     with quiet_library():
         destination.check_account()
         destination.look()
@@ -55,7 +55,7 @@ def push(
     `Failed` when the upload broke or the repository changed meanwhile: nothing is committed then,
     and a second run uploads only what is missing.
     """
-    sizes, target = _finished_files(folder), HubId(repository("push", repo))
+    sizes, target = _finished_files(folder), HubId(repository(repo))
     files = [LocalFile(name, Path(folder, name), size) for name, size in sizes.items()]
     receipt = read_json(LocalFolder(folder), RECEIPT) if RECEIPT in sizes else {}
     destination = Destination(target, sorted(repositories(receipt)))
@@ -112,14 +112,13 @@ def _finished_files(folder: Path) -> dict[str, int]:
     return files
 
 
-def repository(name: str, value: Any) -> str:
+def repository(value: object) -> str:
     """A repository on the Hub."""
     hub_id = parse(value) if isinstance(value, str) else None
     if hub_id is None or hub_id.revision or hub_id.subfolder:
-        raise invalid(
-            name,
+        raise unfit(
             value,
             "a repository on the Hub, org/name, without revision or folder",
             "give your account's or organization's name and the repository's",
         )
-    return value
+    return str(value)

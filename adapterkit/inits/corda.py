@@ -36,7 +36,7 @@ class Corda(ComputedInit):
     kinds = ("linear",)
 
     def __post_init__(self):
-        options.choice(METHODS)("corda_method", self.corda_method)
+        options.checked("corda_method", options.choice(METHODS), self.corda_method)
 
     def factors(
         self, weight: Tensor, rank: int, scale: float, covariance: Tensor

@@ -39,9 +39,9 @@ class Eva(RedistributingInit):
     kinds = ("linear",)
 
     def __post_init__(self):
-        options.number("at least 1", lambda value: value >= 1)("rho", self.rho)
-        options.flag("whiten", self.whiten)
-        options.flag("adjust_scaling_factors", self.adjust_scaling_factors)
+        options.checked("rho", options.number("at least 1", lambda value: value >= 1), self.rho)
+        options.checked("whiten", options.FLAG, self.whiten)
+        options.checked("adjust_scaling_factors", options.FLAG, self.adjust_scaling_factors)
 
     def candidates(self, modules: Iterable[tuple[Hashable, int, int]]) -> dict[Hashable, int]:
         most: dict[Hashable, int] = {}

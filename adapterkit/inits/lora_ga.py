@@ -44,9 +44,9 @@ class LoraGa(ComputedInit):
     triplets_per_rank = 2
 
     def __post_init__(self):
-        options.choice(DIRECTIONS)("direction", self.direction)
-        options.choice(SCALES)("scale", self.scale)
-        options.whole()("stable_gamma", self.stable_gamma)
+        options.checked("direction", options.choice(DIRECTIONS), self.direction)
+        options.checked("scale", options.choice(SCALES), self.scale)
+        options.checked("stable_gamma", options.COUNT, self.stable_gamma)
 
     @property
     def draws(self) -> bool:

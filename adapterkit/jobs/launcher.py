@@ -97,5 +97,4 @@ def _whole(environment: Mapping[str, str], name: str) -> int:
 
 
 def _refused(problem: str, expected: str) -> Refused:
-    hint = "give --rank I/N"
-    return Refused(problem, expected=expected, where="the environment", hint=hint)
+    return Refused(problem, expected=expected, where="the environment", hint="give --rank I/N")

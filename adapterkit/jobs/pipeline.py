@@ -91,7 +91,6 @@ def run_pipeline(
     runs = pipeline.plan(read_pipeline(path))
     stopped = dry_run or any(run.is_refused for run in runs)
     for number, run in enumerate(runs, 1):
-        run.plan = None  # what is carried out is planned again
         if not stopped and not run.is_finished:
             try:
                 run.outcome = pipeline.carry_out(run)
@@ -103,6 +102,7 @@ def run_pipeline(
                 ) from None
             except AdapterkitError as error:
                 run.outcome, stopped = refusal(error), True
+        run.plan = None
         tell(run.row)
     return report("steps", [run.row for run in runs])
 
@@ -222,16 +222,17 @@ class _Pipeline:
 
     def carry_out(self, run: StepRun) -> Row:
         """Write the step's output, unless it turns out to be there."""
-        step = run.step
+        step, plan, mode = run.step, run.plan, run.mode
         verb = self._verb(step, {})
-        mode = run.mode
-        if mode is None or step.needs:
-            mode = self._mode(run, _dry_run(verb), changes=False)
+        if plan is None or mode is None or step.needs:  # of what is there by now
+            plan = _dry_run(verb)
+            mode = self._mode(run, plan, changes=False)
         if mode.finished:
             return FINISHED
         verb = replace(verb, resume=mode.resume, overwrite=mode.overwrite, progress=self.progress)
         with pinned_inputs(verb):
-            plan = verb.plan()
+            if step.place.repository:  # one that goes on has its inputs at their first commits
+                plan = verb.plan()
             entry = {"file": shown(self.file.name), "id": self.id, "inputs": inputs_digest(plan)}
             plan = replace(plan, decisions=plan.decisions | {"pipeline": entry})
             check_pushes(plan, verb, step.push)

@@ -5,18 +5,20 @@ import functools
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass
+from dataclasses import MISSING, Field, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapterkit import records
 from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, shown
 from adapterkit.hub import ids
-from adapterkit.jobs.verbs import writing_verb
+from adapterkit.jobs.verbs import VERB
 from adapterkit.options import finite, option_of
 from adapterkit.verb import WritingVerb, fields_of
 
-KEYS = ("verb", "inputs", "out", "options")
+HINT = "see Pipelines in docs/scale.md"
 MAX_FILE = 1_000_000  # bytes
+OUT = records.test("a path, or hf://org/name", lambda value: isinstance(value, str) and value)
 # What the pipeline decides, what no file can hold, and the cluster: the driver unpickles what it
 # answers, so its address is of the user, in RAY_ADDRESS, and not of whoever wrote the file.
 RESERVED = ("out", "accept", "dry_run", "overwrite", "progress", "ray_address", "resume")
@@ -85,6 +87,16 @@ class PipelineStep:
         return {name: put(argument) for name, argument in self.arguments.items()}
 
 
+@dataclass(frozen=True)
+class StepTable:
+    """A [[step]] as it is written."""
+
+    verb: type[WritingVerb] = field(metadata={"check": VERB})
+    inputs: tuple[str, ...] = field(metadata={"check": records.one_or_several(records.NAME)})
+    out: str = field(metadata={"check": OUT})
+    options: dict[str, Any] = field(default_factory=dict, metadata={"check": records.TABLE})
+
+
 def read_pipeline(file: Path) -> list[PipelineStep]:
     """The steps of a pipeline; `Refused` with all that is wrong in any of them."""
     entries, folder = _entries(file), file.absolute().parent
@@ -139,30 +151,14 @@ def _entries(file: Path) -> list[dict[str, Any]]:
 def _step(
     number: int, entry: dict[str, Any], outs: Mapping[int, Location], folder: Path
 ) -> PipelineStep:
-    errors = Problems()
-    name, verb = entry.get("verb"), None
-    problem = f"unknown verb {shown(repr(name))}" if name is not None else "the step has no verb"
-    try:
-        verb = writing_verb(name, problem, f"step {number}")
-    except Refused as error:
-        errors.append(error)
-    where = _where(number, entry.get("verb"))
-    errors += _unknown(entry, KEYS, where, "a key of a step")
-    inputs, options = entry.get("inputs"), entry.get("options", {})
-    inputs = [inputs] if isinstance(inputs, str) else inputs
-    if not isinstance(inputs, list) or not all(isinstance(i, str) and i for i in inputs):
-        errors.append(_wrong("inputs", inputs, "a list of texts", where))
-    if number not in outs:
-        errors.append(_wrong("out", entry.get("out"), "a path, or hf://org/name", where))
-    if not isinstance(options, dict):
-        errors.append(_wrong("options", options, "a table of the verb's options", where))
-    errors.raise_all()
-    assert verb is not None and isinstance(inputs, list)
-    fields = {field.name: field for field in fields_of(verb)}
-    errors += _wrong_options(verb.name, fields, options, where)
+    name = entry.get("verb")
+    where = f"step {number}" + (f" ({shown(name)})" if isinstance(name, str) else "")
+    step = records.read(StepTable, entry, where, hint=HINT)
+    fields = {field.name: field for field in fields_of(step.verb)}
+    errors = Problems(_misnamed_options(fields, step.options, where))
     source = functools.partial(_source, folder=folder, outs=tuple(outs.values()))
-    arguments = _sources(fields, inputs, source, where, errors)
-    for name, value in options.items():
+    arguments = _sources(fields, step.inputs, source, where, errors)
+    for name, value in step.options.items():
         kind = option_of(fields[name]).check.kind if name in fields else ""
         is_source = kind in ("source", "sources", "file")
         arguments[name] = _located(kind, value, source) if is_source else value
@@ -170,55 +166,28 @@ def _step(
     for one in _all_sources(arguments):
         errors += _needed(one, number, outs, where, needs)
     errors.raise_all()
-    out = entry["out"]
-    return PipelineStep(number, verb.name, verb, tuple(inputs), out, outs[number], arguments, needs)
+    return PipelineStep(
+        number, step.verb.name, step.verb, step.inputs, step.out, outs[number], arguments, needs
+    )
 
 
-def _where(number: int, verb: object) -> str:
-    return f"step {number} ({shown(verb)})" if isinstance(verb, str) else f"step {number}"
-
-
-def _unknown(given: Sequence[str] | dict, known: Sequence[str], where: str, what: str):
-    names = [name for name in given if name not in known]
-    return [
-        Refused(
-            f"{shown(name)} is not {what}",
-            expected=", ".join(known),
-            where=where,
-            hint="use out = 'hf://org/name'"
-            if name == "push"
-            else did_you_mean([name], known) or f"remove {shown(name)}",
-        )
-        for name in names
-    ]
-
-
-def _wrong(key: str, value: Any, expected: str, where: str) -> Refused:
-    problem = f"{key} is missing" if value is None else f"{key} is {shown(repr(value))}"
-    return Refused(problem, expected=expected, where=where, hint="see Pipelines in docs/scale.md")
-
-
-def _wrong_options(
-    verb: str, fields: Mapping[str, Field], options: dict[str, Any], where: str
-) -> Iterator[AdapterkitError]:
+def _misnamed_options(
+    fields: Mapping[str, Field], options: dict[str, Any], where: str
+) -> list[AdapterkitError]:
+    """What is wrong with the names of a step's options."""
     own = {n: field for n, field in fields.items() if field.kw_only and n not in RESERVED}
-    if "push" in options and "push" not in own:
-        yield Refused(
-            f"{verb} has no push",
-            expected=", ".join(own),
-            where=where,
-            hint="give out = 'hf://org/name', or push a later merge",
-        )
-        options = {name: value for name, value in options.items() if name != "push"}
-    yield from _unknown(options, list(own), where, "an option of this verb")
-    for name, field in own.items():
-        if field.default is MISSING and name not in options:
-            yield _wrong(name, None, f"the option {name}", where)
+    needed = [name for name, field in own.items() if field.default is MISSING]
+    checks = {name: option_of(field).check for name, field in own.items()}
+    errors = records.placed(records.misnamed(options, checks, needed), where, hint=HINT)
+    for error in errors:
+        if error.problem == "push is unknown":
+            error.hint = "give out = 'hf://org/name', or push a later merge"
+    return errors
 
 
 def _sources(
     fields: Mapping[str, Field],
-    inputs: list[str],
+    inputs: Sequence[str],
     source: Callable[[str, str], StepSource],
     where: str,
     errors: Problems,

@@ -8,30 +8,34 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapterkit import __version__
+from adapterkit import __version__, records
 from adapterkit.checkpoint.disk import replace_file
 from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
 from adapterkit.engines.execution import check_pushes, in_place
 from adapterkit.engines.ranks.job_identity import RankJob
-from adapterkit.errors import AdapterkitError, Refused, shown
-from adapterkit.hub.ids import is_on_hub
-from adapterkit.jobs.verbs import executors_of, writing_verb
-from adapterkit.options import FILE, StrPath, finite, option_of, own_hints
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.hub.folder import HubFolder
+from adapterkit.hub.ids import is_on_hub, parse
+from adapterkit.jobs.verbs import VERB, executors_of
+from adapterkit.options import FILE, StrPath, checked, finite, flag_of, option_of, own_hints
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
+from adapterkit.records import TABLE, TEXT
 from adapterkit.verb import WritingVerb, fields_of
 
 VERSION = 1
 # what each process is told, or decides for itself
 OF_THE_PROCESS = ("progress", "dry_run", "resume", "engine")
+AGAIN = "make the plan again"
 # what is read again; shards and totals are for people
-KINDS = {
-    "verb": str, "arguments": dict, "fingerprint": str, "recipe": dict, "inputs": dict, "hash": str,
-}  # fmt: skip
+CONTENT = records.entries({
+    "verb": VERB, "arguments": TABLE, "fingerprint": TEXT, "recipe": TABLE, "inputs": TABLE,
+    "hash": TEXT,
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ def write_plan(file: StrPath, verb: str, *sources: Any, **options: Any) -> Plan:
     refuse is refused here. Raises `Refused` also for an output on the Hub, and for arguments that
     no file can hold.
     """
-    path = Path(FILE("file", file)).absolute()
-    record = _verb(verb)
+    path = Path(checked("file", FILE, file)).absolute()
+    record = checked("verb", VERB, verb)
     arguments = _portable(record(*sources, **options))
     call = record(**arguments)
     _check_room(path, call.overwrite, Path(call.out))
@@ -100,18 +104,14 @@ def read_plan(file: StrPath) -> PlanFile:
             where=str(path),
             hint="use the same adapterkit everywhere, or make the plan again",
         )
-    if wrong := [key for key, kind in KINDS.items() if not isinstance(data.get(key), kind)]:
-        raise _unreadable(path, f"{', '.join(wrong)} missing, or of another type")
-    verb, arguments = _verb(data["verb"]), data["arguments"]
+    Problems(records.problems(CONTENT, data, str(path), hint=AGAIN)).raise_all()
+    verb, arguments = VERB.read(data["verb"]), data["arguments"]
     out = arguments.get("out")
     if not isinstance(out, str) or not os.path.isabs(out):
         raise _unreadable(path, "its output path is not absolute")
     if theirs := [name for name in OF_THE_PROCESS if name in arguments]:
         raise _unreadable(path, f"it holds {', '.join(theirs)}, which each process gets by itself")
-    try:
-        call = verb(**arguments)
-    except TypeError as error:
-        raise _unreadable(path, f"{data['verb']} does not take its arguments") from error
+    call = records.read(verb, arguments, str(path), hint=AGAIN, name=flag_of)
     job = RankJob(data["recipe"], data["inputs"], data["hash"])
     if job.fingerprint != data["fingerprint"]:
         raise _unreadable(path, "its recipe does not match its fingerprint")
@@ -120,34 +120,23 @@ def read_plan(file: StrPath) -> PlanFile:
 
 def _check_room(path: Path, overwrite: bool, out: Path) -> None:
     """`Refused` where the plan file cannot be made, or would be in the output's place."""
+    where = str(path)
     if out.resolve() in (path.resolve(), *path.resolve().parents):
-        raise Refused(
-            "the plan file is the output, or in it",
-            expected="a plan file beside the output",
-            where=f"--plan {shown(path)}",
-            hint="choose another --plan",
-        )
-    if path.is_file() and overwrite and not _is_plan(path):
-        raise Refused(
-            "the file is no plan file",
-            expected="a new file, or an older plan, which --overwrite replaces",
-            where=str(path),
-            hint="move it away, or choose another --plan",
-        )
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise Refused(
-            "a file of this name exists",
-            expected="a new plan file",
-            where=str(path),
-            hint="choose another --plan, or give --overwrite",
-        )
-    if not path.parent.is_dir():
-        raise Refused(
-            "the folder does not exist",
-            expected="an existing folder for the plan file",
-            where=str(path.parent),
-            hint="create it, or choose another --plan",
-        )
+        problem, expected = "the plan file is the output, or in it", "a plan file beside the output"
+        where, hint = f"--plan {shown(path)}", "choose another --plan"
+    elif path.is_file() and overwrite and not _is_plan(path):
+        problem, hint = "the file is no plan file", "move it away, or choose another --plan"
+        expected = "a new file, or an older plan, which --overwrite replaces"
+    elif path.is_dir() or (path.exists() and not overwrite):
+        problem, expected = "a file of this name exists", "a new plan file"
+        hint = "choose another --plan, or give --overwrite"
+    elif not path.parent.is_dir():
+        problem, where = "the folder does not exist", str(path.parent)
+        expected = "an existing folder for the plan file"
+        hint = "create it, or choose another --plan"
+    else:
+        return
+    raise Refused(problem, expected=expected, where=where, hint=hint)
 
 
 def _is_plan(path: Path) -> bool:
@@ -159,13 +148,9 @@ def _is_plan(path: Path) -> bool:
     return isinstance(data, dict) and {"adapterkit", "verb", "fingerprint"} <= data.keys()
 
 
-def _unreadable(path: Path, problem: str, hint: str = "make the plan again") -> Refused:
+def _unreadable(path: Path, problem: str, hint: str = AGAIN) -> Refused:
     expected = "a file that `adapterkit VERB ... --plan FILE` wrote"
     return Refused(problem, expected=expected, where=str(path), hint=hint)
-
-
-def _verb(name: str) -> type[WritingVerb]:
-    return writing_verb(name, f"{shown(name)!r} takes no --plan", "options")
 
 
 def _portable(verb: WritingVerb) -> dict[str, Any]:
@@ -185,12 +170,12 @@ def _portable(verb: WritingVerb) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(arguments, allow_nan=False))
     except (TypeError, ValueError) as error:
-        names = [name for name, value in arguments.items() if not _is_data(value)]
+        names = ", ".join(name for name, value in arguments.items() if not _is_data(value))
         raise Refused(
-            f"a plan file cannot hold {', '.join(names)}",
+            f"a plan file cannot hold {names}",
             expected="text, numbers, lists and mappings",
             where="--plan",
-            hint=f"remove {', '.join(names)}, or run without --plan",
+            hint=f"remove {names}, or run without --plan",
         ) from error
 
 
@@ -229,11 +214,6 @@ def _pinned(source: StrPath) -> str:
     text = os.fspath(source)
     if os.path.exists(text):
         return os.path.abspath(text)
-    from dataclasses import replace
-
-    from adapterkit.hub.folder import HubFolder
-    from adapterkit.hub.ids import parse
-
     hub_id = parse(text)
     return text if hub_id is None else str(replace(hub_id, revision=HubFolder(hub_id).commit))
 

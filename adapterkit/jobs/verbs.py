@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from adapterkit.engines.ranks.finish import RankFinish
 from adapterkit.engines.ranks.job_identity import Preparation
 from adapterkit.engines.ranks.rank import Rank
-from adapterkit.errors import Refused, did_you_mean
+from adapterkit.records import Check, unfit
 from adapterkit.registry import members
 from adapterkit.statistics.ranks import StatisticsFinish, StatisticsPreparation, StatisticsRank
 from adapterkit.verb import WritingVerb
@@ -32,16 +32,12 @@ def writing_verbs() -> dict[str, type[WritingVerb]]:
     return {name: verb for name, verb in members("verbs").items() if issubclass(verb, WritingVerb)}
 
 
-def writing_verb(name: object, problem: str, where: str) -> type[WritingVerb]:
-    """The verb of a name from outside; `Refused` where no verb that writes has it."""
+def _verb(name: object) -> type[WritingVerb]:
     known = writing_verbs()
-    verb = known.get(name) if isinstance(name, str) else None
-    if verb is None:
-        raise Refused(
-            problem,
-            expected=f"one of {', '.join(known)}",
-            where=where,
-            hint=(did_you_mean([name], known) if isinstance(name, str) else "")
-            or "use one of these",
-        )
-    return verb
+    if not isinstance(name, str) or name not in known:
+        expected = f"a verb that writes: {', '.join(known)}"
+        raise unfit(name, expected, "use one of these", list(known))
+    return known[name]
+
+
+VERB = Check("a verb that writes", _verb)

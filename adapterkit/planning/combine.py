@@ -7,8 +7,7 @@ from typing import cast
 
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
-from adapterkit.adapters.factors import Factors
-from adapterkit.adapters.record import Adapter, Lora
+from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.combinations import ALIASES
@@ -18,10 +17,10 @@ from adapterkit.plan import Plan
 from adapterkit.planning.adapters.dora_deltas import BaseWeights, dora_problems
 from adapterkit.planning.adapters.joined_values import (
     AdapterWeights,
+    check_wrappers,
     delta_problems,
     read_all,
     value_tasks,
-    wrapper_problems,
 )
 from adapterkit.planning.adapters.output_norms import (
     check_statistics,
@@ -36,7 +35,12 @@ from adapterkit.planning.adapters.sites import (
     names_of,
     targets_of,
 )
-from adapterkit.planning.inputs.sources import open_model, open_statistics, open_weighted
+from adapterkit.planning.inputs.sources import (
+    if_given,
+    open_model,
+    open_statistics,
+    open_weighted,
+)
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.registry import create
 from adapterkit.tasks import common
@@ -47,7 +51,7 @@ from adapterkit.verbs.combine import Combine
 def plan_combine(options: Combine) -> Plan:
     """Everything a combination will do, or `Refused` with all that cannot be done."""
     sources = open_weighted(options.adapters)
-    base = None if options.base is None else open_model(options.base)
+    base = if_given(open_model, options.base)
     stats = [open_statistics(path) for path in options.stats]
     method, refit = _resolve_method(options)
     check_statistics(method, refit, options.space, len(sources), len(stats))
@@ -59,52 +63,36 @@ def plan_combine(options: Combine) -> Plan:
     model, decomposed = _base(base, adapters, notes)
     errors = Problems(error for adapter in adapters for error in _not_summable(adapter, model))
     joined = join(adapters, errors, None if model is None else names_of(model, adapters, notes))
-    levels = levels_of(joined.values())
+    levels, dtype = levels_of(joined.values()), dtypes.parse(options.dtype)
     tasks: list[CombinedFactors] = []
     for name, site in joined.items():
-        try:
+        with errors.collected():
             parts = _parts(site, weights, decomposed, method, options.space)
-        except AdapterkitError as error:
-            errors.append(error)
-            continue
-        errors += _fit(name, parts, adapters, options, refit)
-        place, dtype = site.place(levels), dtypes.parse(options.dtype)
-        tasks.append(
-            CombinedFactors(name, place, dtype, parts, method, refit, options.space, options.seed)
-        )
+            _check_fit(name, parts, adapters, options, refit, errors)
+            how = method, refit, options.space, options.seed
+            tasks.append(CombinedFactors(name, site.place(levels), dtype, parts, *how))
     first = len(adapters) + (model is not None)
     statistics = [open_checkpoint(folder, number) for number, folder in enumerate(stats, first)]
     parameters = {n for n, site in joined.items() if site.parameter}
     tasks = with_statistics(tasks, statistics, parameters, notes, errors)
     biases = _biases(joined, weights, options, errors)
     whole = value_tasks(adapters, weights, without_inputs(method), levels, errors)
-    errors += weights.problems() + wrapper_problems(adapters, joined.values())
+    errors += weights.problems()
+    check_wrappers(adapters, joined.values(), errors)
     errors.raise_all()
-    if not tasks:
-        raise Refused(
-            "no module with factors",
-            expected="adapters of low-rank factors",
-            where="combine",
-            hint="check the adapters",
-        )
-    settings = (
-        adapter_config.plain_settings()
-        | adapter_config.value_settings(adapters)
-        | {"lora_bias": bool(biases)}
-    )
-    summary = (
-        f"{options.method} in {options.space} space, weights "
-        f"{', '.join(f'{w:g}' for w in given_weights)}"
-    )
+    adapter_output.check_factors(tasks, "combine")
+    settings = adapter_config.plain_settings() | adapter_config.value_settings(adapters)
+    spelled = ", ".join(f"{weight:g}" for weight in given_weights)
     output = adapter_output.Output(
         adapters,
         [*tasks, *biases, *whole],
-        settings=settings,
-        summary=summary,
+        settings=settings | {"lora_bias": bool(biases)},
+        summary=f"{options.method} in {options.space} space, weights {spelled}",
         tokenizer=options.tokenizer,
         **targets_of(joined),
     )
-    return _plan(options, given_weights, adapters, output, notes, (model, *statistics))
+    inputs = [*adapters, *([model] if model else []), *statistics]
+    return _plan(options, given_weights, adapters, output, notes, inputs)
 
 
 def _plan(
@@ -113,7 +101,7 @@ def _plan(
     adapters: list[Adapter],
     output: adapter_output.Output,
     notes: list[str],
-    models: tuple[Checkpoint | None, ...],
+    inputs: list[Adapter | Checkpoint],
 ) -> Plan:
     receipt_options = options.recipe_options() | {"weights": weights}
     if options.settings:
@@ -125,7 +113,7 @@ def _plan(
         ]
     }
     return adapter_output.plan_adapters(
-        "combine", receipt_options, adapters, [output], notes, decisions, *models
+        "combine", receipt_options, inputs, [output], notes, decisions
     )
 
 
@@ -171,46 +159,26 @@ def _parts(
     method: Method,
     space: str,
 ) -> tuple[Operand, ...]:
-    """What the adapters have of a module; `Refused` for weights that the method does not take."""
-    parts = tuple(
-        _part(number, *member, weights, decomposed.get(number))
-        for number, member in site.members.items()
-    )
-    parts = _with_a_share(parts, space)
-    method.check_weights([part.weight for part in parts])
-    return parts
+    """What the adapters have of a module; `Refused` for weights that the method does not take.
 
-
-def _with_a_share(parts: tuple[Operand, ...], space: str) -> tuple[Operand, ...]:
-    """Those whose weight is not 0, if there are any: weights (1, 0) give what the method makes of
-    the first adapter alone.
-
-    Not in factor space, where all is as PEFT does it: there the signs of such an adapter have their
-    say.
+    Of adapters of weight 0 nothing, if there are others: weights (1, 0) give what the method makes
+    of the first one alone. Not in factor space, where all is as PEFT does it: there the signs of
+    such an adapter have their say.
     """
-    used = tuple(part for part in parts if part.weight)
-    return used if used and space == "delta" else parts
+    parts = []
+    for number, (lora, factors) in site.members.items():
+        dora = decomposed[number].dora(lora, factors) if number in decomposed else None
+        parts.append(Operand(number, factors, weights.of(number, lora.module), dora))
+    if space == "delta":
+        parts = [part for part in parts if part.weight] or parts
+    method.check_weights([part.weight for part in parts])
+    return tuple(parts)
 
 
 def _not_summable(adapter: Adapter, base: Checkpoint | None) -> list[AdapterkitError]:
     if base is not None and adapter.config.get("use_dora"):
         return dora_problems(adapter)
     return delta_problems(adapter, "give --base BASE, the model it was trained on, and --rank R")
-
-
-def _part(
-    number: int,
-    lora: Lora,
-    factors: Factors,
-    weights: "AdapterWeights",
-    decomposed: BaseWeights | None,
-) -> Operand:
-    return Operand(
-        number,
-        factors,
-        weights.of(number, lora.module),
-        decomposed.dora(lora, factors) if decomposed else None,
-    )
 
 
 def _resolve_method(options: Combine) -> tuple[Method, Refit]:
@@ -220,18 +188,16 @@ def _resolve_method(options: Combine) -> tuple[Method, Refit]:
     settings |= options.settings or {}
     record = cast(Method, create("combinations", method, settings))
     dense = record.acts_on == "elements"
-    if options.space == "factors" and (options.rank or options.energy or options.method in ALIASES):
+    if options.space == "factors" and options.method in ALIASES:
         raise Refused(
-            f"--space factors keeps the ranks: it takes no "
-            f"{options.method if options.method in ALIASES else '--rank or --energy'}",
+            f"--space factors keeps the ranks: it takes no {options.method}",
             expected="--space factors with a method alone",
             where="options",
             hint="remove --space factors",
         )
     if options.space == "factors" and not dense and method != "linear":
-        problem = f"{method} is not defined on A and B separately (--space factors)"
         raise Refused(
-            problem,
+            f"{method} is not defined on A and B separately (--space factors)",
             expected="linear, or a method on elements",
             where="options",
             hint="remove --space factors",
@@ -241,41 +207,33 @@ def _resolve_method(options: Combine) -> tuple[Method, Refit]:
     return record, Refit(options.rank, options.energy, largest and not fixed, options.svd_clamp)
 
 
-def _fit(
+def _check_fit(
     name: str,
     parts: tuple[Operand, ...],
     adapters: Sequence[Adapter],
     options: Combine,
     refit: Refit,
-) -> list[AdapterkitError]:
-    ranks = {part.factors.rank for part in parts}
+    errors: Problems,
+) -> None:
+    """Refuse a DoRA whose delta is not refitted, and factors of several ranks that cannot be added
+    one by one."""
+    by_factors = options.space == "factors"
     doras = [adapters[part.number].name for part in parts if part.dora]
-    if doras and (options.space == "factors" or refit.exact):
-        how = "--space factors" if options.space == "factors" else "an exact result"
-        expected, hint = (
+    if doras and (by_factors or refit.exact):
+        how = "--space factors" if by_factors else "an exact result"
+        errors.add(
+            f"{shown(name)}: {how} does not work with DoRA ({', '.join(doras)})",
             "a refit in --space delta: a DoRA's delta has full rank",
             "give --rank R or --energy E",
+            where="options",
         )
-        return [
-            Refused(
-                f"{shown(name)}: {how} does not work with DoRA ({', '.join(doras)})",
-                expected=expected,
-                where="options",
-                hint=hint,
-            )
-        ]
-    if options.space == "factors" and len(ranks) > 1:
+    elif by_factors and len({part.factors.rank for part in parts}) > 1:
         listing = ", ".join(f"{adapters[p.number].name} {p.factors.rank}" for p in parts)
-        hint = "use --space delta"
-        return [
-            Refused(
-                f"{shown(name)}: the ranks differ, {listing}",
-                expected="one rank in --space factors",
-                where="adapters",
-                hint=hint,
-            )
-        ]
-    return []
+        problem, expected = (
+            f"{shown(name)}: the ranks differ, {listing}",
+            "one rank in --space factors",
+        )
+        errors.add(problem, expected, "use --space delta", where="adapters")
 
 
 def _biases(

@@ -12,8 +12,7 @@ from adapterkit.planning.inputs.input_identity import plan_of
 from adapterkit.planning.inputs.sources import open_model
 from adapterkit.planning.outputs.cards import model_card
 from adapterkit.planning.outputs.folder_files import as_json, model_files
-from adapterkit.planning.outputs.gaps import check_gaps
-from adapterkit.planning.outputs.model import plan_shard, plan_shards_of_size
+from adapterkit.planning.outputs.model import check_gaps, plan_shard, plan_shards_of_size
 from adapterkit.verbs.dequantize import Dequantize
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.decoded import decoded_view, quantization_files, quantized_weights
@@ -56,7 +55,7 @@ def plan_dequantize(options: Dequantize) -> Plan:
     if options.max_shard_size:
         shards = plan_shards_of_size(
             [step for group in steps.values() for step in group],
-            parse_size("max_shard_size", options.max_shard_size),
+            parse_size(options.max_shard_size),
         )
     else:
         shards = [
@@ -70,7 +69,7 @@ def plan_dequantize(options: Dequantize) -> Plan:
     return plan_of(
         "dequantize",
         options.recipe_options(),
-        {0: original},
+        [original],
         configs=(0,),
         shards=shards,
         files=files,
@@ -86,9 +85,7 @@ def _plan_gguf(folder: Folder, name: str, options: Dequantize) -> Plan:
     base, target_dtype = model.checkpoint, dtypes.parse(dtype) if dtype else model.dtype
     width = lambda key: "F32" if loads_in_float32(model.model, key, target_dtype) else target_dtype
     steps = [Step(key, width(key), spec.shape, spec) for key, spec in base.tensors.items()]
-    shards = plan_shards_of_size(
-        steps, parse_size("max_shard_size", options.max_shard_size or SHARD_SIZE)
-    )
+    shards = plan_shards_of_size(steps, parse_size(options.max_shard_size or SHARD_SIZE))
     config = base.config | {"dtype": dtypes.CONFIG_NAME[target_dtype]}
     files = (
         model_files(base, config, shards, model_card(base, "decoded to floats"))
@@ -98,7 +95,7 @@ def _plan_gguf(folder: Folder, name: str, options: Dequantize) -> Plan:
     return plan_of(
         "dequantize",
         options.recipe_options(),
-        {0: base},
+        [base],
         shards=shards,
         files=files,
         decisions={"dequantized": len(steps)},

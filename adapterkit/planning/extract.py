@@ -1,7 +1,8 @@
 """The difference of two checkpoints: which parameters get factors, which are saved whole."""
 
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,90 +10,175 @@ from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
+from adapterkit.adapters.adapter_config import rank_settings
 from adapterkit.adapters.factors import Place
-from adapterkit.adapters.keys import value_key
+from adapterkit.adapters.keys import factor_keys, value_key
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.errors import Problems, Refused, Unrecoverable, shown
 from adapterkit.patterns import similar_names
-from adapterkit.plan import Plan, Task
+from adapterkit.plan import Change, Finalize, Plan, Task, TaskResult, unchanged
 from adapterkit.planning.adapters.output_norms import select_norms
 from adapterkit.planning.adapters.value_comparison import equal_values
 from adapterkit.planning.inputs.model_config import nested_values
-from adapterkit.planning.inputs.sources import open_adapter, open_model, open_statistics
+from adapterkit.planning.inputs.sources import (
+    if_given,
+    open_adapter,
+    open_model,
+    open_statistics,
+)
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.planning.outputs import adapter as adapter_output
-from adapterkit.planning.outputs.extracted_adapter import (
-    ExtractedAdapter,
-    finalize_extraction,
-    prefixes,
-)
-from adapterkit.planning.targets.peft_targets import FactorTargets
-from adapterkit.planning.targets.selection import Selection
+from adapterkit.planning.outputs.adapter import Output
+from adapterkit.planning.outputs.folder_files import as_json
+from adapterkit.planning.targets.stored_targets import FactorTargets, prefixes
+from adapterkit.planning.targets.values_by_regex import Selection
+from adapterkit.shared_options import TruncationOptions
 from adapterkit.tasks.difference import DifferenceFactors, WholeParameter
-from adapterkit.tasks.truncate import SHARES, Truncation, check_truncation, even_rank
+from adapterkit.tasks.truncate import SHARES, even_rank, finalize_by_size
 from adapterkit.verbs.extract import Extract
 from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter, StoredParameter
 
+# PEFT's word for an adapter without factors: an empty list is an error there
+NO_MODULES = "dummy-target-modules"
+
 
 @dataclass(frozen=True)
-class Extraction:
-    """The tasks of an extraction, and the parameters that have none."""
+class ExtractedAdapter(Output):
+    """An adapter some of whose targets are parameters: stacks of experts, routers."""
 
-    factors: tuple[DifferenceFactors, ...]
-    values: tuple[WholeParameter, ...]
-    saved: frozenset[str]  # modules saved whole, and parameters that no such module stands for
-    has_biases: bool  # of layers with factors
-    skipped: list[str]
-    unchanged: list[str]
-    targets: FactorTargets  # of the fine-tune
-    notes: list[str]
+    all_modules: frozenset[str] = frozenset()  # of the model
 
-    @property
-    def fan_in_fan_out(self) -> bool:
-        """PEFT's flag for layers whose weight is (in, out)."""
-        names = self.targets.names
-        return any(names.transposed(difference.module) for difference in self.factors)
-
-    def settings(self) -> dict[str, Any]:
-        """Settings of the config besides targets and ranks."""
-        stacks = any(difference.place.experts is not None for difference in self.factors)
-        settings: dict[str, Any] = {
-            "modules_to_save": sorted(self.saved) or None,
-            "bias": "lora_only" if self.has_biases else "none",
+    def config(self, metrics: dict[str, dict], grown: int = 0) -> bytes:
+        """adapter_config.json for the ranks in the metrics; `Unrecoverable` where the adapter is
+        empty."""
+        ranks = {
+            target: metrics[name]["rank"]
+            for name, target in self.modules.items()
+            if "rank" in metrics[name]
         }
-        return settings | ({"peft_version": adapter_config.PEFT_LAYOUT} if stacks else {})
+        if not ranks and not any("taken" in metric for metric in metrics.values()):
+            raise Unrecoverable(
+                "no weight differs",
+                expected="a fine-tune",
+                where="BASE and TUNED",
+                hint="check the two paths",
+            )
+        parameters = sorted(ranks.keys() & self.parameters)
+        modules = self.target_modules(ranks.keys() - self.parameters) if ranks else NO_MODULES
+        config = (self.base_settings or {}) | self.settings | {"target_modules": modules}
+        config |= {"target_parameters": parameters} if parameters else {}
+        # PEFT matches a pattern with the parameter's name, merge with the module's where it is its
+        # weight
+        by_pattern = {
+            re.sub(r"\.weight$", r"(\\.weight)?", target): rank for target, rank in ranks.items()
+        }
+        return as_json(config | rank_settings(by_pattern))
+
+    def target_modules(self, modules: Collection[str]) -> list[str] | str:
+        """target_modules that match these modules alone: a name in a list matches every module
+        whose path ends with it."""
+        others = self.all_modules.difference(modules)
+        if any(suffix in modules for other in others for suffix in _suffixes(other)):
+            return "|".join(re.escape(module) for module in sorted(modules))
+        return sorted(modules)
 
 
-def sort_parameters(
-    sides: tuple[Checkpoint, Checkpoint], options: Extract, truncation: Truncation
-) -> Extraction:
+def _suffixes(path: str) -> Iterator[str]:
+    """The parts of a path after each of its dots."""
+    at = path.find(".")
+    while at >= 0:
+        yield path[at + 1 :]
+        at = path.find(".", at + 1)
+
+
+def finalize_extraction(
+    truncation: TruncationOptions, tasks: Sequence[Task], made_for: str
+) -> Finalize | None:
+    """Give each module its share of the size, and keys that depend on which modules have factors.
+
+    PEFT wraps a module with factors, and calls what it wraps `base_layer`; it wraps a module's
+    parameters in their order, so that the last one's wrapper is the outermost.
+    """
+    by_size = finalize_by_size(truncation, tasks, made_for) if truncation.max_size else None
+    targets = Counter(task.module for task in tasks if isinstance(task, DifferenceFactors))
+    if all(_has_fixed_keys(task, targets) for task in tasks):
+        return by_size
+    return partial(_finalize_keys, by_size, tasks)
+
+
+def _finalize_keys(
+    by_size: Finalize | None, tasks: Sequence[Task], metrics: list[dict]
+) -> list[Change]:
+    changes = by_size(metrics) if by_size else [unchanged] * len(tasks)
+    wrappers = Counter(
+        task.module
+        for task, metric in zip(tasks, metrics, strict=True)
+        if isinstance(task, DifferenceFactors) and "rank" in metric
+    )
+    depths: Counter[str] = Counter()  # wrappers around the module's next factors
+    last_first = []
+    for task, metric, change in reversed(list(zip(tasks, metrics, changes, strict=True))):
+        if isinstance(task, DifferenceFactors) and "rank" in metric:
+            keys = factor_keys(task.module, wrappers, depths[task.module])
+            renamed = dict(zip((task.place.a_key, task.place.b_key), keys, strict=True))
+            change = partial(_rename, change, renamed)
+            depths[task.module] += 1
+        elif isinstance(task, WholeParameter):
+            lone = task.only_beside_factors and not wrappers[task.parameter.rpartition(".")[0]]
+            key = value_key(task.parameter, wrappers)
+            change = _drop if lone else partial(_rename, change, {task.key: key})
+        last_first.append(change)
+    return last_first[::-1]
+
+
+def _has_fixed_keys(task: Task, targets: Mapping[str, int]) -> bool:
+    """Whether a task's keys do not depend on which of the modules `targets` have factors."""
+    if isinstance(task, DifferenceFactors):
+        around = prefixes(task.module)[:-1]
+        return targets[task.module] == 1 and not any(path in targets for path in around)
+    if isinstance(task, WholeParameter):
+        return not any(path in targets for path in prefixes(task.parameter))
+    return True
+
+
+def _drop(result: TaskResult) -> TaskResult:
+    return TaskResult({}, {})
+
+
+def _rename(change: Change, keys: dict[str, str], result: TaskResult) -> TaskResult:
+    result = change(result)
+    tensors = {keys[key]: tensor for key, tensor in result.tensors.items()}
+    return TaskResult(tensors, result.metrics)
+
+
+def sort_parameters(sides: tuple[Checkpoint, Checkpoint], options: Extract) -> "Extraction":
     """Sort every parameter of the fine-tune, the second side: factors, saved whole, unchanged, or
     not selected. `Refused` with all problems.
 
     Reads the parameters without factors, to compare them."""
-    sorting = _Sorting(sides, options, truncation)
-    sorting.sort()
-    sorting.errors.raise_all()
-    return sorting.result()
+    extraction = Extraction(sides, options)
+    extraction.sort()
+    extraction.errors.raise_all()
+    return extraction
 
 
 @dataclass
-class _Sorting:
-    """An extraction while its parameters are sorted."""
+class Extraction:
+    """The tasks of an extraction, and the parameters that have none."""
 
     sides: tuple[Checkpoint, Checkpoint]
     options: Extract
-    truncation: Truncation
     errors: Problems = field(default_factory=Problems)
     notes: list[str] = field(default_factory=list)
     factors: list[DifferenceFactors] = field(default_factory=list)
     values: list[WholeParameter] = field(default_factory=list)
+    # modules saved whole, and parameters that no such module stands for
     saved: set[str] = field(default_factory=set)
-    has_biases: bool = False
+    has_biases: bool = False  # of layers with factors
     skipped: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
 
@@ -104,6 +190,22 @@ class _Sorting:
         self.names = old, new
         self.targets = FactorTargets(new)
         self.is_selected = Selection.of(self.options.include, self.options.exclude)
+        self.truncation = self.options.only(TruncationOptions)
+        self.dtype = dtypes.parse(self.options.dtype)
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """PEFT's flag for layers whose weight is (in, out)."""
+        return any(self.names[1].transposed(difference.module) for difference in self.factors)
+
+    def settings(self) -> dict[str, Any]:
+        """Settings of the config besides targets and ranks."""
+        stacks = any(difference.place.experts is not None for difference in self.factors)
+        return {
+            "modules_to_save": sorted(self.saved) or None,
+            "bias": "lora_only" if self.has_biases else "none",
+            **({"peft_version": adapter_config.PEFT_LAYOUT} if stacks else {}),
+        }
 
     def sort(self) -> None:
         """Sort all parameters; what does not fit joins the errors."""
@@ -116,12 +218,11 @@ class _Sorting:
             if not self.is_selected(module):
                 self.skipped.append(name)
                 continue
-            try:
+            old = new = None
+            with self.errors.collected():
                 old, new = names[0].parameter(name), names[1].parameter(name)
-            except AdapterkitError as error:
-                self.errors.append(error)
+            if new is None:
                 continue
-            assert new is not None
             if old is not None and old.shape != new.shape and not self._is_resized(old, new):
                 clashes.append(f"{shown(name)} {old.shape} and {new.shape}")
                 continue
@@ -140,6 +241,7 @@ class _Sorting:
             self._sort_module(module, members)
         if self.has_biases:
             self._save_biases()
+        self._set_keys()
 
     def _check_sides(self, clashes: list[str]) -> None:
         """Refuse parameters of the base alone, and these clashes of shapes."""
@@ -162,28 +264,15 @@ class _Sorting:
                 "check the two paths, or exclude them with --exclude",
             )
 
-    def result(self) -> Extraction:
-        """The extraction with keys as deep as they can become: as if every difference had
-        factors."""
+    def _set_keys(self) -> None:
+        """Give all tasks keys as deep as they can become: as if every difference had factors."""
         wrappers, depths = Counter(difference.module for difference in self.factors), Counter()
-        factors = []
-        for difference in self.factors:
-            factors.append(difference.with_keys(wrappers, depths[difference.module]))
+        for number, difference in enumerate(self.factors):
+            self.factors[number] = difference.with_keys(wrappers, depths[difference.module])
             depths[difference.module] += 1
-        keys = [value_key(value.parameter, wrappers) for value in self.values]
-        values = [
-            replace(value, name=key, key=key) for value, key in zip(self.values, keys, strict=True)
-        ]
-        return Extraction(
-            tuple(factors),
-            tuple(values),
-            frozenset(self.saved),
-            self.has_biases,
-            self.skipped,
-            self.unchanged,
-            self.targets,
-            self.notes,
-        )
+        for number, value in enumerate(self.values):
+            key = value_key(value.parameter, wrappers)
+            self.values[number] = replace(value, name=key, key=key)
 
     def _is_resized(self, old: Parameter, new: Parameter) -> bool:
         """Whether two shapes differ by the vocabulary alone."""
@@ -212,8 +301,11 @@ class _Sorting:
 
     def _add_factors(self, name: str, target: str, old: Parameter, new: Parameter) -> None:
         before, after = self._stored(old, 0), self._stored(new, 1)
-        if not before.dtypes | after.dtypes <= set(dtypes.FLOATS):
-            self.errors.append(_dtype_error(name, before.dtypes | after.dtypes))
+        stored = before.dtypes | after.dtypes
+        if not stored <= set(dtypes.FLOATS):
+            problem = f"{shown(name)} is {', '.join(sorted(stored))}"
+            hint = "dequantize it first"
+            self.errors.add(problem, " ".join(dtypes.FLOATS), hint, where="weights")
             return
         module, shape, experts = name.rpartition(".")[0], new.shape, None
         if target == name and len(shape) == 3:
@@ -224,17 +316,10 @@ class _Sorting:
         shape = tuple(shape[::-1] if transposed else shape)
         place = Place.of_weight(module, shape, experts=experts)
         task_name = module if name == f"{module}.weight" else name
+        sides = before, after, transposed, target
         self.factors.append(
             DifferenceFactors(
-                task_name,
-                place,
-                dtypes.parse(self.options.dtype),
-                module,
-                before,
-                after,
-                transposed,
-                target,
-                truncation=self.truncation,
+                task_name, place, self.dtype, module, *sides, truncation=self.truncation
             )
         )
 
@@ -303,8 +388,7 @@ class _Sorting:
         return StoredParameter.of(parameter, self.sides[side].tensors)
 
     def _refuse(self, problem: str, expected: str, hint: str) -> None:
-        where = self.sides[1].name
-        self.errors.add(problem, expected, hint, where=where)
+        self.errors.add(problem, expected, hint, where=self.sides[1].name)
 
 
 def _tied(old: Parameter | None, new: Parameter | None) -> tuple[str, ...]:
@@ -314,27 +398,16 @@ def _tied(old: Parameter | None, new: Parameter | None) -> tuple[str, ...]:
     return tuple(name for name in new.tied if name in old.tied)
 
 
-def _dtype_error(name: str, stored: set[str]) -> Refused:
-    return Refused(
-        f"{shown(name)} is {', '.join(sorted(stored))}",
-        expected=" ".join(dtypes.FLOATS),
-        where="weights",
-        hint="dequantize it first",
-    )
-
-
 def plan_extract(options: Extract) -> Plan:
     """Everything an extraction will do, or `Refused` with all that cannot be done. Reads what gets
     no factors, to see if it differs."""
     base, tuned = open_model(options.base), open_model(options.tuned)
-    stats = None if options.stats is None else open_statistics(options.stats)
-    truncation = Truncation(options.rank, options.energy, options.sv_ratio, options.max_size)
-    check_truncation(truncation)
+    stats = if_given(open_statistics, options.stats)
     sides = open_checkpoint(base, 0), open_checkpoint(tuned, 1)
     for side in sides:
         check_not_quantized(side)
-    extraction = sort_parameters(sides, options, truncation)
-    factors = list(extraction.factors)
+    extraction, truncation = sort_parameters(sides, options), options.only(TruncationOptions)
+    factors = extraction.factors
     if truncation.max_size:
         limit = SHARES * even_rank(truncation, factors)
         factors = [replace(difference, limit=limit) for difference in factors]
@@ -374,9 +447,8 @@ def plan_extract(options: Extract) -> Plan:
     output = ExtractedAdapter([], tasks, targets, settings, summary, finalize=finalize, **more)
     decisions = {"left_out": extraction.skipped, "unchanged": sorted(extraction.unchanged)}
     inputs = (*sides, *(() if statistics is None else (statistics,)))
-    models = tuple(range(len(inputs)))
-    return adapter_output.plan_outputs(
-        "extract", options.recipe_options(), inputs, [output], extraction.notes, decisions, models
+    return adapter_output.plan_adapters(
+        "extract", options.recipe_options(), inputs, [output], extraction.notes, decisions
     )
 
 

@@ -1,45 +1,139 @@
 """init: an adapter that starts by any method, and for some the base that is left without the part
 that the adapter takes."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
 from adapterkit.adapters.keys import INITIAL
+from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import Problems, shown
+from adapterkit.errors import Problems, Refused, shown
 from adapterkit.inits import created_init
 from adapterkit.inits.protocol import ComputedInit, Initialization, RedistributingInit
-from adapterkit.options import flag_of
 from adapterkit.plan import OutputFile, Plan, Task, no_warnings
 from adapterkit.planning.inputs.input_identity import plan_of
-from adapterkit.planning.inputs.sources import open_model, open_statistics
+from adapterkit.planning.inputs.sources import if_given, open_model, open_statistics
+from adapterkit.planning.merge.job import MergeJob
+from adapterkit.planning.merge.plan import changed_steps
 from adapterkit.planning.outputs import adapter as adapter_output
-from adapterkit.planning.outputs.folder_files import Files
-from adapterkit.planning.outputs.model import planned_fingerprint
-from adapterkit.planning.quantization import plan_quantization
-from adapterkit.planning.residual import (
-    plan_quantized_residual,
-    plan_residual,
-    planned_adapter,
+from adapterkit.planning.outputs.cards import model_card
+from adapterkit.planning.outputs.folder_files import Files, model_files
+from adapterkit.planning.outputs.model import (
+    CHANGED_BY,
+    QuantizedModel,
+    plan_shard,
+    planned_fingerprint,
 )
+from adapterkit.planning.quantization import QuantizationPlan, plan_quantization
 from adapterkit.planning.targets.initial_targets import InitialTarget, find_targets
 from adapterkit.shared_options import BlockOptions
-from adapterkit.tasks.handoff import HandoffFactors
+from adapterkit.tasks.handoff import HandoffFactors, handed_on
 from adapterkit.tasks.initial import (
     InitialFactors,
+    ResidualWeight,
     finalize_by_ratios,
     warn_of_dropped,
     with_candidates,
 )
 from adapterkit.tasks.statistics import INPUTS, select_statistics, shape_of
 from adapterkit.verbs.init import Init
+from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.detect import check_not_quantized
+
+BASE = "base"  # its folder in the output
+SUMMARY = "without the part that {} took into the adapter beside it"
+
+
+@dataclass
+class ResidualAdapter:
+    """The folder of an adapter that the same plan writes: it has no files yet."""
+
+    name: str
+    label: str = "the initial adapter"
+    origin: dict[str, Any] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    def files(self) -> dict[str, int]:
+        return {}
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        raise FileNotFoundError(name)
+
+    def path(self, name: str) -> Path:
+        raise FileNotFoundError(name)
+
+    def prefetch(self, names: list[str]) -> None:
+        pass
+
+
+def planned_adapter(config: bytes, targets: Sequence[InitialTarget], dtype: str) -> Adapter:
+    """The adapter of these targets while its factors are being made."""
+    loras = []
+    for target in targets:
+        shapes = target.place.shapes(target.rank)
+        kind = "embedding" if target.kind == "embedding" else "module"
+        a, b = handed_on(target.name, dtypes.parse(dtype), shapes)
+        loras.append(Lora(target.module, kind, a, b, depth=target.depth))
+    return Adapter(ResidualAdapter("adapter"), 1, json.loads(config), tuple(loras), {}, (), {})
+
+
+def plan_residual(
+    base: Checkpoint, adapter: Adapter, method: str, notes: list[str]
+) -> tuple[tuple[OutputFile, ...], Files]:
+    """The files of W - scale·b@a in the base's own dtypes and formats: shards, and the others.
+
+    `Refused` where the factors cannot be taken out of a stored weight."""
+    job = MergeJob(base, [adapter], [-1.0], MergeOptions())
+    steps = changed_steps(job)
+    notes += job.notes
+    shards = []
+    for name, group in steps.items():
+        group = [replace(step, measures_error=bool(step.edits)) for step in group]
+        header = base.shards[name]
+        metadata = (header.metadata or {"format": "pt"}) | {CHANGED_BY: "init"}
+        header = replace(header, metadata=metadata)
+        shards.append(plan_shard(f"{BASE}/{name}", group, header, keep_format=True))
+    card = model_card(base, SUMMARY.format(method))
+    return tuple(shards), model_files(base, job.config, shards, card, folder=BASE)
+
+
+def plan_quantized_residual(
+    base: Checkpoint,
+    quantization: QuantizationPlan,
+    targets: Sequence[InitialTarget],
+    method: str,
+) -> tuple[tuple[OutputFile, ...], Files]:
+    """The same, quantized; weights without factors are quantized plainly."""
+    others = [target for target in targets if target.name not in quantization.linear]
+    if others:
+        raise Refused(
+            f"--quantize with factors on {', '.join(target.name for target in others[:4])}",
+            expected="linear layers with a weight of their own, that --skip does not leave out",
+            where="--targets",
+            hint="remove them from --targets, or remove --quantize",
+        )
+    tasks: Mapping[str, Any] = {
+        (key := quantization.linear[target.name]): ResidualWeight(
+            key,
+            base.tensors[key],
+            quantization.quantized.get(key),
+            target.name,
+            target.scale,
+            quantization.weights[key].transposed,
+        )
+        for target in targets
+    }
+    model = QuantizedModel(base, quantization.quantized, tasks, quantization.config(), BASE, "init")
+    return model.shards(), model.files(SUMMARY.format(method))
+
 
 COLLECTED = INPUTS | {"gradient": ("gradient",)}  # what `stats` collects: kinds
 ADAPTER = "adapter"  # folder in the output
@@ -48,7 +142,7 @@ ADAPTER = "adapter"  # folder in the output
 def plan_init(options: Init) -> Plan:
     """Everything an initialization will do, or `Refused`."""
     folder = open_model(options.base)
-    stats = None if options.stats is None else open_statistics(options.stats)
+    stats = if_given(open_statistics, options.stats)
     method = created_init(options.method, dict(options.settings or {}))
     _check(options, method, stats is not None)
     notes: list[str] = []
@@ -79,17 +173,15 @@ def plan_init(options: Init) -> Plan:
         ]
         copy = _adapter(base, initial, targets, options, method, f"{ADAPTER}/{INITIAL}")
         shards, files = [*shards, copy.shard()], files | copy.files(notes)
-    inputs = {number: one for number, one in enumerate((base, statistics)) if one is not None}
     return plan_of(
         "init",
         options.recipe_options(),
-        inputs,
+        [base, *([statistics] if statistics else [])],
         configs=(0,),
         shards=shards,
         files=files,
         decisions=decisions,
         notes=notes,
-        models=tuple(inputs),
         warn=warn,
     )
 
@@ -205,13 +297,6 @@ def _check(options: Init, method: Initialization, has_stats: bool) -> None:
             f"--quantize with --method {options.method} and no base to write",
             "a method that takes a part of each weight, and --residual write",
             "remove --quantize, or quantize the base: adapterkit quantize",
-        )
-    extra = [flag_of(key) for key, value in vars(options.only(BlockOptions)).items() if value]
-    if extra and not options.quantize:
-        errors.add(
-            f"{', '.join(extra)} without --quantize",
-            "--quantize FORMAT",
-            "choose modules with --targets, or give --quantize nf4",
         )
     errors.raise_all()
 

@@ -12,15 +12,15 @@ from adapterkit.adapters.targets import Patterns
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import WARNING, Problems, Refused, shown
-from adapterkit.plan import OutputFile, Plan, Task
+from adapterkit.plan import OutputFile, Plan
 from adapterkit.planning.inputs.input_identity import plan_of
-from adapterkit.planning.inputs.sources import open_model, open_statistics
+from adapterkit.planning.inputs.sources import if_given, open_model, open_statistics
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.planning.outputs.model import QuantizedModel, planned_fingerprint
 from adapterkit.planning.quantization import plan_quantization
 from adapterkit.planning.targets.changed_meanings import rule_readings
 from adapterkit.planning.targets.stored_targets import select_layers
-from adapterkit.planning.targets.values_by_regex import Rule, pattern_table, read_rules, unmatched
+from adapterkit.planning.targets.values_by_regex import pattern_table, read_rules, unmatched
 from adapterkit.shared_options import BlockOptions
 from adapterkit.tasks.handoff import HandoffFactors
 from adapterkit.tasks.loftq import LoftQFactors, LoftQWeight, finalize_accepted
@@ -39,35 +39,31 @@ SUMMARY = "LoftQ: for its quantized base alone, not for the original"
 
 def plan_loftq(options: Loftq) -> Plan:
     """Everything LoftQ will do, or `Refused`."""
-    _check(options)
-    quantized = None if options.quantized is None else open_model(options.quantized)
-    stats = None if options.stats is None else open_statistics(options.stats)
+    quantized = if_given(open_model, options.quantized)
+    stats = if_given(open_statistics, options.stats)
     base = open_checkpoint(open_model(options.base))
     check_not_quantized(base)
-    others = [
-        open_checkpoint(other, number)
-        for number, other in enumerate((o for o in (quantized, stats) if o is not None), 1)
-    ]
-    stats_checkpoint = others[-1] if stats is not None else None
+    given = (folder for folder in (quantized, stats) if folder is not None)
+    others = [open_checkpoint(folder, number) for number, folder in enumerate(given, 1)]
+    statistics = others[-1] if stats is not None else None
     if quantized is not None:
         notes: list[str] = []
-        output, decisions = _plan_fixed_base(base, others[0], stats_checkpoint, options, notes)
+        output = _plan_fixed_base(base, others[0], statistics, options, notes)
+        decisions: dict[str, Any] = {"modules": len(output.tasks)}
         if options.accept is not None:
             output = replace(output, finalize=partial(finalize_accepted, options.accept))
         shards, files = (output.shard(),), output.files(notes)
     else:
-        shards, files, notes, decisions = _plan_base_and_adapter(base, stats_checkpoint, options)
-    inputs = dict(enumerate((base, *others)))
+        shards, files, notes, decisions = _plan_base_and_adapter(base, statistics, options)
     return plan_of(
         "loftq",
         options.recipe_options(),
-        inputs,
+        [base, *others],
         configs=(0,),
         shards=shards,
         files=files,
         decisions=decisions,
         notes=notes,
-        models=tuple(inputs),
         warn=_warnings,
     )
 
@@ -77,56 +73,40 @@ def _plan_base_and_adapter(
 ) -> tuple[tuple[OutputFile, ...], dict[str, Any], list[str], dict[str, Any]]:
     """The files of the packed base and of the adapter beside it: computed ones, others, notes, and
     metrics of the plan."""
-    to, rules = (MIXED if options.bits_for else BITS)[options.bits], _rules(options)
+    bits = {str(bits): bits for bits in MIXED}
+    rules = read_rules(BITS_FOR, options.bits_for, bits.get, "REGEX=4 or REGEX=8")
+    to = (MIXED if options.bits_for else BITS)[options.bits]
     formats = {pattern: MIXED[bits] for pattern, bits in pattern_table(rules).items()}
     exceptions = Patterns(formats, BITS_FOR)
-    how = {"to": to, **vars(options.only(BlockOptions))}
-    quantization = plan_quantization(base, how, exceptions)
+    blocks = vars(options.only(BlockOptions))
+    quantization = plan_quantization(base, {"to": to, **blocks}, exceptions)
     quantized = list(quantization.modules)
     errors = rule_readings(BITS_FOR, rules, quantized)
     for pattern in [] if errors else exceptions.unmatched(quantized):
         errors.append(unmatched(BITS_FOR, pattern, quantized, "a quantized module"))
     Problems(errors).raise_all()
-    weights = {
-        name: weight.key
-        for name, weight in quantization.modules.items()
-        if weight.key in quantization.weights
-    }
-    chosen = select_layers(
-        quantization.names, options.targets, weights, NOT_QUANTIZED, quantization.notes
-    )
-    modules = {key: name for name, key in weights.items() if name in chosen}
-    selected = select_covariances(
-        stats, {name: quantization.weights[key].shape[1] for key, name in modules.items()}
-    )
-    tasks = quantization.upcast_to_fp32()
-    factors: list[Task] = []
-    for key, name in modules.items():
-        weight = quantization.weights[key]
-        tasks[key] = LoftQWeight(
-            key,
-            base.tensors[key],
-            quantization.quantized[key],
-            name,
-            options.rank,
-            options.scale,
-            options.iterations,
-            weight.transposed,
-            selected.get(name),
-        )
+    plain, notes = quantization.weights, quantization.notes
+    keys = {name: weight.key for name, weight in quantization.modules.items()}
+    linear = [name for name, key in keys.items() if key in plain]
+    chosen = select_layers(quantization.names, options.targets, linear, NOT_QUANTIZED, notes)
+    modules = {name: plain[keys[name]] for name in linear if name in chosen}
+    selected = select_covariances(stats, {name: w.shape[1] for name, w in modules.items()})
+    tasks, factors = quantization.upcast_to_fp32(), []
+    how = options.rank, options.scale, options.iterations
+    for name, weight in modules.items():
+        key, turned = weight.key, weight.transposed
+        stored = base.tensors[key], quantization.quantized[key]
+        tasks[key] = LoftQWeight(key, *stored, name, *how, turned, selected.get(name))
         place = Place.of_weight(name, weight.shape)
         factors.append(HandoffFactors(name, place, dtypes.parse(options.dtype), options.rank))
-    model = QuantizedModel(
-        base, quantization.quantized, tasks, quantization.config(), "base", "loftq"
-    )
+    config = quantization.config()
+    model = QuantizedModel(base, quantization.quantized, tasks, config, "base", "loftq")
     shards = model.shards()
     made_for = planned_fingerprint(shards)
     adapter = adapter_output.new_adapter(base, factors, options, SUMMARY, "adapter", made_for)
-    notes = list(quantization.notes)
     names = " and ".join(dict.fromkeys((to, *exceptions.values)))
-    files = model.files(
-        f"quantized to {names} by LoftQ: use it with the adapter beside it"
-    ) | adapter.files(notes)
+    files = model.files(f"quantized to {names} by LoftQ: use it with the adapter beside it")
+    files |= adapter.files(notes)
     decisions = {
         "left_out": sorted(quantization.skipped),
         "quantized": len(quantization.quantized),
@@ -150,8 +130,8 @@ def _plan_fixed_base(
     stats: Checkpoint | None,
     options: Loftq,
     notes: list[str],
-) -> tuple[adapter_output.Output, dict[str, Any]]:
-    """The adapter alone, for a quantized base that stays as it is, and metrics of the plan."""
+) -> adapter_output.Output:
+    """The adapter alone, for a quantized base that stays as it is."""
     plain = decoded_view(quantized)
     names = Names(plain, build_model=True)
     errors = Problems(where=quantized.name)
@@ -159,21 +139,18 @@ def _plan_fixed_base(
     packed = {key: spec for key, spec in plain.tensors.items() if isinstance(spec, QuantizedWeight)}
     modules = _modules(names, packed)
     chosen = select_layers(names, options.targets, modules.values(), NOT_QUANTIZED, notes)
-    modules = {key: name for key, name in modules.items() if name in chosen}
-    for key, name in modules.items():
-        spec = packed[key]
-        original = base.tensors.get(key)
+    for key, name in ((key, name) for key, name in modules.items() if name in chosen):
+        spec, original = packed[key], base.tensors.get(key)
         if original is None or original.shape != spec.shape or original.dtype not in dtypes.FLOATS:
-            problem = (
-                f"{shown(key)}: {spec.shape} quantized, "
-                f"{original.shape if original else 'nothing'} in {base.name}"
+            there = original.shape if original else "nothing"
+            errors.add(
+                f"{shown(key)}: {spec.shape} quantized, {there} in {base.name}",
+                "the same weights",
+                "give the original that it was quantized from",
             )
-            hint = "give the original that it was quantized from"
-            errors.add(problem, "the same weights", hint)
             continue
-        transposed = names.transposed(name)
-        shape = spec.shape[::-1] if transposed else spec.shape
-        place = Place.of_weight(name, shape)
+        turned = names.transposed(name)
+        place = Place.of_weight(name, spec.shape[::-1] if turned else spec.shape)
         factors.append(
             LoftQFactors(
                 name,
@@ -183,7 +160,7 @@ def _plan_fixed_base(
                 original=original,
                 packed=spec,
                 scale=options.scale,
-                transposed=transposed,
+                transposed=turned,
             )
         )
     errors.raise_all()
@@ -197,39 +174,20 @@ def _plan_fixed_base(
     selected = select_covariances(stats, {task.name: task.place.a_tail[0] for task in factors})
     factors = [replace(task, covariance=selected.get(task.name)) for task in factors]
     made_for = fingerprint(quantized)
-    adapter = adapter_output.new_adapter(base, factors, options, SUMMARY, "", made_for)
-    return adapter, {"modules": len(factors)}
-
-
-def _rules(options: Loftq) -> list[Rule[int]]:
-    """The bits of modules that have others."""
-    bits = {str(bits): bits for bits in MIXED}
-    return read_rules(BITS_FOR, options.bits_for, bits.get, "REGEX=4 or REGEX=8")
-
-
-def _check(options: Loftq) -> None:
-    if options.bits == 8 and not options.bits_for and (options.double_quant or options.block_size):
-        given = "--double-quant" if options.double_quant else "--block-size"
-        hint = f"remove {given}, or give --bits 4"
-        problem = f"{given} applies to 4 bits alone"
-        raise Refused(problem, expected="--bits 4", where="options", hint=hint)
+    return adapter_output.new_adapter(base, factors, options, SUMMARY, "", made_for)
 
 
 def _warnings(metrics: dict[str, dict]) -> list[str]:
     """Modules that factors did not help."""
-    tried = {
-        key: metric
-        for key, metric in metrics.items()
-        if "error_after" in metric and metric.get("accepted", True)
-    }
     worse = sorted(
-        key for key, metric in tried.items() if metric["error_after"] >= metric["error"] > 0
+        key
+        for key, metric in metrics.items()
+        if metric.get("accepted", True)
+        and metric.get("error_after", 0) >= metric.get("error", 0) > 0
     )
     if not worse:
         return []
     return [
-        (
-            f"{WARNING}no round of {len(worse)} modules was better than plain quantization, e.g. "
-            f"{', '.join(worse[:3])}"
-        )
+        f"{WARNING}no round of {len(worse)} modules was better than plain quantization, e.g. "
+        f"{', '.join(worse[:3])}"
     ]

@@ -10,8 +10,8 @@ from adapterkit.adapters.targets import Patterns
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.plan import Step, Task
-from adapterkit.planning.outputs.gaps import check_gaps
-from adapterkit.planning.targets.selection import selecting
+from adapterkit.planning.outputs.model import check_gaps
+from adapterkit.planning.targets.values_by_regex import selecting
 from adapterkit.registry import members
 from adapterkit.tasks.rows import EditedTensor
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight

@@ -4,7 +4,7 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import Problems, listed
 from adapterkit.plan import Compensation, Plan, Span, Task
 from adapterkit.planning.inputs.input_identity import plan_of
-from adapterkit.planning.inputs.sources import open_model, open_statistics
+from adapterkit.planning.inputs.sources import if_given, open_model, open_statistics
 from adapterkit.planning.outputs.model import QuantizedModel
 from adapterkit.planning.quantization import QuantizationPlan, plan_quantization
 from adapterkit.shared_options import BlockOptions, missing_statistics
@@ -17,7 +17,7 @@ from adapterkit.weights.detect import check_not_quantized
 def plan_quantize(options: Quantize) -> Plan:
     """Everything a quantization will do, or `Refused`."""
     Problems(missing_statistics(options.rounding, options.stats)).raise_all()
-    stats = None if options.stats is None else open_statistics(options.stats)
+    stats = if_given(open_statistics, options.stats)
     base = open_checkpoint(open_model(options.base))
     check_not_quantized(base)
     how = {"to": options.to, **vars(options.only(BlockOptions))}
@@ -35,13 +35,12 @@ def plan_quantize(options: Quantize) -> Plan:
     return plan_of(
         "quantize",
         receipt_options,
-        dict(enumerate(inputs)),
+        inputs,
         configs=(0,),
         shards=output.shards(),
         files=output.files(f"quantized to {options.to}"),
         decisions=decisions,
         notes=quantization.notes,
-        models=range(len(inputs)),
     )
 
 

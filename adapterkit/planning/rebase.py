@@ -4,7 +4,6 @@
 from dataclasses import replace
 
 from adapterkit import dtypes
-from adapterkit.adapters import adapter_config
 from adapterkit.adapters.record import EMBEDDINGS, Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import open_checkpoint
@@ -20,7 +19,7 @@ from adapterkit.planning.adapters.sites import (
     names_of,
     targets_of,
 )
-from adapterkit.planning.inputs.sources import initial_of, open_adapter, open_model
+from adapterkit.planning.inputs.sources import if_given, initial_of, open_adapter, open_model
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.tasks.combine import CombinedFactors, Operand, Refit
 from adapterkit.verbs.rebase import Rebase
@@ -32,7 +31,7 @@ QUANTIZED = ("loftq",)
 
 def plan_rebase(options: Rebase) -> Plan:
     """Everything a rebase will do, or `Refused` with all that cannot be done."""
-    base = None if options.base is None else open_model(options.base)
+    base = if_given(open_model, options.base)
     source = open_adapter(options.adapter)
     trained, before = read_all([source, _initial(source, options)])
     errors = Problems()
@@ -48,11 +47,8 @@ def plan_rebase(options: Rebase) -> Plan:
         hint = "merge it into its quantized base, or extract the difference"
         errors.add(problem, "an init that subtracts from the base", hint, where=trained.where)
     model = base_with_parameters(base, [trained, before], notes)
-    joined = join(
-        [trained, before],
-        errors,
-        None if model is None else names_of(model, [trained, before], notes),
-    )
+    names = None if model is None else names_of(model, [trained, before], notes)
+    joined = join([trained, before], errors, names)
     errors += _same_modules(joined, trained, before)
     _check_ties(trained, base, errors, notes)
     errors.raise_all()
@@ -63,15 +59,9 @@ def plan_rebase(options: Rebase) -> Plan:
         parts = (Operand(0, site.members[0][1], 1.0), Operand(1, site.members[1][1], -1.0))
         tasks.append(CombinedFactors(name, site.place(levels), dtype, parts, Linear(), refit))
     tasks += adapter_output.copy_all_but_factors(_without_changed_base(trained, notes), dtype)
-    settings = (
-        adapter_config.plain_settings()
-        | adapter_config.value_settings([trained])
-        | adapter_config.flags(trained)
-    )
-    decisions = {
-        "adapters": [{"name": a.name, "modules": len(a.loras)} for a in (trained, before)],
-        "init": init,
-    }
+    settings = adapter_output.settings_of(trained)
+    decisions = {"adapters": adapter_output.modules_of([trained, before]), "init": init}
+    inputs = [trained, before, *([model] if model else [])]
     summary = f"{init or 'its'} initial factors taken out"
     if not trained.is_implicit:  # made for the base that the init had changed
         trained = replace(trained, base_fingerprint=None)
@@ -79,14 +69,13 @@ def plan_rebase(options: Rebase) -> Plan:
         [trained], tasks, settings=settings, summary=summary, **targets_of(joined)
     )
     return adapter_output.plan_adapters(
-        "rebase", options.recipe_options(), [trained, before], [output], notes, decisions, model
+        "rebase", options.recipe_options(), inputs, [output], notes, decisions
     )
 
 
 def _initial(source: Folder, options: Rebase) -> Folder:
     """The adapter as it was before training; `Refused` where there is none."""
-    given = None if options.initial is None else open_adapter(options.initial)
-    initial = initial_of(source) if given is None else given
+    initial = if_given(open_adapter, options.initial) or initial_of(source)
     if initial is None:
         raise Refused(
             f"{source.name} has no folder initial/, and --initial is not given",
@@ -110,24 +99,18 @@ def _check_ties(trained: Adapter, base: Folder | None, errors: Problems, notes: 
             "changed too: --base tells"
         )
         return
-    names = Names(
-        open_checkpoint(base, 2),
-        tuple(f"{module}.weight" for module in modules),
-        build_model=True,
-        notes=notes,
-    )
+    wanted = tuple(f"{module}.weight" for module in modules)
+    names = Names(open_checkpoint(base, 2), wanted, build_model=True, notes=notes)
     for module in modules:
         parameter = names.parameter(f"{module}.weight")
         if parameter is not None and parameter.tied:
-            problem = (
+            errors.add(
                 f"{shown(module)} is tied to {', '.join(map(shown, parameter.tied))}, which the "
-                "init has changed too"
-            )
-            expected, hint = (
+                "init has changed too",
                 "factors on weights of their own",
                 "merge it into the base it was trained on (--base-is-residual)",
+                where=trained.name,
             )
-            errors.add(problem, expected, hint, where=trained.name)
 
 
 def _without_changed_base(trained: Adapter, notes: list[str]) -> Adapter:
@@ -152,11 +135,10 @@ def _same_modules(
     for number, adapter in ((0, trained), (1, before)):
         lacking = [name for name, site in joined.items() if number not in site.members]
         if lacking:
-            problem = (
-                f"{adapter.name} lacks {len(lacking)} modules of the other: "
-                f"{', '.join(map(shown, lacking[:4]))}"
-            )
+            some = ", ".join(map(shown, lacking[:4]))
             errors.add(
-                problem, "the same modules in both", "give the adapter saved before training"
+                f"{adapter.name} lacks {len(lacking)} modules of the other: {some}",
+                "the same modules in both",
+                "give the adapter saved before training",
             )
     return errors

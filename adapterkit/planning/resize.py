@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 from adapterkit import dtypes
-from adapterkit.adapters import adapter_config
 from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.adapters.kinds.common import Delta, Kind
@@ -15,20 +14,24 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import AdapterkitError, Problems, Refused
+from adapterkit.errors import Problems, Refused
 from adapterkit.plan import Plan, Task
 from adapterkit.planning.adapters.dora_deltas import BaseWeights, dora_problems
 from adapterkit.planning.adapters.other_types import kind_of, read_deltas
 from adapterkit.planning.adapters.output_norms import select_norms
 from adapterkit.planning.adapters.sites import join, levels_of, names_of, targets_of
-from adapterkit.planning.inputs.sources import open_adapter, open_model, open_statistics
+from adapterkit.planning.inputs.sources import (
+    if_given,
+    open_adapter,
+    open_model,
+    open_statistics,
+)
 from adapterkit.planning.outputs import adapter as adapter_output
+from adapterkit.shared_options import TruncationOptions
 from adapterkit.tasks.truncate import (
     SHARES,
     ConvertedFactors,
     TruncatedFactors,
-    Truncation,
-    check_truncation,
     even_rank,
     finalize_by_size,
 )
@@ -39,36 +42,22 @@ from adapterkit.weights.names import Names
 def plan_resize(options: Resize) -> Plan:
     """Everything a resize will do, or `Refused` with all that cannot be done."""
     source = open_adapter(options.adapter)
-    base = None if options.base is None else open_model(options.base)
-    stats = None if options.stats is None else open_statistics(options.stats)
-    truncation = Truncation(options.rank, options.energy, options.sv_ratio, options.max_size)
-    check_truncation(truncation)
+    base = if_given(open_model, options.base)
+    stats = if_given(open_statistics, options.stats)
     # the reader refuses what has none
     config = read_json(source, CONFIG) if CONFIG in source.files() else {}
     kind, notes = kind_of(source, config), []
-    if (
-        base is not None
-        and kind is None
-        and not config.get("use_dora")
-        and not config.get("target_parameters")
-    ):
+    is_plain = kind is None and not config.get("use_dora")
+    if base is not None and is_plain and not config.get("target_parameters"):
         notes.append(f"{base.name} was not needed: the adapter's deltas are in its factors")
         base = None
-    job = _ResizePlanner(
-        options, truncation, None if base is None else open_checkpoint(base, 1), notes
-    )
+    job = _ResizePlanner(options, None if base is None else open_checkpoint(base, 1), notes)
     if kind is not None:
         job.convert(kind, source)
     else:
         job.resize(read_adapter(source, 0))
     job.errors.raise_all()
-    if not job.ranked:
-        raise Refused(
-            "no module with factors",
-            expected="an adapter of low-rank factors",
-            where=source.name,
-            hint="check it",
-        )
+    adapter_output.check_factors(job.ranked, source.name)
     statistics = None if stats is None else open_checkpoint(stats, 1 if base is None else 2)
     job.weight(statistics)
     return job.plan(statistics)
@@ -80,7 +69,6 @@ class _ResizePlanner:
     it."""
 
     options: Resize
-    truncation: Truncation
     base: Checkpoint | None
     notes: list[str]
     errors: Problems = field(default_factory=Problems)
@@ -89,14 +77,16 @@ class _ResizePlanner:
     adapter: Adapter | None = None
     init: Any = True  # the output's init_lora_weights
 
+    def __post_init__(self) -> None:
+        self.truncation = self.options.only(TruncationOptions)
+        self.dtype = dtypes.parse(self.options.dtype)
+
     def resize(self, adapter: Adapter) -> None:
         """A LoRA from its factors; a DoRA whose base is given from its weights."""
         self.adapter, self.init = adapter, adapter.config.get("init_lora_weights", True)
         if self.options.alpha == "keep" and adapter.config.get("lora_bias"):
-            problem, expected = (
-                "--alpha keep with lora_bias",
-                "--alpha rank: PEFT scales biases of b by alpha / rank too",
-            )
+            expected = "--alpha rank: PEFT scales biases of b by alpha / rank too"
+            problem = "--alpha keep with lora_bias"
             self.errors.add(problem, expected, "remove --alpha", where="options")
         sites = join([adapter], self.errors, self._names(adapter))
         self.targets = targets_of(sites)
@@ -108,44 +98,28 @@ class _ResizePlanner:
                     "scale·b@a, not of the delta that they and the norms of W + scale·b@a make of "
                     "it (with --base the delta itself is fitted, as plain LoRA)"
                 )
-            dtype, alpha, levels = (
-                dtypes.parse(self.options.dtype),
-                self._alpha(),
-                levels_of(sites.values()),
-            )
+            levels, how = levels_of(sites.values()), self._how()
             for name, site in sites.items():
-                self.ranked.append(
-                    TruncatedFactors(
-                        name,
-                        site.place(levels),
-                        dtype,
-                        joined[name][1],
-                        truncation=self.truncation,
-                        alpha=alpha,
-                    )
-                )
+                place, factors = site.place(levels), joined[name][1]
+                self.ranked.append(TruncatedFactors(name, place, self.dtype, factors, **how))
             return
         self.errors += dora_problems(adapter)
         weights = BaseWeights(
             self.base, adapter, [lora.module for lora in adapter.loras], self.notes
         )
         for name, (lora, factors) in joined.items():
-            try:
-                delta = weights.dora(lora, factors)
-            except AdapterkitError as error:
-                self.errors.append(error)
-                continue
-            tail = weights.of(lora.module, lora.kind == "embedding").weight_shape[1:]
-            self._add(name, delta, tail, lora.kind == "embedding", lora.module)
+            with self.errors.collected():
+                delta, embedding = weights.dora(lora, factors), lora.kind == "embedding"
+                tail = weights.of(lora.module, embedding).weight_shape[1:]
+                self._add(name, delta, tail, embedding, lora.module)
         plain = tuple(replace(lora, magnitude=None) for lora in adapter.loras)
         self.adapter = replace(adapter, loras=plain, config=adapter.config | {"use_dora": False})
 
     def convert(self, kind: type[Kind], source: Folder) -> None:
         """An adapter of another type, as a LoRA."""
         if self.options.alpha == "keep":
-            problem = f"--alpha keep with an adapter of type {kind.name}"
             raise Refused(
-                problem,
+                f"--alpha keep with an adapter of type {kind.name}",
                 expected="--alpha rank: the adapter has no lora_alpha",
                 where="options",
                 hint="remove --alpha",
@@ -157,26 +131,16 @@ class _ResizePlanner:
 
     def _names(self, adapter: Adapter) -> Names | None:
         """The base's names where they tell the adapter's parameters apart."""
-        named = self.base is not None and adapter.config.get("target_parameters")
-        return (
-            names_of(self.base, [adapter], self.notes) if self.base is not None and named else None
-        )
+        if self.base is None or not adapter.config.get("target_parameters"):
+            return None
+        return names_of(self.base, [adapter], self.notes)
 
     def _add(
         self, name: str, delta: Delta, tail: tuple[int, ...], embedding: bool, module: str
     ) -> None:
         kind = "embedding" if embedding else "module"
         place = Place.of_weight(module, (delta.shape[0], *tail), kind)
-        self.ranked.append(
-            ConvertedFactors(
-                name,
-                place,
-                dtypes.parse(self.options.dtype),
-                delta,
-                truncation=self.truncation,
-                alpha=self._alpha(),
-            )
-        )
+        self.ranked.append(ConvertedFactors(name, place, self.dtype, delta, **self._how()))
 
     def weight(self, stats: Checkpoint | None) -> None:
         """Fit in the norm of the outputs, by these statistics; `Refused` where some are missing."""
@@ -190,11 +154,14 @@ class _ResizePlanner:
         assert self.adapter is not None
         return self.adapter.config["lora_alpha"] if self.options.alpha == "keep" else None
 
+    def _how(self) -> dict[str, Any]:
+        return {"truncation": self.truncation, "alpha": self._alpha()}
+
     def plan(self, stats: Checkpoint | None) -> Plan:
         adapter, options = self.adapter, self.options
         assert adapter is not None
         ranked, finalize = self.ranked, None
-        beside = adapter_output.copy_all_but_factors(adapter, dtypes.parse(options.dtype))
+        beside = adapter_output.copy_all_but_factors(adapter, self.dtype)
         if self.truncation.max_size:
             limit = SHARES * even_rank(self.truncation, ranked)
             ranked = [
@@ -203,12 +170,7 @@ class _ResizePlanner:
             ]
             made_for = adapter.base_fingerprint
             finalize = partial(finalize_by_size, self.truncation, made_for=made_for)
-        settings = (
-            adapter_config.plain_settings()
-            | adapter_config.value_settings([adapter])
-            | adapter_config.flags(adapter)
-        )
-        settings |= {"init_lora_weights": self.init}
+        settings = adapter_output.settings_of(adapter) | {"init_lora_weights": self.init}
         tasks: list[Task] = [*ranked, *beside]
         modules = {task.name: self.targets["modules"][task.name] for task in ranked}
         more = self.targets | {
@@ -219,13 +181,7 @@ class _ResizePlanner:
         }
         output = adapter_output.Output([adapter], tasks, summary="resized", **more)
         decisions = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}
+        inputs = [adapter, *(one for one in (self.base, stats) if one is not None)]
         return adapter_output.plan_adapters(
-            "resize",
-            options.recipe_options(),
-            [adapter],
-            [output],
-            self.notes,
-            decisions,
-            self.base,
-            stats,
+            "resize", options.recipe_options(), inputs, [output], self.notes, decisions
         )

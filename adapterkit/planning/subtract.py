@@ -1,7 +1,7 @@
 """subtract: what general adapters know, taken out of task adapters (GenKnowSub, ACL 2025 short 54):
 Δ' = Δ - mean of the general Δ."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from adapterkit import dtypes
@@ -19,7 +19,7 @@ from adapterkit.planning.adapters.sites import (
     names_of,
     targets_of,
 )
-from adapterkit.planning.inputs.sources import open_all, open_model
+from adapterkit.planning.inputs.sources import if_given, open_all, open_model
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.tasks import common
 from adapterkit.tasks.combine import CombinedFactors, Operand, Refit, SubtractedFactors
@@ -29,38 +29,34 @@ from adapterkit.weights.names import Names
 
 def plan_subtract(options: Subtract) -> Plan:
     """Everything a subtraction will do, or `Refused` with all that cannot be done."""
-    task_sources, generals = open_all(adapters=options.adapters, general=options.general)
-    base = None if options.base is None else open_model(options.base)
+    task_sources, generals = open_all(options.adapters, options.general)
+    base = if_given(open_model, options.base)
     if not task_sources or not generals:
         problem = f"{len(task_sources)} task adapters, {len(generals)} general ones"
         raise Refused(
             problem, expected="one or more of each", where="subtract", hint="give --general ADAPTER"
         )
-    if options.space == "factors" and (options.rank or options.energy):
-        problem = "--space factors with --rank or --energy"
-        raise Refused(
-            problem, expected="the ranks as they are", where="options", hint="leave one of them out"
-        )
-    read = read_all([*task_sources, *generals])
-    task_adapters, general_adapters = (
-        read[: len(task_sources)],
-        [_without(a, options.exclude) for a in read[len(task_sources) :]],
-    )
+    read, count = read_all([*task_sources, *generals]), len(task_sources)
+    task_adapters = read[:count]
+    general_adapters = [_without(adapter, options.exclude) for adapter in read[count:]]
     errors = Problems(error for adapter in read for error in delta_problems(adapter))
     errors += _same_names(task_adapters) + _whole_values(general_adapters)
     notes: list[str] = []
     model = base_with_parameters(base, read, notes)
     names = None if model is None else names_of(model, read, notes)
     outputs = [
-        _output(task_adapter, general_adapters, options, len(task_sources) > 1, names, errors)
+        _output(task_adapter, general_adapters, options, count > 1, names, errors)
         for task_adapter in task_adapters
     ]
-    Problems(errors).raise_all()
-    decisions = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in task_adapters]}
-    decisions["general"] = [{"name": a.name, "modules": len(a.loras)} for a in general_adapters]
-    receipt_options = options.recipe_options() | {"tasks": len(task_sources)}
+    errors.raise_all()
+    decisions = {
+        "adapters": adapter_output.modules_of(task_adapters),
+        "general": adapter_output.modules_of(general_adapters),
+    }
+    receipt_options = options.recipe_options() | {"tasks": count}
+    inputs = [*read, *([model] if model else [])]
     return adapter_output.plan_adapters(
-        "subtract", receipt_options, read, outputs, notes, decisions, model
+        "subtract", receipt_options, inputs, outputs, notes, decisions
     )
 
 
@@ -72,31 +68,22 @@ def _folder_name(adapter: Adapter) -> str:
 
 def _same_names(task_sources: Sequence[Adapter]) -> list[AdapterkitError]:
     names = [_folder_name(adapter) for adapter in task_sources]
-    twice = (
-        sorted({name for name in names if names.count(name) > 1}) if len(task_sources) > 1 else []
-    )
-    return [
-        Refused(
-            f"several task adapters called {shown(name)}",
-            expected="different folder names",
-            where="adapters",
-            hint="rename one",
-        )
-        for name in twice
-    ]
+    errors = Problems(where="adapters", hint="rename one")
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        errors.add(f"several task adapters called {shown(name)}", "different folder names")
+    return errors
 
 
 def _whole_values(generals: Sequence[Adapter]) -> list[AdapterkitError]:
-    return [
-        Refused(
-            f"{shown(key)} was trained whole by "
-            f"{', '.join(a.name for a in generals if a.number in holders)}",
-            expected="general adapters of factors alone: what is no delta cannot be subtracted",
-            where="--general",
-            hint=f"give --exclude '{_pattern(generals)}' to keep the task's own, or none",
+    errors = Problems(where="--general")
+    for key, holders in trained_values(generals, {}, copies=False).items():
+        names = ", ".join(adapter.name for adapter in generals if adapter.number in holders)
+        errors.add(
+            f"{shown(key)} was trained whole by {names}",
+            "general adapters of factors alone: what is no delta cannot be subtracted",
+            f"give --exclude '{_pattern(generals)}' to keep the task's own, or none",
         )
-        for key, holders in trained_values(generals, {}, copies=False).items()
-    ]
+    return errors
 
 
 def _pattern(generals: Sequence[Adapter]) -> str:
@@ -144,19 +131,12 @@ def _output(
         if keeps and site.members.keys() == {task_adapter.number} and keeps(site.module)
     }
     if options.space == "factors":
-        errors += [
-            e
-            for name, site in joined.items()
-            if name not in alone
-            for e in _check_ranks(name, site.members, task_adapter, generals)
-        ]
-        joined = {
-            name: site for name, site in joined.items() if task_adapter.number in site.members
-        }
+        for name in (name for name in joined if name not in alone):
+            _check_ranks(name, joined[name].members, [task_adapter, *generals], errors)
+        joined = {n: site for n, site in joined.items() if task_adapter.number in site.members}
     levels = levels_of(joined.values())
-    weights = {task_adapter.number: 1.0} | {
-        general.number: -1.0 / len(generals) for general in generals
-    }
+    weights = {general.number: -1.0 / len(generals) for general in generals}
+    weights |= {task_adapter.number: 1.0}
     for name, site in joined.items():
         members, place = site.members, site.place(levels)
         if options.space == "factors" and name not in alone:
@@ -191,21 +171,11 @@ def _output(
 
 
 def _check_ranks(
-    name: str, members: dict, task_adapter: Adapter, generals: Sequence[Adapter]
-) -> list[AdapterkitError]:
+    name: str, members: Mapping, adapters: Sequence[Adapter], errors: Problems
+) -> None:
     """Factors can be averaged only where all have the module, at one rank."""
     ranks = {number: factors.rank for number, (_, factors) in members.items()}
-    if len(ranks) == 1 + len(generals) and len(set(ranks.values())) == 1:
-        return []
-    ranks_of_all = ", ".join(
-        f"{a.name} {ranks.get(a.number, 'none')}" for a in [task_adapter, *generals]
-    )
-    hint = "use --space delta"
-    return [
-        Refused(
-            f"{shown(name)}: ranks {ranks_of_all}",
-            expected="one rank, in all of them",
-            where="--space factors",
-            hint=hint,
-        )
-    ]
+    if len(ranks) < len(adapters) or len(set(ranks.values())) > 1:
+        of_all = ", ".join(f"{a.name} {ranks.get(a.number, 'none')}" for a in adapters)
+        problem, expected = f"{shown(name)}: ranks {of_all}", "one rank, in all of them"
+        errors.add(problem, expected, "use --space delta", where="--space factors")

@@ -11,7 +11,7 @@ from adapterkit.formats.detect import detect
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.modules.record import Contents
 from adapterkit.formats.schema import ADAPTER_LAYOUT, MODEL, Architecture, Format
-from adapterkit.options import FLAG, SOURCE, StrPath
+from adapterkit.options import FLAG, SOURCE, StrPath, checked
 from adapterkit.planning.convert.source import read_contents
 from adapterkit.planning.inputs.sources import open_unconverted
 from adapterkit.verbs.convert import ConvertOptions
@@ -85,7 +85,9 @@ def detect_format(src: StrPath, *, allow_pickle: bool = False) -> dict[str, Any]
 
     Raises `Refused` where the source is in no format that is known.
     """
-    source = open_unconverted(SOURCE("src", src), FLAG("allow_pickle", allow_pickle))
+    source = open_unconverted(
+        checked("src", SOURCE, src), checked("allow_pickle", FLAG, allow_pickle)
+    )
     detection, errors = detect(source), []
     contents = Contents(detection.form.name, (source,), ())
     try:

@@ -31,7 +31,7 @@ from adapterkit.errors import (
     listed,
     shown,
 )
-from adapterkit.options import ABOVE_0, COUNT, StrPath, unweighted
+from adapterkit.options import ABOVE_0, COUNT, UNWEIGHTED, StrPath, checked
 from adapterkit.patterns import similar_names
 from adapterkit.planning.arrow import CONFIG, FORMAT, WEIGHTS
 from adapterkit.planning.inputs.sources import open_source
@@ -95,9 +95,9 @@ def load(
     folder = open_source(source)
     settings = read_settings(folder)
     if top_k is not None:
-        settings["top_k"] = COUNT("top_k", top_k)
+        settings["top_k"] = checked("top_k", COUNT, top_k)
     if temperature is not None:
-        settings["temperature"] = ABOVE_0("temperature", temperature)
+        settings["temperature"] = checked("temperature", ABOVE_0, temperature)
     count = len(settings["experts"])
     if settings["top_k"] > count:
         raise Refused(
@@ -122,7 +122,8 @@ def create(
 ) -> None:
     """Add a router over adapters: folders, Hub ids, names of loaded ones."""
     state.unused(name)
-    experts, generals = unweighted(sources, "adapters"), unweighted(general, "general")
+    experts = checked("adapters", UNWEIGHTED, sources)
+    generals = checked("general", UNWEIGHTED, general)
     options = {"top_k": top_k, "temperature": temperature, "compat": compat, "seed": seed}
     with stacked(state, experts, generals, options) as folder:
         settings = read_settings(folder)
@@ -302,7 +303,7 @@ def check_new(router: ArrowRouter, name: str) -> None:
 def general_sources(router: ArrowRouter, general: Any) -> list[StrPath]:
     """Where the general adapters are that are subtracted from each expert."""
     names = router.settings.get("general") or []
-    sources = list(router.general) if general is None else unweighted(general, "general")
+    sources = list(router.general) if general is None else checked("general", UNWEIGHTED, general)
     if len(sources) != len(names):
         raise Refused(
             f"{len(sources)} general adapters",

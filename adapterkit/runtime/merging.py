@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
-from adapterkit.planning.outputs.untying import SWITCH, has_other_effects
+from adapterkit.planning.inputs.model_config import SWITCH, has_other_effects
 from adapterkit.runtime.quantized import (
     exchange,
     quantization_of,

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from adapterkit.adapters.targets import ALL_LINEAR
 from adapterkit.errors import Problems, Refused, did_you_mean, listed, shown
-from adapterkit.planning.targets.peft_targets import EXPERTS
-from adapterkit.planning.targets.stored_targets import select_layers
+from adapterkit.planning.targets.stored_targets import EXPERTS, select_layers
 from adapterkit.statistics.data.masks import Masks, token_masks
 from adapterkit.statistics.file import Results
 from adapterkit.statistics.model.hooks import SumsWatch

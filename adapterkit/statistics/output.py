@@ -95,7 +95,7 @@ def placed(plan: Plan, out: StrPath, limit: str | int | None) -> Plan:
     if not is_on_hub(out):
         return plan
     hub_id = parse_output(os.fspath(out), file=True)
-    return on_hub(plan, hub_id, parse_size("disk_limit", limit) if limit else None)
+    return on_hub(plan, hub_id, parse_size(limit) if limit else None)
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def plan_statistics(folder: Folder, data: Sequence[StrPath], options: Options) -
     return plan_of(
         "stats",
         {key: value for key, value in vars(options).items() if value is not None},
-        {0: base},
+        [base],
         configs=(0,),
         shards=(),
         files={},

@@ -48,8 +48,8 @@ def plan_stats(stats: Stats) -> Plan:
     )
     folder = open_model(stats.base)
     output.check_output(stats.out, folder)
-    memory = parse_size("memory", stats.memory) if stats.memory else None
-    plan = replace(plan_statistics(folder, files("data", stats.data), options), memory=memory)
+    memory = parse_size(stats.memory) if stats.memory else None
+    plan = replace(plan_statistics(folder, files(stats.data), options), memory=memory)
     return output.placed(plan, stats.out, stats.disk_limit)
 
 

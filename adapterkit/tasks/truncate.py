@@ -25,8 +25,9 @@ from adapterkit.kernels.lowrank.weighted import (
     decompose_dense,
     decompose_product,
 )
-from adapterkit.options import bytes_text, parse_size
+from adapterkit.options import bytes_text
 from adapterkit.plan import READ, Change, Finalize, Task, TaskResult, unchanged
+from adapterkit.shared_options import TruncationOptions
 from adapterkit.tasks.common import FactorsTask, short
 from adapterkit.tasks.statistics import read_root, root_memory
 from adapterkit.weights.reader import Reader
@@ -37,48 +38,18 @@ FLOAT_NOISE = 1e-6  # of the largest singular value: below it, float32 factors h
 SHARES = 8
 
 
-@dataclass(frozen=True)
-class Truncation:
-    """Which rank: a number, a share of the energy, a ratio to the largest singular value, or a size
-    of the file for all modules."""
+def rank_for(truncation: TruncationOptions, s: Tensor, total: float) -> int:
+    """The rank for these singular values, falling, of which Σ s² over all is `total`.
 
-    rank: int | None = None
-    energy: float | None = None
-    sv_ratio: float | None = None
-    max_size: str | int | None = None
-
-    def rank_for(self, s: Tensor, total: float) -> int:
-        """The rank for these singular values, falling, of which Σ s² over all is `total`.
-
-        With `max_size` that of all values above the noise: `finalize_by_size` decides then.
-        """
-        if self.rank is not None:
-            return min(self.rank, len(s))
-        if self.energy is not None:
-            return min(algebra.rank_for_energy(s, self.energy, total), len(s))
-        if self.sv_ratio is not None:
-            return max(1, int((s * self.sv_ratio >= s[0]).sum())) if s[0] > 0 else 1
-        return max(1, int((s > s[0] * FLOAT_NOISE).sum()))
-
-    def max_rank(self, full: int) -> int:
-        """The largest rank that a delta of full rank `full` can get."""
-        return min(self.rank, full) if self.rank is not None else full
-
-
-def check_truncation(truncation: Truncation) -> None:
-    """Raises `Refused` unless exactly one way to choose the rank is given."""
-    given = [
-        "--" + name.replace("_", "-")
-        for name, value in vars(truncation).items()
-        if value is not None
-    ]
-    if len(given) != 1:
-        raise Refused(
-            f"{' and '.join(given)} exclude each other" if given else "the rank is not chosen",
-            expected="one of --rank, --energy, --sv-ratio or --max-size",
-            where="options",
-            hint="choose one of them",
-        )
+    With `max_size` that of all values above the noise: `finalize_by_size` decides then.
+    """
+    if truncation.rank is not None:
+        return min(truncation.rank, len(s))
+    if truncation.energy is not None:
+        return min(algebra.rank_for_energy(s, truncation.energy, total), len(s))
+    if truncation.sv_ratio is not None:
+        return max(1, int((s * truncation.sv_ratio >= s[0]).sum())) if s[0] > 0 else 1
+    return max(1, int((s > s[0] * FLOAT_NOISE).sum()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +57,7 @@ class FittedFactors(FactorsTask):
     """Factors of the best approximation of one module's delta of the rank that `truncation` says,
     in the norm of the module's outputs where the covariance of the inputs is known."""
 
-    truncation: Truncation
+    truncation: TruncationOptions
     alpha: float | None = None  # the config's lora_alpha, compensated in b; None: the scale is 1
     covariance: TensorSpec | None = field(default=None, metadata=READ)  # of a module with one delta
     limit: int | None = None  # of the rank
@@ -108,7 +79,7 @@ class FittedFactors(FactorsTask):
     def fit(self, decompositions: Sequence[Decomposition], more: Mapping[str, float]) -> TaskResult:
         """The factors for the decomposition of the delta, of several experts at the largest of
         their ranks, what they lose, and `more` metrics."""
-        rank = max(self.truncation.rank_for(one.svd.s, one.total) for one in decompositions)
+        rank = max(rank_for(self.truncation, one.svd.s, one.total) for one in decompositions)
         tensors = self.place.stored([one.factors(rank) for one in decompositions])
         if self.alpha is not None:
             tensors[self.place.b_key] = tensors[self.place.b_key] * (rank / self.alpha)
@@ -203,14 +174,14 @@ class ConvertedFactors(FittedFactors):
         return decompose_dense(delta, most, energy, root=root)
 
 
-def even_rank(truncation: Truncation, tasks: Sequence[Task]) -> int:
+def even_rank(truncation: TruncationOptions, tasks: Sequence[Task]) -> int:
     """The rank that all modules could have alike in a file of the size that is given."""
-    size = parse_size("max_size", truncation.max_size)
+    size = truncation.size
     return max(1, size // max(sum(map(_rank_nbytes, tasks)), 1))
 
 
 def finalize_by_size(
-    truncation: Truncation, tasks: Sequence[Task], made_for: str | None = None
+    truncation: TruncationOptions, tasks: Sequence[Task], made_for: str | None = None
 ) -> Finalize:
     """Give each module its rank once all singular values are known: the largest of all modules
     count while the file has room. `made_for`: the base's fingerprint, in its header.
@@ -226,7 +197,7 @@ def finalize_by_size(
         if not cost
         for stored in task.max_outputs
     )
-    limit = parse_size("max_size", truncation.max_size)
+    limit = truncation.size
     budget = limit - header - others - sum(costs)
     if budget < 0:
         parts = [f"rank 1 of {sum(map(bool, costs))} modules takes {bytes_text(sum(costs))}"]

@@ -1,8 +1,6 @@
 """arrow: experts stacked once, with the prototypes that route tokens to them (Arrow,
 arXiv:2405.11157), as files."""
 
-from typing import TYPE_CHECKING
-
 from adapterkit.options import (
     ABOVE_0,
     COMPAT,
@@ -16,9 +14,6 @@ from adapterkit.options import (
 )
 from adapterkit.shared_options import factor_dtype_option
 from adapterkit.verb import WritingVerb, function_of
-
-if TYPE_CHECKING:
-    pass
 
 
 @record

@@ -3,7 +3,7 @@
 rank, a share of the energy) are three choices."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterkit.combinations import ALIASES
 from adapterkit.options import (
@@ -30,9 +30,6 @@ from adapterkit.shared_options import (
     tokenizer_option,
 )
 from adapterkit.verb import WritingVerb, function_of
-
-if TYPE_CHECKING:
-    pass
 
 
 @record

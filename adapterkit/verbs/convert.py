@@ -8,7 +8,6 @@ from adapterkit.options import (
     FLAG,
     SOURCE,
     TEXT,
-    OptionCheck,
     OptionRecord,
     StrPath,
     argument,
@@ -17,6 +16,7 @@ from adapterkit.options import (
     record,
     text,
 )
+from adapterkit.records import Check
 from adapterkit.shared_options import base_option, dtype_option
 from adapterkit.verb import WritingVerb, function_of
 
@@ -37,7 +37,7 @@ class ConvertOptions(OptionRecord):
     """How an adapter is written in the layout of another tool."""
 
     to: str = option(
-        check=OptionCheck(text, words=written_formats),
+        check=Check("a text", text, words=written_formats),
         help="Format to write; see the list below.",
     )
     alpha: float | None = option(

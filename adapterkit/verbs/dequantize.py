@@ -1,13 +1,8 @@
 """dequantize: a quantized checkpoint into floats."""
 
-from typing import TYPE_CHECKING
-
 from adapterkit.options import SOURCE, StrPath, argument, record
 from adapterkit.shared_options import dtype_option, shard_size_option
 from adapterkit.verb import WritingVerb, function_of
-
-if TYPE_CHECKING:
-    pass
 
 
 @record

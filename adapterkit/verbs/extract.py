@@ -1,8 +1,6 @@
 """extract: the adapter that leads from a base to a fine-tune of it, from the two checkpoints'
 difference."""
 
-from typing import TYPE_CHECKING
-
 from adapterkit.options import SOURCE, StrPath, argument, choice, option, record
 from adapterkit.shared_options import (
     ModuleFilters,
@@ -11,9 +9,6 @@ from adapterkit.shared_options import (
     factor_dtype_option,
 )
 from adapterkit.verb import WritingVerb, function_of
-
-if TYPE_CHECKING:
-    pass
 
 
 @record

@@ -2,7 +2,7 @@
 that the adapter takes."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterkit.options import (
     SOURCE,
@@ -28,9 +28,6 @@ from adapterkit.shared_options import (
 from adapterkit.verb import WritingVerb, function_of
 
 MATCHING = "Another {} for modules whose name, or the end of it, matches."
-
-if TYPE_CHECKING:
-    pass
 
 
 @record
@@ -62,6 +59,7 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
     """
 
     planner = "planning.init:plan_init"
+    needs = dict.fromkeys(("skip", "block_size", "double_quant"), "quantize")
     command = """Initialize an adapter on a base.
 
     DIR/adapter gets the factors. Methods that take a part of each weight leave the residual in

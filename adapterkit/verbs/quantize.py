@@ -1,14 +1,9 @@
 """quantize: a checkpoint's linear layers into a quantized format."""
 
-from typing import TYPE_CHECKING
-
 from adapterkit.options import SOURCE, StrPath, argument, choice, option, record
 from adapterkit.registry import written_formats
 from adapterkit.shared_options import BlockOptions, statistics_option
 from adapterkit.verb import WritingVerb, function_of
-
-if TYPE_CHECKING:
-    pass
 
 
 @record

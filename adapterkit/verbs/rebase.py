@@ -1,8 +1,6 @@
 """rebase: an adapter whose initialization changed the base becomes plain LoRA on the original base:
 Δ' = s·b@a - s₀·b₀@a₀."""
 
-from typing import TYPE_CHECKING
-
 from adapterkit.options import SOURCE, StrPath, argument, option, record
 from adapterkit.shared_options import (
     EXACT_BY_DEFAULT,
@@ -13,9 +11,6 @@ from adapterkit.shared_options import (
     rank_option,
 )
 from adapterkit.verb import WritingVerb, function_of
-
-if TYPE_CHECKING:
-    pass
 
 
 @record

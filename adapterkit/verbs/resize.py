@@ -1,8 +1,6 @@
 """resize: an adapter at another rank, and as a plain LoRA whatever its type was: the best
 approximation of each delta, by its singular values."""
 
-from typing import TYPE_CHECKING
-
 from adapterkit.options import SOURCE, StrPath, argument, choice, option, record
 from adapterkit.shared_options import (
     TruncationOptions,
@@ -11,9 +9,6 @@ from adapterkit.shared_options import (
     factor_dtype_option,
 )
 from adapterkit.verb import WritingVerb, function_of
-
-if TYPE_CHECKING:
-    pass
 
 
 @record

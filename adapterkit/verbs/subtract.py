@@ -1,8 +1,6 @@
 """subtract: what general adapters know, taken out of task adapters (GenKnowSub, ACL 2025 short 54):
 Δ' = Δ - mean of the general Δ."""
 
-from typing import TYPE_CHECKING
-
 from adapterkit.options import REGEX, UNWEIGHTED, Sources, StrPath, argument, choice, option, record
 from adapterkit.shared_options import (
     EXACT_BY_DEFAULT,
@@ -14,9 +12,6 @@ from adapterkit.shared_options import (
     tokenizer_option,
 )
 from adapterkit.verb import WritingVerb, function_of
-
-if TYPE_CHECKING:
-    pass
 
 
 @record

@@ -123,11 +123,12 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    size = lambda text: parse_size("size", text)
-    parser.add_argument("--size", type=size, default=FULL, help="of the base, such as 2GB")
-    parser.add_argument("--disk-limit", type=size, help="default: 500 MB for 2 GB")
-    parser.add_argument("--down", type=size, default=DOWN, help="bytes in a second, such as 136MB")
-    parser.add_argument("--up", type=size, default=UP, help="bytes in a second")
+    parser.add_argument("--size", type=parse_size, default=FULL, help="of the base, such as 2GB")
+    parser.add_argument("--disk-limit", type=parse_size, help="default: 500 MB for 2 GB")
+    parser.add_argument(
+        "--down", type=parse_size, default=DOWN, help="bytes in a second, such as 136MB"
+    )
+    parser.add_argument("--up", type=parse_size, default=UP, help="bytes in a second")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each; the median counts")
     parser.add_argument("--work", type=Path, default=Path("benchmark-hub"), metavar="DIR")
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -5,7 +5,7 @@ import pytest
 import adapterkit
 from adapterkit import Refused, registry
 from adapterkit.errors import did_you_mean
-from adapterkit.options import choice
+from adapterkit.options import checked, choice
 from adapterkit.patterns import similar_names
 
 MODULES = [
@@ -51,9 +51,9 @@ def test_methods_and_their_options():
 
 def test_choices_of_options():
     with pytest.raises(Refused, match="--tied 'unty'.*\n.*\n.*did you mean 'untie'"):
-        choice(("untie", "fold"))("tied", "unty")
+        checked("tied", choice(("untie", "fold")), "unty")
     with pytest.raises(Refused, match="hint: use one of these"):
-        choice(("untie", "fold"))("tied", 3)
+        checked("tied", choice(("untie", "fold")), 3)
 
 
 TYPED = {

@@ -18,7 +18,7 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.engines.verify.row_checks import check_rows
 from adapterkit.errors import Damaged, Failed, Refused
 from adapterkit.kernels.quant.stochastic import last_place
-from adapterkit.options import parse_size
+from adapterkit.options import SIZE, checked
 from tests.support import oracle
 from tests.support.oracle import DTYPES, LINEAR, load, stored
 
@@ -141,7 +141,7 @@ def test_resharding_moves_tensors_not_values(limit, single, sharded, llama, lora
         tensors = load_file(file)
         assert len(tensors) == 1 or sum(
             t.numel() * t.element_size() for t in tensors.values()
-        ) <= parse_size("max_shard_size", limit)
+        ) <= checked("max_shard_size", SIZE, limit)
     oracle.load_checked(transformers.LlamaForCausalLM, out)
 
 
@@ -156,7 +156,7 @@ def test_resharding_moves_tensors_not_values(limit, single, sharded, llama, lora
     ],
 )
 def test_sizes_are_powers_of_a_thousand(text, size):
-    assert parse_size("max_shard_size", text) == size
+    assert checked("max_shard_size", SIZE, text) == size
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_sizes_are_powers_of_a_thousand(text, size):
 )
 def test_sizes_that_are_none(text):
     with pytest.raises(Refused, match="max-shard-size"):
-        parse_size("max_shard_size", text)
+        checked("max_shard_size", SIZE, text)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

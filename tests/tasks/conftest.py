@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapterkit.plan import Plan
-from adapterkit.planning.convert import tasks
+from adapterkit.planning.convert import plan as tasks
 from tests.golden import inputs, jobs
 
 STATS = "covariances.safetensors"

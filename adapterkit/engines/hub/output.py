@@ -46,7 +46,7 @@ def run_to_hub(
     from adapterkit.engines.verify.row_checks import RowCheck
 
     hub_id = parse_output(os.fspath(execution.out))
-    limit = parse_size("disk_limit", execution.disk_limit) if execution.disk_limit else None
+    limit = parse_size(execution.disk_limit) if execution.disk_limit else None
     if execution.engine != "local":
         raise Refused(
             "an output on the Hub from several machines",

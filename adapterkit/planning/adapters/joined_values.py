@@ -140,7 +140,7 @@ def value_tasks(
 ) -> list[Task]:
     """Tasks for values that were trained whole: copied from the one adapter of weight 1 that has
     them or from several whose values are equal, else averaged. Others join the errors."""
-    errors += _row_problems(adapters, levels)
+    _check_rows(adapters, levels, errors)
     tasks: list[Task] = []
     for key, specs in trained_values(adapters, levels).items():
         module = module_of(key)
@@ -149,14 +149,11 @@ def value_tasks(
             continue
         own_weights = [weights.of(number, module) for number in specs]
         spec, several = next(iter(specs.values())), len(specs) > 1
-        if several:
-            is_copy = same_bytes(*((adapters[n].folder, spec) for n, spec in specs.items()))
-        else:
-            is_copy = _shares(method, own_weights) == [1.0]
-        if is_copy:
+        shares = _shares(method, own_weights)
+        stored = ((adapters[number].folder, spec) for number, spec in specs.items())
+        if same_bytes(*stored) if several else shares == [1.0]:
             tasks.append(CopiedTensor(key, spec, key, checked=True))
             continue
-        shares = _shares(method, own_weights)
         same_shape = len({spec.shape for spec in specs.values()}) == 1
         are_floats = all(spec.dtype in dtypes.FLOATS for spec in specs.values())
         if several and same_shape and are_floats and abs(math.fsum(shares) - 1) < 1e-9:
@@ -186,10 +183,7 @@ def _shares(method: Method, weights: list[float]) -> list[float]:
 
 
 def _copy_of_base(
-    adapters: Sequence[Adapter],
-    key: str,
-    specs: dict[int, TensorSpec],
-    errors: Problems,
+    adapters: Sequence[Adapter], key: str, specs: dict[int, TensorSpec], errors: Problems
 ) -> Task:
     """A task for the copy of the base's weight that these adapters have, in the widest dtype. No
     weight scales it; copies of two bases join the errors."""
@@ -210,9 +204,9 @@ def _copy_of_base(
     return CopiedTensor(key, first[1], key, checked=True)
 
 
-def wrapper_problems(
-    adapters: Sequence[Adapter], sites: Iterable[JoinedSite]
-) -> list[AdapterkitError]:
+def check_wrappers(
+    adapters: Sequence[Adapter], sites: Iterable[JoinedSite], errors: Problems
+) -> None:
     """PEFT refuses modules_to_save right inside a module whose parameters are targets."""
     homes = {site.module for site in sites if site.parameter}
     saved = {
@@ -221,47 +215,39 @@ def wrapper_problems(
         for name in adapter.replaced
         if adapter.saves(name)
     }
-    inside = [(name, a) for name, a in saved.items() if name.rpartition(".")[0] in homes]
-    if not inside:
-        return []
-    some = "; ".join(
+    inside = [
         f"{shown(name)} ({adapter}) inside {shown(name.rpartition('.')[0])}"
-        for name, adapter in inside[:4]
-    )
-    return [
-        Refused(
-            f"modules_to_save {some}, of which parameters are targets",
-            expected="one of both: PEFT cannot load them together",
-            where="adapters",
-            hint="merge one adapter after the other instead",
-        )
+        for name, adapter in saved.items()
+        if name.rpartition(".")[0] in homes
     ]
+    if inside:
+        errors.add(
+            f"modules_to_save {'; '.join(inside[:4])}, of which parameters are targets",
+            "one of both: PEFT cannot load them together",
+            "merge one adapter after the other instead",
+            where="adapters",
+        )
 
 
-def _row_problems(adapters: Sequence[Adapter], levels: Mapping[str, int]) -> list[AdapterkitError]:
+def _check_rows(adapters: Sequence[Adapter], levels: Mapping[str, int], errors: Problems) -> None:
     """Trained token rows can be joined only where they are the same rows, and of an embedding
     without factors."""
     both = {
         tokens.module: a.name for a in adapters for tokens in a.tokens if levels.get(tokens.module)
     }
-    if both:
-        return [
-            Refused(
-                f"trained token rows of {', '.join(map(shown, both))} "
-                f"({', '.join(both.values())}) beside factors of the same module",
-                expected="one of both: PEFT cannot load them together",
-                where="adapters",
-                hint="merge one adapter after the other instead",
-            )
-        ]
     rows = {a.name: a.config["trainable_token_indices"] for a in adapters if a.tokens}
-    if all(its == next(iter(rows.values())) for its in rows.values()):
-        return []
-    return [
-        Refused(
-            f"other token rows trained by each of {', '.join(rows)}",
-            expected="the same rows",
+    if both:
+        errors.add(
+            f"trained token rows of {', '.join(map(shown, both))} "
+            f"({', '.join(both.values())}) beside factors of the same module",
+            "one of both: PEFT cannot load them together",
+            "merge one adapter after the other instead",
             where="adapters",
-            hint="combine adapters that trained the same rows",
         )
-    ]
+    elif any(its != next(iter(rows.values())) for its in rows.values()):
+        errors.add(
+            f"other token rows trained by each of {', '.join(rows)}",
+            "the same rows",
+            "combine adapters that trained the same rows",
+            where="adapters",
+        )

@@ -9,7 +9,7 @@ from adapterkit.adapters.kinds.common import AdaptedModule, Delta, Kind, read_ki
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.errors import Problems, Refused, shown
 from adapterkit.planning.adapters.dora_deltas import CHECK_BASE, BaseWeights
 from adapterkit.registry import members
 
@@ -68,7 +68,7 @@ def read_deltas(
     modules: list[ModuleOfKind] = []
     for module, parts in tensors.items():
         embedding = any("embedding" in part for part in parts)
-        try:
+        with errors.collected():
             weight = None if weights is None else weights.of(module, embedding)
             delta = kind.from_module(AdaptedModule(adapter, module, parts, shared, weight))
             if not delta.rank:
@@ -76,10 +76,7 @@ def read_deltas(
                 continue
             shape = None if weight is None else weight.weight_shape
             tail = tail_of(module, delta, shape, adapter.name)
-        except AdapterkitError as error:
-            errors.append(error)
-            continue
-        modules.append(ModuleOfKind(module, delta, tail, embedding))
+            modules.append(ModuleOfKind(module, delta, tail, embedding))
     bias = adapter.config.get("bias") or "none"
     config = adapter.config | {"bias": "lora_only" if bias.endswith("_only") else bias}
     return replace(adapter, config=config), modules

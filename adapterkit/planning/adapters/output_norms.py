@@ -120,11 +120,9 @@ def with_statistics(
             if task.name in widths
             and (len(stats) == 1 or any(part.number == number for part in task.parts))
         }
-        try:
-            selected.append(select_covariances(checkpoint, own))
-        except AdapterkitError as error:
-            errors.append(error)
-            selected.append({})
+        selected.append({})
+        with errors.collected():
+            selected[-1] = select_covariances(checkpoint, own)
     weighted = []
     for task in tasks:
         if task.name not in widths:

@@ -126,17 +126,15 @@ def join(
         own = names.children(module) if names is not None else None
         leaves = {number: of[number].leaves(module, own) for number in loras}
         with errors.collected():
-            if not any(leaves.values()) and not any(
-                lora.depth for its in loras.values() for lora in its
-            ):
-                sites[module] = _module(
-                    module, {number: its[0] for number, its in loras.items()}, of
-                )
+            is_nested = any(lora.depth for its in loras.values() for lora in its)
+            if not is_nested and not any(leaves.values()):
+                sites[module] = _module(module, {n: its[0] for n, its in loras.items()}, of)
             else:
                 _check_parameters(module, loras, leaves, of)
                 parameter_sites = sites_of(module, loras, leaves, of, own, names)
                 sites |= {site.name: site for site in parameter_sites}
-    errors += _nested(list(sites.values())) + _other_layouts(sites.values(), adapters)
+    _check_nests(sites.values(), errors)
+    _check_layouts(sites.values(), adapters, errors)
     return sites
 
 
@@ -340,22 +338,18 @@ def _check_shape(
             )
 
 
-def _nested(sites: list[JoinedSite]) -> list[AdapterkitError]:
+def _check_nests(sites: Collection[JoinedSite], errors: Problems) -> None:
     """PEFT cannot wrap the parameters of a module inside one whose parameters are wrapped."""
     homes = {site.module for site in sites if site.parameter}
     inner = [(home, other) for home in homes for other in homes if home.startswith(f"{other}.")]
-    if not inner:
-        return []
-    nests = "; ".join(f"{shown(home)} inside {shown(other)}" for home, other in sorted(inner)[:4])
-    expected, hint = (
-        "no such nest: PEFT cannot load it",
-        "merge one adapter after the other instead",
-    )
-    return [
-        Refused(
-            f"parameters of {nests} are targets", expected=expected, where="adapters", hint=hint
+    if inner:
+        some = (f"{shown(home)} inside {shown(other)}" for home, other in sorted(inner)[:4])
+        errors.add(
+            f"parameters of {'; '.join(some)} are targets",
+            "no such nest: PEFT cannot load it",
+            "merge one adapter after the other instead",
+            where="adapters",
         )
-    ]
 
 
 def flips_square_experts(
@@ -379,9 +373,9 @@ def flips_square_experts(
     return layout == "peft-0.18" or transposed
 
 
-def _other_layouts(
-    sites: Collection[JoinedSite], adapters: Sequence[Adapter]
-) -> list[AdapterkitError]:
+def _check_layouts(
+    sites: Collection[JoinedSite], adapters: Sequence[Adapter], errors: Problems
+) -> None:
     """Square stacks of two versions of PEFT may be each other's transpose: their shapes do not
     tell."""
     square = [
@@ -389,21 +383,11 @@ def _other_layouts(
         for site in sites
         if any(f.experts and f.shape[0] == f.shape[1] for _, f in site.members.values())
     ]
-    versions = {
-        adapter.name: adapter.has_old_stacks
-        for adapter in adapters
-        if adapter.config.get("target_parameters")
-    }
-    if not square or len(set(versions.values())) < 2:
-        return []
-    problem = f"{shown(square[0])} holds square experts, and PEFT transposed them in 0.19"
-    hint = "train or convert the adapters with one version of PEFT"
-    where = ", ".join(versions)
-    return [
-        Refused(
-            problem,
-            expected="adapters of PEFT below 0.19 alone, or none of them",
-            where=where,
-            hint=hint,
+    stacked = [adapter for adapter in adapters if adapter.config.get("target_parameters")]
+    if square and len({adapter.has_old_stacks for adapter in stacked}) > 1:
+        errors.add(
+            f"{shown(square[0])} holds square experts, and PEFT transposed them in 0.19",
+            "adapters of PEFT below 0.19 alone, or none of them",
+            "train or convert the adapters with one version of PEFT",
+            where=", ".join(dict.fromkeys(adapter.name for adapter in stacked)),
         )
-    ]

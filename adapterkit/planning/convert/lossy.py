@@ -13,7 +13,7 @@ from adapterkit.adapters.kinds.common import Kind
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
+from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.capabilities import (
     depends_on_base,
     is_fitted,
@@ -239,11 +239,9 @@ class _Fitting:
 
     def fitted(self, module: AdapterModule) -> list[AdapterModule] | None:
         """The module as plain factors, and what else it holds; None where it stays as it is."""
-        try:
+        with self.errors.collected():
             return self._fitted(module)
-        except AdapterkitError as error:
-            self.errors.append(error)
-            return None
+        return None
 
     def _fitted(self, module: AdapterModule) -> list[AdapterModule] | None:
         if module.depth:

@@ -1,6 +1,9 @@
 """The plan of a conversion: a source in any format that is read, a file in any that is written."""
 
 import math
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,35 +12,163 @@ import torch
 from adapterkit import dtypes
 from adapterkit.adapters.adapter_config import hub_id
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.base import NamedBase, facts_of
 from adapterkit.formats.detect import Detection, detect
+from adapterkit.formats.files.configs import config_bytes
 from adapterkit.formats.files.containers import PlanReader
-from adapterkit.formats.library import format_named
+from adapterkit.formats.library import format_named, formats
+from adapterkit.formats.modules.deltas import Fit, fits_of
 from adapterkit.formats.modules.experts import split_experts
 from adapterkit.formats.modules.kinds import EXPERTS
 from adapterkit.formats.modules.record import Contents
-from adapterkit.formats.modules.tensors import is_made_by
+from adapterkit.formats.modules.tensors import StoredTensor, is_made_by
 from adapterkit.formats.peft.dialects import arranged, renamed, without_copies
 from adapterkit.formats.peft.layout import write_layout
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
-from adapterkit.formats.write import FormatFile, write
+from adapterkit.formats.write import FormatFile, WrittenTensor, write
 from adapterkit.gguf.adapter import gguf_layout
-from adapterkit.plan import OutputFile, Plan
-from adapterkit.planning.convert.base_shapes import parameter_problems, shape_problems
-from adapterkit.planning.convert.folder import files_of, left_beside
+from adapterkit.plan import CopyFile, OutputFile, Plan, Task
 from adapterkit.planning.convert.lossy import lowered, without_zeros
 from adapterkit.planning.convert.source import (
     heads_of,
     modules_of,
     named_base,
+    parameter_problems,
     read_contents,
+    shape_problems,
 )
-from adapterkit.planning.convert.tasks import tasks_of
 from adapterkit.planning.inputs.input_identity import identities
 from adapterkit.planning.inputs.unpickled_folder import UnpickledFolder
+from adapterkit.planning.outputs.cards import adapter_card
+from adapterkit.planning.outputs.folder_files import Files
+from adapterkit.tasks.common import CopiedTensor
+from adapterkit.tasks.convert import ConvertedTensor, ConvertedTensors
 from adapterkit.verbs.convert import ConvertOptions
+
+MOST = 100_000_000  # bytes of one file
+# weights, and no state of a trainer
+TRAINED = re.compile(
+    r"(?!optimizer|scheduler|scaler|rng_state|training_args)[^/]+\.(safetensors|bin|pth?)"
+)
+
+
+def files_of(contents: Contents, written: FormatFile, notes: list[str]) -> Files:
+    """The files of a folder besides its weights; notes tell what goes along or stays behind."""
+    files: Files = {}
+    form = written.form
+    if written.settings is not None:
+        name = form.file.config[0]
+        files[name] = config_bytes(name, written.settings)
+    if form.layout != ADAPTER_LAYOUT:
+        return files
+    if formats()[contents.format].layout == form.layout:
+        known = {*files, *(file for _, file in contents.headers), form.file.name}
+        files = {**_carried(contents.folders[0], form, known, notes), **files}
+    if "README.md" not in files:
+        base = (written.settings or {}).get("base_model_name_or_path")
+        card = adapter_card(base, [], f"converted from {contents.format}")
+        files["README.md"] = card.encode()
+    return files
+
+
+def left_beside(contents: Contents, form: Format) -> list[str]:
+    """The note on weights beside the adapter, such as a value head, that stay behind where the
+    layout does not stay."""
+    if formats()[contents.format].layout == form.layout == ADAPTER_LAYOUT:
+        return []  # told already, with all other files
+    known = {file for _, file in contents.headers}
+    left = [name for name in contents.folders[0].files() if _is_trained(name) and name not in known]
+    return [f"not converted: {listed(left)} beside the adapter"] if left else []
+
+
+def _is_trained(name: str) -> bool:
+    return TRAINED.fullmatch(name) is not None
+
+
+def _carried(
+    source: Folder, form: Format, written: Collection[str], notes: list[str]
+) -> dict[str, CopyFile]:
+    """The source's files that the target's format takes along; all others join the notes.
+
+    `written`: the files that the conversion writes itself, and the source's of those names."""
+    files, left = {}, []
+    for name, size in sorted(source.files().items()):
+        if name in written or name == RECEIPT:
+            continue
+        if size <= MOST and any(pattern.fullmatch(name) for pattern in form.file.carry):
+            files[name] = CopyFile(0, name)
+        else:
+            left.append(name)
+    if files:
+        notes.append(f"copied: {listed(list(files))}")
+    if left:
+        left.sort(key=_is_trained, reverse=True)
+        notes.append(f"not copied: {listed(left)}")
+    return files
+
+
+MANY = 8  # outputs of one stored tensor that are made together
+
+
+def tasks_of(tensors: Sequence[WrittenTensor]) -> tuple[Task, ...]:
+    """One task for each tensor, or for all that share fits or are made of the same stored ones."""
+    fitted = [tensor for tensor in tensors if fits_of(tensor.expression)]
+    others = [_task(tensor) for tensor in tensors if not fits_of(tensor.expression)]
+    return _together([*others, *_fitted(fitted)])
+
+
+def _fitted(tensors: Sequence[WrittenTensor]) -> list[Task]:
+    """One task for all tensors that share fits, as parts of a fused module do."""
+    groups: dict[int, list[WrittenTensor]] = {}  # by the first of their fits
+    owner: dict[int, int] = {}
+    fits: dict[int, Fit] = {}
+    for tensor in tensors:
+        own = fits_of(tensor.expression)
+        fits |= {id(fit): fit for fit in own}
+        joined = {owner.setdefault(id(fit), id(fit)) for fit in own}
+        home = min(joined)
+        groups[home] = [one for old in sorted(joined) for one in groups.pop(old, [])] + [tensor]
+        owner = {fit: home if old in joined else old for fit, old in owner.items()}
+    tasks: list[Task] = []
+    for home, members in groups.items():
+        own = tuple(fits[fit] for fit, place in owner.items() if place == home)
+        outputs = tuple(map(_converted, members))
+        tasks.append(ConvertedTensors(members[0].module, outputs, own))
+    return tasks
+
+
+def _task(tensor: WrittenTensor) -> Task:
+    """A copy of bytes where nothing is computed."""
+    if isinstance(tensor.expression, StoredTensor) and tensor.dtype == tensor.expression.dtype:
+        return CopiedTensor(tensor.key, tensor.expression.spec, tensor.key, checked=True)
+    return ConvertedTensors(tensor.key, (_converted(tensor),))
+
+
+def _converted(tensor: WrittenTensor) -> ConvertedTensor:
+    return ConvertedTensor(tensor.key, tensor.expression, tensor.dtype)
+
+
+def _together(tasks: Sequence[Task]) -> tuple[Task, ...]:
+    """Tensors that are made of the same stored ones, such as experts of their stack, in one task:
+    otherwise each of them would read the whole stack."""
+    readers = Counter(spec for task in tasks for spec in task.reads)
+    groups: dict[TensorSpec, list[ConvertedTensors]] = {}
+    result: list[Task] = []
+    for task in tasks:
+        shared = next((spec for spec in task.reads if readers[spec] > MANY), None)
+        if shared is None or not isinstance(task, ConvertedTensors) or task.fits:
+            result.append(task)
+        else:
+            groups.setdefault(shared, []).append(task)
+    for own in groups.values():
+        outputs = tuple(output for task in own for output in task.outputs)
+        result.append(ConvertedTensors(own[0].name, outputs))
+    return tuple(result)
+
 
 LAYOUTS = {"gguf": gguf_layout}  # of containers that are not safetensors
 

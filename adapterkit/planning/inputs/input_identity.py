@@ -20,20 +20,19 @@ Inputs = Mapping[int, Checkpoint | Adapter]  # by their numbers
 def plan_of(
     verb: str,
     options: dict[str, Any],
-    inputs: Inputs,
+    inputs: Sequence[Checkpoint | Adapter],
     *,
     shards: Iterable[OutputFile],
     files: Files,
     decisions: dict[str, Any],
     notes: Iterable[str] = (),
     configs: Collection[int] = (),
-    models: Sequence[int] = (0,),
     warn: Callable[[dict[str, dict]], list[str]] = no_warnings,
     collection: Collecting | None = None,
 ) -> Plan:
     """The plan of a job; `configs` as of `header_hashes`, the rest as of `Plan`."""
-    folders = tuple(source.folder for source in inputs.values())
-    headers = header_hashes(inputs, configs)
+    folders = tuple(source.folder for source in inputs)
+    headers = header_hashes(dict(enumerate(inputs)), configs)
     return Plan(
         verb=verb,
         options=options,
@@ -44,7 +43,7 @@ def plan_of(
         files=files,
         decisions=decisions,
         notes=tuple(notes),
-        models=tuple(models),
+        models=tuple(n for n, one in enumerate(inputs) if isinstance(one, Checkpoint)),
         warn=warn,
         collection=collection,
     )

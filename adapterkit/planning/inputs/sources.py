@@ -2,7 +2,8 @@
 
 import os
 import re
-from typing import Any, Protocol, TypeGuard
+from collections.abc import Callable
+from typing import Protocol, TypeGuard
 
 from adapterkit.adapters.config import IMPLICIT
 from adapterkit.adapters.keys import CONFIG, INITIAL, WEIGHTS
@@ -14,7 +15,7 @@ from adapterkit.engines.planned_folder import PlannedFolder
 from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, shown
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import is_on_hub, parse
-from adapterkit.options import StrPath, finite, unweighted, weighted
+from adapterkit.options import Sources, StrPath, finite, unweighted, weighted
 from adapterkit.planning.inputs.converted_adapter import in_adapter_layout
 
 INDEX = ".safetensors.index.json"
@@ -60,6 +61,11 @@ def open_source(text: StrPath) -> Folder:
     except AdapterkitError as error:
         error.hint = f"{similar} else {error.hint}" if similar else error.hint
         raise
+
+
+def if_given(opener: Callable[[StrPath], Folder], text: StrPath | None) -> Folder | None:
+    """What is opened for an option; None where it is not given."""
+    return None if text is None else opener(text)
 
 
 def open_statistics(text: StrPath) -> Folder:
@@ -188,14 +194,12 @@ def initial_of(adapter: Folder) -> Folder | None:
     )
 
 
-def open_weighted(
-    adapters: Any, name: str = "adapters", base: Folder | None = None
-) -> list[tuple[Folder, float]]:
-    """The folders of adapters for a base, with their weights, in whatever form they are given;
-    `Refused` with all that cannot be opened."""
+def open_weighted(adapters: Sources, base: Folder | None = None) -> list[tuple[Folder, float]]:
+    """The folders of adapters for a base, with their weights; `Refused` with all that cannot be
+    opened."""
     opened: list[tuple[Folder, float]] = []
     errors = Problems()
-    for source, weight in weighted(adapters, name):
+    for source, weight in weighted(adapters):
         with errors.collected():
             if weight is None:
                 source, weight = weight_of(source)
@@ -204,21 +208,15 @@ def open_weighted(
     return opened
 
 
-def open_all(**lists: Any) -> list[list[Folder]]:
-    """The folders of several lists of sources without weights, by the options' names; `Refused`
-    with all that cannot be opened."""
-    opened: list[list[Folder]] = []
+def open_all(*lists: Sources) -> list[list[Folder]]:
+    """The folders of several lists of sources without weights; `Refused` with all that cannot be
+    opened."""
+    opened: list[list[Folder]] = [[] for _ in lists]
     errors = Problems()
-    for name, sources in lists.items():
-        with errors.collected():
-            opened.append(
-                [
-                    folder
-                    for folder, _ in open_weighted(
-                        [(s, 1.0) for s in unweighted(sources, name)], name
-                    )
-                ]
-            )
+    for folders, sources in zip(opened, lists, strict=True):
+        for source in unweighted(sources):
+            with errors.collected():
+                folders.append(open_adapter(source))
     errors.raise_all()
     return opened
 

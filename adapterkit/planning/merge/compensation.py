@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
+from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.plan import Compensation, Span, Step
 from adapterkit.planning.merge.job import Change, MergeJob
 from adapterkit.planning.merge.steps import is_rounded
@@ -39,12 +39,9 @@ def with_compensation(
     for step in (step for group in steps.values() for step in group):
         if not is_rounded(job, step):
             continue
-        try:
+        with errors.collected():
             places[step.key] = _places(job, step, changes.get(step.key, []))
-        except AdapterkitError as error:
-            errors.append(error)
-            continue
-        others += [] if places[step.key] else [step.key]
+            others += [] if places[step.key] else [step.key]
     widths = {place.module: place.width for each in places.values() for place in each}
     selected: dict[str, TensorSpec] = {}
     with errors.collected():

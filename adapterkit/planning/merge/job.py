@@ -16,7 +16,7 @@ from adapterkit.errors import Problems, Refused, shown
 from adapterkit.planning.inputs.earlier_merges import MergedAdapter
 from adapterkit.planning.inputs.model_config import vocabulary_sizes
 from adapterkit.planning.merge.replication import replicated
-from adapterkit.planning.targets.selection import Selection
+from adapterkit.planning.targets.values_by_regex import Selection
 from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.names import Names, mentions_weight

@@ -33,9 +33,9 @@ from adapterkit.planning.merge.tied import resolve_tied_weights
 from adapterkit.planning.merge.vocabulary import resolve_new_head, resolve_vocab_resize
 from adapterkit.planning.outputs.cards import merged_card
 from adapterkit.planning.outputs.folder_files import model_files
-from adapterkit.planning.outputs.gaps import check_gaps
 from adapterkit.planning.outputs.model import (
     CHANGED_BY,
+    check_gaps,
     plan_laid_out,
     plan_shard,
     plan_shards_of_size,
@@ -282,9 +282,7 @@ def _refuse_nothing(job: MergeJob, steps: Steps) -> None:
 
 def _plan(job: MergeJob, steps: Steps, stats: Checkpoint | None) -> Plan:
     shards = _shards(job, steps)
-    inputs: dict[int, Checkpoint | Adapter] = {0: job.original}
-    inputs |= {adapter.number: adapter for adapter in job.adapters}
-    inputs |= {} if stats is None else {len(inputs): stats}
+    inputs = [job.original, *job.adapters, *([stats] if stats else [])]
     if job.options.dtype:
         name = dtypes.CONFIG_NAME[dtypes.parse(job.options.dtype)]
         for key in ("dtype", "torch_dtype"):
@@ -314,14 +312,13 @@ def _plan(job: MergeJob, steps: Steps, stats: Checkpoint | None) -> Plan:
         files=files,
         decisions=decisions,
         notes=job.notes,
-        models=(0,) if stats is None else (0, len(inputs) - 1),
         warn=partial(rounding_warnings, compat=job.options.compat),
     )
 
 
 def _shards(job: MergeJob, steps: Steps) -> tuple[OutputFile, ...]:
     limit = job.options.max_shard_size
-    limit = parse_size("max_shard_size", limit) if limit else None
+    limit = parse_size(limit) if limit else None
     keep_format = not job.options.dequantize
     if quantized_weights(job.base.tensors):
         if not keep_format and limit:

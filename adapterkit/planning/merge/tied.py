@@ -11,9 +11,14 @@ import numpy as np
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.plan import HANDOFF_FOLDER
-from adapterkit.planning.inputs.model_config import nested_values, sub_configs, vocabulary_sizes
+from adapterkit.planning.inputs.model_config import (
+    SWITCH,
+    has_other_effects,
+    nested_values,
+    sub_configs,
+    vocabulary_sizes,
+)
 from adapterkit.planning.merge.job import Addition, Change, MergeJob
-from adapterkit.planning.outputs.untying import SWITCH, has_other_effects
 from adapterkit.weights.bypassed import weight_reader
 from adapterkit.weights.skeleton import tied_names
 

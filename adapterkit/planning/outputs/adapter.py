@@ -74,17 +74,15 @@ def sum_biases(
         return []
     levels = levels_of(sites.values())
     places = {name: site.place(levels) for name, site in sites.items()}
-    errors += [
-        Refused(
-            f"{shown(name)} beside biases of b (lora_bias)",
-            expected="linear layers and convolutions only: PEFT has no such bias on embeddings and "
-            "parameters",
-            where="adapters",
-            hint="merge the adapters into their base instead, or remove the one with lora_bias",
-        )
-        for name, site in sites.items()
-        if site.parameter or places[name].is_embedding
-    ]
+    for name, site in sites.items():
+        if site.parameter or places[name].is_embedding:
+            errors.add(
+                f"{shown(name)} beside biases of b (lora_bias)",
+                "linear layers and convolutions only: PEFT has no such bias on embeddings and "
+                "parameters",
+                "merge the adapters into their base instead, or remove the one with lora_bias",
+                where="adapters",
+            )
     return [
         SummedTensor(f"{prefix}{name} bias", places[name].bias_key, its, dtype, (places[name].out,))
         for name, its in terms.items()
@@ -228,45 +226,46 @@ def _pad_factors(task: Any, rank: int, result: TaskResult) -> TaskResult:
 def plan_adapters(
     verb: str,
     options: dict[str, Any],
-    inputs: Sequence[Adapter],
-    outputs: Sequence[Output],
-    notes: list[str],
-    decisions: dict[str, Any],
-    *others: Checkpoint | None,
-) -> Plan:
-    """The plan of adapters made from the adapters `inputs`, numbered from 0, with the others that
-    are given after them: a base, statistics."""
-    bases = sorted({plain(str(base_id(adapter))) for adapter in inputs})
-    if len(bases) > 1:
-        notes.append(f"the adapters were trained on different bases: {', '.join(bases)}")
-    sources: list[Adapter | Checkpoint] = [*inputs, *(one for one in others if one is not None)]
-    models = tuple(range(len(inputs), len(sources)))
-    return plan_outputs(verb, options, sources, outputs, notes, decisions, models)
-
-
-def plan_outputs(
-    verb: str,
-    options: dict[str, Any],
     inputs: Sequence[Adapter | Checkpoint],
     outputs: Sequence[Output],
     notes: list[str],
     decisions: dict[str, Any],
-    models: tuple[int, ...] = (),
 ) -> Plan:
-    """The plan of adapters made from the inputs, numbered from 0; `models`: `Plan.models`."""
+    """The plan of adapters made from the inputs, numbered from 0: adapters, models, statistics."""
+    adapters = [one for one in inputs if isinstance(one, Adapter)]
+    bases = sorted({plain(str(base_id(adapter))) for adapter in adapters})
+    if len(bases) > 1:
+        notes.append(f"the adapters were trained on different bases: {', '.join(bases)}")
     files: Files = {}
     for output in outputs:
         files |= output.files(notes)
     return plan_of(
         verb,
         options,
-        dict(enumerate(inputs)),
+        inputs,
         shards=[output.shard() for output in outputs],
         files=files,
         decisions=decisions,
         notes=notes,
-        models=models,
     )
+
+
+def modules_of(adapters: Sequence[Adapter]) -> list[dict[str, Any]]:
+    """What a receipt says of adapters: their names, and on how many modules they have factors."""
+    return [{"name": adapter.name, "modules": len(adapter.loras)} for adapter in adapters]
+
+
+def settings_of(adapter: Adapter) -> dict[str, Any]:
+    """The settings of an output that has an adapter's flags and values, but other factors."""
+    kept = adapter_config.value_settings([adapter]) | adapter_config.flags(adapter)
+    return adapter_config.plain_settings() | kept
+
+
+def check_factors(tasks: Sequence[Task], where: str) -> None:
+    """`Refused` for inputs without any factors."""
+    if not tasks:
+        expected, hint = "adapters of low-rank factors", "check the adapters"
+        raise Refused("no module with factors", expected=expected, where=where, hint=hint)
 
 
 def copy_all_but_factors(adapter: Adapter, dtype: str) -> list[Task]:

@@ -1,7 +1,7 @@
 """Output files of a model: in a quantized format, decoded to floats, or streamed."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from adapterkit.checkpoint.fingerprint import of_headers
 from adapterkit.checkpoint.header import Header
 from adapterkit.checkpoint.layout import ShardLayout, TensorPlan, grouped, like_base
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import WARNING, shown
+from adapterkit.errors import WARNING, AdapterkitError, shown
 from adapterkit.plan import OutputFile, Step, Task
 from adapterkit.planning.outputs.cards import model_card
 from adapterkit.planning.outputs.folder_files import Files, model_files
@@ -17,6 +17,32 @@ from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.quantize import CompensatedStep, EncodedWeight
 from adapterkit.tasks.rows import EditedTensor, RequantizedWeight
 from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.loading import find_gaps, gaps_of, looks_whole
+from adapterkit.weights.skeleton import Skeleton
+
+
+def check_gaps(
+    base: Checkpoint,
+    model: Skeleton | None,
+    notes: list[str],
+    brought: Collection[str] = (),
+) -> list[AdapterkitError]:
+    """Problems of a base that lacks a parameter which its other layers have, or whose experts do
+    not fit together; other gaps are notes, as a model may lack a head or a pooler on purpose.
+
+    `model`: if it was built anyhow. If not, only what does not look whole is worth the seconds.
+    `brought`: parameters that come from elsewhere."""
+    if model is None and looks_whole(base):
+        return []
+    try:
+        gaps = (gaps_of(base) if model is None else find_gaps(model)).without(brought)
+    except AdapterkitError:
+        return []  # transformers does not know the model
+    if gaps.holes or gaps.failed:
+        return gaps.errors()
+    notes += [f"{WARNING}{error.where}: {error.problem}; {error.hint}" for error in gaps.errors()]
+    return []
+
 
 # in the metadata of a base that is not a copy of the original, but goes with an adapter
 CHANGED_BY = "adapterkit_changed_by"

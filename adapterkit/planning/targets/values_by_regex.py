@@ -2,10 +2,45 @@
 `--rank-for 'down_proj=16'`. Of several that match a module the first counts, as in PEFT."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.patterns import matcher, similar_names
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Two predicates on names: without `include` all names are selected, without `exclude` none is
+    excluded."""
+
+    include: Callable[[str], bool] | None = None
+    exclude: Callable[[str], bool] | None = None
+
+    @classmethod
+    def of(cls, include: str | None, exclude: str | None) -> "Selection":
+        """The selection by these regexes; `Refused` where one does not compile."""
+        return cls(
+            matcher(include, "--include") if include else None,
+            matcher(exclude, "--exclude") if exclude else None,
+        )
+
+    def __call__(self, *names: str) -> bool:
+        """Whether something is selected that any of these names stands for.
+
+        `Refused` where a regex takes too long."""
+        if self.include is not None and not any(map(self.include, names)):
+            return False
+        return self.exclude is None or not any(map(self.exclude, names))
+
+
+def selecting(option: str, pattern: str, names: Collection[str]) -> Callable[[str], bool]:
+    """The `matcher` of an option that is a pattern; `Refused` where it matches none of these."""
+    matches = matcher(pattern, option)
+    if not any(map(matches, names)):
+        raise unmatched(option, pattern, names, "a module of the model")
+    return matches
+
 
 V = TypeVar("V")
 Rule = tuple[str, V]  # a pattern and its value
@@ -22,8 +57,7 @@ def read_rules(
         pattern, _, spelled = text.rpartition("=")
         number = value(spelled) if pattern else None
         if number is None:
-            problem, hint = f"{option} {shown(text)!r}", "give a regex, = and the value"
-            errors.add(problem, expected, hint)
+            errors.add(f"{option} {shown(text)!r}", expected, "give a regex, = and the value")
             continue
         with errors.collected():
             matcher(pattern, option)

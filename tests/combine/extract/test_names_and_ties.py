@@ -86,7 +86,7 @@ def test_names_that_others_end_with(cached_folder, tmp_path):
 
 def test_targets_that_others_end_with(tmp_path):
     """A list would mean both towers; the regex means one."""
-    from adapterkit.planning.outputs.extracted_adapter import ExtractedAdapter
+    from adapterkit.planning.extract import ExtractedAdapter
 
     others = frozenset({"layers.0.q", "encoder.layers.0.q", "layers.0", "encoder"})
     output = ExtractedAdapter([], [], {}, {}, "", all_modules=others)
