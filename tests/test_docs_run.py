@@ -5,6 +5,7 @@ The folder holds a tiny Llama, BASE, whose adapter goes by the names in CAST. Th
 with the files that CONTRIBUTING.md and formats.md add to it.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -65,17 +66,23 @@ class Task(NamedTuple):
     output: str | None = None
 
 
-def run(tasks: list[Task], path: Path, **variables: str) -> list[tuple[int, str, str]]:
-    """Status, output and messages of each, by the package in the folder `path`."""
-    plain = {"OMP_NUM_THREADS": "1", "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
-    server = Forks(os.environ | plain | {"PYTHONPATH": str(path)} | variables)
+def run(tasks: list[Task], server: Forks) -> list[tuple[int, str, str]]:
+    """Status, output and messages of each."""
     results = []
     for task in tasks:
         what = {"program": task.program} if task.program else {"argv": task.words}
         ended = server.wait(server.start(cwd=str(task.folder), **what), timeout=300)
         results.append((ended.status, ended.stdout, ended.stderr))
-    server.stop()
     return results
+
+
+@contextlib.contextmanager
+def forks_of(package: Path, **variables: str) -> Iterator[Forks]:
+    """Forks of a process with the package in that folder."""
+    plain = {"COLUMNS": "100", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(package)}
+    server = Forks(os.environ | plain | variables)
+    yield server
+    server.stop()
 
 
 def tasks_of(document: Path, folder: Path) -> Iterator[Task]:
@@ -123,8 +130,14 @@ def add_row(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def server(package: Path) -> Iterator[Forks]:
+    with forks_of(package) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def stage(
-    tmp_path_factory: pytest.TempPathFactory, cached_folder: Callable[..., Path], package: Path
+    tmp_path_factory: pytest.TempPathFactory, cached_folder: Callable[..., Path], server: Forks
 ) -> Path:
     """A folder with what the documents' commands start from."""
     from tests.support import oracle
@@ -144,7 +157,7 @@ def stage(
     write_rows(stage / "pairs.jsonl", *({"prompt": "who? ", "completion": "we"} for _ in range(9)))
     for name in CAST:
         shutil.copytree(cached_folder("lora", train), stage / name)
-    for status, _, errors in run([Task(stage, line.split()) for line in PREPARATION], package):
+    for status, _, errors in run([Task(stage, line.split()) for line in PREPARATION], server):
         assert status == 0, errors
     weights = stage / "other-depth" / "adapter_model.safetensors"
     renamed = lambda key: key.replace("layers.1.self_attn.q", "layers.7.self_attn.q")
@@ -186,13 +199,13 @@ def save_fbgemm(base: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def documents(stage: Path, package: Path, tmp_path_factory) -> dict[Path, list[tuple[Task, tuple]]]:
+def documents(stage: Path, server: Forks, tmp_path_factory) -> dict[Path, list[tuple[Task, tuple]]]:
     """Every document's tasks, and the status, output and messages of each."""
     root, tasks = tmp_path_factory.mktemp("documents"), {}
     for document in DOCUMENTS:
         folder = shutil.copytree(stage, root / document.stem)
         tasks[document] = list(tasks_of(document, folder))
-    results = iter(run([task for of_one in tasks.values() for task in of_one], package))
+    results = iter(run([task for of_one in tasks.values() for task in of_one], server))
     return {document: [(t, next(results)) for t in of_one] for document, of_one in tasks.items()}
 
 
@@ -259,7 +272,7 @@ def test_every_key_of_the_receipts_is_explained(documents):
     assert keys <= explained, sorted(keys - explained)
 
 
-def test_schema_versions_are_those_of_the_code(documents, package):
+def test_schema_versions_are_those_of_the_code(documents, server: Forks):
     text = (ROOT / "docs" / "CHANGELOG.md").read_text()
     written = dict(re.findall(r"^\| `?(\w+)`? \| (\d+) \|", text, re.MULTILINE))
     tasks = [
@@ -268,9 +281,7 @@ def test_schema_versions_are_those_of_the_code(documents, package):
         ["merge", "BASE", "ADAPTER", "--out", "planned", "--dry-run", "--json"],
     ]
     folder = documents[README][0][0].folder
-    results = [
-        json.loads(output) for _, output, _ in run([Task(folder, t) for t in tasks], package)
-    ]
+    results = [json.loads(output) for _, output, _ in run([Task(folder, t) for t in tasks], server)]
     now = {"inspect": results[0]["inspect"], "diff": results[1]["diff"], "plan": results[2]["plan"]}
     receipt = next(folder.glob("*/adapterkit.json")).read_bytes()
     assert written == {k: str(v) for k, v in now.items()} | {
@@ -297,7 +308,8 @@ def test_jobs_on_the_hub_run(stage: Path, package: Path, tmp_path: Path):
         ]
         shutil.copy(stage / "texts.jsonl", tmp_path)
         variables = hub.environment(tmp_path / "home") | {"HF_TOKEN": TOKEN}
-        results = run(tasks, package, **variables)
+        with forks_of(package, **variables) as server:
+            results = run(tasks, server)
         assert len(results) > 3
         for task, (status, output, errors) in zip(tasks, results, strict=True):
             assert status == 0 and TOKEN not in output + errors, f"{task.words}\n{output}{errors}"
@@ -351,7 +363,7 @@ def launched() -> dict[str, tuple[list[str], int]]:
 
 
 @pytest.fixture(scope="module")
-def started(stage: Path, package: Path, tmp_path_factory) -> dict[str, list[tuple]]:
+def started(stage: Path, server: Forks, tmp_path_factory) -> dict[str, list[tuple]]:
     """What each launcher's processes gave: planned, asked for their shares, run, finished."""
     jobs, tasks = launched(), []
     for name, (words, ranks) in jobs.items():
@@ -364,7 +376,7 @@ def started(stage: Path, package: Path, tmp_path_factory) -> dict[str, list[tupl
                 program = f"import os; os.environ.update({said}); main({[*words, *more]})"
                 tasks.append(Task(folder, [], f"from adapterkit.cli import main; {program}"))
         tasks.append(Task(folder, ["finish", "merged.plan.json", "--json"]))
-    results = iter(run(tasks, package))
+    results = iter(run(tasks, server))
     return {name: [next(results) for _ in range(2 + 2 * jobs[name][1])] for name in jobs}
 
 

@@ -36,16 +36,6 @@ PLACES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def whole(shared) -> dict[str, str]:
-    return shared.undisturbed()
-
-
-@pytest.fixture(scope="module")
-def older(shared) -> dict[str, str]:
-    return shared.undisturbed(weight="0.5")
-
-
 def check_and_resume(bench, whole, older, options=()):
     """The invariant after a crash, and that a resumed run restores it. An older output needs
     --overwrite again only if the crash came before anything was noted."""

@@ -8,11 +8,6 @@ import pytest
 RECEIPT = "adapterkit.json"
 
 
-@pytest.fixture(scope="module")
-def whole(shared) -> dict[str, str]:
-    return shared.undisturbed()
-
-
 @pytest.mark.parametrize(
     ("workers", "resumed", "hashed"),
     list(itertools.product([1, 2, 8], [False, True], ["sha256", "none"])),

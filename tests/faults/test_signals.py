@@ -19,11 +19,6 @@ SLOW = {"calls": ["pwrite", "copy_file_range"], "delay": 0.15}
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
-@pytest.fixture(scope="module")
-def whole(shared) -> dict[str, str]:
-    return shared.undisturbed()
-
-
 def started(bench, *options: str, fault: dict = SLOW, **settings) -> int:
     """A run that is at work."""
     pid = bench.start(bench.argv(*options), fault=fault, **settings)

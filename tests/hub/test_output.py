@@ -68,11 +68,11 @@ FIRST = "adapterkit.merge('org/base', ['org/first'], {more})"
 METHOD = "method='ties_svd', density=0.5"
 JOBS = {
     "merge": "adapterkit.merge('org/base', ['org/adapter'], {more})",
-    "init": "adapterkit.init('org/base', method='pissa', rank=2, targets='q_proj', {more})",
     "combine": f"adapterkit.combine(['org/adapter', 'org/other=0.5'], {METHOD}, {{more}})",
-    "convert": "adapterkit.convert('org/adapter', to='mlx', {more})",
 }
 MORE_JOBS = {
+    "init": "adapterkit.init('org/base', method='pissa', rank=2, targets='q_proj', {more})",
+    "convert": "adapterkit.convert('org/adapter', to='mlx', {more})",
     "loftq": "adapterkit.loftq('org/base', rank=2, targets='q_proj', {more})",
     "quantize": "adapterkit.quantize('org/base', to='w8a16', {more})",
     "dequantize": "adapterkit.dequantize('org/quantize', {more})",
@@ -216,7 +216,7 @@ def test_without_a_limit_it_takes_the_disk_that_is_free(place):
     _, client, *_ = place
     job = JOBS["merge"].format(more="out='hf://org/free', dry_run=True")
     call = f"{job}.totals()"
-    client("from adapterkit.engines import hub_output as module\nwhole = module.free_bytes")
+    client("from adapterkit.engines.hub import output as module\nwhole = module.free_bytes")
     needed = client(call)["disk_needed"]
     try:
         client("module.free_bytes = lambda path: 1_000_000")

@@ -1,4 +1,5 @@
-"""Statistics on the Hub: the file of a local run in one commit, from a base on the Hub."""
+"""Statistics on the Hub: the file of a local run in one commit, from a base on the Hub; who may write
+there, and who may see it, is in test_output_faults.py."""
 
 import hashlib
 import json
@@ -16,7 +17,7 @@ from tests.hub.test_output_faults import kill_at
 from tests.support.hub_client import TOKEN, Client, ClientError, during
 from tests.support.hub_models import CALLS, write
 from tests.support.hub_server import Hub
-from tests.support.hub_state import Account, Fault
+from tests.support.hub_state import Fault
 from tests.support.texts import write_rows
 
 READER, ELSEWHERE = "hf_" + "readreadreadread", "hf_" + "elsewhereelsewhere"
@@ -182,21 +183,6 @@ def test_a_dry_run_says_how_much_goes_up(place):
     assert out not in hub.repos and not hub.asked("POST") and not moved(hub)
 
 
-def test_who_may_not_write_is_refused_before_weights_move(place):
-    hub, client, out = place
-    hub.accounts[ELSEWHERE] = Account(name="me", orgs=())
-    try:
-        for token, problem in [
-            ("", "not logged in"), (READER, "can only read"), (ELSEWHERE, "does not allow"),
-        ]:  # fmt: skip
-            client(f"os.environ['HF_TOKEN'] = '{token}'")
-            error = client.refusal(stats(f"{out}:{FILE}"))
-            assert problem in error.parts["problem"] and out in error.text
-    finally:
-        client(f"os.environ['HF_TOKEN'] = '{TOKEN}'")
-    assert not moved(hub) and out not in hub.repos
-
-
 @pytest.mark.parametrize(
     "name", ["o/x", "o/x:folder", "o/x:a.gguf", "o/x@" + "a" * 40 + ":s.safetensors", "x"]
 )
@@ -285,6 +271,7 @@ def test_a_finished_file_is_only_sent(place, expected, method, path):
     assert is_same(hub.files(out)[FILE], expected)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed(place, standing, expected):
     hub, client, out = place
     other = start(hub, standing[2])
@@ -322,14 +309,6 @@ def test_a_repository_that_moved_gets_no_commit(place):
     error = client.refusal(stats(f"{out}:{FILE}", ", resume=True"))
     assert "a file of this name" in error.parts["problem"]
     assert load(hub.files(out)[FILE]) == {}
-
-
-def test_what_comes_of_a_private_base_is_private(place, standing):
-    hub, client, out = place
-    hub.repo("org/secret", private=True)
-    hub.commit("org/secret", base_files())
-    client(stats(f"{out}:{FILE}", base="org/secret") + ".data")
-    assert hub.repos[out].private
 
 
 # -- little disk -----------------------------------------------------------------------------------
