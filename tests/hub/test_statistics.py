@@ -1,5 +1,6 @@
-"""Statistics on the Hub: the file of a local run in one commit, from a base on the Hub; who may write
-there, and who may see it, is in test_output_faults.py."""
+"""Statistics on the Hub: the file of a local run in one commit, from a base on the Hub.
+
+Who may write there, and who may see it, is in test_output_faults.py."""
 
 import hashlib
 import json
