@@ -19,7 +19,8 @@ from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product, Svd
 from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense, decompose_product
 from adapterkit.plan import READ, TaskResult
-from adapterkit.tasks.common import FactorsTask, RankedFactors, short
+from adapterkit.tasks.common import FactorsTask, RankedFactors
+from adapterkit.tasks.metrics import short
 from adapterkit.tasks.statistics import (
     covariance_errors,
     read_covariance,

@@ -140,8 +140,3 @@ class RankedFactors(FactorsTask):
     @property
     def planned_metrics(self) -> dict[str, Any]:
         return {"rank": self.rank}
-
-
-def short(value: float) -> float:
-    """Rounded to six significant digits."""
-    return float(f"{value:.6g}")

@@ -13,7 +13,7 @@ from adapterkit.errors import Unrecoverable, shown
 from adapterkit.formats.modules.deltas import Fit, FitReader
 from adapterkit.formats.modules.tensors import Expression
 from adapterkit.plan import READ, Task, TaskResult
-from adapterkit.tasks.common import short
+from adapterkit.tasks.metrics import short
 from adapterkit.weights.reader import Reader, TensorReader
 
 LOSS = 2.0**-8  # of a tensor's norm that rounding may lose: bfloat16's largest relative error

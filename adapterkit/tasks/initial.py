@@ -20,8 +20,9 @@ from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import norm
 from adapterkit.plan import READ, Change, Finalize, Task, TaskResult
-from adapterkit.tasks.common import RankedFactors, short
+from adapterkit.tasks.common import RankedFactors
 from adapterkit.tasks.handoff import handoff_keys, handoff_of
+from adapterkit.tasks.metrics import short
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import Reader

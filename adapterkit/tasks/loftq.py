@@ -16,8 +16,9 @@ from adapterkit.kernels.lowrank.subspace import near_optimal_svd
 from adapterkit.kernels.lowrank.weighted import project
 from adapterkit.kernels.sums import norm, squared_norm
 from adapterkit.plan import READ, Change, Finalize, Task, TaskResult
-from adapterkit.tasks.common import FactorsTask, RankedFactors, short
+from adapterkit.tasks.common import FactorsTask, RankedFactors
 from adapterkit.tasks.handoff import handoff_keys, handoff_of
+from adapterkit.tasks.metrics import short
 from adapterkit.tasks.quantize import PackedWeight
 from adapterkit.tasks.statistics import read_root, root_memory
 from adapterkit.weights.codec import QuantizedWeight, decode_checked

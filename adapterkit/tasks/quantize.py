@@ -14,9 +14,9 @@ from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.quant import compensated as kernel
 from adapterkit.kernels.quant.grid import LARGE_PIECE, RoundColumn
 from adapterkit.kernels.sums import squared_norm
-from adapterkit.plan import READ, Compensation, Loaded, Span, Task, TaskResult
-from adapterkit.tasks.common import short
-from adapterkit.tasks.rows import StepTask, StoredWeight, Survival, step_memory
+from adapterkit.plan import READ, Compensation, Span, Task, TaskResult
+from adapterkit.tasks.metrics import ChangeMetrics, short
+from adapterkit.tasks.rows import StepTask, StoredWeight, step_memory, unchanged_weight
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.reader import Reader
 
@@ -114,14 +114,16 @@ class CompensatedStep(StepTask):
 
     def compute(self, inputs: Reader) -> TaskResult:
         weight = StoredWeight(self.step, inputs)
-        edits = weight.load_edits()
-        exact, changed = _edited(weight, edits)
-        metrics = weight.metrics(edits)
+        change = weight.new_metrics()
+        exact = torch.empty(weight.height, weight.width, device=inputs.device)
+        changed = False
+        for part in weight.edit(change):
+            exact[part.first : part.last] = part.after
+            changed = changed or not torch.equal(part.before, part.after)
         if self.format is None:
-            return self._floats(inputs, weight, edits, exact, metrics)
+            return self._floats(inputs, weight, exact)
         if not changed:
-            tensors = {part.key: part for part in self.format.parts}
-            return TaskResult(tensors, metrics | {"survived": 1.0})
+            return unchanged_weight(self.format, change, self.step)
         packed, shape = self.format, self.format.shape
         plain = packed.encode_keeping_scales(weight.original, exact.view(shape))
         nearest = decode_checked(packed, plain).view(exact.shape)
@@ -130,26 +132,16 @@ class CompensatedStep(StepTask):
         )
         tensors = packed.encode_rounded(plain, value.view(shape))
         written = decode_checked(packed, tensors).view(exact.shape)
-        survival = _survival(weight, edits, written)
-        return TaskResult(tensors, metrics | survival.metrics(self.step) | errors)
+        metrics = _change(weight, written).result(self.step, "requantization")
+        return TaskResult(tensors, metrics | errors)
 
-    def _floats(
-        self,
-        inputs: Reader,
-        weight: StoredWeight,
-        edits: list[Loaded],
-        exact: Tensor,
-        metrics: dict,
-    ) -> TaskResult:
+    def _floats(self, inputs: Reader, weight: StoredWeight, exact: Tensor) -> TaskResult:
         dtype = dtypes.torch_dtype(self.step.dtype)
         value, errors = compensate(
             inputs, self.compensation, exact, exact.to(dtype).float(), kernel.float_rounder(dtype)
         )
-        survival = _survival(weight, edits, value)
-        tensor = value.to(dtype).view(self.step.shape)
-        return TaskResult(
-            {self.step.key: tensor}, metrics | survival.metrics(self.step, "rounding") | errors
-        )
+        metrics = _change(weight, value).result(self.step)
+        return TaskResult({self.step.key: value.to(dtype).view(self.step.shape)}, metrics | errors)
 
 
 def compensate(
@@ -239,18 +231,9 @@ def _of_rows(round_column: RoundColumn, at: Tensor, weight: Tensor) -> RoundColu
     return round_some
 
 
-def _edited(weight: StoredWeight, edits: list[Loaded]) -> tuple[Tensor, bool]:
-    """The weight after its edits, (rows, columns) float32, and whether it is another one."""
-    exact = torch.empty(weight.rows, weight.columns, device=weight.inputs.device)
-    changed = False
-    for part in weight.edit(edits):
-        exact[part.first : part.last] = part.after
-        changed = changed or not torch.equal(part.before, part.after)
-    return exact, changed
-
-
-def _survival(weight: StoredWeight, edits: list[Loaded], written: Tensor) -> Survival:
-    survival = Survival()
-    for part in weight.edit(edits):
-        survival.add(part, written[part.first : part.last])
-    return survival
+def _change(weight: StoredWeight, written: Tensor) -> ChangeMetrics:
+    """What is measured of all rows of a weight that are written."""
+    change = weight.new_metrics()
+    for part in weight.edit(change):
+        change.compare(part.before, part.after, written[part.first : part.last])
+    return change

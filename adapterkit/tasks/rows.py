@@ -1,11 +1,11 @@
 """One loop over the rows of a step, by chunks and slices; tensors of quantized checkpoints that are
 decoded, edited and encoded again."""
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.quant.stochastic import round_to
 from adapterkit.kernels.sums import squared_norm
 from adapterkit.plan import READ, Loaded, Step, Task, TaskResult
-from adapterkit.tasks.common import short
+from adapterkit.tasks.metrics import ChangeMetrics, delta_norm
 from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts
 from adapterkit.weights.reader import Reader
 
@@ -104,18 +104,15 @@ class EditedTensor(StepTask):
 
     def compute(self, inputs: Reader) -> TaskResult:
         weight = StoredWeight(self.step, inputs)
-        edits = weight.load_edits()
         dtype = dtypes.torch_dtype(self.step.dtype)
         out = torch.empty(self.step.shape, dtype=dtype, device=inputs.device)
-        grid = out.view(weight.rows, weight.columns)
-        survival = Survival()
-        for part in weight.edit(edits, compared=bool(edits)):
-            position = part.first * weight.columns
+        grid, change = out.view(weight.height, weight.width), weight.new_metrics()
+        for part in weight.edit(change, compared=bool(weight.edits)):
+            position = part.first * weight.width
             written = grid[part.first : part.last] = rounded(part.after, self.step, position)
-            if edits:
-                survival.add(part, written.to(part.after.dtype))
-        metrics = weight.metrics(edits) | survival.metrics(self.step, "rounding")
-        return TaskResult({self.step.key: out}, metrics)
+            if weight.edits:
+                change.compare(part.before, part.after, written.to(part.after.dtype))
+        return TaskResult({self.step.key: out}, change.result(self.step))
 
 
 @dataclass(frozen=True)
@@ -137,29 +134,32 @@ class RequantizedWeight(StepTask):
         return step_memory(self.step, 3, 24)
 
     def compute(self, inputs: Reader) -> TaskResult:
-        weight = StoredWeight(self.step, inputs)
-        edits, same, survival = weight.load_edits(), [], Survival()
-        for part in weight.edit(edits):
+        weight, same = StoredWeight(self.step, inputs), []
+        change = weight.new_metrics()
+        for part in weight.edit(change):
             if torch.equal(part.before, part.after):
                 same.append((part.first, part.last))
             else:
-                survival.add(part, weight.encode(part))
-        metrics = weight.metrics(edits)
-        if not survival.sums:
-            tensors = {part.key: part for part in self.packed.parts}
-            return TaskResult(tensors, metrics | {"survived": 1.0})
+                change.compare(part.before, part.after, weight.encode(part))
+        if not change.sums:
+            return unchanged_weight(self.packed, change, self.step)
         # the encoder may write equal values in other bytes: all of the weight goes through it
         for first, last in same:
-            value = weight.read(first, last)
-            part = EditedRows(first, last, value, value)
-            survival.add(part, weight.encode(part))
+            value = weight.decode(first, last)
+            change.compare(value, value, weight.encode(EditedRows(first, last, value, value)))
         tensors = weight.tensors()
         if weight.nested:
             # the scales that are read back are others than those that the codes were chosen for
-            survival, written = Survival(), StoredWeight(self.step, inputs, tensors)
-            for part in weight.edit(edits):
-                survival.add(part, written.read(part.first, part.last))
-        return TaskResult(tensors, metrics | survival.metrics(self.step))
+            change, written = weight.new_metrics(), StoredWeight(self.step, inputs, tensors)
+            for part in weight.edit(change):
+                change.compare(part.before, part.after, written.decode(part.first, part.last))
+        return TaskResult(tensors, change.result(self.step, "requantization"))
+
+
+def unchanged_weight(packed: QuantizedWeight, change: ChangeMetrics, step: Step) -> TaskResult:
+    """A weight that keeps its bytes, as its edits change nothing."""
+    tensors = {part.key: part for part in packed.parts}
+    return TaskResult(tensors, change.result(step) | {"survived": 1.0})
 
 
 class EditedRows(NamedTuple):
@@ -172,34 +172,13 @@ class EditedRows(NamedTuple):
     after: Tensor
 
 
-class Survival:
-    """How much of a change Δ = after - before is in what is stored.
-
-    `survived`: ⟨stored - before, Δ⟩ / ‖Δ‖², 1 if all of it is there, 0 if nothing moved. Beside it
-    the noise, ‖stored - after‖ / ‖Δ‖, of `requantization` or `rounding`;
-    where a step asks for it ‖stored - after‖ / ‖before‖, the `error`.
-    """
-
-    def __init__(self):
-        self.sums: list[tuple[float, float, float, float]] = []
-
-    def add(self, part: EditedRows, stored: Tensor) -> None:
-        tensors = (part.before, part.after, stored)
-        for x, y, z in zip(*(t.reshape(-1).split(ELEMENTS) for t in tensors), strict=True):
-            delta = y - x
-            inner, squares = float(torch.dot(z - x, delta)), float(torch.dot(delta, delta))
-            self.sums.append((inner, squares, float((z - y).square().sum()), squared_norm(x)))
-
-    def metrics(self, step: Step, noise: str = "requantization") -> dict[str, float]:
-        if not self.sums:
-            return {}
-        inner, squares, lost, size = (math.fsum(column) for column in zip(*self.sums, strict=True))
-        metrics = {"survived": 1.0}
-        if squares:
-            metrics = {"survived": short(inner / squares), noise: short((lost / squares) ** 0.5)}
-        if step.measures_error:
-            metrics["error"] = short((lost / size) ** 0.5) if size else 0.0
-        return metrics
+def step_memory(step: Step, copies: int, bytes_each: int) -> int:
+    """Bytes of `copies` of what is stored, of `bytes_each` for an element of a slice, and of the
+    edits' factors."""
+    stored = copies * step.source.nbytes if isinstance(step.source, QuantizedWeight) else 0
+    first, last = next(_ranges(step, SLICE), (0, 0))
+    factors = 4 * sum(spec.nbytes for edit in step.edits for spec in edit.reads)
+    return stored + bytes_each * (last - first) * _grid(step)[1] + factors
 
 
 def _grid(step: Step) -> tuple[int, int]:
@@ -209,92 +188,105 @@ def _grid(step: Step) -> tuple[int, int]:
     return math.prod(step.shape[:-1]), step.shape[-1] if step.shape else 1
 
 
-def _slices(step: Step) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that are decoded and encoded alone, the first one the largest."""
+def _ranges(step: Step, size: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that are decoded and encoded alone, in order, of about `size` elements where
+    the format allows that; the first one the largest."""
     (count, columns), source = _grid(step), step.source
     if isinstance(source, QuantizedWeight):
-        return source.row_ranges(SLICE) if source.shape[-1] == columns else iter([(0, count)])
-    each = max(1, SLICE // max(columns, 1))
+        return source.row_ranges(size) if source.shape[-1] == columns else iter([(0, count)])
+    each = max(1, size // max(columns, 1))
     return ((first, min(first + each, count)) for first in range(0, count, each))
 
 
-def step_memory(step: Step, copies: int, bytes_each: int) -> int:
-    """Bytes of `copies` of what is stored, of `bytes_each` for an element of a slice, and of the
-    edits' factors."""
-    stored = copies * step.source.nbytes if isinstance(step.source, QuantizedWeight) else 0
-    first, last = next(_slices(step), (0, 0))
-    factors = 4 * sum(spec.nbytes for edit in step.edits for spec in edit.reads)
-    return stored + bytes_each * (last - first) * _grid(step)[1] + factors
+class StoredRows:
+    """The rows that a step starts from, (height, width), decoded by ranges of about `size`
+    elements; its edits work on them in `dtype`, and may read them all while they load.
 
-
-class StoredWeight:
-    """One stored weight: read by slices of rows, edited, and encoded again if it is quantized.
-
-    If there is one slice only, it is decoded once. `stored`: its parts, where they are not those of
-    the file.
+    `keeps`: the range that was decoded last is not decoded again; nor is it if it is the only one.
+    `parts`: what holds a quantized weight, by key, where that is not the file's.
     """
 
-    def __init__(self, step: Step, inputs: Reader, stored: dict[str, Tensor] | None = None):
-        self.step, self.inputs, self.source = step, inputs, step.source
-        self.dtype = arithmetic(step)
-        self.rows, self.columns = _grid(step)
-        self.nested = False  # whether there are scales of scales, which are encoded anew
-        self.squares: list[float] = []  # Σ w² of each slice, before the edits
-        self.whole: Tensor | None = None
+    def __init__(
+        self,
+        step: Step,
+        inputs: Reader,
+        size: int,
+        dtype: torch.dtype,
+        *,
+        keeps: bool = False,
+        parts: dict[str, Tensor] | None = None,
+    ):
+        self.step, self.inputs, self.source, self.dtype = step, inputs, step.source, dtype
+        self.height, self.width = _grid(step)
+        self.ranges = list(_ranges(step, size))
+        self.keeps = keeps or len(self.ranges) == 1
+        self.kept: tuple[tuple[int, int], Tensor] | None = None
         if isinstance(self.source, QuantizedWeight):
-            self.original = stored or read_parts(self.source, inputs.view(None).tensor)
-            # with draws the scales of scales do not change
-            self.record, self.parts = (
-                (self.source, self.original)
-                if step.draws
-                else self.source.split_nested(self.original)
-            )
-            self.nested = self.record is not self.source
-            # without scales of scales the new bytes replace the old ones, which are not read again
-            self.encoded = (
-                {key: part.clone() for key, part in self.parts.items()}
-                if self.nested
-                else self.parts
-            )
-        ranges = list(itertools.islice(_slices(step), 2))
-        if len(ranges) == 1:
-            self.whole = self._decode(*ranges[0])
+            self.record = self.source
+            self.parts = parts or read_parts(self.source, inputs.view(None).tensor)
 
-    def load_edits(self) -> list[Loaded]:
-        inputs = self.inputs.view(self.dtype, self._blocks)
-        return [edit.load(inputs, self.source, self.step.grid) for edit in self.step.edits]
+    @cached_property
+    def edits(self) -> list[Loaded]:
+        inputs, grid = self.inputs.view(self.dtype, self.blocks), self.step.grid
+        return [edit.load(inputs, self.source, grid) for edit in self.step.edits]
 
-    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of the chunks of the edits, decoded."""
-        slices = ((first, self.read(first, last)) for first, last in _slices(self.step))
-        for first, pieces in _chunk(slices, self.rows, self.columns, self.inputs.device):
+        decoded = ((first, self.decode(first, last)) for first, last in self.ranges)
+        for first, pieces in _chunk(decoded, self.height, self.width, self.inputs.device):
             yield first, torch.cat(pieces).to(self.dtype)
 
-    def read(self, first: int, last: int) -> Tensor:
-        """Rows of one slice in float32; not to be changed where there is one slice only."""
-        return self._decode(first, last) if self.whole is None else self.whole
+    def decode(self, first: int, last: int) -> Tensor:
+        """Rows of one range, in float32 if they are quantized; not to be changed if it is kept."""
+        if self.kept is not None and self.kept[0] == (first, last):
+            return self.kept[1]
+        value = self._decode(first, last)
+        if self.keeps:
+            self.kept = (first, last), value
+        return value
 
     def _decode(self, first: int, last: int) -> Tensor:
-        source, columns = self.source, self.columns
+        source, shape = self.source, (last - first, self.width)
         if isinstance(source, QuantizedWeight):
-            record, parts = self._narrow(self.parts, first, last)
-            value = decode_checked(record, parts, hint="download the checkpoint again")
-            return value.view(last - first, columns)
+            rows = self.narrow(self.parts, first, last)
+            return decode_checked(*rows, hint="download the checkpoint again").view(shape)
         start, stop = (
-            source.start + dtypes.size(source.dtype, row * columns) for row in (first, last)
+            source.start + dtypes.size(source.dtype, row * self.width) for row in (first, last)
         )
-        shape = (last - first, columns)
         return self.inputs.tensor(replace(source, shape=shape, start=start, stop=stop))
 
-    def _narrow(
+    def narrow(
         self, parts: dict[str, Tensor], first: int, last: int
     ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
-        """A slice as a quantized weight, and its parts."""
-        if self.record.shape[-1] != self.columns:
+        """One of the ranges, or all rows, as a quantized weight of its own, of these parts."""
+        if self.record.shape[-1] != self.width:
             return self.record, parts
         return self.record.rows(parts, first, last)
 
-    def edit(self, edits: list[Loaded], compared: bool = True) -> Iterator[EditedRows]:
+
+class StoredWeight(StoredRows):
+    """One stored weight: decoded by slices of rows, edited, and encoded again if it is
+    quantized."""
+
+    def __init__(self, step: Step, inputs: Reader, parts: dict[str, Tensor] | None = None):
+        super().__init__(step, inputs, SLICE, arithmetic(step), parts=parts)
+        if not isinstance(self.source, QuantizedWeight):
+            return
+        self.original = self.parts
+        if not step.draws:  # with draws the scales of scales do not change
+            self.record, self.parts = self.source.split_nested(self.original)
+        # whether there are scales of scales, which are encoded anew; without them the new bytes
+        # replace the old ones, which are not read again
+        self.nested = self.record is not self.source
+        self.encoded = self.parts
+        if self.nested:
+            self.encoded = {key: part.clone() for key, part in self.parts.items()}
+
+    def new_metrics(self) -> ChangeMetrics:
+        """Of one pass of `edit`: the norm of what is added relative to that of the weight."""
+        return ChangeMetrics(delta_norm(self.edits))
+
+    def edit(self, change: ChangeMetrics, compared: bool = True) -> Iterator[EditedRows]:
         """The slices before and after the edits; the two are one tensor unless they are to be
         `compared`.
 
@@ -303,20 +295,20 @@ class StoredWeight:
         read from a file there, each by itself and by any worker, and here they are cut from slices
         that a format decodes together.
         """
-        self.squares, pending = [], deque[EditedRows]()
+        pending = deque[EditedRows]()
 
         def slices() -> Iterator[tuple[int, Tensor]]:
-            for first, last in _slices(self.step):
-                before = self.read(first, last)
-                self.squares += [squared_norm(before)] if edits else []
+            for first, last in self.ranges:
+                before = self.decode(first, last)
+                change.squares += [squared_norm(before)] if self.edits else []
                 pending.append(
                     EditedRows(first, last, before, before.clone() if compared else before)
                 )
                 yield first, pending[-1].after
 
-        for first, pieces in _chunk(slices(), self.rows, self.columns, self.inputs.device):
+        for first, pieces in _chunk(slices(), self.height, self.width, self.inputs.device):
             block = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(self.dtype)
-            for edit in edits:
+            for edit in self.edits:
                 edit.apply(block, first)
             if block is not pieces[0]:
                 values = block.split([len(piece) for piece in pieces])
@@ -327,27 +319,16 @@ class StoredWeight:
             while pending and pending[0].last <= done:
                 yield pending.popleft()
 
-    def metrics(self, edits: list[Loaded]) -> dict[str, Any]:
-        """The adapters, and `delta`: the norm of what was added to it, relative to its own."""
-        metrics: dict[str, Any] = {}
-        if self.step.adapters:
-            metrics["adapters"] = list(self.step.adapters)
-        norms = [edit.delta_norm for edit in edits if edit.delta_norm is not None]
-        size = math.sqrt(math.fsum(self.squares))
-        if norms and size:
-            metrics["delta"] = short(math.hypot(*norms) / size)
-        return metrics
-
     def encode(self, part: EditedRows) -> Tensor:
         """Encode the rows of a slice; what they decode to."""
-        record, stored = self._narrow(self.parts, part.first, part.last)
-        draws = self.step.draws and self.step.draws.at(part.first * self.columns)
+        record, stored = self.narrow(self.parts, part.first, part.last)
+        draws = self.step.draws and self.step.draws.at(part.first * self.width)
         tensors = record.encode_keeping_scales(stored, part.after.view(record.shape), draws)
         value = decode_checked(record, tensors).view(part.after.shape)
         if stored is self.parts:
             self.encoded = tensors
         else:
-            for key, room in self._narrow(self.encoded, part.first, part.last)[1].items():
+            for key, room in self.narrow(self.encoded, part.first, part.last)[1].items():
                 if room is not self.encoded[key]:
                     room.copy_(tensors[key])
         return value

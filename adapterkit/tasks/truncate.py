@@ -28,7 +28,8 @@ from adapterkit.kernels.lowrank.weighted import (
 from adapterkit.options import bytes_text
 from adapterkit.plan import READ, Change, Finalize, Task, TaskResult, unchanged
 from adapterkit.shared_options import TruncationOptions
-from adapterkit.tasks.common import FactorsTask, short
+from adapterkit.tasks.common import FactorsTask
+from adapterkit.tasks.metrics import short
 from adapterkit.tasks.statistics import read_root, root_memory
 from adapterkit.weights.reader import Reader
 

@@ -13,11 +13,11 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.reader import read_exactly
 from adapterkit.engines.device import Mark
 from adapterkit.engines.local.buffers import Buffer
-from adapterkit.engines.local.metrics import chunk_sums
 from adapterkit.engines.local.pieces import Chunk
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import Loaded, Step
+from adapterkit.tasks.metrics import change_sums, squares
 from adapterkit.tasks.rows import rounded, unrounded
 
 
@@ -41,7 +41,8 @@ class ComputedChunk:
     mark: Mark
 
     def landed(self, step: Step) -> list[float]:
-        """Wait for it: `outgoing` is there; `chunk_sums`. `Unrecoverable` if it is not finite."""
+        """Wait for it: `outgoing` is there. Σ of the new values squared, and `change_sums` of a
+        sampled chunk; `Unrecoverable` if they are not finite."""
         self.mark.wait()
         sums = [float(one) for one in self.sums]
         limit = torch.finfo(self.outgoing.dtype).max
@@ -63,8 +64,10 @@ def compute_chunk(
     else:  # rounded on the device: a copy that converts would make one thread wait for the GPU
         written = rounded(w, step, chunk.first * step.grid[1])
         outgoing.copy_(written, non_blocking=True)
-    compared = None if before is None else (before, unrounded(w, before, edits, chunk.first))
-    sums = chunk_sums(w, written, compared)
+    sums = [squares(w)]
+    if before is not None:
+        exact = unrounded(w, before, edits, chunk.first)
+        sums += change_sums(before, exact, written.to(exact.dtype))
     if w.device.type != "cpu":
         together = torch.stack([one.double() for one in sums])
         sums = list(together.to("cpu", non_blocking=True))

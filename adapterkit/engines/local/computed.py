@@ -25,12 +25,12 @@ from adapterkit.checkpoint.output.stage import Workspace
 from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.engines.device import Streams
 from adapterkit.engines.interruptible import result_of, signals_deferred
-from adapterkit.engines.local.metrics import finite_metrics
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
 from adapterkit.options import Progress
 from adapterkit.plan import OutputFile, Task, TaskResult
 from adapterkit.tasks.handoff import HandoffWriter
+from adapterkit.tasks.metrics import finite_metrics
 from adapterkit.tasks.rows import byte_view
 from adapterkit.weights.reader import Reader
 

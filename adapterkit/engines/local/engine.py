@@ -27,7 +27,6 @@ from adapterkit.engines.interruptible import POLL_INTERVAL, Running, signals_def
 from adapterkit.engines.local.buffers import Buffer, BufferPool, Scratch
 from adapterkit.engines.local.chunks import ComputedChunk, compute_chunk, read_chunk
 from adapterkit.engines.local.computed import write_computed
-from adapterkit.engines.local.metrics import TensorMetrics
 from adapterkit.engines.local.pieces import Chunk, OpenShard, Piece
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.engines.placement import fitting
@@ -35,6 +34,7 @@ from adapterkit.errors import Failed, shown
 from adapterkit.options import Progress
 from adapterkit.plan import OutputFile, Plan
 from adapterkit.tasks.handoff import HandoffReader
+from adapterkit.tasks.metrics import ChangeMetrics
 from adapterkit.tasks.rows import arithmetic
 
 SHUTDOWN_TIMEOUT = 1.0  # seconds that an interrupted job gives its threads
@@ -259,7 +259,7 @@ class _ShardRun:
         shard.hash(piece.number, view, lambda: self.buffers.give(buffer))
 
     def _compute(self, piece: Piece, buffer: Buffer, scratch: Scratch) -> None:
-        open_step, metrics, waiting = piece.step, TensorMetrics(), deque[ComputedChunk]()
+        open_step, metrics, waiting = piece.step, ChangeMetrics(), deque[ComputedChunk]()
         assert open_step is not None
         step, columns = open_step.step, open_step.step.grid[1]
         edits = open_step.load(self.inputs)
@@ -272,7 +272,11 @@ class _ShardRun:
             return slice(chunk.first - first, chunk.last - first)
 
         def write(done: ComputedChunk) -> None:
-            metrics.count(done.landed(step), done.outgoing.numel())
+            squares, *sums = done.landed(step)
+            metrics.squares.append(squares)
+            if sums:
+                metrics.sums.append(sums)
+                metrics.sampled += done.outgoing.numel()
             start, stop = rows(done.chunk).start * width, rows(done.chunk).stop * width
             piece.shard.file.write(view[start:stop], piece.position + start)
 

@@ -2,7 +2,6 @@
 tensors."""
 
 import itertools
-import math
 import sys
 import threading
 from bisect import bisect_left
@@ -20,14 +19,15 @@ from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.stage import Workspace
 from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.engines.device import Mark
-from adapterkit.engines.local.metrics import TensorMetrics
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.plan import Loaded, OutputFile, Step
+from adapterkit.tasks.metrics import ChangeMetrics, delta_norm
 from adapterkit.tasks.rows import arithmetic, chunks
 
 # chunks that a worker takes at a time: what it shares with the others is touched once per span
 SPAN = 4
 RUN = 4 << 20  # bytes of one piece of an untouched run
+DIGITS = 4  # of metrics, which sampled chunks tell
 SAMPLE = 64  # metrics are measured on every 64th chunk of a tensor, the first included
 
 
@@ -82,7 +82,7 @@ class OpenStep:
     edits: list[Loaded] | None = None
     loaded: Mark | None = None  # in the stream of the worker that loaded them
     lock: threading.Lock = field(default_factory=threading.Lock)
-    metrics: "TensorMetrics" = field(default_factory=lambda: TensorMetrics())
+    metrics: ChangeMetrics = field(default_factory=ChangeMetrics)
 
     def load(self, inputs: LocalReader) -> list[Loaded]:
         with self.lock:
@@ -91,14 +91,13 @@ class OpenStep:
                 self.edits = [
                     edit.load(inputs, self.step.source, self.step.grid) for edit in self.step.edits
                 ]
-                norms = [e.delta_norm for e in self.edits if e.delta_norm is not None]
-                self.metrics.delta = math.hypot(*norms) if norms else None
+                self.metrics.delta = delta_norm(self.edits)
                 self.loaded = Mark(inputs.device)
             assert self.loaded is not None
             self.loaded.precede()
             return self.edits
 
-    def done(self, metrics: "TensorMetrics") -> None:
+    def done(self, metrics: ChangeMetrics) -> None:
         """One span less to do; the last one frees the edits."""
         with self.lock:
             self.metrics.add(metrics)
@@ -231,10 +230,13 @@ class OpenShard:
             ready[1]()
 
     def result(self) -> ShardResult:
+        changed = [each for each in self.steps if each.step.edits]
         if self.shard.range is not None:  # its metrics go on in the other parts
-            raw = {s.step.key: vars(s.metrics) for s in self.steps if s.step.edits}
+            raw = {each.step.key: vars(each.metrics) for each in changed}
             return ShardResult(self.shard.name, self.shard.size, None, {}, raw)
-        metrics = {s.step.key: s.metrics.result(s.step) for s in self.steps if s.step.edits}
+        metrics = {
+            s.step.key: s.metrics.result(s.step, digits=DIGITS) for s in self.steps if s.step.edits
+        }
         sha = self.digest.hexdigest() if self.digest else None
         marks = self.digest.marks if self.digest else {}
         return ShardResult(self.shard.file, self.shard.layout.size, sha, marks, metrics)

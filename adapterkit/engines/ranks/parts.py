@@ -10,11 +10,11 @@ import torch
 from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.rank_stage import RankStage
 from adapterkit.checkpoint.output.writer import part_name, part_of
-from adapterkit.engines.local.metrics import TensorMetrics
-from adapterkit.engines.local.pieces import cut
+from adapterkit.engines.local.pieces import DIGITS, cut
 from adapterkit.engines.ranks.joined_file import JoinedFile
 from adapterkit.errors import Refused
 from adapterkit.plan import OutputFile, Plan
+from adapterkit.tasks.metrics import ChangeMetrics
 
 LEAST = 64 << 20  # bytes of a file below which it stays whole
 MOST = 1 << 30  # bytes of a part
@@ -115,13 +115,13 @@ def join(
 
 def metrics_of_parts(shard: OutputFile, tables: Iterable[dict[str, dict]]) -> dict[str, dict]:
     """The metrics of a file's tensors, of what was measured in its parts."""
-    whole: dict[str, TensorMetrics] = {}
+    whole: dict[str, ChangeMetrics] = {}
     for table in tables:
         for key, raw in table.items():
-            part = TensorMetrics(**raw)
-            whole.setdefault(key, TensorMetrics(delta=part.delta)).add(part)
+            part = ChangeMetrics(**raw)
+            whole.setdefault(key, ChangeMetrics(delta=part.delta)).add(part)
     return {
-        step.key: whole.get(step.key, TensorMetrics()).result(step)
+        step.key: whole.get(step.key, ChangeMetrics()).result(step, digits=DIGITS)
         for step in shard.steps
         if step.edits
     }

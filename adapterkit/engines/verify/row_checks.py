@@ -4,7 +4,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +19,12 @@ from adapterkit.engines.local.computed import in_order
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.engines.verify.file_checks import check_file, check_files
 from adapterkit.errors import Damaged, Failed, Problems, shown
-from adapterkit.plan import Loaded, Plan, Step
+from adapterkit.plan import Plan, Step
 from adapterkit.receipt import AGAIN, read_receipt
 from adapterkit.tasks.quantize import CompensatedStep, before_rounding
-from adapterkit.tasks.rows import EditedTensor, RequantizedWeight, arithmetic, rounded
+from adapterkit.tasks.rows import EditedTensor, RequantizedWeight, StoredRows, arithmetic, rounded
 from adapterkit.verbs.merge import Merge
-from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts
+from adapterkit.weights.codec import QuantizedWeight, decode_checked
 
 FEW = 3  # wrong tensors that are told one by one
 THREADS = 4  # that recompute; each holds a whole weight where its format needs that
@@ -196,7 +195,7 @@ class CodeCheck:
         self, origin: "_Source", after: dict[str, Tensor], first: int, last: int
     ) -> Wrong | None:
         """What is wrong with these rows."""
-        record, before = origin.at(origin.parts, first, last)
+        record, before = origin.narrow(origin.parts, first, last)
         exact, slack = torch.empty(last - first, origin.width), torch.empty(last - first, 1)
         for low, high in origin.pieces(first, last):
             block, here = origin.edited(low, high), slice(low - first, high - first)
@@ -204,14 +203,17 @@ class CodeCheck:
                 block,
                 block.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step)],
             )
-        stored = decode_checked(record, origin.at(after, first, last)[1]).view(exact.shape)
+        written = origin.narrow(after, first, last)[1]
+        stored = decode_checked(record, written).view(exact.shape)
         if bool(((exact - stored).abs() <= slack).all()) and torch.equal(
             stored, decode_checked(record, before).view(exact.shape)
         ):
             return None  # what does not change keeps its bytes
         expected = self._encoded(record, before, exact, first)
         for key, part in expected.items():
-            if part is before[key] and not torch.equal(part, origin.at(after, first, last)[1][key]):
+            if part is before[key] and not torch.equal(
+                part, origin.narrow(after, first, last)[1][key]
+            ):
                 return Wrong(
                     f"{shown(key)} is not the base's, though it does not depend on the weight's "
                     "values"
@@ -305,67 +307,24 @@ def _difference(bad: Tensor, stored: Tensor, expected: Tensor, row: int) -> Wron
     return Wrong(text, by)
 
 
-class _Source:
-    """The rows that a step starts from, in float64, and through its edits, which read them while
-    they load."""
+class _Source(StoredRows):
+    """The rows that a step starts from, in float64, and through its edits."""
 
     def __init__(self, step: Step, inputs: LocalReader):
-        self.step, self.inputs, self.source = step, inputs, step.source
-        shape = step.shape or (1,)
-        self.height, self.width = step.grid if step.edits else (math.prod(shape[:-1]), shape[-1])
-        self.chunk = max(1, CHUNK // max(self.width, 1))
-        # the range that was decoded last
-        self.cached: tuple[tuple[int, int], Tensor] = ((0, 0), torch.empty(0))
-        self.sample = sorted({0, self.height // 2, self.height - 1}) if math.prod(shape) else []
-
-    @cached_property
-    def parts(self) -> dict[str, Tensor]:
-        """What holds a packed weight, by key."""
-        assert isinstance(self.source, QuantizedWeight)
-        return read_parts(self.source, self.inputs.view(None).tensor)
-
-    @cached_property
-    def ranges(self) -> list[tuple[int, int]]:
-        """Rows that are read at once, in order."""
-        if not isinstance(self.source, QuantizedWeight):
-            return [
-                (first, min(first + self.chunk, self.height))
-                for first in range(0, self.height, self.chunk)
-            ]
-        return (
-            list(self.source.row_ranges(CHUNK))
-            if self.source.shape[-1] == self.width
-            else [(0, self.height)]
-        )
+        super().__init__(step, inputs, CHUNK, torch.float64, keeps=True)
+        last = self.height - 1
+        self.sample = sorted({0, self.height // 2, last}) if math.prod(step.shape) else []
 
     def range_of(self, row: int) -> tuple[int, int]:
         return self.ranges[bisect_right(self.ranges, row, key=lambda each: each[0]) - 1]
 
     def pieces(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Rows [first, last), some at a time, none of them in two ranges."""
+        most = max(1, CHUNK // max(self.width, 1))
         while first < last:
-            stop = min(first + self.chunk, self.range_of(first)[1], last)
+            stop = min(first + most, self.range_of(first)[1], last)
             yield first, stop
             first = stop
-
-    def at(
-        self, parts: dict[str, Tensor], first: int, last: int
-    ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
-        """One of the ranges, or all rows, as a packed weight of its own."""
-        assert isinstance(self.source, QuantizedWeight)
-        return (
-            self.source.rows(parts, first, last)
-            if (first, last) != (0, self.height)
-            else (self.source, parts)
-        )
-
-    def _decoded(self, first: int, last: int) -> Tensor:  # (last - first, width) float32
-        if self.cached[0] != (first, last):
-            value = decode_checked(
-                *self.at(self.parts, first, last), hint="download the checkpoint again"
-            )
-            self.cached = (first, last), value.view(last - first, self.width)
-        return self.cached[1]
 
     def rows(self, first: int, last: int) -> Tensor:
         if not isinstance(self.source, QuantizedWeight):
@@ -373,18 +332,9 @@ class _Source:
         pieces = []
         while first < last:
             low, high = self.range_of(first)
-            pieces.append(self._decoded(low, high)[first - low : last - low].double())
+            pieces.append(self.decode(low, high)[first - low : last - low].double())
             first = high
         return torch.cat(pieces)
-
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        for first, last in self.pieces(0, self.height):
-            yield first, self.rows(first, last)
-
-    @cached_property
-    def edits(self) -> list[Loaded]:
-        reader, grid = self.inputs.view(torch.float64, self.blocks), (self.height, self.width)
-        return [edit.load(reader, self.source, grid) for edit in self.step.edits]
 
     def edited(self, first: int, last: int) -> Tensor:
         rows = self.rows(first, last)

@@ -33,7 +33,7 @@ from adapterkit.formats.same_delta import as_the_format_has_them
 from adapterkit.formats.schema import Format
 from adapterkit.planning.adapters.dora_deltas import CHECK_BASE, BaseWeights, dora_problems
 from adapterkit.planning.adapters.other_types import FLATTENED, read_deltas
-from adapterkit.tasks.common import short
+from adapterkit.tasks.metrics import short
 from adapterkit.weights.parameters import StoredParameter
 
 DIFFERENCES = ("full", "modulation")
