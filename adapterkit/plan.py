@@ -159,6 +159,9 @@ class Step:
         return self.rows, count // self.rows if self.rows else 0
 
 
+Metrics = dict[str, Any]  # of a task or a tensor, for the receipt
+
+
 class TaskResult(NamedTuple):
     """The tensors of a task by key, in the order of writing, and metrics for the receipt.
 
@@ -167,7 +170,7 @@ class TaskResult(NamedTuple):
     """
 
     tensors: Mapping[str, Tensor | TensorSpec]
-    metrics: dict[str, Any]
+    metrics: Metrics
     handoff: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
 
 
@@ -175,7 +178,7 @@ class TaskResult(NamedTuple):
 LayOut = Callable[[str, Sequence[TensorPlan], Mapping[str, Any]], ShardLayout]
 Change = Callable[[TaskResult], TaskResult]
 # the metrics of all tasks of a file -> what to do to the result of each
-Finalize = Callable[[list[dict[str, Any]]], list[Change]]
+Finalize = Callable[[list[Metrics]], list[Change]]
 
 
 def unchanged(result: TaskResult) -> TaskResult:
@@ -208,7 +211,7 @@ class Task(ABC):
         """Its tensors, each as large as it can become."""
 
     @property
-    def planned_metrics(self) -> dict[str, Any] | None:
+    def planned_metrics(self) -> Metrics | None:
         """Those of its metrics that small files need, where it is known before any value is read
         that its outputs are `max_outputs`; None where values decide."""
         return None

@@ -3,7 +3,6 @@ arXiv:2405.11157)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.plan import READ, Task, TaskResult
+from adapterkit.plan import READ, Metrics, Task, TaskResult
 from adapterkit.weights.reader import Reader
 
 ITERATIONS = 15  # of PEFT's power iteration
@@ -113,7 +112,7 @@ class StackedExperts(Task):
             numbers = [number for number, _ in self.parts]
             tensors[f"{self.name}.expert"] = torch.tensor(numbers, dtype=torch.int32)
         gaps = [float(f"{gap:.4g}") for _, gap in prototypes if gap is not None]
-        metrics: dict[str, Any] = {"gap": gaps} if gaps else {}
+        metrics: Metrics = {"gap": gaps} if gaps else {}
         return TaskResult(tensors, metrics | {"rank": self.rank})
 
 

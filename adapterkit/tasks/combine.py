@@ -14,11 +14,11 @@ from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.kinds.dora import DoRA
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.combinations.common import WeightedSum, add_pruned
-from adapterkit.combinations.protocol import Method, Metrics
+from adapterkit.combinations.protocol import Method
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product, Svd
 from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense, decompose_product
-from adapterkit.plan import READ, TaskResult
+from adapterkit.plan import READ, Metrics, TaskResult
 from adapterkit.tasks.common import FactorsTask, RankedFactors
 from adapterkit.tasks.metrics import short
 from adapterkit.tasks.statistics import (
@@ -112,7 +112,7 @@ class CombinedFactors(FactorsTask):
         return min(full, max(ranks) if self.refit.largest else self.refit.rank or full)
 
     @property
-    def planned_metrics(self) -> dict[str, Any] | None:
+    def planned_metrics(self) -> Metrics | None:
         known = self.space == "factors" or self.method.acts_on == "elements"
         known = known or (self.method.acts_on == "factors" and self.method.stacks)
         return {"rank": self.max_rank} if known and not self.refit.energy else None
@@ -243,7 +243,7 @@ class CombinedFactors(FactorsTask):
         self, pairs: list[tuple[Tensor, Tensor]], metrics: list[dict], fit: dict[str, float]
     ) -> TaskResult:
         """`fit`: metrics of what the factors lose of the delta."""
-        merged: dict[str, Any] = {"rank": len(pairs[0][0]), **fit}
+        merged: Metrics = {"rank": len(pairs[0][0]), **fit}
         # of a stack of experts: the mean over them
         merged |= {key: _mean([metric[key] for metric in metrics]) for key in metrics[0]}
         return TaskResult(self.round(self.place.stored(pairs)), merged)

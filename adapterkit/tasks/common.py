@@ -5,7 +5,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
-from adapterkit.plan import READ, Task, TaskResult
+from adapterkit.plan import READ, Metrics, Task, TaskResult
 from adapterkit.weights.reader import Reader
 
 BLOCK = 1 << 20  # elements that are summed at a time
@@ -38,7 +37,7 @@ class CopiedTensor(Task):
         return (TensorPlan(self.key, self.source.dtype, self.source.shape),)
 
     @property
-    def planned_metrics(self) -> dict[str, Any]:
+    def planned_metrics(self) -> Metrics:
         return {}
 
     @property
@@ -72,7 +71,7 @@ class SummedTensor(Task):
         return (TensorPlan(self.key, self.dtype, self.shape),)
 
     @property
-    def planned_metrics(self) -> dict[str, Any]:
+    def planned_metrics(self) -> Metrics:
         return {}
 
     @property
@@ -138,5 +137,5 @@ class RankedFactors(FactorsTask):
         return self.rank
 
     @property
-    def planned_metrics(self) -> dict[str, Any]:
+    def planned_metrics(self) -> Metrics:
         return {"rank": self.rank}

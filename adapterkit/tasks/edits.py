@@ -141,8 +141,8 @@ def _select(factor: Tensor, dim: int, at: Positions) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class AddLowRank(Edit):
-    """w += Σ scale * b @ a: one product per block, the factors stacked along the rank."""
+class AddFactors(Edit):
+    """Low-rank additions of adapters."""
 
     added: tuple[PlacedFactors, ...]
 
@@ -157,6 +157,11 @@ class AddLowRank(Edit):
     @property
     def flops(self) -> int:
         return sum(each.flops for each in self.added)
+
+
+@dataclass(frozen=True, slots=True)
+class AddLowRank(AddFactors):
+    """w += Σ scale * b @ a: one product per block, the factors stacked along the rank."""
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         stacks: dict[tuple[int, int, int, int], list] = {}
@@ -183,30 +188,18 @@ class AddLowRank(Edit):
 
 
 @dataclass(frozen=True, slots=True)
-class AddLikePeft(Edit):
+class AddLikePeft(AddFactors):
     """One adapter's addition with PEFT's roundings: the product is scaled after the matmul; with
     `delta_first` it is rounded to the weight's dtype before it is added; the sum is rounded before
     the next adapter (`merge_and_unload`, safe_merge=False)."""
 
-    added: PlacedFactors
     rounded: torch.dtype
     delta_first: bool
 
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return self.added.reads
-
-    @property
-    def shared_reads(self) -> tuple[TensorSpec, ...]:
-        return (self.added.factors.b,) if self.added.shared else ()
-
-    @property
-    def flops(self) -> int:
-        return self.added.flops
-
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
-        scale = self.added.factors.scale
-        unscaled = replace(self.added, factors=replace(self.added.factors, scale=1.0))
+        (added,) = self.added
+        scale = added.factors.scale
+        unscaled = replace(added, factors=replace(added.factors, scale=1.0))
         products = list(unscaled.products(inputs))
         norm = (
             abs(scale)

@@ -19,7 +19,7 @@ from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import norm
-from adapterkit.plan import READ, Change, Finalize, Task, TaskResult
+from adapterkit.plan import READ, Change, Finalize, Metrics, Task, TaskResult
 from adapterkit.tasks.common import RankedFactors
 from adapterkit.tasks.handoff import handoff_keys, handoff_of
 from adapterkit.tasks.metrics import short
@@ -48,7 +48,7 @@ class InitialFactors(RankedFactors):
         return handoff_keys(self.name) if self.hands_on else ()
 
     @property
-    def planned_metrics(self) -> dict[str, Any]:
+    def planned_metrics(self) -> Metrics:
         return {"rank": self.rank, "alpha": self.alpha}
 
     @property
@@ -78,7 +78,7 @@ class InitialFactors(RankedFactors):
                 taken += algebra.norm(product) ** 2
                 size += norm(matrix) ** 2
         tensors = self.round(self.place.stored(pairs))
-        metrics: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha}
+        metrics: Metrics = {"rank": self.rank, "alpha": self.alpha}
         if self.method.changes_base:
             metrics["taken"] = short(math.sqrt(taken / size)) if size else 0.0
         handoff = handoff_of(self.name, *tensors.values()) if self.hands_on else {}
@@ -168,7 +168,7 @@ class ResidualWeight(Task):
         part = (b * self.scale) @ a
         part = part.T if self.transposed else part
         size = norm(weight) or 1.0
-        rest, metrics = weight - part, dict[str, Any]()
+        rest, metrics = weight - part, Metrics()
         if self.packed is None:
             stored = rest.to(dtypes.torch_dtype(self.source.dtype))
             metrics["error"] = short(norm(stored.float() - rest) / size)
@@ -256,7 +256,7 @@ def finalize_by_ratios(tasks: Sequence[Task]) -> Finalize:
     return partial(_redistribute, [cast(CandidateFactors, task) for task in tasks])
 
 
-def _redistribute(tasks: Sequence[CandidateFactors], metrics: list[dict[str, Any]]) -> list[Change]:
+def _redistribute(tasks: Sequence[CandidateFactors], metrics: list[Metrics]) -> list[Change]:
     budget = sum(task.rank for task in tasks)
     ranks = distribute([metric["ratios"] for metric in metrics], budget)
     return [partial(_cut, task, rank) for task, rank in zip(tasks, ranks, strict=True)]

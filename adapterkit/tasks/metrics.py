@@ -4,12 +4,11 @@ that the receipt has of them."""
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapterkit.plan import Loaded, Step
+from adapterkit.plan import Loaded, Metrics, Step
 
 PIECE = 1 << 18  # elements whose sums are float32
 
@@ -39,12 +38,12 @@ class ChangeMetrics:
         for three in zip(*pieces, strict=True):
             self.sums.append([float(one) for one in change_sums(*three)])
 
-    def result(self, step: Step, noise: str = "rounding", digits: int = 6) -> dict[str, Any]:
+    def result(self, step: Step, noise: str = "rounding", digits: int = 6) -> Metrics:
         # fsum is exact, so the order in which the workers came does not show
         columns = zip(*self.sums, strict=True) if self.sums else [()] * 5
         changed, size, lost, moved, projection = map(_sum, columns)
         norm = math.sqrt(_sum(self.squares))
-        metrics: dict[str, Any] = {"adapters": list(step.adapters)} if step.adapters else {}
+        metrics: Metrics = {"adapters": list(step.adapters)} if step.adapters else {}
         if self.delta is not None and norm:
             metrics["delta"] = short(self.delta / norm, digits)
         lost_share, survived = 0.0, 1.0
@@ -86,7 +85,7 @@ def delta_norm(edits: list[Loaded]) -> float | None:
     return math.hypot(*norms) if norms else None
 
 
-def finite_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+def finite_metrics(metrics: Metrics) -> Metrics:
     """Metrics without those that are not finite: sums of absurd values overflow."""
     return {
         name: value

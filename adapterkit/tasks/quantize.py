@@ -10,13 +10,13 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
-from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.quant import compensated as kernel
 from adapterkit.kernels.quant.grid import LARGE_PIECE, RoundColumn
 from adapterkit.kernels.sums import squared_norm
 from adapterkit.plan import READ, Compensation, Span, Task, TaskResult
 from adapterkit.tasks.metrics import ChangeMetrics, short
 from adapterkit.tasks.rows import StepTask, StoredWeight, step_memory, unchanged_weight
+from adapterkit.tasks.statistics import covariance_errors
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.reader import Reader
 
@@ -157,8 +157,7 @@ def compensate(
         weight, nearest = weight.T, nearest.T
     value, squares = nearest.clone(), {"size": 0.0, "nearest": 0.0, "compensated": 0.0}
     for span in compensation.spans:
-        c = inputs.tensor(span.covariance).float()
-        factor = read_factor(c, span.covariance)
+        c, factor = read_factor(inputs, span.covariance)
         w, at = _rows(weight, span)
         rounder = round_column if at is None else _of_rows(round_column, at, weight)
         q = kernel.round_weight(w, factor, rounder)
@@ -184,24 +183,18 @@ def before_rounding(
     """What each element was when it was rounded to q; see `compensated.unrounded`."""
     before = weight.clone()
     for span in compensation.spans:
-        factor = read_factor(inputs.tensor(span.covariance).float(), span.covariance)
+        _, factor = read_factor(inputs, span.covariance)
         (w, at), part = _rows(weight, span), _rows(q, span)[0]
         value = kernel.unrounded(w, part, factor)
         before = value if at is None else before.index_copy_(0, at, value)
     return before
 
 
-def read_factor(c: Tensor, spec: TensorSpec) -> kernel.Factor:
-    """The factor of a covariance; `Unrecoverable` where it is none."""
-    try:
-        return kernel.factorize(c)
-    except ValueError as error:
-        raise Unrecoverable(
-            f"{shown(spec.key)}: {error}",
-            expected="a covariance E[x xᵀ]",
-            where=spec.file,
-            hint="collect it on texts that reach this module, and store it in float32",
-        ) from error
+def read_factor(inputs: Reader, covariance: TensorSpec) -> tuple[Tensor, kernel.Factor]:
+    """A covariance and its factor; `Unrecoverable` where it is none."""
+    c = inputs.tensor(covariance).float()
+    with covariance_errors(covariance):
+        return c, kernel.factorize(c)
 
 
 def compensation_memory(compensation: Compensation) -> int:

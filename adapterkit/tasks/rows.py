@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.quant.stochastic import round_to
 from adapterkit.kernels.sums import squared_norm
-from adapterkit.plan import READ, Loaded, Step, Task, TaskResult
+from adapterkit.plan import READ, Loaded, Metrics, Step, Task, TaskResult
 from adapterkit.tasks.metrics import ChangeMetrics, delta_norm
 from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts
 from adapterkit.weights.reader import Reader
@@ -83,7 +83,7 @@ class StepTask(Task):
         return tuple(spec for edit in self.step.edits for spec in edit.shared_reads)
 
     @property
-    def planned_metrics(self) -> dict[str, Any]:
+    def planned_metrics(self) -> Metrics:
         return {}
 
 

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from adapterkit.kernels.lowrank.weighted import (
     decompose_product,
 )
 from adapterkit.options import bytes_text
-from adapterkit.plan import READ, Change, Finalize, Task, TaskResult, unchanged
+from adapterkit.plan import READ, Change, Finalize, Metrics, Task, TaskResult, unchanged
 from adapterkit.shared_options import TruncationOptions
 from adapterkit.tasks.common import FactorsTask
 from adapterkit.tasks.metrics import short
@@ -73,10 +73,6 @@ class FittedFactors(FactorsTask):
         full = self.full_rank
         return self.truncation.max_rank(min(self.limit or full, full))
 
-    @property
-    def statistics(self) -> tuple[TensorSpec, ...]:
-        return () if self.covariance is None else (self.covariance,)
-
     def fit(self, decompositions: Sequence[Decomposition], more: Mapping[str, float]) -> TaskResult:
         """The factors for the decomposition of the delta, of several experts at the largest of
         their ranks, what they lose, and `more` metrics."""
@@ -85,7 +81,7 @@ class FittedFactors(FactorsTask):
         if self.alpha is not None:
             tensors[self.place.b_key] = tensors[self.place.b_key] * (rank / self.alpha)
         energies = energies_of(decompositions, rank)
-        metrics: dict[str, Any] = {"rank": rank, **fit_metrics(energies, rank), **more}
+        metrics: Metrics = {"rank": rank, **fit_metrics(energies, rank), **more}
         if self.truncation.max_size is not None:
             metrics["energies"] = energies
         return TaskResult(self.round(tensors), metrics)
@@ -131,7 +127,7 @@ class TruncatedFactors(FittedFactors):
         return min(self.factors.rank, *self.factors.shape)
 
     @property
-    def planned_metrics(self) -> dict[str, Any] | None:
+    def planned_metrics(self) -> Metrics | None:
         return None if self.truncation.rank is None else {"rank": self.max_rank}
 
     @property

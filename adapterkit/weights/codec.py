@@ -2,11 +2,11 @@
 decode to."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
@@ -18,6 +18,9 @@ from adapterkit.kernels.sums import all_finite
 
 if TYPE_CHECKING:
     from adapterkit.weights.scan import CheckpointScan
+
+
+Settings = dict[str, Any]  # of a config about quantization, or of `quantize`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +61,19 @@ class QuantizedWeight(TensorSpec):
 
     @classmethod
     def for_encoding(
-        cls, target: str, weight: "PlainWeight", options: dict[str, Any]
+        cls, target: str, weight: "PlainWeight", options: Settings
     ) -> "QuantizedWeight | None":
         """The record of a weight that is to be quantized; None if its shape, or its name in the
         file, does not allow it."""
         raise NotImplementedError
 
     @classmethod
-    def config(cls, modules: "QuantizedModules") -> dict[str, Any]:
+    def config(cls, modules: "QuantizedModules") -> Settings:
         """The quantization_config of a model with such weights."""
         raise NotImplementedError
 
     @classmethod
-    def replaces(cls, name: str, module: Any) -> bool:
+    def replaces(cls, name: str, module: nn.Module) -> bool:
         """Whether its loader replaces a module that is no linear layer, unless the config excludes
         it."""
         return False
@@ -93,6 +96,15 @@ class QuantizedWeight(TensorSpec):
         """What a part says that the record does not, and what it was to say: of parts that planning
         does not read in every folder."""
         return None
+
+    def values(self, stored: dict[str, Tensor]) -> list[Tensor]:
+        """Its parts, in their order: the codes, most often their scales, and others."""
+        return [stored[part.key] for part in self.parts]
+
+    def as_parts(self, *tensors: Tensor) -> dict[str, Tensor]:
+        """New values of its first parts, by key and of their shapes."""
+        specs = self.parts[: len(tensors)]
+        return {one.key: value.view(one.shape) for one, value in zip(specs, tensors, strict=True)}
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         """The weight in float32, exactly code * scale, from the parts by key."""
@@ -224,18 +236,27 @@ def decode_checked(
     return value
 
 
+def check_block_size(size: int, known: Sequence[int]) -> None:
+    """`Refused` for another number of values with one scale than a format knows."""
+    if size not in known:
+        raise Refused(
+            f"--block-size {size} is not possible",
+            expected=" ".join(map(str, known)),
+            where="options",
+            hint="give one of these",
+        )
+
+
 def check_writable(weights: list[QuantizedWeight], where: str) -> list[AdapterkitError]:
     """`Refused` for weights of formats that are only read."""
-    errors = Problems()
+    errors = Problems(where=where)
     for reason in dict.fromkeys(weight.read_only for weight in weights if weight.read_only):
         keys = [weight.key for weight in weights if weight.read_only == reason]
-        error = Refused(
+        errors.add(
             f"{listed(keys)} cannot be written again: {reason}",
-            expected="a format that can be written",
-            where=where,
-            hint="give --dequantize, or dequantize it first",
+            "a format that can be written",
+            "give --dequantize, or dequantize it first",
         )
-        errors.append(error)
     return errors
 
 

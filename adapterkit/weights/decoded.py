@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, shown
+from adapterkit.errors import Damaged, Problems, shown
 from adapterkit.registry import members
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.detect import (
@@ -40,7 +40,8 @@ def decoded_view(base: Checkpoint) -> Checkpoint:
             for part in weight.parts:
                 scan.tensors.pop(part.key, None)
     scan.check_scales()
-    scan.errors += _duplicates(base, weights) + _unclaimed(scan, weights)
+    _note_unclaimed(scan, weights)
+    _note_duplicates(scan, weights)
     scan.errors.raise_all()
     by_codes = {weight.parts[0].key: weight for weight in weights}
     tensors = {}
@@ -57,43 +58,35 @@ def decoded_view(base: Checkpoint) -> Checkpoint:
     return view
 
 
-def _duplicates(base: Checkpoint, weights: list[QuantizedWeight]) -> list[AdapterkitError]:
+def _note_duplicates(scan: CheckpointScan, weights: list[QuantizedWeight]) -> None:
     """Weights that are stored twice: as floats too, or in two formats."""
-    errors = Problems()
     codes: dict[str, str] = {}
     for weight in weights:
-        parts = {part.key for part in weight.parts}
-        as_floats = weight.key if weight.key in base.tensors and weight.key not in parts else None
+        parts, plain = {part.key for part in weight.parts}, scan.base.tensors
+        as_floats = weight.key if weight.key in plain and weight.key not in parts else None
         other = codes.get(weight.key) or as_floats
         if other is not None:
-            error = Damaged(
+            scan.errors.add(
                 f"{shown(weight.key)} is stored as {shown(other)} and as "
                 f"{shown(weight.parts[0].key)}",
-                expected="each weight once",
-                where=base.name,
-                hint="remove the tensors that are not part of the model",
+                "each weight once",
+                "remove the tensors that are not part of the model",
+                kind=Damaged,
             )
-            errors.append(error)
         codes[weight.key] = weight.parts[0].key
-    return errors
 
 
-def _unclaimed(scan: CheckpointScan, weights: list[QuantizedWeight]) -> list[AdapterkitError]:
+def _note_unclaimed(scan: CheckpointScan, weights: list[QuantizedWeight]) -> None:
     """Tensors that look like codes and that no codec claimed, in a checkpoint where others were
     claimed."""
-    if not weights or scan.errors:
-        return []
-    return [
-        Refused(
-            f"{shown(key)} is {spec.dtype} {spec.shape}, beside weights of {weights[0].name}",
-            expected="formats that are known",
-            where=scan.base.name,
-            hint="dequantize it first, with the tool that made it",
-        )
-        for key, spec in scan.tensors.items()
+    for key, spec in scan.tensors.items() if weights and not scan.errors else ():
         # old attention masks are called bias
-        if spec.dtype in CODES and len(spec.shape) > 1 and not key.endswith("bias")
-    ]
+        if spec.dtype in CODES and len(spec.shape) > 1 and not key.endswith("bias"):
+            scan.errors.add(
+                f"{shown(key)} is {spec.dtype} {spec.shape}, beside weights of {weights[0].name}",
+                "formats that are known",
+                "dequantize it first, with the tool that made it",
+            )
 
 
 def quantized_weights(tensors: Mapping[str, TensorSpec]) -> list[QuantizedWeight]:

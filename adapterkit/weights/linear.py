@@ -31,13 +31,13 @@ def is_conv1d(host: nn.Module) -> bool:
     return type(host).__name__ == "Conv1D" and hasattr(host, "nf")
 
 
-def is_linear(module: Any) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """Whether a module is a Linear, one of its subclasses that computes the same (a router, say,
     does not), or GPT-2's Conv1D."""
     return linear_class(module) is not None
 
 
-def linear_class(module: Any) -> str | None:
+def linear_class(module: nn.Module) -> str | None:
     """ "Linear" or "Conv1D", which one a module computes as; None for another one."""
     if isinstance(module, nn.Linear):
         cls = type(module)
@@ -48,7 +48,7 @@ def linear_class(module: Any) -> str | None:
     return "Conv1D" if isinstance(module, Conv1D) else None
 
 
-def is_odd_linear(module: Any) -> bool:
+def is_odd_linear(module: nn.Module) -> bool:
     """Whether a module of a model's own class is a Linear by its weight only: a router that gives a
     tuple, a product for each group. Quantized layers are no model's."""
     of_model = type(module).__module__.startswith("transformers.models.")

@@ -41,9 +41,15 @@ class CheckpointScan:
     def method(self) -> str:
         return str(self.settings.get("quant_method") or "").lower()
 
-    def has_keys(self, *endings: str) -> bool:
-        """Whether there are tensors with such keys."""
-        return any(key.endswith(endings) for key in self.tensors)
+    def with_ending(self, ending: str) -> list[tuple[str, TensorSpec]]:
+        """The tensors with keys of that ending, each after its key without it."""
+        found = (item for item in self.tensors.items() if item[0].endswith(ending))
+        return [(key.removesuffix(ending), spec) for key, spec in found]
+
+    def present(self, start: str, endings: Iterable[str]) -> list[TensorSpec]:
+        """Those of the tensors `start + ending` that are there."""
+        keys = (start + ending for ending in endings)
+        return [self.tensors[key] for key in keys if key in self.tensors]
 
     @cached_property
     def names(self) -> Names:
@@ -68,13 +74,12 @@ class CheckpointScan:
         """The tensors `key + ending`; None, with an error, if one is missing."""
         missing = [ending for ending in endings if key + ending not in self.tensors]
         if missing:
-            error = Damaged(
+            self.errors.add(
                 f"{shown(key)} is without {', '.join(missing)}",
-                expected="the tensors that belong to it",
-                where=self.base.name,
-                hint="download the checkpoint again; without its scales the weight means nothing",
+                "the tensors that belong to it",
+                "download the checkpoint again; without its scales the weight means nothing",
+                kind=Damaged,
             )
-            self.errors.append(error)
             return None
         return [self.tensors[key + ending] for ending in endings]
 
@@ -84,6 +89,13 @@ class CheckpointScan:
             hint = "download the checkpoint again, or restore its config"
             self.errors.add(f"{shown(key)}: {problem}", expected, hint, kind=Damaged)
         return fits
+
+    def is_scaled_for_inputs(self, key: str) -> bool:
+        """Whether a tensor of that name says so of a weight; then an error is noted."""
+        if key in self.tensors:
+            problem = f"{shown(key)}: a weight scaled for its inputs"
+            self.errors.add(problem, "weights as the model has them")
+        return key in self.tensors
 
     def fetch(self, specs: Iterable[TensorSpec]) -> None:
         """Read tensors for `read` and `read_json`, in a few reads of each file; where reads are not

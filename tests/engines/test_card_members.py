@@ -74,7 +74,7 @@ def edits_of(s: dict[str, TensorSpec]) -> list[Edit]:
     chosen: list[Edit] = [
         add,
         AddLowRank((term, other, one)),
-        AddLikePeft(term, torch.bfloat16, True),
+        AddLikePeft((term,), torch.bfloat16, True),
         AddVector(s["vector"], 0.5, 0, OUT, scattered),
         RoundTo(torch.bfloat16),
         ReplaceRows(s["rows"], (1, 7)),

@@ -234,6 +234,20 @@ def requantize_nvfp4(
 # Shared by both.
 
 
+def renew_nvfp4(
+    w: Tensor,  # (..., in) float32
+    old: tuple[Tensor, TensorScale] | None,  # scales as stored
+    draws: Draws | None,
+    *,
+    divides: bool,
+) -> NvFp4:
+    """Sampled with the old scales, or to nearest with new ones; the scale of the whole weight stays
+    as long as its largest value allows."""
+    if old is not None and draws is not None:
+        return requantize_nvfp4(w, *old, draws)
+    return encode_nvfp4(w, TensorScale.kept(old and old[1], w, divides))
+
+
 def _grid(scale: Tensor, size: int) -> Fp4Grid:
     return Fp4Grid(scales=(scale.reshape(-1, scale.shape[-1]),), block=(1, size))
 

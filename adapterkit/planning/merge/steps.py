@@ -309,7 +309,7 @@ def _additions_like_peft(edits: list[Edit], change: Change, slot: Slot, dtype: s
             continue
         placed = place_factors(parameter, slot, addition.factors)
         if addition.magnitude is None:
-            edits.append(AddLikePeft(placed, rounded, addition.delta_first))
+            edits.append(AddLikePeft((placed,), rounded, addition.delta_first))
             continue
         # PEFT's DoRA norm is that of the weight before any merge: W' = g ⊙ (W + Δ), rounded before
         # the next adapter

@@ -12,8 +12,6 @@ from adapterkit.kernels.quant.integers import decode_awq
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
-CODES = ".qweight"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Awq(QuantizedWeight):
@@ -26,16 +24,14 @@ class Awq(QuantizedWeight):
 
     @classmethod
     def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
-        if scan.method not in cls.methods or not scan.has_keys(CODES) or not _is_known(scan):
+        found = scan.with_ending(".qweight")
+        if scan.method not in cls.methods or not found or not _is_known(scan):
             return
-        for key, spec in list(scan.tensors.items()):
-            if not key.endswith(CODES):
-                continue
-            module = key.removesuffix(CODES)
+        for module, spec in found:
             has_zeros = scan.settings.get("zero_point", True) is not False
             has_zeros = has_zeros or f"{module}.qzeros" in scan.tensors
             siblings = scan.siblings(module, ".scales", *([".qzeros"] if has_zeros else []))
-            if siblings is None or not _fits(scan, key, spec, *siblings):
+            if siblings is None or not _fits(scan, spec, *siblings):
                 continue
             scan.check_finite(siblings[0])
             yield cls.of(
@@ -46,7 +42,7 @@ class Awq(QuantizedWeight):
             )
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        words, scale, *zeros = (stored[part.key] for part in self.parts)
+        words, scale, *zeros = self.values(stored)
         return decode_awq(words, zeros[0] if zeros else None, scale)
 
     @property
@@ -77,11 +73,7 @@ def _group_size(scan: CheckpointScan) -> Any:
 
 
 def _fits(
-    scan: CheckpointScan,
-    key: str,
-    codes: TensorSpec,
-    scale: TensorSpec,
-    zeros: TensorSpec | None = None,
+    scan: CheckpointScan, codes: TensorSpec, scale: TensorSpec, zeros: TensorSpec | None = None
 ) -> bool:
     specs = [codes, scale, *([zeros] if zeros else [])]
     fits = codes.dtype == "I32" and scale.dtype in ("F16", "BF16", "F32")
@@ -94,4 +86,4 @@ def _fits(
         fits = fits and (zeros is None or zeros.shape == (groups, words))
     leaves = (f"{spec.key.rpartition('.')[2]} {spec.dtype} {spec.shape}" for spec in specs)
     expected = "words of eight 4-bit codes, and groups that divide the weight"
-    return scan.check(key, fits, ", ".join(leaves), expected)
+    return scan.check(codes.key, fits, ", ".join(leaves), expected)

@@ -16,11 +16,17 @@ from torch.nn.functional import pad
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
-from adapterkit.errors import Refused, Unrecoverable, shown
+from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.quant import blockwise
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
+from adapterkit.weights.codec import (
+    PlainWeight,
+    QuantizedModules,
+    QuantizedWeight,
+    Settings,
+    check_block_size,
+)
 from adapterkit.weights.scan import CheckpointScan
 
 STATE = ".quant_state.bitsandbytes__"
@@ -54,17 +60,9 @@ class Bnb4(QuantizedWeight):
     nested_dtype: str = "float32"
 
     @classmethod
-    def for_encoding(
-        cls, target: str, weight: PlainWeight, options: dict[str, Any]
-    ) -> "Bnb4 | None":
+    def for_encoding(cls, target: str, weight: PlainWeight, options: Settings) -> "Bnb4 | None":
         block = options.get("block_size") or 64
-        if block not in blockwise.BLOCKS:
-            raise Refused(
-                f"--block-size {block} is not possible",
-                expected=" ".join(map(str, blockwise.BLOCKS)),
-                where="options",
-                hint="give one of these",
-            )
+        check_block_size(block, blockwise.BLOCKS)
         double, kind = bool(options.get("double_quant")), "nf4" if target == "nf4" else "fp4"
         count = math.prod(weight.shape)
         blocks = math.ceil(count / block)
@@ -91,7 +89,7 @@ class Bnb4(QuantizedWeight):
         return replace(record, parts=(*parts, weight.part(STATE + kind, "U8", (size,))))
 
     @classmethod
-    def config(cls, modules: QuantizedModules) -> dict[str, Any]:
+    def config(cls, modules: QuantizedModules) -> Settings:
         weights: list[Any] = list(modules.packed.values())
         settings = {
             "load_in_4bit": True,
@@ -121,7 +119,7 @@ class Bnb4(QuantizedWeight):
     def _record(
         cls, scan: CheckpointScan, key: str, spec: TensorSpec, kind: Literal["nf4", "fp4"]
     ) -> "Bnb4 | None":
-        there = [scan.tensors[key + ending] for ending in PARTS if key + ending in scan.tensors]
+        there = scan.present(key, PARTS)
         # the length of the others' text depends on a number
         state = scan.read_json(spec, there if len(there) == len(PARTS) else [*there, spec])
         if not state:
@@ -187,12 +185,8 @@ class Bnb4(QuantizedWeight):
 
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
-        count = math.prod(self.shape)
-        stored = {part.key: TensorPlan(part.key, part.dtype, part.shape) for part in self.parts}
-        stored[self.key] = TensorPlan(self.key, "U8", ((count + 1) // 2, 1))
-        state = self.parts[-1]
-        stored[state.key] = TensorPlan(state.key, state.dtype, state.shape, varies=self.double)
-        return tuple(stored.values())
+        *outputs, state = super().max_outputs
+        return (*outputs, replace(state, varies=self.double))
 
     def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
         table, spec = self.parts[2], self.parts[-1]
@@ -202,8 +196,7 @@ class Bnb4(QuantizedWeight):
             state = json.loads(stored[spec.key].cpu().numpy().tobytes())
         except (ValueError, RecursionError):
             state = {}
-        shape = self.shape[::-1] if self.transposed else self.shape
-        own = (shape, self.dtype, self.block, self.double, self.nested_dtype)
+        own = (self._stored_shape, self.dtype, self.block, self.double, self.nested_dtype)
         if isinstance(state, dict) and _is_valid(state, self.kind):
             shape, dtype, *others = _said(state)
             # comparisons take every weight for the float32 that it decodes to
@@ -216,9 +209,15 @@ class Bnb4(QuantizedWeight):
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         codes, absmax, count = stored[self.key], self._scales(stored), math.prod(self.shape)
         flat = blockwise.decode_4bit(codes, absmax, self.kind, self.block, count)
-        if self.transposed:
-            return flat.view(self.shape[::-1]).T.contiguous()
-        return flat.view(self.shape)
+        weight = flat.view(self._stored_shape)
+        return weight.T.contiguous() if self.transposed else weight
+
+    @property
+    def _stored_shape(self) -> tuple[int, ...]:  # (out, in)
+        return self.shape[::-1] if self.transposed else self.shape
+
+    def _rows(self, weight: Tensor) -> Tensor:  # (out, in)
+        return (weight.T if self.transposed else weight).contiguous()
 
     def _scales(self, stored: dict[str, Tensor]) -> Tensor:  # (blocks,) float32
         """The scales of the blocks, decoded if they are quantized."""
@@ -227,7 +226,7 @@ class Bnb4(QuantizedWeight):
             return absmax.T.reshape(-1).float()
         if not self.double:
             return absmax
-        nested, values, state = (stored[part.key] for part in self.parts[3:])
+        nested, values, state = self.values(stored)[3:]
         dtype, offset = getattr(torch, self.nested_dtype), self.stored_offset(state)
         return blockwise.decode_absmax(absmax, nested, values, offset, self.nested_block, dtype)
 
@@ -236,9 +235,8 @@ class Bnb4(QuantizedWeight):
         return float(json.loads(state.cpu().numpy().tobytes())["nested_offset"])
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        weight = weight.T if self.transposed else weight
         with naming(self.key):
-            codes, absmax = blockwise.quantize_4bit(weight.contiguous(), self.kind, self.block)
+            codes, absmax = blockwise.quantize_4bit(self._rows(weight), self.kind, self.block)
         return self.join_nested({self.parts[0].key: codes, self.parts[1].key: absmax})
 
     @property
@@ -285,7 +283,7 @@ class Bnb4(QuantizedWeight):
     def encode_sampled(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
     ) -> dict[str, Tensor]:
-        weight = (weight.T if self.transposed else weight).contiguous()
+        weight = self._rows(weight)
         scales = self._widened_scales(stored, weight)
         absmax = self._scales(stored | scales)
         with naming(self.key):
@@ -293,10 +291,8 @@ class Bnb4(QuantizedWeight):
         return scales | {self.key: codes}
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
-        width = self.shape[0] if self.transposed else self.shape[1]
-        return blockwise.grid_of(
-            self._scales(stored), self.kind, self.block, width=width
-        ).round_column
+        scales, width = self._scales(stored), self._stored_shape[1]
+        return blockwise.grid_of(scales, self.kind, self.block, width=width).round_column
 
     def _widened_scales(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
         """New scales for blocks with a value beyond their largest code, if that makes the expected
@@ -322,7 +318,7 @@ class Bnb4(QuantizedWeight):
         if not self.double:
             better = overflows & (errors({key: target}) < errors({}))
             return {key: torch.where(better, target, absmax)}
-        nested, values, state = (stored[part.key] for part in self.parts[3:])
+        nested, values, state = self.values(stored)[3:]
         nested_key, offset = self.parts[3].key, self.stored_offset(state)
         codes = blockwise.quantize_absmax(target, offset, nested, values).codes
         better = overflows & (errors({key: codes}) < errors({}))
@@ -343,11 +339,11 @@ class Bnb4(QuantizedWeight):
 
     def _state(self, offset: float | None = None) -> bytes:
         """The text of the state."""
-        state: dict[str, Any] = {
+        state: Settings = {
             "quant_type": self.kind,
             "blocksize": self.block,
             "dtype": dtypes.CONFIG_NAME[self.dtype],
-            "shape": list(self.shape[::-1] if self.transposed else self.shape),
+            "shape": list(self._stored_shape),
         }
         if offset is not None:
             state["nested_blocksize"] = blockwise.NESTED
@@ -360,7 +356,7 @@ def _header_name(dtype: Any) -> str | None:
     return dtypes.HEADER_NAME.get(str(dtype).removeprefix("torch."))
 
 
-def _is_valid(state: dict[str, Any], kind: str) -> bool:
+def _is_valid(state: Settings, kind: str) -> bool:
     """Whether bitsandbytes writes such a state."""
     shape: Any = state.get("shape")
     block = state.get("blocksize")
@@ -377,7 +373,7 @@ def _is_valid(state: dict[str, Any], kind: str) -> bool:
     return valid
 
 
-def _said(state: dict[str, Any]) -> tuple[tuple[int, ...], str, int, bool, str]:
+def _said(state: Settings) -> tuple[tuple[int, ...], str, int, bool, str]:
     """The shape as stored, the dtype, values with one scale, whether scales are quantized and of
     what dtype they are then, of a valid state."""
     dtype = _header_name(state["dtype"])
@@ -407,7 +403,7 @@ def _parts_fit(parts: list[TensorSpec], count: int, block: int, transposed_scale
     return fits and nested[0].shape == (groups,) and nested[1].shape == (256,)
 
 
-def bitsandbytes_config(settings: dict[str, Any], skipped: list[str] | None) -> dict[str, Any]:
+def bitsandbytes_config(settings: Settings, skipped: list[str] | None) -> Settings:
     """The quantization_config of bitsandbytes, as transformers writes it."""
     return {
         "_load_in_4bit": bool(settings.get("load_in_4bit")),

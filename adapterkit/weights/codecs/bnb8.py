@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from adapterkit.errors import shown
 from adapterkit.kernels.quant import int8_rows
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
+from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight, Settings
 from adapterkit.weights.codecs.bnb4 import bitsandbytes_config, naming
 from adapterkit.weights.scan import CheckpointScan
 
@@ -30,9 +29,7 @@ class Bnb8(QuantizedWeight):
     transposed: bool = False  # the model keeps it (in, out), as GPT-2 does
 
     @classmethod
-    def for_encoding(
-        cls, target: str, weight: PlainWeight, options: dict[str, Any]
-    ) -> "Bnb8 | None":
+    def for_encoding(cls, target: str, weight: PlainWeight, options: Settings) -> "Bnb8 | None":
         if not weight.has_weight_name:
             return None
         parts = (
@@ -49,17 +46,14 @@ class Bnb8(QuantizedWeight):
         )
 
     @classmethod
-    def config(cls, modules: QuantizedModules) -> dict[str, Any]:
+    def config(cls, modules: QuantizedModules) -> Settings:
         return bitsandbytes_config({"load_in_8bit": True}, modules.skipped)
 
     @classmethod
     def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
         if scan.reads_freely:
-            scan.fetch(spec for key, spec in scan.tensors.items() if key.endswith(".weight_format"))
-        for key, scale in list(scan.tensors.items()):
-            module, mark, _ = key.rpartition(".SCB")
-            if not mark or not key.endswith(".SCB"):
-                continue
+            scan.fetch(spec for _, spec in scan.with_ending(".weight_format"))
+        for module, scale in scan.with_ending(".SCB"):
             siblings = scan.siblings(module, ".weight", ".SCB")
             if siblings is None:
                 continue
@@ -83,25 +77,25 @@ class Bnb8(QuantizedWeight):
         return f"{shown(self.key)}: format {int(layout)}", f"format {ROWS}"
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        weight = int8_rows.decode_int8(stored[self.parts[0].key], stored[self.parts[1].key])
+        weight = int8_rows.decode_int8(*self.values(stored)[:2])
         return weight.T.contiguous() if self.transposed else weight
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         with naming(self.key):
             codes, scale = int8_rows.quantize_int8(self._rows(weight))
         layouts = {part.key: torch.zeros(part.shape, dtype=torch.uint8) for part in self.parts[2:]}
-        return {self.parts[0].key: codes, self.parts[1].key: scale} | layouts
+        return self.as_parts(codes, scale) | layouts
 
     def encode_sampled(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
     ) -> dict[str, Tensor]:
-        codes, scale = (part.key for part in self.parts[:2])
         with naming(self.key):
-            result = int8_rows.requantize_int8(self._rows(weight), stored[scale], draws)
-        return {codes: result.codes, scale: result.scale}
+            scale = self.values(stored)[1]
+            result = int8_rows.requantize_int8(self._rows(weight), scale, draws)
+        return self.as_parts(*result)
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
-        codes, scale = (stored[part.key] for part in self.parts[:2])
+        codes, scale, *_ = self.values(stored)
         return int8_rows.grid_of(scale, codes.shape[1]).round_column
 
     def _rows(self, weight: Tensor) -> Tensor:  # (out, in)

@@ -3,16 +3,15 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import Refused, shown
+from adapterkit.errors import shown
 from adapterkit.kernels.quant import fp4, fp8, integers
-from adapterkit.kernels.quant.grid import Encoded, RoundColumn
+from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.integers import (
     Integers,
     are_groups,
@@ -25,8 +24,21 @@ from adapterkit.kernels.quant.integers import (
     unpack_zeros,
 )
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
-from adapterkit.weights.codecs.compressed_layout import INDEX, SHAPE, TYPES, ZERO, layout, schemes
+from adapterkit.weights.codec import (
+    PlainWeight,
+    QuantizedModules,
+    QuantizedWeight,
+    Settings,
+    check_block_size,
+)
+from adapterkit.weights.codecs.compressed_layout import (
+    INDEX,
+    SHAPE,
+    TYPES,
+    ZERO,
+    StoredModule,
+    schemes,
+)
 from adapterkit.weights.scan import CheckpointScan
 
 PACKED, SCALE, GLOBAL_SCALE = "weight_packed", "weight_scale", "weight_global_scale"
@@ -54,7 +66,7 @@ class Compressed(QuantizedWeight):
 
     @classmethod
     def for_encoding(
-        cls, target: str, weight: PlainWeight, options: dict[str, Any]
+        cls, target: str, weight: PlainWeight, options: Settings
     ) -> "Compressed | None":
         out, width = weight.shape
         if not weight.has_weight_name:
@@ -89,7 +101,7 @@ class Compressed(QuantizedWeight):
         )
 
     @classmethod
-    def config(cls, modules: QuantizedModules) -> dict[str, Any]:
+    def config(cls, modules: QuantizedModules) -> Settings:
         """A group for each scheme, with its modules by name if there are several."""
         groups: dict[tuple, list[str]] = {}
         for module, weight in modules.packed.items():
@@ -123,28 +135,22 @@ class Compressed(QuantizedWeight):
 
     @classmethod
     def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
-        if scan.method not in cls.methods or not scan.has_keys(".weight_scale"):
+        if scan.method not in cls.methods or not scan.with_ending(".weight_scale"):
             return
         scheme_of = schemes(scan)
         if scheme_of is None:
             return
-        endings = (f".{SHAPE}", f".{INDEX}")
-        scan.fetch(spec for key, spec in scan.tensors.items() if key.endswith(endings))
-        for key, spec in list(scan.tensors.items()):
-            ending = next((ending for ending in CODES if key.endswith(ending)), None)
-            if ending is None:
-                continue
-            module = key.removesuffix(ending)
-            is_float = ending == ".weight" and spec.dtype not in CODE_DTYPES
+        scan.fetch(spec for leaf in (SHAPE, INDEX) for _, spec in scan.with_ending(f".{leaf}"))
+        for module, spec in [one for leaf in CODES for one in scan.with_ending(leaf)]:
+            is_float = spec.key.endswith(".weight") and spec.dtype not in CODE_DTYPES
             if is_float and f"{module}.weight_scale" not in scan.tensors:
                 continue
             siblings = scan.siblings(module, ".weight_scale")
             scheme = scheme_of(module) if siblings else None
             if siblings and scheme:
-                fields = layout(scan, module, spec, siblings[0], scheme)
+                fields = StoredModule(scan, module, spec, siblings[0], scheme).layout()
                 if fields is not None:
-                    dtype = scan.compute_dtype
-                    yield cls.of(key=f"{module}.weight", dtype=dtype, **fields)
+                    yield cls.of(key=f"{module}.weight", dtype=scan.compute_dtype, **fields)
 
     @property
     def read_only(self) -> str | None:
@@ -169,7 +175,7 @@ class Compressed(QuantizedWeight):
         return f"{key}: {INDEX} out of range", f"0 to {groups - 1}"
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        codes, scale = (stored[part.key] for part in self.parts[:2])
+        codes, scale, *_ = self.values(stored)
         if self._is_integer:
             zero, group = self._zero(stored), self._group(stored)
             if self.kind == "words":
@@ -189,8 +195,9 @@ class Compressed(QuantizedWeight):
         size, dtype = math.prod(self.block), dtypes.torch_dtype(self.parts[1].dtype)
         lines, symmetric = weight.reshape(self._lines), self.symmetric
         result = encode_integers(lines, self.bits, size, symmetric=symmetric, scale_dtype=dtype)
-        shapes = [part.key for part in self.parts if part.key.endswith("." + SHAPE)]
-        return self._integer_parts(result) | {key: torch.tensor(self.shape) for key in shapes}
+        shape = self._sibling_part(SHAPE)
+        shapes = {} if shape is None else {shape.key: torch.tensor(self.shape)}
+        return self._integer_parts(result) | shapes
 
     def encode_keeping_scales(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
@@ -201,13 +208,13 @@ class Compressed(QuantizedWeight):
         if not self._is_integer:
             return stored | self._encode_floats(weight, stored, draws)
         lines = weight.reshape(self._lines)
-        scale = stored[self.parts[1].key].reshape(len(lines), -1)
+        scale = self.values(stored)[1].reshape(len(lines), -1)
         zero, group = self._zero(stored), self._group(stored)
         result = requantize_integers(lines, self.bits, scale, zero, group, self.symmetric, draws)
         return stored | self._integer_parts(result)
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
-        scale = stored[self.parts[1].key]
+        scale = self.values(stored)[1]
         if self._is_integer:
             zero, group, (out, width) = self._zero(stored), self._group(stored), self.shape
             grid = integers.grid_of(scale, zero, (out, width), group, self.bits)
@@ -285,11 +292,10 @@ class Compressed(QuantizedWeight):
         return None if index is None or _is_unused(index) else index
 
     def _integer_parts(self, result: Integers) -> dict[str, Tensor]:
-        codes, scale = self.parts[:2]
-        values = result.codes.reshape(self.shape)
-        tensors = {codes.key: pack(values, self.bits) if self.kind == "words" else values}
-        scales = result.scale.to(dtypes.torch_dtype(scale.dtype))
-        tensors[scale.key] = scales.view(scale.shape)
+        codes = result.codes.reshape(self.shape)
+        codes = pack(codes, self.bits) if self.kind == "words" else codes
+        scale = result.scale.to(dtypes.torch_dtype(self.parts[1].dtype))
+        tensors = self.as_parts(codes, scale)
         zero = self._sibling_part(ZERO)
         if zero is not None and result.zero is not None:
             packed = zero.dtype == "I32"
@@ -300,29 +306,22 @@ class Compressed(QuantizedWeight):
     def _encode_floats(
         self, weight: Tensor, stored: dict[str, Tensor], draws: Draws | None
     ) -> dict[str, Tensor]:
-        codes, scale = self.parts[:2]
-        scale_dtype = dtypes.torch_dtype(scale.dtype)
-        tensors: dict[str, Tensor] = {}
+        key, dtype = self.parts[1].key, dtypes.torch_dtype(self.parts[1].dtype)
         if self.kind == "nvfp4":
-            divisor = self._divisor(stored) if stored else None
-            if draws is not None and divisor is not None:
-                result = fp4.requantize_nvfp4(weight, stored[scale.key], divisor, draws)
-            else:
-                divisor = fp4.TensorScale.kept(divisor, weight, divides=True)
-                result = fp4.encode_nvfp4(weight, divisor)
-            tensors[self.key.removesuffix("weight") + GLOBAL_SCALE] = result.tensor_scale.value
-        elif self.kind == "mxfp4":
+            old = (stored[key], self._divisor(stored)) if stored else None
+            result = fp4.renew_nvfp4(weight, old, draws, divides=True)
+            divisor = {self.key.removesuffix("weight") + GLOBAL_SCALE: result.tensor_scale.value}
+            return self.as_parts(result.codes, result.scale) | divisor
+        if self.kind == "mxfp4":
             if draws is not None:
-                old = stored[scale.key].view(torch.uint8)
+                old = stored[key].view(torch.uint8)
                 result = fp4.requantize_mxfp4(weight, old, "even", draws)
             else:
                 result = fp4.encode_mxfp4(weight, rule="even")
-            result = Encoded(result.codes.flatten(-2), result.scale.view(scale_dtype))
-        elif draws is not None:
-            result = fp8.requantize_fp8(weight, self.block, stored[scale.key], draws)
-        else:
-            result = fp8.encode_fp8(weight, self.block, scale_dtype=scale_dtype)
-        return tensors | {codes.key: result.codes, scale.key: result.scale.view(scale.shape)}
+            return self.as_parts(result.codes.flatten(-2), result.scale.view(dtype))
+        if draws is not None:
+            return self.as_parts(*fp8.requantize_fp8(weight, self.block, stored[key], draws))
+        return self.as_parts(*fp8.encode_fp8(weight, self.block, scale_dtype=dtype))
 
 
 def _is_unused(index: Tensor) -> bool:
@@ -333,12 +332,7 @@ def _is_unused(index: Tensor) -> bool:
 def _group_size(width: int, stated: int | None) -> int:
     """Columns with one scale: as stated, or the largest of SIZES, if they divide the width; else
     all."""
-    if stated is not None and stated not in SIZES:
-        raise Refused(
-            f"--block-size {stated} is not possible",
-            expected=" ".join(map(str, SIZES)),
-            where="options",
-            hint="give one of these",
-        )
+    if stated is not None:
+        check_block_size(stated, SIZES)
     limit = stated or SIZES[0]
     return next((size for size in SIZES if size <= limit and width % size == 0), width)

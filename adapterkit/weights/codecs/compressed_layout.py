@@ -13,6 +13,7 @@ from adapterkit.kernels.quant import fp4
 from adapterkit.kernels.quant.integers import are_groups
 from adapterkit.patterns import matcher
 from adapterkit.records import ANYTHING, TEXT, also, entries, list_of, table_of
+from adapterkit.weights.codec import Settings
 from adapterkit.weights.scan import CheckpointScan
 
 FORMATS = {  # of the config: kinds of codes
@@ -121,16 +122,8 @@ def _target(target: str, where: str) -> tuple[int, Callable[[str], bool]]:
     return 0, lambda module: module == target
 
 
-def layout(
-    scan: CheckpointScan, module: str, codes: TensorSpec, scale: TensorSpec, scheme: Scheme
-) -> dict[str, Any] | None:
-    """The parts, shape and arithmetic of a module's weight; None, with an error, if they do not fit
-    its scheme."""
-    return _Module(scan, module, codes, scale, scheme).layout()
-
-
 @dataclass
-class _Module:
+class StoredModule:
     """One module's tensors and its scheme."""
 
     scan: CheckpointScan
@@ -139,7 +132,9 @@ class _Module:
     scale: TensorSpec
     scheme: Scheme
 
-    def layout(self) -> dict[str, Any] | None:
+    def layout(self) -> Settings | None:
+        """The parts, shape and arithmetic of its weight; None, with an error, if they do not fit
+        the scheme."""
         weights, kind = self.scheme["weights"], self._kind()
         if kind is None or not self._bits_fit(weights, kind):
             return None

@@ -4,9 +4,8 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
@@ -14,13 +13,14 @@ from adapterkit.errors import shown
 from adapterkit.kernels.quant import fp8
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
+from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight, Settings
 from adapterkit.weights.scan import CheckpointScan
 
 CODES = ("F8_E4M3", "F8_E5M2")
 SCALE = "_scale_inv"
 POWERS = ("F8_E8M0", "U8")  # dtypes of scales that are powers of 2
 PAIRS = ("I8", "U8", "F4")  # dtypes of codes that hold two FP4 values
+INPUT_SCALES = ("activation_scale", "input_scale")  # names of the scale of a layer's inputs
 BLOCK = (128, 128)
 
 
@@ -37,9 +37,7 @@ class Fp8(QuantizedWeight):
     power: bool  # scales are powers of 2
 
     @classmethod
-    def for_encoding(
-        cls, target: str, weight: PlainWeight, options: dict[str, Any]
-    ) -> "Fp8 | None":
+    def for_encoding(cls, target: str, weight: PlainWeight, options: Settings) -> "Fp8 | None":
         out, width = weight.shape
         if out % BLOCK[0] or width % BLOCK[1] or weight.transposed:
             return None  # transformers leaves it as it is
@@ -55,14 +53,14 @@ class Fp8(QuantizedWeight):
         )
 
     @classmethod
-    def replaces(cls, name: str, module: Any) -> bool:
+    def replaces(cls, name: str, module: nn.Module) -> bool:
         """transformers' `replace_with_fp8_linear`: stacks of experts, and block-diagonal linear
         layers."""
         stacks = any(weight.dim() == 3 for weight in module.parameters(recurse=False))
         return (name.endswith(".experts") and stacks) or "GroupedLinear" in type(module).__name__
 
     @classmethod
-    def config(cls, modules: QuantizedModules) -> dict[str, Any]:
+    def config(cls, modules: QuantizedModules) -> Settings:
         return {
             "activation_scheme": "dynamic",
             "modules_to_not_convert": modules.skipped,
@@ -84,9 +82,9 @@ class Fp8(QuantizedWeight):
             if block is None:
                 continue
             scan.check_finite(scale)
-            others = (scan.tensors[name] for name in _input_scales(key) if name in scan.tensors)
+            start = key.removesuffix("weight") if key.endswith(".weight") else key + "_"
             yield cls.of(
-                (spec, scale, *others),
+                (spec, scale, *scan.present(start, INPUT_SCALES)),
                 key=key,
                 dtype=scan.compute_dtype,
                 shape=spec.shape,
@@ -95,25 +93,22 @@ class Fp8(QuantizedWeight):
             )
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        codes, scale = (stored[part.key] for part in self.parts[:2])
+        codes, scale, *_ = self.values(stored)
         return fp8.decode_fp8(codes, scale, self.block)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        codes, scale = self.parts[:2]
-        result = fp8.encode_fp8(weight, self.block, rule=self._rule)
-        dtype = "F8_E8M0" if scale.dtype == "U8" else scale.dtype
-        scales = result.scale.to(dtypes.torch_dtype(dtype)).view(dtypes.torch_dtype(scale.dtype))
-        return {codes.key: result.codes, scale.key: scales.view(scale.shape)}
+        result, dtype = fp8.encode_fp8(weight, self.block, rule=self._rule), self.parts[1].dtype
+        scale = result.scale.to(dtypes.torch_dtype("F8_E8M0" if dtype == "U8" else dtype))
+        return self.as_parts(result.codes, scale.view(dtypes.torch_dtype(dtype)))
 
     def encode_sampled(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
     ) -> dict[str, Tensor]:
-        codes, scale = (part.key for part in self.parts[:2])
-        result = fp8.requantize_fp8(weight, self.block, stored[scale], draws, self._rule)
-        return {codes: result.codes, scale: result.scale}
+        scale = self.values(stored)[1]
+        return self.as_parts(*fp8.requantize_fp8(weight, self.block, scale, draws, self._rule))
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
-        scale = stored[self.parts[1].key]
+        scale = self.values(stored)[1]
         (grid,) = fp8.grids(scale, self.shape, self.block, self._rule)
         return grid.round_column
 
@@ -129,7 +124,7 @@ class Fp8(QuantizedWeight):
     def row_views(
         self, stored: dict[str, Tensor], matrix: int, first: int, last: int
     ) -> dict[str, Tensor]:
-        codes, scale = (stored[part.key] for part in self.parts[:2])
+        codes, scale, *_ = self.values(stored)
         blocks = slice(first // self.block[0], math.ceil(last / self.block[0]))
         return {
             self.parts[0].key: codes.view(-1, *codes.shape[-2:])[matrix, first:last],
@@ -162,22 +157,14 @@ def _block(scan: CheckpointScan, spec: TensorSpec, scale: TensorSpec) -> tuple[i
     return block[0], block[1]
 
 
-def _input_scales(key: str) -> tuple[str, str]:
-    """Keys that the scale of a layer's inputs may have."""
-    start = key.removesuffix("weight") if key.endswith(".weight") else key + "_"
-    return start + "activation_scale", start + "input_scale"
-
-
 def _note_missing_scale(scan: CheckpointScan, key: str) -> None:
     """Note an error for codes without scales under their usual key."""
-    start = key.removesuffix("weight")
-    names = (start + name for name in ("scale", "qscale_weight"))
-    other = next((name for name in names if name in scan.tensors), None)
-    if other is None:
+    others = scan.present(key.removesuffix("weight"), ("scale", "qscale_weight"))
+    if not others:
         scan.siblings(key, SCALE)
         return
     scan.errors.add(
-        f"{shown(key)} has its scales in {shown(other)}",
+        f"{shown(key)} has its scales in {shown(others[0].key)}",
         f"scales called {shown(key + SCALE)}",
         hint="rename them",
     )

@@ -14,7 +14,6 @@ from adapterkit.kernels.quant.integers import are_groups, decode_gptq
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
-CODES = ".qweight"
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
 BITS = (2, 3, 4, 8)
 
@@ -34,26 +33,20 @@ class Gptq(QuantizedWeight):
 
     @classmethod
     def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
-        if scan.method not in cls.methods or not scan.has_keys(CODES):
-            return
-        version = _version(scan)
+        found = scan.with_ending(".qweight")
+        version = _version(scan) if scan.method in cls.methods and found else None
         if version is None:
             return
         if scan.reads_freely:
-            scan.fetch(spec for key, spec in scan.tensors.items() if key.endswith(".g_idx"))
-        for key, spec in list(scan.tensors.items()):
-            if not key.endswith(CODES):
-                continue
-            module = key.removesuffix(CODES)
+            scan.fetch(spec for _, spec in scan.with_ending(".g_idx"))
+        for module, spec in found:
             siblings = scan.siblings(module, ".qzeros", ".scales")
-            if siblings is None:
-                continue
-            bits = _bits(scan, key, spec, *siblings)
-            if bits is None:
+            bits = None if siblings is None else _bits(scan, spec, *siblings)
+            if siblings is None or bits is None:
                 continue
             shape = (spec.shape[1], spec.shape[0] * 32 // bits)
             index = scan.tensors.get(f"{module}.g_idx")
-            if not _groups_fit(scan, key, shape, siblings[1], index):
+            if not _groups_fit(scan, spec.key, shape, siblings[1], index):
                 continue
             scan.check_finite(siblings[1])
             yield cls.of(
@@ -73,7 +66,7 @@ class Gptq(QuantizedWeight):
         return f"groups out of range in {shown(self.parts[3].key)}", f"0 to {groups - 1}"
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        words, zeros, scale, *index = (stored[part.key] for part in self.parts)
+        words, zeros, scale, *index = self.values(stored)
         group = index[0] if self.indexed else None
         return decode_gptq(words, zeros, scale, self.bits, self.shape[1], group, self.version)
 
@@ -105,7 +98,7 @@ def _version(scan: CheckpointScan) -> int | None:
 
 
 def _bits(
-    scan: CheckpointScan, key: str, codes: TensorSpec, zeros: TensorSpec, scale: TensorSpec
+    scan: CheckpointScan, codes: TensorSpec, zeros: TensorSpec, scale: TensorSpec
 ) -> int | None:
     """The bits that the shapes have, which must be the config's, unless that says that modules
     differ."""
@@ -123,7 +116,7 @@ def _bits(
         fits = fits and bits is not None and codes.shape[0] * 32 % bits == 0
     specs = {"qweight": codes, "qzeros": zeros, "scales": scale}
     problem = ", ".join(f"{name} {spec.dtype} {spec.shape}" for name, spec in specs.items())
-    fits = scan.check(key, fits, problem, f"words of {shown(stated)} bits that agree")
+    fits = scan.check(codes.key, fits, problem, f"words of {shown(stated)} bits that agree")
     return bits if fits else None
 
 

@@ -33,31 +33,26 @@ class Modelopt(QuantizedWeight):
 
     @classmethod
     def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
-        algorithm = _algorithm(scan) if scan.has_keys(".weight_scale") else None
+        algorithm = _algorithm(scan) if scan.with_ending(".weight_scale") else None
         if algorithm is None:
             return
-        for key, spec in list(scan.tensors.items()):
-            if not key.endswith(".weight") or spec.dtype != CODES[algorithm]:
+        for module, spec in scan.with_ending(".weight"):
+            if spec.dtype != CODES[algorithm]:
                 continue
-            siblings = scan.siblings(key, *SCALES[algorithm])
-            if siblings is None or not _fits(scan, key, spec, siblings):
+            siblings = scan.siblings(spec.key, *SCALES[algorithm])
+            if siblings is None or not _fits(scan, spec, siblings):
                 continue
-            start = key.removesuffix("weight")
-            if start + "pre_quant_scale" in scan.tensors:
-                problem = f"{shown(start)}pre_quant_scale: a weight scaled for its inputs"
-                scan.errors.add(problem, "weights as the model has them")
+            if scan.is_scaled_for_inputs(f"{module}.pre_quant_scale"):
                 continue
-            names = (start + name for name in ACTIVATION_SCALES)
-            others = (scan.tensors[name] for name in names if name in scan.tensors)
             yield cls.of(
-                (spec, *siblings, *others),
-                key=key,
+                (spec, *siblings, *scan.present(f"{module}.", ACTIVATION_SCALES)),
+                key=spec.key,
                 dtype=scan.compute_dtype,
                 shape=(spec.shape[0], spec.shape[1] * (2 if algorithm == "NVFP4" else 1)),
             )
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        codes, scale = (stored[part.key] for part in self.parts[:2])
+        codes, scale, *_ = self.values(stored)
         if self._is_nvfp4:
             return fp4.decode_nvfp4(codes, scale, self._tensor_scale(stored))
         return fp8.decode_fp8(codes, scale, self._block)
@@ -73,7 +68,7 @@ class Modelopt(QuantizedWeight):
         return stored | self._encode(weight, stored, draws)
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
-        scale = stored[self.parts[1].key]
+        scale = self.values(stored)[1]
         if self._is_nvfp4:
             return fp4.nvfp4_grid(scale, self._tensor_scale(stored)).round_column
         (grid,) = fp8.grids(scale, self.shape, self._block)
@@ -93,22 +88,14 @@ class Modelopt(QuantizedWeight):
     def _encode(
         self, weight: Tensor, stored: dict[str, Tensor], draws: Draws | None
     ) -> dict[str, Tensor]:
-        codes, scale = self.parts[:2]
-        if not self._is_nvfp4:
-            if draws is not None:
-                result = fp8.requantize_fp8(weight, self._block, stored[scale.key], draws)
-            else:
-                result = fp8.encode_fp8(weight, self._block)
-            return {codes.key: result.codes, scale.key: result.scale.view(scale.shape)}
+        key = self.parts[1].key
+        if self._is_nvfp4:
+            old = (stored[key], self._tensor_scale(stored)) if stored else None
+            result = fp4.renew_nvfp4(weight, old, draws, divides=False)
+            return self.as_parts(result.codes, result.scale, result.tensor_scale.value)
         if draws is not None:
-            factor = self._tensor_scale(stored)
-            result = fp4.requantize_nvfp4(weight, stored[scale.key], factor, draws)
-        else:
-            factor = self._tensor_scale(stored) if stored else None
-            result = fp4.encode_nvfp4(weight, fp4.TensorScale.kept(factor, weight, divides=False))
-        factor = self.parts[2]
-        value = result.tensor_scale.value.view(factor.shape)
-        return {codes.key: result.codes, scale.key: result.scale, factor.key: value}
+            return self.as_parts(*fp8.requantize_fp8(weight, self._block, stored[key], draws))
+        return self.as_parts(*fp8.encode_fp8(weight, self._block))
 
 
 def _algorithm(scan: CheckpointScan) -> str | None:
@@ -131,7 +118,7 @@ def _algorithm(scan: CheckpointScan) -> str | None:
     return names[0] if len(names) == 1 and names[0] in CODES else None
 
 
-def _fits(scan: CheckpointScan, key: str, codes: TensorSpec, siblings: list[TensorSpec]) -> bool:
+def _fits(scan: CheckpointScan, codes: TensorSpec, siblings: list[TensorSpec]) -> bool:
     """Whether shapes and dtypes fit; else an error is noted. The scales' values are checked
     later."""
     scale, *tensor_scales = siblings
@@ -146,7 +133,7 @@ def _fits(scan: CheckpointScan, key: str, codes: TensorSpec, siblings: list[Tens
         expected = "one F32 scale"
         fits = fits and _is_one(scale)
     problem = ", ".join(f"{spec.dtype} {spec.shape}" for spec in (codes, *siblings))
-    if not scan.check(key, fits, problem, expected):
+    if not scan.check(codes.key, fits, problem, expected):
         return False
     scan.check_finite(scale)
     scan.check_finite(*tensor_scales, positive=True)

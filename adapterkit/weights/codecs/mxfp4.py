@@ -3,14 +3,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from adapterkit.errors import Refused, shown
 from adapterkit.kernels.quant import fp4
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
+from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight, Settings
 from adapterkit.weights.scan import CheckpointScan
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -35,9 +34,7 @@ class Mxfp4(QuantizedWeight):
     modules = ("GptOssExperts",)
 
     @classmethod
-    def for_encoding(
-        cls, target: str, weight: PlainWeight, options: dict[str, Any]
-    ) -> "Mxfp4 | None":
+    def for_encoding(cls, target: str, weight: PlainWeight, options: Settings) -> "Mxfp4 | None":
         experts, width, out = weight.shape
         if width % fp4.MX_GROUP:
             return None
@@ -46,7 +43,7 @@ class Mxfp4(QuantizedWeight):
         return cls.of((blocks, scales), key=weight.key, dtype=weight.dtype, shape=weight.shape)
 
     @classmethod
-    def config(cls, modules: QuantizedModules) -> dict[str, Any]:
+    def config(cls, modules: QuantizedModules) -> Settings:
         skipped = modules.skipped or ()
         parent = lambda name: name.rpartition(".")[0]
         halves = {*map(parent, modules.packed)} & {*map(parent, skipped)}
@@ -64,10 +61,7 @@ class Mxfp4(QuantizedWeight):
     def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
         if scan.method not in cls.methods:
             return
-        for key, spec in list(scan.tensors.items()):
-            if not key.endswith(BLOCKS):
-                continue
-            name = key.removesuffix(BLOCKS)
+        for name, spec in scan.with_ending(BLOCKS):
             scales = scan.siblings(name, SCALES)
             if scales is None:
                 continue
@@ -76,29 +70,27 @@ class Mxfp4(QuantizedWeight):
             fits = fits and spec.shape[-1] == fp4.MX_GROUP // 2 and spec.shape[:-1] == scale.shape
             problem = f"{spec.dtype} {spec.shape}, scales {scale.dtype} {scale.shape}"
             expected = "U8 (experts, out, blocks, 16), U8 scales without the 16"
-            if scan.check(key, fits, problem, expected):
+            if scan.check(spec.key, fits, problem, expected):
                 scan.check_finite(scale)
                 experts, out, blocks, _ = spec.shape
                 shape = (experts, blocks * fp4.MX_GROUP, out)
                 yield cls.of((spec, scale), key=name, dtype=scan.compute_dtype, shape=shape)
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        blocks, scales = (stored[part.key] for part in self.parts)
+        blocks, scales = self.values(stored)
         return fp4.decode_mxfp4(blocks, scales).transpose(-2, -1).contiguous()
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """As triton_kernels and so transformers quantize: nothing saturates."""
-        blocks, scales = self.parts
-        result = fp4.encode_mxfp4(weight.transpose(-2, -1).contiguous(), rule="up")
-        return {blocks.key: result.codes, scales.key: result.scale}
+        rows = weight.transpose(-2, -1).contiguous()
+        return self.as_parts(*fp4.encode_mxfp4(rows, rule="up"))
 
     def encode_sampled(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
     ) -> dict[str, Tensor]:
-        blocks, scales = (part.key for part in self.parts)
         rows, draws = weight.transpose(-2, -1), draws.by_columns(*weight.shape[-2:])
-        result = fp4.requantize_mxfp4(rows.contiguous(), stored[scales], "up", draws)
-        return {blocks: result.codes, scales: result.scale}
+        _, scales = self.values(stored)
+        return self.as_parts(*fp4.requantize_mxfp4(rows.contiguous(), scales, "up", draws))
 
     @property
     def rows_per_block(self) -> int:

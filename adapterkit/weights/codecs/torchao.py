@@ -13,7 +13,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels.quant.fp8 import decode_fp8
 from adapterkit.kernels.quant.integers import decode_int8, decode_torchao_int4
-from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.codec import QuantizedWeight, Settings
 from adapterkit.weights.scan import CheckpointScan
 
 NAMES = ("qdata", "scale", "zero_point")
@@ -59,7 +59,7 @@ class Torchao(QuantizedWeight):
 
     @classmethod
     def _record(
-        cls, scan: CheckpointScan, key: str, kind: str, description: dict[str, Any]
+        cls, scan: CheckpointScan, key: str, kind: str, description: Settings
     ) -> "Torchao | None":
         start, _, leaf = key.rpartition(".")
         prefix = f"{start}._{leaf}_"
@@ -68,9 +68,7 @@ class Torchao(QuantizedWeight):
         siblings = scan.siblings(prefix, *NAMES[: 3 if has_zeros else 2])
         if siblings is None:
             return None
-        if prefix + "act_pre_scale" in scan.tensors:
-            problem = f"{shown(prefix)}act_pre_scale: a weight scaled for its inputs"
-            scan.errors.add(problem, "weights as the model has them")
+        if scan.is_scaled_for_inputs(prefix + "act_pre_scale"):
             return None
         codes, scale, *zeros = siblings
         data = description.get("_data")
@@ -89,14 +87,12 @@ class Torchao(QuantizedWeight):
         if not scan.check(key, fits, problem, f"{code_dtype}, and a scale for each block"):
             return None
         scan.check_finite(scale, *(zeros if kind == "Int4Tensor" else []))
-        names = (prefix + name for name in ACTIVATION_SCALES)
-        others = (scan.tensors[name] for name in names if name in scan.tensors)
         stated = data.get("dtype")
         dtype = scale.dtype
         if isinstance(stated, dict):
             dtype = DTYPES.get(str(stated.get("_data")), scan.compute_dtype)
         return cls.of(
-            (*siblings, *others),
+            (*siblings, *scan.present(prefix, ACTIVATION_SCALES)),
             key=key,
             dtype=dtype,
             shape=shape,
@@ -106,7 +102,7 @@ class Torchao(QuantizedWeight):
         )
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        codes, scale, *zeros = (stored[part.key] for part in self.parts)
+        codes, scale, *zeros = self.values(stored)
         if self.kind == "Int4Tensor":
             return decode_torchao_int4(codes, scale, zeros[0])
         if self.kind == "Float8Tensor":
@@ -119,7 +115,7 @@ class Torchao(QuantizedWeight):
         return "torchao's files are written by its own tensors"
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
+def _parsed(text: str) -> Settings | None:
     try:
         value = json.loads(text)
     except ValueError:
