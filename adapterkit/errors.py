@@ -97,6 +97,17 @@ def _text(where: str, problems: list[str], expected: str, hint: str) -> str:
     return "\n  ".join(map(_printable, parts))
 
 
+@contextmanager
+def unrecoverable(what: str, *, expected: str, hint: str, where: str = "") -> Iterator[None]:
+    """A kernel's ValueError about the values of `what` becomes `Unrecoverable`."""
+    try:
+        yield
+    except ValueError as error:
+        raise Unrecoverable(
+            f"{shown(what)}: {error}", expected=expected, where=where, hint=hint
+        ) from error
+
+
 class Problems(list[AdapterkitError]):
     """All that is wrong with a request, an input or an output, to be raised together; `where`,
     `hint` and `kind` of those that are added without them."""

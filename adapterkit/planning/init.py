@@ -4,6 +4,7 @@ that the adapter takes."""
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def plan_init(options: Init) -> Plan:
     finalize, warn = None, no_warnings
     if isinstance(method, RedistributingInit):
         tasks = with_candidates(method, tasks)
-        finalize, warn = finalize_by_ratios, warn_of_dropped
+        finalize, warn = partial(finalize_by_ratios, method), warn_of_dropped
     adapter = _adapter(base, tasks, targets, options, method, ADAPTER, implicit)
     adapter = replace(adapter, finalize=finalize)
     rest, files = (), adapter.files(notes)

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
-from adapterkit.errors import AdapterkitError, Damaged, Problems, Unrecoverable, listed, shown
+from adapterkit.errors import Damaged, Problems, listed, unrecoverable
 from adapterkit.inits.eva import distribute
 from adapterkit.inits.protocol import ComputedInit, DrawnInit, Initialization, RedistributingInit
 from adapterkit.kernels.lowrank import algebra
@@ -42,6 +42,11 @@ class InitialFactors(RankedFactors):
     # by kind
     statistics: tuple[tuple[str, TensorSpec], ...] = field(default=(), metadata=READ)
     hands_on: bool = False
+    candidates: int = 0  # components that take part in a redistribution of ranks
+
+    @property
+    def max_rank(self) -> int:
+        return self.candidates or self.rank
 
     @property
     def handoff_writes(self) -> tuple[str, ...]:
@@ -81,6 +86,9 @@ class InitialFactors(RankedFactors):
         metrics: Metrics = {"rank": self.rank, "alpha": self.alpha}
         if self.method.changes_base:
             metrics["taken"] = short(math.sqrt(taken / size)) if size else 0.0
+        if isinstance(self.method, RedistributingInit):
+            variances, variance = statistics["variances"], statistics["variance"]
+            metrics["ratios"] = self.method.ratios(self.candidates, variances, variance)
         handoff = handoff_of(self.name, *tensors.values()) if self.hands_on else {}
         return TaskResult(tensors, metrics, handoff)
 
@@ -114,18 +122,16 @@ class InitialFactors(RankedFactors):
         use."""
         if matrix is None:
             matrix = torch.empty(self.place.out, math.prod(self.place.a_tail), device="meta")
-        try:
-            return method.start(matrix, self.max_rank, self.scale, statistics, generator)
-        except ValueError as error:
-            if not self.statistics:
-                raise
-            keys = ", ".join(shown(spec.key) for _, spec in self.statistics)
-            raise Unrecoverable(
-                f"{keys}: {error}",
-                expected="statistics of this module's inputs and gradients",
-                where=self.statistics[0][1].file,
-                hint="collect them on texts that reach this module, and store them in float32",
-            ) from error
+        start = lambda: method.start(matrix, self.max_rank, self.scale, statistics, generator)
+        if not self.statistics:
+            return start()
+        with unrecoverable(
+            ", ".join(spec.key for _, spec in self.statistics),
+            expected="statistics of this module's inputs and gradients",
+            where=self.statistics[0][1].file,
+            hint="collect them on texts that reach this module, and store them in float32",
+        ):
+            return start()
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
@@ -183,86 +189,54 @@ class ResidualWeight(Task):
 DROPPED = "dropped"  # metric of a module that gets no rank
 
 
-@dataclass(frozen=True)
-class CandidateFactors(InitialFactors):
-    """One module's factors with all components that take part in the redistribution."""
-
-    method: RedistributingInit
-    candidates: int = 0
-
-    @property
-    def max_rank(self) -> int:
-        return self.candidates
-
-    def compute(self, inputs: Reader) -> TaskResult:
-        result = super().compute(inputs)
-        variances, variance = (inputs.tensor(self.specs[k]) for k in ("variances", "variance"))
-        ratios = self.method.ratios(self.candidates, variances, variance)
-        return TaskResult(result.tensors, result.metrics | {"ratios": ratios})
-
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        return dict(self.statistics)
-
-
 def with_candidates(
     method: RedistributingInit, tasks: Sequence[InitialFactors]
-) -> list[CandidateFactors]:
-    """The tasks with as many components as can take part; those that share statistics have the
-    same.
+) -> list[InitialFactors]:
+    """The tasks with as many components as can take part in the redistribution; those that share
+    statistics have the same.
 
     `Refused` or `Damaged` with all modules of which there are not enough components.
     """
-    keys = [dict(task.statistics)["components"].key for task in tasks]
+    statistics = [dict(task.statistics) for task in tasks]
     most = method.candidates(
-        (key, task.rank, task.place.a_tail[0]) for key, task in zip(keys, tasks, strict=True)
+        (specs["components"].key, task.rank, task.place.a_tail[0])
+        for specs, task in zip(statistics, tasks, strict=True)
     )
-    errors = Problems()
-    result = []
-    for key, task in zip(keys, tasks, strict=True):
-        specs, count = dict(task.statistics), most[key]
-        errors += _problems(method, specs["components"], specs["variances"], count, task)
-        own: dict[str, Any] = {field.name: getattr(task, field.name) for field in fields(task)}
-        result.append(CandidateFactors(**own, candidates=count))
+    errors, result = Problems(), []
+    for specs, task in zip(statistics, tasks, strict=True):
+        components, variances = specs["components"], specs["variances"].shape
+        stored, count = components.shape[0], most[components.key]
+        if variances != (stored,):
+            errors.add(
+                f"{specs['variances'].key} has shape {variances} for {stored} components",
+                "one variance for each component",
+                "collect them on this model",
+                where=components.file,
+                kind=Damaged,
+            )
+        if stored < count:
+            errors.append(method.too_few(task.name, task.rank, stored, count, components.file))
+        result.append(replace(task, candidates=count))
     errors.raise_all()
     return result
 
 
-def _problems(
-    method: RedistributingInit,
-    components: TensorSpec,
-    variances: TensorSpec,
-    count: int,
-    task: InitialFactors,
-) -> list[AdapterkitError]:
-    stored, problems = components.shape[0], Problems()
-    if variances.shape != (stored,):
-        problems.append(
-            Damaged(
-                f"{variances.key} has shape {variances.shape} for {stored} components",
-                expected="one variance for each component",
-                where=components.file,
-                hint="collect them on this model",
-            )
-        )
-    if stored < count:
-        where = components.file
-        problems.append(method.too_few(task.name, task.rank, stored, count, where))
-    return problems
-
-
-def finalize_by_ratios(tasks: Sequence[Task]) -> Finalize:
+def finalize_by_ratios(method: RedistributingInit, tasks: Sequence[Task]) -> Finalize:
     """Give each module its rank once the ratios of all are known."""
-    return partial(_redistribute, [cast(CandidateFactors, task) for task in tasks])
+    return partial(_redistribute, method, [cast(InitialFactors, task) for task in tasks])
 
 
-def _redistribute(tasks: Sequence[CandidateFactors], metrics: list[Metrics]) -> list[Change]:
+def _redistribute(
+    method: RedistributingInit, tasks: Sequence[InitialFactors], metrics: list[Metrics]
+) -> list[Change]:
     budget = sum(task.rank for task in tasks)
     ranks = distribute([metric["ratios"] for metric in metrics], budget)
-    return [partial(_cut, task, rank) for task, rank in zip(tasks, ranks, strict=True)]
+    return [partial(_cut, method, task, rank) for task, rank in zip(tasks, ranks, strict=True)]
 
 
-def _cut(task: CandidateFactors, rank: int, result: TaskResult) -> TaskResult:
+def _cut(
+    method: RedistributingInit, task: InitialFactors, rank: int, result: TaskResult
+) -> TaskResult:
     """The first `rank` components; nothing for a module without a rank."""
     if not rank:
         return TaskResult({}, {DROPPED: True})
@@ -270,7 +244,7 @@ def _cut(task: CandidateFactors, rank: int, result: TaskResult) -> TaskResult:
     ratios = result.metrics["ratios"]
     metrics = {
         "rank": rank,
-        "alpha": task.method.new_alpha(task.alpha, task.rank, rank),
+        "alpha": method.new_alpha(task.alpha, task.rank, rank),
         "explained": short(sum(ratios[:rank])),
     }
     tensors = {task.place.a_key: a[:rank].contiguous(), task.place.b_key: b[:, :rank].contiguous()}

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import Header, TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import Damaged, Problems, Unrecoverable, shown
+from adapterkit.errors import Damaged, Problems, shown, unrecoverable
 from adapterkit.kernels.lowrank import weighted
 from adapterkit.weights.reader import Reader
 
@@ -156,18 +156,14 @@ def read_covariance(inputs: Reader, covariance: TensorSpec) -> Tensor:
     return value
 
 
-@contextmanager
-def covariance_errors(*covariances: TensorSpec) -> Iterator[None]:
+def covariance_errors(*covariances: TensorSpec) -> AbstractContextManager[None]:
     """A ValueError inside is one of these covariances of one module: `Unrecoverable`."""
-    try:
-        yield
-    except ValueError as error:
-        raise Unrecoverable(
-            f"{shown(covariances[0].key)}: {error}",
-            expected="a covariance E[x xᵀ]",
-            where=", ".join(dict.fromkeys(one.file for one in covariances)),
-            hint="collect it on texts that reach this module, and store it in float32",
-        ) from error
+    return unrecoverable(
+        covariances[0].key,
+        expected="a covariance E[x xᵀ]",
+        where=", ".join(dict.fromkeys(one.file for one in covariances)),
+        hint="collect it on texts that reach this module, and store it in float32",
+    )
 
 
 def root_memory(*covariances: TensorSpec | None) -> int:

@@ -54,6 +54,12 @@ class QuantizedWeight(TensorSpec):
         return cls(parts=parts, file=codes.file, **fields)
 
     @classmethod
+    def encoding(cls, weight: "PlainWeight", parts: Iterable[TensorSpec], **fields: Any) -> Self:
+        """The record of a weight that is to be quantized into these tensors."""
+        own = {"key": weight.key, "dtype": weight.dtype, "shape": weight.shape}
+        return cls.of(parts, **own | fields)
+
+    @classmethod
     def find(cls, scan: "CheckpointScan") -> Iterator["QuantizedWeight"]:
         """The weights of this format in a checkpoint; what is wrong with some of them joins
         `scan.errors`."""
@@ -234,6 +240,27 @@ def decode_checked(
             hint=hint,
         )
     return value
+
+
+def pair_in(value: object) -> tuple[int, int] | None:
+    """Two sizes in a config, both above 0; None where it has something else."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return None
+    first, second = value
+    both = type(first) is type(second) is int and first > 0 and second > 0
+    return (first, second) if both else None
+
+
+def blocks_in(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """How many blocks with one scale a matrix has, down and across; the last may be short."""
+    return tuple(math.ceil(n / size) for n, size in zip(shape, block, strict=True))
+
+
+def shapes_of_scales(grid: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes in which the scales of so many blocks may be stored."""
+    if grid == (1, 1):
+        return [grid, (), (1,)]
+    return [grid, grid[:1]] if grid[1] == 1 else [grid]
 
 
 def check_block_size(size: int, known: Sequence[int]) -> None:

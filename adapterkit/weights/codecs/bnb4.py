@@ -5,9 +5,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
-from adapterkit.errors import Unrecoverable, shown
+from adapterkit.errors import shown, unrecoverable
 from adapterkit.kernels.quant import blockwise
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
@@ -26,6 +26,7 @@ from adapterkit.weights.codec import (
     QuantizedWeight,
     Settings,
     check_block_size,
+    pair_in,
 )
 from adapterkit.weights.scan import CheckpointScan
 
@@ -75,9 +76,9 @@ class Bnb4(QuantizedWeight):
             nested = math.ceil(blocks / blockwise.NESTED)
             parts.append(weight.part(".nested_absmax", "F32", (nested,)))
             parts.append(weight.part(".nested_quant_map", "F32", (256,)))
-        record = cls.of(
+        record = cls.encoding(
+            weight,
             parts,
-            key=weight.key,
             dtype="F32" if weight.upcast else weight.dtype,
             shape=weight.model_shape,
             kind=kind,
@@ -90,11 +91,13 @@ class Bnb4(QuantizedWeight):
 
     @classmethod
     def config(cls, modules: QuantizedModules) -> Settings:
-        weights: list[Any] = list(modules.packed.values())
+        weights = list(modules.packed.values())
+        first = weights[0]
+        assert isinstance(first, Bnb4)
         settings = {
             "load_in_4bit": True,
-            "bnb_4bit_quant_type": weights[0].kind,
-            "bnb_4bit_use_double_quant": weights[0].double,
+            "bnb_4bit_quant_type": first.kind,
+            "bnb_4bit_use_double_quant": first.double,
         }
         dtype = Counter(weight.dtype for weight in weights).most_common(1)[0][0]
         settings["bnb_4bit_compute_dtype"] = dtypes.CONFIG_NAME[dtype]
@@ -352,17 +355,14 @@ class Bnb4(QuantizedWeight):
         return json.dumps(state).encode()
 
 
-def _header_name(dtype: Any) -> str | None:
+def _header_name(dtype: object) -> str | None:
     return dtypes.HEADER_NAME.get(str(dtype).removeprefix("torch."))
 
 
 def _is_valid(state: Settings, kind: str) -> bool:
     """Whether bitsandbytes writes such a state."""
-    shape: Any = state.get("shape")
     block = state.get("blocksize")
-    valid = isinstance(shape, list) and len(shape) == 2
-    valid = valid and all(type(n) is int and n > 0 for n in shape)
-    valid = valid and state.get("quant_type") == kind
+    valid = pair_in(state.get("shape")) is not None and state.get("quant_type") == kind
     valid = valid and _header_name(state.get("dtype")) in dtypes.FLOATS
     valid = valid and type(block) is int and block in blockwise.BLOCKS
     if "nested_offset" in state:
@@ -422,17 +422,10 @@ def bitsandbytes_config(settings: Settings, skipped: list[str] | None) -> Settin
     } | settings
 
 
-@contextmanager
-def naming(key: str) -> Iterator[None]:
-    """Turn a kernel's error about values into `Unrecoverable` with the weight's name."""
-    try:
-        yield
-    except ValueError as error:
-        raise Unrecoverable(
-            f"{shown(key)}: {error}",
-            expected="values that the format can hold",
-            hint="keep it as floats with --skip, or choose another format",
-        ) from error
+def naming(key: str) -> AbstractContextManager[None]:
+    """A kernel's error about values names the weight."""
+    hint = "keep it as floats with --skip, or choose another format"
+    return unrecoverable(key, expected="values that the format can hold", hint=hint)
 
 
 def _as_tensor(text: bytes) -> Tensor:

@@ -37,13 +37,8 @@ class Bnb8(QuantizedWeight):
             weight.sibling("SCB", "F32", weight.shape[:1]),
             weight.sibling("weight_format", "U8", ()),
         )
-        return cls.of(
-            parts,
-            key=weight.key,
-            dtype=weight.dtype,
-            shape=weight.model_shape,
-            transposed=weight.transposed,
-        )
+        shape, transposed = weight.model_shape, weight.transposed
+        return cls.encoding(weight, parts, shape=shape, transposed=transposed)
 
     @classmethod
     def config(cls, modules: QuantizedModules) -> Settings:

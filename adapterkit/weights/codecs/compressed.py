@@ -29,6 +29,7 @@ from adapterkit.weights.codec import (
     QuantizedModules,
     QuantizedWeight,
     Settings,
+    blocks_in,
     check_block_size,
 )
 from adapterkit.weights.codecs.compressed_layout import (
@@ -88,17 +89,8 @@ class Compressed(QuantizedWeight):
                 weight.sibling(SCALE, weight.dtype, (out, width // size)),
                 weight.sibling(SHAPE, "I64", (2,)),
             )
-        return cls.of(
-            parts,
-            key=weight.key,
-            dtype=weight.dtype,
-            shape=weight.shape,
-            kind=kind,
-            bits=bits,
-            block=(1, size),
-            symmetric=True,
-            indexed=False,
-        )
+        layout = {"kind": kind, "bits": bits, "block": (1, size)}
+        return cls.encoding(weight, parts, **layout, symmetric=True, indexed=False)
 
     @classmethod
     def config(cls, modules: QuantizedModules) -> Settings:
@@ -260,9 +252,7 @@ class Compressed(QuantizedWeight):
         return self.shape[0], self.shape[1]
 
     def _by_block(self, scale: Tensor) -> Tensor:
-        return scale.view(
-            [math.ceil(n / size) for n, size in zip(self.shape, self.block, strict=True)]
-        )
+        return scale.view(blocks_in(self.shape, self.block))
 
     def _divisor(self, stored: dict[str, Tensor]) -> fp4.TensorScale:
         divisor = stored[self.key.removesuffix("weight") + GLOBAL_SCALE]

@@ -13,7 +13,7 @@ from adapterkit.kernels.quant import fp4
 from adapterkit.kernels.quant.integers import are_groups
 from adapterkit.patterns import matcher
 from adapterkit.records import ANYTHING, TEXT, also, entries, list_of, table_of
-from adapterkit.weights.codec import Settings
+from adapterkit.weights.codec import Settings, blocks_in, pair_in, shapes_of_scales
 from adapterkit.weights.scan import CheckpointScan
 
 FORMATS = {  # of the config: kinds of codes
@@ -217,8 +217,8 @@ class StoredModule:
 
     def _block(self, weights: Scheme, shape: tuple[int, ...], kind: str) -> tuple[int, int] | None:
         """The rows and columns of the weight with one scale."""
-        size: Any = weights.get("group_size")
-        structure: Any = weights.get("block_structure")
+        size = weights.get("group_size")
+        structure = pair_in(weights.get("block_structure"))
         default = "tensor" if size is None else "channel" if size == -1 else "group"
         strategy = weights.get("strategy") or default
         blocks = {"tensor": (shape[0], shape[1]), "channel": (1, shape[1])}
@@ -226,26 +226,20 @@ class StoredModule:
         if strategy in ("group", "tensor_group") and type(size) is int and size > 0:
             fits = shape[1] % size == 0
             blocks[strategy] = (1, size)
-        pair = isinstance(structure, list) and len(structure) == 2
-        if strategy == "block" and pair and all(type(n) is int and n > 0 for n in structure):
+        if strategy == "block" and structure is not None:
             fits = kind == "fp8"
-            blocks[strategy] = (structure[0], structure[1])
+            blocks[strategy] = structure
         block = blocks.get(strategy)
         fits = fits and block is not None and (kind not in GROUPS or block == (1, GROUPS[kind]))
         problem = f"{shape}, strategy {shown(strategy)}, group_size {shown(size)}, "
-        problem += f"block_structure {shown(structure)}"
+        problem += f"block_structure {shown(weights.get('block_structure'))}"
         return block if self._check(fits, problem, "groups that divide the weight") else None
 
     def _scales_fit(self, kind: str, shape: tuple[int, ...], block: tuple[int, int]) -> bool:
-        grid = tuple(math.ceil(n / size) for n, size in zip(shape, block, strict=True))
-        scale, shapes = self.scale, [grid]
-        if grid == (1, 1):
-            shapes += [(), (1,)]
-        elif grid[1] == 1:
-            shapes += [grid[:1]]
+        grid, scale = blocks_in(shape, block), self.scale
         known = SCALE_DTYPES.get(kind, ("BF16", "F16", "F32"))
         problem = f"{scale.dtype} scales {scale.shape} for a weight {shape} in blocks {block}"
-        fits = scale.shape in shapes and scale.dtype in known
+        fits = scale.shape in shapes_of_scales(grid) and scale.dtype in known
         return self._check(fits, problem, f"{' or '.join(known)} {grid}")
 
     def _global_scale(self, kind: str) -> list[TensorSpec] | None:

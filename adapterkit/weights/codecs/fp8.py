@@ -13,7 +13,14 @@ from adapterkit.errors import shown
 from adapterkit.kernels.quant import fp8
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight, Settings
+from adapterkit.weights.codec import (
+    PlainWeight,
+    QuantizedModules,
+    QuantizedWeight,
+    Settings,
+    blocks_in,
+    pair_in,
+)
 from adapterkit.weights.scan import CheckpointScan
 
 CODES = ("F8_E4M3", "F8_E5M2")
@@ -43,14 +50,7 @@ class Fp8(QuantizedWeight):
             return None  # transformers leaves it as it is
         codes = weight.part("", "F8_E4M3", weight.shape)
         scale = weight.part(SCALE, "F32", (out // BLOCK[0], width // BLOCK[1]))
-        return cls.of(
-            (codes, scale),
-            key=weight.key,
-            dtype=weight.dtype,
-            shape=weight.shape,
-            block=BLOCK,
-            power=False,
-        )
+        return cls.encoding(weight, (codes, scale), block=BLOCK, power=False)
 
     @classmethod
     def replaces(cls, name: str, module: nn.Module) -> bool:
@@ -143,18 +143,14 @@ class Fp8(QuantizedWeight):
 def _block(scan: CheckpointScan, spec: TensorSpec, scale: TensorSpec) -> tuple[int, int] | None:
     """The rows and columns with one scale; None, with an error, if the shapes do not fit."""
     one = math.prod(scale.shape) == 1
-    block = scan.settings.get("weight_block_size") or (spec.shape[-2:] if one else BLOCK)
-    fits = len(spec.shape) >= 2 and isinstance(block, list | tuple) and len(block) == 2
-    fits = fits and all(type(n) is int and n > 0 for n in block)
-    if fits:
-        sizes = zip(spec.shape[-2:], block, strict=True)
-        grid = (*spec.shape[:-2], *(math.ceil(n / size) for n, size in sizes))
-        fits = one or scale.shape == grid
-    fits = fits and scale.dtype in (*dtypes.FLOATS, *POWERS)
-    problem = f"{spec.dtype} {spec.shape}, scales {scale.dtype} {scale.shape}, blocks {block}"
-    if not scan.check(spec.key, fits, problem, "a scale for each block"):
-        return None
-    return block[0], block[1]
+    stated = scan.settings.get("weight_block_size") or (spec.shape[-2:] if one else BLOCK)
+    block = pair_in(stated) if len(spec.shape) >= 2 else None
+    fits = scale.dtype in (*dtypes.FLOATS, *POWERS)
+    if block is not None and not one:
+        fits = fits and scale.shape == (*spec.shape[:-2], *blocks_in(spec.shape[-2:], block))
+    problem = f"{spec.dtype} {spec.shape}, scales {scale.dtype} {scale.shape}, blocks {stated}"
+    fits = scan.check(spec.key, fits and block is not None, problem, "a scale for each block")
+    return block if fits else None
 
 
 def _note_missing_scale(scan: CheckpointScan, key: str) -> None:

@@ -40,7 +40,7 @@ class Mxfp4(QuantizedWeight):
             return None
         scales = weight.part(SCALES, "U8", (experts, out, width // fp4.MX_GROUP))
         blocks = weight.part(BLOCKS, "U8", (*scales.shape, fp4.MX_GROUP // 2))
-        return cls.of((blocks, scales), key=weight.key, dtype=weight.dtype, shape=weight.shape)
+        return cls.encoding(weight, (blocks, scales))
 
     @classmethod
     def config(cls, modules: QuantizedModules) -> Settings:

@@ -2,10 +2,8 @@
 only."""
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels.quant.fp8 import decode_fp8
 from adapterkit.kernels.quant.integers import decode_int8, decode_torchao_int4
-from adapterkit.weights.codec import QuantizedWeight, Settings
+from adapterkit.weights.codec import QuantizedWeight, Settings, blocks_in, pair_in, shapes_of_scales
 from adapterkit.weights.scan import CheckpointScan
 
 NAMES = ("qdata", "scale", "zero_point")
@@ -78,13 +76,12 @@ class Torchao(QuantizedWeight):
         shape = codes.shape
         if fits and kind == "Int4Tensor":
             shape = (codes.shape[0], 2 * codes.shape[1])
-        block: Any = data.get("block_size")
-        sizes = isinstance(block, list) and len(block) == 2
-        sizes = sizes and all(type(n) is int and n > 0 for n in block)
-        fits = fits and sizes and _scales_fit(kind, shape, block, scale, zeros)
+        block = pair_in(data.get("block_size"))
+        fits = fits and block is not None and _scales_fit(kind, shape, block, scale, zeros)
         problem = f"{kind} {codes.dtype} {codes.shape}, scales {scale.dtype} {scale.shape}, "
-        problem += f"block_size {shown(block)}"
-        if not scan.check(key, fits, problem, f"{code_dtype}, and a scale for each block"):
+        problem += f"block_size {shown(data.get('block_size'))}"
+        expected = f"{code_dtype}, and a scale for each block"
+        if not scan.check(key, fits, problem, expected) or block is None:
             return None
         scan.check_finite(scale, *(zeros if kind == "Int4Tensor" else []))
         stated = data.get("dtype")
@@ -97,7 +94,7 @@ class Torchao(QuantizedWeight):
             dtype=dtype,
             shape=shape,
             kind=kind,
-            block=(block[0], block[1]),
+            block=block,
             has_zeros=has_zeros,
         )
 
@@ -106,8 +103,7 @@ class Torchao(QuantizedWeight):
         if self.kind == "Int4Tensor":
             return decode_torchao_int4(codes, scale, zeros[0])
         if self.kind == "Float8Tensor":
-            grid = [math.ceil(n / size) for n, size in zip(self.shape, self.block, strict=True)]
-            return decode_fp8(codes, scale.view(grid), self.block)
+            return decode_fp8(codes, scale.view(blocks_in(self.shape, self.block)), self.block)
         return decode_int8(codes, scale, zeros[0] if self.has_zeros else None)
 
     @property
@@ -124,7 +120,11 @@ def _parsed(text: str) -> Settings | None:
 
 
 def _scales_fit(
-    kind: str, shape: tuple[int, ...], block: list[int], scale: TensorSpec, zeros: list[TensorSpec]
+    kind: str,
+    shape: tuple[int, ...],
+    block: tuple[int, int],
+    scale: TensorSpec,
+    zeros: list[TensorSpec],
 ) -> bool:
     """Whether there is a scale for each block, and as many zeros if there are any."""
     if any(n % size for n, size in zip(shape, block, strict=True)):
@@ -137,10 +137,5 @@ def _scales_fit(
         )
     if kind != "Float8Tensor" and not (rows == shape[0] or rows == columns == 1):
         return False
-    shapes: list[tuple[int, ...]] = [(rows, columns)]
-    if rows == columns == 1:
-        shapes += [(), (1,)]
-    elif columns == 1:
-        shapes += [(rows,)]
-    fits = scale.shape in shapes
+    fits = scale.shape in shapes_of_scales((rows, columns))
     return fits and all(zero.dtype == "I8" and zero.shape == scale.shape for zero in zeros)
