@@ -79,7 +79,7 @@ def write(
             else architecture_of(base, form.names.architectures, form.title)
         )
     name, modules, words = _placed(contents, form, architecture, base)
-    Problems(_homeless(modules, form, name)).raise_all()
+    _check_components(modules, form, name)
     modules = with_widths(modules, form, [name] if name else contents.architectures)
     reader, is_own = PlanReader(contents.folders), contents.format == form.name
     modules, notes = without_heads(modules, form, base, reader)
@@ -89,11 +89,11 @@ def write(
         same = uniform([module for module, _ in whole])
         whole = [(module, key) for module, (_, key) in zip(same, whole, strict=True)]
     own, folded, declared = place_scales(whole, form, is_own=is_own)
-    settings = settings_of(form, [module for module, _ in own], contents.config)
+    final = [module for module, _ in own]
+    settings = settings_of(form, final, contents.config)
     tensors = [t for module, key in own for t in _tensors(module, key, form, dtype, is_own)]
-    values = base_words(contents.facts.get("base"))
-    values |= {**contents.facts, "architecture": name, **numbers([module for module, _ in own])}
-    values |= words
+    values = base_words(contents.facts.get("base")) | {**contents.facts, "architecture": name}
+    values |= numbers(final) | words
     if form.scale.place == "shared":
         values, declared = values | declared, {}
     metadata = filled(form.metadata.write, values)
@@ -108,7 +108,7 @@ def write(
     metadata |= declared
     if form.file.container == "safetensors":
         tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
-    final, notes = [module for module, _ in own], [*notes, *([form.note] if form.note else [])]
+    notes = [*notes, *([form.note] if form.note else [])]
     notes += _perhaps_absent(modules, form, namings) if base is None else []
     if declared:
         notes.append(
@@ -139,26 +139,18 @@ def _perhaps_absent(modules: Modules, form: Format, namings: Mapping[str, str]) 
     return notes
 
 
-def _activated(contents: Contents, form: Format) -> list[AdapterkitError]:
-    """The refusal of an activated LoRA where the format holds no invocation."""
-    if not contents.facts.get("invocation") or "{invocation}" in form.metadata.write.values():
-        return []
-    return [
-        Refused(
-            "this is an activated LoRA, which acts on the tokens after its invocation only",
-            expected=f"one that acts on all: {form.title} holds no invocation",
-            where=contents.folders[0].label,
-            hint=OTHER_FORMAT,
-        )
-    ]
-
-
 def unsupported(
     contents: Contents, form: Format, otherwise: str = OTHER_FORMAT
 ) -> list[AdapterkitError]:
-    """Refusals of kinds and roles that the format has no keys for; `otherwise`: the hint where no
-    option helps."""
-    errors = _activated(contents, form)
+    """Refusals of kinds and roles that the format has no keys for, and of an invocation that it
+    does not hold; `otherwise`: the hint where no option helps."""
+    errors = Problems(where=contents.folders[0].label if contents.folders else "")
+    if contents.facts.get("invocation") and "{invocation}" not in form.metadata.write.values():
+        errors.add(
+            "this is an activated LoRA, which acts on the tokens after its invocation only",
+            f"one that acts on all: {form.title} holds no invocation",
+            OTHER_FORMAT,
+        )
     absent: dict[str, list[AdapterModule]] = {}
     for module in contents.modules:
         kind = word_of(module, form)
@@ -166,14 +158,11 @@ def unsupported(
             name = f"{what} of {kind}" if what in module.parts else what
             absent.setdefault(name, []).append(module)
     for what, modules in absent.items():
-        errors.append(
-            Refused(
-                f"{form.title} cannot hold {what}, in {len(modules)} modules: "
-                f"{listed([m.path for m in modules])}",
-                expected=f"what {form.title} holds: {', '.join(form.kinds)}",
-                where=contents.folders[0].label if contents.folders else "",
-                hint=ways_out(modules, form, contents, otherwise),
-            )
+        errors.add(
+            f"{form.title} cannot hold {what}, in {len(modules)} modules: "
+            f"{listed([m.path for m in modules])}",
+            f"what {form.title} holds: {', '.join(form.kinds)}",
+            ways_out(modules, form, contents, otherwise),
         )
     return errors
 
@@ -285,52 +274,32 @@ def _keys(
     return keys
 
 
-def _homeless(modules: Modules, form: Format, architecture: str | None) -> list[AdapterkitError]:
-    """Refusals of components that the format has no keys for."""
+def _check_components(modules: Modules, form: Format, architecture: str | None) -> None:
+    """`Refused` for components that the format has no keys for, or names alike."""
     components = form.components(architecture)
-    if not components:
-        several = {m.component for m in modules}
-        if len(several) <= 1:
-            return []
-        return [
-            Refused(
-                f"the adapter has components {listed(sorted(several))}",
-                expected=f"one: {form.title} is for a single model",
-                where="--to",
-                hint="adapterkit convert --prefix-only COMPONENT takes one of them",
-            )
-        ]
-    used = sorted({m.component for m in modules})
-    names = {
-        name: f"component {shown(name)}" if name else "modules of no component" for name in used
-    }
-    errors = Problems(
-        [
-            Refused(
-                f"the adapter has {names[name]}",
-                expected=f"{', '.join(components)}, which {form.title} holds",
-                where="--to",
-                hint="give --prefix-only to convert the other part alone",
-            )
-            for name in used
-            if name not in components
-        ]
-    )
+    used = sorted({module.component for module in modules})
+    errors = Problems(where="--to", hint="give --prefix-only COMPONENT, one after the other")
+    if not components and len(used) > 1:
+        errors.add(
+            f"the adapter has components {listed(used)}",
+            f"one: {form.title} is for a single model",
+            "adapterkit convert --prefix-only COMPONENT takes one of them",
+        )
     homes: dict[str, list[str]] = {}
-    for name in used:
+    for name in used if components else ():
         if name in components:
             homes.setdefault(components[name][0], []).append(name)
-    errors += [
-        Refused(
-            f"the adapter has components {listed(names)}",
-            expected=f"one of them: {form.title} names their modules alike",
-            where="--to",
-            hint="give --prefix-only COMPONENT, one after the other",
+            continue
+        errors.add(
+            f"the adapter has {f'component {shown(name)}' if name else 'modules of no component'}",
+            f"{', '.join(components)}, which {form.title} holds",
+            "give --prefix-only to convert the other part alone",
         )
-        for names in homes.values()
-        if len(names) > 1
-    ]
-    return errors
+    for names in homes.values():
+        if len(names) > 1:
+            problem = f"the adapter has components {listed(names)}"
+            errors.add(problem, f"one of them: {form.title} names their modules alike")
+    errors.raise_all()
 
 
 def _fused(
@@ -346,11 +315,9 @@ def _fused(
     components = form.components(architecture)
     prefix = lambda module: components.get(module.component, ("",))[0]
     if architecture is None:
-        Problems([error for module in modules for error in norm_problems([module])]).raise_all()
+        Problems(error for module in modules for error in norm_problems([module])).raise_all()
         return [(m, prefix(m) + in_style(m.name, form.names.style)) for m in modules]
-    groups: dict[tuple[str, str, str], dict[int, AdapterModule]] = {}
-    fusions: dict[tuple[str, str, str], Fusion] = {}
-    stacks: set[tuple[str, str, str]] = set()
+    groups: dict[tuple[str, str, str], _Group] = {}
     lacking, tied = [], []
     plain: list[tuple[AdapterModule, str]] = []
     for module in modules:
@@ -358,49 +325,52 @@ def _fused(
         names = names_of(architecture, module.component, naming, form.names.style)
         named = names.named(module.name)
         if named is None and form.names.unlisted:
-            named_so = [one.search(module.name) for one in form.names.absent]
             plain.append((module, prefix(module) + module.name))
-            lacking += [module.path] if any(named_so) else []
+            if any(one.search(module.name) for one in form.names.absent):
+                lacking.append(module.path)
             continue
         if named is None or not named[1]:
             lacking.append(module.path)
             continue
         match, text = named
-        part = 0 if naming == MODEL else match.part
-        key = (module.component, text, module.kind)
+        rule, part = match.rule, match.part
+        if naming == MODEL:
+            rule, part = replace(rule, model=(rule.model[part],), rows=()), 0
         place = names.stacked(match.rule)
         if place is not None:
             part = int(dict(match.values)[place])
-            stacks.add(key)
-        groups.setdefault(key, {})[part] = module
-        rule = (
-            replace(match.rule, model=(match.rule.model[match.part],), rows=())
-            if (naming == MODEL)
-            else match.rule
-        )
-        fusions[key] = Fusion(rule, naming, heads)
+        key = (module.component, text, module.kind)
+        own = groups.setdefault(key, _Group(Fusion(rule, naming, heads), place is not None))
+        own.members[part] = module
         if match.rule.untied and base is not None and base.tied:
             tied.append(module.path)
     errors = _unnamed(form, architecture, tied, lacking)
     whole = []
-    for (component, text, kind), members in groups.items():
-        try:
-            if (component, text, kind) in stacks:
-                height = base.experts if base is not None and base.experts else max(members) + 1
-                module = stack(members, height, text)
-            else:
-                module = fuse(members, text, fusions[component, text, kind], reader)
-        except AdapterkitError as error:
-            errors.append(error)
-            continue
-        whole.append((replace(module, name=text), prefix(module) + text))
-    Problems(errors).raise_all()
+    for (_, text, _), group in groups.items():
+        with errors.collected():
+            module = group.whole(text, base, reader)
+            whole.append((replace(module, name=text), prefix(module) + text))
+    errors.raise_all()
     return whole + plain
 
 
-def _unnamed(
-    form: Format, architecture: str, tied: list[str], lacking: list[str]
-) -> list[AdapterkitError]:
+@dataclass(frozen=True)
+class _Group:
+    """Modules of the model that are one of the file."""
+
+    fusion: Fusion
+    is_stack: bool
+    members: dict[int, AdapterModule] = field(default_factory=dict)  # by their places
+
+    def whole(self, name: str, base: BaseFacts | None, reader: PlanReader) -> AdapterModule:
+        """The file's module of that name."""
+        if not self.is_stack:
+            return fuse(self.members, name, self.fusion, reader)
+        height = base.experts if base is not None and base.experts else max(self.members) + 1
+        return stack(self.members, height, name)
+
+
+def _unnamed(form: Format, architecture: str, tied: list[str], lacking: list[str]) -> Problems:
     """Refusals of modules that the format cannot name."""
     errors = Problems()
     if tied:

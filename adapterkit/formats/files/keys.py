@@ -38,7 +38,7 @@ class Raw:
 
 
 def raws_of(
-    form: Format, container: Container, candidates: Sequence[str], errors: Problems, where: str
+    form: Format, container: Container, candidates: Sequence[str], errors: Problems
 ) -> list[Raw]:
     """The tensors of the file by module and kind; keys without a role join the errors."""
     prefixes = _prefixes(form, candidates)
@@ -59,18 +59,19 @@ def raws_of(
             f"{len(unknown)} keys are no part of {form.title}: {listed(sorted(unknown))}",
             "keys with a role, each of them",
             "adapterkit convert --list tells what each format holds",
-            where=where,
         )
     if twice:
-        errors.add(
-            f"{listed(twice)} and other keys have the same role",
-            "each once",
-            "remove one of them",
-            where=where,
-        )
-    raws = []
-    for (prefix, head), tensors in heads.items():
-        raws += _kinds(prefix, head, tensors, errors, where)
+        problem = f"{listed(twice)} and other keys have the same role"
+        errors.add(problem, "each once", "remove one of them")
+    raws = [raw for place, own in heads.items() for raw in _kinds(*place, own, errors)]
+    for spec, role in ((spec, role) for raw in raws for role, spec in raw.roles.items()):
+        numbers = dtypes.FLOATS + INTEGERS if role in (ALPHA, SHAPE) else dtypes.FLOATS
+        if spec.dtype not in numbers or 0 in spec.shape or len(spec.shape) < axes_at_least(role):
+            errors.add(
+                f"{shown(spec.key)} is {spec.dtype} {spec.shape}",
+                "F32, F16, BF16 or F64, with axes, and not empty",
+                "save it as floats, gathered from all shards",
+            )
     return raws
 
 
@@ -126,7 +127,6 @@ def _kinds(
     head: str,
     tensors: Mapping[str, tuple[TensorSpec, dict[str, str]]],
     errors: Problems,
-    where: str,
 ) -> list[Raw]:
     """The deltas of one module; a key that several kinds have goes to the one that others tell."""
     kinds = {kind for _, roles in tensors.values() for kind in roles}
@@ -149,21 +149,6 @@ def _kinds(
             used |= {spec.key for spec in own.values()}
     missing = sorted(spec.key for spec, _ in tensors.values() if spec.key not in used)
     if missing:
-        errors.add(
-            f"{shown(head)} has {listed(missing)} alone",
-            "all tensors of a module: both factors",
-            "save the adapter again",
-            where=where,
-        )
-    for raw in raws:
-        for role, spec in raw.roles.items():
-            numbers = dtypes.FLOATS + INTEGERS if role in (ALPHA, SHAPE) else dtypes.FLOATS
-            too_few = len(spec.shape) < axes_at_least(role)
-            if spec.dtype not in numbers or 0 in spec.shape or too_few:
-                errors.add(
-                    f"{shown(spec.key)} is {spec.dtype} {spec.shape}",
-                    "F32, F16, BF16 or F64, with axes, and not empty",
-                    "save it as floats, gathered from all shards",
-                    where=where,
-                )
+        problem = f"{shown(head)} has {listed(missing)} alone"
+        errors.add(problem, "all tensors of a module: both factors", "save the adapter again")
     return raws

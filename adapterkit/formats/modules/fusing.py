@@ -146,8 +146,7 @@ def fuse(
     hint = _way_out(members)
     sets = fusion.rows(_fused_rows(modules, shares, hint), first)
     places = [sets[place] for place in sorted(modules)]
-    _same_roles(members, name, hint)
-    _same_inputs(members, name)
+    _check_alike(members, name, hint)
     scale = common_scale(members)
     usual = next((m for m in members if m.scale == scale), first)
     ratios = [_ratio(member.scale, scale) for member in members]
@@ -163,14 +162,24 @@ def fuse(
         if role in products.values():
             parts[role] = joined([values[group[0]] for group in groups])
         elif role in units and len(members) < len(sets) and role in UNKNOWN:
-            raise _missing(role, members, name, hint)
+            raise Refused(
+                f"there is {role} of {', '.join(shown(m.path) for m in members)} alone",
+                expected=f"{role} of all modules that {shown(name)} is in the file",
+                where=first.path,
+                hint=hint,
+            )
         elif role in products and len(groups) > 1:
             parts[role] = _diagonal(values, places, groups, out)
         elif role in units:
             own = [_of_unit(rows, units[role], first, hint) for rows in places]
             parts[role] = _placed(values, own, out // units[role])
         elif not are_equal(values, reader):
-            raise _different(role, members, name, hint)
+            raise Refused(
+                f"{role} is not the same in {', '.join(shown(m.path) for m in members)}",
+                expected=f"one for all, as {shown(name)} is one module of the file",
+                where=first.path,
+                hint=hint,
+            )
         else:
             parts[role] = values[0]
     rank = sum(members[group[0]].rank for group in groups)
@@ -363,46 +372,19 @@ def _stored_row(spec: TensorSpec, row: int) -> TensorSpec:
     return stored_rows(spec, spec.shape, range(row, row + 1)).spec
 
 
-def _same_roles(members: Modules, name: str, hint: str) -> None:
-    kinds = {(module.kind, *sorted(module.parts)) for module in members}
-    if len(kinds) > 1:
-        raise Refused(
-            "; ".join(f"{shown(m.path)}: {m.kind} {'/'.join(sorted(m.parts))}" for m in members),
-            expected=f"the same of all, for the one module {shown(name)} of the file",
-            where=members[0].path,
-            hint=hint,
-        )
-
-
-def _same_inputs(members: Modules, name: str) -> None:
-    """`Refused` where parts have other inputs, of which one module cannot be."""
-    shapes = {member.path: member.parts["a"].shape[1:] for member in members if "a" in member.parts}
-    if len(set(shapes.values())) > 1:
-        sizes = ", ".join(f"{shown(path)} {shape}" for path, shape in shapes.items())
-        raise Refused(
-            f"these modules have inputs of {sizes}",
-            expected=f"the same of all, for the one module {shown(name)} of the file",
-            where=members[0].path,
-            hint="save the adapter again",
-        )
-
-
-def _missing(role: str, members: Modules, name: str, hint: str) -> Refused:
-    return Refused(
-        f"there is {role} of {', '.join(shown(m.path) for m in members)} alone",
-        expected=f"{role} of all modules that {shown(name)} is in the file",
-        where=members[0].path,
-        hint=hint,
-    )
-
-
-def _different(role: str, members: Modules, name: str, hint: str) -> Refused:
-    return Refused(
-        f"{role} is not the same in {', '.join(shown(m.path) for m in members)}",
-        expected=f"one for all, as {shown(name)} is one module of the file",
-        where=members[0].path,
-        hint=hint,
-    )
+def _check_alike(members: Modules, name: str, hint: str) -> None:
+    """`Refused` where parts have other roles, or other inputs, of which one module cannot be."""
+    errors = Problems(where=members[0].path)
+    expected = f"the same of all, for the one module {shown(name)} of the file"
+    kinds = {m.path: f"{m.kind} {'/'.join(sorted(m.parts))}" for m in members}
+    inputs = {m.path: m.parts["a"].shape[1:] for m in members if "a" in m.parts}
+    if len(set(kinds.values())) > 1:
+        listing = "; ".join(f"{shown(path)}: {kind}" for path, kind in kinds.items())
+        errors.add(listing, expected, hint)
+    elif len(set(inputs.values())) > 1:
+        listing = ", ".join(f"{shown(path)} {shape}" for path, shape in inputs.items())
+        errors.add(f"these modules have inputs of {listing}", expected, "save the adapter again")
+    errors.raise_all()
 
 
 def _fused_rows(members: Mapping[int, AdapterModule], shares: Sequence[int], hint: str) -> int:
@@ -462,12 +444,9 @@ def _placed(values: Sequence[Expression], places: Sequence[Rows], out: int) -> E
 def _in_order(values: Sequence[Expression], places: Sequence[range], out: int) -> Expression:
     """The same for consecutive rows: parts one after the other, zeros in the gaps."""
     pieces: list[Expression] = []
+    gap = lambda start, stop: [zeros((stop - start, *values[0].shape[1:]), values[0].dtype)]
     at = 0
     for value, own in sorted(zip(values, places, strict=True), key=lambda pair: pair[1].start):
-        if at < own.start:
-            pieces.append(zeros((own.start - at, *value.shape[1:]), value.dtype))
-        pieces.append(value)
+        pieces += [*(gap(at, own.start) if at < own.start else []), value]
         at = own.stop
-    if at < out:
-        pieces.append(zeros((out - at, *values[0].shape[1:]), values[0].dtype))
-    return joined(pieces)
+    return joined([*pieces, *(gap(at, out) if at < out else [])])

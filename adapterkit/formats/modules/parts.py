@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping
 
+from adapterkit.errors import AdapterkitError, Problems
 from adapterkit.formats.modules.kinds import CORES, EXPERTS, FACTORS, KINDS, MAGNITUDES
 from adapterkit.formats.modules.record import AdapterModule
 from adapterkit.formats.modules.tensors import Expression, flat, reshaped, without_reshape
@@ -59,7 +60,16 @@ def magnitudes(parts: Parts) -> list[str]:
     return [role for role in MAGNITUDES if role in parts]
 
 
-def shape_problem(kind: str, parts: Parts) -> str:
+def misfits(name: str, kind: str, parts: Parts, where: str) -> list[AdapterkitError]:
+    """The refusal of parts whose shapes do not fit each other; none where they do."""
+    errors = Problems(where=where)
+    if expected := _expected_shapes(kind, parts):
+        shapes = ", ".join(f"{role} {part.shape}" for role, part in sorted(parts.items()))
+        errors.add(f"{name}: {shapes}", expected, "save the adapter again")
+    return errors
+
+
+def _expected_shapes(kind: str, parts: Parts) -> str:
     """What the parts of a module should be, where their shapes do not fit each other; else ""."""
     shapes = {role: part.shape for role, part in parts.items()}
     checks = {

@@ -15,12 +15,12 @@ from adapterkit.checkpoint.fingerprint import METADATA, metadata_with
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
+from adapterkit.errors import AdapterkitError, Problems, listed, shown
 from adapterkit.formats.capabilities import FIT_ON_BASE, kind_of, ways_out
 from adapterkit.formats.library import formats
 from adapterkit.formats.modules.experts import Stack
 from adapterkit.formats.modules.kinds import COPY, EXPERTS, FACTORS, PARAMETER, TOKENS, VALUE
-from adapterkit.formats.modules.parts import magnitude_in_file, shape_problem
+from adapterkit.formats.modules.parts import magnitude_in_file, misfits
 from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
 from adapterkit.formats.modules.tensors import Expression, StoredTensor, flat, stored, zeros
 from adapterkit.formats.modules.wide_inputs import with_widths
@@ -41,6 +41,7 @@ TARGETS = (
     "layers_pattern", "layer_replication", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
     "use_rslora",
 )  # fmt: skip
+SHAPED = {PARAMETER: FACTORS}  # kinds whose parts have the shapes of another's
 # what formats say in words of their own -> PEFT's settings
 FACTS = {"base": "base_model_name_or_path", "invocation": "alora_invocation_tokens"}
 
@@ -69,7 +70,13 @@ def read_layout(
             if known is None:
                 known = [_module(adapter, one, PARAMETER) for one in own]
             modules += known
-    Problems(_misfits(modules, folder.label)).raise_all()
+    Problems(
+        error
+        for module in modules
+        for error in misfits(
+            shown(module.path), SHAPED.get(module.kind, module.kind), module.parts, folder.label
+        )
+    ).raise_all()
     copies = adapter.copies
     for name, spec in adapter.replaced.items():
         home, _, leaf = name.rpartition(".")
@@ -95,22 +102,6 @@ def read_layout(
         },
         headers=headers,
     )
-
-
-def _misfits(modules: Modules, where: str) -> list[AdapterkitError]:
-    """Refusals of factors whose shapes do not fit together."""
-    kind = lambda module: FACTORS if module.kind == PARAMETER else module.kind
-    expected = ((module, shape_problem(kind(module), module.parts)) for module in modules)
-    return [
-        Refused(
-            f"{shown(module.path)}: {', '.join(f'{r} {p.shape}' for r, p in module.parts.items())}",
-            expected=text,
-            where=where,
-            hint="save the adapter again",
-        )
-        for module, text in expected
-        if text
-    ]
 
 
 def _module(adapter: Adapter, lora: Lora, kind: str) -> AdapterModule:
