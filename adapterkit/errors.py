@@ -7,6 +7,7 @@ a traceback and exits 1. Any other exception is a bug and keeps its traceback.
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 EXAMPLES = 3  # errors of one cause that are printed
 # a shape, or a word with a dot, an underscore or a digit, as names of tensors and files have
@@ -135,6 +136,14 @@ class Problems(list[AdapterkitError]):
         """Add an error of four parts."""
         where, hint = where or self.where, hint or self.hint
         self.append((kind or self.kind)(problem, expected=expected, where=where, hint=hint))
+
+    def fail(
+        self, problem: str, expected: str = "", hint: str = "", *, where: str = ""
+    ) -> NoReturn:
+        """Add an error, and raise it with all that are there."""
+        self.add(problem, expected, hint, where=where)
+        self.raise_all()
+        raise AssertionError("there is an error to raise")
 
     def include(self, error: AdapterkitError) -> None:
         """Add an error, or those that it is made of."""

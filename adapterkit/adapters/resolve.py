@@ -74,7 +74,7 @@ class Resolver:
         layers = config.layers
         self.layers = (layers,) if isinstance(layers, int) else layers
         self.stacks: Collection[str] = ()  # parameters that `targets` name, too
-        self.errors = Problems()
+        self.errors = Problems(where=self.where)
 
     def label(self, setting: str) -> str:
         """How messages call a setting."""
@@ -106,7 +106,7 @@ class Resolver:
         leaves = [name for name in chosen if name not in self.modules] + self._parameters()
         for path in dict.fromkeys(name.rpartition(".")[0] for name in leaves):
             if path in paths:
-                self.refuse(
+                self.errors.add(
                     f"{shown(path)} is a target, and so is a parameter of it",
                     "one of them",
                     "exclude the module from targets, or give targets=[]",
@@ -161,7 +161,7 @@ class Resolver:
         if targets and not left and not self.errors:
             hint = similar_names(str(targets), self.names()) or "check targets"
             hint = "check exclude and modules_to_save" if names else hint
-            self.refuse("no module is a target", "at least one target", hint)
+            self.errors.add("no module is a target", "at least one target", hint)
         return left
 
     def names(self) -> list[str]:
@@ -203,7 +203,7 @@ class Resolver:
         targets = USUAL_TARGETS.get(kind or "", ())
         if not targets and not self.config.parameters:
             name = type(self.model).__name__ if kind is None else f"model type {shown(kind)}"
-            self.refuse(f"no usual targets of {name}", "at least one target", "give targets")
+            self.errors.add(f"no usual targets of {name}", "at least one target", "give targets")
         return targets
 
     def in_layers(self, names: list[str], whole: Sequence[str]) -> list[str]:
@@ -216,7 +216,7 @@ class Resolver:
         layer = {name: layer_of(name, lists) for name in names if name not in whole}
         for number in layers:
             if number not in layer.values():
-                self.refuse(
+                self.errors.add(
                     f"{self.label('layers')} no target in layer {number}",
                     "layers with targets",
                     "check layers and layers_pattern",
@@ -281,7 +281,7 @@ class Resolver:
         for path in homes:
             for other in homes:
                 if other.startswith(f"{path}."):
-                    self.refuse(
+                    self.errors.add(
                         f"parameters of {shown(path)} and of {shown(other)} inside it",
                         "modules beside each other: PEFT's layout has no such nest",
                         "remove those of one of them",
@@ -312,7 +312,7 @@ class Resolver:
         heads = [] if embedding is None else tied_modules(self.modules, embedding)
         if embedding is None or not heads:
             problem = "tie = True, but the model has no tied weights"
-            self.refuse(problem, "tied weights", "remove tie")
+            self.errors.add(problem, "tied weights", "remove tie")
             return {}
         if not {embedding, *heads} & set(paths):
             return {}
@@ -321,16 +321,13 @@ class Resolver:
 
     # -- refusals --------------------------------------------------------------------------------
 
-    def refuse(self, problem: str, expected: str, hint: str) -> None:
-        self.errors.append(Refused(problem, expected=expected, where=self.where, hint=hint))
-
     def no_match(
         self, setting: str, entries: Sequence[str], expected: str, known: Collection[str]
     ) -> None:
         """Refuse the entries of a setting that match none of the known names."""
         for entry in entries:
             problem = f"{self.label(setting)} {shown(entry)!r} matches none"
-            self.refuse(problem, expected, similar_names(entry, known) or "check the names")
+            self.errors.add(problem, expected, similar_names(entry, known) or "check the names")
 
 
 def layer_of(name: str, lists: Sequence[Callable[[str], bool]] = ()) -> int | None:

@@ -9,7 +9,7 @@ import json
 import math
 from typing import Any
 
-from adapterkit.errors import Damaged, Problems, shown
+from adapterkit.errors import Damaged, shown
 from adapterkit.gguf.file import GgufFile, conversion_rules
 
 MAX_LAYERS = 1000  # or as many as the file has tensors
@@ -37,25 +37,19 @@ SUPPLEMENTS = {
 def check_counts(file: GgufFile) -> None:
     """`Damaged` for implausible numbers of layers and experts, which decide how large a model is
     built; `Refused` for falcon's groups."""
-    errors = Problems()
     for key, value in file.header.metadata.items():
         limit = max(MAX_LAYERS, len(file.entries)) if key.endswith("block_count") else MAX_EXPERTS
         if not key.endswith(("block_count", "expert_count")):
             continue
         if type(value) is not int or not 0 <= value <= limit:
-            error = Damaged(
-                f"{shown(key)} is {shown(value)}",
-                expected=f"at most {limit}",
-                where=file.name,
-                hint="download the file again",
-            )
-            errors.append(error)
+            problem, hint = f"{shown(key)} is {shown(value)}", "download the file again"
+            file.errors.add(problem, f"at most {limit}", hint, kind=Damaged)
     heads = file.header.metadata.get("falcon.attention.head_count_kv", 1)
     # llama.cpp sorts the rows of groups, and transformers does not sort them back
     if file.architecture == "falcon" and heads != 1:
         problem = f"falcon with {shown(heads)} groups of keys"
-        errors.append(file.refuse(problem, "falcon with one"))
-    errors.raise_all()
+        file.errors.add(problem, "falcon with one")
+    file.errors.raise_all()
 
 
 def config_arguments(file: GgufFile) -> dict[str, Any]:
@@ -127,7 +121,7 @@ def _class_name(file: GgufFile, model_type: str) -> str:
             name = table[model_type]
             return name if isinstance(name, str) else name[0]
     problem = f"no language model of type {shown(model_type)}"
-    raise file.refuse(problem, "an architecture that transformers knows")
+    file.errors.fail(problem, "an architecture that transformers knows")
 
 
 def _unread_metadata(file: GgufFile) -> dict[str, Any]:
@@ -183,7 +177,7 @@ def _set_rope_scaling(file: GgufFile, config: dict[str, Any]) -> None:
             f"{shown(key)} is {shown(value)}" for key, value in {**settings, **scaling}.items()
         )
         expected = "linear or yarn by a factor, or as Llama 3's"
-        raise file.refuse(f"positions scaled by rope.{pairs}", expected)
+        file.errors.fail(f"positions scaled by rope.{pairs}", expected)
     if scaling and isinstance(parameters, dict):
         parameters.update({key: _shortest(value) for key, value in scaling.items()})
 
@@ -209,7 +203,7 @@ def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
         scaled = lambda: 1 / ((1 - smooth) / largest + smooth)
         if largest > 0 and np.allclose(scaled(), factors, rtol=1e-4):
             return {"rope_type": "llama3", "factor": largest, **LLAMA3}
-    raise file.refuse(f"{FREQUENCIES} of an unknown rule", "the factors of Llama 3")
+    file.errors.fail(f"{FREQUENCIES} of an unknown rule", "the factors of Llama 3")
 
 
 def _shortest(value: Any) -> Any:

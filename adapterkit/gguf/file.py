@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.errors import Refused, shown
+from adapterkit.errors import Problems, Refused, shown
 from adapterkit.gguf.header import Entry, GgufHeader
 
 
@@ -31,10 +31,10 @@ class GgufFile:
     def architecture(self) -> str:
         return self.header.architecture
 
-    def refuse(
-        self, problem: str, expected: str, hint: str = "use the original checkpoint instead"
-    ) -> Refused:
-        return Refused(problem, expected=expected, where=self.name, hint=hint)
+    @cached_property
+    def errors(self) -> Problems:
+        """What is wrong with it."""
+        return Problems(where=self.name, hint="use the original checkpoint instead")
 
     def call_transformers(self, subject: str, function: Callable[[], Any]) -> Any:
         """Run transformers' code on the header; it may fail in any way on metadata that it does not
@@ -44,13 +44,13 @@ class GgufFile:
         try:
             return function()
         except (Exception, RecursionError) as error:
-            version = transformers.__version__
             cause = f"{type(error).__name__}: {shown(error)}"
-            raise self.refuse(
-                f"transformers {version} cannot read the {subject}: {cause}",
-                "an architecture that it knows, with its metadata; "
+            raise Refused(
+                f"transformers {transformers.__version__} cannot read the {subject}: {cause}",
+                expected="an architecture that it knows, with its metadata; "
                 f"this is {shown(self.architecture)!r}",
-                "update transformers, or use the original checkpoint",
+                where=self.name,
+                hint="update transformers, or use the original checkpoint",
             ) from error
 
 

@@ -198,7 +198,7 @@ class GgufWeight(QuantizedWeight):
 def model_tensors(file: GgufFile, model: Skeleton, names: TensorNames) -> dict[str, TensorSpec]:
     """The model's parameters by name; refused unless file and model match in full."""
     shapes = {name: tuple(value.shape) for name, value in model.state.items()}
-    errors = Problems()
+    errors = file.errors
     groups: dict[str, list[Entry]] = {}
     unknown = []
     for entry in file.header.tensors:
@@ -213,7 +213,7 @@ def model_tensors(file: GgufFile, model: Skeleton, names: TensorNames) -> dict[s
     if unknown:
         some = ", ".join(map(shown, unknown[:6]))
         problem = f"{len(unknown)} tensors that transformers has no place for: {some}"
-        errors.append(file.refuse(problem, f"the tensors of {model.class_name}"))
+        errors.add(problem, f"the tensors of {model.class_name}")
     tied = tied_names(model.model)
     missing = [
         key
@@ -223,14 +223,13 @@ def model_tensors(file: GgufFile, model: Skeleton, names: TensorNames) -> dict[s
         and not _is_ignored(model, key, "_keys_to_ignore_on_load_missing")
     ]
     if missing:
-        error = Damaged(
-            f"the file has nothing for {len(missing)} parameters: "
-            f"{', '.join(map(shown, missing[:6]))}",
-            expected=f"all of {model.class_name}",
-            where=file.name,
-            hint="download the file again",
+        some = ", ".join(map(shown, missing[:6]))
+        errors.add(
+            f"the file has nothing for {len(missing)} parameters: {some}",
+            f"all of {model.class_name}",
+            "download the file again",
+            kind=Damaged,
         )
-        errors.append(error)
     layouts = _Layouts()
     tensors: dict[str, TensorSpec] = {}
     for key, shape in shapes.items():

@@ -130,7 +130,7 @@ class LiveResolver(Resolver):
         for path in outer:
             if isinstance(modules[path], LISTS_OF_MODULES):
                 problem = f"modules_to_save: {shown(path)} is a {type(modules[path]).__name__}"
-                self.refuse(problem, "modules that are called", "name the modules inside it")
+                self.errors.add(problem, "modules that are called", "name the modules inside it")
         self.errors.raise_all()
         return outer
 
@@ -159,18 +159,18 @@ class LiveResolver(Resolver):
         """Refuse rows of a module that cannot be trained."""
         module, of = self.modules[path], f"trainable_tokens: {shown(path)}"
         if kind_of(module) not in ("embedding", "linear"):
-            self.refuse(f"{of} is a {type(module).__name__}", "an embedding or a head", "")
+            self.errors.add(f"{of} is a {type(module).__name__}", "an embedding or a head", "")
             return
         if any(is_within(path, entry) for entry in self.config.saved):
-            self.refuse(f"{of} is trained in full", "one of both", "remove one of them")
+            self.errors.add(f"{of} is trained in full", "one of both", "remove one of them")
         if has_rows:
-            self.refuse(f"{of} has two lists", "one list", "give each its whole name")
+            self.errors.add(f"{of} has two lists", "one list", "give each its whole name")
         if problem := self.unread(path):
             self.errors.append(problem)
         size = len(module.get_parameter("weight"))
         if outside := [index for index in indices if index >= size]:
             hint = "resize the embedding first (resize_token_embeddings)"
-            self.refuse(f"{of} has no rows {outside}", f"rows below {size}", hint)
+            self.errors.add(f"{of} has no rows {outside}", f"rows below {size}", hint)
 
 
 def resolve(model: nn.Module, config: LoraConfig) -> list[Target]:
