@@ -256,7 +256,8 @@ class LoraConfig:
             if f.name != "init_options"
         }
         own |= options_to_peft(self.init, self.init_options)
-        if isinstance(self.init, str) and not _is_repeatable(self.init):
+        is_repeatable = _is_of_peft(str(self.init)) and self.init not in ("default", "loftq")
+        if isinstance(self.init, str) and not is_repeatable:
             own["init_lora_weights"] = True
         if self.targets == () and not self.parameters:
             own["target_modules"] = EMPTY
@@ -278,7 +279,10 @@ class LoraConfig:
         if settings.get("targets") == EMPTY:
             settings["targets"] = []
         if "init" in settings:
-            settings["init"] = _init_of_peft(settings["init"])
+            init = settings["init"]
+            init = init.lower().removeprefix(IMPLICIT) if isinstance(init, str) else init
+            words = {"true": "default", True: "default", "false": False}
+            settings["init"] = words.get(init, init)
             settings["init_options"] = options_of_peft(settings["init"], config)
         with errors.collected():
             settings = _checked(settings, where, PEFT_NAMES)
@@ -344,16 +348,6 @@ def _as_json(value: Any) -> Any:
 
 def _is_of_peft(init: str) -> bool:
     return init in PEFT_INITS or re.fullmatch(r"pissa_niter_\d+", init) is not None
-
-
-def _is_repeatable(init: str) -> bool:
-    return _is_of_peft(init) and init not in ("default", "loftq")
-
-
-def _init_of_peft(init: object) -> object:
-    """An init_lora_weights as `init`."""
-    text = init.lower().removeprefix(IMPLICIT) if isinstance(init, str) else init
-    return {"true": "default", True: "default", "false": False}.get(text, text)
 
 
 def _checked(

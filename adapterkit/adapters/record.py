@@ -182,22 +182,19 @@ class Adapter:
     def rank_and_alpha(self, name: str, rank: int, alpha: float) -> tuple[int, float]:
         """Rank and alpha of the first patterns that match a module or parameter, else `rank` and
         `alpha`."""
-        return self._ranks.value(name, rank), self._alphas.value(name, alpha)
+        ranks, alphas = self._patterns
+        return ranks.value(name, rank), alphas.value(name, alpha)
 
     def scale(self, rank: int, alpha: float) -> float:
         """alpha / r, or alpha / sqrt(r) with use_rslora."""
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     @cached_property
-    def _ranks(self) -> Patterns[int]:
-        return self._patterns("rank_pattern")
-
-    @cached_property
-    def _alphas(self) -> Patterns[float]:
-        return self._patterns("alpha_pattern")
-
-    def _patterns(self, key: str) -> Patterns:
-        return Patterns(self.config.get(key) or {}, f"{self.where}: {key}")
+    def _patterns(self) -> tuple[Patterns[int], Patterns[float]]:
+        """Of ranks and of alphas."""
+        keys = ("rank_pattern", "alpha_pattern")
+        ranks, alphas = (Patterns(self.config.get(k) or {}, f"{self.where}: {k}") for k in keys)
+        return ranks, alphas
 
 
 def rank_mismatch(adapter: Adapter, lora: Lora, stored: int, rank: int) -> Refused:

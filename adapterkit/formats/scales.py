@@ -229,14 +229,9 @@ def is_scaled(module: AdapterModule, form: Format, is_own: bool) -> bool:
         return True
     if rank_of(module.kind, module.parts) is None:
         return False
-    if form.scale.place == "tensor" and not _is_storable(module):
-        return False
-    return form.scale.place == "config" or has_alpha(module, form, is_own)
-
-
-def _is_storable(module: AdapterModule) -> bool:
-    """Whether a tensor can say the module's alpha: one of the source, or a float32 but 0, for which
-    trainers take the rank."""
     stored = module.stored_alpha
     is_stored = stored is not None and stored.number == module.alpha != 0
-    return is_stored or is_float32(module.alpha)
+    # a tensor says an alpha of the source, or a float32 but 0, for which trainers take the rank
+    if form.scale.place == "tensor" and not (is_stored or is_float32(module.alpha)):
+        return False
+    return form.scale.place == "config" or has_alpha(module, form, is_own)

@@ -408,14 +408,8 @@ def _tensors(
         own = dtype if dtype and value.dtype in dtypes.FLOATS else value.dtype
         written.append(WrittenTensor(key + suffix, value, own, module.path))
     if has_alpha(module, form, is_own):
-        value = _alpha(module, dtype)
+        held, value = module.stored_alpha, constant(module.alpha)
+        if held is not None and held.number == module.alpha:  # as the source has it
+            value = reshaped(held.expression, ())
         written.append(WrittenTensor(key + suffixes[ALPHA][0], value, value.dtype, module.path))
     return written
-
-
-def _alpha(module: AdapterModule, dtype: str | None) -> Expression:
-    """The tensor of a module's alpha: as the source has it, else a float32."""
-    stored = module.stored_alpha
-    if stored is not None and stored.number == module.alpha:
-        return reshaped(stored.expression, ())
-    return constant(module.alpha)

@@ -75,13 +75,11 @@ def _select(config: dict, *, no_effect: bool) -> dict:
             nested = _select(value, no_effect=no_effect)
             if nested or not (value or no_effect):
                 selected[key] = nested
-        elif key not in IGNORED and no_effect == _has_no_effect(key):
+        elif key not in IGNORED and no_effect == (
+            key in NO_EFFECT or any(word in key for word in DROPOUTS)
+        ):
             selected[key] = value
     return selected
-
-
-def _has_no_effect(key: str) -> bool:
-    return key in NO_EFFECT or any(word in key for word in DROPOUTS)
 
 
 def _differences(a: dict, b: dict, prefix: str = "") -> Iterator[dict[str, Any]]:

@@ -34,11 +34,8 @@ def inspect_source(inspect: Inspect) -> dict[str, Any]:
         return inspect_base(folder, headers) if kind == "base" else inspect_file(folder)
     if headers:
         _refuse_options(folder, "headers alone (--headers)", base, plot, download)
-    far = [
-        source
-        for source in (folder, on)
-        if source is not None and not isinstance(_original(source), LocalFolder)
-    ]
+    given = [one.source if isinstance(one, ConvertedFolder) else one for one in (folder, on)]
+    far = [one for one in given if one is not None and not isinstance(one, LocalFolder)]
     if far and not download:
         _refuse_options(
             far[0], "weights on the Hub, which are read with --download only", base, plot
@@ -50,11 +47,6 @@ def inspect_source(inspect: Inspect) -> dict[str, Any]:
     if plot is not None:
         pictures.draw(result, Path(plot))
     return result
-
-
-def _original(folder: Folder) -> Folder:
-    """The folder that was given."""
-    return folder.source if isinstance(folder, ConvertedFolder) else folder
 
 
 def _refuse_options(
@@ -73,12 +65,6 @@ def _refuse_options(
         )
 
 
-def _in_another_layout(folder: Folder) -> bool:
-    from adapterkit.formats.detect import in_another_layout
-
-    return in_another_layout(folder) is not None
-
-
 def _kind(folder: Folder) -> str:
     if isinstance(folder, LocalFolder | HubFolder) and folder.single:
         if folder.single.endswith(".safetensors"):
@@ -92,8 +78,11 @@ def _kind(folder: Folder) -> str:
     here = [name for name in folder.files() if "/" not in name]
     if CONFIG in here or any(name.startswith(NOT_A_MODEL) for name in here):
         return "adapter"
-    if "config.json" not in here and _in_another_layout(folder):
-        return "file"
+    if "config.json" not in here:
+        from adapterkit.formats.detect import in_another_layout
+
+        if in_another_layout(folder) is not None:
+            return "file"
     if pickles(folder) or any(
         name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
         for name in here

@@ -45,7 +45,7 @@ def raws_of(
     heads: dict[tuple[str, str], dict[str, tuple[TensorSpec, dict[str, str]]]] = {}
     unknown, twice = [], []
     for key, spec in container.tensors.items():
-        place = _place(form, _respelled(form, key), prefixes)
+        place = _place(form, key, prefixes)
         if place is None:
             unknown.append(key)
             continue
@@ -84,33 +84,26 @@ def _prefixes(form: Format, candidates: Sequence[str]) -> list[str]:
 
 @lru_cache(maxsize=64)
 def _suffixes(form_name: str) -> list[tuple[re.Pattern[str], dict[str, str]]]:
-    """(pattern of a key, kind -> role), the longest suffix first."""
+    """(pattern of a key, kind -> role), the longest suffix first; `{adapter}` in it may be an
+    adapter's name."""
     suffixes: dict[str, dict[str, str]] = {}
     for kind, roles in formats()[form_name].kinds.items():
         for role, texts in roles.items():
             for text in texts:
                 suffixes.setdefault(text, {})[kind] = role
     ordered = sorted(suffixes.items(), key=lambda item: (-len(item[0]), item[0]))
-    return [(_pattern(text), roles) for text, roles in ordered]
-
-
-def _pattern(suffix: str) -> re.Pattern[str]:
-    """The keys that end so; `{adapter}` may be an adapter's name."""
-    end = re.escape(suffix).replace(r"\{adapter\}", r"(?:\.\w+)?")
-    return re.compile(f"(.*?){end}")
-
-
-def _respelled(form: Format, key: str) -> str:
-    """The key in the format's own spelling."""
-    for pattern, replacement in form.names.renames.items():
-        key = re.sub(pattern, replacement, key)
-    return key
+    ends = (re.escape(text).replace(r"\{adapter\}", r"(?:\.\w+)?") for text, _ in ordered)
+    patterns = (re.compile(f"(.*?){end}") for end in ends)
+    return [(pattern, roles) for pattern, (_, roles) in zip(patterns, ordered, strict=True)]
 
 
 def _place(
     form: Format, key: str, prefixes: Sequence[str]
 ) -> tuple[str, str, str, dict[str, str]] | None:
-    """Prefix, name, suffix and roles of a key; None where it has none."""
+    """Prefix, name, suffix and roles of a key in the format's own spelling; None where it has
+    none."""
+    for spelling, replacement in form.names.renames.items():
+        key = re.sub(spelling, replacement, key)
     for pattern, roles in _suffixes(form.name):
         match = pattern.fullmatch(key)
         if match is None:

@@ -97,8 +97,9 @@ class ModuleDelta:
         self, reader: TensorReader
     ) -> tuple[Product | Tensor, dict[str, Tensor], Tensor | None]:
         """The delta without magnitudes, the parts, and the base's weight."""
-        parts = self._parts(reader)
-        base = None if self.weight is None else _kernel(self.weight, reader)
+        parts, base = self._parts(reader), None
+        if self.weight is not None:
+            base = self.weight.matrix(reader).double().reshape(self.weight.weight_shape)
         return BY_KIND[self.module.kind](parts, self.module.scale, base), parts, base
 
     def _added_squares(self, reader: TensorReader) -> Tensor:
@@ -118,11 +119,6 @@ class ModuleDelta:
         if isinstance(delta, Product):
             return product_svd(delta)
         return leading_svd(delta, most, energy)
-
-
-def _kernel(weight: StoredParameter, reader: TensorReader) -> Tensor:
-    """The base's weight (out, in, *kernel) in float64."""
-    return weight.matrix(reader).double().reshape(weight.weight_shape)
 
 
 def low_rank(parts: Values, scale: float, base: Tensor | None) -> Product:

@@ -149,7 +149,9 @@ def fuse(
     _check_alike(members, name, hint)
     scale = common_scale(members)
     usual = next((m for m in members if m.scale == scale), first)
-    ratios = [_ratio(member.scale, scale) for member in members]
+    # what a part's factor takes; 1 where alpha / rank of different ranks is the same
+    is_common = lambda m: math.isclose(m.scale, scale, rel_tol=1e-12)
+    ratios = [1.0 if is_common(member) else member.scale / scale for member in members]
     units = _units(first, hint)
     products = dict(KINDS[first.kind].products)
     groups = _groups(members, list(products.values()), reader)
@@ -184,7 +186,9 @@ def fuse(
             parts[role] = values[0]
     rank = sum(members[group[0]].rank for group in groups)
     alpha = usual.alpha if (rank, scale) == (usual.rank, usual.scale) else scale * rank
-    alpha = _as_stored(alpha, usual)
+    held = usual.stored_alpha
+    if held is not None and math.isclose(alpha, held.number):  # of which this is the rounding
+        alpha = held.number
     return replace(usual, parts=parts, alpha=alpha, rank=rank, whole=())
 
 
@@ -202,17 +206,6 @@ def norm_problems(members: Modules) -> list[AdapterkitError]:
         for member in members
         if "input_magnitude" in member.parts and (member.whole or (member.name,)) != own
     ]
-
-
-def _ratio(scale: float, common: float) -> float:
-    """What a part's factor takes; 1 where alpha / rank of different ranks is the same."""
-    return 1.0 if math.isclose(scale, common, rel_tol=1e-12) else scale / common
-
-
-def _as_stored(alpha: float, part: AdapterModule) -> float:
-    """Alpha of a fused module: the source's own where this is its rounding."""
-    stored = part.stored_alpha
-    return stored.number if stored and math.isclose(alpha, stored.number) else alpha
 
 
 def inputs_of(module: AdapterModule) -> int | None:
@@ -294,7 +287,11 @@ def _columns(
     products = KINDS[module.kind].products
     if len(sets) < 2 or not products:
         return shared
-    found = [_used(module.parts[left], sets, reader) for left, _ in products]
+    found: list[list[range] | None] = []
+    for b in (module.parts[left] for left, _ in products):
+        first = torch.stack([_row(b, rows[0], reader) for rows in sets]) != 0
+        # the first rows may tell already that they share the columns
+        found.append(None if first.all() else blocks_of(b.value(reader).flatten(1), sets))
     if any(columns != found[0] for columns in found[1:]):
         return shared
     columns = found[0]
@@ -302,12 +299,6 @@ def _columns(
         return shared
     has_more = len(module.parts) > 2 * len(products)
     return [columns[0] if has_more and not len(own) else own for own in columns]
-
-
-def _used(b: Expression, sets: Sequence[Rows], reader: TensorReader) -> list[range] | None:
-    """The columns of each part; None where the first rows tell already that they share them."""
-    first = torch.stack([_row(b, rows[0], reader) for rows in sets]) != 0
-    return None if first.all() else blocks_of(b.value(reader).flatten(1), sets)
 
 
 def blocks_of(

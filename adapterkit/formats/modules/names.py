@@ -221,7 +221,10 @@ def likely(sizes: Mapping[str, Sequence[Size]], metadata: Mapping[str, str]) -> 
     out all, it tells nothing. `sizes`: the modules by the names of each."""
     fits = list(sizes)
     tests: tuple[Callable[[str], list[bool]], ...] = (
-        lambda name: [*_by_rows(name, sizes[name]), *_by_height(name, sizes[name])],
+        lambda name: [
+            *_by_rows(name, sizes[name]),
+            *(count <= max(own) for count, own in _blocks(name, sizes[name])),
+        ],
         lambda name: _by_metadata(name, metadata),
         lambda name: _by_width(name, sizes[name]),
     )
@@ -231,7 +234,7 @@ def likely(sizes: Mapping[str, Sequence[Size]], metadata: Mapping[str, str]) -> 
         name: (
             all(own) if (own := _by_metadata(name, metadata)) else False,
             all(own) if (own := _by_width(name, sizes[name])) else False,
-            any(_by_depth(name, sizes[name])),
+            any(count in own for count, own in _blocks(name, sizes[name])),
         )
         for name in fits
     }
@@ -260,14 +263,6 @@ def _by_rows(name: str, sizes: Sequence[Size]) -> list[bool]:
         for one in sizes
         if re.search(pattern, one.module)
     ]
-
-
-def _by_height(name: str, sizes: Sequence[Size]) -> list[bool]:
-    return [count <= max(own) for count, own in _blocks(name, sizes)]
-
-
-def _by_depth(name: str, sizes: Sequence[Size]) -> list[bool]:
-    return [count in own for count, own in _blocks(name, sizes)]
 
 
 def _blocks(name: str, sizes: Sequence[Size]) -> Iterator[tuple[int, tuple[int, ...]]]:

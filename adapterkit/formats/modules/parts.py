@@ -84,15 +84,10 @@ def _expected_shapes(kind: str, parts: Parts) -> str:
     problem = "" if expected is None else expected(shapes)
     if problem or kind not in (FACTORS, "loha", "lokr"):
         return problem
+    tail = tail_of(kind, parts)
+    sizes = {"magnitude": matrix_shape(kind, parts)[0], "input_magnitude": tail and tail[0]}
     for role in magnitudes(parts):
-        size = math.prod(shapes[role]) if len(shapes[role]) == 1 else -1
-        inputs = _inputs(kind, parts)
-        fits = (
-            size == matrix_shape(kind, parts)[0]
-            if role == "magnitude"
-            else (inputs is None or size == inputs)
-        )
-        if not fits:
+        if sizes[role] is not None and shapes[role] != (sizes[role],):
             return f"one norm for each {'output' if role == 'magnitude' else 'input'}"
     return ""
 
@@ -213,11 +208,6 @@ def tail_of(kind: str, parts: Parts) -> tuple[int, ...] | None:
     if kernel is None or (core and kernel[1:] == (1,)):
         return None
     return (matrix_shape(kind, parts)[1] // math.prod(kernel), *kernel)
-
-
-def _inputs(kind: str, parts: Parts) -> int | None:
-    tail = tail_of(kind, parts)
-    return None if tail is None else tail[0]
 
 
 def product_rank(kind: str, parts: Parts) -> int:

@@ -120,14 +120,10 @@ def _block_diagonal(*parts_and_arguments) -> Tensor:
     return fused
 
 
-def _contract(mid: Tensor, a: Tensor) -> Tensor:
-    return torch.einsum("mn...,ni->mi...", mid.double(), a.double().flatten(1))
-
-
 OPERATIONS: Mapping[str, Callable[..., Tensor]] = {
     "block_diagonal": _block_diagonal,
     "cat": _cat,
-    "contract": _contract,
+    "contract": lambda mid, a: torch.einsum("mn...,ni->mi...", mid.double(), a.double().flatten(1)),
     "decode": lambda blocks, spec: spec.decode(blocks),
     "reshape": Tensor.reshape,
     "scale": lambda value, factor: value.double() * factor,

@@ -4,6 +4,7 @@ names as the base's file has them, one rank and scale; and what they do not read
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -201,12 +202,15 @@ def renamed(modules: Modules, model: NamedBase, *, in_file: bool) -> list[Adapte
     taken: dict[tuple[str, str, int], str] = {}  # -> the module's name in the adapter
     # single experts are modules of the file alone
     places = (names,) if in_file else (names, model.checkpoint.tensors)
-    tables = [_by_last_word(place) for place in places]
+    tables = [defaultdict(list) for _ in places]  # modules by the last words of their names
+    for table, place in zip(tables, places, strict=True):
+        for name in dict.fromkeys(name.rpartition(".")[0] for name in place):
+            table[name.rpartition(".")[2]].append(name)
     for module in modules:
         own = _names_of(module, model, names, in_file)
         for table in tables:
             last = module.name.rpartition(".")[2]
-            own = own or _longest_end(module.name, table.get(last, []))
+            own = own or _longest_end(module.name, table[last])
         if not own and not in_file:  # a layer without a weight of its own
             own = [module.name]
         key = (own[0] if own else "", module.kind, module.depth)
@@ -223,14 +227,6 @@ def renamed(modules: Modules, model: NamedBase, *, in_file: bool) -> list[Adapte
         )
     errors.raise_all()
     return result
-
-
-def _by_last_word(names: Collection[str]) -> dict[str, list[str]]:
-    """The modules of parameters by the last words of their names."""
-    modules: dict[str, list[str]] = {}
-    for module in dict.fromkeys(name.rpartition(".")[0] for name in names):
-        modules.setdefault(module.rpartition(".")[2], []).append(module)
-    return modules
 
 
 def _names_of(

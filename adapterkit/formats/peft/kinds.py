@@ -92,7 +92,9 @@ def write_kinds(
     for module in contents.modules:
         for role, part in module.parts.items():
             if module.kind == kind:
-                key, value = kind_key(module.name, kind, role), _with_two_axes(role, part)
+                key, value = kind_key(module.name, kind, role), part
+                if role in ("t1", "t2") and len(part.shape) == 3:  # of a Conv1d, with two axes too
+                    value = reshaped(part, (*part.shape, 1))
             else:
                 assert isinstance(part, StoredTensor)
                 key, value = canonical_key(part.spec.key), part
@@ -115,9 +117,3 @@ def kernel_size(module: AdapterModule, architectures: Sequence[str]) -> int | No
         return 1
     kernel = kernel_of(architectures, module.component, module.name)
     return None if kernel is None else math.prod(kernel)
-
-
-def _with_two_axes(role: str, part: Expression) -> Expression:
-    """A core as PEFT has it: of a Conv1d it has two axes too."""
-    is_core = role in ("t1", "t2") and len(part.shape) == 3
-    return reshaped(part, (*part.shape, 1)) if is_core else part
