@@ -19,6 +19,8 @@ from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, 
 
 R = TypeVar("R")
 T = TypeVar("T")
+Json = dict[str, Any]  # an object of JSON, as it is made or changed
+Settings = Mapping[str, Any]  # one that is read: of JSON, YAML or TOML
 MOST = 2**31 - 1  # no whole number is larger, but a count of bytes
 
 

@@ -12,6 +12,7 @@ from adapterkit.adapters.record import Adapter, is_inside
 from adapterkit.adapters.targets import Patterns
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import Problems
+from adapterkit.records import Json, Settings
 
 PEFT_LAYOUT = "0.19.0"  # the first PEFT that reads square experts as they are written here
 HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
@@ -25,12 +26,12 @@ NARROWING = ("layers_to_transform", "exclude_modules", "ensure_weight_tying")
 CLASSIFIERS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 
 
-def plain_settings() -> dict[str, Any]:
+def plain_settings() -> Json:
     """The settings of a LoRA of scale 1, as PEFT writes them."""
     return {key: PEFT_DEFAULTS[key] for key in PLAIN}
 
 
-def target_settings(adapters: Sequence[Adapter], modules: list[str]) -> dict[str, Any]:
+def target_settings(adapters: Sequence[Adapter], modules: list[str]) -> Json:
     """target_modules that match these modules and no others, target_parameters as the adapters name
     them.
 
@@ -57,7 +58,7 @@ def rank_settings(
     ranks: Mapping[str, int],
     alpha: float | Mapping[str, float] | None = None,
     unnamed: Collection[str] = (),
-) -> dict[str, Any]:
+) -> Json:
     """r, lora_alpha and their patterns for each target's rank: the commonest is r, the others are
     anchored patterns. `alpha`: one for all, or by target; without it every scale is 1.
 
@@ -76,9 +77,7 @@ def rank_settings(
     }
 
 
-def _common_and_others(
-    values: Mapping[str, Any], unnamed: Collection[str]
-) -> tuple[Any, dict[str, Any]]:
+def _common_and_others(values: Settings, unnamed: Collection[str]) -> tuple[Any, Json]:
     """The commonest value, and patterns for the targets that have others."""
     common = Counter(values.values()).most_common(1)[0][0] if values else 8
     others = {
@@ -114,12 +113,12 @@ def base_id(adapter: Adapter) -> str | None:
     return base if isinstance(base, str) and HUB_ID.fullmatch(base) else None
 
 
-def value_settings(adapters: Sequence[Adapter]) -> dict[str, Any]:
+def value_settings(adapters: Sequence[Adapter]) -> Json:
     """Settings for values that the adapters trained whole: modules, token rows, biases."""
     heads = {m for a in adapters for m in a.saved if any(is_inside(name, m) for name in a.replaced)}
     modules = heads.union(*(a.config.get("modules_to_save") or [] for a in adapters))
     biases = {a.config.get("bias", "none") for a in adapters} - {"none", None}
-    settings: dict[str, Any] = {
+    settings: Json = {
         "modules_to_save": sorted(modules) or None,
         "bias": "all" if len(biases) > 1 else next(iter(biases), "none"),
     }
@@ -140,7 +139,7 @@ class DeclaredScales:
 
     `Refused` where the settings have values that PEFT would not take."""
 
-    def __init__(self, settings: Mapping[str, Any], where: str):
+    def __init__(self, settings: Settings, where: str):
         config = {"peft_type": "LORA", **settings}
         Problems(check_config(config, where)).raise_all()
         self.rank, self.alpha = config["r"], config["lora_alpha"]
@@ -156,7 +155,7 @@ class DeclaredScales:
 
 def declared_settings(
     ranks: Mapping[str, int], alphas: Mapping[str, float], **settings: Any
-) -> dict[str, Any]:
+) -> Json:
     """The settings of a LoRA with these ranks and alphas by module."""
     numbers = {name: whole(alpha) for name, alpha in alphas.items()}
     targets = {"target_modules": sorted(ranks)}

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any
 
 from adapterkit.adapters.adapter_config import rank_settings, whole
 from adapterkit.adapters.keys import PREFIX
 from adapterkit.adapters.kinds.loha import LoHa
 from adapterkit.adapters.kinds.lokr import LoKr
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed
+from adapterkit.records import Json
 
 Shapes = Mapping[str, tuple[int, ...]]  # of a module's tensors by role: w1, w2_a, t2, ...
 # role -> name of the tensor
@@ -37,7 +37,7 @@ def kind_settings(
     modules: Mapping[str, Shapes],
     scales: Mapping[str, float],
     kernels: Mapping[str, int | None],  # sizes of flattened kernels, 1 of linear layers
-) -> dict[str, Any]:
+) -> Json:
     """adapter_config.json of a LoHa or LoKr. `Refused` where PEFT makes no such tensors with any
     settings: it has one way to decompose for all modules."""
     settings = {"peft_type": kind.upper(), **COMMON, "target_modules": sorted(modules)}
@@ -60,9 +60,7 @@ def _rank(shapes: Shapes) -> int:
     return math.ceil(max(*shapes["w1"], *shapes["w2"][:2]) / 2)
 
 
-def _decomposition(
-    modules: Mapping[str, Shapes], kernels: Mapping[str, int | None]
-) -> dict[str, Any]:
+def _decomposition(modules: Mapping[str, Shapes], kernels: Mapping[str, int | None]) -> Json:
     """decompose_factor and decompose_both with which PEFT makes matrices of these shapes."""
     both = any("w1_a" in shapes for shapes in modules.values())
     Problems(list(_unlike(modules, both))).raise_all()

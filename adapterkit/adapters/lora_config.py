@@ -25,6 +25,8 @@ from adapterkit.records import (
     NON_NEGATIVE_INT,
     POSITIVE_INT,
     Check,
+    Json,
+    Settings,
     also,
     checked,
     checks_of,
@@ -51,7 +53,7 @@ COLLECTING = {
 }  # fmt: skip
 
 
-def option_errors(init: str | bool, options: Mapping[str, Any], where: str) -> Iterator[Refused]:
+def option_errors(init: str | bool, options: Settings, where: str) -> Iterator[Refused]:
     """Refusals of options that an init does not have."""
     declared = declarations("inits").get("random" if init is False else str(init))
     known = () if declared is None else declared.options
@@ -65,7 +67,7 @@ def option_errors(init: str | bool, options: Mapping[str, Any], where: str) -> I
         )
 
 
-def options_to_peft(init: str | bool, options: Mapping[str, Any]) -> dict[str, Any]:
+def options_to_peft(init: str | bool, options: Settings) -> Json:
     """PEFT's settings for an init with options; none where PEFT has none."""
     if init == "pissa" and options.get("niter") is not None:
         return {"init_lora_weights": f"pissa_niter_{options['niter']}"}
@@ -74,7 +76,7 @@ def options_to_peft(init: str | bool, options: Mapping[str, Any]) -> dict[str, A
     return {}
 
 
-def options_of_peft(init: object, config: Mapping[str, Any]) -> dict[str, Any]:
+def options_of_peft(init: object, config: Settings) -> Json:
     """The options of an init in an adapter_config.json."""
     options = config.get(PEFT_CONFIGS.get(init, "")) if isinstance(init, str) else None
     if not isinstance(options, Mapping):
@@ -85,7 +87,7 @@ def options_of_peft(init: object, config: Mapping[str, Any]) -> dict[str, Any]:
 
 EMPTY = "dummy-target-modules"  # PEFT's target_modules for an adapter of no module
 # what PEFT 0.21 writes for a plain LoRA
-PEFT_DEFAULTS: dict[str, Any] = {
+PEFT_DEFAULTS: Json = {
     "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None,
     "auto_mapping": None, "base_model_name_or_path": None, "bias": "none", "corda_config": None,
     "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None,
@@ -247,7 +249,7 @@ class LoraConfig:
         """Modules trained in full: modules_to_save and the heads that the task adds."""
         return with_heads(self.modules_to_save, self.task_type)
 
-    def to_peft(self, base_model_name_or_path: str | None = None) -> dict[str, Any]:
+    def to_peft(self, base_model_name_or_path: str | None = None) -> Json:
         """The adapter_config.json. Inits that PEFT does not know, or cannot repeat when it loads
         (loftq), are written as its default: the factors are in the file."""
         own = {
@@ -265,7 +267,7 @@ class LoraConfig:
         return copy.deepcopy(PEFT_DEFAULTS) | own | base
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], where: str) -> "LoraConfig":
+    def from_peft(cls, config: Settings, where: str) -> "LoraConfig":
         """The settings in an adapter_config.json, whose path is `where`; `Refused` with all that is
         unknown or invalid."""
         config = dict(config)
@@ -350,9 +352,7 @@ def _is_of_peft(init: str) -> bool:
     return init in PEFT_INITS or re.fullmatch(r"pissa_niter_\d+", init) is not None
 
 
-def _checked(
-    settings: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+def _checked(settings: Settings, where: str, names: Mapping[str, str] | None = None) -> Json:
     """The settings as the fields hold them; `Refused` with all that are invalid, by their `names`
     in the file `where`."""
     names = names or {}
@@ -377,7 +377,7 @@ EXCLUSIVE = (
 
 
 def _conflicts(
-    settings: Mapping[str, Any], invalid: Collection[str], names: Mapping[str, str], where: str
+    settings: Settings, invalid: Collection[str], names: Mapping[str, str], where: str
 ) -> Iterator[Refused]:
     """Refusals of valid settings that mean nothing together."""
 

@@ -10,6 +10,7 @@ from adapterkit.cli.batch import convert_all, run_steps
 from adapterkit.cli.output import ProgressBar, print_diff, print_json, print_verified, run_verb
 from adapterkit.cli.parameters import json_option, quiet_option
 from adapterkit.cli.signals import WAITING, fail
+from adapterkit.records import Json
 from adapterkit.verb import Verb, function_of
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _check_usage(
     listing: bool,
     from_list: str | None,
     out_pattern: str | None,
-    options: dict[str, Any],
+    options: Json,
 ) -> None:
     """A usage error unless there is one thing to do, with what it needs."""
     if (src is not None) + listing + (from_list is not None) != 1:
@@ -178,7 +179,7 @@ def _check_usage(
         raise click.UsageError(f"with {'--from-list' if src is None else 'SRC'} give {needed}")
 
 
-def _print(document: dict[str, Any], table: str, as_json: bool) -> None:
+def _print(document: Json, table: str, as_json: bool) -> None:
     if as_json:
         print_json(document)
     else:

@@ -14,6 +14,7 @@ from adapterkit.checkpoint.shards import PICKLES
 from adapterkit.cli.output import ProgressBar, print_json
 from adapterkit.errors import AdapterkitError, Interrupted, Problems, Refused, shown
 from adapterkit.hub.ids import is_on_hub, parse
+from adapterkit.records import Json
 
 PLACES = ("{name}", "{parent}")
 
@@ -56,7 +57,7 @@ def run_steps(file: str, *, as_json: bool, quiet: bool, dry_run: bool, **options
     return _finish(result, as_json, quiet)
 
 
-def _finish(report: dict[str, Any], as_json: bool, quiet: bool) -> int:
+def _finish(report: Json, as_json: bool, quiet: bool) -> int:
     """Print what is left to print of a report; the exit status."""
     totals = report["totals"]
     if as_json:
@@ -127,12 +128,12 @@ def name_and_parent(source: str) -> tuple[str, str]:
 
 
 def _convert(
-    convert: Callable[..., Any], source: str, out: str, quiet: bool, options: dict[str, Any]
-) -> dict[str, Any]:
+    convert: Callable[..., Any], source: str, out: str, quiet: bool, options: Json
+) -> Json:
     """One conversion as a row of the report."""
     from adapterkit.jobs.report import outcome, refusal
 
-    row: dict[str, Any] = {"source": source, "out": out}
+    row: Json = {"source": source, "out": out}
     try:
         with ProgressBar(quiet or options["dry_run"]) as bar:
             return row | outcome(convert(source, out=out, progress=bar, **options))
@@ -142,7 +143,7 @@ def _convert(
         return row | refusal(error)
 
 
-def _print_row(row: dict[str, Any]) -> None:
+def _print_row(row: Json) -> None:
     """A job for the terminal."""
     job = shown(row["source"]) if "source" in row else f"step {row['step']}, {row['verb']}"
     lines = [f"{row['state']}: {job} -> {shown(row['out'])}"]

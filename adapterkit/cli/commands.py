@@ -15,6 +15,7 @@ from adapterkit.cli.group import Rows, WritingCommand
 from adapterkit.cli.output import run_verb
 from adapterkit.cli.parameters import arguments_of, parameters_of
 from adapterkit.combinations import ALIASES
+from adapterkit.records import Json
 from adapterkit.registry import as_flag, declarations
 from adapterkit.verb import Verb, WritingVerb
 from adapterkit.verbs import HOMES
@@ -91,7 +92,7 @@ def command_of(verb: type[Verb]) -> click.Command:
         sources, options = arguments_of(verb, values)
         action(verb, *sources, **options)
 
-    more: dict[str, Any] = {"callback": callback, "help": cleandoc(verb.command)}
+    more: Json = {"callback": callback, "help": cleandoc(verb.command)}
     if not issubclass(verb, WritingVerb):
         return click.Command(verb.name, params=params, **more)
     if verb.name == "convert":  # --list and --from-list stand in place of what it takes else

@@ -9,6 +9,7 @@ import click
 
 from adapterkit.cli import signals
 from adapterkit.options import bytes_text, own_hints
+from adapterkit.records import Json
 from adapterkit.verb import Verb, WritingVerb, function_of
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class ProgressBar:
         self.bar.close()
 
 
-def print_json(document: dict[str, Any]) -> None:
+def print_json(document: Json) -> None:
     parts = json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(document)
     # not as one text: that of a large plan takes more memory than the plan
     while text := "".join(islice(parts, 100_000)):
@@ -124,7 +125,7 @@ def print_plan(plan: "Plan", as_json: bool) -> None:
         click.echo(f"skipped: {text}")
 
 
-def _document(plan: "Plan") -> dict[str, Any]:
+def _document(plan: "Plan") -> Json:
     changed = [
         {
             "key": step.key,
@@ -184,7 +185,7 @@ def print_receipt(receipt: "Receipt") -> None:
         click.echo(f"skipped: {text}", err=True)
 
 
-def _made(data: dict[str, Any]) -> str:
+def _made(data: Json) -> str:
     """What the job wrote: statistics, the modules of an adapter, or changed tensors of a model."""
     totals = data["totals"]
     if "tokens_counted" in totals:
@@ -198,14 +199,14 @@ def _made(data: dict[str, Any]) -> str:
     return f"{data.get('modules', len(changed))} modules written"
 
 
-def _print_pushed(data: dict[str, Any]) -> None:
+def _print_pushed(data: Json) -> None:
     if "pushed" in data:
         click.echo(f"on the Hub: {data['pushed']['url']}", err=True)
         for note in data["pushed"]["notes"]:
             click.echo(f"note: {note}", err=True)
 
 
-def print_verified(result: dict[str, Any]) -> None:
+def print_verified(result: Json) -> None:
     what, where = "checksums", "the receipt"
     if result["hash"] == "none":
         what, where = "sizes and keys", "the receipt, which holds no hashes"
@@ -221,7 +222,7 @@ def print_verified(result: dict[str, Any]) -> None:
         click.echo("to check the arithmetic of a merge too, give --base and --adapter", err=True)
 
 
-def print_diff(document: dict[str, Any], lines: list[str]) -> None:
+def print_diff(document: Json, lines: list[str]) -> None:
     for line in lines:
         click.echo(line)
     totals = ", ".join(

@@ -3,13 +3,13 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, shown
 from adapterkit.formats.library import architectures
 from adapterkit.formats.modules.experts import Stack
 from adapterkit.formats.modules.rows import Heads, model_heads
+from adapterkit.records import Settings
 from adapterkit.weights.names import Names
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -42,7 +42,7 @@ class NamedBase:
         return {one.slots[0].key: one.name for one in parameters if one is not None and one.whole}
 
 
-def facts_of(config: Mapping[str, Any], keys: Collection[str]) -> BaseFacts:
+def facts_of(config: Settings, keys: Collection[str]) -> BaseFacts:
     """The facts of the base with this config.json and these tensors, of which a tied head is
     none."""
     text = config.get("text_config")

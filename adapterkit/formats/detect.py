@@ -1,10 +1,9 @@
 """Which format a source is in, by its keys, metadata and settings."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import AdapterkitError, Refused, shown
@@ -13,6 +12,7 @@ from adapterkit.formats.files.containers import Container, open_container
 from adapterkit.formats.files.pickles import pickles_of, rewritten_name, unsafe
 from adapterkit.formats.library import formats
 from adapterkit.formats.schema import Format
+from adapterkit.records import Json, Settings
 
 PICKLE = "pickle"
 CONTAINERS = {".safetensors": "safetensors", ".gguf": "gguf"}
@@ -24,7 +24,7 @@ class Detection:
 
     form: Format
     container: Container
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Settings = field(default_factory=dict)
 
 
 def detect(folder: Folder, number: int = 0) -> Detection:
@@ -110,16 +110,16 @@ def _files(folder: Folder, form: Format) -> Iterator[str]:
         yield fits[0]
 
 
-def _config(folder: Folder, form: Format) -> Mapping[str, Any]:
+def _config(folder: Folder, form: Format) -> Settings:
     """The settings beside a file, of all its configs."""
-    config: dict[str, Any] = {}
+    config: Json = {}
     for name in form.file.config:
         if name in folder.files():
             config = read_config(folder, name) | config
     return config
 
 
-def _is_of(form: Format, container: Container, config: Mapping[str, Any]) -> bool:
+def _is_of(form: Format, container: Container, config: Settings) -> bool:
     words, keys = form.detect, container.tensors
     if not (words.keys or words.config or words.metadata):
         return False

@@ -2,9 +2,8 @@
 into b."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 from adapterkit.adapters.adapter_config import DeclaredScales, declared_settings
 from adapterkit.checkpoint.header import TensorSpec
@@ -19,6 +18,7 @@ from adapterkit.formats.modules.record import AdapterModule, Modules
 from adapterkit.formats.same_delta import is_float32, shared_number, with_scale
 from adapterkit.formats.schema import Format
 from adapterkit.options import finite
+from adapterkit.records import Json, Settings
 from adapterkit.weights.reader import TensorReader
 
 SETTINGS = {  # PEFT's words for what a config says
@@ -33,8 +33,8 @@ class Scales:
     def __init__(
         self,
         form: Format,
-        metadata: Mapping[str, Any],
-        config: Mapping[str, Any],
+        metadata: Settings,
+        config: Settings,
         alpha: float | None,  # where the format leaves it to the reader
         reader: TensorReader,
         where: str,
@@ -114,7 +114,7 @@ class Scales:
         return float(self.reader.tensor(stored).double().reshape(()))
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Json:
         return fields(self.config, dict(self.form.config.read), self.where)
 
     @property
@@ -161,7 +161,7 @@ class Scales:
                 where=self.where,
                 hint="take the file as it was saved",
             ) from error
-        tables: dict[str, dict[str, Any]] = {}
+        tables: dict[str, Json] = {}
         for path, value in settings.items():
             component, _, name = path.partition(".")
             tables.setdefault(component, {})[name] = value
@@ -173,7 +173,7 @@ class Scales:
 
 def place_scales(
     modules: Sequence[tuple[AdapterModule, str]], form: Format, *, is_own: bool
-) -> tuple[list[tuple[AdapterModule, str]], dict[str, float], dict[str, Any]]:
+) -> tuple[list[tuple[AdapterModule, str]], dict[str, float], Json]:
     """The modules as they are written, those whose scale is folded into b now, and the metadata
     that declare the others', or the word for it. `is_own`: the source is in the format, too."""
     words = form.scale
@@ -199,7 +199,7 @@ def place_scales(
 
 def _declaration(modules: Modules, without: str) -> str:
     """The settings of each component, in JSON; names that begin with `without` by their ends."""
-    settings: dict[str, Any] = {}
+    settings: Json = {}
     for component in sorted({module.component for module in modules}):
         own = [module for module in modules if module.component == component]
         table = declared_settings(

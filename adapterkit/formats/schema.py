@@ -7,12 +7,13 @@ theirs is evaluated.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from adapterkit import records
 from adapterkit.errors import Damaged
 from adapterkit.formats.files.configs import WORDS, unknown_words
 from adapterkit.formats.modules.kinds import KINDS
+from adapterkit.records import Json, Settings
 
 R = TypeVar("R")
 MODEL = "model"  # the naming of the loaded model
@@ -98,7 +99,7 @@ class MetadataWords:
 class ConfigWords:
     """The file of settings: a tree with places to fill in, and where to read each value."""
 
-    write: Mapping[str, Any] = field(default_factory=dict)
+    write: Settings = field(default_factory=dict)
     read: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # dotted paths, any of them
 
 
@@ -125,7 +126,7 @@ class AdapterWords:
     targets: Literal["names", "ends"] = "names"  # ends: target_modules are the last words of names
     saved: tuple[str, ...] = ()  # modules trained in full that are read; none: all
     together: tuple[tuple[str, ...], ...] = ()  # modules that are there with all others of theirs
-    settings: Mapping[str, Any] = field(default_factory=dict)  # that are written
+    settings: Settings = field(default_factory=dict)  # that are written
     refuse: Mapping[str, RefusedWords] = field(default_factory=dict)  # by the setting
 
     @property
@@ -230,7 +231,7 @@ class Architecture:
     tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
-def format_from(name: str, table: dict[str, Any]) -> Format:
+def format_from(name: str, table: Json) -> Format:
     """The format of a parsed TOML file; `ValueError` or `Damaged` with what is wrong in it."""
     names = {"inside" if word == "in" else word: v for word, v in table.get("names", {}).items()}
     one = _record(Format, {"name": name, **table, "names": names}, name)
@@ -243,7 +244,7 @@ def format_from(name: str, table: dict[str, Any]) -> Format:
     return one
 
 
-def architecture_from(name: str, table: dict[str, Any]) -> Architecture:
+def architecture_from(name: str, table: Json) -> Architecture:
     """The architecture of a parsed TOML file; `ValueError` or `Damaged` with what is wrong in
     it."""
     components = {
@@ -258,11 +259,11 @@ def architecture_from(name: str, table: dict[str, Any]) -> Architecture:
     return one
 
 
-def _rule(table: dict[str, Any]) -> dict[str, Any]:
+def _rule(table: Json) -> Json:
     """A rule's words, of which those that are not ours are namings."""
     own = {word: value for word, value in table.items() if word in (*RULE_WORDS, MODEL)}
     return own | {"namings": {k: value for k, value in table.items() if k not in own}}
 
 
-def _record(kind: type[R], table: dict[str, Any], name: str) -> R:
+def _record(kind: type[R], table: Json, name: str) -> R:
     return records.read(kind, table, f"{name}.toml", hint="fix the file", kind=Damaged)

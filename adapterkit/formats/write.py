@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
@@ -25,6 +24,7 @@ from adapterkit.formats.modules.wide_inputs import with_widths
 from adapterkit.formats.same_delta import uniform
 from adapterkit.formats.scales import has_alpha, place_scales
 from adapterkit.formats.schema import MODEL, Format
+from adapterkit.records import Settings
 
 NUMBERS = ("{rank}", "{alpha}")  # templates of metadata
 
@@ -45,12 +45,12 @@ class FormatFile:
 
     form: Format
     tensors: Sequence[WrittenTensor]
-    metadata: Mapping[str, Any]
+    metadata: Settings
     modules: Modules  # as they are written: fused, scales folded
     architecture: str | None = None
     folded: Mapping[str, float] = field(default_factory=dict)  # module -> scale folded into b
     notes: Sequence[str] = ()
-    settings: Mapping[str, Any] | None = None
+    settings: Settings | None = None
 
 
 def write(

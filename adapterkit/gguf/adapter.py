@@ -8,7 +8,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
@@ -25,6 +25,7 @@ from adapterkit.gguf.header import (
     GgufHeader,
     read_gguf,
 )
+from adapterkit.records import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +67,7 @@ class AdapterFile(NamedTuple):
     """A parsed file; its tensors are in torch's order of dimensions."""
 
     header: GgufHeader
-    metadata: dict[str, Any]
+    metadata: Json
     tensors: dict[str, TensorSpec]
 
 

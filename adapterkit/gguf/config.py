@@ -11,6 +11,7 @@ from typing import Any
 
 from adapterkit.errors import Damaged, shown
 from adapterkit.gguf.file import GgufFile, conversion_rules
+from adapterkit.records import Json
 
 MAX_LAYERS = 1000  # or as many as the file has tensors
 MAX_EXPERTS = 1 << 16
@@ -52,10 +53,10 @@ def check_counts(file: GgufFile) -> None:
     file.errors.raise_all()
 
 
-def config_arguments(file: GgufFile) -> dict[str, Any]:
+def config_arguments(file: GgufFile) -> Json:
     """The arguments of a config as transformers reads them from the metadata."""
 
-    def read() -> dict[str, Any]:
+    def read() -> Json:
         if file.architecture in conversion_rules():
             from transformers.integrations.gguf.gguf_config_mapping import (
                 GGUF_CONFIG_ARCHS,
@@ -72,7 +73,7 @@ def config_arguments(file: GgufFile) -> dict[str, Any]:
     return file.call_transformers("config", read)
 
 
-def config_of(file: GgufFile, arguments: dict[str, Any]) -> dict[str, Any]:
+def config_of(file: GgufFile, arguments: Json) -> Json:
     """config.json of the model: what differs from its class's defaults, and what the file
     states."""
     from transformers import AutoConfig
@@ -124,7 +125,7 @@ def _class_name(file: GgufFile, model_type: str) -> str:
     file.errors.fail(problem, "an architecture that transformers knows")
 
 
-def _unread_metadata(file: GgufFile) -> dict[str, Any]:
+def _unread_metadata(file: GgufFile) -> Json:
     """The architecture's own metadata that transformers ignores."""
     if file.architecture in conversion_rules():
         return {}  # its rules read all that they need, by name
@@ -140,14 +141,14 @@ def _unread_metadata(file: GgufFile) -> dict[str, Any]:
     return {key: value for key, value in _own_metadata(file, ".").items() if key not in known}
 
 
-def _own_metadata(file: GgufFile, prefix: str) -> dict[str, Any]:
+def _own_metadata(file: GgufFile, prefix: str) -> Json:
     """Metadata whose keys begin with the architecture and a prefix, without these."""
     prefix = file.architecture + prefix
     metadata = file.header.metadata.items()
     return {key.removeprefix(prefix): value for key, value in metadata if key.startswith(prefix)}
 
 
-def _set_rope_scaling(file: GgufFile, config: dict[str, Any]) -> None:
+def _set_rope_scaling(file: GgufFile, config: Json) -> None:
     """Put the scaling of rotary positions into the config, from which transformers leaves it
     out."""
     settings = {
@@ -157,7 +158,7 @@ def _set_rope_scaling(file: GgufFile, config: dict[str, Any]) -> None:
     factor = settings.pop("scaling.factor", settings.pop("scale_linear", None))
     original = settings.pop("scaling.original_context_length", None)
     settings.pop("scaling.finetuned", None)
-    scaling: dict[str, Any] = {}
+    scaling: Json = {}
     if FREQUENCIES in file.entries:
         scaling = _llama3_scaling(file, config)
     elif kind in ("linear", "yarn") or (kind is None and factor not in (None, 0.0, 1.0)):
@@ -182,7 +183,7 @@ def _set_rope_scaling(file: GgufFile, config: dict[str, Any]) -> None:
         parameters.update({key: _shortest(value) for key, value in scaling.items()})
 
 
-def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+def _llama3_scaling(file: GgufFile, config: Json) -> Json:
     """Llama 3's scaling, of which a file has the factors only; `Refused` unless its settings give
     the same ones (1e-4)."""
     import numpy as np

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.gguf.header import Entry, GgufHeader
+from adapterkit.records import Settings
 
 
 @dataclass
@@ -79,7 +80,7 @@ def decodable(gguf: Any, kind: Any) -> bool:
     return True
 
 
-def conversion_rules() -> Mapping[str, Any]:
+def conversion_rules() -> Settings:
     """The architectures that transformers reads by conversion rules: name -> function of a
     config."""
     try:

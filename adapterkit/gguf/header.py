@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import MAX_NAME, Header
 from adapterkit.errors import Damaged, Problems, Refused, shown
+from adapterkit.records import Json
 
 ENDING = ".gguf"
 MAGIC = b"GGUF"
@@ -48,7 +49,7 @@ class GgufHeader:
     """A parsed header: its exact bytes, its metadata (of arrays only the length), its tensors."""
 
     raw: bytes = field(repr=False)
-    metadata: dict[str, Any]  # an array: its length
+    metadata: Json  # an array: its length
     tensors: tuple[Entry, ...]
     arrays: dict[str, tuple] = field(default_factory=dict)  # those of at most MAX_ITEMS numbers
 
@@ -189,8 +190,8 @@ class _Parser:
         except UnicodeDecodeError:
             raise self.damaged(f"a text at {self.at} that is not UTF-8", "UTF-8") from None
 
-    def metadata(self, count: int) -> dict[str, Any]:
-        metadata: dict[str, Any] = {}
+    def metadata(self, count: int) -> Json:
+        metadata: Json = {}
         for _ in range(count):
             key = self.text(MAX_NAME)
             if not key.isprintable() or not key or key in metadata:

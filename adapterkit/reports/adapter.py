@@ -1,6 +1,6 @@
 """inspect of an adapter: its config, and its modules with rank, scale and norms."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adapterkit.adapters.peft import scan_adapter
 from adapterkit.adapters.record import Adapter, Lora, rank_mismatch
@@ -8,6 +8,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.shards import weight_files
 from adapterkit.checkpoint.spec import Scan
 from adapterkit.errors import Refused, shown
+from adapterkit.records import Json
 from adapterkit.reports.checkpoint import (
     add_problem,
     check_pickles,
@@ -27,7 +28,7 @@ FLAGS = ("lora_bias", "bias", "ensure_weight_tying", "layer_replication", "targe
 
 def inspect_adapter(
     folder: Folder, base: Folder | None, with_factors: bool, progress: "Progress"
-) -> dict[str, Any]:
+) -> Json:
     """inspect's result for an adapter; `with_factors`: read them for norms and effective ranks."""
     adapter, scan, typed = scan_adapter(folder)
     check_tensors(scan, mixed=False)
@@ -50,7 +51,7 @@ def _modules(
     with_factors: bool,
     scan: Scan,
     progress: "Progress",
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     if not with_factors:
         return _in_order([_module(adapter, lora, None, typed, scan) for lora in adapter.loras])
     from adapterkit.reports import factors
@@ -66,11 +67,11 @@ def _modules(
     return _in_order(modules)
 
 
-def _in_order(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _in_order(modules: list[Json]) -> list[Json]:
     return sorted(modules, key=lambda module: _natural(module["module"]))
 
 
-def _adapter_keys(adapter: Adapter) -> dict[str, Any]:
+def _adapter_keys(adapter: Adapter) -> Json:
     """Settings of the config, replaced parameters and token rows."""
     setting = adapter.config.get
     flags = {
@@ -93,9 +94,7 @@ def _adapter_keys(adapter: Adapter) -> dict[str, Any]:
     return printable(keys)
 
 
-def _module(
-    adapter: Adapter, lora: Lora, joined: "Join | None", typed: bool, scan: Scan
-) -> dict[str, Any]:
+def _module(adapter: Adapter, lora: Lora, joined: "Join | None", typed: bool, scan: Scan) -> Json:
     """One adapted module from its header and the config, without statistics of its factors."""
     at, stored = (lora.module, lora.depth), lora.a.shape[0]
     parameter, experts = None, None
@@ -154,7 +153,7 @@ def _leaves(adapter: Adapter, lora: Lora, own: list[str] | None = None) -> list[
     return adapter.leaves(lora.module, own) if lora.kind == "module" else []
 
 
-def _groups(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _groups(modules: list[Json]) -> list[Json]:
     """Counts of modules with equal values, by the last component of their names, and their
     parameter's unless that is `weight`."""
     counts: dict[tuple, int] = {}

@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.adapters.keys import CONFIG
@@ -12,6 +11,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.shards import pickles, weight_files
 from adapterkit.checkpoint.spec import Scan, scan_checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
+from adapterkit.records import Json
 from adapterkit.reports.configs import printable
 from adapterkit.weights.detect import CONFIG_KEYS, check_not_quantized
 
@@ -20,7 +20,7 @@ MAX_NAMES = 6  # listed in one problem
 HEAD_KEY = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output_layer|output|head)\.weight$")
 
 
-def inspect_base(folder: Folder, headers: bool) -> dict[str, Any]:
+def inspect_base(folder: Folder, headers: bool) -> Json:
     """inspect's result for a checkpoint; `headers`: its model is not built."""
     scan = scan_checkpoint(folder)
     opens = not scan.errors
@@ -43,7 +43,7 @@ def inspect_base(folder: Folder, headers: bool) -> dict[str, Any]:
     return new_result("base", scan) | metrics | finish_result(scan)
 
 
-def inspect_file(folder: Folder) -> dict[str, Any]:
+def inspect_file(folder: Folder) -> Json:
     from adapterkit.formats.detect import in_another_layout, no_model
 
     scan, other = Scan(folder), in_another_layout(folder)
@@ -130,7 +130,7 @@ def check_tensors(scan: Scan, *, mixed: bool) -> None:
         )
 
 
-def _tied(scan: Scan, gaps_known: bool) -> dict[str, Any]:
+def _tied(scan: Scan, gaps_known: bool) -> Json:
     setting = _nested_flag(scan.config, "tie_word_embeddings")
     heads = [key for key in scan.tensors if HEAD_KEY.search(key)]
     if setting is True and any(key.endswith("lm_head.weight") for key in heads):
@@ -152,7 +152,7 @@ def _tied(scan: Scan, gaps_known: bool) -> dict[str, Any]:
     return {"config": setting, "head_stored": bool(heads)}
 
 
-def _loads(scan: Scan) -> dict[str, Any] | None:
+def _loads(scan: Scan) -> Json | None:
     """The class that transformers loads, with counts of what it does not find; None where it does
     not know the model."""
     from adapterkit.weights.loading import gaps_of  # of torch
@@ -182,7 +182,7 @@ def _nested_flag(config: dict, key: str) -> bool | None:
     return next((value for value in values if isinstance(value, bool)), None)
 
 
-def _quantization(scan: Scan) -> dict[str, Any] | None:
+def _quantization(scan: Scan) -> Json | None:
     try:
         check_not_quantized(scan.checkpoint())
     except Refused as error:
@@ -193,7 +193,7 @@ def _quantization(scan: Scan) -> dict[str, Any] | None:
     return None
 
 
-def new_result(kind: str, scan: Scan) -> dict[str, Any]:
+def new_result(kind: str, scan: Scan) -> Json:
     """The keys that all kinds have, in the order of the schema."""
     files = scan.folder.files()
     tensors = [spec for header in scan.headers for spec in header.tensors]
@@ -221,7 +221,7 @@ def new_result(kind: str, scan: Scan) -> dict[str, Any]:
     }
 
 
-def finish_result(scan: Scan, modules: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+def finish_result(scan: Scan, modules: list[Json] | None = None) -> Json:
     """The last keys of all kinds: problems, each once, and modules."""
     distinct = {str(error): error for error in scan.errors}.values()
     problems = [

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from adapterkit.adapters.record import Adapter
+from adapterkit.records import Json
 
 # Model settings about how the model was saved or is run: not compared
 IGNORED = {
@@ -31,7 +32,7 @@ ADAPTER_IGNORED = {
 ADAPTER_AFFECTS_WEIGHTS = {"ensure_weight_tying", "layer_replication", "target_parameters"}
 
 
-def compare_model_configs(a: dict, b: dict) -> tuple[list[dict[str, Any]], list[str]]:
+def compare_model_configs(a: dict, b: dict) -> tuple[list[Json], list[str]]:
     """Rows and notes on two models' configs; all settings count but dropouts and `NO_EFFECT`."""
     no_effect = _differences(_select(a, no_effect=True), _select(b, no_effect=True))
     a, b = _select(a, no_effect=False), _select(b, no_effect=False)
@@ -46,7 +47,7 @@ def compare_model_configs(a: dict, b: dict) -> tuple[list[dict[str, Any]], list[
     return counting + [row | {"decides": False} for row in no_effect], notes
 
 
-def compare_adapter_configs(a: Adapter, b: Adapter) -> list[dict[str, Any]]:
+def compare_adapter_configs(a: Adapter, b: Adapter) -> list[Json]:
     """Rows on two adapters' configs; absent, false and empty are the same, and lists of names have
     no order."""
 
@@ -82,7 +83,7 @@ def _select(config: dict, *, no_effect: bool) -> dict:
     return selected
 
 
-def _differences(a: dict, b: dict, prefix: str = "") -> Iterator[dict[str, Any]]:
+def _differences(a: dict, b: dict, prefix: str = "") -> Iterator[Json]:
     """A row for each setting that differs; nested ones have dotted names."""
     for key in {**a, **b}:
         one, other = a.get(key), b.get(key)
@@ -92,7 +93,7 @@ def _differences(a: dict, b: dict, prefix: str = "") -> Iterator[dict[str, Any]]
             yield _row(prefix + key, key, a, b)
 
 
-def _row(name: str, key: str, a: dict, b: dict) -> dict[str, Any]:
+def _row(name: str, key: str, a: dict, b: dict) -> Json:
     change = "added" if key not in a else "removed" if key not in b else "changed"
     values = {"a": printable(a.get(key)), "b": printable(b.get(key))}
     return {"name": printable(name), "change": change, **values}

@@ -4,7 +4,6 @@ nothing large is held whole."""
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.options import Progress
 from adapterkit.planning.inputs.converted_adapter import adapter_or_file, components_of
 from adapterkit.planning.inputs.sources import open_source
+from adapterkit.records import Json
 from adapterkit.reports.matching import (
     Matches,
     are_adapters,
@@ -30,7 +30,7 @@ from adapterkit.weights.codec import stored_parts
 VERSION = 1
 
 
-def compare_sources(diff: Diff) -> dict[str, Any]:
+def compare_sources(diff: Diff) -> Json:
     """What `diff` says of two sources."""
     tolerance, rank_for_energy = diff.tolerance, diff.rank_for_energy
     sources = open_source(diff.a), open_source(diff.b)

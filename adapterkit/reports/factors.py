@@ -6,7 +6,6 @@ to the problems, not raised.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from adapterkit.kernels.sums import all_finite, squared_norm
 from adapterkit.options import Progress
 from adapterkit.planning.merge.changes import collect_changes, other_base
 from adapterkit.planning.merge.job import MergeJob
+from adapterkit.records import Json
 from adapterkit.reports.reader import StoredReader
 from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.detect import check_not_quantized
@@ -67,7 +67,7 @@ def join(adapter: Adapter, on: Folder, problems: Problems) -> Join:
 @torch.inference_mode()
 def read_factors(
     adapter: Adapter,
-    modules: list[dict[str, Any]],  # of the adapter's loras, in their order; changed in place
+    modules: list[Json],  # of the adapter's loras, in their order; changed in place
     joined: Join | None,
     problems: Problems,
     progress: Progress,
@@ -96,12 +96,10 @@ def read_factors(
                 _check_values(spec, reader, problems, progress)
 
 
-def _statistics(
-    lora: Lora, module: dict[str, Any], reader: StoredReader, problems: Problems
-) -> dict[str, Any]:
+def _statistics(lora: Lora, module: Json, reader: StoredReader, problems: Problems) -> Json:
     """trained, and effective_rank and norm where the factors are finite and fit each other."""
     a, b = (reader.tensor(spec).double().flatten(1) for spec in (lora.a, lora.b))
-    statistics: dict[str, Any] = {"trained": bool((b != 0).any())}
+    statistics: Json = {"trained": bool((b != 0).any())}
     bad = {
         spec.key: count
         for spec, factor in ((lora.a, a), (lora.b, b))

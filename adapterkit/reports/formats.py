@@ -3,7 +3,6 @@ tables."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from adapterkit.errors import AdapterkitError, MultipleErrors, shown
 from adapterkit.formats.capabilities import roles_by_kind
@@ -14,6 +13,7 @@ from adapterkit.formats.schema import ADAPTER_LAYOUT, MODEL, Architecture, Forma
 from adapterkit.options import FLAG, SOURCE, StrPath, checked
 from adapterkit.planning.convert.source import read_contents
 from adapterkit.planning.inputs.sources import open_unconverted
+from adapterkit.records import Json, Settings
 from adapterkit.verbs.convert import ConvertOptions
 
 RANKED = ("lora", "loha", "lokr")  # kinds whose modules have a rank
@@ -25,7 +25,7 @@ PLACES = {
 }
 
 
-def list_formats() -> dict[str, Any]:
+def list_formats() -> Json:
     """What each format can hold; a dict that `convert --list --json` prints as it is.
 
       formats        name -> a format, read from formats/*.toml
@@ -42,7 +42,7 @@ def list_formats() -> dict[str, Any]:
     }
 
 
-def _format(one: Format) -> dict[str, Any]:
+def _format(one: Format) -> Json:
     inside = one.names.inside
     components = [one.names.components, *(words.components or {} for words in inside.values())]
     return {
@@ -67,7 +67,7 @@ def _format(one: Format) -> dict[str, Any]:
     }
 
 
-def _architecture(one: Architecture) -> dict[str, Any]:
+def _architecture(one: Architecture) -> Json:
     rules = [rule for words in one.components.values() for rule in words.rules]
     return {
         "title": one.title,
@@ -77,7 +77,7 @@ def _architecture(one: Architecture) -> dict[str, Any]:
     }
 
 
-def detect_format(src: StrPath, *, allow_pickle: bool = False) -> dict[str, Any]:
+def detect_format(src: StrPath, *, allow_pickle: bool = False) -> Json:
     """The format of an adapter and what it holds, from its headers; a dict that `convert --detect
     --json` prints as it is: format, title, architecture (null where no or several ones have its
     names), architectures (that have them), modules, kinds {kind: count}, components, ranks {rank:
@@ -123,7 +123,7 @@ def detect_format(src: StrPath, *, allow_pickle: bool = False) -> dict[str, Any]
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def formats_table(document: Mapping[str, Any]) -> str:
+def formats_table(document: Settings) -> str:
     """`list_formats()` as lines for a terminal."""
     lines = []
     for name, one in document["formats"].items():
@@ -142,7 +142,7 @@ def formats_table(document: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def scale_text(scale: Mapping[str, Any]) -> str:
+def scale_text(scale: Settings) -> str:
     """Where the scale is, and what it is where nothing says it."""
     if scale["place"] == "none":
         place = "none: in b"
@@ -153,7 +153,7 @@ def scale_text(scale: Mapping[str, Any]) -> str:
     return place + default + ("; one for all modules" if scale["uniform"] else "")
 
 
-def detection_table(document: Mapping[str, Any]) -> str:
+def detection_table(document: Settings) -> str:
     """`detect_format()` as lines for a terminal."""
     counts = lambda table: ", ".join(f"{name} {count}" for name, count in table.items())
     facts = {

@@ -2,7 +2,6 @@
 factors."""
 
 from pathlib import Path
-from typing import Any
 
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder, LocalFolder
@@ -12,13 +11,14 @@ from adapterkit.errors import Refused, shown
 from adapterkit.hub.folder import HubFolder
 from adapterkit.planning.inputs.converted_adapter import adapter_or_file
 from adapterkit.planning.inputs.sources import open_model, open_source
+from adapterkit.records import Json
 from adapterkit.reports import pictures
 from adapterkit.reports.adapter import inspect_adapter
 from adapterkit.reports.checkpoint import MAX_NAMES, inspect_base, inspect_file
 from adapterkit.verbs.inspect import Inspect
 
 
-def inspect_source(inspect: Inspect) -> dict[str, Any]:
+def inspect_source(inspect: Inspect) -> Json:
     """What `inspect` says of a source."""
     path, base, plot = inspect.path, inspect.base, inspect.plot
     download, headers = inspect.download, inspect.headers

@@ -14,6 +14,7 @@ from adapterkit.checkpoint.shards import NOT_A_MODEL
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.planning.adapters.sites import join
+from adapterkit.records import Json
 from adapterkit.reports import configs
 from adapterkit.reports.pairs import Bias, Pair, make_pair, stored_specs, summary_of
 from adapterkit.weights.codec import QuantizedWeight
@@ -201,7 +202,7 @@ def _match(a: Parts, b: Parts) -> Matches:
     return Matches(pairs, added=_rows_without(b, a), removed=_rows_without(a, b))
 
 
-def _rows_without(parts: Parts, others: Parts) -> list[dict[str, Any]]:
+def _rows_without(parts: Parts, others: Parts) -> list[Json]:
     """Rows of the parts that the other side does not have."""
     return [
         {"name": name, "kind": kind, **summary_of(part)}

@@ -14,6 +14,7 @@ from adapterkit.adapters.record import Tokens
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels import compare as kernel
 from adapterkit.kernels.lowrank.algebra import Product, inner, rank_for_energy, stack_products
+from adapterkit.records import Json
 from adapterkit.reports.reader import StoredReader
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.reader import TensorReader
@@ -30,7 +31,7 @@ class Result:
     """How one pair compares; `row` has its figures where it changed."""
 
     state: str
-    row: dict[str, Any] = field(default_factory=dict)
+    row: Json = field(default_factory=dict)
     squares: tuple[float, float] | None = None  # ‖A−B‖² and ‖A‖², where they were measured
 
 
@@ -296,7 +297,7 @@ def stored_specs(part: Any) -> tuple[TensorSpec, ...]:
     return (part.spec if isinstance(part, Bias) else part,)
 
 
-def summary_of(part: Any) -> dict[str, Any]:
+def summary_of(part: Any) -> Json:
     """One side of a pair in a row: rank, scale and shape of a delta, else dtype and shape."""
     if isinstance(part, Factors | Bias):
         summary = {"rank": part.rank, "scale": part.scale, "shape": list(_shape(part))}
@@ -315,7 +316,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
 
 
-def _figures(sums: kernel.PairSums, elements: int) -> dict[str, Any]:
+def _figures(sums: kernel.PairSums, elements: int) -> Json:
     return {
         "relative_error": sums.relative,
         "max_abs": sums.largest,

@@ -3,9 +3,9 @@
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 from adapterkit.errors import Failed, Refused, shown
+from adapterkit.records import Json
 from adapterkit.reports.tables import module_label
 
 
@@ -26,7 +26,7 @@ def check_plot(path: Path) -> None:
         ) from error
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: Json, path: Path) -> None:
     """Draw the deltas' norms, relative ones if known: a row per layer, a column per module kind.
 
     `Refused` where no module has a norm, `Failed` where the file cannot be written.
@@ -64,7 +64,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         ) from error
 
 
-def grid(modules: list[dict[str, Any]], key: str) -> tuple[list[str], list[str], list[list[float]]]:
+def grid(modules: list[Json], key: str) -> tuple[list[str], list[str], list[list[float]]]:
     """Rows (names up to the layer's number), columns (their rest), and values (NaN: no module)."""
     places = [_place(module_label(module)) for module in modules]
     rows = list(dict.fromkeys(row for row, _ in places))

@@ -4,10 +4,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from statistics import median
-from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, shown
+from adapterkit.records import Json
 
 MAX_PROBLEMS = 20  # kinds of problems that are listed; all of them are in the JSON
 MAX_ROWS = 20  # that are listed one by one
@@ -17,7 +17,7 @@ MODULE = ["module", "rank", "scale", "trained", "norm", "relative", "effective_r
 CHANGED = ["changed", "", "relative", "max abs", "cosine", "differ", "rank"]
 
 
-def inspect_table(result: dict[str, Any]) -> str:
+def inspect_table(result: Json) -> str:
     """inspect's result as lines for a terminal."""
     lines = [f"{result['kind']} {shown(result['name'])}"]
     metrics = _metrics(result) + (_adapter_metrics(result) if result["kind"] == "adapter" else [])
@@ -35,7 +35,7 @@ def inspect_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_problem_lines(result["problems"])])
 
 
-def diff_table(document: dict[str, Any]) -> list[str]:
+def diff_table(document: Json) -> list[str]:
     """diff's document as lines: a table of the changes, - (only A has it), + (only B has it),
     settings."""
     lines, rows = [], document["changed"]
@@ -50,12 +50,12 @@ def diff_table(document: dict[str, Any]) -> list[str]:
     return lines + [_setting_text(row) for row in document["config"]]
 
 
-def _worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _worst(rows: list[Json]) -> list[Json]:
     """Of more rows than a screen holds, of each kind of layer the one that differs most, its name
     with the number of rows that it stands for."""
     if len(rows) <= MAX_ROWS:
         return rows
-    kinds: dict[str, list[dict[str, Any]]] = {}
+    kinds: dict[str, list[Json]] = {}
     for row in rows:
         kinds.setdefault(NUMBER.sub(".*", f"{row['name']} {_sides(row)}"), []).append(row)
     worst = []
@@ -87,7 +87,7 @@ def _align(rows: list[list[str]], left: int) -> list[str]:
     return lines
 
 
-def _metrics(result: dict[str, Any]) -> list[tuple[str, str]]:
+def _metrics(result: Json) -> list[tuple[str, str]]:
     """(name, text) of all kinds of results; those with an empty text are not printed."""
     count = len(result["shards"])
     kinds = ", ".join(f"{name} {size['parameters']:,}" for name, size in result["dtypes"].items())
@@ -112,7 +112,7 @@ def _metrics(result: dict[str, Any]) -> list[tuple[str, str]]:
     return metrics
 
 
-def _adapter_metrics(result: dict[str, Any]) -> list[tuple[str, str]]:
+def _adapter_metrics(result: Json) -> list[tuple[str, str]]:
     saved = result["modules_to_save"]
     layout = [str(result[key]) for key in ("format", "peft_type", "peft_version") if result[key]]
     flags = [
@@ -131,12 +131,12 @@ def _adapter_metrics(result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _inspect_columns(names: list[str], rows: list[dict[str, Any]]) -> list[str]:
+def _inspect_columns(names: list[str], rows: list[Json]) -> list[str]:
     titles = [name.replace("_", " ") for name in names]
     return _align([titles, *([_inspect_cell(row, name) for name in names] for row in rows)], left=1)
 
 
-def _inspect_cell(row: dict[str, Any], name: str) -> str:
+def _inspect_cell(row: Json, name: str) -> str:
     value = module_label(row) if name == "module" else row[name]
     if value is None:
         return "?"
@@ -145,7 +145,7 @@ def _inspect_cell(row: dict[str, Any], name: str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else shown(value)
 
 
-def module_label(module: dict[str, Any]) -> str:
+def module_label(module: Json) -> str:
     """A module's name with its parameter's unless that is `weight`, or with its wrapper's level."""
     if module["parameter"] is not None:
         return module["parameter"].removesuffix(".weight")
@@ -169,13 +169,13 @@ def _problem_lines(problems: list[dict[str, str]]) -> list[str]:
     return lines + ([f"and {more} more kinds of problems; --json lists all"] if more > 0 else [])
 
 
-def _setting_text(row: dict[str, Any]) -> str:
+def _setting_text(row: Json) -> str:
     a = "not set" if row["change"] == "added" else shown(repr(row["a"]))
     b = "not set" if row["change"] == "removed" else shown(repr(row["b"]))
     return f"{shown(row['name'])}: {a} -> {b}" + ("" if row["decides"] else "  (does not count)")
 
 
-def _diff_cells(row: dict[str, Any]) -> list[str]:
+def _diff_cells(row: Json) -> list[str]:
     share = row["differing"]
     return [
         row["name"],
@@ -188,7 +188,7 @@ def _diff_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _sides(row: dict[str, Any]) -> str:
+def _sides(row: Json) -> str:
     """Kind, dtype (or rank and scale) and shape of A, then -> and what differs in B."""
     one, other = _side(row["a"]), _side(row["b"])
     differing = other if row["a"]["shape"] != row["b"]["shape"] else other[:1]
@@ -198,12 +198,12 @@ def _sides(row: dict[str, Any]) -> str:
     return " ".join(words if row["kind"] == "tensor" else [row["kind"], *words])
 
 
-def _side(side: dict[str, Any]) -> list[str]:
+def _side(side: Json) -> list[str]:
     values = side["dtype"] if "dtype" in side else f"r {side['rank']} scale {side['scale']:g}"
     return [values, "x".join(map(str, side["shape"])) or "scalar"]
 
 
-def _error_text(row: dict[str, Any]) -> str:
+def _error_text(row: Json) -> str:
     if row["relative_error"] is not None:
         return f"{row['relative_error']:.2e}"
     floats = row["a"].get("dtype", "F32") in dtypes.FLOATS
@@ -220,7 +220,7 @@ def _rank_text(rank: dict | None) -> str:
     return f"{'~' * rank['estimate']}{rank['needed']}"
 
 
-def outcomes(receipt: dict[str, Any]) -> Iterator[str]:
+def outcomes(receipt: Json) -> Iterator[str]:
     """A receipt's metrics in a few lines: energy kept, survival of the change, relative errors."""
     metrics = receipt["parameters"]
     named = lambda name: {key: metric[name] for key, metric in metrics.items() if name in metric}

@@ -1,8 +1,6 @@
 """verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled
 rows are recomputed in float64."""
 
-from typing import Any
-
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.engines.verify.file_checks import check_files
@@ -17,10 +15,11 @@ from adapterkit.planning.inputs.sources import (
     open_weighted,
 )
 from adapterkit.receipt import AGAIN, read_receipt
+from adapterkit.records import Json
 from adapterkit.verbs.verify import Verify
 
 
-def verify_output(verify: Verify) -> dict[str, Any]:
+def verify_output(verify: Verify) -> Json:
     """What `verify` says of an output."""
     folder, base, stats, progress = verify.folder, verify.base, verify.stats, verify.progress
     adapters = verify.adapters

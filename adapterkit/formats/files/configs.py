@@ -18,6 +18,8 @@ from adapterkit.records import (
     POSITIVE_INT,
     TEXT,
     Check,
+    Json,
+    Settings,
     list_of,
     of_type,
     placed,
@@ -39,7 +41,7 @@ WORDS: dict[str, Check] = {
 }  # fmt: skip
 
 
-def read_config(folder: Folder, name: str) -> dict[str, Any]:
+def read_config(folder: Folder, name: str) -> Json:
     """The table in a JSON or YAML file of the folder; `Damaged` if it holds none."""
     if not name.endswith((".yaml", ".yml")):
         return read_json(folder, name)
@@ -60,10 +62,10 @@ def read_config(folder: Folder, name: str) -> dict[str, Any]:
 
 
 def fields(
-    config: Mapping[str, Any],
+    config: Settings,
     paths: Mapping[str, Sequence[str]],  # word -> dotted paths, of which the first that is there
     where: str,
-) -> dict[str, Any]:
+) -> Json:
     """What the config says, by word; words that it does not have are missing.
 
     Raises `Refused` for values that the words cannot have, all at once.
@@ -80,7 +82,7 @@ def fields(
     return found
 
 
-def filled(template: Any, values: Mapping[str, Any]) -> Any:
+def filled(template: Any, values: Settings) -> Any:
     """The template with each text "{word}" replaced by the value of the word; a field without a
     value is left out."""
     if isinstance(template, Mapping):
@@ -103,14 +105,14 @@ def unknown_words(template: Any) -> list[str]:
     return [template] if braces and template not in {f"{{{word}}}" for word in WORDS} else []
 
 
-def config_bytes(name: str, config: Mapping[str, Any]) -> bytes:
+def config_bytes(name: str, config: Settings) -> bytes:
     """The file's bytes: JSON, or YAML where the name says so; equal configs give equal bytes."""
     if name.endswith((".yaml", ".yml")):
         return yaml.safe_dump(dict(config), sort_keys=False).encode()
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _at(config: Mapping[str, Any], path: str) -> Any:
+def _at(config: Settings, path: str) -> Any:
     """The value at a dotted path; None where there is none."""
     value: Any = config
     for part in path.split("."):

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from adapterkit.checkpoint.reader import read_small
 from adapterkit.errors import Damaged, Unrecoverable, shown
 from adapterkit.gguf.adapter import read_adapter
 from adapterkit.gguf.header import ENDING
+from adapterkit.records import Settings
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Container:
 
     file: str
     tensors: Mapping[str, TensorSpec]
-    metadata: Mapping[str, Any]
+    metadata: Settings
     header_sha256: str
 
 

@@ -7,8 +7,7 @@ itself.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from adapterkit.adapters.adapter_config import declared_settings, whole
 from adapterkit.errors import Refused, listed
@@ -18,15 +17,16 @@ from adapterkit.formats.modules.kinds import PLAIN
 from adapterkit.formats.modules.parts import rank_of
 from adapterkit.formats.modules.record import AdapterModule, Modules
 from adapterkit.formats.schema import Format
+from adapterkit.records import Json, Settings
 
 WORD = re.compile(r"\{(\w+)\}")
 LAYERS = ".layers."
 VARIOUS = "Dynamic"  # as sd-scripts writes it when it resizes
 
 
-def filled(templates: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def filled(templates: Settings, values: Settings) -> Json:
     """The metadata; keys whose words have no value are left out."""
-    metadata: dict[str, Any] = {}
+    metadata: Json = {}
     for key, template in templates.items():
         words = WORD.findall(template) if isinstance(template, str) else []
         if any(values.get(word) is None for word in words):
@@ -39,9 +39,9 @@ def filled(templates: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
     return metadata
 
 
-def words_of(templates: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+def words_of(templates: Settings, metadata: Settings) -> Json:
     """The words' values that give this metadata, of those templates that it fits."""
-    values: dict[str, Any] = {}
+    values: Json = {}
     for key, template in templates.items():
         words = WORD.findall(template) if isinstance(template, str) else []
         if not words or key not in metadata:
@@ -66,12 +66,12 @@ def numbers(modules: Iterable[AdapterModule]) -> dict[str, str | None]:
     return {"rank": text(ranks), "alpha": text(alphas)}
 
 
-def base_words(base: str | None) -> dict[str, Any]:
+def base_words(base: str | None) -> Json:
     """Words that follow from a base's Hub id: how many there are, and the last part of the name."""
     return {} if base is None else {"bases": 1, "base_name": base.rpartition("/")[2]}
 
 
-def settings_of(form: Format, modules: Modules, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def settings_of(form: Format, modules: Modules, config: Settings) -> Json | None:
     """The settings of modules under the file's names; None where the format has none.
 
     `config`: the source's. `Refused` for magnitudes of some modules only, which a file cannot say.
@@ -95,7 +95,7 @@ def settings_of(form: Format, modules: Modules, config: Mapping[str, Any]) -> di
         {module.name: module.alpha for module in ranked},
     )
     scales = Counter(module.scale for module in ranked)
-    values: dict[str, Any] = {
+    values: Json = {
         "rank": settings["r"],
         "alpha": settings["lora_alpha"],
         "scale": whole(scales.most_common(1)[0][0]) if scales else 1,

@@ -5,13 +5,13 @@ were trained have rows in b.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from adapterkit.errors import Refused, shown
 from adapterkit.formats.capabilities import EXTRACT
 from adapterkit.formats.modules.fusing import Fusion
 from adapterkit.formats.modules.rows import shares_of
 from adapterkit.formats.modules.tensors import Expression, block_diagonal, gathered
+from adapterkit.records import Settings
 
 PARTS = 3  # of a layer that loralib's users train in parts: queries, keys, values
 GROUPED = "grouped"  # the step of a format's factors that may be so
@@ -47,7 +47,7 @@ def ungrouped(parts: Parts, shares: tuple[int, ...], where: str) -> Parts:
 def trained(
     fusion: Fusion,
     names: list[str],
-    settings: Mapping[str, Any],  # what the config says, by word
+    settings: Settings,  # what the config says, by word
     groups: int,
     where: str,
 ) -> tuple[Fusion, list[str]]:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.formats.modules.kinds import KINDS
 from adapterkit.formats.modules.tensors import Expression
+from adapterkit.records import Settings
 
 LANGUAGE = ""  # the component of an adapter for a single model
 
@@ -71,8 +71,8 @@ class Contents:
     # architecture -> component -> the column of its rules that the source's names are in
     namings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)  # of the source, by component or plain
-    facts: Mapping[str, Any] = field(default_factory=dict)  # base (a Hub id), invocation (tokens)
+    config: Settings = field(default_factory=dict)  # of the source, by component or plain
+    facts: Settings = field(default_factory=dict)  # base (a Hub id), invocation (tokens)
     headers: Mapping[tuple[int, str], str] = field(default_factory=dict)  # sha256 of the inputs'
     notes: Sequence[str] = ()
     refitted: bool = False  # ranks and scales are no longer the source's

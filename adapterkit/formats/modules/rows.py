@@ -6,13 +6,13 @@ whatever has the weight's rows: b, bias, magnitude, diff.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapterkit.errors import Refused
 from adapterkit.formats.modules.tensors import Rows, compact
+from adapterkit.records import Settings
 
 ORDERS = ("swap_halves", "swap_pair", "interleave", "rotary_q", "rotary_k", "groups")
 PER_HEAD = ("rotary_q", "rotary_k", "groups")
@@ -115,7 +115,7 @@ def shares_of(size: int, shares: Sequence[int], where: str) -> list[range]:
     return [range(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
 
 
-def model_heads(config: Mapping[str, Any]) -> Heads | None:
+def model_heads(config: Settings) -> Heads | None:
     """The heads that a model's config names (transformers' words, or litgpt's); None without."""
     for table in (config, config.get("text_config")):
         if not isinstance(table, Mapping):

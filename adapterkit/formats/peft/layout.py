@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.adapters.adapter_config import PEFT_LAYOUT, base_id, declared_settings
@@ -28,6 +27,7 @@ from adapterkit.formats.peft.experts import homes_of, read_stacks, stacked_keys,
 from adapterkit.formats.peft.kinds import KINDS, read_kinds, write_kinds
 from adapterkit.formats.schema import Format
 from adapterkit.formats.write import FormatFile, WrittenTensor
+from adapterkit.records import Json
 from adapterkit.weights.names import Names
 
 # of a source's settings, what a file of other factors keeps
@@ -213,7 +213,7 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
 
 def _settings(
     contents: Contents, form: Format, loras: Modules, experts: Modules, rebuilt: bool
-) -> dict[str, Any]:
+) -> Json:
     """adapter_config.json: a source's own where it has one, with the ranks and scales."""
     own = contents.config if formats()[contents.format].layout == form.layout else {}
     if own and not rebuilt:
@@ -226,7 +226,7 @@ def _settings(
     names = sorted({m.name for m in loras})
     if form.adapter.targets == "ends":
         names = sorted({name.rpartition(".")[2] for name in names})
-    settings: dict[str, Any] = {
+    settings: Json = {
         "target_modules": names,
         "use_dora": any("magnitude" in m.parts for m in loras),
         "lora_bias": any("bias" in m.parts for m in loras),
