@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from adapterkit.errors import Refused
 
+Value = Any  # a tensor, a `LowRankSum` or NotImplemented
 ALIGNMENT = 16  # bytes: the strides that torch's grouped products ask for
 FALLBACK = "transformers.grouped_mm_fallback"  # transformers' operator where torch has none
 
@@ -185,7 +186,7 @@ def _plus(
     return y
 
 
-def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
+def _linear(x: Value, weight: Value, bias: Tensor | None = None) -> Value:
     if not isinstance(weight, LowRankSum) or isinstance(x, LowRankSum) or weight.ndim != 2:
         return NotImplemented
     if isinstance(bias, LowRankSum):
@@ -196,7 +197,7 @@ def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _matmul(x: Any, y: Any) -> Any:
+def _matmul(x: Value, y: Value) -> Value:
     if isinstance(y, LowRankSum) and not isinstance(x, LowRankSum):
         if y.ndim == 2:
             return _linear(x, y.transposed) if x.ndim else NotImplemented
@@ -208,11 +209,11 @@ def _matmul(x: Any, y: Any) -> Any:
     return NotImplemented
 
 
-def _reversed_matmul(y: Any, x: Any) -> Any:
+def _reversed_matmul(y: Value, x: Value) -> Value:
     return _matmul(x, y)
 
 
-def _added_matmul(func: Callable, summand: Any, x: Any, y: Any, **options: float) -> Any:
+def _added_matmul(func: Callable, summand: Value, x: Value, y: Value, **options: float) -> Value:
     """addmm and baddbmm: summand + x @ y."""
     sums = [isinstance(value, LowRankSum) for value in (summand, x, y)]
     if options or sums != [False, False, True]:
@@ -221,7 +222,9 @@ def _added_matmul(func: Callable, summand: Any, x: Any, y: Any, **options: float
     return _plus(product, y, lambda t: (x.to(t.left.dtype) @ t.left, t.right))
 
 
-def _grouped(func: Callable, x: Any, weight: Any, offs: Any = None, **options: Any) -> Any:
+def _grouped(
+    func: Callable, x: Value, weight: Value, offs: Tensor | None = None, **options: object
+) -> Value:
     """Products of the rows of x (S, n), sorted by group and ending at `offs`, with the groups'
     matrices (E, n, m)."""
     if not isinstance(weight, LowRankSum) or isinstance(x, LowRankSum):
@@ -245,13 +248,13 @@ def _grouped(func: Callable, x: Any, weight: Any, offs: Any = None, **options: A
 # --- sums again ---------------------------------------------------------------------------------
 
 
-def _transpose(total: Any, *axes: int) -> Any:
+def _transpose(total: Value, *axes: int) -> Value:
     ndim = total.ndim
     last = {ndim - 2, ndim - 1}
     return total.transposed if {axis % ndim for axis in axes} == last else NotImplemented
 
 
-def _permute(total: Any, *axes: Any) -> Any:
+def _permute(total: Value, *axes: Any) -> Value:
     axes = axes[0] if len(axes) == 1 else axes
     kept = tuple(range(total.ndim - 2))
     last = (total.ndim - 1, total.ndim - 2)
@@ -260,16 +263,16 @@ def _permute(total: Any, *axes: Any) -> Any:
     )
 
 
-def _transposed(total: Any) -> Any:
+def _transposed(total: Value) -> Value:
     return total.transposed
 
 
-def _matrix(total: Any) -> Any:
+def _matrix(total: Value) -> Value:
     """.T and .t(), of matrices."""
     return total.transposed if total.ndim == 2 else NotImplemented
 
 
-def _view(func: Callable, total: Any, *shape: Any) -> Any:
+def _view(func: Callable, total: Value, *shape: object) -> Value:
     """(E * n, m) as (E, n, m): experts stacked in the rows of a matrix."""
     weight = func(total.weight, *shape)
     if total.ndim != 2 or weight.ndim != 3 or weight.shape[-1] != total.shape[-1]:
@@ -284,7 +287,7 @@ def _view(func: Callable, total: Any, *shape: Any) -> Any:
     )
 
 
-def _cast(func: Callable, total: Any, *args: Any, **kwargs: Any) -> Any:
+def _cast(func: Callable, total: Value, *args: object, **kwargs: object) -> Value:
     """Another dtype, device or memory order of the weight: the factors keep their dtype."""
     weight = func(total.weight, *args, **kwargs)
     if not isinstance(weight, Tensor):
@@ -296,7 +299,7 @@ def _cast(func: Callable, total: Any, *args: Any, **kwargs: Any) -> Any:
     return LowRankSum(weight, terms)
 
 
-def _item(total: Any, index: Any) -> Any:
+def _item(total: Value, index: object) -> Value:
     """One expert by its number, or several; of a matrix several rows."""
     if not isinstance(total, LowRankSum) or not isinstance(index, int | slice | Tensor):
         return NotImplemented

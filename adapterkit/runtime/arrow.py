@@ -31,7 +31,7 @@ from adapterkit.errors import (
     listed,
     shown,
 )
-from adapterkit.options import ABOVE_0, COUNT, UNWEIGHTED, StrPath, checked
+from adapterkit.options import ABOVE_0, COUNT, UNWEIGHTED, Sources, StrPath, checked
 from adapterkit.patterns import similar_names
 from adapterkit.planning.arrow import CONFIG, FORMAT, WEIGHTS
 from adapterkit.planning.inputs.sources import open_source
@@ -43,6 +43,7 @@ from adapterkit.runtime.load.placing import home
 from adapterkit.runtime.state import Attached, State
 from adapterkit.verbs.arrow import arrow as write_arrow
 
+Settings = dict[str, Any]  # of arrow.json
 SETTINGS = records.entries(  # of arrow.json
     {
         "experts": records.also(records.list_of(records.TEXT), "a list of names", len),
@@ -57,7 +58,7 @@ ROLES = ("a", "b", "scale", "prototype")  # of the tensors of a module; `expert`
 class ArrowRouter(Attached):
     """A router on the model, and what it takes to write it and to add experts."""
 
-    settings: dict[str, Any] = field(default_factory=dict)  # its arrow.json
+    settings: Settings = field(default_factory=dict)  # its arrow.json
     experts: list[str] = field(default_factory=list)  # names, in the order of the numbers
     dtype: torch.dtype = torch.float32  # of the stored factors
     general: tuple[StrPath, ...] = ()  # where the general adapters are, if known
@@ -72,7 +73,7 @@ class ArrowRouter(Attached):
 class StoredRouter:
     """A router's folder: its arrow.json and, by module, its experts."""
 
-    settings: dict[str, Any]
+    settings: Settings
     names: list[str]
     dtype: torch.dtype
     modules: dict[str, Experts]
@@ -111,10 +112,10 @@ def load(
 
 def create(
     state: State,
-    sources: Any,
+    sources: Sources,
     name: str,
     *,
-    general: Any = (),
+    general: Sources = (),
     top_k: int | None,
     temperature: float,
     compat: str | None,
@@ -203,7 +204,7 @@ def unique(names: Sequence[str]) -> list[str]:
 
 
 def add_expert(
-    state: State, source: StrPath, *, name: str, arrow: str, general: Any = None
+    state: State, source: StrPath, *, name: str, arrow: str, general: Sources | None = None
 ) -> None:
     """Add an expert, its prototype and what is subtracted from it as `adapterkit arrow` computes
     them. `Refused` before anything changes."""
@@ -300,7 +301,7 @@ def check_new(router: ArrowRouter, name: str) -> None:
         )
 
 
-def general_sources(router: ArrowRouter, general: Any) -> list[StrPath]:
+def general_sources(router: ArrowRouter, general: Sources | None) -> list[StrPath]:
     """Where the general adapters are that are subtracted from each expert."""
     names = router.settings.get("general") or []
     sources = list(router.general) if general is None else checked("general", UNWEIGHTED, general)
@@ -316,7 +317,7 @@ def general_sources(router: ArrowRouter, general: Any) -> list[StrPath]:
     return sources
 
 
-def check_general(router: ArrowRouter, stored: Sequence[Mapping[str, Any]]) -> None:
+def check_general(router: ArrowRouter, stored: Sequence[Mapping[str, object]]) -> None:
     """`Refused` for general adapters that are not those of the router's other experts."""
     known = router.settings.get("sources", [])[len(router.experts) :]
     wrong = [
@@ -360,7 +361,7 @@ def save(state: State, folder: StrPath, name: str) -> None:
         writing.replace(root / CONFIG, lambda path: path.write_bytes(as_json(settings)))
 
 
-def read_settings(folder: Folder) -> dict[str, Any]:
+def read_settings(folder: Folder) -> Settings:
     """arrow.json; `Refused` for a folder of something else, `Damaged` for settings that cannot
     be."""
     missing = [name for name in (CONFIG, WEIGHTS) if name not in folder.files()]
@@ -384,7 +385,7 @@ def read_settings(folder: Folder) -> dict[str, Any]:
     return settings
 
 
-def read(folder: Folder, settings: dict[str, Any], names: list[str]) -> StoredRouter:
+def read(folder: Folder, settings: Settings, names: list[str]) -> StoredRouter:
     """The experts of a router's folder under these names."""
     header = read_header(folder, WEIGHTS)
     modules: dict[str, dict[str, TensorSpec]] = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed
 from adapterkit.runtime.site import Site, sizes_of
@@ -130,7 +131,7 @@ class Guard:
         self.model, self.acting = model, acting
         self.hosts = Hosts(model, sites)
         self._sites = sites
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
 
     def watch(self, *, on: bool) -> None:
         """Watch the model, or no longer: torch's fused layers run in modules without hooks only."""
@@ -146,7 +147,7 @@ class Guard:
                 hook.remove()
             self._hooks = []
 
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
+    def _before_forward(self, module: nn.Module, args: object) -> None:
         if torch.compiler.is_compiling():
             return
         Problems(self.hosts.problems(self._sites.values(), "the model")).raise_all()
@@ -169,7 +170,7 @@ class Guard:
     def _before_save(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         self._refuse_others(SAVES, "saves")
 
-    def _before_load(self, module: nn.Module, *args: Any) -> None:
+    def _before_load(self, module: nn.Module, *args: object) -> None:
         self._refuse_others(LOADS, "restores")
 
     def _refuse_others(self, names: re.Pattern[str], verb: str) -> None:

@@ -61,7 +61,7 @@ class Adapters:
 
     def attach(
         self,
-        config: LoraConfig | Mapping[str, Any],
+        config: LoraConfig | Mapping[str, object],
         *,
         name: str,
         seed: int | None = None,
@@ -329,7 +329,7 @@ class Adapters:
 
 def attach(
     model: nn.Module,
-    config: LoraConfig | Mapping[str, Any],
+    config: LoraConfig | Mapping[str, object],
     *,
     name: str = "default",
     seed: int | None = None,

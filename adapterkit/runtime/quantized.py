@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import Refused
-from adapterkit.runtime.site import CHILD, Site, owner
+from adapterkit.runtime.site import CHILD, Host, Site, owner
 
-Dequantize = Callable[[Any], Tensor]
-Requantize = Callable[[Any, Tensor], Mapping[str, nn.Parameter]]
+Dequantize = Callable[[Host], Tensor]
+Requantize = Callable[[Host, Tensor], Mapping[str, nn.Parameter]]
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _bnb() -> Any:
     return bitsandbytes.functional
 
 
-def _bnb4_weight(module: Any) -> Tensor:
+def _bnb4_weight(module: Host) -> Tensor:
     functional = _bnb()
 
     values, state = module.weight.data, module.weight.quant_state or module.quant_state
@@ -217,7 +217,7 @@ def _unpacked(values: Tensor, state: Any) -> tuple[Tensor, Any]:
     return values, state
 
 
-def _bnb4_parameters(module: Any, weight: Tensor) -> dict[str, nn.Parameter]:
+def _bnb4_parameters(module: Host, weight: Tensor) -> dict[str, nn.Parameter]:
     own = module.weight
     new = type(own)(
         weight.cpu(),
@@ -230,7 +230,7 @@ def _bnb4_parameters(module: Any, weight: Tensor) -> dict[str, nn.Parameter]:
     return {"weight": new}
 
 
-def _bnb8_weight(module: Any) -> Tensor:
+def _bnb8_weight(module: Host) -> Tensor:
     functional = _bnb()
 
     own = module.weight
@@ -240,7 +240,7 @@ def _bnb8_weight(module: Any) -> Tensor:
     return functional.int8_vectorwise_dequant(own.data, scales.to(own.device))
 
 
-def _bnb8_parameters(module: Any, weight: Tensor) -> dict[str, nn.Parameter]:
+def _bnb8_parameters(module: Host, weight: Tensor) -> dict[str, nn.Parameter]:
     own = module.weight
     new = type(own)(weight.cpu(), requires_grad=False, has_fp16_weights=own.has_fp16_weights)
     return {"weight": new.to(own.device)}

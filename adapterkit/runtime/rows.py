@@ -17,7 +17,7 @@ from adapterkit.errors import Problems, Refused, shown
 from adapterkit.kernels import mixed
 from adapterkit.runtime.layers.parameter import is_stack, takes_indices
 from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.site import Part, Site
+from adapterkit.runtime.site import Args, Kwargs, Part, Site
 from adapterkit.runtime.state import State
 
 # The arguments of a model, or of its generate, whose first axis is the batch, in this order.
@@ -137,7 +137,7 @@ class Rows:
 
         return run
 
-    def _before(self, args: Sequence[Any], kwargs: Mapping[str, Any], axis: int) -> None:
+    def _before(self, args: Args, kwargs: Kwargs, axis: int) -> None:
         if not self.on:
             return
         self._not_training()
@@ -219,7 +219,7 @@ class Router:
         self._linear: LinearRows | None = None
         self._is_linear: bool | None = None
 
-    def __call__(self, site: Site, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def __call__(self, site: Site, args: Args, kwargs: Kwargs) -> Any:
         if self._is_linear is None:
             self._linear = linear_rows(site, self.names)
             self._is_linear = self._linear is not None
@@ -309,7 +309,7 @@ def _below(path: str, roots: Iterable[str]) -> bool:
     return any(not root or path == root or path.startswith(root + ".") for root in roots)
 
 
-def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any], axis: int) -> int | None:
+def _batch_size(args: Args, kwargs: Kwargs, axis: int) -> int | None:
     """Rows of the first tensor among a call's arguments."""
     named = [kwargs.get(name) for name in INPUTS]
     others = [value for key, value in kwargs.items() if key not in (*INPUTS, *UNBATCHED)]
@@ -351,8 +351,8 @@ def run_groups(
     site: Site,
     names: Sequence[str | None],
     axis: int,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     narrowed: Narrowed,  # around the run of some of the rows
 ) -> Any:
     """Run the site on the rows of one adapter at a time, and put the outputs together."""
@@ -398,7 +398,7 @@ def _argument(host: nn.Module, key: str, value: Any, index: Tensor, size: int, a
     return select(value, index, size, axis)
 
 
-def run_alone(site: Site, name: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def run_alone(site: Site, name: str | None, args: Args, kwargs: Kwargs) -> Any:
     """The site's output with one adapter, or with none."""
     router, site.router = site.router, None
     site.select({} if name is None else {name: 1.0})

@@ -7,7 +7,7 @@ like any child, and adds nothing to `state_dict()`.
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +43,10 @@ _probes = itertools.count()
 class Unsaved(nn.Module):
     """A module whose parameters and buffers are in no state dict."""
 
-    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+    def state_dict(self, *args: object, destination: Any = None, **kwargs: object) -> Any:
         return {} if destination is None else destination
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         return
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -118,7 +118,7 @@ class Part(Unsaved):
             parameter.requires_grad_(requires_grad)
         return self
 
-    def run(self, site: "Site | Inside", *args: Any, **kwargs: Any) -> Any:
+    def run(self, site: "Site | Inside", *args: object, **kwargs: object) -> Any:
         raise NotImplementedError
 
     def clash(self, other: "Part") -> str | None:
@@ -194,6 +194,9 @@ def sizes_of(host: nn.Module) -> dict[str, int]:
     return {name: own[name] for name in SIZES if name in own}
 
 
+Host = Any  # a module, with the attributes of its class
+Args = Sequence[Any]  # of a call of a module
+Kwargs = Mapping[str, Any]
 Replacing = tuple[Part, ...]
 Changing = tuple[tuple[Part, float], ...]
 
@@ -251,7 +254,7 @@ class Site(Unsaved):
         """A parameter of the host."""
         return Values(self.host)[name]
 
-    def base(self, *args: Any, **kwargs: Any) -> Any:
+    def base(self, *args: object, **kwargs: object) -> Any:
         """The host's own forward."""
         if self.own_forward is not None:
             return self.own_forward(*args, **kwargs)
@@ -264,7 +267,7 @@ class Site(Unsaved):
         reference."""
         return type(self._host[0]) is nn.Linear and self.own_forward is None and not self.replacing
 
-    def run(self, replacing: Replacing, changing: Changing, *args: Any, **kwargs: Any) -> Any:
+    def run(self, replacing: Replacing, changing: Changing, *args: object, **kwargs: object) -> Any:
         """The last of the replacing parts around the others, and these around the host's own
         forward with what the weight parts change."""
         if replacing:
@@ -275,7 +278,7 @@ class Site(Unsaved):
             return self._changed(changing, *args, **kwargs)
         return self.base(*args, **kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         if not torch.compiler.is_compiling() and self.watched:
             self.watched, self.called = False, True
         if self.router is not None:
@@ -289,14 +292,14 @@ class Site(Unsaved):
             y = part(y, weight, x)
         return y if y.dtype == dtype else y.to(dtype)
 
-    def _changed(self, changing: Changing, *args: Any, **kwargs: Any) -> Any:
+    def _changed(self, changing: Changing, *args: object, **kwargs: object) -> Any:
         """The host's own forward with the parameters that the weight parts give it."""
         if torch.compiler.is_compiling():  # traced by one thread
             return self._exchanged(changing, *args, **kwargs)
         with _exchange:
             return self._exchanged(changing, *args, **kwargs)
 
-    def _exchanged(self, changing: Changing, *args: Any, **kwargs: Any) -> Any:
+    def _exchanged(self, changing: Changing, *args: object, **kwargs: object) -> Any:
         values = Values(self.host)
         for part, weight in changing:
             part.change(values, weight)
@@ -400,7 +403,7 @@ class Inside:
             part.change(values, weight)
         return values[name]
 
-    def base(self, *args: Any, **kwargs: Any) -> Any:
+    def base(self, *args: object, **kwargs: object) -> Any:
         """What the outer part replaces."""
         return self.site.run(self.replacing, self.changing, *args, **kwargs)
 
@@ -419,5 +422,5 @@ def _child_name(part: Part) -> str:
     return f"{name}%" if hasattr(Site, name) or name in RESERVED else name
 
 
-def _nothing(*args: Any) -> None:
+def _nothing(*args: object) -> None:
     return

@@ -20,7 +20,7 @@ from adapterkit.runtime.guard import Guard
 from adapterkit.runtime.layers.invoked import InvokedPart
 from adapterkit.runtime.parts.alora import Invocations
 from adapterkit.runtime.quantized import allow_packed, decompress, keep_unpacked
-from adapterkit.runtime.site import CHILD, Part, Site
+from adapterkit.runtime.site import CHILD, Args, Host, Kwargs, Part, Site
 from adapterkit.runtime.watch import FirstCallWatch
 
 
@@ -340,11 +340,11 @@ class Encoders:
         ]
 
 
-def _begin(encoder: Any, *_: Any) -> None:
+def _begin(encoder: Host, *_: object) -> None:
     encoder.use_nested_tensor = False
 
 
-def _end(encoder: Any, args: Any, kwargs: Any, y: Tensor | None) -> Tensor | None:
+def _end(encoder: Host, args: Args, kwargs: Kwargs, y: Tensor | None) -> Tensor | None:
     """Without gradients the padding gets zeros, as from nested tensors."""
     encoder.use_nested_tensor = True
     mask = args[2] if len(args) > 2 else kwargs.get("src_key_padding_mask")

@@ -55,7 +55,7 @@ class FirstCallWatch:
         self._hooks = []
         _waiting.discard(self)
 
-    def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _before(self, model: nn.Module, args: object, kwargs: dict[str, object]) -> None:
         if torch.compiler.is_compiling():
             return
         self._end_call()  # of one that failed
@@ -68,10 +68,10 @@ class FirstCallWatch:
             parent.register_forward_pre_hook(self._enter) for parent in {*self._parents.values()}
         ]
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _enter(self, module: nn.Module, args: object) -> None:
         self.around.add(id(module))
 
-    def _after(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _after(self, model: nn.Module, args: object, output: object) -> None:
         if torch.compiler.is_compiling() or not self.looks:
             return
         self.around.add(id(model))
@@ -141,7 +141,7 @@ def _wait(watch: FirstCallWatch) -> None:
         _hook.append(register_optimizer_step_pre_hook(_on_step))
 
 
-def _on_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+def _on_step(optimizer: Any, args: object, kwargs: object) -> None:
     if _waiting and not torch.compiler.is_compiling():
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for watch in list(_waiting):

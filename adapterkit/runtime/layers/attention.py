@@ -1,12 +1,10 @@
 """Factors of nn.MultiheadAttention, whose projections are no modules that it calls."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.site import CHILD, Values
+from adapterkit.runtime.site import CHILD, Host, Values
 
 OUTPUT = "out_proj"  # the child that the attention reads and does not call
 
@@ -22,7 +20,7 @@ class AttentionPart(FactorsPart):
     host_bias = "in_proj_bias"
 
     @classmethod
-    def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(cls, host: Host, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, host.embed_dim), (3 * host.embed_dim, rank)
 
     @classmethod
@@ -30,7 +28,7 @@ class AttentionPart(FactorsPart):
         return [(path, cls), (f"{path}.{OUTPUT}", AttentionOutputPart)]
 
     @classmethod
-    def unfit(cls, host: Any, rank: int) -> tuple[str, str] | None:
+    def unfit(cls, host: Host, rank: int) -> tuple[str, str] | None:
         is_one = host._qkv_same_embed_dim
         return None if is_one else ("factors", "one width of queries, keys and values")
 
@@ -64,7 +62,7 @@ class AttentionOutputPart(AttentionPart):
         return [(path, cls)]
 
     @classmethod
-    def unfit(cls, host: Any, rank: int) -> tuple[str, str] | None:
+    def unfit(cls, host: Host, rank: int) -> tuple[str, str] | None:
         return None
 
     @classmethod
@@ -72,7 +70,7 @@ class AttentionOutputPart(AttentionPart):
         return path.rpartition(".")[0]
 
     @classmethod
-    def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(cls, host: Host, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, host.in_features), (host.out_features, rank)
 
     def module(self, path: str) -> str:
@@ -81,6 +79,6 @@ class AttentionOutputPart(AttentionPart):
     def target(self, path: str) -> str:
         """The attention, whose projections PEFT adapts together; alone itself, as all-linear has
         it."""
-        site: Any = self.host._modules[CHILD]
+        site: Host = self.host._modules[CHILD]
         has_other = AttentionPart.role in site.parts[self.adapter]
         return path if has_other else self.module(path)

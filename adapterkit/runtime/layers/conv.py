@@ -1,12 +1,10 @@
 """Factors of convolutions in one, two or three dimensions."""
 
-from typing import Any
-
 from torch import Tensor
 from torch.nn import functional as F
 
 from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.site import Site
+from adapterkit.runtime.site import Host, Site
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -24,7 +22,7 @@ class ConvPart(FactorsPart):
     takes = ("dora", "lora_bias")
 
     @classmethod
-    def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(cls, host: Host, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         kernel = host.kernel_size
         points = (1,) * len(kernel)
         return (
@@ -33,12 +31,12 @@ class ConvPart(FactorsPart):
         )
 
     @classmethod
-    def unfit(cls, host: Any, rank: int) -> tuple[str, str] | None:
+    def unfit(cls, host: Host, rank: int) -> tuple[str, str] | None:
         expected = f"a multiple of the {host.groups} groups"
         return (f"rank {rank}", expected) if rank % host.groups else None
 
     def product(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-        host: Any = self.host
+        host: Host = self.host
         convolve, padding = CONVOLUTIONS[a.ndim - 3], host.padding
         if host.padding_mode != "zeros":
             x = F.pad(x, host._reversed_padding_repeated_twice, mode=host.padding_mode)

@@ -1,12 +1,10 @@
 """Factors of embeddings."""
 
-from typing import Any
-
 from torch import Tensor
 from torch.nn import functional as F
 
 from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.site import Site
+from adapterkit.runtime.site import Host, Site
 
 
 class EmbeddingPart(FactorsPart):
@@ -21,7 +19,7 @@ class EmbeddingPart(FactorsPart):
     takes = ("dora",)
 
     @classmethod
-    def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(cls, host: Host, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         rows, columns = host.weight.shape
         return (rank, rows), (columns, rank)
 
@@ -32,7 +30,7 @@ class EmbeddingPart(FactorsPart):
         return x
 
     def product(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-        host: Any = self.host
+        host: Host = self.host
         # not `sparse`: a lies the other way round, and its gradient is dense
         rows = F.embedding(
             x, a.T, padding_idx=host.padding_idx, scale_grad_by_freq=host.scale_grad_by_freq

@@ -1,14 +1,12 @@
 """Factors of linear layers: nn.Linear, quantized ones, and GPT-2's Conv1D."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.quantized import quantization_of, weight_of
-from adapterkit.runtime.site import Site
+from adapterkit.runtime.site import Host, Site
 from adapterkit.weights.linear import is_conv1d
 
 
@@ -20,11 +18,11 @@ class LinearPart(FactorsPart):
     is_matrix = mixes_rows = True
 
     @classmethod
-    def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(cls, host: Host, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, host.in_features), (host.out_features, rank)
 
     @classmethod
-    def matrix(cls, host: Any) -> Tensor:
+    def matrix(cls, host: Host) -> Tensor:
         return weight_of(host).detach().float()
 
     def forward(self, y: Tensor, weight: float, x: Tensor) -> Tensor:
@@ -70,12 +68,12 @@ class Conv1DPart(LinearPart):
     takes = ("dora", "lora_bias", "invocation_tokens")
 
     @classmethod
-    def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(cls, host: Host, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         columns, rows = host.weight.shape
         return (rank, columns), (rows, rank)
 
     @classmethod
-    def matrix(cls, host: Any) -> Tensor:
+    def matrix(cls, host: Host) -> Tensor:
         return weight_of(host).detach().float().T
 
     def dense(self, a: Tensor, b: Tensor) -> Tensor:

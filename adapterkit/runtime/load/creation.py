@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -32,6 +31,7 @@ from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.parts.tokens import own_rows
 from adapterkit.runtime.quantized import stored
 from adapterkit.runtime.replication import replicate, replicating
+from adapterkit.runtime.site import Host
 from adapterkit.runtime.state import Attached, State
 from adapterkit.runtime.targets import (
     input_embedding,
@@ -167,7 +167,7 @@ def start(
     method: Initialization,
     target: Target,
     kind: type[FactorsPart],
-    host: Any,
+    host: Host,
     generator: Generator,
     statistics: Mapping[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
@@ -190,7 +190,7 @@ def start(
         ) from error
 
 
-def _matrix(method: ComputedInit, target: Target, kind: type[FactorsPart], host: Any) -> Tensor:
+def _matrix(method: ComputedInit, target: Target, kind: type[FactorsPart], host: Host) -> Tensor:
     """The weight (out, in); without values where the method needs none."""
     if "weight" not in method.needs:
         (_, width), (out, _) = kind.shapes(host, target.rank)
@@ -229,7 +229,7 @@ def start_parameter(
 
 def attach(
     state: State,
-    config: LoraConfig | Mapping[str, Any],
+    config: LoraConfig | Mapping[str, object],
     name: str,
     seed: int | None,
     dtype: torch.dtype | None,

@@ -5,9 +5,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -87,7 +86,7 @@ def _write(tensors: dict[str, Tensor], path: Path, base_fingerprint: str | None)
         file.write(text.removesuffix("}").encode())
 
 
-def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Tensors and config of an adapter as its files hold them."""
     tensors: dict[str, Tensor] = {}
     scales: dict[str, tuple[int, float]] = {}
@@ -150,7 +149,7 @@ def as_parameters(model: nn.Module, adapter: Attached) -> set[str]:
     return paths
 
 
-def _names_for_peft(state: State, adapter: Attached) -> dict[str, Any]:
+def _names_for_peft(state: State, adapter: Attached) -> dict[str, object]:
     """The names of modules trained in full, and of those with rows, so that PEFT reads them
     alike."""
     config, names = adapter.config, {}
@@ -174,8 +173,8 @@ def _means(entry: str, paths: Collection[str]) -> bool:
 
 
 def scale_settings(
-    scales: Mapping[str, tuple[int, float]], config: Mapping[str, Any]
-) -> dict[str, Any]:
+    scales: Mapping[str, tuple[int, float]], config: Mapping[str, object]
+) -> dict[str, object]:
     """r, lora_alpha and their patterns for each module's rank and scale; the commonest ones have no
     pattern, the others anchored ones."""
 
@@ -204,7 +203,7 @@ def target_list(paths: list[str], modules: Collection[str]) -> list[str]:
     return ends if matching == set(paths) else sorted(paths)
 
 
-def _is_shorthand(config: Mapping[str, Any]) -> bool:
+def _is_shorthand(config: Mapping[str, object]) -> bool:
     return str(config["target_modules"]).lower() == "all-linear"
 
 
@@ -221,7 +220,7 @@ def writes() -> bool:
     )
 
 
-def replace(path: Path, write: Any) -> None:
+def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under another name and rename it."""
     other = path.with_name(f".{path.name}.part")
     write(other)

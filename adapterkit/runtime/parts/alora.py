@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import Refused
+from adapterkit.runtime.site import Args, Kwargs
 
 MEMORY = "_adapterkit_invocations"  # of a cache
 
@@ -81,7 +82,7 @@ class Invocations:
             )
         return self._recorded[adapter]
 
-    def _before(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _before(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         acting = [name for name in self.tokens if name in self.acting()]
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim != 2:
@@ -124,7 +125,7 @@ class Invocations:
             self._recorded, self._recomputed = counts, False
         self._counts = counts
 
-    def _after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _after(self, model: nn.Module, args: object, kwargs: object, output: object) -> None:
         values = output.values() if isinstance(output, Mapping) else ()
         cache = _cache(values)
         if cache is not None and self._memory is not None:

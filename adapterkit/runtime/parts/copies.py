@@ -30,7 +30,7 @@ class CopyPart(Part):
             # a state dict of the base has nothing for them
             vars(each)["_load_from_state_dict"] = _nothing
 
-    def run(self, site: Site | Inside, *args: Any, **kwargs: Any) -> Any:
+    def run(self, site: Site | Inside, *args: object, **kwargs: object) -> Any:
         # not by a call: the hooks of the module itself run around its site
         return self.module.forward(*args, **kwargs)
 
@@ -263,5 +263,5 @@ def biases(modules: Mapping[str, nn.Module], paths: Iterable[str] | None) -> lis
     return [name for name in names if name.rpartition(".")[0] in chosen]
 
 
-def _nothing(*args: Any) -> None:
+def _nothing(*args: object) -> None:
     return

@@ -10,7 +10,7 @@ from adapterkit.adapters.keys import part_keys
 from adapterkit.runtime.parts import dora
 from adapterkit.runtime.parts.memo import Memo
 from adapterkit.runtime.quantized import stored, unmergeable
-from adapterkit.runtime.site import Part, Site, Values
+from adapterkit.runtime.site import Host, Part, Site, Values
 
 
 class FactorsPart(Part):
@@ -97,17 +97,17 @@ class FactorsPart(Part):
         return [(path, cls)]
 
     @classmethod
-    def unfit(cls, host: Any, rank: int) -> tuple[str, str] | None:
+    def unfit(cls, host: Host, rank: int) -> tuple[str, str] | None:
         """What a host does not take, and what is expected; None for nothing."""
         return None
 
     @classmethod
-    def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(cls, host: Host, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of a and b for a host."""
         raise NotImplementedError
 
     @classmethod
-    def matrix(cls, host: Any) -> Tensor:
+    def matrix(cls, host: Host) -> Tensor:
         """The host's weight (out, in) in float32, for inits that decompose it."""
         raise NotImplementedError
 

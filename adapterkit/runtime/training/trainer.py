@@ -51,7 +51,7 @@ def trainer(state: State, cls: type) -> type:
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
             folder = Path(self.args.output_dir if output_dir is None else output_dir)
             for name, place in _places(state, folder).items():
                 writing.save(state, place, name)
@@ -62,7 +62,7 @@ def trainer(state: State, cls: type) -> type:
                 tokenizer.save_pretrained(folder)
             torch.save(self.args, folder / ARGUMENTS)
 
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
             restore(state, resume_from_checkpoint)
 
         def _load_best_model(self) -> None:
@@ -77,17 +77,17 @@ def accelerate(state: State, accelerator: Any) -> None:
     of the base."""
     trained(state)
 
-    def own(models: list[Any]) -> list[int]:
+    def own(models: list[nn.Module]) -> list[int]:
         bare = [accelerator.unwrap_model(each, keep_torch_compile=False) for each in models]
         return [i for i, each in enumerate(bare) if each is state.model]
 
-    def save(models: list[Any], weights: list[Any], folder: str) -> None:
+    def save(models: list[nn.Module], weights: list[object], folder: str) -> None:
         for i in own(models)[: len(weights)]:  # of sharded models there are none
             del weights[i]
         for name, place in _places(state, Path(folder)).items():
             writing.save(state, place, name)
 
-    def load(models: list[Any], folder: str) -> None:
+    def load(models: list[nn.Module], folder: str) -> None:
         for i in own(models):
             del models[i]
         restore(state, folder)
@@ -219,7 +219,7 @@ class Reference(nn.Module):
         self._policy = (model,)
         self._values = [(part, name, value.clone()) for part, name, value in values]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         with self._as_it_was():
             return self._policy[0](*args, **kwargs)
 
