@@ -183,6 +183,15 @@ def shown(name: object) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
+def by_reason(pairs: Iterable[tuple[str, str | None]]) -> dict[str, list[str]]:
+    """Names by what is said of them; those of which nothing is are left out."""
+    table: dict[str, list[str]] = {}
+    for name, reason in pairs:
+        if reason:
+            table.setdefault(reason, []).append(name)
+    return table
+
+
 def listed(names: Sequence[object]) -> str:
     """The first three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -6,10 +6,22 @@ that it does not get.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class Routing(NamedTuple):
+    """The experts of a module and how tokens are routed between them; all of one dtype."""
+
+    down: Tensor
+    up: Tensor
+    scales: Tensor  # (E,)
+    top_k: int
+    temperature: float
+    weight: float
 
 
 def route(
@@ -55,29 +67,22 @@ def add_routed(
         y, in_place = y.clone(), True
     tokens, count = x.shape[0], scales.shape[0]
     waits = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    routing = Routing(down, up, scales, top_k, temperature, weight)
     if in_place and waits and by_expert_is_faster(tokens, count, top_k):
-        by_expert_(y, x, down, up, scales, top_k, temperature, weight)
+        by_expert_(y, x, routing)
         return y
     if 8 * tokens * top_k <= count:
-        return gathered(y, x, down, up, scales, top_k, temperature, weight)
-    return dense(y, x, down, up, scales, top_k, temperature, weight, in_place=in_place)
+        return gathered(y, x, routing)
+    return dense(y, x, routing, in_place=in_place)
 
 
 def by_expert_is_faster(tokens: int, count: int, top_k: int) -> bool:
     return (2 if tokens == 1 else 10) * top_k <= count
 
 
-def by_expert_(
-    y: Tensor,
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    scales: Tensor,
-    top_k: int,
-    temperature: float,
-    weight: float,
-) -> None:
+def by_expert_(y: Tensor, x: Tensor, routing: Routing) -> None:
     """Each expert on its own tokens, into y: k/E of the arithmetic. Waits for the routing."""
+    down, up, scales, top_k, temperature, weight = routing
     count, width = scales.shape[0], up.shape[0]
     rank = width // count
     similarity = F.linear(x, down.narrow(0, width, count))
@@ -104,17 +109,9 @@ def by_expert_(
         start += size
 
 
-def gathered(
-    y: Tensor,
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    scales: Tensor,
-    top_k: int,
-    temperature: float,
-    weight: float,
-) -> Tensor:
+def gathered(y: Tensor, x: Tensor, routing: Routing) -> Tensor:
     """Each token's experts side by side, as one of rank k·r: for few tokens."""
+    down, up, scales, top_k, temperature, weight = routing
     count, width = scales.shape[0], up.shape[0]
     coefficients, experts = route(F.linear(x, down[width:]), top_k, temperature)
     coefficients = coefficients * scales[experts]
@@ -124,19 +121,9 @@ def gathered(
     return torch.baddbmm(y[:, None], inner.flatten(1)[:, None], own_b, alpha=weight)[:, 0]
 
 
-def dense(
-    y: Tensor,
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    scales: Tensor,
-    top_k: int,
-    temperature: float,
-    weight: float,
-    *,
-    in_place: bool,
-) -> Tensor:
+def dense(y: Tensor, x: Tensor, routing: Routing, *, in_place: bool) -> Tensor:
     """All experts' factors at once; experts that a token does not get have the coefficient 0."""
+    down, up, scales, top_k, temperature, weight = routing
     count, width = scales.shape[0], up.shape[0]
     products = F.linear(x, down)
     inner, similarity = products[:, :width], products[:, width:]

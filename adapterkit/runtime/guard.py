@@ -5,14 +5,14 @@ without a word."""
 import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from adapterkit.errors import AdapterkitError, Problems, Refused, listed
+from adapterkit.errors import AdapterkitError, Problems, Refused, by_reason, listed
 from adapterkit.runtime.site import Site, sizes_of
 
 # what diffusers' fuse_qkv_projections runs one layer in place of
@@ -34,23 +34,16 @@ class Hosts:
         self._fusable: list[Site] = []
         self._known = False
 
-    def problems(self, sites: Iterable[Site], where: str) -> list[AdapterkitError]:
+    def problems(self, sites: Iterable[Site], where: str) -> Sequence[AdapterkitError]:
         """Refusals of sites whose module is no part of the model, has another size, or is not
         run."""
         if self._known and self._as_before():
             return []
-        reasons: dict[str, list[str]] = {}
-        for site, reason in self._lost(sites):
-            reasons.setdefault(reason, []).append(site.path)
-        return [
-            Refused(
-                f"{listed(paths)}: {reason}",
-                expected="the modules that the adapters were put on",
-                where=where,
-                hint="change the model first, then attach or load; detach gives it back as it is",
-            )
-            for reason, paths in reasons.items()
-        ]
+        hint = "change the model first, then attach or load; detach gives it back as it is"
+        errors = Problems(where=where, hint=hint)
+        for reason, paths in by_reason(self._lost(sites)).items():
+            errors.add(f"{listed(paths)}: {reason}", "the modules that the adapters were put on")
+        return errors
 
     def _as_before(self) -> bool:
         return (
@@ -59,15 +52,13 @@ class Hosts:
             and not any(map(self._is_fused, self._fusable))
         )
 
-    def _lost(self, sites: Iterable[Site]) -> Iterator[tuple[Site, str]]:
+    def _lost(self, sites: Iterable[Site]) -> list[tuple[str, str | None]]:
         modules = set(self.model.modules())  # also those that wrappers hold
         reasons = {site: self._reason(site, modules) for site in self.sites.values()}
         self.forget()
         if not any(reasons.values()):
             self._remember()
-        for site in sites:
-            if reason := reasons[site]:
-                yield site, reason
+        return [(site.path, reasons[site]) for site in sites]
 
     def _reason(self, site: Site, modules: Collection[nn.Module]) -> str | None:
         if site.host not in modules:

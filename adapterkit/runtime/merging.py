@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, by_reason, listed, shown
 from adapterkit.planning.inputs.model_config import SWITCH, has_other_effects
 from adapterkit.runtime.quantized import (
     exchange,
@@ -149,30 +149,25 @@ def check(state: State, table: Mapping[str, float]) -> None:
             "`adapterkit merge` writes the deeper model; or run it unmerged",
         )
     errors += conflicts(state, [*table, *state.active], "merge")
-    errors += _covered(state, table)
+    _add_covered(state, table, errors)
     for name, weight in table.items():
         errors += state.guard.hosts.problems(state.adapters[name].sites.values(), "merge")
-        reasons: dict[str, list[str]] = {}
-        for site, part in state.adapters[name].parts():
-            reason = part.unmergeable(site, weight)
-            if any(parameter.is_meta for parameter in site.host.parameters()):
-                reason = "the weights are offloaded, or on the meta device"
-            if reason:
-                reasons.setdefault(reason, []).append(site.path)
-        errors += [
-            Refused(
-                f"{shown(name)} cannot be merged into {listed(paths)}: {reason}",
-                expected="low-rank factors on plain weights",
-                where="merge",
-                hint="run it unmerged",
-            )
-            for reason, paths in reasons.items()
-        ]
+        parts = state.adapters[name].parts()
+        reasons = by_reason((site.path, _unmergeable(site, part, weight)) for site, part in parts)
+        for reason, paths in reasons.items():
+            problem = f"{shown(name)} cannot be merged into {listed(paths)}: {reason}"
+            errors.add(problem, "low-rank factors on plain weights", "run it unmerged")
     errors.raise_all()
 
 
-def _covered(state: State, table: Mapping[str, float]) -> Iterator[Refused]:
-    """Refusals of values that go on acting in place of what the merge would change."""
+def _unmergeable(site: Site, part: Part, weight: float) -> str | None:
+    if any(parameter.is_meta for parameter in site.host.parameters()):
+        return "the weights are offloaded, or on the meta device"
+    return part.unmergeable(site, weight)
+
+
+def _add_covered(state: State, table: Mapping[str, float], errors: Problems) -> None:
+    """Refuse values that go on acting in place of what the merge would change."""
     for name in state.active.keys() - table.keys():
         paths = [
             site.path
@@ -180,11 +175,11 @@ def _covered(state: State, table: Mapping[str, float]) -> Iterator[Refused]:
             if part.replaces and any(part.covers(p) for m in table for p in site.own_parts(m))
         ]
         if paths:
-            yield Refused(
-                f"{shown(name)}, which stays beside them, has values in place of {listed(paths)}",
-                expected="merged weights that act",
-                where="merge",
-                hint="merge it too, or activate the others alone first",
+            values = f"has values in place of {listed(paths)}"
+            errors.add(
+                f"{shown(name)}, which stays beside them, {values}",
+                "merged weights that act",
+                "merge it too, or activate the others alone first",
             )
 
 

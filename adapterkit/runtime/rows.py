@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.errors import Problems, Refused, shown
+from adapterkit.errors import Problems, Refused, by_reason, shown
 from adapterkit.kernels import mixed
 from adapterkit.runtime.layers.parameter import is_stack, takes_indices
 from adapterkit.runtime.parts.factors import FactorsPart
@@ -261,33 +261,28 @@ def _checked(state: State, names: Iterable[str | None]) -> tuple[str | None, ...
 
 def _check_sites(state: State, sites: Iterable[Site]) -> None:
     """`Refused` for modules whose inputs are not the batch's rows in their order."""
-    wrong: dict[str, list[str]] = {}
-    model_type = getattr(getattr(state.model, "config", None), "model_type", None)
+    errors = Problems(where="rows", hint="run these adapters one at a time with activate")
     text = _text_paths(state)
-    for site in sites:
-        stacks = [p for parts in site.parts.values() for p in parts.values() if is_stack(p)]
-        if REGROUPED.search(site.path) or (stacks and not takes_indices(site.host)):
-            reason = "get the tokens that are routed to them, not the batch's rows"
-        elif TABLES.search(site.path):
-            reason = "are looked up by distance, not by row"
-        elif model_type in SEQUENCE_FIRST:
-            reason = "have their rows on another axis"
-        elif text is not None and not _below(site.path, text):
-            reason = "get images or sounds, of which a row may have none or several"
-        else:
-            continue
-        wrong.setdefault(reason, []).append(site.path)
-    Problems(
-        [
-            Refused(
-                f"modules that {reason}: {', '.join(map(shown, paths))}",
-                expected="modules that each row passes",
-                where="rows",
-                hint="run these adapters one at a time with activate",
-            )
-            for reason, paths in wrong.items()
-        ]
-    ).raise_all()
+    reasons = by_reason((site.path, _unfit(state, site, text)) for site in sites)
+    for reason, paths in reasons.items():
+        problem = f"modules that {reason}: {', '.join(map(shown, paths))}"
+        errors.add(problem, "modules that each row passes")
+    errors.raise_all()
+
+
+def _unfit(state: State, site: Site, text: list[str] | None) -> str | None:
+    """What the inputs of a module are in place of the batch's rows; `text`: of `_text_paths`."""
+    model_type = getattr(getattr(state.model, "config", None), "model_type", None)
+    stacks = [p for parts in site.parts.values() for p in parts.values() if is_stack(p)]
+    if REGROUPED.search(site.path) or (stacks and not takes_indices(site.host)):
+        return "get the tokens that are routed to them, not the batch's rows"
+    if TABLES.search(site.path):
+        return "are looked up by distance, not by row"
+    if model_type in SEQUENCE_FIRST:
+        return "have their rows on another axis"
+    if text is not None and not _below(site.path, text):
+        return "get images or sounds, of which a row may have none or several"
+    return None
 
 
 def _text_paths(state: State) -> list[str] | None:

@@ -1,11 +1,11 @@
 """New weights under an old name: values change in place, so that compiled code goes on as it is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from adapterkit.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.errors import Problems, shown
 from adapterkit.options import StrPath
 from adapterkit.runtime.layers.invoked import InvokedPart
 from adapterkit.runtime.load.reading import read, take_base
@@ -81,39 +81,31 @@ def _copy(values: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
 def _check(old: Parts, new: Parts, where: str) -> None:
     """`Refused` for modules that the old adapter lacks, kinds that differ, and ranks without
     room."""
-    errors = Problems(where=where)
+    errors = Problems(where=where, hint="load it under a name of its own")
     for key, (path, part) in new.items():
         if key in old:
-            errors += _differences(path, old[key][1], part, where)
+            _compare(path, old[key][1], part, errors)
         else:
-            errors.add(
-                f"{shown(path)}, where the old adapter has nothing of this kind",
-                "modules of the old adapter, all or some",
-                "load it under a name of its own",
-            )
-    errors += [
-        Refused(
-            f"{shown(path)} has {part.role} values and the new adapter none",
-            expected="the same kinds of values",
-            where=where,
-            hint="load it under a name of its own",
-        )
-        for key, (path, part) in old.items()
-        if key not in new and not isinstance(part, FactorsPart)
-    ]
+            problem = f"{shown(path)}, where the old adapter has nothing of this kind"
+            errors.add(problem, "modules of the old adapter, all or some")
+    for key, (path, part) in old.items():
+        if key not in new and not isinstance(part, FactorsPart):
+            problem = f"{shown(path)} has {part.role} values and the new adapter none"
+            errors.add(problem, "the same kinds of values")
     errors.raise_all()
 
 
-def _differences(path: str, old: Part, new: Part, where: str) -> Iterator[AdapterkitError]:
+def _compare(path: str, old: Part, new: Part, errors: Problems) -> None:
+    at = f"at {shown(path)}"
     if not isinstance(old, FactorsPart) or not isinstance(new, FactorsPart):
         before, after = _shapes(old), _shapes(new)
         if type(old) is not type(new) or before != after:
-            yield _other_kind(path, f"{after}", f"{before}", where)
+            errors.add(f"{after} {at}", f"{before}")
         elif any(
             not value.is_floating_point() and not torch.equal(value, other)
             for value, other in zip(old.buffers(), new.buffers(), strict=True)
         ):
-            yield _other_kind(path, "other rows", "rows of the same tokens", where)
+            errors.add(f"other rows {at}", "rows of the same tokens")
         return
     kinds = [
         [type(p).__name__, *(leaf for leaf in VALUES if getattr(p, leaf) is not None)]
@@ -121,30 +113,18 @@ def _differences(path: str, old: Part, new: Part, where: str) -> Iterator[Adapte
     ]
     if kinds[0] != kinds[1]:
         before, after = (" with ".join(kind) for kind in kinds)
-        yield _other_kind(path, after, before, where)
+        errors.add(f"{after} {at}", before)
     elif old.initial_a is not None and new.initial_a is not None:
         before, after = tuple(old.initial_a.shape), tuple(new.initial_a.shape)
         if before != after:
-            yield _other_kind(path, f"initial factors {after}", f"{before}", where)
+            errors.add(f"initial factors {after} {at}", f"{before}")
     room = old.a.shape[old.rank_axes[0]] if old.has_room else old.rank
     if new.rank > room or (new.rank < room and not old.has_room):
-        yield Refused(
-            f"rank {new.rank} at {shown(path)}",
-            expected=f"at most {room}" if old.has_room else f"{room}",
-            where=where,
-            hint="load the first one with pad_rank=, the highest rank that is to come",
-        )
+        expected = f"at most {room}" if old.has_room else f"{room}"
+        hint = "load the first one with pad_rank=, the highest rank that is to come"
+        errors.add(f"rank {new.rank} {at}", expected, hint)
 
 
 def _shapes(part: Part) -> dict[str, tuple[int, ...]]:
     values = (*part.named_parameters(), *part.named_buffers())
     return {leaf: tuple(value.shape) for leaf, value in values}
-
-
-def _other_kind(path: str, problem: str, expected: str, where: str) -> Refused:
-    return Refused(
-        f"{problem} at {shown(path)}",
-        expected=expected,
-        where=where,
-        hint="load it under a name of its own",
-    )

@@ -227,6 +227,12 @@ def test_factors_that_fit_no_layer_are_refused(tmp_path):
     assert not hasattr(net.layer, "adapterkit")
 
 
+def test_a_new_bias_has_the_dtype_of_its_factors():
+    net, adapters = adapted(CASES["linear with its bias"], torch.bfloat16, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in adapters.parameters()} == {torch.bfloat16}
+    CASES["linear with its bias"].run(net)
+
+
 def test_biases_of_another_length_are_refused(tmp_path):
     net, adapters = adapted(CASES["linear with its bias"])
     adapters.save(tmp_path)

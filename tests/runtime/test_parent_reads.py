@@ -269,6 +269,15 @@ def test_what_only_a_run_shows():
         torch.optim.SGD(adapters.parameters(), 0.1).step()
 
 
+def test_a_loaded_adapter_may_be_strict(tmp_path):
+    adapters = attach(model := Hidden(), LoraConfig(2, 4, ["k"]))
+    adapters.save(tmp_path)
+    adapters.detach()
+    load(model, tmp_path, strict=True)
+    with pytest.raises(AdapterkitError, match=NAMED["call"]):
+        model(torch.ones(1, 4))
+
+
 def test_biases_that_only_a_run_shows():
     adapters = attach(model := Hidden(), LoraConfig(2, 4, ["q"], bias="all"))
     with pytest.warns(UserWarning, match=NAMED["call"]):

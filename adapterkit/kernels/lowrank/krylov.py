@@ -1,8 +1,9 @@
 """Block Krylov subspaces of a dense matrix (Musco and Musco, arXiv:1504.05477): products with it at
 any scale, first blocks, and the directions that a block adds to a basis.
 
-Two methods use them, with a stopping rule each: `truncated` (triplets to a tolerance; vectors are
-rows) and `subspace` (the error of the approximation; vectors are columns).
+Three methods use them, with a stopping rule each: `truncated` (triplets to a tolerance; vectors are
+rows), `leading` (values to a tolerance) and `subspace` (the error of the approximation), whose
+vectors are columns.
 """
 
 import math
@@ -58,6 +59,28 @@ class Matrix(NamedTuple):
     def values(self, s: Tensor) -> Tensor:
         """Singular values of half² · w -> those of w."""
         return s / self.half / self.half
+
+
+class Space(NamedTuple):
+    """Orthonormal columns q (n, K), b = qᵀ w (K, m), gram = b bᵀ in float64."""
+
+    q: Tensor
+    b: Tensor
+    gram: Tensor
+
+    @classmethod
+    def empty(cls, matrix: Matrix) -> "Space":
+        n, m = matrix.w.shape
+        zeros = matrix.w.new_zeros
+        return cls(zeros(n, 0), zeros(0, m), zeros(0, 0, dtype=torch.float64))
+
+    def add(self, u: Tensor, new: Tensor) -> "Space":
+        """Also the columns u; `new`: uᵀ w."""
+        b = torch.cat([self.b, new])
+        cross = b.double() @ new.T.double()
+        size = len(self.gram)
+        gram = torch.cat([torch.cat([self.gram, cross[:size]], 1), cross.T])
+        return Space(torch.cat([self.q, u], 1), b, gram)
 
 
 def wide(w: Tensor) -> tuple[Matrix, bool]:

@@ -10,14 +10,13 @@ is orthogonalized and tested in float32.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adapterkit.kernels.lowrank import krylov
 from adapterkit.kernels.lowrank.algebra import Svd
-from adapterkit.kernels.lowrank.krylov import OVERSAMPLING, Matrix
+from adapterkit.kernels.lowrank.krylov import OVERSAMPLING, Matrix, Space
 from adapterkit.kernels.lowrank.truncated import SMALL_SIDE, triplets, truncated_svd
 
 EXACT_BLOCKS = 3  # before it is asked whether many more are needed
@@ -27,22 +26,6 @@ MAX_SHARE = 0.5  # of the short side that the blocks may fill
 SMALL = 1e-2  # of the largest value: what is below is as exact as a value of that size
 MAX_RATIO = 0.9  # of two gains: more would say nothing of how much is still to come
 MULTIPLE = 16  # of a block's width: others are multiplied at half the speed in bfloat16
-
-
-class _Space(NamedTuple):
-    """Orthonormal columns q (n, K), b = qᵀ w (K, m), gram = b bᵀ in float64."""
-
-    q: Tensor
-    b: Tensor
-    gram: Tensor
-
-    def add(self, matrix: Matrix, u: Tensor) -> "_Space":
-        new = matrix.left(u)
-        b = torch.cat([self.b, new])
-        cross = b.double() @ new.T.double()
-        size = len(self.gram)
-        gram = torch.cat([torch.cat([self.gram, cross[:size]], 1), cross.T])
-        return _Space(torch.cat([self.q, u], 1), b, gram)
 
 
 class _Growth:
@@ -105,19 +88,16 @@ def _search(matrix: Matrix, k: int, block: int, tolerance: float) -> Svd | None:
 
 def _expand(
     matrix: Matrix, k: int, panel: Tensor, tolerance: float, most: int, patience: float
-) -> tuple[_Space, float]:
+) -> tuple[Space, float]:
     """The space, and what its values lack as a multiple of the tolerance: at most 1, or more after
     `most` blocks, or where from block `patience` on many more are needed."""
-    n, m = matrix.w.shape
-    empty = matrix.w.new_zeros
-    gram = torch.zeros(0, 0, dtype=torch.float64, device=matrix.w.device)
-    space, growth = _Space(empty(n, 0), empty(0, m), gram), _Growth(k, tolerance)
+    space, growth = Space.empty(matrix), _Growth(k, tolerance)
     lack = math.inf
     for count in range(1, most + 1):
         u = krylov.new_directions(space.q, panel)
         if not u.shape[1]:
             return space, 0.0  # nothing beyond
-        space = space.add(matrix, u)
+        space = space.add(u, matrix.left(u))
         lack = growth.lack(torch.linalg.eigvalsh(space.gram).flip(0))
         if lack <= 1:
             return space, lack
@@ -128,7 +108,7 @@ def _expand(
     return space, lack
 
 
-def _inexact(matrix: Matrix, k: int, space: _Space, block: int, tolerance: float) -> Tensor | None:
+def _inexact(matrix: Matrix, k: int, space: Space, block: int, tolerance: float) -> Tensor | None:
     """Block Lanczos on bfloat16 products from the space on: the `block` leading Ritz vectors
     (n, block); None where half of the short side is not enough."""
     n, size = space.q.shape

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adapterkit.kernels.lowrank import krylov
 from adapterkit.kernels.lowrank.algebra import Svd
-from adapterkit.kernels.lowrank.krylov import OVERSAMPLING, Matrix
+from adapterkit.kernels.lowrank.krylov import OVERSAMPLING, Matrix, Space
 from adapterkit.kernels.sums import squared_norm
 
 MAX_BLOCKS = 24
@@ -43,28 +43,25 @@ def near_optimal_svd(
 def _approximate(
     matrix: Matrix, rank: int, excess: float, start: Tensor | None, total: float
 ) -> Svd:
-    n, m = matrix.w.shape
+    n = matrix.w.shape[0]
     k = min(rank, n)
     panel = matrix.right(_first_block(matrix, min(k + OVERSAMPLING, n), start))
-    q, b = matrix.w.new_zeros(n, 0), matrix.w.new_zeros(0, m)  # b = qᵀ w
-    gram = torch.zeros(0, 0, dtype=torch.float64, device=matrix.w.device)
-    energy, gains = 0.0, [math.inf]
+    space, energy, gains = Space.empty(matrix), 0.0, [math.inf]
     while True:
-        u = krylov.new_directions(q, panel)
+        u = krylov.new_directions(space.q, panel)
         new = matrix.left(u)
-        q, b = torch.cat([q, u], 1), torch.cat([b, new])
-        cross = b.double() @ new.T.double()
-        gram = torch.cat([torch.cat([gram, cross[: len(gram)]], 1), cross.T])
-        squares, vectors = torch.linalg.eigh(gram)
+        space = space.add(u, new)
+        squares, vectors = torch.linalg.eigh(space.gram)
         before, energy = energy, float(squares[-k:].clamp(min=0).sum())
         gains.append(energy - before)
         ratio = min(gains[-1] / gains[-2], MAX_GAIN_RATIO) if gains[-2] > 0 else 0.0
         expected = gains[-1] * ratio / (1 - ratio)
         allowed = 2 * excess * max(total - energy, NOISE * total)
         enough = len(gains) > MIN_BLOCKS and expected <= allowed
-        if enough or not u.shape[1] or q.shape[1] == n or len(gains) > MAX_BLOCKS:
+        if enough or not u.shape[1] or space.q.shape[1] == n or len(gains) > MAX_BLOCKS:
             break
-        panel = matrix.right(new[: n - q.shape[1]])
+        panel = matrix.right(new[: n - space.q.shape[1]])
+    q, b = space.q, space.b
     x = vectors[:, -k:].flip(1).to(q.dtype)
     s = squares[-k:].flip(0).clamp(min=0).sqrt()
     s = torch.where(s > 1e-7 * s[0], s, 0).to(q.dtype)

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.resolve import Target
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import Problems, Refused, Unrecoverable, listed, shown
+from adapterkit.errors import Problems, Refused, Unrecoverable, by_reason, listed, shown
 from adapterkit.inits import created_init
 from adapterkit.inits.eva import distribute
 from adapterkit.inits.protocol import (
@@ -245,7 +245,7 @@ def attach(
         replicate(state, config.layer_replication, "LoraConfig: layer_replication")
         targets: Sequence[Target] = resolve(state.model, config)
         if config.dora:
-            _check_dora(state, targets)
+            _check_dora(targets)
         method = method_of(config, targets)
         generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
         with statistics_for(method, targets, stats) as statistics:
@@ -304,27 +304,20 @@ def _new_factors(
             )
 
 
-def _check_dora(state: State, targets: Sequence[Target]) -> None:
+def _check_dora(targets: Sequence[Target]) -> None:
     """`Refused` for layers without a DoRA, and for weights that cannot be read yet, or at all."""
-    reasons: dict[str, list[str]] = {}
-    for target in targets:
-        host = state.modules[target.path]
-        reason = dora.problem(host, KINDS[target.kind].axis)
-        if reason is None and any(tensor.is_meta for tensor in stored(host)):
-            reason = "magnitudes are norms of the weight, which is on the meta device"
-        if reason is not None:
-            reasons.setdefault(reason, []).append(target.path)
-    Problems(
-        [
-            Refused(
-                f"DoRA on {listed(paths)}: {reason}",
-                expected="linear layers, embeddings or convolutions with values",
-                where="attach",
-                hint="exclude these layers, or attach without dora",
-            )
-            for reason, paths in reasons.items()
-        ]
-    ).raise_all()
+    errors = Problems(where="attach", hint="exclude these layers, or attach without dora")
+    expected = "linear layers, embeddings or convolutions with values"
+    for reason, paths in by_reason((one.path, _why_no_dora(one)) for one in targets).items():
+        errors.add(f"DoRA on {listed(paths)}: {reason}", expected)
+    errors.raise_all()
+
+
+def _why_no_dora(target: Target) -> str | None:
+    reason = dora.problem(target.module, KINDS[target.kind].axis)
+    if reason is None and any(tensor.is_meta for tensor in stored(target.module)):
+        return "magnitudes are norms of the weight, which is on the meta device"
+    return reason
 
 
 def _other_values(state: State, config: LoraConfig, targets: Sequence[str]) -> AdapterValues:

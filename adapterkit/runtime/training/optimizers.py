@@ -282,12 +282,8 @@ def unfrozen(h: Adapters) -> list[nn.Parameter]:
 def _check(**options: tuple[object, bool, str]) -> None:
     """`Refused` with all options that are invalid: their values, whether they are valid, what is
     expected."""
-    Problems(
-        [
-            Refused(
-                f"{name} {value!r}", expected=expected, where="optimizer", hint=f"give {expected}"
-            )
-            for name, (value, is_valid, expected) in options.items()
-            if not is_valid
-        ]
-    ).raise_all()
+    errors = Problems(where="optimizer")
+    for name, (value, is_valid, expected) in options.items():
+        if not is_valid:
+            errors.add(f"{name} {value!r}", expected, f"give {expected}")
+    errors.raise_all()

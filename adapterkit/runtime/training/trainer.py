@@ -108,16 +108,11 @@ def trained(state: State) -> list[str]:
             "one or more",
             "attach one, or load one with trainable=True, and activate it",
         )
-    errors += [
-        Refused(
-            f"an adapter {shown(name)} beside others",
-            expected="a name that can be a folder's",
-            where="trainer",
-            hint="each of several trained adapters has a folder of its name in a checkpoint",
-        )
-        for name in names
-        if len(names) > 1 and (Path(name).name != name or "\\" in name)
-    ]
+    for name in names:
+        if len(names) > 1 and (Path(name).name != name or "\\" in name):
+            hint = "each of several trained adapters has a folder of its name in a checkpoint"
+            problem = f"an adapter {shown(name)} beside others"
+            errors.add(problem, "a name that can be a folder's", hint)
     errors.raise_all()
     return names
 
@@ -127,7 +122,7 @@ def restore(state: State, folder: StrPath) -> None:
     """Give the adapters that are trained the values of a checkpoint; `Refused` where it does not
     fit, before anything changes."""
     pairs = []
-    errors = Problems()
+    errors = Problems(hint="attach the adapter as it was when the checkpoint was written")
     for name, place in _places(state, Path(folder)).items():
         own = {
             (site.path, part.role): part
@@ -136,25 +131,13 @@ def restore(state: State, folder: StrPath) -> None:
         }
         stored = reading.join(state, place)
         parts = {(path, p.role): p for path, p in reading.read_parts(state, stored, name, None)}
-        errors += [
-            Refused(
-                f"{shown(path)} of {shown(name)}, either trained or stored",
-                expected="the modules that are trained",
-                where=str(place),
-                hint="attach the adapter as it was when the checkpoint was written",
-            )
-            for path, _ in own.keys() ^ parts.keys()
-        ]
-        errors += [
-            Refused(
-                f"{shown(path)} of {shown(name)}: {parts[path, role]}",
-                expected=str(part),
-                where=str(place),
-                hint="attach the adapter as it was when the checkpoint was written",
-            )
-            for (path, role), part in own.items()
-            if (path, role) in parts and not part.fits(parts[path, role])
-        ]
+        for path, _ in own.keys() ^ parts.keys():
+            problem = f"{shown(path)} of {shown(name)}, either trained or stored"
+            errors.add(problem, "the modules that are trained", where=str(place))
+        for (path, role), part in own.items():
+            if (other := parts.get((path, role))) is not None and not part.fits(other):
+                problem = f"{shown(path)} of {shown(name)}: {other}"
+                errors.add(problem, str(part), where=str(place))
         pairs += [(own[key], parts[key]) for key in own.keys() & parts.keys()]
     errors.raise_all()
     for part, other in pairs:
