@@ -228,9 +228,12 @@ def test_factors_that_fit_no_layer_are_refused(tmp_path):
 
 
 def test_a_new_bias_has_the_dtype_of_its_factors():
-    net, adapters = adapted(CASES["linear with its bias"], torch.bfloat16, dtype=torch.bfloat16)
+    case = CASES["linear with its bias"]
+    net = case.net(torch.bfloat16)
+    config = LoraConfig(2, 3, ["layer"], lora_bias=True)
+    adapters = attach(net, config, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in adapters.parameters()} == {torch.bfloat16}
-    CASES["linear with its bias"].run(net)
+    case.run(net)
 
 
 def test_biases_of_another_length_are_refused(tmp_path):
