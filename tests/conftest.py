@@ -11,6 +11,18 @@ import pytest
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`pytest` alone, without paths, uses all cores; one process more, as tests wait for others."""
+    option, is_worker = config.option, hasattr(config, "workerinput")
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or is_worker:
+        return
+    if option.numprocesses is None and not (option.usepdb or option.collectonly):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        option.numprocesses = len(os.sched_getaffinity(0)) + 1
+        option.dist, option.loadscopereorder = "loadfile", False
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m quick`, files without quick tests are not even imported: peft and transformers take
     longer than the tests."""

@@ -15,16 +15,7 @@ import pytest
 import adapterkit
 from adapterkit import registry, runtime
 from adapterkit.cli import main
-from tests.support.documents import (
-    CODE,
-    DOCUMENTS,
-    README,
-    ROOT,
-    blocks,
-    name_of,
-    prose,
-    typed,
-)
+from tests.support.documents import CODE, DOCUMENTS, README, ROOT, blocks, name_of, prose, typed
 
 PACKAGE = Path(adapterkit.__file__).parent
 # Options with which a command does something else than the verb of its name

@@ -335,10 +335,7 @@ LAUNCHERS: dict[str, Callable[[int, int], dict[str, int]]] = {
         "SLURM_ARRAY_TASK_COUNT": ranks,
         "SLURM_ARRAY_TASK_STEP": 1,
     },
-    "mpirun": lambda rank, ranks: {
-        "OMPI_COMM_WORLD_RANK": rank,
-        "OMPI_COMM_WORLD_SIZE": ranks,
-    },
+    "mpirun": lambda rank, ranks: {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": ranks},
     "torchrun": lambda rank, ranks: {"RANK": rank, "WORLD_SIZE": ranks},
     "Kubernetes": lambda rank, ranks: {"JOB_COMPLETION_INDEX": rank, "ADAPTERKIT_RANKS": ranks},
 }

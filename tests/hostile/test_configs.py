@@ -18,12 +18,7 @@ from adapterkit.patterns import matcher
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.verbs.merge import MergeOptions
 from tests.support.planned import BASE, configured, meaning, refusal
-from tests.support.raw_files import (
-    GOLDEN,
-    Stored,
-    base,
-    plain,
-)
+from tests.support.raw_files import GOLDEN, Stored, base, plain
 
 # -- values --
 

@@ -4,13 +4,7 @@ import pytest
 
 from adapterkit.errors import AdapterkitError, Refused
 from tests.support.planned import planned, with_tensors
-from tests.support.raw_files import (
-    SIZES,
-    WIDTH,
-    Stored,
-    base,
-    plain,
-)
+from tests.support.raw_files import SIZES, WIDTH, Stored, base, plain
 
 SAID = {
     "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},

@@ -32,10 +32,7 @@ def test_a_subfolder_of_a_revision(hub, client):
     assert client("folder.origin['subfolder']") == "adapter"
     assert client(
         "folder.read('adapter_config.json', 0, 99), folder.path('adapter_config.json').read_bytes()"
-    ) == (
-        b'{"r": 8}',
-        b'{"r": 8}',
-    )
+    ) == (b'{"r": 8}', b'{"r": 8}')
 
 
 def test_a_copy_by_pickle_reads_the_same(hub, client):

@@ -239,11 +239,7 @@ def mixed(bench):
 
 
 def merged(bench, base: str, adapter: str, out: str) -> dict[str, bytes]:
-    return written(
-        bench,
-        out,
-        f"adapterkit.merge({base!r}, [{adapter!r}]",
-    )
+    return written(bench, out, f"adapterkit.merge({base!r}, [{adapter!r}]")
 
 
 def resized(bench, adapter: str, out: str) -> dict[str, bytes]:

@@ -53,8 +53,7 @@ def test_the_bytes_of_one_process_where_one_is_killed(ranks_bench, job: str, ran
 
 
 @pytest.mark.parametrize(
-    "job, step",
-    [("merge", 97), *(pytest.param(job, 1, marks=SLOW) for job in ("merge", "loftq"))],
+    "job, step", [("merge", 97), *(pytest.param(job, 1, marks=SLOW) for job in ("merge", "loftq"))]
 )
 def test_a_rank_is_killed_at_each_call(ranks_bench, job: str, step: int):
     """Nothing bears a file's name that is not whole, and another rank makes the rest."""

@@ -166,11 +166,7 @@ def test_a_refusal_is_final(cluster: Any, inputs: Path, tmp_path: Path):
     save_file(tensors, weights, {"format": "pt"})
     with pytest.raises(Unrecoverable) as caught:
         adapterkit.merge(
-            base,
-            inputs / "law",
-            out=tmp_path / "out",
-            engine="ray",
-            ray_address=cluster.address,
+            base, inputs / "law", out=tmp_path / "out", engine="ray", ray_address=cluster.address
         )
     assert "q_proj" in str(caught.value) and caught.value.expected and caught.value.hint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]

@@ -20,14 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.jobs.conftest import (
-    FINISH,
-    PLAN,
-    LinesBench,
-    launcher_lines,
-    ranks_in,
-    write_command,
-)
+from tests.jobs.conftest import FINISH, PLAN, LinesBench, launcher_lines, ranks_in, write_command
 from tests.support import daemons
 from tests.support.documents import ROOT
 

@@ -134,12 +134,7 @@ def test_inits_agree_with_peft(method, base, tmp_path):
 @pytest.mark.parametrize("target", ["nf4", "int8"])
 def test_qpissa_quantizes_the_rest(target, base, tmp_path):
     receipt = adapterkit.init(
-        base,
-        method="pissa",
-        rank=16,
-        targets="all-linear",
-        quantize=target,
-        out=tmp_path / "out",
+        base, method="pissa", rank=16, targets="all-linear", quantize=target, out=tmp_path / "out"
     )
     metrics = {
         key: metric for key, metric in receipt.data["parameters"].items() if "error_plain" in metric
@@ -340,10 +335,7 @@ def test_one_grammar_of_targets(verb, base, packed, tmp_path):
     for wrong, words in [
         ("q_proj,nowhere,v", ["'nowhere'", "'v'"]),
         ("attn.q_proj", ["'attn.q_proj'"]),
-        (
-            "self_attn,q_proj",
-            ["target model.layers.0.self_attn is a LlamaAttention"],
-        ),
+        ("self_attn,q_proj", ["target model.layers.0.self_attn is a LlamaAttention"]),
         ("(nowhere|v)$", ["no module is a target"]),
         ("norm", ["target model.norm is a LlamaRMSNorm"]),
         *(

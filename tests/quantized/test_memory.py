@@ -117,10 +117,7 @@ def peak() -> int:
 def test_no_more_memory_than_claimed(name: str, tmp_path: Path) -> None:
     case = Case(tmp_path, name)
     step = case.step()
-    for task in (
-        RequantizedWeight(step.key, step),
-        EditedTensor(step.key, step),
-    ):
+    for task in (RequantizedWeight(step.key, step), EditedTensor(step.key, step)):
         assert name in WHOLE or task.memory < 10 * math.prod(case.packed.shape), (
             "decoded whole it takes more"
         )
@@ -149,10 +146,7 @@ def test_slices_give_the_bytes_of_the_whole(
         monkeypatch.setattr(task_rows, "SLICE", size)
         slices = len(list(case.packed.row_ranges(size)))
         assert slices > 1 or size == whole
-        tasks = (
-            RequantizedWeight(step.key, step),
-            EditedTensor(step.key, step),
-        )
+        tasks = (RequantizedWeight(step.key, step), EditedTensor(step.key, step))
         result[size] = [tensor for task in tasks for tensor in case.compute(task).tensors.values()]
     for size in (5000, 50_000):
         for ours, right in zip(result[size], result[whole], strict=True):

@@ -146,20 +146,10 @@ CASES = {
         settings={"lora_bias": True},
     ),
     "groups": Case(
-        "conv",
-        lambda: nn.Conv2d(4, 6, 3, groups=2),
-        6,
-        values(2, 4, 6, 7),
-        points,
-        mergeable=False,
+        "conv", lambda: nn.Conv2d(4, 6, 3, groups=2), 6, values(2, 4, 6, 7), points, mergeable=False
     ),
     "dilation": Case(
-        "conv",
-        lambda: nn.Conv2d(3, 6, 3, dilation=2),
-        6,
-        values(2, 3, 6, 7),
-        points,
-        peft=False,
+        "conv", lambda: nn.Conv2d(3, 6, 3, dilation=2), 6, values(2, 3, 6, 7), points, peft=False
     ),
     "reflected": Case(
         "conv",
@@ -182,11 +172,7 @@ CASES = {
         "attention", attention(False), 8, values(4, 2, 8), attend(attn_mask=CAUSAL)
     ),
     "attention with padding": Case(
-        "attention",
-        attention(bias=False),
-        8,
-        values(2, 4, 8),
-        attend(key_padding_mask=PADDING),
+        "attention", attention(bias=False), 8, values(2, 4, 8), attend(key_padding_mask=PADDING)
     ),
     "attention to more": Case(
         "attention",

@@ -11,14 +11,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.verbs.merge import MergeOptions
-from tests.support.raw_files import (
-    AdapterFiles,
-    Stored,
-    base,
-    base_tensors,
-    plain,
-    tensors_file,
-)
+from tests.support.raw_files import AdapterFiles, Stored, base, base_tensors, plain, tensors_file
 
 BASE = base()
 

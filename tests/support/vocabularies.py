@@ -3,11 +3,7 @@
 import torch
 
 from tests.support import oracle
-from tests.support.oracle import (
-    DTYPES,
-    load,
-    stored,
-)
+from tests.support.oracle import DTYPES, load, stored
 
 
 def _tokens(base, folder, build=oracle.llama, **config):
