@@ -234,7 +234,7 @@ def decode_checked(
     value = weight.decode(stored)
     if not all_finite(value):
         raise Unrecoverable(
-            f"{shown(weight.key)} decodes to values are not finite (NaN or infinity)",
+            f"{shown(weight.key)} decodes to values that are not finite (NaN or infinity)",
             expected="values that the format can hold",
             where=weight.file,
             hint=hint,
