@@ -6,7 +6,7 @@ takes no part: the planner skips it.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Generator, Tensor
@@ -26,7 +26,7 @@ class Deltas(Protocol):
     shape: tuple[int, int]  # (out, in) of each
     count: int
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
+    def blocks(self) -> Iterable[tuple[int, int]]:
         """Rows [first, last) of each block: a function of the shape alone."""
         ...
 

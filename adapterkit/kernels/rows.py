@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 
+def row_ranges(rows: int, columns: int, elements: int) -> list[tuple[int, int]]:
+    """Rows [first, last), in order, of about that many elements, one row at least."""
+    step = max(1, elements // max(columns, 1))
+    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
 def add_low_rank(
     w: Tensor,  # (n, cols), changed in place
     left: Tensor,  # (n, r), the scale folded in

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from adapterkit.combinations.protocol import Method
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product, Svd
 from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense, decompose_product
+from adapterkit.kernels.rows import row_ranges
 from adapterkit.plan import READ, Metrics, TaskResult
 from adapterkit.tasks.common import FactorsTask, RankedFactors
 from adapterkit.tasks.metrics import short
@@ -258,32 +259,18 @@ class DenseDeltas:
             Product(d.left.float(), d.right.float()) if isinstance(d, Product) else d
             for d in deltas
         ]
-        self.shape, self.count = _shape(deltas[0]), len(deltas)
+        first, self.count = deltas[0], len(deltas)
+        sides = (first.left, first.right) if isinstance(first, Product) else (first, first)
+        self.shape = sides[0].shape[0], sides[1].shape[1]
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        return blocks(self.shape)
+    def blocks(self) -> list[tuple[int, int]]:
+        return row_ranges(*self.shape, BLOCK)
 
     def rows(self, which: int, first: int, last: int) -> Tensor:
         delta = self.deltas[which]
-        return (
-            delta.left[first:last] @ delta.right
-            if isinstance(delta, Product)
-            else delta[first:last].clone()
-        )
-
-
-def _shape(delta: Delta) -> tuple[int, int]:
-    return (
-        (delta.left.shape[0], delta.right.shape[1])
-        if isinstance(delta, Product)
-        else (delta.shape[0], delta.shape[1])
-    )
-
-
-def blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Rows [first, last) of each block of a matrix."""
-    step = max(1, BLOCK // max(shape[1], 1))
-    return ((first, min(first + step, shape[0])) for first in range(0, shape[0], step))
+        if isinstance(delta, Product):
+            return delta.left[first:last] @ delta.right
+        return delta[first:last].clone()
 
 
 class ModuleSeeds:

@@ -15,6 +15,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.quant.stochastic import round_to
+from adapterkit.kernels.rows import row_ranges
 from adapterkit.kernels.sums import squared_norm
 from adapterkit.plan import READ, Loaded, Metrics, Step, Task, TaskResult
 from adapterkit.tasks.metrics import ChangeMetrics, delta_norm
@@ -52,16 +53,13 @@ def arithmetic(step: Step) -> torch.dtype:
     )
 
 
-def chunk_height(columns: int, device: str = "cpu") -> int:
-    """Rows of a chunk: a function of the shape and the kind of device alone."""
-    return max(1, (ELEMENTS if device == "cpu" else CUDA_ELEMENTS) // max(columns, 1))
+def elements_of_chunk(device: torch.device) -> int:
+    return ELEMENTS if device.type == "cpu" else CUDA_ELEMENTS
 
 
 def chunks(grid: tuple[int, int], device: torch.device) -> list[tuple[int, int]]:
     """Rows [first, last) of each chunk of a grid."""
-    rows, columns = grid
-    step = chunk_height(columns, device.type)
-    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+    return row_ranges(*grid, elements_of_chunk(device))
 
 
 def byte_view(tensor: Tensor) -> memoryview:
@@ -194,8 +192,7 @@ def _ranges(step: Step, size: int) -> Iterator[tuple[int, int]]:
     (count, columns), source = _grid(step), step.source
     if isinstance(source, QuantizedWeight):
         return source.row_ranges(size) if source.shape[-1] == columns else iter([(0, count)])
-    each = max(1, size // max(columns, 1))
-    return ((first, min(first + each, count)) for first in range(0, count, each))
+    return iter(row_ranges(count, columns, size))
 
 
 class StoredRows:
@@ -345,7 +342,7 @@ def _chunk(
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """The chunks of `count` rows, wherever slices end: (first row, its pieces, views of the
     slices)."""
-    each, pieces = chunk_height(columns, device.type), []
+    each, pieces = max(1, elements_of_chunk(device) // max(columns, 1)), []
     for first, value in slices:
         at, last = first, first + len(value)
         while at < last:

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.kernels.rows import row_ranges
 from adapterkit.weights.reader import TensorReader
 from adapterkit.weights.slots import Axis, Slot, taken
 
@@ -124,8 +125,7 @@ class StoredParameter:
         count = self.shape[0]
         if not all(map(_is_plain, self.specs)) or not all(map(_has_rows, self.parameter.slots)):
             return [(0, count)]
-        step = max(1, elements // max(math.prod(self.shape[1:]), 1))
-        return [(at, min(at + step, count)) for at in range(0, count, step)]
+        return row_ranges(count, math.prod(self.shape[1:]), elements)
 
     def same_storage(self, other: "StoredParameter") -> bool:
         """Whether equal stored bytes mean equal values."""

@@ -12,6 +12,7 @@ from adapterkit.checkpoint.compare import same_bytes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.kernels.rows import row_ranges
 from adapterkit.tasks.difference import is_one_tensor, read_native
 from adapterkit.weights.parameters import StoredParameter
 
@@ -43,12 +44,8 @@ def _blocks(
     """Rows of both, some at a time; none of tensors without elements."""
     shape = one[1].shape
     rows, width = shape[0] if shape else 1, math.prod(shape[1:])
-    step = max(1, BLOCK // max(width, 1))
-    for first in range(0, rows if width else 0, step):
-        a, b = (
-            _rows(folder, spec, first, min(first + step, rows), width)
-            for folder, spec in (one, other)
-        )
+    for first, last in row_ranges(rows if width else 0, width, BLOCK):
+        a, b = (_rows(folder, spec, first, last, width) for folder, spec in (one, other))
         yield a, b
 
 
