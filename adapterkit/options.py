@@ -119,6 +119,9 @@ class OptionRecord:
     def __hash__(self) -> int:
         return hash((type(self), *vars(self).values()))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({vars(self)})"
+
     def only(self, kind: type[Kind]) -> Kind:
         """The options of another record that this one has too."""
         names = [field.name for field in dataclasses.fields(kind)]
