@@ -33,11 +33,6 @@ PEFT_EXPERTS = {
 }
 
 
-def classes_of(names: Names, module: str) -> tuple[type, ...]:
-    """A module's class and those that it is derived from; none where the model was not built."""
-    return () if names.model is None else names.model.classes(module)
-
-
 def is_bypassed(names: Names, module: str) -> bool:
     """Whether PEFT refuses factors on a layer, or the code around it multiplies by its weight
     itself, past any factors, or asks a convolution for its stride or sizes, which PEFT's wrapper
@@ -46,14 +41,14 @@ def is_bypassed(names: Names, module: str) -> bool:
     if names.base.config.get("model_type") in MAMBAS and leaf in MAMBAS_SPARED:
         return True
     convolution = names.layer(module) in ("Conv1d", "Conv2d", "Conv3d")
-    return _is_read(classes_of(names, parent), leaf, convolution)
+    return _is_read(names.classes(parent), leaf, convolution)
 
 
 def weight_reader(names: Names, module: str) -> str | None:
     """The class around a module that multiplies by its weight itself, past any factors; None if it
     calls the module, or is torch's attention, whose factors PEFT puts on both projections."""
     parent, _, leaf = module.rpartition(".")
-    around = classes_of(names, parent)
+    around = names.classes(parent)
     if not reads_weight(around, leaf) or any(cls.__name__ == ATTENTION for cls in around):
         return None
     return around[0].__name__

@@ -12,12 +12,16 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.skeleton import Skeleton
 from adapterkit.weights.slots import identity_slot
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # PEFT's task types
 HEADS = {
@@ -162,9 +166,18 @@ class Names:
         """Names of all stored parameters."""
         return self.model.parameters if self.model is not None else self.base.tensors
 
+    def module(self, name: str) -> "nn.Module | None":
+        """A module of the model; None if there is none, or the model was not built."""
+        return None if self.model is None else self.model.module(name)
+
+    def classes(self, module: str) -> tuple[type, ...]:
+        """A module's class and those that it is derived from; none if it is not known."""
+        layer = self.module(module)
+        return () if layer is None else type(layer).__mro__
+
     def layer(self, module: str) -> str | None:
-        """The class name of a module ('Linear', 'Conv1D', ...); None if the model was not built."""
-        return self.model.layer(module) if self.model is not None else None
+        """The class name of a module ('Linear', 'Conv1D', ...); None if it is not known."""
+        return next((cls.__name__ for cls in self.classes(module)), None)
 
     def transposed(
         self, module: str, *, fan_in_fan_out: bool = False, square: bool = False, where: str = ""
@@ -177,8 +190,7 @@ class Names:
         """
         if self.plain:
             return False
-        classes = () if self.model is None else self.model.classes(module)
-        if classes:
+        if classes := self.classes(module):
             return any(cls.__name__ == TRANSPOSED for cls in classes)
         if fan_in_fan_out and square:
             raise Refused(
@@ -192,13 +204,15 @@ class Names:
 
     def transposed_experts(self, module: str) -> bool:
         """Whether the matrices of a module's stacks are (in, out), as its class says."""
-        return self.model is not None and bool(self.model.attribute(module, "is_transposed", False))
+        return bool(getattr(self.module(module), "is_transposed", False))
 
     def groups(self, module: str) -> int:
-        """A convolution's groups; 1 if the model was not built."""
-        return int(self.model.attribute(module, "groups", 1)) if self.model is not None else 1
+        """A convolution's groups; 1 if it is not known."""
+        return int(getattr(self.module(module), "groups", 1))
 
     def children(self, module: str) -> list[str] | None:
-        """Names of a module's own parameters in the order of its code; None if the model was not
-        built."""
-        return self.model.children(module) if self.model is not None else None
+        """Names of a module's own parameters in the order of its code; None if it is not known."""
+        layer = self.module(module)
+        if layer is None:
+            return None
+        return [name for name, _ in layer.named_parameters(recurse=False)]

@@ -9,12 +9,15 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.slots import Axis, Slot, Symbol, identity_slot
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Source = tuple[str, str, tuple[int, ...]]  # a key, the converter's pattern that it matches, shape
 MODELS = 2  # that are remembered: of both sides of an extraction, of a base read twice
@@ -97,33 +100,12 @@ class Skeleton:
         """The parameter that the loader puts a stored tensor of that name into."""
         return self._loaded_as(key)[0]
 
-    def _module(self, name: str) -> Any:
+    def module(self, name: str) -> "nn.Module | None":
         """A module of the model, or None."""
         try:
             return self.model.get_submodule(name)
         except AttributeError:
             return None
-
-    def layer(self, module: str) -> str | None:
-        """The class name of a module, or None."""
-        layer = self._module(module)
-        return None if layer is None else type(layer).__name__
-
-    def classes(self, module: str) -> tuple[type, ...]:
-        """A module's class and those that it is derived from; none if there is no such module."""
-        layer = self._module(module)
-        return () if layer is None else type(layer).__mro__
-
-    def children(self, module: str) -> list[str] | None:
-        """Names of a module's own parameters in the order of its code, or None."""
-        layer = self._module(module)
-        if layer is None:
-            return None
-        return [name for name, _ in layer.named_parameters(recurse=False)]
-
-    def attribute(self, module: str, name: str, default: Any) -> Any:
-        """An attribute of a module; the default if it, or the module, is missing."""
-        return getattr(self._module(module), name, default)
 
     def _find_parameters(self) -> dict[str, Parameter]:
         slots, tied = self._slots(self.state), self.tied

@@ -1,4 +1,5 @@
-"""Every task class keeps what `Task` promises: bounds, reads, determinism, pickle, memory."""
+"""Every task class keeps what `Task` promises: bounds, reads, determinism, pickle, memory; none
+mixes tensors of a GPU with tensors of the CPU."""
 
 import dataclasses
 import importlib
@@ -6,7 +7,7 @@ import inspect
 import pickle
 import pkgutil
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.local.engine import LocalReader
 from adapterkit.plan import Plan, Task, TaskResult
 from adapterkit.weights.codec import stored_parts
+from tests.support.card import DEVICE, Card, installed
 
 # Bytes beyond a claim: blocks of a constant size, in which most tasks work through a weight, and
 # which are as large as the layers here; LAPACK's workspace; Python's objects.
@@ -205,3 +207,37 @@ def peak(profile: torch.profiler.profile) -> int:
         total += size
         most = max(most, total)
     return most
+
+
+def test_stays_on_the_gpu_and_gives_there_what_it_gives_here(own_cases: list):
+    """On a pretended one, on which tensors of both never meet."""
+    for plan, task, handoffs in own_cases:
+        here = compute(plan, task, handoffs)
+        with installed(Card()) as card:
+            there = compute_there(plan, task, handoffs)
+        assert not card.races, f"{plan.verb}: {task.name}"
+        assert_close(there.tensors, here.tensors)
+        assert_close(there.handoff, here.handoff)
+
+
+def compute_there(plan: Plan, task: Task, handoffs: Handoffs) -> TaskResult:
+    with Sources(plan.folders, plan.identities) as sources, torch.inference_mode():
+        reader = LocalReader(sources, DEVICE, handoffs=handoffs)
+        return task.compute(reader)
+
+
+def assert_close(there: Mapping, here: Mapping) -> None:
+    """The same keys, dtypes and shapes, and values but for the order of sums: chunks have other
+    heights on a card."""
+    assert there.keys() == here.keys()
+    for key, expected in here.items():
+        actual = there[key]
+        if isinstance(expected, TensorSpec):
+            assert actual == expected
+            continue
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+        if expected.dtype in (torch.uint8, torch.int8, torch.int32):
+            off = actual.cpu().int() != expected.int()
+            assert off.float().mean() < 0.02, key  # codes at a rounding's edge
+        else:
+            torch.testing.assert_close(actual.cpu().float(), expected.float(), rtol=0.02, atol=2e-3)

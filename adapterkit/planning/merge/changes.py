@@ -17,7 +17,7 @@ from adapterkit.planning.inputs.earlier_merges import holds, merged_change
 from adapterkit.planning.inputs.model_config import vocabulary_sizes
 from adapterkit.planning.merge.job import Addition, Change, MergeJob
 from adapterkit.planning.merge.orientation import orient, resolve_targets
-from adapterkit.weights.bypassed import classes_of, looks_up_otherwise, weight_reader
+from adapterkit.weights.bypassed import looks_up_otherwise, weight_reader
 from adapterkit.weights.parameters import Parameter
 
 ROUNDING = 2.0**-8  # what bf16 adds to the relative change that a receipt tells
@@ -306,7 +306,7 @@ def _check_acting(
     be zero, as training leaves what does not act."""
     if reader := weight_reader(job.names, module):
         reason = f"whose weight {reader} reads itself: PEFT's do nothing there before a merge"
-    elif looks_up_otherwise(classes := classes_of(job.names, module)):
+    elif looks_up_otherwise(classes := job.names.classes(module)):
         reason = f"a {classes[0].__name__} with a forward of its own, which PEFT's act after"
     else:
         return

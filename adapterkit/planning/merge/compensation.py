@@ -89,9 +89,8 @@ def _is_linear(job: MergeJob, change: Change) -> bool:
     adds = any(one.factors is not None for one in change.additions)
     if not adds or len(parameter.shape) != 2 or not parameter.name.endswith(".weight"):
         return False
-    model = job.names.model
     module = parameter.name.removesuffix(".weight")
-    classes = [] if model is None else [each.__name__ for each in model.classes(module)]
+    classes = [each.__name__ for each in job.names.classes(module)]
     if classes:
         return any(name in LINEAR for name in classes) and UNSEEN not in classes
     return all(one.lora.kind != "embedding" for one in change.additions)

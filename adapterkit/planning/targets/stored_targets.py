@@ -23,7 +23,6 @@ from adapterkit.planning.targets.changed_meanings import (
 from adapterkit.planning.targets.values_by_regex import Rule
 from adapterkit.weights.bypassed import (
     ATTENTION,
-    classes_of,
     is_bypassed,
     is_taken_for_experts,
     looks_up_otherwise,
@@ -145,7 +144,7 @@ class FactorTargets:
 
     def _class_names(self, module: str) -> list[str]:
         """A module's class and its bases; none where the model was not built."""
-        return [cls.__name__ for cls in classes_of(self.names, module)]
+        return [cls.__name__ for cls in self.names.classes(module)]
 
 
 def _is_suffix_of_any(suffix: str, reversed_names: list[str]) -> bool:
