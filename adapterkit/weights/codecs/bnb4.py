@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,15 +127,14 @@ class Bnb4(QuantizedWeight):
         state = scan.read_json(spec, there if len(there) == len(PARTS) else [*there, spec])
         if not state:
             return None
-        double = "nested_offset" in state
-        parts = scan.siblings(key, *PARTS[: 5 if double else 3])
+        parts = scan.siblings(key, *PARTS[: 5 if "nested_offset" in state else 3])
         if parts is None:
             return None
-        problem = f"the state {state}"[:300]
-        valid = _is_valid(state, kind)
-        if not scan.check(spec.key, valid, problem, "a state that bitsandbytes writes"):
+        problem, known = f"the state {state}"[:300], _State.of(state, kind)
+        scan.check(spec.key, known is not None, problem, "a state that bitsandbytes writes")
+        if known is None:
             return None
-        shape, dtype, block, double, nested_dtype = _said(state)
+        shape, dtype, block, double, nested_dtype = known
         absmax = parts[1]
         transposed_scales = (
             not double
@@ -200,12 +199,12 @@ class Bnb4(QuantizedWeight):
         except (ValueError, RecursionError):
             state = {}
         own = (self._stored_shape, self.dtype, self.block, self.double, self.nested_dtype)
-        if isinstance(state, dict) and _is_valid(state, self.kind):
-            shape, dtype, *others = _said(state)
+        found = _State.of(state, self.kind) if isinstance(state, dict) else None
+        if found is not None and self.dtype == "F32":
             # comparisons take every weight for the float32 that it decodes to
-            dtype = self.dtype if self.dtype == "F32" else dtype
-            if (shape, dtype, *others) == own:
-                return None
+            found = found._replace(dtype=self.dtype)
+        if found == own:
+            return None
         problem = f"{shown(spec.key)}: the state {shown(state)}"[:300]
         return problem, f"that of a weight as those of its name: {own}"
 
@@ -359,28 +358,30 @@ def _header_name(dtype: object) -> str | None:
     return dtypes.HEADER_NAME.get(str(dtype).removeprefix("torch."))
 
 
-def _is_valid(state: Settings, kind: str) -> bool:
-    """Whether bitsandbytes writes such a state."""
-    block = state.get("blocksize")
-    valid = pair_in(state.get("shape")) is not None and state.get("quant_type") == kind
-    valid = valid and _header_name(state.get("dtype")) in dtypes.FLOATS
-    valid = valid and type(block) is int and block in blockwise.BLOCKS
-    if "nested_offset" in state:
-        offset = state["nested_offset"]
-        valid = valid and isinstance(offset, float) and math.isfinite(offset)
-        valid = valid and state.get("nested_blocksize") == blockwise.NESTED
-        valid = valid and state.get("nested_dtype") in dtypes.CONFIG_NAME.values()
-    return valid
+class _State(NamedTuple):
+    """What the text of a state says."""
 
+    shape: tuple[int, ...]  # as stored
+    dtype: str
+    block: int  # values with one scale
+    double: bool  # whether scales are quantized
+    nested_dtype: str  # of scales of scales
 
-def _said(state: Settings) -> tuple[tuple[int, ...], str, int, bool, str]:
-    """The shape as stored, the dtype, values with one scale, whether scales are quantized and of
-    what dtype they are then, of a valid state."""
-    dtype = _header_name(state["dtype"])
-    assert dtype is not None
-    double = "nested_offset" in state
-    nested_dtype = state["nested_dtype"] if double else "float32"
-    return tuple(state["shape"]), dtype, state["blocksize"], double, nested_dtype
+    @classmethod
+    def of(cls, state: Settings, kind: str) -> "_State | None":
+        """None where bitsandbytes writes no such state."""
+        shape, dtype = pair_in(state.get("shape")), _header_name(state.get("dtype"))
+        block, double = state.get("blocksize"), "nested_offset" in state
+        valid = state.get("quant_type") == kind and dtype in dtypes.FLOATS
+        valid = valid and type(block) is int and block in blockwise.BLOCKS
+        if double:
+            offset = state["nested_offset"]
+            valid = valid and isinstance(offset, float) and math.isfinite(offset)
+            valid = valid and state.get("nested_blocksize") == blockwise.NESTED
+            valid = valid and state.get("nested_dtype") in dtypes.CONFIG_NAME.values()
+        if not valid or shape is None or dtype is None or block is None:
+            return None
+        return cls(shape, dtype, block, double, state["nested_dtype"] if double else "float32")
 
 
 def _is_map(table: Tensor, kind: Literal["nf4", "fp4"]) -> bool:
