@@ -4,7 +4,13 @@ Header names (`BF16`) are used inside; people type the short ones (`bf16`).
 torch is imported on use.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from adapterkit.errors import Refused
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -65,3 +71,12 @@ def torch_dtype(dtype: str):
     import torch
 
     return getattr(torch, _TORCH[dtype])
+
+
+def tensor_of(data: bytearray, dtype: str, shape: Sequence[int]) -> "Tensor":
+    """The tensor over stored bytes, none of them too."""
+    import torch
+
+    if not data:
+        return torch.empty(shape, dtype=torch_dtype(dtype))
+    return torch.frombuffer(data, dtype=torch_dtype(dtype)).view(shape)

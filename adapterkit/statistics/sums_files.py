@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adapterkit import dtypes
@@ -104,7 +103,7 @@ class SumsFile:
         spec = next(spec for spec in self.header.tensors if spec.key == key)
         with Sources((LocalFolder(self.folder),), {}) as sources:
             data = sources.read(spec)
-        return torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
+        return dtypes.tensor_of(data, spec.dtype, spec.shape)
 
 
 def write_file(

@@ -51,9 +51,9 @@ class CopiedTensor(Task):
     def compute(self, inputs: Reader) -> TaskResult:
         if not self.checked:
             return TaskResult({self.key: self.source}, {})
-        data, dtype = inputs.bytes(self.source), dtypes.torch_dtype(self.source.dtype)
-        tensor = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return TaskResult({self.key: tensor.view(self.source.shape)}, {"taken": True})
+        data = inputs.bytes(self.source)
+        tensor = dtypes.tensor_of(data, self.source.dtype, self.source.shape)
+        return TaskResult({self.key: tensor}, {"taken": True})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from adapterkit import dtypes
@@ -119,10 +118,7 @@ class HandoffReader:
     def tensor(self, key: str) -> Tensor:
         _, (dtype, shape, _) = self._place(key)
         data = self.read(key, 0, dtypes.size(dtype, math.prod(shape)))
-        torch_dtype = dtypes.torch_dtype(dtype)
-        if not data:
-            return torch.empty(shape, dtype=torch_dtype)
-        return torch.frombuffer(data, dtype=torch_dtype).view(shape)
+        return dtypes.tensor_of(data, dtype, shape)
 
     def read(self, key: str, start: int, stop: int) -> bytearray:
         """Bytes [start, stop) of a tensor."""

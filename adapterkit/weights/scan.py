@@ -110,12 +110,7 @@ class CheckpointScan:
         kind: keys that differ in numbers only, and dtypes and shapes that do not differ. Weights
         that are decoded are checked then (`read_parts`).
         """
-        import torch
-
-        data = bytearray(self._bytes(spec, beside))
-        if not data:
-            return torch.empty(spec.shape, dtype=dtypes.torch_dtype(spec.dtype))
-        return torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
+        return dtypes.tensor_of(bytearray(self._bytes(spec, beside)), spec.dtype, spec.shape)
 
     def read_json(self, spec: TensorSpec, beside: Sequence[TensorSpec]) -> dict[str, Any]:
         """A JSON object stored as a tensor of bytes, read as `read` does; {}, with an error, if it

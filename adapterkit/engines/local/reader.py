@@ -57,25 +57,17 @@ class LocalReader:
 
     def _stored(self, spec: TensorSpec) -> Tensor:
         if spec.folder == HANDOFF_FOLDER:
-            return self._handed_on(spec)
-        data = self.sources.read(spec)
-        if not data:
-            return torch.empty(spec.shape, dtype=dtypes.torch_dtype(spec.dtype), device=self.device)
-        stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
-        floats = spec.dtype in dtypes.FLOATS
-        if floats and not all_finite(stored):
+            assert self.handoffs is not None
+            data = self.handoffs.read(spec.key, spec.start, spec.stop)
+            return dtypes.tensor_of(data, spec.dtype, spec.shape).to(self.device)
+        stored = dtypes.tensor_of(self.sources.read(spec), spec.dtype, spec.shape)
+        if spec.dtype in dtypes.FLOATS and not all_finite(stored):
             file = place_of(self.sources.folders[spec.folder], spec.file)
             raise Unrecoverable(
                 "values are not finite (NaN or infinity)",
                 where=f"{file}: {shown(spec.key)}",
                 hint="the training run diverged: use an earlier save",
             )
-        return stored.to(self.device)
-
-    def _handed_on(self, spec: TensorSpec) -> Tensor:
-        assert self.handoffs is not None
-        data = self.handoffs.read(spec.key, spec.start, spec.stop)
-        stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
         return stored.to(self.device)
 
     def bytes(self, spec: TensorSpec) -> bytearray:
@@ -88,9 +80,8 @@ class LocalReader:
         width = dtypes.BITS[spec.dtype] // 8 * grid[1]
         data = bytearray((last - first) * width)
         self.sources.read_into(spec, first * width, memoryview(data))
-        stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype))
-        # converted on the device: fewer bytes go to a card
-        value = stored.view(last - first, grid[1]).to(self.device)
+        # converted on the device: fewer bytes go to a GPU
+        value = dtypes.tensor_of(data, spec.dtype, (last - first, grid[1])).to(self.device)
         return value if self.dtype is None else value.to(self.dtype)
 
     def blocks(self, spec: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from adapterkit import dtypes
@@ -81,10 +80,7 @@ class PlanReader:
                 where=place_of(folder, spec.file),
                 hint="copy the file again",
             )
-        dtype = dtypes.torch_dtype(spec.dtype)
-        if not data:
-            return torch.empty(spec.shape, dtype=dtype)
-        value = torch.frombuffer(bytearray(data), dtype=dtype).view(spec.shape)
+        value = dtypes.tensor_of(bytearray(data), spec.dtype, spec.shape)
         if spec.dtype in dtypes.FLOATS and not value.isfinite().all():
             raise Unrecoverable(
                 f"{shown(spec.key)} is not finite",

@@ -52,8 +52,7 @@ def _blocks(
 def _rows(folder: Folder, spec: TensorSpec, first: int, stop: int, width: int) -> Tensor:
     size = dtypes.size(spec.dtype, width)
     data = folder.read(spec.file, spec.start + first * size, spec.start + stop * size)
-    flat = torch.frombuffer(bytearray(data), dtype=dtypes.torch_dtype(spec.dtype))
-    return flat.view(stop - first, width)
+    return dtypes.tensor_of(bytearray(data), spec.dtype, (stop - first, width))
 
 
 def equal_values(
@@ -80,7 +79,4 @@ def equal_values(
 def _read_stored(side: Checkpoint, spec: TensorSpec) -> Tensor:
     """A tensor of a checkpoint in its own dtype."""
     data = bytearray(side.folder.read(spec.file, spec.start, spec.stop))
-    dtype = dtypes.torch_dtype(spec.dtype)
-    if not data:
-        return torch.empty(spec.shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).view(spec.shape)
+    return dtypes.tensor_of(data, spec.dtype, spec.shape)
