@@ -29,7 +29,7 @@ class Orthogonal(DrawnInit):
                 f"orthogonal factors of shapes {shown(str(a_shape))}, {shown(str(b_shape))}",
                 expected="an even rank, and matrices",
                 where="init",
-                hint="give an even rank, or leave the convolutions out",
+                hint="give an even rank, or exclude the convolutions",
             )
         (rank, width), out = a_shape, b_shape[0]
         q, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))

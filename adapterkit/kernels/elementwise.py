@@ -55,7 +55,7 @@ def top_k_threshold(
 ) -> Threshold:
     """The threshold that keeps exactly `keep` of `size` elements, or all that are not 0.
 
-    `read()` yields all blocks, each time anew; they are overwritten. `subsample()` yields some rows
+    `read()` yields all blocks at each call; they are overwritten. `subsample()` yields some rows
     of every part, where that costs less: the first estimate comes from them.
 
     A sample brackets the threshold; one pass counts what is above the bracket and collects what is

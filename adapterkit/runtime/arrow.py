@@ -312,7 +312,7 @@ def general_sources(router: ArrowRouter, general: Sources | None) -> list[StrPat
             if names
             else "none: the router subtracts none",
             where="general",
-            hint="give them as general=[...], or build the router anew from all adapters",
+            hint="give them as general=[...], or build the router again from all adapters",
         )
     return sources
 

@@ -28,7 +28,7 @@ class Hosts:
         self.forget()
 
     def forget(self) -> None:
-        """Look at the model anew."""
+        """Look at the model again."""
         self._links: list[tuple[dict, str, nn.Module]] = []  # children, name, which it is
         self._sizes: list[tuple[dict, str, int]] = []  # attributes, name, value
         self._fusable: list[Site] = []

@@ -220,7 +220,7 @@ def _check_untying(model: nn.Module) -> None:
             "than tie",
             expected="a change of both sides, or of neither",
             where="merge",
-            hint="run it unmerged, or leave the embedding and the head out",
+            hint="run it unmerged, or exclude the embedding and the head from targets",
         )
 
 

@@ -1,4 +1,4 @@
-"""layer_replication on a live model: its list of layers stacked anew, as in SOLAR
+"""layer_replication on a live model: its list of layers in another order, as in SOLAR
 (arXiv:2312.15166). The copies share the base's parameters; adapters tell them apart."""
 
 import copy

@@ -34,7 +34,7 @@ class MergeState(Protocol):
 
 
 class Replicated(Protocol):
-    """Layers that are stacked anew; see `replication`."""
+    """Layers that are stacked in another order; see `replication`."""
 
     def undo(self) -> None: ...
 

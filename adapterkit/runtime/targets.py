@@ -192,7 +192,7 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _below(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """As `named_modules`, whose walk through all adapters would make each load dearer."""
+    """As `named_modules`, whose walk through all adapters would make each load slower."""
     for name, child in module._modules.items():
         if child is not None and name != CHILD and child not in seen:
             seen.add(child)
@@ -209,12 +209,12 @@ def unread(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> Ref
             f"{shown(path)} is a {type(modules[path]).__name__}, with a forward of its own",
             expected="embeddings that give rows of their weight, or multiples",
             where=WHERE,
-            hint="leave it out; modules_to_save trains it whole",
+            hint="exclude it from targets; modules_to_save trains it whole",
         )
     reader = weight_reader(model, modules, path)
     if reader is None:
         return None
-    hint = "leave it out; modules_to_save trains it whole"
+    hint = "exclude it from targets; modules_to_save trains it whole"
     if kind_of(modules.get(path.rpartition(".")[0], model)) == "attention":
         hint = "target the attention: both projections get factors"
     return Refused(

@@ -2,7 +2,7 @@
 
 Decoding is code · scale in float32, rounded once. Encoding with the stored scales gives the codes
 back for every code (-0 included) whose product with its scale stays within float32; scales
-computed anew may differ for the same values. Codes are rounded to nearest, ties to even, or with
+computed again may differ for the same values. Codes are rounded to nearest, ties to even, or with
 `draws` stochastically, and saturate.
 
 A weight is whole rows: any part of its rows can be encoded alone.
@@ -214,7 +214,7 @@ def requantize_nvfp4(
     draws: Draws,
 ) -> NvFp4:
     """Codes sampled with the stored scales, or new ones where `loses_less`; by the same rule the
-    scale of the whole weight is computed anew, and all others with it, where a group needs more
+    scale of the whole weight is computed again, and all others with it, where a group needs more
     than it allows."""
     x, amax = _matrix(w), _group_amax(w, NV_GROUP)
     old, new = nvfp4_grid(scale, tensor_scale), tensor_scale.scale_for(amax)

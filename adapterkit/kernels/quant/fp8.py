@@ -2,7 +2,7 @@
 
 Decoding is code · scale in float32, rounded once. Encoding with the stored scales gives the codes
 back for every code (-0 and NaN included) whose product with its scale stays within float32; scales
-computed anew may differ for the same values. Codes are rounded to nearest, ties to even, or with
+computed again may differ for the same values. Codes are rounded to nearest, ties to even, or with
 `draws` stochastically, and saturate.
 
 A weight is whole rows. A part of its rows can be encoded alone where it begins with a block.
