@@ -1,5 +1,5 @@
-"""layer_replication on a live model: its list of layers in another order, as in SOLAR
-(arXiv:2312.15166). The copies share the base's parameters; adapters tell them apart."""
+"""layer_replication on a live model: its list of layers in another order, some of them twice, as in
+SOLAR (arXiv:2312.15166). The copies share the base's parameters; adapters tell them apart."""
 
 import copy
 from collections.abc import Iterator, Sequence
