@@ -118,18 +118,10 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
             "read here"
         )
         return [Refused(f"peft_type {shown(repr(kind))}", expected="LORA", where=where, hint=hint)]
-    errors = Problems(
-        [
-            Refused(
-                f"{key} is set: {why}",
-                expected="a plain or DoRA LoRA",
-                where=where,
-                hint="use this adapter with the library that trained it; it cannot be merged",
-            )
-            for key, why in OTHER_ARITHMETIC.items()
-            if config.get(key)
-        ]
-    )
+    hint = "use this adapter with the library that trained it; it cannot be merged"
+    errors = Problems(where=where, hint=hint)
+    for key in filter(config.get, OTHER_ARITHMETIC):
+        errors.add(f"{key} is set: {OTHER_ARITHMETIC[key]}", "a plain or DoRA LoRA")
     errors += check_unknown_settings(config, KNOWN_SETTINGS | set(OTHER_ARITHMETIC), where)
     return errors + check_settings(LORA_SETTINGS, config, where)
 
@@ -154,13 +146,11 @@ def check_unknown_settings(
     config: dict, known: Collection[str], where: str
 ) -> list[AdapterkitError]:
     """Refusals of settings that are not `known` and not falsy."""
-    return [
-        Refused(
+    hint = "remove it from the config if it does not change the weights"
+    errors = Problems(where=where, hint=hint)
+    for key in filter(config.get, sorted(set(config) - set(known))):
+        errors.add(
             f"unknown setting {shown(key)} = {shown(repr(config[key]))}",
-            expected="settings of PEFT 0.21 (an unknown one may mean other arithmetic)",
-            where=where,
-            hint="remove it from the config if it does not change the weights",
+            "settings of PEFT 0.21 (an unknown one may mean other arithmetic)",
         )
-        for key in sorted(set(config) - set(known))
-        if config[key]
-    ]
+    return errors

@@ -8,7 +8,7 @@ from adapterkit.adapters.adapter_config import rank_settings, whole
 from adapterkit.adapters.keys import PREFIX
 from adapterkit.adapters.kinds.loha import LoHa
 from adapterkit.adapters.kinds.lokr import LoKr
-from adapterkit.errors import AdapterkitError, Problems, Refused, listed
+from adapterkit.errors import Problems, Refused, listed
 from adapterkit.records import Json
 
 Shapes = Mapping[str, tuple[int, ...]]  # of a module's tensors by role: w1, w2_a, t2, ...
@@ -63,7 +63,7 @@ def _rank(shapes: Shapes) -> int:
 def _decomposition(modules: Mapping[str, Shapes], kernels: Mapping[str, int | None]) -> Json:
     """decompose_factor and decompose_both with which PEFT makes matrices of these shapes."""
     both = any("w1_a" in shapes for shapes in modules.values())
-    Problems(list(_unlike(modules, both))).raise_all()
+    _unlike(modules, both).raise_all()
     sizes = {name: _sizes(shapes) for name, shapes in modules.items()}
     firsts = {first for pairs in sizes.values() for first, _ in pairs}
     for likely in LINEAR, KERNELS:
@@ -80,38 +80,29 @@ def _decomposition(modules: Mapping[str, Shapes], kernels: Mapping[str, int | No
     )
 
 
-def _unlike(modules: Mapping[str, Shapes], both: bool) -> Iterable[AdapterkitError]:
+def _unlike(modules: Mapping[str, Shapes], both: bool) -> Problems:
     """Refusals of matrices that PEFT would make whole where they are factors, or the other way
     round, and of what it multiplies otherwise."""
-    whole_first = [
-        name
-        for name, shapes in modules.items()
-        if both and "w1" in shapes and _rank(shapes) < max(shapes["w1"]) / 2
-    ]
-    factors_first = [
-        name
-        for name, shapes in modules.items()
-        if "w1_a" in shapes and _rank(shapes) >= max(_sizes(shapes)[0][0], _sizes(shapes)[1][0]) / 2
-    ]
-    whole_second = [
-        name
-        for name, shapes in modules.items()
-        if "w2" in shapes and _rank(shapes) < max(shapes["w2"][:2]) / 2
-    ]
-    one_axis = [name for name, shapes in modules.items() if len(shapes.get("w2", ())) == 3]
-    for names, what in (
-        (whole_first, "a whole w1 beside others of low rank"),
-        (factors_first, "a w1 of low rank that PEFT would have whole"),
-        (whole_second, "a whole w2 that PEFT would have of low rank"),
-        (one_axis, "a whole w2 on a Conv1d, where PEFT's product is no Kronecker product"),
-    ):
-        if names:
-            yield Refused(
-                f"LoKr with {what}, in {len(names)} modules: {listed(names)}",
-                expected="shapes that PEFT makes",
-                where="--to",
-                hint=ONLY_RANK,
-            )
+    unlike = {
+        "a whole w1 beside others of low rank": lambda one: (
+            both and "w1" in one and _rank(one) < max(one["w1"]) / 2
+        ),
+        "a w1 of low rank that PEFT would have whole": lambda one: (
+            "w1_a" in one and _rank(one) >= max(first for first, _ in _sizes(one)) / 2
+        ),
+        "a whole w2 that PEFT would have of low rank": lambda one: (
+            "w2" in one and _rank(one) < max(one["w2"][:2]) / 2
+        ),
+        "a whole w2 on a Conv1d, where PEFT's product is no Kronecker product": lambda one: (
+            len(one.get("w2", ())) == 3
+        ),
+    }
+    errors = Problems(where="--to", hint=ONLY_RANK)
+    for what, is_unlike in unlike.items():
+        if names := [name for name, shapes in modules.items() if is_unlike(shapes)]:
+            problem = f"LoKr with {what}, in {len(names)} modules: {listed(names)}"
+            errors.add(problem, "shapes that PEFT makes")
+    return errors
 
 
 def _sizes(shapes: Shapes) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from adapterkit.errors import AdapterkitError, Refused, listed
+from adapterkit.errors import AdapterkitError, Problems, listed
 from adapterkit.formats.modules.kinds import FACTORS, MAGNITUDES, SHAPE
 from adapterkit.formats.modules.parts import magnitudes
 from adapterkit.formats.modules.record import AdapterModule, Contents
@@ -121,15 +121,9 @@ def ways_out(
 
 def refused_by_name(form: Format, keys: Iterable[str], where: str) -> list[AdapterkitError]:
     """Refusals of kinds of deltas that no format holds, with their names."""
-    keys = list(keys)
-    matches = {name: [k for k in keys if regex.search(k)] for name, regex in form.refused.items()}
-    return [
-        Refused(
-            f"{name}: {listed(some)}",
-            expected=f"kinds of deltas that can be converted: {', '.join(form.kinds)}",
-            where=where,
-            hint=EXTRACT,
-        )
-        for name, some in matches.items()
-        if some
-    ]
+    keys, errors = list(keys), Problems(where=where, hint=EXTRACT)
+    for name, regex in form.refused.items():
+        if some := list(filter(regex.search, keys)):
+            expected = f"kinds of deltas that can be converted: {', '.join(form.kinds)}"
+            errors.add(f"{name}: {listed(some)}", expected)
+    return errors

@@ -110,7 +110,7 @@ def read_gguf(
         except _Incomplete as incomplete:
             if len(raw) >= min(size, MAX_HEADER):
                 problem = f"the file ends inside its header: {incomplete}"
-                raise _damaged(name, problem, "a whole header") from None
+                _damage(name).fail(problem, "a whole header")
             raw += folder.read(name, len(raw), min(4 * len(raw), size, MAX_HEADER))
 
 
@@ -118,8 +118,9 @@ class _Incomplete(Exception):
     """The bytes read so far end before the header does."""
 
 
-def _damaged(name: str, problem: str, expected: str) -> Damaged:
-    return Damaged(problem, expected=expected, where=name, hint="download or copy the file again")
+def _damage(name: str) -> Problems:
+    """What shows that a file is damaged."""
+    return Problems(where=name, hint="download or copy the file again", kind=Damaged)
 
 
 class _Parser:
@@ -134,10 +135,11 @@ class _Parser:
         self.raw, self.size, self.name, self.at = raw, size, name, 0
         self.block_sizes, self.hint = block_sizes, hint
         self.arrays: dict[str, tuple] = {}
+        self.errors = _damage(name)
 
     def header(self) -> GgufHeader:
         if self.raw[:4] != MAGIC:
-            raise self.damaged(f"a file that begins with {self.raw[:4]!r}", "GGUF")
+            self.errors.fail(f"a file that begins with {self.raw[:4]!r}", "GGUF")
         self.at = 4
         (version,) = self.unpack("I")
         if version not in VERSIONS:
@@ -150,19 +152,16 @@ class _Parser:
             )
         tensors, keys = self.unpack("QQ")
         if tensors > MAX_TENSORS or keys > MAX_KEYS or 24 * tensors + 13 * keys > self.size:
-            raise self.damaged(f"{tensors} tensors and {keys} keys", self.capacity)
+            self.errors.fail(f"{tensors} tensors and {keys} keys", self.capacity)
         metadata = self.metadata(keys)
         infos = [self.tensor_info() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", ALIGNMENT)
         valid = type(alignment) is int and 8 <= alignment <= 1 << 20
         if not valid or alignment & (alignment - 1):
-            raise self.damaged(f"general.alignment {shown(alignment)}", "a power of 2 from 8 on")
+            self.errors.fail(f"general.alignment {shown(alignment)}", "a power of 2 from 8 on")
         raw, data_start = self.raw[: self.at], -(-self.at // alignment) * alignment
         entries = self.entries(infos, data_start, alignment)
         return GgufHeader(raw, metadata, entries, self.arrays)
-
-    def damaged(self, problem: str, expected: str) -> Damaged:
-        return _damaged(self.name, problem, expected)
 
     @property
     def capacity(self) -> str:
@@ -175,7 +174,7 @@ class _Parser:
 
     def read(self, count: int) -> bytes:
         if count > self.size - self.at:
-            raise self.damaged(f"{count} bytes at {self.at}", self.capacity)
+            self.errors.fail(f"{count} bytes at {self.at}", self.capacity)
         if count > len(self.raw) - self.at:
             raise _Incomplete(f"{count} bytes at {self.at}")
         self.at += count
@@ -184,26 +183,26 @@ class _Parser:
     def text(self, max_length: int | None = None) -> str:
         (length,) = self.unpack("Q")
         if max_length is not None and length > max_length:
-            raise self.damaged(f"a name of {length} bytes", f"at most {max_length}")
+            self.errors.fail(f"a name of {length} bytes", f"at most {max_length}")
         try:
             return self.read(length).decode()
         except UnicodeDecodeError:
-            raise self.damaged(f"a text at {self.at} that is not UTF-8", "UTF-8") from None
+            self.errors.fail(f"a text at {self.at} that is not UTF-8", "UTF-8")
 
     def metadata(self, count: int) -> Json:
         metadata: Json = {}
         for _ in range(count):
             key = self.text(MAX_NAME)
             if not key.isprintable() or not key or key in metadata:
-                raise self.damaged(f"the key {shown(key)!r}", "printable keys, each once")
+                self.errors.fail(f"the key {shown(key)!r}", "printable keys, each once")
             (kind,) = self.unpack("I")
             metadata[key] = self.array(key) if kind == ARRAY else self.value(kind)
             if key == "general.alignment" and kind != UINT32:
-                raise self.damaged(f"general.alignment of type {kind}", "a 32-bit number")
+                self.errors.fail(f"general.alignment of type {kind}", "a 32-bit number")
         name = metadata.get("general.architecture")
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name):
             problem = f"general.architecture {shown(name)!r}"
-            raise self.damaged(problem, "the name of an architecture")
+            self.errors.fail(problem, "the name of an architecture")
         return metadata
 
     def value(self, kind: int) -> Any:
@@ -212,7 +211,7 @@ class _Parser:
             return self.unpack(SCALARS[kind])[0]
         if kind == STRING:
             return self.text()
-        raise self.damaged(f"a value of type {kind}", "one of 13 types")
+        self.errors.fail(f"a value of type {kind}", "one of 13 types")
 
     def array(self, key: str) -> int:
         """The length of an array; its items are skipped, but for a few numbers."""
@@ -224,21 +223,21 @@ class _Parser:
                 self.arrays[key] = struct.unpack(f"<{count}{code}", data)
         elif inner == STRING:
             if 8 * count > self.size - self.at:
-                raise self.damaged(f"an array of {count} texts", self.capacity)
+                self.errors.fail(f"an array of {count} texts", self.capacity)
             for _ in range(count):
                 self.text()
         else:
-            raise self.damaged(f"an array of type {inner}", "numbers or texts")
+            self.errors.fail(f"an array of type {inner}", "numbers or texts")
         return count
 
     def tensor_info(self) -> _TensorInfo:
         name = self.text(MAX_NAME)
         if not name or not name.isprintable() or ".." in name.replace("\\", "/").split("/"):
             expected = f"1 to {MAX_NAME} printable characters"
-            raise self.damaged(f"tensor name {shown(name)!r}", expected)
+            self.errors.fail(f"tensor name {shown(name)!r}", expected)
         (rank,) = self.unpack("I")
         if rank > MAX_RANK:
-            raise self.damaged(f"{shown(name)} of {rank} dimensions", f"at most {MAX_RANK}")
+            self.errors.fail(f"{shown(name)} of {rank} dimensions", f"at most {MAX_RANK}")
         shape = self.unpack(f"{rank}Q")[::-1]
         return _TensorInfo(name, shape, *self.unpack("IQ"))
 
@@ -247,25 +246,20 @@ class _Parser:
     ) -> tuple[Entry, ...]:
         """The tensors with their positions; refused unless they tile the rest of the file, each
         aligned behind the one before."""
-        errors = Problems()
+        errors = self.errors
         entries, names = [], set()
         for name, shape, kind, offset in infos:
             if name in names:
-                errors.append(self.damaged(f"{shown(name)} is there twice", "each tensor once"))
+                errors.add(f"{shown(name)} is there twice", "each tensor once")
             names.add(name)
             values, width = self.block_sizes.get(kind, (0, 0))
             count = math.prod(shape)
             if not values:
-                error = Refused(
-                    f"{shown(name)} is of type {kind}",
-                    expected="types it knows",
-                    where=self.name,
-                    hint=self.hint,
-                )
-                errors.append(error)
+                problem = f"{shown(name)} is of type {kind}"
+                errors.add(problem, "types it knows", self.hint, kind=Refused)
             elif not shape or not 0 < count < 2**62 or shape[-1] % values:
                 problem = f"{shown(name)} of shape {shape}"[:200]
-                errors.append(self.damaged(problem, f"rows of whole blocks of {values} values"))
+                errors.add(problem, f"rows of whole blocks of {values} values")
             else:
                 start = data_start + offset
                 entries.append(Entry(name, shape, kind, start, start + count // values * width))
@@ -274,8 +268,7 @@ class _Parser:
         for entry in sorted(entries, key=lambda entry: entry.start):
             if entry.start != at or entry.stop > self.size:
                 problem = f"{shown(entry.name)} at bytes {entry.start} to {entry.stop}"[:300]
-                expected = f"from {at} on, in a file of {self.size} bytes"
-                errors.append(self.damaged(problem, expected))
+                errors.add(problem, f"from {at} on, in a file of {self.size} bytes")
             at = -(-entry.stop // alignment) * alignment
         Problems(errors[:MAX_ERRORS]).raise_all()
         return tuple(entries)

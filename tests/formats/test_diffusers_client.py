@@ -6,6 +6,7 @@ of whole checkpoints, which are linear.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,16 @@ def shapes(architecture: str, pipe: Any, component: str) -> dict[str, tuple[int,
     return sizes
 
 
+@cache
 def trained(
-    architecture: str, pipe: Any, part: int = 1, *, mixed: bool = True
+    architecture: str, part: int = 1, *, mixed: bool = True
 ) -> dict[tuple[str, str], Factors]:
     """Factors for every `part`-th module; mixed ranks and alphas, or one for all."""
     generator = torch.Generator().manual_seed(7)
     factors = {}
     for component in PREFIXES[architecture]:
-        for number, (name, shape) in enumerate(shapes(architecture, pipe, component).items()):
+        sizes = shapes(architecture, untouched(architecture), component)
+        for number, (name, shape) in enumerate(sizes.items()):
             if number % part and not any(word in name for word in ALWAYS):
                 continue
             rank = 2 + number % 2 if mixed else 2
@@ -175,6 +178,7 @@ def expected(architecture: str, factors: Mapping) -> dict[str, Tensor]:
     return pipelines.outputs(pipe)
 
 
+@cache
 def loaded(architecture: str, path: Path) -> dict[str, Tensor]:
     """Outputs of the pipeline that has loaded a file."""
     pipe = pipelines.PIPELINES[architecture]()
@@ -189,9 +193,20 @@ def assert_same(results: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> 
         torch.testing.assert_close(result, others[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
+@cache
+def untouched(architecture: str) -> Any:
+    """The pipeline without an adapter, which is only looked at."""
+    return pipelines.PIPELINES[architecture]()
+
+
+@cache
+def plain_outputs(architecture: str) -> dict[str, Tensor]:
+    return pipelines.outputs(untouched(architecture))
+
+
 def changed(architecture: str, results: Mapping[str, Tensor]) -> Iterable[str]:
     """The components whose outputs are not the base's."""
-    plain = pipelines.outputs(pipelines.PIPELINES[architecture]())
+    plain = plain_outputs(architecture)
     return {name for name, result in results.items() if (result - plain[name]).abs().max() > 0.01}
 
 
@@ -211,7 +226,7 @@ ALL = [
 @pytest.mark.parametrize("architecture, part", ALL)
 def test_a_file_of_kohya_is_loaded_as_diffusers(architecture, part, tmp_path):
     """Mixed ranks and alphas, text encoders, fused modules, halves that are swapped."""
-    factors = trained(architecture, pipelines.PIPELINES[architecture](), part)
+    factors = trained(architecture, part)
     source = kohya_file(tmp_path / "kohya.safetensors", architecture, factors)
     target = tmp_path / "diffusers.safetensors"
     adapterkit.convert(source, to="diffusers", out=target)
@@ -223,7 +238,7 @@ def test_a_file_of_kohya_is_loaded_as_diffusers(architecture, part, tmp_path):
 @pytest.mark.parametrize("architecture, part", [one for one in ALL if "sd3" not in str(one.id)])
 def test_a_file_of_kohya_that_came_from_diffusers_is_loaded(architecture, part, tmp_path):
     """By diffusers' own converter, which keeps one alpha for all."""
-    factors = trained(architecture, pipelines.PIPELINES[architecture](), part, mixed=False)
+    factors = trained(architecture, part, mixed=False)
     source = kohya_file(tmp_path / "kohya.safetensors", architecture, factors)
     middle, target = tmp_path / "diffusers.safetensors", tmp_path / "again.safetensors"
     adapterkit.convert(source, to="diffusers", out=middle)
@@ -257,7 +272,7 @@ def test_names_of_diffusers_under_kohyas_keys_become_kohyas(tmp_path):
 
 def test_dora_of_some_modules_is_refused(tmp_path):
     """PEFT would take it for all of the model, with the base's norms as the others' magnitudes."""
-    factors = trained("sd15", pipelines.sd15(), 29)
+    factors = trained("sd15", 29)
     path = kohya_file(tmp_path / "kohya.safetensors", "sd15", factors)
     tensors = load_file(path)
     key = next(key for key in tensors if key.startswith("lora_unet"))
@@ -295,7 +310,7 @@ def test_an_older_file_is_loaded_as_a_new_one(name, tmp_path):
 
 
 def test_one_component_is_loaded_by_peft(tmp_path):
-    factors = trained("sdxl", pipelines.sdxl(), 29)
+    factors = trained("sdxl", 29)
     source = kohya_file(tmp_path / "kohya.safetensors", "sdxl", factors)
     adapterkit.convert(source, to="peft", out=tmp_path / "peft", prefix_only="unet")
     pipe = pipelines.sdxl()

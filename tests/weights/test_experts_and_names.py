@@ -83,7 +83,13 @@ KINDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# others have the same layers, attention or wrapper around the language model
+ALIKE = ("qwen2_5_vl", "sarvam_moe", "kimi_k25", "hrm_text", "inkling_mm_model")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in ALIKE)) for k in KINDS]
+)
 def test_all_linear_layers_of_many_models(kind, tmp_path):
     # a router that multiplies by its classifier's weight itself: PEFT's factors do nothing there
     more = {"exclude_modules": ["classifier"]} if kind == "longcat_flash" else {}

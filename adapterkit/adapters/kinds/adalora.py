@@ -6,24 +6,16 @@ from typing import ClassVar
 from adapterkit.adapters.config import KNOWN_SETTINGS, OTHER_ARITHMETIC
 from adapterkit.adapters.kinds.common import AdaptedModule, ProductDelta, no_errors, read_float64
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import Refused
+from adapterkit.errors import Problems
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.records import FINITE, FLAG, POSITIVE_INT, TEXT, list_of, optional, table_of
 from adapterkit.weights.reader import TensorReader
 
 # settings that AdaLoRA's layers ignore (PEFT 0.21)
 UNUSED = {
-    "alpha_pattern",
-    "use_rslora",
-    "beta1",
-    "beta2",
-    "deltaT",
-    "orth_reg_weight",
-    "target_r",
-    "tfinal",
-    "tinit",
-    "total_step",
-}
+    "alpha_pattern", "use_rslora", "beta1", "beta2", "deltaT", "orth_reg_weight", "target_r",
+    "tfinal", "tinit", "total_step",
+}  # fmt: skip
 UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "target_parameters")
 
 MASKS = optional(table_of(TEXT, list_of(FLAG, "a list of true and false")))
@@ -68,12 +60,8 @@ class AdaLora(ProductDelta):
         )
         adapted.check(fits, f"factors of rank {rank}, as init_r and rank_pattern say")
         if not a.shape[1] or not b.shape[0]:
-            raise Refused(
-                f"{a.key} {a.shape}",
-                expected="matrices",
-                where=adapted.adapter.label,
-                hint="gather the shards, save again",
-            )
+            errors = Problems(where=adapted.adapter.label)
+            errors.fail(f"{a.key} {a.shape}", "matrices", "gather the shards, save again")
         alpha = config["lora_alpha"]
         return AdaLora(
             a,

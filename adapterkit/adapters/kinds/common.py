@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.dtypes import FLOATS
-from adapterkit.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.errors import AdapterkitError, Problems, shown
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product, Svd
 from adapterkit.kernels.lowrank.truncated import leading_svd
@@ -88,12 +88,8 @@ class AdaptedModule:
         missing = [name for name in names if name not in self.parts]
         if missing:
             problem = f"{shown(self.module)} has {', '.join(sorted(self.parts))}"
-            raise Refused(
-                problem,
-                expected=f"also {', '.join(missing)}",
-                where=self.adapter.label,
-                hint="save the adapter again, with its config",
-            )
+            hint = "save the adapter again, with its config"
+            Problems(where=self.adapter.label).fail(problem, f"also {', '.join(missing)}", hint)
         return [self.parts[name] for name in names]
 
     def check(self, fits: bool, expected: str) -> None:
@@ -101,17 +97,12 @@ class AdaptedModule:
         if not fits:
             shapes = ", ".join(f"{name} {spec.shape}" for name, spec in sorted(self.parts.items()))
             hint = "restore the config that was saved with the file, and check the base"
-            raise Refused(
-                f"{shown(self.module)}: {shapes}",
-                expected=expected,
-                where=self.adapter.label,
-                hint=hint,
-            )
+            self.fail(shapes, expected, hint)
 
-    def refusal(self, why: str, expected: str, hint: str) -> Refused:
-        return Refused(
-            f"{shown(self.module)}: {why}", expected=expected, where=self.adapter.label, hint=hint
-        )
+    def fail(self, why: str, expected: str, hint: str) -> NoReturn:
+        """Raise `Refused` for this module."""
+        errors = Problems(where=self.adapter.label)
+        errors.fail(f"{shown(self.module)}: {why}", expected, hint)
 
 
 class Kind(Protocol):

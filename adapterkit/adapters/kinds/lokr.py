@@ -53,7 +53,7 @@ class LoKr:
                 "PEFT's product of a whole w2 on a Conv1d is not the Kronecker product: it mixes "
                 "kernel and outputs"
             )
-            raise adapted.refusal(
+            adapted.fail(
                 why,
                 "linear layers, Conv2d, or a w2 of low rank",
                 "merge it with PEFT, then adapterkit extract",

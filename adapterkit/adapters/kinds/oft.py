@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapterkit.adapters.kinds.common import AdaptedModule, WeightDelta, map_rows
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.errors import AdapterkitError, Problems, shown
 from adapterkit.records import FINITE, FLAG, NON_NEGATIVE_INT, POSITIVE_INT
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import TensorReader
@@ -48,20 +48,15 @@ class Oft(WeightDelta):
     @staticmethod
     def check(config: dict, where: str) -> list[AdapterkitError]:
         version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
-        if not config["use_cayley_neumann"] or (
-            version and (int(version[1]), int(version[2])) >= (0, 18)
-        ):
-            return []
-        problem = f"use_cayley_neumann, and peft_version {shown(config.get('peft_version'))}"
-        hint = "merge it with the PEFT that trained it, then adapterkit extract BASE MERGED"
-        return [
-            Refused(
-                problem,
-                expected="0.18 or later: the series was another before",
-                where=where,
-                hint=hint,
+        is_known = version is not None and (int(version[1]), int(version[2])) >= (0, 18)
+        errors = Problems(where=where)
+        if config["use_cayley_neumann"] and not is_known:
+            errors.add(
+                f"use_cayley_neumann, and peft_version {shown(config.get('peft_version'))}",
+                "0.18 or later: the series was another before",
+                "merge it with the PEFT that trained it, then adapterkit extract BASE MERGED",
             )
-        ]
+        return errors
 
     @staticmethod
     def from_module(adapted: AdaptedModule) -> "Oft":
@@ -71,7 +66,7 @@ class Oft(WeightDelta):
         (rotation,) = adapted.require(EMBEDDING if embedding else ROTATION)
         if math.prod(shape[2:]) != 1:
             why = "OFT of a kernel larger than 1: what PEFT computes with it is no convolution"
-            raise adapted.refusal(
+            adapted.fail(
                 why,
                 "linear layers, embeddings, kernels of size 1",
                 "leave the module out of the adapter",

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from adapterkit.adapters.kinds.common import AdaptedModule, ProductDelta, read_float64
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.errors import AdapterkitError, Problems
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.records import FLAG, POSITIVE_INT
 from adapterkit.weights.reader import TensorReader
@@ -31,32 +31,24 @@ class Vera(ProductDelta):
 
     @staticmethod
     def check(config: dict, where: str) -> list[AdapterkitError]:
-        if config["save_projection"]:
-            return []
-        hint = (
-            "train with save_projection=True, or merge it with PEFT and use adapterkit extract "
-            "BASE MERGED"
-        )
-        return [
-            Refused(
+        errors = Problems(where=where)
+        if not config["save_projection"]:
+            errors.add(
                 "VeRA without its projections (save_projection false)",
-                expected="them in the file",
-                where=where,
-                hint=hint,
+                "them in the file",
+                "train with save_projection=True, or merge it with PEFT and use adapterkit extract "
+                "BASE MERGED",
             )
-        ]
+        return errors
 
     @staticmethod
     def from_module(adapted: AdaptedModule) -> "Vera":
         assert adapted.weight is not None
         missing = [name for name in Vera.shared if name not in adapted.shared]
         if missing:
-            raise Refused(
-                f"no {' and no '.join(missing)}",
-                expected="the shared projections",
-                where=adapted.adapter.label,
-                hint="save it again",
-            )
+            problem = f"no {' and no '.join(missing)}"
+            errors = Problems(where=adapted.adapter.label)
+            errors.fail(problem, "the shared projections", "save it again")
         a, b = (adapted.shared[name] for name in Vera.shared)
         lambda_b, lambda_d = adapted.require(*Vera.keys)
         out, inputs, rank = (
@@ -76,7 +68,7 @@ class Vera(ProductDelta):
         )
         if not fits:
             expected = f"at least ({rank}, {inputs}) and ({out}, {rank})"
-            raise adapted.refusal(
+            adapted.fail(
                 f"vera_A {a.shape}, vera_B {b.shape}", expected, "check the base and the config"
             )
         return Vera(a, b, lambda_b, lambda_d, (out, inputs))
