@@ -30,17 +30,10 @@ def inspect_base(folder: Folder, headers: bool) -> Json:
     loads = _loads(scan) if opens and not headers else None
     tied = _tied(scan, loads is not None)
     classes = scan.config.get("architectures")
-    architecture = {
-        "classes": classes if isinstance(classes, list) else [],
-        "model_type": scan.config.get("model_type"),
-    }
-    metrics = {
-        "architecture": printable(architecture),
-        "tied": tied,
-        "quantization": quantization,
-        "loads": loads,
-    }
-    return new_result("base", scan) | metrics | finish_result(scan)
+    classes = classes if isinstance(classes, list) else []
+    architecture = {"classes": classes, "model_type": scan.config.get("model_type")}
+    metrics = {"architecture": printable(architecture), "tied": tied, "quantization": quantization}
+    return new_result("base", scan) | metrics | {"loads": loads} | finish_result(scan)
 
 
 def inspect_file(folder: Folder) -> Json:
@@ -53,12 +46,8 @@ def inspect_file(folder: Folder) -> Json:
     if other is not None:
         scan.errors.include(no_model(other, folder.name))
     elif any(".lora_" in key for key in scan.tensors):
-        add_problem(
-            scan,
-            f"factors of a LoRA without {CONFIG}",
-            f"a folder with {CONFIG}",
-            "inspect the adapter's folder",
-        )
+        problem, hint = f"factors of a LoRA without {CONFIG}", "inspect the adapter's folder"
+        add_problem(scan, problem, f"a folder with {CONFIG}", hint)
     return new_result("file", scan) | {"quantization": quantization} | finish_result(scan)
 
 
@@ -73,39 +62,28 @@ def _check_files(scan: Scan) -> None:
     files = scan.folder.files()
     stray = [name for name in weight_files(scan.folder) if name not in scan.shards]
     if stray:
+        problem = f"weights that are not part of the model: {some_names(stray)}"
         hint = "nothing, if nothing loads them; else move them away"
-        add_problem(
-            scan,
-            f"weights that are not part of the model: {some_names(stray)}",
-            "the model's shards alone",
-            hint,
-        )
+        add_problem(scan, problem, "the model's shards alone", hint)
     check_pickles(scan, "the weights")
     if "config.json" not in files:
-        add_problem(
-            scan, "no config.json", "the model's config", "copy it from where the weights came from"
-        )
+        hint = "copy it from where the weights came from"
+        add_problem(scan, "no config.json", "the model's config", hint)
     metadata = (scan.index or {}).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     stored = sum(spec.nbytes for spec in scan.tensors.values())
     if total is not None and total != stored and scan.complete:
         where = f"{scan.folder.name}/{scan.index_name}"
-        add_problem(
-            scan,
-            f"total_size {shown(total)}",
-            f"{stored}, the bytes of all tensors",
-            "write the index again",
-            where,
-        )
+        expected, hint = f"{stored}, the bytes of all tensors", "write the index again"
+        add_problem(scan, f"total_size {shown(total)}", expected, hint, where)
 
 
 def check_pickles(scan: Scan, beside: str) -> None:
     pickled = pickles(scan.folder)
     if pickled and scan.shards:  # without other weights there is a refusal already
+        problem = f"pickles beside {beside}: {some_names(pickled)}"
         hint = "remove them: loading a pickle runs the code in it"
-        add_problem(
-            scan, f"pickles beside {beside}: {some_names(pickled)}", "safetensors files", hint
-        )
+        add_problem(scan, problem, "safetensors files", hint)
 
 
 def check_tensors(scan: Scan, *, mixed: bool) -> None:
@@ -113,34 +91,25 @@ def check_tensors(scan: Scan, *, mixed: bool) -> None:
     tensors = scan.tensors.values()
     empty = [spec.key for spec in tensors if 0 in spec.shape]
     if empty:
+        problem = f"{len(empty)} empty tensors: {some_names(empty)}"
         hint = "gather the shards before saving (ZeRO-3, FSDP)"
-        add_problem(
-            scan, f"{len(empty)} empty tensors: {some_names(empty)}", "tensors with elements", hint
-        )
+        add_problem(scan, problem, "tensors with elements", hint)
     floats = {
         name: count["tensors"] for name, count in _dtypes(tensors).items() if name in dtypes.FLOATS
     }
     if len(floats) > 1 and not mixed:
         counts = ", ".join(f"{name} ({count} tensors)" for name, count in floats.items())
-        add_problem(
-            scan,
-            f"floats of several dtypes: {counts}",
-            "one dtype",
-            "nothing, if the model keeps some layers in float32",
-        )
+        hint = "nothing, if the model keeps some layers in float32"
+        add_problem(scan, f"floats of several dtypes: {counts}", "one dtype", hint)
 
 
 def _tied(scan: Scan, gaps_known: bool) -> Json:
     setting = _nested_flag(scan.config, "tie_word_embeddings")
     heads = [key for key in scan.tensors if HEAD_KEY.search(key)]
     if setting is True and any(key.endswith("lm_head.weight") for key in heads):
+        problem = "lm_head.weight is stored, and tie_word_embeddings is true"
         hint = "set tie_word_embeddings to false if the head was trained apart, else drop it"
-        add_problem(
-            scan,
-            "lm_head.weight is stored, and tie_word_embeddings is true",
-            "one of them: a loader may drop the head",
-            hint,
-        )
+        add_problem(scan, problem, "one of them: a loader may drop the head", hint)
     classes = scan.config.get("architectures")
     causal = isinstance(classes, list) and any(
         str(name).endswith("ForCausalLM") for name in classes

@@ -31,6 +31,7 @@ from adapterkit.weights.slots import Slot
 
 BLOCK = 4 << 20  # bytes read at a time of all tensors but factors
 CHECK_BASE = "check the base"
+NOT_FINITE = "values that are not finite (NaN or infinity)"
 
 
 @dataclass
@@ -105,9 +106,18 @@ def _statistics(lora: Lora, module: Json, reader: StoredReader, problems: Proble
         for spec, factor in ((lora.a, a), (lora.b, b))
         if (count := int((~factor.isfinite()).sum()))
     }
-    problems += [_not_finite(lora.a.file, key, f"{count} values") for key, count in bad.items()]
+    problems += [
+        _not_finite(f"{count} {NOT_FINITE}", f"{lora.a.file}: {shown(key)}")
+        for key, count in bad.items()
+    ]
     if a.shape[0] != b.shape[1]:
-        problems.append(_shape_problem(lora))
+        problems.add(
+            f"factors of {shown(lora.module)} with shapes {lora.a.shape} and {lora.b.shape}",
+            "as many columns of b as rows of a",
+            "save the adapter again (of a grouped convolution: such factors cannot be read here)",
+            where=lora.a.file,
+            kind=Damaged,
+        )
         return statistics
     if bad:
         return statistics
@@ -122,7 +132,9 @@ def _statistics(lora: Lora, module: Json, reader: StoredReader, problems: Proble
         norm *= sizes[1]
         norm *= abs(module["scale"])
         statistics["norm"] = finite(norm)
-        problems += [] if math.isfinite(norm) else [_overflow(lora)]
+        if not math.isfinite(norm):
+            problem = f"the delta of {shown(lora.module)} is larger than any number of float64"
+            problems.append(_not_finite(problem, lora.a.file))
     return statistics
 
 
@@ -146,31 +158,10 @@ def effective_rank(s: Tensor) -> float:
     return float((-(p * p.log()).sum()).exp())
 
 
-def _shape_problem(lora: Lora) -> AdapterkitError:
-    return Damaged(
-        f"factors of {shown(lora.module)} with shapes {lora.a.shape} and {lora.b.shape}",
-        expected="as many columns of b as rows of a",
-        where=lora.a.file,
-        hint="save the adapter again (of a grouped convolution: such factors cannot be read here)",
-    )
-
-
-def _overflow(lora: Lora) -> AdapterkitError:
-    return Damaged(
-        f"the delta of {shown(lora.module)} is larger than any number of float64",
-        expected="finite values",
-        where=lora.a.file,
-        hint="the training run diverged: use an earlier save",
-    )
-
-
-def _not_finite(file: str, key: str, values: str) -> AdapterkitError:
-    return Damaged(
-        f"{values} that are not finite (NaN or infinity)",
-        expected="finite values",
-        where=f"{file}: {shown(key)}",
-        hint="the training run diverged: use an earlier save",
-    )
+def _not_finite(problem: str, where: str) -> AdapterkitError:
+    """A tensor, or a delta, with values that training does not give."""
+    hint = "the training run diverged: use an earlier save"
+    return Damaged(problem, expected="finite values", where=where, hint=hint)
 
 
 def _check_values(
@@ -181,7 +172,8 @@ def _check_values(
         data = reader.bytes(spec, start, min(start + BLOCK, spec.nbytes))
         progress(len(data))
         if not all_finite(data.view(dtype)):
-            problems.append(_not_finite(spec.file, spec.key, "values"))
+            where = f"{spec.file}: {shown(spec.key)}"
+            problems.append(_not_finite(NOT_FINITE, where))
             return
 
 

@@ -12,7 +12,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.shards import NOT_A_MODEL
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.errors import Problems, Refused, shown
 from adapterkit.planning.adapters.sites import join
 from adapterkit.records import Json
 from adapterkit.reports import configs
@@ -156,12 +156,9 @@ def match_components(sides: Sequence[Mapping[str, Folder]]) -> tuple[Matches, li
     errors = Problems()
     places = [(of, name) for of, side in zip(parts, sides, strict=True) for name in side]
     for number, ((of, component), folder) in enumerate(zip(places, folders, strict=True)):
-        try:
+        with errors.collected():
             _, its = _read_adapter(folder, number)
-        except AdapterkitError as error:
-            errors.append(error)
-            continue
-        of |= {(kind, f"{component}.{name}"): part for (kind, name), part in its.items()}
+            of |= {(kind, f"{component}.{name}"): part for (kind, name), part in its.items()}
     errors.raise_all()
     return _match_modules(*parts), folders
 

@@ -12,12 +12,12 @@ from adapterkit.adapters.kinds.lokr import LoKr
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
-from adapterkit.errors import AdapterkitError, Problems, listed
+from adapterkit.errors import Problems, listed
 from adapterkit.formats.capabilities import FIT_ON_BASE
 from adapterkit.formats.modules.names import kernel_of
 from adapterkit.formats.modules.parts import magnitudes, tail_of
 from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents
-from adapterkit.formats.modules.tensors import Expression, StoredTensor, reshaped, stored
+from adapterkit.formats.modules.tensors import StoredTensor, reshaped, stored
 from adapterkit.formats.schema import Format
 from adapterkit.formats.write import FormatFile, WrittenTensor
 
@@ -36,15 +36,12 @@ def read_kinds(form: Format, folder: Folder, peft_type: str, number: int = 0) ->
     errors = Problems()
     modules = []
     for name, parts in tensors.items():
-        try:
+        with errors.collected():
             kind.from_module(AdaptedModule(adapter, name, parts, {}, None))
-        except AdapterkitError as error:
-            errors.append(error)
-            continue
-        config = adapter.config
-        rank, alpha = adapter.rank_and_alpha(name, config["r"], config["alpha"])
-        own: dict[str, Expression] = {roles[key]: stored(spec) for key, spec in parts.items()}
-        modules.append(AdapterModule(LANGUAGE, name, kind.name, own, float(alpha), rank))
+            config = adapter.config
+            rank, alpha = adapter.rank_and_alpha(name, config["r"], config["alpha"])
+            own = {roles[key]: stored(spec) for key, spec in parts.items()}
+            modules.append(AdapterModule(LANGUAGE, name, kind.name, own, float(alpha), rank))
     errors.raise_all()
     modules += replaced_values(adapter)
     headers = headers_of(adapter, folder, number)
