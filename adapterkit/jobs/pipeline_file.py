@@ -2,6 +2,7 @@
 without a look at any source."""
 
 import functools
+import itertools
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit import records
-from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.hub import ids
 from adapterkit.jobs.verbs import VERB
 from adapterkit.options import finite, option_of
@@ -18,6 +19,7 @@ from adapterkit.verb import WritingVerb, fields_of
 
 HINT = "see Pipelines in docs/scale.md"
 MAX_FILE = 1_000_000  # bytes
+STEPS = records.also(records.list_of(records.TABLE), "[[step]] tables", len)
 OUT = records.test("a path, or hf://org/name", lambda value: isinstance(value, str) and value)
 # What the pipeline decides, what no file can hold, and the cluster: the driver unpickles what it
 # answers, so its address is of the user, in RAY_ADDRESS, and not of whoever wrote the file.
@@ -88,6 +90,13 @@ class PipelineStep:
 
 
 @dataclass(frozen=True)
+class PipelineDocument:
+    """The file."""
+
+    step: tuple[dict[str, Any], ...] = field(metadata={"check": STEPS})
+
+
+@dataclass(frozen=True)
 class StepTable:
     """A [[step]] as it is written."""
 
@@ -130,22 +139,8 @@ def _entries(file: Path) -> list[dict[str, Any]]:
         raise Refused(
             shown(why), expected="[[step]] tables", where=where, hint="check the path and the file"
         ) from error
-    unknown = [key for key in document if key != "step"]
-    if unknown:
-        names = ", ".join(map(shown, unknown))
-        hint = did_you_mean(unknown, ["step"]) or f"remove {names}"
-        problem = f"unknown at the top level: {names}"
-        raise Refused(problem, expected="only [[step]] tables", where=where, hint=hint)
-    entries = document.get("step")
-    tables = entries if isinstance(entries, list) else []
-    if not tables or not all(isinstance(table, dict) for table in tables):
-        raise Refused(
-            "the pipeline has no steps",
-            expected="[[step]] tables",
-            where=where,
-            hint="add a [[step]] with verb, inputs and out",
-        )
-    return tables
+    hint = "add a [[step]] with verb, inputs and out"
+    return list(records.read(PipelineDocument, document, where, hint=hint).step)
 
 
 def _step(
@@ -286,14 +281,9 @@ def _needed(
 
 
 def _overlaps(outs: Mapping[int, Location]) -> list[AdapterkitError]:
-    return [
-        Refused(
-            f"the outputs of steps {first} and {second} are one, or one holds the other",
-            expected="outputs apart",
-            where=f"step {second}",
-            hint="choose another out",
-        )
-        for second, two in outs.items()
-        for first, one in outs.items()
-        if first < second and (one.within(two) or two.within(one))
-    ]
+    errors = Problems(hint="choose another out")
+    for (first, one), (second, two) in itertools.combinations(outs.items(), 2):
+        if one.within(two) or two.within(one):
+            problem = f"the outputs of steps {first} and {second} are one, or one holds the other"
+            errors.add(problem, "outputs apart", where=f"step {second}")
+    return errors

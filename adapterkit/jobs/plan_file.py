@@ -167,16 +167,14 @@ def _portable(verb: WritingVerb) -> dict[str, Any]:
         value = getattr(verb, field.name)
         if field.name not in OF_THE_PROCESS and value != field.default:
             arguments[field.name] = _portable_value(option_of(field).check.kind, value)
-    try:
-        return json.loads(json.dumps(arguments, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        names = ", ".join(name for name, value in arguments.items() if not _is_data(value))
+    if lost := ", ".join(name for name, value in arguments.items() if not _is_data(value)):
         raise Refused(
-            f"a plan file cannot hold {names}",
+            f"a plan file cannot hold {lost}",
             expected="text, numbers, lists and mappings",
             where="--plan",
-            hint=f"remove {names}, or run without --plan",
-        ) from error
+            hint=f"remove {lost}, or run without --plan",
+        )
+    return json.loads(json.dumps(arguments))
 
 
 def _is_data(value: Any) -> bool:

@@ -62,7 +62,7 @@ def plan_combine(options: Combine) -> Plan:
     notes: list[str] = []
     model, decomposed = _base(base, adapters, notes)
     errors = Problems(error for adapter in adapters for error in _not_summable(adapter, model))
-    joined = join(adapters, errors, None if model is None else names_of(model, adapters, notes))
+    joined = join(adapters, errors, names_of(model, adapters, notes))
     levels, dtype = levels_of(joined.values()), dtypes.parse(options.dtype)
     tasks: list[CombinedFactors] = []
     for name, site in joined.items():

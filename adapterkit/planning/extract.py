@@ -32,7 +32,7 @@ from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.planning.outputs.adapter import Output
 from adapterkit.planning.outputs.folder_files import as_json
 from adapterkit.planning.targets.stored_targets import FactorTargets, prefixes
-from adapterkit.planning.targets.values_by_regex import Selection
+from adapterkit.planning.targets.values_by_regex import selection
 from adapterkit.shared_options import TruncationOptions
 from adapterkit.tasks.difference import DifferenceFactors, WholeParameter
 from adapterkit.tasks.truncate import SHARES, even_rank, finalize_by_size
@@ -189,7 +189,7 @@ class Extraction:
         old = Names(self.sides[0], wanted, trained_class=cls, build_model=True, notes=self.notes)
         self.names = old, new
         self.targets = FactorTargets(new)
-        self.is_selected = Selection.of(self.options.include, self.options.exclude)
+        self.is_selected = selection(self.options.include, self.options.exclude)
         self.truncation = self.options.only(TruncationOptions)
         self.dtype = dtypes.parse(self.options.dtype)
 

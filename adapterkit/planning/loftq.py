@@ -12,6 +12,7 @@ from adapterkit.adapters.targets import Patterns
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import WARNING, Problems, Refused, shown
+from adapterkit.options import whole_of
 from adapterkit.plan import OutputFile, Plan
 from adapterkit.planning.inputs.input_identity import plan_of
 from adapterkit.planning.inputs.sources import if_given, open_model, open_statistics
@@ -73,8 +74,7 @@ def _plan_base_and_adapter(
 ) -> tuple[tuple[OutputFile, ...], dict[str, Any], list[str], dict[str, Any]]:
     """The files of the packed base and of the adapter beside it: computed ones, others, notes, and
     metrics of the plan."""
-    bits = {str(bits): bits for bits in MIXED}
-    rules = read_rules(BITS_FOR, options.bits_for, bits.get, "REGEX=4 or REGEX=8")
+    rules = read_rules(BITS_FOR, options.bits_for, whole_of(*MIXED))
     to = (MIXED if options.bits_for else BITS)[options.bits]
     formats = {pattern: MIXED[bits] for pattern, bits in pattern_table(rules).items()}
     exceptions = Patterns(formats, BITS_FOR)

@@ -9,6 +9,7 @@ from adapterkit import dtypes
 from adapterkit.adapters.targets import Patterns
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.options import flag_of
 from adapterkit.plan import Step, Task
 from adapterkit.planning.outputs.model import check_gaps
 from adapterkit.planning.targets.values_by_regex import selecting
@@ -149,7 +150,8 @@ def plan_quantization(
         if (kind := linear_class(module))
     }
     excluded = frozenset(n.removesuffix(".weight") for n in linear if n not in convertible)
-    skip = _skip(options.get("skip"), model)
+    modules = [name for name, _ in model.named_modules()]
+    skip = selecting("--skip", options["skip"], modules) if options.get("skip") else None
     plan = QuantizationPlan(base, options, exceptions, record, names, model, skip, excluded, notes)
     for name, kind in (linear | convertible).items():
         try:
@@ -200,12 +202,8 @@ def _check_options(options: dict[str, Any], exceptions: Exceptions) -> None:
     used = {options["to"], *exceptions.values}
     for option, formats in FORMAT_OPTIONS.items():
         if options.get(option) and not used & set(formats):
-            raise Refused(
-                f"--{option.replace('_', '-')} with {options['to']}",
-                expected=" or ".join(formats),
-                where="options",
-                hint=f"remove --{option.replace('_', '-')}",
-            )
+            problem, hint = f"{flag_of(option)} with {options['to']}", f"remove {flag_of(option)}"
+            raise Refused(problem, expected=" or ".join(formats), where="options", hint=hint)
 
 
 def _check_experts(
@@ -220,12 +218,6 @@ def _check_experts(
             where=base.name,
             hint="use another format",
         )
-
-
-def _skip(pattern: str | None, model: Any) -> Callable[[str], bool] | None:
-    if not pattern:
-        return None
-    return selecting("--skip", pattern, [name for name, _ in model.named_modules()])
 
 
 def _add_weight(plan: QuantizationPlan, name: str, kind: str) -> None:

@@ -47,7 +47,7 @@ def plan_rebase(options: Rebase) -> Plan:
         hint = "merge it into its quantized base, or extract the difference"
         errors.add(problem, "an init that subtracts from the base", hint, where=trained.where)
     model = base_with_parameters(base, [trained, before], notes)
-    names = None if model is None else names_of(model, [trained, before], notes)
+    names = names_of(model, [trained, before], notes)
     joined = join([trained, before], errors, names)
     errors += _same_modules(joined, trained, before)
     _check_ties(trained, base, errors, notes)

@@ -131,9 +131,8 @@ class _ResizePlanner:
 
     def _names(self, adapter: Adapter) -> Names | None:
         """The base's names where they tell the adapter's parameters apart."""
-        if self.base is None or not adapter.config.get("target_parameters"):
-            return None
-        return names_of(self.base, [adapter], self.notes)
+        named = self.base if adapter.config.get("target_parameters") else None
+        return names_of(named, [adapter], self.notes)
 
     def _add(
         self, name: str, delta: Delta, tail: tuple[int, ...], embedding: bool, module: str

@@ -43,7 +43,7 @@ def plan_subtract(options: Subtract) -> Plan:
     errors += _same_names(task_adapters) + _whole_values(general_adapters)
     notes: list[str] = []
     model = base_with_parameters(base, read, notes)
-    names = None if model is None else names_of(model, read, notes)
+    names = names_of(model, read, notes)
     outputs = [
         _output(task_adapter, general_adapters, options, count > 1, names, errors)
         for task_adapter in task_adapters

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from adapterkit.errors import Refused, shown
-from adapterkit.planning.merge.replication import COUNTS, LAYER, stacked
+from adapterkit.planning.merge.job import COUNTS, LAYER, stacked
 from adapterkit.runtime.state import State
 
 WHERE = "layer_replication"

@@ -60,7 +60,7 @@ def test_lora_bias_on_a_module_without_bias(llama, tmp_path):
 def test_pickled_bases(name, llama, lora, tmp_path):
     base = oracle.edit_config(llama, tmp_path / "base")
     (base / "model.safetensors").rename(base / name)
-    text = refused(base, lora, out=tmp_path / "out", match="weights as pickles")
+    text = refused(base, lora, out=tmp_path / "out", match="the weights are pickles")
     assert name in text and "save_pretrained" in text
 
 

@@ -10,7 +10,7 @@ import transformers
 
 import adapterkit
 from adapterkit.errors import Refused
-from adapterkit.planning.merge.replication import stacked
+from adapterkit.planning.merge.job import stacked
 from tests.support import oracle
 from tests.support.oracle import LINEAR, assert_rounded, exact, load, peft_model, stored
 

@@ -251,8 +251,17 @@ def _logits(model, name):
     return actual["prediction_logits" if "prediction_logits" in actual else "logits"]
 
 
-@pytest.mark.parametrize("trained", SIDES)
-@pytest.mark.parametrize("name", FAMILIES)
+# BERT's kin, whose heads are as BERT's: two sides of each, the others are slow
+KIN = ("bert-lm", "roberta", "megatron-bert", "visual-bert", "blip")
+OF_KIN = ("head", "rows-apart")
+PAIRS = [
+    pytest.param(name, side, marks=[pytest.mark.slow] * (name in KIN and side not in OF_KIN))
+    for name in FAMILIES
+    for side in SIDES
+]
+
+
+@pytest.mark.parametrize(("name", "trained"), PAIRS)
 def test_logits_of_every_family(name, trained, cached_folder, tmp_path):
     """transformers' switch releases every tie of a model at once, biases too: each is written
     out."""

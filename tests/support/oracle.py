@@ -8,7 +8,7 @@ of each kind.
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,11 @@ transformers.utils.logging.set_verbosity_error()
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Build = Callable[[], nn.Module]
+
+
+def in_dtypes(names: Iterable[str], fp16: str) -> list[tuple[str, str]]:
+    """Each name with the dtypes; fp16, which is rounded by the same code as bf16, with one."""
+    return [(n, dtype) for n in names for dtype in DTYPES if dtype != "fp16" or n == fp16]
 
 
 # -- models ----------------------------------------------------------------------------------------

@@ -37,6 +37,25 @@ def dora_problems(adapter: Adapter) -> list[AdapterkitError]:
     return errors
 
 
+def stored_weight(names: Names, module: str, name: str, hint: str) -> StoredParameter:
+    """A stored matrix, kernel or stack of a module, of floats; `Refused` where the base has none
+    on which factors can be. `hint`: what to do without."""
+    parameter, errors = names.parameter(name), Problems(where=names.base.name, hint=hint)
+    if parameter is None or 0 in parameter.shape or len(parameter.shape) < 2:
+        errors.add(f"the base has no matrix {shown(name)}", "a stored weight for each module")
+    elif len(parameter.shape) > 2 and names.groups(module) > 1:
+        problem = f"a grouped convolution: {shown(module)} has {names.groups(module)} groups"
+        errors.add(problem, "groups 1 (PEFT cannot merge these either)")
+    errors.raise_all()
+    assert parameter is not None
+    weight = StoredParameter.of(parameter, names.base.tensors)
+    if not weight.dtypes <= set(dtypes.FLOATS):
+        stored = ", ".join(sorted(weight.dtypes))
+        errors.add(f"{shown(name)} is {stored}", " ".join(dtypes.FLOATS), "dequantize it first")
+    errors.raise_all()
+    return weight
+
+
 class BaseWeights:
     """The base's weights of an adapter's modules."""
 
@@ -58,29 +77,7 @@ class BaseWeights:
     def of(self, module: str, embedding: bool) -> StoredParameter:
         """A module's weight as (out, in), or (out, in, *kernel); `Refused` where the base has none
         that a LoRA can be on."""
-        parameter = self.names.parameter(f"{module}.weight")
-        if parameter is None or 0 in parameter.shape or len(parameter.shape) < 2:
-            raise Refused(
-                f"the base has no matrix {shown(module)}.weight",
-                expected="every module of the adapter in the base",
-                where=self.base.name,
-                hint=CHECK_BASE,
-            )
-        if self.names.groups(module) > 1:
-            raise Refused(
-                f"a grouped convolution: {shown(module)} has {self.names.groups(module)} groups",
-                expected="groups 1 (a LoRA cannot be put there)",
-                where=self.base.name,
-                hint="exclude this module",
-            )
-        weight = StoredParameter.of(parameter, self.base.tensors)
-        if not weight.dtypes <= set(dtypes.FLOATS):
-            raise Refused(
-                f"{shown(module)}.weight is {', '.join(sorted(weight.dtypes))}",
-                expected=" ".join(dtypes.FLOATS),
-                where=self.base.name,
-                hint="dequantize it first",
-            )
+        weight = stored_weight(self.names, module, f"{module}.weight", CHECK_BASE)
         transposed = embedding or (
             len(weight.shape) == 2
             and self.names.transposed(

@@ -14,7 +14,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.combinations.common import WeightedSum
 from adapterkit.combinations.protocol import Method
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
-from adapterkit.options import finite
+from adapterkit.options import NUMBER
 from adapterkit.plan import Task
 from adapterkit.planning.adapters.sites import JoinedSite
 from adapterkit.planning.adapters.value_comparison import differing_rows
@@ -103,8 +103,8 @@ class AdapterWeights:
         head, colon, rest = text.partition(":")
         if not (colon and head.isdigit()):
             numbers, rest = self._numbers, text
-        elif (number := int(head) - 1) in self._numbers:
-            numbers = [number]
+        elif int(head) - 1 in self._numbers:
+            numbers = [int(head) - 1]
         else:
             raise Refused(
                 f"{OPTION} {shown(text)!r} of {len(self.weights)} adapters",
@@ -112,7 +112,7 @@ class AdapterWeights:
                 where="options",
                 hint="e.g. 2:q_proj=0.5",
             )
-        (rule,) = read_rules(OPTION, [rest], finite, expected)
+        (rule,) = read_rules(OPTION, [rest], NUMBER, expected)
         return numbers, rule
 
 

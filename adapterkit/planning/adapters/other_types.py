@@ -82,19 +82,23 @@ def read_deltas(
     return replace(adapter, config=config), modules
 
 
+def unknown_kernel(module: str) -> Refused:
+    return Refused(
+        f"{shown(module)}: a kernel of which the file does not say if it is a Conv1d's or a "
+        "Conv2d's",
+        expected="--base BASE",
+        where="options",
+        hint="give the model it was trained on",
+    )
+
+
 def tail_of(module: str, delta: Delta, shape: Sequence[int] | None, where: str) -> tuple[int, ...]:
     """The axes of a weight after `out`, of the base's `shape` where that is known; `Refused` where
     it is another or nothing tells."""
     if shape is None:
         if delta.tail is not None:
             return delta.tail
-        raise Refused(
-            f"{shown(module)}: a kernel of which the file does not say if it is a Conv1d's or a "
-            "Conv2d's",
-            expected="--base BASE",
-            where="options",
-            hint="give the model it was trained on",
-        )
+        raise unknown_kernel(module)
     out, *tail = shape
     if delta.shape != (out, math.prod(tail)):
         raise Refused(

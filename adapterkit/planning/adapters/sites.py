@@ -89,16 +89,18 @@ def base_with_parameters(
 ) -> Checkpoint | None:
     """The base, numbered after the adapters, where its order of parameters can matter; else a note
     that it was not needed."""
-    if base is None:
-        return None
-    if any(adapter.config.get("target_parameters") for adapter in adapters):
-        return open_checkpoint(base, len(adapters))
+    if base is None or any(adapter.config.get("target_parameters") for adapter in adapters):
+        return None if base is None else open_checkpoint(base, len(adapters))
     notes.append(f"{base.name} was not needed: the adapters' deltas are in their factors")
     return None
 
 
-def names_of(base: Checkpoint, adapters: Sequence[Adapter], notes: list[str]) -> Names:
-    """The names of the model that adapters were trained on."""
+def names_of(
+    base: Checkpoint | None, adapters: Sequence[Adapter], notes: list[str]
+) -> Names | None:
+    """The names of the model that adapters were trained on, if there is a base."""
+    if base is None:
+        return None
     wanted: dict[str, None] = {}
     for adapter in adapters:
         for lora in adapter.loras:

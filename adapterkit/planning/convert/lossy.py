@@ -32,7 +32,7 @@ from adapterkit.formats.peft.layout import KEPT
 from adapterkit.formats.same_delta import as_the_format_has_them
 from adapterkit.formats.schema import Format
 from adapterkit.planning.adapters.dora_deltas import CHECK_BASE, BaseWeights, dora_problems
-from adapterkit.planning.adapters.other_types import FLATTENED, read_deltas
+from adapterkit.planning.adapters.other_types import FLATTENED, read_deltas, unknown_kernel
 from adapterkit.tasks.metrics import short
 from adapterkit.weights.parameters import StoredParameter
 
@@ -311,13 +311,7 @@ class _Fitting:
         inputs = matrix_shape(module.kind, module.parts)[1]
         kernel = kernel_of(self.contents.architectures, module.component, module.name)
         if kernel is None and cores(module.parts):
-            raise Refused(
-                f"{shown(module.path)}: a kernel of which the file does not say if it is a "
-                "Conv1d's or a Conv2d's",
-                expected="--base BASE",
-                where="options",
-                hint="give the model it was trained on",
-            )
+            raise unknown_kernel(module.path)
         if kernel is None:
             self.guessed.append(module.path)
             return (inputs,)

@@ -200,20 +200,15 @@ def _check_target(form: Format, file: str | None) -> None:
     """`Refused` for one file of a format that has settings beside its weights, or whose weights
     are in files with another ending."""
     ending = Path(form.file.name).suffix
-    if file is not None and not form.file.config and Path(file).suffix != ending:
-        raise Refused(
-            f"{form.title} in a file named {shown(file)}",
-            expected=f"a name with {ending}",
-            where="--out",
-            hint=f"give --out {shown(Path(file).with_suffix(ending))}",
-        )
-    if file is not None and form.file.config:
-        raise Refused(
-            f"{form.title} in one file",
-            expected=f"a folder, with {form.file.config[0]} beside the weights",
-            where="--out",
-            hint="give --out without an ending",
-        )
+    if file is None or (not form.file.config and Path(file).suffix == ending):
+        return
+    if form.file.config:
+        problem, hint = f"{form.title} in one file", "give --out without an ending"
+        expected = f"a folder, with {form.file.config[0]} beside the weights"
+    else:
+        problem, expected = f"{form.title} in a file named {shown(file)}", f"a name with {ending}"
+        hint = f"give --out {shown(Path(file).with_suffix(ending))}"
+    raise Refused(problem, expected=expected, where="--out", hint=hint)
 
 
 def _check_source(contents: Contents, base: Checkpoint | None, model: NamedBase | None) -> None:

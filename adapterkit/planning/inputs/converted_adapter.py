@@ -23,7 +23,6 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
         return folder
     # here, so that headers of models are read without torch
     from adapterkit.formats.detect import detect
-    from adapterkit.planning.convert.plan import plan_convert
 
     try:
         detection = detect(folder)
@@ -33,6 +32,9 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
         raise
     if detection.form.layout == ADAPTER_LAYOUT and detection.form.adapter.is_read_by_peft:
         return folder
+    # here, so that adapters in PEFT's layout do not wait for it
+    from adapterkit.planning.convert.plan import plan_convert
+
     checkpoint = None if base is None else open_checkpoint(base, 1)
     try:
         plan = plan_convert(folder, ConvertOptions(to=_layout()), checkpoint, detection=detection)

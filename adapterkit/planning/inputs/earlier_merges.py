@@ -45,11 +45,12 @@ def merged_adapters(base: Folder) -> list[MergedAdapter]:
         return []
 
 
-def holds(merged: Sequence[MergedAdapter], adapter: Adapter) -> bool:
-    """Whether an adapter is among these. Files are compared by their sha256; only those whose
+def same_merges(merged: Sequence[MergedAdapter], adapter: Adapter) -> list[MergedAdapter]:
+    """Those of these that are an adapter. Files are compared by their sha256; only those whose
     headers agree are read for it."""
     candidates = [one for one in merged if one.header == adapter.header_sha256]
-    return bool(candidates) and _sha256(adapter.folder) in {one.sha256 for one in candidates}
+    sha256 = _sha256(adapter.folder) if candidates else ""
+    return [one for one in candidates if one.sha256 == sha256]
 
 
 def merged_change(base: Folder, key: str) -> float:
@@ -69,14 +70,10 @@ def history_notes(
     weights: Sequence[float],
 ) -> list[str]:
     """Notes on adapters that are in the base already and are added again, and on others that are
-    subtracted from a base that does not have them.
-
-    Files are compared by their sha256; only those whose headers agree are read for it."""
+    subtracted from a base that does not have them."""
     notes = []
     for adapter, weight in zip(adapters, weights, strict=True):
-        candidates = [one for one in merged if one.header == adapter.header_sha256]
-        sha256 = _sha256(adapter.folder) if candidates else ""
-        present = sum(one.weight for one in candidates if one.sha256 == sha256)
+        present = sum(one.weight for one in same_merges(merged, adapter))
         if present * weight > 0:
             notes.append(
                 f"{adapter.name} is in {base.name} already, with weight {present:g}, as its "

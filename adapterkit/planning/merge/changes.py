@@ -7,18 +7,115 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from adapterkit import dtypes
-from adapterkit.adapters.factors import rank_and_scale
+from adapterkit.adapters.factors import Factors, rank_and_scale
 from adapterkit.adapters.record import EMBEDDINGS, Adapter, Lora, is_inside, rank_mismatch
 from adapterkit.checkpoint.fingerprint import difference
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import WARNING, Refused, listed, shown
+from adapterkit.planning.adapters.sites import flips_square_experts, sites_of
 from adapterkit.planning.adapters.value_comparison import differing_rows, relative_difference
-from adapterkit.planning.inputs.earlier_merges import holds, merged_change
+from adapterkit.planning.inputs.earlier_merges import merged_change, same_merges
 from adapterkit.planning.inputs.model_config import vocabulary_sizes
 from adapterkit.planning.merge.job import Addition, Change, MergeJob
-from adapterkit.planning.merge.orientation import orient, resolve_targets
 from adapterkit.weights.bypassed import looks_up_otherwise, weight_reader
 from adapterkit.weights.parameters import Parameter
+
+
+def resolve_targets(
+    job: MergeJob, adapter: Adapter, module: str, loras: list[Lora]
+) -> list[tuple[str, str | None, Lora]]:
+    """The parameter of each of a module's factor pairs, with its own name where target_parameters
+    has it; `Refused` where there is none, or several fit."""
+    own, leaves, candidates = None, [], []
+    if adapter.config.get("target_parameters") or any(lora.depth for lora in loras):
+        own = job.names.children(module)
+        candidates = own if own is not None else job.leaves.get(module, [])
+        leaves = [] if loras[0].kind == "embedding" else adapter.leaves(module, candidates)
+    if not leaves and all(lora.depth == 0 for lora in loras):
+        for leaf in ("weight", "in_proj_weight"):
+            if job.names.parameter(f"{module}.{leaf}") is not None:
+                return [(f"{module}.{leaf}", None, loras[0])]
+    leaves = leaves or adapter.leaves(module) or candidates
+    if not any(job.names.parameter(f"{module}.{leaf}") for leaf in leaves):
+        raise job.unknown_error(adapter, loras[0].a.key, module)
+    number, names = adapter.number, job.names
+    sites = sites_of(module, {number: loras}, {number: leaves}, {number: adapter}, own, names)
+    if any(site.leaf is None for site in sites):
+        raise Refused(
+            f"{shown(loras[0].a.key)} fits several parameters of {shown(module)}: "
+            f"{', '.join(map(shown, leaves))}",
+            expected="one parameter (PEFT's file names the nesting, not the parameter)",
+            where=adapter.label,
+            hint="use a transformers that knows the model, or give target_parameters as they were "
+            "in training",
+        )
+    return [(site.name, site.leaf, site.members[number][0]) for site in sites]
+
+
+def orient(
+    job: MergeJob,
+    adapter: Adapter,
+    parameter: Parameter,
+    lora: Lora,
+    leaf: str | None,
+    scale: float,
+) -> tuple[Factors, int]:
+    """scale · b @ a as it lies on the parameter, and the parameter's axis of outputs.
+
+    A matrix that is a target itself (`leaf` its name) is taken as it is stored, whatever its
+    module's class: PEFT's ParamWrapper does so. A module's weight, and a stack, go by shapes and,
+    where these leave it open, by the module's class. `Refused` where the factors do not fit."""
+    shape, a, b = parameter.shape, lora.a.shape, lora.b.shape
+    rank, experts, flip, axis = a[0], None, False, 0
+    is_matrix = len(shape) == len(a) == len(b) == 2
+    if lora.kind == "embedding":
+        fits, flip, axis = is_matrix and (a[1], b[0]) == shape and rank == b[1], True, 1
+    elif len(shape) > 3 or (len(shape) == 3 and len(a) == 3):
+        _check_groups(job, adapter, parameter, lora)
+        fits = b[:1] + a[1:] == shape and all(n == 1 for n in b[2:])
+    elif len(shape) == 3:
+        (experts, *matrix), axis = shape, 1
+        rank, rest = divmod(a[0], experts)
+        as_is, flip = matrix == [b[0], a[-1]], matrix == [a[-1], b[0]]
+        fits = not rest and b[1] == a[0] and (as_is or flip)
+        if fits and as_is and flip:
+            flip = _flips_square_experts(job, adapter, parameter)
+    else:
+        as_is = is_matrix and shape == (b[0], a[1])
+        flip = is_matrix and shape == (a[1], b[0]) and a[0] == b[1] and leaf is None
+        flip = flip and job.names.transposed(
+            lora.module,
+            fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out")),
+            square=as_is,
+            where=adapter.label,
+        )
+        fits, axis = is_matrix and a[0] == b[1] and (flip or as_is), 1 if flip else 0
+    if not fits:
+        raise job.shape_error(adapter, lora.a.key, (a, b), shape)
+    how = {"scale": scale, "rank": rank, "experts": experts, "flip": flip}
+    return Factors(a=lora.a, b=lora.b, **how), axis
+
+
+def _check_groups(job: MergeJob, adapter: Adapter, parameter: Parameter, lora: Lora) -> None:
+    module = parameter.name.rpartition(".")[0]
+    groups = job.names.groups(module)
+    if groups > 1 or lora.b.shape[1:2] != lora.a.shape[:1]:
+        raise Refused(
+            f"a grouped convolution: {shown(module)} has {groups} groups",
+            expected="groups 1 (PEFT cannot merge these either)",
+            where=adapter.label,
+            hint="exclude it with --exclude",
+        )
+
+
+def _flips_square_experts(job: MergeJob, adapter: Adapter, parameter: Parameter) -> bool:
+    """Whether square experts are (in, out) to the adapter."""
+    transposed = job.names.transposed_experts(parameter.name.rpartition(".")[0])
+    hint = "give --expert-layout peft-0.18 or --expert-layout peft-0.19"
+    return flips_square_experts(
+        adapter, parameter.name, transposed, job.options.expert_layout, hint
+    )
+
 
 ROUNDING = 2.0**-8  # what bf16 adds to the relative change that a receipt tells
 
@@ -92,7 +189,7 @@ def _is_of_original(job: MergeJob, adapter: Adapter, copy: TensorSpec, stored: T
     one of them, or the copy differs by about what the last merge changed."""
     if not job.merged_before:
         return False
-    if holds(job.merged_before, adapter):
+    if same_merges(job.merged_before, adapter):
         return True
     changed = merged_change(job.original.folder, stored.key)
     sides = (job.base.folder, stored), (adapter.folder, copy)

@@ -13,7 +13,7 @@ from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.hub.ids import is_on_hub
-from adapterkit.options import StrPath, parse_size
+from adapterkit.options import StrPath, flag_of, parse_size
 from adapterkit.patterns import similar_names
 from adapterkit.plan import OutputFile, Plan, Step
 from adapterkit.planning.inputs.earlier_merges import history_notes, merged_adapters
@@ -29,8 +29,11 @@ from adapterkit.planning.merge.changes import collect_changes
 from adapterkit.planning.merge.compensation import with_compensation
 from adapterkit.planning.merge.job import MergeJob
 from adapterkit.planning.merge.steps import plan_steps
-from adapterkit.planning.merge.tied import resolve_tied_weights
-from adapterkit.planning.merge.vocabulary import resolve_new_head, resolve_vocab_resize
+from adapterkit.planning.merge.tied import (
+    resolve_new_head,
+    resolve_tied_weights,
+    resolve_vocab_resize,
+)
 from adapterkit.planning.outputs.cards import merged_card
 from adapterkit.planning.outputs.folder_files import model_files
 from adapterkit.planning.outputs.model import (
@@ -170,34 +173,26 @@ def plan_merge_into_original(
     """The plan of a merge into the 16-bit original `base16` of the quantized base that the adapters
     were trained on; `Refused` if it is not its original."""
     quantized, original = open_checkpoint(open_model(base)), open_checkpoint(open_model(base16))
-    errors = Problems()
+    errors = Problems(where=quantized.name)
     weights = quantized_weights(decoded_view(quantized).tensors)
-    changed_by = next(
-        (verb for header in quantized.shards.values() if (verb := header.metadata.get(CHANGED_BY))),
-        None,
-    )
+    verbs = (header.metadata.get(CHANGED_BY) for header in quantized.shards.values())
+    changed_by = next(filter(None, verbs), None)
     if not weights:
-        errors.add(
-            "no quantized weights", "a quantized base", "remove --base16", where=quantized.name
-        )
+        errors.add("no quantized weights", "a quantized base", "remove --base16")
     if changed_by:
         errors.add(
             f"a base made by {changed_by}: what its adapter makes up for is not in the original",
             "a quantized copy of the original",
             "merge into the base itself",
-            where=quantized.name,
         )
     check_not_quantized(original)
     for weight in weights:
         spec = original.tensors.get(weight.key)
         if spec is None or spec.shape != weight.shape:
-            shape = spec.shape if spec else "none"
-            errors.add(
-                f"{shown(weight.key)} {weight.shape}, {shape} in {original.name}",
-                "the same weights",
-                "give the model that the base was quantized from",
-                where=quantized.name,
-            )
+            there = spec.shape if spec else "none"
+            problem = f"{shown(weight.key)} {weight.shape}, {there} in {original.name}"
+            hint = "give the model that the base was quantized from"
+            errors.add(problem, "the same weights", hint)
     errors.raise_all()
     plan = plan_merge(original.folder, sources, options, stats)
     note = f"merged into {original.name}; the adapters were trained on {quantized.name}"
@@ -207,57 +202,35 @@ def plan_merge_into_original(
 def check_quantized_output(job: MergeJob, steps: Steps) -> None:
     """Refuse what a quantized base's format, or its decoding, does not allow; keep the format in
     the config where the weights keep theirs."""
-    weights = quantized_weights(job.base.tensors)
-    options = job.options
-    where = job.original.name
+    weights, options = quantized_weights(job.base.tensors), job.options
     if not weights:
         if options.dequantize:
             job.notes.append("--dequantize has no effect: the base is not quantized")
         return
+    errors, first = Problems(where=job.original.name), "dequantize the base first"
     if any(spec.key != key for key, spec in job.base.tensors.items()):
-        job.errors.add(
-            "layer_replication on a quantized base",
-            "a base of 16 or 32 bits",
-            "dequantize the base first",
-            where=where,
-        )
+        errors.add("layer_replication on a quantized base", "a base of 16 or 32 bits", first)
     if any(step.source.dtype == "F64" and step.edits for step in _all_steps(steps)):
-        job.errors.add(
-            "edits of F64 weights beside quantized ones",
-            "F32, F16 or BF16",
-            "dequantize the base first",
-            where=where,
-        )
-    if options.dequantize:
-        return
-    edited = []
-    for step in _all_steps(steps):
-        if isinstance(step.source, QuantizedWeight):
-            edited += [step.source] if step.edits else []
-        elif isinstance(job.base.tensors.get(step.key), QuantizedWeight):
-            job.errors.add(
-                f"{shown(step.key)} is quantized, and an adapter trained it whole",
-                "factors on quantized weights",
-                "give --dequantize",
-                where=where,
-            )
-    transposed = [weight for weight in weights if getattr(weight, "transposed_scales", False)]
-    job.errors += check_writable([*edited, *transposed], where)
-    for option, value in [
-        ("--dtype", options.dtype),
-        ("--compat", options.compat),
-        ("--max-shard-size", options.max_shard_size),
-    ]:
-        if value:
-            job.errors.add(
-                f"{option} with a quantized base",
-                "the format as it is",
-                "give --dequantize",
-                where="options",
-            )
-    settings = job.original.config.get("quantization_config")
-    if settings is not None:
-        job.config["quantization_config"] = settings
+        errors.add("edits of F64 weights beside quantized ones", "F32, F16 or BF16", first)
+    if not options.dequantize:
+        edited = []
+        for step in _all_steps(steps):
+            if isinstance(step.source, QuantizedWeight):
+                edited += [step.source] if step.edits else []
+            elif isinstance(job.base.tensors.get(step.key), QuantizedWeight):
+                problem = f"{shown(step.key)} is quantized, and an adapter trained it whole"
+                errors.add(problem, "factors on quantized weights", "give --dequantize")
+        transposed = [weight for weight in weights if getattr(weight, "transposed_scales", False)]
+        errors += check_writable([*edited, *transposed], job.original.name)
+        for name in ("dtype", "compat", "max_shard_size"):
+            if getattr(options, name):
+                problem = f"{flag_of(name)} with a quantized base"
+                hint = "give --dequantize"
+                errors.add(problem, "the format as it is", hint, where="options")
+        settings = job.original.config.get("quantization_config")
+        if settings is not None:
+            job.config["quantization_config"] = settings
+    job.errors += errors
 
 
 def _all_steps(steps: Steps) -> Iterator[Step]:

@@ -40,13 +40,9 @@ if TYPE_CHECKING:
 
 # settings that an adapter made from others has of the first of them
 INHERITED = (
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "auto_mapping",
-    "fan_in_fan_out",
+    "base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out",
     "target_parameters",
-)
+)  # fmt: skip
 
 
 def sum_biases(

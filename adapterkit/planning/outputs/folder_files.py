@@ -13,20 +13,8 @@ from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.plan import CopyFile, FromMetrics, OutputFile
 
-WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
-    ".onnx_data",
-    ".tflite",
-    ".ot",
-    ".npz",
+WEIGHTS = tuple(
+    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .onnx .onnx_data .tflite .ot .npz".split()
 )
 NOT_COPIED = {RECEIPT, "README.md", "config.json", CONFIG, "training_args.bin"}
 Files = dict[str, bytes | CopyFile | FromMetrics]

@@ -65,13 +65,9 @@ def tokenizer_files(
 # calls had set
 CALLS = ("model_max_length", "max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
 PLACES = (
-    "name_or_path",
-    "tokenizer_file",
-    "special_tokens_map_file",
-    "vocab_file",
-    "is_local",
+    "name_or_path", "tokenizer_file", "special_tokens_map_file", "vocab_file", "is_local",
     "local_files_only",
-)
+)  # fmt: skip
 # of batches and long texts: what training set is no other tokenizer, but is noted
 SIDES = {"padding_side", "truncation_side"}
 # repeat what a fast tokenizer's other files say

@@ -6,20 +6,20 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import factor_keys
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.resolve import PARAMETER, Target
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Problems, Refused, shown
-from adapterkit.options import finite
+from adapterkit.options import ABOVE_0, COUNT
+from adapterkit.planning.adapters.dora_deltas import stored_weight
 from adapterkit.planning.quantization import is_stack, known_model
 from adapterkit.planning.targets.stored_targets import StoredResolver, entries_of
 from adapterkit.planning.targets.values_by_regex import pattern_table, read_rules
 from adapterkit.verbs.init import Init
 from adapterkit.weights.names import Names
-from adapterkit.weights.parameters import Parameter, StoredParameter
+from adapterkit.weights.parameters import StoredParameter
 
 RANGE = re.compile(r"\d+(-\d+)?")
 KINDS = {"conv1d": "linear", PARAMETER: "experts"}  # what inits call a kind, where it is another
@@ -69,8 +69,8 @@ def find_targets(base: Checkpoint, options: Init, notes: list[str]) -> list[Init
 def _resolver(names: Names, options: Init, notes: list[str]) -> StoredResolver:
     """What finds the targets; `Refused` for texts that are none of these options'."""
     assert names.model is not None
-    ranks = read_rules("--rank-for", options.rank_for, _rank, "REGEX=N, N a whole number above 0")
-    alphas = read_rules("--alpha-for", options.alpha_for, _alpha, "REGEX=A, A a number above 0")
+    ranks = read_rules("--rank-for", options.rank_for, COUNT, "REGEX=N")
+    alphas = read_rules("--alpha-for", options.alpha_for, ABOVE_0, "REGEX=A")
     config = LoraConfig(
         options.rank,
         options.lora_alpha,
@@ -87,19 +87,6 @@ def _resolver(names: Names, options: Init, notes: list[str]) -> StoredResolver:
     resolver.layers = None if options.layers is None else _numbers(options.layers)
     resolver.stacks = [name for name, weight in names.model.state.items() if is_stack(name, weight)]
     return resolver
-
-
-def _rank(text: str) -> int | None:
-    try:
-        rank = int(text)
-    except ValueError:
-        return None
-    return rank if rank > 0 else None
-
-
-def _alpha(text: str) -> float | None:
-    alpha = finite(text)
-    return alpha if alpha is not None and alpha > 0 else None
 
 
 def _numbers(text: str) -> list[int]:
@@ -119,8 +106,13 @@ def _numbers(text: str) -> list[int]:
 
 def _target(names: Names, target: Target) -> InitialTarget:
     name, kind = target.name, KINDS.get(target.kind, target.kind)
-    parameter = names.parameter(name if kind == "experts" else f"{name}.weight")
-    weight = _weight(names, target.path, kind, parameter, name)
+    parameter = name if kind == "experts" else f"{name}.weight"
+    weight = stored_weight(names, target.path, parameter, "remove it from --targets")
+    if kind == "experts":
+        transposed = names.transposed_experts(target.path)
+    else:
+        transposed = kind == "embedding" or names.transposed(target.path)
+    weight = replace(weight, transposed=transposed)
     shape, experts = weight.weight_shape, None
     if kind == "experts":
         experts, *matrix = weight.shape
@@ -136,39 +128,6 @@ def _target(names: Names, target: Target) -> InitialTarget:
         alpha=target.alpha,
         scale=target.scale,
     )
-
-
-def _weight(
-    names: Names, module: str, kind: str, parameter: Parameter | None, name: str
-) -> StoredParameter:
-    base = names.base
-    if parameter is None or 0 in parameter.shape:
-        raise Refused(
-            f"no weight of {shown(name)}",
-            expected="a stored weight for each target",
-            where=base.name,
-            hint="remove it from --targets",
-        )
-    if kind == "conv" and names.groups(module) > 1:
-        raise Refused(
-            f"a grouped convolution: {shown(module)} has {names.groups(module)} groups",
-            expected="groups 1 (PEFT cannot merge these either)",
-            where=base.name,
-            hint="remove it from --targets",
-        )
-    weight = StoredParameter.of(parameter, base.tensors)
-    if not weight.dtypes <= set(dtypes.FLOATS):
-        raise Refused(
-            f"{shown(name)} is {', '.join(sorted(weight.dtypes))}",
-            expected=" ".join(dtypes.FLOATS),
-            where=base.name,
-            hint="dequantize it first",
-        )
-    if kind == "experts":
-        transposed = names.transposed_experts(module)
-    else:
-        transposed = kind == "embedding" or names.transposed(module)
-    return replace(weight, transposed=transposed)
 
 
 def _nested(names: Names, targets: list[InitialTarget]) -> list[InitialTarget]:

@@ -2,36 +2,20 @@
 `--rank-for 'down_proj=16'`. Of several that match a module the first counts, as in PEFT."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.patterns import matcher, similar_names
+from adapterkit.records import Check
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Two predicates on names: without `include` all names are selected, without `exclude` none is
-    excluded."""
-
-    include: Callable[[str], bool] | None = None
-    exclude: Callable[[str], bool] | None = None
-
-    @classmethod
-    def of(cls, include: str | None, exclude: str | None) -> "Selection":
-        """The selection by these regexes; `Refused` where one does not compile."""
-        return cls(
-            matcher(include, "--include") if include else None,
-            matcher(exclude, "--exclude") if exclude else None,
-        )
-
-    def __call__(self, *names: str) -> bool:
-        """Whether something is selected that any of these names stands for.
-
-        `Refused` where a regex takes too long."""
-        if self.include is not None and not any(map(self.include, names)):
-            return False
-        return self.exclude is None or not any(map(self.exclude, names))
+def selection(include: str | None, exclude: str | None) -> Callable[..., bool]:
+    """Whether something is selected that any of some names stands for: without `include` all is,
+    without `exclude` nothing is excluded. `Refused` for a regex that does not compile, and when it
+    is asked for one that takes too long."""
+    included = matcher(include, "--include") if include else lambda name: True
+    excluded = matcher(exclude, "--exclude") if exclude else lambda name: False
+    return lambda *names: any(map(included, names)) and not any(map(excluded, names))
 
 
 def selecting(option: str, pattern: str, names: Collection[str]) -> Callable[[str], bool]:
@@ -47,22 +31,21 @@ Rule = tuple[str, V]  # a pattern and its value
 
 
 def read_rules(
-    option: str, texts: Iterable[str], value: Callable[[str], V | None], expected: str
-) -> list[Rule[V]]:
-    """The rules of an option, in their order; `value` is None for a text that spells none.
-    `Refused` with all that are no rules."""
-    rules: list[Rule[V]] = []
-    errors = Problems(where="options")
+    option: str, texts: Iterable[str], check: Check, form: str = "REGEX=VALUE"
+) -> list[Rule[Any]]:
+    """The rules of an option, in their order, their values by the check; `form`: as the option
+    spells them. `Refused` with all that are no rules."""
+    rules: list[Rule[Any]] = []
+    errors = Problems(where="options", hint="give a regex, = and the value")
     for text in texts:
-        pattern, _, spelled = text.rpartition("=")
-        number = value(spelled) if pattern else None
-        if number is None:
-            errors.add(f"{option} {shown(text)!r}", expected, "give a regex, = and the value")
+        pattern, _, value = text.rpartition("=")
+        if not pattern or not check.fits(value):
+            errors.add(f"{option} {shown(text)!r}", f"{form}, the value {check.expected}")
             continue
         with errors.collected():
             matcher(pattern, option)
-            rules.append((pattern, number))
-    Problems(errors).raise_all()
+            rules.append((pattern, check.read(value)))
+    errors.raise_all()
     return rules
 
 
