@@ -10,7 +10,14 @@ from typing import Any, Protocol
 
 from adapterkit.checkpoint.disk import free_bytes
 from adapterkit.checkpoint.output.file_result import ShardResult, read_result
-from adapterkit.checkpoint.output.stage import HANDOFF, RECEIPT, Stage, Workspace, size_of_file
+from adapterkit.checkpoint.output.stage import (
+    HANDOFF,
+    RECEIPT,
+    WORK,
+    Stage,
+    Workspace,
+    size_of_file,
+)
 from adapterkit.checkpoint.reader import changed
 from adapterkit.errors import AdapterkitError, Failed, Interrupted, Refused, Unrecoverable
 from adapterkit.options import Progress
@@ -236,6 +243,10 @@ def _build(
     except Unrecoverable:
         stage.forget()
         raise
+    except Refused:
+        if fresh and any(shard.collection for shard in todo):  # a model that runs in another way
+            stage.forget()
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     receipt = create_receipt(
@@ -349,8 +360,10 @@ def check_space(plan: Plan, todo: Sequence[OutputFile], stage: Stage) -> None:
     """`Refused` where the disk has no room for these files and the small ones."""
     small = plan.totals()["bytes_written"] - sum(shard.layout.size for shard in plan.shards)
     needed = stage.disk(
-        sum(shard.layout.size for shard in todo) + plan.placement.room + small + (1 << 20)
+        sum(shard.layout.size for shard in todo) + plan.room(todo) + small + (1 << 20)
     )
+    work = stage.path.parent / WORK  # of which some is there already
+    needed -= sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     check_free(needed, stage.path)
 
 

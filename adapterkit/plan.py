@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from adapterkit import __version__, dtypes
@@ -23,10 +24,12 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout, TensorPlan, laid_out
 from adapterkit.checkpoint.output.file_result import ShardResult
+from adapterkit.checkpoint.output.stage import Workspace
 from adapterkit.checkpoint.output.writer import part_name
 from adapterkit.checkpoint.reader import Identity
 from adapterkit.checkpoint.system import cores, quarter_of_memory
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.options import Progress
 from adapterkit.weights.codec import stored_parts
 from adapterkit.weights.reader import Reader
 from adapterkit.weights.slots import Positions
@@ -245,6 +248,55 @@ class Task(ABC):
     def compute(self, inputs: Reader) -> TaskResult: ...
 
 
+class Collecting(Protocol):
+    """What is summed up before the tasks of a file are made, in blocks that several processes
+    share: statistics (`statistics/plan.py`)."""
+
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Files of the model, in the order in which they are read."""
+        ...
+
+    @property
+    def work(self) -> int:
+        """Bytes of disk of all sums."""
+        ...
+
+    def room(self, budget: int) -> int:
+        """Bytes of disk that it takes meanwhile, with so many bytes of memory."""
+        ...
+
+    def totals(self, budget: int) -> dict[str, int]:
+        """What a dry run prints of it, with so many bytes of memory."""
+        ...
+
+    def collect_blocks(
+        self,
+        plan: "Plan",
+        files: "Sequence[OutputFile]",
+        stage: Workspace,
+        device: torch.device,
+        finished: Callable[[ShardResult], None],
+        progress: Progress,
+    ) -> None:
+        """Make some of the blocks."""
+        ...
+
+    def collected(
+        self,
+        plan: "Plan",
+        file: "OutputFile",
+        stage: Workspace,
+        device: torch.device,
+        progress: Progress,
+    ) -> "OutputFile":
+        """The file with the tasks that the sums of all blocks give; of one process, which makes
+        them first."""
+        ...
+
+
 @dataclass(frozen=True)
 class OutputFile:
     """One output file: of `steps`, which are streamed, or of `tasks`, which are computed whole, in
@@ -252,8 +304,9 @@ class OutputFile:
 
     `safetensors_order`: the tensors are in the order in which the safetensors library writes them.
     Then sizes are as planned, but for those of `variable_size`. `lay_out`: of a container
-    in which no size varies. `range`: bytes [start, stop) of it alone, whole pieces, in a file of
-    their own until all are there.
+    in which no size varies. `collection`: what its tasks read is collected first, and decides which
+    they are. `range`: bytes [start, stop) of it alone, whole pieces, or one block of the
+    collection, in a file of their own until all are there.
     """
 
     layout: ShardLayout
@@ -263,6 +316,7 @@ class OutputFile:
     finalize: Finalize | None = None
     safetensors_order: bool = False
     lay_out: LayOut | None = None
+    collection: Collecting | None = None
     range: tuple[int, int] | None = None
 
     @classmethod
@@ -311,7 +365,9 @@ class OutputFile:
 
     @property
     def size(self) -> int:
-        """Bytes, at most."""
+        """Bytes, at most; of a block its share of them."""
+        if self.collection is not None and self.range is not None:
+            return self.layout.size // self.collection.blocks
         if self.range is not None:
             return self.range[1] - self.range[0]
         return self.layout.size + SLACK * len(self.variable_size)
@@ -320,6 +376,16 @@ class OutputFile:
     def variable_size(self) -> frozenset[str]:
         """Keys of tensors whose planned size is a guess: JSON texts of a format."""
         return frozenset(stored.key for stored in self.layout.tensors if stored.varies)
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it is a block of what is collected for it."""
+        return self.collection is not None and self.range is not None
+
+    def block_files(self) -> "list[OutputFile]":
+        """The blocks of what is collected for it."""
+        count = 0 if self.collection is None else self.collection.blocks
+        return [replace(self, range=(number, number + 1)) for number in range(count)]
 
     @property
     def sizes_are_planned(self) -> bool:
@@ -348,6 +414,7 @@ class OutputFile:
         """Whether a result that was noted is of this file, hashed as it is to be: one of its range
         has no hash."""
         is_size = result.size <= self.size if self.tasks else result.size == self.size
+        is_size = is_size or self.is_block  # a list of files
         is_hashed = (result.sha256 is not None) == (hashed and self.range is None)
         return result.file == self.name and is_size and is_hashed
 
@@ -387,19 +454,6 @@ class Placement:
     room: int = 0  # bytes of disk that its files take for a time, beside what they are in the end
 
 
-class Collecting(Protocol):
-    """What is collected for a file of statistics (`statistics/plan.py`)."""
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """Of what."""
-        ...
-
-    def totals(self, memory: int) -> dict[str, int]:
-        """What a dry run prints, with so many bytes of memory."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A job, complete: inputs, output files, options and decisions for the receipt.
@@ -421,7 +475,6 @@ class Plan:
     models: tuple[int, ...] = (0,)  # inputs too large to be read again for the receipt's hashes
     memory: int | None = None  # bytes for tasks together; None: a quarter of the machine's
     warn: Callable[[dict[str, dict]], list[str]] = no_warnings  # from the measured metrics
-    collection: Collecting | None = None  # of statistics, in the place of output files
     placement: Placement = Placement()
     is_file: bool = False  # the output is its one file, and no folder
 
@@ -442,7 +495,6 @@ class Plan:
             "options": self.options,
             "inputs": inputs,
             "layout": layout.hexdigest(),
-            **({} if self.collection is None else {"data": self.collection.data}),
         }
         return json.loads(json.dumps(recipe))
 
@@ -457,8 +509,6 @@ class Plan:
     def totals(self) -> dict[str, Any]:
         """Sizes that a dry run prints: tensors and bytes; exact, but for computed files, where they
         are the most it can be."""
-        if self.collection is not None:
-            return {**self.collection.totals(self.budget), **self.placement.totals}
         tasks = [task for shard in self.shards for task in shard.tasks]
         steps = [
             (step, stored)
@@ -476,6 +526,8 @@ class Plan:
         )
         factors += sum(spec.nbytes for spec in shared)
         written = sum(shard.layout.size for shard in self.shards) + small
+        collections = [shard.collection for shard in self.shards if shard.collection is not None]
+        collected = {k: v for each in collections for k, v in each.totals(self.budget).items()}
         return {
             "shards": len(self.shards),
             "tensors": len(steps) + len(as_is) + len(computed),
@@ -489,11 +541,17 @@ class Plan:
             ),
             "bytes_read": sum(step.source.nbytes for step, _ in steps) + factors,
             "bytes_written": written,
-            "disk_needed": written + self.placement.room,
+            "disk_needed": written + self.room(self.shards),
             "memory_peak": BUFFERS * cores()
             + max(self.factors_memory(step for step, _ in changed), self.tasks_memory()),
+            **collected,
             **self.placement.totals,
         }
+
+    def room(self, shards: Iterable[OutputFile]) -> int:
+        """Bytes of disk that these files take for a time, beside what they are in the end."""
+        collections = [shard.collection for shard in shards if shard.collection is not None]
+        return self.placement.room + sum(each.room(self.budget) for each in collections)
 
     @property
     def budget(self) -> int:

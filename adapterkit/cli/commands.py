@@ -80,13 +80,10 @@ LISTS: dict[str, Callable[[], dict[str, Rows]]] = {
 }
 
 
-UNITS = {"stats": " layers"}  # of the progress, where it is not bytes
-
-
 def command_of(verb: type[Verb]) -> click.Command:
     """The command of a verb."""
     params = [*parameters_of(verb), *OWN_OPTIONS.get(verb.name, ())]
-    action = ACTIONS.get(verb.name) or partial(run_verb, unit=UNITS.get(verb.name, "B"))
+    action = ACTIONS.get(verb.name) or partial(run_verb)
 
     def callback(**values: Any) -> None:
         sources, options = arguments_of(verb, values)

@@ -59,12 +59,12 @@ def kind(device: torch.device) -> str:
     return f"{device.type} {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
 
 
-def arithmetic(device: torch.device) -> str:
+def arithmetic(device: torch.device, threads: int) -> str:
     """What the bits of torch's own products depend on: the `kind`, and of a CPU its instructions
     and how many threads share a product."""
     if device.type != "cpu":
         return kind(device)
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder, original
-from adapterkit.checkpoint.output.stage import Stage, check_name
+from adapterkit.checkpoint.output.stage import check_name
 from adapterkit.engines.converted_folder import conversion_notes
-from adapterkit.engines.one_file import Done, run_to_file
+from adapterkit.engines.one_file import stage_of
 from adapterkit.errors import Refused, shown
-from adapterkit.execute import check_place, output_names, run
+from adapterkit.execute import check_place, output_names, run_in
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.hub.pins import are_pinned
 from adapterkit.hub.push import check_push, send
@@ -50,22 +50,16 @@ def execute(
     `push` is the repository to which the finished folder goes. Raises `Refused` before anything is
     written, `Failed` after.
     """
-    done = in_place(plan, how, partial(_execute, check=check, push=push))
+    check_out(plan, how)
+    done = _execute(plan, how, check=check, push=push)
     return with_verified(done, check) if isinstance(done, Receipt) else done
 
 
-def in_place(
-    plan: Plan, how: RunOptions, run: Callable[[Plan, RunOptions], Done]
-) -> Done | Receipt:
-    """Let `run` carry out a plan whose output may be where it is to be, a folder or one file."""
+def check_out(plan: Plan, how: RunOptions) -> None:
+    """`Refused` where the output of a plan cannot be where it is to be."""
     check_disk_limit(how.out, how.disk_limit)
-
-    def checked(plan: Plan, how: RunOptions) -> Done:
-        if not is_on_hub(how.out) and plan.collection is None:  # statistics have looked
-            check_output_apart(Path(how.out), plan.folders)
-        return run(plan, how)
-
-    return run_to_file(plan, how, checked) if plan.is_file else checked(plan, how)
+    if not is_on_hub(how.out):
+        check_output_apart(Path(how.out), plan.folders, is_file=plan.is_file)
 
 
 def with_verified(receipt: Receipt, check: FolderCheck | None) -> Receipt:
@@ -112,14 +106,15 @@ def _execute(
 
         return run_to_hub(plan, replace(how, device=device), check)
     if how.dry_run:
-        if not how.overwrite:
-            check_place(Stage(Path(how.out)), plan, resume=how.resume, overwrite=False)
+        if plan.is_file or not how.overwrite:
+            stage = stage_of(plan, Path(how.out))
+            check_place(stage, plan, resume=how.resume, overwrite=how.overwrite)
         return plan
     from adapterkit.engines.local.engine import local
 
-    return run(
+    return run_in(
+        stage_of(plan, Path(how.out)),
         plan,
-        Path(how.out),
         local(device),
         hash=how.hash,
         resume=how.resume,
@@ -141,7 +136,7 @@ def check_disk_limit(out: StrPath, limit: str | int | None) -> None:
         )
 
 
-def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:
+def check_output_apart(out: Path, folders: Iterable[Folder], *, is_file: bool = False) -> None:
     """`Refused` when the output is an input, inside one, around one, or a link to one, or cannot be
     a folder."""
     check_name(out)
@@ -149,11 +144,12 @@ def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:
     if out.is_symlink():
         raise Refused(
             "the output is a link",
-            expected="a new folder",
+            expected="a new file" if is_file else "a new folder",
             where=str(out),
             hint="choose another --out",
         )
-    there = next(path for path in (final, *final.parents) if os.path.exists(path))
+    places = final.parents if is_file else (final, *final.parents)
+    there = next(path for path in places if os.path.exists(path))
     if not there.is_dir():
         problem = (
             "a file of this name exists"

@@ -1,77 +1,73 @@
-"""An output that is one file: its plan runs in a folder beside it, then the file gets its name."""
+"""An output that is one file: its plan runs in a hidden folder beside it, then the file gets its
+name, and its receipt that name with a suffix."""
 
 import os
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from adapterkit.checkpoint.disk import storage_errors, sync_folder
-from adapterkit.checkpoint.folder import LocalFolder, original
-from adapterkit.checkpoint.output.earlier import incomplete, lacking, receipt_at, size_at
-from adapterkit.checkpoint.output.stage import RECEIPT, check_name
+from adapterkit.checkpoint.output.earlier import size_at
+from adapterkit.checkpoint.output.stage import RECEIPT, Stage, control_of
 from adapterkit.errors import Refused, shown
 from adapterkit.plan import Plan
-from adapterkit.receipt import RECEIPT_CHECK, Receipt, fingerprint_of
-from adapterkit.run_options import RunOptions
 
 SUFFIX = ".adapterkit.json"  # of the receipt, after the file's name
 
 
-Done = TypeVar("Done")
+def receipt_beside(name: str) -> str:
+    """The name of the receipt of a file of that name."""
+    return name + SUFFIX
 
 
-def run_to_file(
-    plan: Plan, how: RunOptions, run: Callable[[Plan, RunOptions], Done]
-) -> Done | Receipt:
-    """Let `run` make a plan's only output, a file of the name of `how.out`; the receipt lies beside
-    it as NAME.adapterkit.json. Raises as `run` does; nothing is left under the file's name that is
-    not whole."""
-    out = Path(how.out)
-    check_name(out)
-    receipt = out.with_name(out.name + SUFFIX)
-    older = receipt_at(receipt)
-    is_its = how.resume and out.is_file() and RECEIPT_CHECK.fits(older)
-    if is_its and older["fingerprint"] == fingerprint_of(plan.recipe()):
-        lacks = lacking(older, lambda name: size_at(out.with_name(name)))
-        if not lacks:
-            return Receipt(out, older, finished_before=True)
-        if not how.overwrite:
-            raise incomplete(lacks, str(out))
-    _check(out, plan, how.overwrite, out.name in older.get("files", ()))
-    work = out.with_name(f".{out.name}.converted")
-    done = run(plan, replace(how, out=work, overwrite=not how.resume))
-    if not isinstance(done, Receipt):
-        return done
-    with storage_errors(out):
-        os.replace(work / RECEIPT, receipt)
-        os.replace(work / out.name, out)
-        work.rmdir()
-        sync_folder(out.resolve().parent)
-    return Receipt(out, done.data)
+def stage_of(plan: Plan, out: Path) -> Stage:
+    """Where the output of a plan is built."""
+    return FileStage(out) if plan.is_file else Stage(out)
 
 
-def _check(out: Path, plan: Plan, overwrite: bool, is_older: bool) -> None:
-    """`Refused` where something is in the way, or is an input. `is_older`: a receipt says that
-    adapterkit wrote a file of that name."""
-    refused = lambda problem, hint: Refused(
-        problem, expected="a new file", where=str(out), hint=hint
-    )
-    if out.is_symlink() or out.is_dir():
-        raise refused("a link or a folder of that name", "choose another --out")
-    for folder in map(original, plan.folders):
-        if isinstance(folder, LocalFolder):
-            names = [folder.single] if folder.single else folder.files()
-            if out.resolve() in [(folder.root / name).resolve() for name in names]:
-                raise refused(f"the output is the input {folder.name}", "choose another --out")
-    receipt = out.with_name(out.name + SUFFIX)
-    there = out if out.exists() else receipt
-    if there.exists() and not is_older:
-        raise Refused(
-            f"output exists, and adapterkit did not write it: {shown(there.name)}",
-            expected="a new file, or an older output, which --overwrite replaces",
-            where=str(out),
-            hint="move it away, or choose another --out",
-        )
-    if out.exists() and not overwrite:
-        raise refused("a file of this name exists", "choose another --out, or give --overwrite")
+class FileStage(Stage):
+    """The `Stage` of one file; the receipt lies beside it. Both are moved there one by one."""
+
+    def __init__(self, out: Path):
+        super().__init__(out)
+        self.inside = True
+        self.control = out.resolve().parent / control_of(out)
+        self.receipt = out.with_name(receipt_beside(out.name))
+
+    def size_there(self, name: str) -> int | None:
+        return size_at(self.out.with_name(name))
+
+    def _check_kind(self) -> None:
+        if self.out.is_symlink() or self.out.is_dir():
+            raise self._refused("a link or a folder of that name", "choose another --out")
+
+    def _check_output(self) -> None:
+        """`Refused` unless there is nothing or, with --overwrite, an older output."""
+        there = next((path for path in (self.out, self.receipt) if path.exists()), None)
+        if there is not None and self.out.name not in self.published().get("files", ()):
+            raise Refused(
+                f"output exists, and adapterkit did not write it: {shown(there.name)}",
+                expected="a new file, or an older output, which --overwrite replaces",
+                where=str(self.out),
+                hint="move it away, or choose another --out",
+            )
+        if self.out.exists() and not self.replaces:
+            raise self._refused(
+                "a file of this name exists", "choose another --out, or give --overwrite"
+            )
+
+    def _refused(self, problem: str, hint: str) -> Refused:
+        return Refused(problem, expected="a new file", where=str(self.out), hint=hint)
+
+    def _output_files(self) -> list[str]:
+        return []
+
+    def publish(self) -> None:
+        """Called again after a crash it continues."""
+        final = self.out.resolve()
+        with storage_errors(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            for staged, there in ((self.out.name, final), (RECEIPT, self.receipt)):
+                if (self.path / staged).exists():
+                    os.replace(self.path / staged, there)
+            sync_folder(final.parent)
+        self._close_journal()
+        self._clean()

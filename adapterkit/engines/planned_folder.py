@@ -103,8 +103,6 @@ def planned_folder(out: str, plan: "Plan", source: str) -> PlannedFolder | None:
     # here, so that headers of models are read without torch
     from adapterkit.plan import CopyFile, FromMetrics
 
-    if plan.collection is not None:
-        return None
     metrics: dict[str, dict[str, Any]] = {}
     contents: dict[str, _File] = {}
     for shard in plan.shards:

@@ -130,7 +130,11 @@ class Destination:
     """
 
     def __init__(
-        self, hub_id: HubId, sources: Collection[str] = (), inputs: Collection[Folder] = ()
+        self,
+        hub_id: HubId,
+        sources: Collection[str] = (),
+        inputs: Collection[Folder] = (),
+        receipt_name: str = RECEIPT,
     ):
         check_apart(hub_id, inputs)
         if offline():
@@ -141,6 +145,7 @@ class Destination:
                 hint="unset HF_HUB_OFFLINE, or write a folder and push it later with `hf upload`",
             )
         self.hub_id, self.sources, self.inputs = hub_id, sources, inputs
+        self.receipt_name = receipt_name  # of the output, in its folder
         self.exists = False
         self.is_new = True  # the place is still to be made, or a branch that stands where main does
         self.parent = ""  # the commit that the next one is made upon; "" before `create`
@@ -189,12 +194,13 @@ class Destination:
         `job` (a fingerprint). `is_there`: whether a file is there with the same content. `look`
         comes first."""
         older = parse_receipt(self.receipt())
-        written = {*older["files"], RECEIPT} if older else set[str]()
+        written = {*older["files"], self.receipt_name} if older else set[str]()
         folders = {str(PurePosixPath(name).parent) for name in names}
         beside = set(self._weights(folders)).difference(names)
         there = set() if self.is_new else {name for name in names if name in self.before}
         differs = lambda name: name in beside or not is_there(name, self.before[name])
-        foreign = sorted(filter(differs, (there | beside) - written))
+        folders = {other for other in self.before for name in names if other.startswith(f"{name}/")}
+        foreign = sorted(folders.union(filter(differs, (there | beside) - written)))
         if foreign:
             raise Refused(
                 f"files that adapterkit did not write are there already: {listed(foreign)}",
@@ -227,31 +233,11 @@ class Destination:
     def receipt(self) -> bytes:
         """The receipt that is there; empty without one."""
         if self._receipt is None:
-            entry, self._receipt = self.before.get(RECEIPT), b""
+            entry, self._receipt = self.before.get(self.receipt_name), b""
             if entry is not None:
                 there = HubFolder(HubId(self.hub_id.repo, self.parent, self.hub_id.subfolder))
-                self._receipt = there.read(RECEIPT, 0, entry.size)
+                self._receipt = there.read(self.receipt_name, 0, entry.size)
         return self._receipt
-
-    def check_file(self, name: str) -> None:
-        """List what is there; `Refused` where the one file cannot have that name, or would lie
-        among the weights of a model or an adapter."""
-        self.look()
-        if any(other.startswith(f"{name}/") for other in self.before):
-            raise Refused(
-                "a folder of this name exists",
-                expected="a new file",
-                where=str(self.hub_id),
-                hint="choose another --out",
-            )
-        weights = self._weights({str(PurePosixPath(name).parent)})
-        if weights:
-            raise Refused(
-                f"{shown(name)} would lie beside weights: {shown(', '.join(weights))}",
-                expected="a folder without those of a model or an adapter",
-                where=str(self.hub_id),
-                hint=f"give another folder, such as hf://{self.hub_id.repo}:statistics/{shown(name)}",
-            )
 
     def look(self) -> None:
         """List what is there: of a branch that is still to be made, what it would begin with.

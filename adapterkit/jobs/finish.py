@@ -2,7 +2,6 @@
 
 import shlex
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import Refused
@@ -51,29 +50,30 @@ class Finish(Verb["Receipt"]):
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
     def run(self) -> "Receipt":
-        from adapterkit.engines.execution import check_pushes, in_place, pushed, with_verified
+        from adapterkit.engines.execution import check_out, check_pushes, pushed, with_verified
+        from adapterkit.engines.ranks.finish import RankFinish
         from adapterkit.jobs.plan_file import again, read_plan
-        from adapterkit.jobs.verbs import executors_of
 
         plan_file = read_plan(self.file)
         recomputes = self.verify and plan_file.verb.name == "merge"  # it reads the hashes too
         more = {"verify": True} if recomputes else {}
         verb = replace(plan_file.verb, resume=True, progress=self.progress, **more)
-        if self.push is not None and verb.name == "stats":
-            raise Refused(
-                "--push does not apply to a file of statistics",
-                expected="an output that is a folder",
-                where="options",
-                hint="remove --push: `adapterkit stats --out hf://...` writes to the Hub",
-            )
         command = f"adapterkit run {shlex.quote(str(self.file))}"
-        end = executors_of(verb).finish(plan_file.job, command, self.verify and not recomputes)
+        end = RankFinish(plan_file.job, command, self.verify and not recomputes)
         repositories = verb.pushed_to, self.push
         with again(verb):
             plan = verb.plan()
+            if self.push is not None and plan.is_file:
+                raise Refused(
+                    "--push does not apply to an output that is one file",
+                    expected="an output that is a folder",
+                    where="options",
+                    hint="remove --push; stats writes to the Hub: --out hf://...",
+                )
             check_pushes(plan, verb, *repositories)
             check = verb.check(plan)
-            receipt = in_place(plan, verb, partial(end.finish, check=check))
+            check_out(plan, verb)
+            receipt = end.finish(plan, verb, check)
         return with_verified(pushed(receipt, verb, *repositories), check)
 
 

@@ -12,13 +12,12 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.output.earlier import lacking
 from adapterkit.checkpoint.output.stage import RECEIPT, Stage
 from adapterkit.checkpoint.reader import identity
-from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.engines.hub.stage import work_folder
-from adapterkit.engines.one_file import SUFFIX
+from adapterkit.engines.one_file import receipt_beside, stage_of
 from adapterkit.engines.verify.file_checks import check_files
-from adapterkit.errors import AdapterkitError, Damaged, Refused
+from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.execute import check_same_job
 from adapterkit.hub import ids
 from adapterkit.hub.folder import HubFolder
@@ -26,7 +25,6 @@ from adapterkit.jobs.pipeline_file import Location
 from adapterkit.plan import CopyFile, Plan
 from adapterkit.planning.inputs.unpickled_folder import UnpickledFolder
 from adapterkit.receipt import RECEIPT_CHECK, fingerprint_of, read_receipt
-from adapterkit.tasks.statistics import metadata_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Older:
         return not lacking({"files": {}} | self.receipt, self.folder.files().get)
 
     def damage(self) -> str:
-        """What `verify` would say of it; statistics have no receipt, and their header was read."""
+        """What `verify` would say of it."""
         try:
             if RECEIPT in self.folder.files():
                 read_receipt(self.folder)
@@ -76,20 +74,8 @@ def older_output(place: Location) -> Older | None:
         return _with_receipt(path, path / RECEIPT)
     if not path.is_file():
         return None
-    beside = path.with_name(path.name + SUFFIX)
-    if beside.is_file():
-        return _with_receipt(path, beside)
-    return _statistics(LocalFolder(path), path.stat().st_mtime_ns)
-
-
-def _statistics(file: Folder, written: int | None) -> Older | None:
-    """A file of statistics, which says itself what it is of."""
-    try:
-        metadata = metadata_of(open_checkpoint(file))
-    except (Refused, Damaged):
-        return None
-    metadata.pop("files", None)  # a receipt's, of which no file of statistics has one
-    return Older(metadata, file, written)
+    beside = path.with_name(receipt_beside(path.name))
+    return _with_receipt(path, beside) if beside.is_file() else None
 
 
 def is_pushed(older: Older, there: Older | None) -> bool:
@@ -111,12 +97,12 @@ def _on_hub(place: Location) -> Older | None:
         folder = HubFolder(_hub_id(place))
     except Refused:  # not there yet
         return None
-    files = folder.files()
+    beside, name = folder, RECEIPT
     if folder.single:
-        return _statistics(folder, None)
-    if RECEIPT not in files:
+        beside, name = HubFolder(_hub_id(place).parent), receipt_beside(folder.single)
+    if name not in beside.files():
         return None
-    receipt = read_json(folder, RECEIPT)
+    receipt = read_json(beside, name)
     return Older(receipt, folder, None) if RECEIPT_CHECK.fits(receipt) else None
 
 
@@ -129,40 +115,19 @@ def _hub_id(place: Location) -> ids.HubId:
 def can_go_on(place: Location, plan: Plan, overwrite: bool) -> bool:
     """Whether an interrupted run of this plan can be continued. `Refused` for one of another plan,
     unless it is to be overwritten."""
-    for stage in _stages(place):
-        entries = stage.journal()
-        if entries:
-            recipe = plan.recipe()
-            if entries[0].get("recipe") == recipe:
-                return True
-            if not overwrite:
-                check_same_job(stage, recipe)
-    return False
+    is_on_hub = bool(place.repository)  # made on this machine
+    stage = Stage(work_folder(_hub_id(place))) if is_on_hub else stage_of(plan, Path(place.path))
+    entries, recipe = stage.journal(), plan.recipe()
+    if entries and entries[0].get("recipe") != recipe and not overwrite:
+        check_same_job(stage, recipe)
+    return bool(entries) and entries[0].get("recipe") == recipe
 
 
 def check_room(place: Location, plan: Plan, overwrite: bool) -> None:
     """`Refused` where the output cannot be written anew at its place."""
-    out = Path(place.path)
-    if place.repository:  # the Hub is asked when it is carried out
-        return
-    if out.is_file() and not overwrite:
-        raise Refused(
-            "a file of this name exists",
-            expected="a new file",
-            where=place.path,
-            hint="choose another out, or give --overwrite",
-        )
-    if not out.is_file():
-        Stage(out).state(fingerprint_of(plan.recipe()), resume=False, overwrite=overwrite)
-
-
-def _stages(place: Location) -> list[Stage]:
-    """Where an output may be in the making: beside its place, a single file in a folder first; one
-    of the Hub on this machine."""
-    if place.repository:
-        return [Stage(work_folder(_hub_id(place)))]
-    out = Path(place.path)
-    return [Stage(out), Stage(out.with_name(f".{out.name}.converted"))]
+    if not place.repository:  # the Hub is asked when it is carried out
+        stage = stage_of(plan, Path(place.path))
+        stage.state(fingerprint_of(plan.recipe()), resume=False, overwrite=overwrite)
 
 
 def inputs_digest(plan: Plan) -> str:

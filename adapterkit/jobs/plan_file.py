@@ -15,15 +15,14 @@ from typing import Any
 from adapterkit import __version__, records
 from adapterkit.checkpoint.disk import replace_file
 from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
-from adapterkit.engines.execution import check_pushes, in_place
-from adapterkit.engines.ranks.job_identity import RankJob
+from adapterkit.engines.execution import check_out, check_pushes
+from adapterkit.engines.ranks.job_identity import Preparation, RankJob
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import is_on_hub, parse
-from adapterkit.jobs.verbs import VERB, executors_of
+from adapterkit.jobs.verbs import VERB
 from adapterkit.options import FILE, StrPath, checked, finite, flag_of, option_of, own_hints
 from adapterkit.plan import Plan
-from adapterkit.receipt import Receipt
 from adapterkit.records import TABLE, TEXT
 from adapterkit.verb import WritingVerb, fields_of
 
@@ -60,10 +59,11 @@ def write_plan(file: StrPath, verb: str, *sources: Any, **options: Any) -> Plan:
     arguments = _portable(record(*sources, **options))
     call = record(**arguments)
     _check_room(path, call.overwrite, Path(call.out))
-    preparation, plan = executors_of(call).preparation(), call.plan()
+    preparation, plan = Preparation(), call.plan()
     check_pushes(plan, call, call.pushed_to)
-    plan = in_place(plan, call, preparation.prepare)
-    assert not isinstance(plan, Receipt) and preparation.job is not None
+    check_out(plan, call)
+    plan = preparation.prepare(plan, call)
+    assert preparation.job is not None
     job, needs = preparation.job, plan.needs()
     _write(
         path,

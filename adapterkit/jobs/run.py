@@ -149,20 +149,16 @@ def run_rank(
     progress: Progress = no_progress,
 ) -> "Outcome":
     """`run` of a plan file that was read; with `only` exactly these files."""
-    from adapterkit.engines.execution import in_place
-    from adapterkit.engines.ranks.rank import Outcome
+    from adapterkit.engines.execution import check_out
+    from adapterkit.engines.ranks.rank import Rank
     from adapterkit.jobs.plan_file import again
-    from adapterkit.jobs.verbs import executors_of
-    from adapterkit.receipt import Receipt
 
-    # resume: an output that is one file may be there already
     verb = replace(plan_file.verb, resume=True, progress=progress)
-    make = executors_of(verb).rank
-    worker = make(plan_file.job, rank, ranks, device, workers, wait, dry_run, only)
+    worker = Rank(plan_file.job, rank, ranks, device, workers, wait, dry_run, only)
     with again(verb):
-        done = in_place(verb.plan(), verb, worker.make)
-    if isinstance(done, Receipt):
-        return Outcome(rank, ranks, [], finished=True)
+        plan = verb.plan()
+        check_out(plan, verb)
+        worker.make(plan, verb)
     assert worker.outcome is not None
     return worker.outcome
 

@@ -1,30 +1,8 @@
 """The verbs that write, by name: all that a plan file or a pipeline can call."""
 
-from dataclasses import dataclass
-
-from adapterkit.engines.ranks.finish import RankFinish
-from adapterkit.engines.ranks.job_identity import Preparation
-from adapterkit.engines.ranks.rank import Rank
 from adapterkit.records import Check, unfit
 from adapterkit.registry import members
-from adapterkit.statistics.ranks import StatisticsFinish, StatisticsPreparation, StatisticsRank
 from adapterkit.verb import WritingVerb
-
-
-@dataclass(frozen=True)
-class Executors:
-    """What carries out a verb by plan file."""
-
-    preparation: type[Preparation]
-    rank: type[Rank]
-    finish: type[RankFinish]
-
-
-def executors_of(verb: WritingVerb) -> Executors:
-    """Those of a verb."""
-    if verb.name == "stats":
-        return Executors(StatisticsPreparation, StatisticsRank, StatisticsFinish)
-    return Executors(Preparation, Rank, RankFinish)
 
 
 def writing_verbs() -> dict[str, type[WritingVerb]]:

@@ -1,26 +1,72 @@
-"""Statistics of a checkpoint's layers from batches of data."""
+"""Sums of a model's layers, of batches of data; the file of statistics that they give."""
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.checkpoint.system import quarter_of_memory
 from adapterkit.engines.hub.sources import BoundedFolder, BoundedSources
-from adapterkit.statistics.file import Results
-from adapterkit.statistics.job import Batch, CollectionJob, Request
-from adapterkit.statistics.ledger import Ledger, fingerprint, open_work
+from adapterkit.plan import OutputFile, Task, TaskResult
+from adapterkit.statistics.job import Batch, CollectionJob, check_options
 from adapterkit.statistics.model.activations import ActivationStore
 from adapterkit.statistics.model.layerwise import run_layerwise
 from adapterkit.statistics.model.stored_model import StoredModel
 from adapterkit.statistics.model.whole import run_whole
-from adapterkit.statistics.sums import COMPONENTS
+from adapterkit.statistics.sums import Sums
+from adapterkit.statistics.sums_files import Ledger, SumsFile, groups_of, sums_files
+from adapterkit.tasks.statistics import INPUTS, METADATA, key_of
+from adapterkit.verbs.stats import StatsOptions
+from adapterkit.weights.reader import Reader
 
 Progress = Callable[[int, int], None]  # (steps done, of how many)
+
+
+def collect(
+    base: Checkpoint,
+    batches: Sequence[Batch],
+    options: StatsOptions,
+    *,
+    work: Path,
+    memory: int,
+    device: torch.device,
+    blocks: Sequence[int] = (),
+    attempt: str = "",
+    progress: Progress,
+) -> None:
+    """Sum up what the layers of a checkpoint's model see, and their gradients, while it runs on
+    `batches`; the sums become files in `work`, those that are there are not made again.
+
+    `batches`: keyword arguments of the model's forward, each of samples (batch, ...); with `labels`
+    (batch, tokens) only tokens whose label is not -100 count, with `attention_mask` only those that
+    it lets count. In memory are one layer, one batch's activations, and those of `memory` bytes of
+    batches that wait, the rest is in `work`. `blocks`: these alone, kept apart, for a process that
+    is this `attempt`.
+
+    The model is in eval mode (PEFT collects gradients in training mode, whose dropout makes them
+    random), in its checkpoint's dtype, without a cache. Raises `Refused` for models and data that
+    cannot be run so; `Failed` for inputs that are not finite.
+    """
+    check_options(options)
+    with open_sources(base.folder) as sources:
+        job = CollectionJob(StoredModel(base, sources, device), options, batches)
+        if attempt:
+            job.runs = [run for run in job.runs if run[0] in blocks]
+        ledger = Ledger(job, work, attempt)
+        name = f"activations.{attempt}.part" if attempt else "activations"
+        with closing(ActivationStore(work, memory, name)) as room:
+            if job.is_whole:
+                run_whole(job, ledger, progress)
+            else:
+                run_layerwise(job, ledger, room, progress)
 
 
 def open_sources(folder: Folder) -> Sources:
@@ -28,77 +74,148 @@ def open_sources(folder: Folder) -> Sources:
     return BoundedSources(folder) if isinstance(folder, BoundedFolder) else Sources((folder,), {})
 
 
-def collect_statistics(
-    base: Checkpoint,
-    batches: Sequence[Batch],
-    *,
-    what: Sequence[str] = ("covariance",),
-    targets: str | None = None,
-    work: Path,
-    memory: int | None = None,
-    device: str | torch.device = "cpu",
-    whole: bool = False,
-    compat: str | None = None,
-    components: int = COMPONENTS,
-    experts: bool = False,
-    resume: bool = False,
-    progress: Progress = lambda done, total: None,
-) -> Results:
-    """Statistics of the linear layers of a checkpoint's model while it runs on `batches`.
+@dataclass(frozen=True)
+class StatisticsTask(Task):
+    """A task of the file of statistics."""
 
-    `batches`: keyword arguments of the model's forward, each of samples (batch, ...); with
-    `labels` (batch, tokens) only tokens whose label is not -100 count, with `attention_mask` only
-    those that it lets count. `what`: covariance, mean, pca (the leading `components` principal
-    components, centered, exact), gradient (of the model's loss, which needs `labels`; dLoss/dW,
-    the mean over the batches). `targets`: as `init --targets`, all linear layers but the output
-    if it is None. `work`: a folder for what has to wait, created; see `Results` for its end.
-    The model runs one layer at a time: in memory are one layer, one batch's activations, and those
-    of `memory` bytes (a quarter of the machine's) of batches that wait, the rest is in `work`.
-    `whole`: all of it in memory, with the same results up to rounding. `resume`: layers whose sums
-    are in `work` are not summed again; `Refused` if they are of another job.
-    `compat="peft"`: the covariance of PEFT's `preprocess_corda`, the mean over the calls of a layer
-    of x xᵀ / max(x)², summed over all vectors of the call; `Refused` for batches of several rows.
-    `experts`: of the inputs of modules that hold stacks of experts too, under the module's name.
-
-    The model is in eval mode (PEFT collects gradients in training mode, whose dropout makes them
-    random), in its checkpoint's dtype, without a cache. Sums as `statistics.sums` says.
-
-    Raises `Refused` before anything runs for models that transformers cannot build, targets that
-    are no linear layers, batches that the gradient cannot be computed of; `Failed` for inputs
-    that are not finite.
-    """
-    request = Request(tuple(dict.fromkeys(what)), targets, compat, components, experts)
-    request.check()
-    with open_sources(base.folder) as sources:
-        stored = StoredModel(base, sources, torch.device(device))
-        job = CollectionJob(stored, request, batches, whole)
-        options = {**vars(request), "targets": job.targets, "whole": job.is_whole}
-        open_work(work, fingerprint(base, batches, options), resume)
-        ledger = Ledger(work, job)
-        with closing(
-            ActivationStore(work, quarter_of_memory() if memory is None else memory)
-        ) as room:
-            run(job, ledger, room, progress)
-    return job.results(work, ledger.files)
+    @property
+    def prefers_gpu(self) -> bool:  # what it is of: unlike a merge, the model waits for arithmetic
+        return True
 
 
-class Layers:
-    """Turns steps done of so many into the steps just done."""
+@dataclass(frozen=True)
+class InputStatistics(StatisticsTask):
+    """Statistics of inputs that some modules share, the sum of sums in files of the work folder."""
 
-    def __init__(self, progress: Callable[[int], None]):
-        self.progress, self.done = progress, None
+    modules: tuple[str, ...]
+    width: int
+    options: StatsOptions
+    sums: tuple[tuple[SumsFile, int], ...] = ()
 
-    def __call__(self, done: int, total: int) -> None:
-        if self.done is None:
-            getattr(self.progress, "expect", lambda total: None)(total)
-            self.done = 0
-        self.progress(done - self.done)
-        self.done = done
+    @property
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
+        width, k = self.width, min(self.options.components, self.width)
+        shapes = {
+            "covariance": (width, width),
+            "mean": (width,),
+            "components": (k, width),
+            "variances": (k,),
+            "variance": (1,),
+        }
+        what = [name for name in INPUTS if name in self.options.what]
+        kinds = [kind for name in what for kind in INPUTS[name]]
+        return tuple(TensorPlan(key_of(self.name, kind), "F32", shapes[kind]) for kind in kinds)
+
+    @property
+    def memory(self) -> int:
+        # two sums, a covariance in both precisions, its eigenvectors
+        return self.width**2 * (2 * 5 + 12 + 24 * ("pca" in self.options.what))
+
+    def compute(self, inputs: Reader) -> TaskResult:
+        sums = Sums([name for name in INPUTS if name in self.options.what], self.options.components)
+        (file, number), *others = self.sums
+        total = file.sum(number)
+        for file, number in others:
+            file.sum(number).add_to(total)
+        total.modules = dict.fromkeys(self.modules)
+        values = {key_of(self.name, kind): value for kind, value in sums.of(total).items()}
+        shared = {"shared": list(self.modules[1:])} if self.modules[1:] else {}
+        return TaskResult(values, {"vectors": total.vectors, **shared})
 
 
-def run(job: CollectionJob, ledger: Ledger, room: ActivationStore, progress: Progress) -> None:
-    """Let all batches go through the model, and the ledger have what it wants of it."""
-    if job.is_whole:
-        run_whole(job, ledger, progress)
-    else:
-        run_layerwise(job, ledger, room, progress)
+@dataclass(frozen=True)
+class GradientMean(StatisticsTask):
+    """dLoss/dW (out, in) of a module, the mean over so many batches."""
+
+    shape: tuple[int, ...]
+    batches: int
+    sums: tuple[SumsFile, ...] = ()
+
+    @property
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
+        return (TensorPlan(key_of(self.name, "gradient"), "F32", self.shape),)
+
+    @property
+    def memory(self) -> int:
+        return 2 * sum(stored.nbytes for stored in self.max_outputs)
+
+    def compute(self, inputs: Reader) -> TaskResult:
+        first, *others = self.sums
+        total = first.gradient(self.name)
+        for file in others:
+            total += file.gradient(self.name)
+        mean = {key_of(self.name, "gradient"): total.div_(self.batches)}
+        return TaskResult(mean, {"batches": self.batches})
+
+
+@dataclass(frozen=True)
+class CollectedFile:
+    """The file of statistics that the sums in a work folder give."""
+
+    work: Path
+    options: StatsOptions
+    batches: int
+
+    @cached_property
+    def files(self) -> list[SumsFile]:
+        return sums_files(self.work)
+
+    @cached_property
+    def tasks(self) -> list[StatisticsTask]:
+        """In the order of the model; `shared` and `modules` follow from them."""
+        tasks: dict[str, list[StatisticsTask]] = {}
+        for modules, places in groups_of(self.files):
+            records = [file.records[number] for file, number in places]
+            if sum(record["vectors"] for record in records):
+                task = InputStatistics(
+                    modules[0], tuple(modules), records[0]["width"], self.options, tuple(places)
+                )
+                tasks.setdefault(_part_of(places[0][0]), []).append(task)
+        gradients: dict[str, list[SumsFile]] = {}
+        for file in self.files:
+            for module in file.gradients:
+                gradients.setdefault(module, []).append(file)
+        for module, files in gradients.items():
+            shape = files[0].gradients[module]
+            task = GradientMean(module, shape, self.batches, tuple(files))
+            tasks.setdefault(_part_of(files[0]), []).append(task)
+        return [task for part in sorted(tasks) for task in tasks[part]]
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Modules whose statistics of inputs have another's name, and that name."""
+        inputs = [task for task in self.tasks if isinstance(task, InputStatistics)]
+        return {module: task.name for task in inputs for module in task.modules[1:]}
+
+    @property
+    def modules(self) -> set[str]:
+        """Modules that have statistics of their inputs, or a gradient."""
+        return {task.name for task in self.tasks}.union(self.shared)
+
+
+def _part_of(file: SumsFile) -> str:
+    return file.name.rpartition("@")[2]
+
+
+def metadata_with(shared: dict[str, str], about: dict[str, Any]) -> dict[str, str]:
+    """Those of the file's header."""
+    return {"format": "pt", METADATA: json.dumps({"shared": shared, **about})}
+
+
+def planned_file(
+    name: str,
+    shapes: dict[str, tuple[int, int]],
+    options: StatsOptions,
+    batches: int,
+    about: dict[str, Any],
+) -> OutputFile:
+    """The file as large as it can become: layers that see the same inputs share their
+    statistics."""
+    tasks: list[Task] = []
+    for module, (rows, width) in shapes.items():
+        if {*INPUTS}.intersection(options.what):
+            tasks.append(InputStatistics(module, (module,), width, options))
+        if "gradient" in options.what:
+            tasks.append(GradientMean(module, (rows, width), batches))
+    shared = dict.fromkeys(shapes, max(shapes, key=len))  # longer than it can be
+    return OutputFile.computed(name, tasks, metadata_with(shared, about))

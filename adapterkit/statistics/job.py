@@ -1,93 +1,61 @@
 """What is collected of which model from which data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapterkit.adapters.targets import ALL_LINEAR
-from adapterkit.errors import Problems, Refused, did_you_mean, listed, shown
-from adapterkit.planning.targets.stored_targets import EXPERTS, select_layers
+from adapterkit.errors import Refused, listed
+from adapterkit.planning.targets.stored_targets import select_layers
 from adapterkit.statistics.data.masks import Masks, token_masks
-from adapterkit.statistics.file import Results
 from adapterkit.statistics.model.hooks import SumsWatch
 from adapterkit.statistics.model.layers import Unit, Units
 from adapterkit.statistics.model.stored_model import StoredModel
 from adapterkit.statistics.sums import Sums
-from adapterkit.statistics.sums_files import SumsFile
 from adapterkit.tasks.statistics import INPUTS
+from adapterkit.verbs.stats import StatsOptions
 from adapterkit.weights.linear import is_linear
 from adapterkit.weights.names import TRANSPOSED
 
-WHAT = (*INPUTS, "gradient")
-COMPATS = ("peft",)
+BLOCKS = 8  # at most: as many processes can share the work
 Batch = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is collected."""
+def check_options(options: StatsOptions) -> None:
+    """`Refused` for what cannot be collected together."""
+    if options.compat and "pca" in options.what:
+        raise Refused(
+            "pca does not go with compat peft, whose covariance is of scaled inputs",
+            expected="one of them",
+            where="compat",
+            hint="remove --compat, or pca",
+        )
 
-    what: tuple[str, ...]
-    targets: str | None
-    compat: str | None
-    components: int
-    experts: bool = False
 
-    @property
-    def takes_rows(self) -> bool:
-        """Whether the model runs on one sample at a time: PEFT's covariance is a mean over them."""
-        return self.compat == "peft" and "covariance" in self.what
-
-    def check(self) -> None:
-        """`Refused` for what cannot be collected, or not together."""
-        errors = Problems()
-        for name in self.what:
-            if name not in WHAT:
-                errors.add(
-                    f"{shown(name)!r} is no kind of statistics",
-                    ", ".join(WHAT),
-                    did_you_mean([name], WHAT),
-                    where="what",
-                )
-        if not self.what:
-            errors.add("nothing to collect", ", ".join(WHAT), where="what")
-        if self.compat is not None and self.compat not in COMPATS:
-            errors.add(f"there is no compat {shown(self.compat)!r}", "peft", where="compat")
-        if self.compat and "pca" in self.what:
-            errors.add(
-                "pca does not go with compat peft, whose covariance is of scaled inputs",
-                "one of them",
-                "remove --compat, or pca",
-                where="compat",
-            )
-        if self.components < 1:
-            errors.add(f"components is {self.components}", "1 or more")
-        errors.raise_all()
+def takes_rows(options: StatsOptions) -> bool:
+    """Whether the model runs on one sample at a time: PEFT's covariance is a mean over them."""
+    return options.compat == "peft" and "covariance" in options.what
 
 
 class CollectionJob:
     """A model, its layers whose statistics are collected, and the data."""
 
-    def __init__(
-        self, stored: StoredModel, request: Request, batches: Sequence[Batch], whole: bool = False
-    ):
-        self.stored, self.request, self.batches = stored, request, batches
+    def __init__(self, stored: StoredModel, options: StatsOptions, batches: Sequence[Batch]):
+        self.stored, self.options, self.batches = stored, options, batches
+        self.runs = [(block_of(n, len(batches)), batch) for n, batch in enumerate(batches)]
         self.model, self.notes = stored.model, stored.notes
         names = [n for n, module in self.model.named_modules() if is_linear(module)]
-        targets, lacking = request.targets or ALL_LINEAR, "no linear layer"
+        targets, lacking = options.targets or ALL_LINEAR, "no linear layer"
         self.targets = select_layers(stored.names, targets, names, lacking, self.notes)
-        self.gradients = "gradient" in request.what
-        self.inputs = tuple(name for name in request.what if name in INPUTS)
-        self.watched = [*self.targets, *(_experts(self.model) if request.experts else ())]
+        self.gradients = "gradient" in options.what
+        self.inputs = tuple(name for name in options.what if name in INPUTS)
         self.units = Units.of(stored)
         if not batches:
             raise Refused("there are no data", expected="one batch or more", where="data")
         if self.gradients:
             self._check_labels()
-        if request.takes_rows and any(_samples(batch) > 1 for batch in batches):
+        if takes_rows(options) and any(_samples(batch) > 1 for batch in batches):
             raise Refused(
                 "batches have several rows, with compat peft",
                 expected="one row in each, as PEFT's preprocess_corda takes them",
@@ -95,8 +63,8 @@ class CollectionJob:
                 hint="remove --compat, or give the rows one by one",
             )
         self._check_parameters()
-        self.is_whole = whole or not self.units.has_layers
-        if self.is_whole and not whole:
+        self.is_whole = options.whole or not self.units.has_layers
+        if self.is_whole and not options.whole:
             self.notes.append("no list of layers in the model: it was run whole")
 
     def _check_labels(self) -> None:
@@ -152,7 +120,7 @@ class CollectionJob:
         return {key: value for key, value in batch.items() if key != "labels"}
 
     def sums(self) -> Sums:
-        return Sums(self.inputs, self.request.components, self.request.compat == "peft")
+        return Sums(self.inputs, self.options.components, self.options.compat == "peft")
 
     def is_transposed(self, module: str) -> bool:
         """Whether a layer's weight is (in, out)."""
@@ -160,12 +128,12 @@ class CollectionJob:
 
     def watch(self) -> SumsWatch:
         """Hooks on the layers; none where no statistics of inputs are asked for."""
-        layers = {name: self.model.get_submodule(name) for name in self.watched if self.inputs}
+        layers = {name: self.model.get_submodule(name) for name in self.targets if self.inputs}
         return SumsWatch(self.model, layers)
 
     def masks(self, watch: SumsWatch, batch: Batch) -> Masks | None:
         """Which tokens of a batch count; None: all, as for CorDA's own covariance."""
-        return watch.masks_of(batch) if self.inputs and self.request.compat is None else None
+        return watch.masks_of(batch) if self.inputs and self.options.compat is None else None
 
     def loss(self, output: Any) -> Tensor:
         """The loss of a model's output."""
@@ -179,28 +147,13 @@ class CollectionJob:
             )
         return loss
 
-    def results(self, work: Path, files: Sequence[SumsFile]) -> Results:
-        settings = {"model": type(self.model).__name__}
-        if self.request.compat:
-            settings["compat"] = self.request.compat
-        return Results(
-            work, tuple(files), self.request.what, self.request.components,
-            sum(map(_tokens, self.batches)), sum(map(_samples, self.batches)), settings,
-            tuple(self.notes),
-        )  # fmt: skip
+
+def block_of(number: int, batches: int) -> int:
+    """The block that a batch is in."""
+    return number * min(BLOCKS, batches) // batches
 
 
-def _experts(model: nn.Module) -> list[str]:
-    """Modules that hold stacks of experts' matrices."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if any(value.dim() == 3 for value in module.parameters(recurse=False))
-        and EXPERTS.search(f"{name} {type(module).__name__}")
-    ]
-
-
-def _tokens(batch: Batch) -> int:
+def tokens_of(batch: Batch) -> int:
     """How many tokens of a batch count, the decoder's not included; of images, how many there
     are."""
     mask = token_masks(batch)[0]

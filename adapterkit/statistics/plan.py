@@ -1,50 +1,46 @@
 """What `stats` will do, complete before any weight is read: samples, batches, modules, sizes."""
 
+import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adapterkit.checkpoint.disk import storage_errors, sync_folder
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.output.file_result import ShardResult
+from adapterkit.checkpoint.output.stage import WORK, Workspace
+from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.checkpoint.reader import Sources, changed
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.engines.device import pick_device
-from adapterkit.errors import Refused, shown
-from adapterkit.options import StrPath
-from adapterkit.plan import Plan
+from adapterkit.errors import Failed, Refused, listed, shown
+from adapterkit.options import Progress, StrPath, files
+from adapterkit.plan import OutputFile, Plan
 from adapterkit.planning.inputs.input_identity import identities, plan_of
+from adapterkit.planning.inputs.sources import open_model
+from adapterkit.statistics.collect import CollectedFile, collect, metadata_with, planned_file
 from adapterkit.statistics.data.records import Record, draw_records
 from adapterkit.statistics.data.samples import Samples, load_tokenizer, tokenize
-from adapterkit.statistics.job import CollectionJob, Request
-from adapterkit.statistics.ledger import foreseen
+from adapterkit.statistics.job import (
+    BLOCKS,
+    CollectionJob,
+    check_options,
+    takes_rows,
+    tokens_of,
+)
 from adapterkit.statistics.model.stored_model import StoredModel
+from adapterkit.verbs.stats import Stats, StatsOptions
 
-# bytes of an element of a covariance in sums, of which 9/16 are kept: in float64; beside it while
-# they are summed in float32
-SUMS, SUMMING = 8 * 9 / 16, 4 * 9 / 16
+# bytes of an element of a covariance in sums, of which 9/16 are kept: in float64; beside it those
+# of a block, in float64 and in float32
+SUMS, SUMMING = 8 * 9 / 16, (8 + 4) * 9 / 16
 LENGTH = 512  # tokens of a sample, unless the model has fewer positions
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options that decide what is in the file; fields have their names."""
-
-    what: tuple[str, ...]
-    samples: int
-    length: int | None
-    targets: str | None
-    batch: int
-    seed: int
-    whole: bool
-    compat: str | None
-    components: int
-
-    @property
-    def request(self) -> Request:
-        return Request(self.what, self.targets, self.compat, self.components)
+SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -63,31 +59,33 @@ class Collection:
     """What `stats` collects: of which model, of which samples and modules; sizes."""
 
     base: Checkpoint
-    options: Options
-    data: dict[str, Any]  # the files, and the hash of the samples
+    options: StatsOptions
     samples: Samples
     batches: list[dict[str, Tensor]]
     shapes: dict[str, tuple[int, int]]  # (out, in) of each module
     sizes: Sizes
+    about: dict[str, Any]  # for the file's header
     reads: tuple[str, ...]  # files of the base, in the order in which they are read
-    parts: tuple[str, ...]  # names of the files of sums that are foreseen
 
-    @classmethod
-    def of(cls, plan: Plan) -> "Collection":
-        """That of a plan of statistics."""
-        assert isinstance(plan.collection, cls)
-        return plan.collection
+    @property
+    def blocks(self) -> int:
+        return min(BLOCKS, len(self.batches))
 
-    def totals(self, memory: int) -> dict[str, int]:
-        """Sizes that a dry run prints, with so many bytes for activations. Those of the file and
-        the disk are the most that it can be: layers that see the same inputs share their
-        statistics."""
-        what, shapes = self.options.what, self.shapes.values()
-        size = 4 * sum(_elements(what, self.options.components, *shape) for shape in shapes)
-        work = sum(4 * rows * width for rows, width in shapes if "gradient" in what)
-        if self.sizes.sums:
-            work += int(SUMS * sum(width**2 for _, width in shapes))
-        in_memory = min(self.sizes.activations, memory)
+    @property
+    def work(self) -> int:
+        """Bytes of the sums on disk."""
+        shapes = self.shapes.values()
+        gradients = sum(
+            4 * rows * width for rows, width in shapes if "gradient" in self.options.what
+        )
+        return gradients + int(SUMS * sum(width**2 for _, width in shapes if self.sizes.sums))
+
+    def room(self, budget: int) -> int:
+        return self.work + max(0, self.sizes.activations - budget)
+
+    def totals(self, budget: int) -> dict[str, int]:
+        """What a dry run prints beside the sizes of the file, with so many bytes of memory."""
+        in_memory = min(self.sizes.activations, budget)
         return {
             "samples": len(self.samples.samples),
             "tokens": self.samples.tokens,
@@ -96,15 +94,96 @@ class Collection:
             "layers": self.sizes.layers,
             "modules": len(self.shapes),
             "bytes_read": self.sizes.model,
-            "bytes_written": size,
-            "disk_needed": size + work + self.sizes.activations - in_memory,
             "memory_peak": self.sizes.weights + self.sizes.sums + in_memory,
         }
 
+    def collect_blocks(
+        self,
+        plan: Plan,
+        files: Sequence[OutputFile],
+        stage: Workspace,
+        device: torch.device,
+        finished: Callable[[ShardResult], None],
+        progress: Progress,
+    ) -> None:
+        """Make some of the blocks, which go through the model together."""
+        lists = [ShardFile(stage.path, file.name, 0, stage.attempt) for file in files]
+        try:
+            numbers = [file.range[0] for file in files if file.range is not None]
+            self._collect(
+                plan, stage, device, numbers, _Share(progress, sum(f.size for f in files))
+            )
+            for number, file, made in zip(numbers, files, lists, strict=True):
+                folder = stage.path.parent / WORK / str(number)
+                with storage_errors(folder):
+                    sync_folder(folder)
+                data = json.dumps(sorted(path.name for path in folder.glob(f"*{SUFFIX}"))).encode()
+                made.write(data, 0)
+                made.sync()
+                made.publish()
+                finished(ShardResult(file.name, len(data), None, None, {}))
+        except BaseException:
+            for made in lists:
+                made.abandon()
+            raise
 
-def device_of(name: str) -> torch.device:
-    """`auto` is a GPU where there is one: unlike a merge, a forward pass waits for arithmetic."""
-    return pick_device("cuda" if name == "auto" and torch.cuda.is_available() else name)
+    def collected(
+        self,
+        plan: Plan,
+        file: OutputFile,
+        stage: Workspace,
+        device: torch.device,
+        progress: Progress,
+    ) -> OutputFile:
+        """The file as the sums make it: those of all blocks that processes have made, or the sums
+        that this one makes first. `Failed` where no layer has any."""
+        work = stage.path.parent / WORK
+        share = _Share(progress, file.layout.size)
+        if not stage.attempt:
+            self._collect(plan, stage, device, (), share)
+        share(1, 1)
+        made = CollectedFile(work, self.options, len(self.batches))
+        if not made.modules.intersection(self.shapes):
+            raise Failed(
+                f"none of {len(self.shapes)} layers saw a token that counts",
+                expected="layers that the model runs",
+                where="--targets",
+                hint="name other --targets",
+            )
+        return OutputFile.computed(file.file, made.tasks, metadata_with(made.shared, self.about))
+
+    def _collect(
+        self,
+        plan: Plan,
+        stage: Workspace,
+        device: torch.device,
+        blocks: Sequence[int],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        collect(
+            replace(self.base, folder=plan.folders[0]),
+            self.batches,
+            self.options,
+            work=stage.path.parent / WORK,
+            memory=plan.budget,
+            device=device,
+            blocks=blocks,
+            attempt=stage.attempt,
+            progress=progress,
+        )
+        check_unchanged(plan)
+
+
+class _Share:
+    """Turns steps done of so many into their share of bytes."""
+
+    def __init__(self, progress: Progress, size: int):
+        self.progress, self.size, self.done = progress, size, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = self.size * done // total
+        self.progress(now - self.done)
+        self.done = now
 
 
 def check_unchanged(plan: Plan) -> None:
@@ -115,54 +194,80 @@ def check_unchanged(plan: Plan) -> None:
             raise changed(name)
 
 
-def _elements(what: Sequence[str], components: int, rows: int, width: int) -> int:
-    """Elements of a module's statistics."""
-    k = min(components, width)
-    sizes = {
-        "covariance": width * width,
-        "mean": width,
-        "pca": k * width + k + 1,
-        "gradient": rows * width,
-    }
-    return sum(sizes[name] for name in what)
-
-
-def plan_statistics(folder: Folder, data: Sequence[StrPath], options: Options) -> Plan:
+def plan_stats(stats: Stats) -> Plan:
     """Everything the collection will do, or `Refused`."""
+    name = PurePosixPath(str(stats.out).rpartition(":")[2]).name
+    if PurePosixPath(name).suffix != SUFFIX:
+        raise Refused(
+            f"a file of type {shown(Path(name).suffix) or 'unknown'}",
+            expected=f"a name with {SUFFIX}",
+            where=str(stats.out),
+            hint="choose another --out",
+        )
+    options, data = stats.only(StatsOptions), files(stats.data)
+    return plan_statistics(open_model(stats.base), data, options, name)
+
+
+def plan_statistics(
+    folder: Folder, data: Sequence[StrPath], options: StatsOptions, name: str
+) -> Plan:
+    """The plan of a file of statistics of that name."""
     base = open_checkpoint(folder)
     drawn = draw_records(data, options.samples, options.seed)
     with Sources((folder,), {}) as sources:
         stored = StoredModel(base, sources, torch.device("cpu"), buffers=False)
         samples = _samples(folder, stored.model, drawn.records, options)
-        options.request.check()
-        batches = samples.batches(1 if options.request.takes_rows else options.batch)
-        job = CollectionJob(stored, options.request, batches, options.whole)
+        check_options(options)
+        batches = samples.batches(1 if takes_rows(options) else options.batch)
+        job = CollectionJob(stored, options, batches)
     shapes = {name: _shape(job, name) for name in job.targets}
+    given = {key: value for key, value in vars(options).items() if value is not None}
+    given["what"] = list(options.what)
+    source = {"files": drawn.files, "sha256": samples.digest}
+    about = {
+        "tokens": sum(map(tokens_of, batches)),
+        "samples": len(samples.samples),
+        "what": given["what"],
+        "model": type(stored.model).__name__,
+        **({"compat": options.compat} if options.compat else {}),
+        "options": given,
+        "data": source,
+    }
     collection = Collection(
         base=base,
         options=options,
-        data={"files": drawn.files, "sha256": samples.digest},
         samples=samples,
         batches=batches,
         shapes=shapes,
-        sizes=_sizes(job, shapes, options),
-        reads=tuple(_reads(job, options)),
-        parts=foreseen(job),
+        sizes=_sizes(job, shapes),
+        about=about,
+        reads=tuple(_reads(job)),
     )
-    return plan_of(
+    file = planned_file(name, shapes, options, len(batches), about)
+    plan = plan_of(
         "stats",
-        {key: value for key, value in vars(options).items() if value is not None},
+        {**given, "data": source},
         [base],
         configs=(0,),
-        shards=(),
+        shards=[replace(file, collection=collection)],
         files={},
-        decisions={"data": collection.data, "modules": len(shapes)},
+        decisions={"data": source, "modules": len(shapes)},
         notes=dict.fromkeys([*drawn.notes, *samples.notes, *job.notes]),
-        collection=collection,
+        warn=partial(_unseen, list(shapes)),
     )
+    return replace(plan, is_file=True)
 
 
-def _samples(folder: Folder, model: Any, records: list[Record], options: Options) -> Samples:
+def _unseen(modules: list[str], metrics: dict[str, dict]) -> list[str]:
+    """A note on the modules without statistics."""
+    seen = {
+        name for owner, metric in metrics.items() for name in (owner, *metric.get("shared", ()))
+    }
+    unseen = [name for name in modules if name not in seen]
+    return [f"no statistics of {listed(unseen)}: they saw no token that counts"] if unseen else []
+
+
+def _samples(folder: Folder, model: Any, records: list[Record], options: StatsOptions) -> Samples:
     """The samples of a model of texts; `Refused` for another, or where it has fewer positions."""
     name = type(model).__name__
     if model.main_input_name != "input_ids":
@@ -207,22 +312,22 @@ def _shape(job: CollectionJob, module: str) -> tuple[int, int]:
     return (width, rows) if job.is_transposed(module) else (rows, width)
 
 
-def _reads(job: CollectionJob, options: Options) -> list[str]:
+def _reads(job: CollectionJob) -> list[str]:
     """The files of the base in the order in which they are read, as far as it is known: a model's
     code may call its layers in another one."""
     units = job.units
-    if options.whole or not units.has_layers:
+    if job.is_whole:
         return job.stored.reads([job.stored.parameters()])
     forward = [unit.parameters for unit in units.outer if unit is not job.head]
     backward = reversed(forward) if job.gradients else ()
     return job.stored.reads([units.outside, *forward, *backward])
 
 
-def _sizes(job: CollectionJob, shapes: dict[str, tuple[int, int]], options: Options) -> Sizes:
+def _sizes(job: CollectionJob, shapes: dict[str, tuple[int, int]]) -> Sizes:
     """What the job takes, by its layers' shapes."""
     stored, units = job.stored, job.units
     layers = [unit for unit in units.outer if unit.is_layer]
-    is_whole = options.whole or not layers
+    is_whole = job.options.whole or not layers
     weights = stored.nbytes(stored.parameters())
     if not is_whole:
         weights = stored.nbytes(units.outside)
@@ -232,15 +337,18 @@ def _sizes(job: CollectionJob, shapes: dict[str, tuple[int, int]], options: Opti
         unit = None if is_whole else units.unit_of(name)
         squares[unit] += width**2
         widths[unit] += rows + width
-    needs_sums = {"covariance", "pca"} & {*options.what}
+    needs_sums = {"covariance", "pca"}.intersection(job.inputs)
+    # blocks take turns outside the layers
+    outside = 0 if is_whole else squares.pop(None, 0)
+    sums = max(squares.values(), default=0) * (SUMS + SUMMING) + outside * (SUMS + BLOCKS * SUMMING)
     hidden = getattr(stored.model.config.get_text_config(), "hidden_size", 0)
-    states = len(layers) + 1 if "gradient" in options.what else 1
+    states = len(layers) + 1 if job.gradients else 1
     sizes = [batch["input_ids"].numel() for batch in job.batches]
     return Sizes(
         len(layers),
         sum(spec.nbytes for spec in stored.base.tensors.values()),
         weights + max(sizes) * max(widths.values()) * stored.dtype.itemsize,
-        int(max(squares.values()) * (SUMS + SUMMING)) if needs_sums else 0,
+        int(sums) if needs_sums else 0,
         sum(sizes) * hidden * stored.dtype.itemsize * states,
     )
 

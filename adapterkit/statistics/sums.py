@@ -1,7 +1,7 @@
 """Sums over the inputs of layers, from which their statistics are made."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -116,14 +116,26 @@ class Sum:
         total = [tensors[f"panel.{i}"] for i in range(count)]
         return cls(**fields, vector=tensors.get("vector"), total=total)
 
+    def add_to(self, total: "Sum") -> None:
+        """Add this sum to another one."""
+        self._close_block()
+        total.vectors += self.vectors
+        total.calls += self.calls
+        if self.vector is not None:
+            total.vector = _added(total.vector, self.vector)
+        if self.total:
+            before = total.total or [None] * len(self.total)
+            total.total = [_added(*pair) for pair in zip(before, self.total, strict=True)]
+
     def copy(self) -> "Sum":
         """The same sums of no module."""
-        return Sum(
-            self.width, self.squares, self.normalize, self.vectors, self.calls, {},
-            None if self.vector is None else self.vector.clone(),
-            [panel.clone() for panel in self.block], [panel.clone() for panel in self.total],
-            self.in_block,
-        )  # fmt: skip
+        return replace(
+            self,
+            modules={},
+            vector=None if self.vector is None else self.vector.clone(),
+            block=[panel.clone() for panel in self.block],
+            total=[panel.clone() for panel in self.total],
+        )
 
     def covariance(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """E[x xᵀ] (in, in) on the CPU, exactly symmetric."""
@@ -142,6 +154,10 @@ class Sum:
         """E[x] (in,) float64 on the CPU."""
         assert self.vector is not None
         return (self.vector / self.vectors).cpu()
+
+
+def _added(total: Tensor | None, value: Tensor) -> Tensor:
+    return value.clone() if total is None else total.add_(value.to(total.device))
 
 
 @dataclass
@@ -226,25 +242,31 @@ class Sums:
             return
         rows, modules = self.latest.rows, self.latest.modules
         self.latest = None
+        self._spread(modules, rows.shape[-1], lambda total: total.add(rows))
+
+    def _spread(
+        self, modules: Mapping[str, None], width: int, change: Callable[[Sum], None]
+    ) -> None:
+        """Change the sums of modules that saw the same."""
         while modules:
             old = self.by_module.get(next(iter(modules)))
             if old is None:
                 group = {m: None for m in modules if m not in self.by_module}
-                total = Sum(rows.shape[-1], self._squares, self.normalize)
+                total = Sum(width, self._squares, self.normalize)
             else:
                 group = {m: None for m in old.modules if m in modules}
                 total = old if len(group) == len(old.modules) else old.copy()
                 if total is not old:
                     old.modules = {m: None for m in old.modules if m not in group}
-            total.add(rows)
+            change(total)
             total.modules = group
             self.by_module |= dict.fromkeys(group, total)
             modules = {m: None for m in modules if m not in group}
 
-    def restore(self, sums: Iterable[Sum]) -> None:
-        """Go on from sums that were there before."""
-        for one in sums:
-            self.by_module |= dict.fromkeys(one.modules, one)
+    def merge(self, others: Iterable[Sum]) -> None:
+        """Add sums of more inputs, which may be of other groups of layers."""
+        for one in others:
+            self._spread(one.modules, one.width, one.add_to)
 
     @property
     def _squares(self) -> bool:

@@ -1,31 +1,75 @@
-"""The work folder: sums of what is done, as files from which the statistics are made in the end."""
+"""Sums of what is done, as files of the work folder, from which the statistics are made.
+
+The batches are divided into blocks, always the same ones, whose sums are added in their order: so
+the statistics are the same bits whether one process adds them up, or several make some blocks each.
+"""
 
 import json
-import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from adapterkit import dtypes
+from adapterkit.checkpoint.disk import storage_errors
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import Header, read_header
-from adapterkit.checkpoint.layout import ShardLayout, TensorPlan, laid_out
+from adapterkit.checkpoint.layout import TensorPlan, laid_out
 from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.statistics.sums import Sum
+from adapterkit.errors import Failed, shown
+from adapterkit.statistics.job import CollectionJob
+from adapterkit.statistics.model.layers import Unit, is_within
+from adapterkit.statistics.sums import Sum, Sums
 from adapterkit.tasks.rows import byte_view
 
-SUMS = "sums"  # metadata of a file of sums: what each of them is of
+OUTSIDE, WHOLE = "outside.safetensors", "whole.safetensors"
+SUMS = "sums"  # metadata of a file: what each of its sums is of
 VISITS = "visits"  # how many times the batches had gone through the part when it was written
-PASSES = "passes"  # backward passes whose gradients are summed
+
+
+@dataclass
+class Collected:
+    """What batches have given: sums over inputs, and Σ dLoss/dW by module, as the model has W, in
+    float32 on the CPU."""
+
+    sums: Sums
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def add_gradient(self, module: str, value: Tensor) -> None:
+        value = value.detach().float().cpu()
+        if module in self.gradients:
+            self.gradients[module] += value
+        else:
+            self.gradients[module] = value.clone()
+
+    def add(self, other: "Collected") -> None:
+        """Add what more batches have given."""
+        self.sums.merge(other.sums.groups)
+        for module, value in other.gradients.items():
+            self.add_gradient(module, value)
+
+    def check(self) -> None:
+        """`Failed` for what is not finite."""
+        self.sums.settle()
+        for one in self.sums.groups:
+            one.check()
+        for module, value in self.gradients.items():
+            if not bool(torch.isfinite(value).all()):
+                raise Failed(
+                    f"gradients of {shown(module)} are not finite",
+                    expected="numbers",
+                    where="collect",
+                    hint="run the model in float32 or bfloat16",
+                )
 
 
 @dataclass(frozen=True)
 class SumsFile:
-    """Sums of one part of the model, or gradients, in a file of the work folder."""
+    """Sums of one part of the model, or gradients (out, in), in a file of the work folder."""
 
     folder: Path
     name: str
@@ -34,46 +78,39 @@ class SumsFile:
     @classmethod
     def write(
         cls,
-        folder: Path,
-        name: str,
+        path: Path,
         sums: list[Sum],
         gradients: Mapping[str, Tensor],
         visits: int = 1,
-        passes: int = 1,
         attempt: str = "",
-    ) -> "SumsFile":
-        """Sums in float64, sums of gradients (out, in) in float32; the file appears whole or not at
-        all. `attempt`: as of `ShardFile`."""
+    ) -> None:
+        """Sums in float64, those of gradients in float32; the file appears whole or not at all.
+        `attempt`: as of `ShardFile`."""
         tensors: dict[str, Tensor] = {}
-        records = []
         for number, one in enumerate(sums):
             tensors |= {f"{number}.{key}": value for key, value in one.tensors().items()}
-            records.append(one.record())
         tensors |= {f"gradient.{module}": value for module, value in gradients.items()}
         stored = [
             TensorPlan(key, dtypes.name_of(value.dtype), tuple(value.shape))
             for key, value in tensors.items()
         ]
-        about = {SUMS: json.dumps(records), VISITS: str(visits), PASSES: str(passes)}
-        layout = laid_out(name, stored, about)
-        values = ((stored.key, tensors[stored.key]) for stored in layout.tensors)
-        write_file(folder, layout, values, attempt)
-        return cls.read(folder, name)
+        about = {SUMS: json.dumps([one.record() for one in sums]), VISITS: str(visits)}
+        layout = laid_out(path.name, stored, about)
+        shard = ShardFile(path.parent, path.name, layout.size, attempt)
+        try:
+            shard.write(layout.header, 0)
+            for one, start in zip(layout.tensors, layout.starts, strict=True):
+                shard.write(byte_view(tensors[one.key].cpu()), start)
+            shard.sync()
+        except BaseException:
+            shard.abandon()
+            shard.path.unlink(missing_ok=True)
+            raise
+        shard.publish()
 
     @classmethod
-    def read(cls, folder: Path, name: str) -> "SumsFile":
-        return cls(folder, name, read_header(LocalFolder(folder), name))
-
-    def sums(self) -> Iterator[Sum]:
-        """One after the other."""
-        for number, record in enumerate(json.loads(self.header.metadata[SUMS])):
-            prefix = f"{number}."
-            tensors = {
-                spec.key.removeprefix(prefix): self._tensor(spec.key)
-                for spec in self.header.tensors
-                if spec.key.startswith(prefix)
-            }
-            yield Sum.of(record, tensors)
+    def read(cls, path: Path) -> "SumsFile":
+        return cls(path.parent, path.name, read_header(LocalFolder(path.parent), path.name))
 
     @property
     def visits(self) -> int:
@@ -81,7 +118,14 @@ class SumsFile:
 
     @property
     def records(self) -> list[dict[str, Any]]:
+        """What each sum is of."""
         return json.loads(self.header.metadata[SUMS])
+
+    def sum(self, number: int) -> Sum:
+        prefix = f"{number}."
+        keys = [spec.key for spec in self.header.tensors if spec.key.startswith(prefix)]
+        tensors = {key.removeprefix(prefix): self._tensor(key) for key in keys}
+        return Sum.of(self.records[number], tensors)
 
     @property
     def gradients(self) -> dict[str, tuple[int, ...]]:
@@ -96,9 +140,6 @@ class SumsFile:
         """The sum over the backward passes."""
         return self._tensor(f"gradient.{module}")
 
-    def mean_gradient(self, module: str) -> Tensor:
-        return self.gradient(module).div_(int(self.header.metadata[PASSES]))
-
     def _tensor(self, key: str) -> Tensor:
         spec = next(spec for spec in self.header.tensors if spec.key == key)
         with Sources((LocalFolder(self.folder),), {}) as sources:
@@ -106,26 +147,137 @@ class SumsFile:
         return dtypes.tensor_of(data, spec.dtype, spec.shape)
 
 
-def write_file(
-    folder: Path, layout: ShardLayout, tensors: Iterator[tuple[str, Tensor]], attempt: str = ""
-) -> None:
-    """Write a file of tensors that come in its order, one at a time; it appears whole or not at
-    all."""
-    shard = ShardFile(folder, layout.file, layout.size, attempt)
-    try:
-        shard.write(layout.header, 0)
-        for stored, start, (key, value) in zip(layout.tensors, layout.starts, tensors, strict=True):
-            assert key == stored.key and tuple(value.shape) == stored.shape
-            shard.write(byte_view(value), start)
-            shard.start_writeback(start, stored.nbytes)
-        shard.sync()
-    except BaseException:
-        shard.abandon()
-        shard.path.unlink(missing_ok=True)
-        raise
-    shard.publish()
+def sums_files(work: Path) -> list[SumsFile]:
+    """What a process has written, or several in folders of their blocks, in the order in which it
+    is added: by part of the model, visit, block."""
+
+    def order(path: Path) -> tuple[str, int, int]:
+        visit, _, name = path.name.rpartition("@")
+        block = 0 if path.parent == work else int(path.parent.name)
+        return name, int(visit or 1), block
+
+    return [SumsFile.read(path) for path in sorted(work.rglob("*.safetensors"), key=order)]
 
 
-def remove(folder: Path) -> None:
-    """Remove a work folder."""
-    shutil.rmtree(folder, ignore_errors=True)
+class Tally:
+    """What is collected for one file while batches go through a part of the model."""
+
+    def __init__(self, ledger: "Ledger", name: str, *, in_order: bool = True):
+        self.ledger, self.name, self.in_order = ledger, name, in_order
+        ledger.visits[name] += 1
+        self.visit = ledger.visits[name]
+        self._blocks: dict[int, Collected | None] = {}
+        self.total = None if ledger.is_apart or self.is_done(0) else ledger.found(name)
+
+    def is_done(self, block: int) -> bool:
+        """Whether the sums of this visit are there."""
+        path = self.ledger.path(self.name, self.visit, block)
+        return path.exists() and (self.ledger.is_apart or SumsFile.read(path).visits >= self.visit)
+
+    def of(self, block: int) -> Collected | None:
+        """What is collected of a block, the others before being closed where they come in order;
+        None where it is done."""
+        if block not in self._blocks:
+            if self.in_order:
+                self._close_blocks()
+            self._blocks[block] = None if self.is_done(block) else self.ledger.nothing()
+        return self._blocks[block]
+
+    def _close_blocks(self) -> None:
+        """`Failed` for what is not finite."""
+        for block in sorted(self._blocks):
+            collected = self._blocks.pop(block)
+            if collected is None:
+                continue
+            collected.check()
+            if self.total is not None:
+                self.total.add(collected)
+            else:
+                self.ledger.write(self.name, self.visit, block, collected)
+
+    def close(self) -> None:
+        """Write what is still to be written, when the batches have gone through."""
+        self._close_blocks()
+        if self.total is not None:
+            self.ledger.write(self.name, self.visit, 0, self.total)
+
+
+class Ledger:
+    """The files of the sums of a model's parts, in the work folder; what is there is not summed
+    again.
+
+    One process adds up all blocks: a file has the sums so far, and how many visits they are of, as
+    a layer that the model uses several times is visited several times. Of several processes, each
+    an `attempt`, blocks stay apart: each has a folder, and each visit a file of its own.
+    """
+
+    def __init__(self, job: CollectionJob, work: Path, attempt: str = ""):
+        self.job, self.work, self.attempt = job, work, attempt
+        self.is_apart = bool(attempt)
+        self.visits = Counter[str]()
+        folders = [work, *(work / str(block) for block, _ in job.runs if attempt)]
+        with storage_errors(work):  # where it is no more, its output was finished by others
+            for folder in dict.fromkeys(folders):
+                folder.mkdir(exist_ok=True)
+
+    def path(self, name: str, visit: int, block: int) -> Path:
+        if not self.is_apart:
+            return self.work / name
+        return self.work / str(block) / (name if visit == 1 else f"{visit}@{name}")
+
+    def nothing(self) -> Collected:
+        return Collected(self.job.sums())
+
+    def found(self, name: str) -> Collected:
+        """The sums of the visits before."""
+        collected, path = self.nothing(), self.path(name, 1, 0)
+        if path.exists():
+            file = SumsFile.read(path)
+            collected.sums.merge(map(file.sum, range(len(file.records))))
+            for module in file.gradients:
+                collected.add_gradient(module, self._oriented(module, file.gradient(module)))
+        return collected
+
+    def write(self, name: str, visit: int, block: int, collected: Collected) -> None:
+        oriented = {m: self._oriented(m, value) for m, value in collected.gradients.items()}
+        path = self.path(name, visit, block)
+        SumsFile.write(path, collected.sums.groups, oriented, visit, self.attempt)
+
+    def _oriented(self, module: str, gradient: Tensor) -> Tensor:
+        """(out, in) of a gradient as the model has it, and the other way round."""
+        return gradient.T if self.job.is_transposed(module) else gradient
+
+    def sums(self, unit: Unit) -> Tally | None:
+        """Where the inputs of a unit's layers are summed, if it has such layers."""
+        wanted = self.job.inputs and has_any(unit, self.job.targets)
+        return Tally(self, f"{unit.order:06}.sums.safetensors") if wanted else None
+
+    def gradients(self, unit: Unit) -> Tally | None:
+        """Where the gradients of a unit's layers are summed, if it has such layers."""
+        wanted = self.job.gradients and has_any(unit, self.job.targets)
+        return Tally(self, f"{unit.order:06}.gradients.safetensors") if wanted else None
+
+    def outside(self) -> Tally | None:
+        """Of layers outside the units, whose batches do not come block after block."""
+        units = self.job.units
+        if all(units.unit_of(name) is not None for name in self.job.targets):
+            return None
+        return Tally(self, OUTSIDE, in_order=False)
+
+
+def has_any(unit: Unit, modules: list[str]) -> bool:
+    return any(is_within(name, [unit.name]) for name in modules)
+
+
+def groups_of(files: list[SumsFile]) -> Iterator[tuple[list[str], list[tuple[SumsFile, int]]]]:
+    """Modules that have seen the same inputs, and the sums that these are in, in their order."""
+    sums: dict[str, list[tuple[int, int]]] = {}
+    for number, file in enumerate(files):
+        for index, record in enumerate(file.records):
+            for module in record["modules"]:
+                sums.setdefault(module, []).append((number, index))
+    groups: dict[tuple[tuple[int, int], ...], list[str]] = {}
+    for module, places in sums.items():
+        groups.setdefault(tuple(places), []).append(module)
+    for places, modules in groups.items():
+        yield modules, [(files[number], index) for number, index in places]

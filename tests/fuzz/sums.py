@@ -17,9 +17,9 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import collect
-from adapterkit.statistics.collect import collect_statistics
 from adapterkit.weights.linear import is_linear
 from tests.support.oracle import quiet
+from tests.support.stored import collected
 
 from . import models
 
@@ -152,11 +152,7 @@ def _compare(
     base = open_checkpoint(LocalFolder(folder / "fp32"))
     given = {k: v.float() if v.is_floating_point() else v for k, v in batch.items()}
     try:
-        with collect_statistics(base, [given], what=what, work=folder / "work") as results:
-            files = dict(results)
-            for module, owner in results.shared.items():
-                kinds = [key for key in files if key.rpartition(".")[0] == owner]
-                files |= {f"{module}.{key.rpartition('.')[2]}": files[key] for key in kinds}
+        files = collected(base, [given], folder, what=what)
     except AdapterkitError as error:
         outcome.refusals.append(("files", str(error)))
         files = {}

@@ -25,12 +25,13 @@ READER, ELSEWHERE = "hf_" + "readreadreadread", "hf_" + "elsewhereelsewhere"
 LAYERS, WIDTH, HEADS = 3, 64, 4
 SHARDS = [f"model-{n + 1:05}-of-{LAYERS + 1:05}.safetensors" for n in range(LAYERS + 1)]
 FILE = "deep/s.safetensors"
+RECEIPT = f"{FILE}.adapterkit.json"
 HOW = "data='ids.jsonl', what='covariance,mean', batch=2"
 STOP = """
 def stop_after(layers):
     def progress(done):
         global left
-        left -= done
+        left -= 1
         if left <= 0:
             raise KeyboardInterrupt
     global left
@@ -122,7 +123,7 @@ def stats(out: str, more: str = "", base: str = "org/base") -> str:
 
 def interrupt(client: Client, out: str, base: str = "org/base") -> None:
     """A run that is stopped in its second layer."""
-    with pytest.raises(ClientError, match="(?s)finished layers are kept.*--resume"):
+    with pytest.raises(ClientError, match="(?s)finished shards are kept.*--resume"):
         client(stats(out, ", progress=stop_after(6)", base))
 
 
@@ -137,7 +138,7 @@ def is_same(data: bytes, expected) -> bool:
 
 def moved(hub: Hub) -> int:
     """Bytes of weights each way, headers apart."""
-    asked = hub.asked("GET", ".safetensors")
+    asked = [a for a in hub.asked("GET", ".safetensors") if not a.path.endswith(".json")]
     is_header = lambda a: a.range and a.range[0] == 0 and a.range[1] <= FIRST_READ
     return sum(a.sent for a in asked if not is_header(a)) + sum(hub.uploaded())
 
@@ -146,7 +147,7 @@ def test_the_file_is_that_of_a_local_run(place, standing, expected):
     hub, client, out = place
     client(f"receipt = {stats(f'{out}:{FILE}')}")
     files = hub.files(out)
-    assert is_same(files[FILE], expected) and {*files} == {".gitattributes", FILE}
+    assert is_same(files[FILE], expected) and {*files} == {".gitattributes", FILE, RECEIPT}
     assert len(hub.repos[out].trees) == 2  # the Hub's first commit and ours
     receipt = client("receipt.data")
     assert receipt["pushed"]["revision"] == hub.repos[out].refs["main"]
@@ -200,11 +201,11 @@ def test_what_is_in_the_way_is_refused_before_weights_move(place):
         out, {FILE: save({}), f"{FILE}.d/x.safetensors/y": b"y", "model.safetensors": b"\0w"}
     )
     for name, more, problem in [
-        (FILE, "", "a file of this name"),
-        (FILE, ", overwrite=True", "adapterkit stats did not write"),
-        (f"{FILE}.d/x.safetensors", "", "a folder of this name"),
+        (FILE, "", f"did not write are there already: {FILE.rpartition('/')[2]}"),
+        (FILE, ", overwrite=True", "adapterkit did not write"),
+        (f"{FILE}.d/x.safetensors", "", "already: x.safetensors/y"),
         (f"{FILE}/x.safetensors", "", "a file of this name"),
-        ("s.safetensors", "", "would lie beside weights: model.safetensors"),
+        ("s.safetensors", "", "did not write are there already: model.safetensors"),
     ]:
         error = client.refusal(stats(f"{out}:{name}", more))
         assert problem in error.parts["problem"], error.text
@@ -216,9 +217,9 @@ def test_what_is_in_the_way_is_refused_before_weights_move(place):
 def test_older_statistics_are_replaced(place, expected):
     hub, client, out = place
     client(stats(f"{out}:{FILE}", ", samples=2") + ".data")
-    assert "a file of this name" in client.refusal(stats(f"{out}:{FILE}")).parts["problem"]
+    assert "an older output is there" in client.refusal(stats(f"{out}:{FILE}")).parts["problem"]
     error = client.refusal(stats(f"{out}:{FILE}", ", resume=True"))
-    assert "finished statistics of another job" in error.parts["problem"]
+    assert "an older output is there" in error.parts["problem"]
     client(stats(f"{out}:{FILE}", ", overwrite=True") + ".data")
     assert is_same(hub.files(out)[FILE], expected)
     hub.log.clear()
@@ -231,7 +232,7 @@ def test_finished_layers_are_kept(place, standing, expected):
     hub, client, out = place
     interrupt(client, f"{out}:{FILE}")
     work = work_of(standing[2], out)
-    layers = [path.name for path in (work / "out" / "work").glob("*.sums.safetensors")]
+    layers = [path.name for path in (work / "work").glob("*.sums.safetensors")]
     assert layers and len(hub.repos[out].trees) == 1
     assert "--resume" in client.refusal(stats(f"{out}:{FILE}")).parts["hint"]
     error = client.refusal(stats(f"{out}:{FILE}", ", resume=True, seed=1"))
@@ -261,13 +262,13 @@ def test_a_finished_file_is_only_sent(place, expected, method, path):
     assert len(hub.repos[out].trees) == 1
     hub.faults = lambda asked: None
     hub.log.clear()
-    client("space = vars(__import__('adapterkit.statistics.run', fromlist=['']))")
-    client("collect = space['collect_statistics']")
-    client("space['collect_statistics'] = refuse")
+    client("space = vars(__import__('adapterkit.statistics.plan', fromlist=['']))")
+    client("collect = space['collect']")
+    client("space['collect'] = refuse")
     try:
         client(stats(f"{out}:{FILE}", ", resume=True") + ".data")
     finally:
-        client("space['collect_statistics'] = collect")
+        client("space['collect'] = collect")
     assert len(hub.uploaded()) == (method == "PUT")
     assert is_same(hub.files(out)[FILE], expected)
 
@@ -308,7 +309,7 @@ def test_a_repository_that_moved_gets_no_commit(place):
     error = client.refusal(stats(f"{out}:{FILE}"), "Failed")
     assert "has changed since" in error.parts["problem"]
     error = client.refusal(stats(f"{out}:{FILE}", ", resume=True"))
-    assert "a file of this name" in error.parts["problem"]
+    assert "did not write are there already" in error.parts["problem"]
     assert load(hub.files(out)[FILE]) == {}
 
 

@@ -38,6 +38,9 @@ JOBS: dict[str, Callable[..., Any]] = {
     "combine": lambda folder, **how: adapterkit.combine(
         [folder / "law", folder / "medicine"], method="ties", density=0.5, **how
     ),
+    "stats": lambda folder, out, **how: adapterkit.stats(
+        folder / "base32", data=folder / "ids.jsonl", batch=1, out=out / "s.safetensors", **how
+    ),
 }
 WIDTH, LAYERS, SECONDS = 768, 4, 240
 slow = pytest.mark.slow
@@ -115,7 +118,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         name: path.read_bytes()
         for name, path in files.items()
-        if path.is_file() and path.name != "adapterkit.json"
+        if path.is_file() and not path.name.endswith("adapterkit.json")
     }
 
 

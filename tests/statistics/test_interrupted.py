@@ -6,13 +6,11 @@ import threading
 import pytest
 import torch
 
-from adapterkit.errors import Failed, Refused
-from adapterkit.statistics.collect import collect_statistics
-from adapterkit.statistics.file import write_statistics
+from adapterkit.errors import Failed
 from adapterkit.statistics.sums import Sums
 from tests.statistics.test_layerwise import texts
 from tests.support.live import llama
-from tests.support.stored import checkpoint, collected
+from tests.support.stored import checkpoint, collect_sums, collected
 
 WHAT = ("covariance", "mean", "gradient")
 
@@ -42,17 +40,15 @@ def test_resumed(tmp_path, large, base, step, monkeypatch):
     work = tmp_path / "work"
     before = threading.active_count()
     with pytest.raises(Stopped):
-        collect_statistics(
-            base, texts(), what=WHAT, work=work, memory=0, progress=at_step(step, Stopped())
-        )
+        collect_sums(base, texts(), work, what=WHAT, memory=0, progress=at_step(step, Stopped()))
     assert threading.active_count() == before
-    assert {path.suffix for path in work.iterdir()} <= {".json", ".safetensors"}
+    assert {path.suffix for path in work.iterdir()} <= {".safetensors"}
     finished = len([*work.glob("*.sums.safetensors")])
     assert finished == min(max((step - 4) // 3, 0), 4)  # the third batch is a layer's last
     counted = []
     add = Sums.add
     monkeypatch.setattr(Sums, "add", lambda self, m, *a: (counted.append(m), add(self, m, *a))[1])
-    resumed = collected(base, texts(), tmp_path, what=WHAT, memory=0, resume=True)
+    resumed = collected(base, texts(), tmp_path, what=WHAT, memory=0)
     assert len({name.split(".")[2] for name in counted}) == 4 - finished
     assert resumed.keys() == expected.keys()
     for key, value in expected.items():
@@ -68,33 +64,11 @@ def test_a_shared_layer_is_not_counted_twice(tmp_path, large, monkeypatch):
     expected = collected(base, data(), tmp_path, what=WHAT, memory=0)
     for step in (4, 7, 10, 12):
         with pytest.raises(Stopped):
-            collect_statistics(
-                base, data(), what=WHAT, work=tmp_path / "work", memory=0,
-                progress=at_step(step, Stopped()), resume=True,
-            )  # fmt: skip
-    resumed = collected(base, data(), tmp_path, what=WHAT, memory=0, resume=True)
+            stop = at_step(step, Stopped())
+            collect_sums(base, data(), tmp_path / "work", what=WHAT, memory=0, progress=stop)
+    resumed = collected(base, data(), tmp_path, what=WHAT, memory=0)
     for key, value in expected.items():
         torch.testing.assert_close(resumed[key], value, rtol=1e-6, atol=1e-8, msg=key)
-
-
-def test_another_job_does_not_go_on(tmp_path, large, base):
-    work = tmp_path / "work"
-    with pytest.raises(Stopped):
-        collect_statistics(base, texts(), work=work, progress=at_step(8, Stopped()))
-    for options in ({"what": ("mean",)}, {"targets": "q_proj"}, {"components": 5}):
-        with pytest.raises(Refused, match="another job"):
-            collect_statistics(base, texts(), work=work, resume=True, **options)
-    with pytest.raises(Refused, match="another job"):
-        collect_statistics(base, texts(masked=False), work=work, resume=True)
-    collected(base, texts(masked=False), tmp_path)  # begins again
-
-
-def test_a_folder_of_others_is_left_alone(tmp_path, base):
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "thesis.txt").write_text("mine")
-    with pytest.raises(Refused, match="other files"):
-        collect_statistics(base, texts(), work=tmp_path / "work")
-    assert (tmp_path / "work" / "thesis.txt").exists()
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -107,11 +81,7 @@ def test_inputs_that_are_not_finite(tmp_path, large, whole):
     base, data = checkpoint(model, tmp_path / "base"), texts()
     before = threading.active_count()
     with pytest.raises(Failed, match=r"model.layers.(1.mlp.down_proj|2)"):
-        results = collect_statistics(
-            base, data, work=tmp_path / "work", memory=0, whole=whole, what=("mean",)
-        )
-        write_statistics(tmp_path / "out.safetensors", results)
+        collect_sums(base, data, tmp_path / "work", memory=0, whole=whole, what=("mean",))
     assert threading.active_count() == before
-    assert not (tmp_path / "out.safetensors").exists()
     for batch, other in zip(data, texts(), strict=True):
         assert all(torch.equal(batch[key], value) for key, value in other.items())

@@ -10,16 +10,24 @@ import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import Refused
-from adapterkit.statistics.collect import collect_statistics
+from adapterkit.statistics.collect import open_sources
 from adapterkit.statistics.data.tokens import TokenTracker
+from adapterkit.statistics.job import CollectionJob
 from adapterkit.statistics.model import layers as units
 from adapterkit.statistics.model.stored_model import StoredModel
+from adapterkit.verbs.stats import StatsOptions
 from tests.statistics.test_layerwise import MODELS, pairs, texts
 from tests.support import tiny
 from tests.support.live import llama, tokens
-from tests.support.stored import checkpoint, collected
+from tests.support.stored import checkpoint, collect_sums, collected
 
 WHAT = ("covariance", "gradient")
+
+
+def notes_of(base, batches, **options):
+    with open_sources(base.folder) as sources:
+        stored = StoredModel(base, sources, torch.device("cpu"))
+        return CollectionJob(stored, StatsOptions(**options), batches).notes
 
 
 def inputs_of(model, data, names):
@@ -95,22 +103,6 @@ def test_buffers_are_the_loaded_models(tmp_path):
             assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), (name, kind)
 
 
-def test_experts(tmp_path, large):
-    """Of the inputs of a module of stacks, for those that ask."""
-    make, data, _ = MODELS["mixtral"]
-    model, name = make(), "model.layers.1.mlp.experts"
-    base = checkpoint(model, tmp_path / "base")
-    assert f"{name}.covariance" not in collected(base, data(masked=False), tmp_path)
-    expected = covariance(inputs_of(model, data(masked=False), [name])[name])
-    for whole in (True, False):
-        stats = collected(
-            base, data(masked=False), tmp_path, experts=True, what=WHAT, whole=whole, memory=0
-        )
-        assert f"{name}.gradient" not in stats
-        actual = stats[f"{name}.covariance"].double()
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
-
-
 def test_masks_of_an_encoder_and_a_decoder(tmp_path, large):
     """Texts as long as each other: cross-attention sees the encoder's tokens, q the decoder's."""
     model, data = MODELS["t5"][0](), pairs()[:1]
@@ -169,7 +161,7 @@ def test_cordas_own_covariance(tmp_path, large):
     model, name = llama(), "model.layers.1.self_attn.o_proj"
     base = checkpoint(model, tmp_path / "base")
     with pytest.raises(Refused, match="batches have several rows"):
-        collect_statistics(base, texts(), work=tmp_path / "work", compat="peft")
+        collect_sums(base, texts(), tmp_path / "work", compat="peft")
     data = [{key: x[row : row + 1] for key, x in batch.items()} for batch in texts()
             for row in range(2)]  # fmt: skip
     seen = inputs_of(model, data, [name])[name]
@@ -185,9 +177,8 @@ def test_a_model_without_layers_runs_whole(tmp_path, large, monkeypatch):
     base = checkpoint(llama(), tmp_path / "base")
     expected = collected(base, texts(), tmp_path, whole=True)
     monkeypatch.setattr(units, "_elements", lambda model: iter(()))
-    results = collect_statistics(base, texts(), work=tmp_path / "other")
-    assert any("run whole" in note for note in results.notes)
-    for key, value in results:
+    assert any("run whole" in note for note in notes_of(base, texts()))
+    for key, value in collected(base, texts(), tmp_path).items():
         assert torch.equal(value, expected[key])
 
 
@@ -197,10 +188,10 @@ def test_parameters_that_are_not_stored(tmp_path):
     state = model.state_dict()
     without = {key: value for key, value in state.items() if "pooler" not in key}
     base = checkpoint(model, tmp_path / "pooler", state_dict=without)
-    results = collect_statistics(base, data, work=tmp_path / "work", what=("mean",))
-    assert any("pooler" in note for note in results.notes)
+    assert any("pooler" in note for note in notes_of(base, data, what=("mean",)))
+    assert collected(base, data, tmp_path, what=("mean",))
     without = {key: value for key, value in state.items() if "layer.1.output.dense" not in key}
     base = checkpoint(copy.deepcopy(model), tmp_path / "layer", state_dict=without)
     with pytest.raises(Refused, match="every parameter"):
-        collect_statistics(base, data, work=tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+        collect_sums(base, data, tmp_path / "other")
+    assert not [*(tmp_path / "other").iterdir()]

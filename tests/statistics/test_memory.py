@@ -5,14 +5,13 @@ import threading
 import pytest
 import torch
 
-from adapterkit.statistics.collect import collect_statistics
 from adapterkit.statistics.model import activations, lockstep
 from adapterkit.statistics.model.activations import Activations, ActivationStore, Copy
 from adapterkit.statistics.model.coroutines import Coroutine
 from adapterkit.statistics.model.stored_model import StoredModel
 from tests.statistics.test_layerwise import texts
 from tests.support.live import llama
-from tests.support.stored import checkpoint, collected
+from tests.support.stored import checkpoint, collect_sums, collected
 
 
 class Gauge:
@@ -132,7 +131,7 @@ def test_data_is_never_emptied(tmp_path, large):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect_statistics(base, data, work=tmp_path / "work", memory=0, progress=progress)
+        collect_sums(base, data, tmp_path / "work", memory=0, progress=progress)
     for batch, other in zip(data, texts(), strict=True):
         assert all(torch.equal(batch[key], value) for key, value in other.items())
 

@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import adapterkit
+from adapterkit import execute
 from adapterkit.checkpoint.disk import storage_errors
 from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.cli import main
+from adapterkit.engines import one_file
 from adapterkit.errors import Failed, Interrupted, Refused, Unrecoverable
-from adapterkit.statistics import output
 from adapterkit.tasks.statistics import METADATA
 from tests.support import oracle
 from tests.support.texts import WORDS
@@ -212,9 +213,11 @@ def test_the_file_says_what_the_job_was(base, texts, tmp_path) -> None:
         "whole": False,
         "components": 256,
     }
-    assert about["recipe"]["options"] == options and about["recipe"]["verb"] == "stats"
-    assert about["recipe"]["data"]["files"] == {"0 texts.jsonl": {"samples": 6, "unit": "line"}}
-    assert receipt.data["recipe"] == about["recipe"] and receipt.out == out
+    assert about["options"] == options
+    assert about["data"]["files"] == {"0 texts.jsonl": {"samples": 6, "unit": "line"}}
+    recipe = receipt.data["recipe"]
+    assert recipe["options"] == {**options, "data": about["data"]} and recipe["verb"] == "stats"
+    assert receipt.data["data"] == about["data"] and receipt.out == out
     assert str(tmp_path) not in json.dumps(receipt.data) and not receipt.finished_before
 
 
@@ -238,7 +241,7 @@ def test_a_dry_run_says_how_large_it_is_and_writes_nothing(base, texts, tmp_path
     assert planned["disk_needed"] >= real["bytes_written"] - 100_000
     for key in ("samples", "tokens", "tokens_counted", "modules", "batches"):
         assert planned[key] == real[key] > 0, key
-    assert plan.recipe()["data"] == receipt.data["recipe"]["data"]
+    assert plan.recipe()["options"] == receipt.data["recipe"]["options"]
 
 
 @pytest.mark.parametrize("as_json", [True, False])
@@ -290,11 +293,16 @@ def test_loftq_takes_the_file(name, base, texts, tmp_path) -> None:
 def stop_after(layers: int) -> Any:
     def progress(done: int) -> None:
         nonlocal layers
-        layers -= done
+        layers -= 1
         if layers <= 0:
             raise KeyboardInterrupt
 
     return progress
+
+
+BOTH, WHOLE = (
+    [f"{name}.safetensors", f"{name}.safetensors.adapterkit.json"] for name in ("s", "whole")
+)
 
 
 def left(folder: Path) -> list[str]:
@@ -308,7 +316,7 @@ def test_an_interrupted_run_goes_on(layers, base, pairs, tmp_path) -> None:
     run = lambda **more: adapterkit.stats(base(), data=pairs, out=out, **(job | more))
     with pytest.raises(Interrupted, match="--resume"):
         run(progress=stop_after(layers))
-    assert left(tmp_path) == [".s.safetensors.adapterkit", "whole.safetensors"]
+    assert left(tmp_path) == [".s.safetensors.adapterkit", *WHOLE]
     with pytest.raises(Refused, match="was interrupted"):
         run()
     for other in ({"seed": 1}, {"length": 3}, {"targets": "q_proj"}, {"batch": 3}):
@@ -316,9 +324,9 @@ def test_an_interrupted_run_goes_on(layers, base, pairs, tmp_path) -> None:
             run(resume=True, **other)
     assert not run(resume=True).finished_before
     assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
-    assert left(tmp_path) == ["s.safetensors", "whole.safetensors"]
+    assert left(tmp_path) == [*BOTH, *WHOLE]
     assert run(resume=True).finished_before
-    with pytest.raises(Refused, match="finished statistics of another job"):
+    with pytest.raises(Refused, match="a finished output of another job"):
         run(resume=True, seed=1, samples=2)
 
 
@@ -327,7 +335,7 @@ def test_begin_again_after_an_interruption(base, texts, tmp_path) -> None:
     with pytest.raises(Interrupted):
         adapterkit.stats(base(), data=texts, out=out, progress=stop_after(1))
     adapterkit.stats(base(), data=texts, out=out, overwrite=True, samples=2)
-    assert metadata(out)["samples"] == 2 and left(tmp_path) == ["s.safetensors"]
+    assert metadata(out)["samples"] == 2 and left(tmp_path) == BOTH
 
 
 def test_older_statistics_are_replaced_only_when_asked_and_nothing_else_is(base, texts, tmp_path):
@@ -345,7 +353,7 @@ def test_older_statistics_are_replaced_only_when_asked_and_nothing_else_is(base,
     assert metadata(out)["samples"] == 2
     model = tmp_path / "model.safetensors"
     shutil.copy(base() / "model.safetensors", model)
-    with pytest.raises(Refused, match="adapterkit stats did not write"):
+    with pytest.raises(Refused, match="adapterkit did not write"):
         adapterkit.stats(base(), data=texts, out=model, overwrite=True)
     assert model.read_bytes() == (base() / "model.safetensors").read_bytes()
 
@@ -372,8 +380,8 @@ def test_inputs_that_are_not_finite_leave_nothing(base, texts, tmp_path) -> None
 @pytest.mark.parametrize("when", ["before it is read", "while it is read"])
 def test_a_model_that_changes_is_noticed(when, base, texts, tmp_path, monkeypatch) -> None:
     folder = shutil.copytree(base(), tmp_path / "base")
-    verb = importlib.import_module("adapterkit.statistics.run")
-    collect = verb.collect_statistics
+    verb = importlib.import_module("adapterkit.statistics.plan")
+    collect = verb.collect
 
     def touch(*_: Any) -> None:
         os.utime(folder / "model.safetensors", ns=(1, 1))
@@ -383,7 +391,7 @@ def test_a_model_that_changes_is_noticed(when, base, texts, tmp_path, monkeypatc
         return collect(*args, **options)
 
     if when == "before it is read":
-        monkeypatch.setattr(verb, "collect_statistics", touch_and_collect)
+        monkeypatch.setattr(verb, "collect", touch_and_collect)
     progress = touch if when == "while it is read" else lambda done: None
     with pytest.raises(Unrecoverable, match="changed between plan and end"):
         adapterkit.stats(folder, data=texts, out=tmp_path / "s.safetensors", progress=progress)
@@ -416,25 +424,25 @@ def test_a_disk_that_is_full_at_the_end(where, base, pairs, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         if where == "publish":
-            patch.setattr(output.os, "replace", fail)
+            patch.setattr(one_file.os, "replace", fail)
         else:
             patch.setattr(ShardFile, "write", write_others)
         with pytest.raises(Failed, match="cannot write: No space") as caught:
             adapterkit.stats(base(), data=pairs, out=out)
     assert "--resume" in caught.value.hint
-    assert left(tmp_path) == [".s.safetensors.adapterkit", "whole.safetensors"]
+    assert left(tmp_path) == [".s.safetensors.adapterkit", *WHOLE]
     adapterkit.stats(base(), data=pairs, out=out, resume=True)
     assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
-    assert left(tmp_path) == ["s.safetensors", "whole.safetensors"]
+    assert left(tmp_path) == [*BOTH, *WHOLE]
 
 
 def test_what_is_done_takes_no_space_again(base, pairs, tmp_path, monkeypatch) -> None:
     out, job = tmp_path / "s.safetensors", {"data": pairs, "batch": 2, "seed": 1}
     with pytest.raises(Interrupted):
-        adapterkit.stats(base(), out=out, progress=stop_after(2), **job)
+        adapterkit.stats(base(), out=out, progress=stop_after(4), **job)
     again = {**job, "dry_run": True, "resume": True}
     needed = adapterkit.stats(base(), out=out, **again).totals()["disk_needed"]
-    monkeypatch.setattr(output, "free_bytes", lambda path: needed - 1)
+    monkeypatch.setattr(execute, "free_bytes", lambda path: needed + (1 << 20) - 1)
     adapterkit.stats(base(), out=out, resume=True, **job)
     with pytest.raises(Refused, match="bytes free"):
         adapterkit.stats(base(), out=tmp_path / "t.safetensors", **job)

@@ -1,14 +1,15 @@
 """Models that are saved, opened as checkpoints, and what is collected of them."""
 
+import shutil
 from pathlib import Path
 
-from safetensors.torch import load_file
+import torch
 from torch import Tensor, nn
 
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.statistics.collect import collect_statistics
-from adapterkit.statistics.file import write_statistics
+from adapterkit.statistics.collect import CollectedFile, collect
+from adapterkit.verbs.stats import StatsOptions
 
 
 def checkpoint(model: nn.Module, folder: Path, **options) -> Checkpoint:
@@ -16,15 +17,32 @@ def checkpoint(model: nn.Module, folder: Path, **options) -> Checkpoint:
     return open_checkpoint(LocalFolder(folder))
 
 
-def collected(base: Checkpoint, batches: list, tmp_path: Path, **options) -> dict[str, Tensor]:
-    """The file of statistics, with a tensor for each name that shares one."""
-    path = tmp_path / "stats.safetensors"
-    with collect_statistics(base, batches, work=tmp_path / "work", **options) as results:
-        write_statistics(path, results)
-    assert not (tmp_path / "work").exists()
-    tensors = load_file(path)
-    for module, owner in results.shared.items():
+def collect_sums(base: Checkpoint, batches: list, work: Path, memory=10**9, whole=False, **more):
+    """Collect what the options say."""
+    running = {key: more.pop(key) for key in ("progress", "blocks", "attempt") if key in more}
+    device, running = more.pop("device", "cpu"), {"progress": lambda done, total: None} | running
+    options = StatsOptions(whole=whole, **more)
+    work.mkdir(parents=True, exist_ok=True)
+    collect(
+        base, batches, options, work=work, memory=memory, device=torch.device(device), **running
+    )
+    return CollectedFile(work, options, len(batches))
+
+
+def tensors_of(file: CollectedFile) -> dict[str, Tensor]:
+    """Those of the file of statistics, with a tensor for each name that shares one."""
+    made = [task.compute(None).tensors for task in file.tasks]
+    tensors = {key: value for each in made for key, value in each.items()}
+    for module, owner in file.shared.items():
         for key in [key for key in tensors if key.rpartition(".")[0] == owner]:
             if not key.endswith(".gradient"):
                 tensors[f"{module}.{key.rpartition('.')[2]}"] = tensors[key]
+    return tensors
+
+
+def collected(base: Checkpoint, batches: list, tmp_path: Path, **options) -> dict[str, Tensor]:
+    """What is collected, by names."""
+    work = tmp_path / "work"
+    tensors = tensors_of(collect_sums(base, batches, work, **options))
+    shutil.rmtree(work)
     return tensors

@@ -12,6 +12,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +35,7 @@ from adapterkit.errors import Refused, listed
 JOURNAL = "journal.jsonl"
 RANKS = "ranks"  # the folder of `rank_stage.py`
 RECEIPT = "adapterkit.json"
+WORK = "work"  # the folder beside the files, of what they are made of
 HANDOFF = ".handoff"  # suffix of the file with tensors for later files
 NAME_MAX = 255  # bytes
 PATH_MAX = 4000  # bytes, of 4096: room for the files in the folder
@@ -68,8 +70,12 @@ def check_name(out: Path) -> None:
 class Workspace(Protocol):
     """Where an engine puts files: a `Stage`, or one process's share of it (`rank_stage.py`)."""
 
-    path: Path  # the folder
     attempt: str  # what tells files in the making from those of other processes
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        ...
 
     def journal(self) -> list[dict]:
         """Entries, `shard` in those of finished files."""
@@ -95,13 +101,20 @@ class Stage:
 
     attempt = ""  # one process writes here
 
+    @property
+    def path(self) -> Path:
+        return self.control / "out"
+
+    @cached_property
+    def lock(self) -> Lock:
+        return Lock(self.control)
+
     def __init__(self, out: Path):
         self.out = out
         parent = out.resolve().parent
         self.inside = out.is_dir() and (is_mount(out.resolve()) or not os.access(parent, os.W_OK))
         self.control = out / ".adapterkit" if self.inside else parent / control_of(out)
-        self.path = self.control / "out"
-        self.lock = Lock(self.control)
+        self.receipt = out / RECEIPT
         self.replaces = False  # an older output
         self._journal = -1
 
@@ -144,18 +157,12 @@ class Stage:
 
         `Refused` where the output or an interrupted run is in the way.
         """
-        if self.out.exists() and not self.out.is_dir():
-            raise Refused(
-                "a file of this name exists",
-                expected="a new folder",
-                where=str(self.out),
-                hint="choose another --out",
-            )
+        self._check_kind()
         entries = self.journal()
         head = entries[0] if entries else None
         published = self.published().get("fingerprint")
-        receipt = entries[-1].get("publish") if entries else None
-        is_its = receipt is not None and _sha256(self.out / RECEIPT) == receipt
+        receipt = publish_of(entries)
+        is_its = receipt is not None and _sha256(self.receipt) == receipt
         is_its = is_its or (head is None and published == fingerprint)
         # of another job it is refused by who asks
         is_others = head is None and published not in (None, fingerprint) and not overwrite
@@ -176,17 +183,26 @@ class Stage:
             return "fresh"
         return "publish" if complete and head.get("fingerprint") == fingerprint else "resume"
 
+    def _check_kind(self) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise Refused(
+                "a file of this name exists",
+                expected="a new folder",
+                where=str(self.out),
+                hint="choose another --out",
+            )
+
     def is_published(self, recipe: dict) -> bool:
         """Whether the output is there and is of this very job, of the same input files: its journal
         is there still."""
         entries = self.journal()
-        receipt = entries[-1].get("publish") if entries else None
-        is_there = receipt is not None and _sha256(self.out / RECEIPT) == receipt
+        receipt = publish_of(entries)
+        is_there = receipt is not None and _sha256(self.receipt) == receipt
         return is_there and entries[0].get("recipe") == recipe
 
     def published(self) -> dict:
         """The receipt of the output that is there; empty without one."""
-        return receipt_at(self.out / RECEIPT)
+        return receipt_at(self.receipt)
 
     def size_there(self, name: str) -> int | None:
         """Bytes of a file of the output that is there."""
@@ -240,7 +256,7 @@ class Stage:
                 where=str(self.out),
                 hint="choose another --out, or give --overwrite to replace an older output",
             )
-        files = receipt_at(self.out / RECEIPT).get("files")
+        files = self.published().get("files")
         if entries and files is None:
             raise Refused(
                 "--overwrite would remove a folder that adapterkit did not write",
@@ -291,9 +307,10 @@ class Stage:
             (self.control / JOURNAL).unlink(missing_ok=True)
             sync_folder(self.control)
             self.clear()
-            if (self.control / RANKS).is_symlink():  # not one of ours: what it leads to stays
-                (self.control / RANKS).unlink()
-            shutil.rmtree(self.control / RANKS, ignore_errors=True)
+            for folder in (self.control / RANKS, self.control / WORK):
+                if folder.is_symlink():  # not one of ours: what it leads to stays
+                    folder.unlink()
+                shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
@@ -433,6 +450,13 @@ class Stage:
         if descriptor >= 0:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
+
+
+def publish_of(entries: Iterable[dict]) -> str | None:
+    """The sha256 of the receipt with which the stage was complete; files may have been sent
+    since."""
+    found = [entry["publish"] for entry in entries if "publish" in entry]
+    return found[-1] if found else None
 
 
 def size_of_file(path: Path) -> int | None:

@@ -1,18 +1,19 @@
 """An output that goes to the Hub, on bounded disk: `--out hf://org/name[@branch][:folder]`."""
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 from adapterkit.checkpoint.disk import free_bytes
-from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.output.stage import check_name
+from adapterkit.checkpoint.output.stage import RECEIPT, check_name
 from adapterkit.engines.hub.engine import HubEngine
 from adapterkit.engines.hub.inputs import ConvertedInScratch, plan_in_scratch
+from adapterkit.engines.hub.sources import plan_bounded
 from adapterkit.engines.hub.stage import HubStage, inputs_folder, pins_before, work_folder
 from adapterkit.engines.hub.transfers import plan_transfers
+from adapterkit.engines.one_file import receipt_beside
 from adapterkit.errors import Refused
 from adapterkit.execute import check_place, output_names, run_in
 from adapterkit.hub.destination import Destination, parse_output
@@ -45,7 +46,7 @@ def run_to_hub(
     from adapterkit.engines.local.engine import local
     from adapterkit.engines.verify.row_checks import RowCheck
 
-    hub_id = parse_output(os.fspath(execution.out))
+    hub_id = parse_output(os.fspath(execution.out), file=plan.is_file)
     limit = parse_size(execution.disk_limit) if execution.disk_limit else None
     if execution.engine != "local":
         raise Refused(
@@ -57,26 +58,30 @@ def run_to_hub(
     work = work_folder(hub_id)
     check_name(work)
     rows = check if isinstance(check, RowCheck) else None
-    held = check is not None and rows is None
-    plan = plan_in_scratch(plan, inputs_folder(hub_id))
-    transfers = plan_transfers(plan, held=held)
-    free = free_bytes(work)
-    if limit is None and transfers.disk(None) > free:
-        limit = free // 10 * 9  # it takes what there is
-    transfers.check(limit)
-    totals = {**plan.placement.totals, **transfers.totals(limit)}
-    plan = replace(plan, placement=replace(plan.placement, totals=totals))
-    engine = HubEngine(local(execution.device), limit, held, rows.check_file if rows else None)
+    if collected := next((file for file in plan.shards if file.collection), None):
+        plan, disk = plan_bounded(plan, collected, inputs_folder(hub_id), limit)
+        copies, engine = (), local(execution.device)  # its one file is sent at the end
+    else:
+        plan = plan_in_scratch(plan, inputs_folder(hub_id))
+        transfers = plan_transfers(plan, held=check is not None and rows is None)
+        if limit is None and transfers.disk(None) > (free := free_bytes(work)):
+            limit = free // 10 * 9  # it takes what there is
+        transfers.check(limit)
+        totals = {**plan.placement.totals, **transfers.totals(limit)}
+        plan = replace(plan, placement=replace(plan.placement, totals=totals))
+        disk, copies = transfers.disk(limit), transfers.copied
+        check_file = rows.check_file if rows else None
+        engine = HubEngine(local(execution.device), limit, transfers.held, check_file)
     with quiet_library():
-        destination = open_destination(hub_id, plan.folders)
+        destination = open_destination(hub_id, plan)
         destination.look()
         stage = HubStage(
             work,
             destination,
-            transfers.disk(limit),
-            transfers.copied,
+            disk,
+            copies,
             [each for each in plan.folders if isinstance(each, ConvertedInScratch)],
-            output_names(plan),
+            {*output_names(plan)} - {RECEIPT} | {destination.receipt_name},
         )
         if execution.dry_run:
             check_place(stage, plan, resume=execution.resume, overwrite=execution.overwrite)
@@ -96,10 +101,14 @@ def run_to_hub(
     return replace(receipt, out=f"hf://{hub_id}")
 
 
-def open_destination(hub_id: HubId, folders: Collection[Folder]) -> Destination:
-    """The folder on the Hub that an output of these inputs goes to; `Refused` for an account that
-    may not write there, and for the place of an input."""
-    sources = {folder.origin["repo"] for folder in folders if "repo" in folder.origin}
-    destination = Destination(hub_id, sorted(sources.union(earlier_repositories(folders))), folders)
+def open_destination(hub_id: HubId, plan: Plan) -> Destination:
+    """The folder on the Hub that the output of a plan goes to; `Refused` for an account that may
+    not write there, and for the place of an input."""
+    folder, receipt = hub_id, RECEIPT
+    if plan.is_file:
+        folder, receipt = hub_id.parent, receipt_beside(hub_id.subfolder.rpartition("/")[2])
+    sources = {folder.origin["repo"] for folder in plan.folders if "repo" in folder.origin}
+    sources |= {*earlier_repositories(plan.folders)}
+    destination = Destination(folder, sorted(sources), plan.folders, receipt)
     destination.check_account()
     return destination

@@ -3,13 +3,17 @@ it is read, and those that were read longest ago go where there is no room left.
 
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from adapterkit.checkpoint.disk import free_bytes
 from adapterkit.checkpoint.reader import Sources
+from adapterkit.engines.hub.transfers import ORDINARY, check_limit
 from adapterkit.engines.interruptible import run_stoppable
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.scratch import ScratchFolder
+from adapterkit.plan import OutputFile, Plan
 
 
 class BoundedFolder(ScratchFolder):
@@ -48,6 +52,36 @@ def bytes_down(names: Iterable[str], sizes: Mapping[str, int], room: int) -> int
     """Bytes that are downloaded while these files are read in this order."""
     kept = Kept(sizes, room)
     return sum(sizes[name] for name in names if kept.read(name) is not None)
+
+
+def plan_bounded(plan: Plan, file: OutputFile, place: Path, limit: int | None) -> tuple[Plan, int]:
+    """The plan of a file that is collected, the files of its base on the Hub one after another; and
+    the bytes of disk that it takes. `Refused` where these are more than `limit`."""
+    totals, (folder,), collection = plan.totals(), plan.folders, file.collection
+    assert collection is not None
+    sizes = dict[str, int]()  # of what is downloaded
+    if isinstance(folder, HubFolder):
+        scratch = ScratchFolder(folder, place)
+        names = {*collection.reads}
+        sizes = {name: size for name in names if (size := scratch.disk(name))}
+    own = totals["disk_needed"]
+    least, most = own + max(sizes.values(), default=0), own + sum(sizes.values())
+    disk, free = min(most, max(least, ORDINARY)), free_bytes(place)
+    if limit is None and disk > free:
+        limit = free // 10 * 9  # it takes what there is
+    check_limit(
+        limit,
+        least,
+        f"the job takes {least:,}",
+        "what waits for its end, the file of statistics, and the largest file of the base",
+    )
+    disk = disk if limit is None else min(most, limit)
+    down = bytes_down((name for name in collection.reads if name in sizes), sizes, disk - own)
+    if isinstance(folder, HubFolder):
+        folder = BoundedFolder(folder, place, disk - own)
+    moved = {"bytes_down": down, "bytes_up": totals["bytes_written"], "disk_needed": disk}
+    placement = replace(plan.placement, totals={**plan.placement.totals, **moved})
+    return replace(plan, folders=(folder,), placement=placement), disk
 
 
 class BoundedSources(Sources):

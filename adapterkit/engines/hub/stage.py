@@ -10,7 +10,7 @@ from typing import Any
 
 from adapterkit.checkpoint.output.earlier import parse_receipt
 from adapterkit.checkpoint.output.file_result import ShardResult
-from adapterkit.checkpoint.output.stage import RECEIPT, Stage, size_of_file
+from adapterkit.checkpoint.output.stage import RECEIPT, Stage, publish_of, size_of_file
 from adapterkit.engines.hub.inputs import ConvertedInScratch
 from adapterkit.errors import Failed
 from adapterkit.hub.destination import Destination
@@ -70,7 +70,7 @@ class HubStage(Stage):
     def state(self, fingerprint: str, *, resume: bool, overwrite: bool) -> str:
         """As of a folder; what another job left on the Hub is replaced by the commit."""
         entries = self.journal()
-        receipt = entries[-1].get("publish") if entries else None
+        receipt = publish_of(entries)
         if resume and entries and entries[0].get("upon") == self.destination.parent:
             self.destination.is_new = True  # as it was when this job made it
         there = self.destination.receipt()
@@ -156,12 +156,9 @@ class HubStage(Stage):
     def publish(self) -> None:
         """Send what is still here, and commit everything."""
         receipt = json.loads((self.path / RECEIPT).read_bytes())
-        sums = {name: entry["sha256"] for name, entry in receipt["files"].items()}
-        self.send({**sums, RECEIPT: None})
-
-    def send(self, sums: Mapping[str, str | None]) -> None:
-        """Send those of the files that are still here, and commit all; `sums`: the sha256 of each
-        where it is known."""
+        sums: dict[str, str | None] = {n: entry["sha256"] for n, entry in receipt["files"].items()}
+        sums[self.destination.receipt_name] = None
+        super().begin()  # to note what is sent now
         self.destination.create()
         there = {name for name, sha256 in sums.items() if self._has_gone(name, sha256)}
         here = [self._here(name, sums[name]) for name in sums if name not in there]
@@ -183,9 +180,10 @@ class HubStage(Stage):
 
     def _here(self, name: str, sha256: str | None) -> LocalFile:
         """A file of the stage, and no link to another; `Failed` where there is none."""
-        path = self.path / name
+        here = RECEIPT if name == self.destination.receipt_name else name
+        path = self.path / here
         size = size_of_file(path)
-        if size is None or path.resolve() != self.path.resolve() / name:
+        if size is None or path.resolve() != self.path.resolve() / here:
             raise Failed(
                 "the file is missing, or is a link",
                 expected="the file that was made",

@@ -58,7 +58,8 @@ def write_computed(
         for task in file.tasks:  # a zip would hold on to the tensors while the next ones are made
             result = next(results)
             measured = finite_metrics(result.metrics)
-            metrics |= {task.name: measured} if measured else {}
+            if measured:
+                metrics[task.name] = metrics.get(task.name, {}) | measured
             handoffs.put(result.handoff)
             for key, tensor in result.tensors.items():
                 if isinstance(tensor, TensorSpec):

@@ -31,7 +31,7 @@ from adapterkit.engines.local.pieces import Chunk, OpenShard, Piece
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.engines.placement import fitting
 from adapterkit.errors import Failed, shown
-from adapterkit.options import Progress
+from adapterkit.options import Progress, no_progress
 from adapterkit.plan import OutputFile, Plan
 from adapterkit.tasks.handoff import HandoffReader
 from adapterkit.tasks.metrics import ChangeMetrics
@@ -63,7 +63,8 @@ def local(device: str = "auto", workers: int | None = None):
         count, budget = workers or cores(), plan.budget
         if where.type != "cpu":
             count, budget = fitting(plan, count, torch.cuda.mem_get_info(where)[0])
-        computed = [shard for shard in shards if shard.tasks]
+        blocks = [shard for shard in shards if shard.is_block and stage.wanted(shard.name)]
+        computed = [shard for shard in shards if shard.tasks and not shard.is_block]
         streamed = [shard for shard in shards if not shard.tasks]
         reads = [spec for file in (*computed, *streamed) for spec in file.reads]
         with exact_arithmetic(where), Sources(plan.folders, plan.identities) as sources:
@@ -72,12 +73,21 @@ def local(device: str = "auto", workers: int | None = None):
                 plan.folders[folder].prefetch(list(dict.fromkeys(names)))
             threads = torch.get_num_threads()  # the workers' own setting reaches the whole process
             try:
+                torch.set_num_threads(workers or threads)
+                if blocks and (collection := blocks[0].collection):
+                    collection.collect_blocks(plan, blocks, stage, where, finished, progress)
                 # first: steps may need what tasks hand on
                 for file in computed:
                     if not stage.wanted(file.file):
                         continue
-                    inputs = LocalReader(sources, where, handoffs=HandoffReader(stage))
-                    finished(write_computed(file, stage, inputs, count, budget, hash, progress))
+                    inputs, done = (
+                        LocalReader(sources, where, handoffs=HandoffReader(stage)),
+                        progress,
+                    )
+                    if file.collection is not None:
+                        file = file.collection.collected(plan, file, stage, where, progress)
+                        done = no_progress
+                    finished(write_computed(file, stage, inputs, count, budget, hash, done))
                 if streamed:
                     _ShardRun(
                         streamed, stage, sources, where, count, hash, finished, progress

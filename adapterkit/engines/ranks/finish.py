@@ -12,6 +12,7 @@ from adapterkit.checkpoint.output.rank_stage import RankStage, adopt
 from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.checkpoint.output.writer import part_name
 from adapterkit.checkpoint.system import cores
+from adapterkit.engines.one_file import stage_of
 from adapterkit.engines.placement import device_totals
 from adapterkit.engines.ranks.job_identity import Check, RankJob, check_one_kind, no_stage, spoiled
 from adapterkit.engines.ranks.parts import accepts, join, tiling
@@ -35,7 +36,7 @@ class RankFinish:
     def finish(self, plan: Any, execution: RunOptions, check: Any = None) -> Receipt:
         """The receipt of a plan's output; `check` looks at the finished folder."""
         self.job.check(plan)
-        stage = Stage(Path(execution.out))
+        stage = stage_of(plan, Path(execution.out))
         worked, hashed = 0.0, execution.hash == "sha256"
         if stage.state(self.job.fingerprint, resume=True, overwrite=False) == "fresh":
             raise no_stage(stage.path)
@@ -86,7 +87,8 @@ class RankFinish:
                 hint=f"run `{self.command}` again, as one rank or as all",
             )
         made = [part_name(name, *edges) for name, ranges in parts.items() for edges in ranges or ()]
-        check_one_kind([*markers.values(), *ranks.markers(made).values()], ranks)
+        blocks = [b.name for shard in files.values() for b in shard.block_files()]
+        check_one_kind([*markers.values(), *ranks.markers([*made, *blocks]).values()], ranks)
         check_free(
             max((b - a for some in parts.values() for a, b in (some or ())[1:]), default=0),
             ranks.path,

@@ -7,8 +7,8 @@ from typing import Any
 
 from adapterkit.checkpoint.folder import LocalFolder, original
 from adapterkit.checkpoint.output.rank_stage import RankStage, prepare
-from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.checkpoint.reader import identity
+from adapterkit.engines.one_file import stage_of
 from adapterkit.engines.ranks.parts import room
 from adapterkit.errors import Refused
 from adapterkit.execute import check_space, difference
@@ -84,31 +84,20 @@ class Preparation:
         """Make the stage; the plan, with what ranks need of the disk."""
         job = self.job = RankJob.of(plan, how.hash)
         plan = replace(plan, placement=Placement(room=room(plan.shards)))
-        stage = self._stage(plan, Path(how.out))
+        stage = stage_of(plan, Path(how.out))
         options = {"resume": False, "overwrite": how.overwrite}
         stage.state(job.fingerprint, **options)  # refuses before anything is made
         with stage:
             stage.state(job.fingerprint, **options)
-            self._check_space(plan, stage)
+            check_space(plan, plan.shards, stage)
             head = {
                 "fingerprint": job.fingerprint,
                 "recipe": plan.recipe(),
                 "overwrite": stage.replaces,
                 "ranks": True,
             }
-            prepare(stage, job.digest, self._files(plan), head)
+            prepare(stage, job.digest, [shard.file for shard in plan.shards], head)
         return plan
-
-    def _stage(self, plan: Plan, out: Path) -> Stage:
-        return Stage(out)
-
-    def _check_space(self, plan: Plan, stage: Stage) -> None:
-        """`Refused` where the disk has no room."""
-        check_space(plan, plan.shards, stage)
-
-    def _files(self, plan: Plan) -> list[str]:
-        """What ranks make."""
-        return [shard.file for shard in plan.shards]
 
 
 def check_one_kind(entries: Sequence[dict[str, Any]], stage: RankStage) -> None:

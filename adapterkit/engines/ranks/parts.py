@@ -22,22 +22,25 @@ MOST = 1 << 30  # bytes of a part
 
 def units(shards: Sequence[OutputFile], ranks: int, device: torch.device) -> list[OutputFile]:
     """What ranks make: the files, those above a rank's fair share in parts. Files of tasks stay
-    whole."""
+    whole, but for what is collected for them."""
     share, found = _share(shards, ranks), list[OutputFile]()
     for shard in shards:
         if not shard.tasks and shard.size > share:
             parts = max(min(ranks, math.ceil(shard.size / share)), math.ceil(shard.size / MOST))
             found += cut(shard, parts, device)
         else:
-            found.append(shard)
+            found += [*shard.block_files(), shard]
     return found
 
 
 def room(shards: Sequence[OutputFile], ranks: int | None = None) -> int:
-    """The most bytes that the join of parts takes beside the files, for so many ranks or any."""
+    """The most bytes that parts take beside the files, for so many ranks or any: a join of theirs,
+    the sums of all blocks."""
     share = LEAST if ranks is None else _share(shards, ranks)
     sizes = [shard.size for shard in shards if not shard.tasks and shard.size > share]
-    return min(max(sizes, default=0) // 2, MOST + LEAST)
+    collections = [shard.collection for shard in shards if shard.collection is not None]
+    blocks = sum((each.blocks - 1) * each.work for each in collections)
+    return min(max(sizes, default=0) // 2, MOST + LEAST) + blocks
 
 
 def _share(shards: Sequence[OutputFile], ranks: int) -> float:
@@ -55,11 +58,18 @@ def accepts(plan: Plan, *, hashed: bool) -> Callable[[ShardResult], bool]:
             return found is not None and found.accepts(result, hashed=hashed)
         name, start, stop = part
         whole = files.get(name)
-        if whole is None or whole.tasks or not start < stop <= whole.size:
+        if whole is None or not start < stop <= _end_of(whole):
             return False
         return replace(whole, range=(start, stop)).accepts(result, hashed=hashed)
 
     return is_of_plan
+
+
+def _end_of(file: OutputFile) -> int:
+    """Where the last part of a file ends: bytes, or blocks; 0 where it has no parts."""
+    if file.collection is not None:
+        return file.collection.blocks
+    return 0 if file.tasks else file.size
 
 
 def tiling(ranges: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]] | None:

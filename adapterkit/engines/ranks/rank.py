@@ -20,9 +20,10 @@ import torch
 from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.rank_stage import RankStage, is_gone
 from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.engines.device import pick_device
+from adapterkit.engines.device import arithmetic, pick_device
 from adapterkit.engines.interruptible import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.engines.local.engine import local
+from adapterkit.engines.one_file import stage_of
 from adapterkit.engines.placement import place
 from adapterkit.engines.ranks.job_identity import RankJob, check_one_kind, no_stage, spoiled
 from adapterkit.engines.ranks.parts import accepts, tiling, units
@@ -87,7 +88,10 @@ class Rank:
         self.job.check(plan)
         plan, device = place(plan, self.device or execution.device)
         made = {unit.name: unit for unit in units(plan.shards, self.ranks, pick_device(device))}
-        sizes = [(name, unit.size) for name, unit in made.items()]
+        # whoever is last makes what all have collected for it
+        sizes = [
+            (name, unit.size) for name, unit in made.items() if not unit.collection or unit.range
+        ]
         share = list(self.only or assigned(sizes, self.ranks)[self.rank])
         if unknown := [name for name in share if name not in made]:
             raise Refused(
@@ -104,7 +108,7 @@ class Rank:
                 work.make_files(self.wait, steal=self.only is None)
 
             of_plan = accepts(plan, hashed=execution.hash == "sha256")
-            self._at_work(Stage(Path(execution.out)), run, of_plan)
+            self._at_work(stage_of(plan, Path(execution.out)), run, of_plan)
         return plan
 
     def _at_work(
@@ -170,9 +174,16 @@ class _RankRun:
         self.execution = execution
         self.engine = local(device, workers)
         self.marks = Marks(stage, outcome, plan.placement.device)
+        if any(unit.is_block for unit in units.values()):  # sums of a model's own products
+            threads = workers or torch.get_num_threads()
+            self.marks.kind["torch"] += f", {arithmetic(pick_device(device), threads)}"
         self.units = units
+        blocks = {shard.file: [b.name for b in shard.block_files()] for shard in plan.shards}
         needs = plan.needs()
-        self.needs = {name: needs[unit.file] for name, unit in units.items()}
+        self.needs = {
+            name: () if unit.is_block else (*needs[unit.file], *blocks[unit.file])
+            for name, unit in units.items()
+        }
         self.done: set[str] = set()
         self.watch = Liveness(stage)
 

@@ -17,8 +17,8 @@ import torch
 
 from adapterkit import __version__, errors
 from adapterkit.checkpoint.output.rank_stage import RankStage
-from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.engines.device import pick_device
+from adapterkit.engines.one_file import stage_of
 from adapterkit.engines.ranks.finish import RankFinish
 from adapterkit.engines.ranks.job_identity import Check, Preparation, RankJob
 from adapterkit.engines.ranks.parts import accepts, units
@@ -53,7 +53,7 @@ def run_on_ray(plan: Plan, how: RunOptions, check: Check | None) -> Receipt:
     one machine's.
     """
     end = RankFinish(job := RankJob.of(plan, how.hash), "the same command with --resume")
-    state = _state(job, how)
+    state = _state(plan, job, how)
     if state == "finished":
         return end.finish(plan, how, check)
     with _connected(how.ray_address) as ray:
@@ -64,18 +64,18 @@ def run_on_ray(plan: Plan, how: RunOptions, check: Check | None) -> Receipt:
         try:
             cluster.run_ranks(plan, job, how, cores, places)
         except Unrecoverable:  # no rank can go on
-            with Stage(Path(how.out)) as stage:
+            with stage_of(plan, Path(how.out)) as stage:
                 stage.discard()
             raise
         except KeyboardInterrupt:
-            where = str(Stage(Path(how.out)).control)
+            where = str(stage_of(plan, Path(how.out)).control)
             raise Interrupted("stopped; finished files are kept", where=where, hint=AGAIN) from None
     return end.finish(plan, how, check)
 
 
-def _state(job: RankJob, how: RunOptions) -> str:
+def _state(plan: Plan, job: RankJob, how: RunOptions) -> str:
     """'fresh', 'resume' or 'finished'; `Refused` for a run to resume that ranks did not begin."""
-    stage = Stage(Path(how.out))
+    stage = stage_of(plan, Path(how.out))
     state = stage.state(job.fingerprint, resume=how.resume, overwrite=how.overwrite)
     if state == "resume" and not (stage.journal() or [{}])[0].get("ranks"):
         raise Refused(
@@ -157,7 +157,7 @@ class _Cluster:
         }
         made = {unit.name: unit for unit in units(plan.shards, places, torch.device(device))}
         known = accepts(plan, hashed=how.hash == "sha256")
-        stage = RankStage(Stage(Path(how.out)).control, job.digest, places, accepts=known)
+        stage = RankStage(stage_of(plan, Path(how.out)).control, job.digest, places, accepts=known)
         try:
             with Pulse(stage, made, how.progress) as pulse:
                 while running:

@@ -11,7 +11,7 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.reader import Identity, identity
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.plan import Collecting, OutputFile, Plan, no_warnings
+from adapterkit.plan import OutputFile, Plan, no_warnings
 from adapterkit.planning.outputs.folder_files import Files
 
 Inputs = Mapping[int, Checkpoint | Adapter]  # by their numbers
@@ -28,7 +28,6 @@ def plan_of(
     notes: Iterable[str] = (),
     configs: Collection[int] = (),
     warn: Callable[[dict[str, dict]], list[str]] = no_warnings,
-    collection: Collecting | None = None,
 ) -> Plan:
     """The plan of a job; `configs` as of `header_hashes`, the rest as of `Plan`."""
     folders = tuple(source.folder for source in inputs)
@@ -45,7 +44,6 @@ def plan_of(
         notes=tuple(notes),
         models=tuple(n for n, one in enumerate(inputs) if isinstance(one, Checkpoint)),
         warn=warn,
-        collection=collection,
     )
 
 

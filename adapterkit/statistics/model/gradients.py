@@ -77,6 +77,13 @@ class Gradients:
 
         return hook
 
+    def taken(self) -> Iterator[tuple[str, Tensor]]:
+        """(module, sum as the model has the weight) since the last call."""
+        totals, self.totals = self.totals, {}
+        for path in self.paths:
+            if (weight := self._weight(path)) in totals:
+                yield path, totals[weight]
+
     def means(self) -> Iterator[tuple[str, Tensor]]:
         """(module, (out, in) float32) of those that got gradients, each of its own memory; `Failed`
         for one that is not finite."""

@@ -7,18 +7,17 @@ import torch
 from torch import Tensor
 
 from adapterkit.statistics.job import Batch, CollectionJob
-from adapterkit.statistics.ledger import Ledger
 from adapterkit.statistics.model.activations import ActivationStore
-from adapterkit.statistics.model.lockstep import Lockstep, UnitSums
+from adapterkit.statistics.model.lockstep import Lockstep
+from adapterkit.statistics.sums_files import Ledger
 
 
 def run_layerwise(
     job: CollectionJob, ledger: Ledger, room: ActivationStore, progress: Callable[[int, int], None]
 ) -> None:
-    """All batches through one layer, then the next, as far as the ledger wants it. `room`: for
-    activations that wait."""
+    """All batches through one layer, then the next. `room`: for activations that wait."""
     stored, units = job.stored, job.units
-    steps = len(job.batches) * len(units.outer) * (2 if job.gradients else 1)
+    steps = len(job.runs) * len(units.outer) * (2 if job.gradients else 1)
     done = 0
 
     def step() -> None:
@@ -26,24 +25,20 @@ def run_layerwise(
         done += 1
         progress(min(done, steps - 1), steps)
 
-    is_outside = any(units.unit_of(name) is None for name in job.watched)
-    outside = UnitSums(
-        lambda: job.sums() if is_outside and job.inputs else None,
-        lambda: {} if job.gradients else None,
-    )
+    outside = ledger.outside()
     stored.load(units.outside, torch.device("cpu"))
     try:
         with job.watch() as watch:
             lockstep = Lockstep(
-                stored, units, watch, job.targets, room, job.head, outside, ledger.stage,
-                ledger.finish, step,
+                stored, units, watch, job.targets, room, job.head, ledger, outside, job.gradients,
+                step,
             )  # fmt: skip
-            masks = [job.masks(watch, batch) for batch in job.batches]
-            came_to_end = lockstep.run(job.batches, partial(_loss, job), masks)
+            masks = [job.masks(watch, batch) for _, batch in job.runs]
+            lockstep.run(job.runs, partial(_loss, job), masks)
     finally:
         stored.free(units.outside)
-    if came_to_end:
-        ledger.write_outside(outside)
+    if outside is not None:
+        outside.close()
     progress(steps, steps)
 
 

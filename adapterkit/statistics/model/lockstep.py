@@ -27,9 +27,7 @@ from adapterkit.statistics.model.coroutines import Coroutine
 from adapterkit.statistics.model.hooks import SumsWatch
 from adapterkit.statistics.model.layers import Unit, Units
 from adapterkit.statistics.model.stored_model import StoredModel
-from adapterkit.statistics.sums import Sums
-
-Gradients = dict[str, Tensor]  # Σ dLoss/dW by module, as the model has W, float32 on the CPU
+from adapterkit.statistics.sums_files import Collected, Ledger, Tally
 
 
 @dataclass
@@ -38,7 +36,7 @@ class Stop:
 
     unit: Unit
     is_backward: bool
-    run: Callable[["Lockstep", "Pass", "UnitSums"], Any]
+    run: Callable[["Lockstep", Collected | None], Any]
     tensors: Any  # that wait
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
@@ -46,26 +44,36 @@ class Stop:
 class Pass(Coroutine):
     """One batch's pass through the model."""
 
-    def __init__(self, run: Callable[[], object], activations: Activations, masks: Masks | None):
+    def __init__(
+        self,
+        run: Callable[[], object],
+        activations: Activations,
+        masks: Masks | None,
+        block: int,
+    ):
         super().__init__(run)
-        self.activations, self.masks = activations, masks
+        self.activations, self.masks, self.block = activations, masks, block
 
 
-class UnitSums:
-    """What is collected of a unit while batches go through it: `sums` in the forward pass,
-    `gradients` in the backward pass, made when they are first asked for; nothing where they are
-    None."""
+class Visit:
+    """What is collected of a unit while the batches go through it: `sums` in the forward pass,
+    `gradients` in the backward pass, begun when they are first asked for."""
 
-    def __init__(self, sums: Callable[[], Sums | None], gradients: Callable[[], Gradients | None]):
-        self._sums, self._gradients = sums, gradients
-
-    @cached_property
-    def sums(self) -> Sums | None:
-        return self._sums()
+    def __init__(self, ledger: Ledger, unit: Unit):
+        self.ledger, self.unit = ledger, unit
 
     @cached_property
-    def gradients(self) -> Gradients | None:
-        return self._gradients()
+    def sums(self) -> Tally | None:
+        return self.ledger.sums(self.unit)
+
+    @cached_property
+    def gradients(self) -> Tally | None:
+        return self.ledger.gradients(self.unit)
+
+    def close(self) -> None:
+        for tally in vars(self).values():
+            if isinstance(tally, Tally):
+                tally.close()
 
 
 @dataclass
@@ -73,9 +81,7 @@ class Lockstep:
     """The passes of all batches.
 
     `targets`: the layers whose statistics are collected. `stop_at`: a unit from which on nothing is
-    of interest; a pass that comes to it ends. `begin(unit)` gives the stage of a unit, or None
-    where all passes are to end there; `end(unit, stage)` takes it when all batches have gone
-    through.
+    of interest; a pass that comes to it ends.
     """
 
     stored: StoredModel
@@ -84,33 +90,33 @@ class Lockstep:
     targets: Sequence[str]
     room: ActivationStore
     stop_at: Unit | None
-    outside: UnitSums  # of layers outside the units
-    begin: Callable[[Unit], UnitSums | None]
-    end: Callable[[Unit, UnitSums], None]
+    ledger: Ledger
+    outside: Tally | None  # of layers outside the units
+    gradients: bool  # whether they are collected
     step: Callable[[], None]  # one batch has gone through one unit
     fixed: set[int] = field(default_factory=set)  # storages that are never emptied
 
     def run(
         self,
-        batches: Sequence[Mapping[str, Tensor]],
+        batches: Sequence[tuple[int, Mapping[str, Tensor]]],
         loss: Callable[[Mapping[str, Tensor]], Tensor | None],
         masks: Sequence[Masks | None],
-    ) -> bool:
-        """Run the passes of batches; `loss` gives a batch's, whose gradients are computed too, or
-        None. Whether they came to their end."""
-        self._fix(tensor for batch in batches for tensor in batch.values())
+    ) -> None:
+        """Run the passes of batches, each with its block's number; `loss` gives a batch's, whose
+        gradients are computed too, or None."""
+        self._fix(tensor for _, batch in batches for tensor in batch.values())
         passes: list[Pass] = []
-        for batch, mask in zip(batches, masks, strict=True):
+        for (block, batch), mask in zip(batches, masks, strict=True):
             rows = len(next(iter(batch.values())))
             activations = Activations(self.room, rows, self.fixed)
             run = functools.partial(_run, functools.partial(loss, batch), activations, mask)
-            passes.append(Pass(run, activations, mask))
+            passes.append(Pass(run, activations, mask, block))
         threads = torch.get_num_threads()
         with ExitStack() as stack:
             stack.enter_context(self._stops())
             stack.callback(_close, passes)
             stack.callback(torch.set_num_threads, threads)
-            for weight in self.weights("").values() if self._takes_gradients else ():
+            for weight in self.weights("").values() if self.gradients else ():
                 weight.requires_grad_()
                 stack.callback(weight.requires_grad_, False)
             stack.enter_context(self._refusals())
@@ -118,16 +124,7 @@ class Lockstep:
                 self._go_on(one, None)
                 torch.set_num_threads(threads)  # the pass has changed the default of new threads
             while waiting := [one for one in passes if one.request is not None]:
-                unit = _next(waiting)
-                stage = self.begin(unit)
-                if stage is None:
-                    return False
-                self._stage(unit, stage, waiting)
-        return True
-
-    @property
-    def _takes_gradients(self) -> bool:
-        return self.outside.gradients is not None
+                self._visit(_next(waiting), waiting)
 
     def _fix(self, others: Iterable[Tensor] = ()) -> None:
         """Never empty the model's own tensors: parameters, buffers, tables in its attributes."""
@@ -147,8 +144,9 @@ class Lockstep:
         ]
         return {name: self.stored.model.get_submodule(name).weight for name in modules}
 
-    def _stage(self, unit: Unit, stage: UnitSums, waiting: Sequence[Pass]) -> None:
+    def _visit(self, unit: Unit, waiting: Sequence[Pass]) -> None:
         """All passes that wait for a unit go through it."""
+        visit = Visit(self.ledger, unit)
         self.stored.load(unit.parameters, self.stored.device)
         before = set(self.fixed)
         self._fix()
@@ -157,18 +155,20 @@ class Lockstep:
                 for one in waiting:
                     # where the backward pass follows at once, at the end of the model, it does here
                     while one.request is not None and one.request.unit is unit:
-                        self._through(one, stage)
+                        self._through(one, visit)
         finally:
             self.fixed &= before
             self.stored.free(unit.parameters)
-        self.end(unit, stage)
+        visit.close()
 
-    def _through(self, one: Pass, stage: UnitSums) -> None:
+    def _through(self, one: Pass, visit: Visit) -> None:
         stop: Stop = one.request
         one.activations.restore()
-        sums = None if stop.is_backward else stage.sums
+        tally = visit.gradients if stop.is_backward else visit.sums
+        collected = None if tally is None else tally.of(one.block)
+        sums = None if collected is None or stop.is_backward else collected.sums
         self.watch.masks, self.watch.sums = one.masks, sums
-        answer = stop.context.run(stop.run, self, one, stage)
+        answer = stop.context.run(stop.run, self, collected)
         one.activations.track(answer, is_output=True)
         if sums is not None:
             sums.settle()
@@ -178,14 +178,15 @@ class Lockstep:
 
     def _go_on(self, one: Pass, answer: Any) -> None:
         """The code between two units."""
-        self.watch.masks, self.watch.sums = one.masks, self.outside.sums
+        outside = None if self.outside is None else self.outside.of(one.block)
+        self.watch.masks = one.masks
+        self.watch.sums = None if outside is None else outside.sums
         one.resume(answer)
-        if self.outside.sums is not None:
-            self.outside.sums.settle()
-        if self.outside.gradients is not None:
+        if outside is not None:
+            outside.sums.settle()
             for name, weight in self.weights("").items():
                 if weight.grad is not None:
-                    _add(self.outside.gradients, name, weight.grad)
+                    outside.add_gradient(name, weight.grad)
                     weight.grad = None
         if one.request is not None and one.request.unit is self.stop_at:
             one.close()
@@ -236,7 +237,7 @@ class Lockstep:
         if not isinstance(one, Pass):
             return forward(*args, **kwargs)  # within a unit
 
-        def compute(lockstep: Lockstep, one: Pass, stage: UnitSums) -> Any:
+        def compute(lockstep: Lockstep, collected: Collected | None) -> Any:
             with torch.no_grad(), following(one.masks):
                 return lockstep.computed(unit, forward, (args, kwargs))
 
@@ -265,7 +266,7 @@ class Lockstep:
         hands_on = len(after) != len(before) or any(
             a is not b for a, b in zip(after, expected, strict=True)
         )
-        if hands_on and (moved or self._takes_gradients):
+        if hands_on and (moved or self.gradients):
             raise Refused(
                 f"{shown(unit.name)} changes its arguments to hand something on",
                 expected="layers that hand on what they return",
@@ -295,11 +296,10 @@ def _backward(
     call: Call,
     grads: tuple[Tensor | None, ...],
     lockstep: Lockstep,
-    one: Pass,
-    stage: UnitSums,
+    collected: Collected | None,
 ) -> list[Tensor | None]:
     """Run a unit again to get the gradients of its inputs, and of its targets' weights."""
-    weights = lockstep.weights(unit.name) if stage.gradients is not None else {}
+    weights = lockstep.weights(unit.name) if collected is not None else {}
     for weight in weights.values():
         weight.requires_grad_()
     arguments, inputs = call.arguments()
@@ -318,17 +318,9 @@ def _backward(
         [value for value, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True
     )
     for name, value in zip(weights, values[len(inputs) :], strict=True):
-        if value is not None and stage.gradients is not None:
-            _add(stage.gradients, name, value)
+        if value is not None and collected is not None:
+            collected.add_gradient(name, value)
     return list(values[: len(inputs)])
-
-
-def _add(gradients: Gradients, name: str, value: Tensor) -> None:
-    value = value.detach().float().cpu()
-    if name in gradients:
-        gradients[name] += value
-    else:
-        gradients[name] = value.clone()
 
 
 def _next(waiting: Sequence[Pass]) -> Unit:

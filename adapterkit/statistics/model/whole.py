@@ -6,19 +6,18 @@ import torch
 
 from adapterkit.statistics.data.masks import following
 from adapterkit.statistics.job import CollectionJob
-from adapterkit.statistics.ledger import Ledger
 from adapterkit.statistics.model.gradients import Gradients
+from adapterkit.statistics.sums_files import WHOLE, Ledger, Tally
 
 
 def run_whole(job: CollectionJob, ledger: Ledger, progress: Callable[[int, int], None]) -> None:
-    """Batch by batch, unless the ledger has the sums."""
-    if not ledger.wants_whole():
-        return
-    stored, model, sums = job.stored, job.model, job.sums()
+    """Batch by batch, but for blocks whose sums are there."""
+    stored, model, tally = job.stored, job.model, Tally(ledger, WHOLE)
+    todo = [(block, batch) for block, batch in job.runs if not tally.is_done(block)]
     names = stored.parameters()
-    stored.load(names, stored.device)
-    transposed = {module: job.is_transposed(module) for module in job.targets}
-    gradients = Gradients(model, transposed if job.gradients else {})
+    if todo:
+        stored.load(names, stored.device)
+    gradients = Gradients(model, dict.fromkeys(job.targets if job.gradients else (), False))
     try:
         with (
             stored.buffers_on_device(model),
@@ -26,19 +25,21 @@ def run_whole(job: CollectionJob, ledger: Ledger, progress: Callable[[int, int],
             gradients.watching(),
             torch.set_grad_enabled(job.gradients),
         ):
-            watch.sums = sums
-            for number, batch in enumerate(job.batches):
+            for number, (block, batch) in enumerate(todo):
+                collected = tally.of(block)
+                assert collected is not None
                 on_device = {key: value.to(stored.device) for key, value in batch.items()}
-                watch.masks = job.masks(watch, on_device)
+                watch.sums, watch.masks = collected.sums, job.masks(watch, on_device)
                 with following(watch.masks):
                     output = model(**job.arguments(on_device))
                 if watch.masks is not None:
                     watch.masks.finish()
                 if job.gradients:
                     job.loss(output).backward()
+                for module, value in gradients.taken():
+                    collected.add_gradient(module, value)
                 del output
-                progress(number + 1, len(job.batches))
-        sums.settle()
-        ledger.write_whole(sums, dict(gradients.means()))
+                progress(number + 1, len(todo))
+        tally.close()
     finally:
         stored.free(names)
