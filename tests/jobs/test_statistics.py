@@ -129,7 +129,7 @@ def test_a_changed_input_is_the_end_for_all(benches):
     data = bench.root / "ids.jsonl"
     lines = data.read_text()
     data.write_text(lines.replace("[", "[1, "))
-    bench.rank().failed_cleanly("data.sha256 differs")
+    bench.rank().failed_cleanly("options.data.sha256")
     data.write_text(lines)
     path = bench.root / "base" / "model-00001-of-00003.safetensors"
     before = path.read_bytes()

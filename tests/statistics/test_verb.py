@@ -326,7 +326,7 @@ def test_an_interrupted_run_goes_on(layers, base, pairs, tmp_path) -> None:
     assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert left(tmp_path) == [*BOTH, *WHOLE]
     assert run(resume=True).finished_before
-    with pytest.raises(Refused, match="a finished output of another job"):
+    with pytest.raises(Refused, match="finished output is of another job"):
         run(resume=True, seed=1, samples=2)
 
 
