@@ -87,7 +87,7 @@ def test_one_file_that_adapterkit_did_not_write_is_not_replaced(tmp_path: Path):
     out.unlink()
     beside = tmp_path / "x.safetensors.adapterkit.json"
     beside.write_text("mine")
-    with pytest.raises(Refused, match=r"did not write: x\.safetensors\.adapterkit\.json"):
+    with pytest.raises(Refused, match=r"did not write it: x\.safetensors\.adapterkit\.json"):
         convert(overwrite=True)
     assert beside.read_text() == "mine" and not out.exists()
 
