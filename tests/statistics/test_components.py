@@ -19,7 +19,7 @@ def test_as_many_as_are_asked_for(base, texts, tmp_path):
         adapterkit.stats(base(), data=texts, out=out, **options)
         files[count] = load_file(out)
         size = sum(tensor.nbytes for tensor in files[count].values())
-        assert plan.totals()["bytes_written"] == size
+        assert plan.totals()["bytes_changed"] == size < plan.totals()["bytes_written"]
     for key, tensor in files[256].items():
         if key.endswith("components"):
             for count in (5, 40):
