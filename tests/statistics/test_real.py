@@ -36,7 +36,7 @@ def test_covariances_that_loftq_takes(smollm2, tmp_path) -> None:
     tokenizer = load_tokenizer(LocalFolder(smollm2))
     rows = [tokenizer(text)["input_ids"][:LENGTH] for text in texts]
     rows.append(tokenizer.apply_chat_template(chat, return_dict=False)[:LENGTH])
-    assert receipt.data["tokens"] == sum(map(len, rows))
+    assert receipt.data["totals"]["tokens_counted"] == sum(map(len, rows))
     assert any("chat template does not mark" in note for note in receipt.data["notes"])
 
     model = oracle.load_checked(transformers.LlamaForCausalLM, smollm2).double()
@@ -48,7 +48,9 @@ def test_covariances_that_loftq_takes(smollm2, tmp_path) -> None:
     with torch.no_grad():
         for row in rows:
             model(torch.tensor([row]))
-    tensors, shared = load_file(out), receipt.data["shared"]
+    parameters = receipt.data["parameters"].items()
+    tensors = load_file(out)
+    shared = {other: name for name, metric in parameters for other in metric.get("shared", ())}
     for name in names:
         x = torch.cat(seen[name])
         expected = x.T @ x / len(x)
