@@ -44,6 +44,10 @@ OUTPUT_FOLDER = Check("an output", partial(_output, file=False), kind="file")
 OUTPUT_FILE = Check("an output", partial(_output, file=True), kind="file")
 
 
+# name -> its function; the contract is in `engines/__init__.py`
+ENGINES = {"local": "engines.execution:run_here", "ray": "engines.ranks.ray:run_on_ray"}
+
+
 @record
 class RunOptions(OptionRecord):
     """Where and how a plan runs."""
@@ -67,7 +71,7 @@ class RunOptions(OptionRecord):
     )
     engine: str = option(
         default="local",
-        check=choice(("local", "ray")),
+        check=choice(tuple(ENGINES)),
         help="Where to run: this machine, or a Ray cluster on a shared file system.",
     )
     ray_address: str | None = option(

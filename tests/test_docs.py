@@ -51,11 +51,13 @@ def test_every_command_is_in_the_readme_and_has_an_example_in_its_help():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_commands_parse(document: Path):
-    """But for those of a verb that the document itself adds, which tests/test_docs_run.py runs."""
+    """But for those of a verb or an engine that the document itself adds, which
+    tests/test_docs_run.py runs."""
     first = [block.text.partition("\n")[0] for block in blocks(document, "python")]
-    added = {Path(line).stem for line in first if line.startswith("# adapterkit/verbs/")}
+    homes = ("# adapterkit/verbs/", "# adapterkit/engines/")
+    added = {Path(line).stem for line in first if line.startswith(homes)}
     for words in typed(document):
-        if words[0] == "adapterkit" and words[1] not in added:
+        if words[0] == "adapterkit" and not added.intersection(words):
             main.commands[words[1]].make_context(words[1], words[2:])
 
 

@@ -117,16 +117,21 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file = path / block.text.partition("\n")[0].removeprefix("# ")
             assert file.parent.is_dir() and not file.exists(), file
             file.write_text(block.text)
-    add_row(path)
+    add_rows(path)
     return path
 
 
-def add_row(root: Path) -> None:
-    """The verb that CONTRIBUTING.md adds, in its section."""
+def add_rows(root: Path) -> None:
+    """The verb and the engine that CONTRIBUTING.md adds, in their tables."""
     sections = root / "adapterkit" / "verbs" / "__init__.py"
     text = sections.read_text()
     assert '"rebase")' in text
     sections.write_text(text.replace('"rebase")', '"rebase", "rescale")'))
+    table = root / "adapterkit" / "run_options.py"
+    rows = re.search(r'"processes": "[\w.:]+"', (ROOT / "docs" / "CONTRIBUTING.md").read_text())
+    text = table.read_text()
+    assert rows and "ENGINES = {" in text
+    table.write_text(text.replace("ENGINES = {", f"ENGINES = {{{rows[0]}, "))
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +241,7 @@ def test_the_recipes_pass_their_own_checks(tmp_path: Path):
             there, end, rest = file.read_text().partition("\nREFERENCES = ")
             file.write_text(f"{there}\n{text}\n{end}{rest}" if end else f"{there}\n\n{text}")
         added.append(str(file))
-    add_row(tmp_path)
+    add_rows(tmp_path)
     methods = tmp_path / "tests" / "combine" / "test_methods.py"
     source = methods.read_text()
     methods.write_text(source.replace("ORDERED = {", 'ORDERED = {"recency", ', 1))

@@ -13,14 +13,15 @@ from adapterkit.checkpoint.output.stage import check_name
 from adapterkit.engines.converted_folder import conversion_notes
 from adapterkit.engines.one_file import stage_of
 from adapterkit.errors import Refused, shown
-from adapterkit.execute import check_place, output_names, run_in
+from adapterkit.execute import Push, check_place, output_names, run_in
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.hub.pins import are_pinned
 from adapterkit.hub.push import check_push, send
 from adapterkit.options import StrPath, parse_size
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt, fingerprint_of
-from adapterkit.run_options import RunOptions
+from adapterkit.run_options import ENGINES, RunOptions
+from adapterkit.verb import load
 
 # What looks at the finished folder before it gets its name
 FolderCheck = Callable[[Path], object]
@@ -91,27 +92,29 @@ def pushed(receipt: Receipt, how: RunOptions, *repositories: str | None) -> Rece
 def _execute(
     plan: Plan, how: RunOptions, *, check: FolderCheck | None, push: str | None
 ) -> Receipt | Plan:
-    on_hub = is_on_hub(how.out)
-    check_pushes(plan, how, push)
-    if how.engine == "ray" and not (how.dry_run or on_hub):
-        from adapterkit.engines.ranks.ray import run_on_ray
-
-        receipt = run_on_ray(plan, how, check)
-        return pushed(receipt, how, push)
     from adapterkit.engines.placement import place
 
-    plan, device = place(plan, how.device)
-    if on_hub:
+    check_pushes(plan, how, push)
+    if is_on_hub(how.out):
         from adapterkit.engines.hub.output import run_to_hub
 
+        plan, device = place(plan, how.device)
         return run_to_hub(plan, replace(how, device=device), check)
     if how.dry_run:
         if plan.is_file or not how.overwrite:
             stage = stage_of(plan, Path(how.out))
             check_place(stage, plan, resume=how.resume, overwrite=how.overwrite)
-        return plan
-    from adapterkit.engines.local.engine import local
+        return place(plan, how.device)[0]
+    sent = None if push is None else partial(send, repo=push, overwrite=how.overwrite)
+    return load(ENGINES[how.engine])(plan, how, check, sent)
 
+
+def run_here(plan: Plan, how: RunOptions, check: FolderCheck | None, push: Push | None) -> Receipt:
+    """The engine of this machine."""
+    from adapterkit.engines.local.engine import local
+    from adapterkit.engines.placement import place
+
+    plan, device = place(plan, how.device)
     return run_in(
         stage_of(plan, Path(how.out)),
         plan,
@@ -120,7 +123,7 @@ def _execute(
         resume=how.resume,
         overwrite=how.overwrite,
         check=check,
-        push=None if push is None else partial(send, repo=push, overwrite=how.overwrite),
+        push=push,
         progress=how.progress,
     )
 

@@ -18,7 +18,7 @@ from adapterkit.engines.ranks.job_identity import Check, RankJob, check_one_kind
 from adapterkit.engines.ranks.parts import accepts, join, tiling
 from adapterkit.engines.verify.file_checks import check_files
 from adapterkit.errors import Failed, Refused
-from adapterkit.execute import check_free, run_in
+from adapterkit.execute import Push, check_free, run_in
 from adapterkit.plan import OutputFile, Placement, Plan
 from adapterkit.receipt import Receipt, read_receipt
 from adapterkit.run_options import RunOptions
@@ -33,8 +33,14 @@ class RankFinish:
     command: str
     verify: bool = False
 
-    def finish(self, plan: Any, execution: RunOptions, check: Any = None) -> Receipt:
-        """The receipt of a plan's output; `check` looks at the finished folder."""
+    def finish(
+        self,
+        plan: Plan,
+        execution: RunOptions,
+        check: Check | None = None,
+        push: Push | None = None,
+    ) -> Receipt:
+        """The receipt of a plan's output; `check` looks at the finished folder, `push` sends it."""
         self.job.check(plan)
         stage = stage_of(plan, Path(execution.out))
         worked, hashed = 0.0, execution.hash == "sha256"
@@ -58,6 +64,7 @@ class RankFinish:
             hash=execution.hash,
             resume=True,
             check=_both(check, self.verify),
+            push=push,
             progress=execution.progress,
             began=time.monotonic() - worked,
         )

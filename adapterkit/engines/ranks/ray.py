@@ -32,6 +32,7 @@ from adapterkit.errors import (
     Unrecoverable,
     shown,
 )
+from adapterkit.execute import Push
 from adapterkit.options import no_progress
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
@@ -45,7 +46,7 @@ VERSIONS = f"adapterkit {__version__}, torch {torch.__version__}"
 AGAIN = "run the same command with --resume"
 
 
-def run_on_ray(plan: Plan, how: RunOptions, check: Check | None) -> Receipt:
+def run_on_ray(plan: Plan, how: RunOptions, check: Check | None, push: Push | None) -> Receipt:
     """Run a plan by the ranks of a cluster: the one at `how.ray_address`, or the one that Ray finds
     or starts; the connection that the process has, where it has one.
 
@@ -55,7 +56,7 @@ def run_on_ray(plan: Plan, how: RunOptions, check: Check | None) -> Receipt:
     end = RankFinish(job := RankJob.of(plan, how.hash), "the same command with --resume")
     state = _state(plan, job, how)
     if state == "finished":
-        return end.finish(plan, how, check)
+        return end.finish(plan, how, check, push)
     with _connected(how.ray_address) as ray:
         cluster = _Cluster(ray, on_cuda=how.device.startswith("cuda"))
         cores, places = cluster.places()
@@ -70,7 +71,7 @@ def run_on_ray(plan: Plan, how: RunOptions, check: Check | None) -> Receipt:
         except KeyboardInterrupt:
             where = str(stage_of(plan, Path(how.out)).control)
             raise Interrupted("stopped; finished files are kept", where=where, hint=AGAIN) from None
-    return end.finish(plan, how, check)
+    return end.finish(plan, how, check, push)
 
 
 def _state(plan: Plan, job: RankJob, how: RunOptions) -> str:
