@@ -114,8 +114,16 @@ def test_the_nth_write_fails(job_of, name: str, error: str, step: int):
     assert when > 40
 
 
-@pytest.mark.parametrize("workers", [1, 8])
-@pytest.mark.parametrize("fault", [None, {"calls": ["preadv", "pwrite"], "short": True}], ids=str)
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        None,
+        {"calls": ["preadv", "pwrite"], "short": True},
+        pytest.param({"calls": ["preadv"], "delay": 0.0005}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", JOBS)
 def test_the_same_bytes_whatever_the_threads_and_reads(
     job_of, name: str, workers: int, fault: dict | None
