@@ -149,7 +149,7 @@ def test_markers_and_files_that_are_no_files(work: Path, tmp_path: Path):
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"reason": "\\u001b[31m"}', *NO_JSON])
 def test_whatever_stands_in_it_spoils_a_job(work: Path, content: bytes):
     file = planned()
-    (ranks_folder() / "marks" / "SPOILED").write_bytes(content)
+    (ranks_folder() / "marks" / "FAILED").write_bytes(content)
     either(file, "the job failed")
 
 

@@ -22,7 +22,7 @@ from tests.golden.inputs import create_inputs
 from tests.support.documents import ROOT, blocks
 from tests.support.forks import Ended, Forks
 
-QUICK = {"ranks.rank.BEAT": 0.02, "ranks.rank.POLL": 0.01, "ranks.rank.STALLED": 0.3}
+QUICK = {"ranks.rank.HEARTBEAT": 0.02, "ranks.rank.POLL": 0.01, "ranks.rank.STALLED": 0.3}
 JOBS = {
     "merge": ["merge", "base", "adapter", "other=0.5"],
     "init": ["init", "base", "--method", "pissa", "--rank", "2"],

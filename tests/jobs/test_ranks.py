@@ -61,7 +61,7 @@ def test_a_rank_is_killed_at_each_call(ranks_bench, job: str, step: int):
     for when in itertools.count(random.Random(job).randrange(step) + 1, step):
         bench.clear()
         bench.plan().succeeded()
-        quiet = {"ranks.rank.BEAT": 60}  # each word of a rank is calls, too
+        quiet = {"ranks.rank.HEARTBEAT": 60}  # each word of a rank is calls, too
         ended = bench.rank("0/2", fault={"kill": True, "when": when}, constants=quiet)
         if ended.status == 0:
             break
@@ -169,7 +169,7 @@ def test_a_changed_input_is_the_end_for_all(merging):
     change = {"calls": ["fsync"], "when": 1, "act": [["poke", str(path), 4000, [1, 2, 3]]]}
     before = path.read_bytes()
     bench.rank("0/2", fault=change).failed_cleanly("changed between plan and end")
-    assert (bench.stage / "marks" / "SPOILED").is_file()
+    assert (bench.stage / "marks" / "FAILED").is_file()
     bench.rank("1/2").failed_cleanly("is not the file that was planned with", path.name)
     path.write_bytes(before)
     bench.finish().failed_cleanly("is not the file that was planned with")
@@ -182,7 +182,7 @@ def test_a_changed_input_is_the_end_for_all(merging):
 def test_what_is_given_up_stays_so(merging):
     bench, _ = merging
     bench.plan().succeeded()
-    (bench.stage / "marks" / "SPOILED").write_bytes(line_of({"reason": "a file changed"}))
+    (bench.stage / "marks" / "FAILED").write_bytes(line_of({"reason": "a file changed"}))
     for ended in (bench.rank(), bench.finish()):
         ended.failed_cleanly("the job failed: a file changed", "--overwrite")
 

@@ -136,7 +136,7 @@ def test_a_changed_input_is_the_end_for_all(benches):
     poke = [["poke", str(path), 4000, [1, 2, 3]]]
     change = {"calls": ["fsync"], "match": ".sums.", "when": 1, "act": poke}
     bench.rank("0/2", fault=change).failed_cleanly("changed between plan and end")
-    assert (bench.stage / "marks" / "SPOILED").is_file() and not bench.sums()
+    assert (bench.stage / "marks" / "FAILED").is_file() and not bench.sums()
     bench.rank("1/2").failed_cleanly("is not the file that was planned with", path.name)
     path.write_bytes(before)
     bench.plan("--overwrite").succeeded()

@@ -23,9 +23,9 @@ from adapterkit.checkpoint.output.lock import may_run, process_record
 from adapterkit.checkpoint.output.stage import HANDOFF, RANKS, Stage, size_of_file
 from adapterkit.checkpoint.output.writer import UNFINISHED, part_of, unfinished_name
 
-FILES, MARKS, SPOILED = "out", "marks", "SPOILED"
+FILES, MARKS, FAILED = "out", "marks", "FAILED"
 ATTEMPT = re.compile(r"\.(\d+-\d+-[0-9a-f]{8})\.part$")
-BEAT = ".beat"  # suffix of the file in which a process says that it lives, and how far it is
+HEARTBEAT = ".heartbeat"  # suffix of a file: a process says that it lives, and how far it is
 
 
 def prepare(stage: Stage, job: str, names: Iterable[str], head: dict[str, Any]) -> None:
@@ -127,26 +127,26 @@ class RankStage:
 
     # -- what all have to know ---------------------------------------------------------------------
 
-    def spoil(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
         """Tell all that the job cannot be finished."""
-        self._write(SPOILED, {"reason": reason})
+        self._write(FAILED, {"reason": reason})
 
-    def spoiled(self) -> str | None:
+    def failure(self) -> str | None:
         """Why the job cannot be finished, if so."""
-        if not os.path.lexists(self.marks / SPOILED):
+        if not os.path.lexists(self.marks / FAILED):
             return None
-        return str(read_entry(self.marks / SPOILED).get("reason", "for no reason that can be read"))
+        return str(read_entry(self.marks / FAILED).get("reason", "for no reason that can be read"))
 
-    def beat(self, number: int, done: int) -> None:
+    def heartbeat(self, number: int, done: int) -> None:
         """Say that this process lives, and how many bytes of files without a marker it has."""
         entry = {"process": process_record(), "number": number, "done": done}
-        self._write(self.attempt + BEAT, entry, durable=False)
+        self._write(self.attempt + HEARTBEAT, entry, durable=False)
 
-    def beats(self) -> dict[str, dict[str, Any]]:
+    def heartbeats(self) -> dict[str, dict[str, Any]]:
         """What the other processes said last, by their attempts' names."""
-        found = ((path.name.removesuffix(BEAT), path) for path in self.marks.glob("*" + BEAT))
-        beats = {attempt: read_entry(path) for attempt, path in found if attempt != self.attempt}
-        return {attempt: beat for attempt, beat in beats.items() if beat}
+        paths = self.marks.glob("*" + HEARTBEAT)
+        found = {path.name.removesuffix(HEARTBEAT): read_entry(path) for path in paths}
+        return {name: entry for name, entry in found.items() if entry and name != self.attempt}
 
     def attempts(self, name: str) -> set[str]:
         """Who is, or was, writing a file without having finished it, other than this process."""
@@ -164,7 +164,7 @@ class RankStage:
     def leave(self) -> None:
         """Remove what this process has not finished."""
         with contextlib.suppress(OSError):
-            (self.marks / (self.attempt + BEAT)).unlink(missing_ok=True)
+            (self.marks / (self.attempt + HEARTBEAT)).unlink(missing_ok=True)
             for top in (self.path, self.marks):
                 for path in top.rglob(f"*.{self.attempt}{UNFINISHED}"):
                     path.unlink(missing_ok=True)
@@ -183,6 +183,6 @@ def adopt(stage: Stage, ranks: RankStage, entries: Iterable[dict[str, Any]]) -> 
         sync_folder(stage.control)
 
 
-def is_gone(beat: dict[str, Any]) -> bool:
+def has_ended(entry: dict[str, Any]) -> bool:
     """Whether the process that said this is known not to run any more."""
-    return not may_run(beat["process"])
+    return not may_run(entry["process"])

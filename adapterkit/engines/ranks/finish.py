@@ -14,7 +14,13 @@ from adapterkit.checkpoint.output.writer import part_name
 from adapterkit.checkpoint.system import cores
 from adapterkit.engines.one_file import stage_of
 from adapterkit.engines.placement import device_totals
-from adapterkit.engines.ranks.job_identity import Check, RankJob, check_one_kind, no_stage, spoiled
+from adapterkit.engines.ranks.job_identity import (
+    Check,
+    RankJob,
+    check_one_kind,
+    job_failed,
+    no_stage,
+)
 from adapterkit.engines.ranks.parts import accepts, join, tiling
 from adapterkit.engines.verify.file_checks import check_files
 from adapterkit.errors import Failed, Refused
@@ -74,8 +80,8 @@ class RankFinish:
     ) -> tuple[dict[str, Any], float]:
         """Take over what the ranks made; the journal's first entry from now on, and the seconds
         that the slowest of them took. `Refused` where files are missing."""
-        if reason := ranks.spoiled():
-            raise spoiled(reason, ranks)
+        if reason := ranks.failure():
+            raise job_failed(reason, ranks)
         files = {shard.file: shard for shard in plan.shards}
         names = [*files]
         markers = ranks.markers(names)

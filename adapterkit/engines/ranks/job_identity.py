@@ -120,7 +120,7 @@ def check_one_kind(entries: Sequence[dict[str, Any]], stage: RankStage) -> None:
         )
 
 
-def spoiled(reason: str, stage: RankStage) -> Refused:
+def job_failed(reason: str, stage: RankStage) -> Refused:
     """The refusal of a job that one of its ranks found cannot be finished."""
     return Refused(
         f"the job failed: {reason}",

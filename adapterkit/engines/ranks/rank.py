@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from adapterkit.checkpoint.output.file_result import ShardResult
-from adapterkit.checkpoint.output.rank_stage import RankStage, is_gone
+from adapterkit.checkpoint.output.rank_stage import RankStage, has_ended
 from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.engines.device import arithmetic, pick_device
 from adapterkit.engines.interruptible import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.engines.local.engine import local
 from adapterkit.engines.one_file import stage_of
 from adapterkit.engines.placement import place
-from adapterkit.engines.ranks.job_identity import RankJob, check_one_kind, no_stage, spoiled
+from adapterkit.engines.ranks.job_identity import RankJob, check_one_kind, job_failed, no_stage
 from adapterkit.engines.ranks.parts import accepts, tiling, units
 from adapterkit.errors import (
     AdapterkitError,
@@ -40,7 +40,7 @@ from adapterkit.options import Progress
 from adapterkit.plan import OutputFile, Plan
 from adapterkit.run_options import WAIT, RunOptions
 
-BEAT = 2.0  # seconds after which a rank says again that it lives
+HEARTBEAT = 2.0  # seconds after which a rank says again that it lives
 POLL = 1.0  # seconds between looks at what others have done
 STALLED = 90.0  # seconds without a word after which a rank on another machine counts as gone
 
@@ -127,7 +127,7 @@ class Rank:
             run(stage)
         except Unrecoverable as error:
             with contextlib.suppress(AdapterkitError):
-                stage.spoil(f"{error.where}: {error.problem}")
+                stage.fail(f"{error.where}: {error.problem}")
             raise
         except KeyboardInterrupt:
             raise Interrupted(
@@ -189,26 +189,26 @@ class _RankRun:
 
     def make_files(self, wait: float, *, steal: bool) -> None:
         """Make files until none is left that this rank can make. Raises `Waiting` after `wait`
-        seconds for what its own need, `Refused` where the job is spoiled or gone."""
+        seconds for what its own need, `Refused` where the job failed or its folder is gone."""
         self.marks.check(self.units)
         waited = 0.0
-        with Pulse(self.stage, self.units, self.execution.progress) as pulse:
+        with Heartbeat(self.stage, self.units, self.execution.progress) as heartbeat:
             while True:
-                self.marks.check_spoiled()
+                self.marks.check_not_failed()
                 todo = self._todo()
                 ready = [n for n in todo if not set(self.needs[n]).intersection(todo)]
                 own = [name for name in self.outcome.share if name in todo]
                 if own_ready := [name for name in own if name in ready]:
-                    self._make(own_ready, pulse)
-                elif name := self._free(ready, pulse) if steal else None:
-                    self._make([name], pulse, shared=True)
+                    self._make(own_ready, heartbeat)
+                elif name := self._free(ready, heartbeat) if steal else None:
+                    self._make([name], heartbeat, shared=True)
                 elif own:
                     if waited >= wait:
                         raise _waiting(own[0], self.needs[own[0]], todo)
                     time.sleep(POLL)
                     waited += POLL
                     continue
-                elif not todo or not steal or self._others_are_at(ready):
+                elif not todo or not steal or self._in_progress_elsewhere(ready):
                     self.outcome.left = todo
                     return
                 else:
@@ -230,22 +230,22 @@ class _RankRun:
             return True
         return unit.file in parts and tiling(parts[unit.file], unit.layout.size) is not None
 
-    def _free(self, ready: Sequence[str], pulse: "Pulse") -> str | None:
+    def _free(self, ready: Sequence[str], heartbeat: "Heartbeat") -> str | None:
         """A file that nobody is at: from the end, as its rank begins with the longest; ranks that
         look at the same time take different ones."""
         free = [name for name in reversed(ready) if not self.watch.alive(name)]
         return free[self.stage.rank % len(free)] if free else None
 
-    def _others_are_at(self, ready: Sequence[str]) -> bool:
+    def _in_progress_elsewhere(self, ready: Sequence[str]) -> bool:
         return all(self.watch.advancing(name) for name in ready)
 
-    def _make(self, names: Sequence[str], pulse: "Pulse", *, shared: bool = False) -> None:
+    def _make(self, names: Sequence[str], heartbeat: "Heartbeat", *, shared: bool = False) -> None:
         """Make files; one of another rank only until that rank has made it."""
         self.marks.began = time.monotonic()
 
         def progress(done: int) -> None:
-            pulse(done)
-            if shared and pulse.is_made(names[0]):
+            heartbeat(done)
+            if shared and heartbeat.is_made(names[0]):
                 raise _Made
 
         shards = [self.units[name] for name in names]
@@ -283,12 +283,12 @@ class Marks:
         self.outcome.made.append(result.file)
 
     def check(self, names: Iterable[str]) -> None:
-        """`Refused` where there is no stage of this job, or its files were made elsewise."""
+        """`Refused` where there is no stage of this job, or its files were made in another way."""
         if not self.stage.exists():
             raise no_stage(self.stage.path)
         check_one_kind([*self.stage.markers(names).values(), self.kind], self.stage)
 
-    def check_spoiled(self) -> None:
+    def check_not_failed(self) -> None:
         """`Refused` where another rank gave the job up, `Failed` where its folder is gone."""
         if not self.stage.exists():
             raise Failed(
@@ -296,8 +296,8 @@ class Marks:
                 where=str(self.stage.path),
                 hint="nothing is left to do here",
             )
-        if reason := self.stage.spoiled():
-            raise spoiled(reason, self.stage)
+        if reason := self.stage.failure():
+            raise job_failed(reason, self.stage)
 
 
 class Liveness:
@@ -317,16 +317,16 @@ class Liveness:
         return any(self._alive(attempt) and self.seen[attempt][2] for attempt in attempts)
 
     def _alive(self, attempt: str) -> bool:
-        beat = self.stage.beats().get(attempt)
-        if beat is None or is_gone(beat):  # it speaks before it begins
+        heartbeat = self.stage.heartbeats().get(attempt)
+        if heartbeat is None or has_ended(heartbeat):  # it speaks before it begins
             return False
         known, now = self.seen.get(attempt), time.monotonic()
-        if known is None or known[0] != beat.get("number"):
-            self.seen[attempt] = beat.get("number", 0), now, known is not None
+        if known is None or known[0] != heartbeat.get("number"):
+            self.seen[attempt] = heartbeat.get("number", 0), now, known is not None
         return now - self.seen[attempt][1] < STALLED
 
 
-class Pulse:
+class Heartbeat:
     """Says every few seconds that this process lives, and shows how far all are together."""
 
     def __init__(self, stage: RankStage, units: dict[str, OutputFile], progress: Progress):
@@ -336,7 +336,7 @@ class Pulse:
         self.lock, self.stop = threading.Lock(), threading.Event()
         self.running, self.problem = Running(1), None
 
-    def __enter__(self) -> "Pulse":
+    def __enter__(self) -> "Heartbeat":
         total = sum(unit.size for unit in self.units.values())
         getattr(self.progress, "expect", lambda total: None)(total)
         self._look(0)
@@ -363,7 +363,7 @@ class Pulse:
     def _run(self) -> None:
         number = 0
         try:
-            while not self.stop.wait(BEAT):
+            while not self.stop.wait(HEARTBEAT):
                 number += 1
                 self._look(number)
         except BaseException as error:
@@ -378,10 +378,10 @@ class Pulse:
         with self.lock:
             self.bytes = max(0, self.bytes - sum(self.units[name].size for name in own))
             mine = self.bytes
-        self.stage.beat(number, mine)
-        others = [beat for beat in self.stage.beats().values() if not is_gone(beat)]
+        self.stage.heartbeat(number, mine)
+        others = [each for each in self.stage.heartbeats().values() if not has_ended(each)]
         done = sum(self.units[name].size for name in self.made) + mine
-        done += sum(beat.get("done", 0) for beat in others)
+        done += sum(each.get("done", 0) for each in others)
         if done > self.shown:
             self.progress(done - self.shown)
             self.shown = done

@@ -22,7 +22,7 @@ from adapterkit.engines.one_file import stage_of
 from adapterkit.engines.ranks.finish import RankFinish
 from adapterkit.engines.ranks.job_identity import Check, Preparation, RankJob
 from adapterkit.engines.ranks.parts import accepts, units
-from adapterkit.engines.ranks.rank import Pulse, Rank
+from adapterkit.engines.ranks.rank import Heartbeat, Rank
 from adapterkit.errors import (
     AdapterkitError,
     Failed,
@@ -160,12 +160,12 @@ class _Cluster:
         known = accepts(plan, hashed=how.hash == "sha256")
         stage = RankStage(stage_of(plan, Path(how.out)).control, job.digest, places, accepts=known)
         try:
-            with Pulse(stage, made, how.progress) as pulse:
+            with Heartbeat(stage, made, how.progress) as heartbeat:
                 while running:
                     done, _ = self.ray.wait(list(running), timeout=POLL)
                     for reference in done:
                         self._check(reference, running.pop(reference))
-                    pulse(0)
+                    heartbeat(0)
         except BaseException:
             for reference in running:
                 self.ray.cancel(reference, force=True)
