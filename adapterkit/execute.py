@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from adapterkit.checkpoint.disk import free_bytes
 from adapterkit.checkpoint.output.file_result import ShardResult, read_result
@@ -33,9 +33,10 @@ from adapterkit.receipt import (
     public_recipe,
     seal_receipt,
 )
+from adapterkit.records import Json
 
 BLOCK = 16 << 20  # bytes of a copied file at a time
-Push = Callable[[Path], dict[str, Any]]  # a finished folder -> the receipt's `pushed`
+Push = Callable[[Path], Json]  # a finished folder -> the receipt's `pushed`
 
 
 class Engine(Protocol):

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transfor
 from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, Problems
 from adapterkit.patterns import matcher
-from adapterkit.records import Check, inside, unfit
+from adapterkit.records import Check, Json, inside, unfit
 
 T = TypeVar("T")
 Kind = TypeVar("Kind", bound="OptionRecord")
@@ -353,7 +353,7 @@ def targets(value: object) -> str:
     return regex(value) if isinstance(value, str | re.Pattern) else ",".join(texts(value))
 
 
-def settings(value: object) -> dict[str, Any]:
+def settings(value: object) -> Json:
     """A method's own options by name; numbers, also spelled ones, as numbers."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError
@@ -399,7 +399,7 @@ def _is_name(text: str | bytes) -> bool:
 # -- several values --------------------------------------------------------------------------------
 
 
-def _items(value: Any) -> list[Any]:
+def _items(value: object) -> list[Any]:
     """The items of a list in its order; a text or a path is a list of one, None an empty one."""
     if value is None:
         return []
@@ -411,7 +411,7 @@ def _items(value: Any) -> list[Any]:
     return list(value)
 
 
-def weighted(adapters: Any) -> list[tuple[StrPath, float | None]]:
+def weighted(adapters: object) -> list[tuple[StrPath, float | None]]:
     """Sources and their weights, None where there is none, of one source or several, of pairs
     `(source, weight)`, or of a mapping of sources to weights. `Refused` with all that are none of
     these."""
@@ -433,7 +433,7 @@ def weighted(adapters: Any) -> list[tuple[StrPath, float | None]]:
     return pairs
 
 
-def unweighted(adapters: Any) -> list[StrPath]:
+def unweighted(adapters: object) -> list[StrPath]:
     """Sources, for verbs without weights; `Refused` for weights other than 1."""
     pairs = weighted(adapters)
     expected, hint = "no weights: this verb has none", "remove the weight"

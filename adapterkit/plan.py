@@ -30,6 +30,7 @@ from adapterkit.checkpoint.reader import Identity
 from adapterkit.checkpoint.system import cores, quarter_of_memory
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.options import Progress
+from adapterkit.records import Json
 from adapterkit.weights.codec import stored_parts
 from adapterkit.weights.reader import Reader
 from adapterkit.weights.slots import Positions
@@ -312,7 +313,7 @@ class OutputFile:
     layout: ShardLayout
     steps: tuple[Step, ...] = ()
     tasks: tuple[Task, ...] = ()
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: Json = field(default_factory=dict)
     finalize: Finalize | None = None
     safetensors_order: bool = False
     lay_out: LayOut | None = None
@@ -324,7 +325,7 @@ class OutputFile:
         cls,
         file: str,
         tasks: Iterable[Task],
-        metadata: dict[str, Any] | None = None,
+        metadata: Json | None = None,
         *,
         finalize: Finalize | None = None,
         safetensors_order: bool = False,
@@ -462,7 +463,7 @@ class Plan:
     """
 
     verb: str
-    options: dict[str, Any]
+    options: Json
     folders: tuple[Folder, ...]
     headers: dict[tuple[int, str], str]  # (folder, file) -> sha256 of its header
     identities: dict[tuple[int, str], Identity]  # of local files: tells an edited file
@@ -470,7 +471,7 @@ class Plan:
     # index, config, tokenizer, card: written after the shards
     files: dict[str, bytes | CopyFile | FromMetrics]
     # decided while planning, for the receipt
-    decisions: dict[str, Any] = field(default_factory=dict)
+    decisions: Json = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     models: tuple[int, ...] = (0,)  # inputs too large to be read again for the receipt's hashes
     memory: int | None = None  # bytes for tasks together; None: a quarter of the machine's
@@ -478,7 +479,7 @@ class Plan:
     placement: Placement = Placement()
     is_file: bool = False  # the output is its one file, and no folder
 
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> Json:
         """What makes two plans the same, as it is read again from a file: version, verb, options,
         inputs and output layout."""
         inputs: list[dict] = [{"name": f.name, **f.origin, "files": {}} for f in self.folders]
@@ -506,7 +507,7 @@ class Plan:
             for shard in self.shards
         }
 
-    def totals(self) -> dict[str, Any]:
+    def totals(self) -> Json:
         """Sizes that a dry run prints: tensors and bytes; exact, but for computed files, where they
         are the most it can be."""
         tasks = [task for shard in self.shards for task in shard.tasks]

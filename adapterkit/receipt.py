@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_file
@@ -21,6 +20,7 @@ from adapterkit.records import (
     FINITE,
     TABLE,
     TEXT,
+    Json,
     entries,
     list_of,
     optional,
@@ -59,7 +59,7 @@ class Receipt:
     the file or the place on the Hub that it is of."""
 
     out: Path | str
-    data: dict[str, Any]
+    data: Json
     finished_before: bool = False
 
 
@@ -127,7 +127,7 @@ def create_receipt(
     inputs: dict,
     hash: str,
     seconds: float,
-) -> dict[str, Any]:
+) -> Json:
     shards = [done[shard.file] for shard in plan.shards]
     size, placement = sum(shard.size for shard in shards), replace(plan.placement, room=0)
     totals, device = replace(plan, placement=placement).totals(), placement.device
@@ -182,7 +182,7 @@ CHANGED = "bytes that are not those that were written"
 AGAIN = "run the merge again"
 
 
-def read_receipt(folder: Folder) -> dict[str, Any]:
+def read_receipt(folder: Folder) -> Json:
     """The receipt of an output folder."""
     if RECEIPT not in folder.files():
         raise Refused(

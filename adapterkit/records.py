@@ -156,7 +156,7 @@ def unfit(
 def test(expected: str, fits: Callable[[Any], object]) -> Check:
     """A value as it is, where it fits."""
 
-    def read(value: Any) -> Any:
+    def read(value: object) -> Any:
         if not fits(value):
             raise ValueError
         return value
@@ -216,7 +216,7 @@ def one_of(*words: object) -> Check:
 def list_of(check: Check, expected: str = "a list") -> Check:
     """A list, each of its items as the check makes it, as a tuple; a set in the order of texts."""
 
-    def read(value: Any) -> tuple[Any, ...]:
+    def read(value: object) -> tuple[Any, ...]:
         if isinstance(value, set | frozenset):
             value = sorted(value, key=str)
         if not isinstance(value, Sequence) or isinstance(value, str | bytes):
@@ -239,7 +239,7 @@ def one_or_several(check: Check) -> Check:
 def table_of(key: Check, check: Check) -> Check:
     """A table, its keys and its values as the checks make them."""
 
-    def read(value: Any) -> dict[Any, Any]:
+    def read(value: object) -> dict[Any, Any]:
         if not isinstance(value, Mapping):
             raise ValueError
         errors = Problems()
@@ -256,7 +256,7 @@ def table_of(key: Check, check: Check) -> Check:
 def entries(checks: Mapping[str, Check]) -> Check:
     """A table that has these words, whatever else it has, as it is."""
 
-    def read(table: Any) -> Any:
+    def read(table: object) -> Any:
         if not isinstance(table, Mapping):
             raise ValueError
         errors = Problems(_missing(checks, checks.keys() - table.keys()))
@@ -294,7 +294,7 @@ def also(check: Check, expected: str, fits: Callable[[Any], object]) -> Check:
 def _either(checks: Sequence[Check]) -> Check:
     """What the first of the checks that a value fits makes of it."""
 
-    def read(value: Any) -> Any:
+    def read(value: object) -> Any:
         for check in checks:
             if check.fits(value):
                 return check.read(value)
@@ -346,7 +346,7 @@ PLAIN: dict[Any, Check] = {
 
 
 @cache
-def check_of(kind: Any) -> Check:
+def check_of(kind: object) -> Check:
     """The check of an annotation."""
     origin, arguments = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind):

@@ -15,6 +15,7 @@ from typing import Any
 
 from adapterkit import records
 from adapterkit.errors import Refused, did_you_mean
+from adapterkit.records import Json
 
 
 @cache
@@ -44,7 +45,7 @@ class Declaration:
     """What the source of a method's record declares."""
 
     summary: str  # first paragraph of the module's docstring, without the method's name
-    constants: dict[str, Any]  # class attributes with literal values
+    constants: Json  # class attributes with literal values
     options: tuple[str, ...]  # fields of the record
 
 

@@ -32,7 +32,7 @@ def base_option(help: str) -> Any:
     return option(default=None, check=SOURCE, metavar="BASE", help=help)
 
 
-def statistics_option(help: str, **more: Any) -> Any:
+def statistics_option(help: str, **more: object) -> Any:
     """A file of statistics."""
     return option(default=None, check=SOURCE, metavar="FILE", help=help, **more)
 
@@ -76,7 +76,7 @@ def targets_option(default: str, modules: str = "Modules that get factors") -> A
     )
 
 
-def seed_option(help: str = "Seed of methods that draw.", **more: Any) -> Any:
+def seed_option(help: str = "Seed of methods that draw.", **more: object) -> Any:
     return option(default=0, check=SEED, help=help, **more)
 
 

@@ -34,6 +34,7 @@ from typing import (
 )
 
 from adapterkit.options import OptionRecord, option, option_of, own_hints, record
+from adapterkit.records import Json
 from adapterkit.run_options import REPOSITORY, RunOptions
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
         with own_hints(type(self)), execution.pinned_inputs(self):
             return execution.with_run_options(load(self.planner)(self), self)
 
-    def recipe_options(self) -> dict[str, Any]:
+    def recipe_options(self) -> Json:
         """The options of what is computed that were given, as the receipt has them; sources are its
         inputs."""
         running = {field.name for field in dataclasses.fields(RunOptions)}
@@ -130,11 +131,11 @@ class Function(Protocol[P]):
     __name__: str
 
     @overload
-    def __call__(self, *args: Any, dry_run: Literal[True], **options: Any) -> "Plan": ...
+    def __call__(self, *args: object, dry_run: Literal[True], **options: object) -> "Plan": ...
     @overload
-    def __call__(self, *args: Any, dry_run: Literal[False], **options: Any) -> "Receipt": ...
+    def __call__(self, *args: object, dry_run: Literal[False], **options: object) -> "Receipt": ...
     @overload
-    def __call__(self, *args: Any, dry_run: bool, **options: Any) -> "Receipt | Plan": ...
+    def __call__(self, *args: object, dry_run: bool, **options: object) -> "Receipt | Plan": ...
     @overload
     def __call__(self, *args: P.args, **options: P.kwargs) -> "Receipt": ...
 

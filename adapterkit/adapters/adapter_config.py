@@ -154,7 +154,7 @@ class DeclaredScales:
 
 
 def declared_settings(
-    ranks: Mapping[str, int], alphas: Mapping[str, float], **settings: Any
+    ranks: Mapping[str, int], alphas: Mapping[str, float], **settings: object
 ) -> Json:
     """The settings of a LoRA with these ranks and alphas by module."""
     numbers = {name: whole(alpha) for name, alpha in alphas.items()}

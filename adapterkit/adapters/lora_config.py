@@ -142,7 +142,7 @@ def _unless_empty(check: Check) -> Check:
     return replace(check, read=lambda value: None if is_none(value) else check.read(value))
 
 
-def _is_init(value: Any) -> str | bool:
+def _is_init(value: object) -> str | bool:
     name = value.lower() if isinstance(value, str) else ""
     if value is not False and not _is_of_peft(name) and name not in declarations("inits"):
         raise ValueError
@@ -154,13 +154,13 @@ def _regex(value: Any) -> str:
     return value
 
 
-def _targets(value: Any) -> str | tuple[str, ...]:
+def _targets(value: object) -> str | tuple[str, ...]:
     if isinstance(value, str):
         return ALL_LINEAR if value.lower() == ALL_LINEAR else _regex(value)
     return NAMES.read(value)
 
 
-def _tokens(value: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+def _tokens(value: object) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
     if not isinstance(value, Mapping):
         return INDICES.read(value)
     return also(table_of(NAME, INDICES), "", len).read(value)
@@ -234,7 +234,7 @@ class LoraConfig:
     task_type: str | None = checked(None, optional(one_of(*TASK_TYPES)))
 
     # before __init__, which knows no other names
-    def __new__(cls, *args: Any, **kwargs: Any):
+    def __new__(cls, *args: object, **kwargs: object):
         known = [f.name for f in fields(cls)]
         Problems([_unknown(name, known) for name in kwargs if name not in known]).raise_all()
         return super().__new__(cls)
@@ -340,7 +340,7 @@ def _unknown(name: str, known: Sequence[str]) -> Refused:
     return Refused(problem, expected=", ".join(known), where=where, hint=hint)
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: object) -> Any:
     if isinstance(value, tuple):
         return [_as_json(item) for item in value]
     if isinstance(value, Mapping):

@@ -8,11 +8,11 @@ import shutil
 import stat
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Protocol
 
 from adapterkit.errors import AdapterkitError, Damaged, Failed, MultipleErrors, Refused, shown
 
@@ -84,7 +84,7 @@ class LocalFolder:
                 hint="check the path",
             )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Mapping[str, object]:
         """For pickle, with an absolute path: a copy may be read from elsewhere."""
         return vars(self) | {"root": self.root.absolute()}
 

@@ -74,7 +74,7 @@ def read_json(folder: Folder, name: str) -> dict:
     return value
 
 
-def check_depth(value: Any) -> None:
+def check_depth(value: object) -> None:
     """`ValueError` for lists and objects too deep inside each other: what walks them recurses."""
     level = [value]
     for _ in range(MAX_DEPTH):

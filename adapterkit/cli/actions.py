@@ -40,7 +40,7 @@ CONVERT_OPTIONS = [
 ]
 
 
-def inspect(verb: type[Verb], path: str, as_json: bool, **options: Any) -> None:
+def inspect(verb: type[Verb], path: str, as_json: bool, **options: object) -> None:
     """Print what a source holds; the exit status is 1 where a file cannot be read."""
     with ProgressBar(False) as bar:
         result = function_of(verb)(path, progress=bar, **options)
@@ -53,7 +53,7 @@ def inspect(verb: type[Verb], path: str, as_json: bool, **options: Any) -> None:
     click.get_current_context().exit(0 if result["readable"] else 1)
 
 
-def diff(verb: type[Verb], a: str, b: str, as_json: bool, quiet: bool, **options: Any) -> None:
+def diff(verb: type[Verb], a: str, b: str, as_json: bool, quiet: bool, **options: object) -> None:
     """Print what two sources do not have in common; the exit status is 1 where they differ."""
     if quiet and not as_json:
         options["rank_for_energy"] = 0.0
@@ -68,7 +68,7 @@ def diff(verb: type[Verb], a: str, b: str, as_json: bool, quiet: bool, **options
     click.get_current_context().exit(0 if result["same"] else 1)
 
 
-def verify(verb: type[Verb], folder: str, as_json: bool, quiet: bool, **options: Any) -> None:
+def verify(verb: type[Verb], folder: str, as_json: bool, quiet: bool, **options: object) -> None:
     """Print what was checked of an output."""
     with ProgressBar(quiet) as bar:
         result = function_of(verb)(folder, progress=bar, **options)

@@ -19,7 +19,7 @@ from adapterkit.records import Json
 PLACES = ("{name}", "{parent}")
 
 
-def convert_all(file: str, pattern: str, *, as_json: bool, quiet: bool, **options: Any) -> int:
+def convert_all(file: str, pattern: str, *, as_json: bool, quiet: bool, **options: object) -> int:
     """Convert each source in the file's lines; the exit status: 0 if all are done, else 1.
 
     Empty lines and those that start with # say nothing. Raises `Refused` before the first

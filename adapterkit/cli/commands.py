@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from inspect import cleandoc
-from typing import Any
 
 import click
 
@@ -15,7 +14,6 @@ from adapterkit.cli.group import Rows, WritingCommand
 from adapterkit.cli.output import run_verb
 from adapterkit.cli.parameters import arguments_of, parameters_of
 from adapterkit.combinations import ALIASES
-from adapterkit.records import Json
 from adapterkit.registry import as_flag, declarations
 from adapterkit.verb import Verb, WritingVerb
 from adapterkit.verbs import HOMES
@@ -85,11 +83,11 @@ def command_of(verb: type[Verb]) -> click.Command:
     params = [*parameters_of(verb), *OWN_OPTIONS.get(verb.name, ())]
     action = ACTIONS.get(verb.name) or partial(run_verb)
 
-    def callback(**values: Any) -> None:
+    def callback(**values: object) -> None:
         sources, options = arguments_of(verb, values)
         action(verb, *sources, **options)
 
-    more: Json = {"callback": callback, "help": cleandoc(verb.command)}
+    more: dict[str, Any] = {"callback": callback, "help": cleandoc(verb.command)}
     if not issubclass(verb, WritingVerb):
         return click.Command(verb.name, params=params, **more)
     if verb.name == "convert":  # --list and --from-list stand in place of what it takes else

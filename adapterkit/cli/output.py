@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 def run_verb(
     verb: type[Verb],
-    *sources: Any,
+    *sources: object,
     as_json: bool,
     quiet: bool,
     unit: str = "B",
     plan: str | None = None,
     dry_run: bool = False,
-    **options: Any,
+    **options: object,
 ) -> None:
     """Run a verb, with progress, and print its plan or receipt; with `plan` write that file
     instead."""
@@ -50,11 +50,11 @@ def run_verb(
 def write_plan(
     file: str,
     verb: type[Verb],
-    *sources: Any,
+    *sources: object,
     as_json: bool,
     quiet: bool,
     dry_run: bool,
-    **options: Any,
+    **options: object,
 ) -> None:
     """Write a verb's call into a plan file, and print the plan."""
     if dry_run:
@@ -97,7 +97,7 @@ class ProgressBar:
         with self.lock:
             self.bar.update(done)
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bar.close()
 
 

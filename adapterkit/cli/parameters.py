@@ -8,7 +8,7 @@ import click
 
 from adapterkit.cli.completion import Name, SourceType, Targets
 from adapterkit.options import flag_of, option_of
-from adapterkit.records import Check
+from adapterkit.records import Check, Json
 from adapterkit.run_options import RunOptions
 from adapterkit.verb import Verb, WritingVerb, fields_of
 
@@ -74,7 +74,7 @@ def _type(check: Check) -> Any:
     return click.Choice(check.words) if check.words else TYPES.get(check.kind, str)
 
 
-def arguments_of(verb: type[Verb], values: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+def arguments_of(verb: type[Verb], values: Json) -> tuple[list[Any], Json]:
     """A command's values as a verb takes them: its sources, and the others by name."""
     fields = fields_of(verb)
     sources = [values.pop(field.name) for field in fields if not field.kw_only]
@@ -83,7 +83,7 @@ def arguments_of(verb: type[Verb], values: dict[str, Any]) -> tuple[list[Any], d
     return sources, values
 
 
-def parse_settings(words: tuple[str, ...]) -> dict[str, Any]:
+def parse_settings(words: tuple[str, ...]) -> Json:
     """KEY=VALUE options; a value is a JSON number, true or false, or else a string."""
     settings = {}
     for word in words:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -84,14 +84,14 @@ def set_handlers(handler: Callable | signal.Handlers) -> None:
         signal.signal(number, handler)
 
 
-def _on_first_signal(number: int, *_: Any) -> None:
+def _on_first_signal(number: int, *_: object) -> None:
     received.append(number)
     set_handlers(_exit_at_once)
     sys.unraisablehook = _on_dropped
     _interrupt()
 
 
-def _interrupt(*_: Any) -> None:
+def _interrupt(*_: object) -> None:
     """Raise `KeyboardInterrupt`; during an import, where it would abort inside torch, exit."""
     if _importing():
         context = click.get_current_context(silent=True)
@@ -109,7 +109,7 @@ def _on_dropped(dropped: "UnraisableHookArgs") -> None:
         sys.__unraisablehook__(dropped)
 
 
-def _exit_at_once(*_: Any) -> None:
+def _exit_at_once(*_: object) -> None:
     """Exit without waiting for worker threads."""
     context = click.get_current_context(silent=True)
     os.write(2, f"Error: stopped at once\n  hint: {stopped(context).hint}\n".encode())

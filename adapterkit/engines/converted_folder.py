@@ -5,12 +5,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder, temporary_folder
 from adapterkit.checkpoint.header import FIRST_READ
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.engines.planned_folder import PlannedFolder, planned_folder
+from adapterkit.records import Json
 
 if TYPE_CHECKING:
     from adapterkit.plan import Plan
@@ -27,7 +28,7 @@ class ConvertedFolder:
     plan: "Plan"
     name: str = field(init=False)
     label: str = field(init=False)
-    origin: dict[str, Any] = field(init=False)  # the source's, with the format that it was in
+    origin: Json = field(init=False)  # the source's, with the format that it was in
     hashes: dict[str, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:

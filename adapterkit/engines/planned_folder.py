@@ -4,10 +4,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import Refused, shown
+from adapterkit.records import Json
 
 if TYPE_CHECKING:
     from adapterkit.plan import OutputFile, Plan
@@ -43,7 +44,7 @@ class PlannedFolder:
         self._path, self._contents, self._asked = os.fspath(path), files, asked
         self.label = shown(self._path)
         self.name = shown(Path(path).name)
-        self.origin: dict[str, Any] = {"name": self.name}
+        self.origin: Json = {"name": self.name}
         self.hashes: dict[str, str] = {}
 
     def __fspath__(self) -> str:
@@ -103,7 +104,7 @@ def planned_folder(out: str, plan: "Plan", source: str) -> PlannedFolder | None:
     # here, so that headers of models are read without torch
     from adapterkit.plan import CopyFile, FromMetrics
 
-    metrics: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, Json] = {}
     contents: dict[str, _File] = {}
     for shard in plan.shards:
         planned = _planned_metrics(shard)
@@ -134,7 +135,7 @@ def planned_folder(out: str, plan: "Plan", source: str) -> PlannedFolder | None:
     return folder
 
 
-def _planned_metrics(file: "OutputFile") -> dict[str, dict[str, Any]] | None:
+def _planned_metrics(file: "OutputFile") -> dict[str, Json] | None:
     """The metrics of a file's tasks, as far as small files need them; None where values decide
     about its header."""
     if file.sizes_are_planned:

@@ -207,7 +207,7 @@ def _llama3_scaling(file: GgufFile, config: Json) -> Json:
     file.errors.fail(f"{FREQUENCIES} of an unknown rule", "the factors of Llama 3")
 
 
-def _shortest(value: Any) -> Any:
+def _shortest(value: object) -> Any:
     """Floats of a header are float32, so written with their digits: 9.999999747378752e-06 is
     1e-05."""
     import numpy as np

@@ -105,7 +105,7 @@ def _tokenizer_files(file: GgufFile) -> dict[str, bytes]:
     return texts
 
 
-def loads_in_float32(model: Any, key: str, dtype: str) -> bool:
+def loads_in_float32(model: object, key: str, dtype: str) -> bool:
     """Whether transformers loads a parameter in float32 whatever the model's dtype."""
     names = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
     if dtype == "F16":

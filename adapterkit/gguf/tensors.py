@@ -150,7 +150,7 @@ class _Converted:
         return result[0] if isinstance(result, list) else result
 
 
-def _tensor(array: Any) -> Tensor:
+def _tensor(array: object) -> Tensor:
     import numpy as np
     import torch
 

@@ -73,7 +73,7 @@ def repositories(receipt: Mapping[str, Any]) -> set[str]:
     return {name for name, hub_id in ids.items() if hub_id and hub_id.repo == name}
 
 
-def _list(value: Any) -> list[Any]:
+def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.hashes import sha256_of_file
@@ -15,7 +14,7 @@ from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.ids import HubId, parse
 from adapterkit.hub.listing import RemoteEntry
 from adapterkit.hub.upload import LocalFile, Uploaded, commit, groups, upload
-from adapterkit.records import unfit
+from adapterkit.records import Json, unfit
 
 
 def check_push(
@@ -30,7 +29,7 @@ def check_push(
         destination.check_files(names, overwrite=overwrite, job=job)
 
 
-def send(folder: Path, repo: str, *, overwrite: bool = False) -> dict[str, Any]:
+def send(folder: Path, repo: str, *, overwrite: bool = False) -> Json:
     """`push` of an output that is finished: its errors say how to go on."""
     try:
         return push(folder, repo, overwrite=overwrite)
@@ -45,7 +44,7 @@ def push(
     *,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Upload a folder as one commit to a model repository. One that is created is private where one
     of those is that the folder was made of, as its receipt says.
 

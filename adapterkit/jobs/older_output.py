@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.output.earlier import lacking
@@ -25,18 +24,19 @@ from adapterkit.jobs.pipeline_file import Location
 from adapterkit.plan import CopyFile, Plan
 from adapterkit.planning.inputs.unpickled_folder import UnpickledFolder
 from adapterkit.receipt import RECEIPT_CHECK, fingerprint_of, read_receipt
+from adapterkit.records import Json
 
 
 @dataclass(frozen=True)
 class Older:
     """An older output of adapterkit."""
 
-    receipt: dict[str, Any]
+    receipt: Json
     folder: Folder
     written: int | None  # when, in nanoseconds, where that is known
 
     @property
-    def pipeline(self) -> dict[str, Any]:
+    def pipeline(self) -> Json:
         """What the receipt says of the pipeline that wrote it."""
         entry = self.receipt.get("pipeline")
         return entry if isinstance(entry, dict) else {}

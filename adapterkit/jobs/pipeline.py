@@ -28,6 +28,7 @@ from adapterkit.jobs.report import Row, outcome, refusal, report, sent
 from adapterkit.options import Progress
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
+from adapterkit.records import Json
 from adapterkit.verb import WritingVerb
 
 FINISHED: Row = {"state": "done before", "notes": []}
@@ -76,7 +77,7 @@ def run_pipeline(
     overwrite: bool = False,
     progress: Progress = lambda done: None,
     tell: Callable[[Row], object] = lambda row: None,
-) -> dict[str, Any]:
+) -> Json:
     """Carry out the steps of a TOML file, in order; the report: `totals`, the number of steps in
     each state, and `steps`.
 

@@ -15,6 +15,7 @@ from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.hub import ids
 from adapterkit.jobs.verbs import VERB
 from adapterkit.options import finite, option_of
+from adapterkit.records import Json
 from adapterkit.verb import WritingVerb, fields_of
 
 HINT = "see Pipelines in docs/scale.md"
@@ -78,10 +79,10 @@ class PipelineStep:
         """The repository to which the output goes as well."""
         return self.arguments.get("push")
 
-    def with_sources(self, value: Callable[[StepSource], Any]) -> dict[str, Any]:
+    def with_sources(self, value: Callable[[StepSource], Any]) -> Json:
         """The arguments with something in the place of each source."""
 
-        def put(argument: Any) -> Any:
+        def put(argument: object) -> Any:
             if isinstance(argument, list):
                 return [put(item) for item in argument]
             return value(argument) if isinstance(argument, StepSource) else argument
@@ -93,7 +94,7 @@ class PipelineStep:
 class PipelineDocument:
     """The file."""
 
-    step: tuple[dict[str, Any], ...] = field(metadata={"check": STEPS})
+    step: tuple[Json, ...] = field(metadata={"check": STEPS})
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class StepTable:
     verb: type[WritingVerb] = field(metadata={"check": VERB})
     inputs: tuple[str, ...] = field(metadata={"check": records.one_or_several(records.NAME)})
     out: str = field(metadata={"check": OUT})
-    options: dict[str, Any] = field(default_factory=dict, metadata={"check": records.TABLE})
+    options: Json = field(default_factory=dict, metadata={"check": records.TABLE})
 
 
 def read_pipeline(file: Path) -> list[PipelineStep]:
@@ -125,7 +126,7 @@ def read_pipeline(file: Path) -> list[PipelineStep]:
     return steps
 
 
-def _entries(file: Path) -> list[dict[str, Any]]:
+def _entries(file: Path) -> list[Json]:
     """The tables of the file; `Refused` where it is none of a pipeline."""
     where = file.name
     try:
@@ -143,9 +144,7 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     return list(records.read(PipelineDocument, document, where, hint=hint).step)
 
 
-def _step(
-    number: int, entry: dict[str, Any], outs: Mapping[int, Location], folder: Path
-) -> PipelineStep:
+def _step(number: int, entry: Json, outs: Mapping[int, Location], folder: Path) -> PipelineStep:
     name = entry.get("verb")
     where = f"step {number}" + (f" ({shown(name)})" if isinstance(name, str) else "")
     step = records.read(StepTable, entry, where, hint=HINT)
@@ -167,7 +166,7 @@ def _step(
 
 
 def _misnamed_options(
-    fields: Mapping[str, Field], options: dict[str, Any], where: str
+    fields: Mapping[str, Field], options: Json, where: str
 ) -> list[AdapterkitError]:
     """What is wrong with the names of a step's options."""
     own = {n: field for n, field in fields.items() if field.kw_only and n not in RESERVED}
@@ -186,7 +185,7 @@ def _sources(
     source: Callable[[str, str], StepSource],
     where: str,
     errors: Problems,
-) -> dict[str, Any]:
+) -> Json:
     """The verb's sources by name, in its order; the last name has all that are left where it may
     be several."""
     checks = {name: option_of(field).check for name, field in fields.items() if not field.kw_only}
@@ -203,7 +202,7 @@ def _sources(
     return arguments | {last: rest if several else rest[0]}
 
 
-def _located(kind: str, value: Any, source: Callable[[str, str], StepSource]) -> Any:
+def _located(kind: str, value: object, source: Callable[[str, str], StepSource]) -> Any:
     """The option's value with sources in the place of texts; what is none is left to its check."""
     if isinstance(value, list):
         return [_located(kind, item, source) for item in value]

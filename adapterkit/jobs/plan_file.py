@@ -23,7 +23,7 @@ from adapterkit.hub.ids import is_on_hub, parse
 from adapterkit.jobs.verbs import VERB
 from adapterkit.options import FILE, StrPath, checked, finite, flag_of, option_of, own_hints
 from adapterkit.plan import Plan
-from adapterkit.records import TABLE, TEXT
+from adapterkit.records import TABLE, TEXT, Json
 from adapterkit.verb import WritingVerb, fields_of
 
 VERSION = 1
@@ -46,7 +46,7 @@ class PlanFile:
     job: RankJob
 
 
-def write_plan(file: StrPath, verb: str, *sources: Any, **options: Any) -> Plan:
+def write_plan(file: StrPath, verb: str, *sources: object, **options: object) -> Plan:
     """Plan a verb's call for several processes: writes `file`, for `run` and `finish`, and makes
     the stage beside the output; the plan.
 
@@ -153,7 +153,7 @@ def _unreadable(path: Path, problem: str, hint: str = AGAIN) -> Refused:
     return Refused(problem, expected=expected, where=str(path), hint=hint)
 
 
-def _portable(verb: WritingVerb) -> dict[str, Any]:
+def _portable(verb: WritingVerb) -> Json:
     """The arguments that were given, as they mean the same in every process."""
     if is_on_hub(verb.out):
         raise Refused(
@@ -177,7 +177,7 @@ def _portable(verb: WritingVerb) -> dict[str, Any]:
     return json.loads(json.dumps(arguments))
 
 
-def _is_data(value: Any) -> bool:
+def _is_data(value: object) -> bool:
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
@@ -216,7 +216,7 @@ def _pinned(source: StrPath) -> str:
     return text if hub_id is None else str(replace(hub_id, revision=HubFolder(hub_id).commit))
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write(path: Path, content: Json) -> None:
     data = json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
     replace_file(path, data, path.with_name(f".{path.name}.{os.getpid()}.part"))
 

@@ -2,17 +2,17 @@
 steps of a pipeline."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from adapterkit.errors import AdapterkitError
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
+from adapterkit.records import Json
 
 STATES = ("done", "done before", "planned", "refused")
-Row = dict[str, Any]  # what is known of the job, its state, and what that state has to say
+Row = Json  # what is known of the job, its state, and what that state has to say
 
 
-def report(name: str, rows: Sequence[Row]) -> dict[str, Any]:
+def report(name: str, rows: Sequence[Row]) -> Json:
     """The rows under this name, and how many of them are in each state."""
     totals = {state: sum(row["state"] == state for row in rows) for state in STATES}
     return {"totals": totals, name: list(rows)}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adapterkit.errors import Refused
 from adapterkit.options import (
@@ -22,6 +22,7 @@ from adapterkit.options import (
     option,
     record,
 )
+from adapterkit.records import Json
 from adapterkit.run_options import WAIT
 from adapterkit.verb import Verb, function_of
 
@@ -33,7 +34,7 @@ OF_PLAN_FILES, OF_PIPELINES = ("rank", "workers", "wait"), ("overwrite",)
 
 
 @record
-class Run(Verb["Outcome | dict[str, Any]"]):
+class Run(Verb["Outcome | Json"]):
     """Make the share of a plan file's output that one of several processes has, and what others
     leave; what was done. Of a `.toml` file carry out the steps of the pipeline; the report of
     `jobs.pipeline.run_pipeline`.
@@ -97,7 +98,7 @@ class Run(Verb["Outcome | dict[str, Any]"]):
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
-    def run(self) -> "Outcome | dict[str, Any]":
+    def run(self) -> "Outcome | Json":
         from adapterkit.jobs.launcher import rank_of
         from adapterkit.jobs.pipeline import run_pipeline
         from adapterkit.jobs.plan_file import read_plan

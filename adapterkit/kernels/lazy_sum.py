@@ -123,7 +123,7 @@ class LowRankSum:
         return f"LowRankSum({tuple(self.weight.shape)}, {len(self.terms)} terms)"
 
 
-def _call(func: Callable, *args: Any, **kwargs: Any) -> Any:
+def _call(func: Callable, *args: object, **kwargs: object) -> Any:
     return LowRankSum.__torch_function__(func, (), args, kwargs)
 
 

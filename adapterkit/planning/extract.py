@@ -33,6 +33,7 @@ from adapterkit.planning.outputs.adapter import Output
 from adapterkit.planning.outputs.folder_files import as_json
 from adapterkit.planning.targets.stored_targets import FactorTargets, prefixes
 from adapterkit.planning.targets.values_by_regex import selection
+from adapterkit.records import Json
 from adapterkit.shared_options import TruncationOptions
 from adapterkit.tasks.difference import DifferenceFactors, WholeParameter
 from adapterkit.tasks.truncate import SHARES, even_rank, finalize_by_size
@@ -198,7 +199,7 @@ class Extraction:
         """PEFT's flag for layers whose weight is (in, out)."""
         return any(self.names[1].transposed(difference.module) for difference in self.factors)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Json:
         """Settings of the config besides targets and ranks."""
         stacks = any(difference.place.experts is not None for difference in self.factors)
         return {

@@ -34,6 +34,7 @@ from adapterkit.planning.outputs.model import (
 )
 from adapterkit.planning.quantization import QuantizationPlan, plan_quantization
 from adapterkit.planning.targets.initial_targets import InitialTarget, find_targets
+from adapterkit.records import Json
 from adapterkit.shared_options import BlockOptions
 from adapterkit.tasks.handoff import HandoffFactors, handed_on
 from adapterkit.tasks.initial import (
@@ -59,7 +60,7 @@ class ResidualAdapter:
 
     name: str
     label: str = "the initial adapter"
-    origin: dict[str, Any] = field(default_factory=dict)
+    origin: Json = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
 
     def files(self) -> dict[str, int]:
@@ -154,7 +155,7 @@ def plan_init(options: Init) -> Plan:
     targets = find_targets(decoded_view(base), options, notes)
     _check_targets(base, method, targets)
     tasks = _factors(options, method, targets, statistics)
-    decisions: dict[str, Any] = {"modules": len(targets)}
+    decisions: Json = {"modules": len(targets)}
     implicit = method.changes_base and options.residual == "implicit"
     finalize, warn = None, no_warnings
     if isinstance(method, RedistributingInit):
@@ -218,7 +219,7 @@ def _residual(
     options: Init,
     adapter: adapter_output.Output,
     notes: list[str],
-    decisions: dict[str, Any],
+    decisions: Json,
 ) -> tuple[tuple[OutputFile, ...], Files]:
     """The files of the base that is left."""
     if options.quantize:
@@ -244,7 +245,7 @@ def _adapter(
 ) -> adapter_output.Output:
     """An adapter of the output; its config has no init that PEFT would repeat."""
     parameters = [target.name for target in targets if target.is_parameter]
-    settings: dict[str, Any] = {}
+    settings: Json = {}
     if parameters:
         settings |= {"target_parameters": parameters, "peft_version": adapter_config.PEFT_LAYOUT}
     if implicit:

@@ -4,7 +4,6 @@ arXiv:2310.08659)."""
 from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
@@ -22,6 +21,7 @@ from adapterkit.planning.quantization import plan_quantization
 from adapterkit.planning.targets.changed_meanings import rule_readings
 from adapterkit.planning.targets.stored_targets import select_layers
 from adapterkit.planning.targets.values_by_regex import pattern_table, read_rules, unmatched
+from adapterkit.records import Json
 from adapterkit.shared_options import BlockOptions
 from adapterkit.tasks.handoff import HandoffFactors
 from adapterkit.tasks.loftq import LoftQFactors, LoftQWeight, finalize_accepted
@@ -50,7 +50,7 @@ def plan_loftq(options: Loftq) -> Plan:
     if quantized is not None:
         notes: list[str] = []
         output = _plan_fixed_base(base, others[0], statistics, options, notes)
-        decisions: dict[str, Any] = {"modules": len(output.tasks)}
+        decisions: Json = {"modules": len(output.tasks)}
         if options.accept is not None:
             output = replace(output, finalize=partial(finalize_accepted, options.accept))
         shards, files = (output.shard(),), output.files(notes)
@@ -71,7 +71,7 @@ def plan_loftq(options: Loftq) -> Plan:
 
 def _plan_base_and_adapter(
     base: Checkpoint, stats: Checkpoint | None, options: Loftq
-) -> tuple[tuple[OutputFile, ...], dict[str, Any], list[str], dict[str, Any]]:
+) -> tuple[tuple[OutputFile, ...], Json, list[str], Json]:
     """The files of the packed base and of the adapter beside it: computed ones, others, notes, and
     metrics of the plan."""
     rules = read_rules(BITS_FOR, options.bits_for, whole_of(*MIXED))

@@ -13,6 +13,7 @@ from adapterkit.options import flag_of
 from adapterkit.plan import Step, Task
 from adapterkit.planning.outputs.model import check_gaps
 from adapterkit.planning.targets.values_by_regex import selecting
+from adapterkit.records import Json
 from adapterkit.registry import members
 from adapterkit.tasks.rows import EditedTensor
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
@@ -47,7 +48,7 @@ class QuantizationPlan:
     quantizers exclude and those that `--skip` matches."""
 
     base: Checkpoint
-    options: dict[str, Any]
+    options: Json
     exceptions: Exceptions
     format: Format | None  # None: nothing is quantized
     names: Names
@@ -109,7 +110,7 @@ class QuantizationPlan:
             if key not in self.quantized and _is_upcast(self.model, names.get(key, key), spec.dtype)
         }
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Json:
         """The base's config with a quantization_config, keys sorted as transformers writes them."""
         from torch import nn
 
@@ -127,7 +128,7 @@ class QuantizationPlan:
 
 
 def plan_quantization(
-    base: Checkpoint, options: dict[str, Any], exceptions: Exceptions = NO_EXCEPTIONS
+    base: Checkpoint, options: Json, exceptions: Exceptions = NO_EXCEPTIONS
 ) -> QuantizationPlan:
     """The quantization of a base into the format options["to"] (None: only its linear layers are
     listed). `exceptions`: modules that get another target, of the same format.
@@ -198,7 +199,7 @@ def known_model(base: Checkpoint, notes: list[str]) -> Names:
     return names
 
 
-def _check_options(options: dict[str, Any], exceptions: Exceptions) -> None:
+def _check_options(options: Json, exceptions: Exceptions) -> None:
     used = {options["to"], *exceptions.values}
     for option, formats in FORMAT_OPTIONS.items():
         if options.get(option) and not used & set(formats):
@@ -206,9 +207,7 @@ def _check_options(options: dict[str, Any], exceptions: Exceptions) -> None:
             raise Refused(problem, expected=" or ".join(formats), where="options", hint=hint)
 
 
-def _check_experts(
-    base: Checkpoint, to: str | None, record: Format | None, state: dict[str, Any]
-) -> None:
+def _check_experts(base: Checkpoint, to: str | None, record: Format | None, state: Json) -> None:
     stack = next((name for name, weight in state.items() if is_stack(name, weight)), None)
     if record is not None and not record.allows_plain_experts and stack is not None:
         raise Refused(
@@ -272,7 +271,7 @@ def _plain_weight(plan: QuantizationPlan, parameter: Parameter, module: str) -> 
     return PlainWeight(spec.key, shape, spec.dtype, transposed, upcast)
 
 
-def _is_upcast(model: Any, name: str, dtype: str) -> bool:
+def _is_upcast(model: object, name: str, dtype: str) -> bool:
     """Whether transformers makes a parameter of this dtype float32 (its `_get_dtype_plan`)."""
     strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     patterns = {
@@ -307,7 +306,7 @@ def is_stack(name: str, weight: Any) -> bool:
     return weight.dim() == 3 and "experts" in name
 
 
-def excluded_modules(model: Any) -> list[str]:
+def excluded_modules(model: object) -> list[str]:
     """The modules that transformers' quantizers exclude by themselves: the output layer, tied ones,
     the last one."""
     from transformers.quantizers.base import get_keys_to_not_convert

@@ -27,6 +27,7 @@ from adapterkit.planning.inputs.sources import (
     open_statistics,
 )
 from adapterkit.planning.outputs import adapter as adapter_output
+from adapterkit.records import Json
 from adapterkit.shared_options import TruncationOptions
 from adapterkit.tasks.truncate import (
     SHARES,
@@ -73,7 +74,7 @@ class _ResizePlanner:
     notes: list[str]
     errors: Problems = field(default_factory=Problems)
     ranked: list[TruncatedFactors | ConvertedFactors] = field(default_factory=list)
-    targets: dict[str, Any] = field(default_factory=dict)  # what the output has to know of them
+    targets: Json = field(default_factory=dict)  # what the output has to know of them
     adapter: Adapter | None = None
     init: Any = True  # the output's init_lora_weights
 
@@ -153,7 +154,7 @@ class _ResizePlanner:
         assert self.adapter is not None
         return self.adapter.config["lora_alpha"] if self.options.alpha == "keep" else None
 
-    def _how(self) -> dict[str, Any]:
+    def _how(self) -> Json:
         return {"truncation": self.truncation, "alpha": self._alpha()}
 
     def plan(self, stats: Checkpoint | None) -> Plan:

@@ -99,7 +99,7 @@ def _row(name: str, key: str, a: dict, b: dict) -> Json:
     return {"name": printable(name), "change": change, **values}
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: object, b: object) -> bool:
     return a == b or repr(a) == repr(b)  # NaN equals NaN
 
 
@@ -124,7 +124,7 @@ def _with_defaults(a: dict, b: dict) -> tuple[dict, dict, str] | None:
     return one, other, note + transformers.__version__
 
 
-def printable(value: Any) -> Any:
+def printable(value: object) -> Any:
     """A JSON value with printable texts and finite numbers (else None)."""
     if isinstance(value, dict):
         return {printable(str(key)): printable(item) for key, item in value.items()}

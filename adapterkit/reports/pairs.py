@@ -283,7 +283,7 @@ class TokenRowsPair:
         return result
 
 
-def make_pair(kind: str, name: str, a: Any, b: Any) -> Pair:
+def make_pair(kind: str, name: str, a: object, b: object) -> Pair:
     classes = {"delta": DeltaPair, "bias": DeltaPair, "rows": TokenRowsPair}
     return classes.get(kind, TensorPair)(name, kind, a, b)
 
@@ -297,7 +297,7 @@ def stored_specs(part: Any) -> tuple[TensorSpec, ...]:
     return (part.spec if isinstance(part, Bias) else part,)
 
 
-def summary_of(part: Any) -> Json:
+def summary_of(part: object) -> Json:
     """One side of a pair in a row: rank, scale and shape of a delta, else dtype and shape."""
     if isinstance(part, Factors | Bias):
         summary = {"rank": part.rank, "scale": part.scale, "shape": list(_shape(part))}

@@ -36,6 +36,7 @@ from adapterkit.patterns import similar_names
 from adapterkit.planning.arrow import CONFIG, FORMAT, WEIGHTS
 from adapterkit.planning.inputs.sources import open_source
 from adapterkit.planning.outputs.folder_files import as_json
+from adapterkit.records import Json
 from adapterkit.runtime.layers import kind_of
 from adapterkit.runtime.layers.routed import Experts, RoutedPart
 from adapterkit.runtime.load import writing
@@ -43,7 +44,7 @@ from adapterkit.runtime.load.placing import home
 from adapterkit.runtime.state import Attached, State
 from adapterkit.verbs.arrow import arrow as write_arrow
 
-Settings = dict[str, Any]  # of arrow.json
+Settings = Json  # of arrow.json
 SETTINGS = records.entries(  # of arrow.json
     {
         "experts": records.also(records.list_of(records.TEXT), "a list of names", len),

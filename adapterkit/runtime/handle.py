@@ -309,7 +309,7 @@ class Adapters:
         adapter."""
         return trainer.trainer(self.state, cls)
 
-    def accelerate(self, accelerator: Any) -> None:
+    def accelerate(self, accelerator: object) -> None:
         """Let `save_state` and `load_state` of accelerate save and restore the active trainable
         adapters, as `trainer` does, in place of the base. Call it once, before or after
         `prepare`. `Refused` without an active trainable adapter."""

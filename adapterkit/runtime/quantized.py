@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import Refused
+from adapterkit.records import Json
 from adapterkit.runtime.site import CHILD, Host, Site, owner
 
 Dequantize = Callable[[Host], Tensor]
@@ -90,7 +91,7 @@ def unmergeable(host: nn.Module) -> str | None:
     return None
 
 
-def tensors_of(module: nn.Module, leaf: str) -> dict[str, Any]:
+def tensors_of(module: nn.Module, leaf: str) -> Json:
     """The parameters of a module, or the buffers, if these have that name."""
     return module._buffers if leaf in module._buffers else module._parameters
 
@@ -200,7 +201,7 @@ def _bnb4_weight(module: Host) -> Tensor:
     return functional.dequantize_4bit(values, state)
 
 
-def _is_packed(state: Any) -> bool:
+def _is_packed(state: object) -> bool:
     return getattr(state, "packing_format_for_cpu", False)
 
 

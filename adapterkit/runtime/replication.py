@@ -10,6 +10,7 @@ from torch import nn
 
 from adapterkit.errors import Refused, shown
 from adapterkit.planning.merge.job import COUNTS, LAYER, stacked
+from adapterkit.records import Json
 from adapterkit.runtime.state import State
 
 WHERE = "layer_replication"
@@ -36,7 +37,7 @@ class Replication:
             )
         parent, _, self._leaf = path.rpartition(".")
         self._owner, self._own = state.modules[parent], layers
-        self._undone: list[tuple[dict[str, Any], str, Any]] = []  # what `undo` sets again
+        self._undone: list[tuple[Json, str, Any]] = []  # what `undo` sets again
         for config in _configs(state, path):
             settings = dict(vars(config))
             for key, value in stacked(settings, len(layers), order).items():
@@ -55,7 +56,7 @@ class Replication:
         self._owner._modules[self._leaf] = new
         state.find_modules()
 
-    def _set(self, table: dict[str, Any], key: str, value: Any) -> None:
+    def _set(self, table: Json, key: str, value: object) -> None:
         self._undone.append((table, key, table[key]))
         table[key] = value
 

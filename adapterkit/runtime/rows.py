@@ -121,7 +121,7 @@ class Rows:
         self.state.pad_encoders()
 
     def _generator(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: object, **kwargs: object) -> Any:
             """The model's own generate, for as many rows as there are names."""
             if not self.on:
                 return generate(*args, **kwargs)
@@ -384,7 +384,7 @@ def run_groups(
     return join(outputs, indices, axis, site.path)
 
 
-def _argument(host: nn.Module, key: str, value: Any, index: Tensor, size: int, axis: int) -> Any:
+def _argument(host: nn.Module, key: str, value: object, index: Tensor, size: int, axis: int) -> Any:
     """The rows of an argument; an attention's masks have them first, 3-D ones for each head."""
     if isinstance(host, nn.MultiheadAttention) and key.endswith("_mask"):
         if key == "attn_mask" and isinstance(value, Tensor) and value.ndim == 3:
@@ -405,7 +405,7 @@ def run_alone(site: Site, name: str | None, args: Args, kwargs: Kwargs) -> Any:
         keep_unfused(site)
 
 
-def select(value: Any, index: Tensor, size: int, axis: int) -> Any:
+def select(value: object, index: Tensor, size: int, axis: int) -> Any:
     """The rows of every tensor with that many rows, in lists and maps too."""
     if isinstance(value, Tensor):
         if value.ndim <= axis or value.shape[axis] != size:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapterkit.records import Json
 from adapterkit.runtime.sharding import spread
 
 CHILD = "adapterkit"  # the name of the child
@@ -43,7 +44,7 @@ _probes = itertools.count()
 class Unsaved(nn.Module):
     """A module whose parameters and buffers are in no state dict."""
 
-    def state_dict(self, *args: object, destination: Any = None, **kwargs: object) -> Any:
+    def state_dict(self, *args: object, destination: object = None, **kwargs: object) -> Any:
         return {} if destination is None else destination
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
@@ -170,7 +171,7 @@ class Part(Unsaved):
         raise NotImplementedError
 
 
-class Values(dict[str, Any]):
+class Values(Json):
     """Parameters of a module by name, as one call of its forward finds them."""
 
     def __init__(self, host: nn.Module):

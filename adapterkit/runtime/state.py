@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
 from adapterkit.options import finite
+from adapterkit.records import Json
 from adapterkit.runtime.guard import Guard
 from adapterkit.runtime.layers.invoked import InvokedPart
 from adapterkit.runtime.parts.alora import Invocations
@@ -302,7 +303,7 @@ def weights(state: State, names: object) -> dict[str, float]:
     return {name: float(value) for name, value in table.items()}
 
 
-def named(names: object) -> dict[str, Any]:
+def named(names: object) -> Json:
     """Names with their weights, unchecked; `Refused` for what says neither."""
     if names is None or isinstance(names, str):
         return {} if names is None else {names: 1.0}

@@ -6,7 +6,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.engines.hub.sources import BoundedFolder, BoundedSources
 from adapterkit.plan import OutputFile, Task, TaskResult
+from adapterkit.records import Json
 from adapterkit.statistics.job import Batch, CollectionJob, check_options
 from adapterkit.statistics.model.activations import ActivationStore
 from adapterkit.statistics.model.layerwise import run_layerwise
@@ -197,7 +197,7 @@ def _part_of(file: SumsFile) -> str:
     return file.name.rpartition("@")[2]
 
 
-def metadata_with(shared: dict[str, str], about: dict[str, Any]) -> dict[str, str]:
+def metadata_with(shared: dict[str, str], about: Json) -> dict[str, str]:
     """Those of the file's header."""
     return {"format": "pt", METADATA: json.dumps({"shared": shared, **about})}
 
@@ -207,7 +207,7 @@ def planned_file(
     shapes: dict[str, tuple[int, int]],
     options: StatsOptions,
     batches: int,
-    about: dict[str, Any],
+    about: Json,
 ) -> OutputFile:
     """The file as large as it can become: layers that see the same inputs share their
     statistics."""

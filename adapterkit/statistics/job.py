@@ -1,13 +1,13 @@
 """What is collected of which model from which data."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from adapterkit.adapters.targets import ALL_LINEAR
 from adapterkit.errors import Refused, listed
 from adapterkit.planning.targets.stored_targets import select_layers
+from adapterkit.records import Json
 from adapterkit.statistics.data.masks import Masks, token_masks
 from adapterkit.statistics.model.hooks import SumsWatch
 from adapterkit.statistics.model.layers import Unit, Units
@@ -111,7 +111,7 @@ class CollectionJob:
         if absent:
             self.notes.append(f"zero, because it is not stored: {listed(absent)}")
 
-    def arguments(self, batch: Batch) -> dict[str, Any]:
+    def arguments(self, batch: Batch) -> Json:
         """Of the model's forward: without labels where no loss is asked for, unless the decoder's
         inputs are made of them."""
         decodes = getattr(self.model.config, "is_encoder_decoder", False)
@@ -135,7 +135,7 @@ class CollectionJob:
         """Which tokens of a batch count; None: all, as for CorDA's own covariance."""
         return watch.masks_of(batch) if self.inputs and self.options.compat is None else None
 
-    def loss(self, output: Any) -> Tensor:
+    def loss(self, output: object) -> Tensor:
         """The loss of a model's output."""
         loss = getattr(output, "loss", None)
         if not isinstance(loss, Tensor):

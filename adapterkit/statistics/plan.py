@@ -23,6 +23,7 @@ from adapterkit.options import Progress, StrPath, files
 from adapterkit.plan import OutputFile, Plan
 from adapterkit.planning.inputs.input_identity import identities, plan_of
 from adapterkit.planning.inputs.sources import open_model
+from adapterkit.records import Json
 from adapterkit.statistics.collect import CollectedFile, collect, metadata_with, planned_file
 from adapterkit.statistics.data.records import Record, draw_records
 from adapterkit.statistics.data.samples import Samples, load_tokenizer, tokenize
@@ -64,7 +65,7 @@ class Collection:
     batches: list[dict[str, Tensor]]
     shapes: dict[str, tuple[int, int]]  # (out, in) of each module
     sizes: Sizes
-    about: dict[str, Any]  # for the file's header
+    about: Json  # for the file's header
     reads: tuple[str, ...]  # files of the base, in the order in which they are read
 
     @property

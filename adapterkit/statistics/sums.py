@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adapterkit.errors import Failed, shown
 from adapterkit.kernels.lowrank.principal import principal_components
+from adapterkit.records import Json
 from adapterkit.tasks.statistics import INPUTS, key_of
 
 COMPONENTS = 256  # principal components that are stored of a layer, unless asked otherwise
@@ -91,7 +92,7 @@ class Sum:
                 hint="run the model in float32 or bfloat16",
             )
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Json:
         """All but the tensors, as JSON has it."""
         return {
             "width": self.width,

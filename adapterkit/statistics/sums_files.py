@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from adapterkit.checkpoint.layout import TensorPlan, laid_out
 from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.errors import Failed, shown
+from adapterkit.records import Json
 from adapterkit.statistics.job import CollectionJob
 from adapterkit.statistics.model.layers import Unit, is_within
 from adapterkit.statistics.sums import Sum, Sums
@@ -118,7 +118,7 @@ class SumsFile:
         return int(self.header.metadata[VISITS])
 
     @property
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[Json]:
         """What each sum is of."""
         return json.loads(self.header.metadata[SUMS])
 

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from adapterkit.checkpoint.header import Header, TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Damaged, Problems, shown, unrecoverable
 from adapterkit.kernels.lowrank import weighted
+from adapterkit.records import Json
 from adapterkit.weights.reader import Reader
 
 # of a module's inputs x (in,): equal for all modules that see the same ones
@@ -56,14 +57,14 @@ def key_of(module: str, kind: str) -> str:
     return f"{module}.{kind}"
 
 
-def metadata_of(stats: Statistics) -> dict[str, Any]:
+def metadata_of(stats: Statistics) -> Json:
     """What the file says of its statistics; nothing where it was not written by adapterkit."""
     texts = [header.metadata.get(METADATA) for header in stats.shards.values()]
     values = [_parsed(text, stats) for text in texts if text is not None]
     return values[0] if values else {}
 
 
-def _parsed(text: str, stats: Statistics) -> dict[str, Any]:
+def _parsed(text: str, stats: Statistics) -> Json:
     try:
         value = json.loads(text)
     except ValueError:

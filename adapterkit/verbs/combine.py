@@ -3,7 +3,6 @@
 rank, a share of the energy) are three choices."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from adapterkit.combinations import ALIASES
 from adapterkit.options import (
@@ -19,6 +18,7 @@ from adapterkit.options import (
     option,
     record,
 )
+from adapterkit.records import Json
 from adapterkit.registry import declarations
 from adapterkit.shared_options import (
     base_option,
@@ -132,7 +132,7 @@ class Combine(WritingVerb):
         help="Another weight (of the N-th adapter) for modules whose name, or the end of it, "
         "matches.",
     )
-    settings: dict[str, Any] | None = settings_option()
+    settings: Json | None = settings_option()
     seed: int = seed_option()
     tokenizer: str | None = tokenizer_option()
     dtype: str = factor_dtype_option()

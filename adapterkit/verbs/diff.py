@@ -1,8 +1,6 @@
 """diff: what two checkpoints, or two adapters, do not have in common. Read by blocks of rows;
 nothing large is held whole."""
 
-from typing import Any
-
 from adapterkit.options import (
     PROGRESS,
     SHARE,
@@ -15,11 +13,12 @@ from adapterkit.options import (
     option,
     record,
 )
+from adapterkit.records import Json
 from adapterkit.verb import Verb, function_of
 
 
 @record
-class Diff(Verb[dict[str, Any]]):
+class Diff(Verb[Json]):
     """Compare two checkpoints, two adapters or two .safetensors files, by key or by module; returns
     what `--json` prints. Modules of a pipeline's adapters have their component's name in front.
 

@@ -1,8 +1,6 @@
 """inspect: what a checkpoint or an adapter holds, from headers and JSON, and on request from the
 factors."""
 
-from typing import Any
-
 from adapterkit.options import (
     FILE,
     FLAG,
@@ -15,12 +13,13 @@ from adapterkit.options import (
     option,
     record,
 )
+from adapterkit.records import Json
 from adapterkit.shared_options import base_option
 from adapterkit.verb import Verb, function_of
 
 
 @record
-class Inspect(Verb[dict[str, Any]]):
+class Inspect(Verb[Json]):
     """What a base, an adapter or a .safetensors file holds, and what is wrong with it; a dict that
     `--json` prints as it is.
 

@@ -1,8 +1,6 @@
 """verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled
 rows are recomputed in float64."""
 
-from typing import Any
-
 from adapterkit.options import (
     PROGRESS,
     SOURCE,
@@ -15,12 +13,13 @@ from adapterkit.options import (
     option,
     record,
 )
+from adapterkit.records import Json
 from adapterkit.shared_options import base_option, statistics_option
 from adapterkit.verb import Verb, function_of
 
 
 @record
-class Verify(Verb[dict[str, Any]]):
+class Verify(Verb[Json]):
     """Check the folder's files against its receipt; with `base` and `adapters`, rows of a merge
     against its inputs too; `stats`: the file of a merge with compensated rounding. Of a folder on
     the Hub the hashes of large files are those that the Hub lists; only to recompute rows are they

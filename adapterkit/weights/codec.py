@@ -15,12 +15,13 @@ from adapterkit.errors import AdapterkitError, Problems, Refused, Unrecoverable,
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import all_finite
+from adapterkit.records import Json
 
 if TYPE_CHECKING:
     from adapterkit.weights.scan import CheckpointScan
 
 
-Settings = dict[str, Any]  # of a config about quantization, or of `quantize`
+Settings = Json  # of a config about quantization, or of `quantize`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class QuantizedWeight(TensorSpec):
         return cls(parts=parts, file=codes.file, **fields)
 
     @classmethod
-    def encoding(cls, weight: "PlainWeight", parts: Iterable[TensorSpec], **fields: Any) -> Self:
+    def encoding(cls, weight: "PlainWeight", parts: Iterable[TensorSpec], **fields: object) -> Self:
         """The record of a weight that is to be quantized into these tensors."""
         own = {"key": weight.key, "dtype": weight.dtype, "shape": weight.shape}
         return cls.of(parts, **own | fields)

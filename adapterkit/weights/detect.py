@@ -7,6 +7,7 @@ from typing import Any
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, shown
+from adapterkit.records import Json
 
 # of transformers, older compressed-tensors, MLX
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
@@ -51,7 +52,7 @@ def quantization_evidence(config: dict, tensors: Mapping[str, TensorSpec]) -> st
     return _by_config(config) or _by_key(tensors) or _by_dtype(tensors)
 
 
-def without_quantization(config: dict) -> dict[str, Any]:
+def without_quantization(config: dict) -> Json:
     """A config, with its sub-configs, without settings of quantization."""
     plain = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
     return {

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +16,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import FEW, read_small
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Damaged, Problems, shown
+from adapterkit.records import Json
 from adapterkit.weights.detect import without_quantization
 from adapterkit.weights.names import Names
 
@@ -30,7 +30,7 @@ class CheckpointScan:
     """A quantized checkpoint as codecs see it, and the errors that they note."""
 
     base: Checkpoint
-    settings: dict[str, Any]  # the config's quantization_config
+    settings: Json  # the config's quantization_config
     tensors: dict[str, TensorSpec]  # that no codec has claimed yet
     errors: Problems
     _scales: list[tuple[TensorSpec, bool]] = field(default_factory=list)  # whether above 0
@@ -112,7 +112,7 @@ class CheckpointScan:
         """
         return dtypes.tensor_of(bytearray(self._bytes(spec, beside)), spec.dtype, spec.shape)
 
-    def read_json(self, spec: TensorSpec, beside: Sequence[TensorSpec]) -> dict[str, Any]:
+    def read_json(self, spec: TensorSpec, beside: Sequence[TensorSpec]) -> Json:
         """A JSON object stored as a tensor of bytes, read as `read` does; {}, with an error, if it
         is none."""
         try:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.errors import Damaged, listed
+from adapterkit.records import Json
 
 
-def parse_receipt(data: bytes) -> dict[str, Any]:
+def parse_receipt(data: bytes) -> Json:
     """What a receipt says; empty for bytes that are none, without a list of files."""
     try:
         receipt = json.loads(data)
@@ -17,7 +18,7 @@ def parse_receipt(data: bytes) -> dict[str, Any]:
     return receipt if isinstance(receipt, dict) and isinstance(receipt.get("files"), dict) else {}
 
 
-def receipt_at(path: Path) -> dict[str, Any]:
+def receipt_at(path: Path) -> Json:
     """The receipt in a file; empty where there is none."""
     if not path.is_file():  # but a pipe, which never ends
         return {}

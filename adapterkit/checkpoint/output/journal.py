@@ -10,11 +10,12 @@ import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from adapterkit.records import Json
 
 _SUM = b',"crc32":"'  # begins the end of a line; an entry is never empty
 
-Entry = dict[str, Any]
+Entry = Json
 
 
 def line_of(entry: Entry) -> bytes:

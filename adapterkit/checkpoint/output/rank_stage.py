@@ -14,7 +14,6 @@ import secrets
 from collections.abc import Callable, Iterable
 from glob import escape
 from pathlib import Path
-from typing import Any
 
 from adapterkit.checkpoint.disk import replace_file, storage_errors, sync_folder, sync_folders
 from adapterkit.checkpoint.output.file_result import ShardResult, read_result
@@ -22,13 +21,14 @@ from adapterkit.checkpoint.output.journal import line_of, read_entry
 from adapterkit.checkpoint.output.lock import may_run, process_record
 from adapterkit.checkpoint.output.stage import HANDOFF, RANKS, Stage, size_of_file
 from adapterkit.checkpoint.output.writer import UNFINISHED, part_of, unfinished_name
+from adapterkit.records import Json
 
 FILES, MARKS, FAILED = "out", "marks", "FAILED"
 ATTEMPT = re.compile(r"\.(\d+-\d+-[0-9a-f]{8})\.part$")
 HEARTBEAT = ".heartbeat"  # suffix of a file: a process says that it lives, and how far it is
 
 
-def prepare(stage: Stage, job: str, names: Iterable[str], head: dict[str, Any]) -> None:
+def prepare(stage: Stage, job: str, names: Iterable[str], head: Json) -> None:
     """Make the folders in which ranks work; the journal's only entry is `head`. The caller holds
     the stage's lock."""
     stage.forget()
@@ -65,7 +65,7 @@ class RankStage:
 
     # -- markers -----------------------------------------------------------------------------------
 
-    def marker(self, name: str) -> dict[str, Any] | None:
+    def marker(self, name: str) -> Json | None:
         """What was noted when a file was done; None where it is not, or is not there any more."""
         entry = read_entry(self.marks / f"{name}.json")
         result = read_result(entry)
@@ -81,7 +81,7 @@ class RankStage:
         part = part_of(name)
         return part is not None and part[2] <= self.joined(part[0])
 
-    def markers(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    def markers(self, names: Iterable[str]) -> dict[str, Json]:
         """The markers of those files that are done."""
         found = ((name, self.marker(name)) for name in names)
         return {name: entry for name, entry in found if entry is not None}
@@ -95,7 +95,7 @@ class RankStage:
                 found.setdefault(part[0], []).append(part[1:])
         return found
 
-    def mark(self, name: str, entry: dict[str, Any]) -> None:
+    def mark(self, name: str, entry: Json) -> None:
         """Note durably that a file, whose bytes are durable, is done."""
         self._write(f"{name}.json", {"attempt": self.attempt, **entry})
 
@@ -109,7 +109,7 @@ class RankStage:
         """Note durably how many bytes of its parts a file has."""
         self._write(f"{unfinished_name(file)}.json", {"joined": count})
 
-    def journal(self) -> list[dict[str, Any]]:
+    def journal(self) -> list[Json]:
         """The files that are done, as in the journal of a stage."""
         paths = sorted(self.marks.rglob("*.json"))
         names = [path.relative_to(self.marks).as_posix().removesuffix(".json") for path in paths]
@@ -142,7 +142,7 @@ class RankStage:
         entry = {"process": process_record(), "number": number, "done": done}
         self._write(self.attempt + HEARTBEAT, entry, durable=False)
 
-    def heartbeats(self) -> dict[str, dict[str, Any]]:
+    def heartbeats(self) -> dict[str, Json]:
         """What the other processes said last, by their attempts' names."""
         paths = self.marks.glob("*" + HEARTBEAT)
         found = {path.name.removesuffix(HEARTBEAT): read_entry(path) for path in paths}
@@ -169,12 +169,12 @@ class RankStage:
                 for path in top.rglob(f"*.{self.attempt}{UNFINISHED}"):
                     path.unlink(missing_ok=True)
 
-    def _write(self, name: str, entry: dict[str, Any], *, durable: bool = True) -> None:
+    def _write(self, name: str, entry: Json, *, durable: bool = True) -> None:
         beside = self.marks / unfinished_name(name, self.attempt)
         replace_file(self.marks / name, line_of(entry), beside, durable=durable)
 
 
-def adopt(stage: Stage, ranks: RankStage, entries: Iterable[dict[str, Any]]) -> None:
+def adopt(stage: Stage, ranks: RankStage, entries: Iterable[Json]) -> None:
     """Make what the ranks wrote the content of the stage, and these entries its journal. The caller
     holds the stage's lock."""
     stage.rewrite(entries)
@@ -183,6 +183,6 @@ def adopt(stage: Stage, ranks: RankStage, entries: Iterable[dict[str, Any]]) -> 
         sync_folder(stage.control)
 
 
-def has_ended(entry: dict[str, Any]) -> bool:
+def has_ended(entry: Json) -> bool:
     """Whether the process that said this is known not to run any more."""
     return not may_run(entry["process"])

@@ -6,7 +6,6 @@ import json
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from adapterkit.checkpoint.output.earlier import parse_receipt
 from adapterkit.checkpoint.output.file_result import ShardResult
@@ -17,6 +16,7 @@ from adapterkit.hub.destination import Destination
 from adapterkit.hub.ids import HubId
 from adapterkit.hub.pins import Pins, current_pins
 from adapterkit.hub.upload import CopiedFile, LocalFile, Uploaded, commit, groups, upload
+from adapterkit.records import Json
 
 INPUTS = "inputs"
 
@@ -63,7 +63,7 @@ class HubStage(Stage):
         self.destination, self.limit, self.names = destination, limit, names
         self.copies = {file.file: file for file in copies}
         self.inputs, self.converted = self.control / INPUTS, converted
-        self.pushed: dict[str, Any] = {}
+        self.pushed: Json = {}
         self._noting = threading.Lock()
         self._gone: dict[str, Uploaded | CopiedFile] | None = None  # once the journal is read
 

@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.output.rank_stage import RankStage, adopt
@@ -27,6 +26,7 @@ from adapterkit.errors import Failed, Refused
 from adapterkit.execute import Push, check_free, run_in
 from adapterkit.plan import OutputFile, Placement, Plan
 from adapterkit.receipt import Receipt, read_receipt
+from adapterkit.records import Json
 from adapterkit.run_options import RunOptions
 
 
@@ -76,8 +76,8 @@ class RankFinish:
         )
 
     def _adopt(
-        self, plan: Plan, stage: Stage, ranks: RankStage, head: dict[str, Any], *, hashed: bool
-    ) -> tuple[dict[str, Any], float]:
+        self, plan: Plan, stage: Stage, ranks: RankStage, head: Json, *, hashed: bool
+    ) -> tuple[Json, float]:
         """Take over what the ranks made; the journal's first entry from now on, and the seconds
         that the slowest of them took. `Refused` where files are missing."""
         if reason := ranks.failure():
@@ -120,7 +120,7 @@ class RankFinish:
         return head, seconds_of(markers.values())
 
 
-def seconds_of(markers: Iterable[dict[str, Any]]) -> float:
+def seconds_of(markers: Iterable[Json]) -> float:
     """The seconds that the slowest of the ranks took."""
     seconds = defaultdict[str, float](float)
     for entry in markers:
@@ -128,7 +128,7 @@ def seconds_of(markers: Iterable[dict[str, Any]]) -> float:
     return max(seconds.values(), default=0.0)
 
 
-def _nothing_left(plan: Plan, shards: list[OutputFile], *_: Any, **__: Any) -> None:
+def _nothing_left(plan: Plan, shards: list[OutputFile], *_: object, **__: object) -> None:
     """The engine of a job whose files are all there."""
     if shards:
         raise _gone(shards[0].file)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from adapterkit.checkpoint.folder import LocalFolder, original
 from adapterkit.checkpoint.output.rank_stage import RankStage, prepare
@@ -14,6 +13,7 @@ from adapterkit.errors import Refused
 from adapterkit.execute import check_space, difference
 from adapterkit.plan import Placement, Plan
 from adapterkit.receipt import digest, public_recipe
+from adapterkit.records import Json
 from adapterkit.run_options import RunOptions
 
 Check = Callable[[Path], object]
@@ -23,7 +23,7 @@ Check = Callable[[Path], object]
 class RankJob:
     """What all processes have to agree on: the public recipe, and which files the inputs are."""
 
-    recipe: dict[str, Any]
+    recipe: Json
     inputs: dict[str, list[int]]  # "number name" -> size and times of local files
     hash: str
 
@@ -100,7 +100,7 @@ class Preparation:
         return plan
 
 
-def check_one_kind(entries: Sequence[dict[str, Any]], stage: RankStage) -> None:
+def check_one_kind(entries: Sequence[Json], stage: RankStage) -> None:
     """`Refused` where files were, or would be, made on CPU and on CUDA, or with several torch."""
     kinds: dict[str, list[str]] = {}
     for entry in entries:

@@ -36,6 +36,7 @@ from adapterkit.execute import Push
 from adapterkit.options import no_progress
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
+from adapterkit.records import Json
 from adapterkit.run_options import RunOptions
 
 RETRIES = 3  # of the task of a lost worker
@@ -175,7 +176,7 @@ class _Cluster:
         finally:
             stage.leave()
 
-    def _check(self, reference: Any, rank: int) -> None:
+    def _check(self, reference: object, rank: int) -> None:
         """Raise a rank's own error, and `Failed` where its workers were lost again and again."""
         lost = self.ray.exceptions
         try:
@@ -204,7 +205,7 @@ def _run_rank(
     ranks: int,
     workers: int,
     versions: str,
-) -> dict[str, Any] | None:
+) -> Json | None:
     """A task: one rank; its error as data, which is not retried."""
     import ray
 
@@ -223,7 +224,7 @@ def _run_rank(
     return None
 
 
-def _as_data(error: AdapterkitError) -> dict[str, Any]:
+def _as_data(error: AdapterkitError) -> Json:
     inner = error.errors if isinstance(error, MultipleErrors) else ()
     four = {key: getattr(error, key) for key in ("problem", "expected", "where", "hint")}
     # the driver knows the classes of `errors`, and those of them that others are made of
@@ -231,7 +232,7 @@ def _as_data(error: AdapterkitError) -> dict[str, Any]:
     return {"kind": kind, **four, "errors": [_as_data(one) for one in inner]}
 
 
-def _as_error(data: dict[str, Any]) -> AdapterkitError:
+def _as_error(data: Json) -> AdapterkitError:
     if data["errors"]:
         return MultipleErrors(_as_error(one) for one in data["errors"])
     four = {key: data[key] for key in ("expected", "where", "hint")}

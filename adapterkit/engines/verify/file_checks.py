@@ -2,7 +2,6 @@
 
 import os
 import threading
-from typing import Any
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder, inside
 from adapterkit.checkpoint.hashes import RunningHash
@@ -15,6 +14,7 @@ from adapterkit.gguf.adapter import read_adapter
 from adapterkit.gguf.header import ENDING
 from adapterkit.options import Progress
 from adapterkit.receipt import AGAIN, CHANGED
+from adapterkit.records import Json
 
 BLOCK = 4 << 20  # bytes that each thread holds
 
@@ -23,9 +23,7 @@ class _Stopped(Exception):
     """The check was given up while a thread was at a file."""
 
 
-def check_files(
-    out: Folder, receipt: dict, progress: Progress = lambda done: None
-) -> dict[str, Any]:
+def check_files(out: Folder, receipt: dict, progress: Progress = lambda done: None) -> Json:
     """Every file that the receipt lists: there, of its size, with its hash, holding its keys; and
     no other weights. Several are hashed at a time. Of what the Hub keeps as large files, the hash
     is the one that it lists."""

@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from adapterkit.engines.verify.file_checks import check_file, check_files
 from adapterkit.errors import Damaged, Failed, Problems, shown
 from adapterkit.plan import Plan, Step
 from adapterkit.receipt import AGAIN, read_receipt
+from adapterkit.records import Json
 from adapterkit.tasks.quantize import CompensatedStep, before_rounding
 from adapterkit.tasks.rows import EditedTensor, RequantizedWeight, StoredRows, arithmetic, rounded
 from adapterkit.verbs.merge import Merge
@@ -41,7 +42,7 @@ class RowCheck:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.result: dict[str, Any] = {}
+        self.result: Json = {}
 
     def __call__(self, folder: Path) -> None:
         out = LocalFolder(folder)
@@ -56,7 +57,7 @@ class RowCheck:
         self.result = sums | {"hash": "sha256" if result.sha256 else "none"}
 
 
-def check_rows(out: Folder, plan: Plan, hint: str = AGAIN) -> dict[str, Any]:
+def check_rows(out: Folder, plan: Plan, hint: str = AGAIN) -> Json:
     """Recompute rows of every changed tensor from the inputs in float64: how many rows and tensors
     those are. `Damaged` with all that is wrong."""
     specs = {s.key: s for shard in plan.shards for s in read_header(out, shard.file).tensors}

@@ -82,7 +82,7 @@ def fields(
     return found
 
 
-def filled(template: Any, values: Settings) -> Any:
+def filled(template: object, values: Settings) -> Any:
     """The template with each text "{word}" replaced by the value of the word; a field without a
     value is left out."""
     if isinstance(template, Mapping):

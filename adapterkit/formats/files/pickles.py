@@ -113,7 +113,7 @@ def _load(source: Path) -> Any:
         ) from error
 
 
-def _weights(value: Any, where: str, depth: int = 0) -> tuple[dict[str, Tensor], list[str]]:
+def _weights(value: object, where: str, depth: int = 0) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict in a loaded value, and the names of what is beside it."""
     if not isinstance(value, Mapping):
         raise _no_state_dict(f"a {type(value).__name__}", where)

@@ -10,7 +10,7 @@ order that the files allow has to lead to the same result.
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from adapterkit.adapters.factors import Factors, Place, factors_of
 from adapterkit.adapters.keys import BASE_LAYER
@@ -18,6 +18,7 @@ from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.records import Json
 from adapterkit.weights.names import Names
 
 MOST = 5  # parameters of one module whose orders are tried
@@ -73,7 +74,7 @@ def levels_of(sites: Collection[JoinedSite]) -> dict[str, int]:
     return {site.module: site.wrappers for site in sites}
 
 
-def targets_of(sites: Mapping[str, JoinedSite], prefix: str = "") -> dict[str, Any]:
+def targets_of(sites: Mapping[str, JoinedSite], prefix: str = "") -> Json:
     """The fields of `Output` for its targets; `prefix`: of the tasks' names."""
     return {
         "modules": {prefix + name: site.target for name, site in sites.items()},

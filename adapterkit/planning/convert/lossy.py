@@ -33,6 +33,7 @@ from adapterkit.formats.same_delta import as_the_format_has_them
 from adapterkit.formats.schema import Format
 from adapterkit.planning.adapters.dora_deltas import CHECK_BASE, BaseWeights, dora_problems
 from adapterkit.planning.adapters.other_types import FLATTENED, read_deltas, unknown_kernel
+from adapterkit.records import Json
 from adapterkit.tasks.metrics import short
 from adapterkit.weights.parameters import StoredParameter
 
@@ -184,7 +185,7 @@ def read_fitted(
     )
 
 
-def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_config(config: Mapping[str, Any]) -> Json:
     """Of an adapter's settings those that hold for plain factors in its place, without ranks."""
     if config["peft_type"] == "LORA":
         return {key: value for key, value in config.items() if key not in ("r", "use_dora")}

@@ -3,7 +3,6 @@ recognizes them."""
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 from adapterkit.adapters.keys import CONFIG, WEIGHTS
 from adapterkit.adapters.record import Adapter
@@ -13,18 +12,19 @@ from adapterkit.checkpoint.reader import Identity, identity
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.plan import OutputFile, Plan, no_warnings
 from adapterkit.planning.outputs.folder_files import Files
+from adapterkit.records import Json
 
 Inputs = Mapping[int, Checkpoint | Adapter]  # by their numbers
 
 
 def plan_of(
     verb: str,
-    options: dict[str, Any],
+    options: Json,
     inputs: Sequence[Checkpoint | Adapter],
     *,
     shards: Iterable[OutputFile],
     files: Files,
-    decisions: dict[str, Any],
+    decisions: Json,
     notes: Iterable[str] = (),
     configs: Collection[int] = (),
     warn: Callable[[dict[str, dict]], list[str]] = no_warnings,

@@ -28,7 +28,7 @@ def has_other_effects(tied: Any, untied: Any) -> bool:
     )
 
 
-def _without_switch(config: Any) -> Any:
+def _without_switch(config: object) -> Any:
     """A config without the switch, and without the path that it was read from."""
     if not isinstance(config, dict):
         return config
@@ -49,7 +49,7 @@ def vocabulary_sizes(config: dict) -> set[int]:
     return {size for size in nested_values(config, "vocab_size") if isinstance(size, int)}
 
 
-def set_nested(config: dict, key: str, value: Any, *, old: Any = None) -> None:
+def set_nested(config: dict, key: str, value: object, *, old: object = None) -> None:
     """Set a key, in place, in the config and its sub-configs where it is there already; with `old`
     only where it has that value."""
     if key in config and old in (None, config[key]):

@@ -2,12 +2,12 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder, temporary_folder
 from adapterkit.errors import Refused, listed
 from adapterkit.formats.files.pickles import pickles_of, rewrite, rewritten_name
 from adapterkit.hub.folder import HubFolder
+from adapterkit.records import Json
 
 
 def without_pickles(folder: Folder) -> Folder:
@@ -35,7 +35,7 @@ class UnpickledFolder:
     def __init__(self, source: Folder, pickle: str):
         self.source, self.pickle, self.weights = source, pickle, rewritten_name(pickle)
         self.name, self.label = source.name, source.label
-        self.origin: dict[str, Any] = {**source.origin, "pickle": pickle}
+        self.origin: Json = {**source.origin, "pickle": pickle}
         self.hashes = source.hashes
 
     def __reduce__(self) -> tuple:

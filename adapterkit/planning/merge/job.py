@@ -17,6 +17,7 @@ from adapterkit.errors import Problems, Refused, shown
 from adapterkit.planning.inputs.earlier_merges import MergedAdapter
 from adapterkit.planning.inputs.model_config import vocabulary_sizes
 from adapterkit.planning.targets.values_by_regex import selection
+from adapterkit.records import Json
 from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.names import Names, mentions_weight
@@ -98,11 +99,11 @@ def _layer_stack(base: Checkpoint, order: list[int]) -> tuple[str, int]:
     return stacks[0]
 
 
-def stacked(config: dict[str, Any], count: int, order: list[int]) -> dict[str, Any]:
+def stacked(config: Json, count: int, order: list[int]) -> Json:
     """A config with the new number of layers, and every per-layer list stacked as the layers
     are."""
 
-    def setting(key: str, value: Any) -> Any:
+    def setting(key: str, value: object) -> Any:
         if key in COUNTS and value == count:
             return len(order)
         if isinstance(value, list) and len(value) == count and not OTHER_LISTS.search(key):
@@ -174,7 +175,7 @@ class MergeJob:
         self.new: dict[str, Change] = {}  # parameters that the base does not store: heads
         self.original = base
         self.base = replicated(decoded_view(base), adapters, self.errors)
-        self.config: dict[str, Any] = json.loads(json.dumps(self.base.config))
+        self.config: Json = json.loads(json.dumps(self.base.config))
         self.selection = selection(options.include, options.exclude)
         self.names = self._names()
 
@@ -268,7 +269,7 @@ class MergeJob:
         )
 
     def shape_error(
-        self, adapter: Adapter, key: str, shape: Any, expected: tuple[int, ...]
+        self, adapter: Adapter, key: str, shape: object, expected: tuple[int, ...]
     ) -> Refused:
         """The refusal of an adapter's tensor, or tensors, of a shape that does not fit."""
         return Refused(

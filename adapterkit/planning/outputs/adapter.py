@@ -31,6 +31,7 @@ from adapterkit.planning.inputs.input_identity import plan_of
 from adapterkit.planning.outputs.cards import adapter_card, plain
 from adapterkit.planning.outputs.folder_files import Files, adapter_files, as_json
 from adapterkit.planning.outputs.tokenizer_files import tokenizer_files
+from adapterkit.records import Json
 from adapterkit.shared_options import ScaleOptions
 from adapterkit.tasks.common import CopiedTensor, SummedTensor
 
@@ -93,14 +94,14 @@ class Output:
     tasks: Sequence[Task]
     # name of a task that makes factors -> their target: a module, or a parameter's full name
     modules: dict[str, str]
-    settings: dict[str, Any]  # of its config, without ranks and scales
+    settings: Json  # of its config, without ranks and scales
     summary: str  # for the card
     folder: str = ""  # inside the output
     # from the tasks in the file's order to `OutputFile.finalize`
     finalize: Callable[[Sequence[Task]], Finalize | None] | None = None
     # one lora_alpha for all, or by target; None: each one's rank, so that scales are 1
     alpha: float | Mapping[str, float] | None = None
-    base_settings: dict[str, Any] | None = None  # the INHERITED ones where there is no adapter
+    base_settings: Json | None = None  # the INHERITED ones where there is no adapter
     parameters: frozenset[str] = frozenset()  # targets that are parameters
     # those of them that are modules, because it was not known which of their parameters it is
     unnamed: frozenset[str] = frozenset()
@@ -221,11 +222,11 @@ def _pad_factors(task: Any, rank: int, result: TaskResult) -> TaskResult:
 
 def plan_adapters(
     verb: str,
-    options: dict[str, Any],
+    options: Json,
     inputs: Sequence[Adapter | Checkpoint],
     outputs: Sequence[Output],
     notes: list[str],
-    decisions: dict[str, Any],
+    decisions: Json,
 ) -> Plan:
     """The plan of adapters made from the inputs, numbered from 0: adapters, models, statistics."""
     adapters = [one for one in inputs if isinstance(one, Adapter)]
@@ -246,12 +247,12 @@ def plan_adapters(
     )
 
 
-def modules_of(adapters: Sequence[Adapter]) -> list[dict[str, Any]]:
+def modules_of(adapters: Sequence[Adapter]) -> list[Json]:
     """What a receipt says of adapters: their names, and on how many modules they have factors."""
     return [{"name": adapter.name, "modules": len(adapter.loras)} for adapter in adapters]
 
 
-def settings_of(adapter: Adapter) -> dict[str, Any]:
+def settings_of(adapter: Adapter) -> Json:
     """The settings of an output that has an adapter's flags and values, but other factors."""
     kept = adapter_config.value_settings([adapter]) | adapter_config.flags(adapter)
     return adapter_config.plain_settings() | kept

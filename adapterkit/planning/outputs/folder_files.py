@@ -5,13 +5,13 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.plan import CopyFile, FromMetrics, OutputFile
+from adapterkit.records import Json
 
 WEIGHTS = tuple(
     ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .onnx .onnx_data .tflite .ot .npz".split()
@@ -22,7 +22,7 @@ Files = dict[str, bytes | CopyFile | FromMetrics]
 
 def model_files(
     base: Checkpoint,
-    config: dict[str, Any],
+    config: Json,
     shards: Sequence[OutputFile],
     card: str,
     *,
@@ -91,7 +91,7 @@ def _index(base: Checkpoint, names: list[str], shards: Sequence[OutputFile]) -> 
 def _index_content(
     names: Sequence[str],
     shards: Sequence[OutputFile],
-    original: dict[str, Any] | None,
+    original: Json | None,
     metrics: dict[str, dict],
     grown: int,
 ) -> bytes:

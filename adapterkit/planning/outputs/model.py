@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from adapterkit.checkpoint.fingerprint import of_headers
 from adapterkit.checkpoint.header import Header
@@ -13,6 +12,7 @@ from adapterkit.errors import WARNING, AdapterkitError, shown
 from adapterkit.plan import OutputFile, Step, Task
 from adapterkit.planning.outputs.cards import model_card
 from adapterkit.planning.outputs.folder_files import Files, model_files
+from adapterkit.records import Json
 from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.quantize import CompensatedStep, EncodedWeight
 from adapterkit.tasks.rows import EditedTensor, RequantizedWeight
@@ -65,7 +65,7 @@ class QuantizedModel:
     base: Checkpoint
     quantized: Mapping[str, QuantizedWeight]  # by key
     tasks: Mapping[str, Task]
-    config: dict[str, Any]
+    config: Json
     folder: str = ""
     changed_by: str = ""  # the verb whose adapter goes with it, for the files' metadata
 

@@ -1,12 +1,12 @@
 """The tokenizer that goes into an output: the base's, or the one saved beside an adapter."""
 
 import re
-from typing import Any
 
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.plan import CopyFile
+from adapterkit.records import Json
 
 TOKENIZER = re.compile(
     r"(tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
@@ -74,10 +74,10 @@ SIDES = {"padding_side", "truncation_side"}
 REPEATED = ("special_tokens_map.json", "added_tokens.json")
 
 
-def _tokenizer(adapter: Adapter, names: set[str]) -> dict[str, Any]:
+def _tokenizer(adapter: Adapter, names: set[str]) -> Json:
     """The contents of a tokenizer's files that decide its tokens: by file, and by setting where the
     file is JSON."""
-    contents: dict[str, Any] = {}
+    contents: Json = {}
     for name in names:
         if name not in ("tokenizer.json", "tokenizer_config.json"):
             contents[name] = adapter.folder.read(name, 0, adapter.folder.files()[name])

@@ -54,7 +54,7 @@ class TiedHeadPart(LinearPart):
     def set_own(self, rank: int, scale: float) -> None:
         """The embedding's part does."""
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: object, recurse: bool = True) -> Any:
         return self
 
 

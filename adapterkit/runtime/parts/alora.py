@@ -138,7 +138,7 @@ def _cache(values: Iterable[Any]) -> Any:
     return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 
-def _memory(cache: Any, length: int, ids: Tensor) -> Memory | None:
+def _memory(cache: object, length: int, ids: Tensor) -> Memory | None:
     """What a cache of this length knows of these rows."""
     memory: Memory | None = getattr(cache, MEMORY, None)
     if memory is None or not length or memory.tail.shape[0] != ids.shape[0]:

@@ -201,7 +201,7 @@ class FactorsPart(Part):
         else:
             self.scale = scale
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: object, recurse: bool = True) -> Any:
         module = super()._apply(fn, recurse)
         if self.padded is not None and isinstance(self.scale, Tensor):  # never in half precision
             self.scale = _scalar(self.padded[1], self.scale.device)

@@ -15,6 +15,7 @@ from adapterkit.adapters.resolve import Target
 from adapterkit.checkpoint.disk import storage_errors
 from adapterkit.errors import Failed, Problems, Refused, did_you_mean, listed
 from adapterkit.options import StrPath
+from adapterkit.records import Json
 from adapterkit.runtime.layers import KINDS
 from adapterkit.runtime.load.writing import check_local, replace, writes
 from adapterkit.runtime.targets import resolve
@@ -195,7 +196,7 @@ def _check_run(sums: Sums | None, gradients: Gradients | None, layers: int) -> N
     errors.raise_all()
 
 
-def _write(out: StrPath, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+def _write(out: StrPath, tensors: dict[str, Tensor], about: Json) -> None:
     path = Path(out)
     metadata = {"format": "pt", METADATA: json.dumps(about)}
     with storage_errors(path.parent):

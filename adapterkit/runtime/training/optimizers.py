@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adapterkit.errors import Problems, Refused
+from adapterkit.records import Json
 from adapterkit.runtime.handle import Adapters
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.parts.factors import FactorsPart
@@ -28,7 +29,7 @@ def loraplus(
     ratio: float,
     embedding_lr: float = 1e-6,
     weight_decay: float = 0.0,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Optimizer:
     """LoRA+ (arXiv:2402.12354): b learns at lr·ratio, a at lr, factors of embeddings at
     embedding_lr.
@@ -131,7 +132,7 @@ class LoraFA(Optimizer):
                     self._update(parameter, group)
         return loss
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _update(self, parameter: nn.Parameter, group: Json) -> None:
         gradient = parameter.grad
         assert gradient is not None
         part = self._factors.get(parameter)
@@ -161,7 +162,7 @@ class LoraFA(Optimizer):
 
 
 def Riemannian(
-    h: Adapters, optimizer_class: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
+    h: Adapters, optimizer_class: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: object
 ) -> Optimizer:
     """An optimizer whose steps first precondition the gradients of linear layers' factors, and of
     parameters':

@@ -29,7 +29,7 @@ def trainer(state: State, cls: type) -> type:
     trained(state)
 
     class AdapterTrainer(cls):
-        def __init__(self, *args: Any, **kwargs: Any):
+        def __init__(self, *args: object, **kwargs: object):
             model = kwargs.get("model", args[0] if args else None)
             _check_model(state, model)
             settings = (each for each in (*args, *kwargs.values()) if hasattr(each, "output_dir"))
@@ -151,7 +151,7 @@ def _places(state: State, folder: Path) -> dict[str, Path]:
     return {name: folder if len(names) == 1 else folder / name for name in names}
 
 
-def _check_model(state: State, model: Any) -> None:
+def _check_model(state: State, model: object) -> None:
     if getattr(model, "_orig_mod", model) is not state.model:
         raise Refused(
             f"model {type(model).__name__}",
@@ -171,7 +171,7 @@ def _check_model(state: State, model: Any) -> None:
 
 
 @contextmanager
-def _accepted(model: Any) -> Iterator[None]:
+def _accepted(model: object) -> Iterator[None]:
     """Let a Trainer take a quantized model: it asks for PEFT's adapters."""
     name = "_hf_peft_config_loaded"
     before = vars(model).get(name)
@@ -271,7 +271,7 @@ def in_place_of_loaded(model: Any, cls: type, parts: list[Part]) -> Iterator[Non
                 tensor.data = value
 
 
-def check_reference(state: State, cls: type, arguments: Any) -> None:
+def check_reference(state: State, cls: type, arguments: object) -> None:
     """`Refused` for settings with which a trainer of TRL would pass the adapters over."""
     errors = Problems(where="trainer")
     if getattr(arguments, "use_vllm", False):

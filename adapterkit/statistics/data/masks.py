@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import Failed, shown
+from adapterkit.records import Json
 from adapterkit.statistics.data.tokens import BOTH, COUNTED, LEFT_OUT, TokenTracker
 
 IGNORED = -100  # of labels, as in torch's cross entropy
@@ -32,7 +33,7 @@ def token_masks(inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None
     return own, _mask(inputs, "decoder_", labels) if two else None
 
 
-def _mask(inputs: Mapping[str, Any], prefix: str, labels: Any) -> Tensor | None:
+def _mask(inputs: Mapping[str, Any], prefix: str, labels: object) -> Tensor | None:
     mask = inputs.get(f"{prefix}attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -180,7 +181,7 @@ class Masks:
         self._place(module, inputs, first, second)
 
     def _place(
-        self, module: nn.Module, inputs: dict[str, Any], first: Tensor | None, second: Tensor | None
+        self, module: nn.Module, inputs: Json, first: Tensor | None, second: Tensor | None
     ) -> None:
         """Mark the tokens that are there, those of a decoder when it is called."""
         self.masks = [mask for mask in (first, second) if mask is not None]

@@ -11,6 +11,7 @@ from typing import Any
 from adapterkit.checkpoint.strict import strict_json
 from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, did_you_mean, shown
 from adapterkit.options import StrPath
+from adapterkit.records import Json
 
 LONGEST = 64 << 20  # bytes of a line or a paragraph
 FIELDS = {
@@ -31,7 +32,7 @@ class Record:
     is."""
 
     kind: str
-    fields: dict[str, Any]
+    fields: Json
     where: str
 
 
@@ -40,7 +41,7 @@ class Drawn:
     """Records in the order of the files; how many each file has, and notes for the user."""
 
     records: list[Record]
-    files: dict[str, dict[str, Any]]
+    files: dict[str, Json]
     notes: list[str] = field(default_factory=list)
 
 
@@ -51,7 +52,7 @@ def draw_records(paths: Sequence[StrPath], count: int, seed: int) -> Drawn:
     problem of each file.
     """
     drawn: list[tuple[int, Record]] = []
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, Json] = {}
     errors = Problems()
     generator, total, empty = random.Random(seed), 0, 0
     for number, path in enumerate(map(Path, paths)):
@@ -212,12 +213,12 @@ def _json_lines(path: Path) -> Iterator[Record | None]:
         yield _record(row, where)
 
 
-def _rows(rows: Iterable[dict[str, Any]], path: Path) -> Iterator[Record | None]:
+def _rows(rows: Iterable[Json], path: Path) -> Iterator[Record | None]:
     for number, row in enumerate(rows, 1):
         yield _record(row, f"{_label(path)}, row {number}")
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[Json]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -232,7 +233,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise _unreadable(path, error) from error
 
 
-def _folder_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _folder_rows(path: Path) -> Iterator[Json]:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(each.name for each in path.iterdir() if each.is_dir())
         raise Refused(
@@ -290,7 +291,7 @@ def _unreadable(path: Path, error: Exception) -> Damaged:
 # -- one record ------------------------------------------------------------------------------------
 
 
-def _record(row: Any, where: str) -> Record | None:
+def _record(row: object, where: str) -> Record | None:
     """The record of a row; None for an empty one."""
     if not isinstance(row, dict):
         raise _wrong(f"a JSON {type(row).__name__}", f"an object with {LINES}", where)
@@ -321,12 +322,12 @@ def _wrong(problem: str, expected: str, where: str, hint: str = "fix the data") 
     return Refused(problem, expected=expected, where=where, hint=hint)
 
 
-def _check_text(fields: dict[str, Any], where: str) -> None:
+def _check_text(fields: Json, where: str) -> None:
     if not isinstance(fields["text"], str):
         raise _wrong(f"text is a {type(fields['text']).__name__}", "a string", where)
 
 
-def _check_pair(fields: dict[str, Any], where: str) -> None:
+def _check_pair(fields: Json, where: str) -> None:
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return
@@ -338,18 +339,18 @@ def _check_pair(fields: dict[str, Any], where: str) -> None:
         )
 
 
-def _check_messages(fields: dict[str, Any], where: str) -> None:
+def _check_messages(fields: Json, where: str) -> None:
     if not _is_conversation(fields["messages"]):
         raise _wrong("messages without roles", "a list of objects with role and content", where)
 
 
-def _is_conversation(value: Any) -> bool:
+def _is_conversation(value: object) -> bool:
     return isinstance(value, list) and all(
         isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
     )
 
 
-def _check_tokens(fields: dict[str, Any], where: str) -> None:
+def _check_tokens(fields: Json, where: str) -> None:
     """An encoder-decoder's labels may be of another length: whoever knows the model checks it."""
     count = len(fields["input_ids"]) if isinstance(fields["input_ids"], list) else 0
     for name in ("input_ids", "labels", "attention_mask"):

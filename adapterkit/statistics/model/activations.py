@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
@@ -138,7 +137,7 @@ class Activations:
     fixed: set[int]
     _tracked: dict[int, _Tracked] = field(default_factory=dict)
 
-    def track(self, tree: Any, is_output: bool = False) -> None:
+    def track(self, tree: object, is_output: bool = False) -> None:
         """Know the tensors in these arguments, or in this output."""
         for tensor in tree_leaves(tree):
             if isinstance(tensor, Tensor) and self._is_movable(tensor):

@@ -27,7 +27,7 @@ class Call:
     is_tensor: tuple[bool, ...] = ()
 
     @classmethod
-    def of(cls, arguments: Any, activations: Activations) -> tuple["Call", list[Tensor]]:
+    def of(cls, arguments: object, activations: Activations) -> tuple["Call", list[Tensor]]:
         """A call, and its tensors that gradients are wanted of."""
         leaves, spec = tree_flatten(arguments)
         needs = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
@@ -51,7 +51,7 @@ class Call:
         return tree_unflatten(leaves, self.spec), inputs
 
 
-def is_differentiable(value: Any) -> bool:
+def is_differentiable(value: object) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
@@ -90,7 +90,7 @@ class Recomputed(Function):
 
 
 def apply(
-    arguments: Any,
+    arguments: object,
     activations: Activations,
     forward: Callable[[], Any],
     backward: Callable[[Call, tuple[Tensor | None, ...]], list[Tensor | None]],

@@ -33,7 +33,7 @@ class Coroutine:
         """The coroutine whose thread this is."""
         return getattr(_local, "coroutine", None)
 
-    def resume(self, answer: Any = None) -> None:
+    def resume(self, answer: object = None) -> None:
         """Let it run, with the answer to its request, until it stops again or ends; raises what it
         raises."""
         self._answer, self.request = answer, None
@@ -47,7 +47,7 @@ class Coroutine:
             error, self._error = self._error, None
             raise error
 
-    def stop(self, request: Any) -> Any:
+    def stop(self, request: object) -> Any:
         """Wait for the answer to a request; to be called in the coroutine's own thread."""
         self.request = request
         self._stopped.release()

@@ -176,7 +176,7 @@ class Lockstep:
         self.step()
         self._go_on(one, answer)
 
-    def _go_on(self, one: Pass, answer: Any) -> None:
+    def _go_on(self, one: Pass, answer: object) -> None:
         """The code between two units."""
         outside = None if self.outside is None else self.outside.of(one.block)
         self.watch.masks = one.masks
@@ -231,7 +231,9 @@ class Lockstep:
             for unit in units:
                 del unit.module.forward
 
-    def _call(self, unit: Unit, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(
+        self, unit: Unit, forward: Callable[..., Any], *args: object, **kwargs: object
+    ) -> Any:
         """What a unit's forward is meanwhile."""
         one = Coroutine.current()
         if not isinstance(one, Pass):
@@ -339,7 +341,7 @@ def _close(passes: Sequence[Pass]) -> None:
             one.close()
 
 
-def _moved(leaf: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+def _moved(leaf: object, device: torch.device, moved: dict[int, Tensor]) -> Any:
     """A tensor on another device, each one once."""
     if not isinstance(leaf, Tensor) or leaf.device == device:
         return leaf

@@ -4,7 +4,6 @@ format of its codes, and the tensors of one module, checked against its scheme."
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
@@ -12,7 +11,7 @@ from adapterkit.errors import AdapterkitError, shown
 from adapterkit.kernels.quant import fp4
 from adapterkit.kernels.quant.integers import are_groups
 from adapterkit.patterns import matcher
-from adapterkit.records import ANYTHING, TEXT, also, entries, list_of, table_of
+from adapterkit.records import ANYTHING, TEXT, Json, also, entries, list_of, table_of
 from adapterkit.weights.codec import Settings, blocks_in, pair_in, shapes_of_scales
 from adapterkit.weights.scan import CheckpointScan
 
@@ -35,7 +34,7 @@ TYPES = {  # of the scheme, by the kind of codes
     "mxfp8": "float",
 }
 CONFIG_GROUPS = also(table_of(TEXT, entries({"targets": list_of(ANYTHING)})), "groups", len)
-Scheme = dict[str, Any]  # with the keys `weights` and `format`
+Scheme = Json  # with the keys `weights` and `format`
 SHAPE, ZERO, INDEX = "weight_shape", "weight_zero_point", "weight_g_idx"
 BITS = {"fp8": 8, "mxfp8": 8, "nvfp4": 4, "mxfp4": 4}
 GROUPS = {"nvfp4": fp4.NV_GROUP, "mxfp4": fp4.MX_GROUP, "mxfp8": fp4.MX_GROUP}
