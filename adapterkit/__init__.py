@@ -6,30 +6,14 @@ transformers. Their errors are here too.
 
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import (
-    AdapterkitError as AdapterkitError,
-)
-from adapterkit.errors import (
-    Damaged as Damaged,
-)
-from adapterkit.errors import (
-    Failed as Failed,
-)
-from adapterkit.errors import (
-    Interrupted as Interrupted,
-)
-from adapterkit.errors import (
-    MultipleErrors as MultipleErrors,
-)
-from adapterkit.errors import (
-    Refused as Refused,
-)
-from adapterkit.errors import (
-    Unrecoverable as Unrecoverable,
-)
-from adapterkit.errors import (
-    Waiting as Waiting,
-)
+from adapterkit.errors import AdapterkitError as AdapterkitError
+from adapterkit.errors import Damaged as Damaged
+from adapterkit.errors import Failed as Failed
+from adapterkit.errors import Interrupted as Interrupted
+from adapterkit.errors import MultipleErrors as MultipleErrors
+from adapterkit.errors import Refused as Refused
+from adapterkit.errors import Unrecoverable as Unrecoverable
+from adapterkit.errors import Waiting as Waiting
 from adapterkit.verbs import HOMES
 
 __version__ = "0.1.0"

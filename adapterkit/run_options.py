@@ -91,9 +91,7 @@ class RunOptions(OptionRecord):
         default=False, check=FLAG, help="Continue an interrupted run of the same job."
     )
     overwrite: bool = option(
-        default=False,
-        check=FLAG,
-        help="Replace an earlier output of adapterkit in its place.",
+        default=False, check=FLAG, help="Replace an earlier output of adapterkit in its place."
     )
     hash: str = option(
         default="sha256",

@@ -13,14 +13,7 @@ NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 NOT_A_MODEL = "adapter_model"  # what a PEFT adapter's weights are called
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # a Trainer's pickles that hold no weights
-TRAINER = (
-    "training_args.",
-    "optimizer.",
-    "scheduler.",
-    "scaler.",
-    "rng_state",
-    "random_states",
-)
+TRAINER = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state", "random_states")
 # names that Windows reserves for devices, with any extension
 DEVICES = {
     "con",

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from inspect import cleandoc
+from typing import Any
 
 import click
 

@@ -10,14 +10,7 @@ from torch import Tensor
 
 from adapterkit.combinations.protocol import Deltas, DenseDelta, Metrics, OnFactors, Seeds
 from adapterkit.errors import Refused
-from adapterkit.kernels.elementwise import (
-    Majority,
-    Threshold,
-    Trim,
-    drop,
-    elect,
-    top_k_threshold,
-)
+from adapterkit.kernels.elementwise import Majority, Threshold, Trim, drop, elect, top_k_threshold
 from adapterkit.kernels.lowrank.algebra import Product, Svd, stack_products
 
 SUBSAMPLE = 4  # one row in four of each block is enough to estimate a threshold

@@ -92,9 +92,7 @@ class Run(Verb["Outcome | Json"]):
         default=False, check=FLAG, help="Replace outputs that this pipeline did not write."
     )
     dry_run: bool = option(
-        default=False,
-        check=FLAG,
-        help="Print the files of this rank, or plan all steps, and stop.",
+        default=False, check=FLAG, help="Print the files of this rank, or plan all steps, and stop."
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 

@@ -35,12 +35,7 @@ from adapterkit.planning.adapters.sites import (
     names_of,
     targets_of,
 )
-from adapterkit.planning.inputs.sources import (
-    if_given,
-    open_model,
-    open_statistics,
-    open_weighted,
-)
+from adapterkit.planning.inputs.sources import if_given, open_model, open_statistics, open_weighted
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.registry import create
 from adapterkit.tasks import common
@@ -237,10 +232,7 @@ def _check_fit(
 
 
 def _biases(
-    joined: dict[str, JoinedSite],
-    weights: "AdapterWeights",
-    options: Combine,
-    errors: Problems,
+    joined: dict[str, JoinedSite], weights: "AdapterWeights", options: Combine, errors: Problems
 ) -> list[common.SummedTensor]:
     """The biases that LoRAs add; they follow the weights, so only `linear` says what becomes of
     them."""

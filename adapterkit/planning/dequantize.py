@@ -54,8 +54,7 @@ def plan_dequantize(options: Dequantize) -> Plan:
         config.pop("torch_dtype", None)
     if options.max_shard_size:
         shards = plan_shards_of_size(
-            [step for group in steps.values() for step in group],
-            parse_size(options.max_shard_size),
+            [step for group in steps.values() for step in group], parse_size(options.max_shard_size)
         )
     else:
         shards = [

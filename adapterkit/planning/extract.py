@@ -21,12 +21,7 @@ from adapterkit.plan import Change, Finalize, Plan, Task, TaskResult, unchanged
 from adapterkit.planning.adapters.output_norms import select_norms
 from adapterkit.planning.adapters.value_comparison import equal_values
 from adapterkit.planning.inputs.model_config import nested_values
-from adapterkit.planning.inputs.sources import (
-    if_given,
-    open_adapter,
-    open_model,
-    open_statistics,
-)
+from adapterkit.planning.inputs.sources import if_given, open_adapter, open_model, open_statistics
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.planning.outputs.adapter import Output

@@ -108,10 +108,7 @@ def plan_residual(
 
 
 def plan_quantized_residual(
-    base: Checkpoint,
-    quantization: QuantizationPlan,
-    targets: Sequence[InitialTarget],
-    method: str,
+    base: Checkpoint, quantization: QuantizationPlan, targets: Sequence[InitialTarget], method: str
 ) -> tuple[tuple[OutputFile, ...], Files]:
     """The same, quantized; weights without factors are quantized plainly."""
     others = [target for target in targets if target.name not in quantization.linear]

@@ -20,12 +20,7 @@ from adapterkit.planning.adapters.dora_deltas import BaseWeights, dora_problems
 from adapterkit.planning.adapters.other_types import kind_of, read_deltas
 from adapterkit.planning.adapters.output_norms import select_norms
 from adapterkit.planning.adapters.sites import join, levels_of, names_of, targets_of
-from adapterkit.planning.inputs.sources import (
-    if_given,
-    open_adapter,
-    open_model,
-    open_statistics,
-)
+from adapterkit.planning.inputs.sources import if_given, open_adapter, open_model, open_statistics
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.records import Json
 from adapterkit.shared_options import TruncationOptions

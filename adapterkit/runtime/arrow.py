@@ -166,10 +166,7 @@ def part_at(state: State, router: ArrowRouter, path: str, experts: Experts) -> R
 
 @contextmanager
 def stacked(
-    state: State,
-    experts: Sequence[StrPath],
-    general: Sequence[StrPath],
-    options: Mapping[str, Any],
+    state: State, experts: Sequence[StrPath], general: Sequence[StrPath], options: Mapping[str, Any]
 ) -> Iterator[Folder]:
     """The folder that `adapterkit arrow` writes of these sources, temporary, as are those of the
     loaded adapters among them."""

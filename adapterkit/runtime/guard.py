@@ -114,10 +114,7 @@ class Guard:
     as anything that only looks at the base."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        sites: Mapping[str, Site],
-        acting: Callable[[], Collection[str]],
+        self, model: nn.Module, sites: Mapping[str, Site], acting: Callable[[], Collection[str]]
     ):
         self.model, self.acting = model, acting
         self.hosts = Hosts(model, sites)

@@ -187,12 +187,7 @@ class Adapters:
         merging.unmerge(self.state)
 
     def combine(
-        self,
-        adapters: Mapping[str, float],
-        *,
-        name: str,
-        method: str = "linear",
-        **options: Any,
+        self, adapters: Mapping[str, float], *, name: str, method: str = "linear", **options: Any
     ) -> None:
         """Add a combination of adapters, not active: the methods and options of
         `adapterkit.combine`."""

@@ -13,13 +13,7 @@ from torch import Tensor, nn
 
 from adapterkit.errors import AdapterkitError, Problems, Refused, by_reason, listed, shown
 from adapterkit.planning.inputs.model_config import SWITCH, has_other_effects
-from adapterkit.runtime.quantized import (
-    exchange,
-    quantization_of,
-    rounded,
-    tensors_of,
-    weight_of,
-)
+from adapterkit.runtime.quantized import exchange, quantization_of, rounded, tensors_of, weight_of
 from adapterkit.runtime.site import Part, Site, owner
 from adapterkit.runtime.state import State
 
@@ -102,10 +96,7 @@ def unmerge(state: State) -> None:
     """Give the base its own weights back, bit for bit; what acted before the merge acts again."""
     if state.merge is None:
         raise Refused(
-            "nothing is merged",
-            expected="merged adapters",
-            where="unmerge",
-            hint="merge first",
+            "nothing is merged", expected="merged adapters", where="unmerge", hint="merge first"
         )
     done = state.merge
     done.swap()

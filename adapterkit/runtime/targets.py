@@ -7,13 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.adapters.resolve import (
-    Resolver,
-    Target,
-    input_embedding,
-    model_type,
-    tied_modules,
-)
+from adapterkit.adapters.resolve import Resolver, Target, input_embedding, model_type, tied_modules
 from adapterkit.adapters.targets import has_end, is_within
 from adapterkit.errors import Refused, listed, shown
 from adapterkit.runtime import layers

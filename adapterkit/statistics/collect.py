@@ -203,11 +203,7 @@ def metadata_with(shared: dict[str, str], about: Json) -> dict[str, str]:
 
 
 def planned_file(
-    name: str,
-    shapes: dict[str, tuple[int, int]],
-    options: StatsOptions,
-    batches: int,
-    about: Json,
+    name: str, shapes: dict[str, tuple[int, int]], options: StatsOptions, batches: int, about: Json
 ) -> OutputFile:
     """The file as large as it can become: layers that see the same inputs share their
     statistics."""

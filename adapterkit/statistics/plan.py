@@ -27,13 +27,7 @@ from adapterkit.records import Json
 from adapterkit.statistics.collect import CollectedFile, collect, metadata_with, planned_file
 from adapterkit.statistics.data.records import Record, draw_records
 from adapterkit.statistics.data.samples import Samples, load_tokenizer, tokenize
-from adapterkit.statistics.job import (
-    BLOCKS,
-    CollectionJob,
-    check_options,
-    takes_rows,
-    tokens_of,
-)
+from adapterkit.statistics.job import BLOCKS, CollectionJob, check_options, takes_rows, tokens_of
 from adapterkit.statistics.model.stored_model import StoredModel
 from adapterkit.verbs.stats import Stats, StatsOptions
 

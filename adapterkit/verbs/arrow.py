@@ -49,9 +49,7 @@ class Arrow(WritingVerb):
         help="Adapter to subtract from all experts first; repeat for several.",
     )
     top_k: int | None = option(
-        default=None,
-        check=COUNT,
-        help="Experts per token (default: 3, or all if there are fewer).",
+        default=None, check=COUNT, help="Experts per token (default: 3, or all if there are fewer)."
     )
     temperature: float = option(
         default=1.0, check=ABOVE_0, help="Temperature of the softmax over the selected experts."

@@ -33,11 +33,7 @@ LAYERS = (torch.nn.Linear, torch.nn.Conv2d)
 ALWAYS = ("qkv", "adaLN", "out_proj")
 PREFIXES = {
     "sd15": {"unet": "lora_unet_", "text_encoder": "lora_te_"},
-    "sdxl": {
-        "unet": "lora_unet_",
-        "text_encoder": "lora_te1_",
-        "text_encoder_2": "lora_te2_",
-    },
+    "sdxl": {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
     "sd3": {
         "transformer": "lora_unet_",
         "text_encoder": "lora_te1_",

@@ -255,10 +255,7 @@ def test_refused() -> None:
     assert "magnitude" in str(refused.value) and source[1].name in str(refused.value)
     oss = stacks_at(GOLDEN / "peft" / "gpt_oss" / "base")
     assert all(stack.transposed and not stack.pieces for stack in oss.values())
-    parts: dict[str, Expression] = {
-        "a": held(torch.ones(3, 2, 8)),
-        "b": held(torch.ones(3, 24, 2)),
-    }
+    parts: dict[str, Expression] = {"a": held(torch.ones(3, 2, 8)), "b": held(torch.ones(3, 24, 2))}
     module = AdapterModule("", "model.layers.0.mlp.experts.gate_up_proj", EXPERTS, parts, 3.0, 2)
     with pytest.raises(Refused, match="one stack in the base's file"):
         split_experts([module], oss, READER)

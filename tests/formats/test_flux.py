@@ -47,11 +47,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 1,
     "joint_attention_dim": 8,
 }
-GUIDANCE = {
-    "approximator_num_channels": 4,
-    "approximator_hidden_dim": 8,
-    "approximator_layers": 1,
-}
+GUIDANCE = {"approximator_num_channels": 4, "approximator_hidden_dim": 8, "approximator_layers": 1}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "flux": lambda: FluxTransformer2DModel(
         patch_size=1,
@@ -477,12 +473,7 @@ def blocks(double: int, single: int, prefix: str = "transformer.") -> Tensors:
 
 @pytest.mark.parametrize(
     ("double", "single", "family"),
-    [
-        (19, 38, "flux"),
-        (20, 40, "hunyuan_video"),
-        (18, 38, "flux"),
-        (3, 39, "hunyuan_video"),
-    ],
+    [(19, 38, "flux"), (20, 40, "hunyuan_video"), (18, 38, "flux"), (3, 39, "hunyuan_video")],
 )
 def test_numbers_of_blocks_tell_architectures(
     double: int, single: int, family: str, tmp_path: Path

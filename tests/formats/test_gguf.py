@@ -188,10 +188,7 @@ def test_experts_that_are_missing_are_zeros(tmp_path: Path):
     """And one with another rank and alpha is padded, with the ratio in b; as many experts as the
     base has."""
     stem = "model.layers.1.mlp.experts"
-    parts = {
-        **pair(f"{stem}.0.up_proj", 2, 16, 32, 1),
-        **pair(f"{stem}.1.up_proj", 3, 16, 32, 2),
-    }
+    parts = {**pair(f"{stem}.0.up_proj", 2, 16, 32, 1), **pair(f"{stem}.1.up_proj", 3, 16, 32, 2)}
     folder = write_adapter(
         tmp_path / "in",
         parts,

@@ -10,9 +10,7 @@ from diffusers.loaders.lora_conversion_utils import (
     _convert_non_diffusers_lora_to_diffusers,
     _maybe_map_sgm_blocks_to_diffusers,
 )
-from diffusers.loaders.single_file_utils import (
-    convert_ldm_unet_checkpoint,
-)
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

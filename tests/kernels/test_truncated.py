@@ -269,8 +269,7 @@ LIMITS = [(torch.float32, 10), (torch.float64, 1), (torch.float32, 1000)]
 
 @pytest.mark.parametrize("energy", [0.1, 0.6, 0.97])
 @pytest.mark.parametrize(
-    "name",
-    [name for name in ITERATED if name not in ("root", "zeros", "one element")],
+    "name", [name for name in ITERATED if name not in ("root", "zeros", "one element")]
 )
 @pytest.mark.parametrize("cost", [math.inf, None])
 def test_the_smallest_rank_for_an_energy(

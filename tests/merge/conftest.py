@@ -5,9 +5,7 @@ import pytest
 import torch
 
 from tests.support import oracle
-from tests.support.oracle import (
-    load,
-)
+from tests.support.oracle import load
 
 
 @pytest.fixture

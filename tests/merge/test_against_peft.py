@@ -52,12 +52,7 @@ CASES = {
     ),
     "bert": (oracle.bert, {"target_modules": ["query", "value", "dense", "word_embeddings"]}),
     "t5": (oracle.t5, {"target_modules": ["q", "v", "o", "wi", "wo"]}),
-    "vit": (
-        oracle.vit,
-        {
-            "target_modules": r".*(projection|q_proj|query|o_proj|dense|fc1|fc2)",
-        },
-    ),
+    "vit": (oracle.vit, {"target_modules": r".*(projection|q_proj|query|o_proj|dense|fc1|fc2)"}),
     "clip": (
         oracle.clip,
         {

@@ -27,13 +27,7 @@ def trained(base, tmp_path) -> Path:
     """An adapter with an implicit residual, after some training."""
     out = tmp_path / "init"
     adapterkit.init(
-        base,
-        method="pissa",
-        rank=4,
-        alpha=6,
-        targets="all-linear",
-        residual="implicit",
-        out=out,
+        base, method="pissa", rank=4, alpha=6, targets="all-linear", residual="implicit", out=out
     )
     file = out / "adapter" / WEIGHTS
     torch.manual_seed(0)

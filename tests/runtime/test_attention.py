@@ -12,15 +12,7 @@ from torch import Tensor, nn
 from adapterkit import LoraConfig
 from adapterkit.runtime import attach, load
 from tests.support.beside_peft import check_merging, compare, shake
-from tests.support.layers import (
-    CASES,
-    TARGETS,
-    WARNINGS,
-    adapted,
-    deltas,
-    values,
-    with_deltas,
-)
+from tests.support.layers import CASES, TARGETS, WARNINGS, adapted, deltas, values, with_deltas
 
 pytestmark = [
     pytest.mark.filterwarnings(text)

@@ -46,10 +46,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: nn.Sequential(nn.Linear(24, 20), nn.Tanh(), nn.Linear(20, 8, bias=False)),
         (5, 24),
     ),
-    "conv1d of gpt2": (
-        lambda: nn.Sequential(Conv1D(20, 24), nn.Tanh(), Conv1D(8, 20)),
-        (2, 5, 24),
-    ),
+    "conv1d of gpt2": (lambda: nn.Sequential(Conv1D(20, 24), nn.Tanh(), Conv1D(8, 20)), (2, 5, 24)),
     "embedding": (lambda: nn.Sequential(nn.Embedding(30, 20), nn.Tanh(), Scaled(9, 8)), (2, 5)),
     "conv1": (lambda: conv(1), (2, 6, 11)),
     "conv2": (lambda: conv(2), (2, 6, 11, 7)),

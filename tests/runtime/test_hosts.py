@@ -62,11 +62,7 @@ def test_refused_at_the_next_forward_and_by_save(case, tmp_path):
     h = attach(model, LoraConfig(**{"targets": QV, "init": False, **config}), seed=1)
     run(model)
     change(model)
-    for call in (
-        lambda: run(model),
-        lambda: h.save(tmp_path / "out"),
-        lambda: h.merge(),
-    ):
+    for call in (lambda: run(model), lambda: h.save(tmp_path / "out"), lambda: h.merge()):
         with pytest.raises(AdapterkitError, match=words):
             call()
     assert not (tmp_path / "out").exists()

@@ -14,14 +14,7 @@ from adapterkit import AdapterkitError, LoraConfig
 from adapterkit.runtime import attach
 from adapterkit.runtime.layers import KINDS
 from tests.support.beside_peft import assert_same, check_merging, compare, shake
-from tests.support.layers import (
-    CASES,
-    CONFIG,
-    TARGETS,
-    WARNINGS,
-    adapted,
-    with_deltas,
-)
+from tests.support.layers import CASES, CONFIG, TARGETS, WARNINGS, adapted, with_deltas
 from tests.support.oracle import load as load_base
 from tests.support.oracle import save_base
 

@@ -16,16 +16,7 @@ from adapterkit import AdapterkitError, LoraConfig
 from adapterkit.runtime import attach, load
 from tests.support import live
 from tests.support.beside_peft import assert_same, check_merging, compare, shake
-from tests.support.layers import (
-    CASES,
-    CONFIG,
-    IDS,
-    WARNINGS,
-    Case,
-    adapted,
-    values,
-    with_deltas,
-)
+from tests.support.layers import CASES, CONFIG, IDS, WARNINGS, Case, adapted, values, with_deltas
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
 

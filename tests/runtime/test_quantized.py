@@ -272,8 +272,7 @@ def test_layers_of_torchao():
 def test_layers_of_compressed_tensors(form, cached_folder):
     pytest.importorskip("compressed_tensors")
     folder = cached_folder(
-        f"live-{form}",
-        lambda folder: quantized_llama.base(quantized_llama.FORMS[form], folder),
+        f"live-{form}", lambda folder: quantized_llama.base(quantized_llama.FORMS[form], folder)
     )
 
     def model():
@@ -383,9 +382,7 @@ def test_qlora_is_pefts_step_by_step(source, dora, base, four_bits, cached_folde
         oracle.perturb(model, seed=1)
         model.save_pretrained(start)
     theirs = peft.PeftModel.from_pretrained(
-        by_peft_prepared(loaded(quantized)),
-        start,
-        is_trainable=True,
+        by_peft_prepared(loaded(quantized)), start, is_trainable=True
     ).eval()
     ours = prepare_for_kbit_training(loaded(quantized))
     adapters = load(ours, start, trainable=True)

@@ -6,10 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import (
-    SwitchTransformersConfig,
-    SwitchTransformersForConditionalGeneration,
-)
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from adapterkit import LoraConfig, Refused
 from adapterkit.runtime import attach, load

@@ -109,10 +109,7 @@ CASES = {
             "trainable_token_indices": {"embed_tokens": [1, 3], "lm_head": [1, 4]},
         },
     ),
-    "tied, head": (
-        "tied",
-        {"target_modules": Q, "trainable_token_indices": {"lm_head": [1, 4]}},
-    ),
+    "tied, head": ("tied", {"target_modules": Q, "trainable_token_indices": {"lm_head": [1, 4]}}),
     "LoRA on the head": (
         "tied",
         {"target_modules": [*Q, "lm_head"], "trainable_token_indices": [1, 4]},

@@ -83,10 +83,7 @@ CASES = {
     ),
     "tied head": ("tied", {"target_modules": QV, "modules_to_save": ["lm_head"]}),
     "tied embedding": ("tied", {"target_modules": QV, "modules_to_save": ["embed_tokens"]}),
-    "tied both": (
-        "tied",
-        {"target_modules": QV, "modules_to_save": ["embed_tokens", "lm_head"]},
-    ),
+    "tied both": ("tied", {"target_modules": QV, "modules_to_save": ["embed_tokens", "lm_head"]}),
     "tied together": (
         "tied",
         {"target_modules": QV, "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
@@ -507,10 +504,7 @@ def test_a_norm_without_weights(entries, tmp_path):
 
 @pytest.mark.parametrize(
     "config",
-    [
-        LoraConfig(2, 2, ["up"], modules_to_save=["down"]),
-        LoraConfig(2, 2, ["up"], bias="all"),
-    ],
+    [LoraConfig(2, 2, ["up"], modules_to_save=["down"]), LoraConfig(2, 2, ["up"], bias="all")],
     ids=["copy", "bias"],
 )
 def test_no_merge_beneath_values_that_act(config):

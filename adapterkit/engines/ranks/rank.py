@@ -112,10 +112,7 @@ class Rank:
         return plan
 
     def _at_work(
-        self,
-        whole: Stage,
-        run: Callable[[RankStage], None],
-        accepts: Callable[[ShardResult], bool],
+        self, whole: Stage, run: Callable[[RankStage], None], accepts: Callable[[ShardResult], bool]
     ) -> None:
         """Let `run` make files; what becomes of its errors, and of what it does not finish."""
         assert self.outcome is not None

@@ -155,11 +155,7 @@ class Grid(ABC):
         return self.value(code, *self.scales)
 
 
-def loses_less(
-    w: Tensor,
-    old: Grid,
-    new: Grid,
-) -> Tensor:  # bool
+def loses_less(w: Tensor, old: Grid, new: Grid) -> Tensor:  # bool
     """Which blocks hold a value beyond those of the old scale, and have a smaller expected error
     with the new one: all others keep theirs, so that values that do not change keep their codes."""
     beyond = old.overflows(w)

@@ -45,11 +45,7 @@ def kind_of(source: Folder, config: Mapping) -> type[Kind] | None:
 
 
 def read_deltas(
-    kind: type[Kind],
-    source: Folder,
-    base: Checkpoint | None,
-    notes: list[str],
-    errors: Problems,
+    kind: type[Kind], source: Folder, base: Checkpoint | None, notes: list[str], errors: Problems
 ) -> tuple[Adapter, list[ModuleOfKind]]:
     """An adapter as a LoRA's config sees it, and its deltas; pruned modules are left out, which a
     note says. What is refused of a module joins the errors."""

@@ -14,12 +14,7 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Problems, Refused, listed, shown
-from adapterkit.formats.capabilities import (
-    depends_on_base,
-    is_fitted,
-    is_vector,
-    lacking,
-)
+from adapterkit.formats.capabilities import depends_on_base, is_fitted, is_vector, lacking
 from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.modules.deltas import Fit, ModuleDelta
 from adapterkit.formats.modules.kinds import EXPERTS, FACTORS, PARAMETER, SHAPE

@@ -66,10 +66,7 @@ def adapter_card(base: str | None, adapters: Sequence[Adapter], summary: str) ->
     body = [f"Made by adapterkit {__version__} from the files: {plain(summary)}.", ""]
     body += ["From:", ""] if adapters else []
     body += [f"- {plain(hub_id_or_name(adapter.folder))}" for adapter in adapters]
-    body += [
-        "",
-        f"The changes of each module, and the hash of every file, are in `{RECEIPT}`.",
-    ]
+    body += ["", f"The changes of each module, and the hash of every file, are in `{RECEIPT}`."]
     return _card(metadata, ["lora", "adapterkit"], "Adapter", body)
 
 

@@ -54,11 +54,7 @@ def model_files(
 
 
 def adapter_files(
-    config: FromMetrics,
-    card: str,
-    *,
-    tokenizer: Mapping[str, CopyFile],
-    folder: str = "",
+    config: FromMetrics, card: str, *, tokenizer: Mapping[str, CopyFile], folder: str = ""
 ) -> Files:
     """An adapter's files, in this folder of the output."""
     prefix = f"{folder}/" if folder else ""

@@ -22,10 +22,7 @@ from adapterkit.weights.skeleton import Skeleton
 
 
 def check_gaps(
-    base: Checkpoint,
-    model: Skeleton | None,
-    notes: list[str],
-    brought: Collection[str] = (),
+    base: Checkpoint, model: Skeleton | None, notes: list[str], brought: Collection[str] = ()
 ) -> list[AdapterkitError]:
     """Problems of a base that lacks a parameter which its other layers have, or whose experts do
     not fit together; other gaps are notes, as a model may lack a head or a pooler on purpose.

@@ -169,10 +169,7 @@ class ParameterFactors:
 
 
 def split_parameters(
-    adapter: Adapter,
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    errors: Problems,
+    adapter: Adapter, model: nn.Module, modules: Mapping[str, nn.Module], errors: Problems
 ) -> tuple[list[Lora], list[ParameterFactors]]:
     """An adapter's factors of modules, and those of parameters; those that do not fit the model's
     parameters are added to the errors."""

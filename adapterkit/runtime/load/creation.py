@@ -14,12 +14,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Problems, Refused, Unrecoverable, by_reason, listed, shown
 from adapterkit.inits import created_init
 from adapterkit.inits.eva import distribute
-from adapterkit.inits.protocol import (
-    ComputedInit,
-    DrawnInit,
-    Initialization,
-    RedistributingInit,
-)
+from adapterkit.inits.protocol import ComputedInit, DrawnInit, Initialization, RedistributingInit
 from adapterkit.registry import members
 from adapterkit.runtime.layers import KINDS
 from adapterkit.runtime.layers.parameter import ParameterPart, is_transposed

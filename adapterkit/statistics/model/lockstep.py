@@ -45,11 +45,7 @@ class Pass(Coroutine):
     """One batch's pass through the model."""
 
     def __init__(
-        self,
-        run: Callable[[], object],
-        activations: Activations,
-        masks: Masks | None,
-        block: int,
+        self, run: Callable[[], object], activations: Activations, masks: Masks | None, block: int
     ):
         super().__init__(run)
         self.activations, self.masks, self.block = activations, masks, block
