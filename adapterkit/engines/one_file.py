@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from adapterkit.checkpoint.disk import storage_errors, sync_folder
-from adapterkit.checkpoint.output.earlier import size_at
+from adapterkit.checkpoint.output.earlier_output import size_at
 from adapterkit.checkpoint.output.stage import RECEIPT, Stage, control_of
 from adapterkit.errors import Refused, shown
 from adapterkit.plan import Plan

@@ -15,8 +15,8 @@ from adapterkit.formats.files.templates import words_of
 from adapterkit.formats.modules.kinds import FACTORS, KINDS
 from adapterkit.formats.modules.parts import rank_of
 from adapterkit.formats.modules.record import AdapterModule, Modules
-from adapterkit.formats.same_delta import is_float32, shared_number, with_scale
 from adapterkit.formats.schema import Format
+from adapterkit.formats.uniform_rank import is_float32, shared_number, with_scale
 from adapterkit.options import finite
 from adapterkit.records import Json, Settings
 from adapterkit.weights.reader import TensorReader

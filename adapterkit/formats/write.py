@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
-from adapterkit.formats.base import BaseFacts, architecture_of
+from adapterkit.formats.base_model import BaseFacts, architecture_of
 from adapterkit.formats.capabilities import OTHER_FORMAT, lacking, ways_out, word_of
 from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.files.templates import base_words, filled, numbers, settings_of
@@ -21,9 +21,9 @@ from adapterkit.formats.modules.rows import Heads
 from adapterkit.formats.modules.tensors import COLUMN, STEPS, Expression, constant, reshaped
 from adapterkit.formats.modules.tied import without_heads
 from adapterkit.formats.modules.wide_inputs import with_widths
-from adapterkit.formats.same_delta import uniform
 from adapterkit.formats.scales import has_alpha, place_scales
 from adapterkit.formats.schema import MODEL, Format
+from adapterkit.formats.uniform_rank import uniform
 from adapterkit.records import Settings
 
 NUMBERS = ("{rank}", "{alpha}")  # templates of metadata

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from adapterkit.checkpoint.folder import Folder, original
-from adapterkit.checkpoint.output.earlier import parse_receipt
+from adapterkit.checkpoint.output.earlier_output import parse_receipt
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.errors import Refused, listed, shown
 from adapterkit.hub.errors import explained_errors

@@ -15,7 +15,7 @@ from typing import Any
 from adapterkit.engines.execution import check_pushes, pinned_inputs, pushed
 from adapterkit.engines.planned_folder import PlannedFolder, planned_folder
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, shown
-from adapterkit.jobs.older_output import (
+from adapterkit.jobs.earlier_output import (
     Older,
     can_go_on,
     check_room,

@@ -18,7 +18,7 @@ from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, 
 from adapterkit.options import finite
 from adapterkit.records import Json
 from adapterkit.runtime.guard import Guard
-from adapterkit.runtime.layers.invoked import InvokedPart
+from adapterkit.runtime.layers.alora_linear import InvokedPart
 from adapterkit.runtime.parts.alora import Invocations
 from adapterkit.runtime.quantized import allow_packed, decompress, keep_unpacked
 from adapterkit.runtime.site import CHILD, Args, Host, Kwargs, Part, Site

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adapterkit.errors import Problems, shown
 from adapterkit.options import StrPath
-from adapterkit.runtime.layers.invoked import InvokedPart
+from adapterkit.runtime.layers.alora_linear import InvokedPart
 from adapterkit.runtime.load.reading import read, take_base
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.replication import replicating

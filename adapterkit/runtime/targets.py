@@ -13,14 +13,14 @@ from adapterkit.errors import Refused, listed, shown
 from adapterkit.runtime import layers
 from adapterkit.runtime.quantized import quantization_of
 from adapterkit.runtime.site import CHILD
-from adapterkit.weights.bypassed import (
+from adapterkit.weights.linear import kind_of
+from adapterkit.weights.unadaptable import (
     MAMBAS,
     MAMBAS_REFUSED,
     is_taken_for_experts,
     looks_up_otherwise,
     reads_weight,
 )
-from adapterkit.weights.linear import kind_of
 
 WHERE = Resolver.where
 SETTINGS = {  # that some kinds of layers do not take, with those that do

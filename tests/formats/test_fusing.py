@@ -16,8 +16,8 @@ from adapterkit.formats.library import formats
 from adapterkit.formats.modules.fusing import Fusion, fuse, split
 from adapterkit.formats.modules.record import AdapterModule
 from adapterkit.formats.modules.tensors import Expression, StoredTensor, stored
-from adapterkit.formats.same_delta import as_the_format_has_them
 from adapterkit.formats.schema import NamingRule
+from adapterkit.formats.uniform_rank import as_the_format_has_them
 
 pytestmark = pytest.mark.quick
 NAMES = ("to_q", "to_k", "to_v", "proj_mlp")

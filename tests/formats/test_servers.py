@@ -16,7 +16,7 @@ from torch import Tensor
 from adapterkit import convert
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.modules.record import AdapterModule
-from adapterkit.formats.same_delta import uniform, with_scale
+from adapterkit.formats.uniform_rank import uniform, with_scale
 from tests.formats.golden.make_sglang import CASES as SGLANG
 from tests.formats.golden.make_vllm import CASES as VLLM
 from tests.formats.golden.make_vllm import SETTINGS

@@ -20,7 +20,7 @@ from adapterkit.kernels.quant.blockwise import (
     quantize_4bit,
     quantize_absmax,
 )
-from adapterkit.kernels.quant.int8_rows import decode_int8, quantize_int8
+from adapterkit.kernels.quant.llm_int8 import decode_int8, quantize_int8
 from tests.support.bits import same
 
 F = bnb.functional

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from adapterkit.kernels.lowrank.algebra import Svd
 from adapterkit.kernels.lowrank.subspace import near_optimal_svd
-from adapterkit.kernels.quant import blockwise, fp4, int8_rows
+from adapterkit.kernels.quant import blockwise, fp4
+from adapterkit.kernels.quant import llm_int8 as int8_rows
 
 EXCESS = 1e-4
 

@@ -16,7 +16,7 @@ from adapterkit.kernels.quant.blockwise import (
     quantize_4bit,
     quantize_absmax,
 )
-from adapterkit.kernels.quant.int8_rows import quantize_int8
+from adapterkit.kernels.quant.llm_int8 import quantize_int8
 from tests.support.bits import same
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import adapterkit
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError, Interrupted, Refused
-from adapterkit.kernels.quant import blockwise, int8_rows
+from adapterkit.kernels.quant import blockwise
+from adapterkit.kernels.quant import llm_int8 as int8_rows
 from adapterkit.planning.inputs.sources import open_source
 from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import oracle

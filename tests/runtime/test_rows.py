@@ -11,7 +11,7 @@ from torch import nn
 
 from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
-from adapterkit.kernels import mixed
+from adapterkit.kernels import mixed_batch as mixed
 from adapterkit.runtime import attach
 
 NAMES = ["fr", None, "de", "fr"]

@@ -25,7 +25,7 @@ from adapterkit.checkpoint.disk import (
     write_all,
 )
 from adapterkit.checkpoint.folder import is_plain_path
-from adapterkit.checkpoint.output.earlier import incomplete, lacking, receipt_at, size_at
+from adapterkit.checkpoint.output.earlier_output import incomplete, lacking, receipt_at, size_at
 from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.journal import entries_of, line_of, read_lines
 from adapterkit.checkpoint.output.lock import LOCK, Lock

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from adapterkit.checkpoint.output.earlier import parse_receipt
+from adapterkit.checkpoint.output.earlier_output import parse_receipt
 from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.stage import RECEIPT, Stage, publish_of, size_of_file
 from adapterkit.engines.hub.inputs import ConvertedInScratch

@@ -23,7 +23,7 @@ from adapterkit.formats.modules.tensors import (
     transposed,
     zeros,
 )
-from adapterkit.formats.same_delta import common_scale, padded_to, with_scale
+from adapterkit.formats.uniform_rank import common_scale, padded_to, with_scale
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.reader import TensorReader

@@ -41,8 +41,8 @@ from adapterkit.formats.modules.tensors import (
     stored_rows,
     zeros,
 )
-from adapterkit.formats.same_delta import common_scale
 from adapterkit.formats.schema import HEADS, NamingRule
+from adapterkit.formats.uniform_rank import common_scale
 from adapterkit.weights.reader import TensorReader
 
 # roles whose second axis is the module's inputs

@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 from adapterkit.errors import Refused, listed
-from adapterkit.formats.base import HEAD, BaseFacts
+from adapterkit.formats.base_model import HEAD, BaseFacts
 from adapterkit.formats.modules.record import AdapterModule, Modules
 from adapterkit.formats.modules.tensors import are_equal, transposed
 from adapterkit.formats.schema import Format

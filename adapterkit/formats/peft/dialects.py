@@ -9,13 +9,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
-from adapterkit.formats.base import NamedBase
+from adapterkit.formats.base_model import NamedBase
 from adapterkit.formats.modules.experts import split_experts, stack_experts
 from adapterkit.formats.modules.kinds import COPY, EXPERTS, FACTORS, PARAMETER, PLAIN, TOKENS, VALUE
 from adapterkit.formats.modules.record import AdapterModule, Contents, Modules
 from adapterkit.formats.modules.tensors import Expression, zeros
-from adapterkit.formats.same_delta import uniform
 from adapterkit.formats.schema import Format
+from adapterkit.formats.uniform_rank import uniform
 from adapterkit.formats.write import unsupported
 from adapterkit.weights.reader import TensorReader
 

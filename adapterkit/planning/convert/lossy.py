@@ -24,8 +24,8 @@ from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents,
 from adapterkit.formats.modules.tensors import contracted, scaled
 from adapterkit.formats.peft.kinds import headers_of, replaced_values
 from adapterkit.formats.peft.layout import KEPT
-from adapterkit.formats.same_delta import as_the_format_has_them
 from adapterkit.formats.schema import Format
+from adapterkit.formats.uniform_rank import as_the_format_has_them
 from adapterkit.planning.adapters.dora_deltas import CHECK_BASE, BaseWeights, dora_problems
 from adapterkit.planning.adapters.other_types import FLATTENED, read_deltas, unknown_kernel
 from adapterkit.records import Json

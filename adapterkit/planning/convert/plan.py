@@ -16,7 +16,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Problems, Refused, listed, shown
-from adapterkit.formats.base import NamedBase, facts_of
+from adapterkit.formats.base_model import NamedBase, facts_of
 from adapterkit.formats.detect import Detection, detect
 from adapterkit.formats.files.configs import config_bytes
 from adapterkit.formats.files.containers import PlanReader

@@ -9,7 +9,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
-from adapterkit.formats.base import NamedBase, facts_of
+from adapterkit.formats.base_model import NamedBase, facts_of
 from adapterkit.formats.detect import Detection
 from adapterkit.formats.library import architectures
 from adapterkit.formats.modules.experts import stacks_of

@@ -17,8 +17,8 @@ from adapterkit.planning.adapters.value_comparison import differing_rows, relati
 from adapterkit.planning.inputs.earlier_merges import merged_change, same_merges
 from adapterkit.planning.inputs.model_config import vocabulary_sizes
 from adapterkit.planning.merge.job import Addition, Change, MergeJob
-from adapterkit.weights.bypassed import looks_up_otherwise, weight_reader
 from adapterkit.weights.parameters import Parameter
+from adapterkit.weights.unadaptable import looks_up_otherwise, weight_reader
 
 
 def resolve_targets(

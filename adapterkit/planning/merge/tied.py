@@ -21,9 +21,9 @@ from adapterkit.planning.inputs.model_config import (
     vocabulary_sizes,
 )
 from adapterkit.planning.merge.job import Addition, Change, MergeJob
-from adapterkit.weights.bypassed import weight_reader
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.skeleton import tied_names
+from adapterkit.weights.unadaptable import weight_reader
 
 
 def resolve_vocab_resize(job: MergeJob) -> None:

@@ -21,15 +21,15 @@ from adapterkit.planning.targets.changed_meanings import (
     text_readings,
 )
 from adapterkit.planning.targets.values_by_regex import Rule
-from adapterkit.weights.bypassed import (
+from adapterkit.weights.linear import is_linear, kind_of
+from adapterkit.weights.names import Names
+from adapterkit.weights.parameters import Parameter
+from adapterkit.weights.unadaptable import (
     ATTENTION,
     is_bypassed,
     is_taken_for_experts,
     looks_up_otherwise,
 )
-from adapterkit.weights.linear import is_linear, kind_of
-from adapterkit.weights.names import Names
-from adapterkit.weights.parameters import Parameter
 
 LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")  # classes of modules with factors
 PARAMETRIZED = "ParametrizationList"  # torch's: cannot be replaced by a copy

@@ -8,7 +8,7 @@ from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Refused
-from adapterkit.runtime.layers.invoked import INVOKED
+from adapterkit.runtime.layers.alora_linear import INVOKED
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.weights import linear
 

@@ -17,8 +17,8 @@ from adapterkit.planning.adapters.sites import JoinedSite, flips_square_experts,
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.site import Part, Values
 from adapterkit.runtime.site import Site as LiveSite
-from adapterkit.weights.bypassed import is_taken_for_experts
 from adapterkit.weights.linear import is_linear
+from adapterkit.weights.unadaptable import is_taken_for_experts
 
 # transformers' implementations of experts in plain torch; others are kernels, which need tensors
 PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")

@@ -30,7 +30,7 @@ from adapterkit.runtime.parts.tokens import TokensPart
 from adapterkit.runtime.sharding import whole
 from adapterkit.runtime.state import Attached, State, refuse_merged
 from adapterkit.runtime.targets import unfit_as_parameter
-from adapterkit.weights.bypassed import is_taken_for_experts
+from adapterkit.weights.unadaptable import is_taken_for_experts
 
 CARD = "README.md"
 

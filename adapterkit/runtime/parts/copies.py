@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapterkit.adapters.keys import PREFIX
 from adapterkit.runtime.site import CHILD, Inside, Part, Site, Values, give_forward
-from adapterkit.weights.bypassed import reads_value
+from adapterkit.weights.unadaptable import reads_value
 
 OUT_PROJ = "out_proj"  # torch's MultiheadAttention reads this child's values itself
 

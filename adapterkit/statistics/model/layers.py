@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from adapterkit.statistics.model.stored_model import StoredModel
-from adapterkit.weights.bypassed import reads_weight
+from adapterkit.weights.unadaptable import reads_weight
 
 LARGE = 1 << 20  # bytes of a layer outside the lists of layers that is run by itself
 

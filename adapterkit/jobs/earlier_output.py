@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
-from adapterkit.checkpoint.output.earlier import lacking
+from adapterkit.checkpoint.output.earlier_output import lacking
 from adapterkit.checkpoint.output.stage import RECEIPT, Stage
 from adapterkit.checkpoint.reader import identity
 from adapterkit.checkpoint.strict import read_json
