@@ -14,7 +14,8 @@ from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.ids import HubId, parse
 from adapterkit.hub.listing import RemoteEntry
 from adapterkit.hub.upload import LocalFile, Uploaded, commit, groups, upload
-from adapterkit.records import Json, unfit
+from adapterkit.options import checked
+from adapterkit.records import Check, Json, unfit
 
 
 def check_push(
@@ -54,7 +55,8 @@ def push(
     `Failed` when the upload broke or the repository changed meanwhile: nothing is committed then,
     and a second run uploads only what is missing.
     """
-    sizes, target = _finished_files(folder), HubId(repository(repo))
+    target = HubId(checked("push", Check("a repository", repository), repo))
+    sizes = _finished_files(folder)
     files = [LocalFile(name, Path(folder, name), size) for name, size in sizes.items()]
     receipt = read_json(LocalFolder(folder), RECEIPT) if RECEIPT in sizes else {}
     destination = Destination(target, sorted(repositories(receipt)))

@@ -195,7 +195,7 @@ def test_a_file_is_finished_refused_and_resumed_like_a_folder(files, tmp_path):
     assert adapterkit.convert(source, to="diffusers", out=out, resume=True).finished_before
     adapterkit.convert(source, to="diffusers", out=out, overwrite=True)
     assert out.read_bytes() == first
-    with pytest.raises(Refused, match="the output is the input"):
+    with pytest.raises(Refused, match="the output .* is the input"):
         adapterkit.convert(out, to="kohya", out=out, overwrite=True)
     assert out.read_bytes() == first
 

@@ -213,10 +213,10 @@ def test_rows_by_themselves(case):
     record, draws, whole = case.record, Draws.of(0, case.record.key), case.drawn(weight)
     cut = 32  # rows; of the experts' stack of an expert, which is stored transposed
     if isinstance(record, Mxfp4):
-        blocks, scales = (part.key for part in record.parts)
-        stored = {key: case.stored[key][1:2, :, 1:] for key in (blocks, scales)}
-        actual = record.encode_keeping_scales(stored, weight[1:2, cut:], draws.at((64 + cut) * 48))
-        assert torch.equal(actual[blocks], whole[blocks][1:2, :, 1:])
+        part, stored = record.rows(case.stored, 64 + cut, 128)
+        actual = part.encode_keeping_scales(stored, weight[1, cut:], draws.at((64 + cut) * 48))
+        blocks = record.parts[0].key
+        assert torch.equal(actual[blocks], whole[blocks][1, :, 1:])
         return
     codes, scale = (part.key for part in record.parts[:2])
     height = getattr(record, "block", 1)
