@@ -31,8 +31,7 @@ def names() -> list[str]:
 def formats() -> dict[str, Format]:
     """Every format by name. `Damaged` for a file with a word or a step that there is not."""
     # here, so that headers of models are read without torch
-    from adapterkit.formats.modules.merged_linear import GROUPED
-    from adapterkit.formats.modules.tensors import STEPS
+    from adapterkit.formats.modules.tensors import GROUPED, STEPS
 
     known = {path.stem: _read(path, format_from) for path in _files(folder())}
     for name, form in known.items():

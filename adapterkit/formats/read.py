@@ -16,18 +16,12 @@ from adapterkit.formats.library import architectures
 from adapterkit.formats.modules.experts import unstacked
 from adapterkit.formats.modules.fusing import Fusion, split, telling_rows
 from adapterkit.formats.modules.kinds import ALPHA, CORES, EXPERTS, FACTORS, LIMITED, SHAPE, SIZED
-from adapterkit.formats.modules.merged_linear import (
-    GROUPED,
-    check_whole,
-    groups_in,
-    trained,
-    ungrouped,
-)
+from adapterkit.formats.modules.merged_linear import check_whole, groups_in, trained, ungrouped
 from adapterkit.formats.modules.names import Size, in_style, likely, names_of, of_type
 from adapterkit.formats.modules.parts import matrix_shape, misfits, rank_of, with_magnitudes
 from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents, StoredAlpha
 from adapterkit.formats.modules.rows import Heads
-from adapterkit.formats.modules.tensors import STEPS, from_spec, stored
+from adapterkit.formats.modules.tensors import GROUPED, STEPS, from_spec, stored
 from adapterkit.formats.modules.tied import with_heads
 from adapterkit.formats.modules.wide_inputs import check_shape
 from adapterkit.formats.scales import Scales

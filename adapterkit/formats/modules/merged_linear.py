@@ -14,7 +14,6 @@ from adapterkit.formats.modules.tensors import Expression, block_diagonal, gathe
 from adapterkit.records import Settings
 
 PARTS = 3  # of a layer that loralib's users train in parts: queries, keys, values
-GROUPED = "grouped"  # the step of a format's factors that may be so
 Parts = Mapping[str, Expression]
 
 

@@ -334,6 +334,7 @@ def shared(source: Expression) -> Expression:
     return source
 
 
+GROUPED = "grouped"  # the step of factors that may be those of `merged_linear`
 STEPS = {
     "transpose": LayoutStep(transposed, transposed),
     "shared": LayoutStep(_same, shared),  # a file may have one matrix for all
