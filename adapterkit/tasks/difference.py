@@ -1,16 +1,15 @@
 """The factors of the difference of two parameters, or the new parameter whole."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.adapters.keys import factor_keys
-from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.lowrank.algebra import Svd
 from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense
@@ -22,32 +21,6 @@ from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import Reader
 
 BLOCK = 1 << 20  # elements converted to float32 at a time
-
-
-def is_one_tensor(parameter: StoredParameter) -> bool:
-    """Whether a parameter is one stored tensor, in its own order and shape."""
-    slots = parameter.parameter.slots
-    return len(slots) == 1 and slots[0].whole and parameter.specs[0].shape == parameter.shape
-
-
-@dataclass(frozen=True)
-class _NativeReader:
-    """Stored tensors, converted to one dtype."""
-
-    read: Callable[[TensorSpec], Tensor]
-    dtype: torch.dtype
-
-    def tensor(self, spec: TensorSpec) -> Tensor:
-        return self.read(spec).to(self.dtype)
-
-
-def read_native(parameter: StoredParameter, read: Callable[[TensorSpec], Tensor]) -> Tensor:
-    """A parameter in the widest of the dtypes that it is stored in; `read` gives stored tensors."""
-    return parameter.read(_NativeReader(read, _widest(parameter)))
-
-
-def _widest(parameter: StoredParameter) -> torch.dtype:
-    return reduce(torch.promote_types, map(dtypes.torch_dtype, sorted(parameter.dtypes)))
 
 
 @dataclass(frozen=True)
@@ -132,17 +105,17 @@ class WholeParameter(Task):
 
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
-        return (TensorPlan(self.key, dtypes.name_of(_widest(self.value)), self.value.shape),)
+        return (TensorPlan(self.key, dtypes.name_of(self.value.widest), self.value.shape),)
 
     @property
     def memory(self) -> int:
         return 2 * sum(spec.nbytes for spec in self.value.reads)
 
     def compute(self, inputs: Reader) -> TaskResult:
-        if is_one_tensor(self.value):
+        if self.value.is_one_tensor:
             copy = CopiedTensor(self.name, self.value.specs[0], self.key, checked=True)
             return copy.compute(inputs)
-        tensor = read_native(self.value, inputs.view(None).tensor).contiguous()
+        tensor = self.value.native(inputs.view(None).tensor).contiguous()
         return TaskResult({self.key: tensor}, {"taken": True})
 
 

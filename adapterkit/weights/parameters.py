@@ -1,16 +1,30 @@
 """Parameters of the loaded model, put together from the stored tensors that hold them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels.rows import row_ranges
 from adapterkit.weights.reader import TensorReader
 from adapterkit.weights.slots import Axis, Slot, taken
+
+
+@dataclass(frozen=True)
+class _NativeReader:
+    """Stored tensors, converted to one dtype."""
+
+    read: Callable[[TensorSpec], Tensor]
+    dtype: torch.dtype
+
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        return self.read(spec).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,20 @@ class StoredParameter:
     def reads(self) -> tuple[TensorSpec, ...]:
         """Each stored tensor once."""
         return tuple(self.tensors.values())
+
+    @property
+    def is_one_tensor(self) -> bool:
+        """Whether it is one stored tensor, in its own order and shape."""
+        return self.parameter.whole and self.specs[0].shape == self.shape
+
+    @property
+    def widest(self) -> torch.dtype:
+        """The dtype that holds every value that it is stored in."""
+        return reduce(torch.promote_types, map(dtypes.torch_dtype, sorted(self.dtypes)))
+
+    def native(self, read: Callable[[TensorSpec], Tensor]) -> Tensor:
+        """The value as the model has it, in `widest`; `read` gives stored tensors."""
+        return self.read(_NativeReader(read, self.widest))
 
     def read(self, reader: TensorReader) -> Tensor:
         """The value as the model has it."""

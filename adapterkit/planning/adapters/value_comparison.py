@@ -13,7 +13,6 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.kernels.rows import row_ranges
-from adapterkit.tasks.difference import is_one_tensor, read_native
 from adapterkit.weights.parameters import StoredParameter
 
 BLOCK = 4 << 20  # elements compared at a time
@@ -64,9 +63,9 @@ def equal_values(
         return False
     if not old.dtypes | new.dtypes <= set(dtypes.FLOATS) and old.dtypes != new.dtypes:
         return False
-    if not is_one_tensor(old) or not is_one_tensor(new):
-        a = read_native(old, partial(_read_stored, sides[0]))
-        b = read_native(new, partial(_read_stored, sides[1]))
+    if not (old.is_one_tensor and new.is_one_tensor):
+        a = old.native(partial(_read_stored, sides[0]))
+        b = new.native(partial(_read_stored, sides[1]))
         if a.dtype == b.dtype:
             return torch.equal(a, b)
         return torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)
