@@ -15,10 +15,11 @@ from pathlib import Path
 import adapterkit
 
 MEMORY = 1 << 30
-# the package that the tests import, installed or not, and no network
+ROOT = Path(__file__).parents[2]
+# the package that the tests import, installed or not, the tests themselves, and no network
 ENVIRONMENT = os.environ | {
     "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": str(Path(adapterkit.__file__).parents[1]),
+    "PYTHONPATH": os.pathsep.join(map(str, (Path(adapterkit.__file__).parents[1], ROOT))),
 }
 
 
