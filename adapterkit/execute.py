@@ -20,7 +20,7 @@ from adapterkit.checkpoint.output.stage import (
 )
 from adapterkit.checkpoint.reader import changed
 from adapterkit.errors import AdapterkitError, Failed, Interrupted, Refused, Unrecoverable
-from adapterkit.options import Progress
+from adapterkit.options import Progress, expect
 from adapterkit.plan import CopyFile, FromMetrics, OutputFile, Plan
 from adapterkit.receipt import (
     RECEIPT_CHECK,
@@ -36,6 +36,7 @@ from adapterkit.receipt import (
 from adapterkit.records import Json
 
 BLOCK = 16 << 20  # bytes of a copied file at a time
+FolderCheck = Callable[[Path], object]  # looks at a finished folder before it gets its name
 Push = Callable[[Path], Json]  # a finished folder -> the receipt's `pushed`
 
 
@@ -57,45 +58,19 @@ class Engine(Protocol):
 
 def run(
     plan: Plan,
-    out: Path,
-    engine: Engine,
-    *,
-    hash: str = "sha256",
-    resume: bool = False,
-    overwrite: bool = False,
-    check: Callable[[Path], object] | None = None,
-    push: Push | None = None,
-    progress: Progress = lambda done: None,
-) -> Receipt:
-    """Carry the plan out and publish the folder `out`; its receipt. On any failure nothing stands
-    under a final name. See `run_in`."""
-    return run_in(
-        Stage(out),
-        plan,
-        engine,
-        hash=hash,
-        resume=resume,
-        overwrite=overwrite,
-        check=check,
-        push=push,
-        progress=progress,
-    )
-
-
-def run_in(
     stage: Stage,
-    plan: Plan,
     engine: Engine,
     *,
     hash: str = "sha256",
     resume: bool = False,
     overwrite: bool = False,
-    check: Callable[[Path], object] | None = None,
+    check: FolderCheck | None = None,
     push: Push | None = None,
     progress: Progress = lambda done: None,
     began: float | None = None,
 ) -> Receipt:
-    """Carry the plan out in a stage, and publish it.
+    """Carry the plan out in a stage, and publish it; its receipt. On any failure nothing stands
+    under a final name.
 
     `check` looks at the finished folder before it gets its name; when it raises, nothing is
     published. `push` sends what was published, and gives what the receipt says of it; where it was
@@ -220,7 +195,7 @@ def _build(
         # not on the CPU, whose bits are the same on each
         device = {} if on == "cpu" else {"device": on}
         stage.note(head | device | stage.head())
-    getattr(progress, "expect", lambda total: None)(sum(shard.layout.size for shard in plan.shards))
+    expect(progress, sum(shard.layout.size for shard in plan.shards))
     for shard in plan.shards:
         if shard.file in done:
             progress(shard.layout.size)
@@ -257,7 +232,7 @@ def _build(
     stage.ready()
 
 
-def _check(stage: Stage, check: Callable[[Path], object]) -> None:
+def _check(stage: Stage, check: FolderCheck) -> None:
     try:
         check(stage.path)
     except AdapterkitError:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transfor
 from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, Problems
 from adapterkit.patterns import matcher
-from adapterkit.records import Check, Json, inside, unfit
+from adapterkit.records import MOST, Check, Json, inside, unfit
 
 T = TypeVar("T")
 Kind = TypeVar("Kind", bound="OptionRecord")
@@ -33,7 +33,7 @@ Sources = (
     | Iterable[StrPath | tuple[StrPath, float]]
 )
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-MOST_WHOLE, MOST_SEED = 2**31 - 1, 2**63 - 1
+MOST_SEED = 2**63 - 1
 
 
 class Progress(Protocol):
@@ -235,7 +235,7 @@ def dtype(value: object) -> str:
     return short
 
 
-def whole(least: int = 1, most: int = MOST_WHOLE) -> Check:
+def whole(least: int = 1, most: int = MOST) -> Check:
     """An integer within bounds."""
 
     def read(value: object) -> int:
@@ -455,6 +455,11 @@ def progress(value: object) -> Progress:
 
 def no_progress(done: int, /) -> None:
     """The progress that nobody looks at."""
+
+
+def expect(progress: Progress, total: int) -> None:
+    """Tell a progress that can be told how many bytes are to come."""
+    getattr(progress, "expect", no_progress)(total)
 
 
 def device(value: object) -> str:

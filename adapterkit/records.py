@@ -3,8 +3,8 @@
 A `Check` says what a value is to be, and makes it that. `check_of` gives the check of an
 annotation: int, float, bool, str, Any, Literal, tuples and maps of these, `re.Pattern`, records,
 `X | None`; a record is a frozen dataclass whose fields have the checks of their annotations, or
-those of `checked`. `read` gives the record of a table. All that is wrong is refused together, each
-with its place, what was found and what is expected.
+those of `checked_field`. `read` gives the record of a table. All that is wrong is refused
+together, each with its place, what was found and what is expected.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class Check:
         return self.kind in ("source", "sources")
 
 
-def checked(default: T, check: Check) -> T:
+def checked_field(default: T, check: Check) -> T:
     """A field of a record with that default, and a check that its annotation does not tell."""
     about: dict[str, Any] = {"metadata": {"check": check}}
     about |= {"default_factory": dict} if default == {} else {"default": default}

@@ -28,7 +28,7 @@ from adapterkit.records import (
     Json,
     Settings,
     also,
-    checked,
+    checked_field,
     checks_of,
     list_of,
     one_of,
@@ -195,43 +195,43 @@ class LoraConfig:
 
     The settings are PEFT 0.21's (LoRA: arXiv:2106.09685)."""
 
-    rank: int = checked(8, POSITIVE_INT)
+    rank: int = checked_field(8, POSITIVE_INT)
     alpha: float = 8
-    targets: str | Sequence[str] | None = checked(
+    targets: str | Sequence[str] | None = checked_field(
         None, optional(replace(NAMES_OR_REGEX, expected=f"{ALL_LINEAR}, {NAMES_OR_REGEX.expected}"))
     )
     _: KW_ONLY
     rslora: bool = False
     dora: bool = False
-    dropout: float = checked(
+    dropout: float = checked_field(
         0.0, also(FINITE, "a number from 0, below 1", lambda value: 0 <= value < 1)
     )
-    bias: str = checked("none", one_of(*BIASES))
+    bias: str = checked_field("none", one_of(*BIASES))
     lora_bias: bool = False
-    init: str | bool = checked(
+    init: str | bool = checked_field(
         "default", Check(f"false, or one of {', '.join(PEFT_INITS)}", _is_init)
     )
-    init_options: Mapping[str, Any] = checked({}, table_of(NAME, OPTION))
-    rank_pattern: Mapping[str, int] = checked({}, table_of(REGEX, POSITIVE_INT))
-    alpha_pattern: Mapping[str, float] = checked({}, table_of(REGEX, FINITE))
-    exclude: str | Sequence[str] | None = checked(None, _unless_empty(NAMES_OR_REGEX))
-    layers: int | Sequence[int] | None = checked(
+    init_options: Mapping[str, Any] = checked_field({}, table_of(NAME, OPTION))
+    rank_pattern: Mapping[str, int] = checked_field({}, table_of(REGEX, POSITIVE_INT))
+    alpha_pattern: Mapping[str, float] = checked_field({}, table_of(REGEX, FINITE))
+    exclude: str | Sequence[str] | None = checked_field(None, _unless_empty(NAMES_OR_REGEX))
+    layers: int | Sequence[int] | None = checked_field(
         None, _unless_empty(one_or_several(NON_NEGATIVE_INT))
     )
-    layers_pattern: str | Sequence[str] | None = checked(
+    layers_pattern: str | Sequence[str] | None = checked_field(
         None, _unless_empty(_distinct(one_or_several(REGEX), "names of lists of layers"))
     )
-    parameters: Sequence[str] | None = checked(None, _unless_empty(NAMES))
-    modules_to_save: Sequence[str] | None = checked(None, _unless_empty(NAMES))
-    trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] | None = checked(
+    parameters: Sequence[str] | None = checked_field(None, _unless_empty(NAMES))
+    modules_to_save: Sequence[str] | None = checked_field(None, _unless_empty(NAMES))
+    trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] | None = checked_field(
         None, optional(Check("different token ids, or a map of embeddings to them", _tokens))
     )
     tie: bool = False
-    layer_replication: Sequence[Sequence[int]] | None = checked(None, optional(PAIRS))
-    invocation_tokens: Sequence[int] | None = checked(
+    layer_replication: Sequence[Sequence[int]] | None = checked_field(None, optional(PAIRS))
+    invocation_tokens: Sequence[int] | None = checked_field(
         None, optional(also(list_of(NON_NEGATIVE_INT), "token ids", len))
     )
-    task_type: str | None = checked(None, optional(one_of(*TASK_TYPES)))
+    task_type: str | None = checked_field(None, optional(one_of(*TASK_TYPES)))
 
     # before __init__, which knows no other names
     def __new__(cls, *args: object, **kwargs: object):

@@ -22,7 +22,6 @@ def run_verb(
     *sources: object,
     as_json: bool,
     quiet: bool,
-    unit: str = "B",
     plan: str | None = None,
     dry_run: bool = False,
     **options: object,
@@ -36,7 +35,7 @@ def run_verb(
         return
     if issubclass(verb, WritingVerb):
         options["dry_run"] = dry_run
-    with ProgressBar(quiet or dry_run, unit) as bar:
+    with ProgressBar(quiet or dry_run) as bar:
         result: Any = function_of(verb)(*sources, progress=bar, **options)
         signals.ignore_after_work()  # the output is published: printing goes on
     if not isinstance(result, Receipt):
@@ -80,11 +79,11 @@ def write_plan(
 class ProgressBar:
     """Bytes done with an ETA, on a terminal only; called from several threads."""
 
-    def __init__(self, quiet: bool, unit: str = "B"):
+    def __init__(self, quiet: bool):
         from tqdm import tqdm
 
         # disable=None: silent off a terminal
-        self.bar = tqdm(unit=unit, unit_scale=unit == "B", leave=False, disable=quiet or None)
+        self.bar = tqdm(unit="B", unit_scale=True, leave=False, disable=quiet or None)
         self.lock = threading.Lock()
 
     def __enter__(self) -> "ProgressBar":

@@ -5,7 +5,7 @@ folder `how.out` of this machine's file system; `run_options.ENGINES` has them b
 `--engine`. What it owes:
 
 - The bytes are those of every other engine: a tensor is a function of the plan alone.
-- The folder appears whole, by one rename (`execute.run_in`), or not at all. `check`, if any, looks
+- The folder appears whole, by one rename (`execute.run`), or not at all. `check`, if any, looks
   at the finished folder before; `push` sends it after, and is tried again by the same job.
 - `Refused` before anything is written, `Failed` or `Interrupted` after: then `how.resume` goes on
   with the files that are done, and `how.overwrite` begins again.

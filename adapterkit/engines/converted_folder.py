@@ -53,10 +53,11 @@ class ConvertedFolder:
 
     def _convert(self, place: Path) -> LocalFolder:
         # here, so that headers of models are read without torch
+        from adapterkit.checkpoint.output.stage import Stage
         from adapterkit.engines.local.engine import local
         from adapterkit.execute import run
 
-        run(self.plan, place, local("cpu"), hash="none")
+        run(self.plan, Stage(place), local("cpu"), hash="none")
         return LocalFolder(place)
 
     def files(self) -> dict[str, int]:

@@ -2,7 +2,7 @@
 not at all (a dry run)."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ from adapterkit.checkpoint.output.stage import check_name
 from adapterkit.engines.converted_folder import conversion_notes
 from adapterkit.engines.one_file import stage_of
 from adapterkit.errors import Refused, shown
-from adapterkit.execute import Push, check_place, output_names, run_in
+from adapterkit.execute import FolderCheck, Push, check_place, output_names, run
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.hub.pins import are_pinned
 from adapterkit.hub.push import check_push, send
@@ -22,9 +22,6 @@ from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt, fingerprint_of
 from adapterkit.run_options import ENGINES, RunOptions
 from adapterkit.verb import load
-
-# What looks at the finished folder before it gets its name
-FolderCheck = Callable[[Path], object]
 
 
 def pinned_inputs(how: RunOptions) -> AbstractContextManager[object]:
@@ -115,9 +112,9 @@ def run_here(plan: Plan, how: RunOptions, check: FolderCheck | None, push: Push 
     from adapterkit.engines.placement import place
 
     plan, device = place(plan, how.device)
-    return run_in(
-        stage_of(plan, Path(how.out)),
+    return run(
         plan,
+        stage_of(plan, Path(how.out)),
         local(device),
         hash=how.hash,
         resume=how.resume,

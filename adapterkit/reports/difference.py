@@ -11,7 +11,7 @@ from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.options import Progress
+from adapterkit.options import Progress, expect
 from adapterkit.planning.inputs.converted_adapter import adapter_or_file, components_of
 from adapterkit.planning.inputs.sources import open_source
 from adapterkit.records import Json
@@ -116,7 +116,7 @@ def measure(
         for pair in matches.pairs
     ]
     total = sum(spec.nbytes for pair in specs for spec in pair)
-    getattr(progress, "expect", lambda total: None)(total)
+    expect(progress, total)
     for number, folder in enumerate(folders):
         here = (spec for pair in specs for spec in pair if spec.folder == number)
         files = dict.fromkeys(part.file for spec in here for part in stored_parts(spec))

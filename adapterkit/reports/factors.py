@@ -19,7 +19,7 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import WARNING, AdapterkitError, Damaged, Problems, Refused, shown
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.sums import all_finite, squared_norm
-from adapterkit.options import Progress
+from adapterkit.options import Progress, expect
 from adapterkit.planning.merge.changes import collect_changes, other_base
 from adapterkit.planning.merge.job import MergeJob
 from adapterkit.records import Json
@@ -80,7 +80,7 @@ def read_factors(
     if joined is not None:
         slots = (slot for parameter in parameters.values() for slot in parameter.slots)
         total += sum(joined.base.tensors[slot.key].nbytes for slot in slots)
-    getattr(progress, "expect", lambda total: None)(total)
+    expect(progress, total)
     factors = {spec.key for lora in adapter.loras for spec in (lora.a, lora.b)}
     base = joined.base.folder if joined is not None else adapter.folder
     with Sources((base, adapter.folder), {}) as sources:

@@ -44,7 +44,6 @@ from adapterkit.runtime.load.placing import home
 from adapterkit.runtime.state import Attached, State
 from adapterkit.verbs.arrow import arrow as write_arrow
 
-Settings = Json  # of arrow.json
 SETTINGS = records.entries(  # of arrow.json
     {
         "experts": records.also(records.list_of(records.TEXT), "a list of names", len),
@@ -59,7 +58,7 @@ ROLES = ("a", "b", "scale", "prototype")  # of the tensors of a module; `expert`
 class ArrowRouter(Attached):
     """A router on the model, and what it takes to write it and to add experts."""
 
-    settings: Settings = field(default_factory=dict)  # its arrow.json
+    settings: Json = field(default_factory=dict)  # its arrow.json
     experts: list[str] = field(default_factory=list)  # names, in the order of the numbers
     dtype: torch.dtype = torch.float32  # of the stored factors
     general: tuple[StrPath, ...] = ()  # where the general adapters are, if known
@@ -74,7 +73,7 @@ class ArrowRouter(Attached):
 class StoredRouter:
     """A router's folder: its arrow.json and, by module, its experts."""
 
-    settings: Settings
+    settings: Json
     names: list[str]
     dtype: torch.dtype
     modules: dict[str, Experts]
@@ -359,7 +358,7 @@ def save(state: State, folder: StrPath, name: str) -> None:
         writing.replace(root / CONFIG, lambda path: path.write_bytes(as_json(settings)))
 
 
-def read_settings(folder: Folder) -> Settings:
+def read_settings(folder: Folder) -> Json:
     """arrow.json; `Refused` for a folder of something else, `Damaged` for settings that cannot
     be."""
     missing = [name for name in (CONFIG, WEIGHTS) if name not in folder.files()]
@@ -383,7 +382,7 @@ def read_settings(folder: Folder) -> Settings:
     return settings
 
 
-def read(folder: Folder, settings: Settings, names: list[str]) -> StoredRouter:
+def read(folder: Folder, settings: Json, names: list[str]) -> StoredRouter:
     """The experts of a router's folder under these names."""
     header = read_header(folder, WEIGHTS)
     modules: dict[str, dict[str, TensorSpec]] = {}

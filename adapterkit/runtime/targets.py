@@ -185,6 +185,13 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     return dict(_below(model, "", {model}))
 
 
+def embeddings_of(model: nn.Module) -> list[nn.Module | None]:
+    """The input embedding and the head of a model of transformers; nothing of another."""
+    ask = getattr(model, "get_input_embeddings", None)
+    # nn.Module types its attributes as Tensor or Module
+    return [] if ask is None else [ask(), model.get_output_embeddings()]  # type: ignore[operator]
+
+
 def _below(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """As `named_modules`, whose walk through all adapters would make each load slower."""
     for name, child in module._modules.items():

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -117,7 +118,7 @@ class SumsFile:
     def visits(self) -> int:
         return int(self.header.metadata[VISITS])
 
-    @property
+    @cached_property
     def records(self) -> list[Json]:
         """What each sum is of."""
         return json.loads(self.header.metadata[SUMS])

@@ -13,6 +13,7 @@ from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.plan import READ, Metrics, Task, TaskResult
+from adapterkit.tasks.metrics import short
 from adapterkit.weights.reader import Reader
 
 ITERATIONS = 15  # of PEFT's power iteration
@@ -111,7 +112,7 @@ class StackedExperts(Task):
         if self._is_partial:
             numbers = [number for number, _ in self.parts]
             tensors[f"{self.name}.expert"] = torch.tensor(numbers, dtype=torch.int32)
-        gaps = [float(f"{gap:.4g}") for _, gap in prototypes if gap is not None]
+        gaps = [short(gap, 4) for _, gap in prototypes if gap is not None]
         metrics: Metrics = {"gap": gaps} if gaps else {}
         return TaskResult(tensors, metrics | {"rank": self.rank})
 

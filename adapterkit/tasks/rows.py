@@ -27,6 +27,8 @@ from adapterkit.weights.reader import Reader
 ELEMENTS = 1 << 18
 # enough for a copy over the bus to be worth its start; several are under way at a time
 CUDA_ELEMENTS = 1 << 22
+# elements of a weight that are decoded and encoded at a time, where its format allows that
+SLICE = 1 << 20
 
 
 def rounded(w: Tensor, step: Step, position: int = 0) -> Tensor:
@@ -64,10 +66,6 @@ def chunks(grid: tuple[int, int], device: torch.device) -> list[tuple[int, int]]
 
 def byte_view(tensor: Tensor) -> memoryview:
     return tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
-
-
-# elements of a weight that are decoded and encoded at a time, where its format allows that
-SLICE = 1 << 20
 
 
 @dataclass(frozen=True)

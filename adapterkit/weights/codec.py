@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from adapterkit.weights.scan import CheckpointScan
 
 
-Settings = Json  # of a config about quantization, or of `quantize`
-
-
 @dataclass(frozen=True, kw_only=True)
 class QuantizedWeight(TensorSpec):
     """One quantized weight among a checkpoint's tensors; a codec is a subclass with a `name`, one
@@ -68,14 +65,14 @@ class QuantizedWeight(TensorSpec):
 
     @classmethod
     def for_encoding(
-        cls, target: str, weight: "PlainWeight", options: Settings
+        cls, target: str, weight: "PlainWeight", options: Json
     ) -> "QuantizedWeight | None":
         """The record of a weight that is to be quantized; None if its shape, or its name in the
         file, does not allow it."""
         raise NotImplementedError
 
     @classmethod
-    def config(cls, modules: "QuantizedModules") -> Settings:
+    def config(cls, modules: "QuantizedModules") -> Json:
         """The quantization_config of a model with such weights."""
         raise NotImplementedError
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
+from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.engines.local import engine as local
 from adapterkit.engines.local import reader
 from adapterkit.errors import AdapterkitError
@@ -250,7 +251,7 @@ def hash_of_merge(settings: "Settings", base: Path, adapter: Path, workers: int)
 
 def hash_of_plan(plan: Any, out: Path, device: str, workers: int) -> str:
     shutil.rmtree(out, ignore_errors=True)
-    receipt = run(plan, out, local.local(device, workers))
+    receipt = run(plan, Stage(out), local.local(device, workers))
     shutil.rmtree(out)
     return hashlib.sha256(str(sorted(receipt.data["files"].items())).encode()).hexdigest()
 

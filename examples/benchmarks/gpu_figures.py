@@ -18,6 +18,7 @@ from gpu_checks import checkpoint, tensors_of
 from torch import Tensor
 
 import adapterkit
+from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.checkpoint.system import cores
 from adapterkit.engines import device as devices
 from adapterkit.engines.local import engine as local
@@ -144,7 +145,7 @@ def time_merge(settings: "Settings", shards: int, hash: str, workers: int | None
     if where != "cpu":
         torch.cuda.reset_peak_memory_stats(where)
     began = time.perf_counter()
-    run(plan, out, local.local(where, workers), hash=hash)
+    run(plan, Stage(out), local.local(where, workers), hash=hash)
     seconds = time.perf_counter() - began
     shutil.rmtree(out)
     rate = common.folder_bytes(base) / seconds / common.GB
@@ -174,7 +175,7 @@ def overlap_of_merge(settings: "Settings") -> dict[str, float]:
     base, adapter = checkpoint(settings, min(settings.size, 4.0), 16, 16)
     plan, out = planned(settings, base, adapter, settings.device)
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        run(plan, out, local.local(settings.device), hash="none")
+        run(plan, Stage(out), local.local(settings.device), hash="none")
     shutil.rmtree(out)
     intervals: dict[str, list[Interval]] = {"kernel": [], "to_gpu": [], "to_host": []}
     for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr] # after a run

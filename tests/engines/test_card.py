@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.engines.local import buffers, chunks, pieces
 from adapterkit.engines.local import engine as local
 from adapterkit.execute import run
@@ -102,7 +103,7 @@ def run_together(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> Ca
     job, out, card = make(name), folder / "together", Card()
     with installed(card):
         plan = jobs.call(job, out=str(out), dry_run=True)
-        run(plan, out, local.local("cuda", workers=2))
+        run(plan, Stage(out), local.local("cuda", workers=2))
     shutil.rmtree(out)
     return card
 

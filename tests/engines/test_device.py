@@ -10,6 +10,7 @@ import torch
 
 import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines import device
@@ -163,10 +164,10 @@ def test_a_small_card_has_fewer_workers(
     monkeypatch.setattr(local._ShardRun, "__init__", init)
     plan = merge(tmp_path / "out", dry_run=True, device="cuda")
     card.memory = plan.totals()["device_memory"] // 4
-    run(plan, tmp_path / "out", local.local("cuda", workers=64))
+    run(plan, Stage(tmp_path / "out"), local.local("cuda", workers=64))
     assert made == [1]
     card.memory = 80 << 30
-    run(plan, tmp_path / "out", local.local("cuda", workers=3), overwrite=True)
+    run(plan, Stage(tmp_path / "out"), local.local("cuda", workers=3), overwrite=True)
     assert made == [1, 3]
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
+from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.engines.local import engine as local
 from adapterkit.errors import Failed, Refused
 from adapterkit.execute import run
@@ -190,7 +191,7 @@ def test_files_are_written_in_turn(tmp_path, monkeypatch):
         out = tmp_path / str(workers)
         run(
             adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], out=out, dry_run=True),
-            out,
+            Stage(out),
             local.local(workers=workers),
         )
         first = order[: len(order) // 2]

@@ -422,6 +422,7 @@ def test_the_output_has_ordinary_permissions_whatever_the_input(tmp_path):
 
 
 def test_a_shard_that_shrinks_between_plan_and_run_is_found(tmp_path):
+    from adapterkit.checkpoint.output.stage import Stage
     from adapterkit.engines.local.engine import local
     from adapterkit.errors import Failed
     from adapterkit.execute import run
@@ -433,7 +434,7 @@ def test_a_shard_that_shrinks_between_plan_and_run_is_found(tmp_path):
     plan = plan_merge(LocalFolder(folder), [(adapter, 1.0)], MergeOptions())
     os.truncate(folder / "model.safetensors", 900)
     with pytest.raises((Failed, Damaged)):
-        run(plan, tmp_path / "out", local("cpu"))
+        run(plan, Stage(tmp_path / "out"), local("cpu"))
     assert not (tmp_path / "out").exists()
 
 

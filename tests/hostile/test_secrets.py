@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from adapterkit import merge
+from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.errors import AdapterkitError, Failed, Refused, shown
 from adapterkit.execute import run
 from adapterkit.planning.outputs.cards import merged_card
@@ -277,7 +278,7 @@ def test_the_journal_of_an_interrupted_run_holds_no_paths_and_no_names(tmp_path)
         raise Failed("a full disk")
 
     with pytest.raises(Failed, match="a full disk"):
-        run(plan, desk.home / "out", full)
+        run(plan, Stage(desk.home / "out"), full)
     journals = list(desk.home.rglob("journal*"))
     assert journals
     desk.check("".join(p.read_text() for p in journals), str(desk.home), USER)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
+from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.checkpoint.reader import Sources, read_small
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.local.computed import _SortedPlaces
@@ -88,7 +89,7 @@ def test_bad_scales_are_refused_here_while_planning_and_far_away_when_they_are_d
     plan = plan_merge(far, [(LocalFolder(adapter), 1.0)], MergeOptions())
     assert len(far.ranges) <= 3  # the header, the config, and its hash
     with pytest.raises(Unrecoverable, match="not finite"):
-        run(plan, tmp_path / "out", local("cpu"))
+        run(plan, Stage(tmp_path / "out"), local("cpu"))
     assert not (tmp_path / "out").exists()
 
 
@@ -253,7 +254,7 @@ def test_bytes_read_are_those_that_are_read(stacked, tmp_path, monkeypatch):
         read(self, spec, offset, buffer)
 
     monkeypatch.setattr(Sources, "read_into", noted)
-    run(plan, tmp_path / "out", local("cpu"))
+    run(plan, Stage(tmp_path / "out"), local("cpu"))
     assert plan.totals()["bytes_read"] - weights == sum(
         size for folder, size in ranges if folder == 1
     )

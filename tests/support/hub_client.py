@@ -79,7 +79,7 @@ class Client:
         self.pid = forks(rehearse=False).start(
             program=WORKER, env=environment, cwd=str(ROOT), streams=[*pipes, str(errors)]
         )
-        self.questions, self.answers = open(pipes[0], "w"), open(pipes[1])  # noqa: SIM115
+        self.questions, self.answers = open(pipes[0], "w"), open(pipes[1])  # noqa: SIM115 (until `close`)
 
     def __call__(self, code: str):
         self.questions.write(json.dumps(code) + "\n")

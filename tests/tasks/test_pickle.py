@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.engines.local.engine import local
 from adapterkit.execute import run
 from adapterkit.plan import Plan
@@ -45,7 +46,7 @@ def test_every_verb_is_run():
 def test_a_copy_writes_the_same_bytes(
     name: str, plans: dict[str, Plan], tmp_path: Path, one_thread: None
 ):
-    first = run(plans[name], tmp_path / "plan", local()).data
-    second = run(copy_of(plans[name]), tmp_path / "copy", local()).data
+    first = run(plans[name], Stage(tmp_path / "plan"), local()).data
+    second = run(copy_of(plans[name]), Stage(tmp_path / "copy"), local()).data
     assert dict(contents(tmp_path / "copy")) == dict(contents(tmp_path / "plan"))
     assert {**first, "timings": None} == {**second, "timings": None}

@@ -1,10 +1,8 @@
 """An output that goes to the Hub, on bounded disk: `--out hf://org/name[@branch][:folder]`."""
 
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 
 from adapterkit.checkpoint.disk import free_bytes
 from adapterkit.checkpoint.output.stage import RECEIPT, check_name
@@ -15,7 +13,7 @@ from adapterkit.engines.hub.stage import HubStage, inputs_folder, pins_before, w
 from adapterkit.engines.hub.transfers import plan_transfers
 from adapterkit.engines.one_file import receipt_beside
 from adapterkit.errors import Refused
-from adapterkit.execute import check_place, output_names, run_in
+from adapterkit.execute import FolderCheck, check_place, output_names, run
 from adapterkit.hub.destination import Destination, parse_output
 from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.ids import HubId, place_on_hub
@@ -34,7 +32,7 @@ def pinned_inputs(out: StrPath, *, resume: bool) -> AbstractContextManager[objec
 
 
 def run_to_hub(
-    plan: Plan, execution: RunOptions, check: Callable[[Path], object] | None = None
+    plan: Plan, execution: RunOptions, check: FolderCheck | None = None
 ) -> Receipt | Plan:
     """Run a plan whose output is a place on the Hub, or with `dry_run` return it, once the place
     and the account are such that the job would begin.
@@ -86,9 +84,9 @@ def run_to_hub(
         if execution.dry_run:
             check_place(stage, plan, resume=execution.resume, overwrite=execution.overwrite)
             return plan
-        receipt = run_in(
-            stage,
+        receipt = run(
             plan,
+            stage,
             engine,
             hash=execution.hash,
             resume=execution.resume,

@@ -13,17 +13,11 @@ from adapterkit.checkpoint.output.writer import part_name
 from adapterkit.checkpoint.system import cores
 from adapterkit.engines.one_file import stage_of
 from adapterkit.engines.placement import device_totals
-from adapterkit.engines.ranks.job_identity import (
-    Check,
-    RankJob,
-    check_one_kind,
-    job_failed,
-    no_stage,
-)
+from adapterkit.engines.ranks.job_identity import RankJob, check_one_kind, job_failed, no_stage
 from adapterkit.engines.ranks.parts import accepts, join, tiling
 from adapterkit.engines.verify.file_checks import check_files
 from adapterkit.errors import Failed, Refused
-from adapterkit.execute import Push, check_free, run_in
+from adapterkit.execute import FolderCheck, Push, check_free, run
 from adapterkit.plan import OutputFile, Placement, Plan
 from adapterkit.receipt import Receipt, read_receipt
 from adapterkit.records import Json
@@ -43,7 +37,7 @@ class RankFinish:
         self,
         plan: Plan,
         execution: RunOptions,
-        check: Check | None = None,
+        check: FolderCheck | None = None,
         push: Push | None = None,
     ) -> Receipt:
         """The receipt of a plan's output; `check` looks at the finished folder, `push` sends it."""
@@ -63,9 +57,9 @@ class RankFinish:
         if device != "cpu":  # of the ranks: this machine may have none
             placement = Placement(device, device_totals(plan, cores()))
             plan = replace(plan, placement=placement)
-        return run_in(
-            stage,
+        return run(
             plan,
+            stage,
             _nothing_left,
             hash=execution.hash,
             resume=True,
@@ -143,7 +137,7 @@ def _gone(name: str) -> Failed:
     )
 
 
-def _both(check: Check | None, verify: bool) -> Check | None:
+def _both(check: FolderCheck | None, verify: bool) -> FolderCheck | None:
     if not verify:
         return check
 

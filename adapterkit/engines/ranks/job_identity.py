@@ -1,6 +1,6 @@
 """What the processes that write one output have to agree on, and how a plan is handed to them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +15,6 @@ from adapterkit.plan import Placement, Plan
 from adapterkit.receipt import digest, public_recipe
 from adapterkit.records import Json
 from adapterkit.run_options import RunOptions
-
-Check = Callable[[Path], object]
 
 
 @dataclass(frozen=True)

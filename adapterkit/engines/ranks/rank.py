@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,7 +35,7 @@ from adapterkit.errors import (
     Waiting,
     listed,
 )
-from adapterkit.options import Progress
+from adapterkit.options import Progress, expect
 from adapterkit.plan import OutputFile, Plan
 from adapterkit.run_options import WAIT, RunOptions
 
@@ -83,7 +82,7 @@ class Rank:
     only: Sequence[str] | None = None
     outcome: Outcome | None = None
 
-    def make(self, plan: Any, execution: RunOptions) -> Any:
+    def make(self, plan: Plan, execution: RunOptions) -> Plan:
         """Make files of a plan; the plan."""
         self.job.check(plan)
         plan, device = place(plan, self.device or execution.device)
@@ -335,7 +334,7 @@ class Heartbeat:
 
     def __enter__(self) -> "Heartbeat":
         total = sum(unit.size for unit in self.units.values())
-        getattr(self.progress, "expect", lambda total: None)(total)
+        expect(self.progress, total)
         self._look(0)
         with signals_deferred():
             threading.Thread(target=self._run, daemon=True).start()

@@ -20,7 +20,7 @@ from adapterkit.checkpoint.output.rank_stage import RankStage
 from adapterkit.engines.device import pick_device
 from adapterkit.engines.one_file import stage_of
 from adapterkit.engines.ranks.finish import RankFinish
-from adapterkit.engines.ranks.job_identity import Check, Preparation, RankJob
+from adapterkit.engines.ranks.job_identity import Preparation, RankJob
 from adapterkit.engines.ranks.parts import accepts, units
 from adapterkit.engines.ranks.rank import Heartbeat, Rank
 from adapterkit.errors import (
@@ -32,7 +32,7 @@ from adapterkit.errors import (
     Unrecoverable,
     shown,
 )
-from adapterkit.execute import Push
+from adapterkit.execute import FolderCheck, Push
 from adapterkit.options import no_progress
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
@@ -47,7 +47,9 @@ VERSIONS = f"adapterkit {__version__}, torch {torch.__version__}"
 AGAIN = "run the same command with --resume"
 
 
-def run_on_ray(plan: Plan, how: RunOptions, check: Check | None, push: Push | None) -> Receipt:
+def run_on_ray(
+    plan: Plan, how: RunOptions, check: FolderCheck | None, push: Push | None
+) -> Receipt:
     """Run a plan by the ranks of a cluster: the one at `how.ray_address`, or the one that Ray finds
     or starts; the connection that the process has, where it has one.
 

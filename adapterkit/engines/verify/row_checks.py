@@ -143,9 +143,7 @@ class FloatCheck:
     step: Step
     expected = "W + Σ weight·scale·b@a, rounded"
 
-    def run(
-        self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]
-    ) -> RowsChecked:
+    def run(self, inputs: LocalReader, written: LocalReader, specs: Specs) -> RowsChecked:
         """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
         step, origin = self.step, _Source(self.step, inputs)
         for row in origin.sample:
@@ -173,9 +171,7 @@ class CodeCheck:
     packed: QuantizedWeight
     expected = "W + Σ weight·scale·b@a, encoded"
 
-    def run(
-        self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]
-    ) -> RowsChecked:
+    def run(self, inputs: LocalReader, written: LocalReader, specs: Specs) -> RowsChecked:
         """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
         origin = _Source(self.step, inputs)
         after = {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}
@@ -247,9 +243,7 @@ class CompensatedCheck:
     packed: QuantizedWeight | None  # the format, if it is written in one
     expected = "W + Σ weight·scale·b@a, rounded with compensation"
 
-    def run(
-        self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]
-    ) -> RowsChecked:
+    def run(self, inputs: LocalReader, written: LocalReader, specs: Specs) -> RowsChecked:
         """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
         origin, compensation = _Source(self.step, inputs), self.step.compensation
         assert compensation is not None
@@ -276,7 +270,7 @@ class CompensatedCheck:
     def by_columns(self) -> bool:
         return self.step.compensation is not None and self.step.compensation.by_columns
 
-    def _stored(self, written: LocalReader, specs: dict[str, TensorSpec]) -> Tensor:
+    def _stored(self, written: LocalReader, specs: Specs) -> Tensor:
         if self.packed is None:
             return written.tensor(specs[self.step.key])
         after = {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}

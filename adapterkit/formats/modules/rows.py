@@ -15,7 +15,6 @@ from adapterkit.formats.modules.tensors import Rows, compact
 from adapterkit.records import Settings
 
 ORDERS = ("swap_halves", "swap_pair", "interleave", "rotary_q", "rotary_k", "groups")
-PER_HEAD = ("rotary_q", "rotary_k", "groups")
 
 
 @dataclass(frozen=True, slots=True)

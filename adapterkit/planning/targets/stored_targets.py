@@ -31,9 +31,15 @@ from adapterkit.weights.unadaptable import (
     looks_up_otherwise,
 )
 
-LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")  # classes of modules with factors
+CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
+LAYERS = ("Linear", "Conv1D", *CONVOLUTIONS)  # classes of modules with factors
 PARAMETRIZED = "ParametrizationList"  # torch's: cannot be replaced by a copy
 EXPERTS = re.compile("expert", re.IGNORECASE)
+NAMES = re.compile(r"[\w.-]+( *, *[\w.-]+)*")  # no regex: a dot is one of the names'
+OPTIONS = {
+    "targets": "--targets", "exclude": "--exclude", "layers": "--layers:",
+    "rank_pattern": "--rank-for", "alpha_pattern": "--alpha-for",
+}  # fmt: skip
 
 
 def prefixes(path: str) -> list[str]:
@@ -151,14 +157,6 @@ def _is_suffix_of_any(suffix: str, reversed_names: list[str]) -> bool:
     """Whether another name ends with this one; `reversed_names`: all, reversed, sorted."""
     at = bisect_right(reversed_names, suffix[::-1])
     return at < len(reversed_names) and reversed_names[at].startswith(suffix[::-1])
-
-
-NAMES = re.compile(r"[\w.-]+( *, *[\w.-]+)*")  # no regex: a dot is one of the names'
-CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
-OPTIONS = {
-    "targets": "--targets", "exclude": "--exclude", "layers": "--layers:",
-    "rank_pattern": "--rank-for", "alpha_pattern": "--alpha-for",
-}  # fmt: skip
 
 
 def entries_of(option: str, text: str) -> str | tuple[str, ...]:

@@ -18,7 +18,7 @@ from adapterkit.patterns import similar_names
 from adapterkit.runtime.load.placing import AdapterValues
 from adapterkit.runtime.parts.copies import outermost, parameter_of
 from adapterkit.runtime.state import State
-from adapterkit.runtime.targets import own_modules
+from adapterkit.runtime.targets import embeddings_of, own_modules
 from adapterkit.runtime.targets import unread as why_unread
 
 
@@ -150,12 +150,10 @@ def _add_wrong_shape(
     state: State, name: str, spec: TensorSpec, own: Tensor, errors: Problems
 ) -> None:
     hint = ""
-    ask = getattr(state.model, "get_input_embeddings", None)
-    if ask is not None and spec.shape[1:] == own.shape[1:]:
-        # nn.Module types its attributes as Tensor or Module
-        embeddings = [ask(), state.model.get_output_embeddings()]  # type: ignore[operator]
-        if any(getattr(module, "weight", None) is own for module in embeddings):
-            hint = f"model.resize_token_embeddings({spec.shape[0]}) first, as in training"
+    if spec.shape[1:] == own.shape[1:] and any(
+        getattr(module, "weight", None) is own for module in embeddings_of(state.model)
+    ):
+        hint = f"model.resize_token_embeddings({spec.shape[0]}) first, as in training"
     expected = f"{tuple(own.shape)}, as the model has it"
     errors.add(f"{shown(name)} with shape {spec.shape}", expected, hint)
 

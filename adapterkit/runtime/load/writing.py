@@ -29,7 +29,7 @@ from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.parts.tokens import TokensPart
 from adapterkit.runtime.sharding import whole
 from adapterkit.runtime.state import Attached, State, refuse_merged
-from adapterkit.runtime.targets import unfit_as_parameter
+from adapterkit.runtime.targets import embeddings_of, unfit_as_parameter
 from adapterkit.weights.unadaptable import is_taken_for_experts
 
 CARD = "README.md"
@@ -231,13 +231,11 @@ def resized_embeddings(state: State, base: str | None) -> dict[str, Tensor]:
     """Parameters of the input embedding and the head by name, where the base's config tells another
     size; nothing where that config is neither in a folder nor in the Hub's cache."""
     model = state.model
-    ask = getattr(model, "get_input_embeddings", None)
-    config = _stored_config(base) if ask is not None and base else {}
+    config = _stored_config(base) if base and hasattr(model, "get_input_embeddings") else {}
     sizes = vocabulary_sizes(config)
     if not sizes or getattr(model.config, "vocab_size", None) in {None, *sizes}:
         return {}
-    # nn.Module types its attributes as Tensor or Module
-    embeddings = [ask(), model.get_output_embeddings()]  # type: ignore[misc,operator]
+    embeddings = embeddings_of(model)
     return {
         f"{path}.{leaf}": parameter
         for path, module in state.modules.items()

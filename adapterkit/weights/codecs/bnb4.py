@@ -20,11 +20,11 @@ from adapterkit.errors import shown, unrecoverable
 from adapterkit.kernels.quant import blockwise
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.records import Json
 from adapterkit.weights.codec import (
     PlainWeight,
     QuantizedModules,
     QuantizedWeight,
-    Settings,
     check_block_size,
     pair_in,
 )
@@ -61,7 +61,7 @@ class Bnb4(QuantizedWeight):
     nested_dtype: str = "float32"
 
     @classmethod
-    def for_encoding(cls, target: str, weight: PlainWeight, options: Settings) -> "Bnb4 | None":
+    def for_encoding(cls, target: str, weight: PlainWeight, options: Json) -> "Bnb4 | None":
         block = options.get("block_size") or 64
         check_block_size(block, blockwise.BLOCKS)
         double, kind = bool(options.get("double_quant")), "nf4" if target == "nf4" else "fp4"
@@ -90,7 +90,7 @@ class Bnb4(QuantizedWeight):
         return replace(record, parts=(*parts, weight.part(STATE + kind, "U8", (size,))))
 
     @classmethod
-    def config(cls, modules: QuantizedModules) -> Settings:
+    def config(cls, modules: QuantizedModules) -> Json:
         weights = list(modules.packed.values())
         first = weights[0]
         assert isinstance(first, Bnb4)
@@ -341,7 +341,7 @@ class Bnb4(QuantizedWeight):
 
     def _state(self, offset: float | None = None) -> bytes:
         """The text of the state."""
-        state: Settings = {
+        state: Json = {
             "quant_type": self.kind,
             "blocksize": self.block,
             "dtype": dtypes.CONFIG_NAME[self.dtype],
@@ -368,7 +368,7 @@ class _State(NamedTuple):
     nested_dtype: str  # of scales of scales
 
     @classmethod
-    def of(cls, state: Settings, kind: str) -> "_State | None":
+    def of(cls, state: Json, kind: str) -> "_State | None":
         """None where bitsandbytes writes no such state."""
         shape, dtype = pair_in(state.get("shape")), _header_name(state.get("dtype"))
         block, double = state.get("blocksize"), "nested_offset" in state
@@ -404,7 +404,7 @@ def _parts_fit(parts: list[TensorSpec], count: int, block: int, transposed_scale
     return fits and nested[0].shape == (groups,) and nested[1].shape == (256,)
 
 
-def bitsandbytes_config(settings: Settings, skipped: list[str] | None) -> Settings:
+def bitsandbytes_config(settings: Json, skipped: list[str] | None) -> Json:
     """The quantization_config of bitsandbytes, as transformers writes it."""
     return {
         "_load_in_4bit": bool(settings.get("load_in_4bit")),

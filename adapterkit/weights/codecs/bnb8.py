@@ -11,7 +11,8 @@ from adapterkit.errors import shown
 from adapterkit.kernels.quant import llm_int8 as int8_rows
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight, Settings
+from adapterkit.records import Json
+from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
 from adapterkit.weights.codecs.bnb4 import bitsandbytes_config, naming
 from adapterkit.weights.scan import CheckpointScan
 
@@ -29,7 +30,7 @@ class Bnb8(QuantizedWeight):
     transposed: bool = False  # the model keeps it (in, out), as GPT-2 does
 
     @classmethod
-    def for_encoding(cls, target: str, weight: PlainWeight, options: Settings) -> "Bnb8 | None":
+    def for_encoding(cls, target: str, weight: PlainWeight, options: Json) -> "Bnb8 | None":
         if not weight.has_weight_name:
             return None
         parts = (
@@ -41,7 +42,7 @@ class Bnb8(QuantizedWeight):
         return cls.encoding(weight, parts, shape=shape, transposed=transposed)
 
     @classmethod
-    def config(cls, modules: QuantizedModules) -> Settings:
+    def config(cls, modules: QuantizedModules) -> Json:
         return bitsandbytes_config({"load_in_8bit": True}, modules.skipped)
 
     @classmethod

@@ -24,11 +24,11 @@ from adapterkit.kernels.quant.integers import (
     unpack_zeros,
 )
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.records import Json
 from adapterkit.weights.codec import (
     PlainWeight,
     QuantizedModules,
     QuantizedWeight,
-    Settings,
     blocks_in,
     check_block_size,
 )
@@ -66,9 +66,7 @@ class Compressed(QuantizedWeight):
     indexed: bool  # there is a weight_g_idx that may say which group a column is in
 
     @classmethod
-    def for_encoding(
-        cls, target: str, weight: PlainWeight, options: Settings
-    ) -> "Compressed | None":
+    def for_encoding(cls, target: str, weight: PlainWeight, options: Json) -> "Compressed | None":
         out, width = weight.shape
         if not weight.has_weight_name:
             return None
@@ -93,7 +91,7 @@ class Compressed(QuantizedWeight):
         return cls.encoding(weight, parts, **layout, symmetric=True, indexed=False)
 
     @classmethod
-    def config(cls, modules: QuantizedModules) -> Settings:
+    def config(cls, modules: QuantizedModules) -> Json:
         """A group for each scheme, with its modules by name if there are several."""
         groups: dict[tuple, list[str]] = {}
         for module, weight in modules.packed.items():

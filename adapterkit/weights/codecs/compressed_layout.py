@@ -12,7 +12,7 @@ from adapterkit.kernels.quant import fp4
 from adapterkit.kernels.quant.integers import are_groups
 from adapterkit.patterns import matcher
 from adapterkit.records import ANYTHING, TEXT, Json, also, entries, list_of, table_of
-from adapterkit.weights.codec import Settings, blocks_in, pair_in, shapes_of_scales
+from adapterkit.weights.codec import blocks_in, pair_in, shapes_of_scales
 from adapterkit.weights.scan import CheckpointScan
 
 FORMATS = {  # of the config: kinds of codes
@@ -131,7 +131,7 @@ class StoredModule:
     scale: TensorSpec
     scheme: Scheme
 
-    def layout(self) -> Settings | None:
+    def layout(self) -> Json | None:
         """The parts, shape and arithmetic of its weight; None, with an error, if they do not fit
         the scheme."""
         weights, kind = self.scheme["weights"], self._kind()

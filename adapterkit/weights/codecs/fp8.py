@@ -13,11 +13,11 @@ from adapterkit.errors import shown
 from adapterkit.kernels.quant import fp8
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.records import Json
 from adapterkit.weights.codec import (
     PlainWeight,
     QuantizedModules,
     QuantizedWeight,
-    Settings,
     blocks_in,
     pair_in,
 )
@@ -44,7 +44,7 @@ class Fp8(QuantizedWeight):
     power: bool  # scales are powers of 2
 
     @classmethod
-    def for_encoding(cls, target: str, weight: PlainWeight, options: Settings) -> "Fp8 | None":
+    def for_encoding(cls, target: str, weight: PlainWeight, options: Json) -> "Fp8 | None":
         out, width = weight.shape
         if out % BLOCK[0] or width % BLOCK[1] or weight.transposed:
             return None  # transformers leaves it as it is
@@ -60,7 +60,7 @@ class Fp8(QuantizedWeight):
         return (name.endswith(".experts") and stacks) or "GroupedLinear" in type(module).__name__
 
     @classmethod
-    def config(cls, modules: QuantizedModules) -> Settings:
+    def config(cls, modules: QuantizedModules) -> Json:
         return {
             "activation_scheme": "dynamic",
             "modules_to_not_convert": modules.skipped,

@@ -9,7 +9,8 @@ from torch import Tensor
 from adapterkit.errors import Refused, shown
 from adapterkit.kernels.quant import fp4
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight, Settings
+from adapterkit.records import Json
+from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -34,7 +35,7 @@ class Mxfp4(QuantizedWeight):
     modules = ("GptOssExperts",)
 
     @classmethod
-    def for_encoding(cls, target: str, weight: PlainWeight, options: Settings) -> "Mxfp4 | None":
+    def for_encoding(cls, target: str, weight: PlainWeight, options: Json) -> "Mxfp4 | None":
         experts, width, out = weight.shape
         if width % fp4.MX_GROUP:
             return None
@@ -43,7 +44,7 @@ class Mxfp4(QuantizedWeight):
         return cls.encoding(weight, (blocks, scales))
 
     @classmethod
-    def config(cls, modules: QuantizedModules) -> Settings:
+    def config(cls, modules: QuantizedModules) -> Json:
         skipped = modules.skipped or ()
         parent = lambda name: name.rpartition(".")[0]
         halves = {*map(parent, modules.packed)} & {*map(parent, skipped)}

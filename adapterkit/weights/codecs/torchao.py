@@ -11,7 +11,8 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels.quant.fp8 import decode_fp8
 from adapterkit.kernels.quant.integers import decode_int8, decode_torchao_int4
-from adapterkit.weights.codec import QuantizedWeight, Settings, blocks_in, pair_in, shapes_of_scales
+from adapterkit.records import Json
+from adapterkit.weights.codec import QuantizedWeight, blocks_in, pair_in, shapes_of_scales
 from adapterkit.weights.scan import CheckpointScan
 
 NAMES = ("qdata", "scale", "zero_point")
@@ -57,7 +58,7 @@ class Torchao(QuantizedWeight):
 
     @classmethod
     def _record(
-        cls, scan: CheckpointScan, key: str, kind: str, description: Settings
+        cls, scan: CheckpointScan, key: str, kind: str, description: Json
     ) -> "Torchao | None":
         start, _, leaf = key.rpartition(".")
         prefix = f"{start}._{leaf}_"
@@ -111,7 +112,7 @@ class Torchao(QuantizedWeight):
         return "torchao's files are written by its own tensors"
 
 
-def _parsed(text: str) -> Settings | None:
+def _parsed(text: str) -> Json | None:
     try:
         value = json.loads(text)
     except ValueError:
