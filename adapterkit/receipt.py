@@ -14,7 +14,7 @@ from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, shown
-from adapterkit.hub.destination import repositories
+from adapterkit.hub.ids import repositories
 from adapterkit.plan import Plan
 from adapterkit.records import (
     FINITE,

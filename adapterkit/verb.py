@@ -69,15 +69,13 @@ class Verb(OptionRecord, Generic[R]):
 @record
 class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
     """A verb that plans, then writes: a `Receipt`, or with `dry_run` the plan. `planner` is the
-    function of the record that gives the plan, `checker` one of the plan and the record that gives
-    what looks at the finished folder."""
+    function of the record that gives the plan."""
 
     planner: ClassVar[str]
-    checker: ClassVar[str] = ""
 
     def check(self, plan: "Plan") -> Callable[[Path], object] | None:
         """What looks at the finished folder of a plan before it gets its name."""
-        return load(self.checker)(plan, self) if self.checker else None
+        return None
 
     @property
     def pushed_to(self) -> str | None:

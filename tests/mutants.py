@@ -4,7 +4,9 @@ flipped, and the tests of that room are run (from the project's folder):
     python -m tests.mutants --count 200 --seed 23 --log mutants.jsonl --rooms kernels,combinations
 
 The last line counts the killed; those that survive are to be judged by hand. A mutant takes as long
-as its tests until the first of them fails, of those that survive all of them.
+as its tests until the first of them fails, of those that survive all of them. With `--lines
+FOLDER`, which `tests.support.lines_seen` fills, only tests that run its line are run, the quickest
+first, for about `SEEN` seconds; those of the room where none is known to.
 """
 
 import argparse
@@ -24,8 +26,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+from tests.support.lines_seen import tests_by_line
+
 ROOT = Path(__file__).parents[1]
 BESIDE = ("pyproject.toml", "README.md", "LICENSE", ".ci", "docs", "tests", "examples")
+SEEN = 90.0  # seconds of tests that run a line
 SECONDS = 1500  # after which a run counts as killed: a mutant may never end
 # a room of the package, the longest that fits -> the tests that are run, the quickest first
 SUITES = {
@@ -83,6 +88,7 @@ class Outcome:
     mutant: Mutant
     killed_by: str  # the test that failed first; none: it survived
     seconds: float
+    tests: int  # of how many that run its line; 0: those of its room
 
 
 def mutants_of(file: str) -> Iterator[Mutant]:
@@ -159,12 +165,13 @@ def prepare(folder: Path) -> None:
     shutil.copytree(ROOT / "formats", folder / "tree" / "formats")
 
 
-def try_out(mutant: Mutant, folder: Path) -> Outcome:
-    """Run the tests of a mutant in a prepared folder."""
+def try_out(mutant: Mutant, tests: list[str], folder: Path) -> Outcome:
+    """Run these tests, or those of its room, with a mutant in a prepared folder."""
     file = folder / "site" / mutant.file
     source = (ROOT / mutant.file).read_bytes()
     file.write_bytes(source[: mutant.start] + mutant.after.encode() + source[mutant.stop :])
-    words = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *suites_of(mutant.file)]
+    known, tests = len(tests), tests or suites_of(mutant.file)
+    words = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
     try:
@@ -178,7 +185,7 @@ def try_out(mutant: Mutant, folder: Path) -> Outcome:
         killer = "the time"
     finally:
         file.write_bytes(source)
-    return Outcome(mutant, killer, time.monotonic() - began)
+    return Outcome(mutant, killer, time.monotonic() - began, known)
 
 
 def main() -> None:
@@ -188,6 +195,7 @@ def main() -> None:
     parser.add_argument("--rooms", default="", help="folders of the package (default: all of it)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--log", type=Path)
+    parser.add_argument("--lines", type=Path, help="what tests.support.lines_seen wrote")
     options = parser.parse_args()
     rooms = [f"adapterkit/{room}".rstrip("/") for room in options.rooms.split(",")]
     files = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("adapterkit/**/*.py"))
@@ -199,6 +207,7 @@ def main() -> None:
     ]
     chosen = random.Random(options.seed).sample(places, min(options.count, len(places)))
     print(f"{len(chosen)} of {len(places)} places")
+    seen = tests_by_line(options.lines, SEEN) if options.lines else {}
     killed = 0
     with tempfile.TemporaryDirectory() as root, ThreadPoolExecutor(options.workers) as pool:
         folders: SimpleQueue[Path] = SimpleQueue()
@@ -211,7 +220,7 @@ def main() -> None:
         def run(mutant: Mutant) -> Outcome:
             folder = folders.get()
             try:
-                return try_out(mutant, folder)
+                return try_out(mutant, seen.get((mutant.file, mutant.line), []), folder)
             finally:
                 folders.put(folder)
 

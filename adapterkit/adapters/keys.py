@@ -10,6 +10,8 @@ FACTORS = {  # by the kind of the module, a and b
     "module": ("lora_A.weight", "lora_B.weight"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
+# the keys that no format but PEFT's own layout has: no experts, which it stores in several ways
+PLAIN = re.compile(rf"{re.escape(PREFIX)}(?!.*(?:experts|unembed))[^:]+\.lora_[AB]\.weight")
 BASE_LAYER = ".base_layer"  # in a path: the layer inside a wrapper
 BASE_LAYER_VALUE = re.compile(r"\.base_layer\.\w+$")  # a value of the layer right inside a wrapper
 TOKENS = ".token_adapter"  # in a path: the wrapper for trained rows

@@ -16,7 +16,6 @@ from adapterkit.errors import Refused, shown
 from adapterkit.execute import FolderCheck, Push, check_place, output_names, run
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.hub.pins import are_pinned
-from adapterkit.hub.push import check_push, send
 from adapterkit.options import StrPath, parse_size
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt, fingerprint_of
@@ -62,6 +61,8 @@ def check_out(plan: Plan, how: RunOptions) -> None:
 
 def with_verified(receipt: Receipt, check: FolderCheck | None) -> Receipt:
     """The receipt with what the check of a merge's rows found."""
+    if check is None:
+        return receipt
     from adapterkit.engines.verify.row_checks import RowCheck
 
     if isinstance(check, RowCheck) and check.result:
@@ -74,6 +75,8 @@ def check_pushes(plan: Plan, how: RunOptions, *repositories: str | None) -> None
     wanted = dict.fromkeys(filter(None, repositories))
     if not wanted:  # the recipe of a large plan takes its time
         return
+    from adapterkit.hub.push import check_push
+
     names, job = output_names(plan), fingerprint_of(plan.recipe())
     for repository in wanted:
         check_push(repository, names, plan.folders, overwrite=how.overwrite, job=job)
@@ -81,6 +84,8 @@ def check_pushes(plan: Plan, how: RunOptions, *repositories: str | None) -> None
 
 def pushed(receipt: Receipt, how: RunOptions, *repositories: str | None) -> Receipt:
     """The receipt of a finished output that is sent to these."""
+    from adapterkit.hub.push import send
+
     for repository in dict.fromkeys(filter(None, repositories)):
         receipt.data["pushed"] = send(Path(receipt.out), repository, overwrite=how.overwrite)
     return receipt
@@ -102,7 +107,11 @@ def _execute(
             stage = stage_of(plan, Path(how.out))
             check_place(stage, plan, resume=how.resume, overwrite=how.overwrite)
         return place(plan, how.device)[0]
-    sent = None if push is None else partial(send, repo=push, overwrite=how.overwrite)
+    sent: Push | None = None
+    if push is not None:
+        from adapterkit.hub.push import send
+
+        sent = partial(send, repo=push, overwrite=how.overwrite)
     return load(ENGINES[how.engine])(plan, how, check, sent)
 
 

@@ -7,10 +7,9 @@ the place of an input, nor of what adapterkit did not write, and that of an olde
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import Any
 
 from adapterkit.checkpoint.folder import Folder, original
 from adapterkit.checkpoint.output.earlier_output import parse_receipt
@@ -18,7 +17,7 @@ from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.errors import Refused, listed, shown
 from adapterkit.hub.errors import explained_errors
 from adapterkit.hub.folder import HubFolder
-from adapterkit.hub.ids import COMMIT, HubId, parse, place_on_hub
+from adapterkit.hub.ids import COMMIT, HubId, place_on_hub
 from adapterkit.hub.listing import RemoteEntry, list_remote, offline
 from adapterkit.hub.retry import retry
 
@@ -61,20 +60,6 @@ def parse_output(out: str, *, file: bool = False) -> HubId:
             hint="give its folder: the file is named as its format has it",
         )
     return hub_id
-
-
-def repositories(receipt: Mapping[str, Any]) -> set[str]:
-    """The repositories that an output was made of, as its receipt says: its inputs, and what local
-    ones of these were made of."""
-    recipe, earlier = receipt.get("recipe"), receipt.get("repositories")
-    inputs = recipe.get("inputs") if isinstance(recipe, dict) else None
-    names = [entry.get("repo") for entry in _list(inputs) if isinstance(entry, dict)]
-    ids = {name: parse(name) for name in [*names, *_list(earlier)] if isinstance(name, str)}
-    return {name for name, hub_id in ids.items() if hub_id and hub_id.repo == name}
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _why_private(sources: Collection[str]) -> str | None:

@@ -2,7 +2,9 @@
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NAME = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
@@ -62,3 +64,17 @@ def parse(source: str) -> HubId | None:
         for part in path.split("/")
     )
     return HubId(repo, revision, subfolder or "") if valid_name and valid_paths else None
+
+
+def repositories(receipt: Mapping[str, Any]) -> set[str]:
+    """The repositories that an output was made of, as its receipt says: its inputs, and what local
+    ones of these were made of."""
+    recipe, earlier = receipt.get("recipe"), receipt.get("repositories")
+    inputs = recipe.get("inputs") if isinstance(recipe, dict) else None
+    names = [entry.get("repo") for entry in _list(inputs) if isinstance(entry, dict)]
+    ids = {name: parse(name) for name in [*names, *_list(earlier)] if isinstance(name, str)}
+    return {name for name, hub_id in ids.items() if hub_id and hub_id.repo == name}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -9,9 +9,9 @@ from adapterkit.checkpoint.hashes import sha256_of_file
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, shown
-from adapterkit.hub.destination import Destination, repositories
+from adapterkit.hub.destination import Destination
 from adapterkit.hub.errors import quiet_library
-from adapterkit.hub.ids import HubId, parse
+from adapterkit.hub.ids import HubId, parse, repositories
 from adapterkit.hub.listing import RemoteEntry
 from adapterkit.hub.upload import LocalFile, Uploaded, commit, groups, upload
 from adapterkit.options import checked

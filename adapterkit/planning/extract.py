@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -458,7 +458,6 @@ def _weighted(
     return [replace(one, covariance=selected.get(one.name)) for one in factors]
 
 
-def merge_check(plan: Plan, extract: Extract) -> Callable[[Path], Plan]:
-    """What reads an extracted adapter back, and plans its merge into the base."""
-    base = plan.folders[0]
-    return lambda folder: plan_merge(base, [(open_adapter(folder), 1.0)], MergeOptions())
+def plan_merge_back(plan: Plan, folder: Path) -> Plan:
+    """The plan of a merge of an extracted adapter into its base."""
+    return plan_merge(plan.folders[0], [(open_adapter(folder), 1.0)], MergeOptions())

@@ -1,6 +1,11 @@
 """extract: the adapter that leads from a base to a fine-tune of it, from the two checkpoints'
 difference."""
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from adapterkit.options import SOURCE, StrPath, argument, choice, option, record
 from adapterkit.shared_options import (
     ModuleFilters,
@@ -8,7 +13,10 @@ from adapterkit.shared_options import (
     covariances_option,
     factor_dtype_option,
 )
-from adapterkit.verb import WritingVerb, function_of
+from adapterkit.verb import WritingVerb, function_of, load
+
+if TYPE_CHECKING:
+    from adapterkit.plan import Plan
 
 
 @record
@@ -39,7 +47,6 @@ class Extract(WritingVerb, TruncationOptions, ModuleFilters):
     """
 
     planner = "planning.extract:plan_extract"
-    checker = "planning.extract:merge_check"
     command = """Extract the adapter between a base and its fine-tune.
 
     b@a ≈ W_tuned - W_base, the best approximation of that rank. Before it is published, the adapter
@@ -63,6 +70,10 @@ class Extract(WritingVerb, TruncationOptions, ModuleFilters):
         "drop them, or refuse.",
     )
     dtype: str = factor_dtype_option()
+
+    def check(self, plan: "Plan") -> Callable[[Path], object]:
+        """Reads the extracted adapter back, and plans its merge into the base."""
+        return partial(load("planning.extract:plan_merge_back"), plan)
 
 
 extract = function_of(Extract)

@@ -1,5 +1,9 @@
 """merge: adapters into a base, W' = round(W + Σ weight·scale·b@a), streamed from files to files."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from adapterkit.options import (
     COMPAT,
     FLAG,
@@ -20,7 +24,10 @@ from adapterkit.shared_options import (
     statistics_option,
     verify_option,
 )
-from adapterkit.verb import WritingVerb, function_of, push_option
+from adapterkit.verb import WritingVerb, function_of, load, push_option
+
+if TYPE_CHECKING:
+    from adapterkit.plan import Plan
 
 
 @record
@@ -109,7 +116,6 @@ class Merge(WritingVerb, MergeOptions):
     """
 
     planner = "planning.merge.plan:plan_merge_of"
-    checker = "engines.verify.row_checks:check_of"
     command = """Merge adapters into a base checkpoint.
 
     Each weight becomes W' = round(W + Σ weight·scale·b@a).
@@ -139,6 +145,10 @@ class Merge(WritingVerb, MergeOptions):
     @property
     def pushed_to(self) -> str | None:
         return self.push
+
+    def check(self, plan: "Plan") -> Callable[[Path], object] | None:
+        """Recomputes rows of the finished folder, where that is asked for."""
+        return load("engines.verify.row_checks:RowCheck")(plan) if self.verify else None
 
 
 merge = function_of(Merge)

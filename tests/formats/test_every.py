@@ -1,6 +1,7 @@
 """The laws of formats, for every file in formats/ and every golden file of theirs."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,13 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
+from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.formats.detect import detect
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.modules.kinds import FACTORS
 from adapterkit.formats.modules.names import names_of
 from adapterkit.formats.modules.record import LANGUAGE, Contents
 from adapterkit.formats.peft.dialects import SINGLE
 from adapterkit.formats.schema import DetectWords, Format
+from adapterkit.planning.inputs.converted_adapter import is_plain
 from adapterkit.reports.formats import detect_format
 from tests.support.adapter_samples import (
     GOLDEN,
@@ -274,3 +278,21 @@ def test_a_refusal_tells_every_key_without_a_role(name: str, tmp_path: Path):
         adapterkit.convert(source, to="peft", out=tmp_path / "out", **sample.options)
     assert all(key in str(caught.value) for key in foreign)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_what_is_plain_needs_no_detection(tmp_path: Path) -> None:
+    """Any format's keys beside PEFT's config: a folder that is called plain is what detection
+    finds too; and PEFT's own golden files mostly are."""
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    copy = tmp_path / "adapter_model.safetensors"
+    plain = set()
+    for sample in SAMPLES:
+        path = weights(sample.path, formats()[sample.form])
+        if path.suffix != ".safetensors":
+            continue
+        shutil.copy(path, copy)
+        if is_plain(LocalFolder(tmp_path)):
+            form = detect(LocalFolder(tmp_path)).form
+            assert form.layout == "adapter" and form.adapter.is_read_by_peft, sample.id
+            plain.add(sample.form)
+    assert "peft" in plain and len(plain) > 3, plain

@@ -180,6 +180,9 @@ class Child:
 
     def _run(self) -> None:
         status = 70
+        lines_seen = sys.modules.get("tests.support.lines_seen")
+        if lines_seen:
+            lines_seen.begin()
         try:
             os.setsid()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -193,6 +196,8 @@ class Child:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
+        if lines_seen:
+            lines_seen.write(self.request["test"], 0)
         os._exit(status)
 
     def _enter(self) -> None:
@@ -290,6 +295,8 @@ def serve(rehearses: bool) -> None:
 
     library.formats()
     torch.set_num_threads(1)
+    if os.environ.get("ADAPTERKIT_LINES"):
+        importlib.import_module("tests.support.lines_seen")
     assert rehearses or "huggingface_hub" not in sys.modules
     children: dict[int, Child] = {}
     rehearsed: set[str] = set()

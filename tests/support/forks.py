@@ -73,7 +73,8 @@ class Forks:
             return json.loads(self.process.stdout.readline())
 
     def start(self, **request) -> int:
-        return self.ask(**request)["pid"]
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
+        return self.ask(test=test, **request)["pid"]
 
     def wait(self, pid: int, timeout: float = 60) -> Ended:
         return Ended(**self.ask(wait=pid, timeout=timeout))

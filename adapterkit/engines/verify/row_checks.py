@@ -24,7 +24,6 @@ from adapterkit.receipt import AGAIN, read_receipt
 from adapterkit.records import Json
 from adapterkit.tasks.quantize import CompensatedStep, before_rounding
 from adapterkit.tasks.rows import EditedTensor, RequantizedWeight, StoredRows, arithmetic, rounded
-from adapterkit.verbs.merge import Merge
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 
 FEW = 3  # wrong tensors that are told one by one
@@ -336,8 +335,3 @@ class _Source(StoredRows):
         for edit in self.edits:
             edit.apply(rows, first)
         return rows
-
-
-def check_of(plan: Plan, merge: Merge) -> RowCheck | None:
-    """The check of a merge's rows, where it is asked for."""
-    return RowCheck(plan) if merge.verify else None

@@ -2,14 +2,13 @@
 
 import re
 
-from adapterkit.adapters.keys import CONFIG
+from adapterkit.adapters.keys import CONFIG, PLAIN, WEIGHTS
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import read_header
 from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.checkpoint.strict import read_json
 from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.formats.library import formats
-from adapterkit.formats.schema import ADAPTER_LAYOUT, AdapterWords
-from adapterkit.verbs.convert import ConvertOptions
 
 FILES = (".safetensors", ".gguf")
 
@@ -21,8 +20,11 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
     files = folder.files()
     if "config.json" in files or not any(name.endswith(FILES) for name in files):
         return folder
-    # here, so that headers of models are read without torch
+    if is_plain(folder):
+        return folder
+    # here, so that headers of models are read without torch, and plain adapters without formats
     from adapterkit.formats.detect import detect
+    from adapterkit.formats.schema import ADAPTER_LAYOUT
 
     try:
         detection = detect(folder)
@@ -34,6 +36,7 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
         return folder
     # here, so that adapters in PEFT's layout do not wait for it
     from adapterkit.planning.convert.plan import plan_convert
+    from adapterkit.verbs.convert import ConvertOptions
 
     checkpoint = None if base is None else open_checkpoint(base, 1)
     try:
@@ -43,6 +46,22 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
             one.hint = _hint(one.hint)
         raise
     return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
+
+
+def is_plain(folder: Folder) -> bool:
+    """Whether a folder needs no detection: PEFT's layout with factors of layers and nothing else.
+    To read all formats takes longer than to plan a job."""
+    if [name for name in folder.files() if name.endswith(FILES) and "/" not in name] != [WEIGHTS]:
+        return False
+    try:
+        config, header = read_json(folder, CONFIG), read_header(folder, WEIGHTS)
+    except (AdapterkitError, OSError):
+        return False
+    return (
+        "peft_type" in config
+        and not config.get("target_parameters")
+        and all(PLAIN.fullmatch(spec.key) for spec in header.tensors)
+    )
 
 
 # options of `convert` that no other verb has, or has for something else; and what they are given
@@ -78,6 +97,7 @@ def components_of(folder: Folder) -> dict[str, Folder]:
     from adapterkit.formats.detect import in_another_layout
     from adapterkit.planning.convert.plan import plan_convert
     from adapterkit.planning.convert.source import read_contents
+    from adapterkit.verbs.convert import ConvertOptions
 
     detection = None if CONFIG in folder.files() else in_another_layout(folder)
     if detection is None:
@@ -97,6 +117,9 @@ def components_of(folder: Folder) -> dict[str, Folder]:
 
 def _layout() -> str:
     """The name of PEFT's layout among the formats, of its dialects that of PEFT itself."""
+    from adapterkit.formats.library import formats
+    from adapterkit.formats.schema import ADAPTER_LAYOUT, AdapterWords
+
     plain = AdapterWords()
     return next(
         form.name

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from typing import Protocol, TypeGuard
+from typing import Protocol, TypeGuard, cast
 
 from adapterkit.adapters.config import IMPLICIT
 from adapterkit.adapters.keys import CONFIG, INITIAL, WEIGHTS
@@ -13,7 +13,6 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.engines.planned_folder import PlannedFolder
 from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, shown
-from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import is_on_hub, parse
 from adapterkit.options import Sources, StrPath, finite, unweighted, weighted
 from adapterkit.planning.inputs.converted_adapter import in_adapter_layout
@@ -32,6 +31,12 @@ class _File(Folder, Protocol):
     def whole(self) -> Folder: ...
     def beside(self) -> set[str]: ...
     def as_weights(self, name: str) -> Folder: ...
+
+
+class _WithSubfolders(Folder, Protocol):
+    """A folder on the Hub, or one that is planned."""
+
+    def subfolder(self, name: str) -> Folder: ...
 
 
 def open_source(text: StrPath) -> Folder:
@@ -56,6 +61,8 @@ def open_source(text: StrPath) -> Folder:
             ),
             hint=is_output or similar or "check the path",
         )
+    from adapterkit.hub.folder import HubFolder
+
     try:
         return HubFolder(hub_id)
     except AdapterkitError as error:
@@ -161,11 +168,8 @@ def open_unconverted(text: StrPath, allow_pickle: bool = False) -> Folder:
 
 
 def _is_weights(folder: Folder) -> TypeGuard[_File]:
-    return (
-        isinstance(folder, LocalFolder | HubFolder)
-        and folder.single is not None
-        and folder.single.endswith(".safetensors")
-    )
+    single = getattr(folder, "single", None)
+    return single is not None and single.endswith(".safetensors")
 
 
 def initial_of(adapter: Folder) -> Folder | None:
@@ -184,8 +188,7 @@ def initial_of(adapter: Folder) -> Folder | None:
         if path.is_dir():
             return LocalFolder(path)
     elif f"{INITIAL}/{CONFIG}" in adapter.files():
-        assert isinstance(adapter, HubFolder | PlannedFolder)
-        return adapter.subfolder(INITIAL)
+        return cast(_WithSubfolders, adapter).subfolder(INITIAL)
     raise Refused(
         f"init_lora_weights {shown(init)} without the folder {INITIAL}/",
         expected="the initial factors, which the base is to be without",

@@ -26,7 +26,6 @@ from adapterkit.planning.inputs.sources import (
     open_weighted,
 )
 from adapterkit.planning.merge.changes import collect_changes
-from adapterkit.planning.merge.compensation import with_compensation
 from adapterkit.planning.merge.job import MergeJob
 from adapterkit.planning.merge.steps import plan_steps
 from adapterkit.planning.merge.tied import (
@@ -98,6 +97,8 @@ def plan_merge(
     job.notes += history_notes(base, job.merged_before, adapters, job.weights)
     steps, statistics = changed_steps(job, errors), None
     if stats is not None:
+        from adapterkit.planning.merge.compensation import with_compensation
+
         statistics = open_checkpoint(stats, len(sources) + 1)
         steps = with_compensation(job, steps, statistics)
     return _plan(job, steps, statistics)

@@ -14,7 +14,6 @@ from adapterkit.planning.outputs.cards import model_card
 from adapterkit.planning.outputs.folder_files import Files, model_files
 from adapterkit.records import Json
 from adapterkit.tasks.common import CopiedTensor
-from adapterkit.tasks.quantize import CompensatedStep, EncodedWeight
 from adapterkit.tasks.rows import EditedTensor, RequantizedWeight
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.loading import find_gaps, gaps_of, looks_whole
@@ -88,6 +87,8 @@ class QuantizedModel:
             return self.tasks[key]
         spec = self.base.tensors[key]
         if key in self.quantized:
+            from adapterkit.tasks.quantize import EncodedWeight
+
             return EncodedWeight(key, spec, self.quantized[key])
         return CopiedTensor(key, spec, key)
 
@@ -193,6 +194,8 @@ def _stored_steps(step: Step) -> list[Step]:
 def _tasks(step: Step, *, keep_format: bool) -> list[Task]:
     source = step.source
     if step.compensation is not None:
+        from adapterkit.tasks.quantize import CompensatedStep
+
         return [CompensatedStep(step.key, step, packed=keep_format)]
     if not isinstance(source, QuantizedWeight):
         is_copy = step.copied and step.key == source.key
