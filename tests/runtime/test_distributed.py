@@ -1,5 +1,6 @@
 """Two processes that train together: DDP, FSDP and a Trainer give what one process gives."""
 
+import gc
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from adapterkit import LoraConfig
 from adapterkit.errors import Refused
 from adapterkit.runtime import LoraFA, Riemannian, attach
+from tests.support.forks import forks
 from tests.support.live import llama, on_meta, tokens
 
 WORLD, STEPS = 2, 3
@@ -199,6 +201,18 @@ def trained(folder):
     return table
 
 
+def start(port, folder):
+    """Two forks of a process that has imported what they need: transformers takes longer than they
+    do."""
+    import transformers
+
+    make("lora").trainer(transformers.Trainer)
+    gc.freeze()
+    torch.multiprocessing.start_processes(
+        work, (port, Path(folder)), nprocs=WORLD, start_method="fork"
+    )
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The results of two processes, and the folder with what they saved."""
@@ -206,7 +220,10 @@ def two(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, folder), nprocs=WORLD)
+    server = forks()
+    program = f"from tests.runtime import test_distributed as t; t.start({port}, {str(folder)!r})"
+    ended = server.wait(server.start(program=program), 300)
+    assert ended.status == 0, ended.stderr
     return json.loads((folder / "results.json").read_text()), folder
 
 
