@@ -11,26 +11,33 @@ first, for about `SEEN` seconds; those of the room where none is known to.
 
 import argparse
 import ast
+import contextlib
+import importlib
 import json
 import os
 import random
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+import pytest
+
 from tests.support.lines_seen import tests_by_line
 
 ROOT = Path(__file__).parents[1]
 BESIDE = ("pyproject.toml", "README.md", "LICENSE", ".ci", "docs", "tests", "examples")
 SEEN = 90.0  # seconds of tests that run a line
+PRELOADED = ("torch", "transformers", "peft", "safetensors.torch", "huggingface_hub", "click")
+IMPORTED = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
 SECONDS = 1500  # after which a run counts as killed: a mutant may never end
 # a room of the package, the longest that fits -> the tests that are run, the quickest first
 SUITES = {
@@ -165,23 +172,53 @@ def prepare(folder: Path) -> None:
     shutil.copytree(ROOT / "formats", folder / "tree" / "formats")
 
 
+def run_forked(words: list[str], folder: Path) -> tuple[int, str]:
+    """The status of pytest in a fork of this process, which has imported what takes long, and what
+    it said. `TimeoutError` where it did not end."""
+    output = folder / "output"
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(1, 2)
+        os.chdir(folder / "tree")
+        for name in [name for name in sys.modules if name.split(".")[0] in ("adapterkit", "tests")]:
+            del sys.modules[name]
+        sys.path[:] = [str(folder / "site"), *(path for path in sys.path if path != str(ROOT))]
+        os.environ["PYTHONPATH"] = str(folder / "site")
+        status = 70
+        try:
+            status = int(pytest.main(words))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    deadline = time.monotonic() + SECONDS
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise TimeoutError
+        time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # what it left running
+    return os.waitstatus_to_exitcode(ended[1]), output.read_text(errors="replace")
+
+
 def try_out(mutant: Mutant, tests: list[str], folder: Path) -> Outcome:
     """Run these tests, or those of its room, with a mutant in a prepared folder."""
     file = folder / "site" / mutant.file
     source = (ROOT / mutant.file).read_bytes()
     file.write_bytes(source[: mutant.start] + mutant.after.encode() + source[mutant.stop :])
     known, tests = len(tests), tests or suites_of(mutant.file)
-    words = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    environment = os.environ | {"PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1"}
+    words = ["-x", "-q", "-p", "no:cacheprovider", "-W", IMPORTED, *tests]
     began = time.monotonic()
     try:
-        done = subprocess.run(
-            [sys.executable, *words], cwd=folder / "tree", env=environment, timeout=SECONDS,
-            capture_output=True, text=True,
-        )  # fmt: skip
-        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
-        killer = (failed or [f"status {done.returncode}"])[0] if done.returncode else ""
-    except subprocess.TimeoutExpired:
+        status, text = run_forked(words, folder)
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
+        killer = (failed or [f"status {status}"])[0] if status else ""
+    except TimeoutError:
         killer = "the time"
     finally:
         file.write_bytes(source)
@@ -208,6 +245,8 @@ def main() -> None:
     chosen = random.Random(options.seed).sample(places, min(options.count, len(places)))
     print(f"{len(chosen)} of {len(places)} places")
     seen = tests_by_line(options.lines, SEEN) if options.lines else {}
+    for name in PRELOADED:
+        importlib.import_module(name)
     killed = 0
     with tempfile.TemporaryDirectory() as root, ThreadPoolExecutor(options.workers) as pool:
         folders: SimpleQueue[Path] = SimpleQueue()

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from adapterkit.cli.batch import convert_all, run_steps
 from adapterkit.cli.output import ProgressBar, print_diff, print_json, print_verified, run_verb
 from adapterkit.cli.parameters import json_option, quiet_option
 from adapterkit.cli.signals import WAITING, fail
@@ -89,6 +88,8 @@ def run(verb: type[Verb], file: str, as_json: bool, quiet: bool, **options: Any)
                 f"--{given[0]} applies to plan files only; remove it for a pipeline"
             )
         steps = {name: value for name, value in options.items() if name not in names}
+        from adapterkit.cli.batch import run_steps
+
         ctx.exit(run_steps(file, as_json=as_json, quiet=quiet, **steps))
     from adapterkit.errors import Waiting
 
@@ -147,6 +148,8 @@ def convert(
         document = detect_format(src, allow_pickle=options["allow_pickle"])
         _print(document, detection_table(document), options["as_json"])
     elif from_list is not None:
+        from adapterkit.cli.batch import convert_all
+
         click.get_current_context().exit(convert_all(from_list, out_pattern or "", **options))
     else:
         run_verb(verb, src, **options)

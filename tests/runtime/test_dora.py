@@ -470,6 +470,13 @@ def test_offload_without_an_accelerator_changes_nothing(tmp_path):
     assert torch.equal(nets[0](x), nets[1](x)) and torch.equal(nets[0](x), again(x))
 
 
+def test_offload_without_a_driver_changes_nothing(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    x, net = torch.randn(5, 24), network("linear")
+    attach(net, LoraConfig(4, targets=["0"], dora=True), seed=0, ephemeral_gpu_offload=True)
+    assert net(x).isfinite().all()
+
+
 def test_offload_computes_norms_where_the_accelerator_is(monkeypatch):
     devices = []
 
@@ -478,6 +485,7 @@ def test_offload_computes_norms_where_the_accelerator_is(monkeypatch):
         return torch.device("cpu")
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", accelerator)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     net = network("linear")
     attach(net, LoraConfig(4, targets=["0"], dora=True), seed=0)
     assert not devices

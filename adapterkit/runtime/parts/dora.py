@@ -40,7 +40,9 @@ class RowNorms:
         b: Tensor,  # (out, r, ...)
         scale: float,
     ) -> Tensor:  # (out,) float32
-        where = (torch.accelerator.current_accelerator() if self.offload else None) or a.device
+        # a CUDA build of torch names its accelerator on machines without one, too
+        offload = self.offload and torch.accelerator.is_available()
+        where = (torch.accelerator.current_accelerator() if offload else None) or a.device
         rows = _Rows(host, axis, where)
         source = [] if torch.compiler.is_compiling() else stored(host)
         squares = self.squares(rows.squares, source, where)
