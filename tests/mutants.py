@@ -6,7 +6,8 @@ flipped, and the tests of that room are run (from the project's folder):
 The last line counts the killed; those that survive are to be judged by hand. A mutant takes as long
 as its tests until the first of them fails, of those that survive all of them. With `--lines
 FOLDER`, which `tests.support.lines_seen` fills, only tests that run its line are run, the quickest
-first, for about `SEEN` seconds; those of the room where none is known to.
+first, for about `SEEN` seconds; a line that none runs is in the outcome. A run goes on after what
+its log has.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from tests.support.lines_seen import tests_by_line
 
 ROOT = Path(__file__).parents[1]
 BESIDE = ("pyproject.toml", "README.md", "LICENSE", ".ci", "docs", "tests", "examples")
-SEEN = 90.0  # seconds of tests that run a line
+SEEN = 30.0  # seconds of tests that run a line
 PRELOADED = ("torch", "transformers", "peft", "safetensors.torch", "huggingface_hub", "click")
 IMPORTED = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
 SECONDS = 1500  # after which a run counts as killed: a mutant may never end
@@ -95,7 +96,7 @@ class Outcome:
     mutant: Mutant
     killed_by: str  # the test that failed first; none: it survived
     seconds: float
-    tests: int  # of how many that run its line; 0: those of its room
+    tests: int  # of how many; 0: none runs its line
 
 
 def mutants_of(file: str) -> Iterator[Mutant]:
@@ -172,6 +173,12 @@ def prepare(folder: Path) -> None:
     shutil.copytree(ROOT / "formats", folder / "tree" / "formats")
 
 
+def tests_of(mutant: Mutant, seen: dict[tuple[str, int], list[str]]) -> list[str]:
+    """The tests that run a mutant's line, or where an expression has several the first of them."""
+    lines = range(mutant.line, mutant.line - 6, -1)
+    return next((seen[mutant.file, line] for line in lines if (mutant.file, line) in seen), [])
+
+
 def run_forked(words: list[str], folder: Path) -> tuple[int, str]:
     """The status of pytest in a fork of this process, which has imported what takes long, and what
     it said. `TimeoutError` where it did not end."""
@@ -207,11 +214,10 @@ def run_forked(words: list[str], folder: Path) -> tuple[int, str]:
 
 
 def try_out(mutant: Mutant, tests: list[str], folder: Path) -> Outcome:
-    """Run these tests, or those of its room, with a mutant in a prepared folder."""
+    """Run these tests with a mutant in a prepared folder."""
     file = folder / "site" / mutant.file
     source = (ROOT / mutant.file).read_bytes()
     file.write_bytes(source[: mutant.start] + mutant.after.encode() + source[mutant.stop :])
-    known, tests = len(tests), tests or suites_of(mutant.file)
     words = ["-x", "-q", "-p", "no:cacheprovider", "-W", IMPORTED, *tests]
     began = time.monotonic()
     try:
@@ -222,7 +228,7 @@ def try_out(mutant: Mutant, tests: list[str], folder: Path) -> Outcome:
         killer = "the time"
     finally:
         file.write_bytes(source)
-    return Outcome(mutant, killer, time.monotonic() - began, known)
+    return Outcome(mutant, killer, time.monotonic() - began, len(tests))
 
 
 def main() -> None:
@@ -245,6 +251,13 @@ def main() -> None:
     chosen = random.Random(options.seed).sample(places, min(options.count, len(places)))
     print(f"{len(chosen)} of {len(places)} places")
     seen = tests_by_line(options.lines, SEEN) if options.lines else {}
+    known: dict[Mutant, Outcome] = {}
+    for line in (
+        options.log.read_text().splitlines() if options.log and options.log.exists() else ()
+    ):
+        record = json.loads(line)
+        mutant = Mutant(**record.pop("mutant"))
+        known[mutant] = Outcome(mutant, **record)
     for name in PRELOADED:
         importlib.import_module(name)
     killed = 0
@@ -257,9 +270,14 @@ def main() -> None:
             folders.put(folder)
 
         def run(mutant: Mutant) -> Outcome:
+            if mutant in known:
+                return known[mutant]
+            tests = tests_of(mutant, seen) if options.lines else suites_of(mutant.file)
+            if not tests:
+                return Outcome(mutant, "", 0, 0)
             folder = folders.get()
             try:
-                return try_out(mutant, seen.get((mutant.file, mutant.line), []), folder)
+                return try_out(mutant, tests, folder)
             finally:
                 folders.put(folder)
 
@@ -267,8 +285,9 @@ def main() -> None:
             one = outcome.mutant
             killed += bool(outcome.killed_by)
             what = f"killed by {outcome.killed_by}" if outcome.killed_by else "SURVIVED"
+            what += "" if outcome.tests else ": no test runs it"
             print(f"{one.file}:{one.line}: {one.before!r} -> {one.after!r}: {what}", flush=True)
-            if options.log is not None:
+            if options.log is not None and one not in known:
                 with options.log.open("a") as log:
                     log.write(json.dumps(asdict(outcome)) + "\n")
     print(f"{killed} of {len(chosen)} killed")

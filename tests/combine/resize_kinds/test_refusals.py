@@ -162,6 +162,22 @@ def test_vera_without_its_projections_is_refused(base, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "a, b", [((0, -1), (0, 0)), ((-1, 0), (0, 0)), ((0, 0), (-1, 0)), ((0, 0), (0, -1))]
+)
+def test_projections_of_vera_that_are_too_small_are_refused(a, b, base, tmp_path):
+    """By one row or one column, of the one or the other."""
+
+    def cut(tensors):
+        for name, (rows, columns) in (("vera_A", a), ("vera_B", b)):
+            key = next(key for key in tensors if key.endswith(name))
+            value = tensors[key]
+            tensors[key] = value[: len(value) + rows, : value.shape[1] + columns].contiguous()
+
+    adapter = rewritten(trained(SIMPLE["vera"], base, tmp_path / "adapter"), cut)
+    refused(SIMPLE["vera"], base, adapter, tmp_path, "vera_A .*, vera_B ")
+
+
 def test_oft_of_a_kernel_is_refused(base, tmp_path):
     case = Case("oft", ["image", "fit"], {"oft_block_size": 3}, base=True)
     refused(
