@@ -252,9 +252,8 @@ def main() -> None:
     print(f"{len(chosen)} of {len(places)} places")
     seen = tests_by_line(options.lines, SEEN) if options.lines else {}
     known: dict[Mutant, Outcome] = {}
-    for line in (
-        options.log.read_text().splitlines() if options.log and options.log.exists() else ()
-    ):
+    begun = options.log.read_text() if options.log and options.log.exists() else ""
+    for line in begun.splitlines():
         record = json.loads(line)
         mutant = Mutant(**record.pop("mutant"))
         known[mutant] = Outcome(mutant, **record)
