@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import adapterkit
-from adapterkit.options import option_of, parse_size, weighted
+from adapterkit.options import option_of, parse_size, weighted, whole
 from adapterkit.plan import Plan
 from adapterkit.registry import members
 from adapterkit.verb import fields_of
@@ -181,3 +181,11 @@ def test_dry_run_checks_too(calls, tmp_path):
     for wrong in ({"engine": "slurm"}, {"device": "tpu"}, {"hash": "md5"}):
         with pytest.raises(adapterkit.Refused):
             adapterkit.merge(base, one, out=tmp_path / "out", dry_run=True, **wrong)
+
+
+def test_whole_numbers_end_where_they_are_said_to():
+    """The last that is taken, and the first that is not."""
+    for check, last, beyond in [
+        (whole(), 2**31 - 1, 2**31), (whole(), 1, 0), (whole(0), 0, -1), (whole(1, 8), 8, 9),
+    ]:  # fmt: skip
+        assert check.read(last) == last and not check.fits(beyond)

@@ -51,6 +51,35 @@ def test_operations_on_symbols_move_what_they_move_on_tensors(name, make, shapes
         assert torch.equal(gathered(Parameter, stored), expected)
 
 
+FUNCTIONS = {
+    "unbind": lambda x, y: torch.stack([x, y]).unbind(0),
+    "unbind another axis": lambda x, y: torch.stack([x, y], 1).unbind(1),
+    "chunk and squeeze": lambda x, y: [c.squeeze(-3) for c in torch.stack([x, y]).chunk(2)],
+    "squeeze a longer axis": lambda x, y: [x.squeeze(0), y.squeeze(1)],
+    "one of a stack": lambda x, y: [torch.stack([x, y])[1], torch.stack([x, y])[-2]],
+    "rows of one": lambda x, y: [torch.stack([x, y])[0, 1:3]],
+    "split": lambda x, y: torch.cat([x, y]).split([5, 3]),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_symbols_move_what_they_move_on_tensors(name):
+    stored = {"x": torch.arange(12.0).view(4, 3), "y": torch.arange(20.0, 32).view(4, 3)}
+    real = FUNCTIONS[name](*stored.values())
+    symbols = FUNCTIONS[name](*(Symbol.of(key, (4, 3)) for key in stored))
+    for expected, symbol in zip(real, symbols, strict=True):
+
+        class Parameter:
+            shape, slots = tuple(symbol.shape), symbol.slots
+
+        assert torch.equal(gathered(Parameter, stored), expected)
+
+
+def test_a_stored_axis_stays():
+    with pytest.raises(Unsupported, match="a stored axis of length 1"):
+        Symbol.of("x", (4, 1)).squeeze(1)
+
+
 def test_arithmetic_on_symbols_is_refused():
     symbol = Symbol.of("x", (4, 4))
     with pytest.raises(Unsupported, match="mul"):
