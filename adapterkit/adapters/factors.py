@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -15,21 +15,34 @@ from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.weights.reader import TensorReader
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Factors:
-    """delta = scale * b @ a of one adapter on one module; of a stack, one delta for each expert.
+@dataclass(frozen=True, kw_only=True)
+class Factors(Lora):
+    """Stored factors, with the scale with which they are added: delta = scale * b @ a; of a stack,
+    one delta for each expert.
 
     Kernel axes of a convolution are flattened. Of a stack a is stored (experts * rank, in), the
     expert slowest, and b (out, rank * experts), the expert fastest. `flip`: the rows of what they
     change are the module's inputs, so it changes by (b @ a)ᵀ = aᵀ @ bᵀ.
     """
 
-    a: TensorSpec
-    b: TensorSpec
     scale: float
     rank: int
     experts: int | None = None
     flip: bool = False
+    leaf: str | None = None  # the module's parameter that is a target itself
+
+    @classmethod
+    def of(
+        cls,
+        lora: Lora,
+        scale: float,
+        rank: int,
+        experts: int | None = None,
+        flip: bool = False,
+        leaf: str | None = None,
+    ) -> "Factors":
+        stored = {field.name: getattr(lora, field.name) for field in fields(Lora)}
+        return cls(**stored, scale=scale, rank=rank, experts=experts, flip=flip, leaf=leaf)
 
     @property
     def reads(self) -> tuple[TensorSpec, TensorSpec]:
@@ -94,7 +107,7 @@ def factors_of(adapter: Adapter, lora: Lora, leaf: str | None = None) -> Factors
             where=adapter.label,
             hint="leave the module out",
         )
-    return Factors(a=lora.a, b=lora.b, scale=scale, rank=rank, experts=experts)
+    return Factors.of(lora, scale, rank, experts, leaf=leaf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +134,11 @@ class Place:
         return cls(*factor_keys(module, kind=kind), a_tail, b_tail, shape[0], experts)
 
     @classmethod
-    def of_factors(
-        cls, lora: Lora, experts: int | None, levels: Mapping[str, int], depth: int
-    ) -> "Place":
+    def of_factors(cls, factors: Factors, levels: Mapping[str, int], depth: int) -> "Place":
         """The place of stored factors in a file whose modules are wrapped `levels` times."""
-        a_key, b_key = factor_keys(lora.module, levels, depth, lora.kind)
-        out, _, *b_tail = lora.b.shape
-        return cls(a_key, b_key, lora.a.shape[1:], tuple(b_tail), out, experts)
+        a_key, b_key = factor_keys(factors.module, levels, depth, factors.kind)
+        out, _, *b_tail = factors.b.shape
+        return cls(a_key, b_key, factors.a.shape[1:], tuple(b_tail), out, factors.experts)
 
     @property
     def is_embedding(self) -> bool:

@@ -35,10 +35,9 @@ def plan_arrow(options: Arrow) -> Plan:
     tasks: list[StackedExperts] = []
     counts, dtype = (len(general), len(experts)), dtypes.parse(options.dtype)
     for name, site in joined.items():
-        members = [(number, factors) for number, (_, factors) in site.members.items()]
-        parts = tuple(pair for pair in members if pair[0] < len(experts))
-        others = tuple(factors for number, factors in members if number >= len(experts))
-        ranks = {factors.rank for _, factors in members}
+        parts = tuple(pair for pair in site.members.items() if pair[0] < len(experts))
+        others = tuple(one for number, one in site.members.items() if number >= len(experts))
+        ranks = {factors.rank for factors in site.members.values()}
         if parts and options.compat == "peft" and len(ranks) > 1:
             problem, expected = (
                 f"{shown(name)}: ranks {sorted(ranks)}",

@@ -161,9 +161,9 @@ def _parts(
     such an adapter have their say.
     """
     parts = []
-    for number, (lora, factors) in site.members.items():
-        dora = decomposed[number].dora(lora, factors) if number in decomposed else None
-        parts.append(Operand(number, factors, weights.of(number, lora.module), dora))
+    for number, factors in site.members.items():
+        dora = decomposed[number].dora(factors) if number in decomposed else None
+        parts.append(Operand(number, factors, weights.of(number, factors.module), dora))
     if space == "delta":
         parts = [part for part in parts if part.weight] or parts
     method.check_weights([part.weight for part in parts])

@@ -96,18 +96,17 @@ class _ResizePlanner:
                 )
             levels, how = levels_of(sites.values()), self._how()
             for name, site in sites.items():
-                place, factors = site.place(levels), joined[name][1]
+                place, factors = site.place(levels), joined[name]
                 self.ranked.append(TruncatedFactors(name, place, self.dtype, factors, **how))
             return
         self.errors += dora_problems(adapter)
         weights = BaseWeights(
             self.base, adapter, [lora.module for lora in adapter.loras], self.notes
         )
-        for name, (lora, factors) in joined.items():
+        for name, factors in joined.items():
             with self.errors.collected():
-                delta, embedding = weights.dora(lora, factors), lora.kind == "embedding"
-                tail = weights.of(lora.module, embedding).weight_shape[1:]
-                self._add(name, delta, tail, embedding, lora.module)
+                delta, embedding = weights.dora(factors), factors.kind == "embedding"
+                self._add(name, delta, delta.weight.weight_shape[1:], embedding, factors.module)
         plain = tuple(replace(lora, magnitude=None) for lora in adapter.loras)
         self.adapter = replace(adapter, loras=plain, config=adapter.config | {"use_dora": False})
 

@@ -140,13 +140,11 @@ def _output(
     for name, site in joined.items():
         members, place = site.members, site.place(levels)
         if options.space == "factors" and name not in alone:
-            own = members[task_adapter.number][1]
-            others = tuple(f for n, (_, f) in members.items() if n != task_adapter.number)
+            own = members[task_adapter.number]
+            others = tuple(f for n, f in members.items() if n != task_adapter.number)
             tasks.append(SubtractedFactors(prefix + name, place, dtype, own.rank, own, others))
             continue
-        parts = tuple(
-            Operand(number, factors, weights[number]) for number, (_, factors) in members.items()
-        )
+        parts = tuple(Operand(n, factors, weights[n]) for n, factors in members.items())
         tasks.append(CombinedFactors(prefix + name, place, dtype, parts, Linear(), refit))
     tasks += adapter_output.sum_biases(
         joined, lambda number, module: weights[number], dtype, errors, prefix
@@ -155,7 +153,7 @@ def _output(
         tasks += [
             common.CopiedTensor(prefix + key, spec, key, checked=True) for spec in holders.values()
         ]
-    loras = [lora for site in joined.values() for lora, _ in site.members.values()]
+    loras = [lora for site in joined.values() for lora in site.members.values()]
     settings = adapter_config.plain_settings() | adapter_config.value_settings([task_adapter])
     settings |= {"lora_bias": any(lora.bias is not None for lora in loras)}
     summary = f"the mean of {len(generals)} general adapters subtracted, in {options.space} space"
@@ -174,7 +172,7 @@ def _check_ranks(
     name: str, members: Mapping, adapters: Sequence[Adapter], errors: Problems
 ) -> None:
     """Factors can be averaged only where all have the module, at one rank."""
-    ranks = {number: factors.rank for number, (_, factors) in members.items()}
+    ranks = {number: factors.rank for number, factors in members.items()}
     if len(ranks) < len(adapters) or len(set(ranks.values())) > 1:
         of_all = ", ".join(f"{a.name} {ranks.get(a.number, 'none')}" for a in adapters)
         problem, expected = f"{shown(name)}: ranks {of_all}", "one rank, in all of them"

@@ -57,11 +57,10 @@ def join(adapter: Adapter, on: Folder, problems: Problems) -> Join:
     problems += [Refused(note, where=adapter.label) for note in found]
     joined = Join(job.base)
     for change in job.changes.values():
-        for addition in change.additions:
-            if addition.factors is not None:
-                at = addition.lora.module, addition.lora.depth
-                joined.parameters[at] = change.parameter
-                joined.experts[at] = addition.factors.experts
+        for factors in change.additions:
+            at = factors.module, factors.depth
+            joined.parameters[at] = change.parameter
+            joined.experts[at] = factors.experts
     return joined
 
 

@@ -170,13 +170,13 @@ def _read_adapter(folder: Folder, number: int) -> tuple[Adapter, Parts]:
     parts: Parts = {("replaced", name): spec for name, spec in adapter.replaced.items()}
     errors = Problems()
     for name, site in join([adapter], errors).items():
-        ((lora, factors),) = site.members.values()
+        (factors,) = site.members.values()
         parts["delta", name] = factors
-        if lora.magnitude is not None:  # (out,) or (1, out, 1, 1), by PEFT's version
-            shape = (math.prod(lora.magnitude.shape),)
-            parts["magnitude", name] = replace(lora.magnitude, shape=shape)
-        if lora.bias is not None:
-            parts["bias", name] = Bias(lora.bias, factors.scale)
+        if factors.magnitude is not None:  # (out,) or (1, out, 1, 1), by PEFT's version
+            shape = (math.prod(factors.magnitude.shape),)
+            parts["magnitude", name] = replace(factors.magnitude, shape=shape)
+        if factors.bias is not None:
+            parts["bias", name] = Bias(factors.bias, factors.scale)
     errors.raise_all()
     parts |= {("rows", tokens.module): tokens for tokens in adapter.tokens}
     return adapter, dict(sorted(parts.items(), key=lambda item: stored_specs(item[1])[0].start))

@@ -141,8 +141,8 @@ def _select(factor: Tensor, dim: int, at: Positions) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class AddFactors(Edit):
-    """Low-rank additions of adapters."""
+class AddLowRank(Edit):
+    """w += Σ scale * b @ a: one product per block, the factors stacked along the rank."""
 
     added: tuple[PlacedFactors, ...]
 
@@ -157,11 +157,6 @@ class AddFactors(Edit):
     @property
     def flops(self) -> int:
         return sum(each.flops for each in self.added)
-
-
-@dataclass(frozen=True, slots=True)
-class AddLowRank(AddFactors):
-    """w += Σ scale * b @ a: one product per block, the factors stacked along the rank."""
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         stacks: dict[tuple[int, int, int, int], list] = {}
@@ -188,7 +183,7 @@ class AddLowRank(AddFactors):
 
 
 @dataclass(frozen=True, slots=True)
-class AddLikePeft(AddFactors):
+class AddLikePeft(AddLowRank):
     """One adapter's addition with PEFT's roundings: the product is scaled after the matmul; with
     `delta_first` it is rounded to the weight's dtype before it is added; the sum is rounded before
     the next adapter (`merge_and_unload`, safe_merge=False)."""

@@ -66,10 +66,18 @@ def edits_of(s: dict[str, TensorSpec]) -> list[Edit]:
     """Each kind, and each of its ways to be stored."""
     whole, scattered = Block(0, OUT, 0, IN), range(OUT - 1, -1, -1)
     turned = Block(2, 8, 0, IN, row_at=array([3, 1, 0]), row_of=array([3, 5, 6]))
-    factors = Factors(a=s["a"], b=s["b"], scale=1.5, rank=RANK)
+    factors = Factors(module="m", kind="module", a=s["a"], b=s["b"], scale=1.5, rank=RANK)
     term = PlacedFactors(factors, (whole,))
     other = PlacedFactors(replace(factors, scale=1.0), (turned,))
-    stack = Factors(a=s["stack_a"], b=s["stack_b"], scale=0.5, rank=RANK, experts=EXPERTS)
+    stack = Factors(
+        module="m",
+        kind="module",
+        a=s["stack_a"],
+        b=s["stack_b"],
+        scale=0.5,
+        rank=RANK,
+        experts=EXPERTS,
+    )
     one = PlacedFactors(stack, (Block(0, OUT, 0, IN, 1),))
     add = AddLowRank((term,))
     chosen: list[Edit] = [

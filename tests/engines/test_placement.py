@@ -29,7 +29,13 @@ def spec(key: str, dtype: str, *shape: int) -> TensorSpec:
 def step(number: int, rank: int) -> Step:
     block = Block(0, ROWS, 0, COLUMNS)
     a, b = spec("a", "F32", rank, COLUMNS), spec("b", "F32", ROWS, rank)
-    edit = AddLowRank((PlacedFactors(Factors(a=a, b=b, scale=1.0, rank=rank), (block,)),))
+    edit = AddLowRank(
+        (
+            PlacedFactors(
+                Factors(module="m", kind="module", a=a, b=b, scale=1.0, rank=rank), (block,)
+            ),
+        )
+    )
     source = spec(f"{number}.weight", "BF16", ROWS, COLUMNS)
     return Step(source.key, "BF16", source.shape, source, (edit,), ROWS)
 

@@ -23,7 +23,7 @@ from adapterkit.engines.local.computed import in_order
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Refused
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.plan import Step
+from adapterkit.plan import Edit, Step
 from adapterkit.tasks import rows as task_rows
 from adapterkit.tasks.edits import AddLowRank, Block, Decompose, PlacedFactors
 from adapterkit.tasks.rows import EditedTensor, RequantizedWeight
@@ -89,9 +89,11 @@ class Case:
 
     def step(self, dora: str | None = None, draws: Draws | None = None) -> Step:
         rows, columns = self.grid
-        factors = Factors(a=self.specs["a"], b=self.specs["b"], scale=1.0, rank=8)
+        factors = Factors(
+            module="m", kind="module", a=self.specs["a"], b=self.specs["b"], scale=1.0, rank=8
+        )
         term = PlacedFactors(factors, (Block(0, rows, 0, columns),))
-        edits = [AddLowRank((term,))]
+        edits: list[Edit] = [AddLowRank((term,))]
         if dora:
             edits.append(Decompose(self.specs[dora], (0, rows), dora == "column", tuple(edits)))
         return Step(

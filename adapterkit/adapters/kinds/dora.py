@@ -19,14 +19,17 @@ from adapterkit.weights.reader import TensorReader
 class DoRA(WeightDelta):
     """delta = m * (W + s·b@a) / ‖W + s·b@a‖ - W, the norms those of output rows."""
 
-    module: str
     factors: Factors
-    magnitude: TensorSpec
     weight: StoredParameter
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.factors.a, self.factors.b, self.magnitude, *self.weight.reads)
+        return (*self.factors.reads, self.magnitude, *self.weight.reads)
+
+    @property
+    def magnitude(self) -> TensorSpec:
+        assert self.factors.magnitude is not None
+        return self.factors.magnitude
 
     def value(self, reader: TensorReader) -> Tensor:  # (out, in) float32
         """(m / norm - 1) * W + m / norm * s·b@a, where no terms of the size of W cancel."""
@@ -40,11 +43,11 @@ class DoRA(WeightDelta):
 
         delta = map_rows(self.weight.matrix(reader), change)
         if not all_finite(delta):
-            problem, hint = (
-                f"the delta of {shown(self.module)} is not finite",
-                "check the adapter and its base",
-            )
+            module = shown(self.factors.module)
             raise Unrecoverable(
-                problem, expected="no row whose norm is 0", where=shown(self.module), hint=hint
+                f"the delta of {module} is not finite",
+                expected="no row whose norm is 0",
+                where=module,
+                hint="check the adapter and its base",
             )
         return delta

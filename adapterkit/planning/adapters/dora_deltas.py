@@ -7,7 +7,7 @@ from dataclasses import replace
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.kinds.dora import DoRA
-from adapterkit.adapters.record import Adapter, Lora
+from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.weights.detect import check_not_quantized
@@ -89,17 +89,17 @@ class BaseWeights:
         )
         return replace(weight, transposed=transposed)
 
-    def dora(self, lora: Lora, factors: Factors) -> DoRA:
+    def dora(self, factors: Factors) -> DoRA:
         """A module's delta; `Refused` where its factors do not fit the base."""
-        weight = self.of(lora.module, lora.kind == "embedding")
-        assert lora.magnitude is not None
+        delta = DoRA(factors, self.of(factors.module, factors.kind == "embedding"))
+        weight, magnitude = delta.weight, delta.magnitude.shape
         shape = weight.weight_shape[0], math.prod(weight.weight_shape[1:])
-        fits = factors.shape == shape and math.prod(lora.magnitude.shape) == shape[0]
-        if lora.depth or factors.experts is not None or not fits:
+        fits = factors.shape == shape and math.prod(magnitude) == shape[0]
+        if factors.depth or factors.experts is not None or not fits:
             raise Refused(
-                f"DoRA of {shown(lora.module)} {factors.shape}, magnitudes {lora.magnitude.shape}",
+                f"DoRA of {shown(factors.module)} {factors.shape}, magnitudes {magnitude}",
                 expected=f"one that fits the base's {weight.weight_shape}",
                 where=self.adapter.name,
                 hint=CHECK_BASE,
             )
-        return DoRA(lora.module, factors, lora.magnitude, weight)
+        return delta

@@ -52,7 +52,7 @@ class JoinedSite:
     # known
     leaf: str | None
     depth: int  # how many wrappers of the module's other parameters lie around this one's
-    members: dict[int, tuple[Lora, Factors]]  # adapter's number -> its factors
+    members: dict[int, Factors]  # adapter's number -> its factors
     attention: str | None = None  # the MultiheadAttention whose output projection it is
     wrappers: int = 1  # around the module, of all its parameters
 
@@ -65,8 +65,7 @@ class JoinedSite:
 
     def place(self, levels: Mapping[str, int]) -> Place:
         """Where its factors go in a file whose modules are wrapped `levels` times."""
-        lora, factors = next(iter(self.members.values()))
-        return Place.of_factors(lora, factors.experts, levels, self.depth)
+        return Place.of_factors(next(iter(self.members.values())), levels, self.depth)
 
 
 def levels_of(sites: Collection[JoinedSite]) -> dict[str, int]:
@@ -145,18 +144,16 @@ def _module(module: str, loras: dict[int, Lora], of: dict[int, Adapter]) -> Join
     members, errors = {}, Problems()
     for number, lora in loras.items():
         with errors.collected():
-            members[number] = lora, factors_of(of[number], lora)
+            members[number] = factors_of(of[number], lora)
     errors.raise_all()
-    if len({(lora.kind, f.shape, lora.a.shape[1:]) for lora, f in members.values()}) > 1:
+    if len({(one.kind, one.shape, one.a.shape[1:]) for one in members.values()}) > 1:
         raise _other_shapes(module, members, of)
     attention = next((path for n, lora in loras.items() if (path := of[n].attention(lora))), None)
     return JoinedSite(module, module, False, None, 0, members, attention)
 
 
-def _other_shapes(
-    name: str, members: dict[int, tuple[Lora, Factors]], of: dict[int, Adapter]
-) -> Refused:
-    shapes = [f"{of[n].name}: {lora.kind} {f.shape}" for n, (lora, f) in members.items()]
+def _other_shapes(name: str, members: dict[int, Factors], of: dict[int, Adapter]) -> Refused:
+    shapes = [f"{of[n].name}: {factors.kind} {factors.shape}" for n, factors in members.items()]
     hint = "combine adapters of one base"
     return Refused(
         f"{shown(name)}: {'; '.join(shapes)}", expected="one shape", where="adapters", hint=hint
@@ -251,8 +248,8 @@ def _signature(sites: list[JoinedSite]) -> tuple:
         (
             site.depth,
             *sorted(
-                (n, lora.depth, f.scale, f.rank, f.experts or 1)
-                for n, (lora, f) in site.members.items()
+                (n, factors.depth, factors.scale, factors.rank, factors.experts or 1)
+                for n, factors in site.members.items()
             ),
         )
         for site in sites
@@ -284,7 +281,7 @@ def _arranged(
 ) -> list[JoinedSite]:
     """The sites if these are the parameters, in this order; `Refused` where the files contradict
     it."""
-    members: dict[str, dict[int, tuple[Lora, Factors]]] = {leaf: {} for leaf in chosen}
+    members: dict[str, dict[int, Factors]] = {leaf: {} for leaf in chosen}
     for number, its in loras.items():
         mine = [leaf for leaf in chosen if leaf in leaves[number]]
         for lora in its:
@@ -297,9 +294,9 @@ def _arranged(
                     hint="restore the config that was saved with the file",
                 )
             leaf = mine[len(mine) - 1 - lora.depth]
-            members[leaf][number] = lora, factors_of(of[number], lora, leaf)
+            members[leaf][number] = factors_of(of[number], lora, leaf)
     for leaf, its in members.items():
-        if len({(f.shape, f.experts) for _, f in its.values()}) > 1:
+        if len({(one.shape, one.experts) for one in its.values()}) > 1:
             raise _other_shapes(f"{module}.{leaf}", its, of)
         if names is not None:
             _check_shape(module, leaf, its, names)
@@ -313,12 +310,10 @@ def _arranged(
     ]
 
 
-def _check_shape(
-    module: str, leaf: str, members: dict[int, tuple[Lora, Factors]], names: Parameters
-) -> None:
+def _check_shape(module: str, leaf: str, members: dict[int, Factors], names: Parameters) -> None:
     parameter = names.parameter(f"{module}.{leaf}")
     shape = None if parameter is None else tuple(parameter.shape)
-    for lora, factors in members.values():
+    for factors in members.values():
         stack = (
             (factors.experts,)
             if shape and len(shape) == 3 and factors.experts
@@ -331,7 +326,7 @@ def _check_shape(
             or shape[:-2] != stack
         ):
             raise Refused(
-                f"{shown(lora.a.key)}: factors of {factors.shape}",
+                f"{shown(factors.a.key)}: factors of {factors.shape}",
                 expected=(
                     f"ones that fit {shown(module)}.{shown(leaf)} "
                     f"{shape or 'of the base, which has none'}"
@@ -384,7 +379,7 @@ def _check_layouts(
     square = [
         site.name
         for site in sites
-        if any(f.experts and f.shape[0] == f.shape[1] for _, f in site.members.values())
+        if any(f.experts and f.shape[0] == f.shape[1] for f in site.members.values())
     ]
     stacked = [adapter for adapter in adapters if adapter.config.get("target_parameters")]
     if square and len({adapter.has_old_stacks for adapter in stacked}) > 1:

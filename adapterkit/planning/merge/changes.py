@@ -16,7 +16,7 @@ from adapterkit.planning.adapters.sites import flips_square_experts, sites_of
 from adapterkit.planning.adapters.value_comparison import differing_rows, relative_difference
 from adapterkit.planning.inputs.earlier_merges import merged_change, same_merges
 from adapterkit.planning.inputs.model_config import vocabulary_sizes
-from adapterkit.planning.merge.job import Addition, Change, MergeJob
+from adapterkit.planning.merge.job import Change, MergeJob
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.unadaptable import looks_up_otherwise, weight_reader
 
@@ -49,7 +49,7 @@ def resolve_targets(
             hint="use a transformers that knows the model, or give target_parameters as they were "
             "in training",
         )
-    return [(site.name, site.leaf, site.members[number][0]) for site in sites]
+    return [(site.name, site.leaf, site.members[number]) for site in sites]
 
 
 def orient(
@@ -59,22 +59,22 @@ def orient(
     lora: Lora,
     leaf: str | None,
     scale: float,
-) -> tuple[Factors, int]:
-    """scale · b @ a as it lies on the parameter, and the parameter's axis of outputs.
+) -> Factors:
+    """scale · b @ a as it lies on the parameter.
 
     A matrix that is a target itself (`leaf` its name) is taken as it is stored, whatever its
     module's class: PEFT's ParamWrapper does so. A module's weight, and a stack, go by shapes and,
     where these leave it open, by the module's class. `Refused` where the factors do not fit."""
     shape, a, b = parameter.shape, lora.a.shape, lora.b.shape
-    rank, experts, flip, axis = a[0], None, False, 0
+    rank, experts, flip = a[0], None, False
     is_matrix = len(shape) == len(a) == len(b) == 2
     if lora.kind == "embedding":
-        fits, flip, axis = is_matrix and (a[1], b[0]) == shape and rank == b[1], True, 1
+        fits, flip = is_matrix and (a[1], b[0]) == shape and rank == b[1], True
     elif len(shape) > 3 or (len(shape) == 3 and len(a) == 3):
         _check_groups(job, adapter, parameter, lora)
         fits = b[:1] + a[1:] == shape and all(n == 1 for n in b[2:])
     elif len(shape) == 3:
-        (experts, *matrix), axis = shape, 1
+        experts, *matrix = shape
         rank, rest = divmod(a[0], experts)
         as_is, flip = matrix == [b[0], a[-1]], matrix == [a[-1], b[0]]
         fits = not rest and b[1] == a[0] and (as_is or flip)
@@ -89,11 +89,10 @@ def orient(
             square=as_is,
             where=adapter.label,
         )
-        fits, axis = is_matrix and a[0] == b[1] and (flip or as_is), 1 if flip else 0
+        fits = is_matrix and a[0] == b[1] and (flip or as_is)
     if not fits:
         raise job.shape_error(adapter, lora.a.key, (a, b), shape)
-    how = {"scale": scale, "rank": rank, "experts": experts, "flip": flip}
-    return Factors(a=lora.a, b=lora.b, **how), axis
+    return Factors.of(lora, scale, rank, experts, flip, leaf)
 
 
 def _check_groups(job: MergeJob, adapter: Adapter, parameter: Parameter, lora: Lora) -> None:
@@ -427,7 +426,7 @@ def _add_product(
     rank, scale = rank_and_scale(adapter, lora, leaf)
     if lora.bias is not None:
         _add_bias(job, adapter, lora, scale * weight)
-    factors, output_axis = orient(job, adapter, parameter, lora, leaf, scale * weight)
+    factors = orient(job, adapter, parameter, lora, leaf, scale * weight)
     if factors.rank != rank:
         raise rank_mismatch(adapter, lora, factors.rank, rank)
     magnitude = lora.magnitude
@@ -438,25 +437,11 @@ def _add_product(
             where=adapter.label,
             hint="exclude it with --exclude",
         )
-    if magnitude is not None and math.prod(magnitude.shape) != shape[output_axis]:
-        raise job.shape_error(adapter, magnitude.key, magnitude.shape, (shape[output_axis],))
-    delta_first = (
-        lora.kind == "embedding"
-        or leaf is not None
-        or not name.endswith(".weight")
-        or adapter.attention(lora) is not None
-    )
+    outputs = shape[1 if factors.flip else 0]
+    if magnitude is not None and math.prod(magnitude.shape) != outputs:
+        raise job.shape_error(adapter, magnitude.key, magnitude.shape, (outputs,))
     change = job.change(parameter)
-    change.additions.append(
-        Addition(
-            adapter=adapter,
-            lora=lora,
-            factors=factors,
-            scale=factors.scale,
-            output_axis=output_axis,
-            delta_first=delta_first,
-        )
-    )
+    change.additions.append(factors)
     change.adapters.append(adapter.name)
 
 
@@ -475,7 +460,7 @@ def _add_bias(job: MergeJob, adapter: Adapter, lora: Lora, scale: float) -> None
         job.errors.append(job.shape_error(adapter, lora.bias.key, lora.bias.shape, parameter.shape))
         return
     change = job.change(parameter)
-    change.additions.append(Addition(adapter=adapter, lora=lora, factors=None, scale=scale))
+    change.vectors.append((lora.bias, scale))
     change.adapters.append(adapter.name)
 
 
@@ -526,11 +511,12 @@ def _add_rows(job: MergeJob, adapter: Adapter) -> None:
 def _check_together(job: MergeJob) -> None:
     """Refuse changes of one parameter by several adapters whose order would matter."""
     for name, change in job.changes.items():
-        numbers = {one.adapter.number for one in change.additions}
+        numbers = {one.a.folder for one in change.additions}
         dora = next((one for one in change.additions if one.magnitude is not None), None)
         if dora is not None and len(numbers) > 1 and job.options.compat != "peft":
             job.errors.add(
-                f"{shown(name)}: DoRA of {dora.adapter.name} beside another adapter",
+                f"{shown(name)}: DoRA of {job.adapters[dora.a.folder - 1].name} beside another "
+                "adapter",
                 "one adapter on a module that DoRA rescales: the result depends on the order",
                 "merge one after the other, or give --compat peft for PEFT's order",
             )

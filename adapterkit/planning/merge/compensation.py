@@ -86,22 +86,21 @@ def _places(job: MergeJob, step: Step, changes: list[tuple[Change, Slot]]) -> li
 def _is_linear(job: MergeJob, change: Change) -> bool:
     """Whether the parameter is the weight of a linear layer, and factors change it."""
     parameter = change.parameter
-    adds = any(one.factors is not None for one in change.additions)
-    if not adds or len(parameter.shape) != 2 or not parameter.name.endswith(".weight"):
+    if not change.additions or len(parameter.shape) != 2 or not parameter.name.endswith(".weight"):
         return False
     module = parameter.name.removesuffix(".weight")
     classes = [each.__name__ for each in job.names.classes(module)]
     if classes:
         return any(name in LINEAR for name in classes) and UNSEEN not in classes
-    return all(one.lora.kind != "embedding" for one in change.additions)
+    return all(one.kind != "embedding" for one in change.additions)
 
 
 def _place(step: Step, change: Change, slot: Slot) -> _Place:
     """Raises `Refused` where inputs are not all on one axis, in order."""
     parameter = change.parameter
-    factors = next(one.factors for one in change.additions if one.factors is not None)
-    outputs, inputs = slot.axes[::-1] if factors.flip else slot.axes
-    width = parameter.shape[0 if factors.flip else 1]
+    flip = change.additions[0].flip
+    outputs, inputs = slot.axes[::-1] if flip else slot.axes
+    width = parameter.shape[0 if flip else 1]
     whole = inputs.at == 0 and isinstance(inputs.of, range) and inputs.of == range(width)
     whole = whole and len(slot.shape) == 2 and {outputs.axis, inputs.axis} == {0, 1}
     if not whole or slot.shape[inputs.axis or 0] != width:

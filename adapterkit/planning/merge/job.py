@@ -124,37 +124,23 @@ class Change:
 
     parameter: Parameter
     value: TensorSpec | None = None
-    additions: list["Addition"] = field(default_factory=list)
+    additions: list[Factors] = field(default_factory=list)
+    vectors: list[tuple[TensorSpec, float]] = field(default_factory=list)  # biases of b, scales
     rows: list[tuple[TensorSpec, tuple[int, ...]]] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
     value_from: int = 0  # number of the adapter that has `value`
 
     @property
+    def has_edits(self) -> bool:
+        """Whether it is more than a new value."""
+        return bool(self.additions or self.vectors or self.rows)
+
+    @property
     def stack(self) -> bool:
         """Whether the parameter is a stack of matrices (experts); a convolution's kernel may have
         three axes too."""
-        added = [one.factors for one in self.additions if one.factors is not None]
-        return len(self.parameter.shape) == 3 and all(each.experts is not None for each in added)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Addition:
-    """The addition of one adapter to one parameter: of its factors, or of their bias."""
-
-    adapter: Adapter
-    lora: Lora
-    factors: Factors | None  # as they lie on the parameter; None: the bias, times `scale`
-    scale: float
-    output_axis: int = 0  # the parameter's axis with one magnitude per position
-    delta_first: bool = False  # PEFT rounds this kind of delta before it adds it
-
-    @property
-    def vector(self) -> TensorSpec | None:
-        return self.lora.bias if self.factors is None else None
-
-    @property
-    def magnitude(self) -> TensorSpec | None:
-        return None if self.factors is None else self.lora.magnitude
+        are_stacks = (factors.experts is not None for factors in self.additions)
+        return len(self.parameter.shape) == 3 and all(are_stacks)
 
 
 class MergeJob:

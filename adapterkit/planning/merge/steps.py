@@ -104,10 +104,12 @@ def place_vector(parameter: Parameter, slot: Slot, vector: TensorSpec, scale: fl
 
 
 def place_magnitude(
-    parameter: Parameter, slot: Slot, magnitude: TensorSpec, axis: int, before: tuple[Edit, ...]
+    parameter: Parameter, slot: Slot, factors: Factors, before: tuple[Edit, ...]
 ) -> Decompose:
-    """DoRA's rescaling of the parameter's `axis`, one magnitude per position, after the edits
-    `before`; `Refused` as `place_factors`."""
+    """DoRA's rescaling of the parameter's outputs, one magnitude each, after the edits `before`;
+    `Refused` as `place_factors`."""
+    magnitude, axis = factors.magnitude, int(factors.flip)
+    assert magnitude is not None
     if len(parameter.shape) > 2:
         if not parameter.whole:
             raise _layout_error(parameter, slot)
@@ -246,7 +248,7 @@ def _place(job: MergeJob, steps: dict[str, Step], change: Change, slot: Slot) ->
             resized = identity_slot(slot.key, value.shape)
         else:
             edits += place_value(parameter, slot, change.value)
-    if spec.dtype not in dtypes.FLOATS and (edits or change.additions or change.rows):
+    if spec.dtype not in dtypes.FLOATS and (edits or change.has_edits):
         raise Refused(
             f"{shown(slot.key)} is {spec.dtype}",
             expected="a float weight",
@@ -273,16 +275,10 @@ def _additions(
 ) -> list[Edit]:
     """The edits, followed by those of the change's additions."""
     parameter = change.parameter
+    edits += [place_vector(parameter, slot, *vector) for vector in change.vectors]
     if job.options.compat == "peft":
-        return _additions_like_peft(edits, change, slot, dtype)
-    placed = [
-        place_factors(parameter, slot, addition.factors)
-        for addition in change.additions
-        if addition.factors is not None
-    ]
-    for addition in change.additions:
-        if addition.vector is not None:
-            edits.append(place_vector(parameter, slot, addition.vector, addition.scale))
+        return _additions_like_peft(job, edits, change, slot, dtype)
+    placed = [place_factors(parameter, slot, factors) for factors in change.additions]
     if placed:
         # neighbors in one stored tensor (q, k, v in a fused projection) share one edit, so one
         # pass
@@ -291,32 +287,39 @@ def _additions(
             edits.pop()
             placed = [*last.added, *placed]
         edits.append(AddLowRank(tuple(placed)))
-    for addition in change.additions:
-        if addition.magnitude is not None:
-            axis, before = addition.output_axis, tuple(edits)
-            edits.append(place_magnitude(parameter, slot, addition.magnitude, axis, before))
+    for factors in change.additions:
+        if factors.magnitude is not None:
+            edits.append(place_magnitude(parameter, slot, factors, tuple(edits)))
     return edits
 
 
-def _additions_like_peft(edits: list[Edit], change: Change, slot: Slot, dtype: str) -> list[Edit]:
+def _additions_like_peft(
+    job: MergeJob, edits: list[Edit], change: Change, slot: Slot, dtype: str
+) -> list[Edit]:
     """The same in PEFT's order, with its roundings to `dtype` between."""
     parameter = change.parameter
     rounded = dtypes.torch_dtype(dtype)
-    for addition in change.additions:
-        if addition.factors is None:
-            assert addition.vector is not None
-            edits.append(place_vector(parameter, slot, addition.vector, addition.scale))
-            continue
-        placed = place_factors(parameter, slot, addition.factors)
-        if addition.magnitude is None:
-            edits.append(AddLikePeft((placed,), rounded, addition.delta_first))
+    for factors in change.additions:
+        placed = place_factors(parameter, slot, factors)
+        if factors.magnitude is None:
+            edits.append(AddLikePeft((placed,), rounded, _delta_first(job, parameter, factors)))
             continue
         # PEFT's DoRA norm is that of the weight before any merge: W' = g ⊙ (W + Δ), rounded before
         # the next adapter
-        delta, axis = AddLowRank((placed,)), addition.output_axis
-        magnitude = place_magnitude(parameter, slot, addition.magnitude, axis, (delta,))
+        delta = AddLowRank((placed,))
+        magnitude = place_magnitude(parameter, slot, factors, (delta,))
         edits += [delta, replace(magnitude, of_stored=True), RoundTo(rounded)]
     return edits
+
+
+def _delta_first(job: MergeJob, parameter: Parameter, factors: Factors) -> bool:
+    """Whether PEFT rounds this kind of delta before it adds it."""
+    return (
+        factors.kind == "embedding"
+        or factors.leaf is not None
+        or not parameter.name.endswith(".weight")
+        or job.adapters[factors.a.folder - 1].attention(factors) is not None
+    )
 
 
 def _new_step(job: MergeJob, name: str, change: Change) -> Step:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.plan import HANDOFF_FOLDER
@@ -20,7 +21,7 @@ from adapterkit.planning.inputs.model_config import (
     sub_configs,
     vocabulary_sizes,
 )
-from adapterkit.planning.merge.job import Addition, Change, MergeJob
+from adapterkit.planning.merge.job import Change, MergeJob
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.skeleton import tied_names
 from adapterkit.weights.unadaptable import weight_reader
@@ -291,9 +292,13 @@ def _equal_changes(job: MergeJob, one: Change, other: Change) -> bool:
         return False
     if len(one.additions) != len(other.additions) or (one.value is None) != (other.value is None):
         return False
+    vectors = [[(spec.folder, scale) for spec, scale in each.vectors] for each in (one, other)]
+    if vectors[0] != vectors[1]:
+        return False
     pairs = [
         (one.value, other.value),
         *((a, b) for (a, _), (b, _) in zip(one.rows, other.rows, strict=True)),
+        *((a, b) for (a, _), (b, _) in zip(one.vectors, other.vectors, strict=True)),
     ]
     if not all(job.same_bytes(a, b) for a, b in pairs):
         return False
@@ -301,28 +306,22 @@ def _equal_changes(job: MergeJob, one: Change, other: Change) -> bool:
     return all(_equal_additions(job, a, b) for a, b in additions)
 
 
-def _equal_additions(job: MergeJob, one: Addition, other: Addition) -> bool:
+def _equal_additions(job: MergeJob, one: Factors, other: Factors) -> bool:
     """Whether two additions are the same: equal scales and, element by element, factors; those of
     an embedding are stored transposed."""
     if one is other:
         return True
-    if HANDOFF_FOLDER in (one.lora.a.folder, other.lora.a.folder):
+    if HANDOFF_FOLDER in (one.a.folder, other.a.folder):
         return False  # factors of the same plan: there are no bytes yet
-    if (one.adapter.number, one.scale, one.factors is None) != (
-        other.adapter.number,
-        other.scale,
-        other.factors is None,
-    ):
+    if (one.a.folder, one.scale) != (other.a.folder, other.scale):
         return False
-    if one.magnitude or other.magnitude or one.factors is None or other.factors is None:
-        sides = [(x.magnitude, x.vector, x.lora.a, x.lora.b) for x in (one, other)]
-        return one.output_axis == other.output_axis and all(
-            job.same_bytes(a, b) for a, b in zip(*sides, strict=True)
-        )
-    first, second = one.factors, other.factors
-    if first.flip == second.flip:
-        return job.same_bytes(first.a, second.a) and job.same_bytes(first.b, second.b)
-    return _are_transposes(job, first.a, second.b) and _are_transposes(job, first.b, second.a)
+    if one.flip == other.flip:
+        sides = ((each.magnitude, each.a, each.b) for each in (one, other))
+        return all(job.same_bytes(a, b) for a, b in zip(*sides, strict=True))
+    is_plain = one.magnitude is None and other.magnitude is None
+    return (
+        is_plain and _are_transposes(job, one.a, other.b) and _are_transposes(job, one.b, other.a)
+    )
 
 
 def _are_transposes(job: MergeJob, one: TensorSpec, other: TensorSpec) -> bool:
@@ -366,7 +365,8 @@ def _sum(job: MergeJob, changed: list[str]) -> Change:
     valued = next((change for change in changes if change.value is not None), changes[0])
     return replace(
         valued,
-        additions=[addition for change in changes for addition in change.additions],
+        additions=[factors for change in changes for factors in change.additions],
+        vectors=[vector for change in changes for vector in change.vectors],
         rows=[row for change in changes for row in change.rows],
         adapters=list(dict.fromkeys(name for change in changes for name in change.adapters)),
     )
@@ -430,7 +430,7 @@ def _set_one(job: MergeJob, name: str, change: Change | None) -> None:
                 "exclude it with --exclude",
                 where=job.base.name,
             )
-    elif change is not None and (change.value is not None or change.additions or change.rows):
+    elif change is not None and (change.value is not None or change.has_edits):
         job.changes[name] = replace(change, parameter=own)
 
 

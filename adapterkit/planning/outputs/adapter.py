@@ -61,9 +61,9 @@ def sum_biases(
     """
     terms = {
         name: tuple(
-            (lora.bias, factors.scale * weight_of(number, lora.module))
-            for number, (lora, factors) in site.members.items()
-            if lora.bias is not None
+            (factors.bias, factors.scale * weight_of(number, factors.module))
+            for number, factors in site.members.items()
+            if factors.bias is not None
         )
         for name, site in sites.items()
     }

@@ -3,11 +3,12 @@
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.keys import part_keys
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.adapters.resolve import PARAMETER, model_type
@@ -147,34 +148,24 @@ class ModelParameters:
         return self.modules[module]._parameters.get(leaf)
 
 
-@dataclass(frozen=True)
-class ParameterFactors:
-    """A file's factors of one parameter; see `ParameterPart`."""
-
-    lora: Lora
-    scale: float
-    leaf: str
-    depth: int
-    flip: bool  # to exchange in and out: PEFT up to 0.18 had them so
-
-    def factors(self, host: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """a and b as the part has them; of experts a (E * r, in) and b (out, r * E) in the file."""
-        parameter = host._parameters[self.leaf]
-        assert parameter is not None
-        if parameter.ndim == 3:
-            experts = len(parameter)
-            a = a.unflatten(0, (experts, -1))
-            b = b.unflatten(1, (-1, experts)).permute(2, 0, 1).contiguous()
-        return (b.mT.contiguous(), a.mT.contiguous()) if self.flip else (a, b)
+def of_parameter(factors: Factors, host: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a and b as the part has them; of experts a (E * r, in) and b (out, r * E) in the file."""
+    parameter = host._parameters[factors.leaf or ""]
+    assert parameter is not None
+    if parameter.ndim == 3:
+        experts = len(parameter)
+        a = a.unflatten(0, (experts, -1))
+        b = b.unflatten(1, (-1, experts)).permute(2, 0, 1).contiguous()
+    return (b.mT.contiguous(), a.mT.contiguous()) if factors.flip else (a, b)
 
 
 def split_parameters(
     adapter: Adapter, model: nn.Module, modules: Mapping[str, nn.Module], errors: Problems
-) -> tuple[list[Lora], list[ParameterFactors]]:
+) -> tuple[list[Lora], list[Factors]]:
     """An adapter's factors of modules, and those of parameters; those that do not fit the model's
     parameters are added to the errors."""
     of_modules: list[Lora] = []
-    of_parameters: list[ParameterFactors] = []
+    of_parameters: list[Factors] = []
     parameters = ModelParameters(model, modules)
     by_module: dict[str, list[Lora]] = {}
     for lora in adapter.loras:
@@ -195,8 +186,10 @@ def split_parameters(
     return of_modules, of_parameters
 
 
-def _stored(adapter: Adapter, site: JoinedSite, host: nn.Module) -> ParameterFactors:
-    lora, factors = site.members[0]
+def _stored(adapter: Adapter, site: JoinedSite, host: nn.Module) -> Factors:
+    """A file's factors of one parameter, with whether in and out are to be exchanged: PEFT up to
+    0.18 had them so."""
+    factors = site.members[0]
     assert site.leaf is not None
     parameter, transposed = host._parameters[site.leaf], is_transposed(host, site.leaf)
     assert parameter is not None
@@ -207,4 +200,4 @@ def _stored(adapter: Adapter, site: JoinedSite, host: nn.Module) -> ParameterFac
         flip = flips_square_experts(adapter, site.name, transposed, None, HINT) != transposed
     else:
         flip = (parameter.shape[1:] == (columns, out)) != transposed
-    return ParameterFactors(lora, factors.scale, site.leaf, site.depth, flip)
+    return replace(factors, flip=flip)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.adapters.adapter_config import base_id
-from adapterkit.adapters.factors import rank_and_scale
+from adapterkit.adapters.factors import Factors, rank_and_scale
 from adapterkit.adapters.lora_config import LoraConfig, check_live_config
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter, Lora, rank_mismatch
@@ -26,7 +26,7 @@ from adapterkit.planning.inputs.input_identity import header_hashes, identities
 from adapterkit.planning.inputs.sources import initial_of, open_adapter
 from adapterkit.registry import members
 from adapterkit.runtime.layers import kind_of
-from adapterkit.runtime.layers.parameter import ParameterFactors, ParameterPart, split_parameters
+from adapterkit.runtime.layers.parameter import ParameterPart, of_parameter, split_parameters
 from adapterkit.runtime.load.placing import LayerFactors, place
 from adapterkit.runtime.load.stored_values import StoredValues, join_values
 from adapterkit.runtime.parts import dora
@@ -39,12 +39,12 @@ from adapterkit.runtime.targets import unread
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter's files, joined with the model: for each part its module, kind and tensors."""
+    """An adapter's files, joined with the model: for each part its kind and tensors."""
 
     adapter: Adapter
     config: LoraConfig
-    factors: tuple[tuple[str, type[FactorsPart], Lora, float], ...]  # path, kind, factors, scale
-    parameters: tuple[ParameterFactors, ...]
+    factors: tuple[tuple[type[FactorsPart], Factors], ...]
+    parameters: tuple[Factors, ...]
     values: StoredValues
 
 
@@ -112,7 +112,7 @@ def _join(state: State, folder: Folder, *, beside: bool = False) -> StoredAdapte
         replicate(state, config.layer_replication, adapter.where)
     hint = "the adapter was trained on another model"
     errors = Problems(where=adapter.label, hint=hint)
-    factors: list[tuple[str, type[FactorsPart], Lora, float]] = []
+    factors: list[tuple[type[FactorsPart], Factors]] = []
     loras, parameters = split_parameters(adapter, state.model, state.modules, errors)
     hosts: dict[int, str] = {}
     for lora in loras:
@@ -137,7 +137,7 @@ def _join(state: State, folder: Folder, *, beside: bool = False) -> StoredAdapte
             )
         if lora.magnitude is not None:
             _check_magnitude(lora, host, kind, errors)
-        factors.append((lora.module, kind, lora, scale))
+        factors.append((kind, Factors.of(lora, scale, rank)))
     values = join_values(state, adapter, config, errors)
     errors.raise_all()
     return StoredAdapter(adapter, config, tuple(factors), tuple(parameters), values)
@@ -173,22 +173,26 @@ def read_parts(
 def _read_factors(
     state: State, stored: StoredAdapter, read: Callable[[TensorSpec], Tensor]
 ) -> Iterator[LayerFactors]:
-    for path, kind, lora, scale in stored.factors:
+    for kind, own in stored.factors:
         yield LayerFactors(
-            path=path,
+            path=own.module,
             kind=kind,
-            a=read(lora.a),
-            b=read(lora.b),
-            scale=scale,
-            bias=None if lora.bias is None else read(lora.bias),
-            magnitude=None if lora.magnitude is None else read(lora.magnitude),
+            a=read(own.a),
+            b=read(own.b),
+            scale=own.scale,
+            bias=None if own.bias is None else read(own.bias),
+            magnitude=None if own.magnitude is None else read(own.magnitude),
         )
     for own in stored.parameters:
-        path = own.lora.module
-        a, b = own.factors(state.modules[path], read(own.lora.a), read(own.lora.b))
-        depth = own.depth
+        a, b = of_parameter(own, state.modules[own.module], read(own.a), read(own.b))
         yield LayerFactors(
-            path=path, kind=ParameterPart, a=a, b=b, scale=own.scale, leaf=own.leaf, depth=depth
+            path=own.module,
+            kind=ParameterPart,
+            a=a,
+            b=b,
+            scale=own.scale,
+            leaf=own.leaf or "",
+            depth=own.depth,
         )
 
 
