@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
@@ -40,6 +40,12 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return self.stop - self.start
+
+    def narrowed(self, shape: tuple[int, ...], first: int, last: int) -> "TensorSpec":
+        """tensor.view(shape)[first:last], as a tensor of its own."""
+        width = self.nbytes // shape[0]
+        start, stop = (self.start + row * width for row in (first, last))
+        return replace(self, shape=(last - first, *shape[1:]), start=start, stop=stop)
 
 
 @dataclass(frozen=True)

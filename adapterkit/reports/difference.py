@@ -11,6 +11,8 @@ from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
+from adapterkit.engines.local.reader import LocalReader
+from adapterkit.errors import Interrupted
 from adapterkit.options import Progress, expect
 from adapterkit.planning.inputs.converted_adapter import adapter_or_file, components_of
 from adapterkit.planning.inputs.sources import open_source
@@ -23,7 +25,6 @@ from adapterkit.reports.matching import (
     match_components,
 )
 from adapterkit.reports.pairs import STATES, Pair, Result, stored_specs
-from adapterkit.reports.reader import StoredReader
 from adapterkit.verbs.diff import Diff
 from adapterkit.weights.codec import stored_parts
 
@@ -121,8 +122,8 @@ def measure(
         here = (spec for pair in specs for spec in pair if spec.folder == number)
         files = dict.fromkeys(part.file for spec in here for part in stored_parts(spec))
         folder.prefetch(list(files))
-    with Sources(tuple(folders), {}) as sources:
-        reader = StoredReader(sources)
+    with StoppedSources(tuple(folders), {}) as sources:
+        reader = LocalReader(sources, torch.device("cpu"), dtype=None, finite=False)
 
         def compare(pair: Pair, stored: tuple[TensorSpec, ...]) -> Result:
             if not stored:
@@ -137,9 +138,23 @@ def measure(
             try:
                 return list(pool.map(compare, matches.pairs, specs))
             finally:
-                reader.stop.set()
+                sources.stop()
                 pool.shutdown(cancel_futures=True)
                 torch.set_num_threads(threads)
+
+
+class StoppedSources(Sources):
+    """Open files of which nothing more is read once they are stopped."""
+
+    stopped = False
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def read_into(self, spec: TensorSpec, offset: int, buffer: memoryview) -> None:
+        if self.stopped:
+            raise Interrupted("stopped")
+        super().read_into(spec, offset, buffer)
 
 
 def _are_one(pair: Pair, folders: Sequence[Folder]) -> bool:

@@ -16,6 +16,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import WARNING, AdapterkitError, Damaged, Problems, Refused, shown
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.sums import all_finite, squared_norm
@@ -23,13 +24,13 @@ from adapterkit.options import Progress, expect
 from adapterkit.planning.merge.changes import collect_changes, other_base
 from adapterkit.planning.merge.job import MergeJob
 from adapterkit.records import Json
-from adapterkit.reports.reader import StoredReader
 from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.parameters import Parameter
+from adapterkit.weights.reader import Reader
 from adapterkit.weights.slots import Slot
 
-BLOCK = 4 << 20  # bytes read at a time of all tensors but factors
+BLOCK = 4 << 20  # bytes of a base's weight that are read at a time
 CHECK_BASE = "check the base"
 NOT_FINITE = "values that are not finite (NaN or infinity)"
 
@@ -83,7 +84,7 @@ def read_factors(
     factors = {spec.key for lora in adapter.loras for spec in (lora.a, lora.b)}
     base = joined.base.folder if joined is not None else adapter.folder
     with Sources((base, adapter.folder), {}) as sources:
-        reader = StoredReader(sources)
+        reader = LocalReader(sources, torch.device("cpu"), dtype=None, finite=False)
         for lora, module in zip(adapter.loras, modules, strict=True):
             module |= _statistics(lora, module, reader, problems)
             progress(lora.a.nbytes + lora.b.nbytes)
@@ -96,7 +97,7 @@ def read_factors(
                 _check_values(spec, reader, problems, progress)
 
 
-def _statistics(lora: Lora, module: Json, reader: StoredReader, problems: Problems) -> Json:
+def _statistics(lora: Lora, module: Json, reader: Reader, problems: Problems) -> Json:
     """trained, and effective_rank and norm where the factors are finite and fit each other."""
     a, b = (reader.tensor(spec).double().flatten(1) for spec in (lora.a, lora.b))
     statistics: Json = {"trained": bool((b != 0).any())}
@@ -163,25 +164,17 @@ def _not_finite(problem: str, where: str) -> AdapterkitError:
     return Damaged(problem, expected="finite values", where=where, hint=hint)
 
 
-def _check_values(
-    spec: TensorSpec, reader: StoredReader, problems: Problems, progress: Progress
-) -> None:
-    dtype = dtypes.torch_dtype(spec.dtype)
-    for start in range(0, spec.nbytes, BLOCK):
-        data = reader.bytes(spec, start, min(start + BLOCK, spec.nbytes))
-        progress(len(data))
-        if not all_finite(data.view(dtype)):
+def _check_values(spec: TensorSpec, reader: Reader, problems: Problems, progress: Progress) -> None:
+    for _, values in reader.blocks(spec, (math.prod(spec.shape), 1)):
+        progress(values.nbytes)
+        if not all_finite(values):
             where = f"{spec.file}: {shown(spec.key)}"
             problems.append(_not_finite(NOT_FINITE, where))
             return
 
 
 def _weight_norm(
-    base: Checkpoint,
-    parameter: Parameter,
-    reader: StoredReader,
-    problems: Problems,
-    progress: Progress,
+    base: Checkpoint, parameter: Parameter, reader: Reader, problems: Problems, progress: Progress
 ) -> float | None:
     """‖W‖_F of a parameter; None, with a problem, where it is zero, not finite or not floats."""
     specs = [base.tensors[slot.key] for slot in parameter.slots]
@@ -199,9 +192,7 @@ def _weight_norm(
     return None
 
 
-def _sum_of_squares(
-    spec: TensorSpec, slot: Slot, reader: StoredReader, progress: Progress
-) -> float:
+def _sum_of_squares(spec: TensorSpec, slot: Slot, reader: Reader, progress: Progress) -> float:
     """Σ w² over the positions of one slot, by blocks of rows of the stored tensor."""
     positions = {
         axis.axis: torch.as_tensor(list(axis.of)) for axis in slot.axes if axis.axis is not None
@@ -211,7 +202,8 @@ def _sum_of_squares(
     step, stop = max(1, BLOCK // max(width, 1)), int(rows.max()) + 1
     for first in range(int(rows.min()), stop, step):
         last = min(first + step, stop)
-        block = reader.part(spec, (last - first, *rest), first * width)
+        block = reader.rows(spec, (slot.shape[0], math.prod(rest)), first, last)
+        block = block.view(last - first, *rest)
         progress((last - first) * width)
         here = rows[(rows >= first) & (rows < last)] - first
         block = block if len(here) == len(block) else block[here]

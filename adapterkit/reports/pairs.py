@@ -1,8 +1,9 @@
 """Pairs that diff compares: tensors, deltas and token rows that both sides have."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,15 +16,15 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels import compare as kernel
 from adapterkit.kernels.lowrank.algebra import Product, inner, rank_for_energy, stack_products
 from adapterkit.records import Json
-from adapterkit.reports.reader import StoredReader
 from adapterkit.weights.codec import QuantizedWeight
-from adapterkit.weights.reader import TensorReader
+from adapterkit.weights.reader import Reader, TensorReader
 
 BLOCK = 1 << 18  # elements compared at a time: near a core's cache
 MAX_COLUMNS = 1 << 17  # of a matrix that gets a suggested rank: its sketch takes 64 MB
 NOISE = 2.0**-44  # of ‖b‖ ‖a‖: rounding of float64 arithmetic on factors where the delta is zero
 # from the same bytes to different beyond the tolerance
 STATES = ("identical", "equal", "rounded", "within", "changed")
+Rows = Callable[[int, int], Tensor]  # rows [first, last) of one side, in its dtype
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Pair(Protocol):
     @property
     def b(self) -> Any: ...
 
-    def compare(self, reader: StoredReader, energy: float) -> Result:
+    def compare(self, reader: Reader, energy: float) -> Result:
         """Its result; `energy`: the share that the suggested rank keeps, 0: suggest none."""
         ...
 
@@ -86,7 +87,7 @@ class TensorPair:
     a: TensorSpec
     b: TensorSpec
 
-    def compare(self, reader: StoredReader, energy: float) -> Result:
+    def compare(self, reader: Reader, energy: float) -> Result:
         floats = self.a.dtype in dtypes.FLOATS and self.b.dtype in dtypes.FLOATS
         if self.a.shape != self.b.shape:
             return _changed(self, "shape")
@@ -94,30 +95,38 @@ class TensorPair:
             return _changed(self, "dtype")
         if not floats:
             return self._compare_bytes(reader)
-        state = self.state(reader)
-        return Result(state) if state else self._measure(reader, energy)
+        sides = self.sides(reader)
+        state = self.state(sides)
+        return Result(state) if state else self._measure(sides, energy)
 
     @property
     def grid(self) -> MatrixStack:
         return MatrixStack.of(self.a.shape, self.name)
 
+    def sides(self, reader: Reader) -> tuple[Rows, Rows]:
+        """The rows of A and of B; a quantized weight is decoded once."""
+        grid = self.grid[:2]
+
+        def rows(spec: TensorSpec) -> Rows:
+            if not isinstance(spec, QuantizedWeight):
+                return partial(reader.rows, spec, grid)
+            value = reader.tensor(spec).reshape(grid)
+            return lambda first, last: value[first:last]
+
+        return rows(self.a), rows(self.b)
+
     def _blocks(
-        self, reader: StoredReader, start: int, stop: int
+        self, sides: tuple[Rows, Rows], start: int, stop: int
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(first row, its rows of A, of B), in their dtypes."""
-        columns = self.grid.columns
+        """(first row, its rows of A, of B)."""
         for first, last in self.grid.blocks(start, stop):
-            shape, offset = (last - first, columns), first * columns
-            a, b = (
-                reader.part(spec, shape, offset * dtypes.BITS[spec.dtype] // 8)
-                for spec in (self.a, self.b)
-            )
+            a, b = (rows(first, last) for rows in sides)
             yield first, a, b
 
-    def state(self, reader: StoredReader) -> str | None:
+    def state(self, sides: tuple[Rows, Rows]) -> str | None:
         """ "identical", "equal" or "rounded", or None at the first block that is none of these."""
         same_dtype, identical, forth, back = self.a.dtype == self.b.dtype, True, True, True
-        for _, a, b in self._blocks(reader, 0, self.grid.rows):
+        for _, a, b in self._blocks(sides, 0, self.grid.rows):
             if not same_dtype:
                 forth, back = forth and kernel.rounds_to(a, b), back and kernel.rounds_to(b, a)
             elif not torch.equal(_bits(a), _bits(b)):
@@ -127,47 +136,48 @@ class TensorPair:
                 return None
         return "rounded" if not same_dtype else "identical" if identical else "equal"
 
-    def _compare_bytes(self, reader: StoredReader) -> Result:
+    def _compare_bytes(self, reader: Reader) -> Result:
         width = max(1, dtypes.BITS[self.a.dtype] // 8)  # elements smaller than a byte: by bytes
-        size, differing = self.a.nbytes, 0
-        for start in range(0, size, BLOCK * width):
-            stop = min(start + BLOCK * width, size)
-            a, b = (reader.bytes(spec, start, stop) for spec in (self.a, self.b))
+        count, differing = self.a.nbytes // width, 0
+        sides = [replace(spec, dtype="U8") for spec in (self.a, self.b)]
+        for first in range(0, count, BLOCK):
+            last = min(first + BLOCK, count)
+            a, b = (reader.rows(spec, (count, width), first, last) for spec in sides)
             if not torch.equal(a, b):
-                differing += int((a != b).view(-1, width).any(1).sum())
+                differing += int((a != b).any(1).sum())
         if not differing:
             return Result("identical")
-        return _changed(self, "values", differing=differing / (size // width))
+        return _changed(self, "values", differing=differing / count)
 
-    def _measure(self, reader: StoredReader, energy: float) -> Result:
+    def _measure(self, sides: tuple[Rows, Rows], energy: float) -> Result:
         grid, sums, spectra = self.grid, kernel.PairSums(), []
         for start in range(0, grid.rows, grid.height):
-            spectra.append(self._spectrum(reader, start, start + grid.height, sums, energy))
+            spectra.append(self._spectrum(sides, start, start + grid.height, sums, energy))
         rank = None
         if grid.columns > 1:
             rank = _suggested_rank(kernel.pool_spectra(spectra), sums.error, grid, energy)
         return _changed(self, "values", rank, **_figures(sums, math.prod(self.a.shape)))
 
     def _spectrum(
-        self, reader: StoredReader, start: int, stop: int, sums: kernel.PairSums, energy: float
+        self, sides: tuple[Rows, Rows], start: int, stop: int, sums: kernel.PairSums, energy: float
     ) -> Tensor:
         """Singular values of rows [start, stop) of A − B, whose sums are added to `sums`."""
         columns = self.grid.columns
         if not energy or columns == 1:
-            for _, a, b in self._blocks(reader, start, stop):
+            for _, a, b in self._blocks(sides, start, stop):
                 sums.add(a, b)
             return torch.zeros(1)
         if columns <= kernel.EXACT:
             gram = kernel.Gram(columns)
-            for _, a, b in self._blocks(reader, start, stop):
+            for _, a, b in self._blocks(sides, start, stop):
                 gram.add(sums.add(a, b))
             return gram.values()
         wide = "F64" in (self.a.dtype, self.b.dtype)
         sketch = kernel.Sketch(columns, torch.float64 if wide else torch.float32)
-        for first, a, b in self._blocks(reader, start, stop):
+        for first, a, b in self._blocks(sides, start, stop):
             sketch.add(sums.add(a, b), first)
         gram = kernel.Gram(columns, sketch.basis())
-        for _, a, b in self._blocks(reader, start, stop):
+        for _, a, b in self._blocks(sides, start, stop):
             gram.add(kernel.base_and_difference(a, b, sketch.z.dtype)[1])
         return gram.values()
 
@@ -199,13 +209,13 @@ class DeltaPair:
     a: Factors | Bias
     b: Factors | Bias
 
-    def compare(self, reader: StoredReader, energy: float) -> Result:
+    def compare(self, reader: Reader, energy: float) -> Result:
         if (_shape(self.a), self.a.experts) != (_shape(self.b), self.b.experts):
             return _changed(self, "shape")
         state = self._state_of_factors(reader)
         return Result(state) if state else self._measure(reader, energy)
 
-    def _state_of_factors(self, reader: StoredReader) -> str | None:
+    def _state_of_factors(self, reader: Reader) -> str | None:
         """The state of the stored factors; None where they differ, or their scales do."""
         if (self.a.scale, self.a.rank) != (self.b.scale, self.b.rank):
             return None
@@ -213,13 +223,14 @@ class DeltaPair:
         for one, other in zip(_factors(self.a), _factors(self.b), strict=True):
             if one.shape != other.shape:
                 return None
-            state = TensorPair("", "", one, other).state(reader)
+            pair = TensorPair("", "", one, other)
+            state = pair.state(pair.sides(reader))
             if state is None:
                 return None
             states.append(state)
         return max(states, key=STATES.index)
 
-    def _measure(self, reader: StoredReader, energy: float) -> Result:
+    def _measure(self, reader: Reader, energy: float) -> Result:
         squares = [0.0, 0.0, 0.0]  # ‖A‖², ⟨A, B⟩, ‖B‖²
         spectra, noise = [], 0.0
         for x, y in zip(self.a.products(reader), self.b.products(reader), strict=True):
@@ -259,7 +270,7 @@ class TokenRowsPair:
     a: Tokens
     b: Tokens
 
-    def compare(self, reader: StoredReader, energy: float) -> Result:
+    def compare(self, reader: Reader, energy: float) -> Result:
         if self.a.values.shape[1:] != self.b.values.shape[1:]:
             return _changed(self, "shape")
         if self.a.indices == self.b.indices:

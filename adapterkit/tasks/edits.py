@@ -60,7 +60,8 @@ class PlacedFactors:
         """The block's expert's part of a."""
         a, experts = self.factors.a, self.factors.experts
         assert experts is not None and block.expert is not None
-        return part_of(a, (experts, self.factors.rank, *a.shape[1:]), block.expert)
+        rank, at = self.factors.rank, block.expert
+        return a.narrowed((experts * rank, *a.shape[1:]), at * rank, (at + 1) * rank)
 
     @property
     def flops(self) -> int:
@@ -93,14 +94,6 @@ class PlacedFactors:
         for block in self.blocks:
             a = inputs.tensor(self._of_expert(block)).reshape(rank, -1)
             yield block, scale_factor(stack[block.expert].to(inputs.dtype), scale), a
-
-
-def part_of(spec: TensorSpec, shape: tuple[int, ...], index: int) -> TensorSpec:
-    """tensor.view(shape)[index], as a part of its file."""
-    size = spec.nbytes // shape[0]
-    return replace(
-        spec, shape=shape[1:], start=spec.start + index * size, stop=spec.start + (index + 1) * size
-    )
 
 
 def overlap(w: Tensor, first: int, row: int, row_stop: int) -> Iterator[tuple[Tensor, slice]]:
@@ -334,23 +327,18 @@ class Assign(Edit):
     flip: bool
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
-        block = self.block
-        value = (
-            self.value
-            if block.expert is None
-            else part_of(self.value, self.value.shape, block.expert)
-        )
-        value = inputs.tensor(value)
+        block, spec = self.block, self.value
+        if block.expert is not None:
+            spec = spec.narrowed(spec.shape, block.expert, block.expert + 1)
+            spec = replace(spec, shape=spec.shape[1:])
+        value = inputs.tensor(spec)
         value = value.reshape(value.shape[0], -1)
         value = value.T if self.flip else value
         value = value if block.row_at is None else _select(value, 0, block.row_at)
         value = value if block.col_at is None else _select(value, 1, block.col_at)
-        of = torch.as_tensor(
-            list(block.row_of if block.row_of is not None else range(block.row, block.row_stop))
-        )
-        columns = torch.as_tensor(
-            list(block.col_of if block.col_of is not None else range(block.col, block.col_stop))
-        )
+        rows, cols = range(block.row, block.row_stop), range(block.col, block.col_stop)
+        of = torch.as_tensor(list(rows if block.row_of is None else block.row_of))
+        columns = torch.as_tensor(list(cols if block.col_of is None else block.col_of))
 
         def apply(w: Tensor, first: int) -> None:
             inside = (of >= first) & (of < first + w.shape[0])

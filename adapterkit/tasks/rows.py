@@ -4,7 +4,7 @@ decoded, edited and encoded again."""
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -241,14 +241,12 @@ class StoredRows:
         return value
 
     def _decode(self, first: int, last: int) -> Tensor:
-        source, shape = self.source, (last - first, self.width)
-        if isinstance(source, QuantizedWeight):
+        if isinstance(self.source, QuantizedWeight):
             rows = self.narrow(self.parts, first, last)
-            return decode_checked(*rows, hint="download the checkpoint again").view(shape)
-        start, stop = (
-            source.start + dtypes.size(source.dtype, row * self.width) for row in (first, last)
-        )
-        return self.inputs.tensor(replace(source, shape=shape, start=start, stop=stop))
+            value = decode_checked(*rows, hint="download the checkpoint again")
+            return value.view(last - first, self.width)
+        grid = self.height, self.width
+        return self.inputs.tensor(self.source.narrowed(grid, first, last))
 
     def narrow(
         self, parts: dict[str, Tensor], first: int, last: int

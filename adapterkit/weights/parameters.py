@@ -17,17 +17,6 @@ from adapterkit.weights.slots import Axis, Slot, taken
 
 
 @dataclass(frozen=True)
-class _NativeReader:
-    """Stored tensors, converted to one dtype."""
-
-    read: Callable[[TensorSpec], Tensor]
-    dtype: torch.dtype
-
-    def tensor(self, spec: TensorSpec) -> Tensor:
-        return self.read(spec).to(self.dtype)
-
-
-@dataclass(frozen=True)
 class Parameter:
     """One parameter of the loaded model: its shape, where it is stored, and its other names."""
 
@@ -95,16 +84,19 @@ class StoredParameter:
 
     def native(self, read: Callable[[TensorSpec], Tensor]) -> Tensor:
         """The value as the model has it, in `widest`; `read` gives stored tensors."""
-        return self.read(_NativeReader(read, self.widest))
+        return self._joined(lambda spec: read(spec).to(self.widest))
 
     def read(self, reader: TensorReader) -> Tensor:
         """The value as the model has it."""
+        return self._joined(reader.tensor)
+
+    def _joined(self, read: Callable[[TensorSpec], Tensor]) -> Tensor:
         parameter = self.parameter
         if parameter.whole:
-            return reader.tensor(self.specs[0]).reshape(parameter.shape)
+            return read(self.specs[0]).reshape(parameter.shape)
         value: Tensor | None = None
         for slot in parameter.slots:
-            part = _in_place(reader.tensor(self.tensors[slot.key]).reshape(slot.shape), slot)
+            part = _in_place(read(self.tensors[slot.key]).reshape(slot.shape), slot)
             value = part.new_empty(parameter.shape) if value is None else value
             value[tuple(slice(axis.at, axis.stop) for axis in slot.axes)] = part
         assert value is not None
@@ -130,10 +122,8 @@ class StoredParameter:
             spec, shape = self.tensors[slot.key], slot.shape
             of = axis.of[low - axis.at : high - axis.at]
             if axis.axis == 0 and _is_plain(spec) and isinstance(of, range) and of.step == 1:
-                width = spec.nbytes // shape[0]
-                shape, start = (len(of), *shape[1:]), spec.start + of.start * width
-                spec = replace(spec, shape=shape, start=start, stop=start + len(of) * width)
-                of = range(len(of))
+                spec = spec.narrowed(shape, of.start, of.stop)
+                shape, of = spec.shape, range(len(of))
             key = f"{slot.key} {number}"  # two slots may be different rows of one stored tensor
             tensors[key] = spec
             slots.append(Slot(key, shape, (Axis(low - first, axis.axis, of), *slot.axes[1:])))

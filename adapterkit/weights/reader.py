@@ -17,10 +17,14 @@ class TensorReader(Protocol):
     """What reads whole tensors, in one dtype or as they are stored: all that putting parameters,
     factors and expressions together takes."""
 
-    def tensor(self, spec: TensorSpec) -> "Tensor": ...
+    def tensor(self, spec: TensorSpec) -> "Tensor":
+        """The whole tensor, decoded if it is quantized, on `device`; the caller's own.
+
+        `Unrecoverable` if it is not finite, but where reports are made of it."""
+        ...
 
 
-class Reader(Protocol):
+class Reader(TensorReader, Protocol):
     """The inputs of steps and tasks: the same tensors for every engine, order and thread.
 
     `Failed` if a file cannot be read, `Unrecoverable` if it has changed since it was planned.
@@ -40,12 +44,6 @@ class Reader(Protocol):
     ) -> "Reader":
         """The same inputs in another dtype; `blocks`: of the tensor that edits read by blocks,
         where it is decoded elsewhere."""
-        ...
-
-    def tensor(self, spec: TensorSpec) -> "Tensor":
-        """The whole tensor, decoded if it is quantized, in `dtype`, on `device`; the caller's own.
-
-        `Unrecoverable` if it is not finite."""
         ...
 
     def bytes(self, spec: TensorSpec) -> bytearray:

@@ -14,8 +14,8 @@ import realmodel
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
+from adapterkit.engines.local.reader import LocalReader
 from adapterkit.reports import factors
-from adapterkit.reports.reader import StoredReader
 from adapterkit.weights.slots import Axis, Slot
 from tests.support import oracle, raw_files, tiny
 from tests.support.inspections import inspect, problems_of
@@ -227,7 +227,8 @@ def test_the_norm_of_a_part_of_a_stored_tensor(name, tmp_path, monkeypatch):
     slot = Slot("w", (40, 6, 5), tuple(Axis(0, i, of) for i, of in enumerate(POSITIONS[name])))
     monkeypatch.setattr(factors, "BLOCK", 7 * 6 * 5 * 4)
     with Sources((LocalFolder(tmp_path),), {}) as sources:
-        squares = factors._sum_of_squares(spec, slot, StoredReader(sources), lambda done: None)
+        reader = LocalReader(sources, torch.device("cpu"), dtype=None)
+        squares = factors._sum_of_squares(spec, slot, reader, lambda done: None)
     picked = weight.double().numpy()[np.ix_(*map(list, POSITIONS[name]))]
     assert squares == pytest.approx((picked**2).sum(), rel=1e-12)
 

@@ -337,11 +337,8 @@ def _check_shape(module: AdapterModule, expected: tuple[int, ...]) -> None:
 
 def slices(spec: TensorSpec) -> list[TensorSpec]:
     """The entries of a stored tensor along its first axis, each as a tensor of its own."""
-    size = spec.nbytes // spec.shape[0]
-    return [
-        replace(spec, shape=spec.shape[1:], start=start, stop=start + size)
-        for start in range(spec.start, spec.stop, size)
-    ]
+    rows = (spec.narrowed(spec.shape, at, at + 1) for at in range(spec.shape[0]))
+    return [replace(row, shape=row.shape[1:]) for row in rows]
 
 
 def unstacked(roles: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]] | None:

@@ -38,7 +38,6 @@ from adapterkit.formats.modules.tensors import (
     index_of,
     joined,
     scaled,
-    stored_rows,
     zeros,
 )
 from adapterkit.formats.schema import HEADS, NamingRule
@@ -360,7 +359,7 @@ def _has_rows(b: Expression) -> TypeGuard[StoredTensor]:
 
 
 def _stored_row(spec: TensorSpec, row: int) -> TensorSpec:
-    return stored_rows(spec, spec.shape, range(row, row + 1)).spec
+    return spec.narrowed(spec.shape, row, row + 1)
 
 
 def _check_alike(members: Modules, name: str, hint: str) -> None:

@@ -12,7 +12,7 @@ formats need; an expression cannot say which bytes a few rows take. Both take en
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple, TypeGuard
 
@@ -245,7 +245,7 @@ def gathered(source: Expression, rows: Rows, axis: int = 0) -> Expression:
         return source
     inner = source.inputs[0] if is_made_by(source, "reshape") and axis == 0 else None
     if isinstance(inner, StoredTensor) and isinstance(rows, range):  # of a stack: they lie together
-        return stored_rows(inner.spec, source.shape, rows)
+        return stored(inner.spec.narrowed(source.shape, rows.start, rows.stop))
     if is_made_by(source, "cat") and source.arguments == (axis,) and isinstance(rows, range):
         at = 0
         for part in source.inputs:
@@ -255,13 +255,6 @@ def gathered(source: Expression, rows: Rows, axis: int = 0) -> Expression:
     shape = list(source.shape)
     shape[axis] = len(rows)
     return _operation("take", shape, [source], rows, axis)
-
-
-def stored_rows(spec: TensorSpec, shape: tuple[int, ...], rows: range) -> StoredTensor:
-    """Consecutive rows of a stored tensor that is seen in this shape."""
-    width = spec.nbytes // shape[0]
-    start, stop = spec.start + rows.start * width, spec.start + rows.stop * width
-    return stored(replace(spec, shape=(len(rows), *shape[1:]), start=start, stop=stop))
 
 
 def joined(parts: Sequence[Expression], axis: int = 0) -> Expression:

@@ -42,16 +42,10 @@ def _blocks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of both, some at a time; none of tensors without elements."""
     shape = one[1].shape
-    rows, width = shape[0] if shape else 1, math.prod(shape[1:])
-    for first, last in row_ranges(rows if width else 0, width, BLOCK):
-        a, b = (_rows(folder, spec, first, last, width) for folder, spec in (one, other))
+    grid = shape[0] if shape else 1, math.prod(shape[1:])
+    for first, last in row_ranges(*grid, BLOCK) if grid[1] else ():
+        a, b = (_read(folder, spec.narrowed(grid, first, last)) for folder, spec in (one, other))
         yield a, b
-
-
-def _rows(folder: Folder, spec: TensorSpec, first: int, stop: int, width: int) -> Tensor:
-    size = dtypes.size(spec.dtype, width)
-    data = folder.read(spec.file, spec.start + first * size, spec.start + stop * size)
-    return dtypes.tensor_of(bytearray(data), spec.dtype, (stop - first, width))
 
 
 def equal_values(
@@ -64,8 +58,10 @@ def equal_values(
     if not old.dtypes | new.dtypes <= set(dtypes.FLOATS) and old.dtypes != new.dtypes:
         return False
     if not (old.is_one_tensor and new.is_one_tensor):
-        a = old.native(partial(_read_stored, sides[0]))
-        b = new.native(partial(_read_stored, sides[1]))
+        a, b = (
+            one.native(partial(_read, side.folder))
+            for one, side in zip((old, new), sides, strict=True)
+        )
         if a.dtype == b.dtype:
             return torch.equal(a, b)
         return torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)
@@ -75,7 +71,7 @@ def equal_values(
     return differing_rows(*tensors) == 0
 
 
-def _read_stored(side: Checkpoint, spec: TensorSpec) -> Tensor:
-    """A tensor of a checkpoint in its own dtype."""
-    data = bytearray(side.folder.read(spec.file, spec.start, spec.stop))
+def _read(folder: Folder, spec: TensorSpec) -> Tensor:
+    """A stored tensor in its own dtype."""
+    data = bytearray(folder.read(spec.file, spec.start, spec.stop))
     return dtypes.tensor_of(data, spec.dtype, spec.shape)
