@@ -156,6 +156,10 @@ class Step:
         return not self.edits and self.dtype == self.source.dtype and unread
 
     @property
+    def planned(self) -> TensorPlan:
+        return TensorPlan(self.key, self.dtype, self.shape)
+
+    @property
     def grid(self) -> tuple[int, int]:
         count = math.prod(self.shape)
         if not self.edits:

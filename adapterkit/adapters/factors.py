@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -159,6 +160,14 @@ class Place:
         rows = rank * (self.experts or 1)
         return (rows, *self.a_tail), (self.out, rows, *self.b_tail)
 
+    def keyed(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        """Two tensors as a file has them, by key."""
+        return {self.a_key: a, self.b_key: b}
+
+    def pair(self, tensors: Mapping[str, object]) -> tuple[Tensor, Tensor]:
+        """a and b among the tensors that a task has computed."""
+        return cast(Tensor, tensors[self.a_key]), cast(Tensor, tensors[self.b_key])
+
     def stored(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """The two stored tensors by key of one (a, b), or of one for each expert, all of one
         rank."""
@@ -168,4 +177,4 @@ class Place:
             a = torch.cat([a for a, _ in pairs], 0)
             b = torch.stack([b for _, b in pairs], 2).reshape(self.out, -1)
         a_shape, b_shape = self.shapes(len(pairs[0][0]))
-        return {self.a_key: a.reshape(a_shape), self.b_key: b.reshape(b_shape)}
+        return self.keyed(a.reshape(a_shape), b.reshape(b_shape))

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from adapterkit.adapters.config import BASE_CHANGING_INITS, IMPLICIT, saved_modules
 from adapterkit.adapters.keys import BASE_LAYER_VALUE, CONFIG
@@ -64,6 +65,13 @@ class Adapter:
     @property
     def where(self) -> str:
         return f"{self.label}/{CONFIG}"
+
+    @property
+    def trained_class(self) -> tuple[Any, Any]:
+        """task_type, and the name of the model's class: what tells which class was trained."""
+        mapping = self.config.get("auto_mapping")
+        name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        return self.config.get("task_type"), name
 
     def changed_base(self) -> str | None:
         """init_lora_weights if that init changed the base's weights, or would, else None."""

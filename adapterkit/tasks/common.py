@@ -103,10 +103,8 @@ class FactorsTask(Task):
 
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
-        a, b = self.place.shapes(self.max_rank)
-        return TensorPlan(self.place.a_key, self.dtype, a), TensorPlan(
-            self.place.b_key, self.dtype, b
-        )
+        place, (a, b) = self.place, self.place.shapes(self.max_rank)
+        return (TensorPlan(place.a_key, self.dtype, a), TensorPlan(place.b_key, self.dtype, b))
 
     @property
     def is_large(self) -> bool:
@@ -121,9 +119,7 @@ class FactorsTask(Task):
     def round_matrices(self, a: Tensor, b: Tensor, rank: int) -> dict[str, Tensor]:
         """The file's tensors of a (rank * experts, in) and b (out, rank * experts)."""
         a_shape, b_shape = self.place.shapes(rank)
-        return self.round(
-            {self.place.a_key: a.reshape(a_shape), self.place.b_key: b.reshape(b_shape)}
-        )
+        return self.round(self.place.keyed(a.reshape(a_shape), b.reshape(b_shape)))
 
 
 @dataclass(frozen=True)

@@ -240,14 +240,14 @@ def _cut(
     """The first `rank` components; nothing for a module without a rank."""
     if not rank:
         return TaskResult({}, {DROPPED: True})
-    a, b = (cast(Tensor, result.tensors[key]) for key in (task.place.a_key, task.place.b_key))
+    a, b = task.place.pair(result.tensors)
     ratios = result.metrics["ratios"]
     metrics = {
         "rank": rank,
         "alpha": method.new_alpha(task.alpha, task.rank, rank),
         "explained": short(sum(ratios[:rank])),
     }
-    tensors = {task.place.a_key: a[:rank].contiguous(), task.place.b_key: b[:, :rank].contiguous()}
+    tensors = task.place.keyed(a[:rank].contiguous(), b[:, :rank].contiguous())
     return TaskResult(tensors, metrics)
 
 

@@ -174,9 +174,8 @@ def _ask_each(accept: Accept, tasks: Sequence[FactorsTask], metrics: list[dict])
 
 def _ask(accept: Accept, task: FactorsTask, result: TaskResult) -> TaskResult:
     """The factors, or b = 0 where they are not accepted."""
-    a, b = (cast(Tensor, result.tensors[key]) for key in (task.place.a_key, task.place.b_key))
+    a, b = task.place.pair(result.tensors)
     if accept(task.name, a, b):
         return TaskResult(result.tensors, result.metrics | {"accepted": True})
-    tensors = {task.place.a_key: a, task.place.b_key: torch.zeros_like(b)}
     metrics = result.metrics | {"accepted": False, "error_after": result.metrics["error"]}
-    return TaskResult(tensors, metrics)
+    return TaskResult(task.place.keyed(a, torch.zeros_like(b)), metrics)

@@ -98,7 +98,7 @@ class CompensatedStep(StepTask):
     def max_outputs(self) -> tuple[TensorPlan, ...]:
         if self.format is not None:
             return self.format.max_outputs
-        return (TensorPlan(self.step.key, self.step.dtype, self.step.shape),)
+        return (self.step.planned,)
 
     @property
     def prefers_gpu(self) -> bool:

@@ -90,7 +90,7 @@ class EditedTensor(StepTask):
 
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
-        return (TensorPlan(self.step.key, self.step.dtype, self.step.shape),)
+        return (self.step.planned,)
 
     @property
     def memory(self) -> int:

@@ -247,13 +247,12 @@ def _truncate(task: FittedFactors, rank: int, result: TaskResult) -> TaskResult:
     metrics = dict(result.metrics)
     before, energies = metrics["rank"], metrics.pop("energies")
     place = task.place
-    a, b = (cast(Tensor, result.tensors[key]) for key in (place.a_key, place.b_key))
+    a, b = place.pair(result.tensors)
     experts = place.experts or 1
     a = a.reshape(experts, before, *a.shape[1:])[:, :rank].reshape(experts * rank, *a.shape[1:])
     b = b.reshape(b.shape[0], before, experts, *b.shape[2:])[:, :rank]
     b = b.reshape(b.shape[0], rank * experts, *b.shape[3:])
     if task.alpha is not None:
         b = (b.float() * (rank / before)).to(b.dtype)
-    return TaskResult(
-        {place.a_key: a, place.b_key: b}, metrics | {"rank": rank} | fit_metrics(energies, rank)
-    )
+    metrics |= {"rank": rank} | fit_metrics(energies, rank)
+    return TaskResult(place.keyed(a, b), metrics)

@@ -164,16 +164,16 @@ class CheckpointScan:
 
 def _is_finite(dtype: str, data: memoryview, positive: bool) -> bool:
     """Whether all of a scale's values are finite, and above 0 if they have to be."""
-    if dtype in ("F32", "F16", "F64"):  # without torch: there can be tens of thousands
-        values = np.frombuffer(data, f"<f{dtypes.BITS[dtype] // 8}")
-        return bool(np.isfinite(values).all()) and not (positive and bool((values <= 0).any()))
-    if dtype == "BF16":
-        values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-        return bool(np.isfinite(values).all()) and not (positive and bool((values <= 0).any()))
     if not data:
         return True
-    import torch
+    if dtype in ("F32", "F16", "F64"):  # without torch: there can be tens of thousands
+        values = np.frombuffer(data, f"<f{dtypes.BITS[dtype] // 8}")
+    elif dtype == "BF16":
+        values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    else:
+        import torch
 
-    values = torch.frombuffer(bytearray(data), dtype=dtypes.torch_dtype(dtype)).float()
-    values = values.masked_fill_(values == 255, math.nan) if dtype == "U8" else values
-    return bool(values.isfinite().all()) and not (positive and bool((values <= 0).any()))
+        stored = torch.frombuffer(bytearray(data), dtype=dtypes.torch_dtype(dtype)).float()
+        values = stored.numpy()
+        values = np.where(values == 255, math.nan, values) if dtype == "U8" else values
+    return bool(np.isfinite(values).all()) and not (positive and bool((values <= 0).any()))

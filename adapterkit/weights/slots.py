@@ -97,16 +97,7 @@ class Symbol(torch.Tensor):
         name = getattr(func, "__name__", str(func))
         if name in _OPERATIONS:
             return _OPERATIONS[name](*args, **kwargs)
-        if name in (
-            "__get__",
-            "size",
-            "dim",
-            "numel",
-            "stride",
-            "is_contiguous",
-            "__repr__",
-            "__len__",
-        ):
+        if name in _QUESTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         raise Unsupported(
@@ -313,6 +304,10 @@ def _same(tensor: Symbol, *_, **__) -> Symbol:
     return tensor
 
 
+# what only asks for a symbol's shape
+_QUESTIONS = (
+    "__get__", "size", "dim", "numel", "stride", "is_contiguous", "__repr__", "__len__"
+)  # fmt: skip
 _OPERATIONS = {
     "cat": _cat,
     "stack": _stack,

@@ -164,7 +164,25 @@ def no_errors(config: dict, where: str) -> list[AdapterkitError]:
     return []
 
 
-class WeightDelta(ABC):
+class ComputedDelta(ABC):
+    """Base of deltas whose triplets are found in their value."""
+
+    @abstractmethod
+    def value(self, reader: TensorReader) -> Product | Tensor:
+        """A product in float64, its scale folded in, or the dense delta."""
+
+    def leading_triplets(
+        self, reader: TensorReader, most: int, energy: float | None
+    ) -> tuple[Svd, float]:
+        """Of a product all singular triplets, from its factors."""
+        delta = self.value(reader)
+        if not isinstance(delta, Product):
+            return leading_svd(delta, most, energy)
+        svd = algebra.svd(delta)
+        return svd, float(svd.s.square().sum())
+
+
+class WeightDelta(ComputedDelta):
     """Base of deltas that depend on the base's weight: dense, of any rank."""
 
     weight: StoredParameter
@@ -185,17 +203,8 @@ class WeightDelta(ABC):
     def memory(self) -> int:
         return 28 * math.prod(self.shape)
 
-    @abstractmethod
-    def value(self, reader: TensorReader) -> Tensor:
-        """The delta, (out, in) float32."""
 
-    def leading_triplets(
-        self, reader: TensorReader, most: int, energy: float | None
-    ) -> tuple[Svd, float]:
-        return leading_svd(self.value(reader), most, energy)
-
-
-class ProductDelta(ABC):
+class ProductDelta(ComputedDelta):
     """Base of the deltas of linear layers that are a product of two matrices, made from stored
     factors a (rank, in) and b (out, rank)."""
 
@@ -209,21 +218,6 @@ class ProductDelta(ABC):
     @property
     def memory(self) -> int:
         return 12 * (self.a.nbytes + self.b.nbytes)
-
-    @abstractmethod
-    def value(self, reader: TensorReader) -> Product:
-        """left (out, rank) and right (rank, in) in float64, the scale folded in."""
-
-    def leading_triplets(
-        self, reader: TensorReader, most: int, energy: float | None
-    ) -> tuple[Svd, float]:
-        return product_svd(self.value(reader))
-
-
-def product_svd(product: Product) -> tuple[Svd, float]:
-    """All singular triplets of left @ right from its factors, and Σ s²."""
-    svd = algebra.svd(product)
-    return svd, float(svd.s.square().sum())
 
 
 def map_rows(weight: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:

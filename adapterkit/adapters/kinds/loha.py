@@ -10,14 +10,13 @@ from torch import Tensor
 from adapterkit.adapters.config import PATTERNS
 from adapterkit.adapters.kinds.common import (
     AdaptedModule,
+    ComputedDelta,
     kernel_tail,
     no_errors,
-    product_svd,
     read_float64,
 )
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.kernels.lowrank.algebra import Product, Svd
-from adapterkit.kernels.lowrank.truncated import leading_svd
+from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.records import FINITE, POSITIVE_INT
 from adapterkit.weights.reader import TensorReader
 
@@ -26,7 +25,7 @@ CORES = ("hada_t1", "hada_t2")
 
 
 @dataclass(frozen=True)
-class LoHa:
+class LoHa(ComputedDelta):
     """delta = alpha / r * (w1_a @ w1_b) * (w2_a @ w2_b), of rank r² at most.
 
     Of a convolution w_a @ w_b may have a core: Σ_ij t[i, j] w_a[i] w_b[j], with the kernel's axes
@@ -89,14 +88,6 @@ class LoHa:
         """A product where the rank is low."""
         delta = hadamard(_pair(reader, self.first), _pair(reader, self.second), self.scale)
         return delta if isinstance(delta, Product) else delta.float()
-
-    def leading_triplets(
-        self, reader: TensorReader, most: int, energy: float | None
-    ) -> tuple[Svd, float]:
-        delta = self.value(reader)
-        if isinstance(delta, Product):
-            return product_svd(delta)
-        return leading_svd(delta, most, energy)
 
 
 def hadamard(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapterkit.adapters.kinds.common import Delta, product_svd
+from adapterkit.adapters.kinds.common import ComputedDelta, Delta
 from adapterkit.adapters.kinds.loha import hadamard, with_core
 from adapterkit.adapters.kinds.lokr import kronecker_svd
 from adapterkit.adapters.kinds.oft import less_identity
@@ -22,7 +22,6 @@ from adapterkit.formats.modules.parts import magnitudes, matrix_shape, product_r
 from adapterkit.formats.modules.record import AdapterModule
 from adapterkit.formats.modules.tensors import Expression
 from adapterkit.kernels.lowrank.algebra import Product, Svd
-from adapterkit.kernels.lowrank.truncated import leading_svd
 from adapterkit.kernels.lowrank.weighted import Decomposition
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import Reader, TensorReader
@@ -31,7 +30,7 @@ Values = Mapping[str, Tensor]  # of a module's parts, float64
 
 
 @dataclass(frozen=True)
-class ModuleDelta:
+class ModuleDelta(ComputedDelta):
     """The delta of one module, (out, in) with a kernel's axes flattened."""
 
     module: AdapterModule
@@ -115,10 +114,7 @@ class ModuleDelta:
         if self.module.kind == "lokr" and not self.is_dense:
             parts = self._parts(reader)
             return kronecker_svd(*_sides(parts), self.module.scale, most, energy)
-        delta = self.value(reader)
-        if isinstance(delta, Product):
-            return product_svd(delta)
-        return leading_svd(delta, most, energy)
+        return super().leading_triplets(reader, most, energy)
 
 
 def low_rank(parts: Values, scale: float, base: Tensor | None) -> Product:

@@ -106,12 +106,8 @@ def names_of(
         for lora in adapter.loras:
             leaves = adapter.leaves(lora.module)
             wanted |= dict.fromkeys(f"{lora.module}.{leaf}" for leaf in leaves or ["weight"])
-    config = adapters[0].config
-    trained = config.get("auto_mapping")
-    trained_class = trained.get("base_model_class") if isinstance(trained, dict) else None
-    return Names(
-        base, tuple(wanted), config.get("task_type"), trained_class, build_model=True, notes=notes
-    )
+    trained = adapters[0].trained_class
+    return Names(base, tuple(wanted), *trained, build_model=True, notes=notes)
 
 
 def join(

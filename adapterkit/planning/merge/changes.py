@@ -79,7 +79,10 @@ def orient(
         as_is, flip = matrix == [b[0], a[-1]], matrix == [a[-1], b[0]]
         fits = not rest and b[1] == a[0] and (as_is or flip)
         if fits and as_is and flip:
-            flip = _flips_square_experts(job, adapter, parameter)
+            transposed = job.names.transposed_experts(parameter.name.rpartition(".")[0])
+            layout = job.options.expert_layout
+            hint = "give --expert-layout peft-0.18 or --expert-layout peft-0.19"
+            flip = flips_square_experts(adapter, parameter.name, transposed, layout, hint)
     else:
         as_is = is_matrix and shape == (b[0], a[1])
         flip = is_matrix and shape == (a[1], b[0]) and a[0] == b[1] and leaf is None
@@ -107,28 +110,14 @@ def _check_groups(job: MergeJob, adapter: Adapter, parameter: Parameter, lora: L
         )
 
 
-def _flips_square_experts(job: MergeJob, adapter: Adapter, parameter: Parameter) -> bool:
-    """Whether square experts are (in, out) to the adapter."""
-    transposed = job.names.transposed_experts(parameter.name.rpartition(".")[0])
-    hint = "give --expert-layout peft-0.18 or --expert-layout peft-0.19"
-    return flips_square_experts(
-        adapter, parameter.name, transposed, job.options.expert_layout, hint
-    )
-
-
 ROUNDING = 2.0**-8  # what bf16 adds to the relative change that a receipt tells
 
 
-def remove_base_copies(job: MergeJob) -> None:
-    """Remove the copies of the base's own weights from the job's adapters.
+def _trained(job: MergeJob, adapter: Adapter) -> dict[str, TensorSpec]:
+    """Those of an adapter's replaced parameters that are no copies of the base's.
 
     Copies of other weights are refused, unless the option says which weight counts: the base's
     ("ignore") or the copy ("adapter", as in PEFT)."""
-    job.adapters = [replace(adapter, replaced=_trained(job, adapter)) for adapter in job.adapters]
-
-
-def _trained(job: MergeJob, adapter: Adapter) -> dict[str, TensorSpec]:
-    """Those of an adapter's replaced parameters that are no copies of the base's."""
     trained, differing = dict(adapter.replaced), {}
     explained: list[str] = []
     for name, spec in adapter.replaced.items():
@@ -197,7 +186,7 @@ def _is_of_original(job: MergeJob, adapter: Adapter, copy: TensorSpec, stored: T
 
 def collect_changes(job: MergeJob) -> None:
     """Fill the job's changes from its adapters; its errors get everything that does not fit."""
-    remove_base_copies(job)
+    job.adapters = [replace(adapter, replaced=_trained(job, adapter)) for adapter in job.adapters]
     for adapter, weight in zip(job.adapters, job.weights, strict=True):
         _check_adapter(job, adapter, weight)
         _check_complete(job, adapter)
@@ -363,14 +352,10 @@ def _is_resized_vocabulary(job: MergeJob, parameter: Parameter, spec: TensorSpec
     """Whether the new value is an embedding (or head) of another vocabulary size, which a
     checkpoint may have."""
     sizes = vocabulary_sizes(job.base.config)
-    if parameter.shape[1:] != spec.shape[1:] or len(parameter.shape) not in (1, 2):
+    if parameter.shape[1:] != spec.shape[1:] or len(parameter.shape) not in (1, 2) or not sizes:
         return False
-    return bool(sizes) and (parameter.shape[0] in sizes or _is_embedding(job, parameter.name))
-
-
-def _is_embedding(job: MergeJob, name: str) -> bool:
-    layer = job.names.layer(name.rpartition(".")[0])
-    return layer is not None and "Embedding" in layer
+    layer = job.names.layer(parameter.name.rpartition(".")[0])
+    return parameter.shape[0] in sizes or "Embedding" in (layer or "")
 
 
 def _add_new_parameter(job: MergeJob, adapter: Adapter, name: str, spec: TensorSpec) -> None:

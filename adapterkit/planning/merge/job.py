@@ -162,7 +162,8 @@ class MergeJob:
         self.original = base
         self.base = replicated(decoded_view(base), adapters, self.errors)
         self.config: Json = json.loads(json.dumps(self.base.config))
-        self.selection = selection(options.include, options.exclude)
+        # whether --include and --exclude select a module, by any of its names
+        self.is_selected = selection(options.include, options.exclude)
         self.names = self._names()
 
     @cached_property
@@ -191,17 +192,8 @@ class MergeJob:
             wanted |= {name: None for name in replaced if self.is_selected_value(name)}
             modules = (tokens.module for tokens in adapter.tokens)
             wanted |= {f"{module}.weight": None for module in modules if self.is_selected(module)}
-        config = self.adapters[0].config
-        trained = config.get("auto_mapping")
-        trained_class = trained.get("base_model_class") if isinstance(trained, dict) else None
-        return Names(
-            self.base,
-            tuple(wanted),
-            config.get("task_type"),
-            trained_class,
-            build_model,
-            self.notes,
-        )
+        trained = self.adapters[0].trained_class
+        return Names(self.base, tuple(wanted), *trained, build_model, self.notes)
 
     @cached_property
     def leaves(self) -> dict[str, list[str]]:
@@ -212,13 +204,9 @@ class MergeJob:
             leaves.setdefault(module, []).append(leaf)
         return leaves
 
-    def is_selected(self, module: str) -> bool:
-        """Whether --include and --exclude select a module."""
-        return self.selection(module)
-
     def is_selected_value(self, parameter: str) -> bool:
         """Whether they select a replaced parameter, by its module's name or its own."""
-        return self.selection(parameter.rpartition(".")[0], parameter)
+        return self.is_selected(parameter.rpartition(".")[0], parameter)
 
     def skip(self, adapter: Adapter, name: str) -> None:
         """Note a module or parameter of the adapter that is not selected."""

@@ -9,7 +9,6 @@ from adapterkit.adapters.peft import scan_adapter
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.hub.ids import is_on_hub
@@ -138,13 +137,12 @@ def _with_initial(
 ) -> tuple[list[tuple[Folder, float]], frozenset[int]]:
     """The adapters, those that lack their initial factors followed by these with the opposite
     weight; and the numbers of such."""
-    if options.base_is_residual:
-        return sources, frozenset()
     expanded: list[tuple[Folder, float]] = []
     numbers: set[int] = set()
     for folder, weight in sources:
         expanded.append((folder, weight))
-        if (initial := initial_of(folder)) is not None:
+        initial = None if options.base_is_residual else initial_of(folder)
+        if initial is not None:
             numbers.add(len(expanded))
             expanded.append((initial, -weight))
     return expanded, frozenset(numbers)
@@ -291,26 +289,23 @@ def _plan(job: MergeJob, steps: Steps, stats: Checkpoint | None) -> Plan:
 
 
 def _shards(job: MergeJob, steps: Steps) -> tuple[OutputFile, ...]:
-    limit = job.options.max_shard_size
+    limit, headers = job.options.max_shard_size, job.original.shards
     limit = parse_size(limit) if limit else None
-    keep_format = not job.options.dequantize
     if quantized_weights(job.base.tensors):
-        if not keep_format and limit:
+        if job.options.dequantize and limit:
             return plan_shards_of_size(list(_all_steps(steps)), limit)
-        headers = job.original.shards
         return tuple(
-            plan_shard(name, group, headers[name], keep_format=keep_format)
+            plan_shard(name, group, headers[name], keep_format=not job.options.dequantize)
             for name, group in steps.items()
         )
     by_key = {step.key: step for step in _all_steps(steps)}
-    headers = job.original.shards
     if limit:
-        stored = [_stored(step) for step in _all_steps(steps)]
+        stored = [step.planned for step in _all_steps(steps)]
         metadata = next(iter(headers.values())).metadata or {"format": "pt"}
         layouts = dict.fromkeys(layout.resharded(stored, limit, metadata), metadata)
     else:
         layouts = {
-            layout.like_base(name, [_stored(step) for step in group], headers[name]): (
+            layout.like_base(name, [step.planned for step in group], headers[name]): (
                 headers[name].metadata or {"format": "pt"}
             )
             for name, group in steps.items()
@@ -319,7 +314,3 @@ def _shards(job: MergeJob, steps: Steps) -> tuple[OutputFile, ...]:
         plan_laid_out(one, [by_key[tensor.key] for tensor in one.tensors], metadata)
         for one, metadata in layouts.items()
     )
-
-
-def _stored(step: Step) -> TensorPlan:
-    return TensorPlan(step.key, step.dtype, step.shape)

@@ -26,14 +26,6 @@ from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.slots import Axis, Positions, Slot, identity_slot
 
 
-def grid_rows(slot: Slot, stack: bool) -> int:
-    """Rows of the slot's stored tensor as a grid; `stack` when the parameter is a stack of
-    matrices."""
-    if stack and slot.axes[0].axis is not None:
-        return slot.shape[0] * slot.shape[1]
-    return slot.shape[0] if slot.shape else 1
-
-
 def place_factors(parameter: Parameter, slot: Slot, factors: Factors) -> PlacedFactors:
     """The factors on one slot; `Refused` where the slot's layout does not allow it."""
     shape = parameter.shape
@@ -169,11 +161,10 @@ def plan_steps(job: MergeJob) -> dict[str, list[Step]]:
         if key in obsolete:
             continue
         step = changed.get(key) or Step(key, spec.dtype, spec.shape, spec)
-        groups[spec.file].append(_with_rounding(job, _cast(step, dtype)))
+        groups[spec.file].append(_with_rounding(job, step, dtype))
     last = list(groups)[-1]
     for name, change in job.new.items():
-        step = _new_step(job, name, change)
-        groups[last].append(_with_rounding(job, _cast(step, dtype)))
+        groups[last].append(_with_rounding(job, _new_step(job, name, change), dtype))
     return {name: steps for name, steps in groups.items() if steps}
 
 
@@ -190,17 +181,14 @@ def _obsolete(job: MergeJob) -> set[str]:
     return obsolete
 
 
-def _cast(step: Step, dtype: str | None) -> Step:
-    if dtype is None or step.dtype not in dtypes.FLOATS:
-        return step
-    return replace(step, dtype=dtype)
-
-
-def _with_rounding(job: MergeJob, step: Step) -> Step:
-    """The step with the width of its arithmetic and the draws of its rounding, if it has edits.
+def _with_rounding(job: MergeJob, step: Step, dtype: str | None) -> Step:
+    """The step, cast to `dtype` if it is of floats; with the width of its arithmetic and the draws
+    of its rounding if it has edits.
 
     Tensors that are only cast are rounded to nearest, which is nearer. Rounded float32 sums differ
     from exact ones in 30 to 60 % of the elements, in 16 bits in 1e-5; PEFT's are in float32."""
+    if dtype is not None and step.dtype in dtypes.FLOATS:
+        step = replace(step, dtype=dtype)
     if not step.edits:
         return step
     step = replace(step, wide=not _is_narrow(job, step) and job.options.compat is None)
@@ -266,7 +254,8 @@ def _edited(job: MergeJob, step: Step, edits: list[Edit], change: Change, slot: 
     ]
     edits = _additions(job, edits, change, slot, step.dtype)
     names = tuple(dict.fromkeys((*step.adapters, *change.adapters)))
-    rows = grid_rows(slot, change.stack and len(slot.shape) in (2, 3))
+    has_stack = change.stack and len(slot.shape) in (2, 3) and slot.axes[0].axis is not None
+    rows = math.prod(slot.shape[: 2 if has_stack else 1])  # of the stored tensor as a grid
     return replace(step, edits=tuple(edits), rows=rows, adapters=names)
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
@@ -33,11 +33,7 @@ from adapterkit.planning.outputs.folder_files import Files, adapter_files, as_js
 from adapterkit.planning.outputs.tokenizer_files import tokenizer_files
 from adapterkit.records import Json
 from adapterkit.shared_options import ScaleOptions
-from adapterkit.tasks.common import CopiedTensor, SummedTensor
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from adapterkit.tasks.common import CopiedTensor, FactorsTask, SummedTensor
 
 # settings that an adapter made from others has of the first of them
 INHERITED = (
@@ -200,24 +196,22 @@ def _pad_pairs(
         if home is not None:
             ranks[home] = max(ranks.get(home, 0), metric["rank"])
     return [
-        unchanged if home is None else partial(_pad_factors, task, ranks[home])
+        unchanged if home is None else partial(_pad_factors, cast(FactorsTask, task), ranks[home])
         for task, home in zip(tasks, homes, strict=True)
     ]
 
 
-def _pad_factors(task: Any, rank: int, result: TaskResult) -> TaskResult:
+def _pad_factors(task: FactorsTask, rank: int, result: TaskResult) -> TaskResult:
     """The factors with zeros up to `rank`."""
     import torch
 
-    a, b = (cast("Tensor", result.tensors[key]) for key in (task.place.a_key, task.place.b_key))
+    a, b = task.place.pair(result.tensors)
     more = rank - len(a)
     if not more:
         return result
-    tensors = {
-        task.place.a_key: torch.cat([a, a.new_zeros(more, *a.shape[1:])]),
-        task.place.b_key: torch.cat([b, b.new_zeros(len(b), more)], 1),
-    }
-    return TaskResult(tensors, result.metrics | {"rank": rank})
+    a = torch.cat([a, a.new_zeros(more, *a.shape[1:])])
+    b = torch.cat([b, b.new_zeros(len(b), more)], 1)
+    return TaskResult(task.place.keyed(a, b), result.metrics | {"rank": rank})
 
 
 def plan_adapters(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from adapterkit.checkpoint.fingerprint import of_headers
 from adapterkit.checkpoint.header import Header
-from adapterkit.checkpoint.layout import ShardLayout, TensorPlan, grouped, like_base
+from adapterkit.checkpoint.layout import ShardLayout, grouped, like_base
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import WARNING, AdapterkitError, shown
 from adapterkit.plan import OutputFile, Step, Task
@@ -151,8 +151,7 @@ def plan_shard(
         by_key = {step.key: step for step in plain}
         order = {spec.key: spec.start for spec in header.tensors}
         plain.sort(key=lambda step: order.get(step.key, header.tensors[-1].stop))
-        stored = [TensorPlan(step.key, step.dtype, step.shape) for step in plain]
-        layout = like_base(name, stored, header)
+        layout = like_base(name, [step.planned for step in plain], header)
         return OutputFile(layout, tuple(by_key[tensor.key] for tensor in layout.tensors))
     tasks = sorted(
         (task for step in steps for task in _tasks(step, keep_format=keep_format)),
