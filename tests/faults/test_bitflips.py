@@ -12,6 +12,7 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import read_header
 from adapterkit.errors import AdapterkitError
 from adapterkit.verbs.verify import verify
+from tests.support.usual import usual
 
 RECEIPT = "adapterkit.json"
 
@@ -59,7 +60,7 @@ class Flip:
         return f"bit {self.bit} of byte {self.position} of {self.path.name}"
 
 
-@pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", usual([500, 10_000], {500}))
 def test_every_flip_is_found(output, monkeypatch, count: int):
     """One bit in every file but the receipt at once, each the only one in its file and each to be
     named; then one in the receipt, without which nothing else can be judged."""

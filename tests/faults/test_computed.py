@@ -9,6 +9,8 @@ import signal
 
 import pytest
 
+from tests.support.usual import usual
+
 JOBS = {
     "combine": "combine adapter other=0.5 --method ties --density 0.5",
     "resize": "resize adapter --max-size 4KB",  # all wait on disk until their ranks are settled
@@ -94,7 +96,8 @@ def test_what_waited_is_gone(job_of, harm: str):
 
 
 @pytest.mark.parametrize("step", [47, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
+# every error of a merge: test_storage
+@pytest.mark.parametrize("error", usual(["EIO", "ENOSPC"], {"EIO"}))
 @pytest.mark.parametrize("name", JOBS)
 def test_the_nth_write_fails(job_of, name: str, error: str, step: int):
     job, whole = job_of(name)

@@ -11,6 +11,7 @@ from torch import Tensor
 from adapterkit.kernels.lowrank import leading
 from adapterkit.kernels.lowrank.leading import leading_triplets
 from tests.kernels.test_truncated import ITERATED, check, counting, gaussian, spectrum
+from tests.support.usual import usual
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
@@ -46,7 +47,7 @@ def iterated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rank", [1, 8, 20])
+@pytest.mark.parametrize("rank", usual([1, 8, 20], {8}))
 @pytest.mark.parametrize("name", SPECTRA)
 def test_values_are_within_the_tolerance(
     name: str, rank: int, dtype: torch.dtype, iterated: list[int]

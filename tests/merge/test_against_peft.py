@@ -94,7 +94,7 @@ def as_stored(state, dtype):
     return {k: v.to(DTYPES[dtype]) if v.is_floating_point() else v for k, v in state.items()}
 
 
-@pytest.mark.parametrize(("name", "dtype"), oracle.in_dtypes(CASES, fp16="llama"))
+@pytest.mark.parametrize(("name", "dtype"), oracle.in_dtypes(CASES, "llama", "net"))
 def test_is_the_rounded_float64_value(name, dtype, made_case, tmp_path):
     build, base, adapter = made_case(name, dtype)
     oracle.merge(base, adapter, out=tmp_path / "out")
@@ -104,7 +104,7 @@ def test_is_the_rounded_float64_value(name, dtype, made_case, tmp_path):
     assert set(stored(tmp_path / "out")) == set(stored(base))
 
 
-@pytest.mark.parametrize(("name", "dtype"), oracle.in_dtypes(CASES, fp16="llama"))
+@pytest.mark.parametrize(("name", "dtype"), oracle.in_dtypes(CASES, "llama", "net"))
 def test_compat_is_peft_bit_for_bit(name, dtype, made_case, tmp_path):
     build, base, adapter = made_case(name, dtype)
     oracle.merge(base, adapter, out=tmp_path / "out", compat="peft")
@@ -168,7 +168,7 @@ BIASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "dtype"), oracle.in_dtypes(BIASES, fp16="all"))
+@pytest.mark.parametrize(("name", "dtype"), oracle.in_dtypes(BIASES, "all"))
 def test_biases(name, dtype, cached_folder, tmp_path):
     build, config = BIASES[name]
     base = cached_folder(

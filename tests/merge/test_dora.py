@@ -50,7 +50,7 @@ def made_case(cached_folder):
     return make
 
 
-@pytest.mark.parametrize(("name", "dtype"), oracle.in_dtypes(CASES, fp16="llama"))
+@pytest.mark.parametrize(("name", "dtype"), oracle.in_dtypes(CASES, "llama", "net"))
 def test_is_the_rounded_float64_value(name, dtype, made_case, tmp_path):
     build, base, adapter = made_case(name, dtype)
     oracle.merge(base, adapter, out=tmp_path / "out")
@@ -70,7 +70,7 @@ def assert_near(ours, theirs, name):
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=unit, atol=least, msg=name)
 
 
-@pytest.mark.parametrize(("name", "dtype"), oracle.in_dtypes(CASES, fp16="llama"))
+@pytest.mark.parametrize(("name", "dtype"), oracle.in_dtypes(CASES, "llama", "net"))
 def test_agrees_with_peft(name, dtype, made_case, tmp_path):
     """PEFT takes its norms in float32: ours, in float64, differ in the last bit of a float32."""
     build, base, adapter = made_case(name, dtype)

@@ -11,7 +11,6 @@ import adapterkit
 from adapterkit.errors import Refused
 from tests.support import oracle, tiny
 from tests.support.oracle import (
-    DTYPES,
     assert_same,
     load,
     load_checked,
@@ -40,8 +39,7 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize(("name", "dtype"), oracle.in_dtypes(SAVED, "head"))
 def test_modules_to_save(name, dtype, cached_folder, tmp_path):
     build, config = SAVED[name]
     base = cached_folder(

@@ -24,6 +24,7 @@ from tests.support.oracle import (
     peft_model,
     stored,
 )
+from tests.support.usual import usual
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +53,7 @@ def bases(cached_folder):
     return make
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", usual(DTYPES, {"bf16", "fp32"}))
 @pytest.mark.parametrize(
     "weights", [(1, 1, 1), (0.7, 0.3, 1.0), (-1, 2.5, -0.125), (0, 1, 1)], ids=str
 )

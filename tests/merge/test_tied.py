@@ -25,6 +25,7 @@ from tests.support.oracle import (
     read_config,
     stored,
 )
+from tests.support.usual import usual
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MODELS = {"llama": oracle.tied_llama, "gemma": oracle.gemma}
@@ -52,7 +53,7 @@ def tied(cached_folder):
     return make
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", usual(DTYPES, {"bf16"}))
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("side", ["embed_tokens", "lm_head"])
 def test_one_side_unties(side, model, dtype, tied, tmp_path):

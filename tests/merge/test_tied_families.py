@@ -1,5 +1,7 @@
 """Ties of other model families than Llama, and their logits before and after a merge."""
 
+import itertools
+
 import pytest
 import torch
 import transformers
@@ -15,6 +17,7 @@ from tests.support.oracle import (
     read_config,
     stored,
 )
+from tests.support.usual import usual
 
 
 def test_shared_embeddings_of_t5(cached_folder, tmp_path):
@@ -251,14 +254,18 @@ def _logits(model, name):
     return actual["prediction_logits" if "prediction_logits" in actual else "logits"]
 
 
-# BERT's kin, whose heads are as BERT's: two sides of each, the others are slow
+# each side with BERT, whose head has a bias, and with GPT-2; the head of every family, and rows of
+# others than BERT's kin
 KIN = ("bert-lm", "roberta", "megatron-bert", "visual-bert", "blip")
-OF_KIN = ("head", "rows-apart")
-PAIRS = [
-    pytest.param(name, side, marks=[pytest.mark.slow] * (name in KIN and side not in OF_KIN))
-    for name in FAMILIES
-    for side in SIDES
-]
+WHOLE = ("bert-mlm", "gpt2")
+PAIRS = usual(
+    itertools.product(FAMILIES, SIDES),
+    lambda pair: (
+        pair[0] in WHOLE
+        or pair[1] == "head"
+        or (pair[1] in ("ensured", "rows") and pair[0] not in KIN)
+    ),
+)
 
 
 @pytest.mark.parametrize(("name", "trained"), PAIRS)

@@ -23,10 +23,11 @@ from tests.support.oracle import (
     peft_model,
     stored,
 )
+from tests.support.usual import usual
 from tests.support.vocabularies import COPY, _copies, _tokens, _two
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", usual(DTYPES, {"bf16"}))
 @pytest.mark.parametrize(
     ("build", "config"),
     [

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adapterkit
+from tests.support.usual import usual
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -31,9 +32,10 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 Build = Callable[[], nn.Module]
 
 
-def in_dtypes(names: Iterable[str], fp16: str) -> list[tuple[str, str]]:
-    """Each name with the dtypes; fp16, which is rounded by the same code as bf16, with one."""
-    return [(n, dtype) for n in names for dtype in DTYPES if dtype != "fp16" or n == fp16]
+def in_dtypes(names: Iterable[str], *whole: str) -> list:
+    """Each name in bf16, some in every dtype; no rounding knows the kinds of layers."""
+    rows = [(n, dtype) for n in names for dtype in DTYPES if dtype != "fp16" or n in whole]
+    return usual(rows, lambda row: row[1] == "bf16" or row[0] in whole)
 
 
 # -- models ----------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from adapterkit.engines.local import reader
 from adapterkit.errors import Refused
 from adapterkit.kernels.quant import fp8
 from tests.support import tiny
+from tests.support.usual import usual
 
 transformers.utils.logging.disable_progress_bar()
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -84,13 +85,15 @@ KINDS = [
 ]  # fmt: skip
 
 
-# others have the same layers, attention or wrapper around the language model
-ALIKE = ("qwen2_5_vl", "sarvam_moe", "kimi_k25", "hrm_text", "inkling_mm_model")
+# others have the same layers, attention or wrapper around the language model, or are held against
+# PEFT in tests/merge
+ALIKE = {
+    "qwen2_5_vl", "sarvam_moe", "kimi_k25", "hrm_text", "inkling_mm_model", "gpt_neox", "t5", "gte",
+    "internvl", "smolvlm", "whisper", "phimoe",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in ALIKE)) for k in KINDS]
-)
+@pytest.mark.parametrize("kind", usual(KINDS, lambda kind: kind not in ALIKE))
 def test_all_linear_layers_of_many_models(kind, tmp_path):
     # a router that multiplies by its classifier's weight itself: PEFT's factors do nothing there
     more = {"exclude_modules": ["classifier"]} if kind == "longcat_flash" else {}
