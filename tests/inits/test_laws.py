@@ -248,14 +248,14 @@ def test_implicit_on_every_kind_of_layer(of_kind, tmp_path):
     initialized.assert_close({key: merged[key] for key in before}, before, 5e-7)
 
 
-def test_what_a_method_is_not_defined_on_is_refused(folder, tmp_path):
+def test_what_a_method_is_not_defined_on_is_refused(folder, stats, tmp_path):
     base = folder / "convolutions"
     with oracle.quiet():
         KINDS["conv2d"].build().save_pretrained(base)
     limited = [name for name in ALL if "conv" not in members("inits")[name].kinds]
     assert "orthogonal" in limited and "eva" in limited
     for method in limited:
-        options = {"stats": folder / "stats.safetensors"} if needs_statistics(method) else {}
+        options = {"stats": stats} if needs_statistics(method) else {}
         with pytest.raises(AdapterkitError, match=f"{method} on .*, of kind conv") as caught:
             adapterkit.init(
                 base, method=method, rank=2, targets="convolution", out=tmp_path / "no", **options
