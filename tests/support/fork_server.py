@@ -295,6 +295,10 @@ def serve(rehearses: bool) -> None:
 
     library.formats()
     torch.set_num_threads(1)
+    if not rehearses:  # most of what transformers imports, and does not read the environment
+        for name in ("torch._dynamo", "scipy.optimize", "bitsandbytes"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
     if os.environ.get("ADAPTERKIT_LINES"):
         importlib.import_module("tests.support.lines_seen")
     assert rehearses or "huggingface_hub" not in sys.modules
