@@ -11,10 +11,8 @@ from . import jobs, models
 # one type for each way in which models differ: ties, experts, transposed layers, fused projections,
 # convolutions, torch's attention, bare parameters, renames
 SOME = (
-    "llama", "gpt2", "bert", "roberta", "t5", "mixtral", "gpt_oss", "vit", "clip", "siglip",
-    "mamba", "whisper", "qwen3_moe", "gemma3", "opt", "phimoe", "wav2vec2", "blip", "qwen2_vl",
-    "distilbert",
-    "bert-generation",
+    "llama", "gpt2", "bert", "mixtral", "t5", "vit", "gpt_oss", "whisper", "clip", "gemma3",
+    "mamba", "blip", "wav2vec2", "siglip", "qwen2_vl",
 )  # fmt: skip
 USUAL = [(kind, n % 2) for n, kind in enumerate(SOME)]
 

@@ -18,6 +18,7 @@ from adapterkit.tasks.statistics import KINDS as STATISTICS
 from tests.support import initialized, oracle
 from tests.support.initialized import KINDS, base_of, fits, methods, needs_statistics
 from tests.support.input_statistics import linear_modules, save_statistics
+from tests.support.usual import usual
 
 ALL = methods()
 CHANGING = methods(changes_base=True)
@@ -203,7 +204,10 @@ def test_shards_and_workers_do_not_matter(method, bases, start, monkeypatch):
 # -- kinds of layers -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# other kernels of convolutions and other experts are as these
+@pytest.fixture(
+    scope="module", params=usual(KINDS, lambda name: name not in ("conv3d", "qwen3_moe"))
+)
 def of_kind(request, folder):
     """(its record, its class, its base, its weights)"""
     kind = KINDS[request.param]

@@ -22,7 +22,8 @@ from adapterkit.tasks.statistics import select_covariances
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import oracle, quantized_llama, tiny
-from tests.support.quantized_llama import FORMS
+from tests.support.quantized_llama import FEW, FORMS
+from tests.support.usual import usual
 
 VERBS: dict[str, dict[str, Any]] = {
     "bnb-nf4": {"to": "nf4"},
@@ -252,7 +253,7 @@ def named(stats: Path) -> dict[str, Tensor]:
     return {name: tensors[s.key] for name, s in select_covariances(file, modules).items()}
 
 
-@pytest.mark.parametrize("name", ["plain", *NAMES])
+@pytest.mark.parametrize("name", usual(["plain", *NAMES], FEW | {"plain", "bnb-int8", "bnb-nf4"}))
 def test_a_merge_says_what_outputs_lost(
     folder, stats: Path, lora: Path, named: dict[str, Tensor], name: str, tmp_path: Path
 ) -> None:

@@ -26,13 +26,13 @@ def smollm2() -> Path:
 
 def test_covariances_that_loftq_takes(smollm2, tmp_path) -> None:
     """Those of the model in float64, to the rounding of its bfloat16."""
-    texts = list(pydoc_data.topics.topics.values())[:6]
+    texts = list(pydoc_data.topics.topics.values())[:3]
     chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
     data = write_rows(
         tmp_path / "texts.jsonl", *({"text": text} for text in texts), {"messages": chat}
     )
     out = tmp_path / "s.safetensors"
-    receipt = adapterkit.stats(smollm2, data=data, out=out, length=LENGTH, batch=3)
+    receipt = adapterkit.stats(smollm2, data=data, out=out, length=LENGTH, batch=2)
     tokenizer = load_tokenizer(LocalFolder(smollm2))
     rows = [tokenizer(text)["input_ids"][:LENGTH] for text in texts]
     rows.append(tokenizer.apply_chat_template(chat, return_dict=False)[:LENGTH])

@@ -31,6 +31,7 @@ from tests.support.formats import (
     stored,
 )
 from tests.support.quantized_llama import FORMS, LINEAR, Form, change, few
+from tests.support.usual import usual
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -105,7 +106,8 @@ def test_integers_of_any_bytes_come_back(symmetric: bool, indexed: bool, tmp_pat
         )
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+# to the nearest by slices: test_memory
+@pytest.mark.parametrize("rounding", usual(["nearest", "stochastic"], {"stochastic"}))
 @pytest.mark.parametrize("name", few(WRITABLE))
 def test_merged_by_slices_of_rows(
     base, lora: Path, name: str, rounding: str, tmp_path: Path, monkeypatch
