@@ -38,6 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
 
 
+def pytest_collection() -> None:
+    gc.disable()  # what is collected stays
+
+
 def pytest_collection_finish() -> None:
     """What is imported stays: the collector, which Trainers call themselves, passes over it. PEFT's
     card is empty: it takes as long as all else that PEFT saves."""
@@ -45,6 +49,7 @@ def pytest_collection_finish() -> None:
         peft.PeftModel.create_or_update_model_card = lambda _, out: Path(out, "README.md").touch()
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
