@@ -6,7 +6,7 @@ flipped, and the tests of that room are run (from the project's folder):
 The last line counts the killed; those that survive are to be judged by hand. A mutant takes as long
 as its tests until the first of them fails, of those that survive all of them. With `--lines
 FOLDER`, which `tests.support.lines_seen` fills, only tests that run its line are run, the quickest
-first, for about `SEEN` seconds; a line that none runs is in the outcome. A run goes on after what
+first, for about `--seconds`; a line that none runs is in the outcome. A run goes on after what
 its log has.
 """
 
@@ -36,7 +36,6 @@ from tests.support.lines_seen import tests_by_line
 
 ROOT = Path(__file__).parents[1]
 BESIDE = ("pyproject.toml", "README.md", "LICENSE", ".ci", "docs", "tests", "examples")
-SEEN = 30.0  # seconds of tests that run a line
 PRELOADED = ("torch", "transformers", "peft", "safetensors.torch", "huggingface_hub", "click")
 IMPORTED = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
 SECONDS = 1500  # after which a run counts as killed: a mutant may never end
@@ -238,6 +237,7 @@ def main() -> None:
     parser.add_argument("--rooms", default="", help="folders of the package (default: all of it)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--log", type=Path)
+    parser.add_argument("--seconds", type=float, default=30, help="of tests that run a line")
     parser.add_argument("--lines", type=Path, help="what tests.support.lines_seen wrote")
     options = parser.parse_args()
     rooms = [f"adapterkit/{room}".rstrip("/") for room in options.rooms.split(",")]
@@ -250,7 +250,7 @@ def main() -> None:
     ]
     chosen = random.Random(options.seed).sample(places, min(options.count, len(places)))
     print(f"{len(chosen)} of {len(places)} places")
-    seen = tests_by_line(options.lines, SEEN) if options.lines else {}
+    seen = tests_by_line(options.lines, options.seconds) if options.lines else {}
     known: dict[Mutant, Outcome] = {}
     begun = options.log.read_text() if options.log and options.log.exists() else ""
     for line in begun.splitlines():

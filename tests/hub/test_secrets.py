@@ -4,7 +4,10 @@ import json
 import re
 
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import are_progress_bars_disabled
 
+from adapterkit.hub.errors import quiet_library
 from tests.support.hub_client import FILES, REPO, TOKEN, ClientError, during
 from tests.support.hub_server import Fault, Hub
 
@@ -49,6 +52,16 @@ def test_the_librarys_own_log_holds_no_secret(hub, connect, output):
     text = client.errors.read_text()
     assert hub.asked("PUT")[0].query == {"X-Amz-Signature": "signed"}
     assert "503" in text and "PUT" in text and "signed" not in text
+
+
+def test_the_librarys_bars_are_off_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    with quiet_library():
+        assert are_progress_bars_disabled()
+    assert not are_progress_bars_disabled()
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", False)
+    with quiet_library():
+        assert not are_progress_bars_disabled()
 
 
 def test_a_token_reaches_neither_origin_nor_receipt(connect, output):

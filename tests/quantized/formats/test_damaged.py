@@ -103,6 +103,18 @@ LIES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, str]] = {
         None,
         "format float-quantized",
     ),
+    "codes of three axes": (
+        "fp8-tensor",
+        {Q + "weight": torch.ones(4, 16, 64).to(torch.float8_e4m3fn)},
+        None,
+        r"shape \(4, 16, 64\)",
+    ),
+    "codes without columns": (
+        "fp8-tensor",
+        {Q + "weight": torch.ones(64, 0).to(torch.float8_e4m3fn)},
+        None,
+        r"shape \(64, 0\)",
+    ),
     "floats with a scale": (
         "fp8-tensor",
         {Q + "weight": torch.ones(64, 64).bfloat16()},
