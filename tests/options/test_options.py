@@ -81,6 +81,8 @@ def test_weights_of_one_adapter(calls, tmp_path):
         receipt = adapterkit.merge(base, adapters, out=tmp_path / str(number))
         assert receipt.data["recipe"]["options"]["weights"] == [0.5]
     assert weighted(("a", "b")) == [("a", None), ("b", None)]
+    assert weighted(("a", Path("b"))) == [("a", None), (Path("b"), None)]
+    assert weighted(("a", 0.5)) == [("a", 0.5)]
 
 
 @pytest.mark.parametrize(

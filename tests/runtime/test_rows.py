@@ -13,6 +13,7 @@ from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
 from adapterkit.kernels import mixed_batch as mixed
 from adapterkit.runtime import attach
+from tests.support import architectures
 from tests.support.usual import usual
 
 NAMES = ["fr", None, "de", "fr"]
@@ -447,6 +448,27 @@ def test_modules_whose_input_has_other_rows():
         adapters = with_adapters(model, ["first", "shared"])
         with adapters.rows(NAMES), refused(re.escape(shape), "of shared in a batch of 4 rows"):
             model(torch.randn(4, tokens, 6))
+
+
+def test_a_tower_of_images_has_other_rows():
+    """Of a model that puts images among the tokens only the language model and its head have the
+    batch's rows."""
+    model = architectures.BUILDS["llava"]()
+    adapters = attach(model, LoraConfig(2, targets=["q_proj"]), name="fr")
+    with refused("images or sounds", "vision_tower"), adapters.rows(["fr", None]):
+        pass
+    adapters.detach()
+    text = LoraConfig(2, targets=r".*language_model.*(q_proj|embed_tokens)|lm_head")
+    adapters = attach(model, text, name="fr", seed=1)
+    ids = torch.arange(1, 17).view(2, 8)
+    with torch.no_grad():
+        adapters.activate("fr")
+        expected = model(input_ids=ids).logits
+        adapters.activate(None)
+        base = model(input_ids=ids).logits
+        with adapters.rows(["fr", None]):
+            rows = model(input_ids=ids).logits
+    torch.testing.assert_close(rows, torch.stack([expected[0], base[1]]))
 
 
 def test_part_of_a_model_gets_no_multiples(llama):

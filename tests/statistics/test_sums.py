@@ -95,7 +95,9 @@ def test_layers_part():
     assert not sums.shared
     later = torch.cat([x[:2], x[2:] + 1])
     for name, value in (("a", x), ("b", later)):
-        torch.testing.assert_close(stats[f"{name}.covariance"].double(), reference(value)[0])
+        covariance, mean = reference(value)
+        torch.testing.assert_close(stats[f"{name}.covariance"].double(), covariance)
+        torch.testing.assert_close(stats[f"{name}.mean"].double(), mean)
 
 
 def test_calls_are_normalized_as_corda_does():

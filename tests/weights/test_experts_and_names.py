@@ -118,6 +118,24 @@ def test_one_parameter_of_two_is_told_by_the_config_and_the_shapes(parameter, tm
     )
 
 
+@pytest.mark.parametrize("rows, columns", [(1, 0), (0, 1), (1, 1)])
+def test_factors_of_experts_that_do_not_fit(rows, columns, tmp_path):
+    """Of other ranks, and of one rank that is not the same for each expert."""
+    model, base, adapter = tiny.model("mixtral"), tmp_path / "base", tmp_path / "adapter"
+    model.save_pretrained(base)
+    train(model, adapter, target_modules=[], target_parameters=EXPERTS[:1])
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in [key for key in tensors if "layers.0." in key]:
+        a, b = (tensors[key], None) if "lora_A" in key else (None, tensors[key])
+        cut = a[: len(a) - rows] if a is not None else b[:, : b.shape[1] - columns]
+        tensors[key] = cut.contiguous()
+    save_file(tensors, file)
+    with pytest.raises(Refused, match="experts"):
+        adapterkit.merge(base, [adapter], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_bfloat16_experts_like_peft(kind, tmp_path):
     options = {"compat": "peft"}
