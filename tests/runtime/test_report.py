@@ -47,7 +47,8 @@ def test_totals_as_peft(tmp_path):
     trained, both = peft.get_nb_trainable_parameters()
     assert (report.trainable, report.total) == (trained, both)
     assert report.share == trained / both
-    assert str(report).splitlines()[-1].startswith(f"trainable parameters: {trained:,} of {both:,}")
+    last = f"trainable parameters: {trained:,} of {both:,} ({trained / both * 100:.4g} %)"
+    assert str(report).splitlines()[-1] == last
     adapters.activate(None)
     assert adapters.report().trainable == 0
 

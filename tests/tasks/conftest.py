@@ -60,6 +60,7 @@ def wide_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, P
             jobs.job("resize-dora-stats", "dora", base="base", rank=2, stats=STATS),
             jobs.job("extract-stats", "base32", "tuned", rank=3, exclude="head", stats=STATS),
             jobs.job("combine-stats", "law", "medicine", method="linear", rank=3, stats=STATS),
+            jobs.job("combine-dense", "dora", "dora=0.5", method="tsv", rank=3, base="base"),
             jobs.job("combine-ties-stats", "law", "medicine", **TIES, stats=STATS),
             jobs.job(
                 "combine-regmean", "law", "medicine", method="regmean", rank=3, stats=[STATS] * 2
