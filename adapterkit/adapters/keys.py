@@ -25,19 +25,19 @@ def factor_keys(
     kind: str = "module",
 ) -> tuple[str, str]:
     """Keys of a module's a and b in a file whose modules are wrapped `levels` times."""
-    path = value_key(module, levels) + BASE_LAYER * depth
-    a, b = FACTORS[kind]
-    return f"{path}.{a}", f"{path}.{b}"
+    keys = part_keys(module, kind, levels, depth)
+    return keys["a"], keys["b"]
 
 
 def part_keys(
     module: str, kind: str = "module", levels: Mapping[str, int] = NO_WRAPPERS, depth: int = 0
 ) -> dict[str, str]:
     """Keys of what an adapter has on a module: a, b, the bias of b, and DoRA's magnitude."""
-    a, b = factor_keys(module, levels, depth, kind)
+    a, b = FACTORS[kind]
+    names = {"a": a, "b": b, "bias": b.removesuffix("weight") + "bias"}
+    names["magnitude"] = "lora_magnitude_vector"
     path = value_key(module, levels) + BASE_LAYER * depth
-    bias = b.removesuffix("weight") + "bias"
-    return {"a": a, "b": b, "bias": bias, "magnitude": f"{path}.lora_magnitude_vector"}
+    return {role: f"{path}.{name}" for role, name in names.items()}
 
 
 def value_key(name: str, levels: Mapping[str, int] = NO_WRAPPERS) -> str:

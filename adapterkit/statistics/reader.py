@@ -19,6 +19,7 @@ from adapterkit.planning.inputs.sources import open_statistics as open_file
 from adapterkit.tasks.statistics import Statistics
 
 Stats = StrPath | Mapping[str, Tensor]
+Read = Callable[[TensorSpec], Tensor]  # a value, float32 on the CPU
 
 
 @dataclass(frozen=True)
@@ -30,25 +31,18 @@ class Mapped:
     shards: dict[str, Header] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class StatisticsReader:
-    """Statistics, and how their values are read: float32 on the CPU."""
-
-    statistics: Statistics
-    tensor: Callable[[TensorSpec], Tensor]
-
-
 @contextmanager
-def open_statistics(stats: Stats) -> Iterator[StatisticsReader]:
-    """The statistics of a safetensors file, or of a mapping; `Refused` for what is neither."""
+def open_statistics(stats: Stats) -> Iterator[tuple[Statistics, Read]]:
+    """The statistics of a safetensors file, or of a mapping, and how their values are read;
+    `Refused` for what is neither."""
     if isinstance(stats, Mapping):
-        yield StatisticsReader(_mapped(stats), lambda spec: _value(stats[spec.key], spec))
+        yield _mapped(stats), lambda spec: _value(stats[spec.key], spec)
         return
     checkpoint = open_checkpoint(open_file(stats))
     folders = (checkpoint.folder,)
     expected = identities(folders, header_hashes({0: checkpoint}))
     with Sources(folders, expected) as sources:
-        yield StatisticsReader(checkpoint, LocalReader(sources, torch.device("cpu")).tensor)
+        yield checkpoint, LocalReader(sources, torch.device("cpu")).tensor
 
 
 def _mapped(stats: Mapping[str, Tensor]) -> Mapped:

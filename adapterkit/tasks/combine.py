@@ -22,12 +22,7 @@ from adapterkit.kernels.rows import row_ranges
 from adapterkit.plan import READ, Metrics, TaskResult
 from adapterkit.tasks.common import FactorsTask, RankedFactors
 from adapterkit.tasks.metrics import short
-from adapterkit.tasks.statistics import (
-    covariance_errors,
-    read_covariance,
-    read_mean_root,
-    root_memory,
-)
+from adapterkit.tasks.statistics import covariance_errors, read_covariance, read_root, root_memory
 from adapterkit.tasks.truncate import energies_of, fit_metrics
 from adapterkit.weights.reader import Reader
 
@@ -140,7 +135,7 @@ class CombinedFactors(FactorsTask):
         results, metrics, spans = [], [], []
         root, damping = None, {}
         if self.method.acts_on != "covariances":
-            root, damping = read_mean_root(inputs, self.covariances)
+            root, damping = read_root(inputs, *self.covariances)
         for expert, deltas in enumerate(
             zip(*(part.deltas(inputs) for part in self.parts), strict=True)
         ):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -128,17 +128,11 @@ def select_covariances(
 
 
 def read_root(
-    inputs: Reader, covariance: TensorSpec | None
+    inputs: Reader, *several: TensorSpec | None
 ) -> tuple[Tensor | None, dict[str, float]]:
-    """`weighted.root` of a covariance, if there is one, and metrics; `Unrecoverable` where it is no
-    covariance."""
-    return read_mean_root(inputs, () if covariance is None else (covariance,))
-
-
-def read_mean_root(
-    inputs: Reader, covariances: Sequence[TensorSpec]
-) -> tuple[Tensor | None, dict[str, float]]:
-    """`read_root` of the mean of several covariances; None of none."""
+    """`weighted.root` of the mean of covariances, if there are any, and metrics; `Unrecoverable`
+    where one is no covariance."""
+    covariances = [covariance for covariance in several if covariance is not None]
     if not covariances:
         return None, {}
     mean = inputs.tensor(covariances[0])

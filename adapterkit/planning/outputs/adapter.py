@@ -1,7 +1,7 @@
 """The plan of an output that is an adapter: its tasks, config, card and tokenizer."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -29,7 +29,7 @@ from adapterkit.plan import (
 from adapterkit.planning.adapters.sites import JoinedSite, levels_of
 from adapterkit.planning.inputs.input_identity import plan_of
 from adapterkit.planning.outputs.cards import adapter_card, plain
-from adapterkit.planning.outputs.folder_files import Files, adapter_files, as_json
+from adapterkit.planning.outputs.folder_files import Files, as_json
 from adapterkit.planning.outputs.tokenizer_files import tokenizer_files
 from adapterkit.records import Json
 from adapterkit.shared_options import ScaleOptions
@@ -128,7 +128,9 @@ class Output:
         if self.finalize:
             finalize = self.finalize(ordered)
         elif pairs:
-            finalize = _finalize_pairs(ordered, self.modules, pairs)
+            targets = (self.modules.get(task.name) for task in ordered)
+            homes = [target if target in pairs else None for target in targets]
+            finalize = partial(_pad_pairs, ordered, homes)
         made_for = common_fingerprint(self.adapters) or self.base_fingerprint
         return OutputFile.computed(
             self.inside(WEIGHTS), ordered, metadata_with(made_for), finalize=finalize
@@ -136,11 +138,10 @@ class Output:
 
     def files(self, notes: list[str]) -> Files:
         """Its other files; a tokenizer among them joins the notes."""
-        tokenizer = tokenizer_files(list(self.adapters), self.tokenizer, notes)
-        card = adapter_card(self.base(), self.adapters, self.summary)
-        return adapter_files(
-            FromMetrics(self.config), card, tokenizer=tokenizer, folder=self.folder
-        )
+        files: Files = {**tokenizer_files(list(self.adapters), self.tokenizer, notes)}
+        files["README.md"] = adapter_card(self.base(), self.adapters, self.summary).encode()
+        files[CONFIG] = FromMetrics(self.config)
+        return {self.inside(name): file for name, file in files.items()}
 
     def base(self) -> str | None:
         """The Hub id of its base, if that is known."""
@@ -179,18 +180,11 @@ def common_fingerprint(adapters: Sequence[Adapter]) -> str | None:
     return fingerprints.pop() if len(fingerprints) == 1 else None
 
 
-def _finalize_pairs(
-    tasks: Sequence[Task], modules: dict[str, str], pairs: Collection[str]
-) -> Finalize:
-    """Bring both projections of a MultiheadAttention to one rank: PEFT has one pattern for
-    them."""
-    homes = [target if (target := modules.get(task.name)) in pairs else None for task in tasks]
-    return partial(_pad_pairs, tasks, homes)
-
-
 def _pad_pairs(
     tasks: Sequence[Task], homes: Sequence[str | None], metrics: list[dict]
 ) -> list[Change]:
+    """Bring both projections of a MultiheadAttention, their home, to one rank: PEFT has one
+    pattern for them."""
     ranks: dict[str, int] = {}
     for home, metric in zip(homes, metrics, strict=True):
         if home is not None:

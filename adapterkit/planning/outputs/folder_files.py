@@ -53,15 +53,6 @@ def model_files(
     return {prefix + name: file for name, file in files.items() if name not in omit}
 
 
-def adapter_files(
-    config: FromMetrics, card: str, *, tokenizer: Mapping[str, CopyFile], folder: str = ""
-) -> Files:
-    """An adapter's files, in this folder of the output."""
-    prefix = f"{folder}/" if folder else ""
-    files: Files = {**tokenizer, "README.md": card.encode(), CONFIG: config}
-    return {prefix + name: file for name, file in files.items()}
-
-
 def _layer_folders(base: Checkpoint) -> tuple[str, ...]:
     """Subfolders with further layers of the model and weights of their own: those that the
     modules.json of sentence-transformers names (`2_Dense/`)."""

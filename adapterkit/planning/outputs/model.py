@@ -196,14 +196,10 @@ def _tasks(step: Step, *, keep_format: bool) -> list[Task]:
         from adapterkit.tasks.quantize import CompensatedStep
 
         return [CompensatedStep(step.key, step, packed=keep_format)]
-    if not isinstance(source, QuantizedWeight):
-        is_copy = step.copied and step.key == source.key
-        return (
-            [CopiedTensor(step.key, source, step.key)]
-            if is_copy
-            else [EditedTensor(step.key, step)]
-        )
-    if not keep_format:
+    is_packed = isinstance(source, QuantizedWeight)
+    if not is_packed and step.copied and step.key == source.key:
+        return [CopiedTensor(step.key, source, step.key)]
+    if not is_packed or not keep_format:
         return [EditedTensor(step.key, step)]
     if step.edits:
         return [RequantizedWeight(step.key, step)]

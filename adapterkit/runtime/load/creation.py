@@ -35,7 +35,7 @@ from adapterkit.runtime.targets import (
     resolve_saved,
     resolve_tokens,
 )
-from adapterkit.statistics.reader import StatisticsReader, Stats, open_statistics
+from adapterkit.statistics.reader import Read, Stats, open_statistics
 from adapterkit.tasks.statistics import select_statistics, shape_of
 
 
@@ -75,15 +75,15 @@ def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:
 class ModuleStatistics:
     """The statistics that an init needs, module by module."""
 
-    source: StatisticsReader | None
+    read: Read | None
     specs: Mapping[str, Mapping[str, TensorSpec]]  # module -> kind -> where it is
 
     def of(self, module: str, kinds: Collection[str] | None = None) -> dict[str, Tensor]:
         """The statistics of a module by kind, all or some, float32 on the CPU."""
-        if self.source is None:
+        if self.read is None:
             return {}
         return {
-            kind: self.source.tensor(spec)
+            kind: self.read(spec)
             for kind, spec in self.specs[module].items()
             if kinds is None or kind in kinds
         }
@@ -106,16 +106,16 @@ def statistics_for(
     if stats is None:
         yield ModuleStatistics(None, {})
         return
-    with open_statistics(stats) as source:
+    with open_statistics(stats) as (stored, read):
         specs: dict[str, dict[str, TensorSpec]] = {target.path: {} for target in targets}
         for kind in kinds:
             shapes = {}
             for target in targets:
                 (_, width), (out, _) = KINDS[target.kind].shapes(target.module, target.rank)
                 shapes[target.path] = shape_of(kind, out, width)
-            for path, spec in select_statistics(source.statistics, kind, shapes).items():
+            for path, spec in select_statistics(stored, kind, shapes).items():
                 specs[path][kind] = spec
-        yield ModuleStatistics(source, specs)
+        yield ModuleStatistics(read, specs)
 
 
 def redistributed(
