@@ -12,7 +12,7 @@ from adapterkit.adapters.keys import FACTORS, factor_keys
 from adapterkit.adapters.record import Adapter, Lora, rank_mismatch
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
-from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.kernels.lowrank.algebra import Product, products_of
 from adapterkit.weights.reader import TensorReader
 
 
@@ -62,11 +62,7 @@ class Factors(Lora):
     def products(self, reader: TensorReader) -> list[Product]:
         """(scale * b, a) in float64: one product, or one for each expert."""
         a, b = self.stored(reader)
-        a, b = a.double(), b.double() * self.scale
-        if self.experts is None:
-            return [Product(b, a)]
-        a, b = a.view(self.experts, self.rank, -1), b.view(-1, self.rank, self.experts)
-        return [Product(b[:, :, e], a[e]) for e in range(self.experts)]
+        return products_of(a.double(), b.double() * self.scale, self.experts or 1)
 
 
 # inits from a decomposition of the weight: their rank is at most the weight's

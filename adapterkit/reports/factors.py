@@ -123,7 +123,8 @@ def _statistics(lora: Lora, module: Json, reader: Reader, problems: Problems) ->
         return statistics
     # their sizes apart: the product may leave float64's range
     sizes = [float(factor.abs().max()) or 1.0 for factor in (a, b)]
-    spectra = _singular_values(a / sizes[0], b / sizes[1], module["experts"] or 1)
+    products = algebra.products_of(a / sizes[0], b / sizes[1], module["experts"] or 1)
+    spectra = [algebra.svd(product).s for product in products]
     ranks = [effective_rank(s) for s in spectra if bool(s.any())]
     statistics["effective_rank"] = sum(ranks) / len(ranks) if ranks else 0.0
     if module["scale"] is not None:
@@ -136,16 +137,6 @@ def _statistics(lora: Lora, module: Json, reader: Reader, problems: Problems) ->
             problem = f"the delta of {shown(lora.module)} is larger than any number of float64"
             problems.append(_not_finite(problem, lora.a.file))
     return statistics
-
-
-def _singular_values(
-    a: Tensor,  # (experts * r, in) float64, the expert slowest
-    b: Tensor,  # (out, r * experts) float64, the expert fastest
-    experts: int,
-) -> list[Tensor]:
-    """Singular values of each expert's b @ a, of a stack in PEFT's layout."""
-    right, left = a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts)
-    return [algebra.svd(algebra.Product(left[:, :, i], right[i])).s for i in range(experts)]
 
 
 def effective_rank(s: Tensor) -> float:

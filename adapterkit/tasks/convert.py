@@ -58,7 +58,7 @@ class ConvertedTensors(Task):
         tensors: dict[str, Tensor | TensorSpec] = {}
         rounding: list[float] = []
         for one in self.outputs:
-            tensors[one.key], lost = rounded(one.key, one.expression, one.dtype, reader)
+            tensors[one.key], lost = rounded(one, reader)
             rounding += [] if lost is None else [lost]
         if not self.fits:
             return TaskResult(tensors, {"rounding": max(rounding)} if rounding else {})
@@ -86,30 +86,29 @@ class _ReadOnce:
         return self.tensors[spec]
 
 
-def rounded(
-    key: str, expression: Expression, dtype: str, reader: TensorReader
-) -> tuple[Tensor, float | None]:
+def rounded(one: ConvertedTensor, reader: TensorReader) -> tuple[Tensor, float | None]:
     """The tensor in its dtype, and ‖value - rounded‖ / ‖value‖, None where nothing is rounded.
 
     `Unrecoverable` where values are too small for the dtype: in any piece, as beside larger ones
     the loss of a small one does not show.
     """
-    value, own = expression.value(reader), dtypes.torch_dtype(dtype)
+    value, own = one.expression.value(reader), dtypes.torch_dtype(one.dtype)
     tensor = value.to(own).contiguous()
     if value.dtype == own:
         return tensor, None
     lost = worst = loss(value, tensor)
-    pieces = expression.joined_parts
+    pieces = one.expression.joined_parts
     if len(pieces) > 1:
         del value
-        worst = max(loss(one, one.to(own)) for one in (piece.value(reader) for piece in pieces))
+        parts = (piece.value(reader) for piece in pieces)
+        worst = max(loss(part, part.to(own)) for part in parts)
     # what overflows is infinite, which the engine refuses
     if own.is_floating_point and max(LOSS, torch.finfo(own).eps) < worst < math.inf:
         raise Unrecoverable(
-            f"values of {shown(key)} are too small for {str(own).removeprefix('torch.')}, which "
-            f"loses {worst:.2g} of their norm",
+            f"values of {shown(one.key)} are too small for {str(own).removeprefix('torch.')}, "
+            f"which loses {worst:.2g} of their norm",
             expected=f"at most {LOSS:.2g}, as bfloat16 loses",
-            where=shown(key),
+            where=shown(one.key),
             hint="give --dtype fp32, or choose a format that stores the scale of each module",
         )
     return tensor, lost

@@ -41,6 +41,16 @@ class Svd(NamedTuple):
         return Svd(self.u[:, :rank], self.s[:rank], self.vh[:rank])
 
 
+def products_of(
+    a: Tensor,  # (experts * r, m), the expert slowest
+    b: Tensor,  # (n, r * experts), the expert fastest
+    experts: int,
+) -> list[Product]:
+    """b @ a of each expert of a stack in PEFT's layout."""
+    right, left = a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts)
+    return [Product(left[:, :, e], right[e]) for e in range(experts)]
+
+
 def as_product(delta: Product | Tensor) -> Product:
     """A dense matrix as itself times the identity of its shorter side."""
     if isinstance(delta, Product):

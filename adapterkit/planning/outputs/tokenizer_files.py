@@ -1,5 +1,6 @@
 """The tokenizer that goes into an output: the base's, or the one saved beside an adapter."""
 
+import contextlib
 import re
 
 from adapterkit.adapters.record import Adapter
@@ -74,31 +75,25 @@ SIDES = {"padding_side", "truncation_side"}
 REPEATED = ("special_tokens_map.json", "added_tokens.json")
 
 
+def _without(settings: Json, *keys: str) -> Json:
+    return {key: value for key, value in settings.items() if key not in keys}
+
+
 def _tokenizer(adapter: Adapter, names: set[str]) -> Json:
     """The contents of a tokenizer's files that decide its tokens: by file, and by setting where the
     file is JSON."""
     contents: Json = {}
     for name in names:
-        if name not in ("tokenizer.json", "tokenizer_config.json"):
+        settings: Json | None = None
+        if name in ("tokenizer.json", "tokenizer_config.json"):
+            with contextlib.suppress(AdapterkitError):  # not ours to judge: compared as it stands
+                settings = read_json(adapter.folder, name)
+        if settings is None:
             contents[name] = adapter.folder.read(name, 0, adapter.folder.files()[name])
-            continue
-        try:
-            settings = read_json(adapter.folder, name)
-        except AdapterkitError:  # not ours to judge: it is compared as it stands
-            contents[name] = adapter.folder.read(name, 0, adapter.folder.files()[name])
-            continue
-        if name == "tokenizer.json":
-            contents[name] = {
-                key: value
-                for key, value in settings.items()
-                if key not in ("truncation", "padding")
-            }
+        elif name == "tokenizer.json":
+            contents[name] = _without(settings, "truncation", "padding")
         else:
-            contents |= {
-                key: value
-                for key, value in settings.items()
-                if key not in (*CALLS, *PLACES, "chat_template")
-            }
+            contents |= _without(settings, *CALLS, *PLACES, "chat_template")
             template = settings.get("chat_template")
             if isinstance(template, str) and "chat_template.jinja" not in names:
                 contents["chat_template.jinja"] = template.encode()
