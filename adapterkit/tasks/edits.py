@@ -11,28 +11,60 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels import rows as kernel
 from adapterkit.plan import READ, Edit, Loaded
 from adapterkit.weights.reader import Reader
-from adapterkit.weights.slots import Positions
+from adapterkit.weights.slots import Positions, taken
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Rows, or columns, [start, stop) of the grid, and what of the parameter lies there.
+
+    `at`: for each of them the parameter's row that lies there; None: the same, in order from 0.
+    `of`: those that are meant, where they are not all of them (interleaved storage).
+    """
+
+    start: int
+    stop: int
+    at: Positions | None = None
+    of: Positions | None = None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def meant(self) -> list[int]:
+        return list(range(self.start, self.stop) if self.of is None else self.of)
+
+    def selected(self, factor: Tensor, dim: int) -> Tensor:
+        """The parameter's rows (or columns) that lie here, in the order of `meant`."""
+        return factor if self.at is None else taken(factor, self.at, dim)
+
+    def placed(self, factor: Tensor, dim: int) -> Tensor:
+        """The factor's rows (or columns) in stored order over [start, stop), zero where the stored
+        tensor holds something else."""
+        factor = self.selected(factor, dim)
+        if self.of is None:
+            return factor
+        shape = list(factor.shape)
+        shape[dim] = len(self)
+        spread = factor.new_zeros(shape)
+        where = torch.as_tensor(self.meant, device=factor.device) - self.start
+        return spread.index_copy_(dim, where, factor)
+
+    def overlap(self, w: Tensor, first: int) -> Iterator[tuple[Tensor, slice]]:
+        """The block's rows that lie here, and which of [start, stop) they are; nothing where there
+        are none. `first`: the row at which the block begins."""
+        low, high = max(self.start, first), min(self.stop, first + w.shape[0])
+        if low < high:
+            yield w[low - first : high - first], slice(low - self.start, high - self.start)
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Where one product left @ right lands on the grid: rows [row, row_stop), columns [col,
-    col_stop).
+    """Where one product left @ right lands on the grid."""
 
-    `row_at` (and `col_at`): for each row of the range the parameter's row that lies there; None:
-    the same, in order from 0. `row_of` (and `col_of`): the rows of the range that are meant, where
-    they are not all of them (interleaved storage).
-    """
-
-    row: int
-    row_stop: int
-    col: int
-    col_stop: int
+    rows: Band
+    columns: Band
     expert: int | None = None
-    row_at: Positions | None = None
-    col_at: Positions | None = None
-    row_of: Positions | None = None
-    col_of: Positions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +97,7 @@ class PlacedFactors:
 
     @property
     def flops(self) -> int:
-        areas = ((b.row_stop - b.row) * (b.col_stop - b.col) for b in self.blocks)
+        areas = (len(block.rows) * len(block.columns) for block in self.blocks)
         return 2 * self.factors.rank * sum(areas)
 
     def products(self, inputs: Reader) -> Iterator[tuple[Block, Tensor, Tensor]]:
@@ -73,8 +105,7 @@ class PlacedFactors:
         for block, left, right in self._read(inputs):
             if self.factors.flip:
                 left, right = right.T, left.T
-            left = place_factor(left, 0, block.row_at, block.row_of, block.row, block.row_stop)
-            right = place_factor(right, 1, block.col_at, block.col_of, block.col, block.col_stop)
+            left, right = block.rows.placed(left, 0), block.columns.placed(right, 1)
             yield block, left.contiguous(), right.contiguous()
 
     def _read(self, inputs: Reader) -> Iterator[tuple[Block, Tensor, Tensor]]:
@@ -96,41 +127,9 @@ class PlacedFactors:
             yield block, scale_factor(stack[block.expert].to(inputs.dtype), scale), a
 
 
-def overlap(w: Tensor, first: int, row: int, row_stop: int) -> Iterator[tuple[Tensor, slice]]:
-    """The block's rows that lie in [row, row_stop), and which of that range they are; nothing where
-    there are none."""
-    low, high = max(row, first), min(row_stop, first + w.shape[0])
-    if low < high:
-        yield w[low - first : high - first], slice(low - row, high - row)
-
-
 def scale_factor(factor: Tensor, scale: float) -> Tensor:
     """scale * factor, rounded once (a power of two is exact)."""
     return factor if scale == 1.0 else (factor.double() * scale).to(factor.dtype)
-
-
-def place_factor(
-    factor: Tensor, dim: int, at: Positions | None, of: Positions | None, start: int, stop: int
-) -> Tensor:
-    """The factor's rows (or columns) in stored order over [start, stop), zero where the stored
-    tensor holds something else."""
-    if at is not None:
-        factor = _select(factor, dim, at)
-    if of is None:
-        return factor
-    shape = list(factor.shape)
-    shape[dim] = stop - start
-    spread = factor.new_zeros(shape)
-    where = torch.as_tensor(list(of), device=factor.device) - start
-    spread.index_copy_(dim, where, factor)
-    return spread
-
-
-def _select(factor: Tensor, dim: int, at: Positions) -> Tensor:
-    """The factor's rows (or columns) at these positions."""
-    if isinstance(at, range) and at.step == 1:
-        return factor.narrow(dim, at.start, len(at))
-    return factor.index_select(dim, torch.as_tensor(list(at), device=factor.device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,21 +154,21 @@ class AddLowRank(Edit):
         stacks: dict[tuple[int, int, int, int], list] = {}
         for each in self.added:
             for block, left, right in each.products(inputs):
-                stacks.setdefault(
-                    (block.row, block.row_stop, block.col, block.col_stop), []
-                ).append((left, right))
+                rows, columns = block.rows, block.columns
+                place = rows.start, rows.stop, columns.start, columns.stop
+                stacks.setdefault(place, []).append((left, right))
         products = []
-        for place, pairs in sorted(stacks.items(), key=lambda item: item[0]):
+        for (row, row_stop, *columns), pairs in sorted(stacks.items(), key=lambda item: item[0]):
             left = torch.cat([p[0] for p in pairs], 1) if len(pairs) > 1 else pairs[0][0]
             right = torch.cat([p[1] for p in pairs], 0) if len(pairs) > 1 else pairs[0][1]
-            products.append((place, left, right))
-        norm = sum(kernel.low_rank_norm(left, right) ** 2 for _, left, right in products) ** 0.5
-        columns = grid[1]
+            products.append((Band(row, row_stop), slice(*columns), left, right))
+        norm = sum(kernel.low_rank_norm(left, right) ** 2 for *_, left, right in products) ** 0.5
+        whole = slice(0, grid[1])
 
         def apply(w: Tensor, first: int) -> None:
-            for (row, row_stop, col, col_stop), left, right in products:
-                for part, here in overlap(w, first, row, row_stop):
-                    part = part if (col, col_stop) == (0, columns) else part[:, col:col_stop]
+            for rows, columns, left, right in products:
+                for part, here in rows.overlap(w, first):
+                    part = part if columns == whole else part[:, columns]
                     kernel.add_low_rank(part, left[here], right)
 
         return Loaded(apply, norm)
@@ -196,8 +195,8 @@ class AddLikePeft(AddLowRank):
 
         def exact(w: Tensor, first: int, delta_first: bool = False) -> None:
             for block, left, right in products:
-                for part, here in overlap(w, first, block.row, block.row_stop):
-                    part = part[:, block.col : block.col_stop]
+                for part, here in block.rows.overlap(w, first):
+                    part = part[:, block.columns.start : block.columns.stop]
                     delta = (left[here] @ right) * scale
                     part += delta.to(self.rounded).to(w.dtype) if delta_first else delta
 
@@ -219,7 +218,7 @@ class Decompose(Edit):
     """
 
     magnitude: TensorSpec = field(metadata=READ)
-    rows: tuple[int, int]  # where the outputs lie on the grid, when they are rows
+    rows: Band  # where the outputs lie on the grid, when they are rows
     by_columns: bool
     before: tuple[Edit, ...]
     of_stored: bool = False
@@ -248,9 +247,9 @@ class Decompose(Edit):
             yield first, w
 
     def _scale_rows(self, w: Tensor, first: int, magnitude: Tensor, norms: Tensor | None) -> None:
-        row, row_stop = self.rows
-        for part, here in overlap(w, first, row, row_stop):
-            norm = kernel.row_norms(part) if norms is None else norms[row:row_stop][here]
+        rows = self.rows
+        for part, here in rows.overlap(w, first):
+            norm = kernel.row_norms(part) if norms is None else norms[rows.start : rows.stop][here]
             kernel.scale_rows(part, magnitude[here], norm)
 
 
@@ -270,21 +269,18 @@ def _round(w: Tensor, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AddVector(Edit):
-    """w += scale * vector, for biases: the grid is (n, 1). `at`: which of the vector's entries lie
-    on rows [row, row_stop)."""
+    """w += scale * vector, for biases: the grid is (n, 1)."""
 
     vector: TensorSpec = field(metadata=READ)
     scale: float
-    row: int
-    row_stop: int
-    at: Positions | None = None
+    rows: Band
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         vector = scale_factor(inputs.tensor(self.vector).reshape(-1, 1), self.scale)
-        vector = place_factor(vector, 0, self.at, None, self.row, self.row_stop)
+        vector = self.rows.placed(vector, 0)
 
         def apply(w: Tensor, first: int) -> None:
-            for part, here in overlap(w, first, self.row, self.row_stop):
+            for part, here in self.rows.overlap(w, first):
                 part += vector[here]
 
         return Loaded(apply, float(torch.linalg.vector_norm(vector.double())))
@@ -334,11 +330,8 @@ class Assign(Edit):
         value = inputs.tensor(spec)
         value = value.reshape(value.shape[0], -1)
         value = value.T if self.flip else value
-        value = value if block.row_at is None else _select(value, 0, block.row_at)
-        value = value if block.col_at is None else _select(value, 1, block.col_at)
-        rows, cols = range(block.row, block.row_stop), range(block.col, block.col_stop)
-        of = torch.as_tensor(list(rows if block.row_of is None else block.row_of))
-        columns = torch.as_tensor(list(cols if block.col_of is None else block.col_of))
+        value = block.columns.selected(block.rows.selected(value, 0), 1)
+        of, columns = torch.as_tensor(block.rows.meant), torch.as_tensor(block.columns.meant)
 
         def apply(w: Tensor, first: int) -> None:
             inside = (of >= first) & (of < first + w.shape[0])

@@ -29,6 +29,7 @@ from adapterkit.tasks.edits import (
     AddLowRank,
     AddVector,
     Assign,
+    Band,
     Block,
     Decompose,
     PlacedFactors,
@@ -64,8 +65,9 @@ def specs_of(folder: LocalFolder) -> dict[str, TensorSpec]:
 
 def edits_of(s: dict[str, TensorSpec]) -> list[Edit]:
     """Each kind, and each of its ways to be stored."""
-    whole, scattered = Block(0, OUT, 0, IN), range(OUT - 1, -1, -1)
-    turned = Block(2, 8, 0, IN, row_at=array([3, 1, 0]), row_of=array([3, 5, 6]))
+    columns, scattered = Band(0, IN), Band(0, OUT, range(OUT - 1, -1, -1))
+    whole = Block(Band(0, OUT), columns)
+    turned = Block(Band(2, 8, array([3, 1, 0]), array([3, 5, 6])), columns)
     factors = Factors(module="m", kind="module", a=s["a"], b=s["b"], scale=1.5, rank=RANK)
     term = PlacedFactors(factors, (whole,))
     other = PlacedFactors(replace(factors, scale=1.0), (turned,))
@@ -78,25 +80,21 @@ def edits_of(s: dict[str, TensorSpec]) -> list[Edit]:
         rank=RANK,
         experts=EXPERTS,
     )
-    one = PlacedFactors(stack, (Block(0, OUT, 0, IN, 1),))
+    one = PlacedFactors(stack, (Block(Band(0, OUT), columns, 1),))
     add = AddLowRank((term,))
     chosen: list[Edit] = [
         add,
         AddLowRank((term, other, one)),
         AddLikePeft((term,), torch.bfloat16, True),
-        AddVector(s["vector"], 0.5, 0, OUT, scattered),
+        AddVector(s["vector"], 0.5, scattered),
         RoundTo(torch.bfloat16),
         ReplaceRows(s["rows"], (1, 7)),
         ReplaceRows(s["tokens"], (0, 4), by_columns=True),
         Assign(s["w"], whole, False),
-        Assign(
-            s["w"],
-            Block(0, 4, 0, IN, row_at=array([5, 2, 9, 0]), row_of=array([0, 2, 1, 3])),
-            False,
-        ),
-        Decompose(s["magnitude"], (0, OUT), False, (add,)),
-        Decompose(s["magnitude"], (0, OUT), False, (add,), of_stored=True),
-        Decompose(s["columns"], (0, IN), True, (add,)),
+        Assign(s["w"], Block(Band(0, 4, array([5, 2, 9, 0]), array([0, 2, 1, 3])), columns), False),
+        Decompose(s["magnitude"], Band(0, OUT), False, (add,)),
+        Decompose(s["magnitude"], Band(0, OUT), False, (add,), of_stored=True),
+        Decompose(s["columns"], columns, True, (add,)),
     ]
     return chosen
 

@@ -11,7 +11,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan, laid_out
 from adapterkit.engines.placement import Capacity, fitting, place, prefers_gpu
 from adapterkit.plan import OutputFile, Plan, Step, Task, TaskResult
-from adapterkit.tasks.edits import AddLowRank, Block, PlacedFactors
+from adapterkit.tasks.edits import AddLowRank, Band, Block, PlacedFactors
 from adapterkit.weights.reader import Reader
 from tests.golden import inputs
 from tests.support.card import Card, installed
@@ -27,7 +27,7 @@ def spec(key: str, dtype: str, *shape: int) -> TensorSpec:
 
 
 def step(number: int, rank: int) -> Step:
-    block = Block(0, ROWS, 0, COLUMNS)
+    block = Block(Band(0, ROWS), Band(0, COLUMNS))
     a, b = spec("a", "F32", rank, COLUMNS), spec("b", "F32", ROWS, rank)
     edit = AddLowRank(
         (

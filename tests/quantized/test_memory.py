@@ -25,7 +25,7 @@ from adapterkit.errors import Refused
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.plan import Edit, Step
 from adapterkit.tasks import rows as task_rows
-from adapterkit.tasks.edits import AddLowRank, Block, Decompose, PlacedFactors
+from adapterkit.tasks.edits import AddLowRank, Band, Block, Decompose, PlacedFactors
 from adapterkit.tasks.rows import EditedTensor, RequantizedWeight
 from adapterkit.weights.codec import PlainWeight, QuantizedWeight
 from adapterkit.weights.codecs.bnb4 import Bnb4
@@ -92,10 +92,11 @@ class Case:
         factors = Factors(
             module="m", kind="module", a=self.specs["a"], b=self.specs["b"], scale=1.0, rank=8
         )
-        term = PlacedFactors(factors, (Block(0, rows, 0, columns),))
+        term = PlacedFactors(factors, (Block(Band(0, rows), Band(0, columns)),))
         edits: list[Edit] = [AddLowRank((term,))]
         if dora:
-            edits.append(Decompose(self.specs[dora], (0, rows), dora == "column", tuple(edits)))
+            by_columns, before = dora == "column", tuple(edits)
+            edits.append(Decompose(self.specs[dora], Band(0, rows), by_columns, before))
         return Step(
             "x.weight", "BF16", self.packed.shape, self.packed, tuple(edits), rows, ("a",), draws
         )

@@ -15,6 +15,7 @@ from adapterkit.tasks.edits import (
     AddLowRank,
     AddVector,
     Assign,
+    Band,
     Block,
     Decompose,
     PlacedFactors,
@@ -23,7 +24,7 @@ from adapterkit.tasks.edits import (
 )
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.parameters import Parameter
-from adapterkit.weights.slots import Axis, Positions, Slot, identity_slot
+from adapterkit.weights.slots import Axis, Slot, identity_slot
 
 
 def place_factors(parameter: Parameter, slot: Slot, factors: Factors) -> PlacedFactors:
@@ -32,7 +33,8 @@ def place_factors(parameter: Parameter, slot: Slot, factors: Factors) -> PlacedF
     if factors.experts is None and len(shape) > 2:  # a convolution: one row per output channel
         if not parameter.whole:
             raise _layout_error(parameter, slot)
-        return PlacedFactors(factors, (Block(0, shape[0], 0, math.prod(shape[1:])),))
+        whole = Block(Band(0, shape[0]), Band(0, math.prod(shape[1:])))
+        return PlacedFactors(factors, (whole,))
     swapped, blocks = _blocks(parameter, slot, stack=factors.experts is not None)
     return PlacedFactors(replace(factors, flip=factors.flip ^ swapped), blocks)
 
@@ -60,39 +62,35 @@ def _blocks(parameter: Parameter, slot: Slot, *, stack: bool) -> tuple[bool, tup
     else:
         raise _layout_error(parameter, slot)
     height = slot.shape[matrix[0]]
-    row, row_stop, row_at, row_of = _span(row_axis[0], parameter.shape[row_axis[1]])
-    col, col_stop, col_at, col_of = _span(col_axis[0], parameter.shape[col_axis[1]])
-    blocks = []
-    for expert, place in experts:
-        by = place * height
-        moved = None if row_of is None else _shifted(row_of, by)
-        blocks.append(
-            Block(row + by, row_stop + by, col, col_stop, expert, row_at, col_at, moved, col_of)
-        )
+    rows = _band(row_axis[0], parameter.shape[row_axis[1]])
+    columns = _band(col_axis[0], parameter.shape[col_axis[1]])
+    blocks = (Block(_shifted(rows, place * height), columns, expert) for expert, place in experts)
     return swapped, tuple(blocks)
 
 
-def _shifted(positions: Positions, by: int) -> Positions:
-    if isinstance(positions, range):
-        return range(positions.start + by, positions.stop + by, positions.step)
-    return positions + by
+def _shifted(band: Band, by: int) -> Band:
+    of = band.of
+    if isinstance(of, range):
+        of = range(of.start + by, of.stop + by, of.step)
+    elif of is not None:
+        of = of + by
+    return Band(band.start + by, band.stop + by, band.at, of)
 
 
-def _span(axis: Axis, length: int) -> tuple[int, int, Positions | None, Positions | None]:
-    """Stored range [start, stop), the parameter's positions in it (None: all, in order), and which
-    positions of the range these are (None: all)."""
+def _band(axis: Axis, length: int) -> Band:
+    """Where an axis of a parameter of that length lies."""
     at = None if axis.at == 0 and len(axis.of) == length else range(axis.at, axis.stop)
     if isinstance(axis.of, range) and axis.of.step == 1:
-        return axis.of.start, axis.of.stop, at, None
-    return int(min(axis.of)), int(max(axis.of)) + 1, at, axis.of
+        return Band(axis.of.start, axis.of.stop, at)
+    return Band(int(min(axis.of)), int(max(axis.of)) + 1, at, axis.of)
 
 
 def place_vector(parameter: Parameter, slot: Slot, vector: TensorSpec, scale: float) -> AddVector:
     """A vector added to a one-dimensional parameter; `Refused` as `place_factors`."""
-    row, row_stop, at, of = _span(slot.axes[0], parameter.shape[0])
-    if of is not None or len(slot.shape) != 1:
+    rows = _band(slot.axes[0], parameter.shape[0])
+    if rows.of is not None or len(slot.shape) != 1:
         raise _layout_error(parameter, slot)
-    return AddVector(vector, scale, row, row_stop, at)
+    return AddVector(vector, scale, rows)
 
 
 def place_magnitude(
@@ -105,16 +103,16 @@ def place_magnitude(
     if len(parameter.shape) > 2:
         if not parameter.whole:
             raise _layout_error(parameter, slot)
-        return Decompose(magnitude, (0, parameter.shape[0]), False, before)
+        return Decompose(magnitude, Band(0, parameter.shape[0]), False, before)
     outputs, inputs = slot.axes[axis], slot.axes[1 - axis]
     shape = parameter.shape
     if outputs.at != 0 or len(outputs.of) != shape[axis] or len(inputs.of) != shape[1 - axis]:
         raise _layout_error(parameter, slot)  # the norm of a row needs all of it
-    row, row_stop, _, of = _span(outputs, shape[axis])
+    rows = _band(outputs, shape[axis])
     by_columns = outputs.axis == 1
-    if of is not None or (by_columns and not slot.whole and slot.shape[1] != len(outputs.of)):
+    if rows.of is not None or (by_columns and not slot.whole and slot.shape[1] != len(outputs.of)):
         raise _layout_error(parameter, slot)
-    return Decompose(magnitude, (row, row_stop), by_columns, before)
+    return Decompose(magnitude, rows, by_columns, before)
 
 
 def place_rows(
@@ -131,8 +129,8 @@ def place_value(parameter: Parameter, slot: Slot, value: TensorSpec) -> tuple[As
     """A parameter's new value on a stored tensor that has a part of it; `Refused` as
     `place_factors`."""
     if len(parameter.shape) == 1:
-        row, row_stop, at, of = _span(slot.axes[0], parameter.shape[0])
-        return (Assign(value, Block(row, row_stop, 0, 1, None, at, None, of), False),)
+        rows = _band(slot.axes[0], parameter.shape[0])
+        return (Assign(value, Block(rows, Band(0, 1)), False),)
     if len(parameter.shape) > 3:
         raise _layout_error(parameter, slot)
     swapped, blocks = _blocks(parameter, slot, stack=len(parameter.shape) == 3)
