@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from adapterkit.adapters.config import BASE_CHANGING_INITS, IMPLICIT, saved_modules
 from adapterkit.adapters.keys import BASE_LAYER_VALUE, CONFIG
@@ -67,7 +66,7 @@ class Adapter:
         return f"{self.label}/{CONFIG}"
 
     @property
-    def trained_class(self) -> tuple[Any, Any]:
+    def trained_class(self) -> tuple[str | None, str | None]:
         """task_type, and the name of the model's class: what tells which class was trained."""
         mapping = self.config.get("auto_mapping")
         name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
