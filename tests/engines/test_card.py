@@ -17,6 +17,7 @@ from adapterkit.execute import run
 from adapterkit.tasks import rows
 from tests.golden import inputs, jobs
 from tests.support.card import Card, installed
+from tests.support.usual import usual
 
 SMALL = 256  # elements of a chunk, so that steps have many
 RECEIPT = "adapterkit.json"
@@ -70,10 +71,7 @@ def assert_same_there(name: str, folder: Path, card: Card, **options) -> None:
         shutil.rmtree(there, ignore_errors=True)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(job.name, marks=() if job.name in QUICK else pytest.mark.slow) for job in JOBS],
-)
+@pytest.mark.parametrize("name", usual([job.name for job in JOBS], QUICK))
 def test_a_job_gives_the_bytes_of_the_cpu(name: str, folder: Path):
     """Each is computed there, in streams that are not the default one."""
     card = Card()

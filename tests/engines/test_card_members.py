@@ -38,6 +38,7 @@ from adapterkit.tasks.edits import (
 )  # fmt: skip
 from tests.support import kinds, methods, quantized_llama
 from tests.support.card import DEVICE, Card, installed
+from tests.support.usual import usual
 
 CPU = torch.device("cpu")
 OUT, IN, RANK, EXPERTS = 12, 10, 3, 2
@@ -173,13 +174,7 @@ def same_there(verb: Callable[..., Any], *arguments: Any, out: Path, **options: 
         assert path.read_bytes() == (out / "there" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in ("awq", "fp8-block") else pytest.mark.slow)
-        for name in quantized_llama.FORMS
-    ],
-)
+@pytest.mark.parametrize("name", usual(quantized_llama.FORMS, {"awq", "fp8-block"}))
 def test_formats_are_decoded(name: str, tmp_path: Path, one_thread: None):
     quantized_llama.base(quantized_llama.FORMS[name], tmp_path / "base")
     same_there(adapterkit.dequantize, tmp_path / "base", out=tmp_path)

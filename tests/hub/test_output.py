@@ -23,6 +23,7 @@ from tests.support.hub_models import (
 )
 from tests.support.hub_server import Hub
 from tests.support.hub_state import Fault
+from tests.support.usual import usual
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +84,7 @@ MORE_JOBS = {
 }
 
 
-@pytest.mark.parametrize(
-    "verb", [*JOBS, *(pytest.param(verb, marks=pytest.mark.slow) for verb in MORE_JOBS)]
-)
+@pytest.mark.parametrize("verb", usual([*JOBS, *MORE_JOBS], JOBS))
 def test_the_bytes_are_those_of_a_local_run(place, verb):
     hub, client, _, home = place
     job = (JOBS | MORE_JOBS)[verb]

@@ -17,8 +17,8 @@ ONE_OF_EACH_VERB = (
     "subtract-several", "arrow-plain", "init-quantized", "loftq-nf4", "extract-energy",
     "resize-rank", "rebase-rank", "stats-all",
 )  # fmt: skip
-SIZES = (4, 8, 16)
-MOST = 2.3  # of the calls that 8 more add, relative to the first 4 more: 2 if linear, 4 if squared
+SIZES = (2, 4, 8)
+MOST = 2.3  # of the calls that 4 more add, relative to the first 2 more: 2 if linear, 4 if squared
 
 
 def calls_in(function: Callable[[], object]) -> int:

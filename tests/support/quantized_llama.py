@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from adapterkit.kernels.quant import fp4, integers, nibbles
 from adapterkit.kernels.quant.fp8 import encode_fp8
+from tests.support.usual import usual
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Parts = dict[str, Tensor]
@@ -316,8 +316,7 @@ FEW = {"int4-g_idx", "int8-zero", "fp8-channel", "nvfp4", "mxfp4", "fp8", "doubl
 
 def few(names: Iterable[str]) -> list:
     """These names, those beyond FEW marked slow."""
-    slow = pytest.mark.slow
-    return [name if name in FEW else pytest.param(name, marks=slow) for name in names]
+    return usual(names, FEW)
 
 
 def llama() -> transformers.PreTrainedModel:

@@ -24,6 +24,7 @@ from tests.support.extraction import (
     low_rank,
     tuned,
 )
+from tests.support.usual import usual
 
 
 @pytest.mark.parametrize("name", BUILDS)
@@ -216,13 +217,7 @@ def test_the_command(saved, tmp_path):
 ALIKE = ("clip", "blip2", "sam", "falcon_mamba", "qwen3_moe", "jina")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE))
-        for name in architectures.BUILDS
-    ],
-)
+@pytest.mark.parametrize("name", usual(architectures.BUILDS, lambda name: name not in ALIKE))
 def test_a_full_fine_tune_answers_as_it_does_itself(name, cached_folder, tmp_path):
     """Every parameter has changed, bare ones beside modules too: at full rank PEFT's model and the
     merged one give the fine-tune's answers."""
