@@ -223,3 +223,9 @@ def test_pad_rank_that_is_no_rank(first, rank):
 def test_pad_rank_below_the_ranks(first):
     with pytest.raises(AdapterkitError, match=r"rank 4 at [\s\S]*at most 3"):
         load(llama(), first, pad_rank=3)
+
+
+def test_room_for_rank_one(tmp_path):
+    one = write(tmp_path / "one", LoraConfig(1, 2, ["q_proj"]), 3)
+    adapters = load(llama(), one, pad_rank=1)
+    torch.testing.assert_close(adapters.model(tokens()).logits, logits(one), **CLOSE)
