@@ -11,6 +11,7 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.reports import tables
+from adapterkit.reports.checkpoint import some_names
 from tests.support import oracle, raw_files
 from tests.support.inspections import (
     DAMAGED,
@@ -147,3 +148,9 @@ def test_a_quantized_base(name, tmp_path):
     with pytest.raises(Refused, match="this base is quantized"):
         raw_files.plain().folder().write(tmp_path / "adapter")
         inspect(tmp_path / "adapter", base=tmp_path / "base")
+
+
+def test_names_beyond_the_sixth_are_counted():
+    names = [f"w{i}" for i in range(8)]
+    assert some_names(names[:6]) == "w0, w1, w2, w3, w4, w5"
+    assert some_names(names) == "w0, w1, w2, w3, w4, w5 and 2 more"
