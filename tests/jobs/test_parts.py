@@ -55,6 +55,13 @@ def test_a_file_is_cut_between_pieces(large, monkeypatch, ranks: int):
     edges = [edge for part in parts for edge in part.range or ()]
     assert edges[0] == 0 and edges[-1] == size and edges[1:-1:2] == edges[2:-1:2]
     assert max(part.size for part in parts) <= size / min(ranks, 8) + 4096
+    starts = [
+        part.range[0] + piece.position
+        for part in parts
+        for piece in pieces.OpenShard(part, hashed=False).pieces(CPU)
+    ]
+    whole = pieces.OpenShard(plan.shards[0], hashed=False)
+    assert starts == [piece.position for piece in whole.pieces(CPU)]
     monkeypatch.setattr(rank_parts, "MOST", 8000)
     parts = [unit for unit in units(plan.shards, ranks, CPU) if unit.range]
     assert sum(part.size for part in parts) == size
