@@ -275,7 +275,7 @@ def test_a_tensor_that_nothing_speaks_of(llama, lora, tmp_path):
 def test_a_file_that_is_missing(name, llama, lora, tmp_path):
     odd = oracle.edit_config(lora, tmp_path / "odd")
     (odd / name).unlink()
-    refused(llama, odd, out=tmp_path / "out", match=f"no {name}")
+    assert "check the path" in refused(llama, odd, out=tmp_path / "out", match=f"no {name}")
 
 
 def test_an_adapter_in_a_subfolder(llama, lora, tmp_path):
