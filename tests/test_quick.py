@@ -19,6 +19,7 @@ SUITES = {
     "hostile/test_layers.py",
     "jobs/test_launcher.py",
     "options/test_options.py",
+    "planning/test_budget.py",
     "runtime/test_config.py",
     "runtime/test_misuse.py",
     "runtime/test_report.py",

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder, original
-from adapterkit.checkpoint.output.stage import check_name
+from adapterkit.checkpoint.output.stage import RECEIPT, check_name, receipt_beside
 from adapterkit.engines.converted_folder import conversion_notes
 from adapterkit.engines.one_file import stage_of
 from adapterkit.errors import Refused, shown
@@ -77,9 +77,10 @@ def check_pushes(plan: Plan, how: RunOptions, *repositories: str | None) -> None
         return
     from adapterkit.hub.push import check_push
 
-    names, job = output_names(plan), fingerprint_of(plan.recipe())
-    for repository in wanted:
-        check_push(repository, names, plan.folders, overwrite=how.overwrite, job=job)
+    receipt = receipt_beside(Path(how.out).name) if plan.is_file else RECEIPT
+    names, job = output_names(plan) - {RECEIPT} | {receipt}, fingerprint_of(plan.recipe())
+    for repo in wanted:
+        check_push(repo, names, plan.folders, receipt, overwrite=how.overwrite, job=job)
 
 
 def pushed(receipt: Receipt, how: RunOptions, *repositories: str | None) -> Receipt:

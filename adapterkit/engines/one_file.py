@@ -6,16 +6,9 @@ from pathlib import Path
 
 from adapterkit.checkpoint.disk import storage_errors, sync_folder
 from adapterkit.checkpoint.output.earlier_output import size_at
-from adapterkit.checkpoint.output.stage import RECEIPT, Stage, control_of
+from adapterkit.checkpoint.output.stage import RECEIPT, Stage, control_of, receipt_beside
 from adapterkit.errors import Refused, shown
 from adapterkit.plan import Plan
-
-SUFFIX = ".adapterkit.json"  # of the receipt, after the file's name
-
-
-def receipt_beside(name: str) -> str:
-    """The name of the receipt of a file of that name."""
-    return name + SUFFIX
 
 
 def stage_of(plan: Plan, out: Path) -> Stage:

@@ -1,4 +1,4 @@
-"""Uploading a folder to a model repository, as one commit."""
+"""Uploading an output to a model repository, as one commit."""
 
 import hashlib
 from collections.abc import Callable, Collection
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.hashes import sha256_of_file
-from adapterkit.checkpoint.output.stage import RECEIPT
+from adapterkit.checkpoint.output.stage import RECEIPT, receipt_beside
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.hub.destination import Destination
@@ -19,35 +19,42 @@ from adapterkit.records import Check, Json, unfit
 
 
 def check_push(
-    repo: str, names: Collection[str], inputs: Collection[Folder], *, overwrite: bool, job: str
+    repo: str,
+    names: Collection[str],
+    inputs: Collection[Folder],
+    receipt: str,
+    *,
+    overwrite: bool,
+    job: str,
 ) -> None:
     """`Refused` where a job's output of files of these names could not be pushed: before they are
-    made. `job`: its fingerprint; `inputs`: what it is made of."""
-    destination = Destination(HubId(repository(repo)), inputs=inputs)
+    made. `job`: its fingerprint; `inputs`: what it is made of; `receipt`: the name of its
+    receipt."""
+    destination = Destination(HubId(repository(repo)), inputs=inputs, receipt_name=receipt)
     with quiet_library():
         destination.check_account()
         destination.look()
         destination.check_files(names, overwrite=overwrite, job=job)
 
 
-def send(folder: Path, repo: str, *, overwrite: bool = False) -> Json:
+def send(output: Path, repo: str, *, overwrite: bool = False) -> Json:
     """`push` of an output that is finished: its errors say how to go on."""
     try:
-        return push(folder, repo, overwrite=overwrite)
+        return push(output, repo, overwrite=overwrite)
     except AdapterkitError as error:
         error.hint += "; the output is finished: the same command sends what is missing"
         raise
 
 
 def push(
-    folder: Path,
+    output: Path,
     repo: str,
     *,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Json:
-    """Upload a folder as one commit to a model repository. One that is created is private where one
-    of those is that the folder was made of, as its receipt says.
+    """Upload a folder, or a file with its receipt, as one commit to a model repository. One that is
+    created is private where one of those is that the output was made of, as its receipt says.
 
     `overwrite` replaces an older output of adapterkit. Returns the receipt's `pushed`: repo,
     revision, url, notes. `progress(done, total)` counts bytes. Raises `Refused` for a folder, a
@@ -56,10 +63,13 @@ def push(
     and a second run uploads only what is missing.
     """
     target = HubId(checked("push", Check("a repository", repository), repo))
-    sizes = _finished_files(folder)
+    folder, receipt_name = Path(output), RECEIPT
+    if folder.is_file():
+        folder, receipt_name = folder.parent, receipt_beside(folder.name)
+    sizes = _finished_files(Path(output), receipt_name)
     files = [LocalFile(name, Path(folder, name), size) for name, size in sizes.items()]
-    receipt = read_json(LocalFolder(folder), RECEIPT) if RECEIPT in sizes else {}
-    destination = Destination(target, sorted(repositories(receipt)))
+    receipt = read_json(LocalFolder(folder), receipt_name) if receipt_name in sizes else {}
+    destination = Destination(target, sorted(repositories(receipt)), receipt_name=receipt_name)
     done, total, sent = 0, sum(sizes.values()), list[Uploaded]()
     is_there = lambda name, entry: _is_there(Path(folder, name), entry)
     with quiet_library():
@@ -92,22 +102,25 @@ def _is_there(file: Path, entry: RemoteEntry) -> bool:
     return entry.blob == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _finished_files(folder: Path) -> dict[str, int]:
-    """The folder's files and sizes; `Refused` unless it is the finished output of a job."""
-    if not Path(folder).is_dir():
+def _finished_files(output: Path, receipt: str) -> dict[str, int]:
+    """An output's files and sizes; `Refused` unless it is that of a finished job."""
+    beside = output.with_name(receipt)
+    if output.is_file() and beside.is_file():
+        return {path.name: path.stat().st_size for path in (output, beside)}
+    if not output.is_dir():
         raise Refused(
-            "this is not a folder",
-            expected="a folder to upload",
-            where=str(folder),
+            "this is not a folder, nor a file with its receipt beside it",
+            expected="an output to upload",
+            where=str(output),
             hint="check the path",
         )
-    files = LocalFolder(folder).files()
+    files = LocalFolder(output).files()
     unfinished = [name for name in files if name.endswith(".part")]
     if unfinished or not files:
         raise Refused(
             f"{shown(unfinished[0])} is unfinished" if unfinished else "the folder is empty",
             expected="the finished output of a job",
-            where=str(folder),
+            where=str(output),
             hint="finish the job first, with --resume if it was interrupted",
         )
     return files

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.output.earlier_output import lacking
-from adapterkit.checkpoint.output.stage import RECEIPT, Stage
+from adapterkit.checkpoint.output.stage import RECEIPT, Stage, receipt_beside
 from adapterkit.checkpoint.reader import identity
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.engines.hub.stage import work_folder
-from adapterkit.engines.one_file import receipt_beside, stage_of
+from adapterkit.engines.one_file import stage_of
 from adapterkit.engines.verify.file_checks import check_files
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.execute import check_same_job

@@ -4,7 +4,6 @@ import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import Refused
 from adapterkit.options import (
     FILE,
     PROGRESS,
@@ -63,13 +62,6 @@ class Finish(Verb["Receipt"]):
         repositories = verb.pushed_to, self.push
         with again(verb):
             plan = verb.plan()
-            if self.push is not None and plan.is_file:
-                raise Refused(
-                    "--push does not apply to an output that is one file",
-                    expected="an output that is a folder",
-                    where="options",
-                    hint="remove --push; stats writes to the Hub: --out hf://...",
-                )
             check_pushes(plan, verb, *repositories)
             check = verb.check(plan)
             check_out(plan, verb)

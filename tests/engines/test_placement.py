@@ -9,9 +9,17 @@ import adapterkit
 from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan, laid_out
-from adapterkit.engines.placement import Capacity, fitting, place, prefers_gpu
+from adapterkit.engines.placement import (
+    Capacity,
+    device_totals,
+    fitting,
+    place,
+    prefers_gpu,
+    worker_memory,
+)
 from adapterkit.plan import OutputFile, Plan, Step, Task, TaskResult
 from adapterkit.tasks.edits import AddLowRank, Band, Block, PlacedFactors
+from adapterkit.tasks.rows import CUDA_ELEMENTS
 from adapterkit.weights.reader import Reader
 from tests.golden import inputs
 from tests.support.card import Card, installed
@@ -113,6 +121,16 @@ def test_workers_and_tasks_share_the_free_memory():
     assert 1 <= fitting(plan, 16, 2 << 30)[0] < 16
     assert fitting(plan, 16, 1 << 20)[0] == 1
     assert fitting(plan, 16, 1 << 30)[1] <= 1 << 30
+
+
+def test_memory_that_a_merge_takes_beside_the_weights():
+    """Page-locked, of each worker: two chunks of BF16 and two pieces of four chunks; on the GPU the
+    chunks of as many workers, and the factors."""
+    plan, chunk = merge_of(2, 16), 2 * CUDA_ELEMENTS
+    one, three = (device_totals(plan, workers) for workers in (1, 3))
+    assert one["pinned_memory"] == 2 * chunk + 2 * 4 * chunk
+    assert three["pinned_memory"] == 3 * one["pinned_memory"]
+    assert three["device_memory"] - one["device_memory"] == 2 * worker_memory(plan.shards[0].steps)
 
 
 @pytest.mark.parametrize(

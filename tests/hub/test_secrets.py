@@ -5,7 +5,7 @@ import re
 
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 from adapterkit.hub.errors import quiet_library
 from tests.support.hub_client import FILES, REPO, TOKEN, ClientError, during
@@ -56,6 +56,7 @@ def test_the_librarys_own_log_holds_no_secret(hub, connect, output):
 
 def test_the_librarys_bars_are_off_unless_asked_for(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    enable_progress_bars()
     with quiet_library():
         assert are_progress_bars_disabled()
     assert not are_progress_bars_disabled()

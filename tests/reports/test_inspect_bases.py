@@ -29,6 +29,10 @@ def test_a_sound_base_has_no_problems(sharded):
     result = inspect(sharded)
     assert problems_of(result) == [] and len(result["shards"]) == 2
     assert result["tied"] == {"config": False, "head_stored": True}
+    lines = [" ".join(line.split()) for line in tables.inspect_table(result).splitlines()]
+    assert "quantization none" in lines and "tied no; a head is stored" in lines
+    assert f"bytes {result['bytes']:,} in 2 files" in lines
+    assert "quantization" not in tables.inspect_table(result | {"kind": "file"})
 
 
 @pytest.mark.parametrize("name", DAMAGED)

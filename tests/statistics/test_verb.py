@@ -245,6 +245,10 @@ def test_a_dry_run_says_how_large_it_is_and_writes_nothing(base, texts, tmp_path
     real, planned = receipt.data["totals"], plan.totals()
     assert real["bytes_written"] == out.stat().st_size <= planned["bytes_written"] + 100_000
     assert planned["disk_needed"] >= real["bytes_written"] - 100_000
+    collected = plan.shards[0].collection
+    assert collected is not None and collected.work > 0
+    assert collected.room(collected.sizes.activations) == collected.work
+    assert collected.room(0) == collected.work + collected.sizes.activations > collected.work
     for key in ("samples", "tokens", "tokens_counted", "modules", "batches"):
         assert planned[key] == real[key] > 0, key
     assert plan.recipe()["options"] == receipt.data["recipe"]["options"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkit.engines.one_file import SUFFIX
+from adapterkit.checkpoint.output.stage import SUFFIX
 from adapterkit.formats.detect import detect
 from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.library import architectures, formats

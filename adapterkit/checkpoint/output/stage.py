@@ -35,10 +35,16 @@ from adapterkit.errors import Refused, listed
 JOURNAL = "journal.jsonl"
 RANKS = "ranks"  # the folder of `rank_stage.py`
 RECEIPT = "adapterkit.json"
+SUFFIX = f".{RECEIPT}"  # of the receipt of an output that is one file, after its name
 WORK = "work"  # the folder beside the files, of what they are made of
 HANDOFF = ".handoff"  # suffix of the file with tensors for later files
 NAME_MAX = 255  # bytes
 PATH_MAX = 4000  # bytes, of 4096: room for the files in the folder
+
+
+def receipt_beside(name: str) -> str:
+    """The name of the receipt of a file of that name."""
+    return name + SUFFIX
 
 
 def control_of(out: Path) -> str:

@@ -5,13 +5,12 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from adapterkit.checkpoint.disk import free_bytes
-from adapterkit.checkpoint.output.stage import RECEIPT, check_name
+from adapterkit.checkpoint.output.stage import RECEIPT, check_name, receipt_beside
 from adapterkit.engines.hub.engine import HubEngine
 from adapterkit.engines.hub.inputs import ConvertedInScratch, plan_in_scratch
 from adapterkit.engines.hub.sources import plan_bounded
 from adapterkit.engines.hub.stage import HubStage, inputs_folder, pins_before, work_folder
 from adapterkit.engines.hub.transfers import plan_transfers
-from adapterkit.engines.one_file import receipt_beside
 from adapterkit.errors import Refused
 from adapterkit.execute import FolderCheck, check_place, output_names, run
 from adapterkit.hub.destination import Destination, parse_output
