@@ -143,26 +143,6 @@ def moved(hub: Hub) -> int:
     return sum(a.sent for a in asked if not is_header(a)) + sum(hub.uploaded())
 
 
-def test_ranks_make_it_and_finish_pushes_it(place, standing, expected):
-    """The file and its receipt, under their names, in one commit; a second time there is nothing
-    to send, and what is there without a receipt stays."""
-    hub, client, out = place
-    file, made = f"{out.replace('/', '-')}.plan.json", f"{out.replace('/', '-')}.safetensors"
-    client(f"adapterkit.write_plan({file!r}, 'stats', 'org/base', {HOW}, out={made!r}).verb")
-    for rank in ("0/2", "1/2"):
-        client(f"adapterkit.run({file!r}, rank={rank!r}).made")
-    finish = f"adapterkit.finish({file!r}, push={out!r}).data['pushed']"
-    assert client(finish)["revision"] == hub.repos[out].refs["main"]
-    files = hub.files(out)
-    assert {*files} == {".gitattributes", made, f"{made}.adapterkit.json"}
-    assert is_same(files[made], expected)
-    assert "nothing was sent" in client(finish)["notes"][-1]
-    (standing[2] / "alone.safetensors").write_bytes(files[made])
-    client("from pathlib import Path\nfrom adapterkit.hub.push import push")
-    with pytest.raises(ClientError, match="a file with its receipt beside it"):
-        client(f"push(Path('alone.safetensors'), {out!r})")
-
-
 def test_the_file_is_that_of_a_local_run(place, standing, expected):
     hub, client, out = place
     client(f"receipt = {stats(f'{out}:{FILE}')}")
@@ -422,3 +402,23 @@ def test_which_files_stay():
     assert [kept.read(name) for name in "aacbac"] == [[], None, [], ["a"], ["c", "b"], []]
     for room, down in [(9, 9), (6, 13), (4, 18)]:
         assert bytes_down("abcbca", sizes, room) == down
+
+
+def test_ranks_make_it_and_finish_pushes_it(place, standing, expected):
+    """The file and its receipt, under their names, in one commit; a second time there is nothing
+    to send. Last here: ranks leave the base in the Hub's cache."""
+    hub, client, out = place
+    file, made = f"{out.replace('/', '-')}.plan.json", f"{out.replace('/', '-')}.safetensors"
+    client(f"adapterkit.write_plan({file!r}, 'stats', 'org/base', {HOW}, out={made!r}).verb")
+    for rank in ("0/2", "1/2"):
+        client(f"adapterkit.run({file!r}, rank={rank!r}).made")
+    finish = f"adapterkit.finish({file!r}, push={out!r}).data['pushed']"
+    assert client(finish)["revision"] == hub.repos[out].refs["main"]
+    files = hub.files(out)
+    assert {*files} == {".gitattributes", made, f"{made}.adapterkit.json"}
+    assert is_same(files[made], expected)
+    assert "nothing was sent" in client(finish)["notes"][-1]
+    (standing[2] / "alone.safetensors").write_bytes(files[made])
+    client("from pathlib import Path\nfrom adapterkit.hub.push import push")
+    with pytest.raises(ClientError, match="a file with its receipt beside it"):
+        client(f"push(Path('alone.safetensors'), {out!r})")

@@ -66,9 +66,10 @@ def test_a_model_comes_back_from_llama_cpps_layout(arch: str, tmp_path: Path):
 
 def test_settings_that_transformers_leaves_out_of_the_config(tmp_path: Path):
     model, message, tensors = qwen3moe(32)
-    adapterkit.dequantize(
+    receipt: Any = adapterkit.dequantize(
         write(tmp_path / "m.gguf", "qwen3moe", message, tensors), out=tmp_path / "out"
     )
+    assert not any("own defaults" in note for note in receipt.data["notes"])
     assert json.loads((tmp_path / "out/config.json").read_text())["moe_intermediate_size"] == 32
     assert all(
         torch.equal(value, model.state_dict()[key].float())
@@ -76,10 +77,11 @@ def test_settings_that_transformers_leaves_out_of_the_config(tmp_path: Path):
     )
     _, message, tensors = llama()
     how = {"attention.clamp_kqv": 8.0}
-    receipt: Any = adapterkit.dequantize(
+    receipt = adapterkit.dequantize(
         write(tmp_path / "n.gguf", "llama", message | how, tensors), out=tmp_path / "other"
     )
-    assert any("attention.clamp_kqv" in note for note in receipt.data["notes"])
+    [note] = (note for note in receipt.data["notes"] if "own defaults" in note)
+    assert note.rpartition(": ")[2] == "attention.clamp_kqv"
 
 
 def test_every_type_of_block_is_decoded_as_transformers_decodes_it(tmp_path: Path):
