@@ -244,6 +244,16 @@ def test_half_a_pair(part, llama, lora, tmp_path):
     refused(llama, odd, out=tmp_path / "out", match="expected: both factors")
 
 
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_a_factor_of_a_layer_beside_those_of_an_embedding(part, llama, lora, tmp_path):
+    odd = oracle.edit_config(lora, tmp_path / "odd")
+    module = "base_model.model.model.embed_tokens."
+    both = {f"{module}lora_embedding_{x}": torch.ones(2, 2) for x in "AB"}
+    more = both | {f"{module}{part}.weight": torch.ones(2, 2)}
+    save_file(stored(lora) | more, odd / "adapter_model.safetensors")
+    refused(llama, odd, out=tmp_path / "out", match="embed_tokens has .*\n.*both factors")
+
+
 def test_empty_factors_of_a_broken_save(llama, lora, tmp_path):
     """ZeRO-3 and FSDP saves without gathering leave empty tensors."""
     odd = oracle.edit_config(lora, tmp_path / "odd")
