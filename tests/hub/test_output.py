@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import adapterkit
+from adapterkit.engines.hub.transfers import check_limit
+from adapterkit.errors import Refused
 from tests.support.hub_client import TOKEN, Client
 from tests.support.hub_models import (
     CALLS,
@@ -178,6 +180,13 @@ class Sampled:
     def __exit__(self, *_) -> None:
         self.over.set()
         self.thread.join()
+
+
+def test_the_least_disk_will_do():
+    check_limit(5, 5, "it takes 5", "files")
+    check_limit(None, 5, "it takes 5", "files")
+    with pytest.raises(Refused, match="4 bytes of disk, and it takes 5"):
+        check_limit(4, 5, "it takes 5", "files")
 
 
 def test_the_disk_limit_is_kept_to(place):
