@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import adapterkit
 from adapterkit.options import option_of, parse_size, weighted, whole
 from adapterkit.plan import Plan
+from adapterkit.receipt import COUNT
 from adapterkit.registry import members
 from adapterkit.verb import fields_of
 from tests.support.calls import VERBS, arguments
@@ -191,3 +192,8 @@ def test_whole_numbers_end_where_they_are_said_to():
         (whole(), 2**31 - 1, 2**31), (whole(), 1, 0), (whole(0), 0, -1), (whole(1, 8), 8, 9),
     ]:  # fmt: skip
         assert check.read(last) == last and not check.fits(beyond)
+
+
+def test_counts_of_receipts_are_whole_numbers():
+    assert COUNT.fits(0) and COUNT.fits(2**63 - 1)
+    assert not any(COUNT.fits(value) for value in (-1, 2**63, 1.0, True, "1", None))
