@@ -151,9 +151,9 @@ def _names(plan: Plan) -> set[str]:
     return {*(shard.file for shard in plan.shards), *plan.files}
 
 
-def output_names(plan: Plan) -> set[str]:
-    """The output's files."""
-    return {*_names(plan), RECEIPT}
+def output_names(plan: Plan, receipt: str = RECEIPT) -> set[str]:
+    """The output's files; `receipt`: the name of its receipt."""
+    return {*_names(plan), receipt}
 
 
 def check_place(stage: Stage, plan: Plan, *, resume: bool, overwrite: bool) -> None:

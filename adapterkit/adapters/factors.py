@@ -15,6 +15,8 @@ from adapterkit.errors import Refused, shown
 from adapterkit.kernels.lowrank.algebra import Product, products_of
 from adapterkit.weights.reader import TensorReader
 
+STORED = tuple(field.name for field in fields(Lora))  # what a file says of factors
+
 
 @dataclass(frozen=True, kw_only=True)
 class Factors(Lora):
@@ -42,7 +44,7 @@ class Factors(Lora):
         flip: bool = False,
         leaf: str | None = None,
     ) -> "Factors":
-        stored = {field.name: getattr(lora, field.name) for field in fields(Lora)}
+        stored = {name: getattr(lora, name) for name in STORED}
         return cls(**stored, scale=scale, rank=rank, experts=experts, flip=flip, leaf=leaf)
 
     @property

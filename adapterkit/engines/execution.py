@@ -78,7 +78,7 @@ def check_pushes(plan: Plan, how: RunOptions, *repositories: str | None) -> None
     from adapterkit.hub.push import check_push
 
     receipt = receipt_beside(Path(how.out).name) if plan.is_file else RECEIPT
-    names, job = output_names(plan) - {RECEIPT} | {receipt}, fingerprint_of(plan.recipe())
+    names, job = output_names(plan, receipt), fingerprint_of(plan.recipe())
     for repo in wanted:
         check_push(repo, names, plan.folders, receipt, overwrite=how.overwrite, job=job)
 

@@ -78,7 +78,7 @@ def run_to_hub(
             disk,
             copies,
             [each for each in plan.folders if isinstance(each, ConvertedInScratch)],
-            {*output_names(plan)} - {RECEIPT} | {destination.receipt_name},
+            output_names(plan, destination.receipt_name),
         )
         if execution.dry_run:
             check_place(stage, plan, resume=execution.resume, overwrite=execution.overwrite)

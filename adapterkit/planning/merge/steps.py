@@ -36,7 +36,7 @@ def place_factors(parameter: Parameter, slot: Slot, factors: Factors) -> PlacedF
         whole = Block(Band(0, shape[0]), Band(0, math.prod(shape[1:])))
         return PlacedFactors(factors, (whole,))
     swapped, blocks = _blocks(parameter, slot, stack=factors.experts is not None)
-    return PlacedFactors(replace(factors, flip=factors.flip ^ swapped), blocks)
+    return PlacedFactors(replace(factors, flip=not factors.flip) if swapped else factors, blocks)
 
 
 def _blocks(parameter: Parameter, slot: Slot, *, stack: bool) -> tuple[bool, tuple[Block, ...]]:
