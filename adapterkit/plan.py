@@ -269,6 +269,11 @@ class Collecting(Protocol):
         """Bytes of disk of all sums."""
         ...
 
+    @property
+    def device_memory(self) -> int:
+        """Bytes of the memory of a GPU that it runs on."""
+        ...
+
     def room(self, budget: int) -> int:
         """Bytes of disk that it takes meanwhile, with so many bytes of memory."""
         ...

@@ -10,10 +10,19 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from adapterkit.errors import Refused
+from adapterkit.errors import Refused, shown
 
 # cuBLAS repeats its bits on several streams only with workspaces of a fixed size
 WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+SHORTENING = {  # of the environment: libraries make products of shorter numbers, by others of ours
+    "NVIDIA_TF32_OVERRIDE": "products in float32 would have three digits",
+    "HIPBLASLT_ALLOW_TF32": "products in float32 would have three digits",
+    "CUBLAS_EMULATE_SINGLE_PRECISION": "products in float32 would be sums of products of bfloat16",
+    "CUBLAS_EMULATE_DOUBLE_PRECISION": "products in float64 would be sums of products of integers",
+}
+# which of a node's processes this one is: of torchrun, Open MPI, MPICH's kind and Slurm, the
+# innermost first, as in jobs/launcher.py
+LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 PRECISIONS = [  # settings of torch by which products of float32 are made of shorter numbers
     part.matmul
     for part in (torch.backends.cuda, torch.backends.mkldnn)
@@ -22,10 +31,10 @@ PRECISIONS = [  # settings of torch by which products of float32 are made of sho
 
 
 def pick_device(name: str) -> torch.device:
-    """torch's device for `cpu`, `cuda` or `cuda:i`; of `auto` the CPU: `chosen` looks at a plan.
+    """torch's device for `cpu`, `cuda` or `cuda:i`; of `auto` the CPU: `place` looks at a plan.
 
-    `Refused` where there is no such device, or where the environment has the GPU round factors
-    to TF32.
+    `Refused` where there is no such device, where it computes nothing, or where the environment has
+    the GPU shorten numbers.
     """
     if name in ("auto", "cpu"):
         return torch.device("cpu")
@@ -41,14 +50,45 @@ def pick_device(name: str) -> torch.device:
             where="--device",
             hint="use cpu",
         )
-    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
-        raise Refused(
-            "NVIDIA_TF32_OVERRIDE=1: products in float32 would have three digits",
-            expected="float32 as it is",
-            where="the environment",
-            hint="unset it, or use --device cpu",
-        )
+    usable(device)
     return device
+
+
+def usable(device: torch.device) -> tuple[int, int]:
+    """Bytes of a GPU that are free, and all of them, once it has computed something; `Refused` with
+    the driver's text where it does not: torch has no kernels for it, another process has it for
+    itself, it is full, the driver is too old."""
+    for name, problem in SHORTENING.items():
+        if os.environ.get(name, "0") not in ("", "0"):
+            raise Refused(
+                f"{name}={os.environ[name]}: {problem}",
+                expected="numbers as they are",
+                where="the environment",
+                hint="unset it, or use --device cpu",
+            )
+    try:
+        three = float(torch.ones(3, device=device).sum())
+        text = f"1 + 1 + 1 = {three:g}" if three != 3 else ""
+        memory = torch.cuda.mem_get_info(device)
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
+        text, memory = str(error).partition("\n")[0], (0, 0)
+    if text:
+        raise Refused(
+            f"{device} does not compute: {shown(text)}",
+            expected="a GPU that is free, and that this torch has kernels for",
+            where="--device",
+            hint="use cpu, or install the torch for this GPU and its driver",
+        )
+    return memory
+
+
+def own_gpu() -> int | None:
+    """The GPU of this process among those that a node's processes share; None where nobody says
+    which of them it is, or there are not several."""
+    count = torch.cuda.device_count()
+    said = (os.environ[name] for name in LOCAL_RANKS if name in os.environ)
+    text = next(said, "")
+    return int(text) % count if count > 1 and text.isdecimal() else None
 
 
 def kind(device: torch.device) -> str:
@@ -77,20 +117,16 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _float32_products() -> Iterator[None]:
-    if not PRECISIONS:  # before torch 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
     settings = [(part, part.fp32_precision) for part in PRECISIONS]
     try:
-        for part, _ in settings:
-            part.fp32_precision = "ieee"
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by the newer names alone, which hides the older one
+        before = "highest"
+    torch.set_float32_matmul_precision("highest")  # the newer names too, so that both can be read
+    try:
         yield
     finally:
+        torch.set_float32_matmul_precision(before)
         for part, precision in settings:
             part.fp32_precision = precision
 

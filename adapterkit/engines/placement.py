@@ -7,13 +7,14 @@ import torch
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.system import cores
-from adapterkit.engines.device import kind, pick_device
+from adapterkit.engines.device import kind, pick_device, usable
 from adapterkit.engines.local.pieces import RUN, SPAN
 from adapterkit.errors import Refused
 from adapterkit.plan import Placement, Plan, Step, Task
 from adapterkit.tasks.rows import CUDA_ELEMENTS
 
-LEAST_FREE = 8 << 30  # bytes of a GPU's memory below which it is left to others
+CONTEXT, SLACK = 1 << 30, 1.5  # bytes of CUDA and its libraries; what allocators keep of a task
+IDLE = 0.9  # of a GPU's memory is free: no other one is looked at, as each takes a context
 GAIN, SECONDS = 0.5, 10.0  # of the disk's time, and in all: what a GPU has to save a merge
 SECONDS_EACH = 1.5e-9  # of one core for a changed byte: read, converted, rounded, hashed
 FLOPS = 40e9  # of one core, in float32
@@ -33,40 +34,68 @@ class Capacity:
     disk: float = 2e9
 
 
-def place(plan: Plan, name: str) -> tuple[Plan, str]:
+def place(plan: Plan, name: str, own: int | None = None) -> tuple[Plan, str]:
     """The plan with the device that it runs on and what it takes there, and that device's name;
-    `Refused` where there is no such device. `auto`: see `prefers_gpu`."""
+    `Refused` where there is no such device. `auto`: see `prefers_gpu`. `own`: the GPU of this
+    process, where several of a machine share its GPUs."""
     if name == "auto":
-        name = "cuda" if torch.cuda.device_count() and _has_use(plan) else "cpu"
+        name, notes = _auto(plan, own)
+        plan = replace(plan, notes=(*plan.notes, *notes))
+    elif name == "cuda" and own is not None:
+        name = f"cuda:{own}"
     device = pick_device(name)
     if device.type == "cpu":
         return plan, name
     return replace(plan, placement=Placement(kind(device), device_totals(plan, cores()))), name
 
 
-def _has_use(plan: Plan) -> bool:
-    if not prefers_gpu(plan, Capacity(cores(), LEAST_FREE)):
-        return False  # before CUDA is started
-    try:
-        device = pick_device("cuda")
-    except Refused:
-        return False
-    return prefers_gpu(plan, Capacity(cores(), torch.cuda.mem_get_info(device)[0]))
+def _auto(plan: Plan, own: int | None) -> tuple[str, list[str]]:
+    """The device that a plan is best off on, and notes on GPUs that cannot be used: of those that
+    can the one with most memory free."""
+    count = torch.cuda.device_count()
+    if not count or not prefers_gpu(plan, Capacity(cores(), least_memory(plan))):
+        return "cpu", []  # before CUDA is started
+    free, notes = {}, []
+    for number in range(count) if own is None else [own]:
+        try:
+            free[number], total = usable(torch.device("cuda", number))
+        except Refused as error:
+            notes.append(f"{error.problem}; {error.hint}")
+            continue
+        if free[number] > IDLE * total:
+            break
+    best = max(free, key=lambda number: free[number], default=None)
+    if best is None or not prefers_gpu(plan, Capacity(cores(), free[best])):
+        return "cpu", notes
+    return f"cuda:{best}", notes
 
 
 def prefers_gpu(plan: Plan, capacity: Capacity) -> bool:
     """Whether a plan is better off on a GPU: with tasks that are much arithmetic; else where the
     arithmetic would take half as long again as the disk, and ten seconds longer."""
-    tasks = tasks_of(plan)
-    if capacity.gpu < LEAST_FREE:
+    if capacity.gpu < least_memory(plan):
         return False
-    if any(task.prefers_gpu for task in tasks):
-        return max(task.memory for task in tasks) <= USABLE * capacity.gpu
+    if any(task.prefers_gpu for task in tasks_of(plan)):
+        return True
     totals = plan.totals()
     disk = (totals["bytes_read"] + totals["bytes_written"]) / capacity.disk
     flops = sum(edit.flops for step in _changed(plan) for edit in step.edits)
     one_core = totals["bytes_changed"] * SECONDS_EACH + flops / FLOPS
     return one_core / capacity.cores - disk > max(GAIN * disk, SECONDS)
+
+
+def least_memory(plan: Plan) -> int:
+    """Bytes of a GPU's memory that a plan does not run without: those of its largest task, of one
+    worker, or of a layer whose inputs are summed."""
+    steps = _changed(plan)
+    streamed = worker_memory(steps) + plan.factors_memory(steps) if steps else 0
+    largest = max((task.memory for task in tasks_of(plan)), default=0)
+    return CONTEXT + int(SLACK * max(streamed, largest, _collected(plan)))
+
+
+def _collected(plan: Plan) -> int:
+    collections = (shard.collection for shard in plan.shards)
+    return max((each.device_memory for each in collections if each is not None), default=0)
 
 
 def tasks_of(plan: Plan) -> list[Task]:
@@ -89,7 +118,7 @@ def device_totals(plan: Plan, workers: int) -> dict[str, int]:
     pinned = workers * (2 * chunk + GPU_BUFFERS * max(piece, RUN))
     any_streamed = not all(shard.tasks for shard in plan.shards)
     return {
-        "device_memory": max(streamed, plan.tasks_memory()),
+        "device_memory": max(streamed, plan.tasks_memory(), _collected(plan)),
         "pinned_memory": pinned if any_streamed else 0,
     }
 

@@ -44,9 +44,11 @@ class Sizes:
 
     layers: int
     model: int  # the stored tensors
-    weights: int  # of what is in memory together, with what a batch makes of it
+    weights: int  # of what is in memory together
+    computed: int  # of what a batch makes of it
     sums: int  # of a layer's, or of all
     activations: int
+    device: int  # of weights that are on a GPU together, where there is one
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ class Collection:
         )
         return gradients + int(SUMS * sum(width**2 for _, width in shapes if self.sizes.sums))
 
+    @property
+    def device_memory(self) -> int:
+        return self.sizes.device + self.sizes.computed + self.sizes.sums
+
     def room(self, budget: int) -> int:
         return self.work + max(0, self.sizes.activations - budget)
 
@@ -89,7 +95,7 @@ class Collection:
             "layers": self.sizes.layers,
             "modules": len(self.shapes),
             "bytes_read": self.sizes.model,
-            "memory_peak": self.sizes.weights + self.sizes.sums + in_memory,
+            "memory_peak": self.sizes.weights + self.sizes.computed + self.sizes.sums + in_memory,
         }
 
     def collect_blocks(
@@ -323,10 +329,10 @@ def _sizes(job: CollectionJob, shapes: dict[str, tuple[int, int]]) -> Sizes:
     stored, units = job.stored, job.units
     layers = [unit for unit in units.outer if unit.is_layer]
     is_whole = job.options.whole or not layers
-    weights = stored.nbytes(stored.parameters())
+    weights = device = stored.nbytes(stored.parameters())
     if not is_whole:
-        weights = stored.nbytes(units.outside)
-        weights += max(stored.nbytes(unit.parameters) for unit in units.outer)
+        device = max(stored.nbytes(unit.parameters) for unit in units.outer)
+        weights = stored.nbytes(units.outside) + device
     squares, widths = Counter[Any](), Counter[Any]()  # of a unit's modules together
     for name, (rows, width) in shapes.items():
         unit = None if is_whole else units.unit_of(name)
@@ -339,12 +345,15 @@ def _sizes(job: CollectionJob, shapes: dict[str, tuple[int, int]]) -> Sizes:
     hidden = getattr(stored.model.config.get_text_config(), "hidden_size", 0)
     states = len(layers) + 1 if job.gradients else 1
     sizes = [batch["input_ids"].numel() for batch in job.batches]
+    each = stored.dtype.itemsize
     return Sizes(
-        len(layers),
-        sum(spec.nbytes for spec in stored.base.tensors.values()),
-        weights + max(sizes) * max(widths.values()) * stored.dtype.itemsize,
-        int(sums) if needs_sums else 0,
-        sum(sizes) * hidden * stored.dtype.itemsize * states,
+        layers=len(layers),
+        model=sum(spec.nbytes for spec in stored.base.tensors.values()),
+        weights=weights,
+        computed=max(sizes) * max(widths.values()) * each,
+        sums=int(sums) if needs_sums else 0,
+        activations=sum(sizes) * hidden * each * states,
+        device=device,
     )
 
 

@@ -1,7 +1,7 @@
 """What a run on a card sets, refuses, notes and falls back to, on a pretended card."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,51 @@ def weights(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("where", [CPU, DEVICE])
-def test_products_are_of_float32_whatever_the_caller_has_set(where: torch.device):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+def precisions() -> list[object]:
+    """The settings of products of float32 by the newer names and, where torch lets them be read, by
+    the older ones."""
     try:
-        with device.exact_arithmetic(where):
-            assert torch.get_float32_matmul_precision() == "highest" or all(
-                part.fp32_precision == "ieee" for part in device.PRECISIONS
-            )
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
+        older = [torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32]
+    except RuntimeError:
+        older = []
+    return [*(part.fp32_precision for part in device.PRECISIONS), *older]
+
+
+@pytest.fixture
+def precision() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for part in device.PRECISIONS:
+        part.fp32_precision = "none"
+
+
+def set_older() -> None:
+    torch.set_float32_matmul_precision("medium")
+
+
+def set_newer() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def set_both() -> None:
+    set_older()
+    set_newer()
+
+
+@pytest.mark.parametrize("set_precision", [set_older, set_newer, set_both, lambda: None])
+@pytest.mark.parametrize("where", [CPU, DEVICE])
+def test_products_are_of_float32_whatever_the_caller_has_set(
+    where: torch.device, set_precision: Callable[[], None], precision: None
+):
+    if not device.PRECISIONS and set_precision is set_newer:
+        pytest.skip("before torch 2.9")
+    set_precision()
+    before = precisions()
+    with device.exact_arithmetic(where):
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert all(part.fp32_precision == "ieee" for part in device.PRECISIONS)
+    assert precisions() == before
 
 
 def test_the_engine_computes_in_float32(folder: Path, tmp_path: Path, monkeypatch):
@@ -91,14 +124,59 @@ def test_sums_on_a_card_are_the_same_every_time(monkeypatch: pytest.MonkeyPatch)
         assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.parametrize("name", device.SHORTENING)
 def test_an_environment_that_shortens_floats_is_refused(
-    card: Card, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, card: Card, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
-    with pytest.raises(Refused, match="NVIDIA_TF32_OVERRIDE"):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(Refused, match=name):
         merge(tmp_path / "out", device="cuda")
     assert not any(tmp_path.iterdir())
     merge(tmp_path / "out")  # not the CPU's concern
+    monkeypatch.setenv(name, "0")
+    merge(tmp_path / "out", dry_run=True, device="cuda", overwrite=True)
+
+
+NO_KERNELS = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel ..."
+UNUSABLE = {
+    "without kernels": (Card, "_computed", RuntimeError(NO_KERNELS), "no kernel image"),
+    "another's alone": (
+        torch.cuda, "mem_get_info", RuntimeError("all CUDA-capable devices are busy"), "are busy",
+    ),
+    "an old driver": (
+        torch.cuda, "mem_get_info", torch.cuda.DeferredCudaCallError("driver too old"), "too old",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+@pytest.mark.parametrize("verb", ["merge", "quantize", "stats"])
+def test_a_card_that_does_not_compute_is_refused_or_left_alone(
+    verb: str, case: str, card: Card, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise error
+
+    place, name, error, text = UNUSABLE[case]
+    monkeypatch.setattr(place, name, fail)
+    arguments: dict[str, Any] = {
+        "merge": {"adapters": ["style"]},
+        "quantize": {"to": "nf4"},
+        "stats": {"targets": "q_proj", "data": "ids.jsonl", "samples": 2, "length": 8},
+    }[verb]
+    run_verb, out = getattr(adapterkit, verb), tmp_path / "out.safetensors"
+    with pytest.raises(Refused, match=text) as refused:
+        run_verb("base", out=out, device="cuda", **arguments)
+    assert "CUDA kernel" not in str(refused.value) and not any(tmp_path.iterdir())
+    receipt = run_verb("base", out=out, **arguments)
+    assert "device" not in receipt.data
+    assert any(text in note for note in receipt.data["notes"]) == (verb != "merge")
+
+
+def test_a_card_that_computes_wrongly_is_refused(card: Card, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "ones", torch.zeros)
+    with pytest.raises(Refused, match="1 \\+ 1 \\+ 1 = 0"):
+        device.pick_device("cuda")
 
 
 def test_memory_that_cannot_be_pinned_is_used_as_it_is(card: Card, folder: Path, tmp_path: Path):

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 import adapterkit
 from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan, laid_out
+from adapterkit.engines.device import LOCAL_RANKS, own_gpu
 from adapterkit.engines.placement import (
     Capacity,
     device_totals,
@@ -17,6 +19,8 @@ from adapterkit.engines.placement import (
     prefers_gpu,
     worker_memory,
 )
+from adapterkit.engines.ranks import rank
+from adapterkit.execute import Engine
 from adapterkit.plan import OutputFile, Plan, Step, Task, TaskResult
 from adapterkit.tasks.edits import AddLowRank, Band, Block, PlacedFactors
 from adapterkit.tasks.rows import CUDA_ELEMENTS
@@ -105,14 +109,12 @@ def test_a_merge_takes_a_card_where_arithmetic_is_longer_than_the_disk(
 
 
 def test_tasks_take_a_card_with_room():
+    """For the largest, half as much again, and 1 GB."""
     light, heavy = Worth("light", False, 1 << 20), Worth("heavy", True, 1 << 30)
     assert not prefers_gpu(plan_of(OutputFile.computed("a", (light,))), Capacity(1, CARD))
     plan = plan_of(OutputFile.computed("a", (light, heavy)))
-    assert prefers_gpu(plan, Capacity(64, CARD))
-    assert not prefers_gpu(plan, Capacity(64, (8 << 30) - 1))
-    assert not prefers_gpu(
-        plan_of(OutputFile.computed("a", (Worth("huge", True, CARD),))), Capacity(64, CARD)
-    )
+    assert prefers_gpu(plan, Capacity(64, 5 << 29))
+    assert not prefers_gpu(plan, Capacity(64, (5 << 29) - 1))
 
 
 def test_workers_and_tasks_share_the_free_memory():
@@ -152,7 +154,64 @@ def test_auto_decides_by_the_plan(verb: str, kind: str, tmp_path: Path):
         assert plan.placement.device == "cpu"  # there is no card
         with installed(Card()) as card:
             placed, device = place(plan, "auto")
-            assert device == kind
+            assert device.split(":")[0] == kind
             assert placed.placement.device.split()[0] == kind
             card.memory = 1 << 30  # too little
             assert place(plan, "auto")[1] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("free", "own", "environment", "name", "device"),
+    [
+        ((70, 10), None, {}, "auto", "cuda:0"),
+        ((10, 70), None, {}, "auto", "cuda:1"),  # not always the first one
+        ((80, 80), None, {}, "auto", "cuda:0"),
+        ((10, 70), 0, {"LOCAL_RANK": "0"}, "auto", "cuda:0"),  # the other is another process'
+        ((80, 80), 1, {"LOCAL_RANK": "1"}, "cuda", "cuda:1"),
+        ((80, 80), 1, {"LOCAL_RANK": "3"}, "cuda", "cuda:1"),
+        ((80, 80), 1, {"SLURM_LOCALID": "1"}, "cuda", "cuda:1"),
+        ((80, 80), 1, {"SLURM_LOCALID": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, "cuda", "cuda:1"),
+        ((80, 80), 1, {"LOCAL_RANK": "1"}, "cuda:0", "cuda:0"),
+        ((80, 80), 1, {"LOCAL_RANK": "1"}, "cpu", "cpu"),
+        ((80, 80), None, {"LOCAL_RANK": "x"}, "cuda", "cuda"),
+        ((80,), None, {"LOCAL_RANK": "1"}, "cuda", "cuda"),  # the launcher hides the others
+    ],
+)
+def test_which_of_several_cards(
+    free: tuple[int, ...],
+    own: int | None,
+    environment: dict[str, str],
+    name: str,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    for variable in LOCAL_RANKS:
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    plan = plan_of(OutputFile.computed("a", (Worth("heavy", True, 1 << 30),)))
+    with installed(Card()):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+        memory = [(each << 30, 80 << 30) for each in free]
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: memory[gpu.index or 0])
+        assert own_gpu() == own
+        assert place(plan, name, own_gpu())[1] == device
+
+
+def test_a_rank_takes_its_own_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    inputs.create_inputs(Path())
+    adapterkit.write_plan("plan.json", "merge", "base", "style", out="out")
+    taken: list[str] = []
+    real = rank.local
+
+    def local(device: str, workers: int | None) -> Engine:
+        taken.append(device)
+        return real(device, workers)
+
+    monkeypatch.setattr(rank, "local", local)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    with installed(Card()):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+        adapterkit.run("plan.json", device="cuda", rank="0/1")
+    assert taken == ["cuda:1"]

@@ -19,7 +19,7 @@ import torch
 from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.rank_stage import RankStage, has_ended
 from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.engines.device import arithmetic, pick_device
+from adapterkit.engines.device import arithmetic, own_gpu, pick_device
 from adapterkit.engines.interruptible import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.engines.local.engine import local
 from adapterkit.engines.one_file import stage_of
@@ -85,7 +85,7 @@ class Rank:
     def make(self, plan: Plan, execution: RunOptions) -> Plan:
         """Make files of a plan; the plan."""
         self.job.check(plan)
-        plan, device = place(plan, self.device or execution.device)
+        plan, device = place(plan, self.device or execution.device, own_gpu())
         made = {unit.name: unit for unit in units(plan.shards, self.ranks, pick_device(device))}
         # whoever is last makes what all have collected for it
         sizes = [
