@@ -14,7 +14,7 @@ from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.engines.local import buffers, chunks, pieces
 from adapterkit.engines.local import engine as local
 from adapterkit.execute import run
-from adapterkit.tasks import rows
+from adapterkit.tasks import edits, rows
 from tests.golden import inputs, jobs
 from tests.support.card import Card, installed
 from tests.support.usual import usual
@@ -117,6 +117,7 @@ def test_the_pretended_card_sees_factors_that_are_not_waited_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(pieces.Mark, "precede", lambda mark: None)
+    monkeypatch.setattr(edits.kernel, "low_rank_norm", lambda left, right: 0.0)  # it waits
     races = run_together(monkeypatch, "merge-several", folder).races
     assert any("does not wait for" in race for race in races)
 

@@ -241,7 +241,7 @@ def test_a_small_card_has_fewer_workers(
 
     monkeypatch.setattr(local._ShardRun, "__init__", init)
     plan = merge(tmp_path / "out", dry_run=True, device="cuda")
-    card.memory = plan.totals()["device_memory"] // 4
+    card.memory, card.workspace = plan.totals()["device_memory"] // 4, 0
     run(plan, Stage(tmp_path / "out"), local.local("cuda", workers=64))
     assert made == [1]
     card.memory = 80 << 30

@@ -5,8 +5,14 @@ card would refuse, or would race on, is an error.
 - Streams, events and the host have vector clocks. An access that is not ordered after the last
   write of the same memory (or a write not after the last reads), and memory that goes back to the
   stream it is of while another one may still use it, are noted in `Card.races`.
-- A copy from the host that does not block must find its source unchanged until the host has waited
-  for it; one to the host leaves garbage there until then.
+- A copy from pinned memory that does not block must find its source unchanged until the host has
+  waited for it; one to pinned memory leaves garbage there until then. Copies of other memory wait.
+- What an operation costs the host is counted: launches (operations that are no views), waits, and
+  transfers over the bus. Operations on small matrices that CUDA checks for errors wait too.
+- Freed memory serves the stream that it was of; only a full card takes it all back. Each stream's
+  products have a workspace.
+- Products of float32 lose 13 bits of their inputs where a setting of torch's allows TF32. What CUDA
+  has no kernels for is refused, and so are random numbers of the process's own generator.
 """
 
 import importlib
@@ -26,7 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import adapterkit.kernels
 
 aten = torch.ops.aten
-DEVICE = torch.device("cuda", 0)
+DEVICE = torch.device("cuda", 0)  # the first one
 GARBAGE = 0xA5
 # what CUDA does with tensors of both kinds: copies, and indices that are on the CPU
 MIXED = {
@@ -37,15 +43,29 @@ MIXED = {
     aten.index_put.default,
     aten._index_put_impl_.default,
 }
-WAITING = {  # the host needs the values, or their number
-    aten._local_scalar_dense.default,
-    aten.equal.default,
-    aten.nonzero.default,
-    aten.masked_select.default,
-    aten._unique2.default,
-    aten.is_nonzero.default,
-    aten.allclose.default,
-}
+# Operations are named without their overloads: in inference mode those arrive that are made of
+# others.
+WAITING = {  # the host needs the values, their number, or whether it went well
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select",
+    "_unique2", "unique_dim", "_linalg_check_errors", "linalg_svd", "_linalg_svd", "linalg_qr",
+    "linalg_svdvals", "linalg_eigh", "_linalg_eigh", "linalg_eigvalsh", "linalg_inv", "linalg_pinv",
+    "linalg_cholesky", "linalg_solve", "linalg_lstsq", "linalg_matrix_rank",
+}  # fmt: skip
+PRODUCTS = {
+    "mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv", "addmv_", "matmul",
+    "linear", "dot", "vdot",
+}  # fmt: skip
+EIGEN = {"linalg_eigh", "_linalg_eigh", "linalg_eigvalsh"}
+# draws for which a generator is given; without one they are the process's
+DRAWS = {
+    "rand", "randn", "randint", "randperm", "normal", "normal_", "uniform_", "bernoulli", "random_",
+    "bernoulli_", "rand_like", "randn_like", "exponential_", "multinomial",
+}  # fmt: skip
+STORES = {"copy_", "_to_copy", "to", "clone", "detach", "cat"}  # what float8 is for on a GPU
+TF32 = ~((1 << 13) - 1)
+ROUNDING = 512  # bytes of memory that are given at a time
+WORKSPACE = 32 << 20  # bytes of cuBLAS for each stream that has products
+RING = 32  # torch's streams of a card
 Clock = dict[int, int]  # stream -> how many of its operations are known to have ended
 
 
@@ -56,8 +76,8 @@ class Mixed(AssertionError):
 class CardStream:
     """A queue of operations, each ordered after those before it."""
 
-    def __init__(self, card: "Card"):
-        self.card, self.number = card, next(card.numbers)
+    def __init__(self, card: "Card", index: int = 0):
+        self.card, self.number, self.index = card, next(card.numbers), index
         self.count, self.knows = 0, Clock()
 
     def _now(self) -> Clock:
@@ -92,19 +112,24 @@ class CardEvent:
         self.card._host_waits(self.clock)
 
     def query(self) -> bool:
-        return True
+        return all(self.card.host.get(stream, 0) >= count for stream, count in self.clock.items())
 
 
 class Memory:
     """What tensors that share a storage share: who wrote and read it last."""
 
-    def __init__(self, card: "Card", stream: CardStream):
-        self.card, self.stream = card, stream
+    def __init__(self, card: "Card", stream: CardStream, size: int):
+        self.card, self.stream, self.device = card, stream, torch.device("cuda", stream.index)
+        self.size = 0  # until it is given
         self.write: tuple[CardStream, int, str] | None = None
         self.reads: list[tuple[CardStream, int, str]] = []
         self.held = False  # `record_stream`: goes back only when those streams are done
+        card.memory_taken(stream.number, size := -(-size // ROUNDING) * ROUNDING)
+        self.size = size
 
     def __del__(self):
+        if self.size:
+            self.card.pools[self.stream.number][0] -= self.size
         if self.held:
             return
         for stream, count, name in [*self.reads, *([self.write] if self.write else [])]:
@@ -136,16 +161,26 @@ class CardTensor(Tensor):
             device=torch.device("cpu"),  # to C++, which has no guard of CUDA in a build for the CPU
         )
         tensor.held, tensor.card = values, card
-        tensor.memory = memory or Memory(card, card.current())
+        size = values.untyped_storage().nbytes()
+        tensor.memory = memory or Memory(card, card.current(), size)
         return tensor
 
     # the types of torch's stubs do not know of overriding
     __torch_function__ = torch._C._disabled_torch_function_impl
-    device = DEVICE
     is_cuda = True
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.memory.device
 
     def numpy(self, *_, **__):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def untyped_storage(self):
+        return self.held.untyped_storage()
+
+    def data_ptr(self):
+        return self.held.data_ptr()
 
     def tolist(self):
         return aten._to_copy.default(self, device=torch.device("cpu")).tolist()
@@ -182,15 +217,23 @@ class _Mode(TorchFunctionMode):
             return func(*args, **kwargs)
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
-            self.card.pin(1)
+            return self.card.pin(func(*args, **kwargs))
+        if func is Tensor.pin_memory:
+            return self.card.pin(args[0].clone())
+        if func is Tensor.is_pinned:
+            return self.card.is_pinned(args[0])
         if _is_card(kwargs.get("device")):
+            if func in (torch.tensor, torch.as_tensor):  # values of Python, in pageable memory
+                return self._to(func(*args, **kwargs | {"device": "cpu"}), kwargs["device"])
             flat = tree_flatten(args)[0]
             if kwargs.get("generator") is not None:
                 raise Mixed(f"{func}: random numbers of the CPU for a tensor of the card")
             if any(isinstance(x, CardTensor) for x in flat):
                 del kwargs["device"]
                 return func(*args, **kwargs)
-            return self.card.put(func(*args, **kwargs | {"device": "cpu"}))
+            self.card.check_draw(func.__name__, kwargs)
+            self.card.launches += func.__name__ != "empty"
+            return self.card.put(func(*args, **kwargs | {"device": "cpu"}), kwargs["device"])
         return func(*args, **kwargs)
 
     def _to(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -206,7 +249,7 @@ class _Mode(TorchFunctionMode):
         if _is_card(device) and not on_card:
             non_blocking = kwargs.pop("non_blocking", False)
             # CUDA copies the stored bytes and converts on the card
-            made = self.card.put(torch.empty_like(tensor))
+            made = self.card.put(torch.empty_like(tensor), device)
             made.copy_(tensor, non_blocking=non_blocking)
             return Tensor.to(made, *rest, **kwargs)
         if on_card and device is not None and not _is_card(device):
@@ -219,24 +262,48 @@ class _Mode(TorchFunctionMode):
 
 
 class Card:
-    """The state of the pretended card; `installed` puts it in torch's place of CUDA."""
+    """The state of the pretended card, or of several; `installed` puts it in torch's place of
+    CUDA."""
 
-    def __init__(self, memory: int = 80 << 30):
+    def __init__(self, memory: int = 80 << 30, *, fails: str | None = None, count: int = 1):
         self.numbers = itertools.count()
         self.lock = threading.RLock()
         self.races: list[str] = []
         self.host = Clock()
         self.flight: list[tuple[int, int, Any]] = []  # (stream, count, what to do once it is over)
-        self.default = CardStream(self)
+        self.defaults = [CardStream(self, index) for index in range(count)]
+        self.default = self.defaults[0]
         self.here = threading.local()
         self.memory = memory
+        self.fails = fails  # what every operation raises: no kernels, or an error that stays
         self.waits = 0  # how often the host has waited
         self.streams_used: set[int] = set()
+        self.launches = 0  # operations that are no views
+        self.transfers = 0  # copies over the bus
+        self.taken: dict[int, int] = {}  # by card: bytes of other processes
+        self.pools: dict[int, list[int]] = {}  # by stream: bytes in use, and the most so far
+        self.workspace = WORKSPACE
+        self.workspaces: set[int] = set()  # streams that have one
+        self.most_reserved = 0  # bytes
+        self.rings: dict[int, list[CardStream]] = {}
+        self.pinned: dict[int, Tensor] = {}  # kept for ever, as torch's allocator does
         self.pinned_buffers = 0
+        self.pinned_bytes = 0
         self.fails_to_pin = False
 
     def current(self, device: Any = None) -> CardStream:
-        return getattr(self.here, "stream", None) or self.default
+        """This thread's stream of a card: its current one's, or the default one of another."""
+        stream = getattr(self.here, "stream", None) or self.default
+        index = self.index_of(device)
+        return stream if index == stream.index else self.defaults[index]
+
+    def index_of(self, device: Any = None) -> int:
+        """Of a device; without a number, of this thread's current one."""
+        if isinstance(device, int):
+            return device
+        index = None if device is None else torch.device(device).index
+        current: CardStream = getattr(self.here, "stream", None) or self.default
+        return current.index if index is None else index
 
     @contextmanager
     def stream(self, stream: CardStream | None) -> Iterator[None]:
@@ -247,17 +314,67 @@ class Card:
         finally:
             self.here.stream = before
 
-    def put(self, values: Tensor) -> CardTensor:
+    def put(self, values: Tensor, device: Any = None) -> CardTensor:
         """A tensor that is written by the current stream."""
-        with self.lock:
+        with self.lock, self.stream(self.current(device)):
             made = CardTensor(self, values)
             self._access("make", [], [made.memory])
             return made
 
-    def pin(self, count: int) -> None:
+    def pin(self, memory: Tensor) -> Tensor:
+        """Page-locked memory of the host; blocks are powers of 2."""
         if self.fails_to_pin:
             raise RuntimeError("CUDA error: out of memory")
-        self.pinned_buffers += count
+        size = memory.untyped_storage().nbytes()
+        if size:
+            self.pinned_buffers += 1
+            self.pinned_bytes += 1 << (size - 1).bit_length()
+            self.pinned[memory.untyped_storage().data_ptr()] = memory
+        return memory
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self.pinned
+
+    def memory_info(self, device: Any = None) -> tuple[int, int]:
+        """(free, total) bytes of a card."""
+        if self.fails:
+            raise RuntimeError(self.fails)
+        taken = self.taken.get(self.index_of(device), 0)
+        return self.memory - self.reserved - taken, self.memory
+
+    @property
+    def reserved(self) -> int:
+        pools = sum(most for _, most in self.pools.values())
+        return pools + self.workspace * len(self.workspaces)
+
+    def memory_taken(self, stream: int, size: int) -> None:
+        """Memory for a tensor of a stream: what the stream has freed, else more of the card's; of a
+        full card all streams' freed memory, behind a wait for everything."""
+        pool = self.pools.setdefault(stream, [0, 0])
+        pool[0] += size
+        pool[1] = max(pool)
+        if self.reserved > self.memory:
+            for each in self.pools.values():
+                each[1] = each[0]
+            self.waits += 1
+        if self.reserved > self.memory:
+            pool[0] -= size
+            pool[1] = pool[0]
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes")
+        self.most_reserved = max(self.most_reserved, self.reserved)
+
+    def new_stream(self, device: Any = None) -> CardStream:
+        """torch's streams are taken from a ring: the 33rd is the first."""
+        ring = self.rings.setdefault(self.index_of(device), [])
+        if len(ring) < RING:
+            ring.append(CardStream(self, self.index_of(device)))
+        else:
+            ring.append(ring.pop(0))
+        return ring[-1]
+
+    def check_draw(self, name: str, kwargs: dict) -> None:
+        if name in DRAWS and kwargs.get("generator") is None:
+            raise Mixed(f"{name}: random numbers of the process's generator")
 
     def _host_waits(self, clock: Clock) -> None:
         with self.lock:
@@ -290,13 +407,18 @@ class Card:
         return stream
 
     def _compute(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        with self.lock:
+        own = next(x for x in tree_flatten((args, kwargs))[0] if isinstance(x, CardTensor))
+        with self.lock, self.stream(self.current(own.device)):  # as CUDA's guards do
             return self._computed(func, args, kwargs)
 
     def _computed(self, func: Any, args: tuple, kwargs: dict) -> Any:
         flat = tree_flatten((args, kwargs))[0]
         own = [x for x in flat if isinstance(x, CardTensor)]
+        name = func._schema.name.removeprefix("aten::")
+        if self.fails:
+            raise RuntimeError(self.fails)
         self._check(func, flat)
+        self._check_kernel(name, own, kwargs)
         if func is aten.copy_.default and own:
             done = self._copy(*args, **kwargs)
             if done is not None:
@@ -304,19 +426,61 @@ class Card:
         target = kwargs.get("device")
         if func is aten._to_copy.default and target is not None and not _is_card(target):
             values = own[0].held.to(kwargs.get("dtype") or own[0].dtype)
-            to = torch.empty_like(values)
-            return self._copy(to, self._wrapped(values, own), kwargs.get("non_blocking", False))
+            to, non_blocking = torch.empty_like(values), kwargs.get("non_blocking", False)
+            if non_blocking and not self.fails_to_pin:
+                self.pinned[to.untyped_storage().data_ptr()] = to  # torch's own
+            return self._copy(to, self._wrapped(values, own), non_blocking)
         writes = _written(func, args, kwargs)
         written = [x.memory for x in writes if isinstance(x, CardTensor)]
         read = [x.memory for x in own if all(x is not w for w in writes)]
         plain_args, plain_kwargs = tree_map(_values, (args, kwargs))
         if "device" in plain_kwargs:
             plain_kwargs["device"] = torch.device("cpu")
-        self._access(str(func), read, written)
+        stream = self._access(str(func), read, written)
+        if name in PRODUCTS:
+            self._begin_workspace(stream.number)
+            if _tf32_allowed():
+                plain_args = tree_map(_as_tf32, plain_args)
         result = func(*plain_args, **plain_kwargs)
-        if func in WAITING:
+        if name in WAITING or _selects(name, plain_args):
             self.current().synchronize()
-        return tree_map(lambda x: self._wrapped(x, own) if isinstance(x, Tensor) else x, result)
+        made = tree_map(lambda x: self._wrapped(x, own) if isinstance(x, Tensor) else x, result)
+        new = [x for x in tree_flatten(made)[0] if isinstance(x, CardTensor) and x.numel()]
+        is_view = all(any(x.memory is old.memory for old in own) for x in new)
+        if (written or (new and not is_view)) and "empty" not in name:
+            self.launches += 1
+        return made
+
+    def _begin_workspace(self, stream: int) -> None:
+        if stream not in self.workspaces:
+            self.workspaces.add(stream)
+            if self.reserved > self.memory:
+                self.workspaces.remove(stream)
+                raise RuntimeError(
+                    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+                )
+
+    def _check_kernel(self, name: str, own: list[CardTensor], kwargs: dict) -> None:
+        """What CUDA has no kernels for, or fails on."""
+        if any(x.requires_grad for x in own) and torch.is_grad_enabled():
+            raise Mixed(f"{name}: the pretended card has no gradients")
+        if "generator" in kwargs or name in DRAWS:
+            self.check_draw(name, kwargs)
+        integers = name in PRODUCTS and not any(x.is_floating_point() for x in own)
+        float8 = name not in STORES and any("float8" in str(x.dtype) for x in own)
+        grouped = "grouped_mm" in name and any(x.dtype == torch.float32 for x in own)
+        if integers or grouped:
+            raise Mixed(f"{name}: CUDA has no such product of {own[0].dtype}")
+        if float8:
+            self._check_float8(name, own)
+        if name in EIGEN and any(x.numel() and not x.held.any() for x in own):
+            raise torch.linalg.LinAlgError(f"{name}: cuSOLVER fails on zeros")
+
+    def _check_float8(self, name: str, own: list[CardTensor]) -> None:
+        overload = getattr(aten, name, None)
+        some = getattr(overload, overload.overloads()[0]) if overload else None
+        if some is None or not (some.is_view or "empty" in name):
+            raise Mixed(f"{name}: CUDA only stores float8")
 
     def _wrapped(self, values: Tensor, inputs: list[CardTensor]) -> CardTensor:
         for tensor in inputs:
@@ -333,6 +497,9 @@ class Card:
 
     def _check(self, func: Any, flat: list) -> None:
         plain = [x for x in flat if isinstance(x, Tensor) and not isinstance(x, CardTensor)]
+        places = {x.device for x in flat if isinstance(x, CardTensor)}
+        if len(places) > 1 and func not in MIXED:
+            raise Mixed(f"{func}: tensors of two cards")
         if func not in MIXED and any(x.dim() for x in plain):
             raise Mixed(f"{func}: tensors of the card and of the CPU")
         if any(isinstance(x, torch.Generator) for x in flat):
@@ -346,6 +513,9 @@ class Card:
         if isinstance(to, CardTensor) and isinstance(source, CardTensor):
             return None
         stream = self.current()
+        self.transfers += 1
+        host = source if isinstance(to, CardTensor) else to
+        non_blocking = non_blocking and self.is_pinned(host)
         if isinstance(to, CardTensor):
             self._access("copy from the host", [], [to.memory])
             to.held.copy_(source)
@@ -390,6 +560,28 @@ def _is_card(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
+def _tf32_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def _as_tf32(x: Any) -> Any:
+    if not isinstance(x, Tensor) or x.dtype != torch.float32:
+        return x
+    return x.clone().view(torch.int32).bitwise_and_(TF32).view(torch.float32)
+
+
+def _selects(name: str, args: tuple) -> bool:
+    """Whether a mask is used as an index: the host needs to know how many there are."""
+    if name not in ("index", "index_put", "index_put_", "_index_put_impl_", "repeat_interleave"):
+        return False
+    if name == "repeat_interleave":
+        return isinstance(args[-1], Tensor) and args[-1].dim() > 0
+    return any(isinstance(x, Tensor) and x.dtype == torch.bool for x in args[1])
+
+
 def _written(func: Any, args: tuple, kwargs: dict) -> list[Any]:
     """The arguments that an operation changes."""
     written = []
@@ -411,23 +603,27 @@ def installed(card: Card) -> Iterator[Card]:
             run(thread)
 
     # classes, as annotations of other packages name them
-    init = CardStream.__init__
-    stream = type("Stream", (CardStream,), {"__init__": lambda self, *_, **__: init(self, card)})
+    def begin(stream: Any, device: object = None, **_: object) -> None:
+        stream.__dict__ = card.new_stream(device).__dict__
+
+    stream = type("Stream", (CardStream,), {"__init__": begin})
     init_event = CardEvent.__init__
     event = type("Event", (CardEvent,), {"__init__": lambda self, **_: init_event(self, card)})
     with pytest.MonkeyPatch.context() as patch, _Mode(card):
         patch.setattr(threading.Thread, "run", run_with_card)
         for name, value in {
-            "device_count": lambda: 1,
+            "device_count": lambda: len(card.defaults),
+            "current_device": card.index_of,
             "is_available": lambda: True,
             "Stream": stream,
             "stream": card.stream,
             "current_stream": card.current,
             "Event": event,
-            "mem_get_info": lambda device=None: (card.memory, card.memory),
+            "mem_get_info": card.memory_info,
+            "memory_reserved": lambda device=None: card.reserved,
             "get_device_name": lambda device=None: "pretended card",
             "get_device_capability": lambda device=None: (9, 0),
-            "synchronize": lambda device=None: card.default.synchronize(),
+            "synchronize": lambda device=None: card.defaults[card.index_of(device)].synchronize(),
             "empty_cache": lambda: None,
         }.items():
             patch.setattr(torch.cuda, name, value)
