@@ -60,7 +60,7 @@ def merge(state: State, table: Mapping[str, float]) -> None:
     changes."""
     check(state, table)
     done = ReplacedWeights(dict(state.active))
-    merged: dict[int, list[nn.Parameter]] = {}  # by the original's id
+    merged: dict[int, list[Tensor]] = {}  # parameters by the original's id
     own: list[tuple[Site, str, nn.Parameter]] = []
     for site in _sites(state, table):
         values = HostWeights(site.host)
@@ -71,7 +71,7 @@ def merge(state: State, table: Mapping[str, float]) -> None:
             module, leaf = owner(site.host, name)
             for other, new in rounded(module, leaf, value).items():
                 original = tensors_of(module, other)[other]
-                if type(original) is nn.Parameter and isinstance(new, nn.Parameter):
+                if type(original) is nn.Parameter:  # a quantized one has more than its values
                     # what was tied stays so where the values are the same
                     others = merged.setdefault(id(original), [])
                     new = next((tied for tied in others if torch.equal(tied, new)), new)
@@ -181,9 +181,7 @@ def _sites(state: State, table: Mapping[str, float]) -> Iterator[Site]:
     yield from seen.values()
 
 
-def _breaks_ties(
-    state: State, done: ReplacedWeights, merged: Mapping[int, list[nn.Parameter]]
-) -> bool:
+def _breaks_ties(state: State, done: ReplacedWeights, merged: Mapping[int, list[Tensor]]) -> bool:
     """Whether a weight that is replaced is another module's too, which keeps it or gets another
     value."""
     places = {(id(module), leaf) for module, leaf, _ in done.replaced}

@@ -122,6 +122,18 @@ def test_every_method_gives_what_it_gives_on_plain_loras_of_the_same_deltas(
         assert float((ours[name] - delta).norm()) <= tolerance * float(delta.norm()) + 1e-9, name
 
 
+@pytest.mark.parametrize("method", ["linear", "ties", "iso_c"])
+def test_a_plan_tells_ranks_that_do_not_depend_on_values(method, sources, tmp_path):
+    """Of an adapter beside itself a stacked sum has twice its rank, what is decomposed has not."""
+    same, how = [sources[2]] * 2, {"method": method, **METHODS[method]}
+    plan = adapterkit.combine(same, out=tmp_path / "out", dry_run=True, **how)
+    told = {task.name: task.planned_metrics for shard in plan.shards for task in shard.tasks}
+    found = adapterkit.combine(same, out=tmp_path / "out", **how).data["parameters"]
+    ranks = {name: {"rank": metrics["rank"]} for name, metrics in found.items()}
+    assert told == (dict.fromkeys(ranks) if method == "iso_c" else ranks)
+    assert (ranks["fit"]["rank"] < 8) == (method != "linear")
+
+
 @pytest.mark.parametrize("method", DRAWS)
 def test_methods_that_draw_do_so_from_the_seed(method, sources, base, tmp_path):
     first, again, other = (

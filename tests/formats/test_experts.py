@@ -434,6 +434,23 @@ def test_stacks_of_megatron_bridge(tmp_path: Path) -> None:
     assert torch.equal(tensors[plain], tensors_of(source)[plain])
 
 
+def test_one_stack_of_megatron_bridge(tmp_path: Path) -> None:
+    """No shapes of a pair tell, and none have to: of one parameter there is one order."""
+    source, alone = GOLDEN / "megatron-bridge" / "stacked", tmp_path / "alone"
+    alone.mkdir()
+    tensors = {k: v for k, v in tensors_of(source).items() if "base_layer" not in k}
+    save_file(tensors, alone / "adapter_model.safetensors")
+    settings = settings_of(source)
+    settings["target_parameters"] = settings["target_parameters"][:1]
+    (alone / "adapter_config.json").write_text(json.dumps(settings))
+    for folder in (source, alone):
+        convert(folder, to="peft", out=tmp_path / f"{folder.name}-out")
+    expected = tensors_of(tmp_path / "stacked-out")
+    written = tensors_of(tmp_path / "alone-out")
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in written.items())
+
+
 def test_other_verbs_read_megatron_bridge_as_it_is_meant(tmp_path: Path) -> None:
     """Without a conversion: the same factors as with one."""
     source = GOLDEN / "megatron-bridge" / "stacked"

@@ -5,12 +5,17 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import adapterkit
-from adapterkit.engines.hub.transfers import check_limit
-from adapterkit.errors import Refused
+from adapterkit.checkpoint.output.stage import RECEIPT
+from adapterkit.engines.hub.engine import _HubRun
+from adapterkit.engines.hub.stage import HubStage
+from adapterkit.engines.hub.transfers import Transfers, check_limit
+from adapterkit.errors import Failed, Refused
+from adapterkit.hub.upload import LocalFile
 from tests.support.hub_client import TOKEN, Client
 from tests.support.hub_models import (
     CALLS,
@@ -187,6 +192,40 @@ def test_the_least_disk_will_do():
     check_limit(None, 5, "it takes 5", "files")
     with pytest.raises(Refused, match="4 bytes of disk, and it takes 5"):
         check_limit(4, 5, "it takes 5", "files")
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_files_go_while_the_job_runs(tmp_path, is_over):
+    """What is sent gives its disk back; when the job is over nothing goes any more."""
+    path, sent = tmp_path / "a", []
+    path.write_bytes(b"123")
+    upload = lambda files: sent.extend(file.name for file in files) or sent
+    transfers = Transfers(made=(), copied=(), sizes={}, rest=0, small=0)
+    arguments = SimpleNamespace(limit=9), None, transfers, SimpleNamespace(upload=upload)
+    run = _HubRun(*arguments, True, None, None)
+    before = run.room.size
+    run.outgoing.put(LocalFile("a", path, 3))
+    run.outgoing.put(None)
+    if is_over:
+        run.stop.set()
+    run._upload_all()
+    assert sent == [] if is_over else sent == ["a"]
+    assert path.exists() == is_over and run.room.size == before + 3 * (not is_over)
+
+
+def test_only_files_of_the_stage_are_sent(tmp_path):
+    stage = HubStage(tmp_path / "work", SimpleNamespace(receipt_name=RECEIPT), 0)  # type: ignore
+    stage.path.mkdir(parents=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    for folder in (stage.path, other):
+        (folder / "a").write_bytes(b"123")
+    (stage.path / "link").symlink_to(other / "a")
+    (stage.path / "folder").symlink_to(other)
+    assert stage._here("a", None) == LocalFile("a", stage.path / "a", 3)
+    for name in ("missing", "link", "folder/a"):
+        with pytest.raises(Failed, match="missing, or is a link"):
+            stage._here(name, None)
 
 
 def test_the_disk_limit_is_kept_to(place):

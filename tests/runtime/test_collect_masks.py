@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM, ReformerConfig, ReformerModel
 
 from adapterkit.errors import Failed
 from adapterkit.runtime import collect
+from adapterkit.statistics.data.tokens import BOTH, TokenTracker
 from tests.support import oracle, tiny
 from tests.support.live import llama, tokens
 
@@ -245,3 +246,48 @@ def test_masks_of_another_form():
         collect(model, lambda: model(ids, attention_mask=square))
     stats = collect(model, lambda: model(ids, attention_mask=square), mask=lambda arguments: None)
     assert len(stats) == 14
+
+
+class Sounds(nn.Module):
+    """A layer whose vectors are of no ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, sounds, attention_mask=None):
+        return self.layer(sounds)
+
+
+def test_a_mask_of_what_is_no_text():
+    """Of the caller's it is known what it says, where it has the vectors' shape."""
+    model, x = Sounds(), torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(0))
+    run = lambda: model(x, attention_mask=PADDED)
+    with pytest.raises(Failed, match="layer saw an input of"):
+        collect(model, run)
+    by_hand = collect(model, run, mask=lambda arguments: PADDED)
+    check(by_hand, {"layer": covariance(x[PADDED.bool()].double())})
+    with pytest.raises(Failed, match="layer saw an input of"):
+        collect(model, run, mask=lambda arguments: PADDED[:2])
+
+
+def test_a_mask_of_no_decoder():
+    model, ids = oracle.t5(), tokens(3, 7)
+    model.config.decoder_start_token_id = model.config.pad_token_id = 0
+    run = lambda: model(input_ids=ids, labels=tokens(3, 5))
+    with pytest.raises(Failed, match=r"no tokens of a decoder for a mask of \(3, 7\)"):
+        collect(model, run, mask=lambda arguments: (None, PADDED))
+
+
+@pytest.mark.parametrize("layer", [
+    nn.Conv1d(4, 4, 3, stride=2, bias=False), nn.ConvTranspose1d(4, 4, 3, bias=False),
+    nn.Conv2d(4, 4, 3, bias=False),
+], ids=["stride", "transposed", "image"])  # fmt: skip
+def test_outputs_of_these_convolutions_are_of_several_tokens(layer: nn.Module):
+    tracker, mask = TokenTracker(), torch.arange(8) < 4
+    x = torch.randn(1, 4, *(3,) * isinstance(layer, nn.Conv2d), 8)
+    with torch.no_grad(), tracker:
+        tracker.mark(x, mask.expand(x.shape))
+        y = layer(x)
+    bits = tracker.of(y)
+    assert bits is not None and bool((bits == BOTH).all())

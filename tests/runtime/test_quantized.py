@@ -152,6 +152,26 @@ def test_a_dora_beside_a_merged_adapter_has_the_norms_of_the_base(dora, tmp_path
         assert torch.equal(part.row_norms(part.host), merged)
 
 
+def test_a_quantized_weight_that_two_layers_share():
+    """Merged, each has its own scales, also where the codes are the same."""
+    net = nn.Sequential(*(bnb.nn.Linear4bit(64, 64, False).to("cpu") for _ in range(2)))
+    net[1].weight = net[0].weight
+    weight = weight_of(net[0])
+    adapters = attach(net, LoraConfig(64, alpha=64, targets=["0", "1"]), seed=0)
+    second = [part for _, part in adapters.state.adapters["default"].parts()][1]
+    with torch.no_grad():
+        second.a.copy_(weight)
+        second.b.copy_(torch.eye(64))
+    adapters.merge()
+    merged = [net[number].weight for number in (0, 1)]
+    assert torch.equal(merged[0].data, merged[1].data)
+    functional = bnb.functional
+    values = [functional.dequantize_4bit(one.data, one.quant_state) for one in merged]
+    torch.testing.assert_close(values, [weight, 2 * weight], rtol=1e-2, atol=1e-3)
+    adapters.unmerge()
+    assert net[1].weight is net[0].weight
+
+
 def test_gradients_after_an_evaluation(monkeypatch, tmp_path):
     """bitsandbytes packs weights at the first forward without gradients on some CPUs, and passes no
     gradients on from then on."""

@@ -118,3 +118,14 @@ def test_as_the_whole_model(tmp_path, large, name):
     assert forward.keys() == {key for key in whole if key.endswith(".mean")}
     for key, value in forward.items():
         torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-7, msg=key)
+
+
+def test_gradients_of_small_layers_beside_the_lists(tmp_path):
+    """They stay in memory, and are no part of a unit's."""
+    base, data = checkpoint(MODELS["albert"][0](), tmp_path / "base"), texts()
+    what = ("mean", "gradient")
+    whole = collected(base, data, tmp_path, what=what, whole=True)
+    layerwise = collected(base, data, tmp_path, what=what, memory=0)
+    assert "predictions.dense.gradient" in whole and layerwise.keys() == whole.keys()
+    for key, value in whole.items():
+        torch.testing.assert_close(layerwise[key], value, rtol=1e-5, atol=1e-7, msg=key)

@@ -282,6 +282,23 @@ def test_resize_of_other_types(case, tmp_path) -> None:
         assert metrics[name]["output_error"] == pytest.approx(output_error, rel=1e-3, abs=1e-3)
 
 
+def test_memory_of_other_types(tmp_path) -> None:
+    """With statistics the delta twice, the covariance, its copies in float64 and the root."""
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(kinds.Net().state_dict(), base / "model.safetensors")
+    with oracle.quiet():
+        adapter = kinds.trained(kinds.Case("loha", ["tall"], {"r": 2}), base, tmp_path / "loha")
+    width = kinds.Net().tall.in_features
+    path, _ = statistics(tmp_path / "stats.safetensors", {"tall": width}, tokens=9)
+    alone, weighted = (
+        adapterkit.resize(adapter, rank=2, out=tmp_path / "out", stats=stats, dry_run=True)
+        for stats in (None, path)
+    )
+    claims = [plan.shards[0].tasks[0].memory for plan in (alone, weighted)]
+    assert claims[1] == 2 * claims[0] + (4 + 3 * 8 + 4) * width**2
+
+
 # -- extract ---------------------------------------------------------------------------------------
 
 

@@ -410,12 +410,11 @@ def _embedded(call: _Call, out: Tensor) -> Tensor | None:
 
 def _convolved(call: _Call, out: Tensor) -> Tensor | None:
     """Along one axis, step by step: of the token that the kernel ends at or is centered on."""
-    x = call.args[0]
-    bits = call.bits(x)
+    bits = call.bits(call.args[0])
     strides, is_transposed = call.argument("stride"), call.argument("transposed")
     if bits is None:
         return None
-    if x.dim() != 3 or is_transposed or list(strides) != [1]:
+    if is_transposed or list(strides) != [1]:  # along several axes there are several
         return _placed(call, out)
     row = _any(bits, [1])  # (rows, 1, length)
     length, given = out.shape[-1], row.shape[-1]

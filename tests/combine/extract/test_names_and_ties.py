@@ -11,7 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adapterkit
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import Refused
+from adapterkit.planning.targets.stored_targets import FactorTargets
+from adapterkit.weights.names import Names
 from tests.support import architectures, oracle
 from tests.support.extraction import (
     MODEL,
@@ -82,6 +86,19 @@ def test_names_that_others_end_with(cached_folder, tmp_path):
     adapterkit.extract(base, after, out=tmp_path / "out", rank=1000)
     assert "norm.weight" in config_of(tmp_path / "out")["modules_to_save"]
     check_both_ways(base, tmp_path / "out", after, build, tmp_path)
+
+
+def test_what_can_be_copied_of_a_model_that_nobody_knows(tmp_path):
+    """A module of which all that the file has is saved."""
+    keys = ("norm.weight", "norm.bias", "last.norm.weight", "one.weight")
+    save_file({key: torch.zeros(2) for key in keys}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    targets = FactorTargets(Names(open_checkpoint(LocalFolder(tmp_path))))
+    assert targets.model is None
+    assert targets.can_be_copied("one", ["one.weight"])
+    assert targets.can_be_copied("last.norm", ["last.norm.weight"])
+    assert not targets.can_be_copied("one", [])
+    assert not targets.can_be_copied("norm", ["norm.weight", "norm.bias"])  # a name's end
 
 
 def test_targets_that_others_end_with(tmp_path):
