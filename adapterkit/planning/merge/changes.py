@@ -218,12 +218,8 @@ def _check_adapter(job: MergeJob, adapter: Adapter, weight: float) -> None:
 
 def _check_initial(job: MergeJob, adapter: Adapter) -> None:
     """Refuse initial factors on other modules than the adapter's."""
-    initial = next((one for one in job.adapters if one.number == adapter.number + 1), None)
-    if initial is None:
-        return  # it cannot be read, which is refused already
-    modules, others = (
-        {(lora.module, lora.depth) for lora in one.loras} for one in (adapter, initial)
-    )
+    pair = adapter, job.adapter(adapter.number + 1)
+    modules, others = ({(lora.module, lora.depth) for lora in one.loras} for one in pair)
     if different := sorted(module for module, _ in modules ^ others):
         job.errors.add(
             f"only one of the adapter and its initial factors has {listed(different)}",
@@ -336,7 +332,7 @@ def _add_values(job: MergeJob, adapter: Adapter) -> None:
         if change.value is not None and not (
             name in adapter.copies and job.same_bytes(change.value, spec)
         ):
-            other = job.adapters[change.value_from - 1].name
+            other = job.adapter(change.value_from).name
             job.errors.add(
                 f"{shown(name)} is replaced by both {other} and {adapter.name}",
                 "one adapter for each replaced parameter",
@@ -500,7 +496,7 @@ def _check_together(job: MergeJob) -> None:
         dora = next((one for one in change.additions if one.magnitude is not None), None)
         if dora is not None and len(numbers) > 1 and job.options.compat != "peft":
             job.errors.add(
-                f"{shown(name)}: DoRA of {job.adapters[dora.a.folder - 1].name} beside another "
+                f"{shown(name)}: DoRA of {job.adapter(dora.a.folder).name} beside another "
                 "adapter",
                 "one adapter on a module that DoRA rescales: the result depends on the order",
                 "merge one after the other, or give --compat peft for PEFT's order",

@@ -216,9 +216,13 @@ class MergeJob:
         """The change of this parameter, a new one if it has none."""
         return self.changes.setdefault(parameter.name, Change(parameter))
 
+    def adapter(self, number: int) -> Adapter:
+        """The adapter of this number among the inputs, of which the base is 0."""
+        return self.adapters[number - 1]
+
     def in_folder(self, spec: TensorSpec) -> tuple[Folder, TensorSpec]:
         """A tensor of an adapter with the adapter's folder."""
-        return self.adapters[spec.folder - 1].folder, spec
+        return self.adapter(spec.folder).folder, spec
 
     def same_bytes(self, one: TensorSpec | None, other: TensorSpec | None) -> bool:
         """Whether two tensors of adapters have one dtype, one shape and the same bytes; reads

@@ -305,7 +305,7 @@ def _delta_first(job: MergeJob, parameter: Parameter, factors: Factors) -> bool:
         factors.kind == "embedding"
         or factors.leaf is not None
         or not parameter.name.endswith(".weight")
-        or job.adapters[factors.a.folder - 1].attention(factors) is not None
+        or job.adapter(factors.a.folder).attention(factors) is not None
     )
 
 

@@ -121,7 +121,7 @@ def _check_complete(job: MergeJob, class_name: str, heads: list[str]) -> None:
     ]
     if not missing:
         return
-    adapter = job.adapters[job.new[heads[0]].value_from - 1]
+    adapter = job.adapter(job.new[heads[0]].value_from)
     names = ", ".join(map(shown, missing[:8])) + ", ..." * (len(missing) > 8)
     job.errors.add(
         f"{class_name} needs {names}, which neither base nor adapter has",
@@ -277,7 +277,7 @@ def _is_saved(job: MergeJob, name: str) -> bool:
     """Whether the new value is a module of its own in the trained model (modules_to_save), no
     longer the shared one."""
     change = job.changes[name]
-    return change.value is not None and job.adapters[change.value_from - 1].saves(name)
+    return change.value is not None and job.adapter(change.value_from).saves(name)
 
 
 def _are_equal(job: MergeJob, names: Iterable[str], sides: Sides) -> bool:
