@@ -496,8 +496,7 @@ def _check_together(job: MergeJob) -> None:
         dora = next((one for one in change.additions if one.magnitude is not None), None)
         if dora is not None and len(numbers) > 1 and job.options.compat != "peft":
             job.errors.add(
-                f"{shown(name)}: DoRA of {job.adapter(dora.a.folder).name} beside another "
-                "adapter",
+                f"{shown(name)}: DoRA of {job.adapter(dora.a.folder).name} beside another adapter",
                 "one adapter on a module that DoRA rescales: the result depends on the order",
                 "merge one after the other, or give --compat peft for PEFT's order",
             )
