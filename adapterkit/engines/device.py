@@ -91,6 +91,29 @@ def own_gpu() -> int | None:
     return int(text) % count if count > 1 and text.isdecimal() else None
 
 
+def with_float64(device: torch.device) -> torch.device:
+    """The device, or the host where it has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def has_room(device: torch.device, nbytes: int, left: float) -> bool:
+    """Whether so many bytes more, in float64, leave this share of a device's memory free."""
+    if device.type != "cuda":
+        return with_float64(device) == device
+    free, total = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + kept - nbytes >= left * total
+
+
+def begin_copy_to_host(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory, page-locked if there is such memory: it is there when a `Mark`
+    that follows it is."""
+    try:
+        return tensor.to("cpu", non_blocking=tensor.is_cuda)
+    except RuntimeError:  # there is none
+        return tensor.to("cpu")
+
+
 def kind(device: torch.device) -> str:
     """What the same plan's bits depend on: `cpu`, or `cuda` with the GPU's name and torch's
     version. GPUs, and versions of cuBLAS, sum in different orders."""
@@ -172,11 +195,11 @@ class Streams:
 
 
 class Mark:
-    """A place in this thread's stream; nothing on the CPU."""
+    """A place in this thread's stream; nothing on the CPU, nor where copies block."""
 
     def __init__(self, device: torch.device):
         self.event = None
-        if device.type != "cpu":
+        if device.type == "cuda":
             # blocking: a thread that waits leaves its core to those that read and hash
             self.event = torch.cuda.Event(blocking=True)
             self.event.record(torch.cuda.current_stream(device))

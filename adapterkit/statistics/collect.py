@@ -118,6 +118,8 @@ class InputStatistics(StatisticsTask):
         for file, number in others:
             file.sum(number).add_to(total)
         total.modules = dict.fromkeys(self.modules)
+        if "pca" in self.options.what:
+            total = total.to(inputs.device)  # much arithmetic, unlike a mean
         values = {key_of(self.name, kind): value for kind, value in sums.of(total).items()}
         shared = {"shared": list(self.modules[1:])} if self.modules[1:] else {}
         return TaskResult(values, {"vectors": total.vectors, **shared})

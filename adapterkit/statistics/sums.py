@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterkit.engines.device import Mark, begin_copy_to_host, has_room, with_float64
 from adapterkit.errors import Failed, shown
 from adapterkit.kernels.lowrank.principal import principal_components
 from adapterkit.records import Json
 from adapterkit.tasks.statistics import INPUTS, key_of
 
+CPU = torch.device("cpu")
 COMPONENTS = 256  # principal components that are stored of a layer, unless asked otherwise
 BLOCK = 1024  # vectors whose products are summed in their own dtype, before they join float64
 PANEL = 256  # least rows of a panel
 PANELS = 8  # of a covariance: 9/16 of the products of a full one
+LEFT = 0.25  # of a GPU's memory, for the model and sums in their own dtype: totals leave it free
 
 
 @dataclass
@@ -24,7 +27,8 @@ class Sum:
 
     The products are summed in the inputs' dtype (at least float32) over about BLOCK vectors, then
     in float64: rounding does not grow with their number. Only panels of rows on and right of the
-    diagonal are computed and kept.
+    diagonal are computed and kept. All is on the device of the inputs, but that totals which find
+    no room there, or no float64, are on the host.
     """
 
     width: int
@@ -52,8 +56,8 @@ class Sum:
         """Add vectors, rows of (vectors, in) in float32 or float64."""
         self.vectors += len(rows)
         self.calls += 1
-        vector = rows.sum(0, dtype=torch.float64)
-        self.vector = vector if self.vector is None else self.vector.add_(vector)
+        vector = rows.to(with_float64(rows.device)).sum(0, dtype=torch.float64)
+        self.vector = _added(self.vector, vector, rows.device)
         if not self.squares or not len(rows):
             return
         if self.normalize:
@@ -73,14 +77,26 @@ class Sum:
     def _close_block(self) -> None:
         if not self.in_block:
             return
-        if not self.total:
-            self.total = [panel.to(torch.float64, copy=True) for panel in self.block]
-        else:
-            for total, panel in zip(self.total, self.block, strict=True):
-                total += panel
+        self._add_panels(self.block)
         for panel in self.block:
             panel.zero_()
         self.in_block = 0
+
+    def _add_panels(self, panels: list[Tensor]) -> None:
+        """Add to the totals, which come to the device of what is added if there is room."""
+        device, count = panels[0].device, sum(panel.numel() for panel in panels)
+        where = self.total[0].device if self.total else torch.device("cpu")
+        if where != device and has_room(device, 8 * count, LEFT):
+            where = device
+            self.total = [total.to(where) for total in self.total]
+        if where != device:
+            panels = [begin_copy_to_host(panel) for panel in panels]
+            Mark(device).wait()
+        if not self.total:
+            self.total = [panel.to(torch.float64, copy=True) for panel in panels]
+            return
+        for total, panel in zip(self.total, panels, strict=True):
+            total += panel
 
     def check(self) -> None:
         """`Failed` for inputs that are not finite."""
@@ -123,10 +139,9 @@ class Sum:
         total.vectors += self.vectors
         total.calls += self.calls
         if self.vector is not None:
-            total.vector = _added(total.vector, self.vector)
+            total.vector = _added(total.vector, self.vector, self.vector.device)
         if self.total:
-            before = total.total or [None] * len(self.total)
-            total.total = [_added(*pair) for pair in zip(before, self.total, strict=True)]
+            total._add_panels(self.total)
 
     def copy(self) -> "Sum":
         """The same sums of no module."""
@@ -138,10 +153,16 @@ class Sum:
             total=[panel.clone() for panel in self.total],
         )
 
-    def covariance(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """E[x xᵀ] (in, in) on the CPU, exactly symmetric."""
+    def to(self, device: torch.device) -> "Sum":
+        """The same on another device."""
+        vector = None if self.vector is None else self.vector.to(device)
+        block, total = ([panel.to(device) for panel in one] for one in (self.block, self.total))
+        return replace(self, vector=vector, block=block, total=total)
+
+    def covariance(self, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensor:
+        """E[x xᵀ] (in, in), exactly symmetric."""
         self._close_block()
-        result = torch.empty(self.width, self.width, dtype=dtype)
+        result = torch.empty(self.width, self.width, dtype=dtype, device=device)
         count = self.calls if self.normalize else self.vectors
         for at, panel in zip(self.starts, self.total, strict=True):
             stop = at + len(panel)
@@ -152,13 +173,15 @@ class Sum:
         return result
 
     def mean(self) -> Tensor:
-        """E[x] (in,) float64 on the CPU."""
+        """E[x] (in,) float64."""
         assert self.vector is not None
-        return (self.vector / self.vectors).cpu()
+        return self.vector / self.vectors
 
 
-def _added(total: Tensor | None, value: Tensor) -> Tensor:
-    return value.clone() if total is None else total.add_(value.to(total.device))
+def _added(total: Tensor | None, value: Tensor, device: torch.device) -> Tensor:
+    """The sum, on the device of the value or, where it has no float64, on the host."""
+    where = with_float64(device)
+    return value.to(where, copy=True) if total is None else total.to(where).add_(value)
 
 
 @dataclass
@@ -302,8 +325,9 @@ class Sums:
         if "covariance" in self.what:
             result["covariance"] = total.covariance()
         if "mean" in self.what:
-            result["mean"] = mean.float()
+            result["mean"] = mean.float().cpu()
         if "pca" in self.what:
-            values = principal_components(total.covariance(torch.float64), mean, self.components)
-            result |= dict(zip(INPUTS["pca"], values, strict=True))
+            square = total.covariance(torch.float64, mean.device)
+            values = principal_components(square, mean, self.components)
+            result |= dict(zip(INPUTS["pca"], (value.cpu() for value in values), strict=True))
         return result

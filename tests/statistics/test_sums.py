@@ -5,7 +5,8 @@ import torch
 
 from adapterkit.errors import Failed
 from adapterkit.kernels.lowrank.principal import principal_components
-from adapterkit.statistics.sums import Sums
+from adapterkit.statistics.sums import BLOCK, Sum, Sums
+from tests.support.card import DEVICE, MPS, Card, installed
 
 ALL = ("covariance", "mean", "pca")
 
@@ -124,3 +125,57 @@ def test_few_components_are_those_of_a_full_decomposition():
     full = principal_components(covariance, mean, 300)
     torch.testing.assert_close(few[1], full[1][:10], rtol=1e-5, atol=0)
     torch.testing.assert_close(few[0], full[0][:10], rtol=0, atol=1e-4)
+
+
+def sums_of(batches, before=None, device=None):
+    """Statistics of batches on a device, with sums that other ones gave before; where the sums
+    are."""
+    sums = Sums(ALL, components=3)
+    sums.merge(before or [])
+    for batch in batches:
+        sums.add("a", batch if device is None else batch.to(device))
+    sums.settle()
+    (total,) = sums.groups
+    return {key: value.tolist() for key, value in sums.statistics()}, total
+
+
+@pytest.mark.parametrize(
+    ("card", "on_host"),
+    [(Card(), False), (Card(memory=1 << 16), True), (Card(device=MPS), True)],
+    ids=["cuda", "without room", "mps"],
+)
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_sums_are_where_the_inputs_are_and_there_is_room_for_them(card, on_host, goes_on):
+    """With the same bits; those that come back from files of the work folder too."""
+    first, *more = draws(3, BLOCK + 5, 100)
+
+    def stored():
+        sums = Sums(ALL)
+        sums.add("a", first)
+        sums.settle()
+        (one,) = sums.groups
+        tensors = {name: value.clone() for name, value in one.tensors().items()}
+        return [Sum.of(one.record(), tensors)]
+
+    batches = more if goes_on else [first, *more]
+    expected, _ = sums_of(batches, stored() if goes_on else None)
+    with installed(card):
+        found, total = sums_of(batches, stored() if goes_on else None, card.device)
+        assert total.vector.device.type == ("cpu" if card.device == MPS else "cuda")
+        assert {panel.device.type for panel in total.block} == {card.device.type}
+        where = {panel.device for panel in total.total}
+        assert where == {torch.device("cpu") if on_host else DEVICE}
+    assert found == expected and not card.races
+
+
+def test_what_a_card_without_room_holds():
+    """Sums in the inputs' dtype: a third of all."""
+    card = Card(memory=1 << 14)
+    with installed(card):
+        sums = Sums(("covariance",))
+        for name in "abc":
+            sums.add(name, draws(BLOCK, 64).to(DEVICE))
+        sums.settle()
+        there = [t for one in sums.groups for t in (*one.block, *one.total) if t.is_cuda]
+    assert {tensor.dtype for tensor in there} == {torch.float32}
+    assert sum(tensor.nbytes for tensor in there) == 3 * 4 * 64 * 64

@@ -13,6 +13,7 @@ card would refuse, or would race on, is an error.
   products have a workspace.
 - Products of float32 lose 13 bits of their inputs where a setting of torch's allows TF32. What CUDA
   has no kernels for is refused, and so are random numbers of the process's own generator.
+- `Card(kind="mps")` is one of Apple's, without streams: it has no float64.
 """
 
 import importlib
@@ -27,9 +28,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import adapterkit.kernels
+import adapterkit.statistics.data
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)  # the first one
@@ -119,7 +122,7 @@ class Memory:
     """What tensors that share a storage share: who wrote and read it last."""
 
     def __init__(self, card: "Card", stream: CardStream, size: int):
-        self.card, self.stream, self.device = card, stream, torch.device("cuda", stream.index)
+        self.card, self.stream, self.device = card, stream, torch.device(card.kind, stream.index)
         self.size = 0  # until it is given
         self.write: tuple[CardStream, int, str] | None = None
         self.reads: list[tuple[CardStream, int, str]] = []
@@ -160,6 +163,8 @@ class CardTensor(Tensor):
             dtype=values.dtype,
             device=torch.device("cpu"),  # to C++, which has no guard of CUDA in a build for the CPU
         )
+        if card.kind == "mps" and values.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
         tensor.held, tensor.card = values, card
         size = values.untyped_storage().nbytes()
         tensor.memory = memory or Memory(card, card.current(), size)
@@ -167,7 +172,10 @@ class CardTensor(Tensor):
 
     # the types of torch's stubs do not know of overriding
     __torch_function__ = torch._C._disabled_torch_function_impl
-    is_cuda = True
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return self.card.kind == "cuda"
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -261,11 +269,42 @@ class _Mode(TorchFunctionMode):
         return Tensor.to(tensor, *rest, **kwargs)
 
 
+class _Below(TorchDispatchMode):
+    """The same below the dispatcher, as within another mode of that kind no `_Mode` acts: tensors
+    made on the card, and copies to it."""
+
+    def __init__(self, card: "Card"):
+        super().__init__()
+        self.card = card
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not _is_card(kwargs.get("device")):
+            return func(*args, **kwargs)
+        device = kwargs.pop("device")
+        if any(isinstance(x, CardTensor) for x in tree_flatten(args)[0]):
+            return func(*args, **kwargs)
+        if func is aten._to_copy.default:
+            made = self.card.put(torch.empty_like(args[0]), device)
+            made.copy_(args[0], non_blocking=kwargs.get("non_blocking", False))
+            return made if kwargs.get("dtype") is None else made.to(kwargs["dtype"])
+        self.card.launches += "empty" not in func._schema.name
+        return self.card.put(func(*args, **kwargs, device=torch.device("cpu")), device)
+
+
 class Card:
     """The state of the pretended card, or of several; `installed` puts it in torch's place of
     CUDA."""
 
-    def __init__(self, memory: int = 80 << 30, *, fails: str | None = None, count: int = 1):
+    def __init__(
+        self,
+        memory: int = 80 << 30,
+        *,
+        fails: str | None = None,
+        count: int = 1,
+        kind: str = "cuda",
+    ):
+        self.kind = kind
         self.numbers = itertools.count()
         self.lock = threading.RLock()
         self.races: list[str] = []
@@ -345,6 +384,11 @@ class Card:
     @property
     def reserved(self) -> int:
         pools = sum(most for _, most in self.pools.values())
+        return pools + self.workspace * len(self.workspaces)
+
+    @property
+    def allocated(self) -> int:
+        pools = sum(used for used, _ in self.pools.values())
         return pools + self.workspace * len(self.workspaces)
 
     def memory_taken(self, stream: int, size: int) -> None:
@@ -557,7 +601,7 @@ def _values(x: Any) -> Any:
 
 
 def _is_card(device: Any) -> bool:
-    return device is not None and torch.device(device).type == "cuda"
+    return device is not None and torch.device(device).type in ("cuda", "mps")
 
 
 def _tf32_allowed() -> bool:
@@ -599,7 +643,7 @@ def installed(card: Card) -> Iterator[Card]:
     _forget_tables()
 
     def run_with_card(thread: threading.Thread) -> None:
-        with _Mode(card):
+        with _Below(card), _Mode(card):
             run(thread)
 
     # classes, as annotations of other packages name them
@@ -609,7 +653,7 @@ def installed(card: Card) -> Iterator[Card]:
     stream = type("Stream", (CardStream,), {"__init__": begin})
     init_event = CardEvent.__init__
     event = type("Event", (CardEvent,), {"__init__": lambda self, **_: init_event(self, card)})
-    with pytest.MonkeyPatch.context() as patch, _Mode(card):
+    with pytest.MonkeyPatch.context() as patch, _Below(card), _Mode(card):
         patch.setattr(threading.Thread, "run", run_with_card)
         for name, value in {
             "device_count": lambda: len(card.defaults),
@@ -624,7 +668,9 @@ def installed(card: Card) -> Iterator[Card]:
             "get_device_name": lambda device=None: "pretended card",
             "get_device_capability": lambda device=None: (9, 0),
             "synchronize": lambda device=None: card.defaults[card.index_of(device)].synchronize(),
+            "memory_allocated": lambda device=None: card.allocated,
             "empty_cache": lambda: None,
+            "_lazy_init": lambda: None,
         }.items():
             patch.setattr(torch.cuda, name, value)
         yield card
@@ -632,7 +678,8 @@ def installed(card: Card) -> Iterator[Card]:
 
 
 def _forget_tables() -> None:
-    """Tables that kernels keep on a card are another one's."""
-    for module in pkgutil.walk_packages(adapterkit.kernels.__path__, "adapterkit.kernels."):
-        for value in vars(importlib.import_module(module.name)).values():
-            getattr(value, "cache_clear", lambda: None)()
+    """Tables that are kept on a card are another one's."""
+    for package in (adapterkit.kernels, adapterkit.statistics.data):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            for value in vars(importlib.import_module(module.name)).values():
+                getattr(value, "cache_clear", lambda: None)()

@@ -200,6 +200,7 @@ class TokenTracker(TorchDispatchMode):
             setattr(storage, ATTRIBUTE, (self, tags))
         tags.spread()
         place = tags.of(x)
+        bits = bits.to(place.device)  # those of a copy from another device are there
         place.copy_(torch.where(bits == 0, place, bits))
 
 
