@@ -139,14 +139,10 @@ def test_an_environment_that_shortens_floats_is_refused(
 
 NO_KERNELS = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel ..."
 UNUSABLE = {
-    "without kernels": (Card, "_computed", RuntimeError(NO_KERNELS), "no kernel image"),
-    "another's alone": (
-        torch.cuda, "mem_get_info", RuntimeError("all CUDA-capable devices are busy"), "are busy",
-    ),
-    "an old driver": (
-        torch.cuda, "mem_get_info", torch.cuda.DeferredCudaCallError("driver too old"), "too old",
-    ),
-}  # fmt: skip
+    "without kernels": (NO_KERNELS, "no kernel image"),
+    "another's alone": ("CUDA error: all CUDA-capable devices are busy", "are busy"),
+    "an old driver": (torch.cuda.DeferredCudaCallError("driver too old"), "driver too old"),
+}
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
@@ -157,8 +153,11 @@ def test_a_card_that_does_not_compute_is_refused_or_left_alone(
     def fail(*_: object) -> None:
         raise error
 
-    place, name, error, text = UNUSABLE[case]
-    monkeypatch.setattr(place, name, fail)
+    error, text = UNUSABLE[case]
+    if isinstance(error, str):
+        card.fails = error
+    else:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
     arguments: dict[str, Any] = {
         "merge": {"adapters": ["style"]},
         "quantize": {"to": "nf4"},
@@ -171,6 +170,24 @@ def test_a_card_that_does_not_compute_is_refused_or_left_alone(
     receipt = run_verb("base", out=out, **arguments)
     assert "device" not in receipt.data
     assert any(text in note for note in receipt.data["notes"]) == (verb != "merge")
+
+
+@pytest.mark.parametrize("more", [{}, {"whole": True}, {"what": "pca"}])
+def test_statistics_of_a_full_card_end_cleanly_and_auto_leaves_it_alone(
+    more: dict[str, Any], folder: Path, tmp_path: Path
+):
+    options = {
+        "data": "ids.jsonl",
+        "targets": "q_proj",
+        "out": tmp_path / "out.safetensors",
+        **more,
+    }
+    with installed(Card(memory=1 << 14)):
+        with pytest.raises(Failed, match="out of memory") as failed:
+            adapterkit.stats("base", device="cuda", **options)
+        assert "--device cpu --overwrite" in str(failed.value)
+        receipt = adapterkit.stats("base", overwrite=True, **options)
+    assert "device" not in receipt.data
 
 
 def test_a_card_that_computes_wrongly_is_refused(card: Card, monkeypatch: pytest.MonkeyPatch):

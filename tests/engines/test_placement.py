@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 import adapterkit
 from adapterkit.adapters.factors import Factors
@@ -190,10 +189,8 @@ def test_which_of_several_cards(
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     plan = plan_of(OutputFile.computed("a", (Worth("heavy", True, 1 << 30),)))
-    with installed(Card()):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
-        memory = [(each << 30, 80 << 30) for each in free]
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: memory[gpu.index or 0])
+    with installed(Card(count=len(free))) as card:
+        card.taken = {number: 80 - each << 30 for number, each in enumerate(free)}
         assert own_gpu() == own
         assert place(plan, name, own_gpu())[1] == device
 
@@ -211,7 +208,6 @@ def test_a_rank_takes_its_own_card(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(rank, "local", local)
     monkeypatch.setenv("LOCAL_RANK", "5")
-    with installed(Card()):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with installed(Card(count=4)):
         adapterkit.run("plan.json", device="cuda", rank="0/1")
     assert taken == ["cuda:1"]

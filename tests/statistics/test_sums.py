@@ -6,9 +6,10 @@ import torch
 from adapterkit.errors import Failed
 from adapterkit.kernels.lowrank.principal import principal_components
 from adapterkit.statistics.sums import BLOCK, Sum, Sums
-from tests.support.card import DEVICE, MPS, Card, installed
+from tests.support.card import DEVICE, WORKSPACE, Card, installed
 
 ALL = ("covariance", "mean", "pca")
+SMALL = WORKSPACE + (4 << 20)  # bytes of a card without room for totals
 
 
 def draws(*shape, seed=0):
@@ -140,12 +141,11 @@ def sums_of(batches, before=None, device=None):
 
 
 @pytest.mark.parametrize(
-    ("card", "on_host"),
-    [(Card(), False), (Card(memory=1 << 16), True), (Card(device=MPS), True)],
-    ids=["cuda", "without room", "mps"],
+    ("kind", "memory", "on_host"),
+    [("cuda", 80 << 30, False), ("cuda", SMALL, True), ("mps", 80 << 30, True)],
 )
 @pytest.mark.parametrize("goes_on", [False, True])
-def test_sums_are_where_the_inputs_are_and_there_is_room_for_them(card, on_host, goes_on):
+def test_sums_are_where_the_inputs_are_and_there_is_room_for_them(kind, memory, on_host, goes_on):
     """With the same bits; those that come back from files of the work folder too."""
     first, *more = draws(3, BLOCK + 5, 100)
 
@@ -159,18 +159,17 @@ def test_sums_are_where_the_inputs_are_and_there_is_room_for_them(card, on_host,
 
     batches = more if goes_on else [first, *more]
     expected, _ = sums_of(batches, stored() if goes_on else None)
-    with installed(card):
-        found, total = sums_of(batches, stored() if goes_on else None, card.device)
-        assert total.vector.device.type == ("cpu" if card.device == MPS else "cuda")
-        assert {panel.device.type for panel in total.block} == {card.device.type}
-        where = {panel.device for panel in total.total}
-        assert where == {torch.device("cpu") if on_host else DEVICE}
+    with installed(Card(memory, kind=kind)) as card:
+        found, total = sums_of(batches, stored() if goes_on else None, kind)
+        assert total.vector.device.type == ("cpu" if kind == "mps" else kind)
+        assert {panel.device.type for panel in total.block} == {kind}
+        assert {panel.device.type for panel in total.total} == {"cpu" if on_host else kind}
     assert found == expected and not card.races
 
 
 def test_what_a_card_without_room_holds():
     """Sums in the inputs' dtype: a third of all."""
-    card = Card(memory=1 << 14)
+    card = Card(SMALL)
     with installed(card):
         sums = Sums(("covariance",))
         for name in "abc":

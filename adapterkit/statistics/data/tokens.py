@@ -1,7 +1,7 @@
 """Which tokens a vector is of: followed through a model's operations, not guessed by sizes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -41,7 +41,10 @@ VALUELESS = {
 }
 
 
-_WHOLE: dict[torch.device, Tensor] = {}  # the values of what is whole
+@cache
+def _counted(device: torch.device) -> Tensor:
+    """The values of what is whole."""
+    return torch.full((1,), COUNTED, dtype=torch.uint8, device=device)
 
 
 class _Tags:
@@ -54,10 +57,8 @@ class _Tags:
     @classmethod
     def whole(cls, x: Tensor) -> "_Tags":
         """Of all elements of a tensor's storage."""
-        if x.device not in _WHOLE:
-            _WHOLE[x.device] = torch.full((1,), COUNTED, dtype=torch.uint8, device=x.device)
         size = x.element_size()
-        return cls(_WHOLE[x.device], x.untyped_storage().nbytes() // size, size, True)
+        return cls(_counted(x.device), x.untyped_storage().nbytes() // size, size, True)
 
     def of(self, x: Tensor) -> Tensor:
         """The bits of a tensor's elements, uint8, of its shape."""
