@@ -91,15 +91,19 @@ def own_gpu() -> int | None:
     return int(text) % count if count > 1 and text.isdecimal() else None
 
 
+def has_float64(device: torch.device) -> bool:
+    return device.type != "mps"
+
+
 def with_float64(device: torch.device) -> torch.device:
     """The device, or the host where it has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
+    return device if has_float64(device) else torch.device("cpu")
 
 
 def has_room(device: torch.device, nbytes: int, left: float) -> bool:
     """Whether so many bytes more, in float64, leave this share of a device's memory free."""
     if device.type != "cuda":
-        return with_float64(device) == device
+        return has_float64(device)
     free, total = torch.cuda.mem_get_info(device)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + kept - nbytes >= left * total
@@ -134,12 +138,14 @@ def arithmetic(device: torch.device, threads: int) -> str:
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """Products of float32 in float32 and, on a GPU, sums in the same order every time, whatever
     the caller or the environment has set; theirs again after. Settings of the whole process."""
-    with _float32_products(), _repeatable_sums() if device.type == "cuda" else nullcontext():
+    with float32_products(), _repeatable_sums() if device.type == "cuda" else nullcontext():
         yield
 
 
 @contextmanager
-def _float32_products() -> Iterator[None]:
+def float32_products() -> Iterator[None]:
+    """Products of float32 in float32, whatever the caller or the environment has set; theirs again
+    after. A setting of the whole process, not to be made in a compiled forward."""
     settings = [(part, part.fp32_precision) for part in PRECISIONS]
     try:
         before = torch.get_float32_matmul_precision()

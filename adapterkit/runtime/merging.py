@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapterkit.engines.device import float32_products
 from adapterkit.errors import AdapterkitError, Problems, Refused, by_reason, listed, shown
 from adapterkit.planning.inputs.model_config import SWITCH, has_other_effects
 from adapterkit.runtime.quantized import exchange, quantization_of, rounded, tensors_of, weight_of
@@ -55,6 +56,7 @@ class HostWeights(dict[str, Tensor]):
 
 
 @torch.no_grad()
+@float32_products()
 def merge(state: State, table: Mapping[str, float]) -> None:
     """Put adapters into the base's weights; `Refused` for what cannot be merged, before anything
     changes."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from adapterkit.engines.device import float32_products
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.layers.routed import RoutedPart
 from adapterkit.runtime.parts.copies import MirrorPart
@@ -70,6 +71,7 @@ class Report(list[Row]):
 
 
 @torch.no_grad()
+@float32_products()
 def report(state: State) -> Report:
     """Every module with adapters: its class, and each one's rank, scale and norm."""
     rows = Report()

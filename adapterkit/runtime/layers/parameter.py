@@ -12,6 +12,7 @@ from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.keys import part_keys
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.adapters.resolve import PARAMETER, model_type
+from adapterkit.engines.device import with_float64
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.kernels.lazy_sum import LowRankSum, Term, summed
 from adapterkit.planning.adapters.sites import JoinedSite, flips_square_experts, sites_of
@@ -93,7 +94,7 @@ class ParameterPart(FactorsPart):
     @torch.no_grad()
     def norm(self) -> float:
         """‖scale·b·a‖, Frobenius: Σ <bᵀb, a·aᵀ>, without the product."""
-        a, b = (factor.double() for factor in self.joined())
+        a, b = (f.to(with_float64(f.device), torch.float64) for f in self.joined())
         return abs(float(self.scale)) * math.sqrt(max(float((b.mT @ b * (a @ a.mT)).sum()), 0.0))
 
     def merge(self, values: dict[str, Tensor], weight: float) -> None:

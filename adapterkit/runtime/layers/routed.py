@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from adapterkit.engines.device import with_float64
 from adapterkit.errors import Refused, shown
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
@@ -152,8 +153,9 @@ class RoutedPart(Part):
 
     def norms(self) -> Sequence[float]:
         """‖scale·b·a‖ of each expert, Frobenius."""
+        where = with_float64(self.experts.a[0].device), torch.float64
         both = zip(self.experts.a, self.experts.b, self.scales, strict=True)
-        return [abs(s) * algebra.norm(Product(b.double(), a.double())) for a, b, s in both]
+        return [abs(s) * algebra.norm(Product(b.to(*where), a.to(*where))) for a, b, s in both]
 
     def extra_repr(self) -> str:
         return f"{len(self.names)} experts of rank {self.rank}, top_k={self.top_k}"

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.resolve import Target
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.engines.device import float32_products, with_float64
 from adapterkit.errors import Problems, Refused, Unrecoverable, by_reason, listed, shown
 from adapterkit.inits import created_init
 from adapterkit.inits.eva import distribute
@@ -172,9 +173,10 @@ def start(
         return method.start(*shapes, generator, kind.stored_as == "embedding")
     assert isinstance(method, ComputedInit)
     weight = _matrix(method, target, kind, host)
-    where = "cpu" if weight.is_meta else weight.device
+    where = torch.device("cpu") if weight.is_meta else with_float64(weight.device)
     statistics = {key: value.to(where) for key, value in statistics.items()}
     try:
+        weight = weight if weight.is_meta else weight.to(where)
         return method.start(weight, target.rank, target.scale, statistics, generator)
     except ValueError as error:
         raise Unrecoverable(
@@ -222,6 +224,7 @@ def start_parameter(
     return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
 
 
+@float32_products()
 def attach(
     state: State,
     config: LoraConfig | Mapping[str, object],

@@ -5,8 +5,9 @@ for autograd (section 4.3). It comes without the dense sum, from
 
     ‖W + s·b·a‖² = ‖W‖² + 2s·⟨W·aᵀ, b⟩ + s²·⟨b·(a·aᵀ), b⟩    per row,
 
-in float32 products summed in float64. PEFT forms the dense sum at every step, and rounds new
-magnitudes to the base's dtype; here they are float32.
+in float32 products summed in float64. In a forward W·aᵀ is what torch makes of float32 there: where
+the process allows TF32, to three digits, of a term that is small beside ‖W‖². PEFT forms the dense
+sum at every step, and rounds new magnitudes to the base's dtype; here they are float32.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from adapterkit.engines.device import has_float64
 from adapterkit.runtime.parts.memo import Memo
 from adapterkit.runtime.quantized import is_readable, stored, weight_of
 
@@ -48,7 +50,7 @@ class RowNorms:
         squares = self.squares(rows.squares, source, where)
         projected = self.projected(lambda: rows.project(a), [*source, a], where)
         with torch.no_grad(), torch.autocast(where.type, enabled=False):
-            wide = torch.float32 if where.type == "mps" else torch.float64
+            wide = torch.float64 if has_float64(where) else torch.float32
             right, left = a.flatten(1).to(where, wide), b.flatten(1).to(where, wide)
             own = scale**2 * (left @ (right @ right.T) * left).sum(-1)
             squares = squares.to(wide)

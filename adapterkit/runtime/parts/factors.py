@@ -260,7 +260,7 @@ class FactorsPart(Part):
 
     def norm(self) -> float:
         """‖scale·b·a‖, Frobenius."""
-        return float(self.delta().norm())
+        return float(torch.linalg.vector_norm(self.delta()))
 
     def merge(self, values: dict[str, Tensor], weight: float) -> None:
         values[self.parameter].add_(self.delta(), alpha=weight)

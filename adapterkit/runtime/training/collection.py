@@ -1,23 +1,28 @@
 """Statistics of the layers of a live model: of what they see, and of their weights' gradients."""
 
 import json
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.resolve import Target
 from adapterkit.checkpoint.disk import storage_errors
+from adapterkit.engines.device import float32_products, has_room
 from adapterkit.errors import Failed, Problems, Refused, did_you_mean, listed
 from adapterkit.options import StrPath
 from adapterkit.records import Json
 from adapterkit.runtime.layers import KINDS
 from adapterkit.runtime.load.writing import check_local, replace, writes
+from adapterkit.runtime.quantized import stored
 from adapterkit.runtime.targets import resolve
 from adapterkit.statistics.data.masks import Masks, Rule
 from adapterkit.statistics.model.gradients import Gradients
@@ -27,6 +32,7 @@ from adapterkit.tasks.statistics import KINDS as ALL_KINDS
 
 GRADIENT = "gradient"
 WHAT = (*INPUTS, GRADIENT)
+SUMMED = 4 * 9 / 16  # bytes of an element of a covariance in a block's sums
 COMPAT = {"peft": ("covariance", GRADIENT)}  # what has another arithmetic there
 
 
@@ -72,6 +78,8 @@ def collect(
     kinds = _kinds(what, compat)
     chosen = _targets(model, targets, GRADIENT in kinds)
     inputs = [kind for kind in kinds if kind != GRADIENT]
+    if {"covariance", "pca"}.intersection(inputs):
+        _warn_of_memory(chosen)
     sums = Sums(inputs, _count(components), normalize=compat is not None)
     masks = Masks(model, mask or (None if compat is None else lambda arguments: None))
     transposed = {target.path: target.kind == "conv1d" for target in chosen}
@@ -86,7 +94,8 @@ def collect(
         if GRADIENT in kinds:
             stack.enter_context(gradients.watching())
         run_model()
-    sums.settle()
+    with float32_products():
+        sums.settle()
     _check_run(sums if inputs else None, gradients if GRADIENT in kinds else None, len(chosen))
     tensors = dict(sums.statistics()) if inputs else {}
     tensors |= {key_of(path, GRADIENT): value for path, value in gradients.means()}
@@ -101,6 +110,21 @@ def collect(
                 tensors[key_of(module, kind)] = value.clone()
     keys = [key_of(target.path, kind) for target in chosen for kind in ALL_KINDS]
     return {key: tensors[key] for key in keys if key in tensors}
+
+
+def _warn_of_memory(targets: Sequence[Target]) -> None:
+    """Say before the run where sums, even with their totals on the host, may find no room."""
+    needed = Counter[torch.device]()
+    for target in targets:
+        width = KINDS[target.kind].shapes(target.module, 1)[0][1]
+        for weight in (tensor for tensor in stored(target.module) if tensor.ndim > 1):
+            needed[weight.device] += int(SUMMED * width**2)
+            break
+    for device, nbytes in needed.items():
+        if device.type == "cuda" and not has_room(device, nbytes, 0):
+            text = f"sums of {len(targets)} layers take up to {nbytes / 1e9:.1f} GB of {device}"
+            hint = "collect them in several runs, each of some targets"
+            warnings.warn(f"{text}, which has less free; {hint}", stacklevel=3)
 
 
 def _kinds(what: str | Sequence[str], compat: str | None) -> list[str]:
@@ -169,6 +193,8 @@ def _is_plain(target: Target) -> bool:
     return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
 
 
+@torch.compiler.disable
+@float32_products()
 def _watch(
     sums: Sums, masks: Masks, path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> None:
