@@ -79,7 +79,7 @@ def test_float8_is_stored(card: Card):
 
 
 def test_zeros_have_no_eigenvalues(card: Card):
-    with pytest.raises(torch.linalg.LinAlgError, match="zeros"):
+    with pytest.raises(RuntimeError, match="zeros"):
         torch.linalg.eigh(torch.zeros(3, 3, device=GPU))
 
 
