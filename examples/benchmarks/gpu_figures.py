@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -14,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import common
 import torch
-from gpu_checks import checkpoint, tensors_of
+from gpu_checks import attempt, checkpoint, tensors_of
 from torch import Tensor
 
 import adapterkit
+from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.checkpoint.system import cores
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines import device as devices
 from adapterkit.engines.local import engine as local
+from adapterkit.engines.local.reader import LocalReader
 from adapterkit.execute import run
 from adapterkit.kernels.lowrank.truncated import truncated_svd
 
@@ -29,11 +33,14 @@ if TYPE_CHECKING:
     from gpu import Settings
 
 OVERRIDES = (
-    "CUBLAS_WORKSPACE_CONFIG", "CUDA_LAUNCH_BLOCKING", "NVIDIA_TF32_OVERRIDE",
+    "CUBLAS_EMULATE_DOUBLE_PRECISION", "CUBLAS_EMULATE_SINGLE_PRECISION",
+    "CUBLAS_WORKSPACE_CONFIG", "CUDA_LAUNCH_BLOCKING", "CUDA_VISIBLE_DEVICES",
+    "HIPBLASLT_ALLOW_TF32", "NVIDIA_TF32_OVERRIDE", "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )  # fmt: skip
 QUERY = (
-    "name,driver_version,memory.total,pcie.link.gen.current,pcie.link.width.current,clocks.max.sm"
+    "name,driver_version,memory.total,pcie.link.gen.current,pcie.link.width.current,clocks.max.sm,"
+    "persistence_mode,compute_mode,pci.bus_id"
 )
 Interval = tuple[float, float]  # start and end
 
@@ -44,7 +51,7 @@ Interval = tuple[float, float]  # start and end
 def facts(settings: "Settings") -> dict:
     """The bus, versions, what the environment sets, and rates in GB/s."""
     result: dict[str, Any] = {
-        "torch": torch.__version__, "cuda": torch.version.cuda, "cores": cores(),
+        "torch": torch.__version__, "cuda": torch.version.cuda, "cores": processors(),
         "environment": {name: os.environ[name] for name in OVERRIDES if name in os.environ},
         "sha256_a_core": sha256_rate(settings.pick(1 << 30, 1 << 22)),
         "disk": {n: disk_rates(settings, n) for n in settings.pick((1, 4, 16), (1, 2))},
@@ -53,10 +60,25 @@ def facts(settings: "Settings") -> dict:
         argv = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
         done = subprocess.run(argv, capture_output=True, text=True)
         result["gpu"] = dict(zip(QUERY.split(","), done.stdout.strip().split(", "), strict=False))
+        result["numa_of_gpu"] = numa_of(result["gpu"].pop("pci.bus_id", ""))
+        result["numa_of_process"] = sorted(os.sched_getaffinity(0))
     if settings.on_gpu:
+        result["architectures"] = torch.cuda.get_arch_list()
+        result["capability"] = torch.cuda.get_device_capability(settings.device)
         for pinned in (True, False):
             result["pinned" if pinned else "pageable"] = copy_rates(settings.device, pinned)
     return result
+
+
+def processors() -> int:
+    """All that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def numa_of(bus: str) -> str | None:
+    """The node whose memory and cores a GPU is near."""
+    path = Path("/sys/bus/pci/devices") / bus.lower().removeprefix("0000") / "numa_node"
+    return path.read_text().strip() if bus and path.exists() else None
 
 
 def copy_rates(device: str, pinned: bool, size: int = 1 << 28, times: int = 8) -> dict[str, float]:
@@ -125,38 +147,63 @@ def disk_rates(settings: "Settings", threads: int) -> dict[str, float]:
 
 def speed(settings: "Settings") -> dict:
     """GB/s of whole merges, imports paid; on one of them, what overlaps on the GPU."""
-    counts = [n for n in (1, 2, 4, 8, 16) if n <= max(cores(), 2)]
-    cases = [
-        *({"shards": n, "hash": hash} for n in (4, 16) for hash in ("none", "sha256")),
-        *({"shards": 16, "hash": "none", "workers": n} for n in counts),
-        *({"shards": 16, "hash": "none", "rank": n} for n in (256, 800)),
-        {"shards": 16, "hash": "none", "device": "cpu"},
-        {"shards": 16, "hash": "none", "rank": 800, "device": "cpu"},
+    counts = [n for n in (1, 2, 4, 8, 16, 32) if n <= max(processors(), 2)]
+    cases: list[dict[str, Any]] = [
+        *({"shards": n, "hash": hash} for n in (16, 4) for hash in ("none", "sha256")),
+        *({"workers": n} for n in counts),
+        *({"rank": n} for n in (256, 800)),
+        {"device": "cpu"},
+        {"rank": 800, "device": "cpu"},
     ]
-    results = [time_merge(settings, **case) for case in settings.pick(cases, cases[:2])]
-    return {"size_gb": settings.size, "merges": results, "overlap": overlap_of_merge(settings)}
+    time_merge(settings, size=min(settings.size, 0.5))  # starts what is started once
+    return {
+        "size_gb": settings.size,
+        "merges": {
+            name_of(case): attempt(lambda case=case: time_merge(settings, **case))
+            for case in settings.pick(cases, cases[:2])
+        },
+        "overlap": attempt(lambda: overlap_of_merge(settings)),
+        "host_memory": host_memory(settings),
+    }
 
 
-def time_merge(settings: "Settings", shards: int, hash: str, workers: int | None = None,
-               rank: int = 16, device: str | None = None) -> dict:  # fmt: skip
+def name_of(case: dict[str, Any]) -> str:
+    shards, hash = case.get("shards", 16), case.get("hash", "none")
+    more = [f"{key} {case[key]}" for key in ("workers", "rank", "device") if key in case]
+    return ", ".join([f"{shards} shards", hash, *more])
+
+
+def time_merge(settings: "Settings", shards: int = 16, hash: str = "none",
+               workers: int | None = None, rank: int = 16, device: str | None = None,
+               size: float | None = None) -> dict:  # fmt: skip
     where = device or settings.device
-    base, adapter = checkpoint(settings, settings.size, rank, shards)
+    base, adapter = checkpoint(settings, size or settings.size, rank, shards)
     plan, out = planned(settings, base, adapter, where)
     if where != "cpu":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(where)
     began = time.perf_counter()
     run(plan, Stage(out), local.local(where, workers), hash=hash)
     seconds = time.perf_counter() - began
     shutil.rmtree(out)
     rate = common.folder_bytes(base) / seconds / common.GB
-    result = {
-        "device": where, "shards": shards, "hash": hash, "workers": workers or cores(),
-        "rank": rank, "seconds": round(seconds, 3), "gb_per_second": round(rate, 2),
-    }  # fmt: skip
+    result = {"seconds": round(seconds, 3), "gb_per_second": round(rate, 2)}
     if where != "cpu":
-        result["device_peak"] = torch.cuda.max_memory_allocated(where)
-        result["device_planned"] = plan.totals()["device_memory"]
+        wanted, reserved = plan.totals()["device_memory"], torch.cuda.max_memory_reserved(where)
+        result |= {
+            "allocated": torch.cuda.max_memory_allocated(where), "planned": wanted,
+            "reserved": reserved, "reserved_of_planned": round(reserved / wanted, 2),
+        }  # fmt: skip
     return result
+
+
+def host_memory(settings: "Settings") -> dict[str, int]:
+    """Page-locked memory, as torch counts it."""
+    counted = getattr(torch.cuda, "host_memory_stats", None)  # since torch 2.8
+    if not settings.on_gpu or counted is None:
+        return {}
+    wanted = ("allocated_bytes.current", "allocated_bytes.peak", "num_host_alloc")
+    return {name: counted().get(name, 0) for name in wanted}
 
 
 def planned(settings: "Settings", base: Path, adapter: Path, device: str) -> tuple[Any, Path]:
@@ -225,11 +272,11 @@ def decompositions(settings: "Settings") -> dict:
         w = decaying(n, m)
         for name, kernel in KERNELS.items():
             if name == "svd r=64" or (n, m) == shapes[0]:
-                result[f"{name} {n}x{m}"] = compare(settings, lambda x, f=kernel: f(x), w)
+                result[f"{name} {n}x{m}"] = attempt(lambda f=kernel, w=w: compare(settings, f, w))
         del w
     base, adapter = checkpoint(settings, settings.pick(2.0, 0.02), 16)
     for name, call in verbs(settings, base, adapter).items():
-        result[name] = compare_verb(settings, call)
+        result[name] = attempt(lambda call=call: compare_verb(settings, call))
     return result
 
 
@@ -320,10 +367,7 @@ def compare_verb(settings: "Settings", call: Verb) -> dict:
         out = settings.work / f"verb-{len(seconds)}"
         shutil.rmtree(out, ignore_errors=True)
         began = time.perf_counter()
-        try:
-            call(device, out)
-        except adapterkit.AdapterkitError as error:
-            return {"failed": str(error).splitlines()[0]}
+        call(device, out)
         seconds.append(time.perf_counter() - began)
         results.append(tensors_of(out))
         shutil.rmtree(out)
@@ -341,7 +385,7 @@ def runtime(settings: "Settings") -> dict:
     import peft
 
     from adapterkit import LoraConfig
-    from adapterkit.runtime import attach, load
+    from adapterkit.runtime import attach
 
     methods = {"LoRA": (False, False), "DoRA": (True, False)}
     if settings.on_gpu and find_spec("bitsandbytes"):
@@ -353,10 +397,31 @@ def runtime(settings: "Settings") -> dict:
             r=16, lora_alpha=32, target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM"
         )
         model = lambda packed=packed: packed_llama(settings) if packed else llama(settings)
-        result[name] = {
-            "adapterkit": train(settings, attach(model(), config, seed=0).model),
-            "PEFT": train(settings, peft.get_peft_model(model(), other)),
-        }
+        mine = lambda config=config, model=model: attach(model(), config, seed=0).model
+        theirs = lambda other=other, model=model: peft.get_peft_model(model(), other)
+        result[name] = attempt(lambda mine=mine, theirs=theirs: beside_peft(settings, mine, theirs))
+    rows = attempt(lambda: rows_of_adapters(settings))
+    return result | {f"rows of {settings.pick(64, 4)} adapters": rows}
+
+
+def beside_peft(
+    settings: "Settings", mine: Callable[[], Any], theirs: Callable[[], Any]
+) -> dict[str, Any]:
+    sides = {"adapterkit": train(settings, mine()), "PEFT": train(settings, theirs())}
+    ratios = {
+        f"{key}_of_peft": round(sides["adapterkit"][key] / sides["PEFT"][key], 3)
+        for key in ("seconds", "peak")
+        if sides["PEFT"][key]
+    }
+    return sides | ratios
+
+
+def rows_of_adapters(settings: "Settings") -> dict[str, float]:
+    """Seconds of a batch whose rows have an adapter each."""
+    import peft
+
+    from adapterkit.runtime import load
+
     count = settings.pick(64, 4)
     folders = [
         common.make_adapter(settings.work / f"row-{n}", config_of(settings), "bfloat16", 16, seed=n)
@@ -376,14 +441,15 @@ def runtime(settings: "Settings") -> dict:
 
     with torch.inference_mode():
         with mine.rows(names):
-            rows = {"adapterkit": call()}
+            rows = {"first": seconds_of(settings, lambda: mine.model(input_ids=ids))}
+            rows["adapterkit"] = call()
         with mine.disabled():
             rows["without"] = call()
         rows["PEFT"] = median(
             seconds_of(settings, lambda: theirs(input_ids=ids, adapter_names=names))
             for _ in range(5)
         )
-    return result | {f"rows of {count} adapters": rows}
+    return rows | {"times_without": round(rows["adapterkit"] / rows["without"], 2)}
 
 
 def config_of(settings: "Settings") -> dict:
@@ -453,7 +519,9 @@ def peers(settings: "Settings") -> dict:
         for path in files:
             load_file(path, device=settings.device)
 
-    found: dict[str, Callable[[], object]] = {"safetensors": safetensors}
+    found: dict[str, Callable[[], object]] = {
+        "safetensors": safetensors, "adapterkit": lambda: read_all(settings, base)
+    }  # fmt: skip
     if settings.on_gpu and find_spec("fastsafetensors"):
         found["fastsafetensors"] = lambda: fastsafetensors(settings, files)
     size = sum(path.stat().st_size for path in files)
@@ -462,6 +530,16 @@ def peers(settings: "Settings") -> dict:
         name: round(size / min(seconds_of(settings, call) for _ in range(3)) / common.GB, 2)
         for name, call in found.items()
     }
+
+
+def read_all(settings: "Settings", base: Path) -> None:
+    """All tensors of a checkpoint onto the device, by the reader of tasks."""
+    checkpoint = open_checkpoint(LocalFolder(base))
+    device = devices.pick_device(settings.device)
+    with Sources((checkpoint.folder,), {}) as sources, ThreadPoolExecutor(processors()) as pool:
+        reader = LocalReader(sources, device, dtype=None)
+        for _ in pool.map(reader.tensor, checkpoint.tensors.values()):
+            pass
 
 
 def fastsafetensors(settings: "Settings", files: list[Path]) -> None:

@@ -3,9 +3,12 @@ right."""
 
 import importlib
 import json
+import re
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,15 +39,19 @@ def test_help_and_unknown_steps():
     assert done.returncode == 2 and "no step fast" in done.stderr
 
 
+# ranges of what only a GPU, or more than two cores, have
+ON_GPU = ("pinned/", "pageable/", "disk/16", "reserved_of", "peak_of", "fast", "clean", "merges/4 ")
+
+
 @pytest.mark.parametrize(
     "steps",
     [
         "facts,speed,peers",
         pytest.param("right,races,limits", marks=pytest.mark.slow),
-        pytest.param("decompositions,runtime", marks=pytest.mark.slow),
+        pytest.param("stats,decompositions,runtime", marks=pytest.mark.slow),
     ],
 )
-def test_steps_run_on_the_cpu(steps: str, tmp_path: Path):
+def test_steps_run_on_the_cpu(steps: str, tmp_path: Path, scripts: None):
     small = ("--device", "cpu", "--small", "--work", tmp_path / "work")
     done = call(*small, "--steps", steps, "--json", tmp_path / "gpu.json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -52,6 +59,62 @@ def test_steps_run_on_the_cpu(steps: str, tmp_path: Path):
     assert list(report["steps"]) == steps.split(",") and report["device"] == "cpu"
     assert not any("failed" in figures for figures in report["steps"].values())
     assert str(tmp_path) not in json.dumps(report)
+    leaves, expected = (
+        importlib.import_module("gpu").leaves,
+        importlib.import_module("gpu_expected"),
+    )
+    for name, figures in report["steps"].items():
+        places = [place for place, _ in leaves(figures)]
+        for one in expected.EXPECTED[name]:
+            if not any(word in one.pattern for word in ON_GPU):
+                pattern = re.sub(r"\d+(x\d+)?", "*", one.pattern)  # other sizes
+                assert any(fnmatchcase(place, pattern) for place in places), one.pattern
+
+
+def test_a_step_whose_process_dies_is_named(
+    tmp_path: Path, scripts: None, monkeypatch: pytest.MonkeyPatch
+):
+    gpu, dies = importlib.import_module("gpu"), tmp_path / "dies"
+    dies.write_text("#!/bin/sh\nexit 3\n")
+    dies.chmod(0o755)
+    monkeypatch.setattr(gpu.sys, "executable", str(dies))
+    figures = gpu.in_process("facts", gpu.Settings("cpu", tmp_path, 0.02, True))
+    assert figures["failed"] == "exit status 3"
+
+
+def test_a_case_that_fails_is_named_beside_the_others(
+    tmp_path: Path, scripts: None, monkeypatch: pytest.MonkeyPatch
+):
+    gpu, checks = importlib.import_module("gpu"), importlib.import_module("gpu_checks")
+
+    def unlike(settings: object, name: str) -> dict:
+        if name == "merge-plain":
+            raise ZeroDivisionError("planted")
+        return {"share": 0.0}
+
+    monkeypatch.setattr(checks, "unlike", unlike)
+    monkeypatch.setattr(checks, "misrounded", lambda *_: 0.5)
+    figures = gpu.run_step("right", gpu.Settings("cpu", tmp_path, 0.02, True))
+    assert figures["jobs"]["merge-plain"] == {"failed": "ZeroDivisionError: planted"}
+    assert figures["jobs"]["quantize-nf4"] == {"share": 0.0}
+    assert "jobs/merge-plain" in figures["failed"]
+    assert "misrounded_share/torch.bfloat16" in figures["failed"]
+
+
+def test_too_little_room_is_said(tmp_path: Path, scripts: None, monkeypatch: pytest.MonkeyPatch):
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(gpu.shutil, "disk_usage", lambda path: SimpleNamespace(free=35 * 10**9))
+    problem = gpu.missing(gpu.Settings("cpu", tmp_path / "none" / "yet", 16.0, False))
+    assert "35.0 GB are free" in problem and "--size 10" in problem
+
+
+def test_figures_are_shown_beside_what_was_expected(scripts: None):
+    verdicts = importlib.import_module("gpu_expected").verdicts
+    fast, slow = verdicts("facts", {"pinned/to_gpu": 52.0, "pinned/both": 40.0, "torch": "2.15"})
+    assert fast.is_inside and str(fast) == "pinned/to_gpu: 52 GB/s, expected 45 to 60 GB/s"
+    assert str(slow).startswith("! pinned/both: 40 GB/s") and "numactl" in str(slow)
+    (wrong,) = verdicts("races", {"merge-head/late_streams": False})
+    assert not wrong.is_inside
 
 
 def test_overlaps_are_counted(scripts: None):
