@@ -149,3 +149,42 @@ def test_the_pretended_card_sees_memory_that_is_read_into_too_early(
     monkeypatch.setattr(buffers.Scratch, "__init__", one_room)
     card = run_together(monkeypatch, "merge-several", folder)
     assert any("written during the copy" in race for race in card.races)
+
+
+CHUNK = {"launches": 6, "transfers": 3, "waits": 1}  # a copy in, two out; one event
+STEP = {"launches": 34, "transfers": 5, "waits": 5}  # its factors, and a chunk that is measured
+
+
+def costs_of(elements: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """What a merge with chunks of so many elements costs the host."""
+    made, card = {"chunks": 0, "steps": 0}, Card()
+    compute, begin = chunks.compute_chunk, pieces.OpenStep.__init__
+
+    def counted(*arguments) -> chunks.ComputedChunk:
+        made["chunks"] += 1
+        return compute(*arguments)
+
+    def begun(*arguments) -> None:
+        made["steps"] += 1
+        begin(*arguments)
+
+    with monkeypatch.context() as patch, installed(card):
+        patch.setattr(local, "compute_chunk", counted)
+        patch.setattr(pieces.OpenStep, "__init__", begun)
+        patch.setattr(pieces, "SAMPLE", 10**9)
+        patch.setattr(rows, "CUDA_ELEMENTS", elements)
+        plan = jobs.call(make("merge-plain"), out="counted", dry_run=True, device="cuda")
+        run(plan, Stage(Path("counted")), local.local("cuda", workers=1))
+    shutil.rmtree("counted")
+    return {name: getattr(card, name) for name in CHUNK} | made
+
+
+def test_a_merge_costs_the_host_little(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """A chunk: what half the elements cost more; a step: what one whole chunk each costs."""
+    few, many, whole = (costs_of(n, monkeypatch) for n in (SMALL, SMALL // 2, 1 << 20))
+    more = many["chunks"] - few["chunks"]
+    assert more > 10 and whole["chunks"] == whole["steps"]
+    for name, most in CHUNK.items():
+        assert many[name] - few[name] <= most * more, (name, few, many)
+    for name, most in STEP.items():
+        assert whole[name] <= most * whole["steps"], (name, whole)
