@@ -9,6 +9,8 @@ import torch
 from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import LoraFA, Riemannian, attach, load, loraplus
+from adapterkit.runtime.training import optimizers
+from tests.support.card import DEVICE, Card, installed, move
 from tests.support.live import llama, peft_of, tokens
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
@@ -243,8 +245,8 @@ def test_lorafa_takes_a_as_it_is_now(folder):
     optimizer.zero_grad()
     x = tokens(4, 8)
     model(input_ids=x, labels=x).loss.backward()
-    expected = optimizer._projected(part.b.grad, part.b, part).double()
-    torch.testing.assert_close(expected, projected(part), rtol=1e-4, atol=1e-7)
+    actual = optimizer._projected([part.b])[part.b].double()
+    torch.testing.assert_close(actual, projected(part), rtol=1e-4, atol=1e-7)
 
 
 def test_loraplus_groups(folder):
@@ -279,6 +281,73 @@ def test_riemannian_of_two_adapters(folder):
     for part, (a, b) in zip(parts, expected, strict=True):
         torch.testing.assert_close(part.a.double(), a, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(part.b.double(), b, rtol=1e-5, atol=1e-6)
+
+
+def stretched(value):
+    """Random, of condition 1e4."""
+    scales = torch.logspace(0, -4, min(value.shape))
+    return value * (scales if value.shape[1] == len(scales) else scales[:, None])
+
+
+@pytest.mark.parametrize("reg", [1e-2, 1e-6, 1e-30, 0.0])
+@pytest.mark.parametrize("case", ["random", "stretched", "zeros", "one row"])
+def test_damped_inverses(case, reg):
+    """The inverse in float64, or no more than float32 tells: never what is not finite."""
+    torch.manual_seed(0)
+    factors = torch.randn(5, 8, 40)
+    if case == "stretched":
+        factors = torch.stack([stretched(one) for one in factors])
+    elif case != "random":
+        factors[:, 1:] = 0
+        factors[:, 0] *= case == "one row"
+    inverses = optimizers.damped_inverses(factors, reg)
+    assert bool(inverses.isfinite().all())
+    grams = factors.double() @ factors.double().mT + reg * torch.eye(8, dtype=torch.double)
+    if reg == 1e-2 or case == "random":
+        torch.testing.assert_close(inverses.double(), torch.linalg.inv(grams), rtol=1e-4, atol=1e-4)
+
+
+class Still(torch.optim.Optimizer):
+    """An optimizer that leaves all as it is."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self):
+        pass
+
+
+def stepped(name, layers, card=None):
+    """A step's parameters and gradients, on a card if one is given; waits and launches there."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*(torch.nn.Linear(24, 24) for _ in range(layers)))
+    h = attach(net, LoraConfig(4, 8, "all-linear", init=False), seed=1)
+    if card is not None:
+        move(net)
+    optimizer = LoraFA(h, lr=1e-2) if name == "lora-fa" else Riemannian(h, Still, lr=1e-2)
+    own = list(h.parameters())
+    with torch.no_grad():
+        for p in own:
+            p.grad = torch.randn(p.shape).to("cpu" if card is None else DEVICE)
+        for count in range(2):
+            if count and card is not None:  # what is computed once, is
+                card.waits = card.launches = 0
+            optimizer.step()
+        values = [value.detach().cpu() for p in own for value in (p, p.grad)]
+    return values
+
+
+@pytest.mark.parametrize("name", ["lora-fa", "riemannian"])
+def test_a_gpu_is_launched_as_often_for_many_layers_and_never_waited_for(name):
+    counts = []
+    for layers in (2, 7):
+        with installed(Card()) as card:
+            there = stepped(name, layers, card)
+            assert not card.races
+        counts.append((card.waits - len(there), card.launches))
+        torch.testing.assert_close(there, stepped(name, layers))
+    assert counts[0] == counts[1] and counts[0][0] == 0
+    assert counts[0][1] <= (10 if name == "lora-fa" else 36)
 
 
 MISUSE = {

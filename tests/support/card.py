@@ -683,3 +683,16 @@ def _forget_tables() -> None:
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             for value in vars(importlib.import_module(module.name)).values():
                 getattr(value, "cache_clear", lambda: None)()
+
+
+def move(module: torch.nn.Module) -> None:
+    """Put a module's parameters and buffers on the card, which `to` cannot: for C++ they are on the
+    CPU."""
+    with torch.no_grad():
+        for each in module.modules():
+            for name, value in each._parameters.items():
+                if value is not None:
+                    there = value.detach().to(DEVICE)
+                    each._parameters[name] = torch.nn.Parameter(there, value.requires_grad)
+            for name, value in each._buffers.items():
+                each._buffers[name] = None if value is None else value.to(DEVICE)

@@ -5,8 +5,8 @@ Each takes all trainable adapters of a handle, active or not, and what else of t
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,12 @@ from adapterkit.records import Json
 from adapterkit.runtime.handle import Adapters
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.sharding import spread, whole
+from adapterkit.runtime.sharding import is_sharded, spread, whole
 from adapterkit.runtime.site import Part, Site
+
+T = TypeVar("T")
+aten = torch.ops.aten  # with what it does to lists of tensors, one launch on a GPU for all
+ROUNDING = 4  # times the sum of a Gram matrix' diagonal: more than what its sums are rounded by
 
 
 def loraplus(
@@ -127,38 +131,59 @@ class LoraFA(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+            own = [parameter for parameter in group["params"] if parameter.grad is not None]
+            gradients = {p: _gradient(p) for p in own} | self._projected(own)
+            for some in _together(own, lambda p: (*_place(p), p.dtype), Tensor.numel):
+                self._update(some, [gradients[parameter] for parameter in some], group)
         return loss
 
-    def _update(self, parameter: nn.Parameter, group: Json) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
-        part = self._factors.get(parameter)
-        if part is not None:
-            gradient = self._projected(gradient, parameter, part)
+    def _update(self, parameters: list[nn.Parameter], gradients: list[Tensor], group: Json) -> None:
+        """AdamW's step, each operation of all these parameters at once."""
+        states = [self._state_of(parameter) for parameter in parameters]
+        steps, m, v = ([one[key] for one in states] for key in ("step", "exp_avg", "exp_avg_sq"))
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        aten._foreach_add_(steps, 1)
+        aten._foreach_lerp_(m, gradients, 1 - beta1)
+        aten._foreach_mul_(v, beta2)
+        aten._foreach_addcmul_(v, gradients, gradients, value=1 - beta2)
+        sizes = aten._foreach_sqrt(v)
+        aten._foreach_add_(sizes, group["eps"])
+        rates = [-lr * math.sqrt(1 - beta2**t) / (1 - beta1**t) for t in map(float, steps)]
+        aten._foreach_addcdiv_(parameters, m, sizes, rates)
+        if group["weight_decay"]:
+            aten._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+
+    def _state_of(self, parameter: nn.Parameter) -> Json:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        step, (beta1, beta2) = float(state["step"]), group["betas"]
-        m = state["exp_avg"].lerp_(gradient, 1 - beta1)
-        v = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        rate = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        parameter.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-rate)
-        if group["weight_decay"]:
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        return state
 
-    def _projected(self, gradient: Tensor, b: nn.Parameter, part: FactorsPart) -> Tensor:
-        """g_b·(a aᵀ + 1e-8·I)⁺ / scale²; where the scale is 0, so is the gradient."""
-        version = (id(part.a), part.a._version, part.a.device)
-        if self._projections.get(b, (None,))[0] != version:  # a is frozen: once, as a rule
-            self._projections[b] = version, damped_inverse(matrices(part, part.a), 1e-8)
-        product = matrices(part, gradient) @ self._projections[b][1]
-        return shaped_as(product.div_(part.scale**2 or 1.0), gradient)
+    def _projected(self, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+        """g_b·(a aᵀ + 1e-8·I)⁺ / scale² of each b; where the scale is 0, so is the gradient."""
+        projected: dict[nn.Parameter, Tensor] = {}
+        for parts in _alike(self._factors[b] for b in parameters if b in self._factors):
+            gradients = [_gradient(part.b) for part in parts]
+            products = (stacked(parts, gradients) @ self._inverses(parts)).chunk(len(parts))
+            aten._foreach_div_(products, [part.stored_scale**2 or 1.0 for part in parts])
+            for part, product, gradient in zip(parts, products, gradients, strict=True):
+                projected[part.b] = shaped_as(product, gradient)
+        return projected
+
+    def _inverses(self, parts: Sequence[FactorsPart]) -> Tensor:
+        """(a aᵀ + 1e-8·I)⁺ of each part; a is frozen: computed once, as a rule."""
+        versions = {part: (id(part.a), part.a._version, part.a.device) for part in parts}
+        old = [
+            part for part in parts if self._projections.get(part.b, (None,))[0] != versions[part]
+        ]
+        if old:
+            grams = damped_grams(stacked(old, [part.a for part in old]), 1e-8)
+            inverses = torch.linalg.pinv(grams, hermitian=True).chunk(len(old))
+            for part, inverse in zip(old, inverses, strict=True):
+                self._projections[part.b] = versions[part], inverse
+        return joined([self._projections[part.b][1] for part in parts])
 
 
 def Riemannian(
@@ -169,9 +194,10 @@ def Riemannian(
 
     g_a ← (bᵀb + reg·I)⁺·g_a,  g_b ← g_b·(a aᵀ + reg·I)⁺,  a (r, in), b (out, r),
 
-    in float32 or wider (arXiv:2402.02347). All else is as `optimizer_class` does it, factors of
-    other layers too, as in PEFT. `Refused` without trainable factors of linear layers, and for
-    optimizers that evaluate the loss themselves: they would see other gradients."""
+    in float32 or wider (arXiv:2402.02347), with a reg at least what the products are rounded by.
+    All else is as `optimizer_class` does it, factors of other layers too, as in PEFT. `Refused`
+    without trainable factors of linear layers, and for optimizers that evaluate the loss
+    themselves: they would see other gradients."""
     closure = inspect.signature(optimizer_class.step).parameters.get("closure")
     _check(
         optimizer_class=(
@@ -181,13 +207,13 @@ def Riemannian(
         ),
         reg=(reg, reg >= 0, "a number from 0"),
     )
-    parameters, factors = [], {}
+    parameters, factors = [], list[FactorsPart]()
     for site, part, name, parameter in trained(h):
         parameters.append(parameter)
         if isinstance(part, FactorsPart) and name == "b" and not part.fixed:
             is_linear = part.b.ndim == 2 and not isinstance(site.host, nn.Embedding)
             if is_linear or isinstance(part, ParameterPart):
-                factors[parameter] = part
+                factors.append(part)
     if not factors:
         raise Refused(
             "no adapter trains both factors of a linear layer",
@@ -205,8 +231,10 @@ def Riemannian(
                 hint="compute the gradients before the step",
             )
         with torch.no_grad():
-            for part in factors.values():
-                _precondition(part, reg)
+            for name in ("a", "b"):
+                own = [part for part in factors if getattr(part, name).grad is not None]
+                for parts in _alike(own):
+                    _precondition(parts, name, reg)
 
     # as in `loraplus`: every optimizer takes lr
     optimizer = optimizer_class([*parameters, *unfrozen(h)], lr=lr, **kwargs)  # type: ignore[call-arg]
@@ -214,32 +242,111 @@ def Riemannian(
     return optimizer
 
 
-def _precondition(part: FactorsPart, reg: float) -> None:
-    a, b = matrices(part, part.a), matrices(part, part.b)
-    a_gradient, b_gradient = part.a.grad, part.b.grad
-    if a_gradient is not None:
-        product = damped_inverse(b.mT, reg) @ matrices(part, a_gradient)
-        a_gradient.copy_(shaped_as(product, a_gradient))
-    if b_gradient is not None:
-        product = matrices(part, b_gradient) @ damped_inverse(a, reg)
-        b_gradient.copy_(shaped_as(product, b_gradient))
+def _precondition(parts: Sequence[FactorsPart], name: str, reg: float) -> None:
+    """Of parts that are alike the gradients of a, or of b."""
+    gradients = [_gradient(getattr(part, name)) for part in parts]
+    stack = stacked(parts, gradients)
+    if name == "a":
+        product = damped_inverses(stacked(parts, [part.b for part in parts]).mT, reg) @ stack
+    else:
+        product = stack @ damped_inverses(stacked(parts, [part.a for part in parts]), reg)
+    pairs = zip(product.chunk(len(parts)), gradients, strict=True)
+    products = [shaped_as(one, gradient) for one, gradient in pairs]
+    if is_sharded(gradients[0]):
+        for one, gradient in zip(products, gradients, strict=True):
+            gradient.copy_(one)
+    else:
+        aten._foreach_copy_(gradients, products)
 
 
-def matrices(part: FactorsPart, value: Tensor) -> Tensor:
-    """a as (n, r, in) or b as (n, out, r), or their gradients, float32 or wider: one matrix, of
-    experts one each, of a convolution one a group; gathered where it is sharded."""
-    value = whole(value.detach()).to(torch.promote_types(value.dtype, torch.float32))
+def _together(
+    values: Iterable[T], kind: Callable[[T], tuple], size: Callable[[T], int]
+) -> Iterator[list[T]]:
+    """Values of one kind, whose first item is the device, as many as are computed with at once: on
+    a CPU few, which its cache holds."""
+    kinds: dict[tuple, list[T]] = {}
+    for value in values:
+        kinds.setdefault(kind(value), []).append(value)
+    for (device, *_), members in kinds.items():
+        room = 1 << (16 if device.type == "cpu" else 24)
+        some, taken = list[T](), 0
+        for value in members:
+            if some and taken + size(value) > room:
+                yield some
+                some, taken = [], 0
+            some.append(value)
+            taken += size(value)
+        yield some
+
+
+def _place(tensor: Tensor) -> tuple:
+    """Its device, and the processes that it is spread over."""
+    return tensor.device, tensor.device_mesh if is_sharded(tensor) else None
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _alike(parts: Iterable[FactorsPart]) -> Iterator[list[FactorsPart]]:
+    """Parts whose factors have the same shapes, to be stacked."""
+
+    def kind(part: FactorsPart) -> tuple:
+        a, b = part.a, part.b
+        shapes = a.shape, a.dtype, b.shape, b.dtype
+        return *_place(b), isinstance(part, ParameterPart), *shapes
+
+    return _together(parts, kind, lambda part: part.a.numel() + part.b.numel())
+
+
+def stacked(parts: Sequence[FactorsPart], values: Sequence[Tensor]) -> Tensor:
+    """The a of parts that are alike as (n, r, in), or b as (n, out, r), or their gradients, float32
+    or wider: one matrix each, of experts one for each of them, of a convolution one a group."""
+    matrices = joined([_matrices(*pair) for pair in zip(parts, values, strict=True)])
+    return matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+
+
+def _matrices(part: FactorsPart, value: Tensor) -> Tensor:
+    """As `stacked` one part's, gathered where it is sharded."""
+    value = whole(value.detach())
     if isinstance(part, ParameterPart) and value.ndim == 3:
         return value
     groups = part.a.shape[0] // part.b.shape[1]
     return value.flatten(1).unflatten(0, (groups, -1))
 
 
-def damped_inverse(factors: Tensor, damping: float) -> Tensor:
-    """(f fᵀ + damping·I)⁺ of each f (r, in)."""
+def joined(stacks: Sequence[Tensor]) -> Tensor:
+    return stacks[0] if len(stacks) == 1 else torch.cat(list(stacks))
+
+
+def damped_grams(
+    factors: Tensor,  # (n, r, in)
+    damping: float,
+) -> Tensor:  # (n, r, r)
+    """f fᵀ + damping·I of each f."""
     grams = factors @ factors.mT
     grams.diagonal(dim1=-2, dim2=-1).add_(damping)
-    return torch.linalg.pinv(grams, hermitian=True)
+    return grams
+
+
+def damped_inverses(
+    factors: Tensor,  # (n, r, in)
+    damping: float,
+) -> Tensor:  # (n, r, r)
+    """(f fᵀ + damping·I)⁺ of each f, with a damping above 0 by Cholesky's decomposition, which no
+    device waits for: the damping is then at least what f fᵀ is rounded by."""
+    grams = damped_grams(factors, damping)
+    if not damping:
+        return torch.linalg.pinv(grams, hermitian=True)
+    diagonals = grams.diagonal(dim1=-2, dim2=-1)
+    rounding = ROUNDING * torch.finfo(grams.dtype).eps * diagonals.sum(-1, keepdim=True)
+    diagonals.add_((rounding - damping).clamp_min_(0))
+    wide = grams if grams.device.type == "mps" else grams.double()
+    lower, _ = torch.linalg.cholesky_ex(wide)
+    one = torch.eye(grams.shape[-1], dtype=wide.dtype, device=wide.device)
+    inverses = torch.linalg.solve_triangular(lower, one.expand_as(lower), upper=False)
+    return (inverses.mT @ inverses).to(grams.dtype)
 
 
 def shaped_as(value: Tensor, other: Tensor) -> Tensor:
