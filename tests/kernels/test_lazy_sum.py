@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapterkit.errors import Refused
 from adapterkit.kernels.lazy_sum import LowRankSum, Term
+from tests.support.card import DEVICE, Card, installed
 
 pytestmark = pytest.mark.quick
 
@@ -165,6 +166,22 @@ def test_autocast():
     assert y.dtype == torch.bfloat16 and value.dtype == torch.float32
     torch.testing.assert_close(value, plain_sum(total), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(y.float(), x @ plain_sum(total), rtol=0.05, atol=0.2)
+
+
+def test_grouped_products_on_a_gpu_are_of_the_weights_dtype():
+    """CUDA has fast ones of bfloat16 alone; of float32 it would loop over the experts."""
+    total, x = low_rank_sum(3, torch.bfloat16, torch.float32), torch.randn(8, N).bfloat16()
+    halves = [Term(t.left.bfloat16(), t.right.bfloat16(), t.scale) for t in total.terms]
+    with torch.no_grad():
+        want = F.grouped_mm(x, LowRankSum(total.weight, halves), offs=ENDS)
+        with installed(Card()) as card:
+            terms = [Term(t.left.to(DEVICE), t.right.to(DEVICE), t.scale) for t in total.terms]
+            there, ends = LowRankSum(total.weight.to(DEVICE), terms), ENDS.to(DEVICE)
+            rows = x.to(DEVICE)
+            card.waits = 0
+            got = F.grouped_mm(rows, there, offs=ends)
+            assert card.waits == 0
+            assert torch.equal(got.cpu(), want)
 
 
 def test_grouped_products_under_autocast_are_of_the_weights_dtype():
