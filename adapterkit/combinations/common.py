@@ -72,7 +72,8 @@ def threshold(deltas: Deltas, which: int, keep: int) -> Threshold:
             for first, last in deltas.blocks()
         )
 
-    return top_k_threshold(read, math.prod(deltas.shape), keep, lambda: read(SUBSAMPLE))
+    size, some = math.prod(deltas.shape), lambda: read(SUBSAMPLE)
+    return top_k_threshold(read, size, keep, some, deltas.device)
 
 
 def trim(deltas: Deltas, which: int, density: float) -> Trim:
@@ -80,22 +81,27 @@ def trim(deltas: Deltas, which: int, density: float) -> Trim:
     return Trim(threshold(deltas, which, int(density * math.prod(deltas.shape))))
 
 
-def random_drop(seeds: Seeds, which: int, density: float) -> Prune:
-    """Keeps each element with probability `density`, divided by it (DARE, arXiv:2311.03099); at 1
-    all of them, and nothing is drawn."""
+def random_drop(seeds: Seeds, which: int, density: float | Callable[[Tensor], Tensor]) -> Prune:
+    """Keeps each element with probability `density`, of all or of those of a block, divided by it
+    (DARE, arXiv:2311.03099); at 1 all of them, and nothing is drawn."""
     if density == 1:
         return lambda block: None
-    generator = seeds(which)
-    return lambda block: drop(block, density, generator)
+    draws = seeds(which)
+
+    def prune(block: Tensor) -> None:
+        nonlocal draws
+        drop(block, density(block) if callable(density) else density, draws)
+        draws = draws.at(block.numel())
+
+    return prune
 
 
 def add_pruned(deltas: Deltas, weights: Sequence[float], prunes: Sequence[Prune]) -> DenseDelta:
     """Σ wᵢ pruneᵢ(Δᵢ)."""
     check_count(weights, deltas.count)
-    total = torch.empty(deltas.shape)
+    total = torch.empty(deltas.shape, device=deltas.device)
     for first, last in deltas.blocks():
         for i, block in enumerate(_pruned(deltas, prunes, first, last)):
-            total = total.to(block.device)
             part = total[first:last]
             part.add_(block, alpha=weights[i]) if i else torch.mul(block, weights[i], out=part)
     return DenseDelta(total, {})
@@ -107,10 +113,9 @@ def elect_pruned(
     """The weighted mean of the pruned deltas over those whose sign is the majority's, element by
     element."""
     check_count(weights, deltas.count)
-    mean, overlaps, conflicts = torch.empty(deltas.shape), 0, 0
+    mean, overlaps, conflicts = torch.empty(deltas.shape, device=deltas.device), 0, 0
     for first, last in deltas.blocks():
         blocks = list(_pruned(deltas, prunes, first, last))
-        mean = mean.to(blocks[0].device)
         counts = elect(blocks, weights, majority, mean[first:last])
         overlaps, conflicts = overlaps + counts[0], conflicts + counts[1]
     return DenseDelta(mean, conflict_metric(overlaps, conflicts))

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adapterkit.combinations.common import Prune, check_majority, check_share, elect_pruned
+from adapterkit.combinations.common import check_majority, check_share, elect_pruned, random_drop
 from adapterkit.combinations.protocol import Deltas, DenseDelta, OnElements, Seeds
 from adapterkit.errors import Refused
-from adapterkit.kernels.elementwise import Majority, drop, ranks
+from adapterkit.kernels.elementwise import Majority, ranks
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,9 @@ class Della(OnElements):
     def combine_elements(
         self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
     ) -> DenseDelta:
-        return elect_pruned(
-            deltas, weights, [self._prune(seeds, i) for i in range(deltas.count)], self.majority
-        )
-
-    def _prune(self, seeds: Seeds, which: int) -> Prune:
-        if self.density == 1:
-            return lambda block: None
-        generator = seeds(which)
-        return lambda block: drop(block, self.probabilities(block), generator)
+        density = 1 if self.density == 1 else self.probabilities
+        prunes = [random_drop(seeds, i, density) for i in range(deltas.count)]
+        return elect_pruned(deltas, weights, prunes, self.majority)
 
     def probabilities(self, block: Tensor) -> Tensor:
         """The probability of each element to stay."""

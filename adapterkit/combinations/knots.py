@@ -48,7 +48,8 @@ class Knots(OnFactors):
         parts = [(u.T @ p.left) @ p.right for p in products]  # S Vᵢ, (R, in)
         for part in parts:
             keep = int(self.density * part.numel())
-            Trim(top_k_threshold(lambda part=part: [part.clone()], part.numel(), keep))(part)
+            read = lambda part=part: [part.clone()]
+            Trim(top_k_threshold(read, part.numel(), keep, device=part.device))(part)
         elected = torch.empty_like(parts[0])
         metrics = conflict_metric(*elect(parts, weights, self.majority, elected))
         return Product(u, elected), metrics

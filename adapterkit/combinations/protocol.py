@@ -9,9 +9,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
-from torch import Generator, Tensor
+import torch
+from torch import Tensor
 
 from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.kernels.quant.stochastic import Draws
 
 Metrics = dict[str, float]  # for the receipt
 # E[x xᵀ] (in, in) float32 of the inputs that adapter `which` saw, read when it is asked for; the
@@ -25,9 +27,10 @@ class Deltas(Protocol):
 
     shape: tuple[int, int]  # (out, in) of each
     count: int
+    device: torch.device
 
     def blocks(self) -> Iterable[tuple[int, int]]:
-        """Rows [first, last) of each block: a function of the shape alone."""
+        """Rows [first, last) of each block: a function of the shape and the device alone."""
         ...
 
     def rows(self, which: int, first: int, last: int) -> Tensor:
@@ -37,7 +40,7 @@ class Deltas(Protocol):
 
 
 class Seeds(Protocol):
-    def __call__(self, which: int) -> Generator:
+    def __call__(self, which: int) -> Draws:
         """The random numbers of delta `which` of this module: the same whatever else is drawn, in
         whatever order."""
         ...

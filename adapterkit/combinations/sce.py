@@ -63,16 +63,16 @@ class Sce(OnElements):
             lambda: (spread[first:last] for first, last in deltas.blocks()),
             spread.numel(),
             int(self.select * nonzero),
+            device=spread.device,
         )
 
 
 def _spread(deltas: Deltas) -> Tensor:  # (out, in) float32
     """The standard deviation over the deltas, element by element: it has the order of the variance,
     but is far from underflow."""
-    spread = torch.empty(deltas.shape)
+    spread = torch.empty(deltas.shape, device=deltas.device)
     for first, last in deltas.blocks():
         blocks = [deltas.rows(i, first, last) for i in range(deltas.count)]
-        spread = spread.to(blocks[0].device)
         deviation(blocks, spread[first:last])
     return spread
 

@@ -11,12 +11,19 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
+
+from adapterkit.kernels.pieces import piece
+from adapterkit.kernels.quant.stochastic import Draws
 
 Majority = Literal["total", "frequency"]
+CPU = torch.device("cpu")
 SAMPLE = 1 << 16  # elements of the sample that brackets a threshold
 ROOM = 1 << 18  # elements that may be collected in the bracket, at least
-CACHED = 1 << 19  # elements worked on at once: with fewer, threads wait for Python's lock too long
+AT_ONCE = 1 << 26  # elements up to which a GPU selects a threshold from all of them
+# elements worked on at once on a CPU: with fewer, threads wait for Python's lock too long
+CACHED = 1 << 19
+DRAWN = 1 << 17  # elements whose random numbers are drawn at once
 
 
 class Threshold(NamedTuple):
@@ -35,12 +42,11 @@ class Trim:
         self.value, self.ties_kept, self.ties = threshold
 
     def __call__(self, block: Tensor) -> None:
-        some = 0 < self.ties_kept < self.ties
         bound = _below(self.value, block.dtype) if self.ties_kept else self.value
-        if some:
-            ties = (block.abs() == self.value).nonzero()
-        else:
-            ties = block.new_zeros(0, 2, dtype=torch.int64)
+        if not 0 < self.ties_kept < self.ties:
+            torch.hardshrink(block, bound, out=block)
+            return
+        ties = (block.abs() == self.value).nonzero()
         torch.hardshrink(block, bound, out=block)
         block[tuple(ties[self.ties_kept :].T)] = 0
         self.ties_kept = max(self.ties_kept - len(ties), 0)
@@ -52,6 +58,7 @@ def top_k_threshold(
     size: int,
     keep: int,
     subsample: Callable[[], Iterable[Tensor]] | None = None,
+    device: torch.device = CPU,
 ) -> Threshold:
     """The threshold that keeps exactly `keep` of `size` elements, or all that are not 0.
 
@@ -60,12 +67,16 @@ def top_k_threshold(
 
     A sample brackets the threshold; one pass counts what is above the bracket and collects what is
     inside, and the threshold is selected among that. A bracket that misses, or holds too much,
-    narrows the search, and bisection in between bounds the number of passes.
+    narrows the search, and bisection in between bounds the number of passes. A GPU selects among
+    all elements where they are not too many.
     """
     if keep >= size:
         return Threshold(-1.0)
     if keep <= 0:
         return Threshold(math.inf)
+    if device.type != "cpu" and size <= AT_ONCE:
+        blocks = [block.abs_().reshape(-1) for block in read()]
+        return _select(torch.cat(blocks) if len(blocks) > 1 else blocks[0], keep)
     sample = _sample((subsample or read)(), size)
     # the threshold is in (low, high], in which `within` elements are; `over` are above
     low, high, over, within = -1.0, math.inf, 0, size
@@ -165,8 +176,8 @@ def _descending(x: Tensor) -> Tensor:
 
 def _kth_smallest(x: Tensor, k: int) -> float:
     """The k-th smallest value, from 0."""
-    if x.device.type != "cpu":
-        return float(x.kthvalue(k + 1).values)
+    if x.device.type != "cpu":  # kthvalue would run on one processor of many
+        return float(x.topk(len(x) - k, sorted=False).values.amin())
     return float(np.partition(x.numpy(), k)[k])
 
 
@@ -196,12 +207,19 @@ def _middle(low: float, high: float, dtype: torch.dtype) -> float:
 def drop(
     x: Tensor,  # (n, cols), changed in place
     probability: float | Tensor,  # of each element to stay
-    generator: Generator,
+    draws: Draws,
 ) -> None:
-    """x ← x / p with probability p, else 0: the expectation is x. One draw in [0, 1) an element,
-    row by row."""
-    draws = torch.rand(x.shape, generator=generator, device=generator.device).to(x.device)
-    x.mul_(_mask(torch.lt, draws, probability).to(x.dtype)).div_(probability)
+    """x ← x / p with probability p, else 0: the expectation is x. One draw an element, row by
+    row."""
+    each, flat = piece(x.device, DRAWN), x.view(-1)
+    for first in range(0, len(flat), each):
+        part, here = flat[first : first + each], draws.at(first)
+        if isinstance(probability, Tensor):
+            p = probability.view(-1)[first : first + each]
+            stays = _mask(torch.lt, here.uniform(len(part), x.device), p)
+        else:
+            p, stays = probability, here.below(probability, len(part), x.device)
+        part.mul_(stays.to(x.dtype)).div_(p)
 
 
 def ranks(
@@ -248,13 +266,16 @@ def elect(
     """
     overlaps = conflicts = 0
     for stripe in _stripes(out):
-        counts = _elect([x[stripe] for x in blocks], weights, majority, out[stripe], shares)
+        parts = [x[stripe] for x in blocks]
+        # a GPU counts and trims all of them by one launch
+        together = parts if out.device.type == "cpu" else torch.stack(parts)
+        counts = _elect(together, weights, majority, out[stripe], shares)
         overlaps, conflicts = overlaps + counts[0], conflicts + counts[1]
     return overlaps, conflicts
 
 
 def _elect(
-    blocks: Sequence[Tensor],
+    blocks: Sequence[Tensor] | Tensor,
     weights: Sequence[float],
     majority: Majority,
     out: Tensor,
@@ -270,8 +291,12 @@ def _elect(
         minus = _mask(torch.gt, negative, positive)
     minus = minus.view(torch.uint8)  # numbers of 8 bits are several times as fast as bools
     sign = minus.to(out.dtype).mul_(-2).add_(1)
+    is_stack = isinstance(blocks, Tensor)
+    if is_stack:
+        blocks.mul_(sign).relu_()
     for i, (x, weight) in enumerate(zip(blocks, weights, strict=True)):
-        kept, factor = x.mul_(sign).relu_(), weight * (shares[i] if shares else 1)
+        kept = x if is_stack else x.mul_(sign).relu_()
+        factor = weight * (shares[i] if shares else 1)
         out.add_(kept, alpha=factor) if i else torch.mul(kept, factor, out=out)
     if shares:
         divisor = torch.zeros_like(out)
@@ -285,7 +310,7 @@ def _elect(
     return overlaps, conflicts
 
 
-def _total(blocks: Sequence[Tensor]) -> Tensor:
+def _total(blocks: Sequence[Tensor] | Tensor) -> Tensor:
     """Σ xᵢ in float64: exact in practice, so that no order of the adapters changes a sign."""
     total = blocks[0].to(torch.float64, copy=True)
     for x in blocks[1:]:
@@ -297,8 +322,10 @@ def _total(blocks: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _votes(compare: Callable, blocks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _votes(compare: Callable, blocks: Sequence[Tensor] | Tensor, dtype: torch.dtype) -> Tensor:
     """By position the number of blocks that are above, or below, 0."""
+    if isinstance(blocks, Tensor):
+        return compare(blocks, 0).sum(0, dtype=dtype)
     votes = torch.zeros(blocks[0].shape, dtype=dtype, device=blocks[0].device)
     for x in blocks:
         votes.add_(_mask(compare, x, 0).view(torch.uint8))
@@ -321,5 +348,5 @@ def deviation(
 
 def _stripes(x: Tensor) -> Iterator[slice]:
     """Rows of a block, few enough at a time to stay in cache."""
-    step = max(1, CACHED // x.shape[1])
+    step = max(1, piece(x.device, CACHED) // x.shape[1])
     return (slice(first, first + step) for first in range(0, len(x), step))

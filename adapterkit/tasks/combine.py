@@ -1,6 +1,5 @@
 """One module of a combination: its adapters' factors in, new factors out."""
 
-import hashlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -18,6 +17,8 @@ from adapterkit.combinations.protocol import Method
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product, Svd
 from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense, decompose_product
+from adapterkit.kernels.pieces import piece
+from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.rows import row_ranges
 from adapterkit.plan import READ, Metrics, TaskResult
 from adapterkit.tasks.common import FactorsTask, RankedFactors
@@ -26,7 +27,7 @@ from adapterkit.tasks.statistics import covariance_errors, read_covariance, read
 from adapterkit.tasks.truncate import energies_of, fit_metrics
 from adapterkit.weights.reader import Reader
 
-BLOCK = 1 << 19  # elements of a dense delta that are multiplied out at a time
+BLOCK = 1 << 19  # elements of a dense delta that are multiplied out at a time on a CPU
 MANY = 4  # dense deltas, of which elections wait for the memory
 Delta = Product | Tensor  # Δ as left @ right in float64, or (out, in) float32
 
@@ -256,10 +257,10 @@ class DenseDeltas:
         ]
         first, self.count = deltas[0], len(deltas)
         sides = (first.left, first.right) if isinstance(first, Product) else (first, first)
-        self.shape = sides[0].shape[0], sides[1].shape[1]
+        self.shape, self.device = (sides[0].shape[0], sides[1].shape[1]), sides[0].device
 
     def blocks(self) -> list[tuple[int, int]]:
-        return row_ranges(*self.shape, BLOCK)
+        return row_ranges(*self.shape, piece(self.device, BLOCK))
 
     def rows(self, which: int, first: int, last: int) -> Tensor:
         delta = self.deltas[which]
@@ -274,10 +275,8 @@ class ModuleSeeds:
     def __init__(self, seed: int, name: str):
         self.seed, self.name = seed, name
 
-    def __call__(self, which: int) -> torch.Generator:
-        text = f"{self.seed}\0{self.name}\0{which}"
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-        return torch.Generator().manual_seed(number >> 1)
+    def __call__(self, which: int) -> Draws:
+        return Draws.of(self.seed, f"{self.name}\0{which}")
 
 
 def quantile(values: Tensor, share: float) -> float:

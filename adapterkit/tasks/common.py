@@ -13,10 +13,11 @@ from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
+from adapterkit.kernels.pieces import piece
 from adapterkit.plan import READ, Metrics, Task, TaskResult
 from adapterkit.weights.reader import Reader
 
-BLOCK = 1 << 20  # elements that are summed at a time
+BLOCK = 1 << 20  # elements that are summed at a time on a CPU
 LARGE = 1024  # the shorter side of a matrix whose decomposition is worth a GPU
 
 
@@ -82,8 +83,9 @@ class SummedTensor(Task):
         values = [(inputs.tensor(spec).view(-1), scale) for spec, scale in self.terms]
         dtype = dtypes.torch_dtype(self.dtype)
         out = torch.empty(self.shape, dtype=dtype, device=inputs.device)
-        for first in range(0, out.numel(), BLOCK):
-            here = slice(first, first + BLOCK)
+        each = piece(inputs.device, BLOCK)
+        for first in range(0, out.numel(), each):
+            here = slice(first, first + each)
             out.view(-1)[here] = sum(value[here].double() * scale for value, scale in values)
         return TaskResult({self.key: out}, {})
 

@@ -13,6 +13,7 @@ from adapterkit.adapters.keys import factor_keys
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.lowrank.algebra import Svd
 from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense
+from adapterkit.kernels.pieces import piece
 from adapterkit.plan import READ, Task, TaskResult
 from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.statistics import read_root, root_memory
@@ -20,7 +21,7 @@ from adapterkit.tasks.truncate import FittedFactors
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import Reader
 
-BLOCK = 1 << 20  # elements converted to float32 at a time
+BLOCK = 1 << 20  # elements converted to float32 at a time on a CPU
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,9 @@ class WholeParameter(Task):
 def _difference(old: StoredParameter, new: StoredParameter, inputs: Reader) -> Tensor | None:
     """new - old in float32, a block of rows at a time; None where both store the same, or one is
     the other's rounding."""
-    blocks = new.row_ranges(BLOCK)
-    blocks = blocks if len(old.row_ranges(BLOCK)) == len(blocks) else [(0, new.shape[0])]
+    each = piece(inputs.device, BLOCK)
+    blocks = new.row_ranges(each)
+    blocks = blocks if len(old.row_ranges(each)) == len(blocks) else [(0, new.shape[0])]
     pieces = [(first, old.rows(first, last), new.rows(first, last)) for first, last in blocks]
     if _same_bytes(old, new, pieces, inputs) or _is_rounding(old, new, pieces, inputs):
         return None

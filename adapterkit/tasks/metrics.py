@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from adapterkit.kernels.pieces import piece
+from adapterkit.kernels.sums import floats
 from adapterkit.plan import Loaded, Metrics, Step
 
-PIECE = 1 << 18  # elements whose sums are float32
+PIECE = 1 << 18  # elements whose sums are float32, on a CPU
 
 
 @dataclass
@@ -34,9 +36,10 @@ class ChangeMetrics:
 
     def compare(self, before: Tensor, exact: Tensor, written: Tensor) -> None:
         """Measure some rows."""
-        pieces = (rows.reshape(-1).split(PIECE) for rows in (before, exact, written))
+        size = piece(before.device, PIECE)
+        pieces = (rows.reshape(-1).split(size) for rows in (before, exact, written))
         for three in zip(*pieces, strict=True):
-            self.sums.append([float(one) for one in change_sums(*three)])
+            self.sums.append(floats(change_sums(*three)))
 
     def result(self, step: Step, noise: str = "rounding", digits: int = 6) -> Metrics:
         # fsum is exact, so the order in which the workers came does not show

@@ -10,9 +10,10 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
+from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.quant import compensated as kernel
 from adapterkit.kernels.quant.grid import LARGE_PIECE, RoundColumn
-from adapterkit.kernels.sums import squared_norm
+from adapterkit.kernels.sums import floats, square_sums
 from adapterkit.plan import READ, Compensation, Span, Task, TaskResult
 from adapterkit.tasks.metrics import ChangeMetrics, short
 from adapterkit.tasks.rows import StepTask, StoredWeight, step_memory, unchanged_weight
@@ -20,7 +21,7 @@ from adapterkit.tasks.statistics import covariance_errors
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.reader import Reader
 
-BLOCK = 1 << 20  # elements compared at a time
+BLOCK = 1 << 20  # elements compared at a time, on a CPU
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,13 @@ class EncodedWeight(PackedWeight):
 
 def relative_error(weight: Tensor, other: Tensor) -> float:
     """‖other - W‖_F / ‖W‖_F, to six digits."""
-    lost = size = 0.0
-    for x, y in zip(weight.reshape(-1).split(BLOCK), other.reshape(-1).split(BLOCK), strict=True):
-        lost, size = lost + squared_norm(y - x), size + squared_norm(x)
-    return short((lost / size) ** 0.5) if size else 0.0
+    each, lost, size = piece(weight.device, BLOCK), [], []
+    for x, y in zip(weight.reshape(-1).split(each), other.reshape(-1).split(each), strict=True):
+        lost += square_sums(y - x)
+        size += square_sums(x)
+    values = floats(lost + size)
+    norm = math.fsum(values[len(lost) :])
+    return short((math.fsum(values[: len(lost)]) / norm) ** 0.5) if norm else 0.0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
+from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.quant.stochastic import round_to
 from adapterkit.kernels.rows import row_ranges
 from adapterkit.kernels.sums import squared_norm
@@ -27,7 +28,7 @@ from adapterkit.weights.reader import Reader
 ELEMENTS = 1 << 18
 # enough for a copy over the bus to be worth its start; several are under way at a time
 CUDA_ELEMENTS = 1 << 22
-# elements of a weight that are decoded and encoded at a time, where its format allows that
+# elements of a weight that are decoded and encoded at a time on a CPU, where its format allows that
 SLICE = 1 << 20
 
 
@@ -262,7 +263,8 @@ class StoredWeight(StoredRows):
     quantized."""
 
     def __init__(self, step: Step, inputs: Reader, parts: dict[str, Tensor] | None = None):
-        super().__init__(step, inputs, SLICE, arithmetic(step), parts=parts)
+        size = piece(inputs.device, SLICE)
+        super().__init__(step, inputs, size, arithmetic(step), parts=parts)
         if not isinstance(self.source, QuantizedWeight):
             return
         self.original = self.parts

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapterkit.errors import Refused
 from adapterkit.kernels.lowrank.algebra import Product
-from tests.support.methods import combined, product, record, seeds
+from tests.support.methods import combined, drawn, product, record
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 
@@ -32,7 +32,7 @@ def test_against_peft(name: str, density: float, monkeypatch: pytest.MonkeyPatch
 
     def pruned(tensor: Tensor, density: float, rescale: bool) -> Tensor:
         assert rescale
-        return tensor * (torch.rand(tensor.shape, generator=seeds(next(turn))) < density) / density
+        return tensor * (drawn(tensor.shape, next(turn)) < density) / density
 
     monkeypatch.setattr(merge_utils, "random_pruning", pruned)
     weights = [0.7, -1.6, 0.4, 2.0]

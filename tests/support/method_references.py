@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapterkit.errors import Refused
 from adapterkit.kernels.lowrank.algebra import Product
-from tests.support.methods import METHODS, combined, covariance_of, record, seeds
+from tests.support.methods import METHODS, combined, covariance_of, drawn, record
 
 
 def trimmed(x: Tensor, keep: int) -> Tensor:
@@ -51,7 +51,7 @@ def magnitude_prune(deltas, weights, options):
 
 
 def dropped(deltas, chances):
-    masks = [torch.rand(d.shape, generator=seeds(i)) < chances[i] for i, d in enumerate(deltas)]
+    masks = [drawn(d.shape, i) < chances[i] for i, d in enumerate(deltas)]
     return [d * mask / chance for d, mask, chance in zip(deltas, masks, chances, strict=True)]
 
 

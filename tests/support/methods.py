@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adapterkit import registry
 from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.kernels.quant.stochastic import Draws
 
 METHODS = registry.members("combinations")
 ON_ELEMENTS = [name for name, record in METHODS.items() if record.acts_on == "elements"]
@@ -19,6 +20,7 @@ class Dense:
     def __init__(self, matrices: list[Tensor], height: int = 3):
         self.matrices, self.height = [m.float() for m in matrices], height
         self.count, self.shape = len(matrices), tuple(matrices[0].shape)
+        self.device = matrices[0].device
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         return (
@@ -30,8 +32,13 @@ class Dense:
         return self.matrices[which][first:last].clone()
 
 
-def seeds(which: int) -> torch.Generator:
-    return torch.Generator().manual_seed(100 + which)
+def seeds(which: int) -> Draws:
+    return Draws.of(100, str(which))
+
+
+def drawn(shape: torch.Size, which: int) -> Tensor:
+    """A number between 0 and 1 for each element of a delta."""
+    return seeds(which).uniform(shape.numel(), torch.device("cpu")).view(shape)
 
 
 def record(name: str, **given):

@@ -17,9 +17,10 @@ from torch.nn.functional import pad
 from adapterkit.kernels.lowrank import krylov
 from adapterkit.kernels.lowrank.algebra import ROUNDING, Svd, rank_for_energy
 from adapterkit.kernels.lowrank.krylov import FLOOR, OVERSAMPLING, Matrix, expand
+from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.sums import squared_norm
 
-CHUNK = 1 << 20  # elements converted to float64 at a time
+CHUNK = 1 << 20  # elements converted to float64 at a time on a CPU
 # what the approximation may add to the squared error of the best one: 2e-5 is 1 + 1e-5 of the norm
 EXCESS = 1e-5
 # an eigh of size K takes as long as 25 K³ operations of a float32 product (20 to 36, K 192 to 2048)
@@ -276,7 +277,7 @@ def _full(matrix: Matrix, count: Callable[[Tensor], int]) -> Tensor:
     """
     n = matrix.w.shape[0]
     gram = torch.zeros(n, n, dtype=torch.float64, device=matrix.w.device)
-    for columns in matrix.w.split(max(CHUNK // n, 1), 1):
+    for columns in matrix.w.split(max(piece(matrix.w.device, CHUNK) // n, 1), 1):
         part = columns.double() * matrix.half * matrix.half
         for i in range(0, n, 256):  # eigh reads the lower triangle
             gram[i : i + 256, : i + 256].addmm_(part[i : i + 256], part[: i + 256].T)

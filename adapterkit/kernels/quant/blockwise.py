@@ -19,13 +19,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from adapterkit.kernels.pieces import padded
 from adapterkit.kernels.quant.grid import Grid, check_finite, pieces
 from adapterkit.kernels.quant.stochastic import Draws
 
 Kind = Literal["nf4", "fp4"]
 
+CPU = torch.device("cpu")
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # sizes that bitsandbytes accepts
 NESTED = 256  # scales with one scale
 COMPARED = 1 << 16  # elements compared with all thresholds at once: the results stay in cache
@@ -69,15 +70,13 @@ class BlockGrid(Grid):
 
     kind: Kind
     width: int = 0  # elements of a row of the weight whose columns are rounded
-    divides: bool = False  # by absmax, else multiplies by its reciprocal
+    divides: bool = False  # by the second scale, the absmax of a division, else multiplies by it
 
     ends: tuple[int, int] = (0, 15)
     large = True
 
     def scaled(self, x: Tensor, *scales: Tensor) -> Tensor:
-        (absmax,) = scales
-        absmax = torch.where(absmax < 0, absmax.clamp(max=-SMALLEST), absmax.clamp(min=SMALLEST))
-        return x / absmax if self.divides else x * absmax.reciprocal()
+        return x / scales[1] if self.divides else x * scales[1]
 
     def nearest(self, x: Tensor) -> Tensor:
         return _ranks(x, self.kind)
@@ -86,15 +85,18 @@ class BlockGrid(Grid):
         return _rising(self.kind, code.device)[code.int()].mul_(scales[0])
 
     def column(self, number: int, rows: int) -> list[Tensor]:
-        absmax = self.scales[0][:, 0]
+        each = self.block[1]
+        if self.width % each == 0:
+            return [scale.reshape(rows, -1)[:, number // each] for scale in self.scales]
         last = number + rows * self.width
-        elements = torch.arange(number, last, self.width, device=absmax.device)
-        return [absmax[elements // self.block[1]]]
+        at = torch.arange(number, last, self.width, device=self.scales[0].device) // each
+        return [scale[at, 0] for scale in self.scales]
 
 
-def quant_map(kind: Kind) -> Tensor:  # (16,) float32
+@functools.cache
+def quant_map(kind: Kind, device: torch.device = CPU) -> Tensor:  # (16,) float32
     """The value of each code, as stored: fp4's 8 is 0 here, and -0 where it is decoded."""
-    return torch.tensor(NF4 if kind == "nf4" else FP4) + 0.0
+    return (torch.tensor(NF4 if kind == "nf4" else FP4) + 0.0).to(device)
 
 
 def quantize_4bit(
@@ -115,17 +117,17 @@ def quantize_4bit(
     """
     w, absmax = weight.detach().reshape(-1), []
     packed = _empty_bytes(w)
-    for first, last in _parts(w.numel(), blocksize):
+    for first, last in _parts(w.numel(), blocksize, w.device):
         x = w[first:last].float().view(-1, min(blocksize, last - first))
         amax = x.abs().amax(1)
-        check_finite(amax)
         short = x.shape[1] < blocksize
         absmax.append(amax.clamp_(min=SMALLEST) if short else amax)
         grid = grid_of(amax, kind, x.shape[1], divides=short)
         codes = _codes(grid.nearest(grid.scaled(x, *grid.scales)).view(-1), kind)
         _pack(codes, kind, packed[first // 2 : (last + 1) // 2])
-    none = w.new_empty(0, dtype=torch.float32)
-    return Blocks(packed[:, None], torch.cat(absmax) if absmax else none)
+    scales = torch.cat([*absmax, w.new_empty(0, dtype=torch.float32)])
+    check_finite(scales)
+    return Blocks(packed[:, None], scales)
 
 
 def encode_4bit(
@@ -145,13 +147,13 @@ def encode_4bit(
     packed = _empty_bytes(w)
     _check_blocks(absmax, w.numel(), blocksize)
     check_finite(absmax, problem=SCALES_NOT_FINITE)
-    for first, last in _parts(w.numel(), blocksize):
+    for first, last in _parts(w.numel(), blocksize, w.device):
         x = w[first:last].float().view(-1, min(blocksize, last - first))
         scale = absmax[first // blocksize : math.ceil(last / blocksize)]
         here = None if draws is None else draws.at(first)
         grid = grid_of(scale, kind, x.shape[1], divides=x.shape[1] < blocksize)
         for rows, ranks in grid.encode(x, here):
-            codes = _codes(ranks.to(torch.uint8).view(-1), kind)
+            codes = _codes(ranks.view(-1), kind)
             if kind == "fp4":
                 minus = (x[rows] == 0) & (x[rows].signbit() ^ (grid.scales[0][rows] < 0))
                 codes.add_(minus.view(-1).to(torch.uint8), alpha=8)
@@ -169,7 +171,10 @@ def grid_of(
     divides: bool = False,
 ) -> BlockGrid:
     """That of a row for each block."""
-    scales, block = (absmax.float()[:, None],), (1, blocksize)
+    absmax, block = absmax.float()[:, None], (1, blocksize)
+    # what scaled values are divided by, or multiplied
+    by = torch.where(absmax < 0, absmax.clamp(max=-SMALLEST), absmax.clamp(min=SMALLEST))
+    scales = absmax, by if divides else by.reciprocal_()
     return BlockGrid(scales=scales, block=block, kind=kind, width=width, divides=divides)
 
 
@@ -192,7 +197,7 @@ def decode_4bit(
         raise ValueError(f"expected {(size + 1) // 2} bytes for {size} elements, not {len(stored)}")
     out = torch.empty(2 * len(stored), device=packed.device)
     table = _pairs(kind, packed.device)
-    for first, last in _parts(size, blocksize):
+    for first, last in _parts(size, blocksize, packed.device):
         each = stored[first // 2 : (last + 1) // 2]
         x = out[first : last + last % 2]
         torch.index_select(table, 0, each.int(), out=x.view(torch.int64))
@@ -201,11 +206,11 @@ def decode_4bit(
     return out[:size]
 
 
-def _parts(size: int, blocksize: int) -> Iterator[tuple[int, int]]:
-    """Ranges of whole blocks with about LARGE_PIECE elements, then of the shorter last block."""
+def _parts(size: int, blocksize: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Ranges of whole blocks, as large pieces, then of the shorter last block."""
     if blocksize not in BLOCKS:
         raise ValueError(f"expected a block size of {', '.join(map(str, BLOCKS))}, not {blocksize}")
-    for blocks in pieces(size // blocksize, blocksize, large=True):
+    for blocks in pieces((size // blocksize, blocksize), device, large=True):
         yield blocks.start * blocksize, blocks.stop * blocksize
     if size % blocksize:
         yield size // blocksize * blocksize, size
@@ -218,12 +223,12 @@ def _empty_bytes(w: Tensor) -> Tensor:
 def _ranks(
     x: Tensor,  # float32
     kind: Kind,
-) -> Tensor:  # uint8
+) -> Tensor:  # uint8; int32 on a GPU
     """How many thresholds are below. Comparing with each is faster than a search: numpy does 16 at
     a time."""
     thresholds = _thresholds(kind, x.device)
     if x.device.type != "cpu":
-        return torch.bucketize(x, thresholds).to(torch.uint8)
+        return torch.bucketize(x, thresholds, out_int32=True)
     values, ranks = x.reshape(-1).numpy(), np.empty(x.numel(), np.uint8)
     for first in range(0, len(values), COMPARED):
         part = slice(first, first + COMPARED)
@@ -235,10 +240,10 @@ def _ranks(
 def _codes(ranks: Tensor, kind: Kind) -> Tensor:  # (m,) uint8
     """The codes of values by their rank."""
     if kind == "nf4":
-        return ranks
+        return ranks.to(torch.uint8)
     if ranks.device.type != "cpu":
-        return torch.tensor(ORDER[kind], dtype=torch.uint8, device=ranks.device)[ranks.int()]
-    codes = ranks.numpy().tobytes().translate(bytes(ORDER[kind]).ljust(256))
+        return _order(kind, ranks.device)[ranks.int()]
+    codes = ranks.to(torch.uint8).numpy().tobytes().translate(bytes(ORDER[kind]).ljust(256))
     return torch.frombuffer(bytearray(codes), dtype=torch.uint8)
 
 
@@ -248,7 +253,7 @@ def in_blocks(
 ) -> Tensor:  # (blocks, blocksize) float32
     """The elements, with zeros after the last."""
     w = weight.detach().reshape(-1).float()
-    return pad(w, (0, -len(w) % blocksize)).view(-1, blocksize)
+    return padded(w, (0, -len(w) % blocksize)).view(-1, blocksize)
 
 
 def _pack(
@@ -256,9 +261,15 @@ def _pack(
     kind: Kind,
     out: Tensor,  # (ceil(m/2),) uint8, overwritten
 ) -> None:
-    codes = pad(codes, (0, len(codes) % 2), value=7 if kind == "nf4" else 0)  # the code of 0
+    codes = padded(codes, (0, len(codes) % 2), value=7 if kind == "nf4" else 0)  # the code of 0
     pairs = codes.view(torch.int16)  # second << 8 | first
     out.copy_(pairs << 4 | pairs >> 8)
+
+
+@functools.cache
+def _order(kind: Kind, device: torch.device) -> Tensor:  # (16,) uint8
+    """The code of each rank."""
+    return torch.tensor(ORDER[kind], dtype=torch.uint8).to(device)
 
 
 @functools.cache
@@ -269,7 +280,7 @@ def _rising(kind: Kind, device: torch.device) -> Tensor:  # (16,) float32
 
 @functools.cache
 def _thresholds(kind: Kind, device: torch.device) -> Tensor:  # (15,) float32, rising
-    values = _rising(kind, torch.device("cpu"))
+    values = _rising(kind, CPU)
     return ((values[:-1] + values[1:]) / 2).to(device)
 
 
@@ -310,14 +321,14 @@ def quantize_absmax(
     check_finite(absmax, *(() if scale is None else (scale,)), problem=SCALES_NOT_FINITE)
     if offset is None:
         offset = absmax.expand(2, -1).mean(1)[0]  # two rows: one thread sums each
-    offset = torch.as_tensor(offset, dtype=torch.float32, device=absmax.device)
+    offset = _number(offset, absmax.device)
     d = absmax - offset
-    groups = pad(d, (0, -len(d) % NESTED)).view(-1, NESTED)
+    groups = padded(d, (0, -len(d) % NESTED)).view(-1, NESTED)
     scale = groups.abs().amax(1) if scale is None else scale
     scaled = (groups * scale.reciprocal()[:, None]).clamp_(-1, 1)
     scaled.nan_to_num_(-1.0)  # 0 · inf is NaN and gets the first code
     index = ((scaled + 1) * 0.5 * (CELLS - 1) + 0.5).long()
-    cells = _cells(tuple(values.tolist()) if values is not None else None).to(absmax.device)
+    cells = _cells(None if values is None else tuple(values.tolist()), absmax.device)
     return Nested(cells[index].view(-1)[: len(d)], scale, offset)
 
 
@@ -332,10 +343,18 @@ def decode_absmax(
     """values[code] · absmax + offset, each of the two rounded to `dtype`; may be 0 or less."""
     group = torch.arange(len(codes), device=codes.device) // blocksize
     product = (values.float()[codes.int()] * absmax.float()[group]).to(dtype)
-    return (product + torch.as_tensor(offset, dtype=torch.float32, device=codes.device)).float()
+    return (product + _number(offset, codes.device)).float()
 
 
-def dynamic_map() -> Tensor:  # (256,) float32, rising
+def _number(value: Tensor | float, device: torch.device) -> Tensor:  # () float32
+    """On the device, without a copy that it waits for."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float32)
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def dynamic_map(device: torch.device = CPU) -> Tensor:  # (256,) float32, rising
     """0, 1, and for each power of ten 10^(i-6), i = 0 to 6, the middles ± of 2^i equal parts of
     [0.1, 1] times it.
 
@@ -347,13 +366,13 @@ def dynamic_map() -> Tensor:  # (256,) float32, rising
         edges = torch.linspace(0.1, 1, 2**i + 1)
         middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
         values += [middles, -middles]
-    return torch.cat(values).sort().values
+    return torch.cat(values).sort().values.to(device)
 
 
 @functools.cache
-def _cells(values: tuple[float, ...] | None) -> Tensor:  # (65536,) uint8
+def _cells(values: tuple[float, ...] | None, device: torch.device) -> Tensor:  # (65536,) uint8
     """The code of each cell: how many middles between two values of the map are below it."""
     table = dynamic_map() if values is None else torch.tensor(values)
     middles = (table[:-1] + table[1:]) * 0.5
     cells = -1 + 2 * torch.arange(CELLS).float() / (CELLS - 1)
-    return torch.bucketize(cells, middles).to(torch.uint8)
+    return torch.bucketize(cells, middles).to(torch.uint8).to(device)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from adapterkit.kernels.lowrank.weighted import NOT_POSITIVE, normalized
+from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.sums import floats
 
 BLOCK = 128  # columns between which errors are carried one by one; to the rest by one product
 DAMPING = 1e-2  # of the mean of C's diagonal, added to it: GPTQ's
-ROWS = 1 << 8  # of a product for a norm
+ROWS = 1 << 8  # of a product for a norm on a CPU
 
 
 class Factor(NamedTuple):
@@ -93,8 +95,9 @@ def output_norm(
     c: Tensor,  # (in, in) float32
 ) -> float:
     """‖m C^½‖_F."""
+    each = piece(m.device, ROWS * m.shape[1]) // max(1, m.shape[1])
     squares = [
         torch.dot((rows @ c).double().view(-1), rows.double().view(-1))
-        for rows in m.contiguous().split(ROWS)
+        for rows in m.contiguous().split(max(1, each))
     ]
-    return math.sqrt(max(0.0, math.fsum(map(float, squares))))
+    return math.sqrt(max(0.0, math.fsum(floats(squares))))

@@ -143,10 +143,9 @@ class TensorScale(NamedTuple):
         return cls(torch.where(value > 0, value, 1.0), divides)
 
     @classmethod
-    def kept(cls, old: "TensorScale | None", w: Tensor, divides: bool) -> "TensorScale":
+    def kept(cls, old: "TensorScale | None", amax: Tensor, divides: bool) -> "TensorScale":
         """The old one, which fused layers share, as long as the weight's largest value allows, with
         room for roundings; else a fitting one."""
-        amax = block_amax(w, (w.shape[-2], w.shape[-1])).reshape(1)
         largest = FP4_MAX * FP8_MAX * (1 + 2.0**-20)
         if old is not None:
             value = float(old.value)
@@ -220,7 +219,8 @@ def requantize_nvfp4(
     old, new = nvfp4_grid(scale, tensor_scale), tensor_scale.scale_for(amax)
     better = loses_less(x, old, nvfp4_grid(new, tensor_scale))
     scale = chosen(better.view(scale.shape), new, scale)
-    largest = FP4_MAX * FP8_MAX * tensor_scale.of_groups(scale.new_ones(())).abs()
+    one = torch.ones((), device=scale.device)
+    largest = FP4_MAX * FP8_MAX * tensor_scale.of_groups(one).abs()
     if bool((amax > largest).any()):
         wider = TensorScale.fitting(amax.amax(), tensor_scale.divides)
         wider = wider._replace(value=wider.value.view(tensor_scale.value.shape))
@@ -245,7 +245,9 @@ def renew_nvfp4(
     as long as its largest value allows."""
     if old is not None and draws is not None:
         return requantize_nvfp4(w, *old, draws)
-    return encode_nvfp4(w, TensorScale.kept(old and old[1], w, divides))
+    amax = _group_amax(w, NV_GROUP)
+    tensor_scale = TensorScale.kept(old and old[1], amax.amax(), divides)
+    return encode_nvfp4(w, tensor_scale, tensor_scale.scale_for(amax))
 
 
 def _grid(scale: Tensor, size: int) -> Fp4Grid:
@@ -270,7 +272,7 @@ def _decode(
     packed = packed.reshape(len(grid.scales[0]), -1)
     out = torch.empty(len(packed), 2 * packed.shape[1], device=packed.device)
     table = nibble_pairs((*E2M1, *(-x for x in E2M1)), packed.device)
-    for rows in pieces(*out.shape):
+    for rows in pieces(out.shape, out.device):
         expand_nibbles(packed[rows], table, out[rows])
         x, (scale,) = grid.place(out[rows], rows)
         x.mul_(scale)
@@ -290,13 +292,25 @@ def _values(device: torch.device) -> Tensor:  # (16,) float32
     return torch.tensor((*E2M1, *(-x for x in E2M1))).to(device)
 
 
+@functools.cache
+def _thresholds(device: torch.device) -> Tensor:  # (7,) float32, rising
+    """The middles of magnitudes, those that are rounded up a little lower."""
+    values = torch.tensor(E2M1)
+    middles = (values[:-1] + values[1:]) / 2
+    middles[1::2] = torch.nextafter(middles[1::2], torch.tensor(0.0))
+    return middles.to(device)
+
+
 def _e2m1(
     x: Tensor,  # float32, overwritten
 ) -> Tensor:  # int32
     """Codes, rounded to nearest, ties to even; NaN is 0."""
     x.nan_to_num_(0.0, FP4_MAX, -FP4_MAX)
     sign = (x.view(torch.int32) >> 28).bitwise_and_(8)
-    x.abs_().clamp_(max=FP4_MAX)
+    x.abs_()
+    if x.device.type != "cpu":
+        return torch.bucketize(x, _thresholds(x.device), out_int32=True).bitwise_or_(sign)
+    x.clamp_(max=FP4_MAX)
     # 2^22 times the power of 2 below x has half of that power as its last place; 1 and more for
     # the subnormals
     last = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=1.0).mul_(2.0**22)

@@ -89,7 +89,7 @@ def decode_fp8(
     table = _values(codes.dtype, codes.device)
     stored = matrices(codes.contiguous().view(torch.uint8), out)
     for (code, w), grid in zip(stored, grids(scale, codes.shape, block), strict=True):
-        for rows in pieces(*w.shape):
+        for rows in pieces(w.shape, w.device):
             torch.index_select(table, 0, code[rows].flatten().int(), out=w[rows].view(-1))
             x, (each,) = grid.place(w[rows], rows)
             x.mul_(each)

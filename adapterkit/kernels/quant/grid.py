@@ -12,14 +12,15 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from adapterkit.kernels.pieces import padded, piece
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.kernels.sums import all_finite
+from adapterkit.kernels.sums import all_finite, are_finite
 
 # (float32 values (out,) of a column of a weight, its number) -> the nearest that can be stored
 RoundColumn = Callable[[Tensor, int], Tensor]
-PIECE = 1 << 16  # elements worked on at once, so that a few temporaries of them stay in cache
+# elements worked on at once on a CPU, so that a few temporaries of them stay in cache
+PIECE = 1 << 16
 # of formats with few operations: with fewer elements threads wait for Python's lock too long
 LARGE_PIECE = 1 << 19
 NOT_FINITE = "the matrix holds values that are not finite"
@@ -97,17 +98,20 @@ class Grid(ABC):
         return [scale[:, at].repeat_interleave(height)[:rows] for scale in self.scales]
 
     def encode(self, w: Tensor, draws: Draws | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """The codes of some rows after those of others: the nearest, with draws sampled."""
-        for rows in pieces(*w.shape, large=self.large):
+        """The codes of some rows after those of others: the nearest, with draws sampled. After the
+        last it raises ValueError if values are not finite."""
+        sums: list[Tensor] = []
+        for rows in pieces(w.shape, w.device, large=self.large):
             x, scales = self.place(w[rows], rows)
             scaled = self.scaled(x, *scales)
-            if self.refuses and not math.isfinite(float(scaled.sum())) and not all_finite(x):
-                raise ValueError(NOT_FINITE)
+            sums += [scaled.sum()] if self.refuses else []
             code = self.nearest(scaled)
             if draws is not None:
                 level = self.neighbors(x, code, scales).sample(draws.at(rows.start * w.shape[1]))
                 code = level | code & self.sign if self.sign else level
             yield rows, code.view(-1, w.shape[1])
+        if not are_finite(sums) and not all_finite(w):
+            raise ValueError(NOT_FINITE)
 
     def round_column(self, w: Tensor, number: int) -> Tensor:
         """A `RoundColumn`."""
@@ -117,27 +121,39 @@ class Grid(ABC):
     def neighbors(self, x: Tensor, code: Tensor, scales: Sequence[Tensor]) -> Neighbors:
         """The codes on both sides of each value, of which these are the nearest; of magnitudes if
         there is a sign."""
-        if self.sign:
-            x, code, scales = x.abs(), code & ~self.sign, [scale.abs() for scale in scales]
+        x, code, scales = self._magnitudes(x, code, scales)
         falling = scales[0] < 0
         level = code.int()
         near = self.value(level, *scales)
         distance = x - near
-        falls = bool(falling.any())  # as codes rise
+        # as codes rise; a GPU would be waited for
+        falls = x.device.type != "cpu" or bool(falling.any())
         step = (torch.where(falling, -distance, distance) if falls else distance).sign()
         other = step.int().add_(level).clamp_(*self.ends)
         gap = (self.value(other, *scales) - near).abs_()
         return Neighbors(level, other, distance.abs_(), gap)
 
+    def _magnitudes(
+        self, x: Tensor, code: Tensor, scales: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """Without their signs, if there is one."""
+        if not self.sign:
+            return x, code, scales
+        return x.abs(), code & ~self.sign, [scale.abs() for scale in scales]
+
     def errors(self, w: Tensor, sampled: bool = True) -> Tensor:
         """The squared error of each block: expected where codes are sampled, or of the nearest."""
         (height, width), count = self.block, self.scales[0].shape[1]
         total = torch.zeros(self.scales[0].shape, device=w.device)
-        for rows in pieces(*w.shape, large=self.large):
+        for rows in pieces(w.shape, w.device, large=self.large):
             x, scales = self.place(w[rows], rows)
-            near = self.neighbors(x, self.nearest(self.scaled(x, *scales)), scales)
-            error = near.expected_error() if sampled else near.distance.square()
-            error = pad(error.view(-1, w.shape[1]), (0, count * width - w.shape[1]))
+            code = self.nearest(self.scaled(x, *scales))
+            if sampled:
+                error = self.neighbors(x, code, scales).expected_error()
+            else:
+                x, code, scales = self._magnitudes(x, code, scales)
+                error = (x - self.value(code, *scales)).square_()
+            error = padded(error.view(-1, w.shape[1]), (0, count * width - w.shape[1]))
             error = error.view(-1, count, width).sum(2)
             total.index_add_(0, _numbers(rows, height, w.device), error)
         return total
@@ -168,9 +184,10 @@ def chosen(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(better, new.view(bits), old.view(bits)).view(old.dtype)
 
 
-def pieces(rows: int, columns: int, *, large: bool = False) -> Iterator[slice]:
-    """Slices of rows with about PIECE elements, or LARGE_PIECE."""
-    step = max(1, (LARGE_PIECE if large else PIECE) // max(1, columns))
+def pieces(shape: Sequence[int], device: torch.device, *, large: bool = False) -> Iterator[slice]:
+    """Slices of rows with about PIECE elements, or LARGE_PIECE, or what a GPU works on."""
+    rows, columns = shape
+    step = max(1, piece(device, LARGE_PIECE if large else PIECE) // max(1, columns))
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
@@ -187,15 +204,15 @@ def block_amax(
     (height, width), (out, columns) = block, w.shape[-2:]
     amax = w.new_empty(*w.shape[:-2], math.ceil(out / height), math.ceil(columns / width))
     for x, target in matrices(w.contiguous(), amax):
-        for up in pieces(len(target), height * columns):
+        for up in pieces((len(target), height * columns), w.device):
             rows = x[up.start * height : up.stop * height]
-            rows = pad(rows, (0, -columns % width, 0, -len(rows) % height))
+            rows = padded(rows, (0, -columns % width, 0, -len(rows) % height))
             rows = rows.view(-1, height, rows.shape[1])
             if height > 1:
-                high = torch.maximum(rows.amax(1), rows.amin(1).neg_())
+                high = torch.maximum(rows.amax(1), rows.amin(1).neg_()).abs_()
             else:
                 high = rows.abs().squeeze(1)
-            target[up] = high.abs_().view(len(high), -1, width).amax(2)
+            target[up] = high.view(len(high), -1, width).amax(2)
     return amax
 
 

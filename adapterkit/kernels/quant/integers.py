@@ -6,6 +6,7 @@ rounding. The tools compute in the dtype of their scales: where that is fp16 or 
 exact in float32, and rounding it to that dtype gives their result.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from adapterkit.kernels.pieces import padded
 from adapterkit.kernels.quant.grid import Grid, check_finite, chosen, loses_less, pieces
 from adapterkit.kernels.quant.nibbles import expand_nibbles, nibble_pairs, pack_nibbles
 from adapterkit.kernels.quant.stochastic import Draws
@@ -108,16 +109,17 @@ def pack(
     Older versions of compressed-tensors left bits unused where `bits` does not divide 32.
     """
     _check_bits(bits)
-    (n, m), codes = codes.shape, _dense(codes)
+    n, m = codes.shape
     words = math.ceil(m * bits / WORD)
     if bits in (4, 8):
-        codes = pad((codes + (1 << (bits - 1))).to(torch.uint8), (0, words * WORD // bits - m))
+        codes = codes.to(torch.uint8, memory_format=torch.contiguous_format)
+        codes = padded(codes.add_(1 << (bits - 1)), (0, words * WORD // bits - m))  # wraps
         return (pack_nibbles(codes) if bits == 4 else codes).view(torch.int32)
-    codes = codes.to(torch.int64).add_(1 << (bits - 1))
+    codes = _dense(codes).to(torch.int64).add_(1 << (bits - 1))
     shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
-    octets = (pad(codes, (0, -m % 8)).view(n, -1, 8) << shifts).sum(2)  # no bit twice: sum is or
+    octets = (padded(codes, (0, -m % 8)).view(n, -1, 8) << shifts).sum(2)  # no bit twice: sum is or
     packed = octets.view(torch.uint8).view(n, -1, 8)[:, :, :bits].reshape(n, -1)
-    return pad(packed, (0, 4 * words - packed.shape[1])).view(torch.int32)
+    return _dense(padded(packed, (0, 4 * words - packed.shape[1]))).view(torch.int32)
 
 
 def unpack(
@@ -134,8 +136,8 @@ def _unsigned(words: Tensor, bits: int, m: int) -> Tensor:  # (n, m) int16
     packed = _dense(words).view(torch.uint8)
     if bits == 8:
         return packed[:, :m].to(torch.int16)
-    packed = pad(packed, (0, -packed.shape[1] % bits)).view(len(packed), -1, bits)
-    octets = pad(packed, (0, 8 - bits)).view(torch.int64)  # (n, ceil(m/8), 1)
+    packed = padded(packed, (0, -packed.shape[1] % bits)).view(len(packed), -1, bits)
+    octets = padded(packed, (0, 8 - bits)).view(torch.int64)  # (n, ceil(m/8), 1)
     shifts = torch.arange(0, 8 * bits, bits, device=words.device)
     codes = (octets >> shifts).bitwise_and_((1 << bits) - 1).to(torch.int16)
     return codes.view(len(packed), -1)[:, :m]
@@ -160,7 +162,7 @@ def decode_packed(
     """(code - zero) · scale of pack-quantized, 1 to 8 bits."""
     grid = grid_of(scale, zero, (len(words), size), group)
     out = torch.empty(len(words), size, device=words.device)
-    for part in pieces(*out.shape):
+    for part in pieces(out.shape, out.device):
         _expand(words[part], bits, out[part], 1 << (bits - 1))
         _decode(grid, out[part], part)
     return out
@@ -175,7 +177,7 @@ def decode_int8(
     """(code - zero) · scale of int-quantized, torchao's Int8Tensor and IntxUnpackedToInt8Tensor."""
     grid = grid_of(scale, zero, (len(codes), codes.shape[1]), group)
     out = torch.empty(codes.shape, device=codes.device)
-    for part in pieces(*out.shape):
+    for part in pieces(out.shape, out.device):
         out[part] = codes[part]
         _decode(grid, out[part], part)
     return out
@@ -273,7 +275,7 @@ def _integer_scale(
     low, high = _ends(bits)
     groups = w.unflatten(1, (-1, size))
     lows, highs = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
-    check_finite(lows, highs)
+    check_finite(lows + highs)
     if symmetric:
         scale = (torch.maximum(-lows, highs) / ((high - low) / 2)).to(dtype)
         return torch.where(scale == 0, torch.finfo(dtype).eps, scale), None
@@ -294,7 +296,7 @@ def decode_torchao_int4(
     grid = grid_of(scale.T, zero.T, (len(codes), 2 * codes.shape[1]))
     out = torch.empty(len(codes), 2 * codes.shape[1], device=codes.device)
     table = nibble_pairs(SIGNED_NIBBLES, codes.device)
-    for part in pieces(*out.shape):
+    for part in pieces(out.shape, out.device):
         expand_nibbles(codes[part], table, out[part])
         x, (each, middle) = grid.place(out[part], part)
         x.mul_(each).add_(middle)
@@ -324,7 +326,7 @@ def decode_gptq(
     zero = _gptq_zeros(zeros, bits, version, scale.shape[1])
     grid = grid_of(scale.T, zero.T, (words.shape[1], size), group)
     out = torch.empty(words.shape[1], size, device=words.device)
-    for part in pieces(*out.shape):
+    for part in pieces(out.shape, out.device):
         _expand(words[:, part].T, bits, out[part])
         _decode(grid, out[part], part)
     return out
@@ -350,7 +352,7 @@ def decode_awq(
     zero = torch.full_like(scale, 8).T if zeros is None else _awq_rows(zeros)
     grid = grid_of(scale.T, zero, (scale.shape[1], words.shape[0]))
     out = torch.empty(scale.shape[1], words.shape[0], device=words.device)
-    for octets in pieces(words.shape[1], 8 * words.shape[0]):
+    for octets in pieces((words.shape[1], 8 * words.shape[0]), words.device):
         part = slice(8 * octets.start, 8 * octets.stop)
         out[part] = _awq_rows(words[:, octets])
         _decode(grid, out[part], part)
@@ -359,10 +361,14 @@ def decode_awq(
 
 def _awq_rows(words: Tensor) -> Tensor:  # (m, n) int32 -> (8n, m) uint8
     words = words.T.contiguous()
-    codes = torch.empty(len(words), 8, words.shape[1], dtype=torch.uint8, device=words.device)
-    for nibble, row in enumerate(AWQ_ORDER):
-        codes[:, row] = (words >> 4 * nibble).bitwise_and_(15)
+    codes = (words[:, None] >> _awq_shifts(words.device)).bitwise_and_(15).to(torch.uint8)
     return codes.flatten(0, 1)
+
+
+@functools.cache
+def _awq_shifts(device: torch.device) -> Tensor:  # (8, 1) int32
+    """The bits below the nibble of each row."""
+    return (4 * torch.tensor(AWQ_ORDER).argsort().int())[:, None].to(device)
 
 
 # Shared by the formats.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adapterkit.kernels.quant.grid import Encoded, Grid, check_finite, loses_less, pieces
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.kernels.sums import all_finite, are_finite
 
 NOT_FINITE = "the matrix holds values that are not finite in float16"
 
@@ -69,17 +70,20 @@ def quantize_int8(
         check_finite(scale, problem="the scales hold values that are not finite")
     scales = torch.empty(len(w), device=w.device) if scale is None else scale.float()
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    for rows in pieces(*w.shape, large=True):
+    sums: list[Tensor] = []
+    for rows in pieces(w.shape, w.device, large=True):
         x = w[rows].float() if draws is not None else w[rows].half().float()
         if scale is None:
             scales[rows] = x.abs().amax(1)
-        check_finite(scales[rows] if scale is None else x, problem=NOT_FINITE)
-        if scale is None:
             codes[rows] = x.mul_(_factor(scales[rows][:, None])).round_()
             continue
+        sums.append(x.sum())
         here = None if draws is None else draws.at(rows.start * w.shape[1])
         for part, code in grid_of(scales[rows], w.shape[1]).encode(x, here):
             codes[rows][part] = code
+    check_finite(scales, problem=NOT_FINITE)
+    if not are_finite(sums) and not all_finite(w if draws is not None else w.half()):
+        raise ValueError(NOT_FINITE)
     return Encoded(codes, scales)
 
 
@@ -101,7 +105,7 @@ def decode_int8(
     """code · scale · (1/127), two roundings, as bitsandbytes' int8_vectorwise_dequant; any rows of
     both."""
     out = torch.empty(codes.shape, device=codes.device)
-    for rows in pieces(*codes.shape, large=True):
+    for rows in pieces(codes.shape, codes.device, large=True):
         out[rows] = codes[rows]
         out[rows].mul_(scale[rows].float()[:, None]).mul_(1 / 127)
     return out

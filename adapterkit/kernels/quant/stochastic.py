@@ -9,10 +9,14 @@ whatever pieces and order the elements are rounded.
 import hashlib
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-PIECE = 1 << 16  # elements worked on at once, so that a few temporaries of them stay in cache
+from adapterkit.kernels.pieces import piece
+
+# elements worked on at once on a CPU, so that a few temporaries of them stay in cache
+PIECE = 1 << 16
 WORD = 1 << 64
 STEP, *MIX = 0x9E3779B97F4A7C15, (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)
 EXPONENT = {  # bits of the power of 2
@@ -55,6 +59,11 @@ class Draws:
         """Uniform over all values of int16."""
         return self._lanes(count, device, torch.int16)
 
+    def below(self, probability: float, count: int, device: torch.device) -> Tensor:  # bool
+        """True with that probability, a multiple of 2^-32 and at least that."""
+        last = max(round(probability * 2.0**32), 1) - (1 << 31) - 1
+        return self._lanes(count, device, torch.int32) <= last
+
     def uniform(
         self, count: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> Tensor:  # (count,) float32
@@ -63,7 +72,7 @@ class Draws:
         if dtype == torch.bfloat16:
             return (32767.5 - self.halves(count, device).float()).mul_(2.0**-16)
         numbers = (self._lanes(count, device, torch.int32) >> 9).float()
-        return numbers.add_(0.5).mul_(2.0**-23).add_(0.5)
+        return numbers.mul_(2.0**-23).add_(0.5 + 2.0**-24)
 
     def _lanes(self, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The bits of the words, some for each element."""
@@ -84,11 +93,23 @@ class Draws:
         return self.first + (matrix * rows + row) * columns + column
 
     def _words(self, counter: Tensor) -> Tensor:
-        """A hash of each count, in place."""
+        """A hash of each count, in place; on a CPU numpy takes half as long as torch."""
+        if counter.device.type == "cpu":
+            _hash(counter.numpy().view(np.uint64), self.key)
+            return counter
         words = counter.mul_(_signed(STEP)).add_(_signed(self.key))  # wraps
         for shift, factor in MIX:
             words.bitwise_xor_(_shifted(words, shift)).mul_(_signed(factor))
         return words.bitwise_xor_(_shifted(words, 31))
+
+
+def _hash(words: np.ndarray, key: int) -> None:
+    words *= np.uint64(STEP)  # wraps
+    words += np.uint64(key)
+    for shift, factor in MIX:
+        words ^= words >> np.uint64(shift)
+        words *= np.uint64(factor)
+    words ^= words >> np.uint64(31)
 
 
 def _signed(word: int) -> int:
@@ -113,16 +134,16 @@ def round_to(
     """
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     flat, rounded = x.contiguous().view(-1), out.view(-1)
-    each = PIECE if x.device.type == "cpu" else max(1, len(flat))
+    each, largest = piece(x.device, PIECE), torch.finfo(dtype).max
     for first in range(0, len(flat), each):
-        piece, target = flat[first : first + each], rounded[first : first + each]
+        values, target = flat[first : first + each], rounded[first : first + each]
         if x.dtype == torch.float32 and dtype == torch.bfloat16:
-            _to_bfloat16(piece, target, draws.at(first))
+            _to_bfloat16(values, target, draws.at(first))
         else:
-            _to_any(piece, target, draws.at(first))
-        largest = piece.abs().amax()
-        if not bool(largest <= torch.finfo(dtype).max):
-            torch.where(piece.abs() <= torch.finfo(dtype).max, target, piece.to(dtype), out=target)
+            _to_any(values, target, draws.at(first))
+        # a GPU would be waited for
+        if x.device.type != "cpu" or not bool(values.abs().amax() <= largest):
+            torch.where(values.abs() <= largest, target, values.to(dtype), out=target)
     return out
 
 

@@ -274,10 +274,10 @@ class Bnb4(QuantizedWeight):
         """All parts, from the codes and their scales in float32."""
         keys = [part.key for part in self.parts]
         codes, absmax = stored[keys[0]], stored[keys[1]]
-        tensors = {keys[0]: codes, keys[2]: blockwise.quant_map(self.kind).to(codes.device)}
+        tensors = {keys[0]: codes, keys[2]: blockwise.quant_map(self.kind, codes.device)}
         if not self.double:
             return tensors | {keys[1]: absmax, keys[-1]: _as_tensor(self._state())}
-        values = blockwise.dynamic_map().to(codes.device)
+        values = blockwise.dynamic_map(codes.device)
         nested = blockwise.quantize_absmax(absmax)
         tensors |= {keys[1]: nested.codes, keys[3]: nested.absmax, keys[4]: values}
         return tensors | {keys[-1]: _as_tensor(self._state(float(nested.offset)))}

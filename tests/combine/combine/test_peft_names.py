@@ -64,9 +64,9 @@ def test_dare_on_factors_is_pefts_with_the_same_draws(kind, three, tmp_path, mon
         name, side, which = next(order)
         matrix = tensor.detach().flatten(1).clone()
         given = DenseDeltas([matrix])
-        generator = ModuleSeeds(5, f"{name}/{side}")(which)
+        draws = ModuleSeeds(5, f"{name}/{side}")(which)
         for first, last in given.blocks():
-            elementwise.drop(matrix[first:last], density, generator)
+            elementwise.drop(matrix[first:last], density, draws.at(first * matrix.shape[1]))
         return matrix.view_as(tensor)
 
     monkeypatch.setattr(merge_utils, "random_pruning", pruned)
