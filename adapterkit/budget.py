@@ -3,28 +3,28 @@
 from collections import deque
 from collections.abc import Iterable
 
-from adapterkit.checkpoint.system import cores
-
 BUFFERS = 32_000_000  # bytes of one worker's buffers
+# tasks at a time on a GPU: more would wait for it, each with memory of its own
+GPU_TASKS = 3
 AHEAD = 2  # tasks for each worker that may wait to be written
 STACKS = 1 << 30  # bytes of shared stacks of experts' factors
 
 
-def factors_memory(sizes: Iterable[int], stacks: int) -> int:
+def factors_memory(sizes: Iterable[int], stacks: int, workers: int) -> int:
     """Bytes of the factors that workers are at, of those of each step: the largest ones, one of
     them while it is read; and stacks that are kept."""
-    largest = sorted(sizes)[-2 * cores() :]
+    largest = sorted(sizes)[-2 * workers :]
     return 2 * sum(largest) + 2 * sum(largest[-1:]) + min(STACKS, stacks)
 
 
-def most_together(claims: Iterable[int], budget: int) -> int:
+def most_together(claims: Iterable[int], budget: int, workers: int) -> int:
     """The most bytes of a file's tasks, each with its claim, that are in memory together: those
     ahead, and the one that is written."""
     most, in_use, window = 0, 0, deque[int]()
     for claim in claims:
         window.append(claim)
         in_use += claim
-        while len(window) > AHEAD * cores() + 1 or (len(window) > 1 and in_use > budget):
+        while len(window) > AHEAD * workers + 1 or (len(window) > 1 and in_use > budget):
             in_use -= window.popleft()
         most = max(most, in_use)
     return most

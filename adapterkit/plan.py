@@ -553,7 +553,10 @@ class Plan:
             "bytes_written": written,
             "disk_needed": written + self.room(self.shards),
             "memory_peak": BUFFERS * cores()
-            + max(self.factors_memory(step for step, _ in changed), self.tasks_memory()),
+            + max(
+                self.factors_memory((step for step, _ in changed), cores()),
+                self.tasks_memory(cores()),
+            ),
             **collected,
             **self.placement.totals,
         }
@@ -568,19 +571,19 @@ class Plan:
         """Bytes that tasks may take together; one that takes more is made by itself."""
         return quarter_of_memory() if self.memory is None else self.memory
 
-    def factors_memory(self, changed: Iterable[Step]) -> int:
-        """Bytes of the factors of the steps that workers are at."""
+    def factors_memory(self, changed: Iterable[Step], workers: int) -> int:
+        """Bytes of the factors of the steps that so many workers are at."""
         steps = list(changed)
         sizes = (
             sum(s.nbytes << step.wide for edit in step.edits for s in edit.reads) for step in steps
         )
         shared = {s for step in steps for edit in step.edits for s in edit.shared_reads}
-        return factors_memory(sizes, sum(spec.nbytes for spec in shared))
+        return factors_memory(sizes, sum(spec.nbytes for spec in shared), workers)
 
-    def tasks_memory(self) -> int:
-        """The most bytes that tasks take together."""
+    def tasks_memory(self, workers: int) -> int:
+        """The most bytes that tasks take together, with so many workers."""
         files = ([task.memory for task in shard.tasks] for shard in self.shards)
-        return max((most_together(claims, self.budget) for claims in files), default=0)
+        return max((most_together(claims, self.budget, workers) for claims in files), default=0)
 
     def _small(self, file: bytes | CopyFile | FromMetrics) -> int:
         if isinstance(file, CopyFile):

@@ -31,9 +31,14 @@ def exchange(one: Path, other: Path) -> None:
     _call("renameat2", _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE)
 
 
+def all_cores() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def cores() -> int:
-    """The processors that this process may use, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)))
+    """Those that it uses by default: at most 8, as more wait for the disk, or for memory."""
+    return min(8, all_cores())
 
 
 def quarter_of_memory() -> int:

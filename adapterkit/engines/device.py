@@ -1,6 +1,8 @@
 """The devices that plans run on: their names, their streams, and arithmetic that no setting of the
 caller's changes."""
 
+import functools
+import itertools
 import os
 import threading
 import warnings
@@ -188,6 +190,7 @@ class Streams:
 
     def __init__(self, device: torch.device):
         self.device, self.own = device, threading.local()
+        self.numbers = itertools.count()
 
     @contextmanager
     def use(self) -> Iterator[None]:
@@ -195,9 +198,18 @@ class Streams:
             yield
             return
         if not hasattr(self.own, "stream"):
-            self.own.stream = torch.cuda.Stream(self.device)
+            index = self.device.index
+            card = torch.cuda.current_device() if index is None else index
+            self.own.stream = _stream(card, next(self.numbers))
         with torch.cuda.stream(self.own.stream):
             yield
+
+
+@functools.cache
+def _stream(card: int, number: int) -> torch.cuda.Stream:
+    """The stream of a job's first thread, its second, ...: the same in all jobs of a process, as
+    memory that one has freed serves no other, and each has memory of cuBLAS."""
+    return torch.cuda.Stream(card)
 
 
 class Mark:
@@ -212,7 +224,7 @@ class Mark:
 
     def wait(self) -> None:
         """This thread waits until the stream has passed it."""
-        if self.event is not None:
+        if self.event is not None and not self.event.query():
             self.event.synchronize()
 
     def precede(self) -> None:

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from adapterkit import dtypes
-from adapterkit.checkpoint.system import cores
+from adapterkit.budget import GPU_TASKS
+from adapterkit.checkpoint.system import all_cores, cores
 from adapterkit.engines.device import kind, pick_device, usable
-from adapterkit.engines.local.pieces import RUN, SPAN
+from adapterkit.engines.local.buffers import GPU_BUFFERS, ROOM, ROOMS, pinned_size
+from adapterkit.engines.local.pieces import largest_piece
 from adapterkit.errors import Refused
 from adapterkit.plan import Placement, Plan, Step, Task
 from adapterkit.tasks.rows import CUDA_ELEMENTS
@@ -18,7 +19,6 @@ IDLE = 0.9  # of a GPU's memory is free: no other one is looked at, as each take
 GAIN, SECONDS = 0.5, 10.0  # of the disk's time, and in all: what a GPU has to save a merge
 SECONDS_EACH = 1.5e-9  # of one core for a changed byte: read, converted, rounded, hashed
 FLOPS = 40e9  # of one core, in float32
-GPU_BUFFERS = 2  # of each worker, for pieces that are on their way
 # bytes of a worker for each element of a chunk, twice in float64: two chunks that are under way, of
 # which one is measured
 CHUNK_BYTES = 60
@@ -46,7 +46,7 @@ def place(plan: Plan, name: str, own: int | None = None) -> tuple[Plan, str]:
     device = pick_device(name)
     if device.type == "cpu":
         return plan, name
-    return replace(plan, placement=Placement(kind(device), device_totals(plan, cores()))), name
+    return replace(plan, placement=Placement(kind(device), device_totals(plan, all_cores()))), name
 
 
 def _auto(plan: Plan, own: int | None) -> tuple[str, list[str]]:
@@ -88,7 +88,7 @@ def least_memory(plan: Plan) -> int:
     """Bytes of a GPU's memory that a plan does not run without: those of its largest task, of one
     worker, or of a layer whose inputs are summed."""
     steps = _changed(plan)
-    streamed = worker_memory(steps) + plan.factors_memory(steps) if steps else 0
+    streamed = worker_memory(steps) + plan.factors_memory(steps, 1) if steps else 0
     largest = max((task.memory for task in tasks_of(plan)), default=0)
     return CONTEXT + int(SLACK * max(streamed, largest, _collected(plan)))
 
@@ -110,16 +110,16 @@ def device_totals(plan: Plan, workers: int) -> dict[str, int]:
     """The most bytes of the GPU's memory that the plan takes, and of page-locked memory of this
     machine."""
     steps = _changed(plan)
-    streamed = workers * worker_memory(steps) + plan.factors_memory(steps) if steps else 0
-    widths = [max(dtypes.BITS[s.dtype], dtypes.BITS[s.source.dtype]) // 8 for s in steps]
-    elements = max((math.prod(step.shape) for step in steps), default=0)
-    width = max(widths, default=1)
-    chunk, piece = (width * min(n * CUDA_ELEMENTS, elements) for n in (1, SPAN))
-    pinned = workers * (2 * chunk + GPU_BUFFERS * max(piece, RUN))
-    any_streamed = not all(shard.tasks for shard in plan.shards)
+    factors = plan.factors_memory(steps, workers)
+    streamed = workers * worker_memory(steps) + factors if steps else 0
+    at_a_time = min(GPU_TASKS, workers)
+    pinned = (at_a_time + 1) * ROOMS * ROOM  # of those that compute, and of the one that writes
+    if not all(shard.tasks for shard in plan.shards):
+        piece = pinned_size(largest_piece(plan.shards, torch.device("cuda")))
+        pinned = max(pinned, workers * ROOMS * ROOM) + workers * GPU_BUFFERS * piece
     return {
-        "device_memory": max(streamed, plan.tasks_memory(), _collected(plan)),
-        "pinned_memory": pinned if any_streamed else 0,
+        "device_memory": max(streamed, plan.tasks_memory(at_a_time), _collected(plan)),
+        "pinned_memory": pinned,
     }
 
 
@@ -135,5 +135,5 @@ def fitting(plan: Plan, workers: int, free: int) -> tuple[int, int]:
     """How many of the workers a GPU with that many free bytes has room for, at least one, and the
     bytes for tasks together."""
     steps, usable = _changed(plan), int(USABLE * free)
-    each, room = worker_memory(steps), usable - plan.factors_memory(steps)
+    each, room = worker_memory(steps), usable - plan.factors_memory(steps, workers)
     return max(1, min(workers, room // each if each else workers)), min(plan.budget, usable)

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 
+def rows_of_chunk(columns: int, elements: int) -> int:
+    """How many rows have about that many elements, one at least."""
+    return max(1, elements // max(columns, 1))
+
+
 def row_ranges(rows: int, columns: int, elements: int) -> list[tuple[int, int]]:
     """Rows [first, last), in order, of about that many elements, one row at least."""
-    step = max(1, elements // max(columns, 1))
+    step = rows_of_chunk(columns, elements)
     return [(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 

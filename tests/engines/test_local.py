@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.checkpoint.output.stage import Stage
+from adapterkit.engines.local import buffers
 from adapterkit.engines.local import engine as local
 from adapterkit.errors import Failed, Refused
 from adapterkit.execute import run
@@ -146,18 +147,18 @@ def test_a_worker_is_done_when_it_holds_no_tensor(tmp_path, monkeypatch):
     """The process may end then: a thread that still freed one would abort it."""
     held, alive = {}, []
 
-    class Watched(local.Scratch):
+    class Watched(buffers.Rooms):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             held.setdefault(threading.get_ident(), []).append(weakref.ref(self))
 
     def finish(running):
         if threading.get_ident() in held:
-            alive.extend(scratch() is not None for scratch in held[threading.get_ident()])
+            alive.extend(rooms() is not None for rooms in held[threading.get_ident()])
         real(running)
 
     real = local.Running.finish
-    monkeypatch.setattr(local, "Scratch", Watched)
+    monkeypatch.setattr(buffers, "Rooms", Watched)
     monkeypatch.setattr(local.Running, "finish", finish)
     job(tmp_path, torch.bfloat16)
     merged(tmp_path)

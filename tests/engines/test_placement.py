@@ -125,12 +125,13 @@ def test_workers_and_tasks_share_the_free_memory():
 
 
 def test_memory_that_a_merge_takes_beside_the_weights():
-    """Page-locked, of each worker: two chunks of BF16 and two pieces of four chunks; on the GPU the
-    chunks of as many workers, and the factors."""
+    """Page-locked, of each worker: two rooms for what is read and two pieces of four chunks; on the
+    GPU the chunks of as many workers, and the factors."""
     plan, chunk = merge_of(2, 16), 2 * CUDA_ELEMENTS
+    four, eight = (device_totals(plan, workers) for workers in (4, 8))
+    assert four["pinned_memory"] == 4 * (2 * (8 << 20) + 2 * 4 * chunk)
+    assert eight["pinned_memory"] == 2 * four["pinned_memory"]
     one, three = (device_totals(plan, workers) for workers in (1, 3))
-    assert one["pinned_memory"] == 2 * chunk + 2 * 4 * chunk
-    assert three["pinned_memory"] == 3 * one["pinned_memory"]
     assert three["device_memory"] - one["device_memory"] == 2 * worker_memory(plan.shards[0].steps)
 
 

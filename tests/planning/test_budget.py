@@ -7,11 +7,6 @@ from adapterkit import budget
 pytestmark = pytest.mark.quick
 
 
-@pytest.fixture(autouse=True)
-def one_core(monkeypatch):
-    monkeypatch.setattr(budget, "cores", lambda: 1)
-
-
 @pytest.mark.parametrize(
     "claims, limit, most",
     [
@@ -25,12 +20,12 @@ def one_core(monkeypatch):
     ],
 )
 def test_tasks_that_are_in_memory_together(claims, limit, most):
-    assert budget.most_together(claims, limit) == most
+    assert budget.most_together(claims, limit, workers=1) == most
 
 
 def test_factors_that_are_in_memory_together():
     """Of two steps, and once more the largest, each twice: as it is stored and as it is used."""
-    assert budget.factors_memory([1, 4, 2, 3], 0) == 2 * (3 + 4) + 2 * 4
-    assert budget.factors_memory([5], 0) == 20
-    assert budget.factors_memory([], 7) == 7
-    assert budget.factors_memory([], 2 * budget.STACKS) == budget.STACKS
+    assert budget.factors_memory([1, 4, 2, 3], 0, workers=1) == 2 * (3 + 4) + 2 * 4
+    assert budget.factors_memory([5], 0, workers=1) == 20
+    assert budget.factors_memory([], 7, workers=1) == 7
+    assert budget.factors_memory([], 2 * budget.STACKS, workers=1) == budget.STACKS

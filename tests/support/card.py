@@ -678,11 +678,12 @@ def installed(card: Card) -> Iterator[Card]:
 
 
 def _forget_tables() -> None:
-    """Tables that are kept on a card are another one's."""
-    for package in (adapterkit.kernels, adapterkit.statistics.data):
-        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            for value in vars(importlib.import_module(module.name)).values():
-                getattr(value, "cache_clear", lambda: None)()
+    """Tables that are kept on a card, and streams, are another one's."""
+    packages = (adapterkit.kernels, adapterkit.statistics.data)
+    names = [m.name for p in packages for m in pkgutil.walk_packages(p.__path__, f"{p.__name__}.")]
+    for name in (*names, "adapterkit.engines.device"):
+        for value in vars(importlib.import_module(name)).values():
+            getattr(value, "cache_clear", lambda: None)()
 
 
 def move(module: torch.nn.Module) -> None:

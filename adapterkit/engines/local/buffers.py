@@ -1,64 +1,163 @@
 """Reusable memory of the workers: bounded, pinned where a GPU copies from and to it."""
 
+import math
 import queue
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from adapterkit.engines.device import Mark
 from adapterkit.engines.interruptible import POLL_INTERVAL
+
+CACHED = 1 << 20  # bytes that are read, looked at and converted while they are in a core's cache
+ROOM = 8 << 20  # bytes of a copy to a GPU: less does not fill the bus, more is no faster
+CPU_BUFFERS, GPU_BUFFERS = 4, 2  # of each worker, for pieces that are on their way
+ROOMS = 2  # of a GPU's thread: one is read into while the other is copied
+# (position, memory): fills the memory with the bytes from there on
+ReadInto = Callable[[int, memoryview], None]
+
+
+def pinned_size(size: int) -> int:
+    """Bytes that so many take of page-locked memory: torch rounds up to a power of 2, and keeps
+    what was pinned once."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 class Buffer:
-    """Reusable memory that grows to the largest piece it has held; pinned where a GPU copies from
-    and to it, if there is memory to pin."""
+    """Reusable memory, all of it from the first use on; pinned where a GPU copies from and to it,
+    if there is memory to pin."""
 
-    def __init__(self, pinned: bool):
-        self.pinned, self.memory = pinned, torch.empty(0, dtype=torch.uint8)
+    def __init__(self, size: int, pinned: bool):
+        self.size, self.pinned = size, pinned
 
-    def sized(self, size: int) -> memoryview:
-        """The first `size` bytes."""
-        if len(self.memory) < size:
-            self.memory = self._allocated(size)
-        return self.memory.numpy().data[:size]
-
-    def _allocated(self, size: int) -> Tensor:
+    @cached_property
+    def memory(self) -> Tensor:
         if self.pinned:
-            try:
-                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError:  # of CUDA: copies of pageable memory are slower, and as right
-                self.pinned = False
-        return torch.empty(size, dtype=torch.uint8)
+            with suppress(RuntimeError):  # of CUDA: pageable memory is slower, and as right
+                return torch.empty(pinned_size(self.size), dtype=torch.uint8, pin_memory=True)
+        return torch.empty(self.size, dtype=torch.uint8)
+
+    def view(self, size: int) -> memoryview:
+        """The first `size` bytes."""
+        return self.memory.numpy().data[:size]
 
     def tensor(self, size: int, dtype: torch.dtype) -> Tensor:
         """The first `size` bytes as numbers."""
         return self.memory[:size].view(dtype)
 
 
-class Scratch:
-    """A worker's own memory: chunks' bytes as stored and, on the CPU, the numbers of one in float32
-    or float64.
-
-    A GPU's worker reads the next chunk while one is on the GPU, so there it has two rooms for
-    bytes. One is read into again when the chunk that it held has come back from the GPU.
-    """
+class Rooms:
+    """A thread's own memory for stored bytes on their way to numbers: on a GPU two pinned rooms, of
+    which one is read into while the other is copied; on the CPU one that fits a core's cache."""
 
     def __init__(self, device: torch.device):
-        on_gpu = device.type != "cpu"
-        self.device, self.ahead = device, int(on_gpu)  # chunks that may be on the GPU meanwhile
-        self.stored = [Buffer(pinned=on_gpu) for _ in range(1 + self.ahead)]
+        self.device, self.on_gpu = device, device.type != "cpu"
+        self.ahead = int(self.on_gpu)  # chunks that may be on the GPU while the next one is read
+        size, count = (ROOM, ROOMS) if self.on_gpu else (CACHED, 1)
+        self.rooms = [Buffer(size, pinned=self.on_gpu) for _ in range(count)]
+        self.copied: list[Mark | None] = [None] * len(self.rooms)
+        self.turn = 0
         self.numbers: dict[torch.dtype, Tensor] = {}
 
-    def floats(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """The chunk's numbers, on the device; its own memory on a GPU."""
-        if self.ahead:
-            # in this worker's stream, where all that follows waits for it; converted there
-            return stored.to(self.device, non_blocking=True).to(dtype)
-        count = stored.numel()
-        room = self.numbers.get(dtype)
+    def load(
+        self,
+        read: ReadInto,
+        stored: torch.dtype,
+        shape: Sequence[int],
+        dtype: torch.dtype | None = None,
+        look: Callable[[Tensor], None] | None = None,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """The numbers that are stored as `stored`, in `dtype` or as they are, on the device.
+
+        `look` sees all of them as they are stored, in parts. They are `into`, if that is given, or
+        memory of their own.
+        """
+        if self.on_gpu:
+            value = self._copied(read, math.prod(shape) * stored.itemsize)
+            value = value.view(stored).view(torch.Size(shape))
+            if look is not None:
+                look(value)
+            return value.to(dtype or stored)  # converted there: fewer bytes go to the GPU
+        value = torch.empty(shape, dtype=dtype or stored) if into is None else into
+        self._read(read, stored, value.view(-1), look)
+        return value
+
+    def _copied(self, read: ReadInto, size: int) -> Tensor:
+        """Bytes on the GPU, in this thread's stream, where all that follows waits for them."""
+        made = torch.empty(size, dtype=torch.uint8, device=self.device)
+        for first in range(0, size, ROOM):
+            part = made[first : first + ROOM]
+            room = self._free_room()
+            read(first, room.view(len(part)))
+            part.copy_(room.tensor(len(part), torch.uint8), non_blocking=True)
+            self.copied[self.turn] = Mark(self.device)
+        return made
+
+    def _free_room(self) -> Buffer:
+        """The room that was copied longest ago."""
+        self.turn = (self.turn + 1) % len(self.rooms)
+        mark = self.copied[self.turn]
+        if mark is not None:
+            mark.wait()
+        return self.rooms[self.turn]
+
+    def _read(
+        self,
+        read: ReadInto,
+        stored: torch.dtype,
+        value: Tensor,
+        look: Callable[[Tensor], None] | None,
+    ) -> None:
+        width, direct = stored.itemsize, value.dtype == stored
+        count = len(value) if direct and look is None else CACHED // width
+        for first in range(0, len(value), max(1, count)):
+            part = there = value[first : first + count]
+            if not direct:
+                there = self.rooms[0].tensor(len(part) * width, stored)
+            read(first * width, there.view(torch.uint8).numpy().data)
+            if look is not None:
+                look(there)
+            if not direct:
+                part.copy_(there)
+
+    def kept(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """Memory for numbers that the next call gives again; None on a GPU, which may still be at
+        those of the call before."""
+        if self.on_gpu:
+            return None
+        count, room = math.prod(shape), self.numbers.get(dtype)
         if room is None or room.numel() < count:
             room = self.numbers[dtype] = torch.empty(count, dtype=dtype)
-        return room[:count].view(stored.shape).copy_(stored)
+        return room[:count].view(torch.Size(shape))
+
+
+_own = threading.local()
+
+
+def keep_rooms(device: torch.device) -> Rooms:
+    """Rooms that this thread keeps as long as it lives."""
+    _own.rooms = Rooms(device)
+    return _own.rooms
+
+
+@contextmanager
+def own_rooms(device: torch.device) -> Iterator[Rooms]:
+    """Rooms that this thread keeps until the end of the block."""
+    try:
+        yield keep_rooms(device)
+    finally:
+        del _own.rooms
+
+
+def rooms_of(device: torch.device) -> Rooms:
+    """Those that this thread keeps; else some for once."""
+    rooms = getattr(_own, "rooms", None)
+    return rooms if rooms is not None and rooms.device == device else Rooms(device)
 
 
 class BufferPool:
@@ -66,11 +165,11 @@ class BufferPool:
     piece that the hash waits for always has one: the other way round, later pieces could hold them
     all and wait for it."""
 
-    def __init__(self, count: int, pinned: bool):
+    def __init__(self, count: int, size: int, pinned: bool):
         # the one used last is still in cache
         self.free: queue.LifoQueue[Buffer] = queue.LifoQueue()
         for _ in range(count):
-            self.free.put(Buffer(pinned))
+            self.free.put(Buffer(size, pinned))
 
     def take(self, stopped: threading.Event) -> Buffer | None:
         while not stopped.is_set():

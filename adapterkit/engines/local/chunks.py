@@ -1,4 +1,4 @@
-"""One chunk of a step: read, computed, copied to the host, measured, checked.
+"""One chunk of a step: computed, copied to the host, measured, checked.
 
 On a GPU all of it is only begun: what it gives is there when the chunk has landed. Until then a
 worker reads and begins the next one.
@@ -9,25 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterkit import dtypes
-from adapterkit.checkpoint.reader import read_exactly
 from adapterkit.engines.device import Mark
-from adapterkit.engines.local.buffers import Buffer
 from adapterkit.engines.local.pieces import Chunk
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import Loaded, Step
 from adapterkit.tasks.metrics import change_sums, squares
 from adapterkit.tasks.rows import rounded, unrounded
-
-
-def read_chunk(descriptor: int, step: Step, chunk: Chunk, room: Buffer) -> Tensor:
-    """The rows of a chunk as they are stored, in the room's memory."""
-    source, columns = step.source, step.grid[1]
-    width = dtypes.BITS[source.dtype] // 8 * columns
-    size = (chunk.last - chunk.first) * width
-    read_exactly(descriptor, room.sized(size), source.start + chunk.first * width, source)
-    return room.tensor(size, dtypes.torch_dtype(source.dtype)).view(-1, columns)
 
 
 @dataclass

@@ -7,7 +7,7 @@ size; it is written last.
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar, cast
@@ -25,6 +25,7 @@ from adapterkit.checkpoint.output.stage import Workspace
 from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.engines.device import Streams
 from adapterkit.engines.interruptible import result_of, signals_deferred
+from adapterkit.engines.local.buffers import keep_rooms
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
 from adapterkit.options import Progress
@@ -43,18 +44,16 @@ def write_computed(
     file: OutputFile,
     stage: Workspace,
     inputs: Reader,
-    workers: int,
-    budget: int,
+    threads: "TaskThreads",
     hashed: bool,
     progress: Progress,
 ) -> ShardResult:
-    """Make all tasks of a file and write it, as many at a time as fit into `budget` bytes of
-    memory; `Unrecoverable` where a value is not finite."""
+    """Make all tasks of a file and write it; `Unrecoverable` where a value is not finite."""
     shard = ShardFile(stage.path, file.file, file.size, stage.attempt)
     try:
         metrics, handoffs = {}, HandoffWriter(stage, file)
         places = _SortedPlaces(file) if file.sizes_are_planned else _AppendedPlaces(file)
-        results = _results(file, stage, inputs, workers, budget, progress)
+        results = _results(file, stage, inputs, threads, progress)
         for task in file.tasks:  # a zip would hold on to the tensors while the next ones are made
             result = next(results)
             measured = finite_metrics(result.metrics)
@@ -172,23 +171,39 @@ def _copy(inputs: Reader, spec: TensorSpec, shard: ShardFile, at: int) -> None:
         shard.write(memoryview(inputs.bytes(part)), at + first - spec.start)
 
 
+class TaskThreads:
+    """The threads that compute the tasks of a run, each with a stream and rooms of its own, as many
+    at a time as fit into `budget` bytes of memory."""
+
+    def __init__(self, device: torch.device, workers: int, budget: int):
+        self.workers, self.budget, self.streams = workers, budget, Streams(device)
+        self.pool = ThreadPoolExecutor(workers, "compute", keep_rooms, (device,))
+
+    def __enter__(self) -> "TaskThreads":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with signals_deferred():
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def results(self, tasks: Sequence[Task], inputs: Reader) -> Iterator[TaskResult]:
+        """The tasks' results in order, in the host's memory."""
+
+        def compute(task: Task) -> TaskResult:
+            torch.set_num_threads(1)  # this thread's; the workers are the parallelism
+            with self.streams.use(), torch.inference_mode():
+                return _on_host(_finite(task.compute(inputs)))
+
+        return in_order(
+            compute, tasks, self.workers, self.budget, lambda task: task.memory, self.pool
+        )
+
+
 def _results(
-    file: OutputFile,
-    stage: Workspace,
-    inputs: Reader,
-    workers: int,
-    budget: int,
-    progress: Progress,
+    file: OutputFile, stage: Workspace, inputs: Reader, threads: TaskThreads, progress: Progress
 ) -> Iterator[TaskResult]:
-    """The tasks' results in order, in the host's memory."""
-    streams = Streams(inputs.device)
-
-    def compute(task: Task) -> TaskResult:
-        torch.set_num_threads(1)  # this thread's; the workers are the parallelism
-        with streams.use(), torch.inference_mode():
-            return _on_host(_finite(task.compute(inputs)))
-
-    results = in_order(compute, file.tasks, workers, budget, lambda task: task.memory)
+    """The results of a file's tasks, as they are written."""
+    results = threads.results(file.tasks, inputs)
     if file.finalize is None:
         for task in file.tasks:
             yield next(results)
@@ -216,15 +231,16 @@ def in_order(
     workers: int,
     budget: int = 0,
     cost: Callable[[T], int] = lambda item: 0,
+    pool: ThreadPoolExecutor | None = None,
 ) -> Iterator[R]:
     """function(item) for each, by `workers` threads, in the items' order; some are made ahead of
     the one that is asked for: as many as cost no more than the budget together, the one that was
     given out last included, until the next is asked for."""
     source, waiting = iter(items), deque()
     ahead, in_use = next(source, None), 0
-    pool = ThreadPoolExecutor(workers, "compute")
+    threads = pool or ThreadPoolExecutor(workers, "compute")
 
-    def start() -> None:
+    def submit() -> None:
         nonlocal ahead, in_use
         while (
             ahead is not None
@@ -232,23 +248,27 @@ def in_order(
             and (not in_use or in_use + cost(ahead) <= budget)
         ):
             with signals_deferred():
-                waiting.append((pool.submit(function, ahead), cost(ahead)))
+                waiting.append((threads.submit(function, ahead), cost(ahead)))
             in_use += cost(ahead)
             ahead = next(source, None)
 
     try:
-        start()
+        submit()
         while waiting:
             future, cost_of_result = waiting.popleft()
             result = result_of(future)
             del future
-            start()
+            submit()
             yield result
             del result  # before others start
             in_use -= cost_of_result
-            start()
+            submit()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        with signals_deferred():
+            for future, _ in waiting:
+                future.cancel()
+            if pool is None:
+                threads.shutdown(wait=False)
 
 
 class _Spill:

@@ -17,17 +17,25 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from adapterkit import dtypes
+from adapterkit.budget import GPU_TASKS
 from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.stage import Workspace
 from adapterkit.checkpoint.output.writer import FLUSH
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.system import cores
+from adapterkit.checkpoint.system import all_cores, cores
 from adapterkit.engines.device import Streams, exact_arithmetic, pick_device
 from adapterkit.engines.interruptible import POLL_INTERVAL, Running, signals_deferred
-from adapterkit.engines.local.buffers import Buffer, BufferPool, Scratch
-from adapterkit.engines.local.chunks import ComputedChunk, compute_chunk, read_chunk
-from adapterkit.engines.local.computed import write_computed
-from adapterkit.engines.local.pieces import Chunk, OpenShard, Piece
+from adapterkit.engines.local.buffers import (
+    CPU_BUFFERS,
+    GPU_BUFFERS,
+    Buffer,
+    BufferPool,
+    Rooms,
+    own_rooms,
+)
+from adapterkit.engines.local.chunks import ComputedChunk, compute_chunk
+from adapterkit.engines.local.computed import TaskThreads, write_computed
+from adapterkit.engines.local.pieces import Chunk, OpenShard, Piece, largest_piece
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.engines.placement import fitting
 from adapterkit.errors import Failed, shown
@@ -60,9 +68,12 @@ def local(device: str = "auto", workers: int | None = None):
         finished: Callable[[ShardResult], None],
         progress: Progress,
     ) -> None:
-        count, budget = workers or cores(), plan.budget
-        if where.type != "cpu":
-            count, budget = fitting(plan, count, torch.cuda.mem_get_info(where)[0])
+        if where.type == "cpu":
+            count, budget = workers or cores(), plan.budget
+        else:
+            free = torch.cuda.mem_get_info(where)[0]
+            count, budget = fitting(plan, workers or all_cores(), free)
+        tasks = count if where.type == "cpu" else min(count, GPU_TASKS)
         blocks = [shard for shard in shards if shard.is_block and stage.wanted(shard.name)]
         computed = [shard for shard in shards if shard.tasks and not shard.is_block]
         streamed = [shard for shard in shards if not shard.tasks]
@@ -77,20 +88,20 @@ def local(device: str = "auto", workers: int | None = None):
                 if blocks and (collection := blocks[0].collection):
                     collection.collect_blocks(plan, blocks, stage, where, finished, progress)
                 # first: steps may need what tasks hand on
-                for file in computed:
-                    if not stage.wanted(file.file):
-                        continue
-                    inputs, done = (
-                        LocalReader(sources, where, handoffs=HandoffReader(stage)),
-                        progress,
-                    )
-                    if file.collection is not None:
-                        file = file.collection.collected(plan, file, stage, where, progress)
-                        done = no_progress
-                    finished(write_computed(file, stage, inputs, count, budget, hash, done))
+                with TaskThreads(where, tasks, budget) as task_threads:
+                    for file in computed:
+                        if not stage.wanted(file.file):
+                            continue
+                        inputs = LocalReader(sources, where, handoffs=HandoffReader(stage))
+                        done = progress
+                        if file.collection is not None:
+                            file = file.collection.collected(plan, file, stage, where, progress)
+                            done = no_progress
+                        finished(write_computed(file, stage, inputs, task_threads, hash, done))
                 if streamed:
+                    largest = largest_piece(plan.shards, where)
                     _ShardRun(
-                        streamed, stage, sources, where, count, hash, finished, progress
+                        streamed, largest, stage, sources, where, count, hash, finished, progress
                     ).run()
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
@@ -114,7 +125,9 @@ class _ShardRun:
     """One run over some shards: the pieces in order, workers that take them, files finished behind
     them."""
 
-    def __init__(self, shards, stage, sources, device, workers, hashed, finished, progress):
+    def __init__(
+        self, shards, largest, stage, sources, device, workers, hashed, finished, progress
+    ):
         self.shards, self.stage, self.sources, self.device = shards, stage, sources, device
         self.workers, self.hashed, self.finished, self.progress = (
             workers,
@@ -125,14 +138,16 @@ class _ShardRun:
         self.inputs = LocalReader(sources, device, handoffs=HandoffReader(stage))
         self.streams = Streams(device)
         on_gpu = device.type != "cpu"
-        self.buffers = BufferPool((2 if on_gpu else 4) * workers, pinned=on_gpu)
+        self.buffers = BufferPool(
+            (GPU_BUFFERS if on_gpu else CPU_BUFFERS) * workers, largest, pinned=on_gpu
+        )
         self.stop = threading.Event()
         self.problem: BaseException | None = None
         self.open: list[OpenShard] = []
         self.lock = threading.Lock()
         # to take the next piece; waits for files to be finished, so not the lock for counting
         self.turn = threading.Lock()
-        self.room = threading.Semaphore(OPEN_SHARDS)
+        self.room = threading.Semaphore(max(OPEN_SHARDS, workers))
         self.running = Running(workers)  # workers, and files whose last piece is written
         self.finisher = ThreadPoolExecutor(1, "finish")
 
@@ -217,18 +232,17 @@ class _ShardRun:
             self.running.finish()
 
     def _take_pieces(self, pieces: Iterator[Piece]) -> None:
-        scratch = Scratch(self.device)
         torch.set_num_threads(1)  # this thread's; the workers are the parallelism
-        with self.streams.use(), torch.inference_mode():
+        with self.streams.use(), torch.inference_mode(), own_rooms(self.device) as rooms:
             while (buffer := self.buffers.take(self.stop)) is not None:
                 with self.turn:
                     piece = next(pieces, None)
                 if piece is None:
                     self.buffers.give(buffer)
                     return
-                self._do(piece, buffer, scratch)
+                self._do(piece, buffer, rooms)
 
-    def _do(self, piece: Piece, buffer: Buffer, scratch: Scratch) -> None:
+    def _do(self, piece: Piece, buffer: Buffer, rooms: Rooms) -> None:
         shard = piece.shard
         if piece.data is not None:
             shard.file.write(piece.data, 0)
@@ -236,7 +250,7 @@ class _ShardRun:
         elif piece.step is None:
             self._copy(piece, buffer)
         else:
-            self._compute(piece, buffer, scratch)
+            self._compute(piece, buffer, rooms)
         self.progress(piece.length)
         with self.lock:
             shard.remaining -= 1
@@ -262,18 +276,18 @@ class _ShardRun:
         if inside and shard.digest is None:
             self.buffers.give(buffer)
             return
-        view = buffer.sized(piece.length)
+        view = buffer.view(piece.length)
         self.sources.read_into(source, piece.source_start - source.start, view)
         if not inside:
             shard.file.write(view, piece.position)
         shard.hash(piece.number, view, lambda: self.buffers.give(buffer))
 
-    def _compute(self, piece: Piece, buffer: Buffer, scratch: Scratch) -> None:
+    def _compute(self, piece: Piece, buffer: Buffer, rooms: Rooms) -> None:
         open_step, metrics, waiting = piece.step, ChangeMetrics(), deque[ComputedChunk]()
         assert open_step is not None
         step, columns = open_step.step, open_step.step.grid[1]
-        edits = open_step.load(self.inputs)
-        view = buffer.sized(piece.length)
+        edits, inputs = open_step.load(self.inputs), self.inputs.view(arithmetic(step))
+        view = buffer.view(piece.length)
         written = buffer.tensor(piece.length, dtypes.torch_dtype(step.dtype)).view(-1, columns)
         width = dtypes.BITS[step.dtype] // 8 * columns
 
@@ -290,12 +304,13 @@ class _ShardRun:
             start, stop = rows(done.chunk).start * width, rows(done.chunk).stop * width
             piece.shard.file.write(view[start:stop], piece.position + start)
 
-        with self.sources.file(step.source.folder, step.source.file) as descriptor:
-            for number, chunk in enumerate(piece.chunks):
-                room = scratch.stored[number % len(scratch.stored)]
-                w = scratch.floats(read_chunk(descriptor, step, chunk, room), arithmetic(step))
-                waiting.append(compute_chunk(w, edits, step, chunk, written[rows(chunk)]))
-                if len(waiting) > scratch.ahead:
+        with self.sources.file(step.source.folder, step.source.file):  # it stays open
+            for chunk in piece.chunks:
+                shape, outgoing = (chunk.last - chunk.first, columns), written[rows(chunk)]
+                room = rooms.kept(shape, arithmetic(step))
+                w = inputs.rows(step.source, step.grid, chunk.first, chunk.last, room)
+                waiting.append(compute_chunk(w, edits, step, chunk, outgoing))
+                if len(waiting) > rooms.ahead:
                     write(waiting.popleft())
             while waiting:
                 write(waiting.popleft())

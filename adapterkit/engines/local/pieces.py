@@ -6,7 +6,7 @@ import sys
 import threading
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -20,9 +20,10 @@ from adapterkit.checkpoint.output.stage import Workspace
 from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.engines.device import Mark
 from adapterkit.engines.local.reader import LocalReader
+from adapterkit.kernels.rows import rows_of_chunk
 from adapterkit.plan import Loaded, OutputFile, Step
 from adapterkit.tasks.metrics import ChangeMetrics, delta_norm
-from adapterkit.tasks.rows import arithmetic, chunks
+from adapterkit.tasks.rows import arithmetic, chunks, elements_of_chunk
 
 # chunks that a worker takes at a time: what it shares with the others is touched once per span
 SPAN = 4
@@ -104,6 +105,20 @@ class OpenStep:
             self.remaining -= 1
             if self.remaining == 0:
                 self.edits = None
+
+
+def largest_piece(files: Iterable[OutputFile], device: torch.device) -> int:
+    """Bytes of the largest of their pieces."""
+    return max((RUN, *(_piece_of(step, device) for file in files for step in file.steps)))
+
+
+def _piece_of(step: Step, device: torch.device) -> int:
+    """Bytes of a step's first piece, the largest."""
+    if step.copied:
+        return RUN
+    rows, columns = step.grid
+    span = SPAN * rows_of_chunk(columns, elements_of_chunk(device))
+    return min(span, rows) * columns * dtypes.BITS[step.dtype] // 8
 
 
 def cut(shard: OutputFile, parts: int, device: torch.device) -> list[OutputFile]:

@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from adapterkit.checkpoint.folder import place_of
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.device import used_here
+from adapterkit.engines.local.buffers import rooms_of
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import HANDOFF_FOLDER
@@ -49,27 +51,36 @@ class LocalReader:
         return self.handoffs.tensor(key).to(self.device)
 
     def tensor(self, spec: TensorSpec) -> Tensor:
-        if isinstance(spec, QuantizedWeight):
-            parts, hint = read_parts(spec, self._stored), "download the checkpoint again"
-            value = decode_checked(spec, parts, hint) if self.finite else spec.decode(parts)
-        else:
-            value = self._stored(spec)
+        if not isinstance(spec, QuantizedWeight):
+            return self._stored(spec, self.dtype)
+        parts, hint = read_parts(spec, self._stored), "download the checkpoint again"
+        value = decode_checked(spec, parts, hint) if self.finite else spec.decode(parts)
         return value if self.dtype is None else value.to(self.dtype)
 
-    def _stored(self, spec: TensorSpec) -> Tensor:
+    def _stored(self, spec: TensorSpec, dtype: torch.dtype | None = None) -> Tensor:
+        """In a dtype, or as it is stored."""
         if spec.folder == HANDOFF_FOLDER:
             assert self.handoffs is not None
             data = self.handoffs.read(spec.key, spec.start, spec.stop)
-            return dtypes.tensor_of(data, spec.dtype, spec.shape).to(self.device)
-        stored = dtypes.tensor_of(self.sources.read(spec), spec.dtype, spec.shape)
-        if self.finite and spec.dtype in dtypes.FLOATS and not all_finite(stored):
+            value = dtypes.tensor_of(data, spec.dtype, spec.shape).to(self.device)
+            return value if dtype is None else value.to(dtype)
+        is_checked = self.finite and spec.dtype in dtypes.FLOATS
+        return rooms_of(self.device).load(
+            partial(self.sources.read_into, spec),
+            dtypes.torch_dtype(spec.dtype),
+            spec.shape,
+            dtype,
+            look=partial(self._check_finite, spec) if is_checked else None,
+        )
+
+    def _check_finite(self, spec: TensorSpec, values: Tensor) -> None:
+        if not all_finite(values):
             file = place_of(self.sources.folders[spec.folder], spec.file)
             raise Unrecoverable(
                 "values are not finite (NaN or infinity)",
                 where=f"{file}: {shown(spec.key)}",
                 hint="the training run diverged: use an earlier save",
             )
-        return stored.to(self.device)
 
     def bytes(self, spec: TensorSpec) -> bytearray:
         return self.sources.read(spec)
@@ -77,13 +88,23 @@ class LocalReader:
     def shared(self, spec: TensorSpec, cut: Callable[[Tensor], Tensor]) -> Tensor:
         return used_here(self.stacks.get(spec, lambda: cut(self._stored(spec))))
 
-    def rows(self, spec: TensorSpec, grid: tuple[int, int], first: int, last: int) -> Tensor:
+    def rows(
+        self,
+        spec: TensorSpec,
+        grid: tuple[int, int],
+        first: int,
+        last: int,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """`into`: memory for them that is used again; on the CPU."""
         width = dtypes.BITS[spec.dtype] // 8 * grid[1]
-        data = bytearray((last - first) * width)
-        self.sources.read_into(spec, first * width, memoryview(data))
-        # converted on the device: fewer bytes go to a GPU
-        value = dtypes.tensor_of(data, spec.dtype, (last - first, grid[1])).to(self.device)
-        return value if self.dtype is None else value.to(self.dtype)
+        return rooms_of(self.device).load(
+            lambda at, room: self.sources.read_into(spec, first * width + at, room),
+            dtypes.torch_dtype(spec.dtype),
+            (last - first, grid[1]),
+            self.dtype,
+            into=into,
+        )
 
     def blocks(self, spec: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
         if self.decoded is not None:

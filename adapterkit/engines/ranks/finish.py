@@ -10,7 +10,7 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.output.rank_stage import RankStage, adopt
 from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.checkpoint.output.writer import part_name
-from adapterkit.checkpoint.system import cores
+from adapterkit.checkpoint.system import all_cores
 from adapterkit.engines.one_file import stage_of
 from adapterkit.engines.placement import device_totals
 from adapterkit.engines.ranks.job_identity import RankJob, check_one_kind, job_failed, no_stage
@@ -55,7 +55,7 @@ class RankFinish:
                 raise no_stage(ranks.path)
         device = head.get("device", "cpu")
         if device != "cpu":  # of the ranks: this machine may have none
-            placement = Placement(device, device_totals(plan, cores()))
+            placement = Placement(device, device_totals(plan, all_cores()))
             plan = replace(plan, placement=placement)
         return run(
             plan,

@@ -1,0 +1,193 @@
+"""The memory that workers read into: reused, page-locked where a pretended card copies from it, no
+more of it than a plan says, and what is read through it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import adapterkit
+from adapterkit.budget import GPU_TASKS
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.output.stage import Stage
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.engines.local import buffers
+from adapterkit.engines.local import engine as local
+from adapterkit.engines.local.buffers import own_rooms, pinned_size
+from adapterkit.engines.local.reader import LocalReader
+from adapterkit.errors import Unrecoverable
+from adapterkit.execute import run
+from adapterkit.tasks import rows
+from tests.golden import inputs
+from tests.support.card import DEVICE, Card, installed
+
+CPU = torch.device("cpu")
+WHOLE = (96, 65)  # many rooms of 256 bytes, the last one not full
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalFolder, dict[str, Tensor]]:
+    """A checkpoint of a tensor of each dtype, one without elements and a scalar."""
+    path = tmp_path_factory.mktemp("stored")
+    torch.manual_seed(0)
+    numbers = 40 * torch.randn(WHOLE)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn)
+    tensors = {str(dtype): numbers.to(dtype) for dtype in (*dtypes, torch.int8, torch.bool)}
+    tensors |= {"none": torch.empty(0, 3), "one": torch.tensor(2.5), "nan": numbers.clone()}
+    tensors["nan"][-1, -1] = torch.nan
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text("{}")
+    return LocalFolder(path), load_file(path / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The inputs of the golden jobs, the current folder meanwhile."""
+    path = tmp_path_factory.mktemp("rooms")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        inputs.create_inputs(Path())
+        yield path
+
+
+@pytest.fixture(autouse=True)
+def small_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "ROOM", 256)
+    monkeypatch.setattr(buffers, "CACHED", 256)
+
+
+def all_read(
+    folder: LocalFolder, device: torch.device, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Each tensor but the one that is not finite, twice."""
+    specs = open_checkpoint(folder).tensors
+    with Sources((folder,), {}) as sources, torch.inference_mode(), own_rooms(device):
+        reader = LocalReader(sources, device, dtype)
+        read = [{k: reader.tensor(spec) for k, spec in specs.items() if k != "nan"} for _ in "12"]
+        with pytest.raises(Unrecoverable, match="nan: values are not finite"):
+            reader.tensor(specs["nan"])
+    assert all(torch.equal(read[0][key].cpu(), tensor.cpu()) for key, tensor in read[1].items())
+    return {key: tensor.cpu() for key, tensor in read[0].items()}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64])
+@pytest.mark.parametrize("device", [CPU, DEVICE])
+def test_what_is_read_part_by_part_is_what_is_stored(
+    device: torch.device, dtype: torch.dtype | None, stored: tuple[LocalFolder, dict[str, Tensor]]
+):
+    with installed(Card()) as card:
+        read = all_read(stored[0], device, dtype)
+    for key, tensor in read.items():
+        expected = stored[1][key] if dtype is None else stored[1][key].to(dtype)
+        assert tensor.dtype == expected.dtype
+        assert torch.equal(tensor.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8))
+    assert not card.races
+
+
+def spec_of(stored: tuple[LocalFolder, dict[str, Tensor]], key: str) -> TensorSpec:
+    return open_checkpoint(stored[0]).tensors[key]
+
+
+def test_a_read_to_a_card_waits_for_a_room_and_for_whether_it_is_finite(
+    stored: tuple[LocalFolder, dict[str, Tensor]],
+):
+    """Copies do not block: from the third room on, for the copy two rooms before; then once."""
+    spec = spec_of(stored, "torch.float32")
+    with (
+        installed(Card()) as card,
+        Sources((stored[0],), {}) as sources,
+        torch.inference_mode(),
+        torch.cuda.stream(torch.cuda.Stream()),
+        own_rooms(DEVICE),
+    ):
+        reader = LocalReader(sources, DEVICE)
+        reader.tensor(spec)
+        parts = -(-spec.nbytes // 256)
+        assert card.transfers == parts
+        assert card.waits == parts - 2 + 1
+        reader.tensor(spec)
+    assert card.pinned_buffers == 2 and card.pinned_bytes == 2 * 256
+    assert not card.races
+
+
+def test_rows_may_go_to_memory_that_is_used_again(stored: tuple[LocalFolder, dict[str, Tensor]]):
+    with Sources((stored[0],), {}) as sources, own_rooms(CPU) as rooms:
+        for key in ("torch.bfloat16", "torch.float32"):
+            spec, places = spec_of(stored, key), set()
+            for first, last in ((0, 5), (5, 7), (90, 96)):
+                room = rooms.kept((last - first, 65), torch.float32)
+                read = LocalReader(sources, CPU).rows(spec, WHOLE, first, last, room)
+                assert torch.equal(read, stored[1][key][first:last].float())
+                places.add(read.data_ptr())
+            assert len(places) <= 2  # the last one is the largest
+
+
+@pytest.mark.parametrize("job", ["merge", "quantize"])
+def test_a_plan_says_how_much_memory_is_page_locked(
+    job: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All of it at once, and no more later: what is pinned is never given back."""
+    monkeypatch.setattr(rows, "CUDA_ELEMENTS", 512)
+    monkeypatch.setattr("adapterkit.engines.local.pieces.RUN", 128)
+    monkeypatch.setattr("adapterkit.engines.placement.ROOM", 256)
+    monkeypatch.setattr("adapterkit.engines.placement.all_cores", lambda: 3)
+    sizes, empty = [], torch.empty
+
+    def allocate(*shape, **options) -> Tensor:
+        if options.get("pin_memory"):
+            sizes.extend(shape)
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    out = tmp_path / "out"
+    with installed(Card()) as card:
+        if job == "merge":
+            plan = adapterkit.merge("base", ["style"], out=out, device="cuda", dry_run=True)
+        else:
+            plan = adapterkit.quantize("base", to="nf4", out=out, device="cuda", dry_run=True)
+        run(plan, Stage(out), local.local("cuda", workers=3))
+    assert card.pinned_bytes == sum(sizes) <= plan.totals()["pinned_memory"]
+    assert all(size == pinned_size(size) for size in sizes)
+    assert len(set(sizes)) == (2 if job == "merge" else 1)
+
+
+def test_a_card_has_a_worker_for_each_core(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As many files in the making, and hashes; on the CPU eight would wait for the disk."""
+    runs, init = [], local._ShardRun.__init__
+
+    def note(run, *arguments) -> None:
+        init(run, *arguments)
+        runs.append((run.workers, run.room._value))
+
+    monkeypatch.setattr(local._ShardRun, "__init__", note)
+    monkeypatch.setattr(local, "all_cores", lambda: 11)
+    monkeypatch.setattr(local, "cores", lambda: 2)
+    with installed(Card()):
+        adapterkit.merge("base", ["style"], out=tmp_path / "there", device="cuda")
+    adapterkit.merge("base", ["style"], out=tmp_path / "here")
+    assert runs == [(11, 11), (2, 8)]
+
+
+@pytest.mark.parametrize("job", ["merge", "quantize"])
+def test_jobs_of_a_process_share_their_streams(job: str, folder: Path, tmp_path: Path):
+    """Memory that one of them has freed serves no other, and each has one of cuBLAS."""
+    used = []
+    with installed(Card()) as card:
+        for number in range(3):
+            if job == "merge":
+                plan = adapterkit.merge("base", ["style"], out=tmp_path / "out", dry_run=True)
+            else:
+                plan = adapterkit.quantize("base", to="nf4", out=tmp_path / "out", dry_run=True)
+            run(plan, Stage(tmp_path / f"{number}"), local.local("cuda", workers=8))
+            used.append(len(card.streams_used - {card.default.number}))
+            card.streams_used.clear()
+        rings = {len(ring) for ring in card.rings.values()}
+    assert max(used) <= (8 if job == "merge" else GPU_TASKS)
+    assert max(rings) <= (8 if job == "merge" else GPU_TASKS)
