@@ -1,6 +1,7 @@
 """What a run on a card sets, refuses, notes and falls back to, on a pretended card."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from adapterkit.engines import device
 from adapterkit.engines.local import chunks
 from adapterkit.engines.local import engine as local
 from adapterkit.engines.local.reader import LocalReader
+from adapterkit.engines.out_of_memory import memory_errors
 from adapterkit.errors import Failed, Refused
 from adapterkit.execute import run
 from tests.golden import inputs
@@ -225,6 +227,46 @@ def test_a_card_that_is_full_ends_cleanly_and_resumes(
     assert KIND in str(refused.value)
     receipt = merge(tmp_path / "out", device="cuda", resume=True)
     assert receipt.data["device"] == KIND
+
+
+CUBLAS = "CUDA error: CUBLAS_STATUS_{} when calling `cublasCreate(handle)`"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_certain"),
+    [
+        ("CUDA driver error: out of memory", True),
+        (CUBLAS.format("ALLOC_FAILED"), True),
+        (CUBLAS.format("NOT_INITIALIZED"), False),
+        ("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate`", False),
+        ("cusolver error: 7, when calling `cusolverDnCreate(handle)`", False),
+        ("NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp", False),
+    ],
+)
+def test_what_a_full_card_says_otherwise(
+    text: str, is_certain: bool, card: Card, folder: Path, tmp_path: Path, monkeypatch
+):
+    """Texts of other faults, too, are of a full one where little is free."""
+
+    def fail(*_):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(local, "compute_chunk", fail)
+    with pytest.raises(Failed if is_certain else RuntimeError, match=re.escape(text)):
+        merge(tmp_path / "out", device="cuda")
+    card.taken[0] = card.memory - (1 << 29)
+    with pytest.raises(Failed, match="out of memory: " + re.escape(text)):
+        merge(tmp_path / "out", device="cuda", overwrite=True)
+    card.fails = "CUDA error: an illegal memory access was encountered"  # an error that stays
+    with pytest.raises(RuntimeError), memory_errors(DEVICE):
+        raise RuntimeError("CUSOLVER_STATUS_INTERNAL_ERROR")
+
+
+def test_an_allocation_that_fails_on_the_cpu_is_out_of_memory():
+    with pytest.raises(Failed, match="out of memory: .*can't allocate"), memory_errors(CPU):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError), memory_errors(CPU):
+        raise RuntimeError(CUBLAS.format("NOT_INITIALIZED"))
 
 
 def test_a_run_of_the_cpu_is_not_resumed_on_a_card(

@@ -37,8 +37,8 @@ from adapterkit.engines.local.chunks import ComputedChunk, compute_chunk
 from adapterkit.engines.local.computed import TaskThreads, write_computed
 from adapterkit.engines.local.pieces import Chunk, OpenShard, Piece, largest_piece
 from adapterkit.engines.local.reader import LocalReader
+from adapterkit.engines.out_of_memory import memory_errors
 from adapterkit.engines.placement import fitting
-from adapterkit.errors import Failed, shown
 from adapterkit.options import Progress, no_progress
 from adapterkit.plan import OutputFile, Plan
 from adapterkit.tasks.handoff import HandoffReader
@@ -46,11 +46,6 @@ from adapterkit.tasks.metrics import ChangeMetrics
 from adapterkit.tasks.rows import arithmetic
 
 SHUTDOWN_TIMEOUT = 1.0  # seconds that an interrupted job gives its threads
-OUT_OF_MEMORY = {  # hints
-    "cpu": "free some memory, then --resume",
-    "cuda": "free some of the GPU's memory and give --resume, "
-    "or begin again with --device cpu --overwrite",
-}
 OPEN_SHARDS = 8  # output files in the making: small ones would outrun the fsyncs behind them
 
 
@@ -78,7 +73,11 @@ def local(device: str = "auto", workers: int | None = None):
         computed = [shard for shard in shards if shard.tasks and not shard.is_block]
         streamed = [shard for shard in shards if not shard.tasks]
         reads = [spec for file in (*computed, *streamed) for spec in file.reads]
-        with exact_arithmetic(where), Sources(plan.folders, plan.identities) as sources:
+        with (
+            exact_arithmetic(where),
+            memory_errors(where),
+            Sources(plan.folders, plan.identities) as sources,
+        ):
             for folder in range(len(plan.folders)):
                 names = [spec.file for spec in reads if spec.folder == folder]
                 plan.folders[folder].prefetch(list(dict.fromkeys(names)))
@@ -103,22 +102,10 @@ def local(device: str = "auto", workers: int | None = None):
                     _ShardRun(
                         streamed, largest, stage, sources, where, count, hash, finished, progress
                     ).run()
-            except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                raise Failed(
-                    f"out of memory: {shown(error)}", hint=OUT_OF_MEMORY[where.type]
-                ) from error
             finally:
                 torch.set_num_threads(threads)
 
     return engine
-
-
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Whether it is one of the errors of torch, CUDA and Python for that."""
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "CUDA error: out of memory" in str(error)
 
 
 class _ShardRun:
