@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adapterkit.combinations.common import check_count, check_share, without_noise
 from adapterkit.combinations.protocol import Metrics, OnFactors
+from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank.algebra import Product, Svd, norm, svd
 
 
@@ -56,8 +57,8 @@ def _nearest_orthogonal(
     x: Tensor,  # (n, K)
 ) -> Tensor:  # (n, K)
     """The orthogonal matrix (orthonormal columns, or rows if K > n) nearest to x, on its span."""
-    q, core = torch.linalg.qr(x)
-    p, s, qh = torch.linalg.svd(core, full_matrices=False)
+    q, core = dense.qr(x)
+    p, s, qh = dense.svd(core)
     p, qh = p[:, s > 1e-8], qh[s > 1e-8]
     return q @ p @ qh
 

@@ -1,6 +1,7 @@
 """The local engine on a pretended card: the same bytes as on the CPU, and no races."""
 
 import contextlib
+import math
 import shutil
 import threading
 import time
@@ -13,6 +14,7 @@ from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.engines.local import buffers, chunks, pieces
 from adapterkit.engines.local import engine as local
 from adapterkit.execute import run
+from adapterkit.kernels import dense
 from adapterkit.tasks import edits, rows
 from tests.golden import inputs, jobs
 from tests.support.card import Card, installed
@@ -45,7 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    """Equal ones on both devices: then products have the same bits."""
+    """Equal ones on both devices: then products have the same bits; and one way to a QR, as signs
+    depend on it."""
+    monkeypatch.setattr(dense, "THIN", math.inf)
     monkeypatch.setattr(rows, "ELEMENTS", SMALL)
     monkeypatch.setattr(rows, "CUDA_ELEMENTS", SMALL)
 

@@ -4,6 +4,7 @@ mixes tensors of a GPU with tensors of the CPU."""
 import dataclasses
 import importlib
 import inspect
+import math
 import pickle
 import pkgutil
 import tracemalloc
@@ -18,6 +19,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.local.engine import LocalReader
+from adapterkit.kernels import dense
 from adapterkit.plan import Plan, Task, TaskResult
 from adapterkit.weights.codec import stored_parts
 from tests.support.card import DEVICE, Card, installed
@@ -209,8 +211,12 @@ def peak(profile: torch.profiler.profile) -> int:
     return most
 
 
-def test_stays_on_the_gpu_and_gives_there_what_it_gives_here(own_cases: list):
-    """On a pretended one, on which tensors of both never meet."""
+def test_stays_on_the_gpu_and_gives_there_what_it_gives_here(
+    own_cases: list, monkeypatch: pytest.MonkeyPatch
+):
+    """On a pretended one, on which tensors of both never meet; by one way to a QR, on which signs
+    depend."""
+    monkeypatch.setattr(dense, "THIN", math.inf)
     for plan, task, handoffs in own_cases:
         here = compute(plan, task, handoffs)
         with installed(Card()) as card:

@@ -13,6 +13,7 @@ from adapterkit.adapters.config import PATTERNS
 from adapterkit.adapters.kinds.common import AdaptedModule, kernel_tail, no_errors, read_float64
 from adapterkit.adapters.kinds.loha import with_core
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product, Svd, rank_for_energy
 from adapterkit.kernels.lowrank.truncated import truncated_svd
@@ -164,5 +165,5 @@ def _svd(parts: Sequence[Tensor], most: int) -> tuple[Svd, float]:
     matrix = parts[0].reshape(len(parts[0]), -1)
     total = float(matrix.square().sum())
     if min(matrix.shape) <= SMALL:
-        return Svd(*torch.linalg.svd(matrix, full_matrices=False)), total
+        return Svd(*dense.svd(matrix)), total
     return truncated_svd(matrix, most), total

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adapterkit.kernels import dense
+
 WELL_CONDITIONED = 1e-3  # smallest singular value over the largest one
 ROUNDING = 1e-12  # of a sum of squares
 
@@ -78,7 +80,7 @@ def svd(product: Product) -> Svd:
     """
     s, times_q = _triangular(product.left)
     t, times_p = _triangular(product.right.T)
-    u, values, vh = torch.linalg.svd(s @ t.T, full_matrices=False)
+    u, values, vh = dense.svd(s @ t.T)
     return Svd(times_q(u), values, times_p(vh.T).T)
 
 
@@ -91,7 +93,7 @@ def _triangular(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """
     if x.shape[0] > 2 * x.shape[1]:
         r, failed = torch.linalg.cholesky_ex(x.T @ x, upper=True)
-        values = torch.linalg.svdvals(r) if not failed else r.new_zeros(1)
+        values = dense.svdvals(r) if not failed else r.new_zeros(1)
         if values[-1] > values[0] * WELL_CONDITIONED:
             return r, lambda y: x @ torch.linalg.solve_triangular(r, y, upper=True)
     q, r = torch.linalg.qr(x)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank.algebra import Svd
 
 OVERSAMPLING = 8  # vectors of a block beyond the rank: the gap behind them decides the speed
@@ -143,7 +144,7 @@ def expand(basis: Tensor, panel: Tensor, top: float) -> Expansion:
     inside = panel @ basis.T
     remainder = torch.addmm(panel, inside, basis, alpha=-1)
     rows, beyond = _frame(remainder, FLOOR[panel.dtype], top)
-    size = float(torch.linalg.matrix_norm(beyond, 2)) if beyond.numel() else 0.0
+    size = float(dense.svdvals(beyond).amax()) if beyond.numel() else 0.0
     # below 0.1 of a unit vector: rounding, in the basis's span
     rows, turn = _frame(torch.addmm(rows, rows @ basis.T, basis, alpha=-1), 0.1, 1.0)
     return Expansion(rows, inside.double(), beyond @ turn, size)
@@ -152,9 +153,9 @@ def expand(basis: Tensor, panel: Tensor, top: float) -> Expansion:
 def _frame(panel: Tensor, noise: float, top: float) -> tuple[Tensor, Tensor]:
     """rows (r, m) orthonormal, t (b, r) float64, panel = t @ rows but for directions below
     noise · max(top, the largest)."""
-    q, r = torch.linalg.qr(panel.T.double())
-    x, s, yh = torch.linalg.svd(r.T, full_matrices=False)
-    keep = int((s > noise * max(top, float(s[0]) if len(s) else 0.0)).sum())
+    q, r = dense.qr(panel.T.double())
+    x, s, yh = dense.svd(r.T)
+    keep = int((s > noise * s[:1].clamp(min=top)).sum())
     return (yh[:keep] @ q.T).to(panel.dtype), x[:, :keep] * s[:keep]
 
 
@@ -168,10 +169,10 @@ def new_directions(
     Of columns that depend on the others only rounding is left, which lies in the basis's span too:
     they are dropped, and the others, which may then depend on each other, orthogonalized again.
     """
-    u, clean = torch.linalg.qr(panel - basis @ (basis.T @ panel)).Q, False
+    u, clean = dense.qr(panel - basis @ (basis.T @ panel))[0], False
     while not clean:
         u = u - basis @ (basis.T @ u)
         sizes = u.norm(dim=0)
         clean = not len(sizes) or bool(sizes.min() > 0.9)
-        u = torch.linalg.qr(u[:, sizes > 0.5]).Q
+        u, _ = dense.qr(u if clean else u[:, sizes > 0.5])
     return u

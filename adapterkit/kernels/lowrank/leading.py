@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank import krylov
 from adapterkit.kernels.lowrank.algebra import Svd
 from adapterkit.kernels.lowrank.krylov import OVERSAMPLING, Matrix, Space
@@ -82,7 +83,7 @@ def _search(matrix: Matrix, k: int, block: int, tolerance: float) -> Svd | None:
         space, lack = _expand(matrix, k, near, tolerance, int(MAX_SHARE * n) // block, math.inf)
     if lack > 1:
         return None
-    vectors = torch.linalg.eigh(space.gram).eigenvectors[:, -k:].flip(1)
+    vectors = dense.eigh(space.gram)[1][:, -k:].flip(1)
     return triplets(matrix, (space.q.double() @ vectors).T, k)
 
 
@@ -98,7 +99,7 @@ def _expand(
         if not u.shape[1]:
             return space, 0.0  # nothing beyond
         space = space.add(u, matrix.left(u))
-        lack = growth.lack(torch.linalg.eigvalsh(space.gram).flip(0))
+        lack = growth.lack(dense.eigvalsh(space.gram).flip(0))
         if lack <= 1:
             return space, lack
         full = u.shape[1] == panel.shape[1]
@@ -124,7 +125,7 @@ def _inexact(matrix: Matrix, k: int, space: Space, block: int, tolerance: float)
         known = basis[:, :size]
         panel = torch.addmm(panel, known, known.T @ panel, alpha=-1)
         panel = torch.addmm(panel, known, known.T @ panel, alpha=-1)
-        u, beyond = torch.linalg.qr(panel)
+        u, beyond = dense.qr(panel)
         basis[:, size : size + block] = u
         projection[size - block : size, size : size + block] = beyond.T
         size += block
@@ -133,6 +134,6 @@ def _inexact(matrix: Matrix, k: int, space: Space, block: int, tolerance: float)
         if count % CHECK_EVERY == 0:
             square = projection[:size, :size].triu()
             square += square.triu(1).T
-            if growth.lack(torch.linalg.eigvalsh(square).flip(0)) <= 1:
-                return basis[:, :size] @ torch.linalg.eigh(square).eigenvectors[:, -block:].flip(1)
+            if growth.lack(dense.eigvalsh(square).flip(0)) <= 1:
+                return basis[:, :size] @ dense.eigh(square)[1][:, -block:].flip(1)
     return None

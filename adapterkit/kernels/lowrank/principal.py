@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank.truncated import truncated_svd
 
 FULL = 0.125  # share of the components from which on a full decomposition takes less time
@@ -26,7 +27,7 @@ def principal_components(
         svd = truncated_svd(centered, k, tolerance=1e-7)
         variances, components = svd.s, svd.vh
     else:
-        values, vectors = torch.linalg.eigh(centered)
+        values, vectors = dense.eigh(centered)
         variances, components = values.flip(0)[:k], vectors.T.flip(0)[:k]
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))
     components = components * torch.where(largest < 0, -1.0, 1.0)

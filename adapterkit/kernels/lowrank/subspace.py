@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor
 
+from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank import krylov
 from adapterkit.kernels.lowrank.algebra import Svd
 from adapterkit.kernels.lowrank.krylov import OVERSAMPLING, Matrix, Space
@@ -51,7 +52,7 @@ def _approximate(
         u = krylov.new_directions(space.q, panel)
         new = matrix.left(u)
         space = space.add(u, new)
-        squares, vectors = torch.linalg.eigh(space.gram)
+        squares, vectors = dense.eigh(space.gram)
         before, energy = energy, float(squares[-k:].clamp(min=0).sum())
         gains.append(energy - before)
         ratio = min(gains[-1] / gains[-2], MAX_GAIN_RATIO) if gains[-2] > 0 else 0.0

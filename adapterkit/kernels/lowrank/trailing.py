@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank.algebra import Svd
 from adapterkit.kernels.lowrank.truncated import truncated_svd
 
@@ -27,7 +28,7 @@ def trailing_svd(
         raise ValueError(f"rank must be at least 1, not {rank}")
     tall = w.shape[0] >= w.shape[1]
     matrix = w.double()
-    q, triangle = torch.linalg.qr(matrix if tall else matrix.T)
+    q, triangle = dense.qr(matrix if tall else matrix.T)
     k = min(rank, len(triangle))
     u, s, vh = _inverted(triangle, k) or _decomposed(triangle, k)
     return Svd(q @ u, s, vh) if tall else Svd(vh.T, s, (q @ u).T)
@@ -45,10 +46,10 @@ def _inverted(triangle: Tensor, k: int) -> Svd | None:
     if not float(svd.s[-1]) > SPREAD * float(svd.s[0]):
         return None
     # once more: what the iteration left of large values in v counts beside the small ones
-    v, s, xh = torch.linalg.svd(inverse @ svd.vh.T, full_matrices=False)
+    v, s, xh = dense.svd(inverse @ svd.vh.T)
     return Svd((svd.vh.T @ xh.T).flip(1), 1 / s.flip(0), v.T.flip(0))
 
 
 def _decomposed(triangle: Tensor, k: int) -> Svd:
-    u, s, vh = torch.linalg.svd(triangle)
+    u, s, vh = dense.svd(triangle)
     return Svd(u[:, -k:], s[-k:], vh[-k:])

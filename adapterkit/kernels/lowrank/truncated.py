@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank import krylov
 from adapterkit.kernels.lowrank.algebra import ROUNDING, Svd, rank_for_energy
 from adapterkit.kernels.lowrank.krylov import FLOOR, OVERSAMPLING, Matrix, expand
@@ -224,7 +225,7 @@ def _cost(n: int, m: int, block: int, size: int) -> float:
 def _ritz(core: Tensor, beyond: Tensor) -> _Ritz:
     """The singular values of u @ w = core @ v, and the residuals ‖beyondᵀ x_last‖: how far wᵀ u is
     outside v's span, x_last the vectors' part in the last block."""
-    squares, vectors = torch.linalg.eigh(core @ core.T)
+    squares, vectors = dense.eigh(core @ core.T)
     squares, vectors = squares.flip(0).clamp_(min=0), vectors.flip(1)
     return _Ritz(squares, vectors, (beyond.T @ vectors[len(core) - len(beyond) :]).square().sum(0))
 
@@ -281,20 +282,20 @@ def _full(matrix: Matrix, count: Callable[[Tensor], int]) -> Tensor:
         part = columns.double() * matrix.half * matrix.half
         for i in range(0, n, 256):  # eigh reads the lower triangle
             gram[i : i + 256, : i + 256].addmm_(part[i : i + 256], part[: i + 256].T)
-    squares, vectors = torch.linalg.eigh(gram)
+    squares, vectors = dense.eigh(gram)
     return vectors.flip(1)[:, : count(squares.flip(0).clamp_(min=0))].T
 
 
 def _exact(matrix: Matrix, k: int) -> Svd:
     """The first k triplets from LAPACK's decomposition of w in float64."""
     w = matrix.w.double() * matrix.half * matrix.half
-    return Svd(*torch.linalg.svd(w, full_matrices=False)).top(k)
+    return Svd(*dense.svd(w)).top(k)
 
 
 def triplets(matrix: Matrix, left: Tensor, k: int) -> Svd:
     """The k triplets of leftᵀ left w, float64. Householder's QR returns orthonormal vectors also
     where some are missing or zero."""
-    left = torch.linalg.qr(pad(left, (0, 0, 0, k - len(left))).T).Q
-    q, r = torch.linalg.qr(matrix.rows(left.T.to(matrix.w.dtype)).T.double())
-    x, s, yh = torch.linalg.svd(r.T)
+    left, _ = dense.qr(pad(left, (0, 0, 0, k - len(left))).T)
+    q, r = dense.qr(matrix.rows(left.T.to(matrix.w.dtype)).T.double())
+    x, s, yh = dense.svd(r.T)
     return Svd(left @ x, s, yh @ q.T)

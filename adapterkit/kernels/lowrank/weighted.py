@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product, Svd
 from adapterkit.kernels.lowrank.truncated import leading_svd, truncated_svd
@@ -83,7 +84,7 @@ def project(
     w: Tensor,  # (out, in)
 ) -> Svd:
     """The triplets of u uᵀ w."""
-    x, s, vh = torch.linalg.svd(u.T @ w, full_matrices=False)
+    x, s, vh = dense.svd(u.T @ w)
     return Svd(u @ x, s, vh)
 
 
