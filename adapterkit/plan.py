@@ -80,6 +80,27 @@ class Loaded:
     exact: Apply | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """What computing takes besides reading and writing, counted; `engines/cost.py` knows what it
+    costs on which machine."""
+
+    encoded: float = 0.0  # elements that are rounded to a quantized format, and compared with it
+    decoded: float = 0.0  # elements of a quantized format that become numbers
+    elected: float = 0.0  # elements of dense deltas that a method goes through, those of all
+    drawn: float = 0.0  # random numbers
+    flops: float = 0.0  # of products in float32
+    wide: float = 0.0  # of products in float64
+    columns: float = 0.0  # of weights, where each is rounded after the one before
+    decompositions: float = 0.0
+
+    def __add__(self, other: "Effort") -> "Effort":
+        return Effort(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+    def __rmul__(self, times: int) -> "Effort":
+        return Effort(**{name: times * value for name, value in vars(self).items()})
+
+
 @dataclass(frozen=True, slots=True)
 class Edit(ABC):
     """One change to a stored tensor; subclasses are frozen, picklable dataclasses."""
@@ -158,6 +179,11 @@ class Step:
     @property
     def planned(self) -> TensorPlan:
         return TensorPlan(self.key, self.dtype, self.shape)
+
+    @property
+    def effort(self) -> Effort:
+        flops = sum(edit.flops for edit in self.edits)
+        return Effort(wide=flops) if self.wide else Effort(flops=flops)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -240,9 +266,8 @@ class Task(ABC):
         return False
 
     @property
-    def prefers_gpu(self) -> bool:
-        """Whether it is so much arithmetic that a GPU is worth starting."""
-        return False
+    def effort(self) -> Effort:
+        return Effort()
 
     @property
     @abstractmethod
@@ -273,6 +298,9 @@ class Collecting(Protocol):
     def device_memory(self) -> int:
         """Bytes of the memory of a GPU that it runs on."""
         ...
+
+    @property
+    def effort(self) -> Effort: ...
 
     def room(self, budget: int) -> int:
         """Bytes of disk that it takes meanwhile, with so many bytes of memory."""

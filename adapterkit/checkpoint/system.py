@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 
+MOST_CORES = 8  # that are used unless asked otherwise
 _libc = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD, _NOREPLACE, _EXCHANGE, _WRITE = -100, 1, 2, 2
 
@@ -37,8 +38,8 @@ def all_cores() -> int:
 
 
 def cores() -> int:
-    """Those that it uses by default: at most 8, as more wait for the disk, or for memory."""
-    return min(8, all_cores())
+    """Those that it uses by default: more wait for the disk, or for memory."""
+    return min(MOST_CORES, all_cores())
 
 
 def quarter_of_memory() -> int:

@@ -20,6 +20,7 @@ class DareLinear(OnElements):
     name = "dare_linear"
     source = "arXiv:2311.03099"
     acts_on = "elements"
+    draws = True
 
     def __post_init__(self):
         check_share("density", self.density, above_zero=True)

@@ -21,6 +21,7 @@ class DareTies(OnElements):
     name = "dare_ties"
     source = "arXiv:2311.03099"
     acts_on = "elements"
+    draws = True
 
     def __post_init__(self):
         check_share("density", self.density, above_zero=True)

@@ -28,6 +28,7 @@ class Della(OnElements):
     name = "della"
     source = "arXiv:2406.11617"
     acts_on = "elements"
+    draws = True
 
     def __post_init__(self):
         check_share("density", self.density, above_zero=True)

@@ -54,6 +54,7 @@ class DenseDelta(NamedTuple):
 class _Weighted(Protocol):
     name: ClassVar[str]
     source: ClassVar[str]  # the paper
+    draws: ClassVar[bool] = False  # a random number for each element
 
     def check_weights(self, weights: Sequence[float]) -> None:
         """Raises `Refused` for weights that the method is not defined for."""

@@ -1,12 +1,13 @@
 """Which device a plan runs on, and what it takes there."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from adapterkit.budget import GPU_TASKS
-from adapterkit.checkpoint.system import all_cores, cores
+from adapterkit.checkpoint.system import all_cores
+from adapterkit.engines.cost import CONSUMER, GPUS, H100, Machine, prefers_gpu
 from adapterkit.engines.device import kind, pick_device, usable
 from adapterkit.engines.local.buffers import GPU_BUFFERS, ROOM, ROOMS, pinned_size
 from adapterkit.engines.local.pieces import largest_piece
@@ -16,22 +17,10 @@ from adapterkit.tasks.rows import CUDA_ELEMENTS
 
 CONTEXT, SLACK = 1 << 30, 1.5  # bytes of CUDA and its libraries; what allocators keep of a task
 IDLE = 0.9  # of a GPU's memory is free: no other one is looked at, as each takes a context
-GAIN, SECONDS = 0.5, 10.0  # of the disk's time, and in all: what a GPU has to save a merge
-SECONDS_EACH = 1.5e-9  # of one core for a changed byte: read, converted, rounded, hashed
-FLOPS = 40e9  # of one core, in float32
 # bytes of a worker for each element of a chunk, twice in float64: two chunks that are under way, of
 # which one is measured
 CHUNK_BYTES = 60
 USABLE = 0.8  # of a GPU's free memory: the rest is the allocator's and the libraries'
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What a machine has: cores, bytes a second of its disk, free bytes on its GPU (0: none)."""
-
-    cores: int
-    gpu: int = 0
-    disk: float = 2e9
 
 
 def place(plan: Plan, name: str, own: int | None = None) -> tuple[Plan, str]:
@@ -51,37 +40,25 @@ def place(plan: Plan, name: str, own: int | None = None) -> tuple[Plan, str]:
 
 def _auto(plan: Plan, own: int | None) -> tuple[str, list[str]]:
     """The device that a plan is best off on, and notes on GPUs that cannot be used: of those that
-    can the one with most memory free."""
+    can and have room for it, the one with most memory free."""
     count = torch.cuda.device_count()
-    if not count or not prefers_gpu(plan, Capacity(cores(), least_memory(plan))):
+    if not count or not prefers_gpu(plan, Machine(all_cores(), H100)):
         return "cpu", []  # before CUDA is started
     free, notes = {}, []
     for number in range(count) if own is None else [own]:
+        device = torch.device("cuda", number)
         try:
-            free[number], total = usable(torch.device("cuda", number))
+            free[device], total = usable(device)
         except Refused as error:
             notes.append(f"{error.problem}; {error.hint}")
             continue
-        if free[number] > IDLE * total:
+        if free[device] > IDLE * total:
             break
-    best = max(free, key=lambda number: free[number], default=None)
-    if best is None or not prefers_gpu(plan, Capacity(cores(), free[best])):
+    best = max(free, key=lambda device: free[device], default=None)
+    if best is None or free[best] < least_memory(plan):
         return "cpu", notes
-    return f"cuda:{best}", notes
-
-
-def prefers_gpu(plan: Plan, capacity: Capacity) -> bool:
-    """Whether a plan is better off on a GPU: with tasks that are much arithmetic; else where the
-    arithmetic would take half as long again as the disk, and ten seconds longer."""
-    if capacity.gpu < least_memory(plan):
-        return False
-    if any(task.prefers_gpu for task in tasks_of(plan)):
-        return True
-    totals = plan.totals()
-    disk = (totals["bytes_read"] + totals["bytes_written"]) / capacity.disk
-    flops = sum(edit.flops for step in _changed(plan) for edit in step.edits)
-    one_core = totals["bytes_changed"] * SECONDS_EACH + flops / FLOPS
-    return one_core / capacity.cores - disk > max(GAIN * disk, SECONDS)
+    gpu = GPUS.get(torch.cuda.get_device_capability(best), CONSUMER)
+    return str(best) if prefers_gpu(plan, Machine(all_cores(), gpu)) else "cpu", notes
 
 
 def least_memory(plan: Plan) -> int:

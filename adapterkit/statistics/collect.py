@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.engines.hub.sources import BoundedFolder, BoundedSources
-from adapterkit.plan import OutputFile, Task, TaskResult
+from adapterkit.plan import Effort, OutputFile, Task, TaskResult
 from adapterkit.records import Json
 from adapterkit.statistics.job import Batch, CollectionJob, check_options
 from adapterkit.statistics.model.activations import ActivationStore
@@ -23,6 +23,7 @@ from adapterkit.statistics.model.stored_model import StoredModel
 from adapterkit.statistics.model.whole import run_whole
 from adapterkit.statistics.sums import Sums
 from adapterkit.statistics.sums_files import Ledger, SumsFile, groups_of, sums_files
+from adapterkit.tasks.common import decomposition
 from adapterkit.tasks.statistics import INPUTS, METADATA, key_of
 from adapterkit.verbs.stats import StatsOptions
 from adapterkit.weights.reader import Reader
@@ -75,16 +76,7 @@ def open_sources(folder: Folder) -> Sources:
 
 
 @dataclass(frozen=True)
-class StatisticsTask(Task):
-    """A task of the file of statistics."""
-
-    @property
-    def prefers_gpu(self) -> bool:  # what it is of: unlike a merge, the model waits for arithmetic
-        return True
-
-
-@dataclass(frozen=True)
-class InputStatistics(StatisticsTask):
+class InputStatistics(Task):
     """Statistics of inputs that some modules share, the sum of sums in files of the work folder."""
 
     modules: tuple[str, ...]
@@ -107,6 +99,13 @@ class InputStatistics(StatisticsTask):
         return tuple(TensorPlan(key_of(self.name, kind), "F32", shapes[kind]) for kind in kinds)
 
     @property
+    def effort(self) -> Effort:
+        if "pca" not in self.options.what:
+            return Effort()
+        one = decomposition(self.width, self.width, self.options.components)
+        return replace(one, flops=0, wide=one.flops)
+
+    @property
     def memory(self) -> int:
         # two sums, a covariance in both precisions, its eigenvectors
         return self.width**2 * (2 * 5 + 12 + 24 * ("pca" in self.options.what))
@@ -126,7 +125,7 @@ class InputStatistics(StatisticsTask):
 
 
 @dataclass(frozen=True)
-class GradientMean(StatisticsTask):
+class GradientMean(Task):
     """dLoss/dW (out, in) of a module, the mean over so many batches."""
 
     shape: tuple[int, ...]
@@ -163,9 +162,9 @@ class CollectedFile:
         return sums_files(self.work)
 
     @cached_property
-    def tasks(self) -> list[StatisticsTask]:
+    def tasks(self) -> list[InputStatistics | GradientMean]:
         """In the order of the model; `shared` and `modules` follow from them."""
-        tasks: dict[str, list[StatisticsTask]] = {}
+        tasks: dict[str, list[InputStatistics | GradientMean]] = {}
         for modules, places in groups_of(self.files):
             records = [file.records[number] for file, number in places]
             if sum(record["vectors"] for record in records):

@@ -1,6 +1,7 @@
 """What `stats` will do, complete before any weight is read: samples, batches, modules, sizes."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from adapterkit.checkpoint.reader import Sources, changed
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import Failed, Refused, listed, shown
 from adapterkit.options import Progress, StrPath, files
-from adapterkit.plan import OutputFile, Plan
+from adapterkit.plan import Effort, OutputFile, Plan
 from adapterkit.planning.inputs.input_identity import identities, plan_of
 from adapterkit.planning.inputs.sources import open_model
 from adapterkit.records import Json
@@ -76,6 +77,14 @@ class Collection:
             4 * rows * width for rows, width in shapes if "gradient" in self.options.what
         )
         return gradients + int(SUMS * sum(width**2 for _, width in shapes if self.sizes.sums))
+
+    @property
+    def effort(self) -> Effort:
+        """Of the model, its gradients and the sums; of layers that see the same inputs, too."""
+        parameters = sum(math.prod(spec.shape) for spec in self.base.tensors.values())
+        passes = 4 if "gradient" in self.options.what else 1  # forward again, and two backward
+        squares = sum(width**2 for _, width in self.shapes.values()) if self.sizes.sums else 0
+        return Effort(flops=self.samples.tokens * (2 * passes * parameters + 9 / 8 * squares))
 
     @property
     def device_memory(self) -> int:

@@ -20,7 +20,7 @@ from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense, 
 from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.rows import row_ranges
-from adapterkit.plan import READ, Metrics, TaskResult
+from adapterkit.plan import READ, Effort, Metrics, TaskResult
 from adapterkit.tasks.common import FactorsTask, RankedFactors
 from adapterkit.tasks.metrics import short
 from adapterkit.tasks.statistics import covariance_errors, read_covariance, read_root, root_memory
@@ -28,7 +28,6 @@ from adapterkit.tasks.truncate import energies_of, fit_metrics
 from adapterkit.weights.reader import Reader
 
 BLOCK = 1 << 19  # elements of a dense delta that are multiplied out at a time on a CPU
-MANY = 4  # dense deltas, of which elections wait for the memory
 Delta = Product | Tensor  # Δ as left @ right in float64, or (out, in) float32
 
 
@@ -115,8 +114,16 @@ class CombinedFactors(FactorsTask):
         return {"rank": self.max_rank} if known and not self.refit.energy else None
 
     @property
-    def prefers_gpu(self) -> bool:
-        return self.method.acts_on == "elements" and len(self.parts) >= MANY
+    def effort(self) -> Effort:
+        roots = Effort(wide=sum(spec.shape[0] ** 3 for spec in self.covariances))
+        if not self.is_dense:
+            return roots
+        size = math.prod(self.shape) * (self.place.experts or 1)
+        flops = 2 * size * sum(part.factors.rank for part in self.parts)
+        elements = size * len(self.parts)
+        drawn = elements if self.method.draws else 0
+        dense = Effort(elected=elements, drawn=drawn, flops=flops)
+        return roots + dense + self.decomposition(self.max_rank)
 
     @property
     def memory(self) -> int:

@@ -14,11 +14,18 @@ from adapterkit.adapters.factors import Place
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.pieces import piece
-from adapterkit.plan import READ, Metrics, Task, TaskResult
+from adapterkit.plan import READ, Effort, Metrics, Task, TaskResult
 from adapterkit.weights.reader import Reader
 
 BLOCK = 1 << 20  # elements that are summed at a time on a CPU
-LARGE = 1024  # the shorter side of a matrix whose decomposition is worth a GPU
+# products with the matrix, each way, of a decomposition, and its columns beyond those asked for
+SWEEPS, BEYOND = 12, 16
+
+
+def decomposition(out: int, width: int, rank: int) -> Effort:
+    """Of as many singular triplets; of most of them by a Gram matrix."""
+    columns = min(rank + BEYOND, min(out, width) // 4)
+    return Effort(flops=2 * SWEEPS * out * width * columns, decompositions=1)
 
 
 @dataclass(frozen=True)
@@ -108,10 +115,10 @@ class FactorsTask(Task):
         place, (a, b) = self.place, self.place.shapes(self.max_rank)
         return (TensorPlan(place.a_key, self.dtype, a), TensorPlan(place.b_key, self.dtype, b))
 
-    @property
-    def is_large(self) -> bool:
-        """Whether a decomposition of the module's weight is worth a GPU."""
-        return min(self.place.out, math.prod(self.place.a_tail)) >= LARGE
+    def decomposition(self, rank: int) -> Effort:
+        """Of as many singular triplets of the module's weight, of each expert's."""
+        shape = self.place.out, math.prod(self.place.a_tail)
+        return (self.place.experts or 1) * decomposition(*shape, rank)
 
     def round(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors in the dtype of the file."""

@@ -14,7 +14,7 @@ from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.lowrank.algebra import Svd
 from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense
 from adapterkit.kernels.pieces import piece
-from adapterkit.plan import READ, Task, TaskResult
+from adapterkit.plan import READ, Effort, Task, TaskResult
 from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.statistics import read_root, root_memory
 from adapterkit.tasks.truncate import FittedFactors
@@ -50,8 +50,10 @@ class DifferenceFactors(FittedFactors):
         return min(self._shape)
 
     @property
-    def prefers_gpu(self) -> bool:
-        return self.is_large
+    def effort(self) -> Effort:
+        root = 0 if self.covariance is None else self.covariance.shape[0]
+        weighted = Effort(flops=2 * self.place.out * root**2, wide=root**3)
+        return weighted + self.decomposition(self.max_rank)
 
     @property
     def memory(self) -> int:

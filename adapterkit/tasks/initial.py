@@ -19,7 +19,7 @@ from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import norm
-from adapterkit.plan import READ, Change, Finalize, Metrics, Task, TaskResult
+from adapterkit.plan import READ, Change, Effort, Finalize, Metrics, Task, TaskResult
 from adapterkit.tasks.common import RankedFactors
 from adapterkit.tasks.handoff import handoff_keys, handoff_of
 from adapterkit.tasks.metrics import short
@@ -57,9 +57,10 @@ class InitialFactors(RankedFactors):
         return {"rank": self.rank, "alpha": self.alpha}
 
     @property
-    def prefers_gpu(self) -> bool:
+    def effort(self) -> Effort:
+        squares = sum(spec.shape[0] ** 3 for kind, spec in self.statistics if kind == "covariance")
         decomposed = {"weight", "gradient"}.intersection(self.method.needs)
-        return bool(decomposed) and self.is_large
+        return Effort(wide=squares) + bool(decomposed) * self.decomposition(self.rank)
 
     @property
     def memory(self) -> int:
@@ -161,8 +162,8 @@ class ResidualWeight(Task):
         return (TensorPlan(self.source.key, self.source.dtype, self.source.shape),)
 
     @property
-    def prefers_gpu(self) -> bool:
-        return self.packed is not None
+    def effort(self) -> Effort:
+        return Effort(encoded=2 * math.prod(self.source.shape) if self.packed else 0)
 
     @property
     def memory(self) -> int:

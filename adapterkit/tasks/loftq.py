@@ -15,8 +15,8 @@ from adapterkit.kernels.lowrank.algebra import Svd, balanced_factors
 from adapterkit.kernels.lowrank.subspace import near_optimal_svd
 from adapterkit.kernels.lowrank.weighted import project
 from adapterkit.kernels.sums import norm, squared_norm
-from adapterkit.plan import READ, Change, Finalize, Task, TaskResult
-from adapterkit.tasks.common import FactorsTask, RankedFactors
+from adapterkit.plan import READ, Change, Effort, Finalize, Task, TaskResult
+from adapterkit.tasks.common import FactorsTask, RankedFactors, decomposition
 from adapterkit.tasks.handoff import handoff_keys, handoff_of
 from adapterkit.tasks.metrics import short
 from adapterkit.tasks.quantize import PackedWeight
@@ -45,6 +45,11 @@ class LoftQWeight(PackedWeight):
     @property
     def handoff_writes(self) -> tuple[str, ...]:
         return handoff_keys(self.module)
+
+    @property
+    def effort(self) -> Effort:
+        out, width = self.source.shape
+        return self.iterations * (super().effort + decomposition(out, width, self.rank))
 
     @property
     def memory(self) -> int:
@@ -139,8 +144,8 @@ class LoftQFactors(RankedFactors):
     covariance: TensorSpec | None = field(default=None, metadata=READ)
 
     @property
-    def prefers_gpu(self) -> bool:
-        return True
+    def effort(self) -> Effort:
+        return Effort(decoded=math.prod(self.packed.shape)) + self.decomposition(self.rank)
 
     @property
     def memory(self) -> int:

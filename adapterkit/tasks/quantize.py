@@ -14,7 +14,7 @@ from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.quant import compensated as kernel
 from adapterkit.kernels.quant.grid import LARGE_PIECE, RoundColumn
 from adapterkit.kernels.sums import floats, square_sums
-from adapterkit.plan import READ, Compensation, Span, Task, TaskResult
+from adapterkit.plan import READ, Compensation, Effort, Span, Task, TaskResult
 from adapterkit.tasks.metrics import ChangeMetrics, short
 from adapterkit.tasks.rows import StepTask, StoredWeight, step_memory, unchanged_weight
 from adapterkit.tasks.statistics import covariance_errors
@@ -36,8 +36,8 @@ class PackedWeight(Task):
         return self.packed.max_outputs
 
     @property
-    def prefers_gpu(self) -> bool:
-        return True
+    def effort(self) -> Effort:
+        return Effort(encoded=math.prod(self.source.shape))
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class EncodedWeight(PackedWeight):
     """Rounded to nearest, or with compensation and the scales of that."""
 
     compensation: Compensation | None = field(default=None, metadata=READ)
+
+    @property
+    def effort(self) -> Effort:
+        more = Effort() if self.compensation is None else compensation_effort(self.compensation)
+        return super().effort + more
 
     @property
     def memory(self) -> int:
@@ -105,8 +110,8 @@ class CompensatedStep(StepTask):
         return (self.step.planned,)
 
     @property
-    def prefers_gpu(self) -> bool:
-        return True
+    def effort(self) -> Effort:
+        return super().effort + compensation_effort(self.compensation)
 
     @property
     def memory(self) -> int:
@@ -204,6 +209,17 @@ def read_factor(inputs: Reader, covariance: TensorSpec) -> tuple[Tensor, kernel.
 def compensation_memory(compensation: Compensation) -> int:
     """Bytes for a covariance, its factor and the inverse of that, in float64."""
     return max(36 * math.prod(span.covariance.shape) for span in compensation.spans)
+
+
+def compensation_effort(compensation: Compensation) -> Effort:
+    """Of what is carried from column to column and of three norms of outputs, 2·out·in² each, and
+    of the factors of the covariances."""
+    effort = Effort()
+    for span in compensation.spans:
+        width = span.covariance.shape[0]
+        flops = 8 * len(span.outputs) * width**2
+        effort += Effort(flops=flops, wide=2 * width**3, columns=width)
+    return effort
 
 
 def positions(span: Span) -> Tensor:

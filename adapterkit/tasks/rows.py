@@ -18,7 +18,7 @@ from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.quant.stochastic import round_to
 from adapterkit.kernels.rows import row_ranges
 from adapterkit.kernels.sums import squared_norm
-from adapterkit.plan import READ, Loaded, Metrics, Step, Task, TaskResult
+from adapterkit.plan import READ, Effort, Loaded, Metrics, Step, Task, TaskResult
 from adapterkit.tasks.metrics import ChangeMetrics, delta_norm
 from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts
 from adapterkit.weights.reader import Reader
@@ -83,6 +83,12 @@ class StepTask(Task):
     def planned_metrics(self) -> Metrics:
         return {}
 
+    @property
+    def effort(self) -> Effort:
+        is_packed = isinstance(self.step.source, QuantizedWeight)
+        decoded = Effort(decoded=math.prod(self.step.shape) if is_packed else 0)
+        return self.step.effort + decoded
+
 
 @dataclass(frozen=True)
 class EditedTensor(StepTask):
@@ -125,6 +131,10 @@ class RequantizedWeight(StepTask):
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
         return self.packed.max_outputs
+
+    @property
+    def effort(self) -> Effort:
+        return super().effort + Effort(encoded=math.prod(self.step.shape))
 
     @property
     def memory(self) -> int:

@@ -14,7 +14,7 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines import device
+from adapterkit.engines import device, placement
 from adapterkit.engines.local import chunks
 from adapterkit.engines.local import engine as local
 from adapterkit.engines.local.reader import LocalReader
@@ -160,6 +160,7 @@ def test_a_card_that_does_not_compute_is_refused_or_left_alone(
         card.fails = error
     else:
         monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    monkeypatch.setattr(placement, "prefers_gpu", lambda plan, machine: plan.verb != "merge")
     arguments: dict[str, Any] = {
         "merge": {"adapters": ["style"]},
         "quantize": {"to": "nf4"},

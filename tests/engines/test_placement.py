@@ -9,18 +9,12 @@ import adapterkit
 from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan, laid_out
+from adapterkit.engines.cost import H100, PRICES, Machine, prefers_gpu
 from adapterkit.engines.device import LOCAL_RANKS, own_gpu
-from adapterkit.engines.placement import (
-    Capacity,
-    device_totals,
-    fitting,
-    place,
-    prefers_gpu,
-    worker_memory,
-)
+from adapterkit.engines.placement import device_totals, fitting, least_memory, place, worker_memory
 from adapterkit.engines.ranks import rank
 from adapterkit.execute import Engine
-from adapterkit.plan import OutputFile, Plan, Step, Task, TaskResult
+from adapterkit.plan import Effort, OutputFile, Plan, Step, Task, TaskResult
 from adapterkit.tasks.edits import AddLowRank, Band, Block, PlacedFactors
 from adapterkit.tasks.rows import CUDA_ELEMENTS
 from adapterkit.weights.reader import Reader
@@ -66,9 +60,9 @@ def plan_of(*shards: OutputFile) -> Plan:
 
 @dataclass(frozen=True)
 class Worth(Task):
-    """A task that says whether it is worth a card, and how much memory it takes."""
+    """A task with products of so many seconds of a core, and so much memory."""
 
-    prefers: bool
+    seconds: float
     claim: int
 
     @property
@@ -76,8 +70,8 @@ class Worth(Task):
         return (TensorPlan("x", "F32", (4, 4)),)
 
     @property
-    def prefers_gpu(self) -> bool:
-        return self.prefers
+    def effort(self) -> Effort:
+        return Effort(flops=self.seconds / PRICES["flops"].core)
 
     @property
     def memory(self) -> int:
@@ -87,33 +81,38 @@ class Worth(Task):
         raise AssertionError("only planned")
 
 
+HEAVY = Worth("heavy", 1e4, 1 << 30)
+
+
 @pytest.mark.parametrize(
     ("count", "rank", "cores", "disk", "card"),
     [
-        (1500, 16, 16, 2e9, False),  # 405B: the disk takes 800 s, the cores 100
-        (1500, 800, 16, 2e9, False),  # 1,090 s of cores: less than half as long again
-        (1500, 800, 4, 2e9, True),
-        (1500, 800, 16, 20e9, True),  # a disk that is ten times as fast
-        (1500, 16, 16, 20e9, False),
+        (1500, 16, 16, 2e9, False),  # 405B: the disk takes 800 s, the cores 190
+        (1500, 256, 16, 2e9, False),  # 790 s of cores
+        (1500, 800, 16, 2e9, True),  # 2,200 s
+        (1500, 256, 16, 20e9, True),  # a disk that is ten times as fast
+        (1500, 16, 16, 12e9, False),
         (4, 800, 1, 20e9, True),
-        (1, 256, 1, 20e9, False),  # not worth ten seconds
+        (1, 256, 1, 20e9, False),  # not worth a GPU's start
     ],
 )
 def test_a_merge_takes_a_card_where_arithmetic_is_longer_than_the_disk(
     count: int, rank: int, cores: int, disk: float, card: bool
 ):
     plan = merge_of(count, rank)
-    assert prefers_gpu(plan, Capacity(cores, CARD, disk)) is card
-    assert not prefers_gpu(plan, Capacity(cores, 0, disk))
+    assert prefers_gpu(plan, Machine(cores, H100, disk)) is card
+    assert not prefers_gpu(plan, Machine(cores, None, disk))
 
 
 def test_tasks_take_a_card_with_room():
     """For the largest, half as much again, and 1 GB."""
-    light, heavy = Worth("light", False, 1 << 20), Worth("heavy", True, 1 << 30)
-    assert not prefers_gpu(plan_of(OutputFile.computed("a", (light,))), Capacity(1, CARD))
-    plan = plan_of(OutputFile.computed("a", (light, heavy)))
-    assert prefers_gpu(plan, Capacity(64, 5 << 29))
-    assert not prefers_gpu(plan, Capacity(64, (5 << 29) - 1))
+    light, plan = Worth("light", 1, 1 << 20), plan_of(OutputFile.computed("a", (HEAVY,)))
+    assert least_memory(plan) == 5 << 29
+    with installed(Card((5 << 29) + 4096)):  # what `usable` took
+        assert place(plan, "auto")[1] == "cuda:0"
+        assert place(plan_of(OutputFile.computed("a", (light,))), "auto")[1] == "cpu"
+    with installed(Card(5 << 29)):
+        assert place(plan, "auto")[1] == "cpu"
 
 
 def test_workers_and_tasks_share_the_free_memory():
@@ -133,31 +132,6 @@ def test_memory_that_a_merge_takes_beside_the_weights():
     assert eight["pinned_memory"] == 2 * four["pinned_memory"]
     one, three = (device_totals(plan, workers) for workers in (1, 3))
     assert three["device_memory"] - one["device_memory"] == 2 * worker_memory(plan.shards[0].steps)
-
-
-@pytest.mark.parametrize(
-    ("verb", "kind"), [("merge", "cpu"), ("combine", "cpu"), ("quantize", "cuda")]
-)
-def test_auto_decides_by_the_plan(verb: str, kind: str, tmp_path: Path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        inputs.create_inputs(Path())
-        arguments = {
-            "merge": ("base", ["style"]),
-            "combine": (["law", "medicine", "english"],),
-            "quantize": ("base",),
-        }[verb]
-        options = {
-            "merge": {}, "combine": {"method": "ties", "density": 0.5}, "quantize": {"to": "nf4"}
-        }[verb]  # fmt: skip
-        plan = getattr(adapterkit, verb)(*arguments, out="out", dry_run=True, **options)
-        assert plan.placement.device == "cpu"  # there is no card
-        with installed(Card()) as card:
-            placed, device = place(plan, "auto")
-            assert device.split(":")[0] == kind
-            assert placed.placement.device.split()[0] == kind
-            card.memory = 1 << 30  # too little
-            assert place(plan, "auto")[1] == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +163,7 @@ def test_which_of_several_cards(
         monkeypatch.delenv(variable, raising=False)
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    plan = plan_of(OutputFile.computed("a", (Worth("heavy", True, 1 << 30),)))
+    plan = plan_of(OutputFile.computed("a", (HEAVY,)))
     with installed(Card(count=len(free))) as card:
         card.taken = {number: 80 - each << 30 for number, each in enumerate(free)}
         assert own_gpu() == own
