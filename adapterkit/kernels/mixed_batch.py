@@ -6,23 +6,38 @@ Grouped has the rows of one adapter together, in groups of one size with one cop
 each: two batched products. The larger the groups are, the fewer factors are read; rows that do not
 lie together are copied for them, and groups are filled up. Rows of the base have a mask, or
 factors, of zeros, or are in no group.
+
+All factors are put side by side once, whatever the rows; what says which are a row's (masks, picks)
+is made on the host and moved once for all layers with the same ranks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LIMIT = 1 << 18  # tokens times columns up to which a GPU takes the dense form; estimated
+Index = tuple[int, ...]  # for each row the number of its factors, -1 for none
 
-def dense_is_better(rows: int, adapters: int, tokens: int) -> bool:
-    """Whether the dense form is the faster one; measured on one thread at ranks of 16 and widths of
-    1024, 2 to 64 rows, 1 to 64 adapters and 1 to 128 tokens a row."""
+
+def dense_is_better(
+    rows: int,
+    adapters: int,
+    tokens: int,  # of each row
+    columns: int,  # the sum of the ranks
+    device: torch.device,
+) -> bool:
+    """Whether the dense form is the faster one. On a CPU measured on one thread at ranks of 16 and
+    widths of 1024, 2 to 64 rows, 1 to 64 adapters and 1 to 128 tokens a row; on a GPU reading the
+    factors decides as long as there are few tokens."""
+    if device.type != "cpu" and rows * tokens * columns <= LIMIT:
+        return True
     return adapters == 1 or adapters * tokens <= 2
 
 
-def group_size(index: Sequence[int], tokens: int) -> int:
+def group_size(index: Index, tokens: int) -> int:
     """The number of rows in a group for which least is read and multiplied; `index`: for each row
     its factors, -1 for none. Never more than 8 copies of an adapter's factors on average."""
     counts = [index.count(i) for i in sorted(set(index) - {-1})]
@@ -39,95 +54,141 @@ def group_size(index: Sequence[int], tokens: int) -> int:
     return min(sorted(sizes), key=cost)
 
 
-def _is_in_order(index: Sequence[int], size: int) -> bool:
+def _is_in_order(index: Index, size: int) -> bool:
     """Whether the rows lie in full groups as they are."""
     groups = [index[i : i + size] for i in range(0, len(index), size)]
     return all(len(g) == size and set(g) == {g[0]} and g[0] >= 0 for g in groups)
 
 
-def dense_factors(
-    factors: Sequence[tuple[Tensor, Tensor, float]],  # a (r, in), b (out, r), scale
-    index: Sequence[int],  # for each row its factors, -1 for none
-) -> tuple[Tensor, Tensor, Tensor]:
-    """a (R, in), b (R, out) and the mask (rows, 1, R) with the scales; R: the sum of the ranks."""
-    a = torch.cat([a for a, _, _ in factors])
-    b = torch.cat([b.T for _, b, _ in factors])
-    mask = a.new_zeros(len(index), 1, a.shape[0])
-    ends = torch.tensor([a.shape[0] for a, _, _ in factors]).cumsum(0).tolist()
+class Side(NamedTuple):
+    """Factors of several adapters side by side; R: the sum of their ranks."""
+
+    a: Tensor  # (R, in)
+    b: Tensor  # (R, out)
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+
+
+def side_by_side(factors: Sequence[tuple[Tensor, Tensor, float]]) -> Side:
+    """Of a (r, in), b (out, r) and the scale of each adapter."""
+    a, b, scales = zip(*factors, strict=True)
+    if b[0].device.type == "cpu":
+        beside = torch.cat([one.T for one in b])
+    else:  # in one launch, which takes what is contiguous only
+        beside = torch.cat(b, 1).T.contiguous()
+    return Side(torch.cat(a), beside, tuple(len(one) for one in a), scales)
+
+
+def dense_mask(
+    ranks: tuple[int, ...],
+    scales: tuple[float, ...],
+    index: Index,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """(rows, 1, R): the scale at a row's own columns, else 0."""
+    mask = torch.zeros(len(index), 1, sum(ranks), dtype=dtype)
     for row, i in enumerate(index):
         if i >= 0:
-            rank, scale = factors[i][0].shape[0], factors[i][2]
-            mask[row, :, ends[i] - rank : ends[i]] = scale
-    return a, b, mask
+            mask[row, :, sum(ranks[:i]) : sum(ranks[: i + 1])] = scales[i]
+    return mask.to(device)
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Factors of groups of `size` rows, and the rows in them."""
+class Grouping(NamedTuple):
+    """Which rows are in which groups of `size`, and which factors each group has."""
 
     size: int
-    a: Tensor  # (groups, in, r)
-    b: Tensor  # (groups, r, out), times its scale
-    rows: Tensor | None = None  # (groups · size,) of the batch; None: as they are
-    used: Tensor | None = None  # which of these are no filling; None: all
+    # (groups · r,) of the factors side by side, R where there are zeros; None: all in their order
+    picks: Tensor | None
+    scales: Tensor  # (groups, 1, 1)
+    rows: Tensor | None  # (groups · size,) of the batch; None: as they are
+    used: Tensor | None  # which of these are no filling; None: all
+    targets: Tensor | None  # the rows of these
+    is_padded: bool  # whether some picks are zeros
 
 
-def grouped_factors(
-    factors: Sequence[tuple[Tensor, Tensor, float]],  # a (r, in), b (out, r), scale
-    index: Sequence[int],  # for each row its factors, -1 for none
+def grouping(
+    ranks: tuple[int, ...],
+    scales: tuple[float, ...],
+    index: Index,
     size: int,
-) -> Groups:
-    """The factors of groups of rows; r: the highest rank."""
-    if size == 1 or _is_in_order(index, size):
-        return Groups(size, *_stacked(factors, index[::size]))
-    members = {i: [row for row, own in enumerate(index) if own == i] for i in dict.fromkeys(index)}
-    rows, used, own = [], [], []
-    for i, all_rows in members.items():
-        for start in range(0, len(all_rows) if i >= 0 else 0, size):
-            group = all_rows[start : start + size]
-            used += range(len(rows), len(rows) + len(group))
-            rows += group + group[:1] * (size - len(group))
-            own.append(i)
-    device = factors[0][0].device
-    return Groups(
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Grouping:
+    """The groups of rows; r: the highest rank."""
+    rows, used, own = [], [], list(index[::size])
+    is_ordered = size == 1 or _is_in_order(index, size)
+    if not is_ordered:
+        rows, used, own = _filled(index, size)
+    starts, rank = [sum(ranks[:i]) for i in range(len(ranks) + 1)], max(ranks)
+    picks = [
+        starts[i] + k if i >= 0 and k < ranks[i] else starts[-1] for i in own for k in range(rank)
+    ]
+    factor = [[[scales[i] if i >= 0 else 0.0]] for i in own]
+    there = lambda values: torch.tensor(values).to(device)
+    return Grouping(
         size,
-        *_stacked(factors, own),
-        torch.tensor(rows, device=device),
-        None if len(used) == len(rows) else torch.tensor(used, device=device),
+        None if picks == list(range(starts[-1])) else there(picks),
+        torch.tensor(factor, dtype=torch.promote_types(dtype, torch.float32)).to(device),
+        None if is_ordered else there(rows),
+        None if is_ordered or len(used) == len(rows) else there(used),
+        None if is_ordered else there([rows[i] for i in used]),
+        starts[-1] in picks,
     )
 
 
-def _stacked(
-    factors: Sequence[tuple[Tensor, Tensor, float]], index: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    first, last, _ = factors[0]
-    rank = max(a.shape[0] for a, _, _ in factors)
-    a = first.new_zeros(len(index), first.shape[1], rank)
-    b = last.new_zeros(len(index), rank, last.shape[0])
-    for group, i in enumerate(index):
-        if i >= 0:
-            own_a, own_b, scale = factors[i]
-            a[group, :, : own_a.shape[0]] = own_a.T
-            torch.mul(own_b.T, scale, out=b[group, : own_a.shape[0]])
-    return a, b
+def _filled(index: Index, size: int) -> tuple[list[int], list[int], list[int]]:
+    """The rows of groups, filled up with their first ones; which of them are no filling; each
+    group's factors."""
+    rows, used, own = list[int](), list[int](), list[int]()
+    for i in dict.fromkeys(index):
+        members = [row for row, other in enumerate(index) if other == i]
+        for start in range(0, len(members) if i >= 0 else 0, size):
+            group = members[start : start + size]
+            used += range(len(rows), len(rows) + len(group))
+            rows += group + group[:1] * (size - len(group))
+            own.append(i)
+    return rows, used, own
 
 
-def add_dense_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+class Groups(NamedTuple):
+    """Factors of groups of rows."""
+
+    grouping: Grouping
+    a: Tensor  # (groups, in, r)
+    b: Tensor  # (groups, r, out), times its scale
+
+
+def grouped_factors(side: Side, groups: Grouping) -> Groups:
+    """Each group's factors, of these that are side by side."""
+    a, b, picks = side.a, side.b, groups.picks
+    if picks is not None:
+        a, b = (_padded(x) if groups.is_padded else x for x in (a, b))
+        a, b = a.index_select(0, picks), b.index_select(0, picks)
+    a, b = (x.view(len(groups.scales), max(side.ranks), x.shape[1]) for x in (a, b))
+    return Groups(groups, a.mT, (b * groups.scales).to(b.dtype))
+
+
+def _padded(x: Tensor) -> Tensor:
+    """A row of zeros more."""
+    return F.pad(x, (0, 0, 0, 1))
+
+
+def add_dense_(y: Tensor, x: Tensor, side: Side, mask: Tensor) -> Tensor:
     """y (rows, tokens, out) += ((x·aᵀ) * mask)·b, in place; x (rows, tokens, in)."""
-    inner = F.linear(x, a).mul_(mask)
-    y.view(-1, y.shape[-1]).addmm_(inner.view(-1, a.shape[0]), b)
+    inner = F.linear(x, side.a).mul_(mask)
+    y.view(-1, y.shape[-1]).addmm_(inner.view(-1, side.a.shape[0]), side.b)
     return y
 
 
 def add_grouped_(y: Tensor, x: Tensor, groups: Groups) -> Tensor:
     """y (rows, tokens, out) += (x·a)·b, group by group, in place; x (rows, tokens, in)."""
-    count, tokens = len(groups.a), x.shape[1]
-    if groups.rows is None:
-        inner = torch.bmm(x.reshape(count, -1, x.shape[-1]), groups.a)
-        y.view(count, -1, y.shape[-1]).baddbmm_(inner, groups.b)
+    (_, _, _, rows, used, targets, _), a, b = groups
+    count, tokens = len(a), x.shape[1]
+    if rows is None or targets is None:
+        inner = torch.bmm(x.reshape(count, -1, x.shape[-1]), a)
+        y.view(count, -1, y.shape[-1]).baddbmm_(inner, b)
         return y
-    inner = torch.bmm(x.index_select(0, groups.rows).view(count, -1, x.shape[-1]), groups.a)
-    update, rows = torch.bmm(inner, groups.b).view(-1, tokens, y.shape[-1]), groups.rows
-    if groups.used is not None:
-        update, rows = update.index_select(0, groups.used), rows.index_select(0, groups.used)
-    return y.index_add_(0, rows, update)
+    inner = torch.bmm(x.index_select(0, rows).view(count, -1, x.shape[-1]), a)
+    update = torch.bmm(inner, b).view(-1, tokens, y.shape[-1])
+    return y.index_add_(0, targets, update if used is None else update.index_select(0, used))

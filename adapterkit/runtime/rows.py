@@ -6,8 +6,9 @@ At a module where the rows differ, the site gets a router: `LinearRows` for line
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from adapterkit.errors import Problems, Refused, by_reason, shown
 from adapterkit.kernels import mixed_batch as mixed
 from adapterkit.runtime.layers.parameter import is_stack, takes_indices
 from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.parts.memo import Kept
 from adapterkit.runtime.site import Args, Kwargs, Part, Site
 from adapterkit.runtime.state import State
 
@@ -64,6 +66,7 @@ class Rows:
         self.state, self.names = state, names
         self.batch: int | None = None  # rows of the call in progress, once they are checked
         self.group: tuple[int, ...] = tuple(range(len(names)))  # the rows that run now
+        self.kept = Kept()
         self.generating = self.on = False
         self.routes = {site: self._row_names(site) for site in state.sites.values()}
         mixed_sites = [site for site, own in self.routes.items() if len(set(own)) > 1]
@@ -179,16 +182,19 @@ class Rows:
             )
 
     @contextmanager
-    def narrowed(self, rows: Sequence[int], index: Tensor, size: int) -> Iterator[None]:
-        """Some of the rows run: these of the group, at `index` of a module's `size` inputs."""
+    def narrowed(self, rows: Sequence[int], size: int) -> Iterator[None]:
+        """Some of the rows run: these of the group, of a module's `size` inputs."""
         before, invocations = (self.group, self.batch), self.state.invocations
         if self.batch is not None:
             self.batch = self.batch // len(self.group) * len(rows)
+        count, length = (0, 0) if invocations is None else invocations.shape
+        repeat = count // len(self.group)
         self.group = tuple(self.group[row] for row in rows)
-        shape = (0, 0) if invocations is None else invocations.shape
-        fits = size in (shape[0], shape[0] * shape[1])
+        # or tokens of rows one after another
+        fits = size in (count, count * length)
+        own = tuple(row * repeat + i for row in rows for i in range(repeat))
         try:
-            with invocations.narrowed(index, size) if invocations and fits else nullcontext():
+            with invocations.narrowed(own) if invocations and fits else nullcontext():
                 yield
         finally:
             self.group, self.batch = before
@@ -221,7 +227,7 @@ class Router:
 
     def __call__(self, site: Site, args: Args, kwargs: Kwargs) -> Any:
         if self._is_linear is None:
-            self._linear = linear_rows(site, self.names)
+            self._linear = linear_rows(site, self.names, self.batch.kept)
             self._is_linear = self._linear is not None
         x = args[0] if args else next(iter(kwargs.values()))
         if isinstance(site.host, nn.Embedding) and x.ndim == 2 and x.shape[0] == 1:
@@ -230,8 +236,8 @@ class Router:
             args = (x, *args[1:])
         self.batch.check(site, x, self.axis)
         if self._linear is None or len(self.batch.group) < len(self.names):
-            names = [self.names[row] for row in self.batch.group]
-            return run_groups(site, names, self.axis, args, kwargs, self.batch.narrowed)
+            names = tuple(self.names[row] for row in self.batch.group)
+            return run_groups(site, names, self.axis, args, kwargs, self.batch)
         y = site.base(*args, **kwargs)
         if self.axis == 0:
             return self._linear(y, x)
@@ -334,8 +340,6 @@ def _axis(state: State, path: str) -> int:
     return 0 if _batch_first(state.model) else 1
 
 
-Narrowed = Callable[[Sequence[int], Tensor, int], AbstractContextManager[None]]
-
 # nn.MultiheadAttention's arguments, in order
 ATTENTION = (
     "query key value key_padding_mask need_weights attn_mask average_attn_weights is_causal".split()
@@ -343,12 +347,7 @@ ATTENTION = (
 
 
 def run_groups(
-    site: Site,
-    names: Sequence[str | None],
-    axis: int,
-    args: Args,
-    kwargs: Kwargs,
-    narrowed: Narrowed,  # around the run of some of the rows
+    site: Site, names: tuple[str | None, ...], axis: int, args: Args, kwargs: Kwargs, batch: Rows
 ) -> Any:
     """Run the site on the rows of one adapter at a time, and put the outputs together."""
     if isinstance(site.host, nn.MultiheadAttention):
@@ -363,25 +362,51 @@ def run_groups(
     x = args[0] if args else next(iter(kwargs.values()))
     size = x.shape[axis]
     repeat = size // len(names)
-    groups: dict[str | None, list[int]] = {}
-    for row, name in enumerate(names):
-        groups.setdefault(name, []).append(row)
-    indices, outputs = [], []
-    for name, rows in groups.items():
-        index = torch.tensor(rows, device=x.device)[:, None] * repeat
-        index = (index + torch.arange(repeat, device=x.device)).flatten()
+    groups, outputs = batch.kept(row_groups, names, repeat, x.device), []
+    for name, (rows, index) in groups.items():
         own_args = [select(value, index, size, axis) for value in args]
         own_kwargs = {
             key: _argument(site.host, key, value, index, size, axis)
             for key, value in kwargs.items()
         }
-        with narrowed(rows, index, size):
+        with batch.narrowed(rows, size):
             outputs.append(run_alone(site, name, own_args, own_kwargs))
-        indices.append(index)
+    counts = [len(index) for _, index in groups.values()]
+    order = partial(batch.kept, row_order, names, repeat, x.device)
     if isinstance(site.host, nn.MultiheadAttention):
         first, weights = zip(*outputs, strict=True)  # weights have the rows first
-        return join(first, indices, axis, site.path), join(weights, indices, 0, site.path)
-    return join(outputs, indices, axis, site.path)
+        return (
+            join(first, counts, order, axis, site.path),
+            join(weights, counts, order, 0, site.path),
+        )
+    return join(outputs, counts, order, axis, site.path)
+
+
+def row_groups(
+    names: Sequence[str | None], repeat: int, device: torch.device
+) -> dict[str | None, tuple[tuple[int, ...], Tensor]]:
+    """By adapter its rows, and where they are among a module's inputs, of which each row has
+    `repeat`."""
+    rows: dict[str | None, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault(name, []).append(row)
+    each = torch.arange(repeat, device="cpu")
+    return {
+        name: (
+            tuple(own),
+            (torch.tensor(own, device="cpu")[:, None] * repeat + each).flatten().to(device),
+        )
+        for name, own in rows.items()
+    }
+
+
+def row_order(
+    names: Sequence[str | None], repeat: int, device: torch.device, tokens: int
+) -> Tensor:
+    """Where each row is in the groups one after the other, `tokens` vectors for each input."""
+    groups = row_groups(names, repeat, torch.device("cpu")).values()
+    order = torch.cat([index for _, index in groups]).argsort()
+    return (order[:, None] * tokens + torch.arange(tokens, device="cpu")).flatten().to(device)
 
 
 def _argument(host: nn.Module, key: str, value: object, index: Tensor, size: int, axis: int) -> Any:
@@ -418,30 +443,33 @@ def select(value: object, index: Tensor, size: int, axis: int) -> Any:
     return value
 
 
-def join(outputs: Sequence[Any], indices: Sequence[Tensor], axis: int, path: str) -> Any:
+def join(
+    outputs: Sequence[Any],
+    counts: Sequence[int],  # inputs of each group
+    order: Callable[[int], Tensor],  # as `row_order`, by the vectors for each input
+    axis: int,
+    path: str,
+) -> Any:
     """The outputs of all groups as one: tensors row by row, in tuples and maps too."""
     first = outputs[0]
     if isinstance(first, Tensor):
         sizes = [output.shape[axis] if output.ndim > axis else 0 for output in outputs]
         # (rows * tokens, ...), as some routers of experts give (rows, tokens, ...) back
-        tokens = max(sizes[0] // len(indices[0]), 1) if axis == 0 else 1
-        if sizes != [tokens * len(index) for index in indices]:
+        tokens = max(sizes[0] // counts[0], 1) if axis == 0 else 1
+        if sizes != [tokens * count for count in counts]:
             raise Refused(
                 f"an output {tuple(first.shape)} of {shown(path)} that is not one for each row",
                 expected="outputs whose rows are those of the batch",
                 where="rows",
                 hint="exclude this module from the adapters, or run them one at a time",
             )
-        order = torch.cat(list(indices)).argsort()
-        if tokens > 1:
-            order = (order[:, None] * tokens + torch.arange(tokens, device=order.device)).flatten()
-        return torch.cat(list(outputs), axis).index_select(axis, order)
+        return torch.cat(list(outputs), axis).index_select(axis, order(tokens))
     if isinstance(first, tuple | list):
-        joined = [join(items, indices, axis, path) for items in zip(*outputs, strict=True)]
+        joined = [join(items, counts, order, axis, path) for items in zip(*outputs, strict=True)]
         return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
     if isinstance(first, dict):
         return type(first)(
-            **{key: join([o[key] for o in outputs], indices, axis, path) for key in first}
+            **{key: join([o[key] for o in outputs], counts, order, axis, path) for key in first}
         )
     return first
 
@@ -481,18 +509,21 @@ def share_of(site: Site, parts: Mapping[str, Part]) -> AdapterTerm | None:
 class LinearRows:
     """The products of all rows at one linear layer; factors are stacked at the first call."""
 
-    def __init__(self, shares: Sequence[AdapterTerm], index: Sequence[int], *, in_place: bool):
+    def __init__(
+        self, shares: Sequence[AdapterTerm], index: mixed.Index, kept: Kept, *, in_place: bool
+    ):
         dtypes = [tensor.dtype for share in shares for tensor in (share.a, share.b)]
         self.dtype = dtypes[0]
         for dtype in dtypes:
             self.dtype = torch.promote_types(self.dtype, dtype)
         self.factors = [(s.a.to(self.dtype), s.b.to(self.dtype), s.scale) for s in shares]
-        self.index, self.in_place = index, in_place
+        self.index, self.kept, self.in_place = index, kept, in_place
+        ranks, scales = tuple(len(s.a) for s in shares), tuple(s.scale for s in shares)
+        self._numbers, self._columns = (ranks, scales, index), sum(ranks)
         self.stretch = self._rows([s.stretch for s in shares], 1.0)
         self.offset = self._rows([s.offset for s in shares], 0.0)
-        self._dense: tuple[Tensor, Tensor, Tensor] | None = None
+        self._dense: tuple[mixed.Side, Tensor] | None = None
         self._groups: mixed.Groups | None = None
-        self._sizes: dict[int, int] = {}  # by the tokens of a row
 
     def _rows(self, values: Sequence[Tensor | None], default: float) -> Tensor | None:
         """(rows, 1, out), the default for rows without a value; None where no row has one."""
@@ -504,11 +535,6 @@ class LinearRows:
         return torch.stack([own[i] if i >= 0 else plain for i in self.index])[:, None].to(
             self.dtype
         )
-
-    def _size(self, tokens: int) -> int:
-        if tokens not in self._sizes:
-            self._sizes[tokens] = mixed.group_size(self.index, tokens)
-        return self._sizes[tokens]
 
     def __call__(self, y: Tensor, x: Tensor) -> Tensor:
         """y, the base's output, changed for each row; x: its input."""
@@ -528,24 +554,40 @@ class LinearRows:
             total.mul_(self.stretch)
         if self.offset is not None:
             total.add_(self.offset)
-        if mixed.dense_is_better(rows, len(self.factors), x.shape[1]):
-            if self._dense is None:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._dense = mixed.dense_factors(self.factors, self.index)
-            mixed.add_dense_(total, x, *self._dense)
+        tokens = x.shape[1]
+        if mixed.dense_is_better(rows, len(self.factors), tokens, self._columns, x.device):
+            mixed.add_dense_(total, x, *self._beside())
         else:
-            size = self._size(x.shape[1])
-            if self._groups is None or self._groups.size != size:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._groups = mixed.grouped_factors(self.factors, self.index, size)
-            mixed.add_grouped_(total, x, self._groups)
+            size = self.kept(mixed.group_size, self.index, tokens)
+            mixed.add_grouped_(total, x, self._grouped(size))
         return out if out.dtype == y.dtype else out.to(y.dtype)
 
+    def _beside(self) -> tuple[mixed.Side, Tensor]:
+        if self._dense is None:
+            side = self._side()
+            mask = self.kept(mixed.dense_mask, *self._numbers, self.dtype, side.a.device)
+            self._dense = side, mask
+        return self._dense
 
-def linear_rows(site: Site, names: Sequence[str | None]) -> LinearRows | None:
+    def _grouped(self, size: int) -> mixed.Groups:
+        if self._groups is None or self._groups.grouping.size != size:
+            side = self._side()
+            groups = self.kept(mixed.grouping, *self._numbers, size, self.dtype, side.a.device)
+            with torch.inference_mode(False), torch.no_grad():
+                self._groups = mixed.grouped_factors(side, groups)
+        return self._groups
+
+    def _side(self) -> mixed.Side:
+        if self._dense is not None:
+            return self._dense[0]
+        with torch.inference_mode(False), torch.no_grad():
+            return mixed.side_by_side(self.factors)
+
+
+def linear_rows(site: Site, names: Sequence[str | None], kept: Kept) -> LinearRows | None:
     """All rows at once, where each adapter has the factors of a linear layer here; else None."""
     adapters = [name for name in dict.fromkeys(names) if name is not None]
-    index = [-1 if name is None else adapters.index(name) for name in names]
+    index = tuple(-1 if name is None else adapters.index(name) for name in names)
     shares = []
     # not in inference mode, or no later call could record gradients of its input
     with torch.inference_mode(False), torch.no_grad():
@@ -555,4 +597,4 @@ def linear_rows(site: Site, names: Sequence[str | None]) -> LinearRows | None:
                 return None
             shares.append(share)
         # the output of another class may be a view, or not writable (8-bit layers)
-        return LinearRows(shares, index, in_place=type(site.host) is nn.Linear)
+        return LinearRows(shares, index, kept, in_place=type(site.host) is nn.Linear)

@@ -17,6 +17,7 @@ from transformers import (
 from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import attach, load
+from tests.support.card import DEVICE, Card, installed, move
 
 INVOCATION = [7, 9]
 # the argument's name differs between versions of transformers
@@ -213,6 +214,26 @@ def test_rows_of_alora_lora_and_base(adapters, prompts):
             )
             text = adapters.model.generate(alone, **options)[0]
             assert torch.equal(text, together[row, : len(text)])
+
+
+def test_a_gpu_is_waited_for_once(prompts):
+    """For where the adapter begins in a call's rows, whatever the number of layers."""
+    waits = []
+    for targets in (None, ["q_proj"], ["q_proj", "k_proj", "v_proj", "down_proj"]):
+        h = attach(llama(), settings(**({"targets": targets} if targets else {})), seed=1)
+        if not targets:
+            h.detach()
+        with torch.no_grad():
+            expected = h.model(prompts).logits
+            with installed(Card()) as card:
+                move(h.model)
+                ids = prompts.to(DEVICE)
+                h.model(ids)
+                card.waits = 0
+                y = h.model(ids).logits
+                waits.append(card.waits)
+                torch.testing.assert_close(y.cpu(), expected, rtol=1e-5, atol=1e-6)
+    assert waits[2] == waits[1] == waits[0] + 1
 
 
 def test_mixture_of_experts(prompts):

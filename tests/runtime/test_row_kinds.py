@@ -8,6 +8,7 @@ from torch import nn
 from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import attach
+from tests.support.card import DEVICE, Card, installed, move
 from tests.support.live import llama, tokens
 
 NAMES = ["fr", None, "de", "fr"]
@@ -169,6 +170,26 @@ def test_torchs_encoder(batch_first, length):
         check(Encoder(batch_first), first, second, x=torch.randn(4, length, 8))
     attention = LoraConfig(4, 8, ["self_attn"])
     check(Encoder(batch_first), attention, attention, x=torch.randn(4, length, 8))
+
+
+def test_rows_one_adapter_at_a_time_are_not_waited_for():
+    """A GPU has the places of the rows from the first pass on."""
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Conv1d(3, 5, 1))
+    adapters = attach(model, LoraConfig(2, init=False, targets=["0", "1"]), name="fr")
+    adapters.attach(LoraConfig(2, init=False, targets=["0", "1"]), name="de")
+    adapters.activate(None)
+    ids = torch.arange(12).view(4, 3) % 9
+    with torch.no_grad(), installed(Card()) as card:
+        with adapters.rows(names := ["fr", None, "de", "fr"]):
+            expected = model(ids)
+        move(model)
+        ids = ids.to(DEVICE)
+        with adapters.rows(names):
+            model(ids)
+            card.waits = 0
+            y = model(ids)
+            assert card.waits == 0 and not card.races
+        torch.testing.assert_close(y.cpu(), expected)
 
 
 def test_outputs_that_are_not_one_for_each_row():

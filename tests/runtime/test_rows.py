@@ -14,6 +14,7 @@ from adapterkit.errors import AdapterkitError
 from adapterkit.kernels import mixed_batch as mixed
 from adapterkit.runtime import attach
 from tests.support import architectures
+from tests.support.card import DEVICE, Card, installed, move
 from tests.support.usual import usual
 
 NAMES = ["fr", None, "de", "fr"]
@@ -208,6 +209,54 @@ def test_sizes_of_groups():
     assert mixed.group_size([0, 0, 1, 1], 1) == mixed.group_size([0, 1, 0, 1], 1) == 2
     assert mixed.group_size([0, 1, 0, 1], 128) == 1 and mixed.group_size([0, 0, 1, 1], 128) == 2
     assert mixed.group_size([0, 1] * 32, 128) == 32
+
+
+def test_a_gpu_takes_the_dense_form_for_few_tokens():
+    cpu = torch.device("cpu")
+    assert mixed.dense_is_better(64, 64, 1, 1024, DEVICE)
+    assert not mixed.dense_is_better(64, 64, 1, 1024, cpu)
+    assert not mixed.dense_is_better(64, 64, 128, 1024, DEVICE)
+    assert mixed.dense_is_better(64, 1, 4096, 16, DEVICE)
+
+
+def counted(rows: int, values: torch.Tensor) -> list[tuple[int, int]]:
+    """Waits and launches of a GPU in the first and in the second pass of three linear layers, where
+    each row has an adapter of its own; its outputs are those of the CPU."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    names = [f"a{i}" for i in range(rows)]
+    adapters = attach(model, LoraConfig(1, init=False, targets="all-linear"), name="a0", seed=0)
+    for i, name in enumerate(names[1:], 1):
+        config = LoraConfig(1 + i % 3, 3 + i, init=False, targets="all-linear")
+        adapters.attach(config, name=name, seed=i)
+    adapters.activate(None)
+    counts = []
+    with torch.no_grad():
+        with adapters.rows(names):
+            expected = model(values)
+        with installed(Card()) as card:
+            move(model)
+            x = values.to(DEVICE)
+            with adapters.rows(names):
+                for _ in range(2):
+                    card.waits = card.launches = 0
+                    y = model(x)
+                    counts.append((card.waits, card.launches))
+            torch.testing.assert_close(y.cpu(), expected, **CLOSE)
+            assert not card.races
+    return counts
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_gpu_is_launched_as_often_for_many_rows(dense, monkeypatch):
+    """Factors are put side by side at the first pass, for which what says whose they are is copied
+    once; the second pass waits for nothing."""
+    monkeypatch.setattr(mixed, "dense_is_better", lambda *sizes: dense)
+    few, many = (counted(rows, torch.randn(rows, 2, 16)) for rows in (4, 13))
+    assert few == many
+    (first_waits, first), (again_waits, again) = many
+    assert first_waits <= (1 if dense else 2) and again_waits == 0
+    assert first <= 3 * (7 if dense else 11) and again <= 3 * 4
 
 
 def test_images_of_any_shape_and_routers_get_their_rows():

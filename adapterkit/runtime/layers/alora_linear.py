@@ -33,15 +33,14 @@ class InvokedPart(LinearPart):
             )
             return shaped.reshape(y.shape[0], -1)
         length = x.shape[1]
-        longest = min(int(count.max()), length)
+        longest = min(max(count, default=0), length)
         if longest == 0:
             return y
         first = length - longest
         tail = y[:, first:]
         changed = super().forward(tail.clone(), weight, x[:, first:])
-        if int(count.min()) < longest:
-            positions = torch.arange(longest, device=x.device)
-            acts = positions >= longest - count.to(x.device)[:, None]
+        if min(count) < longest:
+            acts = self.invocations.last(count, longest, x.device)
             changed = torch.where(acts[..., None], changed, tail.to(changed.dtype))
         return torch.cat([y[:, :first].to(changed.dtype), changed], 1) if first else changed
 

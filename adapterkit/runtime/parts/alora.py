@@ -3,7 +3,7 @@
 The tokens before it, and so their keys and values in a cache, are the base's, bit for bit.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import Refused
+from adapterkit.runtime.parts.memo import Kept
 from adapterkit.runtime.site import Args, Kwargs
 
 MEMORY = "_adapterkit_invocations"  # of a cache
@@ -38,11 +39,14 @@ class Invocations:
         self.tokens: dict[str, tuple[int, ...]] = {}
         self.acting = acting
         self.shape = (0, 0)  # rows and tokens of the call
-        self._counts: dict[str, Tensor] = {}  # acting tokens of each row, from the end
-        self._recorded: dict[str, Tensor] = {}  # those of the last call that records gradients
+        self._counts: dict[str, tuple[int, ...]] = {}  # acting tokens of each row, from the end
+        self._recorded: dict[
+            str, tuple[int, ...]
+        ] = {}  # those of the last call that records gradients
         self._recomputed = self._ambiguous = False
         self._memory: Memory | None = None
-        self._rows: Tensor | None = None  # those that are meant, of a mixed batch
+        self._rows: tuple[int, ...] | None = None  # those that are meant, of a mixed batch
+        self._kept = Kept()
         self._hooks = (
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
@@ -53,25 +57,24 @@ class Invocations:
             hook.remove()
 
     @contextmanager
-    def narrowed(self, index: Tensor, size: int) -> Iterator[None]:
-        """Count for some of `size` inputs of a layer: rows, or tokens of rows one after another."""
-        before, length = (self.shape, self._rows), self.shape[1]
-        rows = index if size == self.shape[0] else index.view(-1, length)[:, 0] // length
-        self._rows = rows if self._rows is None else self._rows[rows]
-        self.shape = len(rows), length
+    def narrowed(self, rows: tuple[int, ...]) -> Iterator[None]:
+        """Count for some of the rows."""
+        before = self.shape, self._rows
+        self._rows = rows if self._rows is None else tuple(self._rows[row] for row in rows)
+        self.shape = len(rows), self.shape[1]
         try:
             yield
         finally:
             self.shape, self._rows = before
 
-    def count(self, adapter: str) -> Tensor:
-        """How many tokens of each row, from the end, an adapter acts on; (rows,) int64.
+    def count(self, adapter: str) -> tuple[int, ...]:
+        """How many tokens of each row, from the end, an adapter acts on.
 
         While gradients are computed, a checkpointed layer runs again: the call is then the one that
         recorded them. `Refused` where there were several with different starts."""
         if torch._C._current_graph_task_id() == -1:
             counts = self._counts[adapter]
-            return counts if self._rows is None else counts[self._rows.to(counts.device)]
+            return counts if self._rows is None else tuple(counts[row] for row in self._rows)
         self._recomputed = True
         if self._ambiguous:
             raise Refused(
@@ -81,6 +84,10 @@ class Invocations:
                 hint="call backward after each, or switch gradient checkpointing off",
             )
         return self._recorded[adapter]
+
+    def last(self, counts: tuple[int, ...], length: int, device: torch.device) -> Tensor:
+        """Flags (rows, length) of the last tokens of each row, as many as counts say."""
+        return self._kept(_last, counts, length, device)
 
     def _before(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -103,24 +110,23 @@ class Invocations:
         self.shape = (ids.shape[0], ids.shape[1])
         end, starts, counts = length + ids.shape[1], {}, {}
         for adapter in acting:
-            start = last_start(text, self.tokens[adapter])
+            sequence = self._kept(_on_device, self.tokens[adapter], text.device)
+            start = last_start(text, sequence)
             start = torch.where(start >= 0, start + first, start)
             if memory is not None and adapter in memory.starts:
                 before = memory.starts[adapter].to(start.device)
                 start = torch.where((start < 0) & (before < length), before, start)
             starts[adapter] = start
             counts[adapter] = torch.where(start >= 0, (end - start).clamp(max=ids.shape[1]), 0)
-        self._record(counts)
+        self._record(_numbers(counts))
         longest = max(map(len, self.tokens.values()))
         self._memory = Memory(starts, text[:, max(0, text.shape[1] - longest + 1) :].clone(), end)
         if cache is not None:
             setattr(cache, MEMORY, self._memory)
 
-    def _record(self, counts: dict[str, Tensor]) -> None:
+    def _record(self, counts: dict[str, tuple[int, ...]]) -> None:
         if torch.is_grad_enabled():
-            same = self._recorded.keys() == counts.keys() and all(
-                torch.equal(self._recorded[name], count) for name, count in counts.items()
-            )
+            same = self._recorded == counts
             self._ambiguous = bool(self._recorded) and not self._recomputed and not same
             self._recorded, self._recomputed = counts, False
         self._counts = counts
@@ -148,12 +154,29 @@ def _memory(cache: object, length: int, ids: Tensor) -> Memory | None:
     return memory
 
 
-def last_start(ids: Tensor, tokens: Sequence[int]) -> Tensor:
+def _last(counts: tuple[int, ...], length: int, device: torch.device) -> Tensor:
+    return (torch.arange(length) >= length - torch.tensor(counts)[:, None]).to(device)
+
+
+def _on_device(tokens: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(tokens, device=device)
+
+
+def _numbers(counts: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Tensors (rows,) as numbers, for which a GPU is waited for once."""
+    table = torch.stack([*counts.values()]).tolist() if counts else []
+    return {name: tuple(row) for name, row in zip(counts, table, strict=True)}
+
+
+def last_start(
+    ids: Tensor,  # (rows, tokens)
+    sequence: Tensor,  # (n,)
+) -> Tensor:  # (rows,)
     """The position at which the sequence occurs last in each row, -1 where it does not."""
     rows, length = ids.shape
-    if length < len(tokens):
+    if length < len(sequence):
         return torch.full((rows,), -1, device=ids.device)
-    windows = ids.unfold(1, len(tokens), 1)
-    equal = (windows == torch.tensor(tokens, device=ids.device)).all(-1)
+    windows = ids.unfold(1, len(sequence), 1)
+    equal = (windows == sequence).all(-1)
     positions = torch.arange(equal.shape[1], device=ids.device)
     return torch.where(equal, positions, -1).amax(1)

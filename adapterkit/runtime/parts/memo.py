@@ -1,13 +1,14 @@
-"""The last result of a function of tensors."""
+"""Results of functions that are kept: the last one of tensors, some of plain values."""
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+MOST = 64  # results that a `Kept` has
 
 
 class Memo(Generic[T]):
@@ -52,3 +53,20 @@ class Memo(Generic[T]):
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+class Kept:
+    """Keeps what functions make of plain values, such as masks and indices on a device: made anew
+    in each forward, each would be a copy that a GPU waits for."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Hashable, ...], object] = {}
+
+    def __call__(self, make: Callable[..., T], *values: Hashable) -> T:
+        key = make, *values
+        if key not in self._made:
+            if len(self._made) == MOST:
+                self._made.clear()
+            with torch.inference_mode(False), torch.no_grad():
+                self._made[key] = make(*values)
+        return cast(T, self._made[key])
