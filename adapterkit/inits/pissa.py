@@ -2,14 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from adapterkit.inits.protocol import ComputedInit
-from adapterkit.kernels.lowrank.algebra import Svd, balanced_factors
-from adapterkit.kernels.lowrank.leading import leading_triplets
-
-SEED = 0
+from adapterkit.kernels.lowrank.algebra import balanced_factors
+from adapterkit.kernels.lowrank.leading import leading_triplets, randomized_triplets
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,4 @@ class Pissa(ComputedInit):
         """a (rank, in) and b (out, rank); weight (out, in) float32."""
         if self.niter is None:
             return balanced_factors(leading_triplets(weight, rank), rank, scale)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
-            u, s, v = torch.svd_lowrank(weight, min(rank, *weight.shape), self.niter)
-        return balanced_factors(Svd(u, s, v.T), rank, scale)
+        return balanced_factors(randomized_triplets(weight, rank, self.niter), rank, scale)

@@ -1,6 +1,7 @@
 """Edits of the rows of one stored tensor, described before any data is read."""
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -298,19 +299,37 @@ class ReplaceRows(Edit):
         values = inputs.tensor(self.values)
         if self.by_columns:
             where = torch.tensor(self.indices, device=values.device)
-            return Loaded(lambda w, first: _set_columns(w, first, where, values))
-        table = sorted(zip(self.indices, range(len(self.indices)), strict=True))
-
-        def apply(w: Tensor, first: int) -> None:
-            for index, i in table:
-                if first <= index < first + w.shape[0]:
-                    w[index - first] = values[i]
-
-        return Loaded(apply)
+            part = lambda w, first: values[:, first : first + w.shape[0]].T
+            return Loaded(lambda w, first: _set_columns(w, where, part(w, first)))
+        placed = _Placed(self.indices, values)
+        return Loaded(lambda w, first: placed.set(w, first, slice(0, grid[1])))
 
 
-def _set_columns(w: Tensor, first: int, where: Tensor, values: Tensor) -> None:
-    w[:, where] = values[:, first : first + w.shape[0]].T
+class _Placed:
+    """Rows and where each goes: in order, so that those of a block lie together."""
+
+    def __init__(self, rows: Sequence[int], values: Tensor):
+        where, order = torch.as_tensor(rows).sort()
+        self.rows: list[int] = where.tolist()
+        self.where, self.values = where.to(values.device), values[order.to(values.device)]
+
+    def set(self, w: Tensor, first: int, columns: slice | Tensor) -> None:
+        """Overwrite those that lie in the block of rows from `first` on."""
+        low, high = (bisect_left(self.rows, row) for row in (first, first + w.shape[0]))
+        if low == high:
+            return
+        where, values = self.where[low:high] - first, self.values[low:high]
+        if isinstance(columns, slice):
+            w[:, columns].index_copy_(0, where, values)
+        else:
+            part = w.index_select(0, where)
+            _set_columns(part, columns, values)
+            w.index_copy_(0, where, part)
+
+
+def _set_columns(w: Tensor, columns: Tensor, values: Tensor) -> None:
+    # by one index of columns: with two a GPU's deterministic mode sorts one for each element
+    w.index_copy_(1, columns, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,13 +350,18 @@ class Assign(Edit):
         value = value.reshape(value.shape[0], -1)
         value = value.T if self.flip else value
         value = block.columns.selected(block.rows.selected(value, 0), 1)
-        of, columns = torch.as_tensor(block.rows.meant), torch.as_tensor(block.columns.meant)
+        rows, columns = block.rows, slice(block.columns.start, block.columns.stop)
+        if block.columns.of is not None:
+            columns = torch.as_tensor(block.columns.meant, device=value.device)
+        if rows.of is not None:
+            placed = _Placed(rows.meant, value)
+            return Loaded(lambda w, first: placed.set(w, first, columns))
 
         def apply(w: Tensor, first: int) -> None:
-            inside = (of >= first) & (of < first + w.shape[0])
-            if inside.any():
-                w[(of[inside] - first)[:, None].to(w.device), columns.to(w.device)] = value[
-                    inside.to(value.device)
-                ]
+            for part, here in rows.overlap(w, first):
+                if isinstance(columns, slice):
+                    part[:, columns].copy_(value[here])
+                else:
+                    _set_columns(part, columns, value[here])
 
         return Loaded(apply)

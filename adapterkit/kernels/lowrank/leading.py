@@ -71,6 +71,27 @@ def leading_triplets(
     return truncated_svd(w, rank) if svd is None else krylov.restore(matrix, svd, transposed)
 
 
+def randomized_triplets(
+    w: Tensor,  # (n, m)
+    rank: int,
+    rounds: int,
+) -> Svd:
+    """What `torch.svd_lowrank` gives for a seed of 0, on a CPU bit for bit: a random block of that
+    width (Halko, Martinsson, Tropp 2011, arXiv:0909.4061, algorithm 4.4), so many rounds with wᵀ
+    and w."""
+    tall = w if w.shape[0] >= w.shape[1] else w.T
+    short = tall.shape[1]
+    numbers = torch.Generator().manual_seed(0)
+    block = krylov.gaussian(Matrix(w, 1.0), short, min(rank, short), numbers)
+    q, _ = dense.qr(tall @ block)
+    for _ in range(rounds):
+        v, _ = dense.qr(tall.T @ q)
+        q, _ = dense.qr(tall @ v)
+    u, s, vh = dense.svd(q.T @ tall)
+    u = q @ u
+    return Svd(u, s, vh) if tall is w else Svd(vh.T, s, u.T)
+
+
 def _search(matrix: Matrix, k: int, block: int, tolerance: float) -> Svd | None:
     """None where half of the short side is not enough."""
     n, m = matrix.w.shape

@@ -245,7 +245,8 @@ def attach(
         if config.dora:
             _check_dora(targets)
         method = method_of(config, targets)
-        generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
+        generator = torch.Generator()
+        generator.seed() if seed is None else generator.manual_seed(seed)
         with statistics_for(method, targets, stats) as statistics:
             config, targets = redistributed(method, config, targets, statistics)
             factors = _new_factors(state, config, targets, method, statistics, generator)
