@@ -60,7 +60,7 @@ def _is_in_order(index: Index, size: int) -> bool:
     return all(len(g) == size and set(g) == {g[0]} and g[0] >= 0 for g in groups)
 
 
-class Side(NamedTuple):
+class SideBySide(NamedTuple):
     """Factors of several adapters side by side; R: the sum of their ranks."""
 
     a: Tensor  # (R, in)
@@ -69,14 +69,14 @@ class Side(NamedTuple):
     scales: tuple[float, ...]
 
 
-def side_by_side(factors: Sequence[tuple[Tensor, Tensor, float]]) -> Side:
+def side_by_side(factors: Sequence[tuple[Tensor, Tensor, float]]) -> SideBySide:
     """Of a (r, in), b (out, r) and the scale of each adapter."""
     a, b, scales = zip(*factors, strict=True)
     if b[0].device.type == "cpu":
         beside = torch.cat([one.T for one in b])
     else:  # in one launch, which takes what is contiguous only
         beside = torch.cat(b, 1).T.contiguous()
-    return Side(torch.cat(a), beside, tuple(len(one) for one in a), scales)
+    return SideBySide(torch.cat(a), beside, tuple(len(one) for one in a), scales)
 
 
 def dense_mask(
@@ -159,7 +159,7 @@ class Groups(NamedTuple):
     b: Tensor  # (groups, r, out), times its scale
 
 
-def grouped_factors(side: Side, groups: Grouping) -> Groups:
+def grouped_factors(side: SideBySide, groups: Grouping) -> Groups:
     """Each group's factors, of these that are side by side."""
     a, b, picks = side.a, side.b, groups.picks
     if picks is not None:
@@ -174,7 +174,7 @@ def _padded(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, 1))
 
 
-def add_dense_(y: Tensor, x: Tensor, side: Side, mask: Tensor) -> Tensor:
+def add_dense_(y: Tensor, x: Tensor, side: SideBySide, mask: Tensor) -> Tensor:
     """y (rows, tokens, out) += ((x·aᵀ) * mask)·b, in place; x (rows, tokens, in)."""
     inner = F.linear(x, side.a).mul_(mask)
     y.view(-1, y.shape[-1]).addmm_(inner.view(-1, side.a.shape[0]), side.b)

@@ -18,7 +18,7 @@ from adapterkit.errors import Problems, Refused, by_reason, shown
 from adapterkit.kernels import mixed_batch as mixed
 from adapterkit.runtime.layers.parameter import is_stack, takes_indices
 from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.parts.memo import Kept
+from adapterkit.runtime.parts.memo import MadeOnce
 from adapterkit.runtime.site import Args, Kwargs, Part, Site
 from adapterkit.runtime.state import State
 
@@ -66,7 +66,7 @@ class Rows:
         self.state, self.names = state, names
         self.batch: int | None = None  # rows of the call in progress, once they are checked
         self.group: tuple[int, ...] = tuple(range(len(names)))  # the rows that run now
-        self.kept = Kept()
+        self.kept = MadeOnce()
         self.generating = self.on = False
         self.routes = {site: self._row_names(site) for site in state.sites.values()}
         mixed_sites = [site for site, own in self.routes.items() if len(set(own)) > 1]
@@ -510,7 +510,7 @@ class LinearRows:
     """The products of all rows at one linear layer; factors are stacked at the first call."""
 
     def __init__(
-        self, shares: Sequence[AdapterTerm], index: mixed.Index, kept: Kept, *, in_place: bool
+        self, shares: Sequence[AdapterTerm], index: mixed.Index, kept: MadeOnce, *, in_place: bool
     ):
         dtypes = [tensor.dtype for share in shares for tensor in (share.a, share.b)]
         self.dtype = dtypes[0]
@@ -522,7 +522,7 @@ class LinearRows:
         self._numbers, self._columns = (ranks, scales, index), sum(ranks)
         self.stretch = self._rows([s.stretch for s in shares], 1.0)
         self.offset = self._rows([s.offset for s in shares], 0.0)
-        self._dense: tuple[mixed.Side, Tensor] | None = None
+        self._dense: tuple[mixed.SideBySide, Tensor] | None = None
         self._groups: mixed.Groups | None = None
 
     def _rows(self, values: Sequence[Tensor | None], default: float) -> Tensor | None:
@@ -562,7 +562,7 @@ class LinearRows:
             mixed.add_grouped_(total, x, self._grouped(size))
         return out if out.dtype == y.dtype else out.to(y.dtype)
 
-    def _beside(self) -> tuple[mixed.Side, Tensor]:
+    def _beside(self) -> tuple[mixed.SideBySide, Tensor]:
         if self._dense is None:
             side = self._side()
             mask = self.kept(mixed.dense_mask, *self._numbers, self.dtype, side.a.device)
@@ -577,14 +577,14 @@ class LinearRows:
                 self._groups = mixed.grouped_factors(side, groups)
         return self._groups
 
-    def _side(self) -> mixed.Side:
+    def _side(self) -> mixed.SideBySide:
         if self._dense is not None:
             return self._dense[0]
         with torch.inference_mode(False), torch.no_grad():
             return mixed.side_by_side(self.factors)
 
 
-def linear_rows(site: Site, names: Sequence[str | None], kept: Kept) -> LinearRows | None:
+def linear_rows(site: Site, names: Sequence[str | None], kept: MadeOnce) -> LinearRows | None:
     """All rows at once, where each adapter has the factors of a linear layer here; else None."""
     adapters = [name for name in dict.fromkeys(names) if name is not None]
     index = tuple(-1 if name is None else adapters.index(name) for name in names)

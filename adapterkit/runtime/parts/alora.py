@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import Refused
-from adapterkit.runtime.parts.memo import Kept
+from adapterkit.runtime.parts.memo import MadeOnce
 from adapterkit.runtime.site import Args, Kwargs
 
 MEMORY = "_adapterkit_invocations"  # of a cache
@@ -46,7 +46,7 @@ class Invocations:
         self._recomputed = self._ambiguous = False
         self._memory: Memory | None = None
         self._rows: tuple[int, ...] | None = None  # those that are meant, of a mixed batch
-        self._kept = Kept()
+        self._kept = MadeOnce()
         self._hooks = (
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-MOST = 64  # results that a `Kept` has
+MOST = 64  # results that a `MadeOnce` has
 
 
 class Memo(Generic[T]):
@@ -55,7 +55,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-class Kept:
+class MadeOnce:
     """Keeps what functions make of plain values, such as masks and indices on a device: made anew
     in each forward, each would be a copy that a GPU waits for."""
 
