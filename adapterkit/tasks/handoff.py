@@ -8,6 +8,7 @@ folder `HANDOFF_FOLDER`. Once all files are done they are removed.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,8 +22,10 @@ from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.plan import HANDOFF_FOLDER, OutputFile, TaskResult
 from adapterkit.tasks.common import RankedFactors
-from adapterkit.tasks.rows import byte_view
 from adapterkit.weights.reader import Reader
+
+# (position, bytes) of a tensor's parts, in the host's memory
+Blocks = Callable[[Tensor], Iterable[tuple[int, memoryview]]]
 
 
 def handoff_keys(name: str) -> tuple[str, str]:
@@ -74,14 +77,14 @@ class HandoffWriter:
         self.position = 0
         self.places: dict[str, list] = {}  # key -> [dtype, shape, position], for the journal
 
-    def put(self, tensors: dict[str, Tensor]) -> None:
+    def put(self, tensors: dict[str, Tensor], blocks: Blocks) -> None:
         for key, tensor in tensors.items():
             if self.file is None:
                 self.file = ShardFile(self.stage.path, self.name, 0, self.stage.attempt)
-            data = byte_view(tensor)
-            self.file.write(data, self.position)
+            for first, block in blocks(tensor):
+                self.file.write(block, self.position + first)
             self.places[key] = [dtypes.name_of(tensor.dtype), list(tensor.shape), self.position]
-            self.position += len(data)
+            self.position += tensor.nbytes
 
     def close(self) -> None:
         if self.file is not None:

@@ -295,9 +295,9 @@ def test_a_small_card_has_fewer_workers(
 ):
     made, real = [], local._ShardRun.__init__
 
-    def init(job, shards, largest, stage, sources, device, workers, *rest):
+    def init(job, shards, largest, sources, device, workers, *rest):
         made.append(workers)
-        real(job, shards, largest, stage, sources, device, workers, *rest)
+        real(job, shards, largest, sources, device, workers, *rest)
 
     monkeypatch.setattr(local._ShardRun, "__init__", init)
     plan = merge(tmp_path / "out", dry_run=True, device="cuda")

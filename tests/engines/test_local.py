@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.engines.local import buffers
+from adapterkit.engines.local import buffers, file_threads
 from adapterkit.engines.local import engine as local
 from adapterkit.errors import Failed, Refused
 from adapterkit.execute import run
+from adapterkit.tasks import rows
 
 
 def job(folder, dtype, rows=700, columns=513):
@@ -157,9 +158,9 @@ def test_a_worker_is_done_when_it_holds_no_tensor(tmp_path, monkeypatch):
             alive.extend(rooms() is not None for rooms in held[threading.get_ident()])
         real(running)
 
-    real = local.Running.finish
+    real = file_threads.Running.finish
     monkeypatch.setattr(buffers, "Rooms", Watched)
-    monkeypatch.setattr(local.Running, "finish", finish)
+    monkeypatch.setattr(file_threads.Running, "finish", finish)
     job(tmp_path, torch.bfloat16)
     merged(tmp_path)
     assert alive and not any(alive)
@@ -181,6 +182,7 @@ def test_files_are_written_in_turn(tmp_path, monkeypatch):
     (tmp_path / "adapter" / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4})
     )
+    monkeypatch.setattr(rows, "ELEMENTS", 1 << 14)  # 32 pieces of each
     order, real = [], local._ShardRun._do
     monkeypatch.setattr(
         local._ShardRun,

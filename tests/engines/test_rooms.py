@@ -172,7 +172,7 @@ def test_a_card_has_a_worker_for_each_core(
     with installed(Card()):
         adapterkit.merge("base", ["style"], out=tmp_path / "there", device="cuda")
     adapterkit.merge("base", ["style"], out=tmp_path / "here")
-    assert runs == [(11, 11), (2, 8)]
+    assert runs == [(11, 12), (2, 9)]  # one is made ahead
 
 
 @pytest.mark.parametrize("job", ["merge", "quantize"])
@@ -189,5 +189,5 @@ def test_jobs_of_a_process_share_their_streams(job: str, folder: Path, tmp_path:
             used.append(len(card.streams_used - {card.default.number}))
             card.streams_used.clear()
         rings = {len(ring) for ring in card.rings.values()}
-    assert max(used) <= (8 if job == "merge" else GPU_TASKS)
-    assert max(rings) <= (8 if job == "merge" else GPU_TASKS)
+    most = 8 if job == "merge" else GPU_TASKS + 1  # and of who writes
+    assert max(used) <= most and max(rings) <= most

@@ -3,6 +3,7 @@
 import math
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from adapterkit.engines.device import Mark
 from adapterkit.engines.interruptible import POLL_INTERVAL
+from adapterkit.tasks.rows import byte_view
 
 CACHED = 1 << 20  # bytes that are read, looked at and converted while they are in a core's cache
 ROOM = 8 << 20  # bytes of a copy to a GPU: less does not fill the bus, more is no faster
@@ -98,6 +100,24 @@ class Rooms:
             self.copied[self.turn] = Mark(self.device)
         return made
 
+    def blocks(self, tensor: Tensor) -> Iterator[tuple[int, memoryview]]:
+        """(position, bytes) of a tensor of the device in order, for use until the next ones are
+        asked for: while they are, those behind them are copied."""
+        if tensor.device.type == "cpu":
+            yield 0, byte_view(tensor)
+            return
+        flat, waiting = tensor.contiguous().view(-1).view(torch.uint8), deque()
+        for first in range(0, len(flat), ROOM):
+            part = flat[first : first + ROOM]
+            room = self._free_room()
+            room.tensor(len(part), torch.uint8).copy_(part, non_blocking=True)
+            self.copied[self.turn] = mark = Mark(self.device)
+            waiting.append((first, room.view(len(part)), mark))
+            if len(waiting) == len(self.rooms):
+                yield _landed(*waiting.popleft())
+        while waiting:
+            yield _landed(*waiting.popleft())
+
     def _free_room(self) -> Buffer:
         """The room that was copied longest ago."""
         self.turn = (self.turn + 1) % len(self.rooms)
@@ -134,6 +154,11 @@ class Rooms:
         if room is None or room.numel() < count:
             room = self.numbers[dtype] = torch.empty(count, dtype=dtype)
         return room[:count].view(torch.Size(shape))
+
+
+def _landed(first: int, data: memoryview, mark: Mark) -> tuple[int, memoryview]:
+    mark.wait()
+    return first, data
 
 
 _own = threading.local()

@@ -5,11 +5,13 @@ The header gets the room of the largest file there can be, so the data's place i
 size; it is written last.
 """
 
+import threading
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar, cast
 
 import torch
@@ -23,16 +25,17 @@ from adapterkit.checkpoint.layout import ShardLayout, TensorPlan
 from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.stage import Workspace
 from adapterkit.checkpoint.output.writer import ShardFile
-from adapterkit.engines.device import Streams
+from adapterkit.engines.device import Mark, Streams
 from adapterkit.engines.interruptible import result_of, signals_deferred
-from adapterkit.engines.local.buffers import keep_rooms
+from adapterkit.engines.local.buffers import Rooms, keep_rooms
+from adapterkit.engines.local.file_threads import FileThreads
+from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
 from adapterkit.options import Progress
 from adapterkit.plan import OutputFile, Task, TaskResult
 from adapterkit.tasks.handoff import HandoffWriter
 from adapterkit.tasks.metrics import finite_metrics
-from adapterkit.tasks.rows import byte_view
 from adapterkit.weights.reader import Reader
 
 T = TypeVar("T")
@@ -42,53 +45,64 @@ BLOCK = 4 << 20
 
 def write_computed(
     file: OutputFile,
-    stage: Workspace,
-    inputs: Reader,
+    inputs: LocalReader,
     threads: "TaskThreads",
+    files: FileThreads,
+    *,
     hashed: bool,
     progress: Progress,
-) -> ShardResult:
-    """Make all tasks of a file and write it; `Unrecoverable` where a value is not finite."""
-    shard = ShardFile(stage.path, file.file, file.size, stage.attempt)
-    try:
-        metrics, handoffs = {}, HandoffWriter(stage, file)
-        places = _SortedPlaces(file) if file.sizes_are_planned else _AppendedPlaces(file)
-        results = _results(file, stage, inputs, threads, progress)
+) -> None:
+    """Make all tasks of a file and write what they give; it is ended while the next file is made.
+
+    `Unrecoverable` where a value is not finite.
+    """
+    opening = files.ahead(lambda: files.create(file.file, file.size))
+    places = _SortedPlaces(file) if file.sizes_are_planned else _AppendedPlaces(file)
+    metrics, handoffs = {}, HandoffWriter(files.stage, file)
+    with threads.here() as rooms:
+        results = _results(file, files.stage, inputs, threads, rooms, progress)
         for task in file.tasks:  # a zip would hold on to the tensors while the next ones are made
             result = next(results)
+            shard = result_of(opening)  # tasks were begun while it was made
             measured = finite_metrics(result.metrics)
             if measured:
                 metrics[task.name] = metrics.get(task.name, {}) | measured
-            handoffs.put(result.handoff)
+            handoffs.put(result.handoff, rooms.blocks)
             for key, tensor in result.tensors.items():
                 if isinstance(tensor, TensorSpec):
-                    _copy(
-                        inputs,
-                        tensor,
-                        shard,
-                        places.next(TensorPlan(key, tensor.dtype, tensor.shape)),
-                    )
+                    at = places.next(TensorPlan(key, tensor.dtype, tensor.shape))
+                    _copy(inputs, tensor, shard, at)
                 else:
-                    at = places.next(
-                        TensorPlan(key, dtypes.name_of(tensor.dtype), tuple(tensor.shape))
-                    )
-                    shard.write(byte_view(tensor), at)
+                    name = dtypes.name_of(tensor.dtype)
+                    at = places.next(TensorPlan(key, name, tuple(tensor.shape)))
+                    for first, block in rooms.blocks(tensor):
+                        shard.write(block, at + first)
                     del tensor
             del result
         next(results, None)
-        room = len(file.layout.header)
-        layout = file.laid_out(places.stored(), room)
-        if len(layout.header) != room:
-            _shift(shard, room, len(layout.header), layout.size - len(layout.header))
-        shard.write(layout.header, 0)
-        shard.truncate(layout.size)
-        handoffs.close()
-        sha, marks = hash_of(shard, layout) if hashed else (None, {})
-        shard.sync()
-        shard.publish()
-    except BaseException:
-        shard.abandon()
-        raise
+    shard = result_of(opening)
+    end = partial(_ended, file, shard, places, handoffs, metrics, files.stop if hashed else None)
+    files.finish(file.file, shard, end)
+
+
+def _ended(
+    file: OutputFile,
+    shard: ShardFile,
+    places: "_AppendedPlaces | _SortedPlaces",
+    handoffs: HandoffWriter,
+    metrics: dict[str, dict],
+    stop: threading.Event | None,
+) -> ShardResult:
+    """A file with all tensors gets its header and its size; `stop` ends its hash, without one it
+    has none."""
+    room = len(file.layout.header)
+    layout = file.laid_out(places.stored(), room)
+    if len(layout.header) != room:
+        _shift(shard, room, len(layout.header), layout.size - len(layout.header))
+    shard.write(layout.header, 0)
+    shard.truncate(layout.size)
+    handoffs.close()
+    sha, marks = (None, {}) if stop is None else hash_of(shard, layout, stop)
     return ShardResult(
         file.file,
         layout.size,
@@ -159,16 +173,16 @@ def _shift(shard: ShardFile, at: int, to: int, size: int) -> None:
         shard.write(part, to + first)
 
 
-def _copy(inputs: Reader, spec: TensorSpec, shard: ShardFile, at: int) -> None:
-    for first in range(spec.start, spec.stop, BLOCK):
-        part = replace(
-            spec,
-            dtype="U8",
-            shape=(min(BLOCK, spec.stop - first),),
-            start=first,
-            stop=min(first + BLOCK, spec.stop),
-        )
-        shard.write(memoryview(inputs.bytes(part)), at + first - spec.start)
+def _copy(inputs: LocalReader, spec: TensorSpec, shard: ShardFile, at: int) -> None:
+    """Stored bytes: inside the kernel where it can, else through memory that is used again."""
+    with inputs.sources.file(spec.folder, spec.file) as descriptor:
+        if shard.copy_from(descriptor, spec.start, at, spec.nbytes):
+            return
+    block = memoryview(bytearray(min(BLOCK, spec.nbytes)))
+    for first in range(0, spec.nbytes, BLOCK):
+        part = block[: spec.nbytes - first]
+        inputs.sources.read_into(spec, first, part)
+        shard.write(part, at + first)
 
 
 class TaskThreads:
@@ -176,7 +190,8 @@ class TaskThreads:
     at a time as fit into `budget` bytes of memory."""
 
     def __init__(self, device: torch.device, workers: int, budget: int):
-        self.workers, self.budget, self.streams = workers, budget, Streams(device)
+        self.device, self.workers, self.budget = device, workers, budget
+        self.streams, self.rooms = Streams(device), Rooms(device)
         self.pool = ThreadPoolExecutor(workers, "compute", keep_rooms, (device,))
 
     def __enter__(self) -> "TaskThreads":
@@ -186,21 +201,36 @@ class TaskThreads:
         with signals_deferred():
             self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def results(self, tasks: Sequence[Task], inputs: Reader) -> Iterator[TaskResult]:
-        """The tasks' results in order, in the host's memory."""
+    @contextmanager
+    def here(self) -> Iterator[Rooms]:
+        """A stream for this thread, which writes the results, and rooms."""
+        with self.streams.use(), torch.inference_mode():
+            yield self.rooms
 
-        def compute(task: Task) -> TaskResult:
+    def results(self, tasks: Sequence[Task], inputs: Reader) -> Iterator[TaskResult]:
+        """The tasks' results in order, on the device; this thread's stream waits for each."""
+
+        def compute(task: Task) -> tuple[TaskResult, Mark]:
             torch.set_num_threads(1)  # this thread's; the workers are the parallelism
             with self.streams.use(), torch.inference_mode():
-                return _on_host(_finite(task.compute(inputs)))
+                return _finite(task.compute(inputs)), Mark(self.device)
 
-        return in_order(
-            compute, tasks, self.workers, self.budget, lambda task: task.memory, self.pool
-        )
+        def memory(task: Task) -> int:
+            return task.memory
+
+        for result, mark in in_order(compute, tasks, self.workers, self.budget, memory, self.pool):
+            mark.precede()
+            yield result
+            del result
 
 
 def _results(
-    file: OutputFile, stage: Workspace, inputs: Reader, threads: TaskThreads, progress: Progress
+    file: OutputFile,
+    stage: Workspace,
+    inputs: Reader,
+    threads: TaskThreads,
+    rooms: Rooms,
+    progress: Progress,
 ) -> Iterator[TaskResult]:
     """The results of a file's tasks, as they are written."""
     results = threads.results(file.tasks, inputs)
@@ -214,7 +244,9 @@ def _results(
     try:
         for task in file.tasks:
             result = next(results)
-            waiting.append((spill.put(cast(dict[str, Tensor], result.tensors)), result.metrics))
+            tensors = cast(dict[str, Tensor], result.tensors)
+            waiting.append((spill.put(tensors, rooms), result.metrics))
+            del tensors
             del result
             progress(sum(stored.nbytes for stored in task.max_outputs))
         for (where, metrics), change in zip(
@@ -235,7 +267,7 @@ def in_order(
 ) -> Iterator[R]:
     """function(item) for each, by `workers` threads, in the items' order; some are made ahead of
     the one that is asked for: as many as cost no more than the budget together, the one that was
-    given out last included, until the next is asked for."""
+    given out last included, until the next is asked for. `pool`: threads that are there already."""
     source, waiting = iter(items), deque()
     ahead, in_use = next(source, None), 0
     threads = pool or ThreadPoolExecutor(workers, "compute")
@@ -278,13 +310,15 @@ class _Spill:
         name = file.file + ".spill"
         self.file, self.at = ShardFile(stage.path, name, file.size, stage.attempt), 0
 
-    def put(self, tensors: dict[str, Tensor]) -> list[tuple[str, torch.dtype, torch.Size, int]]:
+    def put(
+        self, tensors: dict[str, Tensor], rooms: Rooms
+    ) -> list[tuple[str, torch.dtype, torch.Size, int]]:
         where = []
         for key, tensor in tensors.items():
-            data = byte_view(tensor)
-            self.file.write(data, self.at)
             where.append((key, tensor.dtype, tensor.shape, self.at))
-            self.at += len(data)
+            for first, block in rooms.blocks(tensor):
+                self.file.write(block, self.at + first)
+            self.at += tensor.nbytes
         return where
 
     def get(self, where: list[tuple[str, torch.dtype, torch.Size, int]]) -> dict[str, Tensor]:
@@ -304,14 +338,6 @@ class _Spill:
         self.file.path.unlink(missing_ok=True)
 
 
-def _on_host(result: TaskResult) -> TaskResult:
-    """The result with all tensors in the host's memory: other threads take them, which have other
-    streams."""
-    tensors = {k: t.cpu() if isinstance(t, Tensor) else t for k, t in result.tensors.items()}
-    handoff = {key: tensor.cpu() for key, tensor in result.handoff.items()}
-    return TaskResult(tensors, result.metrics, handoff)
-
-
 def _finite(result: TaskResult) -> TaskResult:
     """`Unrecoverable` where a tensor holds a value that is not finite."""
     for key, tensor in result.tensors.items():
@@ -328,11 +354,15 @@ def _finite(result: TaskResult) -> TaskResult:
     return result
 
 
-def hash_of(shard: ShardFile, layout: ShardLayout) -> tuple[str, dict[str, str]]:
-    """The file's sha256 and the marks at its tensors' ends."""
+def hash_of(
+    shard: ShardFile, layout: ShardLayout, stop: threading.Event
+) -> tuple[str, dict[str, str]]:
+    """The file's sha256 and the marks at its tensors' ends; of no use once it is to stop."""
     running, block = RunningHash(tensor_ends(layout)), memoryview(bytearray(BLOCK))
     for at in range(0, layout.size, BLOCK):
-        part = block[: min(BLOCK, layout.size - at)]
+        if stop.is_set():
+            break
+        part = block[: layout.size - at]
         shard.read(part, at)
         running.update(part)
     return running.hexdigest(), running.marks

@@ -12,7 +12,8 @@ its own stream, so copies to and from the GPU and the arithmetic of different wo
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import contextmanager
 
 import torch
 
@@ -24,7 +25,7 @@ from adapterkit.checkpoint.output.writer import FLUSH
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.system import all_cores, cores
 from adapterkit.engines.device import Streams, exact_arithmetic, pick_device
-from adapterkit.engines.interruptible import POLL_INTERVAL, Running, signals_deferred
+from adapterkit.engines.interruptible import POLL_INTERVAL, result_of, signals_deferred
 from adapterkit.engines.local.buffers import (
     CPU_BUFFERS,
     GPU_BUFFERS,
@@ -35,6 +36,7 @@ from adapterkit.engines.local.buffers import (
 )
 from adapterkit.engines.local.chunks import ComputedChunk, compute_chunk
 from adapterkit.engines.local.computed import TaskThreads, write_computed
+from adapterkit.engines.local.file_threads import FileThreads, file_threads
 from adapterkit.engines.local.pieces import Chunk, OpenShard, Piece, largest_piece
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.engines.out_of_memory import memory_errors
@@ -45,7 +47,6 @@ from adapterkit.tasks.handoff import HandoffReader
 from adapterkit.tasks.metrics import ChangeMetrics
 from adapterkit.tasks.rows import arithmetic
 
-SHUTDOWN_TIMEOUT = 1.0  # seconds that an interrupted job gives its threads
 OPEN_SHARDS = 8  # output files in the making: small ones would outrun the fsyncs behind them
 
 
@@ -77,151 +78,118 @@ def local(device: str = "auto", workers: int | None = None):
             exact_arithmetic(where),
             memory_errors(where),
             Sources(plan.folders, plan.identities) as sources,
+            _torch_threads(workers),
+            file_threads(stage, finished) as files,
         ):
             for folder in range(len(plan.folders)):
                 names = [spec.file for spec in reads if spec.folder == folder]
                 plan.folders[folder].prefetch(list(dict.fromkeys(names)))
-            threads = torch.get_num_threads()  # the workers' own setting reaches the whole process
-            try:
-                torch.set_num_threads(workers or threads)
-                if blocks and (collection := blocks[0].collection):
-                    collection.collect_blocks(plan, blocks, stage, where, finished, progress)
-                # first: steps may need what tasks hand on
-                with TaskThreads(where, tasks, budget) as task_threads:
-                    for file in computed:
-                        if not stage.wanted(file.file):
-                            continue
-                        inputs = LocalReader(sources, where, handoffs=HandoffReader(stage))
-                        done = progress
-                        if file.collection is not None:
-                            file = file.collection.collected(plan, file, stage, where, progress)
-                            done = no_progress
-                        finished(write_computed(file, stage, inputs, task_threads, hash, done))
-                if streamed:
-                    largest = largest_piece(plan.shards, where)
-                    _ShardRun(
-                        streamed, largest, stage, sources, where, count, hash, finished, progress
-                    ).run()
-            finally:
-                torch.set_num_threads(threads)
+            if blocks and (collection := blocks[0].collection):
+                collection.collect_blocks(plan, blocks, stage, where, finished, progress)
+            written = {key: file.file for file in computed for key in file.handoff_writes}
+            # first: steps may need what tasks hand on
+            with TaskThreads(where, tasks, budget) as task_threads:
+                for file in computed:
+                    if not stage.wanted(file.file):
+                        continue
+                    files.await_ends(_files_read(file, written))
+                    inputs = LocalReader(sources, where, handoffs=HandoffReader(stage))
+                    done = progress
+                    if file.collection is not None:
+                        file = file.collection.collected(plan, file, stage, where, progress)
+                        done = no_progress
+                    write_computed(file, inputs, task_threads, files, hashed=hash, progress=done)
+            if streamed:
+                files.await_ends(set().union(*(_files_read(file, written) for file in streamed)))
+                # on a GPU of all: its memory is never given back, and serves other files too
+                largest = largest_piece(streamed if where.type == "cpu" else plan.shards, where)
+                _ShardRun(streamed, largest, sources, where, count, hash, files, progress).start()
 
     return engine
 
 
-class _ShardRun:
-    """One run over some shards: the pieces in order, workers that take them, files finished behind
-    them."""
+def _files_read(file: OutputFile, written: dict[str, str]) -> set[str]:
+    """The files, of those by what they hand on, whose handoffs this one reads."""
+    return {written[key] for key in file.handoff_reads if key in written}
 
-    def __init__(
-        self, shards, largest, stage, sources, device, workers, hashed, finished, progress
-    ):
-        self.shards, self.stage, self.sources, self.device = shards, stage, sources, device
-        self.workers, self.hashed, self.finished, self.progress = (
-            workers,
-            hashed,
-            finished,
-            progress,
-        )
-        self.inputs = LocalReader(sources, device, handoffs=HandoffReader(stage))
+
+@contextmanager
+def _torch_threads(workers: int | None) -> Iterator[None]:
+    """So many threads of torch's, if it is said how many; the workers' own setting reaches the
+    whole process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(workers or threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _ShardRun:
+    """One run over some shards: the pieces in order, workers that take them, files that are made
+    before them and ended behind them."""
+
+    def __init__(self, shards, largest, sources, device, workers, hashed, files, progress):
+        self.shards, self.sources, self.device = shards, sources, device
+        self.workers, self.hashed, self.progress = workers, hashed, progress
+        self.files: FileThreads = files
+        self.inputs = LocalReader(sources, device, handoffs=HandoffReader(files.stage))
         self.streams = Streams(device)
         on_gpu = device.type != "cpu"
         self.buffers = BufferPool(
             (GPU_BUFFERS if on_gpu else CPU_BUFFERS) * workers, largest, pinned=on_gpu
         )
-        self.stop = threading.Event()
-        self.problem: BaseException | None = None
-        self.open: list[OpenShard] = []
         self.lock = threading.Lock()
         # to take the next piece; waits for files to be finished, so not the lock for counting
         self.turn = threading.Lock()
-        self.room = threading.Semaphore(max(OPEN_SHARDS, workers))
-        self.running = Running(workers)  # workers, and files whose last piece is written
-        self.finisher = ThreadPoolExecutor(1, "finish")
+        self.room = threading.Semaphore(max(OPEN_SHARDS, workers) + 1)  # one of them is made ahead
 
-    def run(self) -> None:
+    def start(self) -> None:
+        """Begin: the threads end with those of `files`."""
         pieces = self._pieces()
-        try:
-            self._start(pieces)
-            while not self.running.wait(POLL_INTERVAL):
-                pass
-        except BaseException as error:
-            self.problem = self.problem or error
-        finally:
-            self.stop.set()
-            ended = self._wait()
-        for shard in self.open if ended else ():
-            shard.file.abandon()
-        if self.problem is not None:
-            raise self.problem
-
-    def _start(self, pieces: Iterator[Piece]) -> None:
         with signals_deferred():
-            for number in range(self.workers):
-                try:
-                    threading.Thread(target=self._work, args=(pieces,), daemon=True).start()
-                except RuntimeError:  # the system allows no more threads
-                    for _ in range(number, self.workers):
-                        self.running.finish()
-                    raise
-
-    def _wait(self) -> bool:
-        """Wait for the threads to see the stop sign; whether they did. Who interrupts does not wait
-        long for what waits for the disk: it is lost anyway, as a later run begins those files
-        anew."""
-        interrupted = isinstance(self.problem, KeyboardInterrupt)
-        ended = self.running.wait(SHUTDOWN_TIMEOUT)
-        while not ended and not interrupted:
-            ended = self.running.wait(POLL_INTERVAL)
-        with signals_deferred():
-            self.finisher.shutdown(wait=False)
-        return ended
+            for _ in range(self.workers):
+                self.files.start(lambda: self._take_pieces(pieces))
 
     def _pieces(self) -> Iterator[Piece]:
         """The pieces of a few files in turn: each file has one hash, in file order, and one core
-        makes it."""
+        makes it. The next file is made meanwhile: giving it its blocks may take a while."""
         shards, turns = deque(self.shards), deque[Iterator[Piece]]()
-        while shards or turns:
-            while shards and len(turns) < self.workers and self.room.acquire(blocking=False):
-                turns.append(self._opened(shards.popleft()))
-            if not turns:
-                if self.room.acquire(timeout=POLL_INTERVAL):
-                    turns.append(self._opened(shards.popleft()))
-                elif self.stop.is_set():
-                    return
-                continue
-            pieces = turns.popleft()
-            piece = next(pieces, None)
-            if piece is not None:
-                turns.append(pieces)
-                yield piece
+        opening: Future[Iterator[Piece]] | None = None
+        while shards or opening or turns:
+            if opening is None and shards and self._has_room(wait=not turns):
+                shard = shards.popleft()
+                opening = self.files.ahead(lambda shard=shard: self._opened(shard))
+            is_next = opening is not None and len(turns) < self.workers
+            if opening is not None and is_next and (not turns or opening.done()):
+                turns.append(result_of(opening))
+                opening = None
+            elif turns:
+                pieces = turns.popleft()
+                piece = next(pieces, None)
+                if piece is not None:
+                    turns.append(pieces)
+                    yield piece
+            elif self.files.stop.is_set():
+                return
+
+    def _has_room(self, *, wait: bool) -> bool:
+        return self.room.acquire(timeout=POLL_INTERVAL) if wait else self.room.acquire(False)
 
     def _opened(self, shard: OutputFile) -> Iterator[Piece]:
-        if not self.stage.wanted(shard.name):
+        if not self.files.stage.wanted(shard.name):
             self.room.release()
             return iter(())
         opened = OpenShard(shard, hashed=self.hashed)
-        opened.create(self.stage)
-        self.open.append(opened)
+        opened.file = self.files.create(shard.name, shard.size)
         pieces = list(opened.pieces(self.device))
         opened.remaining = len(pieces)
         return iter(pieces)
 
-    def _work(self, pieces: Iterator[Piece]) -> None:
-        try:
-            self._take_pieces(pieces)
-        except BaseException as error:
-            with self.lock:
-                self.problem = self.problem or error
-            self.stop.set()
-        finally:
-            # no tensor is left to this thread: the process may end now, which a thread that frees
-            # one would not outlive quietly
-            self.running.finish()
-
     def _take_pieces(self, pieces: Iterator[Piece]) -> None:
         torch.set_num_threads(1)  # this thread's; the workers are the parallelism
         with self.streams.use(), torch.inference_mode(), own_rooms(self.device) as rooms:
-            while (buffer := self.buffers.take(self.stop)) is not None:
+            while (buffer := self.buffers.take(self.files.stop)) is not None:
                 with self.turn:
                     piece = next(pieces, None)
                 if piece is None:
@@ -246,10 +214,10 @@ class _ShardRun:
                 shard.flushed,
                 max(shard.flushed, piece.position // FLUSH * FLUSH),
             )
-            if last:
-                self.running.start()
-                self.finisher.submit(self._finish, shard)
-        if not last and shard.flushed > start:
+        if last:
+            ended = self.files.finish(shard.shard.name, shard.file, shard.result)
+            ended.add_done_callback(lambda _: self.room.release())
+        elif shard.flushed > start:
             shard.file.start_writeback(start, shard.flushed - start)
 
     def _copy(self, piece: Piece, buffer: Buffer) -> None:
@@ -303,20 +271,3 @@ class _ShardRun:
                 write(waiting.popleft())
         open_step.done(metrics)
         piece.shard.hash(piece.number, view, lambda: self.buffers.give(buffer))
-
-    def _finish(self, shard: OpenShard) -> None:
-        try:
-            if self.stop.is_set():
-                return
-            shard.file.sync()
-            if self.stop.is_set():
-                return  # a later run may be at work on that name already
-            shard.file.publish()
-            self.open.remove(shard)
-            self.finished(shard.result())
-            self.room.release()
-        except BaseException as error:
-            self.problem = self.problem or error
-            self.stop.set()
-        finally:
-            self.running.finish()

@@ -16,7 +16,6 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.output.file_result import ShardResult
-from adapterkit.checkpoint.output.stage import Workspace
 from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.engines.device import Mark
 from adapterkit.engines.local.reader import LocalReader
@@ -144,10 +143,6 @@ class OpenShard:
         self.waiting: dict[int, tuple[memoryview, Callable[[], None]]] = {}
         self.next, self.hashing, self.remaining = 0, False, 0
         self.flushed = 0
-
-    def create(self, stage: Workspace) -> None:
-        """Make the file."""
-        self.file = ShardFile(stage.path, self.shard.name, self.shard.size, stage.attempt)
 
     def pieces(self, device: torch.device) -> Iterator[Piece]:
         """The pieces in order, those of a part at their places in it."""
