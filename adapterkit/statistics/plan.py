@@ -29,6 +29,7 @@ from adapterkit.statistics.collect import CollectedFile, collect, metadata_with,
 from adapterkit.statistics.data.records import Record, draw_records
 from adapterkit.statistics.data.samples import Samples, load_tokenizer, tokenize
 from adapterkit.statistics.job import BLOCKS, CollectionJob, check_options, takes_rows, tokens_of
+from adapterkit.statistics.model.shuttle import TABLES
 from adapterkit.statistics.model.stored_model import StoredModel
 from adapterkit.verbs.stats import Stats, StatsOptions
 
@@ -88,7 +89,7 @@ class Collection:
 
     @property
     def device_memory(self) -> int:
-        return self.sizes.device + self.sizes.computed + self.sizes.sums
+        return self.sizes.device + 2 * self.sizes.computed + self.sizes.sums + TABLES
 
     def room(self, budget: int) -> int:
         return self.work + max(0, self.sizes.activations - budget)

@@ -57,7 +57,7 @@ class Sum:
         self.vectors += len(rows)
         self.calls += 1
         vector = rows.to(with_float64(rows.device)).sum(0, dtype=torch.float64)
-        self.vector = _added(self.vector, vector, rows.device)
+        self.vector = vector if self.vector is None else self.vector.to(vector.device).add_(vector)
         if not self.squares or not len(rows):
             return
         if self.normalize:
@@ -138,8 +138,10 @@ class Sum:
         self._close_block()
         total.vectors += self.vectors
         total.calls += self.calls
-        if self.vector is not None:
-            total.vector = _added(total.vector, self.vector, self.vector.device)
+        vector = self.vector
+        if vector is not None:
+            before = total.vector
+            total.vector = vector.clone() if before is None else before.to(vector.device) + vector
         if self.total:
             total._add_panels(self.total)
 
@@ -176,12 +178,6 @@ class Sum:
         """E[x] (in,) float64."""
         assert self.vector is not None
         return self.vector / self.vectors
-
-
-def _added(total: Tensor | None, value: Tensor, device: torch.device) -> Tensor:
-    """The sum, on the device of the value or, where it has no float64, on the host."""
-    where = with_float64(device)
-    return value.to(where, copy=True) if total is None else total.to(where).add_(value)
 
 
 @dataclass

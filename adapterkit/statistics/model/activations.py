@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from adapterkit.checkpoint.disk import storage_errors, write_all
+from adapterkit.engines.local.buffers import pinned_size
 from adapterkit.errors import Failed
 
 SMALL = 1 << 16  # bytes of a tensor that is left where it is
@@ -112,7 +113,7 @@ class _Tracked:
     """A storage that is taken out of memory while its batch waits."""
 
     storage: StorageWeakRef
-    nbytes: int
+    nbytes: int  # of memory
     tensor: ReferenceType[Tensor]
     version: int | None = None  # of the tensor when the copy was made
     copy: Copy | None = None
@@ -148,7 +149,9 @@ class Activations:
         storage = tensor.untyped_storage()
         known = self._tracked.get(storage._cdata)
         if known is None or known.storage.expired():
-            known = _Tracked(StorageWeakRef(storage), storage.nbytes(), ref(tensor))
+            nbytes = storage.nbytes()
+            taken = pinned_size(nbytes) if tensor.is_pinned() else nbytes
+            known = _Tracked(StorageWeakRef(storage), taken, ref(tensor))
             self._tracked[storage._cdata] = known
         elif known.tensor() is not tensor:
             known.tensor, known.copy = ref(tensor), None

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from adapterkit.engines.device import Mark
 from adapterkit.errors import Refused, shown
 from adapterkit.statistics.data.masks import Masks, following
 from adapterkit.statistics.model.activations import Activations, ActivationStore
@@ -26,6 +27,7 @@ from adapterkit.statistics.model.checkpointing import Call, apply, is_differenti
 from adapterkit.statistics.model.coroutines import Coroutine
 from adapterkit.statistics.model.hooks import SumsWatch
 from adapterkit.statistics.model.layers import Unit, Units
+from adapterkit.statistics.model.shuttle import Shuttle
 from adapterkit.statistics.model.stored_model import StoredModel
 from adapterkit.statistics.sums_files import Collected, Ledger, Tally
 
@@ -49,6 +51,15 @@ class Pass(Coroutine):
     ):
         super().__init__(run)
         self.activations, self.masks, self.block = activations, masks, block
+
+
+@dataclass
+class Begun:
+    """What a pass goes on with once the mark is passed."""
+
+    one: Pass
+    answer: Any
+    mark: Mark
 
 
 class Visit:
@@ -91,6 +102,10 @@ class Lockstep:
     gradients: bool  # whether they are collected
     step: Callable[[], None]  # one batch has gone through one unit
     fixed: set[int] = field(default_factory=set)  # storages that are never emptied
+
+    @cached_property
+    def shuttle(self) -> Shuttle:
+        return Shuttle(self.stored.device)
 
     def run(
         self,
@@ -148,16 +163,30 @@ class Lockstep:
         self._fix()
         try:
             with self.stored.buffers_on_device(unit.module):
-                for one in waiting:
-                    # where the backward pass follows at once, at the end of the model, it does here
-                    while one.request is not None and one.request.unit is unit:
-                        self._through(one, visit)
+                self._go_through(waiting, visit)
         finally:
             self.fixed &= before
             self.stored.free(unit.parameters)
         visit.close()
 
-    def _through(self, one: Pass, visit: Visit) -> None:
+    def _go_through(self, waiting: Sequence[Pass], visit: Visit) -> None:
+        """Each pass; of one block a GPU computes one while the host goes on with the one before."""
+        begun: Begun | None = None
+        for one in waiting:
+            if one.request is None or one.request.unit is not visit.unit:
+                continue
+            if begun is not None and begun.one.block != one.block:
+                begun = self._end(begun, visit)
+            last, begun = begun, self._begin(one, visit)
+            if last is not None:
+                self._end(last, visit)
+            if self.stored.device.type == "cpu":
+                begun = self._end(begun, visit)
+        if begun is not None:
+            self._end(begun, visit)
+
+    def _begin(self, one: Pass, visit: Visit) -> Begun:
+        """A pass goes through the unit that it waits for, as far as a GPU is concerned."""
         stop: Stop = one.request
         one.activations.restore()
         tally = visit.gradients if stop.is_backward else visit.sums
@@ -165,12 +194,24 @@ class Lockstep:
         sums = None if collected is None or stop.is_backward else collected.sums
         self.watch.masks, self.watch.sums = one.masks, sums
         answer = stop.context.run(stop.run, self, collected)
-        one.activations.track(answer, is_output=True)
         if sums is not None:
             sums.settle()
-        del stop
-        self.step()
-        self._go_on(one, answer)
+        return Begun(one, answer, Mark(self.stored.device))
+
+    def _end(self, begun: Begun, visit: Visit) -> None:
+        """The pass goes on to the next unit that it waits for. Where that is this one again, as
+        where the backward pass follows at once, it goes through it here."""
+        one = begun.one
+        while True:
+            begun.mark.wait()
+            one.activations.track(begun.answer, is_output=True)
+            self.step()
+            answer, begun.answer = begun.answer, None
+            self._go_on(one, answer)
+            del answer
+            if one.request is None or one.request.unit is not visit.unit:
+                return
+            begun = self._begin(one, visit)
 
     def _go_on(self, one: Pass, answer: object) -> None:
         """The code between two units."""
@@ -237,7 +278,8 @@ class Lockstep:
 
         def compute(lockstep: Lockstep, collected: Collected | None) -> Any:
             with torch.no_grad(), following(one.masks):
-                return lockstep.computed(unit, forward, (args, kwargs))
+                output = lockstep.computed(unit, forward, (args, kwargs))
+                return lockstep.shuttle.to_host(output)
 
         def recompute(call: Call, grads: tuple[Tensor | None, ...]) -> Any:
             run = functools.partial(_backward, unit, forward, call, grads)
@@ -251,12 +293,9 @@ class Lockstep:
         return one.stop(stop)
 
     def computed(self, unit: Unit, forward: Callable[..., Any], arguments: Any) -> Any:
-        """A unit's output on the CPU, of arguments there; the unit is on its device."""
+        """A unit's output, of arguments on the CPU; the unit is on its device."""
         before = tree_leaves(arguments)
-        moved: dict[int, Tensor] = {}
-        args, kwargs = arguments
-        if self.stored.device.type != "cpu":
-            args, kwargs = tree_map(lambda leaf: _moved(leaf, self.stored.device, moved), arguments)
+        (args, kwargs), moved = self.shuttle.to_device(arguments)
         self.watch.see(unit.name, args, kwargs)  # no hook has, if it is a layer itself
         output = forward(*args, **kwargs)
         after = tree_leaves((args, kwargs))
@@ -271,7 +310,7 @@ class Lockstep:
                 where=self.stored.base.name,
                 hint="run the model whole: --whole",
             )
-        return tree_map(lambda leaf: _moved(leaf, torch.device("cpu"), {}), output)
+        return output
 
 
 def _run(loss: Callable[[], Tensor | None], activations: Activations, masks: Masks | None) -> None:
@@ -305,7 +344,7 @@ def _backward(
         output = lockstep.computed(unit, forward, arguments)
     outputs = [leaf for leaf in tree_leaves(output) if is_differentiable(leaf)]
     pairs = [
-        (value, grad)
+        (value, grad.to(value.device))
         for value, grad in zip(outputs, grads, strict=True)
         if grad is not None and value.requires_grad
     ]
@@ -335,12 +374,3 @@ def _close(passes: Sequence[Pass]) -> None:
     for one in passes:
         if not one.is_done:
             one.close()
-
-
-def _moved(leaf: object, device: torch.device, moved: dict[int, Tensor]) -> Any:
-    """A tensor on another device, each one once."""
-    if not isinstance(leaf, Tensor) or leaf.device == device:
-        return leaf
-    if id(leaf) not in moved:
-        moved[id(leaf)] = leaf.to(device)
-    return moved[id(leaf)]

@@ -6,6 +6,7 @@ import copy
 import itertools
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,7 +98,8 @@ class StoredModel:
     def _load_buffers(self) -> None:
         for name in sorted(self._stored_buffers, key=self._files):
             stored = self._stored_buffers[name]
-            self.model.get_buffer(name).copy_(stored.read(self._reader))
+            buffer = self.model.get_buffer(name)
+            buffer.copy_(stored.read(replace(self._reader, device=buffer.device)))
 
     def _files(self, name: str) -> list[str]:
         """The files that a parameter or a buffer is read from, in their order."""
@@ -142,7 +144,7 @@ class StoredModel:
                 if stored is None:
                     value = torch.zeros_like(meta, device=device)
                 else:
-                    value = stored.read(self._reader).to(device, meta.dtype)
+                    value = stored.read(replace(self._reader, device=device)).to(meta.dtype)
                 loaded[id(meta)] = nn.Parameter(value, requires_grad=False)
             self._set(name, loaded[id(meta)])
 
