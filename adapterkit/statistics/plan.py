@@ -89,7 +89,7 @@ class Collection:
 
     @property
     def device_memory(self) -> int:
-        return self.sizes.device + 2 * self.sizes.computed + self.sizes.sums + TABLES
+        return self.sizes.device + self.sizes.computed + self.sizes.sums + TABLES
 
     def room(self, budget: int) -> int:
         return self.work + max(0, self.sizes.activations - budget)
