@@ -2,6 +2,7 @@
 more of it than a plan says, and what is read through it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,11 @@ from adapterkit.engines.local import buffers
 from adapterkit.engines.local import engine as local
 from adapterkit.engines.local.buffers import own_rooms, pinned_size
 from adapterkit.engines.local.reader import LocalReader
+from adapterkit.engines.one_file import stage_of
 from adapterkit.errors import Unrecoverable
 from adapterkit.execute import run
 from adapterkit.tasks import rows
-from tests.golden import inputs
+from tests.golden import inputs, jobs
 from tests.support.card import DEVICE, Card, installed
 
 CPU = torch.device("cpu")
@@ -127,9 +129,11 @@ def test_rows_may_go_to_memory_that_is_used_again(stored: tuple[LocalFolder, dic
             assert len(places) <= 2  # the last one is the largest
 
 
-@pytest.mark.parametrize("job", ["merge", "quantize"])
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("merge-several", 2), ("quantize-nf4", 1), ("stats-all", 1)]
+)
 def test_a_plan_says_how_much_memory_is_page_locked(
-    job: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, kinds: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """All of it at once, and no more later: what is pinned is never given back."""
     monkeypatch.setattr(rows, "CUDA_ELEMENTS", 512)
@@ -144,16 +148,16 @@ def test_a_plan_says_how_much_memory_is_page_locked(
         return empty(*shape, **options)
 
     monkeypatch.setattr(torch, "empty", allocate)
-    out = tmp_path / "out"
+    job = next(job for job in jobs.WRITING if job.name == name)
+    if job.verb == "stats":  # the card has no gradients
+        job = replace(job, options=job.options | {"what": "covariance,mean"})
+    out = tmp_path / "out.safetensors"
     with installed(Card()) as card:
-        if job == "merge":
-            plan = adapterkit.merge("base", ["style"], out=out, device="cuda", dry_run=True)
-        else:
-            plan = adapterkit.quantize("base", to="nf4", out=out, device="cuda", dry_run=True)
-        run(plan, Stage(out), local.local("cuda", workers=3))
+        plan = jobs.call(job, out=out, device="cuda", dry_run=True)
+        run(plan, stage_of(plan, out), local.local("cuda", workers=3))
     assert card.pinned_bytes == sum(sizes) <= plan.totals()["pinned_memory"]
     assert all(size == pinned_size(size) for size in sizes)
-    assert len(set(sizes)) == (2 if job == "merge" else 1)
+    assert len(set(sizes)) == kinds
 
 
 def test_a_card_has_a_worker_for_each_core(

@@ -37,6 +37,7 @@ class Buffer:
         self.size, self.pinned = size, pinned
 
     @cached_property
+    @torch.inference_mode(False)  # for use in it and outside
     def memory(self) -> Tensor:
         if self.pinned:
             with suppress(RuntimeError):  # of CUDA: pageable memory is slower, and as right
@@ -173,10 +174,11 @@ def keep_rooms(device: torch.device) -> Rooms:
 @contextmanager
 def own_rooms(device: torch.device) -> Iterator[Rooms]:
     """Rooms that this thread keeps until the end of the block."""
+    before = getattr(_own, "rooms", None)
     try:
         yield keep_rooms(device)
     finally:
-        del _own.rooms
+        _own.rooms = before
 
 
 def rooms_of(device: torch.device) -> Rooms:

@@ -27,7 +27,7 @@ from adapterkit.checkpoint.output.stage import Workspace
 from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.engines.device import Mark, Streams
 from adapterkit.engines.interruptible import result_of, signals_deferred
-from adapterkit.engines.local.buffers import Rooms, keep_rooms
+from adapterkit.engines.local.buffers import Rooms, keep_rooms, rooms_of
 from adapterkit.engines.local.file_threads import FileThreads
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Unrecoverable, shown
@@ -191,7 +191,7 @@ class TaskThreads:
 
     def __init__(self, device: torch.device, workers: int, budget: int):
         self.device, self.workers, self.budget = device, workers, budget
-        self.streams, self.rooms = Streams(device), Rooms(device)
+        self.streams = Streams(device)
         self.pool = ThreadPoolExecutor(workers, "compute", keep_rooms, (device,))
 
     def __enter__(self) -> "TaskThreads":
@@ -203,9 +203,9 @@ class TaskThreads:
 
     @contextmanager
     def here(self) -> Iterator[Rooms]:
-        """A stream for this thread, which writes the results, and rooms."""
+        """A stream for this thread, which writes the results, and its rooms."""
         with self.streams.use(), torch.inference_mode():
-            yield self.rooms
+            yield rooms_of(self.device)
 
     def results(self, tasks: Sequence[Task], inputs: Reader) -> Iterator[TaskResult]:
         """The tasks' results in order, on the device; this thread's stream waits for each."""

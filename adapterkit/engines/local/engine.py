@@ -79,6 +79,7 @@ def local(device: str = "auto", workers: int | None = None):
             memory_errors(where),
             Sources(plan.folders, plan.identities) as sources,
             _torch_threads(workers),
+            own_rooms(where),
             file_threads(stage, finished) as files,
         ):
             for folder in range(len(plan.folders)):
