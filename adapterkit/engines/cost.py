@@ -69,11 +69,6 @@ class Machine:
     disk: float = DISK
 
 
-def prefers_gpu(plan: Plan, machine: Machine) -> bool:
-    """Whether a plan is so much sooner done on the machine's GPU that it is worth taking it."""
-    return machine.gpu is not None and Job.of(plan).gains(machine)
-
-
 @dataclass(frozen=True)
 class Job:
     """A plan as what it takes: bytes that are read and written, those of them that are no copies,
@@ -104,6 +99,7 @@ class Job:
         )
 
     def gains(self, machine: Machine) -> bool:
+        """Whether it is so much sooner done on the machine's GPU that it is worth taking it."""
         here, there = self.seconds_on_cores(machine), self.seconds_on_gpu(machine)
         return here > GAIN * there and here - there > SECONDS
 

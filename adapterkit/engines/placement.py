@@ -7,7 +7,7 @@ import torch
 
 from adapterkit.budget import GPU_TASKS
 from adapterkit.checkpoint.system import all_cores
-from adapterkit.engines.cost import CONSUMER, GPUS, H100, Machine, prefers_gpu
+from adapterkit.engines.cost import CONSUMER, GPUS, H100, Job, Machine
 from adapterkit.engines.device import kind, pick_device, usable
 from adapterkit.engines.local.buffers import GPU_BUFFERS, ROOM, ROOMS, pinned_size
 from adapterkit.engines.local.pieces import largest_piece
@@ -25,7 +25,7 @@ USABLE = 0.8  # of a GPU's free memory: the rest is the allocator's and the libr
 
 def place(plan: Plan, name: str, own: int | None = None) -> tuple[Plan, str]:
     """The plan with the device that it runs on and what it takes there, and that device's name;
-    `Refused` where there is no such device. `auto`: see `prefers_gpu`. `own`: the GPU of this
+    `Refused` where there is no such device. `auto`: see `Job.gains`. `own`: the GPU of this
     process, where several of a machine share its GPUs."""
     if name == "auto":
         name, notes = _auto(plan, own)
@@ -42,7 +42,8 @@ def _auto(plan: Plan, own: int | None) -> tuple[str, list[str]]:
     """The device that a plan is best off on, and notes on GPUs that cannot be used: of those that
     can and have room for it, the one with most memory free."""
     count = torch.cuda.device_count()
-    if not count or not prefers_gpu(plan, Machine(all_cores(), H100)):
+    job = Job.of(plan) if count else None
+    if job is None or not job.gains(Machine(all_cores(), H100)):
         return "cpu", []  # before CUDA is started
     free, notes = {}, []
     for number in range(count) if own is None else [own]:
@@ -58,7 +59,7 @@ def _auto(plan: Plan, own: int | None) -> tuple[str, list[str]]:
     if best is None or free[best] < least_memory(plan):
         return "cpu", notes
     gpu = GPUS.get(torch.cuda.get_device_capability(best), CONSUMER)
-    return str(best) if prefers_gpu(plan, Machine(all_cores(), gpu)) else "cpu", notes
+    return str(best) if job.gains(Machine(all_cores(), gpu)) else "cpu", notes
 
 
 def least_memory(plan: Plan) -> int:

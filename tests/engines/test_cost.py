@@ -10,7 +10,7 @@ import pytest
 
 import adapterkit
 from adapterkit.checkpoint.layout import TensorPlan, laid_out
-from adapterkit.engines.cost import CONSUMER, H100, PRICES, Job, Machine, prefers_gpu
+from adapterkit.engines.cost import CONSUMER, H100, PRICES, Job, Machine
 from adapterkit.engines.placement import least_memory
 from adapterkit.plan import Effort, Plan
 
@@ -114,9 +114,10 @@ LAPTOP = 7 << 30  # bytes of a card of 8 GB, beside a desktop
 @pytest.mark.parametrize("name", PLANS)
 def test_what_goes_to_a_gpu(name: str, plans: Callable[[str], Plan]):
     plan = plans(name)
+    job = Job.of(plan)
     taken = {
         machine: " ".join(
-            disk for disk, rate in DISKS.items() if prefers_gpu(plan, replace(each, disk=rate))
+            disk for disk, rate in DISKS.items() if job.gains(replace(each, disk=rate))
         )
         for machine, each in MACHINES.items()
     }

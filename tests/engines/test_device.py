@@ -14,7 +14,8 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines import device, placement
+from adapterkit.engines import device
+from adapterkit.engines.cost import Job
 from adapterkit.engines.local import chunks
 from adapterkit.engines.local import engine as local
 from adapterkit.engines.local.reader import LocalReader
@@ -160,7 +161,7 @@ def test_a_card_that_does_not_compute_is_refused_or_left_alone(
         card.fails = error
     else:
         monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
-    monkeypatch.setattr(placement, "prefers_gpu", lambda plan, machine: plan.verb != "merge")
+    monkeypatch.setattr(Job, "gains", lambda job, machine: job.has_tasks)  # which a merge has not
     arguments: dict[str, Any] = {
         "merge": {"adapters": ["style"]},
         "quantize": {"to": "nf4"},

@@ -9,7 +9,7 @@ import adapterkit
 from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan, laid_out
-from adapterkit.engines.cost import H100, PRICES, Machine, prefers_gpu
+from adapterkit.engines.cost import H100, PRICES, Job, Machine
 from adapterkit.engines.device import LOCAL_RANKS, own_gpu
 from adapterkit.engines.placement import device_totals, fitting, least_memory, place, worker_memory
 from adapterkit.engines.ranks import rank
@@ -100,8 +100,8 @@ def test_a_merge_takes_a_card_where_arithmetic_is_longer_than_the_disk(
     count: int, rank: int, cores: int, disk: float, card: bool
 ):
     plan = merge_of(count, rank)
-    assert prefers_gpu(plan, Machine(cores, H100, disk)) is card
-    assert not prefers_gpu(plan, Machine(cores, None, disk))
+    assert Job.of(plan).gains(Machine(cores, H100, disk)) is card
+    assert not Job.of(plan).gains(Machine(cores, None, disk))
 
 
 def test_tasks_take_a_card_with_room():
