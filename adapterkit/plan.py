@@ -28,6 +28,7 @@ from adapterkit.checkpoint.output.stage import Workspace
 from adapterkit.checkpoint.output.writer import part_name
 from adapterkit.checkpoint.reader import Identity
 from adapterkit.checkpoint.system import cores, quarter_of_memory
+from adapterkit.kernels.pieces import GPU
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.options import Progress
 from adapterkit.records import Json
@@ -196,6 +197,9 @@ class Step:
 Metrics = dict[str, Any]  # of a task or a tensor, for the receipt
 
 
+PIECE_BYTES = 40  # of temporaries, for each element of a piece
+
+
 class TaskResult(NamedTuple):
     """The tensors of a task by key, in the order of writing, and metrics for the receipt.
 
@@ -273,6 +277,14 @@ class Task(ABC):
     @abstractmethod
     def memory(self) -> int:
         """Bytes that `compute` takes at most."""
+
+    @property
+    def gpu_memory(self) -> int:
+        """The same of a GPU's memory: pieces that it works on at once are larger there."""
+        if self.copied:
+            return 0
+        largest = max(math.prod(one.shape) for one in (*self.reads, *self.max_outputs))
+        return self.memory + PIECE_BYTES * min(GPU, largest)
 
     @abstractmethod
     def compute(self, inputs: Reader) -> TaskResult: ...
@@ -608,9 +620,12 @@ class Plan:
         shared = {s for step in steps for edit in step.edits for s in edit.shared_reads}
         return factors_memory(sizes, sum(spec.nbytes for spec in shared), workers)
 
-    def tasks_memory(self, workers: int) -> int:
+    def tasks_memory(self, workers: int, *, gpu: bool = False) -> int:
         """The most bytes that tasks take together, with so many workers."""
-        files = ([task.memory for task in shard.tasks] for shard in self.shards)
+        files = (
+            [task.gpu_memory if gpu else task.memory for task in shard.tasks]
+            for shard in self.shards
+        )
         return max((most_together(claims, self.budget, workers) for claims in files), default=0)
 
     def _small(self, file: bytes | CopyFile | FromMetrics) -> int:

@@ -67,7 +67,7 @@ def least_memory(plan: Plan) -> int:
     worker, or of a layer whose inputs are summed."""
     steps = _changed(plan)
     streamed = worker_memory(steps) + plan.factors_memory(steps, 1) if steps else 0
-    largest = max((task.memory for task in tasks_of(plan)), default=0)
+    largest = max((task.gpu_memory for task in tasks_of(plan)), default=0)
     return CONTEXT + int(SLACK * max(streamed, largest, _collected(plan)))
 
 
@@ -96,7 +96,7 @@ def device_totals(plan: Plan, workers: int) -> dict[str, int]:
         piece = pinned_size(largest_piece(plan.shards, torch.device("cuda")))
         pinned = max(pinned, workers * ROOMS * ROOM) + workers * GPU_BUFFERS * piece
     return {
-        "device_memory": max(streamed, plan.tasks_memory(at_a_time), _collected(plan)),
+        "device_memory": max(streamed, plan.tasks_memory(at_a_time, gpu=True), _collected(plan)),
         "pinned_memory": pinned,
     }
 

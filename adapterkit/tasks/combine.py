@@ -14,13 +14,14 @@ from adapterkit.adapters.kinds.dora import DoRA
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.combinations.common import WeightedSum, add_pruned
 from adapterkit.combinations.protocol import Method
+from adapterkit.kernels.elementwise import AT_ONCE
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product, Svd
 from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense, decompose_product
-from adapterkit.kernels.pieces import piece
+from adapterkit.kernels.pieces import GPU, piece
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.rows import row_ranges
-from adapterkit.plan import READ, Effort, Metrics, TaskResult
+from adapterkit.plan import PIECE_BYTES, READ, Effort, Metrics, TaskResult
 from adapterkit.tasks.common import FactorsTask, RankedFactors
 from adapterkit.tasks.metrics import short
 from adapterkit.tasks.statistics import covariance_errors, read_covariance, read_root, root_memory
@@ -135,6 +136,15 @@ class CombinedFactors(FactorsTask):
         if self.is_dense and not by_elements:
             return parts + 40 * len(self.parts) * size  # dense deltas as products in float64
         return parts + (12 * size if self.is_dense else 0)
+
+    @property
+    def gpu_memory(self) -> int:
+        """Also blocks of all deltas, twice while signs are elected, and all elements of one of
+        which the largest are selected."""
+        if not self.is_dense:
+            return super().gpu_memory
+        size, each = math.prod(self.shape), 8 * len(self.parts) + PIECE_BYTES
+        return super().gpu_memory + each * min(GPU, size) + 16 * min(AT_ONCE, size)
 
     def compute(self, inputs: Reader) -> TaskResult:
         if self.space == "factors":

@@ -107,11 +107,12 @@ def test_a_merge_takes_a_card_where_arithmetic_is_longer_than_the_disk(
 def test_tasks_take_a_card_with_room():
     """For the largest, half as much again, and 1 GB."""
     light, plan = Worth("light", 1, 1 << 20), plan_of(OutputFile.computed("a", (HEAVY,)))
-    assert least_memory(plan) == 5 << 29
-    with installed(Card((5 << 29) + 4096)):  # what `usable` took
+    least = least_memory(plan)
+    assert 5 << 29 <= least < (5 << 29) + 4096  # and what small pieces take
+    with installed(Card(least + 4096)):  # what `usable` took
         assert place(plan, "auto")[1] == "cuda:0"
         assert place(plan_of(OutputFile.computed("a", (light,))), "auto")[1] == "cpu"
-    with installed(Card(5 << 29)):
+    with installed(Card(least)):
         assert place(plan, "auto")[1] == "cpu"
 
 

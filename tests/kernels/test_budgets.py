@@ -140,6 +140,26 @@ def test_a_measure_of_a_weight_waits_once(weight: Tensor, monkeypatch: pytest.Mo
             assert spent(does, card)[0] > 25 or name == "finite"
 
 
+COLUMNS = 128
+
+
+@pytest.mark.parametrize(("codec", "to"), [one for one in TARGETS if one[0] != "mxfp4"])
+def test_a_column_with_compensation_has_few_launches_and_no_wait(
+    codec: str, to: str, weight: Tensor
+):
+    value = weight[:COLUMNS, :COLUMNS].contiguous()
+    record = written(codec, to, tuple(value.shape))
+    stored = record.encode(value)
+    with installed(Card()) as card, torch.inference_mode():
+        parts = {key: part.to(DEVICE) for key, part in stored.items()}
+        factor = compensated.factorize(torch.eye(COLUMNS, device=DEVICE))
+        rounder, w = record.column_rounder(parts), value.to(DEVICE)
+        launches, waits = card.launches, card.waits
+        compensated.round_weight(w, factor, rounder)
+    assert card.launches - launches <= 16 * COLUMNS
+    assert card.waits - waits <= 2  # for the order of the columns, and a table
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stochastic_rounding_does_not_wait(dtype: torch.dtype, weight: Tensor):
     with installed(Card()) as card, torch.inference_mode():

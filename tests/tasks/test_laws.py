@@ -196,6 +196,15 @@ def test_takes_no_more_memory_than_it_claims(own_cases: list):
         assert peak(profile) + python <= task.memory + SLACK, f"{plan.verb}: {task.name}"
 
 
+def test_takes_no_more_of_a_gpu_than_it_claims(own_cases: list):
+    """What a pretended one gives, of each stream; small ones have no slack there."""
+    for plan, task, handoffs in own_cases:
+        with installed(Card()) as card:
+            compute_there(plan, task, handoffs)
+            most = sum(most for _, most in card.pools.values())
+        assert task.copied or most <= task.gpu_memory, f"{plan.verb}: {task.name}"
+
+
 def peak(profile: torch.profiler.profile) -> int:
     """The most bytes that torch had allocated at a time."""
     results = profile.profiler.kineto_results

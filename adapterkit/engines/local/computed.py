@@ -216,7 +216,7 @@ class TaskThreads:
                 return _finite(task.compute(inputs)), Mark(self.device)
 
         def memory(task: Task) -> int:
-            return task.memory
+            return task.memory if self.device.type == "cpu" else task.gpu_memory
 
         for result, mark in in_order(compute, tasks, self.workers, self.budget, memory, self.pool):
             mark.precede()

@@ -20,14 +20,14 @@ NOT_FINITE = "the matrix holds values that are not finite in float16"
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Grid(Grid):
-    """code · scale · (1/127), of rows."""
+    """code · scale · (1/127), of rows; the second scale is what values are multiplied by."""
 
     ends: tuple[int, int] = (-127, 127)
     refuses = False  # quantize_int8 does, of float16
     large = True
 
     def scaled(self, x: Tensor, *scales: Tensor) -> Tensor:
-        return x * _factor(*scales)
+        return x * scales[1]
 
     def nearest(self, x: Tensor) -> Tensor:
         return x.round_().clamp_(*self.ends)
@@ -49,7 +49,8 @@ def grid_of(
     scale: Tensor,  # (out,) float32: SCB
     width: int,
 ) -> Int8Grid:
-    return Int8Grid(scales=(scale.float()[:, None],), block=(1, width))
+    scale = scale.float()[:, None]
+    return Int8Grid(scales=(scale, _factor(scale)), block=(1, width))
 
 
 def quantize_int8(
