@@ -157,7 +157,7 @@ def test_a_column_with_compensation_has_few_launches_and_no_wait(
         launches, waits = card.launches, card.waits
         compensated.round_weight(w, factor, rounder)
     assert card.launches - launches <= 16 * COLUMNS
-    assert card.waits - waits <= 2  # for the order of the columns, and a table
+    assert card.waits - waits <= 4  # for the order of the columns, and tables
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
