@@ -3,6 +3,9 @@
 Each takes all trainable adapters of a handle, active or not, and what else of the model is trained.
 """
 
+# torch's functions of lists of tensors, one launch on a GPU for all, begin with an underscore
+# pyright: reportPrivateImportUsage=false
+
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +24,6 @@ from adapterkit.runtime.sharding import is_sharded, spread, whole
 from adapterkit.runtime.site import Part, Site
 
 T = TypeVar("T")
-aten = torch.ops.aten  # with what it does to lists of tensors, one launch on a GPU for all
 ROUNDING = 4  # times the sum of a Gram matrix' diagonal: more than what its sums are rounded by
 
 
@@ -132,28 +134,28 @@ class LoraFA(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             own = [parameter for parameter in group["params"] if parameter.grad is not None]
-            gradients = {p: _gradient(p) for p in own} | self._projected(own)
             for some in _together(own, lambda p: (*_place(p), p.dtype), Tensor.numel):
-                self._update(some, [gradients[parameter] for parameter in some], group)
+                gradients = {p: _gradient(p) for p in some} | self._projected(some)
+                self._update(some, list(gradients.values()), group)
         return loss
 
-    def _update(self, parameters: list[nn.Parameter], gradients: list[Tensor], group: Json) -> None:
+    def _update(self, parameters: Sequence[Tensor], gradients: list[Tensor], group: Json) -> None:
         """AdamW's step, each operation of all these parameters at once."""
         states = [self._state_of(parameter) for parameter in parameters]
         steps, m, v = ([one[key] for one in states] for key in ("step", "exp_avg", "exp_avg_sq"))
         (beta1, beta2), lr = group["betas"], group["lr"]
-        aten._foreach_add_(steps, 1)
-        aten._foreach_lerp_(m, gradients, 1 - beta1)
-        aten._foreach_mul_(v, beta2)
-        aten._foreach_addcmul_(v, gradients, gradients, value=1 - beta2)
-        sizes = aten._foreach_sqrt(v)
-        aten._foreach_add_(sizes, group["eps"])
+        torch._foreach_add_(steps, 1)
+        torch._foreach_lerp_(m, gradients, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, gradients, gradients, value=1 - beta2)
+        sizes = torch._foreach_sqrt(v)
+        torch._foreach_add_(sizes, group["eps"])
         rates = [-lr * math.sqrt(1 - beta2**t) / (1 - beta1**t) for t in map(float, steps)]
-        aten._foreach_addcdiv_(parameters, m, sizes, rates)
+        torch._foreach_addcdiv_(list(parameters), m, sizes, rates)
         if group["weight_decay"]:
-            aten._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+            torch._foreach_mul_(list(parameters), 1 - lr * group["weight_decay"])
 
-    def _state_of(self, parameter: nn.Parameter) -> Json:
+    def _state_of(self, parameter: Tensor) -> Json:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
@@ -167,7 +169,7 @@ class LoraFA(Optimizer):
         for parts in _alike(self._factors[b] for b in parameters if b in self._factors):
             gradients = [_gradient(part.b) for part in parts]
             products = (stacked(parts, gradients) @ self._inverses(parts)).chunk(len(parts))
-            aten._foreach_div_(products, [part.stored_scale**2 or 1.0 for part in parts])
+            torch._foreach_div_(products, [part.stored_scale**2 or 1.0 for part in parts])
             for part, product, gradient in zip(parts, products, gradients, strict=True):
                 projected[part.b] = shaped_as(product, gradient)
         return projected
@@ -256,7 +258,7 @@ def _precondition(parts: Sequence[FactorsPart], name: str, reg: float) -> None:
         for one, gradient in zip(products, gradients, strict=True):
             gradient.copy_(one)
     else:
-        aten._foreach_copy_(gradients, products)
+        torch._foreach_copy_(gradients, products)
 
 
 def _together(
@@ -268,7 +270,7 @@ def _together(
     for value in values:
         kinds.setdefault(kind(value), []).append(value)
     for (device, *_), members in kinds.items():
-        room = 1 << (16 if device.type == "cpu" else 24)
+        room = 1 << (18 if device.type == "cpu" else 24)
         some, taken = list[T](), 0
         for value in members:
             if some and taken + size(value) > room:
