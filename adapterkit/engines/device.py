@@ -79,7 +79,7 @@ def usable(device: torch.device) -> tuple[int, int]:
             f"{device} does not compute: {shown(text)}",
             expected="a GPU that is free, and that this torch has kernels for",
             where="--device",
-            hint="use cpu, or install the torch for this GPU and its driver",
+            hint="use cpu, or free the GPU, or install the torch for it and its driver",
         )
     return memory
 
@@ -109,6 +109,12 @@ def has_room(device: torch.device, nbytes: int, left: float) -> bool:
     free, total = torch.cuda.mem_get_info(device)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + kept - nbytes >= left * total
+
+
+def holds(device: torch.device, nbytes: int) -> bool:
+    """Whether half of a GPU holds so many bytes, whatever is free: so that bits do not depend on
+    that."""
+    return device.type != "cuda" or 2 * nbytes <= torch.cuda.mem_get_info(device)[1]
 
 
 def begin_copy_to_host(tensor: Tensor) -> Tensor:

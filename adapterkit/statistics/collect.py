@@ -13,6 +13,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.engines.device import holds
 from adapterkit.engines.hub.sources import BoundedFolder, BoundedSources
 from adapterkit.plan import Effort, OutputFile, Task, TaskResult
 from adapterkit.records import Json
@@ -117,7 +118,7 @@ class InputStatistics(Task):
         for file, number in others:
             file.sum(number).add_to(total)
         total.modules = dict.fromkeys(self.modules)
-        if "pca" in self.options.what:
+        if "pca" in self.options.what and holds(inputs.device, self.memory):
             total = total.to(inputs.device)  # much arithmetic, unlike a mean
         values = {key_of(self.name, kind): value for kind, value in sums.of(total).items()}
         shared = {"shared": list(self.modules[1:])} if self.modules[1:] else {}

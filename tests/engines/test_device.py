@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
@@ -22,8 +23,10 @@ from adapterkit.engines.local.reader import LocalReader
 from adapterkit.engines.out_of_memory import memory_errors
 from adapterkit.errors import Failed, Refused
 from adapterkit.execute import run
+from adapterkit.statistics import sums
+from adapterkit.statistics.collect import InputStatistics
 from tests.golden import inputs
-from tests.support.card import DEVICE, Card, installed
+from tests.support.card import DEVICE, WORKSPACE, Card, installed
 
 CPU = torch.device("cpu")
 KIND = f"cuda pretended card, torch {torch.__version__}"
@@ -320,3 +323,24 @@ def test_a_stack_that_is_dropped_is_kept_for_the_streams_that_read_it(card: Card
                 reader.shared(spec, lambda stack: stack + 1).double()
         reader.stacks.stacks.clear()
     assert not card.races, card.races
+
+
+@pytest.mark.parametrize(("memory", "there"), [(1 << 30, True), (WORKSPACE + (1 << 20), False)])
+def test_components_are_made_where_half_of_the_card_holds_them(
+    memory: int, there: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(InputStatistics, "memory", 20 << 20)
+    seen: set[str] = set()
+    real = sums.principal_components
+
+    def components(covariance: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        seen.add(covariance.device.type)
+        return real(covariance, mean, count)
+
+    monkeypatch.setattr(sums, "principal_components", components)
+    with installed(Card(memory)):
+        adapterkit.stats(
+            "base", data="ids.jsonl", targets="q_proj", what="pca", out=tmp_path / "s.safetensors",
+            device="cuda",
+        )  # fmt: skip
+    assert seen == {"cuda" if there else "cpu"}
