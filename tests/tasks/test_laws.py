@@ -19,8 +19,14 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.local.engine import LocalReader
-from adapterkit.kernels import dense
+from adapterkit.kernels import dense, pieces
 from adapterkit.plan import Plan, Task, TaskResult
+from adapterkit.tasks.arrow import StackedExperts
+from adapterkit.tasks.common import FactorsTask
+from adapterkit.tasks.initial import ResidualWeight
+from adapterkit.tasks.loftq import LoftQWeight
+from adapterkit.tasks.quantize import EncodedWeight
+from adapterkit.tasks.rows import RequantizedWeight
 from adapterkit.weights.codec import stored_parts
 from tests.support.card import DEVICE, Card, installed
 
@@ -197,12 +203,40 @@ def test_takes_no_more_memory_than_it_claims(own_cases: list):
 
 
 def test_takes_no_more_of_a_gpu_than_it_claims(own_cases: list):
-    """What a pretended one gives, of each stream; small ones have no slack there."""
+    """Of its memory, by the pools of a pretended one, where small tasks have no slack; and of the
+    host's time: launches and waits."""
     for plan, task, handoffs in own_cases:
-        with installed(Card()) as card:
-            compute_there(plan, task, handoffs)
-            most = sum(most for _, most in card.pools.values())
-        assert task.copied or most <= task.gpu_memory, f"{plan.verb}: {task.name}"
+        if not task.copied:
+            card = card_after(plan, task, handoffs)
+            assert sum(most for _, most in card.pools.values()) <= task.gpu_memory
+            launches, waits = budget(task)
+            assert card.launches <= launches and card.waits <= waits, f"{plan.verb}: {task.name}"
+
+
+def card_after(plan: Plan, task: Task, handoffs: Handoffs) -> Card:
+    with installed(Card()) as card:
+        compute_there(plan, task, handoffs)
+    return card
+
+
+def budget(task: Task) -> tuple[int, int]:
+    """Launches and waits of a task whose weight is one piece."""
+    compensation = getattr(task, "compensation", None)
+    if compensation is not None:
+        columns = sum(span.covariance.shape[0] for span in compensation.spans)
+        return 300 + 16 * columns, 40
+    if isinstance(task, FactorsTask | LoftQWeight | StackedExperts):  # decompositions
+        return 1000, 150
+    return 120, 25
+
+
+def test_a_budget_fails_where_pieces_are_small(
+    cases: dict, one_thread: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pieces, "GPU", 1 << 11)
+    for cls in (EncodedWeight, RequantizedWeight, ResidualWeight):
+        plan, task, handoffs = cases[cls][0]
+        assert card_after(plan, task, handoffs).launches > budget(task)[0]
 
 
 def peak(profile: torch.profiler.profile) -> int:
