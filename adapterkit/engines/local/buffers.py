@@ -44,9 +44,13 @@ class Buffer:
                 return torch.empty(pinned_size(self.size), dtype=torch.uint8, pin_memory=True)
         return torch.empty(self.size, dtype=torch.uint8)
 
+    @cached_property
+    def _bytes(self) -> memoryview:
+        return self.memory.numpy().data
+
     def view(self, size: int) -> memoryview:
         """The first `size` bytes."""
-        return self.memory.numpy().data[:size]
+        return self._bytes[:size]
 
     def tensor(self, size: int, dtype: torch.dtype) -> Tensor:
         """The first `size` bytes as numbers."""
@@ -64,7 +68,8 @@ class Rooms:
         self.rooms = [Buffer(size, pinned=self.on_gpu) for _ in range(count)]
         self.copied: list[Mark | None] = [None] * len(self.rooms)
         self.turn = 0
-        self.numbers: dict[torch.dtype, Tensor] = {}
+        # those of the last call, and all that there is room for
+        self.numbers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def load(
         self,
@@ -134,13 +139,17 @@ class Rooms:
         value: Tensor,
         look: Callable[[Tensor], None] | None,
     ) -> None:
-        width, direct = stored.itemsize, value.dtype == stored
-        count = len(value) if direct and look is None else CACHED // width
-        for first in range(0, len(value), max(1, count)):
-            part = there = value[first : first + count]
-            if not direct:
-                there = self.rooms[0].tensor(len(part) * width, stored)
-            read(first * width, there.view(torch.uint8).numpy().data)
+        width, size, room = stored.itemsize, value.numel(), self.rooms[0]
+        direct = value.dtype == stored
+        count = max(1, size) if direct and look is None else CACHED // width
+        for first in range(0, size, count):
+            part = value[first : first + count] if size > count else value
+            if direct:
+                there = part
+                read(first * width, part.view(torch.uint8).numpy().data)
+            else:
+                there = room.tensor(part.numel() * width, stored)
+                read(first * width, room.view(part.numel() * width))
             if look is not None:
                 look(there)
             if not direct:
@@ -151,10 +160,15 @@ class Rooms:
         those of the call before."""
         if self.on_gpu:
             return None
-        count, room = math.prod(shape), self.numbers.get(dtype)
+        shape, (last, room) = torch.Size(shape), self.numbers.get(dtype, (None, None))
+        if last is not None and last.shape == shape:
+            return last
+        count = shape.numel()
         if room is None or room.numel() < count:
-            room = self.numbers[dtype] = torch.empty(count, dtype=dtype)
-        return room[:count].view(torch.Size(shape))
+            room = torch.empty(count, dtype=dtype)
+        last = room[:count].view(shape)
+        self.numbers[dtype] = last, room
+        return last
 
 
 def _landed(first: int, data: memoryview, mark: Mark) -> tuple[int, memoryview]:
