@@ -15,7 +15,7 @@ from adapterkit.combinations.common import (
 )
 from adapterkit.combinations.protocol import Metrics, OnFactors
 from adapterkit.kernels.elementwise import Majority, Trim, elect, top_k_threshold
-from adapterkit.kernels.lowrank.algebra import Product, fix_sign, norm, svd
+from adapterkit.kernels.lowrank.algebra import Product, norm, svd
 
 
 @dataclass(frozen=True)
@@ -64,4 +64,5 @@ def _basis(products: Sequence[Product]) -> Tensor:  # (out, R)
     u = without_noise(whole, sum(norm(p) for p in products)).u
     if not u.shape[1]:  # all deltas are 0
         u = torch.zeros_like(whole.u[:, :1])
-    return torch.stack([fix_sign(column) for column in u.T], 1)
+    largest = u.gather(0, u.abs().argmax(0, keepdim=True))
+    return u * torch.where(largest < 0, -1.0, 1.0)

@@ -81,8 +81,8 @@ class Eva(RedistributingInit):
         return a.contiguous(), a.new_zeros(len(weight), rank)
 
     def ratios(self, rank: int, variances: Tensor, variance: Tensor) -> list[float]:
-        total = float(variance)
-        shares = [float(value) / total for value in variances[:rank].double()] if total > 0 else []
+        total, values = float(variance), variances[:rank].double().tolist()
+        shares = [value / total for value in values] if total > 0 else []
         return [share for share in shares if share > NOISE * shares[0]]
 
 

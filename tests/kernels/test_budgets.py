@@ -14,7 +14,10 @@ from torch import Tensor
 
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.inits.eva import Eva
 from adapterkit.kernels import pieces, sums
+from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.quant import compensated, grid
 from adapterkit.kernels.quant.stochastic import Draws, round_to
 from adapterkit.registry import members
@@ -158,6 +161,16 @@ def test_a_column_with_compensation_has_few_launches_and_no_wait(
         compensated.round_weight(w, factor, rounder)
     assert card.launches - launches <= 16 * COLUMNS
     assert card.waits - waits <= 4  # for the order of the columns, and tables
+
+
+def test_numbers_of_many_values_wait_once():
+    pairs = [(torch.randn(40, 2).double(), torch.randn(2, 30).double()) for _ in range(8)]
+    with installed(Card()) as card, torch.inference_mode():
+        products = [Product(left.to(DEVICE), right.to(DEVICE)) for left, right in pairs]
+        s = torch.linspace(1, 0, 200).to(DEVICE)
+        assert spent(lambda: algebra.gram(products), card)[1] == 1
+        assert spent(lambda: algebra.rank_for_energy(s, 0.9), card)[1] == 1
+        assert spent(lambda: Eva().ratios(8, s, s[:1]), card)[1] == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

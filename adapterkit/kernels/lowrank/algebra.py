@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.kernels import dense
+from adapterkit.kernels.sums import floats
 
 WELL_CONDITIONED = 1e-3  # smallest singular value over the largest one
 ROUNDING = 1e-12  # of a sum of squares
@@ -102,7 +103,11 @@ def _triangular(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
 def inner(one: Product, other: Product) -> float:
     """⟨X, Y⟩ = tr(Xᵀ Y) = Σ (leftᵀ left') * (right right'ᵀ)."""
-    return float(torch.sum((one.left.T @ other.left) * (one.right @ other.right.T)))
+    return float(_inner(one, other))
+
+
+def _inner(one: Product, other: Product) -> Tensor:
+    return torch.sum((one.left.T @ other.left) * (one.right @ other.right.T))
 
 
 def norm(product: Product) -> float:
@@ -113,9 +118,10 @@ def norm(product: Product) -> float:
 def gram(products: Sequence[Product]) -> Tensor:
     """All inner products ⟨Xᵢ, Xⱼ⟩, (k, k) float64."""
     table = torch.zeros(len(products), len(products), dtype=torch.float64)
-    for i, one in enumerate(products):
-        for j in range(i + 1):
-            table[i, j] = table[j, i] = inner(one, products[j])
+    pairs = [(i, j) for i in range(len(products)) for j in range(i + 1)]
+    values = floats([_inner(products[i], products[j]) for i, j in pairs])
+    for (i, j), value in zip(pairs, values, strict=True):
+        table[i, j] = table[j, i] = value
     return table
 
 
@@ -130,10 +136,10 @@ def rank_for_energy(s: Tensor, energy: float, total: float | None = None) -> int
     squares = torch.where(squares <= squares.max() * 1e-28, 0, squares) if len(s) else squares
     beyond = 0.0 if total is None else max(total - float(squares.sum()), 0.0)
     # tails[k]: what is lost when k values are kept
-    tails = squares.flip(0).cumsum(0).flip(0) + beyond
-    whole = float(tails[0]) if len(s) else beyond
+    tails: list[float] = (squares.flip(0).cumsum(0).flip(0) + beyond).tolist()
+    whole = tails[0] if tails else beyond
     allowed = (1 - energy) * whole * (1 + ROUNDING)
-    enough = [k for k in range(1, len(s)) if float(tails[k]) <= allowed]
+    enough = [k for k in range(1, len(s)) if tails[k] <= allowed]
     if enough:
         return enough[0]
     return max(len(s), 1) if beyond <= allowed else len(s) + 1
