@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adapterkit.errors import Problems, Refused
+from adapterkit.kernels.pieces import piece
 from adapterkit.records import Json
 from adapterkit.runtime.handle import Adapters
 from adapterkit.runtime.layers.parameter import ParameterPart
@@ -24,6 +25,7 @@ from adapterkit.runtime.sharding import is_sharded, spread, whole
 from adapterkit.runtime.site import Part, Site
 
 T = TypeVar("T")
+CACHED = 1 << 18  # values of parameters that a CPU computes with together
 ROUNDING = 4  # times the sum of a Gram matrix' diagonal: more than what its sums are rounded by
 
 
@@ -264,13 +266,12 @@ def _precondition(parts: Sequence[FactorsPart], name: str, reg: float) -> None:
 def _together(
     values: Iterable[T], kind: Callable[[T], tuple], size: Callable[[T], int]
 ) -> Iterator[list[T]]:
-    """Values of one kind, whose first item is the device, as many as are computed with at once: on
-    a CPU few, which its cache holds."""
+    """Values of one kind, whose first item is the device, as many as are computed with at once."""
     kinds: dict[tuple, list[T]] = {}
     for value in values:
         kinds.setdefault(kind(value), []).append(value)
     for (device, *_), members in kinds.items():
-        room = 1 << (18 if device.type == "cpu" else 24)
+        room = piece(device, CACHED)
         some, taken = list[T](), 0
         for value in members:
             if some and taken + size(value) > room:
