@@ -177,7 +177,9 @@ def _descending(x: Tensor) -> Tensor:
 def _kth_smallest(x: Tensor, k: int) -> float:
     """The k-th smallest value, from 0."""
     if x.device.type != "cpu":  # kthvalue would run on one processor of many
-        return float(x.topk(len(x) - k, sorted=False).values.amin())
+        upper = 2 * k >= len(x)
+        values, _ = x.topk(len(x) - k if upper else k + 1, largest=upper, sorted=False)
+        return float(values.amin() if upper else values.amax())
     return float(np.partition(x.numpy(), k)[k])
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from adapterkit.combinations.common import trim
 from adapterkit.kernels import elementwise
 from adapterkit.kernels.elementwise import Trim, ranks, top_k_threshold
+from tests.support.card import DEVICE, Card, installed
 from tests.support.method_references import trimmed
 from tests.support.methods import Dense, product, record, seeds
 
@@ -69,6 +70,24 @@ def test_exactly_so_many_stay(
     assert exact(x[:1, :1], 1) == 0 and exact(x[:1, :1], 0) == 0
     for keep in range(7):
         exact(x[:2, :3], keep, height=1)
+
+
+@pytest.mark.parametrize("most", [elementwise.AT_ONCE, 0])
+@pytest.mark.parametrize("kind", awkward())
+def test_exactly_so_many_stay_on_a_gpu(
+    kind: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Selected among all at once, or in passes where they are too many for that."""
+    monkeypatch.setattr(elementwise, "AT_ONCE", most)
+    x = awkward()[kind]
+    with installed(Card()), torch.inference_mode():
+        there = x.to(DEVICE)
+        for keep in (1, 400, 1001, 1999):
+            read = lambda: (part.clone() for part in there.split(7))
+            cut, blocks = Trim(top_k_threshold(read, 2000, keep, device=DEVICE)), list(read())
+            for block in blocks:
+                cut(block)
+            assert torch.equal(torch.cat(blocks).cpu(), trimmed(x, keep))
 
 
 def test_two_passes_do(monkeypatch: pytest.MonkeyPatch) -> None:
