@@ -138,7 +138,8 @@ def test_a_plan_says_how_much_memory_is_page_locked(
     """All of it at once, and no more later: what is pinned is never given back."""
     monkeypatch.setattr(rows, "CUDA_ELEMENTS", 512)
     monkeypatch.setattr("adapterkit.engines.local.pieces.RUN", 128)
-    monkeypatch.setattr("adapterkit.engines.placement.ROOM", 256)
+    monkeypatch.setattr(buffers, "ROOM", 2048)
+    monkeypatch.setattr("adapterkit.engines.placement.ROOM", 2048)
     monkeypatch.setattr("adapterkit.engines.placement.all_cores", lambda: 3)
     sizes, empty = [], torch.empty
 
