@@ -58,7 +58,7 @@ class Begun:
     """What a pass goes on with once the mark is passed."""
 
     one: Pass
-    answer: Any
+    answer: object
     mark: Mark
 
 

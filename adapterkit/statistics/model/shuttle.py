@@ -1,7 +1,7 @@
 """Tensors on their way between the host, where batches wait, and the device of the units."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 from weakref import ReferenceType, ref
 
 import torch
@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 from adapterkit.engines.device import begin_copy_to_host
 
+T = TypeVar("T")
 TABLES = 256 << 20  # bytes on the device for what passes hand to several units
 
 
@@ -39,7 +40,7 @@ class Shuttle:
         self.device, self.used = device, 0
         self._kept: dict[int, _Kept] = {}  # by the tensor's id
 
-    def to_device(self, arguments: Any) -> tuple[Any, dict[int, Tensor]]:
+    def to_device(self, arguments: T) -> tuple[T, dict[int, Tensor]]:
         """Arguments there, and the copies by the ids of what they are of."""
         copies: dict[int, Tensor] = {}
 
@@ -52,7 +53,7 @@ class Shuttle:
 
         return (arguments if self.device.type == "cpu" else tree_map(move, arguments)), copies
 
-    def to_host(self, output: Any) -> Any:
+    def to_host(self, output: T) -> T:
         """An output of a unit, whose copies have begun."""
         copies: dict[int, Tensor] = {}
 
