@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adapterkit import __version__, dtypes
 from adapterkit.budget import BUFFERS, factors_memory, most_together
-from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.folder import Folder, check_names
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout, TensorPlan, laid_out
 from adapterkit.checkpoint.output.file_result import ShardResult
@@ -527,6 +527,9 @@ class Plan:
     warn: Callable[[dict[str, dict]], list[str]] = no_warnings  # from the measured metrics
     placement: Placement = Placement()
     is_file: bool = False  # the output is its one file, and no folder
+
+    def __post_init__(self):
+        check_names(dict.fromkeys([*(shard.file for shard in self.shards), *self.files]))
 
     def recipe(self) -> Json:
         """What makes two plans the same, as it is read again from a file: version, verb, options,

@@ -4,11 +4,11 @@ hint."""
 import contextlib
 import errno
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from adapterkit.checkpoint.system import system
 from adapterkit.errors import Failed
 
 DURABLE = True  # whether files and names are fsynced; False only to measure what that costs
@@ -50,19 +50,19 @@ def write_all(data: memoryview | bytes, write: Callable[[memoryview, int], int])
 
 def replace_file(path: Path, data: bytes, beside: Path, *, durable: bool = True) -> None:
     """Write a small file as a whole: under the name `beside` in its folder, then renamed."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     with storage_errors(path):
-        descriptor = os.open(beside, flags, 0o666)  # the umask decides, as for any file
         try:
-            write_all(data, lambda rest, _: os.write(descriptor, rest))
-            if durable:
-                sync(descriptor)
-            os.rename(beside, path)
+            descriptor = system.open(beside, "write")
+            try:
+                write_all(data, lambda rest, _: os.write(descriptor, rest))
+                if durable:
+                    sync(descriptor)
+            finally:
+                os.close(descriptor)
+            system.replace(beside, path)
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
-        finally:
-            os.close(descriptor)
         if durable:
             sync_folder(path.parent)
 
@@ -70,17 +70,13 @@ def replace_file(path: Path, data: bytes, beside: Path, *, durable: bool = True)
 def sync(descriptor: int) -> None:
     """Make a file's bytes durable."""
     if DURABLE:
-        os.fsync(descriptor)
+        system.sync(descriptor)
 
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable."""
     if DURABLE:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        system.sync_folder(path)
 
 
 def sync_folders(root: Path) -> None:
@@ -94,19 +90,3 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def is_mount(path: Path) -> bool:
-    """Whether no rename can replace a folder: a mount point, bind mounts within one file system
-    included."""
-    if os.path.ismount(path):
-        return True
-    try:
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    except OSError:
-        return False
-    points = [
-        re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), line.split(b" ")[4])
-        for line in lines
-    ]
-    return os.fsencode(path) in points

@@ -4,17 +4,27 @@ The remote one is `hub/folder.py`.
 """
 
 import os
+import re
 import shutil
 import stat
 import tempfile
+import unicodedata
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from adapterkit.errors import AdapterkitError, Damaged, Failed, MultipleErrors, Refused, shown
+from adapterkit.errors import (
+    AdapterkitError,
+    Damaged,
+    Failed,
+    MultipleErrors,
+    Problems,
+    Refused,
+    shown,
+)
 
 WEIGHTS = (".safetensors", ".gguf")  # how names end that are files' where nothing else tells it
 OTHER_WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -226,6 +236,41 @@ def is_plain_path(name: str) -> bool:
     upwards = any(part in ("", ".", "..") for part in name.split("/"))
     elsewhere = "\\" in name or name[1:2] == ":"
     return not (upwards or elsewhere) and name.isprintable() and len(name) <= 1000
+
+
+RESERVED = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3])\s*(\..*)?", re.I | re.S
+)
+LONGEST = 255  # bytes of one part of a path
+
+
+def check_names(names: Iterable[str]) -> None:
+    """`Refused` where files of these names cannot lie in one folder on every system."""
+    problems, everywhere = Problems(hint="rename it where it comes from"), "names for any system"
+    seen: dict[str, str] = {}
+    for name in names:
+        if why := unportable(name):
+            problems.add(f"an output file {shown(name)!r}: {why}", everywhere)
+        # folders of macOS and Windows know neither case nor how accents are composed
+        twin = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if twin != name:
+            problem = f"output files {shown(twin)!r} and {shown(name)!r} differ in case only"
+            problems.add(problem, everywhere)
+    problems.raise_all()
+
+
+def unportable(name: str) -> str:
+    """Why some system cannot hold a file of that name; empty where all can."""
+    for part in name.split("/"):
+        if RESERVED.fullmatch(part):
+            return f"{part!r} is a device of Windows"
+        if part != part.rstrip(". "):
+            return "Windows drops dots and spaces at the end of names"
+        if any(letter in '<>:"|?*\\' for letter in part):
+            return 'Windows has no < > : " | ? * and \\ in names'
+        if len(part.encode()) > LONGEST:
+            return f"a name has at most {LONGEST} bytes"
+    return ""
 
 
 def _leads_inside(link: Path, root: Path) -> bool:

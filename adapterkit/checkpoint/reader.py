@@ -14,6 +14,7 @@ from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to, place_of
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.system import system
 from adapterkit.errors import Damaged, Failed, Unrecoverable, shown
 
 NEAR = 4 << 10  # bytes between two tensors that are read along rather than skipped
@@ -92,7 +93,7 @@ class Sources:
 
     def _opened(self, which: tuple[int, str], path: Path) -> tuple[int, Identity]:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = system.open(path, "read")
         except OSError as error:
             raise Failed(
                 f"cannot open: {error.strerror}",
@@ -178,7 +179,7 @@ def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: Tenso
     done = 0
     while done < len(buffer):
         try:
-            n = os.preadv(descriptor, [buffer[done:]], position + done)
+            n = system.read_at(descriptor, buffer[done:], position + done)
         except OSError as error:
             problem = f"cannot read at byte {position + done}: {error.strerror}"
             where = f"{spec.file}: {shown(spec.key)}"
@@ -254,7 +255,7 @@ def _neighbors(
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = system.open(path, "read")
     except OSError as error:
         raise Failed(f"cannot read: {error.strerror}", where=str(path)) from error
     try:
@@ -264,8 +265,9 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _read_at(descriptor: int, start: int, stop: int, name: str) -> bytes:
+    data = bytearray(stop - start)
     try:
-        return os.pread(descriptor, stop - start, start)
+        return bytes(data[: system.read_at(descriptor, memoryview(data), start)])
     except OSError as error:
         raise Failed(
             f"cannot read at byte {start}: {error.strerror}", where=name, hint="check the disk"

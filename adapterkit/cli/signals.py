@@ -8,7 +8,7 @@ weak reference's callback or the end of a generator, Python drops the exception:
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 import shlex
 from typing import NoReturn
 
+from adapterkit.checkpoint.system import system
 from adapterkit.errors import AdapterkitError, Interrupted
 
 # Elsewhere an error is 1; of diff, as of diff(1), 1 is an answer
@@ -75,12 +76,13 @@ def ignore_after_work() -> None:
     """Ignore signals from here on, in a process of our own: a published output stays, a message is
     printed whole, and an exception raised while Python shuts down would end in an abort."""
     if own_process:
-        set_handlers(signal.SIG_IGN)
-        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        set_handlers(signal.SIG_IGN, system.signals)
 
 
-def set_handlers(handler: Callable | signal.Handlers) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+def set_handlers(
+    handler: Callable | signal.Handlers, signals: Sequence[signal.Signals] = system.ending
+) -> None:
+    for number in signals:
         signal.signal(number, handler)
 
 
@@ -103,8 +105,7 @@ def _on_dropped(dropped: "UnraisableHookArgs") -> None:
     """An exception that Python drops: an interrupt is raised again by a timer, when the main thread
     is out of the code that it cannot leave."""
     if dropped.exc_type is KeyboardInterrupt:
-        signal.signal(signal.SIGALRM, _interrupt)
-        signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        system.call_soon(_interrupt, AGAIN)
     else:
         sys.__unraisablehook__(dropped)
 

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
+from adapterkit.checkpoint.system import system
+
 POLL_INTERVAL = 0.1  # seconds between looks at the stop sign
 T = TypeVar("T")
-_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGALRM}  # the last: a timer of the program
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def signals_deferred() -> Iterator[None]:
     # a mask is not enough: another thread may get the signal, and the handler runs here then
     pending: list[int] = []
     is_over = False
-    handlers = {int(n): h for n in _SIGNALS if callable(h := signal.getsignal(n))}
+    handlers = {int(n): h for n in system.signals if callable(h := signal.getsignal(n))}
 
     def defer(number: int, frame: FrameType | None) -> None:
         if is_over:  # what a handler raised has ended the loop below
@@ -35,14 +36,12 @@ def signals_deferred() -> Iterator[None]:
         else:
             pending.append(number)
 
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         for number in handlers:
             signal.signal(number, defer)
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        yield
+        with system.blocked():
+            yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         is_over = True
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -1,12 +1,12 @@
 """An output that is one file: its plan runs in a hidden folder beside it, then the file gets its
 name, and its receipt that name with a suffix."""
 
-import os
 from pathlib import Path
 
 from adapterkit.checkpoint.disk import storage_errors, sync_folder
 from adapterkit.checkpoint.output.earlier_output import size_at
 from adapterkit.checkpoint.output.stage import RECEIPT, Stage, control_of, receipt_beside
+from adapterkit.checkpoint.system import system
 from adapterkit.errors import Refused, shown
 from adapterkit.plan import Plan
 
@@ -60,7 +60,7 @@ class FileStage(Stage):
             final.parent.mkdir(parents=True, exist_ok=True)
             for staged, there in ((self.out.name, final), (RECEIPT, self.receipt)):
                 if (self.path / staged).exists():
-                    os.replace(self.path / staged, there)
+                    system.replace(self.path / staged, there)
             sync_folder(final.parent)
         self._close_journal()
         self._clean()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from adapterkit.checkpoint.disk import storage_errors, write_all
 from adapterkit.checkpoint.output.writer import unfinished_name
+from adapterkit.checkpoint.system import system
+from adapterkit.checkpoint.system.interface import MINE
 from adapterkit.errors import Failed
 from adapterkit.hub.errors import location
 from adapterkit.hub.folder import HubFolder
@@ -37,13 +39,15 @@ def download(
     size, part = folder.files()[name], file.with_name(unfinished_name(file.name))
     with storage_errors(file):
         part.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(part, flags, 0o600)
+        descriptor = system.open(part, "write", MINE)
     try:
         parts = folder.parts.get(name)
-        if parts is not None:
-            os.ftruncate(descriptor, size)
-        sha256 = _fetched(folder, name, descriptor, parts or pieces_of(size), stopped)
+        try:
+            if parts is not None:
+                os.ftruncate(descriptor, size)
+            sha256 = _fetched(folder, name, descriptor, parts or pieces_of(size), stopped)
+        finally:
+            os.close(descriptor)
         if parts is None and sha256 != folder.hashes[name]:
             raise Failed(
                 "the sha256 of the download is not the one that the Hub lists",
@@ -52,12 +56,10 @@ def download(
                 hint="run again with --resume; check proxies on the way",
             )
         with storage_errors(file):
-            os.rename(part, file)
+            system.replace(part, file)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    finally:
-        os.close(descriptor)
 
 
 def pieces_of(size: int) -> list[tuple[int, int]]:
@@ -75,6 +77,7 @@ def _fetched(
 ) -> str:
     """Fetch these ranges; the sha256 of their bytes, taken in their order while later ones come."""
     digest, pool = hashlib.sha256(), ThreadPoolExecutor(STREAMS, "download")
+    block = memoryview(bytearray(BLOCK))
     try:
         pieces = [
             pool.submit(_fetch, folder, name, descriptor, start, stop, stopped)
@@ -83,7 +86,8 @@ def _fetched(
         for piece, (start, stop) in zip(pieces, ranges, strict=True):
             piece.result()
             for at in range(start, stop, BLOCK):
-                digest.update(os.pread(descriptor, min(BLOCK, stop - at), at))
+                part = block[: min(BLOCK, stop - at)]
+                digest.update(part[: system.read_at(descriptor, part, at)])
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return digest.hexdigest()
@@ -116,4 +120,4 @@ def _fetch(
 
 def _write(name: str, descriptor: int, data: bytes, at: int) -> None:
     with storage_errors(Path(name)):
-        write_all(data, lambda rest, done: os.pwrite(descriptor, rest, at + done))
+        write_all(data, lambda rest, done: system.write_at(descriptor, rest, at + done))

@@ -282,7 +282,7 @@ class HubFolder:
         ref = cache_folder(self.hub_id) / "refs" / revision
         try:
             ref.parent.mkdir(parents=True, exist_ok=True)
-            ref.write_text(self.commit)
+            ref.write_text(self.commit, encoding="utf-8")
         except OSError:  # a read-only cache, such as a shared one, still serves this run
             log.debug("cannot write %s", ref)
 

@@ -39,12 +39,14 @@ class HubId:
 
 def is_on_hub(out: str | os.PathLike) -> bool:
     """Whether an output is a place on the Hub, `hf://org/name[@branch][:folder or file]`."""
-    return os.fspath(out).startswith("hf:/")  # all that a Path keeps of hf://
+    return os.fspath(out).startswith(("hf:/", "hf:\\"))  # all that a Path keeps of hf://
 
 
 def place_on_hub(out: str | os.PathLike) -> HubId | None:
     """The place of an output `hf://...`, a folder or a file; None where it is none."""
-    return parse(re.sub("^hf:/+", "", os.fspath(out)))
+    text = os.fspath(out)
+    text = text if isinstance(out, str) else text.replace(os.sep, "/")  # a Path of Windows
+    return parse(re.sub("^hf:/+", "", text))
 
 
 def parse(source: str) -> HubId | None:

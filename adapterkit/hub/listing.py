@@ -121,7 +121,7 @@ def _list_cache(hub_id: HubId, why: str, way_out: str) -> tuple[str, dict[str, R
     commit = hub_id.revision or "main"
     ref = folder / "refs" / inside(commit, str(hub_id))
     if not COMMIT.fullmatch(commit) and ref.is_file():
-        commit = ref.read_text().strip()
+        commit = ref.read_text(encoding="utf-8").strip()
     snapshot = folder / "snapshots" / commit / hub_id.subfolder
     if COMMIT.fullmatch(commit) and snapshot.exists():
         files = (

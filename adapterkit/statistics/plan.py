@@ -20,6 +20,7 @@ from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.checkpoint.reader import Sources, changed
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import Failed, Refused, listed, shown
+from adapterkit.hub.ids import is_on_hub, place_on_hub
 from adapterkit.options import Progress, StrPath, files
 from adapterkit.plan import Effort, OutputFile, Plan
 from adapterkit.planning.inputs.input_identity import identities, plan_of
@@ -207,10 +208,12 @@ def check_unchanged(plan: Plan) -> None:
 
 def plan_stats(stats: Stats) -> Plan:
     """Everything the collection will do, or `Refused`."""
-    name = PurePosixPath(str(stats.out).rpartition(":")[2]).name
-    if PurePosixPath(name).suffix != SUFFIX:
+    on_hub = place_on_hub(stats.out) if is_on_hub(stats.out) else None
+    name = PurePosixPath(on_hub.subfolder).name if on_hub else Path(stats.out).name
+    suffix = Path(name).suffix
+    if suffix != SUFFIX:
         raise Refused(
-            f"a file of type {shown(Path(name).suffix) or 'unknown'}",
+            f"a file of type {shown(suffix) or 'unknown'}",
             expected=f"a name with {SUFFIX}",
             where=str(stats.out),
             hint="choose another --out",

@@ -47,7 +47,7 @@ def plain_names(config: dict) -> bool:
     if not types or package is None:
         return False
     table = package / "conversion_mapping.py"
-    text = table.read_text() if table.exists() else ""
+    text = table.read_text(encoding="utf-8") if table.exists() else ""
     names = types | set(map(str, config.get("architectures") or ()))
     if not text or any(f'"{name}"' in text for name in names):
         return False
@@ -69,7 +69,7 @@ def _code(model_type: str) -> str:
     if package is None:
         return ""
     files = sorted((package / "models" / model_type.replace("-", "_")).glob("modeling_*.py"))
-    return "\n".join(file.read_text() for file in files)
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def _transformers_folder() -> Path | None:

@@ -303,7 +303,7 @@ def _config(config_json: str, where: str) -> Any:
             )
     try:
         with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "config.json").write_text(config_json)
+            Path(folder, "config.json").write_text(config_json, encoding="utf-8")
             return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # an unknown type, or values that its class refuses
         kind = shown(config.get("model_type"))

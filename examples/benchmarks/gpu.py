@@ -21,6 +21,12 @@ otherwise. On a machine without a GPU the script says so and exits with status 2
 | runtime | training steps, rows of 64 adapters, beside PEFT |
 | limits | little memory, Ctrl-C, resume |
 | peers | loading by safetensors and others |
+
+When something is off: an exception in `right` that is no refusal is looked at before any timing; a
+step that ended with an illegal access is run again with CUDA_LAUNCH_BLOCKING=1, or its smallest
+merge under `compute-sanitizer --tool memcheck`. Beside `speed`, `py-spy dump` or `perf top` should
+show pwrite, sha256 and clear_page; `take_gil` above a tenth means too many launches. In pieces:
+--steps facts,right; races,stats; speed; decompositions; runtime,limits,peers with --size 8.
 """
 
 import argparse

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import adapterkit
-from adapterkit.checkpoint.output import stage as stages
 from adapterkit.checkpoint.output.journal import entries_of, line_of, read_entry, read_lines
 from adapterkit.checkpoint.output.stage import Stage
+from adapterkit.checkpoint.system import system
 from adapterkit.engines.local import pieces
 from adapterkit.engines.ranks import parts as rank_parts
 from adapterkit.errors import AdapterkitError, MultipleErrors
@@ -149,7 +149,7 @@ def test_what_lies_in_a_stage_beside_is_not_published(unpublished: Path):
 ])  # fmt: skip
 def test_what_a_journal_calls_an_older_file_is_in_the_folder(work: Path, monkeypatch, old: str):
     """Where the files move into a folder one by one, its older ones are removed."""
-    monkeypatch.setattr(stages, "is_mount", lambda path: path.name == "out")
+    monkeypatch.setattr(system, "is_mount", lambda path: path.name == "out")
     Path("out").mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(Stage, "publish", lambda self: exec("raise KeyboardInterrupt"))

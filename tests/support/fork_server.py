@@ -49,14 +49,14 @@ class Faults:
         self.names = set(spec.get("calls", WRITES))
 
     def install(self) -> None:
-        from adapterkit.checkpoint import system
+        from adapterkit.checkpoint.system import system
 
         for name in (
             "open", "pwrite", "write", "copy_file_range", "ftruncate", "fsync", "close", "rename",
             "link", "unlink", "rmdir", "mkdir", "preadv", "pread",
         ):  # fmt: skip
             setattr(os, name, self._wrapped(name, getattr(os, name)))
-        libc, faults = system._libc, self
+        libc, faults = system.libc, self
 
         class Libc:
             def __getattr__(self, name):
@@ -65,7 +65,7 @@ class Faults:
                 functools.update_wrapper(wrapped, real, assigned=())
                 return wrapped
 
-        system._libc = Libc()
+        system.libc = Libc()
 
     def _wrapped(self, name, real, libc=False):
         @functools.wraps(real, assigned=())

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from adapterkit.checkpoint.system import system
 from adapterkit.records import Json
 
 _SUM = b',"crc32":"'  # begins the end of a line; an entry is never empty
@@ -41,8 +42,7 @@ def read_entry(path: Path) -> Entry:
 def read_lines(path: Path) -> bytes:
     """The bytes of an ordinary file; none of a link or a pipe, and where there is none."""
     try:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with open(os.open(path, flags), "rb") as file:
+        with open(system.open(path, "own"), "rb") as file:
             return file.read() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
     except OSError:
         return b""

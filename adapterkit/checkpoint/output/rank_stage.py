@@ -21,6 +21,7 @@ from adapterkit.checkpoint.output.journal import line_of, read_entry
 from adapterkit.checkpoint.output.lock import may_run, process_record
 from adapterkit.checkpoint.output.stage import HANDOFF, RANKS, Stage, size_of_file
 from adapterkit.checkpoint.output.writer import UNFINISHED, part_of, unfinished_name
+from adapterkit.checkpoint.system import system
 from adapterkit.records import Json
 
 FILES, MARKS, FAILED = "out", "marks", "FAILED"
@@ -158,8 +159,7 @@ class RankStage:
         """Let the others see that this process is at a file, before it writes the file."""
         path = self.path / unfinished_name(name, self.attempt)
         with storage_errors(path):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            os.close(os.open(path, flags, 0o666))
+            os.close(system.open(path, "touch"))
 
     def leave(self) -> None:
         """Remove what this process has not finished."""
@@ -179,7 +179,7 @@ def adopt(stage: Stage, ranks: RankStage, entries: Iterable[Json]) -> None:
     holds the stage's lock."""
     stage.rewrite(entries)
     with storage_errors(stage.path):
-        os.rename(ranks.path, stage.path)  # an empty folder until now
+        system.replace_empty(ranks.path, stage.path)
         sync_folder(stage.control)
 
 

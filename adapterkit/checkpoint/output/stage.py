@@ -16,20 +16,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from adapterkit.checkpoint import disk, system
-from adapterkit.checkpoint.disk import (
-    is_mount,
-    storage_errors,
-    sync_folder,
-    sync_folders,
-    write_all,
-)
+from adapterkit.checkpoint import disk
+from adapterkit.checkpoint.disk import storage_errors, sync_folder, sync_folders, write_all
 from adapterkit.checkpoint.folder import is_plain_path
 from adapterkit.checkpoint.output.earlier_output import incomplete, lacking, receipt_at, size_at
 from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.journal import entries_of, line_of, read_lines
 from adapterkit.checkpoint.output.lock import LOCK, Lock
 from adapterkit.checkpoint.output.writer import unfinished_name
+from adapterkit.checkpoint.system import system
 from adapterkit.errors import Refused, listed
 
 JOURNAL = "journal.jsonl"
@@ -118,7 +113,9 @@ class Stage:
     def __init__(self, out: Path):
         self.out = out
         parent = out.resolve().parent
-        self.inside = out.is_dir() and (is_mount(out.resolve()) or not os.access(parent, os.W_OK))
+        self.inside = out.is_dir() and (
+            system.is_mount(out.resolve()) or not os.access(parent, os.W_OK)
+        )
         self.control = out / ".adapterkit" if self.inside else parent / control_of(out)
         self.receipt = out / RECEIPT
         self.replaces = False  # an older output
@@ -324,8 +321,7 @@ class Stage:
         """Create the stage and open the journal, without a last line that a crash tore."""
         with storage_errors(self.control):
             self.path.mkdir(exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._journal = os.open(self.control / JOURNAL, flags, 0o666)
+            self._journal = system.open(self.control / JOURNAL, "append")
             size = sum(len(line) for line, _ in entries_of(read_lines(self.control / JOURNAL)))
             if size != os.fstat(self._journal).st_size:
                 os.ftruncate(self._journal, size)
@@ -359,9 +355,7 @@ class Stage:
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
-            descriptor = os.open(
-                path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
-            )
+            descriptor = system.open(path, "create")
             try:
                 for block in blocks:
                     write_all(block, lambda rest, _: os.write(descriptor, rest))
@@ -398,7 +392,7 @@ class Stage:
     def _swap(self) -> None:
         final = self.out.resolve()
         if not self._output_entries():
-            os.rename(self.path, final)
+            system.replace_empty(self.path, final)
             return
         self._check_output()
         try:
@@ -406,8 +400,8 @@ class Stage:
         except OSError:
             # no exchange on this file system: for a moment there is no output, never a mixed one
             shutil.rmtree(self.control / "old", ignore_errors=True)
-            os.rename(final, self.control / "old")
-            os.rename(self.path, final)
+            system.replace_empty(final, self.control / "old")
+            system.replace_empty(self.path, final)
 
     def _move_into(self) -> None:
         """Move the files one by one; called again after a crash it continues.
@@ -434,7 +428,7 @@ class Stage:
         for name in names:
             if (self.path / name).exists():
                 (self.out / name).parent.mkdir(parents=True, exist_ok=True)
-                os.rename(self.path / name, self.out / name)
+                system.replace(self.path / name, self.out / name)
 
     def discard(self) -> None:
         """Remove the stage and what an exchange put there, then the journal and the lock."""

@@ -10,8 +10,9 @@ import os
 import re
 from pathlib import Path
 
-from adapterkit.checkpoint import disk, system
+from adapterkit.checkpoint import disk
 from adapterkit.checkpoint.disk import storage_errors, write_all
+from adapterkit.checkpoint.system import system
 
 UNFINISHED = ".part"
 PART_NAME = re.compile(r"(.+)@(\d+)-(\d+)")
@@ -50,11 +51,9 @@ class ShardFile:
         with storage_errors(self.path):
             if not attempt:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
             if kept is None:
                 self.path.unlink(missing_ok=True)
-                flags |= os.O_CREAT | os.O_EXCL
-            self.descriptor = os.open(self.path, flags, 0o666)  # the umask decides, as for any file
+            self.descriptor = system.open(self.path, "create" if kept is None else "keep")
             try:
                 if kept is None:
                     self._allocate(size)
@@ -66,7 +65,7 @@ class ShardFile:
 
     def _allocate(self, size: int) -> None:
         try:
-            system.fallocate(self.descriptor, size)
+            system.allocate(self.descriptor, size)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
                 raise
@@ -75,14 +74,14 @@ class ShardFile:
     def write(self, data: memoryview | bytes, position: int) -> None:
         """Write all of `data` at `position`, through short writes."""
         with storage_errors(self.path):
-            write_all(data, lambda rest, at: os.pwrite(self.descriptor, rest, position + at))
+            write_all(data, lambda rest, at: system.write_at(self.descriptor, rest, position + at))
 
     def read(self, buffer: memoryview, position: int) -> None:
         """Fill the buffer with what was written at `position`."""
         with storage_errors(self.path):
             done = 0
             while done < len(buffer):
-                n = os.preadv(self.descriptor, [buffer[done:]], position + done)
+                n = system.read_at(self.descriptor, buffer[done:], position + done)
                 if n == 0:
                     raise OSError(errno.EIO, "the file is shorter than what was written")
                 done += n
@@ -98,7 +97,7 @@ class ShardFile:
         done = 0
         while done < length:
             try:
-                n = os.copy_file_range(
+                n = system.copy_range(
                     source, self.descriptor, length - done, start + done, position + done
                 )
             except OSError as error:
@@ -134,7 +133,7 @@ class ShardFile:
     def publish(self) -> None:
         """Give the synced file its name."""
         with storage_errors(self.path):
-            os.rename(self.path, self.final)
+            system.replace(self.path, self.final)
 
     def abandon(self) -> None:
         """Close the file as it is; a later run begins it again."""

@@ -4,13 +4,13 @@ Whoever joins removes each part once the file has its bytes: at most one of them
 """
 
 import errno
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from adapterkit.checkpoint.disk import storage_errors, sync_folder
 from adapterkit.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.checkpoint.output.writer import ShardFile, unfinished_name
+from adapterkit.checkpoint.system import system
 from adapterkit.plan import OutputFile
 
 BLOCK = 4 << 20
@@ -33,7 +33,7 @@ class JoinedFile:
     def begin(self, part: str) -> None:
         """Take the first part for the file's beginning."""
         with storage_errors(self.path):
-            os.rename(self.folder / part, self.path)
+            system.replace(self.folder / part, self.path)
             sync_folder(self.path.parent)
 
     def read(self, size: int) -> None:
@@ -73,7 +73,7 @@ class JoinedFile:
     def publish(self) -> None:
         """Give the whole file its name."""
         with storage_errors(self.path):
-            os.rename(self.path, self.folder / self.file)
+            system.replace(self.path, self.folder / self.file)
 
 
 def _blocks(path: Path, size: int) -> Iterator[memoryview]:

@@ -1,13 +1,13 @@
 """Check the files of an output against its receipt."""
 
-import os
+import contextlib
 import threading
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder, inside
 from adapterkit.checkpoint.hashes import RunningHash
 from adapterkit.checkpoint.header import read_header
 from adapterkit.checkpoint.output.stage import RECEIPT
-from adapterkit.checkpoint.system import cores
+from adapterkit.checkpoint.system import cores, system
 from adapterkit.engines.local.computed import in_order
 from adapterkit.errors import AdapterkitError, Damaged, Failed, Problems, shown
 from adapterkit.gguf.adapter import read_adapter
@@ -123,8 +123,8 @@ def _hash(out: Folder, name: str, ends: list[tuple[str, int]], progress: Progres
     block = memoryview(bytearray(min(BLOCK, size)))
     try:
         with out.path(name).open("rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(OSError):
+                system.drop_cache(file.fileno())
             while at < size:
                 count = file.readinto(block[: min(BLOCK, size - at)])
                 if not count:

@@ -55,7 +55,7 @@ class Store:
         snapshots = [self.folder / name]
         if cached.is_dir():
             main = cached / "refs" / "main"
-            revisions = [main.read_text().strip()] if main.is_file() else []
+            revisions = [main.read_text(encoding="utf-8").strip()] if main.is_file() else []
             snapshots += [cached / "snapshots" / revision for revision in revisions]
             snapshots += sorted(cached.glob("snapshots/*"))
         return next((path for path in snapshots if (path / CONFIG).is_file()), None)

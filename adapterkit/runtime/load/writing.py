@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from adapterkit.adapters.resolve import model_type
 from adapterkit.adapters.targets import has_end
 from adapterkit.checkpoint.disk import storage_errors
 from adapterkit.checkpoint.fingerprint import metadata_with
+from adapterkit.checkpoint.system import system
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath
@@ -224,7 +224,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under another name and rename it."""
     other = path.with_name(f".{path.name}.part")
     write(other)
-    os.replace(other, path)
+    system.replace(other, path)
 
 
 def resized_embeddings(state: State, base: str | None) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from adapterkit.checkpoint.disk import storage_errors, write_all
+from adapterkit.checkpoint.system import system
 from adapterkit.engines.local.buffers import pinned_size
 from adapterkit.errors import Failed
 
@@ -31,9 +32,7 @@ class ActivationStore:
         self._free: dict[int, list[int]] = {}  # places by size
         self._end = 0
         with storage_errors(self.path):
-            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._descriptor = os.open(self.path, flags, 0o600)
-            os.unlink(self.path)
+            self._descriptor = system.open_unnamed(self.path)
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -50,13 +49,13 @@ class ActivationStore:
         at = places.pop() if places else self._end
         self._end = max(self._end, at + len(data))
         with storage_errors(self.path):
-            write_all(data, lambda rest, done: os.pwrite(self._descriptor, rest, at + done))
+            write_all(data, lambda rest, done: system.write_at(self._descriptor, rest, at + done))
         return at
 
     def read(self, data: memoryview, at: int) -> None:
         done = 0
         while done < len(data):
-            count = os.preadv(self._descriptor, [data[done:]], at + done)
+            count = system.read_at(self._descriptor, data[done:], at + done)
             if not count:
                 raise Failed("activations that were written are gone", where=str(self.path))
             done += count
