@@ -8,7 +8,7 @@ weak reference's callback or the end of a generator, Python drops the exception:
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
@@ -76,13 +76,12 @@ def ignore_after_work() -> None:
     """Ignore signals from here on, in a process of our own: a published output stays, a message is
     printed whole, and an exception raised while Python shuts down would end in an abort."""
     if own_process:
-        set_handlers(signal.SIG_IGN, system.signals)
+        for number in system.signals:
+            signal.signal(number, signal.SIG_IGN)
 
 
-def set_handlers(
-    handler: Callable | signal.Handlers, signals: Sequence[signal.Signals] = system.ending
-) -> None:
-    for number in signals:
+def set_handlers(handler: Callable | signal.Handlers) -> None:
+    for number in system.ending:
         signal.signal(number, handler)
 
 

@@ -32,6 +32,7 @@ WRITES = [
     "open", "pwrite", "write", "copy_file_range", "ftruncate", "fallocate", "fsync", "close",
     "rename", "renameat2", "link", "unlink", "rmdir", "mkdir",
 ]  # fmt: skip
+KILL = signal.SIGKILL
 SHUTDOWN = 0x8004587D  # _IOR('X', 125, uint32): ext4 and XFS stop at once, as in a power cut
 
 
@@ -113,7 +114,7 @@ class Faults:
         if spec.get("torn") and name in ("pwrite", "write"):
             real(args[0], memoryview(args[1])[: max(1, len(args[1]) // 2)], *args[2:])
         if spec.get("kill") or spec.get("torn"):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), KILL)
         if spec.get("error"):
             if name == "close":
                 real(*args)
@@ -158,7 +159,7 @@ class Faults:
             elif what == "shutdown":
                 descriptor = os.open(path, os.O_RDONLY)
                 fcntl.ioctl(descriptor, SHUTDOWN, struct.pack("I", more[0]))
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), KILL)
 
 
 class Child:
@@ -247,6 +248,8 @@ class Child:
             if "also" in fault:
                 Faults(fault["also"], mmap.mmap(-1, 4096)).install()
             Faults(fault, self.shared).install()
+        if request.get("system") == "windows":
+            importlib.import_module("tests.support.windows").pretend()
         sys.argv = ["adapterkit", *request["argv"]]
         signals.own_process = True  # as `process` does
         main(args=request["argv"], prog_name="adapterkit")

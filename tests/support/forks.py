@@ -103,3 +103,10 @@ def command(
     argv = [str(word) for word in words]
     ended = server.wait(server.start(argv=argv, **where), timeout)
     return subprocess.CompletedProcess(argv, ended.status, ended.stdout, ended.stderr)
+
+
+def program(text: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """A program of Python in a process of its own."""
+    server = forks()
+    ended = server.wait(server.start(program=text, cwd=str(cwd)), timeout)
+    return subprocess.CompletedProcess(text, ended.status, ended.stdout, ended.stderr)

@@ -1,0 +1,94 @@
+"""Windows' rules on Linux: what a job writes, killed at every call that writes too, and locks."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import Bench
+from tests.faults.test_crash import sweep
+from tests.support.forks import program
+
+
+@pytest.fixture
+def windows(shared: Bench) -> Bench:
+    shared.clear()
+    return replace(shared, defaults=shared.defaults | {"system": "windows"})
+
+
+def test_a_merge_has_the_bytes_of_linux(windows: Bench, whole):
+    windows.merge().succeeded()
+    windows.check_done(whole)
+
+
+@pytest.mark.parametrize("step", [31, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_killed_at_each_call(windows: Bench, whole, older, options: tuple, step: int):
+    """Nothing that is not whole is under a final name, and a resumed run ends like another."""
+    older = older if options else None
+    assert sweep(windows, whole, older, {"kill": True}, step, *options) > 60
+
+
+def test_an_interrupted_job_is_resumed(windows: Bench, whole):
+    slow = {"calls": ["pwrite"], "delay": 0.05}
+    for number in (signal.SIGINT, signal.SIGUSR2):  # which stands for Ctrl-Break
+        windows.clear()
+        pid = windows.start(windows.argv(), slow)
+        while not list(windows.control.glob("out/*")):
+            assert windows.driver.process.poll() is None
+        os.kill(pid, number)
+        ended = windows.wait(pid)
+        assert ended.status == 1 and "stopped" in ended.stderr, ended
+        windows.merge("--resume").succeeded()
+        windows.check_done(whole)
+
+
+def test_one_process_at_a_time(windows: Bench, whole):
+    pid = windows.start(windows.argv(), {"calls": ["pwrite"], "delay": 0.05})
+    while not windows.begun():
+        assert windows.driver.process.poll() is None
+    windows.merge("--resume").failed_cleanly("another process is at work there")
+    windows.wait(pid).succeeded()
+    windows.check_done(whole)
+
+
+JOBS = ("quantize-w8a16", "dequantize-w8a16", "merge-stochastic", "merge-head", "combine-ties",
+        "subtract-exact", "convert-kohya", "init-pissa", "loftq-nf4", "extract-rank",
+        "resize-rank", "rebase-exact", "arrow-plain", "stats-all")  # fmt: skip
+EACH_VERB = f"""
+import json, os
+from pathlib import Path
+from tests.golden import inputs, jobs
+from tests.support import windows
+
+def made(folder):
+    Path(folder).mkdir()
+    os.chdir(folder)
+    inputs.create_inputs(Path())
+    every = {{job.name: job for job in jobs.WRITING}}
+    for name in {JOBS}:
+        for source in (*every[name].sources, name):
+            if source in every and not jobs.output_of(every[source]).exists():
+                jobs.call(every[source], out=str(jobs.output_of(every[source])), device="cpu")
+    files = sorted(path for path in Path().rglob("*") if path.is_file())
+    found = {{str(path): path.read_bytes() for path in files if "adapterkit.json" not in path.name}}
+    os.chdir("..")
+    return found
+
+here = made("here")
+windows.pretend()
+there = made("there")
+unlike = [name for name in {{*here, *there}} if here.get(name) != there.get(name)]
+print(json.dumps([len(here), unlike]))
+"""
+
+
+def test_a_job_of_each_verb(tmp_path: Path, one_thread: None):
+    """The same bytes as here, and no name of `os` that Windows lacks is asked for."""
+    done = program(EACH_VERB, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    count, unlike = json.loads(done.stdout.splitlines()[-1])
+    assert count > 60 and not unlike
