@@ -45,7 +45,7 @@ def is_on_hub(out: str | os.PathLike) -> bool:
 def place_on_hub(out: str | os.PathLike) -> HubId | None:
     """The place of an output `hf://...`, a folder or a file; None where it is none."""
     text = os.fspath(out)
-    text = text if isinstance(out, str) else text.replace(os.sep, "/")  # a Path of Windows
+    text = text if isinstance(out, str) else text.replace("\\", "/")  # a Path of Windows
     return parse(re.sub("^hf:/+", "", text))
 
 

@@ -2,13 +2,15 @@
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
 
 import adapterkit
 from adapterkit.checkpoint.folder import check_names
 from adapterkit.errors import MultipleErrors, Refused
+from adapterkit.hub.ids import is_on_hub, parse, place_on_hub
+from adapterkit.planning.inputs.sources import weight_of
 from tests.golden.inputs import create_inputs
 
 PACKAGE = Path(adapterkit.__file__).parent
@@ -129,3 +131,15 @@ def test_all_names_of_an_output_are_told_at_once(tmp_path: Path):
         adapterkit.merge(base, [tmp_path / "style"], out=tmp_path / "out")
     assert "aux.json" in str(caught.value) and "Config.json" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_drives_are_no_ids_and_may_have_weights():
+    assert weight_of(r"C:\lora=0.7") == (r"C:\lora", 0.7)
+    for text in (r"C:\lora", "C:/lora", "C:/lora/rank8", r"C:lora", r"org\name", r"..\lora"):
+        assert parse(text) is None, text
+    assert parse("org/name:folder") is not None
+
+
+def test_an_output_on_the_hub_may_be_a_path_of_windows():
+    path = PureWindowsPath("hf://org/name:folder")
+    assert is_on_hub(path) and str(place_on_hub(path)) == "org/name:folder"

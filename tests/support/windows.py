@@ -145,9 +145,7 @@ def patch_names(kernel: Kernel) -> None:
     def open_file(path, flags, mode=0o777, *, dir_fd=None):
         if dir_fd is None and os.path.isdir(path):
             raise PermissionError(errno.EACCES, "folders are not opened", os.fspath(path))
-        descriptor = real["open"](
-            path, (flags & ~TEMPORARY) | inherited, mode, dir_fd=dir_fd
-        )
+        descriptor = real["open"](path, (flags & ~TEMPORARY) | inherited, mode, dir_fd=dir_fd)
         if flags & TEMPORARY:
             temporary[descriptor] = os.fspath(path)
         return descriptor
