@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from adapterkit.engines import interruptible as waiting
+from adapterkit.checkpoint.system import system
 from adapterkit.engines.interruptible import Running, result_of, signals_deferred
 
 
@@ -67,7 +67,7 @@ def test_a_signal_between_the_block_and_what_follows(monkeypatch):
 
     ended = False
     monkeypatch.setattr(signal, "signal", put_back)
-    monkeypatch.setattr(waiting, "_SIGNALS", (signal.SIGINT, signal.SIGTERM))
+    monkeypatch.setattr(system, "signals", (signal.SIGINT, signal.SIGTERM))
     try:
         with pytest.raises(KeyboardInterrupt), signals_deferred():
             ended = True
