@@ -2,6 +2,7 @@
 readable stand-in, and never an error."""
 
 import codecs
+import io
 import sys
 import unicodedata
 
@@ -19,7 +20,7 @@ def never_fail() -> None:
     """Let what is printed have stand-ins where the stream's encoding lacks a letter."""
     codecs.register_error("adapterkit", _stand_in)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not where somebody has put something else there
+        if isinstance(stream, io.TextIOWrapper):  # somebody may have put something else there
             stream.reconfigure(errors="adapterkit")
 
 
