@@ -248,8 +248,8 @@ class Child:
             if "also" in fault:
                 Faults(fault["also"], mmap.mmap(-1, 4096)).install()
             Faults(fault, self.shared).install()
-        if request.get("system") == "windows":
-            importlib.import_module("tests.support.windows").pretend()
+        if "system" in request:
+            importlib.import_module(f"tests.support.{request['system']}").pretend()
         sys.argv = ["adapterkit", *request["argv"]]
         signals.own_process = True  # as `process` does
         main(args=request["argv"], prog_name="adapterkit")

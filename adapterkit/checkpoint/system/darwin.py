@@ -62,8 +62,8 @@ class Darwin(Posix):
         """Boot and the second of the start, as ps and sysctl tell them."""
         if not is_alive(pid):
             return ""
-        boot = _told("sysctl", "-n", "kern.bootsessionuuid")
-        start = _told("ps", "-o", "lstart=", "-p", str(pid))
+        boot = _told("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")
+        start = _told("/bin/ps", "-o", "lstart=", "-p", str(pid))
         return f"{boot}:{start}".replace(" ", "_") if boot and start else "?"
 
     def processors(self) -> int:
@@ -71,7 +71,10 @@ class Darwin(Posix):
 
 
 def _told(*command: str) -> str:
-    """What a program of the system prints; empty where it fails."""
+    """What a program of the system prints; empty where it fails, or is not there."""
     environment = os.environ | {"LC_ALL": "C"}
-    done = subprocess.run(command, capture_output=True, env=environment)
+    try:
+        done = subprocess.run(command, capture_output=True, env=environment)
+    except OSError:
+        return ""
     return done.stdout.decode("ascii", "replace").strip() if done.returncode == 0 else ""

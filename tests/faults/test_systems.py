@@ -1,4 +1,5 @@
-"""Windows' rules on Linux: what a job writes, killed at every call that writes too, and locks."""
+"""The rules of Windows, and what macOS lacks, on Linux: what a job writes, killed at every call
+that writes too, and locks."""
 
 import json
 import os
@@ -11,6 +12,12 @@ import pytest
 from tests.faults.conftest import Bench
 from tests.faults.test_crash import sweep
 from tests.support.forks import program
+
+
+def test_a_merge_on_macos_has_the_bytes_of_linux(shared: Bench, whole):
+    shared.clear()
+    shared.merge(system="macos").succeeded()
+    shared.check_done(whole)
 
 
 @pytest.fixture
@@ -62,7 +69,7 @@ EACH_VERB = f"""
 import json, os
 from pathlib import Path
 from tests.golden import inputs, jobs
-from tests.support import windows
+from tests.support import macos, windows
 
 def made(folder):
     Path(folder).mkdir()
@@ -79,16 +86,17 @@ def made(folder):
     return found
 
 here = made("here")
-windows.pretend()
+SYSTEM.pretend()
 there = made("there")
 unlike = [name for name in {{*here, *there}} if here.get(name) != there.get(name)]
 print(json.dumps([len(here), unlike]))
 """
 
 
-def test_a_job_of_each_verb(tmp_path: Path, one_thread: None):
-    """The same bytes as here, and no name of `os` that Windows lacks is asked for."""
-    done = program(EACH_VERB, cwd=tmp_path)
+@pytest.mark.parametrize("system", ["windows", "macos"])
+def test_a_job_of_each_verb(system: str, tmp_path: Path, one_thread: None):
+    """The same bytes as here, and no name of `os` that the system lacks is asked for."""
+    done = program(EACH_VERB.replace("SYSTEM", system), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     count, unlike = json.loads(done.stdout.splitlines()[-1])
     assert count > 60 and not unlike
