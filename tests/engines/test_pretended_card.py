@@ -95,6 +95,27 @@ def test_tf32_is_seen(card: Card):
         torch.set_float32_matmul_precision(before)
 
 
+def test_what_a_product_is_added_to_is_not_shortened(card: Card):
+    x, before = torch.full((4, 4), 1 + 2.0**-20).to(GPU), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert float(x.clone().addmm_(x, x)[0, 0]) == 5 + 2.0**-20 * 1
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_indices_are_sorted_in_deterministic_mode(card: Card):
+    x, rows = torch.zeros(64, 64).to(GPU), torch.arange(64).to(GPU)
+    x[rows] = torch.ones(64, 64, device=GPU)
+    before, most = card.most_reserved, 32 * 64 * 64
+    torch.use_deterministic_algorithms(True)
+    try:
+        x[rows] = torch.ones(64, 64, device=GPU)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert card.most_reserved - before >= most // 2
+
+
 def test_freed_memory_serves_its_own_stream(card: Card):
     card.workspace = 0
     for _ in range(3):

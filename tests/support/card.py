@@ -58,6 +58,8 @@ PRODUCTS = {
     "mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv", "addmv_", "matmul",
     "linear", "dot", "vdot",
 }  # fmt: skip
+INDEX_PUT = {"index_put", "index_put_", "_index_put_impl_"}
+SORTED = 32  # bytes of an element that is written by an index in deterministic mode
 EIGEN = {"linalg_eigh", "_linalg_eigh", "linalg_eigvalsh"}
 # draws for which a generator is given; without one they are the process's
 DRAWS = {
@@ -484,7 +486,10 @@ class Card:
         if name in PRODUCTS:
             self._begin_workspace(stream.number)
             if _tf32_allowed():
-                plain_args = tree_map(_as_tf32, plain_args)
+                first = int("add" in name)  # what the product is added to stays
+                plain_args = (*plain_args[:first], *tree_map(_as_tf32, plain_args[first:]))
+        if name in INDEX_PUT and torch.are_deterministic_algorithms_enabled():
+            self._sort_indices(stream.number, plain_args)
         result = func(*plain_args, **plain_kwargs)
         if name in WAITING or _selects(name, plain_args):
             self.current().synchronize()
@@ -494,6 +499,13 @@ class Card:
         if (written or (new and not is_view)) and "empty" not in name:
             self.launches += 1
         return made
+
+    def _sort_indices(self, stream: int, args: tuple) -> None:
+        """In deterministic mode an index for each element is sorted, beside a copy."""
+        if any(isinstance(index, Tensor) and index.dtype != torch.bool for index in args[1]):
+            size = SORTED * args[0][tuple(args[1])].numel()
+            self.memory_taken(stream, size)
+            self.pools[stream][0] -= size
 
     def _begin_workspace(self, stream: int) -> None:
         if stream not in self.workspaces:
