@@ -241,7 +241,6 @@ def is_plain_path(name: str) -> bool:
 RESERVED = re.compile(
     r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3])\s*(\..*)?", re.I | re.S
 )
-LONGEST = 255  # bytes of one part of a path
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -268,8 +267,6 @@ def unportable(name: str) -> str:
             return "Windows drops dots and spaces at the end of names"
         if any(letter in '<>:"|?*\\' for letter in part):
             return 'Windows has no < > : " | ? * and \\ in names'
-        if len(part.encode()) > LONGEST:
-            return f"a name has at most {LONGEST} bytes"
     return ""
 
 

@@ -46,7 +46,8 @@ ON_GPU = ("pinned/", "pageable/", "disk/16", "reserved_of", "peak_of", "fast", "
 @pytest.mark.parametrize(
     "steps",
     [
-        "facts,speed,peers",
+        "facts,peers",
+        pytest.param("speed", marks=pytest.mark.slow),
         pytest.param("right,races,limits", marks=pytest.mark.slow),
         pytest.param("stats,decompositions,runtime", marks=pytest.mark.slow),
     ],

@@ -265,7 +265,7 @@ def test_double_quantization_of_what_hurts() -> None:
         codes, state = F.quantize_blockwise(each, blocksize=256)
         ours = quantize_absmax(each, 0.0)
         assert same(ours.absmax, state.absmax) and same(ours.codes, codes)
-    old = dynamic_map()
+    old = dynamic_map().clone()
     old[0] = -1
     codes, _ = F.quantize_blockwise(x, code=old, blocksize=256)
     assert same(quantize_absmax(x, 0.0, values=old).codes, codes)

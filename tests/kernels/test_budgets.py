@@ -28,6 +28,8 @@ from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support.card import DEVICE, Card, installed
 from tests.support.quantized_llama import FORMS, few
 
+pytestmark = pytest.mark.quick
+
 KEY = "model.layers.0.mlp.up_proj"
 SHAPE = 1280, 3072  # four million elements
 SOME = 320  # rows: a million elements, more than pieces of a CPU

@@ -15,7 +15,7 @@ from adapterkit.registry import members
 from tests.support import methods
 from tests.support.card import DEVICE, Card, CardTensor, installed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 NAMES = ("eigh", "eigvalsh", "svd", "svdvals", "qr")
 LARGE = dense.SMALL + 8
 

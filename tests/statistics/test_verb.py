@@ -23,8 +23,8 @@ from adapterkit import execute
 from adapterkit.checkpoint.disk import storage_errors
 from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.checkpoint.output.writer import ShardFile
+from adapterkit.checkpoint.system import system
 from adapterkit.cli import main
-from adapterkit.engines import one_file
 from adapterkit.errors import Failed, Interrupted, Refused, Unrecoverable
 from adapterkit.tasks.statistics import METADATA
 from tests.support import oracle
@@ -434,7 +434,7 @@ def test_a_disk_that_is_full_at_the_end(where, base, pairs, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         if where == "publish":
-            patch.setattr(one_file.os, "replace", fail)
+            patch.setattr(system, "replace", fail)
         else:
             patch.setattr(ShardFile, "write", write_others)
         with pytest.raises(Failed, match="cannot write: No space") as caught:

@@ -2,6 +2,8 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,8 @@ def collect_sums(base: Checkpoint, batches: list, work: Path, memory=10**9, whol
 
 def tensors_of(file: CollectedFile) -> dict[str, Tensor]:
     """Those of the file of statistics, with a tensor for each name that shares one."""
-    made = [task.compute(None).tensors for task in file.tasks]
+    nothing: Any = SimpleNamespace(device=torch.device("cpu"))  # sums are read from their files
+    made = [task.compute(nothing).tensors for task in file.tasks]
     tensors = {key: value for each in made for key, value in each.items()}
     for module, owner in file.shared.items():
         for key in [key for key in tensors if key.rpartition(".")[0] == owner]:

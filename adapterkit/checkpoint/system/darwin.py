@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from adapterkit.checkpoint.system.posix import Posix, is_alive
-
 assert sys.platform == "darwin"  # type checkers pass over the rest elsewhere
+
+from adapterkit.checkpoint.system.posix import Posix, is_alive  # noqa: E402 (not there)
 
 # of <sys/fcntl.h>, <sys/stdio.h>
 _FULLFSYNC, _PREALLOCATE, _ALLOCATEALL, _PEOFPOSMODE = 51, 42, 4, 3

@@ -6,10 +6,10 @@ import re
 import sys
 from pathlib import Path
 
-from adapterkit.checkpoint.system.posix import Posix, is_alive
-
 assert sys.platform != "win32"  # type checkers pass over the rest there
 assert sys.platform != "darwin"
+
+from adapterkit.checkpoint.system.posix import Posix, is_alive  # noqa: E402 (not there)
 
 _AT_FDCWD, _NOREPLACE, _EXCHANGE, _WRITE = -100, 1, 2, 2
 
