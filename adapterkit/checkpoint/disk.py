@@ -51,8 +51,8 @@ def write_all(data: memoryview | bytes, write: Callable[[memoryview, int], int])
 def replace_file(path: Path, data: bytes, beside: Path, *, durable: bool = True) -> None:
     """Write a small file as a whole: under the name `beside` in its folder, then renamed."""
     with storage_errors(path):
+        descriptor = system.open(beside, "write")
         try:
-            descriptor = system.open(beside, "write")
             try:
                 write_all(data, lambda rest, _: os.write(descriptor, rest))
                 if durable:

@@ -222,7 +222,9 @@ def read_small(
             yield from ((spec, view[spec.start - first : spec.stop - first]) for spec in together)
 
 
-def _read_ranges(folder: Folder, name: str, ranges: list[tuple[int, int]]) -> Iterator[bytes]:
+def _read_ranges(
+    folder: Folder, name: str, ranges: list[tuple[int, int]]
+) -> Iterator[bytes | memoryview]:
     """The bytes of each range, in order; of a remote file several are asked for at a time."""
     if isinstance(folder, LocalFolder):
         with _opened(folder.path(name)) as descriptor:
@@ -264,10 +266,10 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _read_at(descriptor: int, start: int, stop: int, name: str) -> bytes:
-    data = bytearray(stop - start)
+def _read_at(descriptor: int, start: int, stop: int, name: str) -> memoryview:
+    data = memoryview(bytearray(stop - start))
     try:
-        return bytes(data[: system.read_at(descriptor, memoryview(data), start)])
+        return data[: system.read_at(descriptor, data, start)]
     except OSError as error:
         raise Failed(
             f"cannot read at byte {start}: {error.strerror}", where=name, hint="check the disk"

@@ -214,7 +214,7 @@ def test_files_go_while_the_job_runs(tmp_path, is_over):
 
 
 def test_only_files_of_the_stage_are_sent(tmp_path):
-    stage = HubStage(tmp_path / "work", SimpleNamespace(receipt_name=RECEIPT), 0)  # type: ignore
+    stage = HubStage(tmp_path / "work", SimpleNamespace(receipt_name=RECEIPT), 0)
     stage.path.mkdir(parents=True)
     other = tmp_path / "other"
     other.mkdir()

@@ -176,11 +176,11 @@ class CardTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @property
-    def is_cuda(self) -> bool:  # type: ignore[override]
+    def is_cuda(self) -> bool:
         return self.card.kind == "cuda"
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         return self.memory.device
 
     def numpy(self, *_, **__):

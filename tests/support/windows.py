@@ -44,24 +44,24 @@ def pretend() -> None:
     fcntl = importlib.import_module("fcntl")
     patch_names(kernel)
     sys.modules["msvcrt"] = msvcrt_of(fcntl)
-    ctypes.WinDLL = lambda *_, **__: kernel  # type: ignore[attr-defined]
-    ctypes.get_last_error = lambda: kernel.error  # type: ignore[attr-defined]
-    ctypes.WinError = lambda code: OSError(code, f"error {code} of Windows")  # type: ignore
+    ctypes.WinDLL = lambda *_, **__: kernel
+    ctypes.get_last_error = lambda: kernel.error
+    ctypes.WinError = lambda code: OSError(code, f"error {code} of Windows")
     for module, names in LACKED.items():
         for name in names:
             with contextlib.suppress(AttributeError):
                 delattr(sys.modules[module], name)
-    signal.SIGBREAK = BREAK  # type: ignore[attr-defined]
+    signal.SIGBREAK = BREAK
     for name in MODULES:
-        sys.modules[name] = None  # type: ignore[assignment]
-    shutil._use_fd_functions = False  # type: ignore[attr-defined]
+        sys.modules[name] = None
+    shutil._use_fd_functions = False
     sys.platform = "win32"
     from adapterkit.checkpoint.system import system
     from adapterkit.checkpoint.system.windows import Windows
 
     # modules hold this very object
     system.__dict__.clear()
-    system.__class__ = Windows  # type: ignore[assignment]
+    system.__class__ = Windows
     system.__init__()
 
 
@@ -131,8 +131,8 @@ def msvcrt_of(fcntl) -> types.ModuleType:
             descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, count, os.lseek(descriptor, 0, os.SEEK_CUR)
         )
 
-    module.get_osfhandle = lambda descriptor: descriptor  # type: ignore[attr-defined]
-    module.locking, module.LK_NBLCK = locking, 2  # type: ignore[attr-defined]
+    module.get_osfhandle = lambda descriptor: descriptor
+    module.locking, module.LK_NBLCK = locking, 2
     return module
 
 
@@ -176,7 +176,7 @@ def patch_names(kernel: Kernel) -> None:
 
     os.open, os.close, os.rename, os.replace = open_file, close_file, rename, replace
     os.unlink = os.remove = unlink
-    os.O_BINARY, os.O_NOINHERIT, os.O_TEMPORARY = 0, 0, TEMPORARY  # type: ignore[attr-defined]
+    os.O_BINARY, os.O_NOINHERIT, os.O_TEMPORARY = 0, 0, TEMPORARY
 
 
 def refuse_open(kernel: Kernel, path) -> None:

@@ -20,9 +20,9 @@
 
 import sys
 
-from adapterkit.checkpoint.system.interface import Held, Mode, System
+from adapterkit.checkpoint.system.interface import Held, System
 
-__all__ = ["Held", "Mode", "System", "all_cores", "cores", "quarter_of_memory", "system"]
+__all__ = ["Held", "all_cores", "cores", "quarter_of_memory", "system"]
 
 MOST_CORES = 8  # that are used unless asked otherwise
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 assert sys.platform == "darwin"  # type checkers pass over the rest elsewhere
 
-from adapterkit.checkpoint.system.posix import Posix, is_alive  # noqa: E402 (not there)
+# below the assert: where types are checked for Windows, that module has no names
+from adapterkit.checkpoint.system.posix import Posix, is_alive  # noqa: E402
 
 # of <sys/fcntl.h>, <sys/stdio.h>
 _FULLFSYNC, _PREALLOCATE, _ALLOCATEALL, _PEOFPOSMODE = 51, 42, 4, 3
@@ -38,13 +39,6 @@ class Darwin(Posix):
             if error.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):
                 raise
             os.fsync(descriptor)
-
-    def sync_folder(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
     def rename_new(self, old: Path, new: Path) -> None:
         self._renamex(old, new, _EXCL)

@@ -9,7 +9,8 @@ from pathlib import Path
 assert sys.platform != "win32"  # type checkers pass over the rest there
 assert sys.platform != "darwin"
 
-from adapterkit.checkpoint.system.posix import Posix, is_alive  # noqa: E402 (not there)
+# below the asserts: where types are checked for Windows, that module has no names
+from adapterkit.checkpoint.system.posix import Posix, is_alive  # noqa: E402
 
 _AT_FDCWD, _NOREPLACE, _EXCHANGE, _WRITE = -100, 1, 2, 2
 

@@ -53,7 +53,7 @@ class Posix(System):
     def sync_folder(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            self.sync(descriptor)
+            os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
