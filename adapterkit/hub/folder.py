@@ -374,5 +374,5 @@ def _check_size(path: Path, size: int) -> None:
             f"the file has {actual:,} bytes in the local Hub cache",
             expected=f"{size:,} bytes",
             where=str(path),
-            hint="delete this file and the one it links to",
+            hint="delete this file" + " and the one it links to" * path.is_symlink(),
         )

@@ -131,7 +131,7 @@ def _list_cache(hub_id: HubId, why: str, way_out: str) -> tuple[str, dict[str, R
             return commit, {name: RemoteEntry(size) for name, size in files.items()}
     revision = f" --revision {hub_id.revision}" if hub_id.revision else ""
     inside_it = "" if hub_id.subfolder.endswith(WEIGHTS) else "/*"
-    only = f" --include '{hub_id.subfolder}{inside_it}'" if hub_id.subfolder else ""
+    only = f' --include "{hub_id.subfolder}{inside_it}"' if hub_id.subfolder else ""
     command = f"hf download {hub_id.repo}{revision}{only}"
     raise Refused(
         f"no such file or folder here, nor in the local Hub cache, and {why}",

@@ -2,6 +2,7 @@
 or computed from the weight and statistics of a layer. Shapes are those of the file: a (r, in),
 b (out, r)."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import ClassVar
@@ -36,7 +37,7 @@ class Initialization(ABC):
 
 
 def _annotated(cls: type) -> Iterable[str]:
-    return vars(cls).get("__annotations__", ())
+    return inspect.get_annotations(cls)
 
 
 class DrawnInit(Initialization):

@@ -33,6 +33,7 @@ NAMES = {
     },
 }  # fmt: skip
 FILES = ("/proc", "/sys/", "/dev/", "/etc")
+LINKS = {"symlink_to", "hardlink_to"}  # Windows makes them for developers and administrators only
 TEXT = {"read_text": 0, "write_text": 1}  # the place of the encoding
 
 
@@ -54,6 +55,8 @@ def test_only_one_place_names_the_operating_system():
             elif isinstance(node, ast.ImportFrom) and node.module in NAMES:
                 found += [f"{where} {one.name}" for one in node.names
                           if one.name in NAMES[node.module]]  # fmt: skip
+            elif isinstance(node, ast.Attribute) and node.attr in LINKS:
+                found.append(f"{where} {node.attr}")
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 is_named = node.attr in NAMES.get(node.value.id, ())
                 if is_named or (node.value.id == "os" and node.attr.startswith("O_")):

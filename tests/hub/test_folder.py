@@ -3,8 +3,11 @@
 import threading
 import time
 
-from tests.support.hub_client import FILES, REPO, ROOT, TOKEN, WEIGHTS, during
+import pytest
+
+from tests.support.hub_client import FILES, REPO, ROOT, TOKEN, WEIGHTS, Client, during
 from tests.support.hub_server import Fault, Hub
+from tests.support.usual import usual
 
 # Reading
 
@@ -139,6 +142,64 @@ def test_a_cached_file_of_the_wrong_size(hub, client):
         )
 
 
+# A cache of copies, as huggingface_hub keeps it where no links can be made: on Windows, mostly
+
+NO_LINKS = """
+import errno, os
+def refuse(*paths, **options):
+    raise OSError(errno.EPERM, "A required privilege is not held by the client")
+os.symlink = refuse
+"""
+SWITCHES = {"HF_HUB_DISABLE_SYMLINKS": "1", "HF_HUB_DISABLE_SYMLINKS_WARNING": "1"}
+
+
+@pytest.fixture(params=usual([*SWITCHES], {"HF_HUB_DISABLE_SYMLINKS_WARNING"}))
+def without_links(request, hub, connect):
+    """Starts clients that make no links: as asked for, or because the system refuses them."""
+    hub.commit(REPO, FILES)
+
+    def start(**environment: str) -> Client:
+        client = connect(hub, **{request.param: "1"}, **environment)
+        client(NO_LINKS)
+        return client
+
+    return start
+
+
+def test_huggingface_hub_finds_what_is_stored_as_copies(without_links):
+    client = without_links()
+    client(f"folder = HubFolder(parse('{REPO}'))\nfolder.prefetch({[*FILES]})")
+    client(f"paths = [folder.path(name) for name in {[*FILES]}]")
+    assert not client("any(path.is_symlink() for path in paths)")
+    client("import huggingface_hub as library")
+    scan = "library.scan_cache_dir()"
+    assert client(f"{scan}.warnings, [repo.nb_files for repo in {scan}.repos]") == ([], [4])
+    offline = without_links(HF_HUB_OFFLINE="1")
+    offline("import huggingface_hub as library")
+    for name, data in FILES.items():
+        assert offline(f"open(library.hf_hub_download('{REPO}', '{name}'), 'rb').read()") == data
+    offline(f"there = Path(library.snapshot_download('{REPO}'))")
+    assert offline("sum(path.is_file() for path in there.rglob('*'))") == len(FILES)
+
+
+def test_a_cache_of_copies_is_read(without_links):
+    client = without_links()
+    client("import huggingface_hub as library")
+    client(f"there = library.snapshot_download('{REPO}')")
+    client("from adapterkit.checkpoint.folder import LocalFolder")
+    offline = without_links(HF_HUB_OFFLINE="1")
+    for source in (REPO, f"{REPO}@main"):
+        offline(f"folder = HubFolder(parse('{source}'))")
+        assert offline("folder.files()") == {name: len(data) for name, data in FILES.items()}
+        assert offline("folder.read('model.safetensors', 5, 50)") == WEIGHTS[5:50]
+        assert offline("folder.path('model.safetensors').read_bytes()") == WEIGHTS
+    assert client("LocalFolder(there).files()") == offline("folder.files()")
+    assert client("LocalFolder(there).path('model.safetensors').read_bytes()") == WEIGHTS
+    client("LocalFolder(there).path('model.safetensors').write_bytes(b'short')")
+    error = client.refusal(f"HubFolder(parse('{REPO}')).path('model.safetensors')", "Damaged")
+    assert error.parts["hint"] == "delete this file"
+
+
 # Whole files, ahead of their use
 
 
@@ -246,7 +307,7 @@ def test_offline_without_a_copy(hub, client, connect):
         error.parts["where"] == "other/repo@v1:sub"
         and "HF_HUB_OFFLINE is set" in error.parts["problem"]
     )
-    assert "`hf download other/repo --revision v1 --include 'sub/*'`" in error.parts["hint"]
+    assert '`hf download other/repo --revision v1 --include "sub/*"`' in error.parts["hint"]
     offline.refusal(f"HubFolder(parse('{REPO}@v2'))")
     offline.refusal(f"HubFolder(parse('{REPO}@{'0' * 40}'))")
     offline.refusal(f"HubFolder(parse('{REPO}:adapter'))")

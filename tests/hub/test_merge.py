@@ -95,8 +95,12 @@ def test_a_shard_is_merged_while_later_ones_are_still_downloaded(hub, tmp_path):
     assert seen and all(seen)
 
 
-def test_offline_from_the_cache(hub, tmp_path):
-    assert command(hub, tmp_path, "org/base", "org/adapter:v1").returncode == 0
+@pytest.mark.parametrize("copies", ["0", "1"])
+def test_offline_from_the_cache(hub, tmp_path, copies: str):
+    how = {"HF_HUB_DISABLE_SYMLINKS": copies}
+    assert command(hub, tmp_path, "org/base", "org/adapter:v1", **how).returncode == 0
+    links = [path for path in (tmp_path / "home").rglob("*") if path.is_symlink()]
+    assert bool(links) == (copies == "0")
     before = (tmp_path / "out" / SHARDS[0]).read_bytes()
     hub.log.clear()
     done = command(hub, tmp_path, "org/base", "org/adapter:v1", "--overwrite", HF_HUB_OFFLINE="1")

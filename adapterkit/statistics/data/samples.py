@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def load_tokenizer(folder: Folder) -> Any:
     try:
         with tempfile.TemporaryDirectory() as copy:
             for name in (*names, *({"config.json"} & folder.files().keys())):
-                Path(copy, name).symlink_to(folder.path(name).resolve())
+                shutil.copyfile(folder.path(name), Path(copy, name))
             tokenizer: Any = AutoTokenizer.from_pretrained(
                 copy, local_files_only=True, trust_remote_code=False
             )
