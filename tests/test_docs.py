@@ -68,6 +68,35 @@ def test_options_in_the_helps_exist():
             assert {w for w in words if w.startswith("--")} <= options(named), verb
 
 
+SHOWN = re.compile(r"(?:adapterkit|hf|pip|python -m pip) .*")  # a command in a line or in code
+# what bash, zsh, cmd and PowerShell do not all read as it stands
+BETWEEN_QUOTES, ELSEWHERE = re.compile(r"[$`%!\\]"), re.compile(r"[][*?{}|<>;^%!$`~'\\]|\s@")
+
+
+def misread(command: str) -> list[str]:
+    """What some shell would take for something else; a comment is left out, and a line may go on in
+    the next one."""
+    command = re.sub(r"(^|\s)#.*| \\$", "", command)
+    quoted = "".join(re.findall('"[^"]*"', command))
+    return BETWEEN_QUOTES.findall(quoted) + ELSEWHERE.findall(re.sub('"[^"]*"', "", command))
+
+
+def test_commands_are_quoted_for_every_shell():
+    lines = [
+        *(line for command in main.commands.values() for line in str(command.help).split("\n"))
+    ]
+    for document in DOCUMENTS:
+        for block in blocks(document, "sh", "console"):
+            lines += [line.removeprefix("$ ") for line in block.text.split("\n")]
+        lines += CODE.findall(prose(document))
+    shown = [found[0] for line in lines if (found := SHOWN.fullmatch(line.strip()))]
+    every = [one for one in shown if not one.startswith("adapterkit completion ")]  # names a shell
+    assert len(every) > 150 and not list(filter(misread, every))
+    for path in PACKAGE.rglob("*.py"):
+        assert not re.search(r"(--[\w-]+|pip install) '", path.read_text(encoding="utf-8")), path
+    assert misread("--exclude 'a'") and misread('--exclude "$a"') and misread("combine a* b @c")
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_options_in_the_text_exist(document: Path):
     scripts = [*(ROOT / "examples").rglob("*.py"), *(ROOT / "tests" / "fuzz").glob("*.py")]

@@ -64,7 +64,7 @@ def adapter_formats() -> dict[str, Rows]:
     from adapterkit.formats import library
 
     groups: dict[str, Rows] = {"Formats": [], "Formats that are only read": []}
-    for name, one in library.formats().items():
+    for name, one in library.described().items():
         title = "Formats" if one.writes else "Formats that are only read"
         groups[title].append((name, one.summary))
     return groups

@@ -28,12 +28,18 @@ def names() -> list[str]:
 
 
 @cache
+def described() -> dict[str, Format]:
+    """Every format by name, without torch, and so without a look at its steps; for the help."""
+    return {path.stem: _read(path, format_from) for path in _files(folder())}
+
+
+@cache
 def formats() -> dict[str, Format]:
     """Every format by name. `Damaged` for a file with a word or a step that there is not."""
     # here, so that headers of models are read without torch
     from adapterkit.formats.modules.tensors import GROUPED, STEPS
 
-    known = {path.stem: _read(path, format_from) for path in _files(folder())}
+    known = described()
     for name, form in known.items():
         _check_steps(form.steps.values(), (*STEPS, GROUPED), f"{name}.toml")
     return known
@@ -41,7 +47,7 @@ def formats() -> dict[str, Format]:
 
 def written_formats() -> list[str]:
     """The names of the formats that are written."""
-    return [name for name, one in formats().items() if one.writes]
+    return [name for name, one in described().items() if one.writes]
 
 
 @cache

@@ -11,6 +11,7 @@ from typing import Any
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.gguf.header import Entry, GgufHeader
+from adapterkit.optional import optional
 from adapterkit.records import Settings
 
 
@@ -57,15 +58,8 @@ class GgufFile:
 
 def gguf_package() -> Any:
     """The `gguf` package, an optional dependency."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise Refused(
-            "the gguf package is not installed",
-            expected="gguf 0.17 or later, which decodes the blocks",
-            hint="pip install 'adapterkit[gguf]'",
-        ) from error
-    return gguf
+    expected = "gguf 0.17 or later, which decodes the blocks"
+    return optional("gguf", install='"adapterkit[gguf]"', expected=expected)
 
 
 def decodable(gguf: Any, kind: Any) -> bool:

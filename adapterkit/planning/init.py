@@ -320,7 +320,7 @@ def _check_targets(
             errors.add(
                 f"rank {target.rank} for {shown(target.name)} {target.shape}",
                 f"at most {most}",
-                f"give --rank-for '{target.name}={most}'",
+                f"give --rank-for {target.name}={most}",
                 where="--rank",
             )
     errors.raise_all()

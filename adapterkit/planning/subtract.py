@@ -81,7 +81,7 @@ def _whole_values(generals: Sequence[Adapter]) -> list[AdapterkitError]:
         errors.add(
             f"{shown(key)} was trained whole by {names}",
             "general adapters of factors alone: what is no delta cannot be subtracted",
-            f"give --exclude '{_pattern(generals)}' to keep the task's own, or none",
+            f'give --exclude "{_pattern(generals)}" to keep the task\'s own, or none',
         )
     return errors
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from adapterkit.errors import Failed, Refused, shown
+from adapterkit.optional import optional
 from adapterkit.records import Json
 from adapterkit.reports.tables import module_label
 
@@ -14,16 +15,9 @@ def check_plot(path: Path) -> None:
     if path.suffix != ".png" or not path.parent.is_dir():
         expected = "a file name ending in .png, in a folder that exists"
         raise Refused(shown(path), expected=expected, where="--plot", hint="give another name")
-    try:
-        import matplotlib  # noqa: F401, before any work: is it installed?
-    except ImportError as error:
-        hint = "pip install 'adapterkit[plot]'"
-        raise Refused(
-            "matplotlib is not installed",
-            expected="matplotlib 3.8 or newer",
-            where="--plot",
-            hint=hint,
-        ) from error
+    # before any work: is it installed?
+    install, expected = '"adapterkit[plot]"', "matplotlib 3.8 or newer"
+    optional("matplotlib", install=install, expected=expected, where="--plot")
 
 
 def draw(result: Json, path: Path) -> None:

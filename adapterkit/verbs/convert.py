@@ -100,7 +100,7 @@ class Convert(WritingVerb, ConvertOptions):
       adapterkit convert kohya.safetensors --to diffusers --out folder
       adapterkit convert org/adapter --to kohya --architecture sdxl --out lora.safetensors
       adapterkit convert adapter.safetensors --detect --json
-      adapterkit convert --from-list sources.txt --to peft --out-pattern 'out/{name}' --resume
+      adapterkit convert --from-list sources.txt --to peft --out-pattern "out/{name}" --resume
     """
 
     src: StrPath = argument(check=SOURCE)

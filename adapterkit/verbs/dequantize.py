@@ -14,7 +14,7 @@ class Dequantize(WritingVerb):
     that are not quantized stay as they are. The files are the base's, or with `max_shard_size`
     (5GB) of that size at most. Raises `Refused` before anything is written.
 
-    A GGUF model file (`pip install 'adapterkit[gguf]'`) becomes a checkpoint of transformers' names
+    A GGUF model file (`pip install "adapterkit[gguf]"`) becomes a checkpoint of transformers' names
     and layouts, with config and tokenizer, in files of 5 GB at most. Its `dtype` is bf16 where it
     has blocks: W = code * scale has an error of its own that is larger than the rounding; a file of
     plain floats keeps its dtype.

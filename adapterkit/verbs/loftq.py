@@ -65,7 +65,7 @@ class Loftq(WritingVerb, ScaleOptions, BlockOptions):
     \b
     Example:
       adapterkit loftq ./model --rank 16 --out loftq
-      adapterkit loftq ./model --rank 16 --bits-for 'down_proj|layers[.]0[.].*=8' --out loftq
+      adapterkit loftq ./model --rank 16 --bits-for "down_proj|layers[.]0[.].*=8" --out loftq
       adapterkit loftq ./model --quantized ./model-nf4 --rank 16 --out adapter
     """
 
@@ -75,7 +75,7 @@ class Loftq(WritingVerb, ScaleOptions, BlockOptions):
         default=(),
         check=TEXTS,
         metavar="REGEX=N",
-        help="Other bits for modules whose name, or the end of it, matches, e.g. 'down_proj=8'; "
+        help="Other bits for modules whose name, or the end of it, matches, e.g. down_proj=8; "
         "writes compressed-tensors.",
         excludes=("quantized",),
     )

@@ -33,7 +33,7 @@ class Quantize(WritingVerb, BlockOptions):
     \b
     Example:
       adapterkit quantize ./model --to nf4 --double-quant --out model-nf4
-      adapterkit quantize ./model --to int8 --skip 'layers.0[.]' --out model-int8
+      adapterkit quantize ./model --to int8 --skip "layers.0[.]" --out model-int8
     """
 
     base: StrPath = argument(check=SOURCE)

@@ -34,7 +34,7 @@ LEVELS = [
     "checkpoint",
     "kernels",
     "shared_options",
-    "options patterns registry records dtypes errors",
+    "options optional patterns registry records dtypes errors",
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts.split()}
 
@@ -188,6 +188,12 @@ HEAVY = [
     "bitsandbytes",
     "tqdm",
     "regex",
+    "datasets",
+    "gguf",
+    "matplotlib",
+    "peft",
+    "pyarrow",
+    "ray",
 ]
 WATCH = """
 import sys
@@ -196,8 +202,8 @@ print("loaded:", *[name for name in {heavy} if name in sys.modules])
 """
 HELP = """
 from adapterkit.cli import main
-for words in (["--help"], ["merge", "--help"], ["verify", "--help"]):
-    main(words, standalone_mode=False)
+for words in ([], *([name] for name in main.names)):
+    main([*words, "--help"], standalone_mode=False)
 """
 
 

@@ -306,14 +306,6 @@ def test_a_lost_node(cluster: Any, drive: Callable[..., Driver], large: Path):
         cluster.wait_for_nodes()
 
 
-def test_without_ray(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(Refused, match=r"pip install 'adapterkit\[ray\]'"):
-        JOBS["merge"](inputs, out=tmp_path / "out", engine="ray")
-    assert not list(tmp_path.iterdir())
-    assert JOBS["merge"](inputs, out=tmp_path / "out", engine="ray", dry_run=True).shards
-
-
 def test_an_address_of_no_use(inputs: Path, tmp_path: Path):
     with pytest.raises(Refused, match="--engine ray"):
         JOBS["merge"](inputs, out=tmp_path / "out", ray_address="auto")

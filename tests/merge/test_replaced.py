@@ -157,7 +157,7 @@ def test_a_head_that_nothing_completes_is_refused(task, cached_folder, tmp_path)
         Refused,
         match=(
             r"needs bert.pooler.dense.weight, bert.pooler.dense.bias, which "
-            r"neither.*(\n.*)*--exclude 'classifier'"
+            r'neither.*(\n.*)*--exclude "classifier"'
         ),
     ):
         oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
@@ -303,7 +303,7 @@ def test_a_weight_other_than_one_and_its_way_out(what, cached_folder, tmp_path):
         Refused, match=r"(replaced parameters|trained token rows).* with weight -1"
     ) as caught:
         oracle.merge(base, f"{tmp_path / 'adapter'}=-1", out=tmp_path / "out")
-    exclude = str(caught.value).partition("--exclude '")[2].partition("'")[0]
+    exclude = str(caught.value).partition('--exclude "')[2].partition('"')[0]
     assert exclude == pattern or (
         pattern is None and exclude.startswith(r"^gpt_neox\.layers\.0\.attention\.dense\.bias$|")
     )

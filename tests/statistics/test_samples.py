@@ -316,21 +316,6 @@ def test_every_file_s_problem_is_named(tmp_path: Path) -> None:
     assert all(error.hint for error in caught.value.errors)
 
 
-def test_a_library_that_is_missing_is_named(tmp_path: Path, monkeypatch) -> None:
-    import sys
-
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    (tmp_path / "f").mkdir()
-    (tmp_path / "f/dataset_info.json").write_text("{}")
-    for name in ("pyarrow", "datasets"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(Refused) as caught:
-        draw_records([tmp_path / "a.parquet", tmp_path / "f"], 1, 0)
-    assert "pip install pyarrow" in str(caught.value) and "pip install datasets" in str(
-        caught.value
-    )
-
-
 def test_damaged_tables(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")

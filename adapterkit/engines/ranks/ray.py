@@ -33,6 +33,7 @@ from adapterkit.errors import (
     shown,
 )
 from adapterkit.execute import FolderCheck, Push
+from adapterkit.optional import optional
 from adapterkit.options import no_progress
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
@@ -94,15 +95,12 @@ def _state(plan: Plan, job: RankJob, how: RunOptions) -> str:
 @contextlib.contextmanager
 def _connected(address: str | None) -> Iterator[Any]:
     """The package ray, connected to a cluster for as long as the block runs."""
-    try:
-        import ray
-    except ImportError as error:
-        raise Refused(
-            "the package ray is not installed",
-            expected="ray, on this machine and on the cluster's",
-            where="options",
-            hint="pip install 'adapterkit[ray]'",
-        ) from error
+    ray = optional(
+        "ray",
+        install='"adapterkit[ray]"',
+        expected="ray, on this machine and on the cluster's",
+        where="--engine",
+    )
     connects = not ray.is_initialized()
     if connects:
         # a cluster that is started here would report its use over the network

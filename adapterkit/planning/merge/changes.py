@@ -239,7 +239,7 @@ def _check_weighted(job: MergeJob, adapter: Adapter, weight: float) -> None:
         if lora.magnitude is not None and job.is_selected(lora.module)
     ]
     exclude = (
-        f"give --exclude '{adapter.pattern_of([*values, *rows])}' to leave them as they are in "
+        f'give --exclude "{adapter.pattern_of([*values, *rows])}" to leave them as they are in '
         "BASE and add the factors alone"
     )
     for kind, names, hint in [
@@ -391,7 +391,7 @@ def _check_acting(
         job.errors.add(
             f"{what} of {shown(module)}, {reason}",
             f"{what} that act as a change of the weight",
-            f"give --exclude '{re.escape(module.rpartition('.')[2])}$' to leave them out",
+            f'give --exclude "{re.escape(module.rpartition(".")[2])}$" to leave them out',
             where=adapter.label,
         )
 

@@ -127,7 +127,7 @@ def _check_complete(job: MergeJob, class_name: str, heads: list[str]) -> None:
         f"{class_name} needs {names}, which neither base nor adapter has",
         "values for all parameters: transformers would make these up at random on every load",
         "use the base of the training, saved with these, or train them too (modules_to_save); "
-        f"--exclude '{adapter.pattern_of(heads)}' leaves the head out",
+        f'--exclude "{adapter.pattern_of(heads)}" leaves the head out',
         where=f"{job.base.name}, {adapter.name}",
     )
 

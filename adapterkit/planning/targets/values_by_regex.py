@@ -1,5 +1,5 @@
 """Options REGEX=VALUE, for the modules whose name, or the end of it after a dot, matches:
-`--rank-for 'down_proj=16'`. Of several that match a module the first counts, as in PEFT."""
+`--rank-for down_proj=16`. Of several that match a module the first counts, as in PEFT."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeVar

@@ -6,10 +6,12 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from adapterkit.checkpoint.strict import strict_json
 from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, did_you_mean, shown
+from adapterkit.optional import optional
 from adapterkit.options import StrPath
 from adapterkit.records import Json
 
@@ -219,11 +221,7 @@ def _rows(rows: Iterable[Json], path: Path) -> Iterator[Record | None]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Json]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise _missing(path, "pyarrow") from error
+    pyarrow, parquet = _library("pyarrow", path), _library("pyarrow.parquet", path)
     try:
         file = parquet.ParquetFile(_readable(path))
         columns = _columns(file.schema_arrow.names, path)
@@ -249,10 +247,7 @@ def _folder_rows(path: Path) -> Iterator[Json]:
             where=_label(path),
             hint="give the files themselves, each with --data",
         )
-    try:
-        import datasets
-    except ImportError as error:
-        raise _missing(path, "datasets") from error
+    datasets = _library("datasets", path)
     try:
         table: Any = datasets.load_from_disk(str(path))
         yield from table.select_columns(_columns(table.column_names, path))
@@ -270,13 +265,10 @@ def _columns(names: Sequence[str], path: Path) -> list[str]:
     return known
 
 
-def _missing(path: Path, library: str) -> Refused:
-    return Refused(
-        f"{library} is not installed",
-        expected=f"{library}, to read it",
-        where=_label(path),
-        hint=f"pip install {library}, or convert the data to .jsonl",
-    )
+def _library(module: str, path: Path) -> ModuleType:
+    package = module.partition(".")[0]
+    install, expected = f"{package}, or convert the data to .jsonl", f"{package}, to read it"
+    return optional(module, install=install, expected=expected, where=_label(path))
 
 
 def _unreadable(path: Path, error: Exception) -> Damaged:

@@ -1,7 +1,6 @@
 """GGUF files that are refused: what a checkpoint cannot hold, and hostile files."""
 
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,12 +60,6 @@ def test_a_tokenizer_that_cannot_be_made_is_told(tmp_path: Path):
         write(tmp_path / "m.gguf", "llama", message, tensors, tokens=None), out=tmp_path / "out"
     )
     assert any("no tokenizer" in note for note in receipt.data["notes"])
-
-
-def test_without_the_package(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(Refused, match=r"pip install 'adapterkit\[gguf\]'"):
-        adapterkit.dequantize(tiny, out=tmp_path / "no")
 
 
 def test_values_that_are_not_finite_fail_the_job(tmp_path: Path):
