@@ -20,17 +20,22 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or is_worker:
         return
     if option.numprocesses is None and not (option.usepdb or option.collectonly):
+        from adapterkit.checkpoint.system import all_cores
+
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        option.numprocesses = len(os.sched_getaffinity(0)) + 1
+        option.numprocesses = all_cores() + 1
         option.dist, option.loadscopereorder = "loadfile", False
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m quick`, files without quick tests are not even imported: peft and transformers take
-    longer than the tests."""
-    if config.option.markexpr != "quick" or not collection_path.name.startswith("test_"):
+    """With `-m quick`, files without quick tests are not even imported, nor is the conftest.py of a
+    folder without such files: peft and transformers take longer than the tests, if they are there
+    at all."""
+    if config.option.markexpr != "quick":
         return None
-    return "pytest.mark.quick" not in collection_path.read_text() or None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    texts = (path.read_text("utf-8") for path in files if path.match("test_*.py"))
+    return not any("pytest.mark.quick" in text for text in texts) or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

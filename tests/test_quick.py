@@ -30,9 +30,9 @@ SUITES = {
     "weights/test_slots.py",
 }
 QUICK = {
-    path.relative_to(TESTS).as_posix(): path.read_text()
+    path.relative_to(TESTS).as_posix(): path.read_text("utf-8")
     for path in TESTS.rglob("test_*.py")
-    if "pytest.mark.quick" in path.read_text()
+    if "pytest.mark.quick" in path.read_text("utf-8")
 }
 
 

@@ -4,6 +4,8 @@ that writes too, and locks."""
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from tests.faults.conftest import Bench
 from tests.faults.test_crash import sweep
-from tests.support.forks import program
+from tests.support.forks import ENVIRONMENT, ROOT, program
 
 
 def test_a_merge_on_macos_has_the_bytes_of_linux(shared: Bench, whole):
@@ -100,3 +102,28 @@ def test_a_job_of_each_verb(system: str, tmp_path: Path, one_thread: None):
     assert done.returncode == 0, done.stderr
     count, unlike = json.loads(done.stdout.splitlines()[-1])
     assert count > 60 and not unlike
+
+
+# one of each family that costs little
+FEW = ("tests/options/test_options.py", "tests/formats/test_rows.py", "tests/jobs",
+       "tests/planning", "tests/runtime/test_misuse.py", "tests/weights", "tests/test_errors.py",
+       "tests/combine/test_single_methods.py", "tests/kernels/test_integers.py")  # fmt: skip
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("suites", [FEW, pytest.param(("tests",), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("system", ["windows", "macos"])
+def test_the_quick_tests(system: str, suites: tuple[str, ...], tmp_path: Path):
+    """As .github/workflows/systems.yml runs them: a text file without an encoding fails."""
+    environment = ENVIRONMENT | {
+        "ADAPTERKIT_SYSTEM": system, "PYTHONUTF8": "0", "PYTHONWARNDEFAULTENCODING": "1",
+    }  # fmt: skip
+    options = ("-m", "quick", "-q", "-n0", "-p", "tests.support.pretending",
+               "-p", "no:cacheprovider", "--timeout-method=thread",
+               f"--basetemp={tmp_path / 'of-them'}")  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *suites],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr
+    assert int(done.stdout.rpartition(" passed")[0].split()[-1]) > 100

@@ -145,7 +145,7 @@ def test_a_file_of_the_library_that_is_wrong_says_what_is_known(
     (tmp_path / "architectures").mkdir()
     head = 'title = "Acme"\nsources = []\n'
     head += "" if "/" in file else 'summary = "acme"\n'
-    (tmp_path / file).write_text(head + text)
+    (tmp_path / file).write_text(head + text, "utf-8")
     monkeypatch.setattr(library, "folder", lambda: tmp_path)
     monkeypatch.setattr(library, "described", library.described.__wrapped__)
     known = library.architectures if "/" in file else library.formats

@@ -199,7 +199,7 @@ def test_names_of_others(name):
 
 def test_a_folder_has_a_safetensors_file_in_place_of_its_pickle(save):
     path = save({"model": STATE, "epoch": 3})
-    (path.parent / "adapter_config.json").write_text("{}")
+    (path.parent / "adapter_config.json").write_text("{}", "utf-8")
     (path.parent / "training_args.bin").write_bytes(b"x")
     for source in (path, path.parent):
         folder = open_unconverted(source, allow_pickle=True)

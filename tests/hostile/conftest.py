@@ -1,7 +1,6 @@
 """What the hostile suites share: their folder on the path (for `forge`), and a watch on time and
 memory."""
 
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import pytest
 @pytest.fixture
 def frugal() -> Callable:
     """A `with` block that may take a second and 100 MB more than were in use before it."""
+    import resource  # here: quick tests of this folder run on Windows, too
 
     @contextmanager
     def watch(seconds: float = 1.0, megabytes: int = 100) -> Iterator[None]:

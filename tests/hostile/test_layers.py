@@ -86,7 +86,7 @@ def upwards(part: str, source: str) -> list[str]:
 def test_imports_go_downwards():
     new = {part_of(path) for path in FILES} - set(LEVEL)
     assert not new, "a new part: give it a level in LEVELS and in docs/architecture.md"
-    found = {str(path): upwards(part_of(path), path.read_text()) for path in FILES}
+    found = {str(path): upwards(part_of(path), path.read_text("utf-8")) for path in FILES}
     assert not {path: others for path, others in found.items() if others}
 
 
@@ -128,7 +128,7 @@ def ring(sources: dict[str, str]) -> list[str]:
 
 def test_no_files_import_each_other():
     """Within a level too, function-level imports included."""
-    assert not ring({module_of(path): path.read_text() for path in FILES})
+    assert not ring({module_of(path): path.read_text("utf-8") for path in FILES})
 
 
 def test_the_check_sees_a_ring():
@@ -140,7 +140,7 @@ def test_the_check_sees_a_ring():
 
 def test_no_verb_imports_another():
     for path in (PACKAGE / "verbs").glob("*.py"):
-        others = imported_modules(path.read_text()) - {"adapterkit.verbs"}
+        others = imported_modules(path.read_text("utf-8")) - {"adapterkit.verbs"}
         assert not [n for n in others if n.startswith("adapterkit.verbs.")], path.stem
 
 
@@ -148,7 +148,7 @@ def test_a_class_name_occurs_once():
     """What it means needs no folder to tell."""
     homes: dict[str, list[str]] = {}
     for path in FILES:
-        for node in ast.parse(path.read_text()).body:
+        for node in ast.parse(path.read_text("utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 homes.setdefault(node.name, []).append(path.relative_to(PACKAGE).as_posix())
     assert not {name: files for name, files in homes.items() if len(files) > 1}
@@ -169,7 +169,7 @@ def long_functions(source: str) -> list[str]:
 
 
 def test_functions_are_short():
-    found = {str(path): long_functions(path.read_text()) for path in FILES}
+    found = {str(path): long_functions(path.read_text("utf-8")) for path in FILES}
     assert not {path: names for path, names in found.items() if names}
 
 
@@ -224,7 +224,7 @@ def test_nothing_heavy_is_loaded_to_say_hello(code):
     script = WATCH.format(code=code, heavy=HEAVY)
     env = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=env
+        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", timeout=60, env=env
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].strip() == "loaded:"
@@ -233,7 +233,7 @@ def test_nothing_heavy_is_loaded_to_say_hello(code):
 def test_the_watch_sees_what_is_loaded():
     script = WATCH.format(code="import numpy", heavy=HEAVY)
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", timeout=60
     )
     assert "numpy" in done.stdout
 
@@ -243,7 +243,9 @@ def test_the_headers_of_a_model_need_no_torch(llama):
     code = f"import adapterkit; adapterkit.inspect({str(llama)!r}, headers=True)"
     script = WATCH.format(code=code, heavy="('torch', 'transformers')")
     env = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", env=env
+    )
     assert done.stdout.splitlines()[-1].strip() == "loaded:", done.stderr
 
 
@@ -253,7 +255,7 @@ def test_a_refusal_of_the_arguments_needs_no_torch():
     script = "import sys, atexit\natexit.register(lambda: print('torch' in sys.modules))\n"
     script += "from adapterkit.cli import main\nmain(['merge'])"
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=env
+        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", timeout=60, env=env
     )
     assert done.returncode == 2
     assert done.stdout.strip() == "False"

@@ -65,9 +65,9 @@ def stored_in(form: str, weight: Tensor, folder: Path) -> tuple[QuantizedWeight,
     save_file(parts, folder / "model.safetensors", {"format": "pt"} | told)
     settings = {"quantization_config": chosen.settings} if chosen.settings else {}
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | settings
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
     for name, content in chosen.files.items():
-        (folder / name).write_text(json.dumps(content))
+        (folder / name).write_text(json.dumps(content), "utf-8")
     (found,) = quantized_weights(decoded_view(open_checkpoint(LocalFolder(folder))).tensors)
     return found, parts
 

@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
+from adapterkit.checkpoint.system import system
 from adapterkit.errors import Damaged, Refused
 from adapterkit.kernels.quant.stochastic import Draws, last_place, round_to
 from adapterkit.tasks import rows
@@ -145,7 +145,7 @@ def job(folder, dtype=torch.bfloat16, rows=700, columns=513, size=3e-4):
     }
     save_file(factors, folder / "adapter" / "adapter_model.safetensors")
     (folder / "adapter" / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8})
+        json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}), "utf-8"
     )
     return weight, b.double() @ a.double()
 
@@ -182,7 +182,7 @@ def test_same_seed_same_bytes_whatever_the_chunks_and_workers(tmp_path, monkeypa
         (1, 1 << 18, 4),
     ]:
         monkeypatch.setattr(rows, "ELEMENTS", elements)
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=workers: set(range(n)))
+        monkeypatch.setattr(system, "processors", lambda n=workers: n)
         merge(tmp_path, "out", rounding="stochastic", seed=seed, overwrite=True)
         actual[seed, elements, workers] = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert len({data for (seed, *_), data in actual.items() if seed == 0}) == 1

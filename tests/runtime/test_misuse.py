@@ -28,7 +28,7 @@ def saved(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("adapters")
     adapters = attach(llama(), CONFIG, seed=1)
     adapters.save(root / "whole")
-    config = json.loads((root / "whole" / "adapter_config.json").read_text())
+    config = json.loads((root / "whole" / "adapter_config.json").read_text("utf-8"))
     stored = load_file(root / "whole" / "adapter_model.safetensors")
     keys = sorted(stored)
 
@@ -36,7 +36,7 @@ def saved(tmp_path_factory) -> Path:
         (root / name).mkdir()
         save_file(tensors, root / name / "adapter_model.safetensors")
         text = json.dumps(config | changes)
-        (root / name / "adapter_config.json").write_text(text)
+        (root / name / "adapter_config.json").write_text(text, "utf-8")
 
     write("a key more", stored | {"base_model.model.model.norm.lora_X.weight": torch.ones(2)})
     write("a key less", {key: stored[key] for key in keys[1:]})

@@ -41,5 +41,5 @@ def ids(text: str) -> tuple[int, ...]:
 
 
 def write_rows(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path

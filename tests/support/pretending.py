@@ -1,0 +1,20 @@
+"""A plugin of pytest: its process pretends to be one of the system that ADAPTERKIT_SYSTEM names,
+before adapterkit is imported, with the packages of the extra `quick` alone."""
+
+import importlib
+import os
+import sys
+
+# of the extra `test`
+MISSING = ("compressed_tensors", "diffusers", "gguf", "lycoris", "matplotlib", "mlx",
+           "mlx_lm", "ray", "scipy", "torchao", "trl")  # fmt: skip
+# they choose by the true system when they are imported
+FOREIGN = ("bitsandbytes", "click", "peft", "psutil", "torch", "tqdm")
+
+
+def pytest_load_initial_conftests() -> None:
+    sys.modules.update(dict.fromkeys(MISSING))
+    for name in FOREIGN:
+        importlib.import_module(name)
+    assert "adapterkit" not in sys.modules
+    importlib.import_module(f"tests.support.{os.environ['ADAPTERKIT_SYSTEM']}").pretend()
