@@ -28,3 +28,9 @@ def most_together(claims: Iterable[int], budget: int, workers: int) -> int:
             in_use -= window.popleft()
         most = max(most, in_use)
     return most
+
+
+def pinned_size(size: int) -> int:
+    """Bytes that so many take of page-locked memory: torch rounds up to a power of 2, and keeps
+    what was pinned once."""
+    return 1 << (size - 1).bit_length() if size else 0

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import torch
 
-from adapterkit.budget import GPU_TASKS
+from adapterkit.budget import GPU_TASKS, pinned_size
 from adapterkit.checkpoint.system import all_cores
 from adapterkit.engines.cost import CONSUMER, GPUS, H100, Job, Machine
 from adapterkit.engines.device import kind, pick_device, usable
-from adapterkit.engines.local.buffers import GPU_BUFFERS, ROOM, ROOMS, pinned_size
+from adapterkit.engines.local.buffers import GPU_BUFFERS, ROOM, ROOMS
 from adapterkit.engines.local.pieces import largest_piece
 from adapterkit.errors import Refused
 from adapterkit.plan import Placement, Plan, Step, Task

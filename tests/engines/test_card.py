@@ -5,7 +5,6 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from adapterkit.engines.local import engine as local
 from adapterkit.execute import run
 from adapterkit.kernels import dense
 from adapterkit.tasks import edits, rows
-from tests.golden import inputs, jobs
+from tests.golden import jobs
 from tests.support.card import Card, installed
 from tests.support.usual import usual
 
@@ -33,16 +32,6 @@ QUICK = (
     "merge-several", "merge-nf4", "loftq-nf4", "init-quantized", "extract-rank", "stats-pca",
     "stats-whole",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with the inputs of the golden jobs, the current one meanwhile."""
-    path = tmp_path_factory.mktemp("card")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        inputs.create_inputs(Path())
-        yield path
 
 
 @pytest.fixture(autouse=True)

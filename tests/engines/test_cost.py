@@ -92,21 +92,21 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
         yield functools.cache(lambda name: PLANS[name]())
 
 
-# with which disks each job goes to the GPU of a machine
+# with which disks each job goes to the GPU of a machine that has one
 EXPECTED = {
-    "merge": {"H100": "", "4090": ""},  # waits for the disk on both
-    "merge of rank 800": {"H100": "one fast", "4090": "one fast"},
-    "extract": {"H100": "one fast", "4090": "one fast"},
-    "pissa": {"H100": "fast", "4090": "fast"},
-    "loftq": {"H100": "one fast", "4090": "one fast"},
-    "nf4": {"H100": "fast", "4090": "fast"},  # reading decides
-    "w4a16": {"H100": "fast", "4090": "fast"},
-    "mxfp4": {"H100": "fast", "4090": "fast"},
-    "compensated": {"H100": "share one fast", "4090": "share one fast"},
-    "ties of 8": {"H100": "share one fast", "4090": "share one fast"},
-    "dare of 2": {"H100": "share one fast", "4090": "share one fast"},
-    "linear of 8": {"H100": "", "4090": ""},  # small factors
-    "stats": {"H100": "share one fast", "4090": "share one fast"},
+    "merge": "",  # waits for the disk on both
+    "merge of rank 800": "one fast",
+    "extract": "one fast",
+    "pissa": "fast",
+    "loftq": "one fast",
+    "nf4": "fast",  # reading decides
+    "w4a16": "fast",
+    "mxfp4": "fast",
+    "compensated": "share one fast",
+    "ties of 8": "share one fast",
+    "dare of 2": "share one fast",
+    "linear of 8": "",  # small factors
+    "stats": "share one fast",
 }
 LAPTOP = 7 << 30  # bytes of a card of 8 GB, beside a desktop
 
@@ -121,7 +121,7 @@ def test_what_goes_to_a_gpu(name: str, plans: Callable[[str], Plan]):
         )
         for machine, each in MACHINES.items()
     }
-    assert taken == EXPECTED[name] | {"none": ""}
+    assert taken == dict.fromkeys(MACHINES, EXPECTED[name]) | {"none": ""}
     assert (least_memory(plan) < LAPTOP) == (name != "compensated")  # covariances in float64
 
 

@@ -25,21 +25,10 @@ from adapterkit.errors import Failed, Refused
 from adapterkit.execute import run
 from adapterkit.statistics import sums
 from adapterkit.statistics.collect import InputStatistics
-from tests.golden import inputs
 from tests.support.card import DEVICE, WORKSPACE, Card, installed
 
 CPU = torch.device("cpu")
 KIND = f"cuda pretended card, torch {torch.__version__}"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a base and an adapter, the current one meanwhile."""
-    path = tmp_path_factory.mktemp("device")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        inputs.create_inputs(Path())
-        yield path
 
 
 @pytest.fixture

@@ -17,20 +17,9 @@ from adapterkit.engines.local import engine as local
 from adapterkit.engines.local.file_threads import FileThreads
 from adapterkit.execute import run
 from adapterkit.plan import OutputFile
-from tests.golden import inputs
 from tests.support.card import Card, CardTensor, installed
 
 LONG = 20.0  # seconds; nobody waits that long where all is well
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The inputs of the golden jobs, among them a base of several files; the current folder."""
-    path = tmp_path_factory.mktemp("files")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        inputs.create_inputs(Path())
-        yield path
 
 
 def weights(out: Path) -> dict[str, bytes]:

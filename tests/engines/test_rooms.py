@@ -1,7 +1,6 @@
 """The memory that workers read into: reused, page-locked where a pretended card copies from it, no
 more of it than a plan says, and what is read through it."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.budget import GPU_TASKS
+from adapterkit.budget import GPU_TASKS, pinned_size
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.output.stage import Stage
@@ -19,13 +18,13 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.local import buffers
 from adapterkit.engines.local import engine as local
-from adapterkit.engines.local.buffers import own_rooms, pinned_size
+from adapterkit.engines.local.buffers import own_rooms
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.engines.one_file import stage_of
 from adapterkit.errors import Unrecoverable
 from adapterkit.execute import run
 from adapterkit.tasks import rows
-from tests.golden import inputs, jobs
+from tests.golden import jobs
 from tests.support.card import DEVICE, Card, installed
 
 CPU = torch.device("cpu")
@@ -45,16 +44,6 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalFolder, dict[
     save_file(tensors, path / "model.safetensors")
     (path / "config.json").write_text("{}")
     return LocalFolder(path), load_file(path / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The inputs of the golden jobs, the current folder meanwhile."""
-    path = tmp_path_factory.mktemp("rooms")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        inputs.create_inputs(Path())
-        yield path
 
 
 @pytest.fixture(autouse=True)

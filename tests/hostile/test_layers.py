@@ -69,7 +69,11 @@ def imported_modules(source: str) -> set[str]:
 
 
 def _is_of_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+    )
 
 
 def part_of(path: Path) -> str:

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from adapterkit.budget import pinned_size
 from adapterkit.engines.device import Mark
 from adapterkit.engines.interruptible import POLL_INTERVAL
 from adapterkit.tasks.rows import byte_view
@@ -21,12 +22,6 @@ CPU_BUFFERS, GPU_BUFFERS = 4, 2  # of each worker, for pieces that are on their 
 ROOMS = 2  # of a GPU's thread: one is read into while the other is copied
 # (position, memory): fills the memory with the bytes from there on
 ReadInto = Callable[[int, memoryview], None]
-
-
-def pinned_size(size: int) -> int:
-    """Bytes that so many take of page-locked memory: torch rounds up to a power of 2, and keeps
-    what was pinned once."""
-    return 1 << (size - 1).bit_length() if size else 0
 
 
 class Buffer:

@@ -13,9 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from adapterkit.budget import pinned_size
 from adapterkit.checkpoint.disk import storage_errors, write_all
 from adapterkit.checkpoint.system import system
-from adapterkit.engines.local.buffers import pinned_size
 from adapterkit.errors import Failed
 
 SMALL = 1 << 16  # bytes of a tensor that is left where it is
