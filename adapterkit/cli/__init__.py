@@ -28,7 +28,8 @@ def process() -> None:
     atexit.register(gc.freeze)
     signals.own_process = True
     try:
-        main()
+        # on Windows click would take regular expressions for patterns of files
+        main(windows_expand_args=False)
     finally:
         signals.ignore_after_work()
 

@@ -1,7 +1,9 @@
 """The parameters of a command, made of the fields of a verb's record."""
 
 import dataclasses
+import glob
 import json
+import os
 from typing import Any
 
 import click
@@ -46,15 +48,12 @@ def _parameter(field: dataclasses.Field) -> click.Parameter:
     option, default = option_of(field), field.default
     check = option.check
     is_required = default is dataclasses.MISSING
-    if not field.kw_only:
-        return click.Argument(
-            [field.name],
-            type=TYPES[check.kind],
-            nargs=-1 if check.several else 1,
-            required=is_required,
-            metavar=option.metavar,
-        )
     more: dict[str, Any] = {"required": is_required, "metavar": option.metavar}
+    if not field.kw_only:
+        more["type"] = TYPES[check.kind]
+        if check.several:
+            return SourcesArgument([field.name], nargs=-1, **more)
+        return click.Argument([field.name], **more)
     if not is_required and default is not None and default is not False and default != ():
         shown = str(default) if check.words else default
         more |= {"default": shown, "show_default": True}
@@ -65,6 +64,20 @@ def _parameter(field: dataclasses.Field) -> click.Parameter:
         more["multiple"] = check.several or check.kind == "settings"
     flags = option.flags or (flag_of(field.name),)
     return click.Option([*flags, field.name], help=option.help, **more)
+
+
+class SourcesArgument(click.Argument):
+    """Several sources. cmd and PowerShell leave patterns to programs: one that is no path stands
+    for those that it matches, in the order of their names."""
+
+    def type_cast_value(self, ctx: click.Context, value: tuple[str, ...]) -> tuple[str, ...]:
+        paths = [path for text in value or () for path in _matching(text)]
+        return super().type_cast_value(ctx, tuple(paths))
+
+
+def _matching(text: str) -> list[str]:
+    is_path = os.path.lexists(text) or not glob.has_magic(text)
+    return [text] if is_path else sorted(glob.glob(text)) or [text]
 
 
 def _type(check: Check) -> Any:

@@ -15,7 +15,6 @@ import click
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
-import shlex
 from typing import NoReturn
 
 from adapterkit.checkpoint.system import system
@@ -48,7 +47,7 @@ def fail(error: AdapterkitError, status: int) -> NoReturn:
     text = f"Error: {error}"
     if isinstance(error, Interrupted) and "--resume" in error.hint:
         words = [w for w in sys.argv[1:] if w not in ("--overwrite", "--resume")]
-        text += f"\n  adapterkit {shlex.join(words)} --resume"
+        text += f"\n  adapterkit {' '.join(map(system.quote, words))} --resume"
     click.echo(text, err=True)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -56,6 +56,7 @@ def check_out(plan: Plan, how: RunOptions) -> None:
     """`Refused` where the output of a plan cannot be where it is to be."""
     check_disk_limit(how.out, how.disk_limit)
     if not is_on_hub(how.out):
+        check_name(Path(how.out), output_names(plan))
         check_output_apart(Path(how.out), plan.folders, is_file=plan.is_file)
 
 
@@ -149,7 +150,6 @@ def check_disk_limit(out: StrPath, limit: str | int | None) -> None:
 def check_output_apart(out: Path, folders: Iterable[Folder], *, is_file: bool = False) -> None:
     """`Refused` when the output is an input, inside one, around one, or a link to one, or cannot be
     a folder."""
-    check_name(out)
     final = out.resolve()
     if out.is_symlink():
         raise Refused(

@@ -1,9 +1,9 @@
 """finish: the output of a plan file, once its ranks have made the files."""
 
-import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adapterkit.checkpoint.system import system
 from adapterkit.options import (
     FILE,
     PROGRESS,
@@ -57,7 +57,7 @@ class Finish(Verb["Receipt"]):
         recomputes = self.verify and plan_file.verb.name == "merge"  # it reads the hashes too
         more = {"verify": True} if recomputes else {}
         verb = replace(plan_file.verb, resume=True, progress=self.progress, **more)
-        command = f"adapterkit run {shlex.quote(str(self.file))}"
+        command = f"adapterkit run {system.quote(str(self.file))}"
         end = RankFinish(plan_file.job, command, self.verify and not recomputes)
         repositories = verb.pushed_to, self.push
         with again(verb):

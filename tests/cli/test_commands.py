@@ -12,7 +12,8 @@ import pytest
 
 from adapterkit.cli import main
 from adapterkit.cli.output import ProgressBar
-from adapterkit.planning.inputs.sources import weight_of
+from adapterkit.errors import Refused
+from adapterkit.planning.inputs.sources import open_source, weight_of
 from tests.support import oracle
 from tests.support.forks import command as run
 from tests.support.oracle import stored
@@ -28,6 +29,34 @@ def test_a_merge_and_its_verification(llama, lora, tmp_path):
     assert checked.returncode == 0 and document["tensors"] == 14 and document["rows"] == 42
     oracle.merge(llama, lora, out=tmp_path / "python")
     oracle.assert_same(stored(tmp_path / "out"), stored(tmp_path / "python"))
+
+
+def test_a_pattern_that_no_shell_has_replaced(tmp_path, monkeypatch):
+    """cmd and PowerShell replace none."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("lora-2", "lora-10", "odd[1]", "odd1"):
+        (tmp_path / name).mkdir()
+    words = ["lora-*", "odd[1]", "none-*", "o/n:a*=0.5", "--method", "linear", "--out", "sum"]
+    context = main.commands["combine"].make_context("combine", words)
+    sources = ("lora-10", "lora-2", "odd[1]", "none-*", "o/n:a*=0.5")
+    assert context.params["adapters"] == sources
+    with pytest.raises(Refused, match="none-[*](.|\n)*the pattern matches none"):
+        open_source("none-*")
+
+
+def test_windows_gets_patterns_as_they_are(tmp_path):
+    """click would put names of files in the place of regular expressions there."""
+    (tmp_path / ".hidden").touch()
+    code = (
+        "import os, sys, types, click.core, adapterkit.cli\n"
+        "click.core.os = types.SimpleNamespace(**vars(os) | {'name': 'nt'})\n"
+        "sys.argv = ['adapterkit', '.*']\n"
+        "adapterkit.cli.process()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "No such command '.*'" in done.stderr
 
 
 def test_json_is_one_document(llama, lora, tmp_path):

@@ -1,6 +1,7 @@
 """The rules of Windows, and what macOS lacks, on Linux: what a job writes, killed at every call
 that writes too, and locks."""
 
+import ast
 import json
 import os
 import signal
@@ -127,3 +128,45 @@ def test_the_quick_tests(system: str, suites: tuple[str, ...], tmp_path: Path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
     assert int(done.stdout.rpartition(" passed")[0].split()[-1]) > 100
+
+
+LONG_PATHS = """
+from pathlib import Path
+from tests.golden.inputs import create_inputs
+from tests.support import windows
+
+create_inputs(Path())
+windows.pretend()
+import adapterkit
+from adapterkit.checkpoint.system import system
+from adapterkit.errors import Refused
+
+def made(length):
+    adapter = "adapter_model.safetensors.part"
+    room = length - len(str(Path.cwd() / "x" / "..adapterkit" / "out" / adapter))
+    out = Path("x", "y" * (room - 200), "z" * 200) if room > 255 else Path("x", "y" * room)
+    try:
+        adapterkit.combine(["law", "medicine"], method="linear", out=out)
+    except Refused as error:
+        assert not out.exists() and len(list(out.parent.iterdir())) == 1
+        return str(error)
+    return sorted(path.name for path in out.iterdir())
+
+system.kernel.long_paths = 0
+short, long = made(259), made(260)
+system.kernel.long_paths = 1
+print(repr([short, long, made(400)]))
+words = ["C:\\\\a b\\\\", "down_proj|up=8", "a@b", "@b", "C:/lora=0.5", 'say "no"', "a,b"]
+print(*map(system.quote, words))
+"""
+
+
+def test_long_paths_and_quotes(tmp_path: Path, one_thread: None):
+    """260 letters are refused before anything is written, unless long paths are enabled."""
+    done = program(LONG_PATHS, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results, words = done.stdout.splitlines()[-2:]
+    short, long, enabled = ast.literal_eval(results)
+    assert "adapter_model.safetensors" in short and short == enabled
+    assert "would be too long by 1" in long and "long paths enabled in Windows" in long
+    assert words == (r'"C:\a b\\" "down_proj|up=8" a@b "@b" C:/lora=0.5 "say \"no\"" "a,b"')

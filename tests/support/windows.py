@@ -69,10 +69,11 @@ class Kernel:
     """kernel32, as far as it is called."""
 
     def __init__(self) -> None:
-        self.error = 0
+        self.error, self.long_paths = 0, 1
         self.preadv, self.pwrite, self.readlink = os.preadv, os.pwrite, os.readlink
         self.pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self.OpenProcess = Call(self._open_process)
+        self.RtlAreLongPathsEnabled = Call(lambda: self.long_paths)
 
     def fail(self, code: int) -> int:
         self.error = code

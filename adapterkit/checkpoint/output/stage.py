@@ -25,7 +25,7 @@ from adapterkit.checkpoint.output.journal import entries_of, line_of, read_lines
 from adapterkit.checkpoint.output.lock import LOCK, Lock
 from adapterkit.checkpoint.output.writer import unfinished_name
 from adapterkit.checkpoint.system import system
-from adapterkit.errors import Refused, listed
+from adapterkit.errors import Refused, listed, shown
 
 JOURNAL = "journal.jsonl"
 RANKS = "ranks"  # the folder of `rank_stage.py`
@@ -34,7 +34,6 @@ SUFFIX = f".{RECEIPT}"  # of the receipt of an output that is one file, after it
 WORK = "work"  # the folder beside the files, of what they are made of
 HANDOFF = ".handoff"  # suffix of the file with tensors for later files
 NAME_MAX = 255  # bytes
-PATH_MAX = 4000  # bytes, of 4096: room for the files in the folder
 
 
 def receipt_beside(name: str) -> str:
@@ -47,8 +46,9 @@ def control_of(out: Path) -> str:
     return f".{out.resolve().name}.adapterkit"
 
 
-def check_name(out: Path) -> None:
-    """`Refused` where `out`, or the folder in which it is built, has too long a name."""
+def check_name(out: Path, files: Iterable[str]) -> None:
+    """`Refused` where `out`, the folder in which it is built or one of its files there has too long
+    a name or path."""
     path = out.resolve()
     longest = max(len(os.fsencode(name)) for name in (*path.parts, control_of(out)))
     room = NAME_MAX - len(control_of(Path("/")))
@@ -59,10 +59,12 @@ def check_name(out: Path) -> None:
             where="--out",
             hint="choose a shorter --out",
         )
-    if len(os.fsencode(path)) > PATH_MAX:
+    stage = path.parent / control_of(out) / "out"
+    excess, name = max((system.excess(stage / unfinished_name(name)), name) for name in files)
+    if excess > 0:
         raise Refused(
-            f"the path is too long: {len(os.fsencode(path))} bytes",
-            expected=f"at most {PATH_MAX} bytes",
+            f"the path of {shown(name)} there would be too long by {excess}",
+            expected=system.room_for_paths,
             where="--out",
             hint="choose a shorter --out",
         )

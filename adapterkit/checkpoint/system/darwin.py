@@ -19,6 +19,8 @@ _SWAP, _EXCL = 2, 4
 
 
 class Darwin(Posix):
+    longest_path = 1023
+
     def allocate(self, descriptor: int, size: int) -> None:
         """fstore_t: flags, mode, offset, length, bytes allocated."""
         store = ctypes.create_string_buffer(32)

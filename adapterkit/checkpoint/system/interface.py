@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shlex
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -102,6 +103,13 @@ class System(ABC):
         """Rename a folder, also over an empty one."""
         os.rename(old, new)
 
+    longest_path = 4095  # bytes
+    room_for_paths = "paths that the system takes"
+
+    def excess(self, path: Path) -> int:
+        """By how many letters, or bytes, a path is too long; below 1 it is not."""
+        return len(os.fsencode(path)) - self.longest_path
+
     @abstractmethod
     def is_mount(self, path: Path) -> bool:
         """Whether no rename can replace a folder: a mount point, bind mounts within one file system
@@ -131,6 +139,10 @@ class System(ABC):
     @abstractmethod
     def memory(self) -> int:
         """Bytes of the machine's memory."""
+
+    def quote(self, word: str) -> str:
+        """A word of a command, as the system's shells take it."""
+        return shlex.quote(word)
 
     # --- signals ----------------------------------------------------------------------------------
 

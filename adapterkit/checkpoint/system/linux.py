@@ -56,7 +56,7 @@ class Linux(Posix):
     def start_of(self, pid: int) -> str:
         """Boot and clock tick."""
         try:
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         except OSError:
             return "?" if is_alive(pid) else ""
         try:

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import msvcrt
 import os
+import re
 import signal
 import stat
 import sys
@@ -25,6 +26,7 @@ BINARY = os.O_BINARY | os.O_NOINHERIT
 LOCKED = 1 << 30  # the byte that is locked: locks are mandatory, and the record is read by others
 HANDLE_EOF = 38
 QUERY_LIMITED, STILL_ACTIVE = 0x1000, 259
+PLAIN = re.compile(r"[\w:/\\.=+-][\w:/\\.=+@-]*")  # what neither cmd nor PowerShell changes
 
 
 class Overlapped(ctypes.Structure):
@@ -58,6 +60,8 @@ class Windows(System):
     def __init__(self) -> None:
         self.kernel = ctypes.WinDLL("kernel32", use_last_error=True)
         self.kernel.OpenProcess.restype = wintypes.HANDLE
+        self.native = ctypes.WinDLL("ntdll")
+        self.native.RtlAreLongPathsEnabled.restype = ctypes.c_ubyte
 
     def open(self, path: Path, mode: Mode, permissions: int = ALL) -> int:
         if mode != "read" and path.is_symlink():
@@ -102,6 +106,13 @@ class Windows(System):
         with contextlib.suppress(FileNotFoundError):
             os.rmdir(new)
         os.rename(old, new)
+
+    room_for_paths = "paths of at most 259 letters, or long paths enabled in Windows"
+
+    def excess(self, path: Path) -> int:
+        # the switch in the registry, and Python's manifest, which allows it
+        most = 32_766 if self.native.RtlAreLongPathsEnabled() else 259
+        return len(str(path).encode("utf-16-le")) // 2 - most
 
     def is_mount(self, path: Path) -> bool:
         return os.path.ismount(path)
@@ -151,6 +162,14 @@ class Windows(System):
         if not self.kernel.GlobalMemoryStatusEx(ctypes.byref(status)):
             raise ctypes.WinError(ctypes.get_last_error())
         return status.total
+
+    def quote(self, word: str) -> str:
+        """For cmd and PowerShell."""
+        if PLAIN.fullmatch(word):
+            return word
+        # a backslash before a quote takes its meaning away
+        escaped = re.sub(r'(\\*)("|$)', r"\1\1\2", word).replace('"', r"\"")
+        return f'"{escaped}"'
 
     def call_soon(self, handler: Handler, seconds: float) -> None:
         signal.signal(signal.SIGBREAK, handler)

@@ -53,7 +53,7 @@ def run_to_hub(
             hint="write a folder, then `adapterkit finish FILE --push org/name`",
         )
     work = work_folder(hub_id)
-    check_name(work)
+    check_name(work, output_names(plan))
     rows = check if isinstance(check, RowCheck) else None
     if collected := next((file for file in plan.shards if file.collection), None):
         plan, disk = plan_bounded(plan, collected, inputs_folder(hub_id), limit)

@@ -59,7 +59,7 @@ def open_source(text: StrPath) -> Folder:
                 "a folder, a .safetensors or .gguf file, or a Hub id "
                 "org/name[@revision][:folder or file]"
             ),
-            hint=is_output or similar or "check the path",
+            hint=is_output or _pattern_hint(name) or similar or "check the path",
         )
     from adapterkit.hub.folder import HubFolder
 
@@ -88,6 +88,11 @@ def open_statistics(text: StrPath) -> Folder:
         where=folder.label,
         hint=f"make one: adapterkit stats BASE --data {shown(text)} --out STATS.safetensors",
     )
+
+
+def _pattern_hint(text: str) -> str:
+    is_pattern = not set(text).isdisjoint("*?[")
+    return "give a path: the pattern matches none, or stands where one is taken" * is_pattern
 
 
 def _similar_path(text: str) -> str:
