@@ -226,6 +226,22 @@ def adapter_bench(disk_of_tests: Path, driver: Forks, inputs: Path):
     return make
 
 
+@pytest.fixture(scope="module")
+def job_of(adapter_bench, inputs: Path):
+    """The bench of a job in these words, cleared, and the digests of its output; made once."""
+    known: dict[str, tuple[AdapterBench, dict[str, str]]] = {}
+
+    def make(words: str) -> tuple[AdapterBench, dict[str, str]]:
+        if words not in known:
+            bench = adapter_bench(words.split())
+            shutil.copytree(inputs / "base", bench.root / "base")
+            known[words] = bench, bench.undisturbed()
+        known[words][0].clear()
+        return known[words]
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("inputs")

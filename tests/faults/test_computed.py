@@ -4,11 +4,11 @@ adapter's: killed, failing and short at any call, they resume to the same bytes 
 import itertools
 import os
 import random
-import shutil
 import signal
 
 import pytest
 
+from tests.faults.conftest import AdapterBench
 from tests.support.usual import usual
 
 JOBS = {
@@ -20,44 +20,31 @@ JOBS = {
 }
 
 
-@pytest.fixture(scope="module")
-def job_of(adapter_bench, inputs):
-    """A job's bench, and the digests of its output; made once."""
-    known = {}
-
-    def make(name: str):
-        if name not in known:
-            bench = adapter_bench(JOBS[name].split())
-            shutil.copytree(inputs / "base", bench.root / "base")
-            known[name] = bench, bench.undisturbed()
-        known[name][0].clear()
-        return known[name]
-
-    return make
+def sweep(job: AdapterBench, whole: dict[str, str], step: int) -> int:
+    """Die at every so many calls; how many calls a run makes."""
+    for when in itertools.count(random.Random(str(job.words)).randrange(min(step, 40)) + 1, step):
+        job.clear()
+        ended = job.merge(fault={"kill": True, "when": when})
+        if ended.status == 0:
+            return ended.calls
+        assert ended.status == -signal.SIGKILL, ended
+        assert not job.out.exists() or job.digests() == whole, ended.last
+        job.check_stage(whole)
+        job.merge("--resume").succeeded()
+        job.check_done(whole)
 
 
 @pytest.mark.parametrize("step", [83, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", JOBS)
 def test_killed_at_each_call(job_of, name: str, step: int):
-    job, whole = job_of(name)
-    for when in itertools.count(random.Random(name).randrange(min(step, 40)) + 1, step):
-        job.clear()
-        ended = job.merge(fault={"kill": True, "when": when})
-        if ended.status == 0:
-            break
-        assert ended.status == -signal.SIGKILL
-        assert not job.out.exists() or job.digests() == whole, ended.last
-        job.check_stage(whole)
-        job.merge("--resume").succeeded()
-        job.check_done(whole)
-    assert when > 60
+    assert sweep(*job_of(JOBS[name]), step) > 60
 
 
 @pytest.mark.parametrize(
     "match", ["00002-of-00003.safetensors.handoff", "adapter_model", "adapterkit.json"]
 )
 def test_killed_between_the_base_and_its_adapter(job_of, match: str):
-    loftq, lofted = job_of("loftq")
+    loftq, lofted = job_of(JOBS["loftq"])
     assert loftq.merge(fault={"kill": True, "when": 1, "match": match}).status == -signal.SIGKILL
     waiting = {path.name for path in (loftq.control / "out" / "base").glob("*.handoff")}
     done = {path.name for path in (loftq.control / "out" / "base").glob("*.safetensors")}
@@ -78,7 +65,7 @@ def test_killed_between_the_base_and_its_adapter(job_of, match: str):
 @pytest.mark.parametrize("harm", ["removed", "cut"])
 def test_what_waited_is_gone(job_of, harm: str):
     """Made again with its file, or refused; never factors of something else."""
-    loftq, lofted = job_of("loftq")
+    loftq, lofted = job_of(JOBS["loftq"])
     assert (
         loftq.merge(fault={"kill": True, "when": 1, "match": "adapter_model"}).status
         == -signal.SIGKILL
@@ -100,7 +87,7 @@ def test_what_waited_is_gone(job_of, harm: str):
 @pytest.mark.parametrize("error", usual(["EIO", "ENOSPC"], {"EIO"}))
 @pytest.mark.parametrize("name", JOBS)
 def test_the_nth_write_fails(job_of, name: str, error: str, step: int):
-    job, whole = job_of(name)
+    job, whole = job_of(JOBS[name])
     calls = ["pwrite", "write", "fallocate", "ftruncate", "fsync"]
     for when in itertools.count(random.Random(error).randrange(min(step, 16)) + 1, step):
         job.clear()
@@ -131,6 +118,6 @@ def test_the_nth_write_fails(job_of, name: str, error: str, step: int):
 def test_the_same_bytes_whatever_the_threads_and_reads(
     job_of, name: str, workers: int, fault: dict | None
 ):
-    job, whole = job_of(name)
+    job, whole = job_of(JOBS[name])
     job.merge(fault=fault, workers=workers).succeeded()
     job.check_done(whole)

@@ -7,14 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Bench
+from tests.faults import test_computed as computed
+from tests.faults.conftest import AdapterBench, Bench
 from tests.faults.test_crash import sweep
 from tests.support.forks import ENVIRONMENT, ROOT, program
+from tests.support.usual import usual
 
 
 def test_a_merge_on_macos_has_the_bytes_of_linux(shared: Bench, whole):
@@ -54,6 +57,44 @@ def test_an_interrupted_job_is_resumed(windows: Bench, whole):
         assert ended.status == 1 and "stopped" in ended.stderr, ended
         windows.merge("--resume").succeeded()
         windows.check_done(whole)
+
+
+VERBS = {
+    "convert": "convert adapter --to mlx",
+    "init": "init base --method pissa --rank 2 --targets q_proj",
+} | {name: computed.JOBS[name] for name in ("combine", "quantize", "loftq")}
+
+
+@pytest.fixture
+def windows_job(job_of) -> Callable[[str], tuple[AdapterBench, dict[str, str]]]:
+    """Windows' bench of a job, and the digests of what Linux makes."""
+
+    def make(name: str) -> tuple[AdapterBench, dict[str, str]]:
+        job, whole = job_of(VERBS[name])
+        return replace(job, defaults=job.defaults | {"system": "windows"}), whole
+
+    return make
+
+
+@pytest.mark.parametrize("step", [83, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", usual(VERBS, {"convert", "combine", "quantize"}))
+def test_other_verbs_killed_at_each_call(windows_job, name: str, step: int):
+    assert computed.sweep(*windows_job(name), step) > 30
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_other_verbs_that_are_interrupted_are_resumed(windows_job, name: str):
+    job, whole = windows_job(name)
+    pid = job.start(job.argv(), {"calls": ["pwrite"], "delay": 0.2})
+    while not job.begun():
+        assert job.driver.process.poll() is None
+    os.kill(pid, signal.SIGUSR2)  # Ctrl-Break
+    ended = job.wait(pid)
+    assert ended.status == 1 and "stopped" in ended.stderr, ended
+    assert not job.out.exists()
+    job.check_stage(whole)
+    job.merge("--resume").succeeded()
+    job.check_done(whole)
 
 
 def test_one_process_at_a_time(windows: Bench, whole):

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -97,10 +97,11 @@ def rank_inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def ranks_bench(disk: Path, driver: Forks, rank_inputs: Path):
-    """A bench for one of JOBS, with its digests as the local engine makes them; made once."""
+    """A bench for one of JOBS, of which the processes are of this system, with its digests as the
+    local engine makes them on Linux; made once."""
     known: dict[str, tuple[RanksBench, dict[str, str]]] = {}
 
-    def make(name: str) -> tuple[RanksBench, dict[str, str]]:
+    def make(name: str, system: str = "linux") -> tuple[RanksBench, dict[str, str]]:
         if name not in known:
             root = Path(tempfile.mkdtemp(dir=disk))
             shutil.copytree(rank_inputs, root, dirs_exist_ok=True)
@@ -108,7 +109,8 @@ def ranks_bench(disk: Path, driver: Forks, rank_inputs: Path):
             known[name] = bench, bench.undisturbed()
         bench, whole = known[name]
         bench.clear()
-        return bench, whole
+        pretends = {"system": system} if system != "linux" else {}
+        return replace(bench, defaults=bench.defaults | pretends), whole
 
     return make
 

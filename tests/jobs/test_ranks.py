@@ -14,19 +14,23 @@ import pytest
 
 from adapterkit.checkpoint.output.journal import line_of, read_entry
 from tests.jobs.conftest import JOBS
+from tests.support.usual import usual
 
+SYSTEMS = ["linux", "windows"]
 SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
 # planning from the headers takes longest: those that build the model's skeleton run with two ranks
 MATRIX = [
-    pytest.param(job, ranks, marks=[pytest.mark.slow] * (job in ("init", "loftq") and ranks != 2))
-    for job in JOBS
-    for ranks in (1, 2, 5)
+    *usual(
+        ((job, ranks, "linux") for job in JOBS for ranks in (1, 2, 5)),
+        lambda row: row[0] not in ("init", "loftq") or row[1] == 2,
+    ),
+    *usual(((job, 2, "windows") for job in JOBS), lambda row: row[0] in ("merge", "combine")),
 ]
 
 
-@pytest.mark.parametrize("job, ranks", MATRIX)
-def test_the_bytes_of_one_process(ranks_bench, job: str, ranks: int):
-    bench, whole = ranks_bench(job)
+@pytest.mark.parametrize("job, ranks, system", MATRIX)
+def test_the_bytes_of_one_process(ranks_bench, job: str, ranks: int, system: str):
+    bench, whole = ranks_bench(job, system)
     bench.plan().succeeded()
     pids = [bench.begin(f"{rank}/{ranks}") for rank in range(ranks)]
     for pid in pids:
@@ -35,10 +39,12 @@ def test_the_bytes_of_one_process(ranks_bench, job: str, ranks: int):
     bench.check_done(whole)
 
 
-@pytest.mark.parametrize("job, ranks", MATRIX)
-def test_the_bytes_of_one_process_where_one_is_killed(ranks_bench, job: str, ranks: int):
+@pytest.mark.parametrize("job, ranks, system", MATRIX)
+def test_the_bytes_of_one_process_where_one_is_killed(
+    ranks_bench, job: str, ranks: int, system: str
+):
     """The others make what it leaves; alone it is run again."""
-    bench, whole = ranks_bench(job)
+    bench, whole = ranks_bench(job, system)
     bench.plan().succeeded()
     fault = {"kill": True, "calls": ["fsync"], "when": 1}
     assert bench.rank(f"0/{ranks}", fault=fault).status == -signal.SIGKILL
@@ -55,9 +61,10 @@ def test_the_bytes_of_one_process_where_one_is_killed(ranks_bench, job: str, ran
 @pytest.mark.parametrize(
     "job, step", [("merge", 97), *(pytest.param(job, 1, marks=SLOW) for job in ("merge", "loftq"))]
 )
-def test_a_rank_is_killed_at_each_call(ranks_bench, job: str, step: int):
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_rank_is_killed_at_each_call(ranks_bench, job: str, step: int, system: str):
     """Nothing bears a file's name that is not whole, and another rank makes the rest."""
-    bench, whole = ranks_bench(job)
+    bench, whole = ranks_bench(job, system)
     for when in itertools.count(random.Random(job).randrange(step) + 1, step):
         bench.clear()
         bench.plan().succeeded()
@@ -77,8 +84,11 @@ def test_a_rank_is_killed_at_each_call(ranks_bench, job: str, step: int):
 
 @pytest.mark.parametrize("step", [97, pytest.param(1, marks=SLOW)])
 @pytest.mark.parametrize("command", ["plan", "finish"])
-def test_the_plan_and_the_end_are_killed_at_each_call(merging, command: str, step: int):
-    bench, whole = merging
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_plan_and_the_end_are_killed_at_each_call(
+    ranks_bench, command: str, step: int, system: str
+):
+    bench, whole = ranks_bench("merge", system)
     for when in itertools.count(random.Random(command).randrange(step) + 1, step):
         bench.clear()
         fault = {"kill": True, "when": when}
