@@ -18,6 +18,7 @@ from adapterkit.errors import Interrupted, Refused
 from adapterkit.jobs.pipeline import run_pipeline
 from tests.formats.test_any_verb import write_kohya
 from tests.golden.inputs import create_inputs
+from tests.support.forks import command
 
 STEPS = """
 [[step]]
@@ -101,6 +102,20 @@ def test_steps_are_those_of_the_verbs(write, tmp_path: Path):
     adapterkit.merge(tmp_path / "base", {byhand / "both": 0.75}, out=byhand / "merged")
     adapterkit.convert(byhand / "both", to="gguf", base=byhand / "merged", out=byhand / "both.gguf")
     assert contents(byhand) == contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("system", ["windows", "macos"])
+def test_the_bytes_of_linux(write, tmp_path: Path, system: str):
+    """Also where a changed step replaces what is there."""
+    file, found = write(STEPS), []
+    for where in ("linux", system):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        for text in (STEPS, STEPS.replace("medicine=0.5", "medicine=0.25")):
+            file.write_text(text, "utf-8")
+            done = command("run", file, cwd=tmp_path, system=where)
+            assert done.returncode == 0, done.stderr
+            found.append(contents(tmp_path / "out"))
+    assert found[:2] == found[2:] and found[0] != found[1]
 
 
 def _receipt(out: Path) -> Path:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.hub.test_statistics import base_files as llama_files
+from tests.support.forks import command
 from tests.support.hub_client import TOKEN, Client
-from tests.support.hub_models import CALLS, adapter_files, base_files
+from tests.support.hub_models import CALLS, adapter_files, base_files, differing
 from tests.support.hub_server import Hub
 from tests.support.texts import write_rows
 
@@ -98,3 +99,43 @@ def test_statistics_on_the_hub(place: tuple[Hub, Client], tmp_path: Path):
     assert len(hub.repos["org/seen"].trees) == 2
     write_rows(tmp_path / "ids.jsonl", {"input_ids": [1, 2, 3]})
     assert states(overwrite=True) == ["done"] * 2
+
+
+ON_HUB = STEPS.replace('out = "merged"', 'out = "hf://org/merged"')
+
+
+def outputs(folder: Path, system: str) -> dict[str, bytes]:
+    """The files of an adapter and of a model that a pipeline puts on a Hub of its own, and of a
+    model in a folder that is pushed."""
+    folder.mkdir()
+    (folder / "steps.toml").write_text(ON_HUB, "utf-8")
+    with Hub(token=TOKEN) as hub:
+        hub.commit("org/base", base_files())
+        hub.commit("org/adapter", adapter_files())
+        hub.commit("org/other", adapter_files(seed=2))
+        environment = os.environ | hub.environment(folder / "home") | {"HF_TOKEN": TOKEN}
+        for words in (
+            ["run", "steps.toml"],
+            ["merge", "org/base", "org/adapter", "--out", "local", "--push", "org/pushed"],
+        ):
+            done = command(*words, env=environment, cwd=folder, system=system)
+            assert done.returncode == 0, done.stderr
+        assert not differing(hub.files("org/pushed"), folder / "local")
+        return {
+            f"{name}/{file}": data
+            for name in ("both", "merged", "pushed")
+            for file, data in hub.files(f"org/{name}").items()
+            if file != "adapterkit.json"
+        }
+
+
+@pytest.fixture(scope="module")
+def those_of_linux(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return outputs(tmp_path_factory.mktemp("linux") / "hub", "linux")
+
+
+@pytest.mark.parametrize("system", ["windows", "macos"])
+def test_the_bytes_of_linux(those_of_linux: dict[str, bytes], tmp_path: Path, system: str):
+    found = outputs(tmp_path / "hub", system)
+    assert found.keys() == those_of_linux.keys() and len(found) > 20
+    assert [name for name, data in found.items() if data != those_of_linux[name]] == []

@@ -249,6 +249,8 @@ class Child:
                 Faults(fault["also"], mmap.mmap(-1, 4096)).install()
             Faults(fault, self.shared).install()
         if "system" in request:
+            if "env" in request:  # of the Hub; what it imports chooses by the true system
+                importlib.import_module("huggingface_hub.file_download")
             importlib.import_module(f"tests.support.{request['system']}").pretend()
         sys.argv = ["adapterkit", *request["argv"]]
         signals.own_process = True  # as `process` does

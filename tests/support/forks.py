@@ -94,12 +94,18 @@ def forks(rehearse: bool = True) -> Forks:
 
 
 def command(
-    *words, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 120
+    *words,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float = 120,
+    system: str = "linux",
 ) -> subprocess.CompletedProcess[str]:
-    """`adapterkit WORDS` as a process of its own; what an environment says of the Hub counts."""
+    """`adapterkit WORDS` as a process of its own, of this system; what an environment says of the
+    Hub counts."""
     server = forks(rehearse=env is None)
     where = {"cwd": str(cwd)} if cwd else {}
     where |= {} if env is None else {"env": dict(env)}
+    where |= {} if system == "linux" else {"system": system}
     argv = [str(word) for word in words]
     ended = server.wait(server.start(argv=argv, **where), timeout)
     return subprocess.CompletedProcess(argv, ended.status, ended.stdout, ended.stderr)

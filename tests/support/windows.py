@@ -41,6 +41,7 @@ def pretend() -> None:
     """Make this process one of Windows; there is no way back. The functions of `os` that it has
     now are those that the pretended system calls."""
     kernel = Kernel()
+    spare_foreign_locks()
     fcntl = importlib.import_module("fcntl")
     patch_names(kernel)
     sys.modules["msvcrt"] = msvcrt_of(fcntl)
@@ -63,6 +64,16 @@ def pretend() -> None:
     system.__dict__.clear()
     system.__class__ = Windows
     system.__init__()
+
+
+def spare_foreign_locks() -> None:
+    """The Hub's client locks its cache through `filelock`, which chose its half when it was
+    imported: that package alone keeps the names of Linux."""
+    linux = types.ModuleType("os")
+    linux.__dict__.update(os.__dict__)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("filelock") and getattr(module, "os", None) is os:
+            module.os = linux
 
 
 class Kernel:
