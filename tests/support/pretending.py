@@ -1,5 +1,6 @@
 """A plugin of pytest: its process pretends to be one of the system that ADAPTERKIT_SYSTEM names,
-before adapterkit is imported, with the packages of the extra `quick` alone."""
+before adapterkit is imported, with the packages of the extra `quick` alone, without those that
+ADAPTERKIT_LACKS names."""
 
 import importlib
 import os
@@ -13,8 +14,10 @@ FOREIGN = ("bitsandbytes", "click", "peft", "psutil", "torch", "tqdm")
 
 
 def pytest_load_initial_conftests() -> None:
-    sys.modules.update(dict.fromkeys(MISSING))
+    missing = {*MISSING, *os.environ["ADAPTERKIT_LACKS"].split()}
+    sys.modules.update(dict.fromkeys(missing))
     for name in FOREIGN:
-        importlib.import_module(name)
+        if name not in missing:
+            importlib.import_module(name)
     assert "adapterkit" not in sys.modules
     importlib.import_module(f"tests.support.{os.environ['ADAPTERKIT_SYSTEM']}").pretend()
