@@ -83,3 +83,19 @@ def test_the_installed_package_lists_its_own_formats(built: tuple[Path, Path]):
         [sys.executable, "-c", LIST], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert listed.stdout == here.stdout and len(listed.stdout) > 1000
+
+
+def test_the_index_would_take_both(built: tuple[Path, Path]):
+    files = [next(built[1].parent.glob(pattern)) for pattern in ("sdist/*.tar.gz", "wheel/*.whl")]
+    words = [sys.executable, "-m", "twine", "--no-color", "check", "--strict", *files]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout + done.stderr
+
+
+def test_the_workflows_fit_their_schema():
+    """And need nothing that a fork lacks."""
+    workflows = [*(ROOT / ".github" / "workflows").iterdir()]
+    words = ["-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert workflows and done.returncode == 0, done.stdout + done.stderr
+    assert not any("{{ secrets." in path.read_text(encoding="utf-8") for path in workflows)
