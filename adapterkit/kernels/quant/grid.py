@@ -141,8 +141,9 @@ class Grid(ABC):
             return x, code, scales
         return x.abs(), code & ~self.sign, [scale.abs() for scale in scales]
 
-    def errors(self, w: Tensor, sampled: bool = True) -> Tensor:
-        """The squared error of each block: expected where codes are sampled, or of the nearest."""
+    def errors(self, w: Tensor, sampled: bool = True, weight: Tensor | None = None) -> Tensor:
+        """The squared error of each block: expected where codes are sampled, or of the nearest;
+        with weights of the elements."""
         (height, width), count = self.block, self.scales[0].shape[1]
         total = torch.zeros(self.scales[0].shape, device=w.device)
         for rows in pieces(w.shape, w.device, large=self.large):
@@ -153,7 +154,9 @@ class Grid(ABC):
             else:
                 x, code, scales = self._magnitudes(x, code, scales)
                 error = (x - self.value(code, *scales)).square_()
-            error = padded(error.view(-1, w.shape[1]), (0, count * width - w.shape[1]))
+            error = error.view(-1, w.shape[1])
+            error = error if weight is None else error.mul_(weight[rows])
+            error = padded(error, (0, count * width - w.shape[1]))
             error = error.view(-1, count, width).sum(2)
             total.index_add_(0, _numbers(rows, height, w.device), error)
         return total

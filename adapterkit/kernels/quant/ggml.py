@@ -1,0 +1,232 @@
+"""ggml's quantized types, the tensors of GGUF files, to float32 and back.
+
+A weight is rows of whole blocks, which encode without each other.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapterkit.kernels.quant.fp4 import Fp4Grid
+from adapterkit.kernels.quant.ggml_blocks import (
+    TYPES,
+    BlockType,
+    Scales,
+    pack,
+    unpack_codes,
+    unpack_scales,
+)
+from adapterkit.kernels.quant.ggml_search import cells, search, table_codes
+from adapterkit.kernels.quant.grid import NOT_FINITE, Grid, RoundColumn, pieces
+from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.kernels.sums import all_finite
+
+__all__ = ["TYPES", "decode", "encode", "requantize", "round_column"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockGrid(Grid):
+    """level · scale - minimum or table[level] · scale, of parts of rows; without a second scale the
+    minimum is 0."""
+
+    table: tuple[int, ...] = ()
+
+    refuses = False
+    large = True
+
+    def scaled(self, x: Tensor, *scales: Tensor) -> Tensor:
+        scale, *minimum = scales
+        x = x + minimum[0] if minimum else x
+        return x / torch.where(scale == 0, 1.0, scale)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        if not self.table:
+            return x.round_().clamp_(*self.ends)
+        codes = table_codes(self.table, x.device)
+        return torch.index_select(codes, 0, cells(x).view(-1)).view(x.shape)
+
+    def value(self, code: Tensor, *scales: Tensor) -> Tensor:
+        scale, *minimum = scales
+        if self.table:
+            x = torch.tensor(self.table, dtype=torch.float32, device=code.device)[code.int()]
+        else:
+            x = code.float()
+        x = x * scale
+        return x.sub_(minimum[0]) if minimum else x
+
+
+def decode(
+    name: str,
+    blocks: Tensor,  # (..., n · nbytes) uint8
+) -> Tensor:  # (..., n · values) float32
+    """Bit for bit gguf-py's `dequantize`, of NaN but for sign and payload."""
+    kind = TYPES[name]
+    flat = blocks.reshape(-1, kind.nbytes)
+    out = torch.empty(len(flat), kind.values, device=blocks.device)
+    for part in pieces(out.shape, out.device, large=True):
+        some = flat[part]
+        out[part] = _values(kind, unpack_codes(kind, some), unpack_scales(kind, some))
+    return out.view(*blocks.shape[:-1], -1)
+
+
+def encode(
+    name: str,
+    w: Tensor,  # (rows, in) float32
+    importance: Tensor | None = None,  # (in,) float32, ≥ 0: weights of squared errors
+) -> Tensor:  # (rows, in / values · nbytes) uint8
+    """The best scales that `search` finds, and the nearest codes.
+
+    Where a block has no importance but 0 all of its values have the same. Raises ValueError for
+    values that are not finite, and for such importances and those below 0.
+    """
+    kind = TYPES[name]
+    out = torch.empty(_packed_shape(kind, w), dtype=torch.uint8, device=w.device)
+    importance = _checked(kind, importance, w.shape[1])
+    for rows in pieces(w.shape, w.device, large=True):
+        x = _blocks(kind, w[rows])
+        scales = search(name, x, _tiled(importance, x))
+        codes = _codes(kind, _grid(kind, scales), x, None)
+        out[rows] = pack(kind, scales, codes).view(-1, out.shape[1])
+    return out
+
+
+def requantize(
+    name: str,
+    old: Tensor,  # (rows, in / values · nbytes) uint8
+    w: Tensor,  # (rows, in) float32
+    *,
+    draws: Draws | None = None,
+    importance: Tensor | None = None,  # (in,) float32, ≥ 0
+    keep: bool = False,
+) -> Tensor:  # uint8, as old
+    """Each block with its old scales or new ones, those with less Σ importance · (w - value)²; the
+    old ones if there is none. With `keep` or draws new ones only where a value lies beyond the old
+    ones; with draws codes are sampled, and errors expected.
+
+    A value that is what its old code decodes to keeps this code, and a block of such values all of
+    its bytes, whatever they are.
+    """
+    kind = TYPES[name]
+    importance = _checked(kind, importance, w.shape[1])
+    out = torch.empty_like(old)
+    for rows in pieces(w.shape, w.device, large=True):
+        x, blocks = _blocks(kind, w[rows]), old[rows].reshape(-1, kind.nbytes)
+        here = None if draws is None else draws.at(rows.start * w.shape[1])
+        new = _renewed(name, blocks, x, here, _tiled(importance, x), keep or draws is not None)
+        out[rows] = new.view(-1, out.shape[1])
+    return out
+
+
+def _renewed(
+    name: str,
+    blocks: Tensor,  # (n, nbytes)
+    x: Tensor,  # (n, values)
+    draws: Draws | None,
+    importance: Tensor | None,
+    keep: bool,
+) -> Tensor:  # as blocks
+    kind = TYPES[name]
+    scales, codes = unpack_scales(kind, blocks), unpack_codes(kind, blocks)
+    stays = x == _values(kind, codes, scales)
+    grid = _grid(kind, scales)
+    broken = ~torch.stack(grid.scales).isfinite().all(0).all(1)
+    scales = scales.without(broken.nonzero()[:, 0])
+    grid = _grid(kind, scales)
+    renew = ~stays.all(1)
+    if keep:
+        renew &= broken | grid.overflows(x).any(1)
+    at = renew.nonzero()[:, 0]
+    if len(at):
+        part, weight = x[at], None if importance is None else importance[at]
+        new = search(name, part, weight)
+        after, before = (
+            _grid(kind, each).errors(part, draws is not None, weight).sum(1)
+            for each in (new, scales.at(at))
+        )
+        better = broken[at] | ~(after >= before)
+        at = at[better]
+        scales = scales.replaced(at, new.at(better))
+        stays[at] = False
+        grid = _grid(kind, scales)
+    codes = torch.where(stays, codes, _codes(kind, grid, x, draws))
+    return torch.where(stays.all(1, keepdim=True), blocks, pack(kind, scales, codes))
+
+
+def round_column(
+    name: str,
+    old: Tensor,  # (rows, in / values · nbytes) uint8
+) -> RoundColumn:
+    """To nearest with the scales of these blocks; `requantize` encodes what it gave."""
+    kind = TYPES[name]
+    scales = unpack_scales(kind, old.reshape(-1, kind.nbytes))
+    return _grid(kind, scales, rows=len(old)).round_column
+
+
+def _grid(kind: BlockType, scales: Scales, rows: int | None = None) -> Grid:
+    """Of blocks as rows, or of this many rows of them."""
+    by_part = scales.effective()
+    if rows is not None:
+        by_part = tuple(each.reshape(rows, -1) for each in by_part)
+    block = (1, kind.sub)
+    if "e" in kind.fields:  # powers of half its table's unit
+        return Fp4Grid(scales=(by_part[0] * 2,), block=block)
+    return BlockGrid(scales=by_part, block=block, ends=kind.ends, table=kind.table)
+
+
+def _codes(kind: BlockType, grid: Grid, x: Tensor, draws: Draws | None) -> Tensor:
+    """(n, values) uint8"""
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    for rows, level in grid.encode(x, draws):
+        codes[rows] = level.to(torch.int8).view(torch.uint8)
+    return codes.add_(kind.zero) if kind.zero else codes  # wraps
+
+
+def _values(
+    kind: BlockType,
+    codes: Tensor,  # (n, values) uint8
+    scales: Scales,
+) -> Tensor:  # as codes
+    if kind.table:
+        table = torch.tensor(kind.table, dtype=torch.float32, device=codes.device)
+        x = torch.index_select(table, 0, codes.view(-1).int())
+    else:
+        x = codes.float().sub_(kind.zero)
+    x = x.view(len(codes), kind.parts, kind.sub)
+    scale, *minimum = (each[:, :, None] for each in scales.effective())
+    x.mul_(scale)
+    return (x.sub_(minimum[0]) if minimum else x).view(codes.shape)
+
+
+def _blocks(kind: BlockType, w: Tensor) -> Tensor:  # (n, values)
+    """Raises ValueError for values that are not finite."""
+    if not all_finite(w):
+        raise ValueError(NOT_FINITE)
+    return w.reshape(-1, kind.values)
+
+
+def _packed_shape(kind: BlockType, w: Tensor) -> tuple[int, int]:
+    rows, size = w.shape
+    if size % kind.values:
+        raise ValueError(f"{size} columns are no whole blocks of {kind.values}")
+    return rows, size // kind.values * kind.nbytes
+
+
+def _checked(kind: BlockType, importance: Tensor | None, size: int) -> Tensor | None:
+    """An importance (1, in) whose mean is 1, ones where a block has none."""
+    if importance is None:
+        return None
+    if importance.shape != (size,):
+        raise ValueError(f"expected importances of {size} columns, not {tuple(importance.shape)}")
+    if not all_finite(importance) or bool((importance < 0).any()):
+        raise ValueError("the importances hold values that are not finite, or below 0")
+    each = importance.double().view(-1, kind.values)
+    mean = each.mean(1, keepdim=True)
+    return torch.where(mean > 0, each / mean, 1.0).float().view(1, -1)
+
+
+def _tiled(importance: Tensor | None, x: Tensor) -> Tensor | None:
+    """Of each value of blocks of whole rows."""
+    if importance is None:
+        return None
+    return importance.expand(x.numel() // importance.shape[1], -1).reshape(x.shape)

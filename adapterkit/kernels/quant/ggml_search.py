@@ -1,0 +1,361 @@
+"""The scales of ggml's blocks with the least squared error. Of each part a few are tried with their
+nearest codes; the best is fitted to its codes by least squares. In super-blocks the same is done
+with the integers and the float16 that parts' scales are made of.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adapterkit.kernels.quant.ggml_blocks import TYPES, Nested, Scales
+
+HALF_MAX, HALF_MIN = 65504.0, 2.0**-24
+LARGEST = 1e9  # more than any type but MXFP4 can hold
+TINY = 1e-37  # stands for smaller numbers in a division
+FP4_MAX = 6.0
+LAST_EXPONENT = 252  # the largest with which all codes of MXFP4 are finite
+CELLS = 512  # parts of [-128, 128], of half a unit: the middles of integers are ends of them
+
+
+CROSS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
+
+
+class Tried(NamedTuple):
+    """What a search tries."""
+
+    # of a part its range, or its value of largest magnitude, in units of a scale
+    units: tuple[float, ...]
+    more: tuple[float, ...] = ()  # with an importance, if others
+    power: float = 0.0  # of large values' weights, without an importance
+    rounds: int = 2  # of fitting a super-block's integers and its float16
+    near: tuple[tuple[int, int], ...] = CROSS[:1]  # steps from integers of scale and minimum
+
+
+def _steps(first: float, last: float, count: int) -> tuple[float, ...]:
+    return tuple(first + (last - first) * i / (count - 1) for i in range(count))
+
+
+TERNARY = Tried((1, 1.6, 2.2, 3))
+TRIED: Mapping[str, Tried] = {
+    "Q4_0": Tried(_steps(-8.3, -7.3, 3), _steps(-10, -4, 14)),
+    "Q4_1": Tried((15, 14.3), _steps(11, 15.5, 12)),
+    "Q5_0": Tried(_steps(-16.3, -15.3, 3), _steps(-18, -12, 14)),
+    "Q5_1": Tried((31, 30.3), _steps(27, 31.5, 12)),
+    "Q8_0": Tried((127,), _steps(125, 127, 4)),
+    "Q2_K": Tried(_steps(1.7, 3.5, 6), power=0.5, near=(*CROSS, (1, 1), (-1, -1))),
+    "Q3_K": Tried(_steps(-5.5, -2.5, 6), _steps(-6, -2, 8), power=1),
+    "Q4_K": Tried(_steps(12, 15.5, 7), power=0.5, rounds=3, near=CROSS),
+    "Q5_K": Tried(_steps(28, 31.5, 6), power=0.5, rounds=3, near=CROSS),
+    "Q6_K": Tried(_steps(-34, -30, 8), power=1),
+    "IQ4_NL": Tried(_steps(-150, -80, 16), power=1),
+    "IQ4_XS": Tried(_steps(-150, -80, 16), power=1),
+    "TQ1_0": TERNARY,
+    "TQ2_0": TERNARY,
+}
+
+
+class Sums(NamedTuple):
+    """Of each part, with the values l of its codes."""
+
+    first: Tensor  # Σ w l
+    second: Tensor  # Σ w l²
+    product: Tensor  # Σ w l x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Values that share a scale, and their weights."""
+
+    x: Tensor  # (parts, sub)
+    weight: Tensor | None  # as x
+    nearest: Callable[[Tensor], Tensor]  # of scaled values, in their memory: the values of codes
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of each part; a product with ones takes half the time of a sum."""
+        return torch.mv(x, _ones(x.shape[1], x.device))
+
+    def weighted(self, x: Tensor) -> Tensor:
+        return x if self.weight is None else x * self.weight
+
+    def weights(self) -> Tensor:
+        """Σ w."""
+        if self.weight is None:
+            return self.x.new_full((len(self.x),), self.x.shape[1])
+        return self.total(self.weight)
+
+    def sums(self, scale: Tensor, minimum: Tensor | None = None, *, line: bool = False) -> Sums:
+        """With the nearest codes for these scales (parts,); the first only for a line."""
+        inverse = _inverse(scale)[:, None]
+        level = self.nearest((self.x if minimum is None else self.x + minimum[:, None]) * inverse)
+        weighted = self.weighted(level)
+        product = self.total(weighted * self.x)
+        first = self.total(weighted) if line else product
+        return Sums(first, self.total(level.mul_(weighted)), product)
+
+
+class _Best:
+    """Of what is tried that with the least error, each by itself."""
+
+    def __init__(self):
+        self.values: tuple[Tensor, ...] = ()  # the error is the first
+
+    def add(self, *values: Tensor) -> None:
+        if self.values:
+            better = values[0] < self.values[0]
+            pairs = zip(values, self.values, strict=True)
+            values = tuple(torch.where(better, new, old) for new, old in pairs)
+        self.values = values
+
+
+def search(
+    name: str,
+    x: Tensor,  # (n, values) float32
+    importance: Tensor | None,  # as x
+) -> Scales:
+    """Scales of n blocks, those with the least Σ w (x - value)² of what is tried.
+
+    w = importance · (4 + x² / mean x²)^½, for MXFP4 importance alone; else (2 + x² / mean x²)^p.
+    ggml's are between these and x²; it loses more, by its weights and without any.
+    """
+    kind = TYPES[name]
+    if "e" in kind.fields:
+        return Scales(_exponents(x, importance))
+    tried, nested = TRIED[name], kind.nested
+    x = x.clamp(-LARGEST, LARGEST)
+    weight = _emphasized(x, tried.power if importance is None else 0.5, importance)
+    parts = Parts(
+        x=x.view(-1, kind.sub),
+        weight=None if weight is None else weight.view(-1, kind.sub),
+        nearest=_table_values(kind.table, x.device) if kind.table else _clamped(*kind.ends),
+    )
+    units = tried.units if importance is None else tried.more or tried.units
+    if kind.has_min:
+        scale, minimum = fit_lines(parts, units, signed=nested is None)
+        if nested is not None:
+            shape = (-1, kind.parts)
+            return nest_lines(parts, nested, scale.view(shape), minimum.view(shape), tried)
+        return Scales(half(scale)[:, None].half(), half(-minimum, 0)[:, None].half())
+    scale = fit_scales(parts, units)
+    if nested is not None:
+        return nest_scales(parts, nested, scale.view(-1, kind.parts), tried.rounds)
+    # a table has no 0 but that of a scale
+    return Scales(half(scale, 0 if kind.table else HALF_MIN)[:, None].half())
+
+
+def _emphasized(x: Tensor, power: float, importance: Tensor | None) -> Tensor | None:
+    if power == 0:
+        return importance
+    weight = x.square()
+    weight.mul_(_inverse(weight.mean(1, keepdim=True))).add_(2 if importance is None else 4)
+    weight = weight.sqrt_() if power == 0.5 else weight
+    return weight if importance is None else weight.mul_(importance)
+
+
+def fit_scales(parts: Parts, tried: Sequence[float]) -> Tensor:  # (parts,)
+    """`tried`: the value of largest magnitude in units of a scale."""
+    high, low = parts.x.amax(1), parts.x.amin(1)
+    extreme = torch.where(high > -low, high, low)
+    best = _Best()
+    for each in tried:
+        _, second, product = parts.sums(extreme / each)
+        best.add(-_ratio(product * product, second), second, product)
+    _, second, product = best.values
+    return _ratio(product, second)
+
+
+def fit_lines(parts: Parts, tried: Sequence[float], *, signed: bool) -> tuple[Tensor, Tensor]:
+    """scale and minimum (parts,) of scale · l - minimum; `tried`: the range of a part, with 0 in it
+    unless minima are signed, in units of a scale."""
+    high, low = parts.x.amax(1), parts.x.amin(1)
+    low = low if signed else low.clamp_(max=0)
+    weights, total = parts.weights(), parts.total(parts.weighted(parts.x))
+    mean, spread = _ratio(total, weights), high - low
+    inverse, best = _inverse(weights), _Best()
+    for each in tried:
+        first, second, product = parts.sums(spread / each, -low, line=True)
+        around, varies = product - mean * first, second - first * first * inverse
+        best.add(-_ratio(around * around, varies), first, second, product)
+    one = Sums(*best.values[1:])
+    scale, minimum = _line(one, weights, total, signed=signed)
+    one = parts.sums(scale, minimum, line=True)
+    return _line(one, weights, total, signed=signed)
+
+
+def _line(sums: Sums, weights: Tensor, total: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """scale and minimum with the least Σ w (x - scale · l + minimum)²."""
+    first, second, product = sums
+    det = weights * second - first * first
+    minimum = _ratio(first * product - second * total, det)
+    # all codes are one: its value alone says what they are
+    flat = det <= 1e-6 * weights * second
+    minimum = torch.where(flat, torch.where(second > 0, 0.0, -_ratio(total, weights)), minimum)
+    minimum = minimum if signed else minimum.clamp_(min=0)
+    return _ratio(product + minimum * first, second), minimum
+
+
+# Super-blocks.
+
+
+def nest_scales(
+    parts: Parts,
+    nested: Nested,
+    scale: Tensor,  # (n, parts of each)
+    rounds: int,
+) -> Scales:
+    """d · integer."""
+    low, high = nested.ends
+    d, best = _unit(scale, parts.weights().view(scale.shape), low, high), _Best()
+    integer = _rounded(scale, d, low, high)
+    for left in reversed(range(rounds)):
+        each = d * integer
+        sums = parts.sums(each.view(-1))
+        second, product = sums.second.view(scale.shape), sums.product.view(scale.shape)
+        best.add(_sum(each * (each * second - 2 * product)), d, integer)
+        if left:
+            integer = _rounded(_ratio(product, second), d, low, high)
+            d = half(_ratio(_sum(integer * product), _sum(integer * integer * second)))
+    _, d, integer = best.values
+    return Scales(d.half(), scale=integer.to(torch.int16))
+
+
+def nest_lines(
+    parts: Parts,
+    nested: Nested,
+    scale: Tensor,  # (n, parts of each)
+    minimum: Tensor,  # as scale
+    tried: Tried,
+) -> Scales:
+    """d · integer and m · integer."""
+    shape, top, best = scale.shape, nested.ends[1], _Best()
+    weights = parts.weights().view(shape)
+    total = parts.total(parts.weighted(parts.x)).view(shape)
+    d, m = (_unit(each, weights, 0, top) for each in (scale, minimum))
+    i, j = _rounded(scale, d, 0, top), _rounded(minimum, m, 0, top)
+    for left in reversed(range(tried.rounds)):
+        each = _Best()
+        for di, dj in tried.near if left else ((0, 0),):
+            i_, j_ = (i + di).clamp_(0, top), (j + dj).clamp_(0, top)
+            scale, minimum = d * i_, m * j_
+            sums = parts.sums(scale.view(-1), minimum.view(-1), line=True)
+            first, second, product = (x.view(shape) for x in sums)
+            error = scale * (scale * second - 2 * (product + minimum * first))
+            error += minimum * (minimum * weights + 2 * total)
+            each.add(error, i_, j_, first, second, product)
+        error, i, j, first, second, product = each.values
+        best.add(_sum(error), d, m, i, j)
+        if left:
+            minimum = _line(Sums(first, second, product), weights, total, signed=False)[1]
+            j = _rounded(minimum, m, 0, top)
+            i = _rounded(_ratio(product + m * j * first, second), d, 0, top)
+            d, m = _two_halves(Sums(first, second, product), weights, total, i, j)
+    _, d, m, i, j = best.values
+    return Scales(d.half(), m.half(), i.to(torch.int16), j.to(torch.int16))
+
+
+def _two_halves(
+    sums: Sums, weights: Tensor, total: Tensor, i: Tensor, j: Tensor
+) -> tuple[Tensor, Tensor]:  # (n, 1)
+    """d and m with the least Σ w (x - d i l + m j)²."""
+    first, second, product = sums
+    a, b, c = _sum(i * i * second), _sum(i * j * first), _sum(j * j * weights)
+    p, q = _sum(i * product), _sum(j * total)
+    det = a * c - b * b
+    m = torch.where(det > 1e-6 * a * c, _ratio(b * p - q * a, det), 0.0)
+    m = half(m.clamp_(min=0))
+    return half(_ratio(p + m * b, a)), m
+
+
+STEPS = (-2.0, -1.25, -0.5, 0.0, 0.5, 1.25)
+
+
+def _unit(x: Tensor, weight: Tensor, low: int, high: int) -> Tensor:  # (n, 1)
+    """A float16 of which scales are integers, with the least squared error of several."""
+    most, least = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    extreme, end = (most, high) if low == 0 else (torch.where(most > -least, most, least), low)
+    best = _Best()
+    for step in STEPS:
+        unit = half(extreme / (end + step))
+        best.add(_sum((x - unit * _rounded(x, unit, low, high)).square_().mul_(weight)), unit)
+    return best.values[1]
+
+
+def _rounded(x: Tensor, unit: Tensor, low: int, high: int) -> Tensor:
+    return (x * _inverse(unit)).round_().clamp_(low, high)
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(1, keepdim=True)
+
+
+# MXFP4.
+
+
+def _exponents(x: Tensor, importance: Tensor | None) -> Tensor:  # (n, 1) uint8
+    """The exponent with which the largest value is 4 to 8, or one more."""
+    x = x.abs()
+    first = ((x.amax(1, keepdim=True).view(torch.int32) >> 23) - 2).clamp_(0, LAST_EXPONENT)
+    x = x * torch.exp2(127.0 - first)
+    errors = []
+    for factor in (1.0, 0.5):
+        error = _e2m1(x * factor).sub_(x * factor).square_()
+        error = error if importance is None else error.mul_(importance)
+        errors.append(_sum(error) / factor**2)
+    more = (errors[1] < errors[0]) & (first < LAST_EXPONENT)
+    return (first + more.int()).to(torch.uint8)
+
+
+def _e2m1(x: Tensor) -> Tensor:
+    """The nearest values of FP4, of magnitudes, which are overwritten."""
+    x.clamp_(max=FP4_MAX)
+    # 2^22 times the power of 2 below x has half of that power as its last place
+    last = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=1.0).mul_(2.0**22)
+    return x.add_(last).sub_(last)
+
+
+# Shared.
+
+
+def half(x: Tensor, least: float = HALF_MIN) -> Tensor:
+    """The nearest float16 in float32; never infinite, and of all but 0 at least that."""
+    return torch.where(x == 0, x, x.abs().clamp_(least, HALF_MAX).half().float().copysign_(x))
+
+
+def _inverse(x: Tensor) -> Tensor:
+    """1 / x; of what is nearly 0 0."""
+    return torch.where(x.abs() < TINY, 0.0, x.reciprocal())
+
+
+def _ratio(x: Tensor, y: Tensor) -> Tensor:
+    """x / y of y ≥ 0; of what is nearly 0 as if it were a little more."""
+    return x / y.clamp(min=TINY)
+
+
+def _clamped(low: int, high: int) -> Callable[[Tensor], Tensor]:
+    return lambda t: t.round_().clamp_(low, high)
+
+
+def _table_values(table: tuple[int, ...], device: torch.device) -> Callable[[Tensor], Tensor]:
+    values = torch.tensor(table, dtype=torch.float32, device=device)
+    near = values[table_codes(table, device).long()]
+    return lambda t: torch.index_select(near, 0, cells(t).view(-1)).view(t.shape)
+
+
+def cells(t: Tensor) -> Tensor:  # int32
+    """The cell of each scaled value, which is overwritten."""
+    return t.mul_(2).add_(CELLS // 2).clamp_(0, CELLS - 1).to(torch.int32)
+
+
+@functools.cache
+def table_codes(table: tuple[int, ...], device: torch.device) -> Tensor:  # (CELLS,) float32
+    """The nearest code of each cell."""
+    middles = (torch.arange(CELLS) - CELLS / 2 + 0.5) / 2
+    return (middles[:, None] - torch.tensor(table)).abs().argmin(1).float().to(device)
+
+
+@functools.cache
+def _ones(n: int, device: torch.device) -> Tensor:
+    return torch.ones(n, device=device)
