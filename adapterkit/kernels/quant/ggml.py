@@ -11,8 +11,8 @@ from torch import Tensor
 from adapterkit.kernels.quant.fp4 import Fp4Grid
 from adapterkit.kernels.quant.ggml_blocks import (
     TYPES,
+    BlockScales,
     BlockType,
-    Scales,
     pack,
     unpack_codes,
     unpack_scales,
@@ -26,7 +26,7 @@ __all__ = ["TYPES", "decode", "encode", "requantize", "round_column"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockGrid(Grid):
+class GgmlGrid(Grid):
     """level · scale - minimum or table[level] · scale, of parts of rows; without a second scale the
     minimum is 0."""
 
@@ -163,7 +163,7 @@ def round_column(
     return _grid(kind, scales, rows=len(old)).round_column
 
 
-def _grid(kind: BlockType, scales: Scales, rows: int | None = None) -> Grid:
+def _grid(kind: BlockType, scales: BlockScales, rows: int | None = None) -> Grid:
     """Of blocks as rows, or of this many rows of them."""
     by_part = scales.effective()
     if rows is not None:
@@ -171,7 +171,7 @@ def _grid(kind: BlockType, scales: Scales, rows: int | None = None) -> Grid:
     block = (1, kind.sub)
     if "e" in kind.fields:  # powers of half its table's unit
         return Fp4Grid(scales=(by_part[0] * 2,), block=block)
-    return BlockGrid(scales=by_part, block=block, ends=kind.ends, table=kind.table)
+    return GgmlGrid(scales=by_part, block=block, ends=kind.ends, table=kind.table)
 
 
 def _codes(kind: BlockType, grid: Grid, x: Tensor, draws: Draws | None) -> Tensor:
@@ -185,7 +185,7 @@ def _codes(kind: BlockType, grid: Grid, x: Tensor, draws: Draws | None) -> Tenso
 def _values(
     kind: BlockType,
     codes: Tensor,  # (n, values) uint8
-    scales: Scales,
+    scales: BlockScales,
 ) -> Tensor:  # as codes
     if kind.table:
         table = torch.tensor(kind.table, dtype=torch.float32, device=codes.device)

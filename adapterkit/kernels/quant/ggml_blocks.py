@@ -28,7 +28,7 @@ class Plane(NamedTuple):
     run: int
 
 
-class Nested(NamedTuple):
+class PartScales(NamedTuple):
     """How a super-block stores its parts' integers, those of scales and then those of minima."""
 
     planes: tuple[Plane, ...]
@@ -48,7 +48,7 @@ class BlockType:
     ends: tuple[int, int]  # of code - zero, as written
     zero: int = 0  # the code of 0, where there is no table
     table: tuple[int, ...] = ()  # the value of each code
-    nested: Nested | None = None
+    nested: PartScales | None = None
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +63,7 @@ class BlockType:
         return self.values // self.sub
 
 
-class Scales(NamedTuple):
+class BlockScales(NamedTuple):
     """The scales of n blocks as they are stored."""
 
     d: Tensor  # (n, 1) float16; of MXFP4 uint8, exponents
@@ -71,22 +71,24 @@ class Scales(NamedTuple):
     scale: Tensor | None = None  # (n, parts) int16
     min: Tensor | None = None  # (n, parts) int16
 
-    def at(self, blocks: Tensor) -> "Scales":
+    def at(self, blocks: Tensor) -> "BlockScales":
         """Those of some blocks, by number or a mask."""
         first, *rest = self
-        return Scales(first[blocks], *(None if each is None else each[blocks] for each in rest))
+        return BlockScales(
+            first[blocks], *(None if each is None else each[blocks] for each in rest)
+        )
 
-    def without(self, blocks: Tensor) -> "Scales":
+    def without(self, blocks: Tensor) -> "BlockScales":
         """With 0 for these blocks, by number."""
         first, *rest = self
         empty = lambda x: None if x is None else x.index_fill(0, blocks, 0)
-        return Scales(first.index_fill(0, blocks, 0), *map(empty, rest))
+        return BlockScales(first.index_fill(0, blocks, 0), *map(empty, rest))
 
-    def replaced(self, blocks: Tensor, new: "Scales") -> "Scales":
+    def replaced(self, blocks: Tensor, new: "BlockScales") -> "BlockScales":
         """With others for these blocks, by number."""
         first, *rest = self
         pairs = zip(rest, new[1:], strict=True)
-        return Scales(
+        return BlockScales(
             first.index_copy(0, blocks, new.d),
             *(
                 None if old is None or each is None else old.index_copy(0, blocks, each)
@@ -111,7 +113,7 @@ D, DM = {"d": 2}, {"d": 2, "m": 2}
 NIBBLES, WIDE = (Plane("qs", 4, 16),), (Plane("qs", 4, 32),)
 FIVE, WIDE_FIVE = (*NIBBLES, Plane("qh", 1, 1)), (*WIDE, Plane("qh", 1, 32))
 TWO, EIGHT = (Plane("qs", 2, 32),), (Plane("qs", 8, 32),)
-SIX_BITS = Nested((), (0, 63))
+SIX_BITS = PartScales((), (0, 63))
 
 # fmt: off
 TYPES: Mapping[str, BlockType] = {
@@ -123,11 +125,11 @@ TYPES: Mapping[str, BlockType] = {
     "Q8_0": BlockType(kind=8, fields={**D, "qs": 32}, planes=EIGHT, ends=(-127, 127), zero=128),
     "Q2_K": BlockType(
         kind=10, values=SUPER, sub=16, fields={"scales": 16, "qs": 64, **DM}, planes=TWO,
-        ends=(0, 3), nested=Nested((Plane("scales", 4, 16),), (0, 15))),
+        ends=(0, 3), nested=PartScales((Plane("scales", 4, 16),), (0, 15))),
     "Q3_K": BlockType(
         kind=11, values=SUPER, sub=16, fields={"qh": 32, "qs": 64, "low": 8, "high": 4, **D},
         planes=(*TWO, Plane("qh", 1, 32)), ends=(-4, 3), zero=4,
-        nested=Nested((Plane("low", 4, 8), Plane("high", 2, 4)), (-32, 31), 32)),
+        nested=PartScales((Plane("low", 4, 8), Plane("high", 2, 4)), (-32, 31), 32)),
     "Q4_K": BlockType(
         kind=12, values=SUPER, fields={**DM, "scales": 12, "qs": 128}, planes=WIDE, ends=(0, 15),
         nested=SIX_BITS),
@@ -137,12 +139,12 @@ TYPES: Mapping[str, BlockType] = {
     "Q6_K": BlockType(
         kind=14, values=SUPER, sub=16, fields={"qs": 128, "qh": 64, "scales": 16, **D},
         planes=(Plane("qs", 4, 64), Plane("qh", 2, 32)), ends=(-32, 31), zero=32,
-        nested=Nested((Plane("scales", 8, 16),), (-128, 127), 128)),
+        nested=PartScales((Plane("scales", 8, 16),), (-128, 127), 128)),
     "IQ4_NL": BlockType(kind=20, fields={**D, "qs": 16}, planes=NIBBLES, ends=(0, 15), table=IQ4),
     "IQ4_XS": BlockType(
         kind=23, values=SUPER, fields={**D, "high": 2, "low": 4, "qs": 128}, planes=NIBBLES,
         ends=(0, 15), table=IQ4,
-        nested=Nested((Plane("low", 4, 1), Plane("high", 2, 1)), (-32, 31), 32)),
+        nested=PartScales((Plane("low", 4, 1), Plane("high", 2, 1)), (-32, 31), 32)),
     "TQ1_0": BlockType(
         kind=34, values=SUPER, sub=SUPER, fields={"qs": 52, **D}, planes=(), ends=(-1, 1), zero=1),
     "TQ2_0": BlockType(
@@ -153,19 +155,19 @@ TYPES: Mapping[str, BlockType] = {
 # fmt: on
 
 
-def unpack_scales(kind: BlockType, blocks: Tensor) -> Scales:  # (n, nbytes) uint8
+def unpack_scales(kind: BlockType, blocks: Tensor) -> BlockScales:  # (n, nbytes) uint8
     fields = _fields(kind, blocks)
     if "e" in fields:
-        return Scales(fields["e"])
+        return BlockScales(fields["e"])
     d = fields["d"].clone().view(torch.float16)
     m = fields["m"].clone().view(torch.float16) if kind.has_min else None
     if kind.nested is None:
-        return Scales(d, m)
+        return BlockScales(d, m)
     planes, _, zero = kind.nested
     codes = _unpack(planes, fields) if planes else _six_bits(fields["scales"])
     integers = _unsigned(codes, zero).to(torch.int16).sub_(zero)
     parts = kind.parts
-    return Scales(d, m, integers[:, :parts], integers[:, parts:] if kind.has_min else None)
+    return BlockScales(d, m, integers[:, :parts], integers[:, parts:] if kind.has_min else None)
 
 
 def unpack_codes(kind: BlockType, blocks: Tensor) -> Tensor:  # (n, values) uint8
@@ -177,7 +179,7 @@ def unpack_codes(kind: BlockType, blocks: Tensor) -> Tensor:  # (n, values) uint
 
 def pack(
     kind: BlockType,
-    scales: Scales,
+    scales: BlockScales,
     codes: Tensor,  # (n, values) uint8
 ) -> Tensor:  # (n, nbytes) uint8
     blocks = torch.empty(len(codes), kind.nbytes, dtype=torch.uint8, device=codes.device)

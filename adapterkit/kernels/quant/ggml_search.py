@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapterkit.kernels.quant.ggml_blocks import TYPES, Nested, Scales
+from adapterkit.kernels.quant.ggml_blocks import TYPES, BlockScales, PartScales
 
 HALF_MAX, HALF_MIN = 65504.0, 2.0**-24
 LARGEST = 1e9  # more than any type but MXFP4 can hold
@@ -58,7 +58,7 @@ TRIED: Mapping[str, Tried] = {
 }
 
 
-class Sums(NamedTuple):
+class CodeSums(NamedTuple):
     """Of each part, with the values l of its codes."""
 
     first: Tensor  # Σ w l
@@ -87,14 +87,14 @@ class Parts:
             return self.x.new_full((len(self.x),), self.x.shape[1])
         return self.total(self.weight)
 
-    def sums(self, scale: Tensor, minimum: Tensor | None = None, *, line: bool = False) -> Sums:
+    def sums(self, scale: Tensor, minimum: Tensor | None = None, *, line: bool = False) -> CodeSums:
         """With the nearest codes for these scales (parts,); the first only for a line."""
         inverse = _inverse(scale)[:, None]
         level = self.nearest((self.x if minimum is None else self.x + minimum[:, None]) * inverse)
         weighted = self.weighted(level)
         product = self.total(weighted * self.x)
         first = self.total(weighted) if line else product
-        return Sums(first, self.total(level.mul_(weighted)), product)
+        return CodeSums(first, self.total(level.mul_(weighted)), product)
 
 
 class _Best:
@@ -115,7 +115,7 @@ def search(
     name: str,
     x: Tensor,  # (n, values) float32
     importance: Tensor | None,  # as x
-) -> Scales:
+) -> BlockScales:
     """Scales of n blocks, those with the least Σ w (x - value)² of what is tried.
 
     w = importance · (4 + x² / mean x²)^½, for MXFP4 importance alone; else (2 + x² / mean x²)^p.
@@ -123,7 +123,7 @@ def search(
     """
     kind = TYPES[name]
     if "e" in kind.fields:
-        return Scales(_exponents(x, importance))
+        return BlockScales(_exponents(x, importance))
     tried, nested = TRIED[name], kind.nested
     x = x.clamp(-LARGEST, LARGEST)
     weight = _emphasized(x, tried.power if importance is None else 0.5, importance)
@@ -138,12 +138,12 @@ def search(
         if nested is not None:
             shape = (-1, kind.parts)
             return nest_lines(parts, nested, scale.view(shape), minimum.view(shape), tried)
-        return Scales(half(scale)[:, None].half(), half(-minimum, 0)[:, None].half())
+        return BlockScales(half(scale)[:, None].half(), half(-minimum, 0)[:, None].half())
     scale = fit_scales(parts, units)
     if nested is not None:
         return nest_scales(parts, nested, scale.view(-1, kind.parts), tried.rounds)
     # a table has no 0 but that of a scale
-    return Scales(half(scale, 0 if kind.table else HALF_MIN)[:, None].half())
+    return BlockScales(half(scale, 0 if kind.table else HALF_MIN)[:, None].half())
 
 
 def _emphasized(x: Tensor, power: float, importance: Tensor | None) -> Tensor | None:
@@ -179,13 +179,13 @@ def fit_lines(parts: Parts, tried: Sequence[float], *, signed: bool) -> tuple[Te
         first, second, product = parts.sums(spread / each, -low, line=True)
         around, varies = product - mean * first, second - first * first * inverse
         best.add(-_ratio(around * around, varies), first, second, product)
-    one = Sums(*best.values[1:])
+    one = CodeSums(*best.values[1:])
     scale, minimum = _line(one, weights, total, signed=signed)
     one = parts.sums(scale, minimum, line=True)
     return _line(one, weights, total, signed=signed)
 
 
-def _line(sums: Sums, weights: Tensor, total: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+def _line(sums: CodeSums, weights: Tensor, total: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """scale and minimum with the least Σ w (x - scale · l + minimum)²."""
     first, second, product = sums
     det = weights * second - first * first
@@ -202,10 +202,10 @@ def _line(sums: Sums, weights: Tensor, total: Tensor, *, signed: bool) -> tuple[
 
 def nest_scales(
     parts: Parts,
-    nested: Nested,
+    nested: PartScales,
     scale: Tensor,  # (n, parts of each)
     rounds: int,
-) -> Scales:
+) -> BlockScales:
     """d · integer."""
     low, high = nested.ends
     d, best = _unit(scale, parts.weights().view(scale.shape), low, high), _Best()
@@ -219,16 +219,16 @@ def nest_scales(
             integer = _rounded(_ratio(product, second), d, low, high)
             d = half(_ratio(_sum(integer * product), _sum(integer * integer * second)))
     _, d, integer = best.values
-    return Scales(d.half(), scale=integer.to(torch.int16))
+    return BlockScales(d.half(), scale=integer.to(torch.int16))
 
 
 def nest_lines(
     parts: Parts,
-    nested: Nested,
+    nested: PartScales,
     scale: Tensor,  # (n, parts of each)
     minimum: Tensor,  # as scale
     tried: Tried,
-) -> Scales:
+) -> BlockScales:
     """d · integer and m · integer."""
     shape, top, best = scale.shape, nested.ends[1], _Best()
     weights = parts.weights().view(shape)
@@ -248,16 +248,16 @@ def nest_lines(
         error, i, j, first, second, product = each.values
         best.add(_sum(error), d, m, i, j)
         if left:
-            minimum = _line(Sums(first, second, product), weights, total, signed=False)[1]
+            minimum = _line(CodeSums(first, second, product), weights, total, signed=False)[1]
             j = _rounded(minimum, m, 0, top)
             i = _rounded(_ratio(product + m * j * first, second), d, 0, top)
-            d, m = _two_halves(Sums(first, second, product), weights, total, i, j)
+            d, m = _two_halves(CodeSums(first, second, product), weights, total, i, j)
     _, d, m, i, j = best.values
-    return Scales(d.half(), m.half(), i.to(torch.int16), j.to(torch.int16))
+    return BlockScales(d.half(), m.half(), i.to(torch.int16), j.to(torch.int16))
 
 
 def _two_halves(
-    sums: Sums, weights: Tensor, total: Tensor, i: Tensor, j: Tensor
+    sums: CodeSums, weights: Tensor, total: Tensor, i: Tensor, j: Tensor
 ) -> tuple[Tensor, Tensor]:  # (n, 1)
     """d and m with the least Σ w (x - d i l + m j)²."""
     first, second, product = sums
