@@ -263,7 +263,7 @@ PAIRS = usual(
     lambda pair: (
         pair[0] in WHOLE
         or pair[1] == "head"
-        or (pair[1] in ("ensured", "rows") and pair[0] not in KIN)
+        or (pair[1] in ("ensured", "rows") and pair[0] == "bart")
     ),
 )
 

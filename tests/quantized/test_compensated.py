@@ -138,6 +138,10 @@ def gptq(weight: Tensor, c: Tensor, round_column: Callable[[Tensor, int], Tensor
     return q
 
 
+# the order of columns and their errors do not know the codec
+@pytest.mark.parametrize(
+    "case", usual(NAMES, FEW | {"bnb-nf4", "bnb-int8", "gpt-oss"}), indirect=True
+)
 def test_it_is_gptq(case: Case) -> None:
     expected = gptq(case.weight, case.c, case.record.column_rounder(case.plain))
     actual = case.rounded(case.c)

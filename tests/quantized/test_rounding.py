@@ -23,7 +23,8 @@ from adapterkit.weights.codec import PlainWeight, QuantizedWeight
 from adapterkit.weights.codecs.mxfp4 import Mxfp4
 from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import quantized_llama
-from tests.support.quantized_llama import FORMS
+from tests.support.quantized_llama import FEW, FORMS
+from tests.support.usual import usual
 
 SEEDS = 150
 VERBS: dict[str, dict[str, Any]] = {
@@ -129,6 +130,13 @@ def test_scales_and_what_does_not_move_stay(case):
     assert not torch.equal(bits(first[codes]), bits(second[codes]))  # seeds differ
 
 
+# one form of each codec draws for all forms of it
+of_each_codec = pytest.mark.parametrize(
+    "case", usual(NAMES, FEW | {"bnb-nf4", "bnb-int8", "gpt-oss"}), indirect=True
+)
+
+
+@of_each_codec
 def test_the_mean_over_seeds_is_the_value_between_two_neighboring_codes(case):
     weight, _ = shrunk(case.value)
     low, high, total, squares = (
@@ -198,6 +206,7 @@ def test_a_value_beyond_the_largest_code_stays_there_or_gets_a_new_scale(case):
     assert float((larger - case.value * 5).norm() / (case.value * 5).norm()) < 0.25
 
 
+@of_each_codec
 def test_pieces_do_not_matter(case, monkeypatch):
     weight, _ = shrunk(case.value)
     weight.view(-1)[7] *= 3

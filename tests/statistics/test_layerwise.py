@@ -101,8 +101,12 @@ MODELS = {
 }  # fmt: skip
 
 
-# the others have layers of kinds that these have
-@pytest.mark.parametrize("name", usual(MODELS, lambda name: name not in ("bert", "swin", "gemma2")))
+# of kinds of layers that the others have: a decoder's, experts', an encoder's, an encoder and its
+# decoder's
+ALIKE = ("gemma2", "qwen2_moe", "bert", "swin", "bart")
+
+
+@pytest.mark.parametrize("name", usual(MODELS, lambda name: name not in ALIKE))
 def test_as_the_whole_model(tmp_path, large, name):
     """Covariances, means, gradients; gradients of `whole` are autograd's (test_whole)."""
     make, data, has_loss = MODELS[name]

@@ -89,7 +89,7 @@ KINDS = [
 # PEFT in tests/merge
 ALIKE = {
     "qwen2_5_vl", "sarvam_moe", "kimi_k25", "hrm_text", "inkling_mm_model", "gpt_neox", "t5", "gte",
-    "internvl", "smolvlm", "whisper", "phimoe",
+    "internvl", "smolvlm", "whisper", "phimoe", "vit", "clip", "opt", "bloom", "gemma3",
 }  # fmt: skip
 
 
