@@ -185,7 +185,7 @@ def test_sampled_codes(name: str) -> None:
     samples = decode(name, many).view(count, 4, 512)
     step = (samples.amax(0) - samples.amin(0)).amax()
     assert (samples.mean(0) - w).abs().max() < 5 * step / 2 / count**0.5
-    assert bool(((samples >= w).any(0) & (samples <= w).any(0)).float().mean() > 0.5)
+    assert bool(((samples >= w).any(0) & (samples <= w).any(0)).float().mean() > 0.3)
     draws = Draws(7)
     whole = requantize(name, old, w, draws=draws)
     assert torch.equal(requantize(name, old[2:], w[2:], draws=draws.at(2 * 512)), whole[2:])
