@@ -1,6 +1,7 @@
 """What commands print: plans, receipts, results, and progress."""
 
 import json
+import sys
 import threading
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,9 @@ class ProgressBar:
 
 
 def print_json(document: Json) -> None:
-    parts = json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(document)
+    # in other encodings letters would get stand-ins, which are no escapes
+    is_unicode = sys.stdout.encoding.lower().startswith("utf")
+    parts = json.JSONEncoder(indent=1, ensure_ascii=not is_unicode).iterencode(document)
     # not as one text: that of a large plan takes more memory than the plan
     while text := "".join(islice(parts, 100_000)):
         click.echo(text, nl=False)
