@@ -3,6 +3,7 @@ Windows lacks in `os` and `signal`, and with errors where Windows has some.
 
 - A file that somebody has open, or mapped, is not renamed, replaced or removed, nor is a folder
   that holds one; here the files of this process count.
+- A mapped file is not emptied by opening it.
 - `rename` never replaces; `replace` replaces files only. Folders are not opened.
 """
 
@@ -56,6 +57,7 @@ def pretend() -> None:
     for name in MODULES:
         sys.modules[name] = None
     shutil._use_fd_functions = False
+    sys.addaudithook(refuse_emptying)
     sys.platform = "win32"
     from adapterkit.checkpoint.system import system
     from adapterkit.checkpoint.system.windows import Windows
@@ -198,6 +200,14 @@ def refuse_open(kernel: Kernel, path) -> None:
     for name in [*open_files(kernel), *mapped_files()]:
         if name == where or (name.startswith(inside) and stat.S_ISDIR(os.lstat(where).st_mode)):
             raise PermissionError(errno.EACCES, f"{name} is open", os.fspath(path))
+
+
+def refuse_emptying(event: str, arguments: tuple) -> None:
+    """Of files that are mapped; every way of opening one comes by here."""
+    if event != "open" or isinstance(arguments[0], int) or not arguments[2] & os.O_TRUNC:
+        return
+    if os.path.abspath(arguments[0]) in mapped_files():
+        raise PermissionError(errno.EACCES, "is mapped", os.fspath(arguments[0]))
 
 
 def open_files(kernel: Kernel) -> list[str]:
