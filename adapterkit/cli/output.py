@@ -103,7 +103,8 @@ class ProgressBar:
 
 def print_json(document: Json) -> None:
     # in other encodings letters would get stand-ins, which are no escapes
-    is_unicode = sys.stdout.encoding.lower().startswith("utf")
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    is_unicode = encoding.lower().startswith("utf")
     parts = json.JSONEncoder(indent=1, ensure_ascii=not is_unicode).iterencode(document)
     # not as one text: that of a large plan takes more memory than the plan
     while text := "".join(islice(parts, 100_000)):
