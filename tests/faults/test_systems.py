@@ -76,6 +76,7 @@ def windows_job(job_of) -> Callable[[str], tuple[AdapterBench, dict[str, str]]]:
     return make
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("step", [83, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", usual(VERBS, {"convert", "combine", "quantize"}))
 def test_other_verbs_killed_at_each_call(windows_job, name: str, step: int):
