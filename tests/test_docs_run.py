@@ -108,9 +108,8 @@ def tasks_of(document: Path, folder: Path) -> Iterator[Task]:
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a copy of the package, to which the documents' files are added."""
     path = tmp_path_factory.mktemp("package")
-    shutil.copytree(
-        PACKAGE, path / "adapterkit", ignore=shutil.ignore_patterns("__pycache__", "_formats")
-    )
+    # with what is compiled of it
+    shutil.copytree(PACKAGE, path / "adapterkit", ignore=shutil.ignore_patterns("_formats"))
     shutil.copytree(ROOT / "formats", path / "formats")
     for block in itertools.chain.from_iterable(blocks(d, "python", "toml") for d in DOCUMENTS):
         if block.text.startswith(("# adapterkit/", "# formats/")):
@@ -227,7 +226,7 @@ def test_what_a_document_says_to_type_runs(document: Path, documents):
 
 def test_the_recipes_pass_their_own_checks(tmp_path: Path):
     """The files of CONTRIBUTING.md and its lines for the tests, in a copy of the repository."""
-    ignored = shutil.ignore_patterns("__pycache__", "golden", ".*")
+    ignored = shutil.ignore_patterns("golden", ".*")
     for folder in (PACKAGE, ROOT / "formats", ROOT / "tests"):
         shutil.copytree(folder, tmp_path / folder.name, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

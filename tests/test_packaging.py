@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import adapterkit
+from tests.support.forks import command
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(adapterkit.__file__).parent
@@ -69,20 +70,16 @@ def test_only_the_package_is_installed(built: tuple[Path, Path]):
 def test_the_installed_package_lists_its_own_formats(built: tuple[Path, Path]):
     """Away from the repository, whose formats/ it must not need."""
     environment = os.environ | {"PYTHONPATH": str(built[1])}
-    results = [
-        subprocess.run(
-            [sys.executable, "-P", "-c", code], cwd=built[1].parent, env=environment,
-            capture_output=True, text=True,
-        )
-        for code in (LIST, "import adapterkit; print(adapterkit.__file__)")
-    ]  # fmt: skip
-    listed, where = results
-    assert where.stdout.startswith(str(built[1])), where.stdout
+    code = f"import adapterkit; print(adapterkit.__file__); {LIST}"
+    listed = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=built[1].parent, env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert listed.returncode == 0, listed.stderr
-    here = subprocess.run(
-        [sys.executable, "-c", LIST], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert listed.stdout == here.stdout and len(listed.stdout) > 1000
+    where, _, formats = listed.stdout.partition("\n")
+    assert where.startswith(str(built[1])), where
+    here = command("convert", "--list", "--json")
+    assert formats == here.stdout and len(formats) > 1000
 
 
 def test_the_index_would_take_both(built: tuple[Path, Path]):

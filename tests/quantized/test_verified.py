@@ -64,7 +64,8 @@ def model(cached_folder: Callable[..., Path]) -> Callable[[str], tuple[Path, Pat
     "name, rounding",
     usual(
         [*((n, "nearest") for n in NAMES), *((n, "stochastic") for n in sorted(FEW))],
-        lambda row: row[0] in FEW,
+        # rounding draws before a form packs: each with some
+        lambda row: row[0] in (FEW if row[1] == "nearest" else ("int8-zero", "nvfp4", "int8-bnb")),
     ),
 )
 def test_every_changed_weight_is_recomputed(

@@ -293,6 +293,15 @@ def rehearse(request: dict) -> None:
     os.chdir(here)
 
 
+# what transformers and huggingface_hub import that reads nothing of the environment: most of it
+OF_TRANSFORMERS = (
+    "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor",
+    "torchao.prototype.mx_formats", "torchao.prototype.safetensors.safetensors_support",
+    "torchao.quantization", "scipy.optimize", "bitsandbytes", "tokenizers", "PIL.Image", "jinja2",
+    "regex", "psutil", "httpx2", "h11", "anyio", "filelock", "tqdm.auto",
+)  # fmt: skip
+
+
 def serve(rehearses: bool) -> None:
     import torch
 
@@ -300,8 +309,8 @@ def serve(rehearses: bool) -> None:
 
     library.formats()
     torch.set_num_threads(1)
-    if not rehearses:  # most of what transformers imports, and does not read the environment
-        for name in ("torch._dynamo", "scipy.optimize", "bitsandbytes"):
+    if not rehearses:
+        for name in OF_TRANSFORMERS:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
     if os.environ.get("ADAPTERKIT_LINES"):
