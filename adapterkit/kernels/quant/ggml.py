@@ -14,6 +14,7 @@ from adapterkit.kernels.quant.ggml_blocks import (
     BlockScales,
     BlockType,
     pack,
+    table_values,
     unpack_codes,
     unpack_scales,
 )
@@ -49,7 +50,7 @@ class GgmlGrid(Grid):
     def value(self, code: Tensor, *scales: Tensor) -> Tensor:
         scale, *minimum = scales
         if self.table:
-            x = torch.tensor(self.table, dtype=torch.float32, device=code.device)[code.int()]
+            x = table_values(self.table, code.device)[code.int()]
         else:
             x = code.float()
         x = x * scale
@@ -188,7 +189,7 @@ def _values(
     scales: BlockScales,
 ) -> Tensor:  # as codes
     if kind.table:
-        table = torch.tensor(kind.table, dtype=torch.float32, device=codes.device)
+        table = table_values(kind.table, codes.device)
         x = torch.index_select(table, 0, codes.view(-1).int())
     else:
         x = codes.float().sub_(kind.zero)

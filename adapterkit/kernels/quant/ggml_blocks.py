@@ -298,6 +298,11 @@ def _powers(digits: int, device: torch.device) -> Tensor:  # (digits, 1) uint8
 
 
 @functools.cache
+def table_values(table: tuple[int, ...], device: torch.device) -> Tensor:  # float32
+    return torch.tensor(table, dtype=torch.float32).to(device)
+
+
+@functools.cache
 def _half_powers(device: torch.device) -> Tensor:  # (256,) float32
     """2^(e - 128), to the subnormals."""
     return (

@@ -6,12 +6,13 @@ with the integers and the float16 that parts' scales are made of.
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adapterkit.kernels.quant.ggml_blocks import TYPES, BlockScales, PartScales
+from adapterkit.kernels.quant.ggml_blocks import TYPES, BlockScales, PartScales, table_values
 
 HALF_MAX, HALF_MIN = 65504.0, 2.0**-24
 LARGEST = 1e9  # more than any type but MXFP4 can hold
@@ -85,12 +86,18 @@ class Parts:
 
     def sums(self, scale: Tensor, minimum: Tensor | None = None, *, line: bool = False) -> CodeSums:
         """With the nearest codes for these scales (parts,); the first only for a line."""
-        inverse = _inverse(scale)[:, None]
-        level = self.nearest((self.x if minimum is None else self.x + minimum[:, None]) * inverse)
-        weighted = self.weighted(level)
-        product = (weighted * self.x).sum(1)
+        level, other, weighted = self._scratch
+        x = self.x if minimum is None else torch.add(self.x, minimum[:, None], out=level)
+        level = self.nearest(torch.mul(x, _inverse(scale)[:, None], out=level))
+        weighted = level if self.weight is None else torch.mul(level, self.weight, out=weighted)
+        product = torch.mul(weighted, self.x, out=other).sum(1)
         first = weighted.sum(1) if line else product
-        return CodeSums(first, level.mul_(weighted).sum(1), product)
+        return CodeSums(first, torch.mul(weighted, level, out=other).sum(1), product)
+
+    @cached_property
+    def _scratch(self) -> list[Tensor]:
+        """Memory that is used again: new memory takes as long as an operation."""
+        return [torch.empty_like(self.x) for _ in range(3)]
 
 
 class _Best:
@@ -121,7 +128,8 @@ def search(
     if "e" in kind.fields:
         return BlockScales(_exponents(x, importance))
     tried, nested = TRIED[name], kind.nested
-    x = x.clamp(-LARGEST, LARGEST)
+    flat = x.view(-1)
+    x = x if float(torch.dot(flat, flat)) < LARGEST**2 else x.clamp(-LARGEST, LARGEST)
     weight = _emphasized(x, tried.power if importance is None else 0.5, importance)
     parts = Parts(
         x=x.view(-1, kind.sub),
@@ -134,7 +142,7 @@ def search(
         if nested is not None:
             shape = (-1, kind.parts)
             return nest_lines(parts, nested, scale.view(shape), minimum.view(shape), tried)
-        return BlockScales(half(scale)[:, None].half(), half(-minimum, 0)[:, None].half())
+        return BlockScales(half(scale)[:, None].half(), -minimum[:, None].half())
     scale = fit_scales(parts, units)
     if nested is not None:
         return nest_scales(parts, nested, scale.view(-1, kind.parts), tried.rounds)
@@ -182,14 +190,15 @@ def fit_lines(parts: Parts, tried: Sequence[float], *, signed: bool) -> tuple[Te
 
 
 def _line(sums: CodeSums, weights: Tensor, total: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """scale and minimum with the least Σ w (x - scale · l + minimum)²."""
+    """scale and minimum with the least Σ w (x - scale · l + minimum)²; a signed minimum is a
+    float16."""
     first, second, product = sums
     det = weights * second - first * first
     minimum = _ratio(first * product - second * total, det)
     # all codes are one: its value alone says what they are
     flat = det <= 1e-6 * weights * second
     minimum = torch.where(flat, torch.where(second > 0, 0.0, -_ratio(total, weights)), minimum)
-    minimum = minimum if signed else minimum.clamp_(min=0)
+    minimum = half(minimum, 0) if signed else minimum.clamp_(min=0)
     return _ratio(product + minimum * first, second), minimum
 
 
@@ -335,8 +344,7 @@ def _clamped(low: int, high: int) -> Callable[[Tensor], Tensor]:
 
 
 def _table_values(table: tuple[int, ...], device: torch.device) -> Callable[[Tensor], Tensor]:
-    values = torch.tensor(table, dtype=torch.float32, device=device)
-    near = values[table_codes(table, device).long()]
+    near = table_values(table, device)[table_codes(table, device).long()]
     return lambda t: torch.index_select(near, 0, cells(t).view(-1)).view(t.shape)
 
 
