@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
-from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.folder import Folder, OneFile
 from adapterkit.checkpoint.hashes import sha256_of_file
 from adapterkit.checkpoint.output.file_result import ShardResult
-from adapterkit.checkpoint.output.stage import RECEIPT
+from adapterkit.checkpoint.output.stage import RECEIPT, receipt_beside
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, shown
 from adapterkit.hub.ids import repositories
@@ -112,9 +113,10 @@ def earlier_repositories(folders: Iterable[Folder]) -> list[str]:
     """The repositories that inputs on this machine were made of, as the receipts in them say."""
     found: set[str] = set()
     for folder in folders:
-        if "repo" not in folder.origin and RECEIPT in folder.files():
+        receipt = None if "repo" in folder.origin else find_receipt(folder)
+        if receipt is not None:
             with suppress(AdapterkitError):  # a receipt that cannot be read says nothing
-                found |= repositories(read_json(folder, RECEIPT))
+                found |= repositories(read_json(*receipt))
     return sorted(found)
 
 
@@ -182,26 +184,38 @@ CHANGED = "bytes that are not those that were written"
 AGAIN = "run the merge again"
 
 
+def find_receipt(folder: Folder) -> tuple[Folder, str] | None:
+    """The receipt of an output: in its folder, or beside its one file; None if there is none."""
+    if RECEIPT in folder.files():
+        return folder, RECEIPT
+    single = getattr(folder, "single", None)
+    if single is None:
+        return None
+    around, name = cast(OneFile, folder).whole(), receipt_beside(single)
+    return (around, name) if name in around.files() else None
+
+
 def read_receipt(folder: Folder) -> Json:
-    """The receipt of an output folder."""
-    if RECEIPT not in folder.files():
+    """The receipt of an output."""
+    found = find_receipt(folder)
+    if found is None:
         raise Refused(
             f"no {RECEIPT}",
             expected="an output of adapterkit, finished",
             where=folder.label,
             hint="give the output of a command that has finished",
         )
-    receipt = read_json(folder, RECEIPT)
+    place, name = found
+    receipt = read_json(place, name)
     if receipt.get("adapterkit") != RECEIPT_VERSION:
         raise Refused(
             f"a receipt of version {shown(receipt.get('adapterkit'))}",
             expected=f"version {RECEIPT_VERSION}",
-            where=RECEIPT,
+            where=name,
             hint="verify with the adapterkit that wrote it",
         )
-    if not is_sealed(folder.read(RECEIPT, 0, folder.files()[RECEIPT])):
-        raise Damaged(
-            CHANGED, expected="a receipt that fits the seal at its end", where=RECEIPT, hint=AGAIN
-        )
-    Problems(problems(RECEIPT_CHECK, receipt, RECEIPT, hint=AGAIN, kind=Damaged)).raise_all()
+    if not is_sealed(place.read(name, 0, place.files()[name])):
+        expected = "a receipt that fits the seal at its end"
+        raise Damaged(CHANGED, expected=expected, where=name, hint=AGAIN)
+    Problems(problems(RECEIPT_CHECK, receipt, name, hint=AGAIN, kind=Damaged)).raise_all()
     return receipt

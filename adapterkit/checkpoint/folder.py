@@ -55,6 +55,16 @@ class Folder(Protocol):
         ...
 
 
+class OneFile(Folder, Protocol):
+    """One file, as a folder that holds nothing else."""
+
+    single: str
+
+    def whole(self) -> Folder: ...
+    def beside(self) -> set[str]: ...
+    def as_weights(self, name: str) -> Folder: ...
+
+
 def original(folder: Folder) -> Folder:
     """The folder that another one is made from (a conversion, a rewritten pickle, copies of the
     Hub's files); itself where it is none of these."""

@@ -33,10 +33,12 @@ class ShardLayout:
     header: bytes = field(repr=False)
     tensors: tuple[TensorPlan, ...]
     starts: tuple[int, ...]
+    padding: int = 0  # zeros behind the last tensor
 
     @property
     def size(self) -> int:
-        return self.starts[-1] + self.tensors[-1].nbytes if self.tensors else len(self.header)
+        last = self.starts[-1] + self.tensors[-1].nbytes if self.tensors else len(self.header)
+        return last + self.padding
 
 
 def like_base(file: str, tensors: list[TensorPlan], base: Header | None) -> ShardLayout:

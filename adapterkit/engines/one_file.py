@@ -13,14 +13,16 @@ from adapterkit.plan import Plan
 
 def stage_of(plan: Plan, out: Path) -> Stage:
     """Where the output of a plan is built."""
-    return FileStage(out) if plan.is_file else Stage(out)
+    return FileStage(out, tuple(plan.files)) if plan.is_file else Stage(out)
 
 
 class FileStage(Stage):
-    """The `Stage` of one file; the receipt lies beside it. Both are moved there one by one."""
+    """The `Stage` of one file; the receipt lies beside it, and so do small files `beside`. They are
+    moved there one by one."""
 
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, beside: tuple[str, ...] = ()):
         super().__init__(out)
+        self.beside = beside
         self.inside = True
         self.control = out.resolve().parent / control_of(out)
         self.receipt = out.with_name(receipt_beside(out.name))
@@ -34,8 +36,11 @@ class FileStage(Stage):
 
     def _check_output(self) -> None:
         """`Refused` unless there is nothing or, with --overwrite, an older output."""
-        there = next((path for path in (self.out, self.receipt) if path.exists()), None)
-        if there is not None and self.out.name not in self.published().get("files", ()):
+        written = self.published().get("files", {})
+        paths = {self.out: self.out.name, self.receipt: self.out.name}
+        paths |= {self.out.with_name(name): name for name in self.beside}
+        there = next((p for p, name in paths.items() if p.exists() and name not in written), None)
+        if there is not None:
             raise Refused(
                 f"output exists, and adapterkit did not write it: {shown(there.name)}",
                 expected="a new file, or an older output, which --overwrite replaces",
@@ -58,7 +63,8 @@ class FileStage(Stage):
         final = self.out.resolve()
         with storage_errors(final):
             final.parent.mkdir(parents=True, exist_ok=True)
-            for staged, there in ((self.out.name, final), (RECEIPT, self.receipt)):
+            beside = [(name, final.with_name(name)) for name in self.beside]
+            for staged, there in ((self.out.name, final), *beside, (RECEIPT, self.receipt)):
                 if (self.path / staged).exists():
                     system.replace(self.path / staged, there)
             sync_folder(final.parent)

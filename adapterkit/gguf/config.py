@@ -65,10 +65,15 @@ def config_arguments(file: GgufFile) -> Json:
             from transformers.integrations.gguf.reader import read_gguf_metadata
 
             if file.architecture in GGUF_CONFIG_ARCHS:
-                return get_gguf_config(*read_gguf_metadata(str(file.copy)))
+                with file.shown_to_transformers() as copy:
+                    return get_gguf_config(*read_gguf_metadata(str(copy)))
         from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-        return load_gguf_checkpoint(str(file.copy), return_tensors=False)["config"]
+        # it takes 20 s to read a large vocabulary, of which the config has the size only
+        with file.shown_to_transformers(file.header.without("tokenizer.")) as copy:
+            config = load_gguf_checkpoint(str(copy), return_tensors=False)["config"]
+        tokens = file.header.metadata.get("tokenizer.ggml.tokens")
+        return config if tokens is None else {"vocab_size": int(tokens)} | config
 
     return file.call_transformers("config", read)
 
@@ -193,7 +198,7 @@ def _llama3_scaling(file: GgufFile, config: Json) -> Json:
     theta = parameters.get("rope_theta") if isinstance(parameters, dict) else None
     factors = np.ones(0)
     if entry.kind == 0 and entry.stop - entry.start < 1 << 16:
-        data = file.folder.read(file.name, entry.start, entry.stop)
+        data = file.folder.read(entry.file, entry.start, entry.stop)
         factors = np.frombuffer(data, dtype="<f4").astype(np.float64)
     valid = len(factors) and np.isfinite(factors).all()
     if valid and isinstance(theta, int | float) and theta > 0:

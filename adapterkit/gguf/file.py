@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +10,12 @@ from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import Problems, Refused, shown
-from adapterkit.gguf.header import Entry, GgufHeader
+from adapterkit.gguf.blocks import is_written
+from adapterkit.gguf.header import TYPES, Entry, GgufHeader
 from adapterkit.optional import optional
 from adapterkit.records import Settings
+
+COPY = "model.gguf"
 
 
 @dataclass
@@ -22,12 +25,22 @@ class GgufFile:
     folder: Folder
     name: str
     header: GgufHeader
-    copy: Path  # the header, and a hole in place of the data
+    scratch: Path  # a folder for copies
     notes: list[str] = field(default_factory=list)
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
         return {entry.name: entry for entry in self.header.tensors}
+
+    @contextlib.contextmanager
+    def shown_to_transformers(self, header: bytes | None = None) -> Iterator[Path]:
+        """A file of a header, its own if there is no other, with a hole in place of the data."""
+        path = self.scratch / COPY
+        with path.open("wb") as stream:
+            stream.write(self.header.raw if header is None else header)
+            stream.truncate(self.header.size)
+        yield path
+        path.unlink()
 
     @property
     def architecture(self) -> str:
@@ -56,22 +69,26 @@ class GgufFile:
             ) from error
 
 
-def gguf_package() -> Any:
-    """The `gguf` package, an optional dependency."""
-    expected = "gguf 0.17 or later, which decodes the blocks"
-    return optional("gguf", install='"adapterkit[gguf]"', expected=expected)
-
-
-def decodable(gguf: Any, kind: Any) -> bool:
-    """Whether the package decodes blocks of a type to floats."""
+def check_package(kinds: Iterable[str]) -> None:
+    """`Refused` without the `gguf` package, an optional dependency, or where one of these types is
+    decoded neither here nor by it."""
+    expected = "gguf 0.17 or later, by which transformers reads the metadata"
+    gguf = optional("gguf", install='"adapterkit[gguf]"', expected=expected)
     import numpy as np
 
-    if kind.name not in ("F32", "F16"):
+    unknown = []
+    for kind in sorted(kind for kind in kinds if not is_written(kind)):
+        _, _, width = TYPES[kind]
         try:
-            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+            gguf.dequantize(np.zeros((1, width), np.uint8), gguf.GGMLQuantizationType[kind])
         except (NotImplementedError, KeyError):  # a type that the package knows by name only
-            return False
-    return True
+            unknown.append(kind)
+    if unknown:
+        raise Refused(
+            f"blocks of {', '.join(unknown)}",
+            expected="types that the gguf package decodes",
+            hint="update the gguf package: pip install -U gguf",
+        )
 
 
 def conversion_rules() -> Settings:

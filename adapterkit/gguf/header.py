@@ -10,12 +10,12 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
 
-from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.header import MAX_NAME, Header
-from adapterkit.errors import Damaged, Problems, Refused, shown
+from adapterkit.checkpoint.folder import Folder, OneFile
+from adapterkit.checkpoint.header import MAX_NAME, Header, TensorSpec, read_header
+from adapterkit.errors import Damaged, Problems, Refused, listed, shown
 from adapterkit.records import Json
 
 ENDING = ".gguf"
@@ -27,10 +27,29 @@ MAX_HEADER = 512 << 20
 MAX_KEYS, MAX_TENSORS = 1 << 16, 1 << 20
 MAX_RANK = 4  # ggml's
 MAX_ERRORS = 20  # reported at once
+NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)")
 MAX_ITEMS = 1 << 16  # of an array whose numbers are kept
 # struct codes of the scalar types of metadata, by their id
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 STRING, ARRAY, UINT32 = 8, 9, 4
+TENSOR_COUNT, KEY_COUNT = 8, 16  # positions of the two counts in a header
+# ggml's types that files have: name -> (id, values of a block, bytes of one)
+TYPES = {
+    "F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2),
+    "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22), "Q5_1": (7, 32, 24),
+    "Q8_0": (8, 32, 34), "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144),
+    "Q5_K": (13, 256, 176), "Q6_K": (14, 256, 210), "IQ2_XXS": (16, 256, 66),
+    "IQ2_XS": (17, 256, 74), "IQ3_XXS": (18, 256, 98), "IQ1_S": (19, 256, 50),
+    "IQ4_NL": (20, 32, 18), "IQ3_S": (21, 256, 110), "IQ2_S": (22, 256, 82),
+    "IQ4_XS": (23, 256, 136), "IQ1_M": (29, 256, 56), "TQ1_0": (34, 256, 54),
+    "TQ2_0": (35, 256, 66), "MXFP4": (39, 32, 17), "NVFP4": (40, 64, 36), "Q1_0": (41, 128, 18),
+}  # fmt: skip
+SIZES = {number: (values, width) for number, values, width in TYPES.values()}
+NAMES = {number: name for name, (number, _, _) in TYPES.items()}
+
+
+class Length(int):
+    """What is kept of an array."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +61,19 @@ class Entry:
     kind: int  # ggml's type id
     start: int  # absolute position in the file
     stop: int
+    file: str
+    at: int  # position in the header of its type's id, and of its offset behind that
+
+    @property
+    def type(self) -> str:
+        """ggml's name of its type."""
+        return NAMES[self.kind]
+
+    def stored(self, folder: int = 0) -> TensorSpec:
+        """Its bytes, by rows."""
+        rows = math.prod(self.shape[:-1])
+        shape = (rows, (self.stop - self.start) // rows)
+        return TensorSpec(self.name, "U8", shape, self.file, self.start, self.stop, folder)
 
 
 @dataclass(frozen=True)
@@ -52,6 +84,29 @@ class GgufHeader:
     metadata: Json  # an array: its length
     tensors: tuple[Entry, ...]
     arrays: dict[str, tuple] = field(default_factory=dict)  # those of at most MAX_ITEMS numbers
+    file: str = ""
+    size: int = 0  # of the whole file
+    # where each key of the metadata begins and ends
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+
+    def without(self, prefix: str) -> bytes:
+        """The header without the arrays whose keys begin so."""
+        left_out = [
+            span
+            for key, span in self.spans.items()
+            if key.startswith(prefix) and type(self.metadata[key]) is Length
+        ]
+        raw, at = bytearray(), 0
+        for start, stop in left_out:
+            raw += self.raw[at:start]
+            at = stop
+        raw += self.raw[at:]
+        struct.pack_into("<Q", raw, KEY_COUNT, len(self.metadata) - len(left_out))
+        return bytes(raw)
+
+    @property
+    def alignment(self) -> int:
+        return self.metadata.get("general.alignment", ALIGNMENT)
 
     @property
     def architecture(self) -> str:
@@ -74,29 +129,98 @@ class _TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     kind: int
     offset: int  # from the beginning of the data
+    at: int  # position of `kind` in the header
 
 
-def gguf_file(folder: Folder) -> str | None:
-    """Name of a folder's only GGUF file; None if there is none, or safetensors beside it."""
+class GgufFiles(NamedTuple):
+    """A folder, and which of its files are one model: one, or all parts of a split one."""
+
+    folder: Folder
+    names: list[str]
+
+
+def find_gguf(folder: Folder) -> GgufFiles | None:
+    """The GGUF files of a folder, or of the model that its one file is a part of; None if there are
+    none, or safetensors beside them. `Refused` for several models, and for missing parts."""
+    single = getattr(folder, "single", None)
+    if single and NUMBERED.fullmatch(single):
+        folder = cast(OneFile, folder).whole()
     names = [name for name in folder.files() if "/" not in name]
     files = sorted(name for name in names if name.lower().endswith(ENDING))
-    if not files or any(name.endswith(".safetensors") for name in names):
+    if single and NUMBERED.fullmatch(single):
+        files = [name for name in files if _model_of(name) == _model_of(single)]
+    elif any(name.endswith(".safetensors") for name in names):
         return None
-    if len(files) > 1:
+    if not files:
+        return None
+    models = sorted({_model_of(name) for name in files})
+    if len(models) > 1:
         raise Refused(
-            f"the folder has {len(files)} GGUF files: {', '.join(map(shown, files[:6]))}",
-            expected="one file",
+            f"the folder has {len(models)} GGUF models: {', '.join(map(shown, models[:6]))}",
+            expected="one",
             where=folder.name,
-            hint="give the path of the file itself",
+            hint="give the path of the file itself, of a split model its first",
         )
-    return files[0]
+    expected = _parts_of(files[0])
+    if missing := [name for name in expected if name not in files]:
+        raise Refused(
+            f"{len(missing)} of {len(expected)} parts are missing: {listed(missing)}",
+            expected="all parts of the split model",
+            where=folder.name,
+            hint="download them",
+        )
+    return GgufFiles(folder, expected)
+
+
+def _parts_of(name: str) -> list[str]:
+    """The files of the model that a file is of."""
+    match = NUMBERED.fullmatch(name)
+    if match is None:
+        return [name]
+    start, _, count, ending = match.groups()
+    return [f"{start}-{number:05d}-of-{count}{ending}" for number in range(1, int(count) + 1)]
+
+
+def _model_of(name: str) -> str:
+    """A file's name without its number among the parts of a split model."""
+    match = NUMBERED.fullmatch(name)
+    return f"{match[1]}-of-{match[3]}" if match else name
+
+
+def read_model(files: GgufFiles) -> tuple[GgufHeader, dict[str, GgufHeader]]:
+    """The header of a model with the tensors of all its files, and that of each file."""
+    headers = {name: read_gguf(files.folder, name) for name in files.names}
+    errors = _damage(files.names[0])
+    for number, (name, header) in enumerate(headers.items()):
+        said = header.metadata.get("split.no", 0), header.metadata.get("split.count", 0)
+        if said != (number, len(headers)) and (len(headers) > 1 or said not in ((0, 0), (0, 1))):
+            errors.add(
+                f"{shown(name)} is file {shown(said[0])} of {shown(said[1])}, from 0 on",
+                f"{number} of {len(headers)} of a split model",
+                "give a folder with all files, named as llama.cpp names them, or join them: "
+                "llama-gguf-split --merge FIRST OUT",
+                kind=Refused,
+            )
+    errors.raise_all()
+    first, *others = headers.values()
+    tensors = [entry for header in headers.values() for entry in header.tensors]
+    stated = first.metadata.get("split.tensors.count", len(tensors))
+    if others and stated != len(tensors):
+        errors.add(
+            f"{len(tensors)} tensors in all files", f"{shown(stated)}, as the first one says"
+        )
+    twice = len(tensors) - len({entry.name for entry in tensors})
+    if twice:
+        errors.add(f"{twice} tensors are in two files", "each tensor once")
+    errors.raise_all()
+    return replace(first, tensors=tuple(tensors)), headers
 
 
 def read_gguf(
     folder: Folder,
     name: str,
-    block_sizes: Mapping[int, tuple[int, int]],
-    hint: str = "update the gguf package: pip install -U gguf",
+    block_sizes: Mapping[int, tuple[int, int]] = SIZES,
+    hint: str = "convert the file with llama.cpp's own tools",
 ) -> GgufHeader:
     """Parse the header of a GGUF file; `Damaged` or `Refused` unless it and the data are complete.
 
@@ -112,6 +236,13 @@ def read_gguf(
                 problem = f"the file ends inside its header: {incomplete}"
                 _damage(name).fail(problem, "a whole header")
             raw += folder.read(name, len(raw), min(4 * len(raw), size, MAX_HEADER))
+
+
+def stored_tensors(folder: Folder, name: str) -> list[TensorSpec]:
+    """The tensors of a file that this package wrote, of safetensors or GGUF."""
+    if name.endswith(ENDING):
+        return [entry.stored() for entry in read_gguf(folder, name).tensors]
+    return list(read_header(folder, name).tensors)
 
 
 class _Incomplete(Exception):
@@ -135,6 +266,7 @@ class _Parser:
         self.raw, self.size, self.name, self.at = raw, size, name, 0
         self.block_sizes, self.hint = block_sizes, hint
         self.arrays: dict[str, tuple] = {}
+        self.spans: dict[str, tuple[int, int]] = {}
         self.errors = _damage(name)
 
     def header(self) -> GgufHeader:
@@ -161,7 +293,7 @@ class _Parser:
             self.errors.fail(f"general.alignment {shown(alignment)}", "a power of 2 from 8 on")
         raw, data_start = self.raw[: self.at], -(-self.at // alignment) * alignment
         entries = self.entries(infos, data_start, alignment)
-        return GgufHeader(raw, metadata, entries, self.arrays)
+        return GgufHeader(raw, metadata, entries, self.arrays, self.name, self.size, self.spans)
 
     @property
     def capacity(self) -> str:
@@ -192,6 +324,7 @@ class _Parser:
     def metadata(self, count: int) -> Json:
         metadata: Json = {}
         for _ in range(count):
+            start = self.at
             key = self.text(MAX_NAME)
             if not key.isprintable() or not key or key in metadata:
                 self.errors.fail(f"the key {shown(key)!r}", "printable keys, each once")
@@ -199,7 +332,10 @@ class _Parser:
             metadata[key] = self.array(key) if kind == ARRAY else self.value(kind)
             if key == "general.alignment" and kind != UINT32:
                 self.errors.fail(f"general.alignment of type {kind}", "a 32-bit number")
+            self.spans[key] = start, self.at
         name = metadata.get("general.architecture")
+        if name is None and metadata.get("split.no"):
+            return metadata  # the first part has what is said of the model
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name):
             problem = f"general.architecture {shown(name)!r}"
             self.errors.fail(problem, "the name of an architecture")
@@ -213,7 +349,7 @@ class _Parser:
             return self.text()
         self.errors.fail(f"a value of type {kind}", "one of 13 types")
 
-    def array(self, key: str) -> int:
+    def array(self, key: str) -> Length:
         """The length of an array; its items are skipped, but for a few numbers."""
         inner, count = self.unpack("IQ")
         if inner in SCALARS:
@@ -228,7 +364,7 @@ class _Parser:
                 self.text()
         else:
             self.errors.fail(f"an array of type {inner}", "numbers or texts")
-        return count
+        return Length(count)
 
     def tensor_info(self) -> _TensorInfo:
         name = self.text(MAX_NAME)
@@ -239,7 +375,9 @@ class _Parser:
         if rank > MAX_RANK:
             self.errors.fail(f"{shown(name)} of {rank} dimensions", f"at most {MAX_RANK}")
         shape = self.unpack(f"{rank}Q")[::-1]
-        return _TensorInfo(name, shape, *self.unpack("IQ"))
+        at = self.at
+        kind, offset = self.unpack("IQ")
+        return _TensorInfo(name, shape, kind, offset, at)
 
     def entries(
         self, infos: list[_TensorInfo], data_start: int, alignment: int
@@ -248,7 +386,7 @@ class _Parser:
         aligned behind the one before."""
         errors = self.errors
         entries, names = [], set()
-        for name, shape, kind, offset in infos:
+        for name, shape, kind, offset, at in infos:
             if name in names:
                 errors.add(f"{shown(name)} is there twice", "each tensor once")
             names.add(name)
@@ -262,7 +400,8 @@ class _Parser:
                 errors.add(problem, f"rows of whole blocks of {values} values")
             else:
                 start = data_start + offset
-                entries.append(Entry(name, shape, kind, start, start + count // values * width))
+                stop = start + count // values * width
+                entries.append(Entry(name, shape, kind, start, stop, self.name, at))
         Problems(errors[:MAX_ERRORS]).raise_all()
         at = data_start
         for entry in sorted(entries, key=lambda entry: entry.start):

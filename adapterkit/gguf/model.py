@@ -6,28 +6,34 @@ What transformers would leave out without a word is refused.
 
 import json
 import tempfile
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import WARNING, Refused, shown
+from adapterkit.errors import WARNING, shown
 from adapterkit.gguf.config import check_counts, config_arguments, config_of
-from adapterkit.gguf.file import GgufFile, decodable, gguf_package, quiet_transformers
-from adapterkit.gguf.header import read_gguf
+from adapterkit.gguf.file import GgufFile, check_package, quiet_transformers
+from adapterkit.gguf.header import GgufFiles, GgufHeader, read_model
 from adapterkit.gguf.tensors import model_tensors, tensor_names
 from adapterkit.weights.skeleton import Skeleton
 
-COPY = "model.gguf"
 FLOATS = ("BF16", "F16", "F32")  # ggml's types that are floats: the first of them in a file decides
 LOCAL_SETTINGS = ("is_local", "local_files_only", "name_or_path")  # of a tokenizer's config
 
 
-class GgufModel(NamedTuple):
-    """A GGUF file as a checkpoint of `GgufWeight`s, and the files of a model's folder that it
-    stands for."""
+@dataclass(frozen=True)
+class GgufCheckpoint(Checkpoint):
+    """The model of one GGUF file, or of the parts of a split one: its parameters are
+    `GgufWeight`s."""
 
-    checkpoint: Checkpoint
+    headers: dict[str, GgufHeader] = field(default_factory=dict)  # by file
+
+
+class GgufModel(NamedTuple):
+    """A GGUF file as a checkpoint, and the files of a model's folder that it stands for."""
+
+    checkpoint: GgufCheckpoint
     # to write it in: BF16 for blocks, whose own error exceeds the rounding; else the file's
     dtype: str
     model: Any  # transformers' own, without data
@@ -35,45 +41,33 @@ class GgufModel(NamedTuple):
     notes: list[str]
 
 
-def open_gguf(folder: Folder, name: str) -> GgufModel:
+def open_gguf(files: GgufFiles, number: int = 0, *, tokenizer: bool = False) -> GgufModel:
     """Read a GGUF file as a checkpoint; `Refused` or `Damaged`, all at once, where that cannot be
-    done in full."""
-    gguf = gguf_package()
-    block_sizes = {
-        int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items() if decodable(gguf, kind)
-    }
-    header = read_gguf(folder, name, block_sizes)
-    if header.metadata.get("split.count", 1) not in (0, 1):
-        raise Refused(
-            "this is one file of a split model",
-            expected="a whole model",
-            where=name,
-            hint="join them first: llama-gguf-split --merge FIRST OUT",
-        )
+    done in full. `number`: which input of the job it is; `tokenizer`: make its files, too."""
+    header, headers = read_model(files)
+    kinds = {entry.type for entry in header.tensors}
+    check_package(kinds)
     with tempfile.TemporaryDirectory() as scratch, quiet_transformers():
-        copy = Path(scratch, COPY)
-        with copy.open("wb") as stream:
-            stream.write(header.raw)
-            stream.truncate(folder.files()[name])
-        file = GgufFile(folder, name, header, copy)
-        checkpoint, model = _read(file)
-        texts = _tokenizer_files(file)
-    kinds = {gguf.GGMLQuantizationType(entry.kind).name for entry in header.tensors}
+        file = GgufFile(files.folder, files.names[0], header, Path(scratch))
+        checkpoint, model = _read(file, headers, number)
+        texts = _tokenizer_files(file) if tokenizer else {}
     dtype = next((kind for kind in FLOATS if kind in kinds), "F32")
     dtype = dtype if kinds <= {*FLOATS} else "BF16"
     return GgufModel(checkpoint, dtype, model.model, texts, file.notes)
 
 
-def _read(file: GgufFile) -> tuple[Checkpoint, Skeleton]:
+def _read(
+    file: GgufFile, headers: dict[str, GgufHeader], number: int
+) -> tuple[GgufCheckpoint, Skeleton]:
     """The checkpoint, and its model without data."""
     check_counts(file)
     arguments = config_arguments(file)
     config = config_of(file, arguments)
-    shards = {file.name: file.header.header}
-    empty = Checkpoint(file.folder, shards, {}, None, None, config, {})
-    model = Skeleton(empty, config["architectures"][0])
-    tensors = model_tensors(file, model, tensor_names(file, model, arguments))
-    return Checkpoint(file.folder, shards, tensors, None, None, config, {}), model
+    shards = {name: header.header for name, header in headers.items()}
+    checkpoint = GgufCheckpoint(file.folder, shards, {}, None, None, config, {}, headers)
+    model = Skeleton(checkpoint, config["architectures"][0])
+    names = tensor_names(file, model, arguments)
+    return replace(checkpoint, tensors=model_tensors(file, model, names, number)), model
 
 
 def _tokenizer_files(file: GgufFile) -> dict[str, bytes]:
@@ -84,11 +78,12 @@ def _tokenizer_files(file: GgufFile) -> dict[str, bytes]:
     if "tokenizer.ggml.model" not in file.header.metadata:
         file.notes.append("no tokenizer in the file")
         return {}
-    out = file.copy.parent / "tokenizer"
+    out = file.scratch / "tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(file.copy.parent), gguf_file=file.copy.name, local_files_only=True
-        )
+        with file.shown_to_transformers() as copy:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(file.scratch), gguf_file=copy.name, local_files_only=True
+            )
         tokenizer.save_pretrained(str(out))
     except (Exception, RecursionError) as error:  # transformers' code, on any metadata
         kind = shown(file.header.metadata["tokenizer.ggml.model"])

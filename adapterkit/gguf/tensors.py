@@ -7,28 +7,23 @@ newer architectures conversion rules.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
+from unittest import mock
 
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError, Damaged, Problems, Unrecoverable, shown
+from adapterkit.errors import Damaged, Problems, shown
 from adapterkit.gguf.config import FREQUENCIES
 from adapterkit.gguf.file import GgufFile, conversion_rules
 from adapterkit.gguf.header import MAX_ERRORS, Entry
-from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.gguf.placement import Placement, find_placement
+from adapterkit.gguf.weight import Build, GgufWeight, ReadArray
 from adapterkit.weights.skeleton import Skeleton, tied_names
-
-ReadArray = Callable[[str], Any]  # a GGUF tensor's decoded values by its name, as a numpy array
-
-
-class Build(Protocol):
-    """Builds a parameter; a picklable record."""
-
-    def __call__(self, read: ReadArray, /) -> Tensor: ...
 
 
 class TensorNames(Protocol):
@@ -47,6 +42,8 @@ def tensor_names(file: GgufFile, model: Skeleton, arguments: dict[str, Any]) -> 
     """transformers' way of reading the file; `arguments`: of its config, as it read them."""
     rules = conversion_rules()
 
+    import gguf
+
     def create() -> TensorNames:
         if file.architecture in rules:
             return _Rules(rules[file.architecture](model.model.config))
@@ -54,7 +51,10 @@ def tensor_names(file: GgufFile, model: Skeleton, arguments: dict[str, Any]) -> 
 
         processor = utils.TENSOR_PROCESSORS.get(file.architecture, utils.TensorProcessor)
         processor = processor(config=arguments)
-        return _Table(processor, utils.get_gguf_hf_weights_map(model.model, processor))
+        # made anew for each module otherwise, which takes half a minute
+        once = cache(gguf.get_tensor_name_map)
+        with mock.patch.object(gguf, "get_tensor_name_map", once):
+            return _Table(processor, utils.get_gguf_hf_weights_map(model.model, processor))
 
     return file.call_transformers("names", create)
 
@@ -160,43 +160,11 @@ def _tensor(array: object) -> Tensor:
 MAX_TRIED = 1 << 26  # values of a parameter up to which its shape is tried on zeros while planning
 
 
-@dataclass(frozen=True, kw_only=True)
-class GgufWeight(QuantizedWeight):
-    """One parameter, of one GGUF tensor or of several (experts' gate and up)."""
-
-    entries: tuple[Entry, ...]
-    build: Build = field(compare=False)
-
-    @property
-    def read_only(self) -> str | None:
-        return "GGUF"
-
-    def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        import gguf
-        import numpy as np
-
-        entries = {entry.name: entry for entry in self.entries}
-
-        def read(name: str) -> Any:
-            kind, shape = gguf.GGMLQuantizationType(entries[name].kind), entries[name].shape
-            values, width = gguf.GGML_QUANT_SIZES[kind]
-            blocks = stored.pop(name).numpy().reshape(*shape[:-1], shape[-1] // values * width)
-            return gguf.dequantize(blocks, kind)
-
-        with np.errstate(all="ignore"):  # values that are not finite are refused when written
-            weight = self.build(read)
-        if tuple(weight.shape) != self.shape:
-            raise Unrecoverable(
-                f"{shown(self.key)} comes out as {tuple(weight.shape)}",
-                expected=str(self.shape),
-                where=self.file,
-                hint="convert it with llama.cpp's own tools",
-            )
-        return weight
-
-
-def model_tensors(file: GgufFile, model: Skeleton, names: TensorNames) -> dict[str, TensorSpec]:
-    """The model's parameters by name; refused unless file and model match in full."""
+def model_tensors(
+    file: GgufFile, model: Skeleton, names: TensorNames, number: int
+) -> dict[str, TensorSpec]:
+    """The model's parameters by name, of input `number` of the job; refused unless file and model
+    match in full."""
     shapes = {name: tuple(value.shape) for name, value in model.state.items()}
     errors = file.errors
     groups: dict[str, list[Entry]] = {}
@@ -230,77 +198,68 @@ def model_tensors(file: GgufFile, model: Skeleton, names: TensorNames) -> dict[s
             "download the file again",
             kind=Damaged,
         )
-    layouts = _Layouts()
+    layouts = _Layouts(file.name, number)
     tensors: dict[str, TensorSpec] = {}
     for key, shape in shapes.items():
         if key in groups:
             build = names.build(key, [entry.name for entry in groups[key]])
-            weight = _weight(file.name, key, shape, groups[key], build)
-            tensors[key] = weight
-            errors += layouts.errors(weight)
+            with errors.collected():
+                tensors[key] = layouts.weight(key, shape, groups[key], build)
     Problems(errors[:MAX_ERRORS]).raise_all()
     return tensors
 
 
-def _weight(
-    file: str, key: str, shape: tuple[int, ...], entries: list[Entry], build: Build
-) -> GgufWeight:
-    parts = tuple(
-        TensorSpec(entry.name, "U8", (entry.stop - entry.start,), file, entry.start, entry.stop)
-        for entry in entries
-    )
-    return GgufWeight(
-        key=key,
-        dtype="F32",
-        shape=shape,
-        file=file,
-        start=parts[0].start,
-        stop=parts[0].stop,
-        parts=parts,
-        entries=tuple(entries),
-        build=build,
-    )
-
-
 class _Layouts:
-    """Checks that parameters come out in their shape: on zeros, once for each kind; of the largest
-    ones only the number of values."""
+    """How parameters come out of GGUF tensors, found once for each kind: their shape, on zeros (of
+    the largest ones only the number of values), and their placement."""
 
-    def __init__(self):
-        self.shapes: dict[Any, tuple[int, ...] | None] = {}  # by name without numbers, and sources
+    def __init__(self, file: str, number: int):
+        self.file, self.number = file, number
+        # by name without numbers, and sources
+        self.known: dict[Any, tuple[bool, Placement | None]] = {}
 
-    def errors(self, weight: GgufWeight) -> list[AdapterkitError]:
-        sources = tuple(entry.shape for entry in weight.entries)
-        count = sum(math.prod(shape) for shape in sources)
-        fits = count == math.prod(weight.shape)
-        if fits and count <= MAX_TRIED:
-            kind = (re.sub(r"\d+", "#", weight.key), sources)
-            if kind not in self.shapes:
-                self.shapes[kind] = _shape_of_zeros(weight)
-            fits = self.shapes[kind] == weight.shape
-        if fits:
-            return []
-        problem = ", ".join(f"{shown(entry.name)} {entry.shape}" for entry in weight.entries)
-        error = Damaged(
-            problem[:500],
-            expected=f"what {shown(weight.key)} {weight.shape} is made of",
-            where=weight.file,
-            hint="download the file again",
+    def weight(
+        self, key: str, shape: tuple[int, ...], entries: list[Entry], build: Build
+    ) -> GgufWeight:
+        """The record of a parameter; `Damaged` where it does not come out in its shape."""
+        shapes = {entry.name: entry.shape for entry in entries}
+        kind = (re.sub(r"\d+", "#", key), shape, tuple(shapes.values()))
+        if kind not in self.known:
+            self.known[kind] = _comes_out(build, shapes, shape), find_placement(shapes, build)
+        fits, placement = self.known[kind]
+        if not fits:
+            problem = ", ".join(f"{shown(name)} {shape}" for name, shape in shapes.items())
+            raise Damaged(
+                problem[:500],
+                expected=f"what {shown(key)} {shape} is made of",
+                where=self.file,
+                hint="download the file again",
+            )
+        return GgufWeight.of(
+            (entry.stored(self.number) for entry in entries),
+            key=key,
+            dtype="F32",
+            shape=shape,
+            types=tuple(entry.type for entry in entries),
+            shapes=tuple(shapes.values()),
+            build=build,
+            placement=placement,
         )
-        return [error]
 
 
-def _shape_of_zeros(weight: GgufWeight) -> tuple[int, ...] | None:
-    """The shape that a parameter has when it is built from zeros; None if that fails."""
+def _comes_out(build: Build, shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]) -> bool:
+    """Whether a parameter of that shape is built from GGUF tensors of these."""
     import numpy as np
 
-    shapes = {entry.name: entry.shape for entry in weight.entries}
+    count = sum(map(math.prod, shapes.values()))
+    if count != math.prod(shape) or count > MAX_TRIED:
+        return count == math.prod(shape)
     zeros = lambda name: np.broadcast_to(np.float32(0), shapes[name])
     try:
         with np.errstate(all="ignore"):
-            return tuple(weight.build(zeros).shape)
+            return tuple(build(zeros).shape) == shape
     except Exception:  # transformers' code, on shapes that it does not expect
-        return None
+        return False
 
 
 def _is_ignored(model: Skeleton, key: str, rule: str) -> bool:

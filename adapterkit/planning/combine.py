@@ -35,6 +35,7 @@ from adapterkit.planning.adapters.sites import (
     names_of,
     targets_of,
 )
+from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.sources import if_given, open_model, open_statistics, open_weighted
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.registry import create
@@ -119,7 +120,7 @@ def _base(
     doras = [adapter for adapter in adapters if adapter.config.get("use_dora")]
     if base is None or not doras:
         return base_with_parameters(base, adapters, notes), {}
-    model = open_checkpoint(base, len(adapters))
+    model = read_checkpoint(base, len(adapters))
     modules = {a.number: [lora.module for lora in a.loras] for a in doras}
     return model, {a.number: BaseWeights(model, a, modules[a.number], notes) for a in doras}
 

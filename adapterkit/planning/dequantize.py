@@ -1,10 +1,9 @@
 """dequantize: a quantized checkpoint into floats."""
 
 from adapterkit import dtypes
-from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import Problems, Refused
-from adapterkit.gguf.header import gguf_file
+from adapterkit.gguf.header import GgufFiles, find_gguf
 from adapterkit.gguf.model import loads_in_float32, open_gguf
 from adapterkit.options import parse_size
 from adapterkit.plan import Plan, Step
@@ -23,8 +22,8 @@ SHARD_SIZE = "5GB"  # of what comes from a GGUF file
 def plan_dequantize(options: Dequantize) -> Plan:
     """Everything a dequantization will do, or `Refused`."""
     folder, dtype = open_model(options.base), options.dtype
-    if name := gguf_file(folder):
-        return _plan_gguf(folder, name, options)
+    if files := find_gguf(folder):
+        return _plan_gguf(files, options)
     original = open_checkpoint(folder)
     base = decoded_view(original)
     packed = quantized_weights(base.tensors)
@@ -77,10 +76,10 @@ def plan_dequantize(options: Dequantize) -> Plan:
     )
 
 
-def _plan_gguf(folder: Folder, name: str, options: Dequantize) -> Plan:
+def _plan_gguf(source: GgufFiles, options: Dequantize) -> Plan:
     """Everything that is done to a GGUF file: every parameter decoded, put into its layout, rounded
     once."""
-    model, dtype = open_gguf(folder, name), options.dtype
+    model, dtype = open_gguf(source, tokenizer=True), options.dtype
     base, target_dtype = model.checkpoint, dtypes.parse(dtype) if dtype else model.dtype
     width = lambda key: "F32" if loads_in_float32(model.model, key, target_dtype) else target_dtype
     steps = [Step(key, width(key), spec.shape, spec) for key, spec in base.tensors.items()]

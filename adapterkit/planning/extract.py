@@ -20,6 +20,7 @@ from adapterkit.patterns import similar_names
 from adapterkit.plan import Change, Finalize, Plan, Task, TaskResult, unchanged
 from adapterkit.planning.adapters.output_norms import select_norms
 from adapterkit.planning.adapters.value_comparison import equal_values
+from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.model_config import nested_values
 from adapterkit.planning.inputs.sources import if_given, open_adapter, open_model, open_statistics
 from adapterkit.planning.merge.plan import plan_merge
@@ -399,7 +400,7 @@ def plan_extract(options: Extract) -> Plan:
     no factors, to see if it differs."""
     base, tuned = open_model(options.base), open_model(options.tuned)
     stats = if_given(open_statistics, options.stats)
-    sides = open_checkpoint(base, 0), open_checkpoint(tuned, 1)
+    sides = read_checkpoint(base, 0), read_checkpoint(tuned, 1)
     for side in sides:
         check_not_quantized(side)
     extraction, truncation = sort_parameters(sides, options), options.only(TruncationOptions)

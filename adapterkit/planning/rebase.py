@@ -6,7 +6,6 @@ from dataclasses import replace
 from adapterkit import dtypes
 from adapterkit.adapters.record import EMBEDDINGS, Adapter
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.combinations.linear import Linear
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.plan import Plan, Task
@@ -19,6 +18,7 @@ from adapterkit.planning.adapters.sites import (
     names_of,
     targets_of,
 )
+from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.sources import if_given, initial_of, open_adapter, open_model
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.tasks.combine import CombinedFactors, Operand, Refit
@@ -100,7 +100,7 @@ def _check_ties(trained: Adapter, base: Folder | None, errors: Problems, notes: 
         )
         return
     wanted = tuple(f"{module}.weight" for module in modules)
-    names = Names(open_checkpoint(base, 2), wanted, build_model=True, notes=notes)
+    names = Names(read_checkpoint(base, 2), wanted, build_model=True, notes=notes)
     for module in modules:
         parameter = names.parameter(f"{module}.weight")
         if parameter is not None and parameter.tied:

@@ -20,6 +20,7 @@ from adapterkit.planning.adapters.dora_deltas import BaseWeights, dora_problems
 from adapterkit.planning.adapters.other_types import kind_of, read_deltas
 from adapterkit.planning.adapters.output_norms import select_norms
 from adapterkit.planning.adapters.sites import join, levels_of, names_of, targets_of
+from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.sources import if_given, open_adapter, open_model, open_statistics
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.records import Json
@@ -47,7 +48,7 @@ def plan_resize(options: Resize) -> Plan:
     if base is not None and is_plain and not config.get("target_parameters"):
         notes.append(f"{base.name} was not needed: the adapter's deltas are in its factors")
         base = None
-    job = _ResizePlanner(options, None if base is None else open_checkpoint(base, 1), notes)
+    job = _ResizePlanner(options, None if base is None else read_checkpoint(base, 1), notes)
     if kind is not None:
         job.convert(kind, source)
     else:

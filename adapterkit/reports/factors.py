@@ -15,12 +15,13 @@ from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import WARNING, AdapterkitError, Damaged, Problems, Refused, shown
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.sums import all_finite, squared_norm
 from adapterkit.options import Progress, expect
+from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.merge.changes import collect_changes, other_base
 from adapterkit.planning.merge.job import MergeJob
 from adapterkit.records import Json
@@ -46,7 +47,7 @@ class Join:
 
 def join(adapter: Adapter, on: Folder, problems: Problems) -> Join:
     """Match the adapter with the base as merge does; what merge refuses is added to `problems`."""
-    base = open_checkpoint(on)
+    base = read_checkpoint(on)
     check_not_quantized(base)
     # a norm is the same in either layout of experts
     job = MergeJob(base, [adapter], [1.0], MergeOptions(expert_layout="peft-0.19"))

@@ -13,7 +13,9 @@ from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.shards import NOT_A_MODEL
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import Problems, Refused, shown
+from adapterkit.gguf.header import find_gguf
 from adapterkit.planning.adapters.sites import join
+from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.records import Json
 from adapterkit.reports import configs
 from adapterkit.reports.pairs import Bias, Pair, make_pair, stored_specs, summary_of
@@ -108,6 +110,9 @@ def _read_both(read: Callable[[Folder, int], Any], folders: tuple[Folder, Folder
 
 def _read_side(folder: Folder, number: int) -> Side:
     files = folder.files()
+    if find_gguf(folder):
+        checkpoint = read_checkpoint(folder, number)
+        return Side(checkpoint.tensors, checkpoint, checkpoint.config)
     only = next(iter(files)) if len(files) == 1 else ""
     if only.endswith(".safetensors"):
         return Side({spec.key: spec for spec in read_header(folder, only, number).tensors})

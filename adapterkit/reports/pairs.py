@@ -314,7 +314,7 @@ def summary_of(part: object) -> Json:
         summary = {"rank": part.rank, "scale": part.scale, "shape": list(_shape(part))}
         return summary | ({"experts": part.experts} if part.experts else {})
     spec = stored_specs(part)[0]
-    dtype = spec.name if isinstance(spec, QuantizedWeight) else spec.dtype
+    dtype = spec.format if isinstance(spec, QuantizedWeight) else spec.dtype
     return {"dtype": dtype, "shape": list(spec.shape)}
 
 

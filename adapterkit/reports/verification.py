@@ -1,14 +1,16 @@
 """verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled
 rows are recomputed in float64."""
 
-from adapterkit.checkpoint.folder import Folder
+from typing import cast
+
+from adapterkit.checkpoint.folder import Folder, OneFile
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.engines.verify.file_checks import check_files
 from adapterkit.engines.verify.row_checks import check_rows
 from adapterkit.errors import WARNING, Problems, Refused, listed, shown
-from adapterkit.options import StrPath
 from adapterkit.plan import Plan
 from adapterkit.planning.inputs.sources import (
+    if_given,
     open_model,
     open_source,
     open_statistics,
@@ -21,7 +23,7 @@ from adapterkit.verbs.verify import Verify
 
 def verify_output(verify: Verify) -> Json:
     """What `verify` says of an output."""
-    folder, base, stats, progress = verify.folder, verify.base, verify.stats, verify.progress
+    folder, base, progress = verify.folder, verify.base, verify.progress
     adapters = verify.adapters
     out = open_source(folder)
     receipt = read_receipt(out)
@@ -33,8 +35,11 @@ def verify_output(verify: Verify) -> Json:
             where="options",
             hint="give both to recompute rows of a merge",
         )
+    file = getattr(out, "single", None)
+    if file is not None and len(receipt["files"]) > 1:
+        out = cast(OneFile, out).whole()
     result = check_files(out, receipt, progress)
-    plan = _plan_again(receipt, base, sources, stats) if base else None
+    plan = _plan_again(receipt, verify, sources, file) if base else None
     if plan is None:
         return result | {"rows": 0, "tensors": 0}
     return result | check_rows(out, plan, _hint(receipt, plan))
@@ -55,9 +60,10 @@ def _hint(receipt: dict, plan: Plan) -> str:
 
 
 def _plan_again(
-    receipt: dict, base: StrPath, sources: list[tuple[Folder, float]], stats: StrPath | None
+    receipt: dict, verify: Verify, sources: list[tuple[Folder, float]], file: str | None
 ) -> Plan:
     """The plan that made the output, from the receipt's options and inputs that are the same."""
+    from adapterkit.planning.merge.gguf import read_importance
     from adapterkit.planning.merge.plan import plan_merge
     from adapterkit.verbs.merge import MergeOptions
 
@@ -80,8 +86,17 @@ def _plan_again(
             hint="give all of the merge, in its order",
         )
     pairs = [(folder, weight) for (folder, _), weight in zip(sources, weights, strict=True)]
-    statistics = None if stats is None else open_statistics(stats)
-    plan = plan_merge(open_model(base), pairs, MergeOptions(**options), statistics)
+    statistics = if_given(open_statistics, verify.stats)
+    given = if_given(read_importance, verify.imatrix)
+    if (given and given.sha256) != options.pop("imatrix", None):
+        raise Refused(
+            "another importance matrix than that of the merge, or none of the two",
+            expected="the same file",
+            where="--imatrix",
+            hint="give the file of the merge",
+        )
+    base = open_model(verify.base or "")
+    plan = plan_merge(base, pairs, MergeOptions(**options), statistics, file=file, imatrix=given)
     errors = Problems(where=RECEIPT)
     for number, entry in enumerate(receipt["recipe"]["inputs"]):
         for name, recorded in entry["files"].items():

@@ -14,7 +14,7 @@ from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.quant import compensated as kernel
 from adapterkit.kernels.quant.grid import LARGE_PIECE, RoundColumn
 from adapterkit.kernels.sums import floats, square_sums
-from adapterkit.plan import READ, Compensation, Effort, Span, Task, TaskResult
+from adapterkit.plan import READ, Compensation, Effort, Span, Step, Task, TaskResult
 from adapterkit.tasks.metrics import ChangeMetrics, short
 from adapterkit.tasks.rows import StepTask, StoredWeight, step_memory, unchanged_weight
 from adapterkit.tasks.statistics import covariance_errors
@@ -82,11 +82,45 @@ def relative_error(weight: Tensor, other: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class CompensatedStep(StepTask):
-    """A step with compensation; `packed`: the result is encoded as its source is, with the scales
-    of plain encoding, else it is of floats."""
+class EncodedStep(StepTask):
+    """A step whose result is encoded in a `format` other than its source's, or that has none."""
 
-    packed: bool
+    format: QuantizedWeight
+
+    @property
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
+        return self.format.max_outputs
+
+    @property
+    def effort(self) -> Effort:
+        return super().effort + Effort(encoded=math.prod(self.step.shape))
+
+    @property
+    def memory(self) -> int:
+        return step_memory(self.step, 3, 24) + 16 * math.prod(self.step.shape)
+
+    def compute(self, inputs: Reader) -> TaskResult:
+        weight = StoredWeight(self.step, inputs)
+        change = weight.new_metrics()
+        exact = torch.empty(weight.height, weight.width, device=inputs.device)
+        for part in weight.edit(change, compared=False):
+            exact[part.first : part.last] = part.after
+        shape = self.format.shape
+        tensors = self.format.encode(exact.view(shape))
+        if self.step.draws is not None:
+            tensors = self.format.encode_keeping_scales(tensors, exact.view(shape), self.step.draws)
+        written = decode_checked(self.format, tensors).view(exact.shape)
+        for part in weight.edit(weight.new_metrics()):
+            rows = slice(part.first, part.last)
+            change.compare(part.before, part.after, written[rows])
+        return TaskResult(tensors, change.result(self.step, "requantization"))
+
+
+@dataclass(frozen=True)
+class CompensatedStep(StepTask):
+    """A step with compensation, in a `format` with the scales of plain encoding, or of floats."""
+
+    format: QuantizedWeight | None
 
     @property
     def compensation(self) -> Compensation:
@@ -96,12 +130,6 @@ class CompensatedStep(StepTask):
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
         return (*super().reads, *self.compensation.reads)
-
-    @property
-    def format(self) -> QuantizedWeight | None:
-        """That of the result, if it is quantized."""
-        source = self.step.source
-        return source if self.packed and isinstance(source, QuantizedWeight) else None
 
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
@@ -131,10 +159,10 @@ class CompensatedStep(StepTask):
             changed = changed or not torch.equal(part.before, part.after)
         if self.format is None:
             return self._floats(inputs, weight, exact)
-        if not changed:
+        if not changed and self.format is self.step.source:
             return unchanged_weight(self.format, change, self.step)
         packed, shape = self.format, self.format.shape
-        plain = packed.encode_keeping_scales(weight.original, exact.view(shape))
+        plain = plainly_encoded(packed, self.step, weight.original, exact)
         nearest = decode_checked(packed, plain).view(exact.shape)
         value, errors = compensate(
             inputs, self.compensation, exact, nearest, packed.column_rounder(plain)
@@ -151,6 +179,17 @@ class CompensatedStep(StepTask):
         )
         metrics = _change(weight, value).result(self.step)
         return TaskResult({self.step.key: value.to(dtype).view(self.step.shape)}, metrics | errors)
+
+
+def plainly_encoded(
+    packed: QuantizedWeight, step: Step, stored: dict[str, Tensor], weight: Tensor
+) -> dict[str, Tensor]:
+    """The parts of a step's result rounded to nearest; with scales that are kept where it has the
+    format of its source."""
+    value = weight.float().view(packed.shape)
+    if packed is step.source:
+        return packed.encode_keeping_scales(stored, value)
+    return packed.encode(value)
 
 
 def compensate(

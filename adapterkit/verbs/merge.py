@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from adapterkit.plan import Plan
 
 
+WRITTEN_TYPES = (
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "q3_k",
+    "q2_k", "iq4_nl", "iq4_xs", "mxfp4", "tq1_0", "tq2_0",
+)  # fmt: skip
+
+
 @record
 class MergeOptions(ModuleFilters):
     """How adapters become part of a base."""
@@ -85,6 +91,22 @@ class MergeOptions(ModuleFilters):
     seed: int = seed_option(
         "Seed of stochastic rounding: same seed, same bytes.", needs="rounding=stochastic"
     )
+    touched_as: str | None = option(
+        default=None,
+        check=choice(WRITTEN_TYPES),
+        help="Type of blocks of the tensors of a GGUF model that change (default: their own).",
+    )
+    scales: str | None = option(
+        default=None,
+        check=choice(("search", "keep")),
+        help="Scales of changed blocks of a GGUF model: the best ones (search, the default), or "
+        "those that are there, where the new values fit.",
+    )
+    modelfile: bool = option(
+        default=False,
+        check=FLAG,
+        help="Write a Modelfile for Ollama beside the output, which is a GGUF file.",
+    )
 
 
 @record
@@ -138,6 +160,13 @@ class Merge(WritingVerb, MergeOptions):
     stats: StrPath | None = statistics_option(
         "Covariances of the layers' inputs, for --rounding compensated.",
         needs="rounding=compensated",
+    )
+    imatrix: StrPath | None = option(
+        default=None,
+        check=SOURCE,
+        metavar="FILE",
+        help="Importance matrix of llama.cpp, .gguf or .dat: weighs the errors when scales of a "
+        "GGUF model are searched.",
     )
     verify: bool = verify_option()
     push: str | None = push_option()

@@ -53,6 +53,12 @@ class Verify(Verb[Json]):
         help="An adapter of the merge; repeat for several, in the merge's order.",
     )
     stats: StrPath | None = statistics_option("Statistics of a merge that took some.")
+    imatrix: StrPath | None = option(
+        default=None,
+        check=SOURCE,
+        metavar="FILE",
+        help="Importance matrix of a merge that took one.",
+    )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
 

@@ -38,6 +38,8 @@ class QuantizedWeight(TensorSpec):
     modules: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
     # whether its loader accepts stacks of experts that are not quantized
     allows_plain_experts: ClassVar[bool] = True
+    # whether its encoder takes the scales of least error, of which two may be as good
+    searches_scales: ClassVar[bool] = False
     # files beside config.json that say that a folder is quantized
     files: ClassVar[tuple[str, ...]] = ()
 
@@ -81,6 +83,11 @@ class QuantizedWeight(TensorSpec):
         """Whether its loader replaces a module that is no linear layer, unless the config excludes
         it."""
         return False
+
+    @property
+    def format(self) -> str:
+        """What reports call its format."""
+        return self.name
 
     @property
     def nbytes(self) -> int:

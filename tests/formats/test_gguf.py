@@ -303,7 +303,7 @@ def test_the_base_is_told_by_its_id(tmp_path: Path):
     assert told["general.base_model.count"] == 1
     assert told["general.base_model.0.name"] == "Some-Model"
     assert told["general.base_model.0.repo_url"] == "https://huggingface.co/org/Some-Model"
-    assert any("ADAPTER ./a.gguf" in note for note in receipt.data["notes"])
+    assert any("--lora a.gguf" in note for note in receipt.data["notes"])
     adapterkit.convert(out, to="peft", out=tmp_path / "back")
     config = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/Some-Model"

@@ -97,8 +97,8 @@ def write(
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp's order of a head's rows: pairs that rotate together stand side by side."""
-    out, width = weight.shape
-    return weight.reshape(heads, 2, out // heads // 2, width).swapaxes(1, 2).reshape(out, width)
+    rows = weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:])
+    return rows.swapaxes(1, 2).reshape(weight.shape)
 
 
 def names(arch: str, model: nn.Module) -> dict[str, np.ndarray]:

@@ -5,13 +5,11 @@ import threading
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder, inside
 from adapterkit.checkpoint.hashes import RunningHash
-from adapterkit.checkpoint.header import read_header
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.checkpoint.system import cores, system
 from adapterkit.engines.local.computed import in_order
 from adapterkit.errors import AdapterkitError, Damaged, Failed, Problems, shown
-from adapterkit.gguf.adapter import read_adapter
-from adapterkit.gguf.header import ENDING
+from adapterkit.gguf.header import stored_tensors
 from adapterkit.options import Progress
 from adapterkit.receipt import AGAIN, CHANGED
 from adapterkit.records import Json
@@ -48,7 +46,9 @@ def check_files(out: Folder, receipt: dict, progress: Progress = lambda done: No
     finally:
         stop.set()
     errors = [error for name in files if (error := found[name]) is not None]
-    unlisted = {name for name in sizes if name.endswith(".safetensors") and "/" not in name}
+    # beside an output that is one file there may be anything
+    own = sizes if RECEIPT in sizes else ()
+    unlisted = {name for name in own if name.endswith(".safetensors") and "/" not in name}
     errors += [
         Damaged(
             "the receipt does not list these weights",
@@ -103,9 +103,7 @@ def check_file(
 
 def _ends(out: Folder, name: str, marks: dict, *, hashed: bool) -> list[tuple[str, int]]:
     """The keys of a weights file, which must be the receipt's, and where their tensors end."""
-    is_gguf = name.endswith(ENDING)
-    specs = read_adapter(out, name).tensors.values() if is_gguf else read_header(out, name).tensors
-    tensors = list(specs)
+    tensors = stored_tensors(out, name)
     different = sorted({spec.key for spec in tensors} ^ set(marks)) if hashed else []
     if different:
         raise Damaged(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
-from adapterkit.checkpoint.header import TensorSpec, read_header
+from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.system import cores
@@ -19,11 +19,13 @@ from adapterkit.engines.local.computed import in_order
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.engines.verify.file_checks import check_file, check_files
 from adapterkit.errors import Damaged, Failed, Problems, shown
+from adapterkit.gguf.header import stored_tensors
 from adapterkit.plan import Plan, Step
 from adapterkit.receipt import AGAIN, read_receipt
 from adapterkit.records import Json
-from adapterkit.tasks.quantize import CompensatedStep, before_rounding
+from adapterkit.tasks.quantize import CompensatedStep, EncodedStep, before_rounding, plainly_encoded
 from adapterkit.tasks.rows import EditedTensor, RequantizedWeight, StoredRows, arithmetic, rounded
+from adapterkit.tasks.some_outputs import SomeOutputs
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 
 FEW = 3  # wrong tensors that are told one by one
@@ -33,6 +35,8 @@ CHUNK = 1 << 18  # elements that are float64 at a time
 # of a row's largest magnitude: what arithmetic may be wrong by
 SLACK = {torch.float32: 2.0**-20, torch.float64: 2.0**-44}
 SLACK_OF_SUMS = 2.0**-16  # the same of a tensor's, where errors of all columns are summed
+# errors of that many values are compared, where several scales are as good, and may differ so
+PIECE_OF_ROW, NEAR = 256, 1.01
 
 
 class RowCheck:
@@ -59,7 +63,7 @@ class RowCheck:
 def check_rows(out: Folder, plan: Plan, hint: str = AGAIN) -> Json:
     """Recompute rows of every changed tensor from the inputs in float64: how many rows and tensors
     those are. `Damaged` with all that is wrong."""
-    specs = {s.key: s for shard in plan.shards for s in read_header(out, shard.file).tensors}
+    specs = {s.key: s for shard in plan.shards for s in stored_tensors(out, shard.file)}
     checks = list(_checks(plan))
     with Sources(plan.folders, dict(plan.identities)) as sources, Sources((out,), {}) as written:
         inputs, stored = (
@@ -125,12 +129,15 @@ def _checks(plan: Plan) -> Iterator["_TensorCheck"]:
     for shard in plan.shards:
         yield from (FloatCheck(step) for step in shard.steps if not step.copied)
         for task in shard.tasks:
+            task = task.whole if isinstance(task, SomeOutputs) else task
             if isinstance(task, EditedTensor):
                 yield FloatCheck(task.step)
             elif isinstance(task, RequantizedWeight):
                 yield CodeCheck(task.step, task.packed)
             elif isinstance(task, CompensatedStep):
                 yield CompensatedCheck(task.step, task.format)
+            elif isinstance(task, EncodedStep):
+                yield EncodedCheck(task.step, task.format)
             elif not task.copied:
                 raise TypeError(f"{shown(task.name)}: no check of a {type(task).__name__}")
 
@@ -224,6 +231,8 @@ class CodeCheck:
                 ).view(exact.shape)
                 low, high = torch.minimum(low, beside - slack), torch.maximum(high, beside + slack)
             bad = ~((low <= stored) & (stored <= high))
+        if record.searches_scales and self.step.draws is None:
+            bad &= ~_as_near(stored, value, exact, slack)
         return _difference(bad, stored, value, first) if bool(bad.any()) else None
 
     def _encoded(
@@ -279,15 +288,56 @@ class CompensatedCheck:
         """`before` rounded to nearest, in a format with the scales of the exact weight."""
         if self.packed is None:
             return rounded(before, self.step)
-        shape = self.packed.shape
-        plain = self.packed.encode_keeping_scales(origin.parts, exact.float().view(shape))
+        plain = plainly_encoded(self.packed, self.step, origin.parts, exact)
         rounder, turned = self.packed.column_rounder(plain), self.by_columns
         columns = (before.T if turned else before).float().T.contiguous()
         values = torch.stack([rounder(w, number) for number, w in enumerate(columns)])
         return values if turned else values.T
 
 
-_TensorCheck = FloatCheck | CodeCheck | CompensatedCheck
+@dataclass(frozen=True)
+class EncodedCheck:
+    """A tensor, all of it, that is stored otherwise than what it was made of."""
+
+    step: Step
+    packed: QuantizedWeight
+    expected = "W + Σ weight·scale·b@a, encoded"
+
+    def run(self, inputs: LocalReader, written: LocalReader, specs: Specs) -> RowsChecked:
+        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
+        origin = _Source(self.step, inputs)
+        exact = torch.cat([origin.edited(*piece) for piece in origin.pieces(0, origin.height)])
+        after = {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}
+        stored = decode_checked(self.packed, after).view(exact.shape).double()
+        slack = exact.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step)]
+        values = [self._encoded(exact + by) for by in (0, -slack, slack)]
+        low, high = (torch.stack(values).amin(0) - slack, torch.stack(values).amax(0) + slack)
+        bad = ~((low <= stored) & (stored <= high))
+        if self.packed.searches_scales and self.step.draws is None:
+            bad &= ~_as_near(stored, values[0], exact, slack)
+        wrong = _difference(bad, stored, values[0], 0) if bool(bad.any()) else None
+        return RowsChecked(origin.height, wrong)
+
+    def _encoded(self, exact: Tensor) -> Tensor:
+        """What the exact values are stored as, decoded."""
+        value = exact.float().view(self.packed.shape)
+        tensors = self.packed.encode(value)
+        if self.step.draws is not None:
+            tensors = self.packed.encode_keeping_scales(tensors, value, self.step.draws)
+        return decode_checked(self.packed, tensors).view(exact.shape).double()
+
+
+def _as_near(stored: Tensor, value: Tensor, exact: Tensor, slack: Tensor) -> Tensor:  # bool
+    """Which values are in pieces of rows that are stored as near to the exact ones as an encoding
+    is: of two scales with nearly the same error either may have been found."""
+    width = exact.shape[1]
+    each = math.gcd(width, PIECE_OF_ROW)
+    squares = lambda x: (x.double() - exact).square().view(len(x), -1, each).sum(2)
+    near = squares(stored) <= squares(value) * NEAR + each * slack.double().square()
+    return near.repeat_interleave(each, 1)
+
+
+_TensorCheck = FloatCheck | CodeCheck | CompensatedCheck | EncodedCheck
 
 
 def _difference(bad: Tensor, stored: Tensor, expected: Tensor, row: int) -> Wrong:

@@ -16,8 +16,9 @@ from adapterkit.adapters.factors import Factors, Place, factors_of
 from adapterkit.adapters.keys import BASE_LAYER
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.records import Json
 from adapterkit.weights.names import Names
 
@@ -90,7 +91,7 @@ def base_with_parameters(
     """The base, numbered after the adapters, where its order of parameters can matter; else a note
     that it was not needed."""
     if base is None or any(adapter.config.get("target_parameters") for adapter in adapters):
-        return None if base is None else open_checkpoint(base, len(adapters))
+        return None if base is None else read_checkpoint(base, len(adapters))
     notes.append(f"{base.name} was not needed: the adapters' deltas are in their factors")
     return None
 

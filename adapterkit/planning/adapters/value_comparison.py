@@ -13,6 +13,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.kernels.rows import row_ranges
+from adapterkit.weights.codec import QuantizedWeight, read_parts
 from adapterkit.weights.parameters import StoredParameter
 
 BLOCK = 4 << 20  # elements compared at a time
@@ -34,6 +35,22 @@ def relative_difference(one: tuple[Folder, TensorSpec], other: tuple[Folder, Ten
     for a, b in _blocks(one, other):
         difference += float((a.double() - b.double()).square().sum())
         norm += float(a.double().square().sum())
+    return math.sqrt(difference / norm) if norm else math.inf
+
+
+def decoded_difference(
+    one: tuple[Folder, TensorSpec], other: tuple[Folder, QuantizedWeight]
+) -> float:
+    """‖one - other‖ / ‖one‖ of two tensors of one shape, the other one as it decodes."""
+    (folder, spec), (other_folder, weight) = one, other
+    parts = read_parts(weight, partial(_read, other_folder))
+    grid = math.prod(weight.shape[:-1]), weight.shape[-1]
+    difference = norm = 0.0
+    for first, last in weight.row_ranges(BLOCK):
+        a = _read(folder, spec.narrowed(grid, first, last)).double()
+        record, own = weight.rows(parts, first, last)
+        difference += float((a - record.decode(own).view(a.shape)).square().sum())
+        norm += float(a.square().sum())
     return math.sqrt(difference / norm) if norm else math.inf
 
 

@@ -5,7 +5,6 @@ import re
 from adapterkit.adapters.keys import CONFIG, PLAIN, WEIGHTS
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import read_header
-from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.errors import AdapterkitError, Refused
@@ -36,9 +35,10 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
         return folder
     # here, so that adapters in PEFT's layout do not wait for it
     from adapterkit.planning.convert.plan import plan_convert
+    from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
     from adapterkit.verbs.convert import ConvertOptions
 
-    checkpoint = None if base is None else open_checkpoint(base, 1)
+    checkpoint = None if base is None else read_checkpoint(base, 1)
     try:
         plan = plan_convert(folder, ConvertOptions(to=_layout()), checkpoint, detection=detection)
     except AdapterkitError as error:

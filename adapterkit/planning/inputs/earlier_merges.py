@@ -7,9 +7,10 @@ from adapterkit.adapters.keys import WEIGHTS
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.hashes import sha256_of_file
-from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import shown
+from adapterkit.receipt import find_receipt
+from adapterkit.records import Json
 
 
 class MergedAdapter(NamedTuple):
@@ -25,7 +26,7 @@ def merged_adapters(base: Folder) -> list[MergedAdapter]:
     """The adapters that were merged into a base, by the last merge and by those before it.
 
     None where there is no receipt, or one of another verb or version, or one without hashes."""
-    receipt = read_json(base, RECEIPT) if RECEIPT in base.files() else {}
+    receipt = _receipt_of(base)
     try:
         recipe, sums = receipt["recipe"], receipt["inputs"]
         if recipe["verb"] != "merge":
@@ -45,6 +46,11 @@ def merged_adapters(base: Folder) -> list[MergedAdapter]:
         return []
 
 
+def _receipt_of(base: Folder) -> Json:
+    found = find_receipt(base)
+    return read_json(*found) if found else {}
+
+
 def same_merges(merged: Sequence[MergedAdapter], adapter: Adapter) -> list[MergedAdapter]:
     """Those of these that are an adapter. Files are compared by their sha256; only those whose
     headers agree are read for it."""
@@ -56,7 +62,7 @@ def same_merges(merged: Sequence[MergedAdapter], adapter: Adapter) -> list[Merge
 def merged_change(base: Folder, key: str) -> float:
     """How much the last merge changed a stored tensor, relative to its norm, as the receipt says;
     0 where it says nothing."""
-    receipt = read_json(base, RECEIPT) if RECEIPT in base.files() else {}
+    receipt = _receipt_of(base)
     try:
         return float(receipt["parameters"][key]["delta"])
     except (KeyError, TypeError, ValueError):

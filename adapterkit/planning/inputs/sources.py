@@ -3,34 +3,26 @@
 import os
 import re
 from collections.abc import Callable
-from typing import Protocol, TypeGuard, cast
+from typing import Protocol, TypeGuard, TypeVar, cast
 
 from adapterkit.adapters.config import IMPLICIT
 from adapterkit.adapters.keys import CONFIG, INITIAL, WEIGHTS
-from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.folder import Folder, LocalFolder, OneFile
 from adapterkit.checkpoint.shards import NOT_A_MODEL, SINGLE
-from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.engines.planned_folder import PlannedFolder
 from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, shown
 from adapterkit.hub.ids import is_on_hub, parse
 from adapterkit.options import Sources, StrPath, finite, unweighted, weighted
 from adapterkit.planning.inputs.converted_adapter import in_adapter_layout
+from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 
+T = TypeVar("T")
 INDEX = ".safetensors.index.json"
 MODEL_CONFIG = "config.json"
 MODEL_WEIGHTS = re.compile(r"\.(safetensors|bin|gguf|index\.json)$")
 NUMBERED = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
-
-
-class _File(Folder, Protocol):
-    """One file, as a folder that holds nothing else."""
-
-    single: str
-
-    def whole(self) -> Folder: ...
-    def beside(self) -> set[str]: ...
-    def as_weights(self, name: str) -> Folder: ...
 
 
 class _WithSubfolders(Folder, Protocol):
@@ -70,7 +62,7 @@ def open_source(text: StrPath) -> Folder:
         raise
 
 
-def if_given(opener: Callable[[StrPath], Folder], text: StrPath | None) -> Folder | None:
+def if_given(opener: Callable[[StrPath], T], text: StrPath | None) -> T | None:
     """What is opened for an option; None where it is not given."""
     return None if text is None else opener(text)
 
@@ -144,7 +136,7 @@ def open_base(text: StrPath) -> Checkpoint:
     if MODEL_CONFIG in folder.files() and not any(map(MODEL_WEIGHTS.search, folder.files())):
         config = read_json(folder, MODEL_CONFIG)
         return Checkpoint(folder, {}, {}, None, None, config, folder.files())
-    return open_checkpoint(folder, 1)
+    return read_checkpoint(folder, 1)
 
 
 def open_adapter(text: StrPath, base: Folder | None = None) -> Folder:
@@ -172,7 +164,7 @@ def open_unconverted(text: StrPath, allow_pickle: bool = False) -> Folder:
     return folder.as_weights(WEIGHTS)
 
 
-def _is_weights(folder: Folder) -> TypeGuard[_File]:
+def _is_weights(folder: Folder) -> TypeGuard[OneFile]:
     single = getattr(folder, "single", None)
     return single is not None and single.endswith(".safetensors")
 

@@ -13,10 +13,15 @@ from adapterkit.checkpoint.fingerprint import difference
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import WARNING, Refused, listed, shown
 from adapterkit.planning.adapters.sites import flips_square_experts, sites_of
-from adapterkit.planning.adapters.value_comparison import differing_rows, relative_difference
+from adapterkit.planning.adapters.value_comparison import (
+    decoded_difference,
+    differing_rows,
+    relative_difference,
+)
 from adapterkit.planning.inputs.earlier_merges import merged_change, same_merges
 from adapterkit.planning.inputs.model_config import vocabulary_sizes
 from adapterkit.planning.merge.job import Change, MergeJob
+from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.unadaptable import looks_up_otherwise, weight_reader
 
@@ -110,6 +115,7 @@ def _check_groups(job: MergeJob, adapter: Adapter, parameter: Parameter, lora: L
         )
 
 
+QUANTIZED = 0.3  # the most by which a weight differs from its original, relative to its norm
 ROUNDING = 2.0**-8  # what bf16 adds to the relative change that a receipt tells
 
 
@@ -120,6 +126,7 @@ def _trained(job: MergeJob, adapter: Adapter) -> dict[str, TensorSpec]:
     ("ignore") or the copy ("adapter", as in PEFT)."""
     trained, differing = dict(adapter.replaced), {}
     explained: list[str] = []
+    quantized: list[str] = []
     for name, spec in adapter.replaced.items():
         is_copy = name in adapter.copies
         is_automatic = (
@@ -139,8 +146,14 @@ def _trained(job: MergeJob, adapter: Adapter) -> dict[str, TensorSpec]:
         count = spec.shape[0]
         if comparable:
             count = differing_rows((adapter.folder, spec), (job.base.folder, stored))
+        asked = job.options.base_copies is not None
+        error = None if asked else _quantization_error(job, parameter, adapter, spec)
         if count == 0 or (is_copy and job.options.base_copies == "ignore"):
             del trained[name]
+        elif error is not None and error < QUANTIZED:
+            del trained[name]
+            quantized.append(f"{shown(spec.key)} ({error:.0%})")
+            continue
         is_told = count and is_copy and comparable and not job.options.base_copies
         if is_told and _is_of_original(job, adapter, spec, stored):
             del trained[name]
@@ -151,6 +164,11 @@ def _trained(job: MergeJob, adapter: Adapter) -> dict[str, TensorSpec]:
                 if comparable
                 else "the base's is quantized"
             )
+    if quantized:
+        job.notes.append(
+            f"{adapter.name}: copies of weights that the base has quantized count as its own, from "
+            f"which they differ by {listed(quantized)}; --base-copies adapter starts from them"
+        )
     if explained:
         job.notes.append(
             f"{adapter.name}: {listed(explained)}: weights of the base before what its receipt "
@@ -170,6 +188,17 @@ def _trained(job: MergeJob, adapter: Adapter) -> dict[str, TensorSpec]:
         effect = "ignored" if job.options.base_copies == "ignore" else "replace the base's"
         job.notes.append(f"{adapter.name}: copies of another base's weights {effect}: {text}")
     return trained
+
+
+def _quantization_error(
+    job: MergeJob, parameter: Parameter, adapter: Adapter, copy: TensorSpec
+) -> float | None:
+    """By how much a copy differs from the base's weight as that decodes; None where that is not
+    quantized."""
+    stored = job.base.tensors[parameter.slots[0].key]
+    if not parameter.whole or not isinstance(stored, QuantizedWeight):
+        return None
+    return decoded_difference((adapter.folder, copy), (job.base.folder, stored))
 
 
 def _is_of_original(job: MergeJob, adapter: Adapter, copy: TensorSpec, stored: TensorSpec) -> bool:

@@ -11,20 +11,32 @@ from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.gguf.header import find_gguf
+from adapterkit.gguf.model import GgufCheckpoint
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath, flag_of, parse_size
 from adapterkit.patterns import similar_names
 from adapterkit.plan import OutputFile, Plan, Step
 from adapterkit.planning.inputs.earlier_merges import history_notes, merged_adapters
 from adapterkit.planning.inputs.input_identity import plan_of
+from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.model_config import nested_values, set_nested
 from adapterkit.planning.inputs.sources import (
+    if_given,
     initial_of,
     open_model,
     open_statistics,
     open_weighted,
 )
 from adapterkit.planning.merge.changes import collect_changes
+from adapterkit.planning.merge.gguf import (
+    ImportanceFile,
+    files_beside,
+    gguf_shards,
+    options_of_others,
+    output_file,
+    read_importance,
+)
 from adapterkit.planning.merge.job import MergeJob
 from adapterkit.planning.merge.steps import plan_steps
 from adapterkit.planning.merge.tied import (
@@ -33,7 +45,7 @@ from adapterkit.planning.merge.tied import (
     resolve_vocab_resize,
 )
 from adapterkit.planning.outputs.cards import merged_card
-from adapterkit.planning.outputs.folder_files import model_files
+from adapterkit.planning.outputs.folder_files import Files, model_files
 from adapterkit.planning.outputs.model import (
     CHANGED_BY,
     check_gaps,
@@ -62,10 +74,12 @@ def plan_merge_of(merge: Merge) -> Plan:
             hint="remove --push",
         )
     base, options = open_model(merge.base), merge.only(MergeOptions)
+    name = output_file(base, merge.out)
     adapters = open_weighted(merge.adapters, base=base)
     stats = None if merge.stats is None else open_statistics(merge.stats)
+    imatrix = if_given(read_importance, merge.imatrix)
     if merge.base16 is None:
-        return plan_merge(base, adapters, options, stats)
+        return plan_merge(base, adapters, options, stats, file=name, imatrix=imatrix)
     return plan_merge_into_original(merge.base, merge.base16, adapters, options, stats)
 
 
@@ -74,16 +88,21 @@ def plan_merge(
     sources: list[tuple[Folder, float]],
     options: MergeOptions,
     stats: Folder | None = None,
+    *,
+    file: str | None = None,
+    imatrix: ImportanceFile | None = None,
 ) -> Plan:
     """The plan of a merge of these adapters with these weights; `Refused` or `Damaged` with all
-    problems. `stats`: the covariances that compensated rounding needs."""
+    problems. `stats`: the covariances that compensated rounding needs; `file`: the name of an
+    output that is one file; `imatrix`: what weighs the errors of its blocks."""
     Problems(missing_statistics(options.rounding, stats)).raise_all()
+    Problems(options_of_others(options, imatrix, find_gguf(base) is not None)).raise_all()
     if not sources:
         raise Refused("no adapter", expected="one or more", hint="name the adapters after the base")
     sources, with_initial = _with_initial(sources, options)
     adapters, errors = _scan_adapters(sources)
     try:
-        checkpoint = open_checkpoint(base)
+        checkpoint = read_checkpoint(base)
     except AdapterkitError as error:
         Problems([error, *errors]).raise_all()
         raise
@@ -100,6 +119,11 @@ def plan_merge(
 
         statistics = open_checkpoint(stats, len(sources) + 1)
         steps = with_compensation(job, steps, statistics)
+    if isinstance(checkpoint, GgufCheckpoint):
+        shards = gguf_shards(job, checkpoint, list(_all_steps(steps)), file, imatrix)
+        plan = _plan_of_files(job, steps, statistics, shards, files_beside(job, checkpoint, shards))
+        more = {"imatrix": imatrix.sha256} if imatrix else {}
+        return replace(plan, options=plan.options | more, is_file=len(shards) == 1)
     return _plan(job, steps, statistics)
 
 
@@ -127,7 +151,8 @@ def changed_steps(job: MergeJob, errors: Sequence[AdapterkitError] = ()) -> Step
     steps = plan_steps(job)
     job.errors.raise_all()
     _refuse_nothing(job, steps)
-    check_quantized_output(job, steps)
+    if not isinstance(job.original, GgufCheckpoint):
+        check_quantized_output(job, steps)
     job.errors.raise_all()
     return steps
 
@@ -254,7 +279,6 @@ def _refuse_nothing(job: MergeJob, steps: Steps) -> None:
 
 def _plan(job: MergeJob, steps: Steps, stats: Checkpoint | None) -> Plan:
     shards = _shards(job, steps)
-    inputs = [job.original, *job.adapters, *([stats] if stats else [])]
     if job.options.dtype:
         name = dtypes.CONFIG_NAME[dtypes.parse(job.options.dtype)]
         for key in ("dtype", "torch_dtype"):
@@ -263,6 +287,17 @@ def _plan(job: MergeJob, steps: Steps, stats: Checkpoint | None) -> Plan:
     card = merged_card(job.original, job.adapters, job.weights)
     omit = quantization_files(job.base.tensors) if job.options.dequantize else ()
     files = model_files(job.original, job.config, shards, card, tokenizer=tokenizer, omit=omit)
+    return _plan_of_files(job, steps, stats, shards, files)
+
+
+def _plan_of_files(
+    job: MergeJob,
+    steps: Steps,
+    stats: Checkpoint | None,
+    shards: tuple[OutputFile, ...],
+    files: Files,
+) -> Plan:
+    inputs = [job.original, *job.adapters, *([stats] if stats else [])]
     decisions = {
         "adapters": [
             {"name": adapter.name, "weight": weight, "modules": len(adapter.loras)}

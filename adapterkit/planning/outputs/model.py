@@ -195,7 +195,8 @@ def _tasks(step: Step, *, keep_format: bool) -> list[Task]:
     if step.compensation is not None:
         from adapterkit.tasks.quantize import CompensatedStep
 
-        return [CompensatedStep(step.key, step, packed=keep_format)]
+        packed = source if keep_format and isinstance(source, QuantizedWeight) else None
+        return [CompensatedStep(step.key, step, packed)]
     is_packed = isinstance(source, QuantizedWeight)
     if not is_packed and step.copied and step.key == source.key:
         return [CopiedTensor(step.key, source, step.key)]

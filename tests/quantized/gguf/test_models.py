@@ -140,7 +140,7 @@ def test_a_folder_of_one_file_is_that_file(tiny: Path, tmp_path: Path):
     (tmp_path / "two").mkdir()
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / "two" / name).write_bytes(tiny.read_bytes())
-    with pytest.raises(Refused, match="2 GGUF files"):
+    with pytest.raises(Refused, match="2 GGUF models"):
         adapterkit.dequantize(tmp_path / "two", out=tmp_path / "no")
 
 

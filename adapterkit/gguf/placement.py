@@ -1,0 +1,109 @@
+"""Where each row of a GGUF tensor lies in the parameter that is built of it: the way back from
+transformers' names and layouts.
+
+transformers' code only reads, so its layout is found by what it does to numbers: zeros tell what is
+added, counted elements which row of which tensor becomes which row of the parameter.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Shapes = Mapping[str, tuple[int, ...]]  # of GGUF tensors, by name
+MAX_COUNTED = 1 << 22  # elements that are all counted; of larger parameters rows of NARROW
+NARROW = 4
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A parameter as rows of GGUF tensors: `transposed` in its last two axes, then row `rows[i]` of
+    it is row i of the tensors, one after the other; `shift` was added to each value."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    rows: Tensor | None = None  # int64; None: in their order
+    transposed: bool = False
+    shift: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the parameter is one GGUF tensor as it is."""
+        return (
+            len(self.shapes) == 1 and self.rows is None and not self.transposed and not self.shift
+        )
+
+    def split(self, weight: Tensor) -> list[Tensor]:
+        """The values of the GGUF tensors, as (rows, columns), of a value of the parameter."""
+        if self.plain:
+            return [weight.reshape(-1, weight.shape[-1])]  # of some rows, too
+        rows = (weight.transpose(-2, -1) if self.transposed else weight).reshape(
+            -1, self.shapes[0][-1]
+        )
+        rows = rows - self.shift if self.shift else rows
+        rows = rows if self.rows is None else rows[self.rows.to(rows.device)]
+        return list(rows.split([math.prod(shape[:-1]) for shape in self.shapes]))
+
+
+def find_placement(
+    shapes: Shapes, build: Callable[[Callable[[str], Any]], Tensor]
+) -> Placement | None:
+    """The placement of a parameter that `build` makes of GGUF tensors of these shapes; None where
+    it does more than move rows and add a number."""
+    if len({shape[-1] for shape in shapes.values()}) > 1:
+        return None
+    if sum(map(math.prod, shapes.values())) > MAX_COUNTED:
+        narrow = {name: (*shape[:-1], min(NARROW, shape[-1])) for name, shape in shapes.items()}
+    else:
+        narrow = dict(shapes)
+    try:
+        with np.errstate(all="ignore"):
+            zeros = build(lambda name: np.zeros(narrow[name]))
+            counted = build(_counted(narrow).__getitem__)
+    except Exception:  # transformers' code, on arrays that it does not expect
+        return None
+    shift = float(zeros.flatten()[0])
+    numbers = counted - shift
+    is_known = bool((zeros == shift).all()) and counted.dtype == torch.float64
+    if not is_known or not math.isfinite(shift):
+        return None
+    own, width = tuple(shapes.values()), next(iter(narrow.values()))[-1]
+    for transposed in (False, True):
+        if transposed and numbers.dim() < 2:
+            break
+        turned = numbers.transpose(-2, -1) if transposed else numbers
+        rows = _rows(turned, width)
+        if rows is not None:
+            in_order = torch.equal(rows, torch.arange(len(rows)))
+            return Placement(own, None if in_order else rows, transposed, shift)
+    return None
+
+
+def _counted(shapes: Shapes) -> dict[str, np.ndarray]:
+    """Arrays whose elements are numbered, one after the other."""
+    arrays, first = {}, 0
+    for name, shape in shapes.items():
+        count = math.prod(shape)
+        arrays[name] = np.arange(first, first + count, dtype=np.float64).reshape(shape)
+        first += count
+    return arrays
+
+
+def _rows(
+    numbers: Tensor,  # (..., width) float64
+    width: int,
+) -> Tensor | None:  # (rows,) int64
+    """For each row of the GGUF tensors the parameter's; None unless all are there, whole and
+    once."""
+    if numbers.shape[-1:] != (width,):
+        return None
+    rows = numbers.reshape(-1, width)
+    sources = (rows[:, 0] / width).long()
+    expected = (sources[:, None] * width + torch.arange(width)).double()
+    if not torch.equal(rows, expected):
+        return None
+    order = torch.argsort(sources)
+    return order if torch.equal(sources[order], torch.arange(len(order))) else None

@@ -1,0 +1,172 @@
+"""A parameter of a model that is stored in a GGUF file."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from adapterkit.errors import Unrecoverable, shown
+from adapterkit.gguf.blocks import (
+    column_rounder,
+    decode_rows,
+    encode_rows,
+    is_written,
+    of_several,
+    requantize_rows,
+)
+from adapterkit.gguf.placement import Placement
+from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.weights.codec import QuantizedWeight
+
+ReadArray = Callable[[str], Any]  # a GGUF tensor's decoded values by its name, as a numpy array
+
+
+class Build(Protocol):
+    """Builds a parameter; a picklable record."""
+
+    def __call__(self, read: ReadArray, /) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufWeight(QuantizedWeight):
+    """One parameter, of one GGUF tensor or of several (experts' gate and up), stored as bytes of
+    rows."""
+
+    name = "gguf"
+    searches_scales = True
+
+    types: tuple[str, ...]  # ggml's, of its parts
+    shapes: tuple[tuple[int, ...], ...]  # of the GGUF tensors
+    build: Build = field(compare=False)
+    placement: Placement | None = field(compare=False)
+    # how it is written: with the scales that are there where the values fit, and with a weight for
+    # each column of each matrix, by part
+    keep_scales: bool = False
+    importance: tuple[Tensor | None, ...] = field(default=(), compare=False)
+
+    @property
+    def format(self) -> str:
+        return ", ".join(dict.fromkeys(self.types))
+
+    @property
+    def read_only(self) -> str | None:
+        unwritten = sorted({name for name in self.types if not is_written(name)})
+        if unwritten:
+            return f"its codes are of a codebook ({', '.join(unwritten)})"
+        return None if self.placement else "its layout in the file cannot be restored"
+
+    @property
+    def rows_per_block(self) -> int | None:
+        plain = self.placement is not None and self.placement.plain
+        return 1 if plain and len(self.shape) > 1 else None
+
+    def row_views(
+        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
+    ) -> dict[str, Tensor]:
+        (part,), at = self.parts, matrix * self.shape[-2]
+        return {part.key: stored[part.key][at + first : at + last]}
+
+    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+        pairs = zip(self.types, self.values(stored), strict=True)
+        rows = [decode_rows(name, part) for name, part in pairs]
+        if self.placement is not None and self.placement.plain:
+            return rows[0].view(self.shape)
+        return self._built(rows)
+
+    def _built(self, rows: list[Tensor]) -> Tensor:
+        """The parameter as transformers' code makes it, on the CPU."""
+        import numpy as np
+
+        arrays = {
+            part.key: values.cpu().numpy().reshape(shape)
+            for part, values, shape in zip(self.parts, rows, self.shapes, strict=True)
+        }
+        with np.errstate(all="ignore"):  # values that are not finite are refused when written
+            weight = self.build(arrays.__getitem__)
+        if tuple(weight.shape) != self.shape:
+            raise self._misplaced(f"{shown(self.key)} comes out as {tuple(weight.shape)}")
+        return weight.to(rows[0].device)
+
+    def _misplaced(self, problem: str) -> Unrecoverable:
+        return Unrecoverable(
+            problem,
+            expected=f"{self.shape}, each value where it was",
+            where=self.file,
+            hint="convert it with llama.cpp's own tools",
+        )
+
+    def _rows(self, weight: Tensor) -> list[Tensor]:
+        """The values of its parts, of which transformers makes the weight again."""
+        assert self.placement is not None
+        rows = self.placement.split(weight)
+        if not self.placement.plain:
+            built = self._built(rows)
+            room = 2.0**-22 * (abs(self.placement.shift) + 1) if self.placement.shift else 0.0
+            if not torch.allclose(built, weight, rtol=0, atol=room):
+                raise self._misplaced(f"{shown(self.key)} does not come back from its layout")
+        return rows
+
+    def rows(
+        self, stored: dict[str, Tensor], first: int, last: int
+    ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
+        record, views = super().rows(stored, first, last)
+        if record is self or not self.importance:
+            return record, views
+        matrix = first // self.shape[-2]
+        own = slice(matrix, matrix + 1)
+        sums = tuple(one if one is None else one[own] for one in self.importance)
+        return replace(record, importance=sums), views
+
+    def _encoded(
+        self, number: int, rows: Tensor, encode: Callable[[Tensor, slice, Tensor | None], Tensor]
+    ) -> Tensor:
+        """What `encode` makes of rows of part `number`, of the slice of these and the importance of
+        their columns: of each matrix by itself where each has its own."""
+        sums = self.importance[number] if self.importance else None
+        count = 1 if sums is None else len(sums)
+        each = len(rows) // count
+        new = []
+        for matrix in range(count):
+            own = slice(matrix * each, (matrix + 1) * each)
+            weights = None if sums is None else sums[matrix].to(rows.device)
+            new.append(encode(rows[own], own, weights))
+        return new[0] if count == 1 else torch.cat(new)
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        new = []
+        for number, (name, rows) in enumerate(zip(self.types, self._rows(weight), strict=True)):
+            encode = lambda some, own, weights, name=name: encode_rows(name, some, weights)
+            new.append(self._encoded(number, rows, encode))
+        return self.as_parts(*new)
+
+    def encode_keeping_scales(
+        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
+    ) -> dict[str, Tensor]:
+        new, at = [], 0
+        parts = zip(self.types, self.values(stored), self._rows(weight), strict=True)
+        for number, (name, old, rows) in enumerate(parts):
+
+            def encode(some, own, weights, name=name, old=old, at=at):
+                first = at + own.start * some.shape[-1]
+                return requantize_rows(
+                    name,
+                    old[own],
+                    some,
+                    None if draws is None else draws.at(first),
+                    keep=self.keep_scales,
+                    importance=weights,
+                )
+
+            new.append(self._encoded(number, rows, encode))
+            at += rows.numel()
+        return self.as_parts(*new)
+
+    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
+        assert self.placement is not None
+        values = self.values(stored)
+        pairs = zip(self.types, values, strict=True)
+        rounders = [column_rounder(name, part) for name, part in pairs]
+        return of_several(rounders, [len(part) for part in values], self.placement.rows)

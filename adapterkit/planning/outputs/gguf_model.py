@@ -1,0 +1,188 @@
+"""Output files of a model in GGUF: those of the base, with new values of some tensors."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import Problems, Refused, listed, shown
+from adapterkit.gguf.blocks import FLOATS
+from adapterkit.gguf.header import TYPES, GgufHeader
+from adapterkit.gguf.imatrix import Importance
+from adapterkit.gguf.layout import FileLayout, NewTensor, as_it_was, laid_out_anew, nbytes
+from adapterkit.gguf.model import GgufCheckpoint
+from adapterkit.gguf.weight import GgufWeight
+from adapterkit.plan import OutputFile, Step, Task
+from adapterkit.tasks.common import CopiedTensor
+from adapterkit.tasks.quantize import CompensatedStep, EncodedStep
+from adapterkit.tasks.rows import RequantizedWeight
+from adapterkit.tasks.some_outputs import SomeOutputs
+
+HEADS = {"lm_head.weight": "output.weight"}  # that a tied model's file gets: llama.cpp's names
+WAY_OUT = "give --touched-as q8_0, or merge into the original checkpoint"
+
+
+def plan_gguf_files(
+    base: GgufCheckpoint,
+    steps: Iterable[Step],
+    *,
+    touched_as: str | None,
+    keep_scales: bool,
+    importance: Importance,
+    name: str | None,
+) -> tuple[OutputFile, ...]:
+    """The files of a model after these steps; `touched_as`: the type of changed tensors in blocks,
+    where it is not their own; `keep_scales` of blocks whose values fit; `importance` of
+    columns, by tensor. `name`: of a model's one file, if it is not the base's."""
+    changed = [step for step in steps if _is_changed(base, step)]
+    changed = [_encoded_so(step, keep_scales, importance) for step in changed]
+    type_ = touched_as.upper() if touched_as else None
+    formats = {step.key: _format(base, step, type_) for step in changed}
+    _check_formats(base, formats.values())
+    tasks = [_task(step, formats[step.key]) for step in changed]
+    files = []
+    for file, header in base.headers.items():
+        layout = _layout(base, header, formats.values(), is_last=file == [*base.headers][-1])
+        own = [*_tasks_in(layout, tasks), *_copies(header, formats.values())]
+        own.sort(key=lambda task: layout.starts[task.max_outputs[0].key])
+        out = name if name is not None and len(base.headers) == 1 else file
+        files.append(OutputFile.computed(out, own, {}, lay_out=layout))
+    return tuple(files)
+
+
+def _is_changed(base: GgufCheckpoint, step: Step) -> bool:
+    return bool(step.edits or step.source.folder or step.key not in base.tensors)
+
+
+def _encoded_so(step: Step, keep_scales: bool, importance: Importance) -> Step:
+    """The step, its weight encoded so."""
+    weight = step.source
+    if not isinstance(weight, GgufWeight):
+        return step
+    sums = tuple(importance.get(part.key) for part in weight.parts)
+    misfits = [
+        f"{shown(part.key)} {tuple(found.shape)}"
+        for part, found, shape in zip(weight.parts, sums, weight.shapes, strict=True)
+        if found is not None and found.shape != (math.prod(shape[:-2]), shape[-1])
+    ]
+    if misfits:
+        raise Refused(
+            f"the importance matrix has {listed(misfits)}",
+            expected=f"{weight.shapes}: a number for each column of each matrix",
+            where="--imatrix",
+            hint="make it of this model",
+        )
+    return replace(step, source=replace(weight, keep_scales=keep_scales, importance=sums))
+
+
+def _format(base: GgufCheckpoint, step: Step, touched_as: str | None) -> GgufWeight:
+    """How the result of a step is stored."""
+    source, stored = step.source, base.tensors.get(step.key)
+    weight = stored if stored is not None and not isinstance(source, GgufWeight) else source
+    assert isinstance(weight, GgufWeight)
+    if weight.key != step.key:
+        weight = _renamed(weight, step.key, base)
+    if touched_as is None:
+        return weight
+    types = tuple(name if name in FLOATS else touched_as for name in weight.types)
+    return weight if types == weight.types else _retyped(weight, types)
+
+
+def _renamed(weight: GgufWeight, key: str, base: GgufCheckpoint) -> GgufWeight:
+    """The format of a parameter that the base does not store, like that of another."""
+    part, *others = weight.parts
+    if key not in HEADS or others:
+        raise Refused(
+            f"{shown(key)} is not in the file",
+            expected="parameters that it has, or a head that was tied",
+            where=base.name,
+            hint="merge into the original checkpoint, and convert that",
+        )
+    return replace(weight, key=key, parts=(replace(part, key=HEADS[key]),))
+
+
+def _retyped(weight: GgufWeight, types: tuple[str, ...]) -> GgufWeight:
+    """The same parameter stored in other types."""
+    for name, shape in zip(types, weight.shapes, strict=True):
+        values = TYPES[name][1]
+        if shape[-1] % values:
+            raise Refused(
+                f"{shown(weight.key)} has rows of {shape[-1]} values",
+                expected=f"whole blocks of {values}, as {name} has them",
+                where=weight.file,
+                hint="give another --touched-as, such as q8_0",
+            )
+    parts = []
+    for part, name, shape in zip(weight.parts, types, weight.shapes, strict=True):
+        size = nbytes(name, shape)
+        rows = part.shape[0]
+        parts.append(replace(part, shape=(rows, size // rows), stop=part.start + size))
+    return replace(weight, types=types, parts=tuple(parts))
+
+
+def _check_formats(base: GgufCheckpoint, formats: Iterable[GgufWeight]) -> None:
+    """`Refused` for changed tensors whose bytes cannot be written."""
+    errors, reasons = Problems(where=base.name), dict[str, list[str]]()
+    for weight in formats:
+        if weight.read_only:
+            reasons.setdefault(weight.read_only, []).append(weight.key)
+    for reason, keys in reasons.items():
+        errors.add(
+            f"{listed(keys)} cannot be written again: {reason}",
+            "types of blocks that are written, and layouts that can be restored",
+            WAY_OUT,
+        )
+    errors.raise_all()
+
+
+def _task(step: Step, format: GgufWeight) -> Task:
+    source = step.source
+    if not step.edits and isinstance(source, GgufWeight) and source.types == format.types:
+        return CopiedTensor(step.key, source.parts[0], format.parts[0].key)  # a head, untied
+    if step.compensation is not None:
+        return CompensatedStep(step.key, step, format)
+    if format is source:
+        return RequantizedWeight(step.key, step)
+    return EncodedStep(step.key, step, format)
+
+
+def _tasks_in(layout: FileLayout, tasks: Sequence[Task]) -> list[Task]:
+    """What is computed for one file; of a stack whose parts are in two files each its own."""
+    found = []
+    for task in tasks:
+        keys = [one.key for one in task.max_outputs]
+        own = tuple(key for key in keys if key in layout.starts)
+        if own:
+            found.append(task if len(own) == len(keys) else SomeOutputs(task.name, task, own))
+    return found
+
+
+def _copies(header: GgufHeader, formats: Iterable[GgufWeight]) -> list[Task]:
+    """The tensors that stay."""
+    written = {part.key for weight in formats for part in weight.parts}
+    stored: list[TensorSpec] = [entry.stored() for entry in header.tensors]
+    return [CopiedTensor(spec.key, spec, spec.key) for spec in stored if spec.key not in written]
+
+
+def _layout(
+    base: GgufCheckpoint, header: GgufHeader, formats: Iterable[GgufWeight], *, is_last: bool
+) -> FileLayout:
+    """Where the tensors of a file are in its output; new ones go into the last file."""
+    known = {entry.name: entry for one in base.headers.values() for entry in one.tensors}
+    types = {
+        part.key: name
+        for weight in formats
+        for part, name in zip(weight.parts, weight.types, strict=True)
+    }
+    added = [
+        NewTensor(part.key, shape, name)
+        for weight in formats
+        for part, shape, name in zip(weight.parts, weight.shapes, weight.types, strict=True)
+        if part.key not in known and is_last
+    ]
+    if not added and all(
+        types.get(entry.name, entry.type) == entry.type for entry in header.tensors
+    ):
+        start = min((entry.start for entry in header.tensors), default=header.size)
+        return as_it_was(header, base.folder.read(header.file, 0, start))
+    return laid_out_anew(header, types, added)
