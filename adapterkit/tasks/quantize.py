@@ -103,17 +103,15 @@ class EncodedStep(StepTask):
         weight = StoredWeight(self.step, inputs)
         change = weight.new_metrics()
         exact = torch.empty(weight.height, weight.width, device=inputs.device)
-        for part in weight.edit(change, compared=False):
+        for part in weight.edit(change):
             exact[part.first : part.last] = part.after
         shape = self.format.shape
         tensors = self.format.encode(exact.view(shape))
         if self.step.draws is not None:
             tensors = self.format.encode_keeping_scales(tensors, exact.view(shape), self.step.draws)
         written = decode_checked(self.format, tensors).view(exact.shape)
-        for part in weight.edit(weight.new_metrics()):
-            rows = slice(part.first, part.last)
-            change.compare(part.before, part.after, written[rows])
-        return TaskResult(tensors, change.result(self.step, "requantization"))
+        metrics = _change(weight, written).result(self.step, "requantization")
+        return TaskResult(tensors, metrics)
 
 
 @dataclass(frozen=True)

@@ -150,17 +150,19 @@ def llama(**how: Any) -> tuple[nn.Module, dict, dict]:
         "LlamaForCausalLM",
         transformers.LlamaConfig(**COMMON | {"tie_word_embeddings": False} | how),
     )
-    actual = names("llama", model)
+    return (model, *of_llama(model))
+
+
+def of_llama(model: nn.Module) -> tuple[dict, dict]:
+    """A Llama's metadata and tensors."""
+    config, actual = model.config, names("llama", model)
     for name in actual:
         if ".attn_q." in name or ".attn_k." in name:
-            actual[name] = permuted(actual[name], 4 if ".attn_q." in name else 2)
-    return (
-        model,
-        attention(
-            model.config, **{"rope.dimension_count": model.config.head_dim, "vocab_size": VOCAB}
-        ),
-        actual,
-    )
+            keys = ".attn_k." in name
+            heads = config.num_key_value_heads if keys else config.num_attention_heads
+            actual[name] = permuted(actual[name], heads)
+    more = {"rope.dimension_count": config.head_dim, "vocab_size": config.vocab_size}
+    return attention(config, **more), actual
 
 
 def gemma3() -> tuple[nn.Module, dict, dict]:
