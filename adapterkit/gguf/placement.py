@@ -20,7 +20,7 @@ NARROW = 4
 
 
 @dataclass(frozen=True)
-class Placement:
+class RowPlacement:
     """A parameter as rows of GGUF tensors: `transposed` in its last two axes, then row `rows[i]` of
     it is row i of the tensors, one after the other; `shift` was added to each value."""
 
@@ -50,7 +50,7 @@ class Placement:
 
 def find_placement(
     shapes: Shapes, build: Callable[[Callable[[str], Any]], Tensor]
-) -> Placement | None:
+) -> RowPlacement | None:
     """The placement of a parameter that `build` makes of GGUF tensors of these shapes; None where
     it does more than move rows and add a number."""
     if len({shape[-1] for shape in shapes.values()}) > 1:
@@ -78,7 +78,7 @@ def find_placement(
         rows = _rows(turned, width)
         if rows is not None:
             in_order = torch.equal(rows, torch.arange(len(rows)))
-            return Placement(own, None if in_order else rows, transposed, shift)
+            return RowPlacement(own, None if in_order else rows, transposed, shift)
     return None
 
 

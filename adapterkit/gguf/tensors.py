@@ -21,7 +21,7 @@ from adapterkit.errors import Damaged, Problems, shown
 from adapterkit.gguf.config import FREQUENCIES
 from adapterkit.gguf.file import GgufFile, conversion_rules
 from adapterkit.gguf.header import MAX_ERRORS, Entry
-from adapterkit.gguf.placement import Placement, find_placement
+from adapterkit.gguf.placement import RowPlacement, find_placement
 from adapterkit.gguf.weight import Build, GgufWeight, ReadArray
 from adapterkit.weights.skeleton import Skeleton, tied_names
 
@@ -216,7 +216,7 @@ class _Layouts:
     def __init__(self, file: str, number: int):
         self.file, self.number = file, number
         # by name without numbers, and sources
-        self.known: dict[Any, tuple[bool, Placement | None]] = {}
+        self.known: dict[Any, tuple[bool, RowPlacement | None]] = {}
 
     def weight(
         self, key: str, shape: tuple[int, ...], entries: list[Entry], build: Build

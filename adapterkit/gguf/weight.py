@@ -16,7 +16,7 @@ from adapterkit.gguf.blocks import (
     of_several,
     requantize_rows,
 )
-from adapterkit.gguf.placement import Placement
+from adapterkit.gguf.placement import RowPlacement
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.weights.codec import QuantizedWeight
@@ -41,7 +41,7 @@ class GgufWeight(QuantizedWeight):
     types: tuple[str, ...]  # ggml's, of its parts
     shapes: tuple[tuple[int, ...], ...]  # of the GGUF tensors
     build: Build = field(compare=False)
-    placement: Placement | None = field(compare=False)
+    placement: RowPlacement | None = field(compare=False)
     # how it is written: with the scales that are there where the values fit, and with a weight for
     # each column of each matrix, by part
     keep_scales: bool = False

@@ -36,7 +36,7 @@ CHUNK = 1 << 18  # elements that are float64 at a time
 SLACK = {torch.float32: 2.0**-20, torch.float64: 2.0**-44}
 SLACK_OF_SUMS = 2.0**-16  # the same of a tensor's, where errors of all columns are summed
 # errors of that many values are compared, where several scales are as good, and may differ so
-PIECE_OF_ROW, NEAR = 256, 1.01
+PIECE_OF_ROW, NEAR = 256, 1.1
 
 
 class RowCheck:

@@ -164,6 +164,19 @@ def _trained(job: MergeJob, adapter: Adapter) -> dict[str, TensorSpec]:
                 if comparable
                 else "the base's is quantized"
             )
+    _tell_of_copies(job, adapter, quantized, explained, differing)
+    return trained
+
+
+def _tell_of_copies(
+    job: MergeJob,
+    adapter: Adapter,
+    quantized: list[str],
+    explained: list[str],
+    differing: dict[str, str],
+) -> None:
+    """Notes on copies of weights that the base has quantized or merged into, by key; `Refused` for
+    those of other weights."""
     if quantized:
         job.notes.append(
             f"{adapter.name}: copies of weights that the base has quantized count as its own, from "
@@ -187,7 +200,6 @@ def _trained(job: MergeJob, adapter: Adapter) -> dict[str, TensorSpec]:
     elif differing:
         effect = "ignored" if job.options.base_copies == "ignore" else "replace the base's"
         job.notes.append(f"{adapter.name}: copies of another base's weights {effect}: {text}")
-    return trained
 
 
 def _quantization_error(

@@ -1,5 +1,6 @@
 """Adapters merged into GGUF files: what llama.cpp's readers find is what PEFT's forward gives."""
 
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import adapterkit
 from adapterkit.errors import Refused
 from adapterkit.gguf.header import GgufHeader, read_gguf
+from adapterkit.kernels.quant import ggml
 from adapterkit.planning.inputs.sources import open_source
 from tests.support import oracle
-from tests.support.gguf_files import MODELS, gguf, llama, write
+from tests.support.gguf_files import MODELS, blocks, gguf, llama, write
+from tests.support.usual import usual
 
 IDS = torch.arange(12)[None]
 TARGETS = {
@@ -228,3 +232,174 @@ def test_difference_and_extraction(tiny: Path, tmp_path: Path):
     adapterkit.extract(tiny, tmp_path / "m.gguf", rank=4, out=tmp_path / "again")
     adapterkit.merge(tiny, tmp_path / "again", out=tmp_path / "m2.gguf")
     assert torch.allclose(logits(tmp_path / "m2.gguf"), expected, atol=1e-5)
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
+# the others run the same code on other tables, and each is tested as a kernel
+WRITTEN = usual(sorted(ggml.TYPES), ("Q4_K", "Q4_1", "Q8_0", "IQ4_XS"))
+
+
+def in_blocks(kind: str, folder: Path, size: float = 0.02) -> tuple[Path, Path, dict[str, Tensor]]:
+    """A llama with q and down in blocks of a type, an adapter of these, and their exact sums."""
+    torch.manual_seed(1)
+    model, message, tensors = llama(**WIDE)
+    for name, value in tensors.items():
+        if "attn_q" in name or "ffn_down" in name:
+            blocks = ggml.encode(kind, torch.from_numpy(np.array(value)).float())
+            tensors[name] = (gguf.GGMLQuantizationType[kind], blocks.numpy())
+    path = write(folder / "m.gguf", "llama", message, tensors)
+    wrapped = get_peft_model(
+        model.float(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_alpha=4)
+    )
+    with torch.no_grad():
+        for name, value in wrapped.named_parameters():
+            if "lora_" in name:
+                value.normal_(std=size**0.5)
+    wrapped.save_pretrained(folder / "a")
+    adapterkit.dequantize(path, out=folder / "floats", dtype="fp32")
+    adapterkit.merge(folder / "floats", folder / "a", out=folder / "exact")
+    return path, folder / "a", oracle.stored(folder / "exact")
+
+
+def decoded(path: Path) -> dict[str, Tensor]:
+    out = path.with_suffix("")
+    adapterkit.dequantize(path, out=out, dtype="fp32", overwrite=True)
+    return oracle.stored(out)
+
+
+TOUCHED = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"]
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_blocks_of_every_type_that_is_written(kind: str, tmp_path: Path):
+    path, adapter, exact = in_blocks(kind, tmp_path)
+    out, before = tmp_path / "merged.gguf", decoded(path)
+    receipt: Any = adapterkit.merge(path, adapter, out=out, verify=True)
+    assert out.stat().st_size == path.stat().st_size and header(out).raw == header(path).raw
+    after = decoded(out)
+    for key in TOUCHED:
+        delta, error = exact[key] - before[key], after[key] - exact[key]
+        # no farther from the sum than the original weight's blocks are from the original weight
+        again = ggml.decode(kind, ggml.encode(kind, exact[key]))
+        assert error.norm() <= 1.001 * (again - exact[key]).norm(), key
+        said = receipt.data["parameters"][key]
+        survived = float((after[key] - before[key]).flatten() @ delta.flatten() / delta.norm() ** 2)
+        assert said["survived"] == pytest.approx(survived, rel=1e-3, abs=1e-4)
+    assert all(torch.equal(after[k], before[k]) for k in after if k not in TOUCHED)
+    # nothing is added: the bytes stay
+    adapterkit.merge(path, f"{adapter}=0.0", out=tmp_path / "same.gguf")
+    assert (tmp_path / "same.gguf").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K"])
+def test_small_changes_survive_stochastic_and_compensated_rounding(kind: str, tmp_path: Path):
+    path, adapter, exact = in_blocks(kind, tmp_path, size=0.0005)
+    before, key = decoded(path), TOUCHED[1]
+    kept: dict[str, float] = {}
+    stats = tmp_path / "stats.safetensors"
+    torch.manual_seed(4)
+    factor = torch.randn(256, 256) / 16 * torch.linspace(1, 0, 256) ** 3
+    modules = [key.removesuffix(".weight") for key in TOUCHED]
+    save_file({f"{module}.covariance": factor @ factor.T for module in modules}, stats)
+    how: dict[str, dict] = {
+        "nearest": {},
+        "kept": {"scales": "keep"},
+        "stochastic": {"rounding": "stochastic"},
+        "compensated": {"rounding": "compensated", "stats": stats},
+    }
+    for name, options in how.items():
+        out = tmp_path / f"{name}.gguf"
+        receipt: Any = adapterkit.merge(path, adapter, out=out, **options)
+        sources = {"base": path, "adapters": [adapter], "stats": options.get("stats")}
+        assert adapterkit.verify(out, **sources)["tensors"] == 2
+        after, delta = decoded(out)[key], exact[key] - before[key]
+        kept[name] = float((after - before[key]).flatten() @ delta.flatten() / delta.norm() ** 2)
+        if name == "compensated":
+            error = receipt.data["parameters"][key]
+            assert error["output_error"] < 0.7 * error["unweighted_output_error"]
+    assert kept["nearest"] < 0.5 and abs(kept["stochastic"] - 1) < 0.35, kept
+
+
+def test_touched_tensors_in_another_type(tmp_path: Path):
+    path, adapter, exact = in_blocks("Q4_K", tmp_path)
+    out = tmp_path / "touched.gguf"
+    adapterkit.merge(path, adapter, out=out, touched_as="q8_0", verify=True)
+    types = {entry.name: entry.type for entry in header(out).tensors}
+    assert types["blk.0.attn_q.weight"] == types["blk.0.ffn_down.weight"] == "Q8_0"
+    assert types["blk.0.attn_norm.weight"] == "F32"
+    after = decoded(out)
+    for key in TOUCHED:
+        assert (after[key] - exact[key]).norm() < 0.01 * exact[key].norm()
+    assert logits(out).isfinite().all()
+
+
+def test_codebooks_are_refused_with_a_way_out(tmp_path: Path):
+    model, message, tensors = llama(**WIDE)
+    name = "blk.0.ffn_down.weight"
+    shape = tensors[name].shape
+    tensors[name] = (
+        gguf.GGMLQuantizationType.IQ3_S,
+        blocks(gguf.GGMLQuantizationType.IQ3_S, shape, 1),
+    )
+    path = write(tmp_path / "m.gguf", "llama", message, tensors)
+    train(model, tmp_path / "a", target_modules=["down_proj"])
+    with pytest.raises(Refused, match=r"IQ3_S[\s\S]*--touched-as q8_0"):
+        adapterkit.merge(path, tmp_path / "a", out=tmp_path / "out.gguf")
+    adapterkit.merge(path, tmp_path / "a", out=tmp_path / "out.gguf", touched_as="q8_0")
+    entry = next(e for e in header(tmp_path / "out.gguf").tensors if e.name == name)
+    assert entry.type == "Q8_0"
+
+
+@pytest.mark.parametrize("form", ["gguf", "dat"])
+def test_an_importance_matrix_weighs_the_search(form: str, tmp_path: Path):
+    path, adapter, exact = in_blocks("Q4_K", tmp_path)
+    torch.manual_seed(2)
+    sums = torch.rand(256) ** 8
+    file = tmp_path / f"imatrix.{form}"
+    if form == "gguf":
+        writer = gguf.GGUFWriter(file, "imatrix")
+        writer.add_tensor("blk.0.ffn_down.weight.in_sum2", sums[None].numpy())
+        writer.add_tensor("blk.0.ffn_down.weight.counts", np.ones((1, 1), np.float32))
+        for step in ("header", "kv_data", "tensors"):
+            getattr(writer, f"write_{step}_to_file")()
+        writer.close()
+    else:
+        name = b"blk.0.ffn_down.weight"
+        head = struct.pack(f"<ii{len(name)}sii", 1, len(name), name, 1, 256)
+        file.write_bytes(head + sums.numpy().tobytes())
+    adapterkit.merge(path, adapter, out=tmp_path / "plain.gguf")
+    adapterkit.merge(path, adapter, out=tmp_path / "w.gguf", imatrix=file)
+    errors = [
+        decoded(tmp_path / f"{n}.gguf")[TOUCHED[1]] - exact[TOUCHED[1]] for n in ("plain", "w")
+    ]
+    plain, weighted = (float((error.square() * sums).sum()) for error in errors)
+    assert weighted < 0.8 * plain
+    assert errors[1].norm() > errors[0].norm()
+    sources: dict = {"base": path, "adapters": [adapter]}
+    assert adapterkit.verify(tmp_path / "w.gguf", **sources, imatrix=file)["tensors"] == 2
+    with pytest.raises(Refused, match="importance matrix"):
+        adapterkit.verify(tmp_path / "w.gguf", **sources)
+    file.write_bytes(b"\0" * 5)
+    with pytest.raises(Refused, match="no importance matrix"):
+        adapterkit.merge(path, adapter, out=tmp_path / "x.gguf", imatrix=file)
+
+
+def test_a_modelfile_lies_beside_the_file(tiny: Path, tmp_path: Path):
+    train(llama()[0], tmp_path / "a")
+    out = tmp_path / "out"
+    out.mkdir()
+    adapterkit.merge(tiny, tmp_path / "a", out=out / "m.gguf", modelfile=True)
+    assert (out / "Modelfile").read_text() == "FROM ./m.gguf\n"
+    assert {path.name for path in out.iterdir()} == {
+        "m.gguf",
+        "Modelfile",
+        "m.gguf.adapterkit.json",
+    }
+    assert adapterkit.verify(out / "m.gguf")["files"] == 2
+    (out / "other.gguf").write_bytes(b"")
+    (out / "other.gguf").unlink()
+    with pytest.raises(Refused, match="did not write it: Modelfile"):
+        adapterkit.merge(tiny, tmp_path / "a", out=out / "other.gguf", modelfile=True)
+    adapterkit.merge(tiny, tmp_path / "a", out=out / "m.gguf", modelfile=True, overwrite=True)
