@@ -18,6 +18,24 @@ from tests.support import ggml
 pytestmark = pytest.mark.quick
 
 HALVES = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf, 65504.0, -6e-8, 1e-5, 1.0]).half()
+# of errors on real weights, ours over ggml's: without and with importances
+RATIOS = {
+    "Q4_0": (0.909, 0.965),
+    "Q4_1": (0.845, 0.989),
+    "Q5_0": (0.909, 0.948),
+    "Q5_1": (0.841, 0.953),
+    "Q8_0": (0.965, 0.755),
+    "Q2_K": (0.791, 0.969),
+    "Q3_K": (0.949, 0.982),
+    "Q4_K": (0.974, 0.980),
+    "Q5_K": (0.919, 0.911),
+    "Q6_K": (0.920, 0.923),
+    "IQ4_NL": (0.977, 0.972),
+    "IQ4_XS": (0.975, 0.966),
+    "TQ1_0": (0.301, 0.298),
+    "TQ2_0": (0.301, 0.298),
+    "MXFP4": (0.940, 0.934),
+}
 ALL = pytest.mark.parametrize("name", TYPES)
 
 
@@ -88,9 +106,11 @@ def test_blocks_that_do_not_change_keep_their_bytes(name: str) -> None:
         assert torch.equal(requantize(name, old, w, importance=weights, keep=True), old)
         assert torch.equal(requantize(name, old, w, draws=Draws(5)), old)
         w[1, -size:] = gaussian(size)
+        w[2, 0] = w[2, 1]
+        assert torch.equal(decode(name, requantize(name, old, w))[2:], w[2:])
         new = requantize(name, old, w)
         others = torch.ones(old.shape, dtype=torch.bool)
-        others[1, -TYPES[name].nbytes :] = False
+        others[1, -TYPES[name].nbytes :] = others[2, : TYPES[name].nbytes] = False
         assert torch.equal(new[others], old[others]) and not torch.equal(new, old)
 
 
@@ -106,12 +126,12 @@ def real() -> Tensor:
 
 @ALL
 @pytest.mark.parametrize("weighted", [False, True])
-def test_error_is_at_most_that_of_ggml(name: str, weighted: bool, real: Tensor) -> None:
+def test_error_is_less_than_that_of_ggml(name: str, weighted: bool, real: Tensor) -> None:
     importance = importances(real.shape[1]) if weighted else None
     weight = 1.0 if importance is None else importance
     ours = errors(name, encode(name, real, importance), real, weight).sum()
     theirs = errors(name, ggml.quantize(name, real, importance), real, weight).sum()
-    assert 0.2 * theirs < ours <= theirs
+    assert 0.98 < ours / theirs / RATIOS[name][weighted] < 1.005
 
 
 def nearest(name: str, blocks: Tensor, x: Tensor) -> Tensor:
@@ -208,7 +228,7 @@ def test_compensated_rounding(name: str) -> None:
 def test_small_large_and_uniform_blocks(name: str) -> None:
     kind, size = TYPES[name], TYPES[name].values
     w = gaussian(14, size)
-    w[0], w[1], w[2] = 0, 0.375, -0.375
+    w[0], w[1], w[2], w[3] = 0, 0.375, -0.375, torch.finfo(torch.float32).max
     for row, factor in enumerate([1e-45, 1e-38, 1e-9, 3e-8, 1e-6, 1e4, 1e6, 1e8, 1e20, 3e37]):
         w[row + 4] *= factor
     blocks = encode(name, w)

@@ -83,10 +83,10 @@ def encode(
     """
     kind = TYPES[name]
     out = torch.empty(_packed_shape(kind, w), dtype=torch.uint8, device=w.device)
-    importance = _checked(kind, importance, w.shape[1])
+    importance, memory = _checked(kind, importance, w.shape[1]), _memory(w)
     for rows in pieces(w.shape, w.device, large=True):
         x = _blocks(kind, w[rows])
-        scales = search(name, x, _tiled(importance, x))
+        scales = search(name, x, _tiled(importance, x), memory)
         codes = _codes(kind, _grid(kind, scales), x, None)
         out[rows] = pack(kind, scales, codes).view(-1, out.shape[1])
     return out
@@ -109,12 +109,12 @@ def requantize(
     its bytes, whatever they are.
     """
     kind = TYPES[name]
-    importance = _checked(kind, importance, w.shape[1])
-    out = torch.empty_like(old)
+    importance, memory = _checked(kind, importance, w.shape[1]), _memory(w)
+    out, keep = torch.empty_like(old), keep or draws is not None
     for rows in pieces(w.shape, w.device, large=True):
         x, blocks = _blocks(kind, w[rows]), old[rows].reshape(-1, kind.nbytes)
         here = None if draws is None else draws.at(rows.start * w.shape[1])
-        new = _renewed(name, blocks, x, here, _tiled(importance, x), keep or draws is not None)
+        new = _renewed(name, blocks, x, here, _tiled(importance, x), memory, keep)
         out[rows] = new.view(-1, out.shape[1])
     return out
 
@@ -124,7 +124,8 @@ def _renewed(
     blocks: Tensor,  # (n, nbytes)
     x: Tensor,  # (n, values)
     draws: Draws | None,
-    importance: Tensor | None,
+    importance: Tensor | None,  # as x
+    memory: Tensor,
     keep: bool,
 ) -> Tensor:  # as blocks
     kind = TYPES[name]
@@ -140,11 +141,11 @@ def _renewed(
     at = renew.nonzero()[:, 0]
     if len(at):
         part, weight = x[at], None if importance is None else importance[at]
-        new = search(name, part, weight)
-        after, before = (
-            _grid(kind, each).errors(part, draws is not None, weight).sum(1)
-            for each in (new, scales.at(at))
-        )
+        changes = ~stays[at] if weight is None else weight * ~stays[at]
+        new = search(name, part, weight, memory)
+        sampled = draws is not None
+        before = _grid(kind, scales.at(at)).errors(part, sampled, changes).sum(1)
+        after = _grid(kind, new).errors(part, sampled, weight).sum(1)
         better = broken[at] | ~(after >= before)
         at = at[better]
         scales = scales.replaced(at, new.at(better))
@@ -204,6 +205,12 @@ def _blocks(kind: BlockType, w: Tensor) -> Tensor:  # (n, values)
     if not all_finite(w):
         raise ValueError(NOT_FINITE)
     return w.reshape(-1, kind.values)
+
+
+def _memory(w: Tensor) -> Tensor:
+    """Of three temporaries of a piece: new memory takes as long as what is done with it."""
+    first = next(pieces(w.shape, w.device, large=True), slice(0, 0))
+    return torch.empty(3, first.stop * w.shape[1], device=w.device)
 
 
 def _packed_shape(kind: BlockType, w: Tensor) -> tuple[int, int]:
