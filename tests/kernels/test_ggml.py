@@ -89,6 +89,8 @@ def test_decode(name: str) -> None:
     assert expected.isfinite().any() and (name == "MXFP4" or expected.isnan().any())
     bits = lambda x: torch.where(x.isnan(), 7.0, x).view(torch.int32)
     assert torch.equal(bits(decode(name, blocks)), bits(expected))
+    one = torch.cat([blocks.new_zeros(1), blocks.flatten()])[1:].view(blocks.shape)[3:4]
+    assert torch.equal(bits(decode(name, one)), bits(expected[3:4]))
     stack = blocks.view(2, 8, -1)
     assert torch.equal(bits(decode(name, stack)), bits(expected.view(2, 8, -1)))
 
@@ -265,6 +267,13 @@ def test_what_is_refused(name: str) -> None:
         encode(name, w, weights[1:])
     with pytest.raises(ValueError, match="no whole blocks"):
         encode(name, w[:, 1:])
+    with pytest.raises(ValueError, match="no whole blocks"):
+        decode(name, old[:, 1:])
+    with pytest.raises(ValueError, match="are not the bytes of"):
+        requantize(name, old[1:], w)
+    nothing = encode(name, w[:0])
+    assert nothing.shape == (0, old.shape[1]) and decode(name, nothing).shape == (0, size)
+    assert requantize(name, nothing, w[:0]).shape == nothing.shape
 
 
 @ALL
@@ -287,3 +296,15 @@ def test_scales_that_are_not_finite_are_replaced(name: str) -> None:
     w = decode(name, old).nan_to_num_(0.0, 3.0, -3.0).clamp_(-9, 9)
     for arguments in ({}, {"keep": True}, {"draws": Draws(3)}):
         assert decode(name, requantize(name, old, w, **arguments)).isfinite().all()
+
+
+def test_the_exponent_that_ggml_reads_and_ocp_does_not() -> None:
+    """255 is NaN in OCP's MXFP4; ggml's smallest code is finite with it."""
+    old = torch.ones(1, 17, dtype=torch.uint8)
+    old[0, 0] = 255
+    w = decode("MXFP4", old)
+    assert torch.equal(requantize("MXFP4", old, w), old) and bool((w == 2.0**127).all())
+    w[0, 5] = 1.0
+    for arguments in ({}, {"keep": True}, {"draws": Draws(3)}):
+        new = decode("MXFP4", requantize("MXFP4", old, w, **arguments))
+        assert (new - w).abs().max() <= 1

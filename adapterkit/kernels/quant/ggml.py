@@ -63,12 +63,15 @@ def decode(
 ) -> Tensor:  # (..., n · values) float32
     """Bit for bit gguf-py's `dequantize`, of NaN but for sign and payload."""
     kind = TYPES[name]
+    count, rest = divmod(blocks.shape[-1], kind.nbytes)
+    if rest:
+        raise ValueError(f"{blocks.shape[-1]} bytes are no whole blocks of {kind.nbytes}")
     flat = blocks.reshape(-1, kind.nbytes)
     out = torch.empty(len(flat), kind.values, device=blocks.device)
     for part in pieces(out.shape, out.device, large=True):
         some = flat[part]
         out[part] = _values(kind, unpack_codes(kind, some), unpack_scales(kind, some))
-    return out.view(*blocks.shape[:-1], -1)
+    return out.view(*blocks.shape[:-1], count * kind.values)
 
 
 def encode(
@@ -109,6 +112,8 @@ def requantize(
     its bytes, whatever they are.
     """
     kind = TYPES[name]
+    if old.shape != _packed_shape(kind, w):
+        raise ValueError(f"{tuple(old.shape)} are not the bytes of {tuple(w.shape)} values")
     importance, memory = _checked(kind, importance, w.shape[1]), _memory(w)
     out, keep = torch.empty_like(old), keep or draws is not None
     for rows in pieces(w.shape, w.device, large=True):

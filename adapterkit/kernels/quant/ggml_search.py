@@ -17,7 +17,7 @@ HALF_MAX = 65504.0
 LARGEST = 1e9  # more than any type but MXFP4 can hold
 TINY = 1e-37  # stands for smaller numbers in a division
 FP4_MAX = 6.0
-LAST_EXPONENT = 252  # the largest with which all codes of MXFP4 are finite
+LAST_EXPONENT = 252  # of MXFP4, the largest with which all codes are finite
 CELLS = 512  # parts of [-128, 128], of half a unit: the middles of integers are ends of them
 
 
@@ -301,9 +301,9 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def _exponents(x: Tensor, importance: Tensor | None) -> Tensor:  # (n, 1) uint8
-    """The exponent with which the largest value is 4 to 8, or one more."""
+    """The exponent with which the largest value is 4 to 8, or one more: 4 times that is finite."""
     x = x.abs()
-    first = ((x.amax(1, keepdim=True).view(torch.int32) >> 23) - 2).clamp_(0, LAST_EXPONENT)
+    first = ((x.amax(1, keepdim=True).view(torch.int32) >> 23) - 2).clamp_(min=0)
     x = x * (254 - first << 23).view(torch.float32)  # 2^(127 - first)
     errors = []
     for factor in (1.0, 0.5):
