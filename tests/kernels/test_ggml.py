@@ -300,7 +300,7 @@ def test_scales_that_are_not_finite_are_replaced(name: str) -> None:
 
 def test_the_exponent_that_ggml_reads_and_ocp_does_not() -> None:
     """255 is NaN in OCP's MXFP4; ggml's smallest code is finite with it."""
-    old = torch.ones(1, 17, dtype=torch.uint8)
+    old = torch.full((1, 17), 0x11, dtype=torch.uint8)
     old[0, 0] = 255
     w = decode("MXFP4", old)
     assert torch.equal(requantize("MXFP4", old, w), old) and bool((w == 2.0**127).all())

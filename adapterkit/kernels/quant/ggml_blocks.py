@@ -248,8 +248,7 @@ def _pack(planes: tuple[Plane, ...], fields: Mapping[str, Tensor], codes: Tensor
 def _words(x: Tensor, run: int) -> Tensor:
     """Bytes as the largest integers that a run of them is made of."""
     dtype = next(t for t in (torch.int64, torch.int32, torch.uint8) if run % t.itemsize == 0)
-    x = x.contiguous()
-    return (x if x.storage_offset() % dtype.itemsize == 0 else x.clone()).view(dtype)
+    return x.clone(memory_format=torch.contiguous_format).view(dtype)  # aligned
 
 
 def _repeated(byte: int, dtype: torch.dtype) -> int:
