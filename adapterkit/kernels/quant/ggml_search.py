@@ -39,15 +39,15 @@ def _steps(first: float, last: float, count: int) -> tuple[float, ...]:
     return tuple(first + (last - first) * i / (count - 1) for i in range(count))
 
 
-TERNARY = Tried((1, 1.6, 2.2, 3))
+TERNARY = Tried((1, 1.8, 2.6))
 TRIED: Mapping[str, Tried] = {
-    "Q4_0": Tried(_steps(-8.3, -7.3, 3), _steps(-10, -4, 14)),
+    "Q4_0": Tried(_steps(-8.5, -7.3, 3), _steps(-10, -4, 14)),
     "Q4_1": Tried((15, 14.3), _steps(11, 15.5, 12)),
-    "Q5_0": Tried(_steps(-16.3, -15.3, 3), _steps(-18, -12, 14)),
+    "Q5_0": Tried(_steps(-16.5, -15.3, 3), _steps(-18, -12, 14)),
     "Q5_1": Tried((31, 30.3), _steps(27, 31.5, 12)),
     "Q8_0": Tried((127,), _steps(125, 127, 4)),
     "Q2_K": Tried(_steps(1.7, 3.5, 6), power=0.5, near=(*CROSS, (1, 1), (-1, -1))),
-    "Q3_K": Tried(_steps(-5.5, -2.5, 6), _steps(-6, -2, 8), power=1),
+    "Q3_K": Tried(_steps(-5.5, -2.5, 6), _steps(-6, -2, 12), power=1),
     "Q4_K": Tried(_steps(12, 15.5, 7), power=0.5, rounds=3, near=CROSS),
     "Q5_K": Tried(_steps(28, 31.5, 6), power=0.5, rounds=3, near=CROSS),
     "Q6_K": Tried(_steps(-34, -30, 8), power=1),
