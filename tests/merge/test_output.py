@@ -381,7 +381,7 @@ def test_names_that_no_file_system_takes_are_refused(length, llama, lora, tmp_pa
         if length > 244 or out.name != "out":
             with pytest.raises(Refused, match="names of at most 243 bytes"):
                 oracle.merge(llama, lora, out=out)
-    with pytest.raises(Refused, match="at most 4000 bytes"):
+    with pytest.raises(Refused, match="paths that the system takes"):
         oracle.merge(llama, lora, out=tmp_path.joinpath(*["z" * 200] * 21))
     oracle.merge(llama, lora, out=tmp_path / ("x" * 243))
     assert [path.name for path in tmp_path.iterdir()] == ["x" * 243]
