@@ -119,8 +119,13 @@ def programs(base: Path, written: dict[str, Path]) -> dict[str, tuple[Path, Pred
     }
     if importlib.util.find_spec("mlx_lm"):
         by_name["mlx-lm"] = (written["mlx"], lambda *job: by_mlx(base, *job))
-    if importlib.util.find_spec("xllamacpp"):
-        by_name["llama.cpp"] = (written["gguf"], by_llama_cpp)
+    if has_llama_cpp():
+        model = realmodel.smollm2_gguf()
+        files = lambda adapter: [model, *([adapter] if adapter else [])]
+        by_name["llama.cpp"] = (
+            written["gguf"],
+            lambda adapter, prompts: by_llama_cpp(files(adapter), prompts),
+        )
     return by_name
 
 
@@ -148,9 +153,13 @@ def by_mlx(base: Path, adapter: Path | None, prompts: list[list[int]]) -> Tensor
     return torch.stack([torch.tensor(row.tolist()).double() for row in logits]).log_softmax(-1)
 
 
-def by_llama_cpp(adapter: Path | None, prompts: list[list[int]]) -> Tensor:
-    """In a process of its own: it ends the process on errors."""
-    files = [realmodel.smollm2_gguf(), *([adapter] if adapter else [])]
+def has_llama_cpp() -> bool:
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
+def by_llama_cpp(files: list[Path], prompts: list[list[int]]) -> Tensor:
+    """Of a model's file and, behind it, an adapter's. In a process of its own: it ends the process
+    on errors."""
     done = subprocess.run(
         [sys.executable, "-c", LLAMA_CPP, *map(str, files)],
         input=json.dumps(prompts),

