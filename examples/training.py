@@ -48,7 +48,7 @@ def other(tokenizer) -> Tensor:
 def covariances(base: Path, training: Tensor, out: Path) -> Path:
     """E[x xᵀ] of what each linear layer sees of some passages, as `loftq --stats` reads it."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    passages = training[:: len(training) // SEEN]
+    passages = training[:: max(1, len(training) // SEEN)]
     out.parent.mkdir(parents=True, exist_ok=True)
     collect(model, lambda: [model(block[None]) for block in passages], out=out)
     return out

@@ -1,8 +1,8 @@
 """Encoders of llama.cpp's block types beside libggml's: errors on real weights, and speed.
 
-    python examples/benchmarks/gguf.py                      all types
-    python examples/benchmarks/gguf.py --types Q4_K,Q6_K --repeat 1
-    python examples/benchmarks/gguf.py --json gguf.json
+    python examples/benchmarks/gguf_encoders.py                      all types
+    python examples/benchmarks/gguf_encoders.py --types Q4_K,Q6_K --repeat 1
+    python examples/benchmarks/gguf_encoders.py --json gguf-encoders.json
 
 libggml's `ggml_quantize_chunk` is that of the wheel xllamacpp. Each row is a type; its errors are
 ours over libggml's, Σ weight · (w - value)², below 1 where ours is less. Without an importance
