@@ -37,7 +37,7 @@ SUPPLEMENTS = {
 
 def check_counts(file: GgufFile) -> None:
     """`Damaged` for implausible numbers of layers and experts, which decide how large a model is
-    built; `Refused` for falcon's groups."""
+    built; `Refused` for falcon's groups, and GLM's sections of positions."""
     for key, value in file.header.metadata.items():
         limit = max(MAX_LAYERS, len(file.entries)) if key.endswith("block_count") else MAX_EXPERTS
         if not key.endswith(("block_count", "expert_count")):
@@ -50,6 +50,9 @@ def check_counts(file: GgufFile) -> None:
     if file.architecture == "falcon" and heads != 1:
         problem = f"falcon with {shown(heads)} groups of keys"
         file.errors.add(problem, "falcon with one")
+    # of models that see, for which llama.cpp sorts the rows of q and k
+    if file.architecture == "glm4" and "glm4.rope.dimension_sections" in file.header.metadata:
+        file.errors.add("glm4 with sections of positions", "a language model without")
     file.errors.raise_all()
 
 
@@ -99,7 +102,7 @@ def config_of(file: GgufFile, arguments: Json) -> Json:
     keys -= {"_name_or_path", "dtype", "torch_dtype"}
     config = {key: _shortest(value) for key, value in full.items() if key in keys}
     if not config.get("architectures"):
-        config["architectures"] = [_class_name(file, str(config.get("model_type")))]
+        config["architectures"] = [class_name_of(file, str(config.get("model_type")))]
     _set_rope_scaling(file, config)
     ignored = [
         key
@@ -114,13 +117,14 @@ def config_of(file: GgufFile, arguments: Json) -> Json:
     return config
 
 
-def _class_name(file: GgufFile, model_type: str) -> str:
+def class_name_of(file: GgufFile, model_type: str) -> str:
     """Name of transformers' language model of that type."""
     from transformers.models.auto import modeling_auto
 
     tables: Any = (
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
     for table in tables:
         if model_type in table:

@@ -16,6 +16,7 @@ from adapterkit.optional import optional
 from adapterkit.records import Settings
 
 COPY = "model.gguf"
+OTHER_NAMES = ("qwen2moe", "qwen3moe", "t5encoder")  # that transformers reads as others
 
 
 @dataclass
@@ -99,6 +100,14 @@ def conversion_rules() -> Settings:
     except ImportError:  # an older transformers, which has the table of names only
         return {}
     return GGUF_ARCHS
+
+
+def is_read_by_transformers(architecture: str) -> bool:
+    """Whether transformers reads files of an architecture."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    known = {name.replace("-", "_") for name in (*GGUF_SUPPORTED_ARCHITECTURES, *OTHER_NAMES)}
+    return architecture in conversion_rules() or architecture.replace("-", "_") in known
 
 
 @contextlib.contextmanager

@@ -6,19 +6,27 @@ What transformers would leave out without a word is refused.
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import WARNING, shown
 from adapterkit.gguf.config import check_counts, config_arguments, config_of
-from adapterkit.gguf.file import GgufFile, check_package, quiet_transformers
+from adapterkit.gguf.file import (
+    GgufFile,
+    check_package,
+    is_read_by_transformers,
+    quiet_transformers,
+)
 from adapterkit.gguf.header import GgufFiles, GgufHeader, read_model
-from adapterkit.gguf.tensors import model_tensors, tensor_names
+from adapterkit.gguf.tables import NameTable, TableNames, model_by_table
+from adapterkit.gguf.tensors import model_tensors, tensor_names, tensors_by_table
 from adapterkit.weights.skeleton import Skeleton
 
 FLOATS = ("BF16", "F16", "F32")  # ggml's types that are floats: the first of them in a file decides
+TableOf: TypeAlias = Callable[[str], NameTable | None]
 LOCAL_SETTINGS = ("is_local", "local_files_only", "name_or_path")  # of a tokenizer's config
 
 
@@ -41,15 +49,23 @@ class GgufModel(NamedTuple):
     notes: list[str]
 
 
-def open_gguf(files: GgufFiles, number: int = 0, *, tokenizer: bool = False) -> GgufModel:
+def open_gguf(
+    files: GgufFiles, number: int = 0, *, tokenizer: bool = False, table_of: TableOf | None = None
+) -> GgufModel:
     """Read a GGUF file as a checkpoint; `Refused` or `Damaged`, all at once, where that cannot be
-    done in full. `number`: which input of the job it is; `tokenizer`: make its files, too."""
+    done in full. `number`: which input of the job it is; `tokenizer`: make its files, too.
+
+    `table_of` an architecture that transformers does not read: its parameters are those of the
+    table then, other tensors have their own names, and the config is not one to run the model."""
     header, headers = read_model(files)
     kinds = {entry.type for entry in header.tensors}
     check_package(kinds)
     with tempfile.TemporaryDirectory() as scratch, quiet_transformers():
         file = GgufFile(files.folder, files.names[0], header, Path(scratch))
-        checkpoint, model = _read(file, headers, number)
+        table = None
+        if table_of is not None and not is_read_by_transformers(file.architecture):
+            table = table_of(file.architecture)
+        checkpoint, model = _read(file, headers, number, table)
         texts = _tokenizer_files(file) if tokenizer else {}
     dtype = next((kind for kind in FLOATS if kind in kinds), "F32")
     dtype = dtype if kinds <= {*FLOATS} else "BF16"
@@ -57,14 +73,19 @@ def open_gguf(files: GgufFiles, number: int = 0, *, tokenizer: bool = False) -> 
 
 
 def _read(
-    file: GgufFile, headers: dict[str, GgufHeader], number: int
+    file: GgufFile, headers: dict[str, GgufHeader], number: int, table: NameTable | None
 ) -> tuple[GgufCheckpoint, Skeleton]:
     """The checkpoint, and its model without data."""
     check_counts(file)
+    shards = {name: header.header for name, header in headers.items()}
+    checkpoint = GgufCheckpoint(file.folder, shards, {}, None, None, {}, {}, headers)
+    if table is not None:
+        model = model_by_table(file, table, checkpoint)
+        tensors = tensors_by_table(file, TableNames(table, model), number)
+        return replace(checkpoint, config=model.base.config, tensors=tensors), model
     arguments = config_arguments(file)
     config = config_of(file, arguments)
-    shards = {name: header.header for name, header in headers.items()}
-    checkpoint = GgufCheckpoint(file.folder, shards, {}, None, None, config, {}, headers)
+    checkpoint = replace(checkpoint, config=config)
     model = Skeleton(checkpoint, config["architectures"][0])
     names = tensor_names(file, model, arguments)
     return replace(checkpoint, tensors=model_tensors(file, model, names, number)), model

@@ -22,6 +22,7 @@ from adapterkit.gguf.config import FREQUENCIES
 from adapterkit.gguf.file import GgufFile, conversion_rules
 from adapterkit.gguf.header import MAX_ERRORS, Entry
 from adapterkit.gguf.placement import RowPlacement, find_placement
+from adapterkit.gguf.tables import TableNames
 from adapterkit.gguf.weight import Build, GgufWeight, ReadArray
 from adapterkit.weights.skeleton import Skeleton, tied_names
 
@@ -206,6 +207,26 @@ def model_tensors(
             with errors.collected():
                 tensors[key] = layouts.weight(key, shape, groups[key], build)
     Problems(errors[:MAX_ERRORS]).raise_all()
+    return tensors
+
+
+def tensors_by_table(file: GgufFile, names: TableNames, number: int) -> Mapping[str, TensorSpec]:
+    """The parameters that a table names, of input `number` of the job; others, and those that do
+    not come out of their tensors, have the names that they have in the file."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in file.header.tensors:
+        groups.setdefault(names.target(entry.name) or entry.name, []).append(entry)
+    layouts = _Layouts(file.name, number)
+    tensors: dict[str, TensorSpec] = {}
+    for key, entries in groups.items():
+        build = names.build(key, [entry.name for entry in entries])
+        shape = names.shape(build, entries)
+        if shape is not None:
+            tensors[key] = layouts.weight(key, shape, entries, build)
+            continue
+        for entry in entries:
+            own = _Renamed(entry.name)
+            tensors[entry.name] = layouts.weight(entry.name, entry.shape, [entry], own)
     return tensors
 
 

@@ -32,6 +32,7 @@ HEADS = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+LANGUAGE = "language_model."  # where it is a part of a model that sees
 TRANSPOSED = "Conv1D"  # GPT-2's linear layer, whose weight is (in, out)
 
 
@@ -100,6 +101,7 @@ class Names:
     trained_class: str | None = None  # auto_mapping's, looked up in transformers and nowhere else
     build_model: bool = False  # even if all names match directly: for ties, classes, orientations
     notes: list[str] = field(default_factory=list)
+    text_only: bool = False  # the base is the language model of a model that may see, too
 
     @property
     def label(self) -> str:
@@ -160,7 +162,10 @@ class Names:
         spec = self.base.tensors.get(name)
         if spec is not None:
             return Parameter(name, spec.shape, (identity_slot(name, spec.shape),))
-        return self.model.by_old_name(name) if self.model is not None else None
+        found = self.model.by_old_name(name) if self.model is not None else None
+        if found is None and self.text_only and LANGUAGE in name:
+            return self.parameter(name.replace(LANGUAGE, "", 1))
+        return found
 
     def all(self) -> Collection[str]:
         """Names of all stored parameters."""

@@ -48,12 +48,12 @@ class Skeleton:
 
         The loader's renames say which; one expert's matrix of a stack is a stack of one.
         """
-        new, pattern = self._loaded_as(name)
+        new, pattern = self.loaded_as(name)
         if new == name or new not in self.parameters:
             return None
         return self.parameters[new] if pattern is None else self._expert(name, new, pattern)
 
-    def _loaded_as(self, key: str) -> tuple[str, str | None]:
+    def loaded_as(self, key: str) -> tuple[str, str | None]:
         """The parameter that the loader puts a key into, and the converter's pattern that it
         matches."""
         from transformers.core_model_loading import rename_source_key
@@ -98,7 +98,7 @@ class Skeleton:
 
     def renamed(self, key: str) -> str:
         """The parameter that the loader puts a stored tensor of that name into."""
-        return self._loaded_as(key)[0]
+        return self.loaded_as(key)[0]
 
     def module(self, name: str) -> "nn.Module | None":
         """A module of the model, or None."""
@@ -126,7 +126,7 @@ class Skeleton:
         slots: dict[str, tuple[Slot, ...]] = {}
         pending: dict[str, list[Source]] = {}  # by a converter's first target
         for key in sorted(self.base.tensors, key=dot_natural_key):
-            name, pattern = self._loaded_as(key)
+            name, pattern = self.loaded_as(key)
             if name not in state and key in state:
                 prefix = self.model.base_model_prefix
                 name, pattern = rename_source_key(key, [], [], prefix, state)

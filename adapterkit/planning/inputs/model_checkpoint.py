@@ -12,5 +12,6 @@ def read_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
     if files is None:
         return open_checkpoint(folder, number)
     from adapterkit.gguf.model import open_gguf
+    from adapterkit.planning.inputs.gguf_tables import table_of
 
-    return open_gguf(files, number).checkpoint
+    return open_gguf(files, number, table_of=table_of).checkpoint

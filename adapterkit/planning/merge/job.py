@@ -14,6 +14,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Problems, Refused, shown
+from adapterkit.gguf.model import GgufCheckpoint
 from adapterkit.planning.inputs.earlier_merges import MergedAdapter
 from adapterkit.planning.inputs.model_config import vocabulary_sizes
 from adapterkit.planning.targets.values_by_regex import selection
@@ -193,7 +194,8 @@ class MergeJob:
             modules = (tokens.module for tokens in adapter.tokens)
             wanted |= {f"{module}.weight": None for module in modules if self.is_selected(module)}
         trained = self.adapters[0].trained_class
-        return Names(self.base, tuple(wanted), *trained, build_model, self.notes)
+        is_file = isinstance(self.original, GgufCheckpoint)
+        return Names(self.base, tuple(wanted), *trained, build_model, self.notes, text_only=is_file)
 
     @cached_property
     def leaves(self) -> dict[str, list[str]]:

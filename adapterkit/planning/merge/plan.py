@@ -143,7 +143,8 @@ def changed_steps(job: MergeJob, errors: Sequence[AdapterkitError] = ()) -> Step
     collect_changes(job)
     Problems([*errors, *job.errors]).raise_all()
     brought = {*job.new, *(name for name, change in job.changes.items() if change.value)}
-    job.errors += check_gaps(job.base, job.names.model, job.notes, brought)
+    if not isinstance(job.original, GgufCheckpoint):  # it stays as whole as it is
+        job.errors += check_gaps(job.base, job.names.model, job.notes, brought)
     resolve_tied_weights(job)
     resolve_vocab_resize(job)
     resolve_new_head(job)
