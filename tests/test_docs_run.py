@@ -165,6 +165,7 @@ def stage(
     for name in CAST:
         shutil.copytree(cached_folder("lora", train), stage / name)
     write_gguf(base, stage / "BASE.gguf")
+    save_gptq(base, stage / "BASE-GPTQ")
     for status, _, errors in run([Task(stage, line.split()) for line in PREPARATION], server):
         assert status == 0, errors
     weights = stage / "other-depth" / "adapter_model.safetensors"
@@ -212,6 +213,13 @@ def save_fbgemm(base: Path, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fbgemm_fp8"}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def save_gptq(base: Path, folder: Path) -> None:
+    from tests.support.quantized_llama import GPTQ, Form, gptq, quantize
+
+    shutil.copytree(base, folder)
+    quantize(folder, Form(gptq(4, 1, size=16), GPTQ | {"group_size": 16}, 0))
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from adapterkit.kernels.quant import grid
 from adapterkit.kernels.quant.integers import (
-    decode_awq,
-    decode_gptq,
     decode_int8,
     decode_packed,
     decode_torchao_int4,
@@ -200,65 +198,3 @@ def test_int4_of_torchao() -> None:
     index = torch.arange(64) // 16
     expected = (codes * scale.T[:, index].float()) + zero.T[:, index].float()
     assert torch.equal(decode_torchao_int4(stored, scale, zero), expected)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("order", ["equal", "shuffled", "uneven"])
-def test_gptq_by_bits(bits: int, order: str) -> None:
-    size, out, groups = 96, 32, 3
-    words = randoms(size * bits // 32, out, low=-(2**31), high=2**31).int()
-    zeros = randoms(groups, out * bits // 32, low=-(2**31), high=2**31, seed=1).int()
-    scale = torch.rand(groups, out, generator=torch.Generator().manual_seed(2)).half()
-    index = torch.arange(size) // (40 if order == "uneven" else 32)
-    if order == "shuffled":
-        index = index[torch.randperm(size, generator=torch.Generator().manual_seed(3))]
-    codes, zero = bits_of(words.T, bits, size), bits_of(zeros, bits, out)
-    for group in (index.int(), None) if order == "equal" else (index.int(),):
-        exact = ((codes - zero.T[:, index]).double() * scale.T[:, index].double()).float()
-        assert torch.equal(decode_gptq(words, zeros, scale, bits, size, group, 2), exact)
-    zero = randoms(groups, out, high=2**bits, low=1)
-    exact = ((codes - zero.T[:, index]).double() * scale.T[:, index].double()).float()
-    stored = pack((zero - 1 - 2 ** (bits - 1)).to(torch.int8), bits)
-    assert torch.equal(decode_gptq(words, stored, scale, bits, size, index.int(), 1), exact)
-
-
-def test_gptq_of_its_tool(tool_tensors) -> None:
-    theirs = tool_tensors("gptqmodel")
-    for bits in (2, 3, 4, 8):
-        key = f"gptqmodel.gptq{bits}"
-        words, zeros, scale, group = (
-            theirs[f"{key}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")
-        )
-        for version in (1, 2):
-            read = decode_gptq(words, zeros, scale, bits, len(group), group, version)
-            agree(read, theirs, f"{key}.decoded{version}", torch.float16)
-    with pytest.raises(ValueError, match="2, 3, 4 or 8 bits, not 5"):
-        decode_gptq(words, zeros, scale, 5, len(group))
-    with pytest.raises(ValueError, match="version 1 or 2"):
-        decode_gptq(words, zeros, scale, 4, len(group), version=3)
-
-
-@pytest.mark.parametrize("piece", [1, 200, 1600])
-@pytest.mark.parametrize("zeros", [True, False])
-def test_awq_by_nibbles(piece: int, zeros: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid, "PIECE", piece)
-    words = randoms(64, 4, low=-(2**31), high=2**31).int()
-    zwords = randoms(2, 4, low=-(2**31), high=2**31, seed=1).int()
-    scale = torch.rand(2, 32, generator=torch.Generator().manual_seed(2)).half()
-
-    def opened(x: Tensor) -> Tensor:  # (m, out)
-        place = [0, 4, 1, 5, 2, 6, 3, 7]  # the nibble of each column of eight
-        return bits_of(x, 4, 32).view(len(x), 4, 8)[:, :, place].flatten(1)
-
-    codes, zero = opened(words).T, opened(zwords).T if zeros else torch.full((32, 2), 8)
-    index = torch.arange(64) // 32
-    exact = ((codes - zero[:, index]).double() * scale.T[:, index].double()).float()
-    assert torch.equal(decode_awq(words, zwords if zeros else None, scale), exact)
-
-
-def test_awq_of_its_tool(tool_tensors) -> None:
-    theirs = tool_tensors("gptqmodel")
-    words, zeros, scale = (
-        theirs[f"gptqmodel.awq.{part}"] for part in ("qweight", "qzeros", "scales")
-    )
-    agree(decode_awq(words, zeros, scale), theirs, "gptqmodel.awq.decoded", torch.float16)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adapterkit.kernels.quant import fp4, integers, nibbles
 from adapterkit.kernels.quant.fp8 import encode_fp8
+from adapterkit.kernels.quant.gptq import AWQ_ORDER
 from tests.support.usual import usual
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -148,18 +149,27 @@ def modelopt_fp8(w: Tensor) -> Parts:
     }
 
 
-def gptq(bits: int, version: int) -> Callable[[Tensor], Parts]:
+def gptq(
+    bits: int, version: int, symmetric: bool = False, index: bool = False, size: int = 32
+) -> Callable[[Tensor], Parts]:
     def make(w: Tensor) -> Parts:
-        result = integers.encode_integers(w, bits, 32, symmetric=False, scale_dtype=torch.float16)
-        assert result.zero is not None
+        order = torch.arange(w.shape[1])
+        if index:
+            order = torch.randperm(w.shape[1], generator=torch.Generator().manual_seed(0))
+        result = integers.encode_integers(
+            w[:, order], bits, size, symmetric=symmetric, scale_dtype=torch.float16
+        )
         half = 1 << (bits - 1)
-        zero = result.zero.T.int() + half - int(version == 1)
+        middle = torch.zeros(result.scale.shape) if result.zero is None else result.zero
+        zero = middle.T.int() + half - int(version == 1)
         zero = (zero & ((1 << bits) - 1)) - half
+        codes, group = torch.empty_like(result.codes), torch.empty(w.shape[1], dtype=torch.int32)
+        codes[:, order], group[order] = result.codes, (torch.arange(w.shape[1]) // size).int()
         return {
-            ".qweight": integers.pack(result.codes, bits).T.contiguous(),
+            ".qweight": integers.pack(codes, bits).T.contiguous(),
             ".qzeros": integers.pack(zero.to(torch.int8), bits),
             ".scales": result.scale.T.contiguous(),
-            ".g_idx": (torch.arange(w.shape[1]) // 32).int(),
+            ".g_idx": group,
         }
 
     return make
@@ -170,7 +180,7 @@ def awq(w: Tensor) -> Parts:
     assert result.zero is not None
 
     def folded(codes: Tensor) -> Tensor:  # (n, out) -> (n, out/8)
-        eights = (codes.long() + 8).view(len(codes), -1, 8)[:, :, list(integers.AWQ_ORDER)]
+        eights = (codes.long() + 8).view(len(codes), -1, 8)[:, :, list(AWQ_ORDER)]
         return (eights << torch.arange(0, 32, 4)).sum(2).to(torch.int32)
 
     return {
@@ -292,15 +302,15 @@ FORMS = {
         {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"},
         0.04,
     ),
-    "gptq4": Form(gptq(4, 1), GPTQ, 0, writable=False),
-    "gptq8-v2": Form(
-        gptq(8, 2), GPTQ | {"bits": 8, "checkpoint_format": "gptq_v2"}, 0, writable=False
+    "gptq4": Form(gptq(4, 1), GPTQ, 0.13),
+    "gptq8-v2": Form(gptq(8, 2), GPTQ | {"bits": 8, "checkpoint_format": "gptq_v2"}, 0.01),
+    "gptq4-g_idx": Form(
+        gptq(4, 1, symmetric=True, index=True), GPTQ | {"sym": True, "desc_act": True}, 0.13
     ),
     "awq": Form(
         awq,
         {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
-        0,
-        writable=False,
+        0.13,
     ),
     **{
         f"torchao-{kind}": Form(
@@ -312,6 +322,7 @@ FORMS = {
 
 # one form of each codec, for laws whose code does not know the codec
 FEW = {"int4-g_idx", "int8-zero", "fp8-channel", "nvfp4", "mxfp4", "fp8", "double", "int8-bnb"}
+FEW |= {"gptq4-g_idx", "awq"}
 
 
 def few(names: Iterable[str]) -> list:

@@ -1,14 +1,13 @@
-"""Weights of packed integers, to float32: compressed-tensors, torchao, GPTQ, AWQ; the first two
-also from float32.
+"""Weights of packed integers: compressed-tensors, torchao, and what GPTQ and AWQ share with them.
 
 A weight is (code - zero) · scale in float32. The difference is exact, so the product is the only
 rounding. The tools compute in the dtype of their scales: where that is fp16 or bf16, the product is
 exact in float32, and rounding it to that dtype gives their result.
 """
 
-import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,12 +15,14 @@ import torch
 from torch import Tensor
 
 from adapterkit.kernels.pieces import padded
-from adapterkit.kernels.quant.grid import Grid, check_finite, chosen, loses_less, pieces
+from adapterkit.kernels.quant.grid import Grid, check_finite, chosen, pieces
 from adapterkit.kernels.quant.nibbles import expand_nibbles, nibble_pairs, pack_nibbles
 from adapterkit.kernels.quant.stochastic import Draws
 
 WORD = 32
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the row of eight that each nibble of a word holds
+# of values (out, in) whose columns are in groups of one size: scales (out, groups), and zeros int8
+# unless those stay
+NewScale = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 SIGNED_NIBBLES = (*map(float, range(8)), *map(float, range(-8, 0)))  # two's complement
 
 
@@ -78,21 +79,21 @@ def grid_of(
 ) -> IntegerGrid:
     """Raises ValueError where the columns do not divide into equal groups and `group` is None."""
     (out, size), one = shape, scale.numel() == 1
-    scale = scale.float().reshape(1 if one else out, -1)
+    scale = scale.float().reshape(1 if one else out, -1).contiguous()
     count = scale.shape[1]
     if size % count and group is None:
         raise ValueError(f"{size} columns do not divide into {count} groups")
-    scales = (scale,) if zero is None else (scale, zero.float().reshape(scale.shape))
+    scales = (scale,) if zero is None else (scale, zero.float().reshape(scale.shape).contiguous())
     index = None
     if group is not None and count > 1:
         index, columns = group.to(torch.int64), torch.arange(size, device=group.device)
         if size % count == 0 and torch.equal(index, columns // (size // count)):
             index = None
-    block = (out if one else 1, size // count)
-    return IntegerGrid(scales=scales, block=block, ends=_ends(bits), index=index)
+    block = (out if one else 1, max(1, size // count))
+    return IntegerGrid(scales=scales, block=block, ends=code_ends(bits), index=index)
 
 
-def _ends(bits: int) -> tuple[int, int]:
+def code_ends(bits: int) -> tuple[int, int]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
@@ -115,11 +116,11 @@ def pack(
         codes = codes.to(torch.uint8, memory_format=torch.contiguous_format)
         codes = padded(codes.add_(1 << (bits - 1)), (0, words * WORD // bits - m))  # wraps
         return (pack_nibbles(codes) if bits == 4 else codes).view(torch.int32)
-    codes = _dense(codes).to(torch.int64).add_(1 << (bits - 1))
+    codes = dense(codes).to(torch.int64).add_(1 << (bits - 1))
     shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
     octets = (padded(codes, (0, -m % 8)).view(n, -1, 8) << shifts).sum(2)  # no bit twice: sum is or
     packed = octets.view(torch.uint8).view(n, -1, 8)[:, :, :bits].reshape(n, -1)
-    return _dense(padded(packed, (0, 4 * words - packed.shape[1]))).view(torch.int32)
+    return dense(padded(packed, (0, 4 * words - packed.shape[1]))).view(torch.int32)
 
 
 def unpack(
@@ -128,12 +129,12 @@ def unpack(
     m: int,
 ) -> Tensor:  # (n, m) int8, from -2^(bits-1)
     """The inverse of `pack`."""
-    return (_unsigned(words, bits, m) - (1 << (bits - 1))).to(torch.int8)
+    return (unsigned_codes(words, bits, m) - (1 << (bits - 1))).to(torch.int8)
 
 
-def _unsigned(words: Tensor, bits: int, m: int) -> Tensor:  # (n, m) int16
+def unsigned_codes(words: Tensor, bits: int, m: int) -> Tensor:  # (n, m) int16
     _check_bits(bits)
-    packed = _dense(words).view(torch.uint8)
+    packed = dense(words).view(torch.uint8)
     if bits == 8:
         return packed[:, :m].to(torch.int16)
     packed = padded(packed, (0, -packed.shape[1] % bits)).view(len(packed), -1, bits)
@@ -163,8 +164,8 @@ def decode_packed(
     grid = grid_of(scale, zero, (len(words), size), group)
     out = torch.empty(len(words), size, device=words.device)
     for part in pieces(out.shape, out.device):
-        _expand(words[part], bits, out[part], 1 << (bits - 1))
-        _decode(grid, out[part], part)
+        expand_codes(words[part], bits, out[part], 1 << (bits - 1))
+        scale_codes(grid, out[part], part)
     return out
 
 
@@ -179,7 +180,7 @@ def decode_int8(
     out = torch.empty(codes.shape, device=codes.device)
     for part in pieces(out.shape, out.device):
         out[part] = codes[part]
-        _decode(grid, out[part], part)
+        scale_codes(grid, out[part], part)
     return out
 
 
@@ -225,12 +226,16 @@ def encode_integers(
     w = w.contiguous()
     if scale is None:
         width = size or w.shape[1]
-        scale, zero = _integer_scale(w, bits, width, symmetric, scale_dtype)
+        scale, zero = minmax_scale(w, bits, width, symmetric, scale_dtype)
     grid = grid_of(scale, zero, (len(w), w.shape[1]), group, bits)
+    return Integers(_codes(grid, w, draws), scale, zero)
+
+
+def _codes(grid: IntegerGrid, w: Tensor, draws: Draws | None) -> Tensor:
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     for rows, code in grid.encode(w, draws):
         codes[rows] = code
-    return Integers(codes, scale, zero)
+    return codes
 
 
 def requantize_integers(
@@ -239,40 +244,57 @@ def requantize_integers(
     scale: Tensor,  # (out, groups)
     zero: Tensor | None,  # (out, groups) int8
     group: Tensor | None,  # (in,) the group of each column
-    symmetric: bool,
+    new_scale: NewScale,
     draws: Draws | None = None,
 ) -> Integers:
     """Codes with each group's stored scale or a new one, whichever is nearer to w; with draws
-    sampled, with new ones where `loses_less`."""
-    (out, width), groups = w.shape, scale.shape[1]
-    size, x, order = width // groups, w, slice(None)
-    if group is not None:
-        order = torch.argsort(group, stable=True)
-        in_order = torch.arange(width, device=w.device) // size
-        if not torch.equal(group[order].long(), in_order):
-            return encode_integers(w, bits, scale=scale, zero=zero, group=group, draws=draws)
-        x = w[:, order]
-    new, new_zero = _integer_scale(x, bits, size, symmetric, scale.dtype)
-    old_grid, new_grid = (
-        grid_of(*each, (out, width), bits=bits) for each in ((scale, zero), (new, new_zero))
-    )
-    if draws is None:
-        better = new_grid.errors(x, sampled=False) < old_grid.errors(x, sampled=False)
-    else:
-        better = loses_less(x, old_grid, new_grid)
-    scale = chosen(better, new, scale)
-    if zero is not None and new_zero is not None:
-        zero = chosen(better, new_zero, zero)
-    result = encode_integers(x, bits, scale=scale, zero=zero, draws=draws)
-    codes = torch.empty_like(result.codes)
-    codes[:, order] = result.codes
-    return Integers(codes, scale, zero)
+    sampled, and a new one only for a group with values beyond the old one's."""
+    w = w.contiguous()
+    old, sampled = grid_of(scale, zero, (len(w), w.shape[1]), group, bits), draws is not None
+    x = w if old.index is None else _in_groups(w, old.index, scale.shape[1])
+    if x is not None:
+        in_order = replace(old, index=None, block=(old.block[0], x.shape[1] // scale.shape[1]))
+        beyond = in_order.overflows(x) if sampled else None
+        if beyond is None or bool(beyond.any()):
+            new, new_zero = new_scale(x)
+            middle = zero if new_zero is None else new_zero
+            better = grid_of(new, middle, (len(x), x.shape[1]), bits=bits).errors(x, sampled)
+            better = better < in_order.errors(x, sampled)
+            better = better if beyond is None else better & beyond
+            scale = chosen(better, new, scale)
+            if zero is not None and new_zero is not None:
+                zero = chosen(better, new_zero, zero)
+    scales = (scale,) if zero is None else (scale, zero)
+    grid = replace(old, scales=tuple(one.float().contiguous() for one in scales))
+    return Integers(_codes(grid, w, draws), scale, zero)
 
 
-def _integer_scale(
-    w: Tensor, bits: int, size: int, symmetric: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    low, high = _ends(bits)
+def _in_groups(w: Tensor, group: Tensor, count: int) -> Tensor | None:  # (out, count · size)
+    """The columns in equal parts, by their groups; shorter groups end with 0, which every grid
+    holds. None where that takes more than twice the columns: such groups keep their scales."""
+    width, sizes = w.shape[1], torch.bincount(group, minlength=count)
+    size = int(sizes.max())
+    if count * size > 2 * width:
+        return None
+    order = torch.argsort(group, stable=True)
+    if width == count * size:
+        return w[:, order]
+    place = torch.arange(width, device=w.device)
+    place += (torch.arange(count, device=w.device) * size - sizes.cumsum(0) + sizes)[group[order]]
+    x = w.new_zeros(len(w), count * size)
+    x[:, place] = w[:, order]
+    return x
+
+
+def minmax_scale(
+    w: Tensor,  # (out, in) float32
+    bits: int,
+    size: int,  # columns with one scale
+    symmetric: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:  # (out, groups), and as it int8
+    """Scales, and zeros, as compressed-tensors computes them; see `encode_integers`."""
+    low, high = code_ends(bits)
     groups = w.unflatten(1, (-1, size))
     lows, highs = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
     check_finite(lows + highs)
@@ -303,84 +325,16 @@ def decode_torchao_int4(
     return out
 
 
-# GPTQ and AWQ
-
-
-def decode_gptq(
-    words: Tensor,  # (ceil(in · bits / 32), out) int32
-    zeros: Tensor,  # (groups, ceil(out · bits / 32)) int32
-    scale: Tensor,  # (groups, out) float16
-    bits: int,
-    size: int,  # in
-    group: Tensor | None = None,  # (in,) int32: g_idx
-    version: int = 1,  # 2 where the config has checkpoint_format gptq_v2
-) -> Tensor:  # (out, in) float32
-    """(code - zero) · scale. Version 1 stores zero - 1, subtracted from whole words: so 1 is added
-    to whole words.
-
-    Codes of 3 bits lie one after another in three words; gptqmodel's planar layout gptq_p of 3, 5,
-    6 and 7 bits is another one. Raises ValueError for other numbers of bits and versions.
-    """
-    if bits not in (2, 3, 4, 8):
-        raise ValueError(f"expected 2, 3, 4 or 8 bits, not {bits}")
-    zero = _gptq_zeros(zeros, bits, version, scale.shape[1])
-    grid = grid_of(scale.T, zero.T, (words.shape[1], size), group)
-    out = torch.empty(words.shape[1], size, device=words.device)
-    for part in pieces(out.shape, out.device):
-        _expand(words[:, part].T, bits, out[part])
-        _decode(grid, out[part], part)
-    return out
-
-
-def _gptq_zeros(words: Tensor, bits: int, version: int, out: int) -> Tensor:  # (groups, out)
-    if version == 2:
-        return _unsigned(words, bits, out)
-    if version != 1:
-        raise ValueError(f"expected version 1 or 2, not {version}")
-    if bits == 3:
-        return (_unsigned(words, bits, out) + 1).bitwise_and_(7)
-    ones = sum(1 << shift for shift in range(0, WORD, bits))
-    return _unsigned((words.to(torch.int64) + ones).to(torch.int32), bits, out)
-
-
-def decode_awq(
-    words: Tensor,  # (in, out/8) int32
-    zeros: Tensor | None,  # (groups, out/8) int32; None: 8
-    scale: Tensor,  # (groups, out) float16
-) -> Tensor:  # (out, in) float32
-    """(code - zero) · scale of AutoAWQ's gemm layout, 4 bits."""
-    zero = torch.full_like(scale, 8).T if zeros is None else _awq_rows(zeros)
-    grid = grid_of(scale.T, zero, (scale.shape[1], words.shape[0]))
-    out = torch.empty(scale.shape[1], words.shape[0], device=words.device)
-    for octets in pieces((words.shape[1], 8 * words.shape[0]), words.device):
-        part = slice(8 * octets.start, 8 * octets.stop)
-        out[part] = _awq_rows(words[:, octets])
-        _decode(grid, out[part], part)
-    return out
-
-
-def _awq_rows(words: Tensor) -> Tensor:  # (m, n) int32 -> (8n, m) uint8
-    words = words.T.contiguous()
-    codes = (words[:, None] >> _awq_shifts(words.device)).bitwise_and_(15).to(torch.uint8)
-    return codes.flatten(0, 1)
-
-
-@functools.cache
-def _awq_shifts(device: torch.device) -> Tensor:  # (8, 1) int32
-    """The bits below the nibble of each row."""
-    return (4 * torch.tensor(AWQ_ORDER).argsort().int())[:, None].to(device)
-
-
 # Shared by the formats.
 
 
-def _decode(grid: IntegerGrid, x: Tensor, rows: slice) -> None:
+def scale_codes(grid: IntegerGrid, x: Tensor, rows: slice) -> None:
     """x ← (x - zero) · scale."""
     x, scales = grid.place(x, rows)
     grid.value(x, *scales)
 
 
-def _expand(
+def expand_codes(
     words: Tensor,  # (n, words) int32
     bits: int,
     out: Tensor,  # (n, m) float32, overwritten
@@ -388,18 +342,18 @@ def _expand(
 ) -> None:
     """out = code - middle."""
     if bits != 4:
-        out.copy_(_unsigned(words, bits, out.shape[1]).sub_(middle))
+        out.copy_(unsigned_codes(words, bits, out.shape[1]).sub_(middle))
         return
     values = tuple(float(code - middle) for code in range(16))
     columns = out.shape[1]
-    packed = _dense(words).view(torch.uint8)[:, : (columns + 1) // 2]
+    packed = dense(words).view(torch.uint8)[:, : (columns + 1) // 2]
     whole = out if columns % 2 == 0 else out.new_empty(len(out), 2 * packed.shape[1])
     expand_nibbles(packed, nibble_pairs(values, words.device), whole)
     if whole is not out:
         out.copy_(whole[:, :columns])
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     """A copy whose last axis has stride 1: contiguous() does not promise that where an axis has one
     element."""
     return x.clone(memory_format=torch.contiguous_format)

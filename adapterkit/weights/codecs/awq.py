@@ -1,4 +1,4 @@
-"""awq: AutoAWQ's gemm layout of 4 bits, read only: its codes come from calibration."""
+"""awq: AutoAWQ's gemm layout of 4 bits."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,9 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
-from adapterkit.kernels.quant.integers import decode_awq
+from adapterkit.kernels.quant.gptq import WordTensors, awq_grid, decode_awq, requantize_awq
+from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
@@ -21,6 +23,9 @@ class Awq(QuantizedWeight):
     name = "awq"
     methods = ("awq",)
     files = ("quant_config.json", "quantize_config.json")
+    searches_scales = True
+
+    symmetric: bool  # the zeros stay
 
     @classmethod
     def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
@@ -28,8 +33,8 @@ class Awq(QuantizedWeight):
         if scan.method not in cls.methods or not found or not _is_known(scan):
             return
         for module, spec in found:
-            has_zeros = scan.settings.get("zero_point", True) is not False
-            has_zeros = has_zeros or f"{module}.qzeros" in scan.tensors
+            symmetric = scan.settings.get("zero_point", True) is False
+            has_zeros = not symmetric or f"{module}.qzeros" in scan.tensors
             siblings = scan.siblings(module, ".scales", *([".qzeros"] if has_zeros else []))
             if siblings is None or not _fits(scan, spec, *siblings):
                 continue
@@ -39,15 +44,38 @@ class Awq(QuantizedWeight):
                 key=f"{module}.weight",
                 dtype=scan.compute_dtype,
                 shape=(siblings[0].shape[1], spec.shape[0]),
+                symmetric=symmetric,
             )
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        words, scale, *zeros = self.values(stored)
-        return decode_awq(words, zeros[0] if zeros else None, scale)
+        return decode_awq(self._tensors(stored))
+
+    def encode_keeping_scales(
+        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
+    ) -> dict[str, Tensor]:
+        """A group takes its old scale and zero, or new ones if those are nearer to W."""
+        old = self._tensors(stored)
+        new = requantize_awq(weight, old, keep_zeros=self.symmetric, draws=draws)
+        zeros = [] if new.zeros is None else [new.zeros]
+        return stored | self.as_parts(new.words, new.scale, *zeros)
+
+    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
+        return awq_grid(self._tensors(stored)).round_column
 
     @property
-    def read_only(self) -> str | None:
-        return "AWQ chooses its codes on data that is not here"
+    def rows_per_block(self) -> int | None:
+        return 8  # of a word
+
+    def row_views(
+        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
+    ) -> dict[str, Tensor]:
+        ends = {part.key: (first // 8, last // 8) for part in self.parts}
+        ends[self.parts[1].key] = (first, last)
+        return {key: stored[key][:, low:high] for key, (low, high) in ends.items()}
+
+    def _tensors(self, stored: dict[str, Tensor]) -> WordTensors:
+        words, scale, *zeros = self.values(stored)
+        return WordTensors(words, zeros[0] if zeros else None, scale)
 
 
 def _is_known(scan: CheckpointScan) -> bool:

@@ -18,6 +18,7 @@ from adapterkit.kernels.quant.integers import (
     decode_int8,
     decode_packed,
     encode_integers,
+    minmax_scale,
     pack,
     pack_zeros,
     requantize_integers,
@@ -200,7 +201,12 @@ class Compressed(QuantizedWeight):
         lines = weight.reshape(self._lines)
         scale = self.values(stored)[1].reshape(len(lines), -1)
         zero, group = self._zero(stored), self._group(stored)
-        result = requantize_integers(lines, self.bits, scale, zero, group, self.symmetric, draws)
+
+        def new_scale(w: Tensor) -> tuple[Tensor, Tensor | None]:
+            size = w.shape[1] // scale.shape[1]
+            return minmax_scale(w, self.bits, size, self.symmetric, scale.dtype)
+
+        result = requantize_integers(lines, self.bits, scale, zero, group, new_scale, draws)
         return stored | self._integer_parts(result)
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:

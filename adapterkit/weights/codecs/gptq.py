@@ -1,6 +1,6 @@
-"""gptq: AutoGPTQ's and GPTQModel's integers in words of 32 bits, read only: its codes come from
-calibration."""
+"""gptq: AutoGPTQ's and GPTQModel's integers in words of 32 bits."""
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
-from adapterkit.kernels.quant.integers import are_groups, decode_gptq
+from adapterkit.kernels.quant.gptq import BITS, WordTensors, decode_gptq, gptq_grid, requantize_gptq
+from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.integers import WORD, are_groups
+from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
-BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +28,12 @@ class Gptq(QuantizedWeight):
     name = "gptq"
     methods = ("gptq",)
     files = ("quantize_config.json",)
+    searches_scales = True
 
     bits: int
     version: int  # 1 stores zero - 1
     indexed: bool  # g_idx is stored
+    symmetric: bool  # the zeros stay
 
     @classmethod
     def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
@@ -57,6 +61,7 @@ class Gptq(QuantizedWeight):
                 bits=bits,
                 version=version,
                 indexed=index is not None,
+                symmetric=_is_symmetric(scan),
             )
 
     def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
@@ -66,13 +71,50 @@ class Gptq(QuantizedWeight):
         return f"groups out of range in {shown(self.parts[3].key)}", f"0 to {groups - 1}"
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        words, zeros, scale, *index = self.values(stored)
-        group = index[0] if self.indexed else None
-        return decode_gptq(words, zeros, scale, self.bits, self.shape[1], group, self.version)
+        return decode_gptq(*self._layout(stored))
+
+    def encode_keeping_scales(
+        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
+    ) -> dict[str, Tensor]:
+        """A group takes its old scale and zero, or new ones if those are nearer to W."""
+        old, bits, _, group, version = self._layout(stored)
+        new = requantize_gptq(
+            weight, old, bits, group, version, keep_zeros=self.symmetric, draws=draws
+        )
+        assert new.zeros is not None
+        return stored | self.as_parts(new.words, new.zeros, new.scale)
+
+    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
+        return gptq_grid(*self._layout(stored)).round_column
 
     @property
-    def read_only(self) -> str | None:
-        return "GPTQ chooses its codes on data that is not here"
+    def rows_per_block(self) -> int | None:
+        return WORD // math.gcd(WORD, self.bits)  # zeros lie in words along the rows
+
+    def row_views(
+        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
+    ) -> dict[str, Tensor]:
+        words, zeros, scale = (part.key for part in self.parts[:3])
+        across = slice(first * self.bits // WORD, math.ceil(last * self.bits / WORD))
+        return {
+            words: stored[words][:, first:last],
+            zeros: stored[zeros][:, across],
+            scale: stored[scale][:, first:last],
+        }
+
+    def _layout(
+        self, stored: dict[str, Tensor]
+    ) -> tuple[WordTensors, int, int, Tensor | None, int]:
+        words, zeros, scale, *index = self.values(stored)
+        group = index[0] if self.indexed else None
+        return WordTensors(words, zeros, scale), self.bits, self.shape[1], group, self.version
+
+
+def _is_symmetric(scan: CheckpointScan) -> bool:
+    """Whether zeros have to stay, as kernels for symmetric weights do not read them: unless the
+    config says sym: false, of all modules."""
+    rules = scan.settings.get("dynamic")
+    return scan.settings.get("sym") is not False or '"sym"' in json.dumps(rules)
 
 
 def _version(scan: CheckpointScan) -> int | None:
