@@ -12,6 +12,7 @@ from adapterkit.adapters.config import (
     check_config,
     saved_modules,
 )
+from adapterkit.adapters.eight_bits import decoded
 from adapterkit.adapters.keys import (
     BASE_LAYER_VALUE,
     CONFIG,
@@ -33,20 +34,23 @@ Patterns = list[tuple[re.Pattern[str], str]]  # of keys, with their role
 Roles = dict[tuple[str, int], dict[str, TensorSpec]]  # (module, depth) -> role -> its tensor
 
 
-def read_adapter(folder: Folder, number: int = 1, check: ConfigCheck = check_config) -> Adapter:
+def read_adapter(
+    folder: Folder, number: int = 1, check: ConfigCheck = check_config, *, eight_bits: bool = False
+) -> Adapter:
     """Read an adapter's config and headers; `Refused` listing every key and flag that cannot be
-    used. `check` returns the errors of its config."""
-    adapter, scan, _ = scan_adapter(folder, number, check)
+    used. `check` returns the errors of its config; `eight_bits`: the caller decodes such
+    tensors."""
+    adapter, scan, _ = scan_adapter(folder, number, check, eight_bits=eight_bits)
     scan.errors.raise_all()
     return adapter
 
 
 def scan_adapter(
-    folder: Folder, number: int = 1, check: ConfigCheck = check_config
+    folder: Folder, number: int = 1, check: ConfigCheck = check_config, *, eight_bits: bool = False
 ) -> tuple[Adapter, Scan, bool]:
     """As much of an adapter as can be read, its scan with all errors, and whether its config is
     valid enough to compute ranks and scales."""
-    adapter, keys, scan = _read(folder, number, check, ROLES)
+    adapter, keys, scan = _read(folder, number, check, ROLES, eight_bits=eight_bits)
     plain = {
         k: v for k, v in scan.config.items() if k in KNOWN_SETTINGS and k not in OTHER_ARITHMETIC
     }
@@ -78,7 +82,7 @@ def read_other_type(
 
 
 def _read(
-    folder: Folder, number: int, check: ConfigCheck, roles: Patterns
+    folder: Folder, number: int, check: ConfigCheck, roles: Patterns, *, eight_bits: bool = False
 ) -> tuple[Adapter, "_Keys", Scan]:
     """An adapter without factors, its classified keys, and its scan with the errors of its files,
     config and token rows."""
@@ -92,7 +96,7 @@ def _read(
         scan.config = config
         scan.errors += check(config, f"{folder.name}/{CONFIG}")
     header = scan.header(WEIGHTS) if WEIGHTS in files else None
-    tensors = scan.tensors
+    tensors = decoded(scan.tensors) if eight_bits else scan.tensors
     keys = _classify_keys(tensors, scan.errors, f"{folder.name}/{WEIGHTS}", roles)
     tokens = (
         () if config is None or header is None else _tokens(keys, config, scan.errors, folder.name)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from adapterkit.adapters.adapter_config import HUB_ID
+from adapterkit.adapters.eight_bits import notes_on
 from adapterkit.checkpoint.folder import Folder, place_of
 from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.capabilities import refused_by_name
@@ -21,7 +22,7 @@ from adapterkit.formats.modules.names import Size, in_style, likely, names_of, o
 from adapterkit.formats.modules.parts import matrix_shape, misfits, rank_of, with_magnitudes
 from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents, StoredAlpha
 from adapterkit.formats.modules.rows import Heads
-from adapterkit.formats.modules.tensors import GROUPED, STEPS, from_spec, stored
+from adapterkit.formats.modules.tensors import GROUPED, STEPS, from_spec
 from adapterkit.formats.modules.tied import with_heads
 from adapterkit.formats.modules.wide_inputs import check_shape
 from adapterkit.formats.scales import Scales
@@ -123,7 +124,7 @@ def read(
         {BASE: base} if base is not None and HUB_ID.fullmatch(base) else {},
         words_of(form.metadata.write, container.metadata),
         {(number, container.file): container.header_sha256},
-        [*names.unchecked(attempt.resolved), *notes, *scales.notes],
+        [*names.unchecked(attempt.resolved), *notes, *scales.notes, *notes_on(container.tensors)],
     )
 
 
@@ -377,7 +378,7 @@ def _module(
         alpha = 1.0
     else:
         alpha = scales.alpha(one.component, raw.head, rank // groups, spec) * groups
-    held = None if spec is None else StoredAlpha(stored(spec), alpha)
+    held = None if spec is None else StoredAlpha(from_spec(spec), alpha)
     embedding = raw.kind == "embedding"
     module = AdapterModule(
         one.component, raw.head, kind, parts, alpha, rank or 1, embedding, stored_alpha=held

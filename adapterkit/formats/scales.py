@@ -15,6 +15,7 @@ from adapterkit.formats.files.templates import words_of
 from adapterkit.formats.modules.kinds import FACTORS, KINDS
 from adapterkit.formats.modules.parts import rank_of
 from adapterkit.formats.modules.record import AdapterModule, Modules
+from adapterkit.formats.modules.tensors import from_spec
 from adapterkit.formats.schema import Format
 from adapterkit.formats.uniform_rank import is_float32, shared_number, with_scale
 from adapterkit.options import finite
@@ -111,7 +112,7 @@ class Scales:
                 where=self.where,
                 hint="save the adapter again",
             )
-        return float(self.reader.tensor(stored).double().reshape(()))
+        return float(from_spec(stored).value(self.reader).double().reshape(()))
 
     @cached_property
     def settings(self) -> Json:

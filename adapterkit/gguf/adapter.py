@@ -46,10 +46,11 @@ class BlockSpec(TensorSpec):
     """A tensor in blocks of Q8_0: its shape, and the `F32` that decodes it exactly."""
 
     @property
-    def stored(self) -> TensorSpec:
+    def parts(self) -> tuple[TensorSpec, ...]:
         """Its bytes: (blocks, bytes of one)."""
         shape = (self.nbytes // BLOCK_BYTES, BLOCK_BYTES)
-        return TensorSpec(self.key, "U8", shape, self.file, self.start, self.stop, self.folder)
+        own = TensorSpec(self.key, "U8", shape, self.file, self.start, self.stop, self.folder)
+        return (own,)
 
     def decode(
         self,

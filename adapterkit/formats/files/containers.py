@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adapterkit import dtypes
+from adapterkit.adapters.eight_bits import decoded
 from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to, place_of
 from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.reader import read_small
@@ -32,7 +33,7 @@ def open_container(folder: Folder, file: str, number: int) -> Container:
             adapter = read_adapter(folder, file, number)
             return Container(file, adapter.tensors, adapter.metadata, adapter.header.sha256)
         header = read_header(folder, file, number)
-    tensors = {spec.key: spec for spec in header.tensors}
+    tensors = decoded({spec.key: spec for spec in header.tensors})
     return Container(file, tensors, header.metadata, header.sha256)
 
 

@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 from adapterkit import dtypes
+from adapterkit.adapters.eight_bits import EightBits
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import Unrecoverable, shown
 from adapterkit.gguf.adapter import BlockSpec
+from adapterkit.kernels.sums import all_finite
 from adapterkit.weights.reader import TensorReader
 from adapterkit.weights.slots import taken
 
@@ -77,6 +80,28 @@ class StoredTensor(Expression):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodedTensor(Expression):
+    """A stored tensor in 8 bits, as the floats that it decodes to."""
+
+    spec: BlockSpec | EightBits
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return self.spec.parts
+
+    def value(self, reader: TensorReader) -> Tensor:
+        value = self.spec.decode(*map(reader.tensor, self.spec.parts))
+        if not all_finite(value):
+            raise Unrecoverable(
+                f"{shown(self.spec.key)} is not finite",
+                expected="finite values",
+                where=self.spec.file,
+                hint="the training went wrong: take an earlier checkpoint",
+            )
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
 class Constant(Expression):
     """Numbers that no file has: an alpha, rows of zeros, the shape of a weight."""
 
@@ -124,7 +149,6 @@ OPERATIONS: Mapping[str, Callable[..., Tensor]] = {
     "block_diagonal": _block_diagonal,
     "cat": _cat,
     "contract": lambda mid, a: torch.einsum("mn...,ni->mi...", mid.double(), a.double().flatten(1)),
-    "decode": lambda blocks, spec: spec.decode(blocks),
     "reshape": Tensor.reshape,
     "scale": lambda value, factor: value.double() * factor,
     "take": taken,
@@ -139,10 +163,10 @@ def stored(spec: TensorSpec) -> StoredTensor:
 
 
 def from_spec(spec: TensorSpec) -> Expression:
-    """A stored tensor's values: of one in blocks in the dtype that holds them exactly."""
-    if not isinstance(spec, BlockSpec):
+    """A stored tensor's values: of one in 8 bits in float32."""
+    if not isinstance(spec, BlockSpec | EightBits):
         return stored(spec)
-    return _operation("decode", spec.shape, [stored(spec.stored)], spec, dtype=spec.dtype)
+    return DecodedTensor(shape=spec.shape, dtype=spec.dtype, spec=spec)
 
 
 def constant(number: float | tuple[int, ...], dtype: str = "F32") -> Expression:
@@ -157,16 +181,12 @@ def zeros(shape: tuple[int, ...], dtype: str) -> Expression:
 
 
 def _operation(
-    name: str,
-    shape: Sequence[int],
-    inputs: Sequence[Expression],
-    *arguments: object,
-    dtype: str = "",
+    name: str, shape: Sequence[int], inputs: Sequence[Expression], *arguments: object
 ) -> Operation:
-    """An operation, in the widest dtype of its inputs unless it is another."""
+    """An operation, in the widest dtype of its inputs."""
     return Operation(
         shape=tuple(shape),
-        dtype=dtype or widest([part.dtype for part in inputs]),
+        dtype=widest([part.dtype for part in inputs]),
         inputs=tuple(inputs),
         name=name,
         arguments=arguments,

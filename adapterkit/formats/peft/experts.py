@@ -12,7 +12,7 @@ from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.formats.modules.experts import Stack, is_transposed, neutral_factors, stored_factors
 from adapterkit.formats.modules.kinds import EXPERTS
 from adapterkit.formats.modules.record import LANGUAGE, AdapterModule
-from adapterkit.formats.modules.tensors import Expression, stored
+from adapterkit.formats.modules.tensors import Expression, from_spec
 from adapterkit.formats.schema import AdapterWords
 from adapterkit.weights.names import Names
 
@@ -58,7 +58,7 @@ def read_stacks(
     for leaf, one in factors.items():
         assert one.experts is not None
         parts = neutral_factors(
-            stored(one.a), stored(one.b), one.experts,
+            from_spec(one.a), from_spec(one.b), one.experts,
             transpose=turns[leaf], expert_first=words.slowest == "expert",
         )  # fmt: skip
         name = f"{module}.{leaf}"

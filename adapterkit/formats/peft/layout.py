@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from adapterkit import dtypes
 from adapterkit.adapters.adapter_config import PEFT_LAYOUT, base_id, declared_settings
+from adapterkit.adapters.eight_bits import notes_on
 from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key, part_keys, value_key
 from adapterkit.adapters.lora_config import check_live_config
 from adapterkit.adapters.peft import read_adapter
@@ -21,7 +22,14 @@ from adapterkit.formats.modules.experts import Stack
 from adapterkit.formats.modules.kinds import COPY, EXPERTS, FACTORS, PARAMETER, TOKENS, VALUE
 from adapterkit.formats.modules.parts import magnitude_in_file, misfits
 from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
-from adapterkit.formats.modules.tensors import Expression, StoredTensor, flat, stored, zeros
+from adapterkit.formats.modules.tensors import (
+    DecodedTensor,
+    Expression,
+    StoredTensor,
+    flat,
+    from_spec,
+    zeros,
+)
 from adapterkit.formats.modules.wide_inputs import with_widths
 from adapterkit.formats.peft.experts import homes_of, read_stacks, stacked_keys, stacked_parts
 from adapterkit.formats.peft.kinds import KINDS, read_kinds, write_kinds
@@ -58,7 +66,7 @@ def read_layout(
     peft_type = read_json(folder, CONFIG).get("peft_type") if CONFIG in folder.files() else None
     if peft_type in KINDS:
         return read_kinds(form, folder, peft_type, number)
-    adapter = read_adapter(folder, number, check_live_config)
+    adapter = read_adapter(folder, number, check_live_config, eight_bits=True)
     modules: list[AdapterModule] = []
     homes = homes_of(adapter)
     for lora in adapter.loras:
@@ -81,10 +89,12 @@ def read_layout(
     for name, spec in adapter.replaced.items():
         home, _, leaf = name.rpartition(".")
         kind = COPY if name in copies else VALUE
-        modules.append(AdapterModule(LANGUAGE, home, kind, {leaf: stored(spec)}, 1.0, 1))
+        modules.append(AdapterModule(LANGUAGE, home, kind, {leaf: from_spec(spec)}, 1.0, 1))
     for tokens in adapter.tokens:
         modules.append(
-            AdapterModule(LANGUAGE, tokens.module, TOKENS, {"rows": stored(tokens.values)}, 1.0, 1)
+            AdapterModule(
+                LANGUAGE, tokens.module, TOKENS, {"rows": from_spec(tokens.values)}, 1.0, 1
+            )
         )
     headers = {
         (number, WEIGHTS): adapter.header_sha256,
@@ -101,6 +111,7 @@ def read_layout(
             "invocation": adapter.config.get("alora_invocation_tokens"),
         },
         headers=headers,
+        notes=notes_on(adapter.tensors),
     )
 
 
@@ -109,12 +120,11 @@ def _module(adapter: Adapter, lora: Lora, kind: str) -> AdapterModule:
     rank, alpha = adapter.rank_and_alpha(name, config["r"], config["lora_alpha"])
     if config.get("use_rslora"):
         alpha = adapter.scale(rank, alpha) * rank
-    parts: dict[str, Expression] = {"a": stored(lora.a), "b": stored(lora.b)}
+    parts: dict[str, Expression] = {"a": from_spec(lora.a), "b": from_spec(lora.b)}
     if lora.magnitude is not None:
-        magnitude = stored(lora.magnitude)
-        parts["magnitude"] = flat(magnitude)
+        parts["magnitude"] = flat(from_spec(lora.magnitude))
     if lora.bias is not None:
-        parts["bias"] = stored(lora.bias)
+        parts["bias"] = from_spec(lora.bias)
     embedding = lora.kind == "embedding"
     return AdapterModule(
         LANGUAGE, lora.module, kind, parts, float(alpha), rank, embedding, lora.depth
@@ -151,7 +161,9 @@ def write_layout(
         elif module.kind not in (FACTORS, PARAMETER):
             for role, part in module.parts.items():
                 key = value_key(f"{module.name}.{role}")
-                if contents.config.get("peft_type") and isinstance(part, StoredTensor):
+                if contents.config.get("peft_type") and isinstance(
+                    part, StoredTensor | DecodedTensor
+                ):
                     key = canonical_key(part.spec.key)
                 tensors.append(WrittenTensor(key, part, part.dtype, module.path))
             continue

@@ -2,10 +2,12 @@
 
 import re
 
+from adapterkit.adapters.eight_bits import notes_on
 from adapterkit.adapters.keys import CONFIG, PLAIN, WEIGHTS
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import read_header
 from adapterkit.checkpoint.strict import read_json
+from adapterkit.dtypes import FLOATS
 from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.errors import AdapterkitError, Refused
 
@@ -31,7 +33,8 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
         if CONFIG in files or isinstance(error, Refused):
             return folder
         raise
-    if detection.form.layout == ADAPTER_LAYOUT and detection.form.adapter.is_read_by_peft:
+    is_read = detection.form.layout == ADAPTER_LAYOUT and detection.form.adapter.is_read_by_peft
+    if is_read and not notes_on(detection.container.tensors):
         return folder
     # here, so that adapters in PEFT's layout do not wait for it
     from adapterkit.planning.convert.plan import plan_convert
@@ -60,7 +63,7 @@ def is_plain(folder: Folder) -> bool:
     return (
         "peft_type" in config
         and not config.get("target_parameters")
-        and all(PLAIN.fullmatch(spec.key) for spec in header.tensors)
+        and all(PLAIN.fullmatch(x.key) and x.dtype in FLOATS for x in header.tensors)
     )
 
 
