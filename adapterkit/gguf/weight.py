@@ -104,7 +104,8 @@ class GgufWeight(QuantizedWeight):
         rows = self.placement.split(weight)
         if not self.placement.plain:
             built = self._built(rows)
-            room = 2.0**-22 * (abs(self.placement.shift) + 1) if self.placement.shift else 0.0
+            shift = abs(self.placement.shift)
+            room = 2.0**-22 * (shift + float(weight.abs().amax())) if shift else 0.0
             if not torch.allclose(built, weight, rtol=0, atol=room):
                 raise self._misplaced(f"{shown(self.key)} does not come back from its layout")
         return rows
