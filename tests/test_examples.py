@@ -43,7 +43,7 @@ def test_the_benchmark_runs_on_a_small_checkpoint(name: str, only: str, tmp_path
 def test_the_benchmark_of_encoders_runs(tmp_path: Path):
     out = tmp_path / "figures.json"
     words = ("--types", "Q4_K,MXFP4", "--repeat", "1", "--work", str(tmp_path), "--json", str(out))
-    run("benchmarks/gguf", *words)
+    run("benchmarks/gguf_encoders", *words)
     errors = [row["errors"] for row in json.loads(out.read_text())["encoders"].values()]
     assert len(errors) == 2 and max(map(max, errors)) <= 1
 

@@ -21,7 +21,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import common
 import torch
@@ -77,9 +76,7 @@ def own_weight(name: str, w: Tensor, importance: Tensor | None) -> Tensor:
 
 def weights() -> tuple[Tensor, Tensor]:
     """(rows, 1536) of MiniLM, and of SmolLM2."""
-    here = Path(__file__).resolve().parent
-    sys.path.remove(str(here))  # where this file is `import gguf`
-    sys.path.append(str(here.parent))
+    sys.path.append(str(common.REPOSITORY / "examples"))
     import realmodel
 
     with safe_open(realmodel.minilm() / "model.safetensors", "pt") as file:
