@@ -24,12 +24,12 @@ from adapterkit.records import Check
 WAIT = 600.0  # seconds for files of other ranks that a rank's own need
 
 
-def _output(value: object, *, file: bool) -> StrPath:
+def _output(value: object, *, endings: tuple[str, ...]) -> StrPath:
     out = path(value)
     if is_on_hub(out):
         from adapterkit.hub.destination import parse_output
 
-        parse_output(os.fspath(out), file=file)
+        parse_output(os.fspath(out), endings=endings)
     return out
 
 
@@ -40,8 +40,9 @@ def _repository(value: object) -> str:
 
 
 REPOSITORY = Check("a repository", _repository)
-OUTPUT_FOLDER = Check("an output", partial(_output, file=False), kind="file")
-OUTPUT_FILE = Check("an output", partial(_output, file=True), kind="file")
+OUTPUT_FOLDER = Check("an output", partial(_output, endings=("",)), kind="file")
+OUTPUT_FILE = Check("an output", partial(_output, endings=(".safetensors",)), kind="file")
+OUTPUT_MODEL = Check("an output", partial(_output, endings=("", ".gguf")), kind="file")
 
 
 # name -> its function; the contract is in `engines/__init__.py`

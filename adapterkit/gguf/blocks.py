@@ -10,12 +10,12 @@ from adapterkit.kernels.quant.compensated import float_rounder
 from adapterkit.kernels.quant.grid import RoundColumn, check_finite
 from adapterkit.kernels.quant.stochastic import Draws, round_to
 
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def is_written(name: str) -> bool:
     """Whether values can be encoded as that type of ggml."""
-    return name in FLOATS or name in ggml.TYPES
+    return name in DTYPES or name in ggml.TYPES
 
 
 def decode_rows(
@@ -23,8 +23,8 @@ def decode_rows(
     stored: Tensor,  # (rows, bytes) uint8
 ) -> Tensor:  # (rows, columns) float32
     """The values of rows of a type, exactly as ggml decodes them."""
-    if name in FLOATS:
-        return stored.view(FLOATS[name]).float()
+    if name in DTYPES:
+        return stored.view(DTYPES[name]).float()
     if name in ggml.TYPES:
         return ggml.decode(name, stored)
     import gguf
@@ -41,10 +41,10 @@ def encode_rows(
     importance: Tensor | None = None,  # (columns,)
 ) -> Tensor:  # (rows, bytes) uint8
     """The rows in a type, with new scales. Raises ValueError for values that are not finite."""
-    if name not in FLOATS:
+    if name not in DTYPES:
         return ggml.encode(name, rows, importance)
     check_finite(rows)
-    return rows.to(FLOATS[name]).contiguous().view(torch.uint8)
+    return rows.to(DTYPES[name]).contiguous().view(torch.uint8)
 
 
 def requantize_rows(
@@ -57,18 +57,18 @@ def requantize_rows(
     importance: Tensor | None = None,
 ) -> Tensor:  # (rows, bytes) uint8
     """New bytes of rows that were stored in a type; what does not change keeps its bytes."""
-    if name not in FLOATS:
+    if name not in DTYPES:
         return ggml.requantize(name, old, rows, draws=draws, keep=keep, importance=importance)
     if draws is None:
         return encode_rows(name, rows)
     check_finite(rows)
-    return round_to(rows, FLOATS[name], draws).view(torch.uint8)
+    return round_to(rows, DTYPES[name], draws).view(torch.uint8)
 
 
 def column_rounder(name: str, stored: Tensor) -> RoundColumn:
     """Rounds columns of rows of a type to nearest, with the scales that are stored."""
-    if name in FLOATS:
-        return float_rounder(FLOATS[name])
+    if name in DTYPES:
+        return float_rounder(DTYPES[name])
     return ggml.round_column(name, stored)
 
 

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple, cast
 
 from adapterkit.checkpoint.folder import Folder, OneFile
 from adapterkit.checkpoint.header import MAX_NAME, Header, TensorSpec, read_header
-from adapterkit.errors import Damaged, Problems, Refused, listed, shown
+from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, listed, shown
 from adapterkit.records import Json
 
 ENDING = ".gguf"
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"  # llama.cpp's names
 ALIGNMENT = 32  # unless general.alignment says otherwise
 FIRST_READ = 4 << 20  # bytes; enough for a small vocabulary
 MAX_HEADER = 512 << 20
@@ -44,6 +45,7 @@ TYPES = {
     "IQ4_XS": (23, 256, 136), "IQ1_M": (29, 256, 56), "TQ1_0": (34, 256, 54),
     "TQ2_0": (35, 256, 66), "MXFP4": (39, 32, 17), "NVFP4": (40, 64, 36), "Q1_0": (41, 128, 18),
 }  # fmt: skip
+FLOATS = ("BF16", "F16", "F32")
 SIZES = {number: (values, width) for number, values, width in TYPES.values()}
 NAMES = {number: name for name, (number, _, _) in TYPES.items()}
 
@@ -170,6 +172,15 @@ def find_gguf(folder: Folder) -> GgufFiles | None:
             hint="download them",
         )
     return GgufFiles(folder, expected)
+
+
+def is_gguf_adapter(files: GgufFiles) -> bool:
+    """Whether a file says that it is an adapter."""
+    try:
+        metadata = read_gguf(files.folder, files.names[0]).metadata
+    except AdapterkitError:
+        return False
+    return metadata.get("general.type") == "adapter"
 
 
 def _parts_of(name: str) -> list[str]:

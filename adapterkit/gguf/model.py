@@ -20,12 +20,11 @@ from adapterkit.gguf.file import (
     is_read_by_transformers,
     quiet_transformers,
 )
-from adapterkit.gguf.header import GgufFiles, GgufHeader, read_model
+from adapterkit.gguf.header import FLOATS, GgufFiles, GgufHeader, read_model
 from adapterkit.gguf.tables import NameTable, TableNames, model_by_table
 from adapterkit.gguf.tensors import model_tensors, tensor_names, tensors_by_table
 from adapterkit.weights.skeleton import Skeleton
 
-FLOATS = ("BF16", "F16", "F32")  # ggml's types that are floats: the first of them in a file decides
 TableOf: TypeAlias = Callable[[str], NameTable | None]
 LOCAL_SETTINGS = ("is_local", "local_files_only", "name_or_path")  # of a tokenizer's config
 
@@ -42,7 +41,8 @@ class GgufModel(NamedTuple):
     """A GGUF file as a checkpoint, and the files of a model's folder that it stands for."""
 
     checkpoint: GgufCheckpoint
-    # to write it in: BF16 for blocks, whose own error exceeds the rounding; else the file's
+    # to write it in: BF16 for blocks, whose own error exceeds the rounding; else the file's first
+    # of `FLOATS`
     dtype: str
     model: Any  # transformers' own, without data
     texts: dict[str, bytes]  # the tokenizer's files
@@ -57,6 +57,7 @@ def open_gguf(
 
     `table_of` an architecture that transformers does not read: its parameters are those of the
     table then, other tensors have their own names, and the config is not one to run the model."""
+    check_package(())
     header, headers = read_model(files)
     kinds = {entry.type for entry in header.tensors}
     check_package(kinds)

@@ -16,12 +16,11 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError
 from adapterkit.gguf.config import class_name_of
 from adapterkit.gguf.file import GgufFile
-from adapterkit.gguf.header import Entry
+from adapterkit.gguf.header import EMBEDDING, HEAD, Entry
 from adapterkit.gguf.weight import Build, ReadArray
 from adapterkit.records import Json
 from adapterkit.weights.skeleton import Skeleton
 
-EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 COLUMNS = 3
 EXPERT = "*"  # in a key: the number of each matrix of a stack
 # metadata that decide which modules there are -> the names of it in the configs that have it

@@ -29,13 +29,15 @@ LOADABLE = re.compile(
 MOST_SOURCES = 100  # of which the Hub is asked whether they are private
 
 FOLDER = "hf://org/name[@branch][:folder]"
-FILE = "hf://org/name[@branch]:path/file.safetensors"
+FILE = "hf://org/name[@branch]:path/file"
+FILES = (".safetensors", ".gguf")
 
 
-def parse_output(out: str, *, file: bool = False) -> HubId:
-    """The place that `hf://org/name[@branch][:folder]` is, or of a `file` in
-    `hf://org/name[@branch]:path/file.safetensors`; `Refused` for another text."""
-    expected = FILE if file else FOLDER
+def parse_output(out: str, *, endings: Collection[str] = ("",)) -> HubId:
+    """The place that `hf://org/name[@branch][:folder]` is, where "" is one of the `endings`, or of
+    a file of another one, in `hf://org/name[@branch]:path/file.safetensors`; `Refused` for another
+    text."""
+    expected = " or ".join(FILE + ending if ending else FOLDER for ending in endings)
     hub_id = place_on_hub(out)
     if hub_id is None or COMMIT.fullmatch(hub_id.revision or ""):
         raise Refused(
@@ -45,14 +47,14 @@ def parse_output(out: str, *, file: bool = False) -> HubId:
             hint="give your account's or organization's name, the repository's, and a branch of it",
         )
     suffix = PurePosixPath(hub_id.subfolder).suffix
-    if file and suffix != ".safetensors":
+    if "" not in endings and suffix not in endings:
         raise Refused(
             f"{shown(out)}: this is no name of a file",
             expected=expected,
             where="--out",
-            hint="give a name that ends in .safetensors behind the colon",
+            hint=f"give a name that ends in {' or '.join(endings)} behind the colon",
         )
-    if suffix in (".safetensors", ".gguf") and not file:
+    if suffix in FILES and suffix not in endings:
         raise Refused(
             f"{shown(out)}: this is the name of a file",
             expected=expected,

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from adapterkit import dtypes
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.header import Header, TensorSpec
 from adapterkit.checkpoint.shards import pickles, weight_files
 from adapterkit.checkpoint.spec import Scan, scan_checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
+from adapterkit.gguf.header import FLOATS, HEAD, GgufFiles, read_model
 from adapterkit.records import Json
 from adapterkit.reports.configs import printable
 from adapterkit.weights.detect import CONFIG_KEYS, check_not_quantized
@@ -34,6 +35,30 @@ def inspect_base(folder: Folder, headers: bool) -> Json:
     architecture = {"classes": classes, "model_type": scan.config.get("model_type")}
     metrics = {"architecture": printable(architecture), "tied": tied, "quantization": quantization}
     return new_result("base", scan) | metrics | {"loads": loads} | finish_result(scan)
+
+
+def inspect_gguf(files: GgufFiles) -> Json:
+    """inspect's result for a model in GGUF; its dtypes are ggml's types."""
+    scan, first = Scan(files.folder), None
+    try:
+        first, headers = read_model(files)
+    except AdapterkitError as error:
+        scan.errors.include(error)
+        scan.readable, headers = False, {}
+    for name in files.names:
+        entries = headers[name].tensors if name in headers else None
+        specs = (
+            TensorSpec(one.name, one.type, one.shape, name, one.start, one.stop)
+            for one in entries or ()
+        )
+        scan.shards[name] = None if entries is None else Header(headers[name].raw, (*specs,), {})
+    blocks = sorted({spec.dtype for spec in scan.tensors.values()} - {*FLOATS})
+    found = {"found": f"blocks of GGUF: {', '.join(blocks)}", "config": None} if blocks else None
+    metrics: Json = {"quantization": found}
+    if first is not None:
+        metrics["architecture"] = {"classes": [], "model_type": first.architecture}
+        metrics["tied"] = {"config": None, "head_stored": HEAD in scan.tensors}
+    return new_result("base", scan) | metrics | finish_result(scan)
 
 
 def inspect_file(folder: Folder) -> Json:

@@ -8,13 +8,14 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.shards import NOT_A_MODEL, pickles
 from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.errors import Refused, shown
+from adapterkit.gguf.header import find_gguf, is_gguf_adapter
 from adapterkit.hub.folder import HubFolder
 from adapterkit.planning.inputs.converted_adapter import adapter_or_file
 from adapterkit.planning.inputs.sources import open_model, open_source
 from adapterkit.records import Json
 from adapterkit.reports import pictures
 from adapterkit.reports.adapter import inspect_adapter
-from adapterkit.reports.checkpoint import MAX_NAMES, inspect_base, inspect_file
+from adapterkit.reports.checkpoint import MAX_NAMES, inspect_base, inspect_file, inspect_gguf
 from adapterkit.verbs.inspect import Inspect
 
 
@@ -26,6 +27,10 @@ def inspect_source(inspect: Inspect) -> Json:
         pictures.check_plot(Path(plot))
     on = open_model(base) if base is not None else None
     folder = open_source(path)
+    files = None if CONFIG in folder.files() else find_gguf(folder)
+    if files is not None and not is_gguf_adapter(files):
+        _refuse_options(folder, "a model, no adapter", base, plot)
+        return inspect_gguf(files)
     if CONFIG not in folder.files():
         folder = adapter_or_file(folder, on)
     kind = _kind(folder)

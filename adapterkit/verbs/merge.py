@@ -16,6 +16,7 @@ from adapterkit.options import (
     option,
     record,
 )
+from adapterkit.run_options import OUTPUT_MODEL
 from adapterkit.shared_options import (
     ModuleFilters,
     dtype_option,
@@ -160,6 +161,12 @@ class Merge(WritingVerb, MergeOptions):
     stats: StrPath | None = statistics_option(
         "Covariances of the layers' inputs, for --rounding compensated.",
         needs="rounding=compensated",
+    )
+    out: StrPath = option(
+        check=OUTPUT_MODEL,
+        metavar="DIR|FILE.gguf|hf://ORG/NAME[:FILE.gguf]",
+        help="Output folder, of a base in one GGUF file a file (published atomically), or a place "
+        "on the Hub (one commit).",
     )
     imatrix: StrPath | None = option(
         default=None,

@@ -3,6 +3,7 @@
 import os
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import PurePath
 
 from adapterkit.checkpoint.disk import free_bytes
 from adapterkit.checkpoint.output.stage import RECEIPT, check_name, receipt_beside
@@ -43,7 +44,8 @@ def run_to_hub(
     from adapterkit.engines.local.engine import local
     from adapterkit.engines.verify.row_checks import RowCheck
 
-    hub_id = parse_output(os.fspath(execution.out), file=plan.is_file)
+    ending = PurePath(plan.shards[0].file).suffix if plan.is_file else ""
+    hub_id = parse_output(os.fspath(execution.out), endings=(ending,))
     limit = parse_size(execution.disk_limit) if execution.disk_limit else None
     if execution.engine != "local":
         raise Refused(

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Problems, Refused, listed, shown
-from adapterkit.gguf.blocks import FLOATS
-from adapterkit.gguf.header import TYPES, GgufHeader
+from adapterkit.gguf.header import FLOATS, HEAD, TYPES, GgufHeader
 from adapterkit.gguf.imatrix import Importance
 from adapterkit.gguf.layout import FileLayout, NewTensor, as_it_was, laid_out_anew, nbytes
 from adapterkit.gguf.model import GgufCheckpoint
@@ -18,7 +17,7 @@ from adapterkit.tasks.quantize import CompensatedStep, EncodedStep
 from adapterkit.tasks.rows import RequantizedWeight
 from adapterkit.tasks.some_outputs import SomeOutputs
 
-HEADS = {"lm_head.weight": "output.weight"}  # that a tied model's file gets: llama.cpp's names
+HEADS = {"lm_head.weight": HEAD}  # that a tied model's file gets
 WAY_OUT = "give --touched-as q8_0, or merge into the original checkpoint"
 
 
