@@ -320,7 +320,11 @@ def _plan_of_files(
         files=files,
         decisions=decisions,
         notes=job.notes,
-        warn=partial(rounding_warnings, compat=job.options.compat),
+        warn=partial(
+            rounding_warnings,
+            compat=job.options.compat,
+            in_gguf=isinstance(job.original, GgufCheckpoint),
+        ),
     )
 
 

@@ -98,7 +98,9 @@ class QuantizedModel:
         return model_files(self.base, self.config, self.shards(), card, folder=self.folder)
 
 
-def rounding_warnings(metrics: dict[str, dict], compat: str | None = None) -> list[str]:
+def rounding_warnings(
+    metrics: dict[str, dict], compat: str | None = None, *, in_gguf: bool = False
+) -> list[str]:
     """Warnings where rounding to nearest lost a part of the delta: in quantized formats, and in
     floats.
 
@@ -116,7 +118,11 @@ def rounding_warnings(metrics: dict[str, dict], compat: str | None = None) -> li
             kind = "float" if "rounding" in metric else "quantized"
             survival[kind][key] = metric["survived"]
     remedies = {
-        "quantized": "merge with --dequantize, or into the 16-bit original with --base16",
+        "quantized": (
+            "store what changes in more bits with --touched-as q8_0"
+            if in_gguf
+            else "merge with --dequantize, or into the 16-bit original with --base16"
+        ),
         "float": "write floats with --dtype fp32",
     }
     texts = {
