@@ -70,11 +70,14 @@ class GgufFile:
             ) from error
 
 
-def check_package(kinds: Iterable[str]) -> None:
-    """`Refused` without the `gguf` package, an optional dependency, or where one of these types is
-    decoded neither here nor by it."""
+def gguf_package() -> Any:
+    """The `gguf` package, an optional dependency."""
     expected = "gguf 0.17 or later, by which transformers reads the metadata"
-    gguf = optional("gguf", install='"adapterkit[gguf]"', expected=expected)
+    return optional("gguf", install='"adapterkit[gguf]"', expected=expected)
+
+
+def check_types(gguf: Any, kinds: Iterable[str]) -> None:
+    """`Refused` where one of these types is decoded neither here nor by the package."""
     import numpy as np
 
     unknown = []

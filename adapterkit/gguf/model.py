@@ -16,7 +16,8 @@ from adapterkit.errors import WARNING, shown
 from adapterkit.gguf.config import check_counts, config_arguments, config_of
 from adapterkit.gguf.file import (
     GgufFile,
-    check_package,
+    check_types,
+    gguf_package,
     is_read_by_transformers,
     quiet_transformers,
 )
@@ -57,10 +58,10 @@ def open_gguf(
 
     `table_of` an architecture that transformers does not read: its parameters are those of the
     table then, other tensors have their own names, and the config is not one to run the model."""
-    check_package(())
+    gguf = gguf_package()
     header, headers = read_model(files)
     kinds = {entry.type for entry in header.tensors}
-    check_package(kinds)
+    check_types(gguf, kinds)
     with tempfile.TemporaryDirectory() as scratch, quiet_transformers():
         file = GgufFile(files.folder, files.names[0], header, Path(scratch))
         table = None

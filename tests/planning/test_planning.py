@@ -292,8 +292,8 @@ def test_the_base_is_gone_through_as_often_for_many_modules_as_for_few(tmp_path,
         base = open_checkpoint(LocalFolder(tmp_path / "base"))
         counted = replace(base, tensors=Counted(base.tensors))
         monkeypatch.setattr(
-            "adapterkit.planning.merge.plan.open_checkpoint",
-            lambda folder, counted=counted: counted,
+            "adapterkit.planning.inputs.model_checkpoint.open_checkpoint",
+            lambda folder, number, counted=counted: counted,
         )
         plan_merge(
             LocalFolder(tmp_path / "base"),
