@@ -156,18 +156,17 @@ class Case:
         return (codes.clamp(0, 2**self.bits - 1) - middle) * each
 
     def minmax(self, w: Tensor) -> Tensor:
-        """w rounded with the scale that holds all of a group, and its zero."""
+        """w rounded with the nearest zero, and the scale that holds all of a group with it."""
         top, shape = 2**self.bits - 1, self.old.scale.T.shape
         index = self.group.expand(len(w), -1)
         high = torch.zeros(shape).scatter_reduce(1, index, w, "amax").double()
         low = torch.zeros(shape).scatter_reduce(1, index, w, "amin").double()
         if self.keep_zeros:
             zero = self.opened(self.old)[1]
-            above = torch.where(zero == top, 0, high / (top - zero))
-            scale = torch.maximum(above, torch.where(zero == 0, 0, low / -zero))
         else:
-            scale = (high - low) / top
-            zero = torch.where(scale == 0, 0, (-low / scale).round()).clamp(self.lowest, top)
+            zero = (-low / (high - low) * top).nan_to_num().round().clamp(self.lowest, top)
+        above = torch.where(zero == top, 0, high / (top - zero))
+        scale = torch.maximum(above, torch.where(zero == 0, 0, low / -zero))
         dtype = self.old.scale.dtype
         scale = scale.clamp(min=torch.finfo(dtype).smallest_normal).to(dtype).double()
         return self.nearest(w, scale, zero)

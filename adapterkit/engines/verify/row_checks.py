@@ -256,7 +256,8 @@ class CompensatedCheck:
         origin, compensation = _Source(self.step, inputs), self.step.compensation
         assert compensation is not None
         exact = torch.cat([origin.edited(*piece) for piece in origin.pieces(0, origin.height)])
-        stored = self._stored(written, specs).view(exact.shape).double()
+        after = self._parts(written, specs)
+        stored = self._stored(after).view(exact.shape).double()
         slack, count = float(exact.abs().amax()) * SLACK_OF_SUMS, origin.height
         original = origin.rows(0, origin.height)
         same = self.packed is not None and torch.equal(stored, original)
@@ -264,31 +265,45 @@ class CompensatedCheck:
             return RowsChecked(count)  # what does not change keeps its bytes
         turn = (lambda m: m.T) if self.by_columns else (lambda m: m)
         before = turn(before_rounding(inputs, compensation, turn(exact), turn(stored)))
-        low = high = value = self._rounded(origin, exact, before).double()
+        low = high = value = self._rounded(origin, exact, before, after).double()
         bad = (stored - value).abs() > slack
         if bool(bad.any()):  # of values near a boundary, or with a scale near one
             for by in (-slack, slack):
                 for beside in (before + by, before - by):
-                    other = self._rounded(origin, exact + by, beside).double()
+                    other = self._rounded(origin, exact + by, beside, after).double()
                     low, high = torch.minimum(low, other), torch.maximum(high, other)
             bad = ~((low - slack <= stored) & (stored <= high + slack))
+        if self.packed is not None and self.packed.searches_scales:
+            plain = plainly_encoded(self.packed, self.step, origin.parts, exact)
+            nearest = decode_checked(self.packed, plain).view(exact.shape)
+            found = self._rounded(origin, exact, exact, after)
+            bad |= ~_as_near(found, nearest, exact, torch.tensor(slack))
         return RowsChecked(count, _difference(bad, stored, value, 0) if bool(bad.any()) else None)
 
     @property
     def by_columns(self) -> bool:
         return self.step.compensation is not None and self.step.compensation.by_columns
 
-    def _stored(self, written: LocalReader, specs: Specs) -> Tensor:
+    def _parts(self, written: LocalReader, specs: Specs) -> dict[str, Tensor]:
         if self.packed is None:
-            return written.tensor(specs[self.step.key])
-        after = {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}
+            return {self.step.key: written.tensor(specs[self.step.key])}
+        return {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}
+
+    def _stored(self, after: dict[str, Tensor]) -> Tensor:
+        if self.packed is None:
+            return after[self.step.key]
         return decode_checked(self.packed, after)
 
-    def _rounded(self, origin: "_Source", exact: Tensor, before: Tensor) -> Tensor:
-        """`before` rounded to nearest, in a format with the scales of the exact weight."""
+    def _rounded(
+        self, origin: "_Source", exact: Tensor, before: Tensor, after: dict[str, Tensor]
+    ) -> Tensor:
+        """`before` rounded to nearest, in a format with the scales of the exact weight; where
+        several may be as good, with those that are stored."""
         if self.packed is None:
             return rounded(before, self.step)
-        plain = plainly_encoded(self.packed, self.step, origin.parts, exact)
+        plain = after
+        if not self.packed.searches_scales:
+            plain = plainly_encoded(self.packed, self.step, origin.parts, exact)
         rounder, turned = self.packed.column_rounder(plain), self.by_columns
         columns = (before.T if turned else before).float().T.contiguous()
         values = torch.stack([rounder(w, number) for number, w in enumerate(columns)])

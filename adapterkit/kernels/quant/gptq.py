@@ -214,7 +214,12 @@ def _requantized(
 
     assert old.zero is not None
     new_scale = functools.partial(
-        search_scales, bits=bits, dtype=old.scale.dtype, zero=old.zero, lowest=lowest
+        search_scales,
+        bits=bits,
+        dtype=old.scale.dtype,
+        zero=old.zero,
+        lowest=lowest,
+        sampled=draws is not None,
     )
     result = requantize_integers(w, bits, old.scale, old.zero, group, new_scale, draws)
     empty = result.scale == 0
@@ -231,43 +236,53 @@ def search_scales(
     dtype: torch.dtype,
     zero: Tensor,  # (out, groups) int8, from -2^(bits-1)
     lowest: int | None,  # of new zeros, from 0; None: they stay
+    sampled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales in `dtype`, and zeros, with the least squared error of those tried: each with its
-    nearest codes, and then fitted to these."""
+    """Scales in `dtype`, and zeros: for sampled codes the smallest with which no value is beyond
+    the ends, else those of the least squared error of a few."""
     scale, new = torch.empty(zero.shape, dtype=dtype, device=w.device), zero.clone()
+    low, high = code_ends(bits)
     for rows in pieces(w.shape, w.device):
         x = w[rows].unflatten(1, (zero.shape[1], -1))
-        scale[rows], new[rows] = _searched(x, bits, dtype, zero[rows].float(), lowest)
+        least, most, zeros = x.amin(2).clamp_(max=0), x.amax(2).clamp_(min=0), zero[rows].float()
+        if lowest is not None:
+            exact = low - (least / (most - least)).nan_to_num_(0.0) * (high - low)
+            zeros = torch.stack([exact.floor(), exact.ceil()]).clamp_(low + lowest, high)
+        zeros = zeros.view(-1, *least.shape)
+        below = torch.where(zeros == low, 0.0, least / (low - zeros))
+        above = torch.where(zeros == high, 0.0, most / (high - zeros))
+        scales = torch.maximum(below, above)
+        if sampled:
+            scales, errors = _stored(scales, dtype), scales
+        else:
+            scales, errors = _fitted(x, bits, dtype, zeros, scales)
+        best = errors.argmin(0, keepdim=True)
+        scale[rows] = scales.gather(0, best)[0].to(dtype)
+        new[rows] = zeros.gather(0, best % len(zeros))[0].to(torch.int8)
     return scale, None if lowest is None else new
 
 
-def _searched(
-    x: Tensor, bits: int, dtype: torch.dtype, zero: Tensor, lowest: int | None
-) -> tuple[Tensor, Tensor]:
-    low, high = code_ends(bits)
-    least, most = x.amin(2).clamp_(max=0), x.amax(2).clamp_(min=0)
-    if lowest is None:
-        below = torch.where(zero == low, 0.0, least / (low - zero))
-        above = torch.where(zero == high, 0.0, most / (high - zero))
-        whole, zeros = torch.maximum(below, above), (zero,)
-    else:
-        whole = (most - least) / (high - low)
-        exact = low - (least / whole).nan_to_num_(0.0)
-        zeros = tuple(z.clamp_(low + lowest, high) for z in (exact.floor(), exact.ceil()))
-    scales = [_stored(whole * part, dtype) for part in TRIED[bits]]
-    products, squares = [], []
-    for middle in zeros:
-        ends = (low - middle)[..., None], (high - middle)[..., None]
-        for scale in scales:
-            level = (x / scale[..., None]).round_().clamp_(*ends)
-            products.append((level * x).sum(2))
-            squares.append(level.square_().sum(2))
-    product, square = torch.stack(products), torch.stack(squares)
-    fitted = torch.where(product > 0, product / square, torch.stack(scales * len(zeros)))
-    fitted = _stored(fitted, dtype)
-    best = (fitted * (fitted * square - 2 * product)).argmin(0, keepdim=True)
-    zero = torch.stack(zeros).gather(0, best // len(scales))[0]
-    return fitted.gather(0, best)[0].to(dtype), zero.to(torch.int8)
+def _fitted(
+    x: Tensor,  # (n, groups, size)
+    bits: int,
+    dtype: torch.dtype,
+    zeros: Tensor,  # (zeros, n, groups)
+    whole: Tensor,  # as zeros: the scales with which all values are held
+) -> tuple[Tensor, Tensor]:  # (tried · zeros, n, groups)
+    """Parts of each scale with their nearest codes, fitted to these, and the squared errors."""
+    ends, scales, sums = code_ends(bits), [], []
+    for part in TRIED[bits]:
+        for zero, scale in zip(zeros, _stored(whole * part, dtype), strict=True):
+            low, high = ((end - zero)[..., None] for end in ends)
+            level = (x / scale[..., None]).round_().clamp_(low, high)
+            rest = torch.addcmul(x, level, scale[..., None], value=-1)
+            product = (level * rest).sum(2)
+            sums.append(torch.stack([product, level.square_().sum(2), rest.square_().sum(2)]))
+            scales.append(scale)
+    scale, (product, square, error) = torch.stack(scales), torch.stack(sums, 1)
+    fitted = _stored(scale + (product / square).nan_to_num_(0.0), dtype)
+    more = fitted - scale
+    return fitted, error + more * (more * square - 2 * product)
 
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import adapterkit
 from tests.support import format_tools, oracle, quantized_llama
 from tests.support.formats import BLOCK, CHANNEL, GEMM, INT, ct, loaded, one_weight, same, stored
-from tests.support.quantized_llama import FORMS
+from tests.support.quantized_llama import FORMS, Form
 
 READ = {  # of golden_narrow: the config, and the dtype that the tool reads it in
     "compressed-tensors.fp8-tensor": (
@@ -154,3 +154,35 @@ def test_compressed_tensors_in_transformers(
     actual, expected = dict(model.named_parameters()), stored(tmp_path / "plain")
     for key, weight in expected.items():
         assert same(actual[key].detach().to(weight.dtype), weight), key
+
+
+GPTQ = quantized_llama.GPTQ
+LOADED = {name: form for name, form in FORMS.items() if name.startswith(("gptq", "awq"))} | {
+    "gptq3": Form(quantized_llama.gptq(3, 1), GPTQ | {"bits": 3}, 0.3),
+    "gptq2-v2": Form(
+        quantized_llama.gptq(2, 2, symmetric=True),
+        GPTQ | {"bits": 2, "sym": True, "checkpoint_format": "gptq_v2"},
+        0.7,
+    ),
+}
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("name", LOADED)
+def test_merged_gptq_in_transformers(lora: Path, name: str, rounding: str, tmp_path: Path) -> None:
+    """GPTQModel's kernels for CPUs compute with it what is decoded here, in 16 bits."""
+    pytest.importorskip("gptqmodel")
+    pytest.importorskip("optimum")
+    quantized_llama.base(LOADED[name], tmp_path / "base")
+    oracle.merge(tmp_path / "base", lora, out=tmp_path / "kept", rounding=rounding, verify=True)
+    adapterkit.dequantize(tmp_path / "kept", out=tmp_path / "plain", dtype="fp32")
+    logits, ids = [], torch.randint(80, (2, 12), generator=torch.Generator().manual_seed(0))
+    for folder in ("kept", "plain"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                tmp_path / folder, dtype=torch.float32, device_map="cpu"
+            )
+        with torch.no_grad():
+            logits.append(model(ids).logits.float())
+    assert float((logits[0] - logits[1]).abs().max() / logits[1].abs().max()) < 1e-2
