@@ -187,10 +187,8 @@ def _awq_rows(words: Tensor) -> Tensor:  # (m, n) int32 -> (8n, m) int8
 
 
 def _awq_words(codes: Tensor) -> Tensor:  # the inverse
-    words = codes.new_zeros(len(codes) // 8, codes.shape[1], dtype=torch.int32)
-    for place, row in enumerate(AWQ_ORDER):
-        words |= (codes[row::8].int() + 8) << (4 * place)
-    return words.T.contiguous()
+    eights = codes.int().add_(8).unflatten(0, (-1, 8)) << _awq_shifts(codes.device)
+    return eights.sum(1, dtype=torch.int32).T.contiguous()  # no bit twice: the sum is or
 
 
 @functools.cache
@@ -270,16 +268,17 @@ def _fitted(
     whole: Tensor,  # as zeros: the scales with which all values are held
 ) -> tuple[Tensor, Tensor]:  # (tried · zeros, n, groups)
     """Parts of each scale with their nearest codes, fitted to these, and the squared errors."""
-    ends, scales, sums = code_ends(bits), [], []
+    low, high = ((end - zeros)[..., None] for end in code_ends(bits))
+    scales, products, squares, errors = [], [], [], []
     for part in TRIED[bits]:
-        for zero, scale in zip(zeros, _stored(whole * part, dtype), strict=True):
-            low, high = ((end - zero)[..., None] for end in ends)
-            level = (x / scale[..., None]).round_().clamp_(low, high)
+        for number, scale in enumerate(_stored(whole * part, dtype)):
+            level = (x / scale[..., None]).round_().clamp_(low[number], high[number])
             rest = torch.addcmul(x, level, scale[..., None], value=-1)
-            product = (level * rest).sum(2)
-            sums.append(torch.stack([product, level.square_().sum(2), rest.square_().sum(2)]))
             scales.append(scale)
-    scale, (product, square, error) = torch.stack(scales), torch.stack(sums, 1)
+            products.append((level * rest).sum(2))
+            squares.append(level.square_().sum(2))
+            errors.append(rest.square_().sum(2))
+    scale, product, square, error = map(torch.stack, (scales, products, squares, errors))
     fitted = _stored(scale + (product / square).nan_to_num_(0.0), dtype)
     more = fitted - scale
     return fitted, error + more * (more * square - 2 * product)
