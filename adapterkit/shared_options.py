@@ -25,6 +25,11 @@ from adapterkit.options import (
 
 FOR_AMBIGUOUS_PARAMETERS = "The adapters' model, needed where target_parameters are ambiguous."
 EXACT_BY_DEFAULT = " (default: exact; ranks add up)"
+IMPORTANCE = (
+    "Importance matrix of llama.cpp, .gguf or .dat: weighs the errors when scales of a GGUF model "
+    "are searched."
+)
+MODELFILE = "Write a Modelfile for Ollama beside the output, which is a GGUF file."
 
 
 def base_option(help: str) -> Any:

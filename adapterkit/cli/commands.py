@@ -53,10 +53,13 @@ def initializations() -> dict[str, Rows]:
 
 
 def formats() -> dict[str, Rows]:
-    """The formats that a quantization can write, codec by codec."""
+    """The formats that a quantization can write, codec by codec, and those of GGUF files."""
+    from adapterkit.gguf.mixes import MIXES
+
     codecs = declarations("weights.codecs").values()
     targets = ((codec, codec.constants.get("targets", ())) for codec in codecs)
-    return {"Formats": [(", ".join(names), codec.summary) for codec, names in targets if names]}
+    rows = [(", ".join(names), codec.summary) for codec, names in targets if names]
+    return {"Formats": [*rows, (", ".join(MIXES), "llama.cpp's mixes, of a GGUF file.")]}
 
 
 def adapter_formats() -> dict[str, Rows]:

@@ -283,6 +283,20 @@ def _comes_out(build: Build, shapes: Mapping[str, tuple[int, ...]], shape: tuple
         return False
 
 
+def as_stored(entry: Entry) -> GgufWeight:
+    """A tensor as it is in the file, under its own name."""
+    return GgufWeight.of(
+        (entry.stored(),),
+        key=entry.name,
+        dtype="F32",
+        shape=entry.shape,
+        types=(entry.type,),
+        shapes=(entry.shape,),
+        build=_Renamed(entry.name),
+        placement=RowPlacement((entry.shape,)),
+    )
+
+
 def _is_ignored(model: Skeleton, key: str, rule: str) -> bool:
     """Whether transformers' loader passes over a key by that rule of the model's class."""
     patterns = getattr(model.model, rule, None) or ()

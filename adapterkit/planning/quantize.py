@@ -1,12 +1,23 @@
 """quantize: a checkpoint's linear layers into a quantized format."""
 
+from dataclasses import replace
+
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import Problems, listed
+from adapterkit.errors import WARNING, AdapterkitError, Problems, listed
+from adapterkit.gguf.file import check_types, gguf_package
+from adapterkit.gguf.header import FLOATS, GgufFiles, find_gguf, read_model
+from adapterkit.gguf.mixes import MIXES, types_of, with_number
+from adapterkit.gguf.model import GgufCheckpoint
+from adapterkit.gguf.tensors import as_stored
+from adapterkit.options import flag_of
 from adapterkit.plan import Compensation, Plan, Span, Task
 from adapterkit.planning.inputs.input_identity import plan_of
 from adapterkit.planning.inputs.sources import if_given, open_model, open_statistics
+from adapterkit.planning.merge.gguf import files_beside, output_file, read_importance
+from adapterkit.planning.outputs.gguf_model import gguf_files, retyped, weighed
 from adapterkit.planning.outputs.model import QuantizedModel
 from adapterkit.planning.quantization import QuantizationPlan, plan_quantization
+from adapterkit.registry import written_formats
 from adapterkit.shared_options import BlockOptions, missing_statistics
 from adapterkit.tasks.quantize import EncodedWeight
 from adapterkit.tasks.statistics import select_covariances
@@ -18,7 +29,11 @@ def plan_quantize(options: Quantize) -> Plan:
     """Everything a quantization will do, or `Refused`."""
     Problems(missing_statistics(options.rounding, options.stats)).raise_all()
     stats = if_given(open_statistics, options.stats)
-    base = open_checkpoint(open_model(options.base))
+    files = find_gguf(folder := open_model(options.base))
+    Problems(_unfit_options(options, is_gguf=files is not None)).raise_all()
+    if files:
+        return _plan_gguf(options, files)
+    base = open_checkpoint(folder)
     check_not_quantized(base)
     how = {"to": options.to, **vars(options.only(BlockOptions))}
     quantization = plan_quantization(base, how)
@@ -42,6 +57,47 @@ def plan_quantize(options: Quantize) -> Plan:
         decisions=decisions,
         notes=quantization.notes,
     )
+
+
+def _unfit_options(options: Quantize, *, is_gguf: bool) -> list[AdapterkitError]:
+    """`Refused` for formats and options that this kind of base has no use for."""
+    hint = "first adapterkit dequantize MODEL.gguf --out DIR" if is_gguf else "give a GGUF file"
+    errors = Problems(where="options", hint=hint)
+    known = MIXES if is_gguf else written_formats()
+    others = ("imatrix", "modelfile"), ("skip", "block_size", "double_quant", "stats")
+    wrong = [flag_of(name) for name in others[is_gguf] if getattr(options, name)]
+    if wrong or options.to not in known:
+        errors.add(f"--to {options.to} {' '.join(wrong)} with this base", ", ".join(known))
+    return errors
+
+
+def _plan_gguf(options: Quantize, files: GgufFiles) -> Plan:
+    """Everything that is done to a GGUF file: its matrices in the types of a mix."""
+    header, headers = read_model(files)
+    check_types(gguf_package(), {entry.type for entry in header.tensors})
+    imatrix = if_given(read_importance, options.imatrix)
+    mix = types_of(header, options.to, weighed=imatrix is not None)
+    stored = {entry.name: as_stored(entry) for entry in header.tensors}
+    changed = [stored[name] for name, type_ in mix.items() if stored[name].types != (type_,)]
+    shards = {name: one.header for name, one in headers.items()}
+    headers = {name: with_number(one, MIXES[options.to][1]) for name, one in headers.items()}
+    base = GgufCheckpoint(files.folder, shards, {}, None, None, {}, {}, headers)
+    formats = [retyped(one, (mix[one.key],)) for one in changed]
+    formats = [weighed(one, imatrix.sums) if imatrix else one for one in formats]
+    tasks = [EncodedWeight(one.key, stored[one.key], one) for one in formats]
+    again = [one.key for one in changed if one.format not in FLOATS]
+    notes = [f"{WARNING}already rounded, to blocks: {listed(again)}"] if again else []
+    own = gguf_files(base, tasks, formats, output_file(files.folder, options.out))
+    plan = plan_of(
+        "quantize",
+        options.recipe_options() | ({"imatrix": imatrix.sha256} if imatrix else {}),
+        [base],
+        shards=own,
+        files=files_beside(base, own, notes, asked=options.modelfile),
+        decisions={"quantized": len(tasks)},
+        notes=notes,
+    )
+    return replace(plan, is_file=len(own) == 1)
 
 
 def _compensated(quantization: QuantizationPlan, stats: Checkpoint) -> dict[str, Task]:

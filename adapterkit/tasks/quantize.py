@@ -56,7 +56,7 @@ class EncodedWeight(PackedWeight):
         count = math.prod(self.source.shape)
         if self.compensation is not None:
             return 36 * count + compensation_memory(self.compensation)
-        return 6 * self.source.nbytes + 24 * min(count, LARGE_PIECE)
+        return max(6 * self.source.nbytes, 12 * count) + 24 * min(count, LARGE_PIECE)
 
     def compute(self, inputs: Reader) -> TaskResult:
         weight, metrics = inputs.tensor(self.source), dict[str, float]()

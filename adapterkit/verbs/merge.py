@@ -18,6 +18,8 @@ from adapterkit.options import (
 )
 from adapterkit.run_options import OUTPUT_MODEL
 from adapterkit.shared_options import (
+    IMPORTANCE,
+    MODELFILE,
     ModuleFilters,
     dtype_option,
     seed_option,
@@ -103,11 +105,7 @@ class MergeOptions(ModuleFilters):
         help="Scales of changed blocks of a GGUF model: the best ones (search, the default), or "
         "those that are there, where the new values fit.",
     )
-    modelfile: bool = option(
-        default=False,
-        check=FLAG,
-        help="Write a Modelfile for Ollama beside the output, which is a GGUF file.",
-    )
+    modelfile: bool = option(default=False, check=FLAG, help=MODELFILE)
 
 
 @record
@@ -168,13 +166,7 @@ class Merge(WritingVerb, MergeOptions):
         help="Output folder, of a base in one GGUF file a file (published atomically), or a place "
         "on the Hub (one commit).",
     )
-    imatrix: StrPath | None = option(
-        default=None,
-        check=SOURCE,
-        metavar="FILE",
-        help="Importance matrix of llama.cpp, .gguf or .dat: weighs the errors when scales of a "
-        "GGUF model are searched.",
-    )
+    imatrix: StrPath | None = statistics_option(IMPORTANCE)
     verify: bool = verify_option()
     push: str | None = push_option()
 

@@ -1,9 +1,16 @@
 """quantize: a checkpoint's linear layers into a quantized format."""
 
-from adapterkit.options import SOURCE, StrPath, argument, choice, option, record
+from adapterkit.options import FLAG, SOURCE, StrPath, argument, choice, option, record
 from adapterkit.registry import written_formats
-from adapterkit.shared_options import BlockOptions, statistics_option
+from adapterkit.shared_options import IMPORTANCE, MODELFILE, BlockOptions, statistics_option
 from adapterkit.verb import WritingVerb, function_of
+
+
+def targets() -> list[str]:
+    """The formats that are written, and the mixes of a GGUF file."""
+    from adapterkit.gguf.mixes import MIXES
+
+    return [*written_formats(), *MIXES]
 
 
 @record
@@ -23,6 +30,9 @@ class Quantize(WritingVerb, BlockOptions):
     that follow, so that ‖(W - Q) C^½‖_F is small (GPTQ, arXiv:2210.17323); `stats` is a file with
     `<module>.covariance`, C = E[x xᵀ], of every layer that is quantized. Scales are those of
     rounding to nearest; stacks of experts are rounded so.
+
+    Matrices of a GGUF file, also a split one, get the types of a mix of llama.cpp's (q8_0, q4_k_m,
+    ...), and all else stays; `imatrix` weighs the errors, `modelfile` writes a Modelfile.
     """
 
     planner = "planning.quantize:plan_quantize"
@@ -34,10 +44,11 @@ class Quantize(WritingVerb, BlockOptions):
     Example:
       adapterkit quantize ./model --to nf4 --double-quant --out model-nf4
       adapterkit quantize ./model --to int8 --skip "layers.0[.]" --out model-int8
+      adapterkit quantize model.gguf --to q4_k_m --out model-q4_k_m.gguf
     """
 
     base: StrPath = argument(check=SOURCE)
-    to: str = option(check=choice(written_formats), help="Format to write; see the list below.")
+    to: str = option(check=choice(targets), help="Format to write; see the list below.")
     rounding: str = option(
         default="nearest",
         check=choice(("nearest", "compensated")),
@@ -47,6 +58,8 @@ class Quantize(WritingVerb, BlockOptions):
         "Covariances of the layers' inputs, for --rounding compensated.",
         needs="rounding=compensated",
     )
+    imatrix: StrPath | None = statistics_option(IMPORTANCE)
+    modelfile: bool = option(default=False, check=FLAG, help=MODELFILE)
 
 
 quantize = function_of(Quantize)

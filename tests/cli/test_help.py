@@ -107,7 +107,7 @@ def test_options_of_methods_are_listed_as_they_are_given():
 
 
 def test_help_lists_every_method_and_format():
-    from adapterkit.planning.quantization import targets
+    from adapterkit.verbs.quantize import targets
 
     names = lambda command: {
         name

@@ -102,12 +102,14 @@ def gguf_shards(
     )
 
 
-def files_beside(job: MergeJob, base: GgufCheckpoint, shards: Sequence[OutputFile]) -> Files:
-    """The small files of the output, and a note on how it is loaded."""
+def files_beside(
+    base: GgufCheckpoint, shards: Sequence[OutputFile], notes: list[str], *, asked: bool
+) -> Files:
+    """The small files of the output, a Modelfile where it is asked for, and a note on how it is
+    loaded."""
     first = shards[0].file
-    asked = job.options.modelfile
     how = f"ollama create NAME -f {MODELFILE}" if asked else "Ollama: a Modelfile (--modelfile)"
-    job.notes.append(
+    notes.append(
         f"to load it: llama-cli -m {first}; {how}; LM Studio: put it into the folder of its models"
     )
     header = next(iter(base.headers.values()))

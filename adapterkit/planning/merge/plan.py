@@ -121,7 +121,8 @@ def plan_merge(
         steps = with_compensation(job, steps, statistics)
     if isinstance(checkpoint, GgufCheckpoint):
         shards = gguf_shards(job, checkpoint, list(_all_steps(steps)), file, imatrix)
-        plan = _plan_of_files(job, steps, statistics, shards, files_beside(job, checkpoint, shards))
+        files = files_beside(checkpoint, shards, job.notes, asked=options.modelfile)
+        plan = _plan_of_files(job, steps, statistics, shards, files)
         more = {"imatrix": imatrix.sha256} if imatrix else {}
         return replace(plan, options=plan.options | more, is_file=len(shards) == 1)
     return _plan(job, steps, statistics)

@@ -34,15 +34,25 @@ def plan_gguf_files(
     where it is not their own; `keep_scales` of blocks whose values fit; `importance` of
     columns, by tensor. `name`: of a model's one file, if it is not the base's."""
     changed = [step for step in steps if _is_changed(base, step)]
-    changed = [_encoded_so(step, keep_scales, importance) for step in changed]
+    for at, (step, weight) in enumerate((step, step.source) for step in changed):
+        if isinstance(weight, GgufWeight):
+            weight = weighed(replace(weight, keep_scales=keep_scales), importance)
+            changed[at] = replace(step, source=weight)
     type_ = touched_as.upper() if touched_as else None
     formats = {step.key: _format(base, step, type_) for step in changed}
     _check_formats(base, formats.values())
     tasks = [_task(step, formats[step.key]) for step in changed]
+    return gguf_files(base, tasks, [*formats.values()], name)
+
+
+def gguf_files(
+    base: GgufCheckpoint, tasks: Sequence[Task], formats: Sequence[GgufWeight], name: str | None
+) -> tuple[OutputFile, ...]:
+    """The files of a model in which these tasks write weights of these formats."""
     files = []
     for file, header in base.headers.items():
-        layout = _layout(base, header, formats.values(), is_last=file == [*base.headers][-1])
-        own = [*_tasks_in(layout, tasks), *_copies(header, formats.values())]
+        layout = _layout(base, header, formats, is_last=file == [*base.headers][-1])
+        own = [*_tasks_in(layout, tasks), *_copies(header, formats)]
         own.sort(key=lambda task: layout.starts[task.max_outputs[0].key])
         out = name if name is not None and len(base.headers) == 1 else file
         files.append(OutputFile.computed(out, own, {}, lay_out=layout))
@@ -53,11 +63,8 @@ def _is_changed(base: GgufCheckpoint, step: Step) -> bool:
     return bool(step.edits or step.source.folder or step.key not in base.tensors)
 
 
-def _encoded_so(step: Step, keep_scales: bool, importance: Importance) -> Step:
-    """The step, its weight encoded so."""
-    weight = step.source
-    if not isinstance(weight, GgufWeight):
-        return step
+def weighed(weight: GgufWeight, importance: Importance) -> GgufWeight:
+    """The weight with the importance of its columns; `Refused` where that is of another model."""
     sums = tuple(importance.get(part.key) for part in weight.parts)
     misfits = [
         f"{shown(part.key)} {tuple(found.shape)}"
@@ -71,7 +78,7 @@ def _encoded_so(step: Step, keep_scales: bool, importance: Importance) -> Step:
             where="--imatrix",
             hint="make it of this model",
         )
-    return replace(step, source=replace(weight, keep_scales=keep_scales, importance=sums))
+    return replace(weight, importance=sums)
 
 
 def _format(base: GgufCheckpoint, step: Step, touched_as: str | None) -> GgufWeight:
@@ -84,7 +91,7 @@ def _format(base: GgufCheckpoint, step: Step, touched_as: str | None) -> GgufWei
     if touched_as is None:
         return weight
     types = tuple(name if name in FLOATS else touched_as for name in weight.types)
-    return weight if types == weight.types else _retyped(weight, types)
+    return weight if types == weight.types else retyped(weight, types)
 
 
 def _renamed(weight: GgufWeight, key: str, base: GgufCheckpoint) -> GgufWeight:
@@ -100,7 +107,7 @@ def _renamed(weight: GgufWeight, key: str, base: GgufCheckpoint) -> GgufWeight:
     return replace(weight, key=key, parts=(replace(part, key=HEADS[key]),))
 
 
-def _retyped(weight: GgufWeight, types: tuple[str, ...]) -> GgufWeight:
+def retyped(weight: GgufWeight, types: tuple[str, ...]) -> GgufWeight:
     """The same parameter stored in other types."""
     for name, shape in zip(types, weight.shapes, strict=True):
         values = TYPES[name][1]
