@@ -236,7 +236,7 @@ class _Layouts:
 
     def __init__(self, file: str, number: int):
         self.file, self.number = file, number
-        # by name without numbers, and sources
+        # by names without numbers, and shapes
         self.known: dict[Any, tuple[bool, RowPlacement | None]] = {}
 
     def weight(
@@ -244,7 +244,9 @@ class _Layouts:
     ) -> GgufWeight:
         """The record of a parameter; `Damaged` where it does not come out in its shape."""
         shapes = {entry.name: entry.shape for entry in entries}
-        kind = (re.sub(r"\d+", "#", key), shape, tuple(shapes.values()))
+        # layers may have the same tensors in another order
+        names = tuple(re.sub(r"\d+", "#", name) for name in (key, *shapes))
+        kind = (names, shape, tuple(shapes.values()))
         if kind not in self.known:
             self.known[kind] = _comes_out(build, shapes, shape), find_placement(shapes, build)
         fits, placement = self.known[kind]

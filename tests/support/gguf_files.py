@@ -64,6 +64,9 @@ def write(
     blocks)."""
     writer = gguf.GGUFWriter(path, arch)
     for key, value in settings.items():
+        if key == "/general.alignment":
+            writer.add_custom_alignment(value)
+            continue
         add = {
             bool: writer.add_bool,
             int: writer.add_uint32,

@@ -30,7 +30,7 @@ SIZES = {
 }
 GOLDEN = Path(__file__).parents[2] / "formats" / "golden"
 # of llama.cpp's converters, those derived from its class of Llama that do not say otherwise
-PERMUTED = ("arcee", "granite", "mistral3", "olmo", "smollm3")
+PERMUTED = ("llama", "arcee", "granite", "mistral3", "olmo", "smollm3")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 EXPERTS = {"moe_intermediate_size": 48, "num_experts_per_tok": 2}
