@@ -279,3 +279,35 @@ def same(ours: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert all(key == "lm_head.weight" for key in left)
     for key, value in ours.items():
         assert value.dtype == other[key].dtype and torch.equal(value, other[key]), key
+
+
+def split(path: Path, folder: Path, parts: list[int]) -> list[Path]:
+    """The file in parts of so many tensors, as llama-gguf-split writes them."""
+    folder.mkdir()
+    reader, first, paths = gguf.GGUFReader(path), 0, []
+    for number, count in enumerate(parts):
+        name = folder / f"m-{number + 1:05d}-of-{len(parts):05d}.gguf"
+        writer = gguf.GGUFWriter(name, reader.fields["general.architecture"].contents())
+        if number:
+            writer.kv_data[0].clear()
+        else:
+            copy_metadata(reader, writer)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", len(parts))
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in reader.tensors[first : first + count]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        first += count
+        for step in ("header", "kv_data", "tensors"):
+            getattr(writer, f"write_{step}_to_file")()
+        writer.close()
+        paths.append(name)
+    return paths
+
+
+def copy_metadata(reader: Any, writer: Any) -> None:
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        kind, inner = field.types[0], field.types[1] if len(field.types) > 1 else None
+        writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)

@@ -3,11 +3,14 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+import adapterkit
 from adapterkit.plan import Plan
 from adapterkit.planning.convert import plan as tasks
 from tests.golden import inputs, jobs
@@ -74,7 +77,40 @@ def wide_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, P
             jobs.job("convert-experts", EXPERTS, to="peft-per-expert", base=f"{EXPERTS}/base"),
             *(jobs.job(*names, **options, **COMPENSATED) for names, options in ROUNDED),
         )
-        yield _plan([*(job for job in jobs.WRITING if job.name != "resize-size"), *more])
+        plans = _plan([*(job for job in jobs.WRITING if job.name != "resize-size"), *more])
+        yield plans | _gguf_plans()
+
+
+def _gguf_plans() -> dict[str, Plan]:
+    """Of merges into GGUF files: into another type of blocks, and of a stack of experts whose parts
+    are in two files."""
+    from peft import LoraConfig, get_peft_model
+
+    from tests.support import gguf_files
+
+    def adapter(model: nn.Module, out: str, **config: Any) -> str:
+        config = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False} | config
+        get_peft_model(model.float(), LoraConfig(**config)).save_pretrained(out)
+        return out
+
+    plans = {}
+    model, message, tensors = gguf_files.llama(hidden_size=256, head_dim=64)
+    for name in [name for name in tensors if "ffn_down" in name]:
+        kind = gguf_files.gguf.GGMLQuantizationType.Q4_0
+        tensors[name] = (kind, gguf_files.blocks(kind, tensors[name].shape, 1))
+    path = gguf_files.write(Path("model.gguf"), "llama", message, tensors)
+    how = {"out": "planned.gguf", "dry_run": True, "touched_as": "q8_0"}
+    down = adapter(model, "of-down", target_modules=["down_proj"])
+    for name, rounding in (("touched", "nearest"), ("touched-stochastic", "stochastic")):
+        plans[name] = adapterkit.merge(path, down, rounding=rounding, **how)
+    model, message, tensors = gguf_files.qwen3moe(64)
+    path = gguf_files.write(Path("experts.gguf"), "qwen3moe", message, tensors)
+    names = [tensor.name for tensor in gguf_files.gguf.GGUFReader(path).tensors]
+    cut = names.index("blk.0.ffn_up_exps.weight")
+    parts = gguf_files.split(path, Path("parts"), [cut, len(names) - cut])
+    stacks = adapter(model, "of-experts", target_parameters=["mlp.experts.gate_up_proj"])
+    plans["split"] = adapterkit.merge(parts[0], stacks, out="planned-parts", dry_run=True)
+    return plans
 
 
 def _save_other_head(folder: Path, other: Path) -> None:

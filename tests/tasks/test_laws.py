@@ -19,13 +19,14 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.local.engine import LocalReader
+from adapterkit.gguf.weight import GgufWeight
 from adapterkit.kernels import dense, pieces
 from adapterkit.plan import Plan, Task, TaskResult
 from adapterkit.tasks.arrow import StackedExperts
 from adapterkit.tasks.common import FactorsTask
 from adapterkit.tasks.initial import ResidualWeight
 from adapterkit.tasks.loftq import LoftQWeight
-from adapterkit.tasks.quantize import EncodedWeight
+from adapterkit.tasks.quantize import EncodedStep, EncodedWeight
 from adapterkit.tasks.rows import RequantizedWeight
 from adapterkit.weights.codec import stored_parts
 from tests.support.card import DEVICE, Card, installed
@@ -227,6 +228,11 @@ def budget(task: Task) -> tuple[int, int]:
         return 300 + 16 * columns, 40
     if isinstance(task, FactorsTask | LoftQWeight | StackedExperts):  # decompositions
         return 1000, 150
+    if isinstance(task, EncodedStep):  # a search of scales, whatever its size
+        return 400, 40
+    step = getattr(getattr(task, "whole", task), "step", None)
+    if isinstance(getattr(step, "source", None), GgufWeight):
+        return 120, 30  # put together by transformers' code, on the host
     return 120, 25
 
 

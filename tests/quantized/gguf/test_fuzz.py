@@ -14,10 +14,10 @@ from adapterkit.errors import AdapterkitError
 from adapterkit.gguf.header import TYPES
 from adapterkit.kernels.quant import ggml
 from tests.quantized.gguf import test_families as families
-from tests.quantized.gguf.test_merges import header, split, stored, train
+from tests.quantized.gguf.test_merges import header, stored, train
 from tests.quantized.gguf.test_refusals import ATTACKS
 from tests.support import oracle
-from tests.support.gguf_files import gguf, llama, write
+from tests.support.gguf_files import gguf, llama, split, write
 
 SEEDS = int(os.environ.get("GGUF_SEEDS", "4"))
 ARCHITECTURES = (

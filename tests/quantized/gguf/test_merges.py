@@ -19,7 +19,7 @@ from adapterkit.gguf.header import GgufHeader, read_gguf
 from adapterkit.kernels.quant import ggml
 from adapterkit.planning.inputs.sources import open_source
 from tests.support import oracle
-from tests.support.gguf_files import MODELS, blocks, gguf, llama, write
+from tests.support.gguf_files import MODELS, blocks, gguf, llama, split, write
 from tests.support.usual import usual
 
 IDS = torch.arange(12)[None]
@@ -133,38 +133,6 @@ def test_a_head_that_was_tied_becomes_a_tensor_of_its_own(module: str, tmp_path:
         [found] = (tensor for tensor in reader.tensors if tensor.name == name)
         same = np.array_equal(found.data, value)
         assert same or (name == "token_embd.weight" and module == "embed_tokens")
-
-
-def split(path: Path, folder: Path, parts: list[int]) -> list[Path]:
-    """The file in parts of so many tensors, as llama-gguf-split writes them."""
-    folder.mkdir()
-    reader, first, paths = gguf.GGUFReader(path), 0, []
-    for number, count in enumerate(parts):
-        name = folder / f"m-{number + 1:05d}-of-{len(parts):05d}.gguf"
-        writer = gguf.GGUFWriter(name, reader.fields["general.architecture"].contents())
-        if number:
-            writer.kv_data[0].clear()
-        else:
-            copy_metadata(reader, writer)
-        writer.add_uint16("split.no", number)
-        writer.add_uint16("split.count", len(parts))
-        writer.add_int32("split.tensors.count", len(reader.tensors))
-        for tensor in reader.tensors[first : first + count]:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        first += count
-        for step in ("header", "kv_data", "tensors"):
-            getattr(writer, f"write_{step}_to_file")()
-        writer.close()
-        paths.append(name)
-    return paths
-
-
-def copy_metadata(reader: Any, writer: Any) -> None:
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name == "general.architecture":
-            continue
-        kind, inner = field.types[0], field.types[1] if len(field.types) > 1 else None
-        writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
 
 
 def test_a_split_model(tmp_path: Path):

@@ -16,9 +16,9 @@ from adapterkit.errors import Refused
 from adapterkit.gguf.header import Entry, GgufHeader, read_gguf
 from adapterkit.gguf.mixes import MIXES, types_of
 from adapterkit.planning.inputs.sources import open_source
-from tests.quantized.gguf.test_merges import header, logits, split, stored
+from tests.quantized.gguf.test_merges import header, logits, stored
 from tests.support import ggml, oracle
-from tests.support.gguf_files import MODELS, gguf, llama, write
+from tests.support.gguf_files import MODELS, gguf, llama, split, write
 from tests.support.usual import usual
 
 realmodel = pytest.importorskip("realmodel")

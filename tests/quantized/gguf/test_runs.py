@@ -9,8 +9,8 @@ from click.testing import CliRunner
 import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import Interrupted, Refused
-from tests.quantized.gguf.test_merges import split, train
-from tests.support.gguf_files import gguf, llama, write
+from tests.quantized.gguf.test_merges import train
+from tests.support.gguf_files import gguf, llama, split, write
 
 FIRST = "parts/m-00001-of-00003.gguf"
 
