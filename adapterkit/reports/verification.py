@@ -36,9 +36,9 @@ def verify_output(verify: Verify) -> Json:
             hint="give both to recompute rows of a merge",
         )
     file = getattr(out, "single", None)
-    if file is not None and len(receipt["files"]) > 1:
-        out = cast(OneFile, out).whole()
-    result = check_files(out, receipt, progress)
+    shared = file is not None and len(receipt["files"]) > 1
+    out = cast(OneFile, out).whole() if shared else out
+    result = check_files(out, receipt, progress, shared=shared)
     plan = _plan_again(receipt, verify, sources, file) if base else None
     if plan is None:
         return result | {"rows": 0, "tensors": 0}

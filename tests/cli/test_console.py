@@ -103,7 +103,7 @@ def watch():
         shown.append(data)
 threading.Thread(target=watch, daemon=True).start()
 ended = {{}}
-for line in {lines!r}:
+for number, line in enumerate({lines!r}, start=1):
     with mock.patch.object(os, "_exit", sys.exit):
         try:
             main(shlex.split(line), prog_name="adapterkit")
@@ -111,7 +111,7 @@ for line in {lines!r}:
             ended[line] = status.code
     sys.stdout.flush(), sys.stderr.flush()
     os.write(terminal, b"\\0")
-    while not (shown and shown[-1].endswith(b"\\0")):
+    while b"".join(shown).count(b"\\0") < number:
         threading.Event().wait(0.01)
 print(json.dumps([ended, b"".join(shown).decode("cp1252")]), file=answers, flush=True)
 """

@@ -21,10 +21,12 @@ class _Stopped(Exception):
     """The check was given up while a thread was at a file."""
 
 
-def check_files(out: Folder, receipt: dict, progress: Progress = lambda done: None) -> Json:
+def check_files(
+    out: Folder, receipt: dict, progress: Progress = lambda done: None, *, shared: bool = False
+) -> Json:
     """Every file that the receipt lists: there, of its size, with its hash, holding its keys; and
-    no other weights. Several are hashed at a time. Of what the Hub keeps as large files, the hash
-    is the one that it lists."""
+    no other weights, unless the folder is `shared` with what is not of this output. Several are
+    hashed at a time. Of what the Hub keeps as large files, the hash is the one that it lists."""
     files, sizes, stop = receipt["files"], out.files(), threading.Event()
 
     def going_on(done: int) -> None:
@@ -46,9 +48,8 @@ def check_files(out: Folder, receipt: dict, progress: Progress = lambda done: No
     finally:
         stop.set()
     errors = [error for name in files if (error := found[name]) is not None]
-    # beside an output that is one file there may be anything
-    own = sizes if RECEIPT in sizes else ()
-    unlisted = {name for name in own if name.endswith(".safetensors") and "/" not in name}
+    weights = {name for name in sizes if name.endswith(".safetensors") and "/" not in name}
+    unlisted = set() if shared else weights
     errors += [
         Damaged(
             "the receipt does not list these weights",
