@@ -31,11 +31,7 @@ def differing_rows(one: tuple[Folder, TensorSpec], other: tuple[Folder, TensorSp
 
 def relative_difference(one: tuple[Folder, TensorSpec], other: tuple[Folder, TensorSpec]) -> float:
     """‖one - other‖ / ‖one‖ of two stored tensors of one shape."""
-    difference = norm = 0.0
-    for a, b in _blocks(one, other):
-        difference += float((a.double() - b.double()).square().sum())
-        norm += float(a.double().square().sum())
-    return math.sqrt(difference / norm) if norm else math.inf
+    return _relative(_blocks(one, other))
 
 
 def decoded_difference(
@@ -45,12 +41,22 @@ def decoded_difference(
     (folder, spec), (other_folder, weight) = one, other
     parts = read_parts(weight, partial(_read, other_folder))
     grid = math.prod(weight.shape[:-1]), weight.shape[-1]
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for first, last in weight.row_ranges(BLOCK):
+            a = _read(folder, spec.narrowed(grid, first, last))
+            record, own = weight.rows(parts, first, last)
+            yield a, record.decode(own).view(a.shape)
+
+    return _relative(pairs())
+
+
+def _relative(pairs: Iterator[tuple[Tensor, Tensor]]) -> float:
+    """‖a - b‖ / ‖a‖ over all pairs."""
     difference = norm = 0.0
-    for first, last in weight.row_ranges(BLOCK):
-        a = _read(folder, spec.narrowed(grid, first, last)).double()
-        record, own = weight.rows(parts, first, last)
-        difference += float((a - record.decode(own).view(a.shape)).square().sum())
-        norm += float(a.square().sum())
+    for a, b in pairs:
+        difference += float((a.double() - b.double()).square().sum())
+        norm += float(a.double().square().sum())
     return math.sqrt(difference / norm) if norm else math.inf
 
 
