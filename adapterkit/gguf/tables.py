@@ -6,7 +6,6 @@ can run by such a config.
 """
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ from adapterkit.errors import AdapterkitError
 from adapterkit.gguf.config import class_name_of
 from adapterkit.gguf.file import GgufFile
 from adapterkit.gguf.header import EMBEDDING, HEAD, Entry
-from adapterkit.gguf.weight import Build, ReadArray
+from adapterkit.gguf.weight import Build, ReadArray, as_tensor, converted
 from adapterkit.records import Json
 from adapterkit.weights.skeleton import Skeleton
 
@@ -159,20 +158,18 @@ class _Tabled:
         if self.converter is None:
             (tensor,) = tensors
             return tensor
-        converter = deepcopy(self.converter)
-        for source, tensor in zip(self.sources, tensors, strict=True):
-            stacked = EXPERT in source.place.key
-            for number, one in enumerate(tensor if stacked else [tensor]):
-                key = source.place.key.replace(EXPERT, str(number))
-                converter.add_tensor(self.key, key, source.pattern, one)
-        result: Any = converter.convert(self.key)[self.key]
-        return result[0] if isinstance(result, list) else result
+        return converted(
+            self.converter,
+            self.key,
+            (
+                (source.place.key.replace(EXPERT, str(number)), source.pattern, one)
+                for source, tensor in zip(self.sources, tensors, strict=True)
+                for number, one in enumerate(tensor if EXPERT in source.place.key else [tensor])
+            ),
+        )
 
     def _in_order(self, place: TablePlace, array: Any) -> Tensor:
-        import numpy as np
-        import torch
-
-        tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        tensor = as_tensor(array)
         rows = self.table.rows(place, len(tensor), self.config)
         return tensor if rows is None else tensor[rows]
 

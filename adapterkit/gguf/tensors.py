@@ -8,7 +8,6 @@ newer architectures conversion rules.
 import math
 import re
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -23,7 +22,7 @@ from adapterkit.gguf.file import GgufFile, conversion_rules
 from adapterkit.gguf.header import MAX_ERRORS, Entry
 from adapterkit.gguf.placement import RowPlacement, find_placement
 from adapterkit.gguf.tables import TableNames
-from adapterkit.gguf.weight import Build, GgufWeight, ReadArray
+from adapterkit.gguf.weight import Build, GgufWeight, ReadArray, as_tensor, converted
 from adapterkit.weights.skeleton import Skeleton, tied_names
 
 
@@ -90,7 +89,7 @@ class _Processed:
             arguments = {"tensor_key_mapping": names, "parsed_parameters": {"tensors": tensors}}
             result = self.table.processor.process(weights=read(name), name=name, **arguments)
             if result.name in names:
-                tensors[names[result.name]] = _tensor(result.weights)
+                tensors[names[result.name]] = as_tensor(result.weights)
         return tensors[self.key]
 
 
@@ -132,7 +131,7 @@ class _Renamed:
     name: str
 
     def __call__(self, read: ReadArray, /) -> Tensor:
-        return _tensor(read(self.name))
+        return as_tensor(read(self.name))
 
 
 @dataclass(frozen=True)
@@ -144,18 +143,8 @@ class _Converted:
     sources: tuple[tuple[str, str], ...]  # names and the converter's patterns that they match
 
     def __call__(self, read: ReadArray, /) -> Tensor:
-        converter = deepcopy(self.converter)
-        for name, pattern in self.sources:
-            converter.add_tensor(self.key, name, pattern, _tensor(read(name)))
-        result: Any = converter.convert(self.key)[self.key]
-        return result[0] if isinstance(result, list) else result
-
-
-def _tensor(array: object) -> Tensor:
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        parts = ((name, pattern, as_tensor(read(name))) for name, pattern in self.sources)
+        return converted(self.converter, self.key, parts)
 
 
 MAX_TRIED = 1 << 26  # values of a parameter up to which its shape is tried on zeros while planning

@@ -1,6 +1,7 @@
 """A parameter of a model that is stored in a GGUF file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -28,6 +29,23 @@ class Build(Protocol):
     """Builds a parameter; a picklable record."""
 
     def __call__(self, read: ReadArray, /) -> Tensor: ...
+
+
+def as_tensor(array: object) -> Tensor:
+    """An array that transformers' code has made."""
+    import numpy as np
+
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+
+def converted(converter: Any, key: str, parts: Iterable[tuple[str, str | None, Tensor]]) -> Tensor:
+    """The parameter that a converter of transformers' loader makes of tensors, each with its name
+    and the converter's pattern that it matches."""
+    converter = deepcopy(converter)
+    for name, pattern, tensor in parts:
+        converter.add_tensor(key, name, pattern, tensor)
+    result: Any = converter.convert(key)[key]
+    return result[0] if isinstance(result, list) else result
 
 
 @dataclass(frozen=True, kw_only=True)

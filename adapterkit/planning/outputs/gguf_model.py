@@ -33,11 +33,14 @@ def plan_gguf_files(
     """The files of a model after these steps; `touched_as`: the type of changed tensors in blocks,
     where it is not their own; `keep_scales` of blocks whose values fit; `importance` of
     columns, by tensor. `name`: of a model's one file, if it is not the base's."""
-    changed = [step for step in steps if _is_changed(base, step)]
-    for at, (step, weight) in enumerate((step, step.source) for step in changed):
-        if isinstance(weight, GgufWeight):
-            weight = weighed(replace(weight, keep_scales=keep_scales), importance)
-            changed[at] = replace(step, source=weight)
+
+    def encoded_so(step: Step) -> Step:
+        if not isinstance(step.source, GgufWeight):
+            return step
+        weight = replace(step.source, keep_scales=keep_scales)
+        return replace(step, source=weighed(weight, importance))
+
+    changed = [encoded_so(step) for step in steps if _is_changed(base, step)]
     type_ = touched_as.upper() if touched_as else None
     formats = {step.key: _format(base, step, type_) for step in changed}
     _check_formats(base, formats.values())
