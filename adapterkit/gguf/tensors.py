@@ -256,6 +256,7 @@ class _Layouts:
             shapes=tuple(shapes.values()),
             build=build,
             placement=placement,
+            transposed=placement is not None and placement.transposed,
         )
 
 

@@ -185,7 +185,8 @@ class GgufWeight(QuantizedWeight):
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
         assert self.placement is not None
-        values = self.values(stored)
+        values, shift = self.values(stored), self.placement.shift
         pairs = zip(self.types, values, strict=True)
         rounders = [column_rounder(name, part) for name, part in pairs]
-        return of_several(rounders, [len(part) for part in values], self.placement.rows)
+        rounder = of_several(rounders, [len(part) for part in values], self.placement.rows)
+        return (lambda w, column: rounder(w - shift, column) + shift) if shift else rounder

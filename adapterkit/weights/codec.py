@@ -44,6 +44,7 @@ class QuantizedWeight(TensorSpec):
     files: ClassVar[tuple[str, ...]] = ()
 
     parts: tuple[TensorSpec, ...]  # the stored tensors, the codes first
+    transposed: bool = False  # the model keeps it (in, out), as GPT-2 does
 
     @classmethod
     def of(cls, parts: Iterable[TensorSpec], **fields: Any) -> Self:

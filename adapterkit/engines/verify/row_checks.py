@@ -231,8 +231,8 @@ class CodeCheck:
                 ).view(exact.shape)
                 low, high = torch.minimum(low, beside - slack), torch.maximum(high, beside + slack)
             bad = ~((low <= stored) & (stored <= high))
-        if record.searches_scales and self.step.draws is None:
-            bad &= ~_as_near(stored, value, exact, slack)
+        if bool(bad.any()) and record.searches_scales and self.step.draws is None:
+            bad &= ~_as_good(record, written, stored, value, exact, slack)
         return _difference(bad, stored, value, first) if bool(bad.any()) else None
 
     def _encoded(
@@ -304,10 +304,7 @@ class CompensatedCheck:
         plain = after
         if not self.packed.searches_scales:
             plain = plainly_encoded(self.packed, self.step, origin.parts, exact)
-        rounder, turned = self.packed.column_rounder(plain), self.by_columns
-        columns = (before.T if turned else before).float().T.contiguous()
-        values = torch.stack([rounder(w, number) for number, w in enumerate(columns)])
-        return values if turned else values.T
+        return _nearest(self.packed, plain, before)
 
 
 @dataclass(frozen=True)
@@ -328,8 +325,8 @@ class EncodedCheck:
         values = [self._encoded(exact + by) for by in (0, -slack, slack)]
         low, high = (torch.stack(values).amin(0) - slack, torch.stack(values).amax(0) + slack)
         bad = ~((low <= stored) & (stored <= high))
-        if self.packed.searches_scales and self.step.draws is None:
-            bad &= ~_as_near(stored, values[0], exact, slack)
+        if bool(bad.any()) and self.packed.searches_scales and self.step.draws is None:
+            bad &= ~_as_good(self.packed, after, stored, values[0], exact, slack)
         wrong = _difference(bad, stored, values[0], 0) if bool(bad.any()) else None
         return RowsChecked(origin.height, wrong)
 
@@ -340,6 +337,34 @@ class EncodedCheck:
         if self.step.draws is not None:
             tensors = self.packed.encode_keeping_scales(tensors, value, self.step.draws)
         return decode_checked(self.packed, tensors).view(exact.shape).double()
+
+
+def _as_good(
+    packed: QuantizedWeight,
+    after: dict[str, Tensor],
+    stored: Tensor,
+    value: Tensor,
+    exact: Tensor,
+    slack: Tensor,
+) -> Tensor:  # bool
+    """Which values are as good as those that were expected: of scales as near, and of these scales
+    the nearest codes."""
+    nearest = (_nearest(packed, after, exact).double() - exact).abs()
+    is_nearest = (stored.double() - exact).abs() <= nearest + 2 * slack
+    return is_nearest & _as_near(stored, value, exact, slack)
+
+
+def _nearest(
+    packed: QuantizedWeight, stored: dict[str, Tensor], weight: Tensor
+) -> Tensor:  # float32, as weight
+    """The nearest values to a weight with the scales that are stored."""
+    value, round_column = weight.float().view(packed.shape), packed.column_rounder(stored)
+    turned = packed.transposed and value.dim() > 1
+    value = value.transpose(-2, -1) if turned else value
+    columns = value.reshape(-1, value.shape[-1]).T.contiguous()
+    rounded = [round_column(w, number) for number, w in enumerate(columns)]
+    result = torch.stack(rounded, 1).view(value.shape)
+    return (result.transpose(-2, -1) if turned else result).reshape(weight.shape)
 
 
 def _as_near(stored: Tensor, value: Tensor, exact: Tensor, slack: Tensor) -> Tensor:  # bool

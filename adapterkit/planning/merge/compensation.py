@@ -73,8 +73,9 @@ def _changes_by_key(job: MergeJob) -> dict[str, list[tuple[Change, Slot]]]:
 
 def _places(job: MergeJob, step: Step, changes: list[tuple[Change, Slot]]) -> list[_Place]:
     """The changed linear layers that a step's tensor holds."""
-    packed = isinstance(step.source, QuantizedWeight) and not job.options.dequantize
-    turned = packed and getattr(step.source, "transposed", False)
+    source = step.source
+    packed = isinstance(source, QuantizedWeight) and not job.options.dequantize
+    turned = isinstance(source, QuantizedWeight) and source.transposed
     places = [_place(step, change, slot) for change, slot in changes if _is_linear(job, change)]
     if packed and any(place.by_columns != turned for place in places):
         raise _layout_error(step, places[0].module)

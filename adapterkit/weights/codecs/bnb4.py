@@ -56,7 +56,6 @@ class Bnb4(QuantizedWeight):
     # bitsandbytes 0.50 saves the scales as a transposed bf16 matrix after a forward pass on some
     # CPUs: exact if the weight was bf16
     transposed_scales: bool = False
-    transposed: bool = False  # the model keeps it (in, out), as GPT-2 does
     nested_block: int = blockwise.NESTED
     nested_dtype: str = "float32"
 

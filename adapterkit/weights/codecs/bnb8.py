@@ -27,8 +27,6 @@ class Bnb8(QuantizedWeight):
     methods = ("bitsandbytes",)
     targets = ("int8",)
 
-    transposed: bool = False  # the model keeps it (in, out), as GPT-2 does
-
     @classmethod
     def for_encoding(cls, target: str, weight: PlainWeight, options: Json) -> "Bnb8 | None":
         if not weight.has_weight_name:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.errors import Damaged, Refused
 from adapterkit.gguf.header import GgufHeader, read_gguf
+from adapterkit.kernels import rows
 from adapterkit.kernels.quant import ggml
 from adapterkit.planning.inputs.sources import open_source
 from tests.support import oracle
@@ -263,6 +264,28 @@ def test_blocks_of_every_type_that_is_written(kind: str, tmp_path: Path):
     # nothing is added: the bytes stay
     adapterkit.merge(path, f"{adapter}=0.0", out=tmp_path / "same.gguf")
     assert (tmp_path / "same.gguf").read_bytes() == path.read_bytes()
+
+
+def test_a_change_that_is_2_percent_wrong_is_found_in_every_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In a file with a tensor of each, of the nearest codes and of scales that were searched."""
+    model, message, tensors = llama(**WIDE | {"num_hidden_layers": 3})
+    names = [name for name, value in tensors.items() if value.ndim == 2 and "blk" in name]
+    for name, kind in zip(names, sorted(ggml.TYPES), strict=False):
+        coded = ggml.encode(kind, torch.from_numpy(np.array(tensors[name])).float())
+        tensors[name] = (gguf.GGMLQuantizationType[kind], coded.numpy())
+    path = write(tmp_path / "m.gguf", "llama", message, tensors)
+    train(model, tmp_path / "a", target_modules="all-linear")
+    out, right = tmp_path / "out.gguf", rows.add_low_rank
+    adapterkit.merge(path, tmp_path / "a", out=out, verify=True)
+    wrong = lambda w, left, other: right(w, left * 1.02, other)
+    for scales in ("search", "keep"):
+        with monkeypatch.context() as patch:
+            patch.setattr(rows, "add_low_rank", wrong)
+            adapterkit.merge(path, tmp_path / "a", out=out, scales=scales, overwrite=True)
+        with pytest.raises(Damaged, match="21 of 21 tensors are not what the inputs give"):
+            adapterkit.verify(out, base=path, adapters=[tmp_path / "a"])
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K"])
