@@ -45,6 +45,12 @@ def formats() -> dict[str, Format]:
     return known
 
 
+@cache
+def one_file() -> Format:
+    """Where the parts of image and video models are in files that hold them whole."""
+    return _read(folder() / "checkpoints" / "one-file.toml", format_from)
+
+
 def written_formats() -> list[str]:
     """The names of the formats that are written."""
     return [name for name, one in described().items() if one.writes]

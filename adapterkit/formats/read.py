@@ -18,13 +18,14 @@ from adapterkit.formats.modules.experts import unstacked
 from adapterkit.formats.modules.fusing import Fusion, split, telling_rows
 from adapterkit.formats.modules.kinds import ALPHA, CORES, EXPERTS, FACTORS, LIMITED, SHAPE, SIZED
 from adapterkit.formats.modules.merged_linear import check_whole, groups_in, trained, ungrouped
-from adapterkit.formats.modules.names import Size, in_style, likely, names_of, of_type
+from adapterkit.formats.modules.names import Match, Size, in_style, likely, names_of, of_type
 from adapterkit.formats.modules.parts import matrix_shape, misfits, rank_of, with_magnitudes
 from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents, StoredAlpha
 from adapterkit.formats.modules.rows import Heads
 from adapterkit.formats.modules.tensors import GROUPED, STEPS, from_spec
 from adapterkit.formats.modules.tied import with_heads
 from adapterkit.formats.modules.wide_inputs import check_shape
+from adapterkit.formats.one_file import OneFileModel
 from adapterkit.formats.scales import Scales
 from adapterkit.formats.schema import MODEL, Format
 
@@ -43,6 +44,7 @@ class Reading:
     model_type: str | None = None  # likewise
     tied: bool | None = None  # whether the base has one weight for embeddings and head
     component: str | None = None  # the only one whose values are read, where the names have it
+    file: OneFileModel | None = None  # modules that are named as in it keep these names
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class NamedModule:
     component: str
     names: list[str]
     fusion: Fusion | None = None  # how they share its rows
+    key: str = ""  # its name in the base's one file, where that has it
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,17 @@ def read(
         with errors.collected():
             found.append(_module(form, one, scales, where))
     reader.prefetch(
-        spec for module, one in found if one.fusion for spec in telling_rows(module, one.fusion)
+        spec
+        for module, one in found
+        if one.fusion and not one.key
+        for spec in telling_rows(module, one.fusion)
     )
     modules: list[AdapterModule] = []
     for module, one in found:
         with errors.collected():
-            if one.fusion is None:
+            if one.key:
+                modules.append(replace(module, name=one.key, component=LANGUAGE))
+            elif one.fusion is None:
                 modules.append(replace(module, name=one.names[0]))
             else:
                 modules += split(module, one.names, one.fusion, reader)
@@ -264,7 +272,8 @@ class _Names:
                 fusion = Fusion(match.rule, naming, self.reading.heads)
             place = own.stacked(match.rule)
             if place is None:
-                resolved.append(NamedModule(raw, component, own.models(match), fusion))
+                key = self._key(name, component, naming, match)
+                resolved.append(NamedModule(raw, component, own.models(match), fusion, key))
                 continue
             members = unstacked(raw.roles)
             if members is None:
@@ -275,6 +284,14 @@ class _Names:
                 resolved.append(NamedModule(member, component, own.models(one), fusion))
         namings = {one.component: naming for one in resolved}
         return Attempt(resolved, unknown, {name: namings})
+
+    def _key(self, architecture: str, component: str, naming: str, match: Match) -> str:
+        """The name in the base's one file of a module that it names alike; empty for others."""
+        file = self.reading.file
+        part = file.parts.get(component) if file is not None else None
+        if part is None or naming == MODEL or part.naming != naming:
+            return ""
+        return part.prefix + str(names_of(architecture, component, naming).text(match))
 
     def _check_stacks(self, attempt: Attempt) -> None:
         """Where names besides the rules' are the model's, unknown ones are stacks."""

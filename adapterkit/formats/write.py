@@ -84,7 +84,7 @@ def write(
     reader, is_own = PlanReader(contents.folders), contents.format == form.name
     modules, notes = without_heads(modules, form, base, reader)
     namings = _namings(contents, form, name, modules)
-    whole = _fused(modules, form, name, namings, heads, base, reader)
+    whole = in_names_of(modules, form, name, namings, heads, base, reader)
     if form.scale.uniform:
         same = uniform([module for module, _ in whole])
         whole = [(module, key) for module, (_, key) in zip(same, whole, strict=True)]
@@ -302,16 +302,17 @@ def _check_components(modules: Modules, form: Format, architecture: str | None) 
     errors.raise_all()
 
 
-def _fused(
+def in_names_of(
     modules: Modules,
     form: Format,
     architecture: str | None,
-    namings: Mapping[str, str],
+    namings: Mapping[str, str],  # by component
     heads: Heads | None,
     base: BaseFacts | None,
     reader: PlanReader,
 ) -> list[tuple[AdapterModule, str]]:
-    """The file's modules with their keys without suffix."""
+    """The modules of a file in a format, fused as it has them, with their keys without suffix.
+    `Refused` for those that it has no name for, or that cannot be one."""
     components = form.components(architecture)
     prefix = lambda module: components.get(module.component, ("",))[0]
     if architecture is None:

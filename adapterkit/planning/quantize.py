@@ -13,9 +13,10 @@ from adapterkit.options import flag_of
 from adapterkit.plan import Compensation, Plan, Span, Task
 from adapterkit.planning.inputs.input_identity import plan_of
 from adapterkit.planning.inputs.sources import if_given, open_model, open_statistics
-from adapterkit.planning.merge.gguf import files_beside, output_file, read_importance
+from adapterkit.planning.merge.gguf import files_beside, read_importance
 from adapterkit.planning.outputs.gguf_model import gguf_files, retyped, weighed
 from adapterkit.planning.outputs.model import QuantizedModel
+from adapterkit.planning.outputs.one_file import output_file
 from adapterkit.planning.quantization import QuantizationPlan, plan_quantization
 from adapterkit.registry import written_formats
 from adapterkit.shared_options import BlockOptions, missing_statistics

@@ -33,6 +33,7 @@ HEADS = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 LANGUAGE = "language_model."  # where it is a part of a model that sees
+IN_PROJ = re.compile(r"(?<=\.in_proj)\.(weight|bias)$")  # parameters of MultiheadAttention itself
 TRANSPOSED = "Conv1D"  # GPT-2's linear layer, whose weight is (in, out)
 
 
@@ -162,6 +163,9 @@ class Names:
         spec = self.base.tensors.get(name)
         if spec is not None:
             return Parameter(name, spec.shape, (identity_slot(name, spec.shape),))
+        own = IN_PROJ.sub(r"_\1", name)
+        if own in self.base.tensors:
+            return self.parameter(own)
         found = self.model.by_old_name(name) if self.model is not None else None
         if found is None and self.text_only and LANGUAGE in name:
             return self.parameter(name.replace(LANGUAGE, "", 1))

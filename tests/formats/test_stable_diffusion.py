@@ -53,7 +53,7 @@ def test_every_module_has_one_rule(case, style, naming):
     names = names_of(*case, naming, style)
     texts: dict[str, list[str]] = {}
     for module in weighted(MODELS[case]()):
-        (match,) = names.find_model(module)
+        (match,) = filter(names.text, names.find_model(module))
         text = names.text(match)
         assert text is not None, module
         texts.setdefault(text, []).append(module)
@@ -76,7 +76,7 @@ def test_kohya_names_are_those_that_diffusers_reads(architecture, naming):
     numbers = numbered(modules)
     kohya = {}
     for module, number in numbers.items():
-        (match,) = names.find_model(module)
+        (match,) = filter(names.text, names.find_model(module))
         for part in ("lora_down", "lora_up"):
             kohya[f"lora_unet_{names.text(match)}.{part}.weight"] = number
     kohya = _maybe_map_sgm_blocks_to_diffusers(kohya, unet.config)
@@ -97,7 +97,7 @@ def test_original_names_are_those_of_checkpoints(architecture):
     numbers = numbered(weighted(unet))
     checkpoint = {}
     for module, number in numbers.items():
-        (match,) = names.find_model(module)
+        (match,) = filter(names.text, names.find_model(module))
         for part in ("weight", "bias"):
             checkpoint[f"model.diffusion_model.{names.text(match)}.{part}"] = number
     converted = convert_ldm_unet_checkpoint(checkpoint, dict(unet.config))

@@ -193,7 +193,7 @@ def plan_convert(
     adapted = _in_dialect(adapted, form, model)
     is_rebuilt = contents.format != form.name or _shapes(contents) != _shapes(adapted)
     written = _written(adapted, form, options, base, model, is_rebuilt)
-    return _plan(source, adapted, written, options, base, file)
+    return plan_written(source, adapted, written, options, base, file)
 
 
 def _check_target(form: Format, file: str | None) -> None:
@@ -297,13 +297,13 @@ def _in_file(contents: Contents, form: Format, model: NamedBase | None) -> Conte
     return replace(contents, modules=tuple(modules))
 
 
-def _plan(
+def plan_written(
     source: Folder,
     contents: Contents,
     written: FormatFile,
     options: ConvertOptions,
-    base: Checkpoint | None,
-    file: str | None,
+    base: Checkpoint | None = None,
+    file: str | None = None,
 ) -> Plan:
     """The plan that writes a file of these contents, alone or in a folder."""
     form = written.form

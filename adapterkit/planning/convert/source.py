@@ -16,6 +16,7 @@ from adapterkit.formats.modules.experts import stacks_of
 from adapterkit.formats.modules.kinds import FACTORS, PARAMETER
 from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents
 from adapterkit.formats.modules.rows import Heads, model_heads
+from adapterkit.formats.one_file import OneFileModel
 from adapterkit.formats.peft.kinds import KINDS
 from adapterkit.formats.peft.layout import read_layout
 from adapterkit.formats.read import Reading, read
@@ -98,8 +99,10 @@ def read_contents(
     options: ConvertOptions,
     base: Checkpoint | None,
     model: NamedBase | None = None,
+    file: OneFileModel | None = None,
 ) -> Contents:
-    """The source's contents, of the components that are asked for."""
+    """The source's contents, of the components that are asked for; `file`: a base whose names
+    stay."""
     form = detection.form
     if form.layout == ADAPTER_LAYOUT:
         kind = kind_of(source, detection.config)
@@ -117,6 +120,7 @@ def read_contents(
             model_type_of(base, detection.config),
             None if base is None else facts_of(base.config, base.tensors).tied,
             options.prefix_only,
+            file,
         )
         contents = read(form, source, detection.container, detection.config, reading)
     return _selected(contents, options.prefix_only)

@@ -1,6 +1,8 @@
 """An adapter of another format as a folder in PEFT's layout, for every verb that takes one."""
 
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from adapterkit.adapters.eight_bits import notes_on
 from adapterkit.adapters.keys import CONFIG, PLAIN, WEIGHTS
@@ -10,6 +12,9 @@ from adapterkit.checkpoint.strict import read_json
 from adapterkit.dtypes import FLOATS
 from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.errors import AdapterkitError, Refused
+
+if TYPE_CHECKING:
+    from adapterkit.plan import Plan
 
 FILES = (".safetensors", ".gguf")
 
@@ -21,7 +26,10 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
     files = folder.files()
     if "config.json" in files or not any(name.endswith(FILES) for name in files):
         return folder
-    if is_plain(folder):
+    from adapterkit.planning.inputs.model_checkpoint import one_file_of, read_checkpoint
+
+    file = one_file_of(base)
+    if file is None and is_plain(folder):
         return folder
     # here, so that headers of models are read without torch, and plain adapters without formats
     from adapterkit.formats.detect import detect
@@ -33,22 +41,32 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
         if CONFIG in files or isinstance(error, Refused):
             return folder
         raise
+    if file is not None:
+        from adapterkit.planning.convert.one_file import plan_in_names_of
+
+        plan = _with_own_hints(lambda: plan_in_names_of(file, folder, detection))
+        return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
     is_read = detection.form.layout == ADAPTER_LAYOUT and detection.form.adapter.is_read_by_peft
     if is_read and not notes_on(detection.container.tensors):
         return folder
     # here, so that adapters in PEFT's layout do not wait for it
     from adapterkit.planning.convert.plan import plan_convert
-    from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
     from adapterkit.verbs.convert import ConvertOptions
 
     checkpoint = None if base is None else read_checkpoint(base, 1)
+    options = ConvertOptions(to=_layout())
+    plan = _with_own_hints(lambda: plan_convert(folder, options, checkpoint, detection=detection))
+    return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
+
+
+def _with_own_hints(plan: Callable[[], "Plan"]) -> "Plan":
+    """What it plans; errors' hints are those of any verb."""
     try:
-        plan = plan_convert(folder, ConvertOptions(to=_layout()), checkpoint, detection=detection)
+        return plan()
     except AdapterkitError as error:
         for one in getattr(error, "errors", (error,)):
             one.hint = _hint(one.hint)
         raise
-    return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
 
 
 def is_plain(folder: Folder) -> bool:

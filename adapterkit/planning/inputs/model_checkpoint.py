@@ -1,8 +1,17 @@
-"""A model's checkpoint, of a folder of safetensors or of a GGUF file."""
+"""A model's checkpoint, of a folder of safetensors, of one file or of a GGUF file."""
+
+from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.checkpoint.strict import read_json
+from adapterkit.errors import AdapterkitError
 from adapterkit.gguf.header import find_gguf
+
+if TYPE_CHECKING:
+    from adapterkit.formats.one_file import OneFileModel
+
+CONFIG = "config.json"
 
 
 def read_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
@@ -10,8 +19,40 @@ def read_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
     `Damaged` with all that is wrong with it. `number`: which input of the job it is."""
     files = find_gguf(folder)
     if files is None:
-        return open_checkpoint(folder, number)
+        checkpoint = open_checkpoint(folder, number)
+        return checkpoint if "model_type" in checkpoint.config else _of_images(checkpoint)
     from adapterkit.gguf.model import open_gguf
     from adapterkit.planning.inputs.gguf_tables import table_of
 
     return open_gguf(files, number, table_of=table_of).checkpoint
+
+
+def one_file_of(base: Folder | None) -> "OneFileModel | None":
+    """The image or video model in its publisher's names that a folder or file is; None for other
+    bases, and for what cannot be read, which is refused where it is opened."""
+    files = () if base is None else base.files()
+    if base is None or not any(name.endswith(".safetensors") for name in files):
+        return None
+    try:
+        if CONFIG in files and "model_type" in read_json(base, CONFIG):
+            return None
+        model = read_checkpoint(base)
+    except AdapterkitError:
+        return None
+    from adapterkit.formats.one_file import OneFileModel
+
+    return model if isinstance(model, OneFileModel) else None
+
+
+def _of_images(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint of an image or video model in its publisher's names as such."""
+    # here, so that headers of other models are read without torch
+    from adapterkit.formats.one_file import OneFileModel, with_parts
+    from adapterkit.formats.schema import MODEL
+
+    model = with_parts(checkpoint)
+    if not isinstance(model, OneFileModel):
+        return checkpoint
+    # of a pipeline's folder the names are the model's
+    is_plain = bool(checkpoint.config) and {*model.namings.values()} == {MODEL}
+    return checkpoint if is_plain else model

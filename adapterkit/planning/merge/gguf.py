@@ -1,13 +1,10 @@
 """A merge into a GGUF file: what differs from one into a folder of safetensors."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_file
-from adapterkit.errors import AdapterkitError, Problems, Refused, shown
-from adapterkit.gguf.header import ENDING, find_gguf
+from adapterkit.errors import AdapterkitError, Problems, Refused
 from adapterkit.gguf.imatrix import Importance, read_imatrix
 from adapterkit.gguf.model import GgufCheckpoint
 from adapterkit.gguf.modelfile import modelfile
@@ -21,22 +18,8 @@ from adapterkit.verbs.merge import MergeOptions
 
 MODELFILE = "Modelfile"
 OPTIONS = ("touched_as", "scales", "modelfile")
-FOLDER_OPTIONS = ("dtype", "max_shard_size", "compat", "dequantize", "tokenizer")
-
-
-def output_file(base: Folder, out: StrPath) -> str | None:
-    """The name of an output that is one file, as the base is; `Refused` for other names."""
-    files, name = find_gguf(base), re.split(r"[/\\\\:]", str(out))[-1]
-    is_file = files is not None and len(files.names) == 1
-    if name.lower().endswith(ENDING) == is_file:
-        return name if is_file else None
-    problem = f"--out {shown(out)} for a base that is {'one' if is_file else 'no single'} file"
-    raise Refused(
-        problem,
-        expected=f"a name that ends in {ENDING}" if is_file else "a folder",
-        where="--out",
-        hint=f"give --out {shown(out)}{ENDING}" if is_file else "give the name of a folder",
-    )
+OF_FOLDERS = ("max_shard_size", "tokenizer")
+OF_SAFETENSORS = ("dtype", "compat", "dequantize", *OF_FOLDERS)
 
 
 @dataclass(frozen=True)
@@ -62,16 +45,21 @@ def read_importance(text: StrPath) -> ImportanceFile:
 
 
 def options_of_others(
-    options: MergeOptions, imatrix: ImportanceFile | None, is_gguf: bool
+    options: MergeOptions, imatrix: ImportanceFile | None, *, is_gguf: bool, is_file: bool
 ) -> list[AdapterkitError]:
     """`Refused` for options that this kind of base has no use for."""
     errors = Problems(where="options", hint="remove it")
     if imatrix is not None and not is_gguf:
         errors.add("--imatrix with this base", "a base in a GGUF file")
-    for name in FOLDER_OPTIONS if is_gguf else OPTIONS:
-        if getattr(options, name):
-            expected = "a base of safetensors" if is_gguf else "a base in a GGUF file"
-            errors.add(f"{flag_of(name)} with this base", expected)
+    others = {
+        "a base in a GGUF file": () if is_gguf else OPTIONS,
+        "a base of safetensors": OF_SAFETENSORS if is_gguf else (),
+        "a folder": OF_FOLDERS if is_file and not is_gguf else (),
+    }
+    for expected, names in others.items():
+        for name in names:
+            if getattr(options, name):
+                errors.add(f"{flag_of(name)} with this base", expected)
     return errors
 
 

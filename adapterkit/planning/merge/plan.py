@@ -11,6 +11,7 @@ from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.formats.one_file import OneFileModel
 from adapterkit.gguf.header import find_gguf
 from adapterkit.gguf.model import GgufCheckpoint
 from adapterkit.hub.ids import is_on_hub
@@ -34,10 +35,10 @@ from adapterkit.planning.merge.gguf import (
     files_beside,
     gguf_shards,
     options_of_others,
-    output_file,
     read_importance,
 )
 from adapterkit.planning.merge.job import MergeJob
+from adapterkit.planning.merge.one_file import absent_parts, file_notes
 from adapterkit.planning.merge.steps import plan_steps
 from adapterkit.planning.merge.tied import (
     resolve_new_head,
@@ -54,6 +55,7 @@ from adapterkit.planning.outputs.model import (
     plan_shards_of_size,
     rounding_warnings,
 )
+from adapterkit.planning.outputs.one_file import output_file
 from adapterkit.planning.outputs.tokenizer_files import tokenizer_files
 from adapterkit.shared_options import missing_statistics
 from adapterkit.verbs.merge import Merge, MergeOptions
@@ -96,7 +98,9 @@ def plan_merge(
     problems. `stats`: the covariances that compensated rounding needs; `file`: the name of an
     output that is one file; `imatrix`: what weighs the errors of its blocks."""
     Problems(missing_statistics(options.rounding, stats)).raise_all()
-    Problems(options_of_others(options, imatrix, find_gguf(base) is not None)).raise_all()
+    is_gguf = find_gguf(base) is not None
+    others = options_of_others(options, imatrix, is_gguf=is_gguf, is_file=file is not None)
+    Problems(others).raise_all()
     if not sources:
         raise Refused("no adapter", expected="one or more", hint="name the adapters after the base")
     sources, with_initial = _with_initial(sources, options)
@@ -125,7 +129,7 @@ def plan_merge(
         plan = _plan_of_files(job, steps, statistics, shards, files)
         more = {"imatrix": imatrix.sha256} if imatrix else {}
         return replace(plan, options=plan.options | more, is_file=len(shards) == 1)
-    return _plan(job, steps, statistics)
+    return _plan(job, steps, statistics, file)
 
 
 def _decode_to_16_bits(job: MergeJob) -> None:
@@ -141,6 +145,9 @@ def _decode_to_16_bits(job: MergeJob) -> None:
 
 def changed_steps(job: MergeJob, errors: Sequence[AdapterkitError] = ()) -> Steps:
     """The steps of all output files; `Refused` with these errors and all that the job runs into."""
+    if isinstance(job.original, OneFileModel):
+        Problems([*errors, *absent_parts(job, job.original)]).raise_all()
+        job.notes += file_notes(job.original)
     collect_changes(job)
     Problems([*errors, *job.errors]).raise_all()
     brought = {*job.new, *(name for name, change in job.changes.items() if change.value)}
@@ -279,7 +286,11 @@ def _refuse_nothing(job: MergeJob, steps: Steps) -> None:
     )
 
 
-def _plan(job: MergeJob, steps: Steps, stats: Checkpoint | None) -> Plan:
+def _plan(job: MergeJob, steps: Steps, stats: Checkpoint | None, file: str | None) -> Plan:
+    """The plan of a merge into safetensors; `file`: the name of an output that is one."""
+    if file is not None:
+        steps = {file: list(_all_steps(steps))}
+        return replace(_plan_of_files(job, steps, stats, _shards(job, steps), {}), is_file=True)
     shards = _shards(job, steps)
     if job.options.dtype:
         name = dtypes.CONFIG_NAME[dtypes.parse(job.options.dtype)]
@@ -331,6 +342,8 @@ def _plan_of_files(
 
 def _shards(job: MergeJob, steps: Steps) -> tuple[OutputFile, ...]:
     limit, headers = job.options.max_shard_size, job.original.shards
+    if len(steps) == len(headers) == 1:  # whose name may be another one
+        headers = dict(zip(steps, headers.values(), strict=True))
     limit = parse_size(limit) if limit else None
     if quantized_weights(job.base.tensors):
         if job.options.dequantize and limit:
