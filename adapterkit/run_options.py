@@ -49,6 +49,16 @@ OUTPUT_MODEL = Check("an output", partial(_output, endings=("", ".gguf")), kind=
 ENGINES = {"local": "engines.execution:run_here", "ray": "engines.ranks.ray:run_on_ray"}
 
 
+def model_output_option() -> Any:
+    """`out` of a verb whose output is a folder, or a file where the base is one GGUF file."""
+    return option(
+        check=OUTPUT_MODEL,
+        metavar="DIR|FILE.gguf|hf://ORG/NAME[:FILE.gguf]",
+        help="Output folder, of a base in one GGUF file a file (published atomically), or a place "
+        "on the Hub (one commit).",
+    )
+
+
 @record
 class RunOptions(OptionRecord):
     """Where and how a plan runs."""

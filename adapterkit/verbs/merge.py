@@ -16,7 +16,7 @@ from adapterkit.options import (
     option,
     record,
 )
-from adapterkit.run_options import OUTPUT_MODEL
+from adapterkit.run_options import model_output_option
 from adapterkit.shared_options import (
     IMPORTANCE,
     MODELFILE,
@@ -160,12 +160,7 @@ class Merge(WritingVerb, MergeOptions):
         "Covariances of the layers' inputs, for --rounding compensated.",
         needs="rounding=compensated",
     )
-    out: StrPath = option(
-        check=OUTPUT_MODEL,
-        metavar="DIR|FILE.gguf|hf://ORG/NAME[:FILE.gguf]",
-        help="Output folder, of a base in one GGUF file a file (published atomically), or a place "
-        "on the Hub (one commit).",
-    )
+    out: StrPath = model_output_option()
     imatrix: StrPath | None = statistics_option(IMPORTANCE)
     verify: bool = verify_option()
     push: str | None = push_option()

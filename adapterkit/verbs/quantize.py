@@ -2,6 +2,7 @@
 
 from adapterkit.options import FLAG, SOURCE, StrPath, argument, choice, option, record
 from adapterkit.registry import written_formats
+from adapterkit.run_options import model_output_option
 from adapterkit.shared_options import IMPORTANCE, MODELFILE, BlockOptions, statistics_option
 from adapterkit.verb import WritingVerb, function_of
 
@@ -59,6 +60,7 @@ class Quantize(WritingVerb, BlockOptions):
         needs="rounding=compensated",
     )
     imatrix: StrPath | None = statistics_option(IMPORTANCE)
+    out: StrPath = model_output_option()
     modelfile: bool = option(default=False, check=FLAG, help=MODELFILE)
 
 
