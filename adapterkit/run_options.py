@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from typing import Any
 
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import (

@@ -22,6 +22,7 @@ from adapterkit.gguf.file import (
     quiet_transformers,
 )
 from adapterkit.gguf.header import FLOATS, GgufFiles, GgufHeader, read_model
+from adapterkit.gguf.parts import find_slots, is_joined, seen_so
 from adapterkit.gguf.tables import NameTable, TableNames, model_by_table
 from adapterkit.gguf.tensors import model_tensors, tensor_names, tensors_by_table
 from adapterkit.weights.skeleton import Skeleton
@@ -65,8 +66,11 @@ def open_gguf(
     with tempfile.TemporaryDirectory() as scratch, quiet_transformers():
         file = GgufFile(files.folder, files.names[0], header, Path(scratch))
         table = None
-        if table_of is not None and not is_read_by_transformers(file.architecture):
+        if table_of is not None:
             table = table_of(file.architecture)
+            read = is_read_by_transformers(file.architecture)
+            if table is not None and read and not is_joined(table, file.entries):
+                table = None
         checkpoint, model = _read(file, headers, number, table)
         texts = _tokenizer_files(file) if tokenizer else {}
     dtype = next((kind for kind in FLOATS if kind in kinds), "F32")
@@ -80,11 +84,15 @@ def _read(
     """The checkpoint, and its model without data."""
     check_counts(file)
     shards = {name: header.header for name, header in headers.items()}
-    checkpoint = GgufCheckpoint(file.folder, shards, {}, None, None, {}, {}, headers)
+    checkpoint = GgufCheckpoint(file.folder, shards, {}, None, None, {}, {}, headers=headers)
     if table is not None:
         model = model_by_table(file, table, checkpoint)
-        tensors = tensors_by_table(file, TableNames(table, model), number)
-        return replace(checkpoint, config=model.base.config, tensors=tensors), model
+        names = TableNames(table, model, file.architecture)
+        slots = find_slots(names, file.entries)
+        own = {slot.key for each in slots.values() for slot in each}
+        tensors = seen_so(tensors_by_table(file, names, number, own), slots)
+        config = model.base.config
+        return replace(checkpoint, config=config, tensors=tensors, slots=slots), model
     arguments = config_arguments(file)
     config = config_of(file, arguments)
     checkpoint = replace(checkpoint, config=config)

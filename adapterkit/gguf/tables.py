@@ -5,8 +5,10 @@ Such a model is good for the names and classes of its modules. Shapes are the fi
 can run by such a config.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -22,6 +24,8 @@ from adapterkit.weights.skeleton import Skeleton
 
 COLUMNS = 3
 EXPERT = "*"  # in a key: the number of each matrix of a stack
+# architecture -> the norms whose weights llama.cpp adds 1 to
+SHIFTED = {"gemma": re.compile("norm"), "qwen3next": re.compile(r"^(?!.*\.linear_attn\.)")}
 # metadata that decide which modules there are -> the names of it in the configs that have it
 SIZES: Mapping[str, tuple[str, ...]] = {
     "block_count": ("num_hidden_layers",),
@@ -48,6 +52,7 @@ class TablePlace:
 
     key: str
     steps: tuple[str, ...] = ()
+    shift: int = 0  # what the file has more in each value
 
 
 class NameTable(Protocol):
@@ -91,15 +96,32 @@ def table_config(file: GgufFile, model_type: str) -> Json:
 class TableNames:
     """A way of reading an architecture: by a table, then as transformers' loader does."""
 
-    def __init__(self, table: NameTable, model: Skeleton):
-        self.table, self.model = table, model
+    def __init__(self, table: NameTable, model: Skeleton, architecture: str):
+        self.table, self.model, self.architecture = table, model, architecture
 
     def place(self, name: str) -> TablePlace | None:
         """Where a tensor is among those of the model, or what the table says first of one that is
         no stack: the config may lack its layer's kind."""
-        places = self.table.places(name)
+        places = [*self.table.places(name), *self._norms.get(name, ())]
         found = (one for one in places if self._target(one)[0] in self.model.state)
         return next(found, next((one for one in places if EXPERT not in one.key), None))
+
+    @cached_property
+    def _norms(self) -> dict[str, list[TablePlace]]:
+        """Norms, by what the gguf package calls them."""
+        import gguf
+
+        number = {name: n for n, name in gguf.MODEL_ARCH_NAMES.items()}.get(self.architecture)
+        if number is None:
+            return {}
+        layers = self.model.model.config.get_text_config().num_hidden_layers
+        table, shifted = gguf.get_tensor_name_map(number, layers), SHIFTED.get(self.architecture)
+        return {
+            name: [TablePlace(key, shift=int(bool(shifted and shifted.search(key))))]
+            for key, value in self.model.state.items()
+            if value.dim() == 1 and "norm" in key
+            if (name := table.get_name(key, try_suffixes=(".weight", ".bias"))) is not None
+        }
 
     def target(self, name: str) -> str | None:
         place = self.place(name)
@@ -170,6 +192,7 @@ class _Tabled:
 
     def _in_order(self, place: TablePlace, array: Any) -> Tensor:
         tensor = as_tensor(array)
+        tensor = tensor - place.shift if place.shift else tensor
         rows = self.table.rows(place, len(tensor), self.config)
         return tensor if rows is None else tensor[rows]
 

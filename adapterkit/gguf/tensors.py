@@ -7,7 +7,7 @@ newer architectures conversion rules.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -199,12 +199,15 @@ def model_tensors(
     return tensors
 
 
-def tensors_by_table(file: GgufFile, names: TableNames, number: int) -> Mapping[str, TensorSpec]:
-    """The parameters that a table names, of input `number` of the job; others, and those that do
-    not come out of their tensors, have the names that they have in the file."""
+def tensors_by_table(
+    file: GgufFile, names: TableNames, number: int, kept: Container[str]
+) -> dict[str, TensorSpec]:
+    """The parameters that a table names, of input `number` of the job; others, those that do not
+    come out of their tensors, and `kept` have the names that they have in the file."""
     groups: dict[str, list[Entry]] = {}
     for entry in file.header.tensors:
-        groups.setdefault(names.target(entry.name) or entry.name, []).append(entry)
+        target = None if entry.name in kept else names.target(entry.name)
+        groups.setdefault(target or entry.name, []).append(entry)
     layouts = _Layouts(file.name, number)
     tensors: dict[str, TensorSpec] = {}
     for key, entries in groups.items():

@@ -82,7 +82,7 @@ def _plan_gguf(options: Quantize, files: GgufFiles) -> Plan:
     changed = [stored[name] for name, type_ in mix.items() if stored[name].types != (type_,)]
     shards = {name: one.header for name, one in headers.items()}
     headers = {name: with_number(one, MIXES[options.to][1]) for name, one in headers.items()}
-    base = GgufCheckpoint(files.folder, shards, {}, None, None, {}, {}, headers)
+    base = GgufCheckpoint(files.folder, shards, {}, None, None, {}, {}, headers=headers)
     formats = [retyped(one, (mix[one.key],)) for one in changed]
     formats = [weighed(one, imatrix.sums) if imatrix else one for one in formats]
     tasks = [EncodedWeight(one.key, stored[one.key], one) for one in formats]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.weights.parameters import Parameter
-from adapterkit.weights.slots import Axis, Slot, Symbol, identity_slot
+from adapterkit.weights.slots import Axis, Slot, Symbol, extent, identity_slot
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,7 +114,8 @@ class Skeleton:
             others = tied.get(name, ())
             home = next((each for each in (name, *others) if each in slots), None)
             if home is not None:
-                shape = _stored_shape(tuple(value.shape), slots[home])
+                shape = extent(slots[home]) if home in self.base.slots else tuple(value.shape)
+                shape = _stored_shape(shape, slots[home])
                 parameters[name] = Parameter(name, shape, slots[home], others, home != name)
         return parameters
 
@@ -153,7 +154,7 @@ class Skeleton:
                 self.unreadable |= dict.fromkeys(_targets(first, converter), error)
                 continue
             slots |= {name: places for name, places in converted.items() if name in state}
-        return slots
+        return slots | {name: places for name, places in self.base.slots.items() if name in state}
 
     def _signature(self, name: str, converter) -> tuple:
         """What a conversion may depend on: its target's name, but for numbers, and all targets'

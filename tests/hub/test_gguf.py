@@ -49,7 +49,9 @@ def test_from_the_hub_to_the_hub(hub, connect, tmp_path: Path):
     assert (tmp_path / "here.gguf").read_bytes() == merged
     for name, data in files_of(tmp_path / "out").items():
         assert name == "adapterkit.json" or hub.files("org/new-parts")[name] == data
-    made = "__import__('adapterkit').quantize('org/base:q/m.gguf', to='q8_0', out='{}').data['notes']"
+    made = (
+        "__import__('adapterkit').quantize('org/base:q/m.gguf', to='q8_0', out='{}').data['notes']"
+    )
     for out in ("hf://org/new:q8.gguf", tmp_path / "q8.gguf"):
         client(made.format(out))
     assert hub.files("org/new")["q8.gguf"] == (tmp_path / "q8.gguf").read_bytes()

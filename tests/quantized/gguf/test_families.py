@@ -19,7 +19,7 @@ from adapterkit.formats import library
 from adapterkit.formats.library import format_named
 from adapterkit.formats.modules.names import rules_of
 from tests.support import oracle
-from tests.support.gguf_files import COMMON, VOCAB, gguf, names, permuted, write
+from tests.support.gguf_files import COMMON, VOCAB, gguf, llama, names, of_llama, permuted, write
 from tests.support.usual import usual
 
 SIZES = {
@@ -54,7 +54,8 @@ LINEAR = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
-    "layer_types": ["linear_attention", "full_attention"],
+    "num_hidden_layers": 4,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"],
 }
 # architecture -> class, config, modules and stacks that are adapted
 FAMILIES: dict[str, tuple[str, str, dict[str, Any], list[str], list[str]]] = {
@@ -121,7 +122,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], list[str], list[str]]] = {
         "DeepseekV3ForCausalLM",
         "DeepseekV3Config",
         EXPERTS | MLA,
-        [*LATENT, *MLP],
+        [*LATENT, "kv_b_proj", *MLP],
         STACKS,
     ),
     "llama4": (
@@ -129,7 +130,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], list[str], list[str]]] = {
         "Llama4TextConfig",
         {"intermediate_size_mlp": 80, "num_local_experts": 4, "interleave_moe_layer_step": 2},
         [*ATTENTION, *MLP],
-        [],
+        ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
     ),
 }
 
@@ -151,6 +152,15 @@ def tensors_of(arch: str, model: nn.Module) -> dict[str, np.ndarray]:
     heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
     for name, value in names(arch, model).items():
         kind = name.split(".")[-2]
+        if arch == "llama4" and value.ndim == 3:  # (experts, in, out)
+            value = value.swapaxes(1, 2)
+        if kind == "attn_kv_b":
+            heads_, layer = model.config.num_attention_heads, name.split(".")[1]
+            each = value.reshape(heads_, -1, value.shape[1])
+            k, v = np.split(each, [model.config.qk_nope_head_dim], axis=1)
+            actual |= {f"blk.{layer}.attn_k_b.weight": k.swapaxes(1, 2).copy()}
+            actual |= {f"blk.{layer}.attn_v_b.weight": v.copy()}
+            continue
         if "gate_up_proj" in name or "gate_up_exps" in name:
             layer = name.split(".")[2 if name.startswith("model") else 1]
             if value.ndim == 3:
@@ -252,6 +262,69 @@ def test_the_merged_model_in_the_layout_of_the_file(arch: str, tmp_path: Path):
     assert changed >= layers * len(ATTENTION) - 2
 
 
+def joined(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """With queries, keys and values in one tensor, and gate and up of experts, as llama.cpp's
+    converter is told to by --fuse-qkv and --fuse-gate-up-exps."""
+    found = dict(tensors)
+    wholes = {"attn_qkv": ("attn_q", "attn_k", "attn_v")}
+    wholes |= {"ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
+    for whole, parts in wholes.items():
+        for name in [name for name in found if f".{parts[0]}." in name]:
+            each = [found.pop(name.replace(parts[0], part)) for part in parts]
+            found[name.replace(parts[0], whole)] = np.concatenate(
+                each, axis=max(each[0].ndim - 2, 0)
+            )
+    return found
+
+
+@pytest.mark.parametrize("arch", ["granite", "glm4moe", "llama"])
+def test_tensors_in_one(arch: str, tmp_path: Path):
+    if arch == "llama":  # which transformers reads, but not so
+        model, message, _ = llama()
+        stacks, of = [], lambda model: of_llama(model)[1]
+    else:
+        model, stacks = model_of(arch), FAMILIES[arch][4]
+        message, of = metadata_of(model), lambda model: tensors_of(arch, model)
+    before = joined(of(model))
+    path = write(tmp_path / "m.gguf", arch, message, before, tokens=None)
+    assert "blk.0.attn_qkv.weight" in before and bool(stacks) == any("gate_up" in n for n in before)
+    wrapped = train(model.float(), tmp_path / "a", ["q_proj", "v_proj"], stacks)
+    expected = joined(of(wrapped.merge_and_unload()))
+    adapterkit.merge(path, tmp_path / "a", out=tmp_path / "out.gguf", verify=True)
+    actual = read(tmp_path / "out.gguf")
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.allclose(actual[name].reshape(value.shape), value, atol=1e-6), name
+        assert np.array_equal(value, before[name]) == ("qkv.w" not in name and "exps" not in name)
+
+
+@pytest.mark.parametrize(
+    "arch, shifted", [("gemma", True), ("qwen3next", True), ("exaone4", False)]
+)
+def test_norms_that_were_trained(arch: str, shifted: bool, tmp_path: Path):
+    """Those of which llama.cpp adds 1 to the weights, and others."""
+    model = model_of(arch)
+    of = lambda model: {
+        name: value + (shifted and "norm" in name and "ssm_norm" not in name)
+        for name, value in tensors_of(arch, model).items()
+    }
+    before = of(model)
+    path = write(tmp_path / "m.gguf", arch, metadata_of(model), before, tokens=None)
+    whole = [n.removesuffix(".weight") for n, v in model.named_parameters() if "norm" in n]
+    with oracle.quiet():
+        config = LoraConfig(r=4, target_modules=["o_proj"], modules_to_save=whole)
+        wrapped = get_peft_model(model, config)
+        oracle.perturb(wrapped, 5)
+        wrapped.save_pretrained(tmp_path / "a")
+    expected = of(wrapped.merge_and_unload())
+    adapterkit.merge(path, tmp_path / "a", out=tmp_path / "out.gguf", verify=True)
+    changed = 0
+    for name, value in read(tmp_path / "out.gguf").items():
+        assert np.allclose(value.reshape(expected[name].shape), expected[name], atol=1e-6), name
+        changed += not np.array_equal(value, before[name])
+    assert changed >= len(whole)
+
+
 def test_names_are_those_of_the_gguf_package():
     """As `tests/formats/golden/make_gguf_names.py` asked it; None for what a family does not have,
     of which the tables of others that are included say more."""
@@ -305,12 +378,12 @@ def test_rows_in_an_order_for_other_positions_are_refused(tmp_path: Path):
 
 def test_tensors_without_a_name_are_compared_too(tmp_path: Path):
     model = model_of("cohere2")
-    tensors = tensors_of("cohere2", model)
+    tensors = tensors_of("cohere2", model) | {"blk.0.unknown.weight": np.ones(32, np.float32)}
     path = write(tmp_path / "m.gguf", "cohere2", metadata_of(model), tensors, tokens=None)
-    tensors["blk.0.attn_norm.weight"] = tensors["blk.0.attn_norm.weight"] + 1
+    tensors["blk.0.unknown.weight"] = tensors["blk.0.unknown.weight"] + 1
     other = write(tmp_path / "o.gguf", "cohere2", metadata_of(model), tensors, tokens=None)
     found: Any = adapterkit.diff(path, other)
-    assert [row["name"] for row in found["changed"]] == ["blk.0.attn_norm.weight"]
+    assert [row["name"] for row in found["changed"]] == ["blk.0.unknown.weight"]
 
 
 @pytest.mark.parametrize("kind", ["Qwen2VL", "Qwen3VL"])
