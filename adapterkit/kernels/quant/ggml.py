@@ -3,7 +3,7 @@
 A weight is rows of whole blocks, which encode without each other.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,10 +18,20 @@ from adapterkit.kernels.quant.ggml_blocks import (
     unpack_codes,
     unpack_scales,
 )
-from adapterkit.kernels.quant.ggml_search import cells, search, table_codes
+from adapterkit.kernels.quant.ggml_search import (
+    Parts,
+    cells,
+    refit,
+    rounding_error,
+    search,
+    table_codes,
+)
 from adapterkit.kernels.quant.grid import NOT_FINITE, Grid, RoundColumn, pieces
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import all_finite
+
+SETTLED = 1 / 8  # of the error of rounding: what other scales would hardly better
+DISTINCT = 2.0**-18  # of a minimum: scales that are larger lose no code to it
 
 __all__ = ["TYPES", "decode", "encode", "requantize", "round_column"]
 
@@ -104,9 +114,10 @@ def requantize(
     importance: Tensor | None = None,  # (in,) float32, ≥ 0
     keep: bool = False,
 ) -> Tensor:  # uint8, as old
-    """Each block with its old scales or new ones, those with less Σ importance · (w - value)²; the
-    old ones if there is none. With `keep` or draws new ones only where a value lies beyond the old
-    ones; with draws codes are sampled, and errors expected.
+    """Each block with its old scales, with these fitted again, or with new ones: those with the
+    least Σ importance · (w - value)², the old ones if there is none. New ones are searched where
+    that is not far below the error of rounding (`SETTLED`). With `keep` or draws there are new ones
+    only where a value lies beyond the old ones; with draws codes are sampled, and errors expected.
 
     A value that is what its old code decodes to keeps this code, and a block of such values all of
     its bytes, whatever they are.
@@ -135,29 +146,100 @@ def _renewed(
 ) -> Tensor:  # as blocks
     kind = TYPES[name]
     scales, codes = unpack_scales(kind, blocks), unpack_codes(kind, blocks)
-    stays = x == _values(kind, codes, scales)
-    grid = _grid(kind, scales)
-    broken = ~torch.stack(grid.scales).isfinite().all(0).all(1)
+    moved = _values(kind, codes, scales).sub_(x)  # NaN of scales that are not finite
+    changed = moved.abs().amax(1) != 0  # a test of each value would take ten times as long
+    at = changed.nonzero()[:, 0]
+    if draws is None and len(at) < len(x):  # draws are those of all
+        new, some = blocks.clone(), None if importance is None else importance[at]
+        if len(at):
+            new[at] = _renewed(name, blocks[at], x[at], None, some, memory, keep)
+        return new
+    broken = ~torch.stack([each.sum(1) for each in scales.effective()]).isfinite().all(0)
     scales = scales.without(broken.nonzero()[:, 0])
-    grid = _grid(kind, scales)
-    renew = ~stays.all(1)
-    if keep:
-        renew &= broken | grid.overflows(x).any(1)
-    at = renew.nonzero()[:, 0]
-    if len(at):
-        part, weight = x[at], None if importance is None else importance[at]
-        changes = ~stays[at] if weight is None else weight * ~stays[at]
-        new = search(name, part, weight, memory)
-        sampled = draws is not None
-        before = _grid(kind, scales.at(at)).errors(part, sampled, changes).sum(1)
-        after = _grid(kind, new).errors(part, sampled, weight).sum(1)
-        better = broken[at] | ~(after >= before)
+    stays = None if _are_distinct(kind, scales, codes) else moved == 0
+    trial = _Trial(name, x, importance, stays, broken, memory, draws is not None)
+    better, at = (trial.beyond if keep else trial.nearest)(scales)
+    nearest = _codes(kind, _grid(kind, better), x, draws)
+    if stays is not None:
+        nearest = torch.where(stays.index_fill_(0, at, False), codes, nearest)
+    new = pack(kind, better, nearest)
+    return torch.where(changed[:, None], new, blocks) if draws else new
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Values of n blocks that other scales are tried on."""
+
+    name: str
+    x: Tensor  # (n, values)
+    importance: Tensor | None  # as x
+    stays: Tensor | None  # as x: what keeps its code with the old scales
+    broken: Tensor  # (n,): blocks that need new ones
+    memory: Tensor
+    sampled: bool
+
+    def beyond(self, scales: BlockScales) -> tuple[BlockScales, Tensor]:
+        """New ones of blocks with values beyond the old ones, where these are better: all scales,
+        and the numbers of those blocks."""
+        beyond = _grid(TYPES[self.name], scales).overflows(self.x).any(1)
+        return self._searched(scales, (self.broken | beyond).nonzero()[:, 0])
+
+    def nearest(self, scales: BlockScales) -> tuple[BlockScales, Tensor]:
+        """The best ones."""
+        kind = TYPES[self.name]
+        parts = Parts.of(kind, self.x, self.importance, self.memory)
+        fitted = refit(kind, parts, scales)
+        least, better = self._least(scales, fitted)
+        at = better.nonzero()[:, 0]
+        scales = scales.replaced(at, fitted.at(at))
+        rounding = rounding_error(kind, parts, scales)
+        scales, others = self._searched(scales, (~(least < SETTLED * rounding)).nonzero()[:, 0])
+        return scales, torch.cat([at, others])
+
+    def _searched(self, scales: BlockScales, at: Tensor) -> tuple[BlockScales, Tensor]:
+        if not len(at):
+            return scales, at
+        some = self if len(at) == len(self.x) else self._at(at)
+        new = search(self.name, some.x, some.importance, self.memory)
+        better = some._least(scales.at(at), new)[1]
         at = at[better]
-        scales = scales.replaced(at, new.at(better))
-        stays[at] = False
-        grid = _grid(kind, scales)
-    codes = torch.where(stays, codes, _codes(kind, grid, x, draws))
-    return torch.where(stays.all(1, keepdim=True), blocks, pack(kind, scales, codes))
+        return scales.replaced(at, new.at(better)), at
+
+    def _least(self, old: BlockScales, new: BlockScales) -> tuple[Tensor, Tensor]:  # (n,)
+        """The smaller error of each block, and whether it is that of the new scales."""
+        changes = self.importance
+        if self.stays is not None:
+            changes = ~self.stays if changes is None else changes * ~self.stays
+        before, after = self._errors(old, changes), self._errors(new, self.importance)
+        better = self.broken | ~(after >= before)
+        return torch.where(better, after, before), better
+
+    def _errors(self, scales: BlockScales, weight: Tensor | None) -> Tensor:  # (n,)
+        kind = TYPES[self.name]
+        if self.sampled:
+            return _grid(kind, scales).errors(self.x, weight=weight).sum(1)
+        return Parts.of(kind, self.x, weight, self.memory).errors(*scales.effective()).sum(1)
+
+    def _at(self, blocks: Tensor) -> "_Trial":
+        some = lambda each: None if each is None else each[blocks]
+        return replace(
+            self,
+            x=self.x[blocks],
+            importance=some(self.importance),
+            stays=some(self.stays),
+            broken=self.broken[blocks],
+        )
+
+
+def _are_distinct(kind: BlockType, scales: BlockScales, codes: Tensor) -> bool:
+    """Whether the nearest code of each value is the one that it was decoded from. A scale of 0 does
+    not tell it, nor one that is small beside its minimum; some codes are never written."""
+    scale, *minimum = scales.effective()
+    least = minimum[0].abs() * DISTINCT if minimum else torch.zeros(())
+    if "e" in kind.fields or not bool((scale.abs() > least).all()):
+        return False
+    low, high = (end + kind.zero for end in kind.ends)
+    return int(codes.amin()) >= low and int(codes.amax()) <= high
 
 
 def round_column(

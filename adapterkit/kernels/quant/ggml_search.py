@@ -11,7 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapterkit.kernels.quant.ggml_blocks import TYPES, BlockScales, PartScales, table_values
+from adapterkit.kernels.quant.ggml_blocks import (
+    TYPES,
+    BlockScales,
+    BlockType,
+    PartScales,
+    table_values,
+)
 
 HALF_MAX = 65504.0
 LARGEST = 1e9  # more than any type but MXFP4 can hold
@@ -79,6 +85,28 @@ class Parts:
     nearest: Callable[[Tensor], Tensor]  # of scaled values, in their memory: the values of codes
     memory: Tensor  # (3, at least as many elements as x)
 
+    @classmethod
+    def of(cls, kind: BlockType, x: Tensor, weight: Tensor | None, memory: Tensor) -> "Parts":
+        return cls(
+            x=x.view(-1, kind.sub),
+            weight=None if weight is None else weight.view(-1, kind.sub),
+            nearest=_table_values(kind.table, x.device) if kind.table else _clamped(*kind.ends),
+            memory=memory,
+        )
+
+    def errors(self, scale: Tensor, minimum: Tensor | None = None) -> Tensor:  # as scale
+        """Σ w (x - value)² with the nearest codes."""
+        each = self._levels(scale, minimum).mul_(scale.view(-1, 1))
+        each = each if minimum is None else each.sub_(minimum.view(-1, 1))
+        each = each.sub_(self.x).square_()
+        return (each if self.weight is None else each.mul_(self.weight)).sum(1).view(scale.shape)
+
+    def _levels(self, scale: Tensor, minimum: Tensor | None) -> Tensor:
+        """The values of the nearest codes, in the first memory."""
+        level = self.memory[0, : self.x.numel()].view(self.x.shape)
+        x = self.x if minimum is None else torch.add(self.x, minimum.view(-1, 1), out=level)
+        return self.nearest(torch.mul(x, _inverse(scale).view(-1, 1), out=level))
+
     def weighted(self, x: Tensor) -> Tensor:
         return x if self.weight is None else x * self.weight
 
@@ -90,10 +118,8 @@ class Parts:
 
     def sums(self, scale: Tensor, minimum: Tensor | None = None, *, line: bool = False) -> CodeSums:
         """With the nearest codes for these scales (parts,); the first only for a line."""
-        memory = (each[: self.x.numel()].view(self.x.shape) for each in self.memory)
-        level, other, weighted = memory
-        x = self.x if minimum is None else torch.add(self.x, minimum[:, None], out=level)
-        level = self.nearest(torch.mul(x, _inverse(scale)[:, None], out=level))
+        level = self._levels(scale, minimum)
+        other, weighted = (each[: self.x.numel()].view(self.x.shape) for each in self.memory[1:])
         weighted = level if self.weight is None else torch.mul(level, self.weight, out=weighted)
         product = torch.mul(weighted, self.x, out=other).sum(1)
         first = weighted.sum(1) if line else product
@@ -132,12 +158,7 @@ def search(
     flat = x.view(-1)
     x = x if float(torch.dot(flat, flat)) < LARGEST**2 else x.clamp(-LARGEST, LARGEST)
     weight = _emphasized(x, tried.power if importance is None else 0.5, importance)
-    parts = Parts(
-        x=x.view(-1, kind.sub),
-        weight=None if weight is None else weight.view(-1, kind.sub),
-        nearest=_table_values(kind.table, x.device) if kind.table else _clamped(*kind.ends),
-        memory=memory,
-    )
+    parts = Parts.of(kind, x, weight, memory)
     units = tried.units if importance is None else tried.more or tried.units
     if kind.has_min:
         scale, minimum = fit_lines(parts, units, signed=nested is None)
@@ -201,6 +222,35 @@ def _line(sums: CodeSums, weights: Tensor, total: Tensor, *, signed: bool) -> tu
     minimum = torch.where(flat, torch.where(second > 0, 0.0, -_ratio(total, weights)), minimum)
     minimum = half(minimum) if signed else minimum.clamp_(min=0)
     return _ratio(product + minimum * first, second), minimum
+
+
+def refit(kind: BlockType, parts: Parts, scales: BlockScales) -> BlockScales:
+    """The float16 of blocks' scales with the least error for the codes that are nearest with them;
+    exponents stay."""
+    if "e" in kind.fields:
+        return scales
+    each = scales.effective()
+    shape = each[0].shape
+    sums = CodeSums(*(x.view(shape) for x in parts.sums(*each, line=kind.has_min)))
+    _, second, product = sums
+    weights = parts.weights().view(shape)
+    if not kind.has_min:
+        i = 1.0 if scales.scale is None else scales.scale.float()
+        return scales._replace(d=half(_ratio(_sum(i * product), _sum(i * i * second))).half())
+    total = parts.weighted(parts.x).sum(1).view(shape)
+    if scales.scale is None or scales.min is None:
+        d, m = _line(sums, weights, total, signed=True)
+        return BlockScales(half(d).half(), -m.half())
+    d, m = _two_halves(sums, weights, total, scales.scale.float(), scales.min.float())
+    return scales._replace(d=d.half(), m=m.half())
+
+
+def rounding_error(kind: BlockType, parts: Parts, scales: BlockScales) -> Tensor:  # (n,)
+    """Σ w (x - value)² of values that lie anywhere between codes."""
+    step = scales.effective()[0].abs()
+    if kind.table:
+        step = step * ((max(kind.table) - min(kind.table)) / (len(kind.table) - 1))
+    return (step.square() * parts.weights().view(step.shape)).sum(1) / 12
 
 
 # Super-blocks.
