@@ -21,6 +21,7 @@ from adapterkit.kernels.quant.ggml_blocks import (
 from adapterkit.kernels.quant.ggml_search import (
     Parts,
     cells,
+    is_searched_fast,
     refit,
     rounding_error,
     search,
@@ -188,31 +189,35 @@ class _Trial:
         """The best ones."""
         kind = TYPES[self.name]
         parts = Parts.of(kind, self.x, self.importance, self.memory)
-        fitted = refit(kind, parts, scales)
-        least, better = self._least(scales, fitted)
-        at = better.nonzero()[:, 0]
-        scales = scales.replaced(at, fitted.at(at))
+        if is_searched_fast(self.name, self.importance):
+            return self._searched(scales, torch.arange(len(self.x), device=self.x.device))
+        least, fitted, better = refit(kind, parts, scales, self._changes())
+        fitted_at = better.nonzero()[:, 0]
+        scales = scales.replaced(fitted_at, fitted.at(fitted_at))
         rounding = rounding_error(kind, parts, scales)
-        scales, others = self._searched(scales, (~(least < SETTLED * rounding)).nonzero()[:, 0])
-        return scales, torch.cat([at, others])
+        unsettled = self.broken | ~(least < SETTLED * rounding)
+        scales, at = self._searched(scales, unsettled.nonzero()[:, 0])
+        return scales, torch.cat([fitted_at, at])
 
     def _searched(self, scales: BlockScales, at: Tensor) -> tuple[BlockScales, Tensor]:
         if not len(at):
             return scales, at
         some = self if len(at) == len(self.x) else self._at(at)
         new = search(self.name, some.x, some.importance, self.memory)
-        better = some._least(scales.at(at), new)[1]
+        better = some._are_better(scales.at(at), new)
         at = at[better]
         return scales.replaced(at, new.at(better)), at
 
-    def _least(self, old: BlockScales, new: BlockScales) -> tuple[Tensor, Tensor]:  # (n,)
-        """The smaller error of each block, and whether it is that of the new scales."""
-        changes = self.importance
-        if self.stays is not None:
-            changes = ~self.stays if changes is None else changes * ~self.stays
-        before, after = self._errors(old, changes), self._errors(new, self.importance)
-        better = self.broken | ~(after >= before)
-        return torch.where(better, after, before), better
+    def _are_better(self, old: BlockScales, new: BlockScales) -> Tensor:  # (n,) bool
+        changes = self._changes()
+        before = self._errors(old, self.importance if changes is None else changes)
+        return self.broken | ~(self._errors(new, self.importance) >= before)
+
+    def _changes(self) -> Tensor | None:
+        """The importances for old scales, where some values stay what they are with these."""
+        if self.stays is None:
+            return None
+        return (~self.stays).float() if self.importance is None else self.importance * ~self.stays
 
     def _errors(self, scales: BlockScales, weight: Tensor | None) -> Tensor:  # (n,)
         kind = TYPES[self.name]

@@ -89,17 +89,32 @@ class Parts:
     def of(cls, kind: BlockType, x: Tensor, weight: Tensor | None, memory: Tensor) -> "Parts":
         return cls(
             x=x.view(-1, kind.sub),
-            weight=None if weight is None else weight.view(-1, kind.sub),
+            weight=None if weight is None else weight.reshape(-1, kind.sub),
             nearest=_table_values(kind.table, x.device) if kind.table else _clamped(*kind.ends),
             memory=memory,
         )
 
     def errors(self, scale: Tensor, minimum: Tensor | None = None) -> Tensor:  # as scale
         """Σ w (x - value)² with the nearest codes."""
-        each = self._levels(scale, minimum).mul_(scale.view(-1, 1))
-        each = each if minimum is None else each.sub_(minimum.view(-1, 1))
-        each = each.sub_(self.x).square_()
-        return (each if self.weight is None else each.mul_(self.weight)).sum(1).view(scale.shape)
+        return self._errors(self._levels(scale, minimum), scale, minimum, self.weight)
+
+    def fit(
+        self, scale: Tensor, minimum: Tensor | None, weight: Tensor | None
+    ) -> tuple[CodeSums, Tensor]:  # as scale
+        """Sums, and errors by another weight."""
+        sums = self.sums(scale.view(-1), None if minimum is None else minimum.view(-1), line=True)
+        level = self.memory[0, : self.x.numel()].view(self.x.shape)
+        sums = CodeSums(*(each.view(scale.shape) for each in sums))
+        return sums, self._errors(level, scale, minimum, weight)
+
+    def _errors(
+        self, level: Tensor, scale: Tensor, minimum: Tensor | None, weight: Tensor | None
+    ) -> Tensor:
+        value = level.mul_(scale.view(-1, 1))
+        value = value if minimum is None else value.sub_(minimum.view(-1, 1))
+        error = value.sub_(self.x).square_()
+        error = error if weight is None else error.mul_(weight.reshape(error.shape))
+        return error.sum(1).view(scale.shape)
 
     def _levels(self, scale: Tensor, minimum: Tensor | None) -> Tensor:
         """The values of the nearest codes, in the first memory."""
@@ -185,6 +200,8 @@ def fit_scales(parts: Parts, tried: Sequence[float]) -> Tensor:  # (parts,)
     """`tried`: the value of largest magnitude in units of a scale."""
     high, low = parts.x.amax(1), parts.x.amin(1)
     extreme = torch.where(high > -low, high, low)
+    if len(tried) == 1:
+        return extreme / tried[0]
     best = _Best()
     for each in tried:
         _, second, product = parts.sums(extreme / each)
@@ -224,25 +241,50 @@ def _line(sums: CodeSums, weights: Tensor, total: Tensor, *, signed: bool) -> tu
     return _ratio(product + minimum * first, second), minimum
 
 
-def refit(kind: BlockType, parts: Parts, scales: BlockScales) -> BlockScales:
-    """The float16 of blocks' scales with the least error for the codes that are nearest with them;
-    exponents stay."""
-    if "e" in kind.fields:
-        return scales
-    each = scales.effective()
-    shape = each[0].shape
-    sums = CodeSums(*(x.view(shape) for x in parts.sums(*each, line=kind.has_min)))
-    _, second, product = sums
-    weights = parts.weights().view(shape)
-    if not kind.has_min:
-        i = 1.0 if scales.scale is None else scales.scale.float()
-        return scales._replace(d=half(_ratio(_sum(i * product), _sum(i * i * second))).half())
-    total = parts.weighted(parts.x).sum(1).view(shape)
-    if scales.scale is None or scales.min is None:
-        d, m = _line(sums, weights, total, signed=True)
-        return BlockScales(half(d).half(), -m.half())
-    d, m = _two_halves(sums, weights, total, scales.scale.float(), scales.min.float())
-    return scales._replace(d=d.half(), m=m.half())
+def refit(
+    kind: BlockType,
+    parts: Parts,
+    scales: BlockScales,
+    changes: Tensor | None,  # (n, values)
+) -> tuple[Tensor, BlockScales, Tensor]:  # (n,), bool (n,)
+    """The error of blocks with their scales; those with other float16 that fit the nearest codes
+    best; and where these are better. `changes`: weights for the first, where they are others."""
+    scale, *rest = scales.effective()
+    minimum = rest[0] if rest else None
+    sums, error = parts.fit(scale, minimum, parts.weight if changes is None else changes)
+    first, second, product = sums
+    weights, total = parts.weights().view(first.shape), torch.zeros_like(scale)
+    i = torch.ones_like(scale) if scales.scale is None else scales.scale.float()
+    if minimum is None:
+        d = half(_ratio(_sum(i * product), _sum(i * i * second)))
+        new = scales._replace(d=d.half())
+    else:
+        total = parts.weighted(parts.x).sum(1).view(first.shape)
+        if scales.min is None:
+            d, m = _line(sums, weights, total, signed=True)
+            new = BlockScales(half(d).half(), -m.half())
+        else:
+            d, m = _two_halves(sums, weights, total, i, scales.min.float())
+            new = scales._replace(d=d.half(), m=m.half())
+    error, others = error.sum(1), new.effective()
+    if changes is not None:
+        return error, new, parts.errors(*others).sum(1) < error
+    before = _beside_squares(sums, weights, total, scale, *rest)
+    return error, new, _sum(_beside_squares(sums, weights, total, *others) - before)[:, 0] < 0
+
+
+def _beside_squares(
+    sums: CodeSums, weights: Tensor, total: Tensor, scale: Tensor, minimum: Tensor | float = 0.0
+) -> Tensor:
+    """Σ w (x - scale · l + minimum)² - Σ w x²."""
+    first, second, product = sums
+    error = scale * (scale * second - 2 * (product + minimum * first))
+    return error + minimum * (minimum * weights + 2 * total)
+
+
+def is_searched_fast(name: str, importance: Tensor | None) -> bool:
+    """Whether new scales take no longer than the errors of old ones."""
+    return name not in TRIED or (importance is None and len(TRIED[name].units) == 1)
 
 
 def rounding_error(kind: BlockType, parts: Parts, scales: BlockScales) -> Tensor:  # (n,)
@@ -298,8 +340,8 @@ def nest_lines(
             scale, minimum = d * i_, m * j_
             sums = parts.sums(scale.view(-1), minimum.view(-1), line=True)
             first, second, product = (x.view(shape) for x in sums)
-            error = scale * (scale * second - 2 * (product + minimum * first))
-            error += minimum * (minimum * weights + 2 * total)
+            one = CodeSums(first, second, product)
+            error = _beside_squares(one, weights, total, scale, minimum)
             each.add(error, i_, j_, first, second, product)
         error, i, j, first, second, product = each.values
         best.add(_sum(error), d, m, i, j)
@@ -396,7 +438,7 @@ def _clamped(low: int, high: int) -> Callable[[Tensor], Tensor]:
 
 def _table_values(table: tuple[int, ...], device: torch.device) -> Callable[[Tensor], Tensor]:
     near = table_values(table, device)[table_codes(table, device).long()]
-    return lambda t: torch.index_select(near, 0, cells(t).view(-1)).view(t.shape)
+    return lambda t: torch.index_select(near, 0, cells(t).view(-1), out=t.view(-1)).view(t.shape)
 
 
 def cells(t: Tensor) -> Tensor:  # int32
