@@ -5,13 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 import adapterkit
-from tests.support.one_file import (
-    FAMILIES,
-    expected,
-    factors_of,
-    write_adapter,
-    write_family,
-)
+from tests.support.one_file import FAMILIES, expected, factors_of, write_adapter, write_family
 
 pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
 
