@@ -209,12 +209,10 @@ def _build(
         # beside the work: hashing releases Python's lock
         inputs = pool.submit(input_hashes, plan) if hash != "none" else None
         engine(plan, todo, stage, hash=hash == "sha256", finished=finished, progress=progress)
-        metrics = joined_metrics(done[shard.file] for shard in plan.shards)
+        results = [done[shard.file] for shard in plan.shards]
         for shard in plan.shards:
             (stage.path / (shard.file + HANDOFF)).unlink(missing_ok=True)
-        sums = _write_files(
-            plan, stage, metrics, sum(result.grown for result in done.values()), hash == "sha256"
-        )
+        sums = _write_files(plan, stage, results, hash == "sha256")
         hashes = inputs.result() if inputs else {}
     except Unrecoverable:
         stage.forget()
@@ -356,12 +354,13 @@ def check_free(needed: int, path: Path) -> None:
 
 
 def _write_files(
-    plan: Plan, stage: Stage, metrics: dict[str, dict], grown: int, hashed: bool
+    plan: Plan, stage: Stage, results: Sequence[ShardResult], hashed: bool
 ) -> dict[str, dict]:
     sums = {}
     for name, content in plan.files.items():
         if isinstance(content, FromMetrics):
-            content = content.content(metrics, grown)
+            own = [result for result in results if result.file.startswith(content.folder)]
+            content = content.content(joined_metrics(own), sum(result.grown for result in own))
         size, sha = stage.write_file(
             name, [content] if isinstance(content, bytes) else _blocks(plan, content)
         )

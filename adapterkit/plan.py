@@ -483,10 +483,12 @@ class CopyFile:
 
 @dataclass(frozen=True)
 class FromMetrics:
-    """A small file whose content depends on what was computed: metrics by task's or tensor's name,
-    and by how many bytes tensors whose size was a guess have grown."""
+    """A small file whose content depends on what was computed in the output's files whose names
+    begin with `folder`: metrics by task's or tensor's name, and by how many bytes tensors whose
+    size was a guess have grown."""
 
     content: Callable[[dict[str, dict], int], bytes]
+    folder: str = ""
 
 
 def no_warnings(metrics: dict[str, dict]) -> list[str]:
@@ -527,6 +529,8 @@ class Plan:
     warn: Callable[[dict[str, dict]], list[str]] = no_warnings  # from the measured metrics
     placement: Placement = Placement()
     is_file: bool = False  # the output is its one file, and no folder
+    # folders of models of a pipeline, whose names are before those of tensors in the receipt
+    parts: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_names(dict.fromkeys([*(shard.file for shard in self.shards), *self.files]))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,13 +44,15 @@ def fingerprint_of(recipe: dict) -> str:
     return digest(public_recipe(recipe))
 
 
-def joined_metrics(shards: Iterable[ShardResult]) -> dict[str, dict]:
-    """The metrics of all files by name; those of a stack of experts are of its factors and of the
-    stored tensor of that name."""
+def joined_metrics(shards: Iterable[ShardResult], parts: Collection[str] = ()) -> dict[str, dict]:
+    """The metrics of all files by name, in these folders with the folder's in front; those of a
+    stack of experts are of its factors and of the stored tensor of that name."""
     metrics: dict[str, dict] = {}
     for shard in shards:
+        folder = shard.file.partition("/")[0]
+        prefix = f"{folder}." if folder in parts else ""
         for name, metric in shard.metrics.items():
-            metrics[name] = metrics.get(name, {}) | metric
+            metrics[prefix + name] = metrics.get(prefix + name, {}) | metric
     return metrics
 
 
@@ -155,7 +157,7 @@ def create_receipt(
         "totals": totals,
         **plan.decisions,
         **({"repositories": earlier} if (earlier := earlier_repositories(plan.folders)) else {}),
-        "parameters": (metrics := joined_metrics(shards)),
+        "parameters": (metrics := joined_metrics(shards, plan.parts)),
         "notes": [*plan.notes, *plan.warn(metrics)],
         "timings": {
             "seconds": round(seconds, 3),

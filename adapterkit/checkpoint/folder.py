@@ -55,6 +55,12 @@ class Folder(Protocol):
         ...
 
 
+class WithSubfolders(Folder, Protocol):
+    """A folder on disk or on the Hub, or one that is planned."""
+
+    def subfolder(self, name: str) -> Folder: ...
+
+
 class OneFile(Folder, Protocol):
     """One file, as a folder that holds nothing else."""
 
@@ -126,6 +132,10 @@ class LocalFolder:
                 inside(relative, self.name)
                 sizes[relative] = path.stat().st_size
         return sizes
+
+    def subfolder(self, name: str) -> "LocalFolder":
+        """A folder inside this one."""
+        return LocalFolder(self.root / name)
 
     def whole(self) -> "LocalFolder":
         """The folder that holds the file."""

@@ -10,6 +10,8 @@ from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Problems
 
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+# of diffusers' variants, too: model.safetensors.index.fp16.json
+INDEX = re.compile(r".+\.safetensors\.index(\.\w+)?\.json")
 NOT_A_MODEL = "adapter_model"  # what a PEFT adapter's weights are called
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # a Trainer's pickles that hold no weights
@@ -72,7 +74,7 @@ def weight_files(folder: Folder) -> list[str]:
 
 def _index_name(own: list[str], where: str, errors: Problems) -> str | None:
     """The index file, the standard name before a variant's."""
-    indexes = sorted(name for name in own if name.endswith(".safetensors.index.json"))
+    indexes = sorted(filter(INDEX.fullmatch, own))
     standard = [f"{single}.index.json" for single in SINGLE if f"{single}.index.json" in indexes]
     if standard or any(single in own for single in SINGLE):
         return standard[0] if standard else None

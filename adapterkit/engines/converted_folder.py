@@ -26,6 +26,7 @@ class ConvertedFolder:
     form: str
     file: str  # the source's
     plan: "Plan"
+    component: str = ""  # of the pipeline that the source is for
     name: str = field(init=False)
     label: str = field(init=False)
     origin: Json = field(init=False)  # the source's, with the format that it was in
@@ -34,11 +35,13 @@ class ConvertedFolder:
     def __post_init__(self) -> None:
         self.name, self.label = self.source.name, self.source.label
         self.origin = {**self.source.origin, "format": self.form, "file": self.file}
+        if self.component:
+            self.origin["component"] = self.component
         self._lock = threading.Lock()
         self._made: LocalFolder | None = None
 
     def __reduce__(self) -> tuple:
-        return ConvertedFolder, (self.source, self.form, self.file, self.plan)
+        return ConvertedFolder, (self.source, self.form, self.file, self.plan, self.component)
 
     @cached_property
     def _planned(self) -> PlannedFolder | None:

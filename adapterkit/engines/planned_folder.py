@@ -104,17 +104,18 @@ def planned_folder(out: str, plan: "Plan", source: str) -> PlannedFolder | None:
     # here, so that headers of models are read without torch
     from adapterkit.plan import CopyFile, FromMetrics
 
-    metrics: dict[str, Json] = {}
+    metrics: dict[str, dict[str, Json]] = {}  # by file
     contents: dict[str, _File] = {}
     for shard in plan.shards:
         planned = _planned_metrics(shard)
         if planned is None:
             return None
-        metrics |= planned
+        metrics[shard.file] = planned
         contents[shard.file] = _Weights(shard.layout.header, shard.layout.size)
     for name, content in plan.files.items():
         if isinstance(content, FromMetrics):
-            contents[name] = content.content(metrics, 0)
+            own = (its for file, its in metrics.items() if file.startswith(content.folder))
+            contents[name] = content.content({k: v for its in own for k, v in its.items()}, 0)
         elif isinstance(content, CopyFile):
             contents[name] = _Copied(plan.folders[content.folder], content.name)
         else:

@@ -1,7 +1,7 @@
 """verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled
 rows are recomputed in float64."""
 
-from typing import cast
+from typing import Any, cast
 
 from adapterkit.checkpoint.folder import Folder, OneFile
 from adapterkit.checkpoint.output.stage import RECEIPT
@@ -9,6 +9,7 @@ from adapterkit.engines.verify.file_checks import check_files
 from adapterkit.engines.verify.row_checks import check_rows
 from adapterkit.errors import WARNING, Problems, Refused, listed, shown
 from adapterkit.plan import Plan
+from adapterkit.planning.inputs.pipeline import Pipeline, is_pipeline, read_pipeline, split_adapters
 from adapterkit.planning.inputs.sources import (
     if_given,
     open_model,
@@ -27,7 +28,11 @@ def verify_output(verify: Verify) -> Json:
     adapters = verify.adapters
     out = open_source(folder)
     receipt = read_receipt(out)
-    sources = open_weighted(adapters, base=open_model(base) if base else None)
+    model = open_model(base) if base else None
+    pipeline = read_pipeline(model) if model is not None and is_pipeline(model) else None
+    sources = (
+        split_adapters(adapters, pipeline) if pipeline else open_weighted(adapters, base=model)
+    )
     if bool(base) != bool(sources):
         raise Refused(
             "--base without --adapter" if base else "--adapter without --base",
@@ -39,9 +44,9 @@ def verify_output(verify: Verify) -> Json:
     shared = file is not None and len(receipt["files"]) > 1
     out = cast(OneFile, out).whole() if shared else out
     result = check_files(out, receipt, progress, shared=shared)
-    plan = _plan_again(receipt, verify, sources, file) if base else None
-    if plan is None:
+    if model is None:
         return result | {"rows": 0, "tensors": 0}
+    plan = _plan_again(receipt, verify, pipeline or model, sources, file)
     return result | check_rows(out, plan, _hint(receipt, plan))
 
 
@@ -60,11 +65,15 @@ def _hint(receipt: dict, plan: Plan) -> str:
 
 
 def _plan_again(
-    receipt: dict, verify: Verify, sources: list[tuple[Folder, float]], file: str | None
+    receipt: dict,
+    verify: Verify,
+    base: Folder | Pipeline,
+    sources: list[tuple[Any, float]],
+    file: str | None,
 ) -> Plan:
     """The plan that made the output, from the receipt's options and inputs that are the same."""
     from adapterkit.planning.merge.gguf import read_importance
-    from adapterkit.planning.merge.plan import plan_merge
+    from adapterkit.planning.merge.plan import plan_merge, plan_merge_into_pipeline
     from adapterkit.verbs.merge import MergeOptions
 
     verb = receipt["recipe"]["verb"]
@@ -95,8 +104,11 @@ def _plan_again(
             where="--imatrix",
             hint="give the file of the merge",
         )
-    base = open_model(verify.base or "")
-    plan = plan_merge(base, pairs, MergeOptions(**options), statistics, file=file, imatrix=given)
+    how = MergeOptions(**options)
+    if isinstance(base, Pipeline):
+        plan = plan_merge_into_pipeline(base, pairs, how)
+    else:
+        plan = plan_merge(base, pairs, how, statistics, file=file, imatrix=given)
     errors = Problems(where=RECEIPT)
     for number, entry in enumerate(receipt["recipe"]["inputs"]):
         for name, recorded in entry["files"].items():

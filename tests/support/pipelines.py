@@ -6,13 +6,19 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -20,6 +26,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 
@@ -137,7 +145,60 @@ def sd3() -> StableDiffusion3Pipeline:
     )
 
 
+def flux() -> FluxPipeline:
+    torch.manual_seed(0)
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=8,
+            axes_dims_rope=(4, 4, 8),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        text_encoder=clip(),
+        tokenizer=None,
+        text_encoder_2=t5(),
+        tokenizer_2=None,
+    )
+
+
+def transformer_wan() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=8,
+        ffn_dim=16,
+        num_layers=2,
+        rope_max_seq_len=16,
+    )
+
+
+def wan22() -> WanPipeline:
+    """Two transformers: of high noise, and of low."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1}
+    return WanPipeline(
+        tokenizer=None,
+        text_encoder=UMT5EncoderModel(UMT5Config(**sizes, num_heads=2)),
+        vae=AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1], temperal_downsample=[False]),
+        scheduler=UniPCMultistepScheduler(),
+        transformer=transformer_wan(),
+        transformer_2=transformer_wan(),
+        boundary_ratio=0.875,
+    )
+
+
 PIPELINES = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3}
+ALL = PIPELINES | {"flux": flux, "wan22": wan22}
 
 
 def outputs(pipe: Any) -> dict[str, torch.Tensor]:
@@ -149,7 +210,16 @@ def outputs(pipe: Any) -> dict[str, torch.Tensor]:
 
     results = {}
     with torch.no_grad():
-        if "unet" in pipe.components:
+        if isinstance(pipe, WanPipeline):
+            inputs = random(1, 4, 2, 4, 4), torch.tensor([3]), random(1, 3, 16)
+            for name in ("transformer", "transformer_2"):
+                results[name] = pipe.components[name].double()(*inputs).sample
+        elif isinstance(pipe, FluxPipeline):
+            results["transformer"] = pipe.transformer.double()(
+                random(1, 4, 4), random(1, 3, 16), random(1, 8), torch.tensor([0.3]).double(),
+                torch.zeros(4, 3), torch.zeros(3, 3),
+            ).sample  # fmt: skip
+        elif "unet" in pipe.components:
             unet = pipe.unet.double()
             width = unet.config.cross_attention_dim
             added = {"text_embeds": random(1, 8), "time_ids": random(1, 6)}

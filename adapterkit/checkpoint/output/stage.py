@@ -472,7 +472,8 @@ def size_of_file(path: Path) -> int | None:
 
 def _publish_order(name: str) -> int:
     """Weights and the rest 0, index 1, config 2, receipt 3."""
-    return {RECEIPT: 3, "config.json": 2}.get(name, int(name.endswith(".index.json")))
+    configs = {"config.json": 2, "model_index.json": 2}
+    return (configs | {RECEIPT: 3}).get(name, int(name.endswith(".index.json")))
 
 
 def _sha256(path: Path) -> str | None:

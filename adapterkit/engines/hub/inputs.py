@@ -88,9 +88,8 @@ class ConvertedInScratch(ConvertedFolder):
             in_scratch(source, place / SOURCES / str(number))
             for number, source in enumerate(folder.plan.folders)
         )
-        super().__init__(
-            folder.source, folder.form, folder.file, replace(folder.plan, folders=sources)
-        )
+        plan = replace(folder.plan, folders=sources)
+        super().__init__(folder.source, folder.form, folder.file, plan, folder.component)
         self.place = place
 
     @property

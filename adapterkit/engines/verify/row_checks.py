@@ -20,7 +20,7 @@ from adapterkit.engines.local.reader import LocalReader
 from adapterkit.engines.verify.file_checks import check_file, check_files
 from adapterkit.errors import Damaged, Failed, Problems, shown
 from adapterkit.gguf.header import stored_tensors
-from adapterkit.plan import Plan, Step
+from adapterkit.plan import OutputFile, Plan, Step
 from adapterkit.receipt import AGAIN, read_receipt
 from adapterkit.records import Json
 from adapterkit.tasks.quantize import CompensatedStep, EncodedStep, before_rounding, plainly_encoded
@@ -63,24 +63,27 @@ class RowCheck:
 def check_rows(out: Folder, plan: Plan, hint: str = AGAIN) -> Json:
     """Recompute rows of every changed tensor from the inputs in float64: how many rows and tensors
     those are. `Damaged` with all that is wrong."""
-    specs = {s.key: s for shard in plan.shards for s in stored_tensors(out, shard.file)}
-    checks = list(_checks(plan))
+    checks = [(check, shard.file) for shard in plan.shards for check in _checks(shard)]
+    files = dict.fromkeys(file for _, file in checks)
+    specs = {file: {s.key: s for s in stored_tensors(out, file)} for file in files}
     with Sources(plan.folders, dict(plan.identities)) as sources, Sources((out,), {}) as written:
         inputs, stored = (
             LocalReader(files, torch.device("cpu"), torch.float64) for files in (sources, written)
         )
 
-        def run(check: _TensorCheck) -> RowsChecked:
+        def run(one: tuple[_TensorCheck, str]) -> RowsChecked:
+            check, file = one
             torch.set_num_threads(1)  # this thread's
             with torch.inference_mode():
-                return check.run(inputs, stored, specs)
+                return check.run(inputs, stored, specs[file])
 
         threads = torch.get_num_threads()
         try:
             results = list(in_order(run, checks, min(THREADS, cores())))
         finally:
             torch.set_num_threads(threads)
-    wrong = [(c, r.wrong) for c, r in zip(checks, results, strict=True) if r.wrong is not None]
+    pairs = zip(checks, results, strict=True)
+    wrong = [(c, r.wrong) for (c, _), r in pairs if r.wrong is not None]
     if len(wrong) > FEW:
         raise _many(wrong, len(checks), out.label, hint)
     Problems(
@@ -124,22 +127,21 @@ class RowsChecked(NamedTuple):
     wrong: Wrong | None = None
 
 
-def _checks(plan: Plan) -> Iterator["_TensorCheck"]:
-    """A check of every tensor that a plan does not copy."""
-    for shard in plan.shards:
-        yield from (FloatCheck(step) for step in shard.steps if not step.copied)
-        for task in shard.tasks:
-            task = task.whole if isinstance(task, SomeOutputs) else task
-            if isinstance(task, EditedTensor):
-                yield FloatCheck(task.step)
-            elif isinstance(task, RequantizedWeight):
-                yield CodeCheck(task.step, task.packed)
-            elif isinstance(task, CompensatedStep):
-                yield CompensatedCheck(task.step, task.format)
-            elif isinstance(task, EncodedStep):
-                yield EncodedCheck(task.step, task.format)
-            elif not task.copied:
-                raise TypeError(f"{shown(task.name)}: no check of a {type(task).__name__}")
+def _checks(shard: OutputFile) -> Iterator["_TensorCheck"]:
+    """A check of every tensor that a file does not copy."""
+    yield from (FloatCheck(step) for step in shard.steps if not step.copied)
+    for task in shard.tasks:
+        task = task.whole if isinstance(task, SomeOutputs) else task
+        if isinstance(task, EditedTensor):
+            yield FloatCheck(task.step)
+        elif isinstance(task, RequantizedWeight):
+            yield CodeCheck(task.step, task.packed)
+        elif isinstance(task, CompensatedStep):
+            yield CompensatedCheck(task.step, task.format)
+        elif isinstance(task, EncodedStep):
+            yield EncodedCheck(task.step, task.format)
+        elif not task.copied:
+            raise TypeError(f"{shown(task.name)}: no check of a {type(task).__name__}")
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ from adapterkit.adapters.eight_bits import notes_on
 from adapterkit.adapters.keys import CONFIG, PLAIN, WEIGHTS
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import read_header
+from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.dtypes import FLOATS
 from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.errors import AdapterkitError, Refused
 
 if TYPE_CHECKING:
+    from adapterkit.formats.modules.record import Contents
     from adapterkit.plan import Plan
 
 FILES = (".safetensors", ".gguf")
@@ -115,25 +117,35 @@ def adapter_or_file(folder: Folder, base: Folder | None = None) -> Folder:
 
 def components_of(folder: Folder) -> dict[str, Folder]:
     """Each component of a pipeline's adapter as a folder in PEFT's layout; none without any."""
+    contents = None if CONFIG in folder.files() else contents_of(folder)
+    names = () if contents is None else contents.components
+    return {name: as_component(folder, name) for name in names if name}
+
+
+def contents_of(folder: Folder, base: Checkpoint | None = None) -> "Contents | None":
+    """What an adapter that is not in PEFT's layout holds; None for all else. `base`: its model, or
+    the denoiser of its pipeline."""
     from adapterkit.formats.detect import in_another_layout
-    from adapterkit.planning.convert.plan import plan_convert
     from adapterkit.planning.convert.source import read_contents
     from adapterkit.verbs.convert import ConvertOptions
 
-    detection = None if CONFIG in folder.files() else in_another_layout(folder)
+    detection = in_another_layout(folder)
     if detection is None:
-        return {}
-    names = read_contents(folder, detection, ConvertOptions(to=_layout()), None).components
-    options = {name: ConvertOptions(to=_layout(), prefix_only=name) for name in names if name}
-    return {
-        name: ConvertedFolder(
-            folder,
-            detection.form.name,
-            detection.container.file,
-            plan_convert(folder, option, detection=detection),
-        )
-        for name, option in options.items()
-    }
+        return None
+    return read_contents(folder, detection, ConvertOptions(to=_layout()), base)
+
+
+def as_component(folder: Folder, name: str, base: Checkpoint | None = None) -> ConvertedFolder:
+    """One component of a pipeline's adapter as a folder in PEFT's layout; `base`: that model of the
+    pipeline."""
+    from adapterkit.formats.detect import detect
+    from adapterkit.planning.convert.plan import plan_convert
+    from adapterkit.verbs.convert import ConvertOptions
+
+    detection = detect(folder)
+    options = ConvertOptions(to=_layout(), prefix_only=name)
+    plan = plan_convert(folder, options, base, detection=detection)
+    return ConvertedFolder(folder, detection.form.name, detection.container.file, plan, name)
 
 
 def _layout() -> str:

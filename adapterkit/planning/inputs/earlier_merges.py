@@ -31,15 +31,15 @@ def merged_adapters(base: Folder) -> list[MergedAdapter]:
         recipe, sums = receipt["recipe"], receipt["inputs"]
         if recipe["verb"] != "merge":
             return []
-        rows = zip(recipe["inputs"][1:], recipe["options"]["weights"], strict=True)
+        rows = zip(recipe["inputs"][1:], receipt["adapters"], strict=True)
         last = [
             MergedAdapter(
                 str(entry["name"]),
-                float(weight),
+                float(adapter["weight"]),
                 entry["files"][WEIGHTS]["header"],
                 sums[f"{number} {entry['name']}"][WEIGHTS],
             )
-            for number, (entry, weight) in enumerate(rows, start=1)
+            for number, (entry, adapter) in enumerate(rows, start=1)
         ]
         return [*(MergedAdapter(**entry) for entry in receipt.get("held", [])), *last]
     except (KeyError, TypeError, ValueError, AttributeError):

@@ -3,11 +3,11 @@
 import os
 import re
 from collections.abc import Callable
-from typing import Protocol, TypeGuard, TypeVar, cast
+from typing import TypeGuard, TypeVar, cast
 
 from adapterkit.adapters.config import IMPLICIT
 from adapterkit.adapters.keys import CONFIG, INITIAL, WEIGHTS
-from adapterkit.checkpoint.folder import Folder, LocalFolder, OneFile
+from adapterkit.checkpoint.folder import Folder, LocalFolder, OneFile, WithSubfolders
 from adapterkit.checkpoint.shards import NOT_A_MODEL, SINGLE
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.strict import read_json
@@ -23,12 +23,6 @@ INDEX = ".safetensors.index.json"
 MODEL_CONFIG = "config.json"
 MODEL_WEIGHTS = re.compile(r"\.(safetensors|bin|gguf|index\.json)$")
 NUMBERED = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
-
-
-class _WithSubfolders(Folder, Protocol):
-    """A folder on the Hub, or one that is planned."""
-
-    def subfolder(self, name: str) -> Folder: ...
 
 
 def open_source(text: StrPath) -> Folder:
@@ -185,7 +179,7 @@ def initial_of(adapter: Folder) -> Folder | None:
         if path.is_dir():
             return LocalFolder(path)
     elif f"{INITIAL}/{CONFIG}" in adapter.files():
-        return cast(_WithSubfolders, adapter).subfolder(INITIAL)
+        return cast(WithSubfolders, adapter).subfolder(INITIAL)
     raise Refused(
         f"init_lora_weights {shown(init)} without the folder {INITIAL}/",
         expected="the initial factors, which the base is to be without",

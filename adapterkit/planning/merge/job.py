@@ -149,9 +149,15 @@ class MergeJob:
     parameters. Problems are collected in `errors`."""
 
     def __init__(
-        self, base: Checkpoint, adapters: list[Adapter], weights: list[float], options: MergeOptions
+        self,
+        base: Checkpoint,
+        adapters: list[Adapter],
+        weights: list[float],
+        options: MergeOptions,
+        part: str = "",
     ):
         self.adapters, self.weights, self.options = adapters, weights, options
+        self.part = part  # that the base is of a pipeline
         self.errors = Problems(where="adapters")
         self.notes: list[str] = []
         # numbers of adapters that the next one, their initial factors, is to be taken from
@@ -163,8 +169,7 @@ class MergeJob:
         self.original = base
         self.base = replicated(decoded_view(base), adapters, self.errors)
         self.config: Json = json.loads(json.dumps(self.base.config))
-        # whether --include and --exclude select a module, by any of its names
-        self.is_selected = selection(options.include, options.exclude)
+        self._selects = selection(options.include, options.exclude)
         self.names = self._names()
 
     @cached_property
@@ -206,13 +211,21 @@ class MergeJob:
             leaves.setdefault(module, []).append(leaf)
         return leaves
 
+    def is_selected(self, *names: str) -> bool:
+        """Whether --include and --exclude select a module, by any of its names, in a pipeline with
+        the part's in front."""
+        return self._selects(*map(self._whole, names))
+
+    def _whole(self, name: str) -> str:
+        return f"{self.part}.{name}" if self.part else name
+
     def is_selected_value(self, parameter: str) -> bool:
         """Whether they select a replaced parameter, by its module's name or its own."""
         return self.is_selected(parameter.rpartition(".")[0], parameter)
 
     def skip(self, adapter: Adapter, name: str) -> None:
         """Note a module or parameter of the adapter that is not selected."""
-        self.skipped.append(f"{adapter.name}: {name}")
+        self.skipped.append(f"{adapter.name}: {self._whole(name)}")
 
     def change(self, parameter: Parameter) -> Change:
         """The change of this parameter, a new one if it has none."""

@@ -22,6 +22,14 @@ from adapterkit.planning.inputs.earlier_merges import history_notes, merged_adap
 from adapterkit.planning.inputs.input_identity import plan_of
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.model_config import nested_values, set_nested
+from adapterkit.planning.inputs.pipeline import (
+    Part,
+    Pipeline,
+    Split,
+    is_pipeline,
+    read_pipeline,
+    split_adapters,
+)
 from adapterkit.planning.inputs.sources import (
     if_given,
     initial_of,
@@ -39,13 +47,14 @@ from adapterkit.planning.merge.gguf import (
 )
 from adapterkit.planning.merge.job import MergeJob
 from adapterkit.planning.merge.one_file import absent_parts, file_notes
+from adapterkit.planning.merge.pipeline import plan_pipeline_merge
 from adapterkit.planning.merge.steps import plan_steps
 from adapterkit.planning.merge.tied import (
     resolve_new_head,
     resolve_tied_weights,
     resolve_vocab_resize,
 )
-from adapterkit.planning.outputs.cards import merged_card
+from adapterkit.planning.outputs.cards import Merged, merged_card
 from adapterkit.planning.outputs.folder_files import Files, model_files
 from adapterkit.planning.outputs.model import (
     CHANGED_BY,
@@ -76,6 +85,11 @@ def plan_merge_of(merge: Merge) -> Plan:
             hint="remove --push",
         )
     base, options = open_model(merge.base), merge.only(MergeOptions)
+    if is_pipeline(base):
+        Problems(_options_of_models(merge)).raise_all()
+        pipeline = read_pipeline(base)
+        split = split_adapters(merge.adapters, pipeline)
+        return plan_merge_into_pipeline(pipeline, split, options)
     name = output_file(base, merge.out)
     adapters = open_weighted(merge.adapters, base=base)
     stats = None if merge.stats is None else open_statistics(merge.stats)
@@ -83,6 +97,21 @@ def plan_merge_of(merge: Merge) -> Plan:
     if merge.base16 is None:
         return plan_merge(base, adapters, options, stats, file=name, imatrix=imatrix)
     return plan_merge_into_original(merge.base, merge.base16, adapters, options, stats)
+
+
+def plan_merge_into_pipeline(pipeline: Pipeline, adapters: Split, options: MergeOptions) -> Plan:
+    """The plan of a merge into a pipeline of diffusers, part by part."""
+    of_part = lambda part, own: plan_merge(part.folder, own, options, part=part)
+    return plan_pipeline_merge(pipeline, adapters, options, of_part)
+
+
+def _options_of_models(merge: Merge) -> list[AdapterkitError]:
+    """`Refused` for sources that a pipeline has no use for."""
+    errors = Problems(where="options", hint="merge into one part: the folder of a model")
+    for name in ("base16", "stats", "imatrix"):
+        if getattr(merge, name) is not None:
+            errors.add(f"{flag_of(name)} with a pipeline", "a base that is one model")
+    return errors
 
 
 def plan_merge(
@@ -93,10 +122,12 @@ def plan_merge(
     *,
     file: str | None = None,
     imatrix: ImportanceFile | None = None,
+    part: Part | None = None,
 ) -> Plan:
     """The plan of a merge of these adapters with these weights; `Refused` or `Damaged` with all
     problems. `stats`: the covariances that compensated rounding needs; `file`: the name of an
-    output that is one file; `imatrix`: what weighs the errors of its blocks."""
+    output that is one file; `imatrix`: what weighs the errors of its blocks; `part`: what the base
+    is of a pipeline."""
     Problems(missing_statistics(options.rounding, stats)).raise_all()
     is_gguf = find_gguf(base) is not None
     others = options_of_others(options, imatrix, is_gguf=is_gguf, is_file=file is not None)
@@ -112,11 +143,13 @@ def plan_merge(
         raise
     if errors and len(adapters) < len(sources):
         Problems(errors).raise_all()
-    job = MergeJob(checkpoint, adapters, [weight for _, weight in sources], options)
+    weights = [weight for _, weight in sources]
+    job = MergeJob(checkpoint, adapters, weights, options, part.name if part else "")
     job.with_initial = with_initial
     _decode_to_16_bits(job)
-    job.merged_before = merged_adapters(base)
-    job.notes += history_notes(base, job.merged_before, adapters, job.weights)
+    whole = part.pipeline if part else base
+    job.merged_before = merged_adapters(whole)
+    job.notes += history_notes(whole, job.merged_before, adapters, job.weights)
     steps, statistics = changed_steps(job, errors), None
     if stats is not None:
         from adapterkit.planning.merge.compensation import with_compensation
@@ -271,6 +304,8 @@ def _all_steps(steps: Steps) -> Iterator[Step]:
 
 
 def _refuse_nothing(job: MergeJob, steps: Steps) -> None:
+    if job.part and job.skipped:
+        return  # others may have some
     if any(step.edits or step.source.folder for step in _all_steps(steps)):
         return
     problem, hint = "an adapter without weights", "check the adapter"
@@ -297,7 +332,9 @@ def _plan(job: MergeJob, steps: Steps, stats: Checkpoint | None, file: str | Non
         for key in ("dtype", "torch_dtype"):
             set_nested(job.config, key, name)
     tokenizer = tokenizer_files(job.adapters, job.options.tokenizer, job.notes)
-    card = merged_card(job.original, job.adapters, job.weights)
+    merged = zip(job.adapters, job.weights, strict=True)
+    rows = [Merged(one.folder, w, len(one.loras), one.config.get("r", "")) for one, w in merged]
+    card = merged_card(job.original.folder, rows)
     omit = quantization_files(job.base.tensors) if job.options.dequantize else ()
     files = model_files(job.original, job.config, shards, card, tokenizer=tokenizer, omit=omit)
     return _plan_of_files(job, steps, stats, shards, files)

@@ -7,6 +7,7 @@ in the body.
 import json
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from adapterkit import __version__
 from adapterkit.adapters.record import Adapter
@@ -22,14 +23,26 @@ INHERITED = re.compile(
 LONGEST = 65536  # bytes of a base's card that are read
 
 
-def merged_card(base: Checkpoint, adapters: list[Adapter], weights: list[float]) -> str:
+class Merged(NamedTuple):
+    """An adapter in a merged model."""
+
+    folder: Folder
+    weight: float
+    modules: int
+    rank: object = ""
+    part: str = ""  # of a pipeline
+
+
+def merged_card(base: Folder, adapters: Sequence[Merged], library: str = "transformers") -> str:
     """The card of a merged model."""
-    ids = [hub_id_or_name(base.folder), *(hub_id_or_name(adapter.folder) for adapter in adapters)]
+    ids = [hub_id_or_name(base), *(hub_id_or_name(adapter.folder) for adapter in adapters)]
+    ids = list(dict.fromkeys(ids)) if library == "diffusers" else ids
     metadata = ["base_model:", *(f"- {json.dumps(name)}" for name in ids)]
-    metadata += ["base_model_relation: merge", *_inherited(base), "library_name: transformers"]
+    metadata += ["base_model_relation: merge", *_inherited(base), f"library_name: {library}"]
     rows = [
-        f"| {plain(hub_id_or_name(a.folder))} | {w:g} | {len(a.loras)} | {a.config.get('r', '')} |"
-        for a, w in zip(adapters, weights, strict=True)
+        f"| {plain(hub_id_or_name(a.folder))} {a.part and f'({a.part}) '}| {a.weight:g} "
+        f"| {a.modules} | {a.rank} |"
+        for a in adapters
     ]
     names = [plain(name) for name in ids]
     body = [
@@ -85,12 +98,12 @@ def plain(text: str) -> str:
     return "".join(c if c.isalnum() or c in " ._-/" else " " for c in text)
 
 
-def _inherited(base: Checkpoint) -> list[str]:
+def _inherited(base: Folder) -> list[str]:
     """Licence, language and pipeline of the base's card, as lines of metadata."""
-    size = base.files.get("README.md")
+    size = base.files().get("README.md")
     if size is None:
         return []
-    text = base.folder.read("README.md", 0, min(size, LONGEST)).decode("utf-8", "replace")
+    text = base.read("README.md", 0, min(size, LONGEST)).decode("utf-8", "replace")
     has_metadata = text.startswith("---") and text.count("---") >= 2
     fields = INHERITED.findall(text.split("---")[1]) if has_metadata else []
     return [f"{key}: {json.dumps(value.strip())}" for key, value in fields]

@@ -9,6 +9,7 @@ from functools import partial
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.output.stage import RECEIPT
+from adapterkit.checkpoint.shards import INDEX
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.plan import CopyFile, FromMetrics, OutputFile
 from adapterkit.records import Json
@@ -38,8 +39,7 @@ def model_files(
     files: Files = {}
     layers = _layer_folders(base)
     for name in base.files:
-        is_weights = name.endswith((*WEIGHTS, ".index.json")) and not name.startswith(layers)
-        if not is_weights and name not in NOT_COPIED:
+        if (not is_weights(name) or name.startswith(layers)) and name not in NOT_COPIED:
             files[name] = CopyFile(0, name)
     files |= tokenizer or {}
     files["README.md"] = card.encode()
@@ -51,6 +51,11 @@ def model_files(
             CopyFile(0, "config.json") if config == base.config else as_json(config)
         )
     return {prefix + name: file for name, file in files.items() if name not in omit}
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, in any format, or is their index."""
+    return name.endswith((*WEIGHTS, ".index.json")) or INDEX.fullmatch(name) is not None
 
 
 def _layer_folders(base: Checkpoint) -> tuple[str, ...]:

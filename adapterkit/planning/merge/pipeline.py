@@ -1,0 +1,82 @@
+"""merge into a pipeline of diffusers: each part that an adapter changes is a base of its own."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.errors import Problems, Refused
+from adapterkit.options import flag_of
+from adapterkit.patterns import similar_names
+from adapterkit.plan import Plan
+from adapterkit.planning.inputs.pipeline import Part, Pipeline, Split
+from adapterkit.planning.outputs.cards import Merged, merged_card
+from adapterkit.planning.outputs.model import rounding_warnings
+from adapterkit.planning.pipelines import joined
+from adapterkit.verbs.merge import MergeOptions
+
+# of models alone
+OPTIONS = ("max_shard_size", "tokenizer", "touched_as", "scales", "modelfile")
+Weighted = list[tuple[Folder, float]]
+
+
+def plan_pipeline_merge(
+    pipeline: Pipeline,
+    adapters: Split,
+    options: MergeOptions,
+    plan_part: Callable[[Part, Weighted], Plan],
+) -> Plan:
+    """The plan of a merge into a pipeline; `Refused` or `Damaged` with all problems of all
+    parts."""
+    errors = Problems(where="options", hint="merge into one part: the folder of a model")
+    wrong = [flag_of(name) for name in OPTIONS if getattr(options, name)]
+    wrong += ["--rounding compensated"] * (options.rounding == "compensated")
+    for option in wrong:
+        errors.add(f"{option} with a pipeline", "a base that is one model")
+    if not adapters:
+        errors.add("no adapter", "one or more", "name the adapters after the base")
+    errors.raise_all()
+    plans: dict[str, Plan] = {}
+    for name, part in pipeline.parts.items():
+        own = [(parts[name], weight) for parts, weight in adapters if name in parts]
+        if own:
+            with errors.collected(), part.named():
+                plans[name] = plan_part(part, own)
+    errors.raise_all()
+    decisions = _decisions(plans)
+    if not decisions["tensors_changed"]:
+        names = [name.partition(": ")[2] for name in decisions["left_out"]]
+        raise Refused(
+            "nothing to merge: no module is selected",
+            expected="at least one module",
+            where=", ".join(dict.fromkeys(one["name"] for one in decisions["adapters"])),
+            hint=similar_names(options.include or "", names) or "check --include and --exclude",
+        )
+    plan = joined(pipeline, plans, merged_card(pipeline.folder, _rows(plans), "diffusers"))
+    given = plan.options | {"weights": [weight for _, weight in adapters]}
+    warn = partial(rounding_warnings, compat=options.compat)
+    return replace(plan, options=given, decisions=decisions, warn=warn)
+
+
+def _decisions(plans: Mapping[str, Plan]) -> dict:
+    own = [plan.decisions for plan in plans.values()]
+    adapters = [
+        {**adapter, "part": name}
+        for name, plan in plans.items()
+        for adapter in plan.decisions["adapters"]
+    ]
+    decisions = {
+        "adapters": adapters,
+        "left_out": [text for each in own for text in each["left_out"]],
+        "tensors_changed": sum(each["tensors_changed"] for each in own),
+    }
+    return decisions | {key: each[key] for each in own for key in ("held",) if key in each}
+
+
+def _rows(plans: Mapping[str, Plan]) -> list[Merged]:
+    """Rows of the card: each adapter's part."""
+    return [
+        Merged(folder, adapter["weight"], adapter["modules"], part=name)
+        for name, plan in plans.items()
+        for folder, adapter in zip(plan.folders[1:], plan.decisions["adapters"], strict=True)
+    ]

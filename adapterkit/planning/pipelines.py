@@ -1,0 +1,171 @@
+"""Plans of the parts of a pipeline as one plan, whose base is the whole pipeline."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
+from typing import Any
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.hashes import sha256_of_small_file
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.layout import TensorPlan, like_base
+from adapterkit.checkpoint.output.stage import RECEIPT
+from adapterkit.checkpoint.shards import weight_files
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.errors import WARNING, listed
+from adapterkit.plan import CopyFile, FromMetrics, OutputFile, Plan, Step
+from adapterkit.planning.inputs.input_identity import identities
+from adapterkit.planning.inputs.pipeline import INDEX, Part, Pipeline
+from adapterkit.planning.outputs.folder_files import Files, is_weights
+
+CARD = "README.md"
+
+
+def joined(pipeline: Pipeline, plans: Mapping[str, Plan], card: str) -> Plan:
+    """One plan of the plans of some parts, by name: their files in the parts' folders, all other
+    parts and files of the pipeline as they are. Its options, notes of its own and decisions are the
+    caller's."""
+    joint = _Joint(pipeline)
+    for name, part in pipeline.parts.items():
+        if name in plans:
+            joint.add(name, plans[name])
+        else:
+            with part.named():
+                joint.copy(part)
+    joint.copy_rest()
+    if joint.left_out:
+        joint.notes.append(f"not copied: {listed(joint.left_out)}: weights of other variants")
+    if pipeline.absent:
+        joint.notes.append(f"{WARNING}{INDEX} names {listed(pipeline.absent)}: not there")
+    first, folders = next(iter(plans.values())), tuple(joint.folders)
+    files = {**joint.files, CARD: card.encode(), INDEX: CopyFile(0, INDEX)}
+    joint.headers[0, INDEX] = sha256_of_small_file(pipeline.folder, INDEX)
+    return replace(
+        first,
+        folders=folders,
+        headers=joint.headers,
+        identities=identities(folders, joint.headers),
+        shards=tuple(joint.shards),
+        files=files,
+        notes=tuple(joint.notes),
+        parts=tuple(plans),
+    )
+
+
+@dataclass
+class _Joint:
+    """What the parts are put together to."""
+
+    pipeline: Pipeline
+    shards: list[OutputFile] = field(default_factory=list)
+    files: Files = field(default_factory=dict)
+    headers: dict[tuple[int, str], str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folders: list[Folder] = [self.pipeline.folder]
+
+    def add(self, name: str, plan: Plan) -> None:
+        """The plan of a part, its base the folder of that name, its other inputs behind those that
+        are there."""
+        move = _Move(name, len(self.folders) - 1)
+        self.folders += plan.folders[1:]
+        self.headers |= {move.file(*file): sha256 for file, sha256 in plan.headers.items()}
+        for shard in plan.shards:
+            layout = replace(shard.layout, file=f"{name}/{shard.file}")
+            self.shards.append(replace(move.value(shard), layout=layout))
+        for file, content in plan.files.items():
+            if isinstance(content, CopyFile):
+                content = CopyFile(*move.file(content.folder, content.name))
+            elif isinstance(content, FromMetrics):
+                content = replace(content, folder=f"{name}/")
+            if file != CARD:
+                self.files[f"{name}/{file}"] = content
+        self.notes += (_of_part(name, note) for note in plan.notes)
+        used = {*plan.files, *(file for number, file in plan.headers if number == 0)}
+        here = self.pipeline.parts[name].folder.files()
+        self.left_out += [f"{name}/{n}" for n in here if is_weights(n) and n not in used]
+
+    def copy(self, part: Part) -> None:
+        """A part whose weights stay as they are: those that are read of several variants; pickles
+        alone."""
+        files = part.folder.files()
+        names = {*files}
+        if weight_files(part.folder):
+            base = open_checkpoint(part.folder)
+            names = {name for name in files if not is_weights(name)} | {str(base.index_name)}
+            self.left_out += [f"{part.name}/{n}" for n in files if n not in names | {*base.shards}]
+            for name, header in base.shards.items():
+                file = f"{part.name}/{name}"
+                steps = [_copied(file, spec) for spec in header.tensors]
+                layout = like_base(file, [step.planned for step in steps], header)
+                self.shards.append(OutputFile(layout, tuple(steps)))
+                self.headers[0, file] = header.sha256
+        for name in files:
+            if name in names:
+                self.files[f"{part.name}/{name}"] = CopyFile(0, f"{part.name}/{name}")
+
+    def copy_rest(self) -> None:
+        """What belongs to no part, but for other weights: of the same models in one file."""
+        parts = tuple(f"{name}/" for name in self.pipeline.parts)
+        for name in self.pipeline.folder.files():
+            if name.startswith(parts) or name in (RECEIPT, CARD, INDEX):
+                continue
+            if is_weights(name):
+                self.left_out.append(name)
+            else:
+                self.files[name] = CopyFile(0, name)
+
+
+def _of_part(name: str, note: str) -> str:
+    warning = WARNING * note.startswith(WARNING)
+    return f"{warning}{name}: {note.removeprefix(warning)}"
+
+
+def _copied(file: str, spec: TensorSpec) -> Step:
+    return Step(spec.key, spec.dtype, spec.shape, replace(spec, file=file))
+
+
+@dataclass(frozen=True)
+class _Move:
+    """The inputs of a plan as those of the joint one."""
+
+    part: str
+    by: int  # what the numbers of adapters grow by
+    done: dict[int, tuple[object, object]] = field(default_factory=dict)  # by id, with the value
+
+    def file(self, folder: int, name: str) -> tuple[int, str]:
+        """An input's number and file."""
+        if folder > 0:
+            return folder + self.by, name
+        return folder, name if folder else f"{self.part}/{name}"
+
+    def value(self, value: Any) -> Any:
+        """A record of a plan, with all tensors that it names; what is shared stays so."""
+        if isinstance(value, (str, int, float, bool, bytes, TensorPlan)) or value is None:
+            return value
+        if id(value) not in self.done:
+            self.done[id(value)] = value, self._moved(value)
+        return self.done[id(value)][1]
+
+    def _moved(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self.value(one) for key, one in value.items()}
+        if isinstance(value, (tuple, list)):
+            items = [self.value(one) for one in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if isinstance(value, partial):
+            words = {key: self.value(one) for key, one in value.keywords.items()}
+            return partial(value.func, *map(self.value, value.args), **words)
+        if not is_dataclass(value) or isinstance(value, type):
+            return value
+        changed = {}
+        for one in fields(value):
+            old = getattr(value, one.name)
+            if one.init and (new := self.value(old)) is not old:
+                changed[one.name] = new
+        if isinstance(value, TensorSpec):
+            folder, file = self.file(value.folder, value.file)
+            changed |= {"folder": folder, "file": file}
+        return replace(value, **changed) if changed else value
