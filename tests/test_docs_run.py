@@ -175,6 +175,7 @@ def stage(
     save_fbgemm(base, stage / "fbgemm")
     golden = ROOT / "tests" / "formats" / "golden"
     shutil.copy(golden / "kohya" / "sdxl.safetensors", stage / "kohya.safetensors")
+    save_sdxl(stage)
     (stage / "sources.txt").write_text("# one a line\nenglish\nfrench\n")
     for block in itertools.chain.from_iterable(blocks(d, "toml") for d in DOCUMENTS):
         if name := re.match(r"# (\w+\.toml)\n", block.text):
@@ -183,6 +184,18 @@ def stage(
         shutil.copytree(stage / "residual" / "adapter", stage / name)
     shutil.copytree(stage / "residual" / "base", stage / "pissa-base")
     return stage
+
+
+def save_sdxl(stage: Path) -> None:
+    """A tiny pipeline, and two adapters for it."""
+    from tests.support import pipelines
+    from tests.support.pipeline_files import factors_file, quiet
+
+    pipe = pipelines.sdxl()
+    with quiet():
+        pipe.save_pretrained(stage / "SDXL")
+    for seed, name in enumerate(("ink", "robot")):
+        factors_file(pipe, stage / f"{name}.safetensors", ("unet", "text_encoder"), seed)
 
 
 def write_gguf(base: Path, file: Path) -> None:

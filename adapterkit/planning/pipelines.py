@@ -15,7 +15,7 @@ from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import WARNING, listed
 from adapterkit.plan import CopyFile, FromMetrics, OutputFile, Plan, Step
 from adapterkit.planning.inputs.input_identity import identities
-from adapterkit.planning.inputs.pipeline import INDEX, Part, Pipeline
+from adapterkit.planning.inputs.pipeline import INDEX, Pipeline, PipelinePart
 from adapterkit.planning.outputs.folder_files import Files, is_weights
 
 CARD = "README.md"
@@ -87,7 +87,7 @@ class _Joint:
         here = self.pipeline.parts[name].folder.files()
         self.left_out += [f"{name}/{n}" for n in here if is_weights(n) and n not in used]
 
-    def copy(self, part: Part) -> None:
+    def copy(self, part: PipelinePart) -> None:
         """A part whose weights stay as they are: those that are read of several variants; pickles
         alone."""
         files = part.folder.files()

@@ -1,6 +1,7 @@
 """Pipelines of diffusers on disk, adapters for them as diffusers saves them, and both together."""
 
 import contextlib
+import copy
 import io
 import json
 import warnings
@@ -10,21 +11,21 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
 from tests.support import pipelines
 
 TARGETS = ["to_q", "to_k", "to_out.0", "q_proj", "out_proj", "conv1", "ff.net.2", "ffn.net.2"]
+REDIRECTIONS = contextlib.redirect_stdout, contextlib.redirect_stderr
 SETTINGS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
 
 
 @contextlib.contextmanager
 def quiet():
-    nowhere = io.StringIO()
-    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of several adapters
-            yield
+    out, err = (redirect(io.StringIO()) for redirect in REDIRECTIONS)
+    with out, err, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of several adapters
+        yield
 
 
 def loaded(folder: Path, **options: Any) -> Any:
@@ -38,7 +39,8 @@ def loaded(folder: Path, **options: Any) -> Any:
 def factors(model: Any, seed: int, rank: int = 2, alpha: float = 3) -> tuple[dict, dict]:
     """Random factors for some layers of a model, and what diffusers says of them."""
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)
-    model.add_adapter(config, adapter_name="trained")
+    inject_adapter_in_model(config, model, adapter_name="trained")
+    model.peft_config = {"trained": config}
     state = get_peft_model_state_dict(model, adapter_name="trained")
     generator = torch.Generator().manual_seed(seed)
     state = {key: torch.randn(one.shape, generator=generator) / 4 for key, one in state.items()}
@@ -47,10 +49,15 @@ def factors(model: Any, seed: int, rank: int = 2, alpha: float = 3) -> tuple[dic
 
 
 def lora_file(folder: Path, to: Path, parts: tuple[str, ...], seed: int = 1, **how: Any) -> Path:
-    """A file of these parts as diffusers writes it."""
-    pipe, words = loaded(folder), {}
+    """A file for these parts of a pipeline on disk, as diffusers writes it."""
+    return factors_file(loaded(folder), to, parts, seed, **how)
+
+
+def factors_file(pipe: Any, to: Path, parts: tuple[str, ...], seed: int, **how: Any) -> Path:
+    """The same for a pipeline as it is."""
+    words = {}
     for number, part in enumerate(parts):
-        state, settings = factors(pipe.components[part], seed + number, **how)
+        state, settings = factors(copy.deepcopy(pipe.components[part]), seed + number, **how)
         words |= {f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": settings}
     pipe.save_lora_weights(to.parent, weight_name=to.name, **words)
     return to

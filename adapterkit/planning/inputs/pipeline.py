@@ -48,7 +48,7 @@ def is_pipeline(folder: Folder) -> bool:
 
 
 @dataclass(frozen=True)
-class Part:
+class PipelinePart:
     """A model of a pipeline."""
 
     name: str  # of its folder
@@ -79,7 +79,7 @@ class Pipeline:
     """A pipeline's folder, its models by name, and what its index names and is not there."""
 
     folder: Folder
-    parts: Mapping[str, Part]
+    parts: Mapping[str, PipelinePart]
     absent: tuple[str, ...]
 
     @property
@@ -91,7 +91,7 @@ class Pipeline:
                     return checkpoint
         return None
 
-    def part(self, name: str) -> Part:
+    def part(self, name: str) -> PipelinePart:
         """`Refused` for a name that is none of a part with weights."""
         if name in self.parts:
             return self.parts[name]
@@ -115,7 +115,7 @@ def read_pipeline(folder: Folder) -> Pipeline:
     parts, absent = {}, []
     for name in named:
         if any(file.startswith(f"{name}/") for file in files):
-            part = Part(name, folder)
+            part = PipelinePart(name, folder)
             if weight_files(part.folder) or pickles(part.folder):
                 parts[name] = part
         elif isinstance(folder, LocalFolder) and (folder.root / name).is_symlink():
@@ -194,7 +194,7 @@ def _folders(folder: Folder) -> list[str]:
     return names
 
 
-def _told(folder: Folder, contents: Contents | None, part: Part) -> Folder:
+def _told(folder: Folder, contents: Contents | None, part: PipelinePart) -> Folder:
     """An adapter for the part that it is said to be for."""
     if contents is None or len(contents.components) != 1:
         names = _folders(folder) if contents is None else contents.components
@@ -238,7 +238,7 @@ def _fitting(folder: Folder, shapes: Shapes, pipeline: Pipeline) -> str:
     )
 
 
-def _count(part: Part, shapes: Shapes) -> int:
+def _count(part: PipelinePart, shapes: Shapes) -> int:
     """How many of these modules the part has, by its keys, or by the names of its model."""
     try:
         base = decoded_view(read_checkpoint(part.folder))

@@ -9,7 +9,7 @@ from adapterkit.errors import Problems, Refused
 from adapterkit.options import flag_of
 from adapterkit.patterns import similar_names
 from adapterkit.plan import Plan
-from adapterkit.planning.inputs.pipeline import Part, Pipeline, Split
+from adapterkit.planning.inputs.pipeline import Pipeline, PipelinePart, Split
 from adapterkit.planning.outputs.cards import Merged, merged_card
 from adapterkit.planning.outputs.model import rounding_warnings
 from adapterkit.planning.pipelines import joined
@@ -24,7 +24,7 @@ def plan_pipeline_merge(
     pipeline: Pipeline,
     adapters: Split,
     options: MergeOptions,
-    plan_part: Callable[[Part, Weighted], Plan],
+    plan_part: Callable[[PipelinePart, Weighted], Plan],
 ) -> Plan:
     """The plan of a merge into a pipeline; `Refused` or `Damaged` with all problems of all
     parts."""

@@ -23,8 +23,8 @@ from adapterkit.planning.inputs.input_identity import plan_of
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.model_config import nested_values, set_nested
 from adapterkit.planning.inputs.pipeline import (
-    Part,
     Pipeline,
+    PipelinePart,
     Split,
     is_pipeline,
     read_pipeline,
@@ -122,7 +122,7 @@ def plan_merge(
     *,
     file: str | None = None,
     imatrix: ImportanceFile | None = None,
-    part: Part | None = None,
+    part: PipelinePart | None = None,
 ) -> Plan:
     """The plan of a merge of these adapters with these weights; `Refused` or `Damaged` with all
     problems. `stats`: the covariances that compensated rounding needs; `file`: the name of an
