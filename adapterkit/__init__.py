@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.merge import merge as merge
     from adapterkit.verbs.quantize import quantize as quantize
     from adapterkit.verbs.rebase import rebase as rebase
+    from adapterkit.verbs.report import report as report
     from adapterkit.verbs.resize import resize as resize
     from adapterkit.verbs.stats import stats as stats
     from adapterkit.verbs.subtract import subtract as subtract

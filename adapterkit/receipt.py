@@ -29,6 +29,7 @@ from adapterkit.records import (
     table_of,
     test,
 )
+from adapterkit.verb import load
 
 RECEIPT_VERSION = 1
 SEAL = b',\n  "seal": "'
@@ -64,6 +65,10 @@ class Receipt:
     out: Path | str
     data: Json
     finished_before: bool = False
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return load("reports.report_page:receipt_frame")(self.data)
 
 
 COUNT = test("a count", lambda value: type(value) is int and 0 <= value < 1 << 63)

@@ -1,6 +1,7 @@
 """What commands do that call a verb and print its result in a way of their own."""
 
 from collections.abc import Callable
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -39,7 +40,7 @@ CONVERT_OPTIONS = [
 ]
 
 
-def inspect(verb: type[Verb], path: str, as_json: bool, **options: object) -> None:
+def inspect(verb: type[Verb], path: str, as_json: bool, modules: bool, **options: object) -> None:
     """Print what a source holds; the exit status is 1 where a file cannot be read."""
     with ProgressBar(False) as bar:
         result = function_of(verb)(path, progress=bar, **options)
@@ -48,7 +49,7 @@ def inspect(verb: type[Verb], path: str, as_json: bool, **options: object) -> No
     else:
         from adapterkit.reports.tables import inspect_table
 
-        click.echo(inspect_table(result))
+        click.echo(inspect_table(result, modules, get_terminal_size().columns))
     click.get_current_context().exit(0 if result["readable"] else 1)
 
 
@@ -65,6 +66,19 @@ def diff(verb: type[Verb], a: str, b: str, as_json: bool, quiet: bool, **options
 
         print_diff(result, diff_table(result))
     click.get_current_context().exit(0 if result["same"] else 1)
+
+
+def report(verb: type[Verb], adapters: Any, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Write the page, and print what it advises, or its numbers."""
+    with ProgressBar(quiet) as bar:
+        result = function_of(verb)(adapters, progress=bar, **options)
+    if as_json:
+        print_json(result)
+    elif not quiet:
+        advice = result["advice"]
+        click.echo(f"{options['out']}: {advice['reason']}")
+        if advice["command"]:
+            click.echo(f"next: {advice['command']}")
 
 
 def verify(verb: type[Verb], folder: str, as_json: bool, quiet: bool, **options: object) -> None:
@@ -195,6 +209,7 @@ ACTIONS: dict[str, Callable[..., Any]] = {
     "diff": diff,
     "finish": finish,
     "inspect": inspect,
+    "report": report,
     "run": run,
     "verify": verify,
 }
@@ -202,7 +217,11 @@ OWN_OPTIONS = {
     "convert": CONVERT_OPTIONS,
     "diff": [json_option, QUIET_DIFF],
     "finish": [json_option, quiet_option],
-    "inspect": [json_option],
+    "inspect": [
+        json_option,
+        click.Option(["--modules"], is_flag=True, help="List all modules, one a line."),
+    ],
+    "report": [json_option, quiet_option],
     "run": [json_option, quiet_option],
     "verify": [json_option, quiet_option],
 }

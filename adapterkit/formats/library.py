@@ -61,8 +61,7 @@ def architectures() -> dict[str, Architecture]:
     """Every architecture by name. `Damaged` as for formats."""
     from adapterkit.formats.modules.rows import ORDERS
 
-    files = _files(folder() / ARCHITECTURES)
-    known = {path.stem: _read(path, architecture_from) for path in files}
+    known = read_files(ARCHITECTURES, architecture_from)
     for name, one in known.items():
         rules = [rule for words in one.components.values() for rule in words.rules]
         steps = [own for rule in rules for own in rule.steps.values()]
@@ -81,6 +80,11 @@ def format_named(name: str) -> Format:
             hint=did_you_mean([name], known) or "adapterkit convert --list tells what each holds",
         )
     return known[name]
+
+
+def read_files(folder_name: str, record: Callable[[str, dict], R]) -> dict[str, R]:
+    """The records of a folder of TOML files, by name."""
+    return {path.stem: _read(path, record) for path in _files(folder() / folder_name)}
 
 
 def _files(place: Path) -> list[Path]:

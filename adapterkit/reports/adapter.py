@@ -20,6 +20,8 @@ from adapterkit.reports.checkpoint import (
 from adapterkit.reports.configs import printable
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from adapterkit.options import Progress
     from adapterkit.reports.factors import Join
 
@@ -27,9 +29,14 @@ FLAGS = ("lora_bias", "bias", "ensure_weight_tying", "layer_replication", "targe
 
 
 def inspect_adapter(
-    folder: Folder, base: Folder | None, with_factors: bool, progress: "Progress"
+    folder: Folder,
+    base: Folder | None,
+    with_factors: bool,
+    progress: "Progress",
+    spectra: "dict[str, Tensor] | None" = None,
 ) -> Json:
-    """inspect's result for an adapter; `with_factors`: read them for norms and effective ranks."""
+    """inspect's result for an adapter; `with_factors`: read them for norms and effective ranks, and
+    for the `spectra` that are asked for."""
     adapter, scan, typed = scan_adapter(folder)
     check_tensors(scan, mixed=False)
     check_pickles(scan, "the adapter")
@@ -38,7 +45,7 @@ def inspect_adapter(
         problem = f"other weights beside the adapter's: {some_names(others)}"
         hint = "inspect a model in a folder of its own"
         add_problem(scan, problem, "the adapter alone", hint)
-    modules = _modules(adapter, typed, base, with_factors, scan, progress)
+    modules = _modules(adapter, typed, base, with_factors, scan, progress, spectra)
     result = new_result("adapter", scan) | _adapter_keys(adapter)
     result |= {"groups": _groups(modules), "statistics": with_factors}
     return result | finish_result(scan, modules)
@@ -51,6 +58,7 @@ def _modules(
     with_factors: bool,
     scan: Scan,
     progress: "Progress",
+    spectra: "dict[str, Tensor] | None",
 ) -> list[Json]:
     if not with_factors:
         return _in_order([_module(adapter, lora, None, typed, scan) for lora in adapter.loras])
@@ -58,7 +66,7 @@ def _modules(
 
     joined = factors.join(adapter, base, scan.errors) if base is not None and typed else None
     modules = [_module(adapter, lora, joined, typed, scan) for lora in adapter.loras]
-    factors.read_factors(adapter, modules, joined, scan.errors, progress)
+    factors.read_factors(adapter, modules, joined, scan.errors, progress, spectra)
     if modules and not (
         any(module["trained"] for module in modules) or adapter.replaced or adapter.tokens
     ):

@@ -25,6 +25,7 @@ from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.merge.changes import collect_changes, other_base
 from adapterkit.planning.merge.job import MergeJob
 from adapterkit.records import Json
+from adapterkit.reports.heatmaps import module_label
 from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.parameters import Parameter
@@ -73,9 +74,11 @@ def read_factors(
     joined: Join | None,
     problems: Problems,
     progress: Progress,
+    spectra: dict[str, Tensor] | None = None,
 ) -> None:
-    """Add the statistics of the factors to `modules`; check all other tensors for NaN and
-    infinity."""
+    """Add the statistics of the factors to `modules`; check all other tensors for NaN and infinity.
+    `spectra` gets the singular values of scale * b @ a by the module's label; of a stack the root
+    mean square over the experts."""
     parameters = joined.parameters if joined is not None else {}
     total = sum(spec.nbytes for spec in adapter.tensors.values())
     if joined is not None:
@@ -87,7 +90,10 @@ def read_factors(
     with Sources((base, adapter.folder), {}) as sources:
         reader = LocalReader(sources, torch.device("cpu"), dtype=None, finite=False)
         for lora, module in zip(adapter.loras, modules, strict=True):
-            module |= _statistics(lora, module, reader, problems)
+            statistics, spectrum = _statistics(lora, module, reader, problems)
+            module |= statistics
+            if spectra is not None and spectrum is not None:
+                spectra[module_label(module)] = spectrum
             progress(lora.a.nbytes + lora.b.nbytes)
             parameter = parameters.get((lora.module, lora.depth))
             if joined is not None and parameter is not None and module["norm"] is not None:
@@ -98,8 +104,11 @@ def read_factors(
                 _check_values(spec, reader, problems, progress)
 
 
-def _statistics(lora: Lora, module: Json, reader: Reader, problems: Problems) -> Json:
-    """trained, and effective_rank and norm where the factors are finite and fit each other."""
+def _statistics(
+    lora: Lora, module: Json, reader: Reader, problems: Problems
+) -> tuple[Json, Tensor | None]:
+    """trained, and effective_rank and norm where the factors are finite and fit each other; then
+    also their singular values."""
     a, b = (reader.tensor(spec).double().flatten(1) for spec in (lora.a, lora.b))
     statistics: Json = {"trained": bool((b != 0).any())}
     bad = {
@@ -119,9 +128,9 @@ def _statistics(lora: Lora, module: Json, reader: Reader, problems: Problems) ->
             where=lora.a.file,
             kind=Damaged,
         )
-        return statistics
+        return statistics, None
     if bad:
-        return statistics
+        return statistics, None
     # their sizes apart: the product may leave float64's range
     sizes = [float(factor.abs().max()) or 1.0 for factor in (a, b)]
     products = algebra.products_of(a / sizes[0], b / sizes[1], module["experts"] or 1)
@@ -137,7 +146,9 @@ def _statistics(lora: Lora, module: Json, reader: Reader, problems: Problems) ->
         if not math.isfinite(norm):
             problem = f"the delta of {shown(lora.module)} is larger than any number of float64"
             problems.append(_not_finite(problem, lora.a.file))
-    return statistics
+    spectrum = torch.stack(spectra).square().mean(0).sqrt() * sizes[0] * sizes[1]
+    spectrum *= abs(module["scale"] or 1.0)
+    return statistics, spectrum if all_finite(spectrum) else None
 
 
 def effective_rank(s: Tensor) -> float:

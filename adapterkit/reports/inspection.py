@@ -2,6 +2,7 @@
 factors."""
 
 from pathlib import Path
+from typing import Any
 
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder, LocalFolder
@@ -10,21 +11,35 @@ from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.errors import Refused, shown
 from adapterkit.gguf.header import find_gguf, is_gguf_adapter
 from adapterkit.hub.folder import HubFolder
+from adapterkit.pages.page import frame
 from adapterkit.planning.inputs.converted_adapter import adapter_or_file
 from adapterkit.planning.inputs.sources import open_model, open_source
 from adapterkit.records import Json
-from adapterkit.reports import pictures
 from adapterkit.reports.adapter import inspect_adapter
 from adapterkit.reports.checkpoint import MAX_NAMES, inspect_base, inspect_file, inspect_gguf
+from adapterkit.reports.heatmaps import check_page, write_page
+from adapterkit.reports.report_page import heatmap_page
 from adapterkit.verbs.inspect import Inspect
 
 
-def inspect_source(inspect: Inspect) -> Json:
+class Inspection(dict[str, Any]):
+    """What `inspect` says of a source; of an adapter notebooks show heatmaps."""
+
+    def _repr_html_(self) -> str | None:
+        is_drawn = any(module["norm"] is not None for module in self["modules"])
+        return frame(heatmap_page(self)) if is_drawn else None
+
+
+def inspect_source(inspect: Inspect) -> Inspection:
     """What `inspect` says of a source."""
+    return Inspection(_inspect(inspect))
+
+
+def _inspect(inspect: Inspect) -> Json:
     path, base, plot = inspect.path, inspect.base, inspect.plot
     download, headers = inspect.download, inspect.headers
     if plot is not None:
-        pictures.check_plot(Path(plot))
+        check_page(Path(plot), "--plot")
     on = open_model(base) if base is not None else None
     folder = open_source(path)
     files = None if CONFIG in folder.files() else find_gguf(folder)
@@ -50,7 +65,7 @@ def inspect_source(inspect: Inspect) -> Json:
         folder = adapter_or_file(folder, on)
     result = inspect_adapter(folder, on, with_factors, inspect.progress)
     if plot is not None:
-        pictures.draw(result, Path(plot))
+        write_page(Path(plot), heatmap_page(result))
     return result
 
 

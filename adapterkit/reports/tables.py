@@ -8,17 +8,17 @@ from statistics import median
 from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, shown
 from adapterkit.records import Json
+from adapterkit.reports.heatmaps import NUMBER, blocks, heatmaps_of, module_label
 
 MAX_PROBLEMS = 20  # kinds of problems that are listed; all of them are in the JSON
 MAX_ROWS = 20  # that are listed one by one
-NUMBER = re.compile(r"\.\d+(?=\.)")  # of a layer, in a name
 GROUP = ["modules", "count", "kind", "rank", "alpha", "scale"]
 MODULE = ["module", "rank", "scale", "trained", "norm", "relative", "effective_rank"]
 CHANGED = ["changed", "", "relative", "max abs", "cosine", "differ", "rank"]
 
 
-def inspect_table(result: Json) -> str:
-    """inspect's result as lines for a terminal."""
+def inspect_table(result: Json, all_modules: bool = False, width: int = 100) -> str:
+    """inspect's result as lines for a terminal of that width; `all_modules`: one a line."""
     lines = [f"{result['kind']} {shown(result['name'])}"]
     metrics = _metrics(result) + (_adapter_metrics(result) if result["kind"] == "adapter" else [])
     lines += [f"  {name:16} {shown(text)}" for name, text in metrics if text]
@@ -28,7 +28,8 @@ def inspect_table(result: Json) -> str:
     if modules and result["statistics"]:
         related = any(module["relative"] is not None for module in modules)
         names = [name for name in MODULE if related or name != "relative"]
-        lines += ["", *_inspect_columns(names, modules)]
+        table = _inspect_columns(names, modules) if all_modules else []
+        lines += ["", *(table or blocks(heatmaps_of({"": result}), width))]
     elif modules:
         why = "from the Hub without --download" if "repo" in result["origin"] else "with --headers"
         lines += ["", f"norms and effective ranks: not read {why}"]
@@ -143,13 +144,6 @@ def _inspect_cell(row: Json, name: str) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else shown(value)
-
-
-def module_label(module: Json) -> str:
-    """A module's name with its parameter's unless that is `weight`, or with its wrapper's level."""
-    if module["parameter"] is not None:
-        return module["parameter"].removesuffix(".weight")
-    return module["module"] + (f" (level {module['depth']})" if module["depth"] else "")
 
 
 def _problem_lines(problems: list[dict[str, str]]) -> list[str]:

@@ -17,7 +17,7 @@ from adapterkit.runtime import merging, rows, swapping
 from adapterkit.runtime.load import creation, reading, writing
 from adapterkit.runtime.load.store import Store
 from adapterkit.runtime.merging import conflicts
-from adapterkit.runtime.report import Report, report
+from adapterkit.runtime.report import ModuleTable, report
 from adapterkit.runtime.state import State, named, weights
 from adapterkit.runtime.training import trainer
 from adapterkit.statistics.reader import Stats
@@ -248,7 +248,7 @@ class Adapters:
         for _, part in self.state.adapters[name].parts():
             part.rescale(number)
 
-    def report(self) -> Report:
+    def report(self) -> ModuleTable:
         """A row for each module with adapters; prints as a table. `.trainable`, `.total` and
         `.share`: how many parameters are trained, how many there are, and the part of them."""
         return report(self.state)

@@ -45,7 +45,7 @@ class Row:
     adapters: tuple[AdapterOnModule, ...]
 
 
-class Report(list[Row]):
+class ModuleTable(list[Row]):
     """Rows in the order of the modules; prints as a table, with the totals.
 
     `trainable` and `total`: parameters of the model with its adapters."""
@@ -72,9 +72,9 @@ class Report(list[Row]):
 
 @torch.no_grad()
 @float32_products()
-def report(state: State) -> Report:
+def report(state: State) -> ModuleTable:
     """Every module with adapters: its class, and each one's rank, scale and norm."""
-    rows = Report()
+    rows = ModuleTable()
     for parameter in state.model.parameters():
         # bitsandbytes packs 4-bit weights
         packed = getattr(parameter, "quant_state", None)

@@ -59,9 +59,9 @@ class Inspect(Verb[Json]):
 
     Weights on the Hub are not read unless `download` is given, of a file of another tool only what
     tells ranks and scales; and with `headers` no factors are read anywhere (of an adapter with tens
-    of thousands of modules they take minutes), and no model's class is built. `plot` draws the
-    norms, relative ones with `base`, into a PNG file. Raises `Refused` where there is nothing to
-    inspect or an option does not apply.
+    of thousands of modules they take minutes), and no model's class is built. `plot` draws norms
+    and ranks, relative ones with `base`, into an HTML page. Raises `Refused` where there is nothing
+    to inspect or an option does not apply.
     """
 
     runner = "reports.inspection:inspect_source"
@@ -74,7 +74,7 @@ class Inspect(Verb[Json]):
 
     \b
     Example:
-      adapterkit inspect ./my-adapter --base ./base --plot norms.png
+      adapterkit inspect ./my-adapter --base ./base --plot norms.html
       adapterkit inspect meta-llama/Llama-3.1-8B --json
     """
 
@@ -97,8 +97,8 @@ class Inspect(Verb[Json]):
     plot: StrPath | None = option(
         default=None,
         check=FILE,
-        metavar="FILE.png",
-        help="Plot the norms as a heatmap, layers by modules.",
+        metavar="FILE.html",
+        help="Draw norms and ranks as heatmaps, layers by modules, into a page for a browser.",
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 

@@ -12,7 +12,6 @@ from tests.support.forks import program
 Ended = dict[str, tuple[int, str, list[str]]]  # command -> exit status, message, what it left
 
 REFUSED = {
-    "inspect style --plot plot.png": 'matplotlib pip install "adapterkit[plot]"',
     "dequantize model.gguf --out out": 'gguf pip install "adapterkit[gguf]"',
     "merge base style --engine ray --out out": 'ray pip install "adapterkit[ray]"',
     "stats base --data rows.parquet --out s.safetensors": "pyarrow pip install pyarrow, or",
@@ -29,7 +28,7 @@ SLOWER = (  # transformers is imported
     "merge nf4 style --dequantize --out merged --verify",
 )
 ABSENT = (
-    "accelerate bitsandbytes compressed_tensors datasets diffusers gguf lycoris matplotlib mlx "
+    "accelerate bitsandbytes compressed_tensors datasets diffusers gguf lycoris mlx "
     "mlx_lm peft pyarrow ray torchao trl"
 ).split()
 JOBS = f"""

@@ -34,6 +34,7 @@ LEVELS = [
     "checkpoint",
     "kernels",
     "shared_options",
+    "pages",
     "options optional patterns registry records dtypes errors",
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts.split()}

@@ -15,9 +15,10 @@ import pytest
 import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import Refused
-from adapterkit.reports import pictures, tables
+from adapterkit.reports import tables
+from adapterkit.reports.heatmaps import heatmaps_of
 from tests.support import oracle, raw_files
-from tests.support.inspections import DAMAGED, PNG, ROOT, edited, inspect, problems_of, refused, run
+from tests.support.inspections import DAMAGED, ROOT, edited, inspect, problems_of, refused, run
 
 
 def test_a_file(lora, llama, tmp_path):
@@ -43,7 +44,7 @@ def test_what_is_nothing_is_refused(lora, llama, tmp_path):
     assert "checkpoint-5" in refused(tmp_path / "run")
     (tmp_path / "notes.txt").write_text("x")
     assert "not a .safetensors file" in refused(tmp_path / "notes.txt")
-    assert "--base and --plot" in refused(llama, base=llama, plot=tmp_path / "x.png")
+    assert "--base and --plot" in refused(llama, base=llama, plot=tmp_path / "x.html")
 
 
 def called(*words):
@@ -54,7 +55,7 @@ def called(*words):
 
 def test_the_table_and_the_json_are_the_result(lora, llama, tmp_path):
     assert json.loads(called(lora, "--base", llama, "--json")[1]) == inspect(lora, base=llama)
-    status, text = called(lora, "--base", llama)
+    status, text = called(lora, "--base", llama, "--modules")
     assert status == 0 and text.endswith("problems: none\n")
     line = next(
         line for line in text.splitlines() if line.startswith("model.layers.1.mlp.up_proj")
@@ -156,14 +157,20 @@ def test_no_name_acts_on_a_terminal(tmp_path):
 
 
 def test_the_picture(lora, llama, tmp_path):
-    assert called(lora, "--base", llama, "--plot", tmp_path / "norms.png")[0] == 0
-    data = (tmp_path / "norms.png").read_bytes()
-    assert data.startswith(PNG) and len(data) > 5000
+    assert called(lora, "--base", llama, "--plot", tmp_path / "norms.html")[0] == 0
     modules = inspect(lora, base=llama)["modules"]
-    rows, columns, values = pictures.grid(modules, "relative")
+    maps = heatmaps_of({"lora": {"modules": modules}})
+    rows, columns, values = maps["rows"], maps["columns"], maps["tables"][0]["values"]
     assert rows == ["model.layers.0", "model.layers.1"] and len(columns) == 7
     at = {m["module"]: m["relative"] for m in modules}
     assert values == [[at[f"{row}.{column}"] for column in columns] for row in rows]
+    page = (tmp_path / "norms.html").read_text("utf-8")
+    assert all(f"{value:.4g}</title>" in page for value in at.values())
+    lines = called(lora, "--base", llama)[1].splitlines()
+    drawn = [line.split() for line in lines if line.startswith("  mlp") or "  self_attn" in line]
+    assert [name for name, _ in drawn] == columns and all(len(cells) == 2 for _, cells in drawn)
+    darkest = max(range(7), key=lambda n: max(row[n] for row in values))
+    assert "█" in drawn[darkest][1]
 
 
 def test_the_picture_has_holes_where_there_is_no_number(tmp_path):
@@ -173,19 +180,20 @@ def test_the_picture_has_holes_where_there_is_no_number(tmp_path):
         np.full((4, 6, 3, 3), np.nan, np.float32)
     )
     files.folder().write(tmp_path / "adapter")
-    result = inspect(tmp_path / "adapter", plot=tmp_path / "x.png")
-    assert (tmp_path / "x.png").read_bytes().startswith(PNG)
-    rows, columns, values = pictures.grid(result["modules"], "norm")
-    assert (rows, columns) == (["", "model.layers.0"], ["model.conv", "model.embed", "q$_$proj"])
-    assert [[math.isnan(v) for v in row] for row in values] == [
+    result = inspect(tmp_path / "adapter", plot=tmp_path / "x.html")
+    assert "q$_$proj" in (tmp_path / "x.html").read_text("utf-8")
+    maps = heatmaps_of({"": result})
+    assert maps["rows"] == ["", "model.layers.0"]
+    assert maps["columns"] == ["model.conv", "model.embed", "q$_$proj"]
+    assert [[v is None for v in row] for row in maps["tables"][0]["values"]] == [
         [True, False, True],
         [True, True, False],
     ]
 
 
 def test_a_picture_that_cannot_be_drawn_is_refused_first(lora, tmp_path):
-    assert ".png" in refused(lora, plot=tmp_path / "x.jpg")
-    assert ".png" in refused(lora, plot=tmp_path / "nowhere" / "x.png")
+    assert ".html" in refused(lora, plot=tmp_path / "x.jpg")
+    assert ".html" in refused(lora, plot=tmp_path / "nowhere" / "x.html")
     bad = edited(lora, tmp_path / "bad", lambda t: [v.fill_(math.nan) for v in t.values()])
-    assert "no norms to draw" in refused(bad, plot=tmp_path / "x.png")
-    assert not (tmp_path / "x.png").exists()
+    assert "no norms to draw" in refused(bad, plot=tmp_path / "x.html")
+    assert not (tmp_path / "x.html").exists()

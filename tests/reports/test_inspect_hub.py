@@ -97,7 +97,7 @@ def test_weights_on_the_hub_are_read_when_asked_for(hub, tmp_path):
 
 
 def test_factors_on_the_hub_are_not_asked_about_without_download(hub, tmp_path, lora):
-    for words in (["org/adapter:v1", "--plot", tmp_path / "x.png"], [lora, "--base", "org/base"]):
+    for words in (["org/adapter:v1", "--plot", tmp_path / "x.html"], [lora, "--base", "org/base"]):
         done = run(*words, **hub.environment(tmp_path / "home"))
         assert (
             done.returncode == 1
@@ -134,7 +134,7 @@ def test_headers_alone(lora, llama, tmp_path, monkeypatch):
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0
     for options, word in (
         ({"base": llama}, "--base"),
-        ({"plot": tmp_path / "x.png"}, "--plot"),
+        ({"plot": tmp_path / "x.html"}, "--plot"),
         ({"download": True}, "--download"),
     ):
         with pytest.raises(Refused, match="headers alone") as refusal:

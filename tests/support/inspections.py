@@ -29,7 +29,6 @@ MODULE = {
     "module", "kind", "depth", "parameter", "experts", "rank", "alpha", "scale", "trained", "norm",
     "effective_rank", "relative",
 }  # fmt: skip
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def inspect(*words, **options):

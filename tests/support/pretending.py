@@ -7,7 +7,7 @@ import os
 import sys
 
 # of the extra `test`
-MISSING = ("compressed_tensors", "diffusers", "gguf", "lycoris", "matplotlib", "mlx",
+MISSING = ("compressed_tensors", "diffusers", "gguf", "lycoris", "mlx",
            "mlx_lm", "ray", "scipy", "torchao", "trl")  # fmt: skip
 # they choose by the true system when they are imported
 FOREIGN = ("bitsandbytes", "click", "peft", "psutil", "torch", "tqdm")

@@ -1,0 +1,33 @@
+"""Programs that run models with adapters: what each loads, and how."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from adapterkit import records
+from adapterkit.errors import Damaged
+from adapterkit.formats.library import read_files
+from adapterkit.records import Json
+
+
+@dataclass(frozen=True)
+class Client:
+    """A program that loads adapters."""
+
+    name: str
+    title: str
+    models: Literal["language", "image"]
+    format: str  # that is written for it
+    load: str  # what loads {file} onto {base}
+
+
+@cache
+def engines() -> Mapping[str, Client]:
+    """Every one by name."""
+    return read_files("engines", _client)
+
+
+def _client(name: str, table: Json) -> Client:
+    words, where = {"name": name, **table}, f"engines/{name}.toml"
+    return records.read(Client, words, where, hint="fix the file", kind=Damaged)

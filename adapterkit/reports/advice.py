@@ -1,0 +1,91 @@
+"""One command to try next, with its reason in numbers; and how programs load an adapter."""
+
+import re
+from collections.abc import Sequence
+
+from adapterkit.formats.engines import Client, engines
+from adapterkit.formats.library import formats
+from adapterkit.options import bytes_text
+from adapterkit.records import Json
+
+RUNS_OF_ONE_TASK = 0.8  # cosines above which deltas are taken for the same task's
+SAFE = re.compile(r"[\w.-]+(/[\w.-]+)*")  # names that a shell and Python read as they are
+LITTLE = 0.9  # shares of a delta that a sum keeps, below which the others take from it
+
+
+def advise(document: Json, sources: Sequence[str], base: str) -> Json:
+    """{command, reason}: only what the numbers of a report's document say. The sources and the base
+    are written as in a shell."""
+    adapters = document["adapters"]
+    broken = next((one for one in adapters if one["problems"]), None)
+    if broken is not None:
+        problem = broken["problems"][0]
+        return {"command": "", "reason": f"{broken['name']}: {problem['found']}; {problem['do']}"}
+    if document["pairs"] is None:
+        return _of_one(adapters[0], sources[0], base)
+    return _of_several(document["pairs"], [one["name"] for one in adapters], sources)
+
+
+def _of_one(adapter: Json, source: str, base: str) -> Json:
+    needed, rank = adapter["rank_99"], adapter["rank"]
+    if needed is not None and rank is not None and needed <= rank // 2:
+        size = adapter["bytes"] * needed // rank
+        reason = (
+            f"rank {needed} of {rank} keeps 99 % of the squared norm of every module: about "
+            f"{bytes_text(size)} instead of {bytes_text(adapter['bytes'])}"
+        )
+        command = f"adapterkit resize {source} --energy 0.99 --out smaller"
+    else:
+        reason = "no problems were found, and no rank is to spare"
+        command = f"adapterkit merge {base} {source} --out merged --verify"
+    return {"command": command, "reason": reason}
+
+
+def _of_several(pairs: Json, names: Sequence[str], sources: Sequence[str]) -> Json:
+    """By the cosines and by what a plain sum keeps."""
+    table = pairs["cosines"]
+    cosines = {(i, j): c for i, row in enumerate(table) for j, c in enumerate(row[:i]) if c}
+    kept = [share for share in pairs["sum"]["retention"] if share is not None]
+    if not cosines or not kept:
+        reason = "the adapters have no modules in common: a sum keeps each as it is"
+        return _combine(sources, "linear", reason)
+    nearest = max(cosines, key=lambda pair: cosines[pair])
+    least = f"a plain sum keeps {min(kept):.0%} or more of each"
+    if cosines[nearest] >= RUNS_OF_ONE_TASK:
+        one, other = sorted(nearest)
+        reason = f"{names[one]} and {names[other]} have a cosine of {cosines[nearest]:.2f}: "
+        reason += "nearly one delta, which a sum would count twice"
+        return _combine([sources[one], sources[other]], "mean", reason)
+    measured = f"cosines of {min(cosines.values()):.2f} to {cosines[nearest]:.2f}, {least}"
+    if min(kept) < LITTLE:
+        return _combine(sources, "ties", f"they take from each other in a sum: {measured}")
+    return _combine(sources, "linear", f"they add up: {measured}")
+
+
+def _combine(sources: Sequence[str], method: str, reason: str) -> Json:
+    command = f"adapterkit combine {' '.join(sources)} --method {method} --out combined"
+    return {"command": command, "reason": reason}
+
+
+def loading(document: Json, sources: Sequence[str]) -> list[Json]:
+    """How each program that runs such a model loads the first adapter, after a conversion where it
+    reads another format."""
+    adapter = document["adapters"][0]
+    form = formats().get(adapter["format"])
+    is_image = form is not None and bool(form.names.components)
+    kind = "image" if is_image else "language"
+    base = adapter["base"] if SAFE.fullmatch(str(adapter["base"])) else "BASE"
+    words = {"base": base, "rank": adapter["rank"] or "RANK"}
+    return [
+        {"engine": one.title, "command": _load(one, adapter["format"], sources[0], words)}
+        for one in engines().values()
+        if one.models == kind
+    ]
+
+
+def _load(client: Client, form: str, source: str, words: Json) -> str:
+    if form == client.format:
+        return client.load.format(file=source, **words)
+    file = f"for-{client.name}"
+    convert = f"adapterkit convert {source} --to {client.format} --out {file}"
+    return f"{convert}\n{client.load.format(file=file, **words)}"

@@ -1,0 +1,108 @@
+"""Norms and ranks of adapters' modules, layers by modules: as numbers, as a page, in a terminal."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from adapterkit.errors import Failed, Refused, shown
+from adapterkit.pages.pictures import Scale
+from adapterkit.records import Json
+
+MARK = b'<meta name="generator" content="adapterkit">'
+SHADES = "·░▒▓█"  # from little to much
+NUMBER = re.compile(r"\.\d+(?=\.)")  # of a layer, in a name
+
+
+def module_label(module: Json) -> str:
+    """A module's name with its parameter's unless that is `weight`, or with its wrapper's level."""
+    if module["parameter"] is not None:
+        return module["parameter"].removesuffix(".weight")
+    return module["module"] + (f" (level {module['depth']})" if module["depth"] else "")
+
+
+def place_of(label: str) -> tuple[str, str]:
+    """A module's layer and its name there; of one outside of layers "" and its whole name."""
+    parts = label.split(".")
+    at = next((n for n, part in enumerate(parts[:-1]) if part.isdecimal()), None)
+    return ("", label) if at is None else (".".join(parts[: at + 1]), ".".join(parts[at + 1 :]))
+
+
+def heatmaps_of(adapters: Mapping[str, Json]) -> Json:
+    """Of adapters as `inspect` has them: rows (layers), columns (modules), and for each adapter and
+    measure a table."""
+    places = {}
+    for one in adapters.values():
+        for module in one["modules"]:
+            places[module_label(module)] = place_of(module_label(module))
+    rows = list(dict.fromkeys(row for row, _ in places.values()))
+    columns = list(dict.fromkeys(column for _, column in places.values()))
+    tables = []
+    for name, one in adapters.items():
+        modules = {places[module_label(module)]: module for module in one["modules"]}
+        total = sum(module["norm"] ** 2 for module in modules.values() if module["norm"])
+        related = any(module["relative"] is not None for module in modules.values())
+        for measure in ("relative" if related else "norm", "effective_rank", "share"):
+            cell = lambda m, of=measure, total=total: _value(m, of, total)
+            values = [[cell(modules.get((row, column))) for column in columns] for row in rows]
+            tables.append({"adapter": name, "measure": measure, "values": values})
+    return {"rows": rows, "columns": columns, "tables": tables}
+
+
+def _value(module: Json | None, measure: str, total: float) -> float | None:
+    if module is None or measure != "share":
+        return None if module is None else module[measure]
+    return module["norm"] ** 2 / total if module["norm"] is not None and total else None
+
+
+def blocks(maps: Json, width: int) -> list[str]:
+    """The first table as lines for a terminal: a line a module, a column a layer, of more layers
+    than fit the mean of several; and what it means."""
+    table = maps["tables"][0]
+    flat = [v for row in table["values"] for v in row if v is not None]
+    scale = Scale.of(flat, log=True)
+    if not flat or scale.high == 0:
+        return []
+    label = max(map(len, maps["columns"]))
+    group = math.ceil(len(maps["rows"]) / max(width - label - 4, 8))
+    lines = []
+    for column, values in zip(maps["columns"], zip(*table["values"], strict=True), strict=True):
+        parts = [values[n : n + group] for n in range(0, len(values), group)]
+        lines.append(f"  {shown(column):{label}}  {''.join(_shade(p, scale) for p in parts)}")
+    what = "‖delta‖/‖W‖" if table["measure"] == "relative" else "‖delta‖"
+    ends = f"{maps['rows'][0] or 'outside of layers'} to {maps['rows'][-1]}"
+    text = f"{what} from {scale.low:.3g} {SHADES[0]} to {scale.high:.3g} {SHADES[-1]}, {ends}"
+    return [*lines, f"  {text}" + (f", {group} layers a column" if group > 1 else "")]
+
+
+def _shade(values: tuple[float | None, ...], scale: Scale) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return " "
+    share = scale.share(sum(known) / len(known))
+    return SHADES[min(int(share * len(SHADES)), len(SHADES) - 1)]
+
+
+def check_page(path: Path, flag: str) -> None:
+    """`Refused` for a place of a page that is no file to write, or holds something else."""
+    if not path.parent.is_dir() or path.is_dir() or path.suffix != ".html":
+        expected, hint = "a file name ending in .html, in a folder that exists", "give another name"
+        raise Refused(shown(path), expected=expected, where=flag, hint=hint)
+    if path.exists():
+        with path.open("rb") as file:
+            if MARK not in file.read(1000):
+                raise Refused(
+                    f"{shown(path)} exists and is no page of adapterkit",
+                    expected="a new file, or an older page",
+                    where=flag,
+                    hint="give another name",
+                )
+
+
+def write_page(path: Path, text: str) -> None:
+    """`Failed` where the file cannot be written."""
+    try:
+        path.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        hint = "check the disk and the folder"
+        raise Failed(f"cannot write: {error.strerror}", where=str(path), hint=hint) from error

@@ -1,0 +1,169 @@
+"""report: the numbers of its document, and the file of its page."""
+
+import os
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from adapterkit.adapters.keys import CONFIG
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.system import system
+from adapterkit.errors import Refused
+from adapterkit.kernels.lowrank import algebra
+from adapterkit.options import StrPath, unweighted
+from adapterkit.planning.inputs.converted_adapter import adapter_or_file, components_of
+from adapterkit.planning.inputs.sources import if_given, open_model, open_source, open_unconverted
+from adapterkit.receipt import find_receipt, read_receipt
+from adapterkit.records import Json
+from adapterkit.reports.adapter import inspect_adapter
+from adapterkit.reports.advice import advise, loading
+from adapterkit.reports.heatmaps import (
+    NUMBER,
+    check_page,
+    heatmaps_of,
+    module_label,
+    place_of,
+    write_page,
+)
+from adapterkit.reports.outcome import outcome_of
+from adapterkit.reports.report_page import report_page
+from adapterkit.reports.spaces import compare_adapters
+from adapterkit.verbs.report import Report
+
+VERSION = 1
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+def write_report(report: Report) -> Json:
+    """Write the page of a report; its document."""
+    path = Path(report.out)
+    check_page(path, "--out")
+    document = document_of(report)
+    write_page(path, report_page(document))
+    return document
+
+
+def document_of(report: Report) -> Json:
+    """The numbers of a report."""
+    base = if_given(open_model, report.base)
+    sources = unweighted(report.adapters)
+    folders = [one for source in sources for one in _folders(source, base)]
+    spectra: list[dict[str, Tensor]] = [{} for _ in folders]
+    inspected = [
+        inspect_adapter(folder, base, True, report.progress, its)
+        for folder, its in zip(folders, spectra, strict=True)
+    ]
+    names = _distinct([one["name"] for one in inspected])
+    parts = list(zip(names, inspected, spectra, strict=True))
+    document: Json = {
+        "report": VERSION,
+        "base": None if base is None else base.name,
+        "adapters": [_adapter(*part) for part in parts],
+        "heatmaps": heatmaps_of({name: one for name, one, _ in parts}),
+        "spectra": [one for part in parts for one in _spectra(*part)],
+        "ranks": [{"adapter": name, "rows": _ranks(one, its)} for name, one, its in parts],
+        "pairs": compare_adapters(folders, report.stats) if len(folders) > 1 else None,
+        "outcome": _outcome(report.output) if report.output is not None else None,
+    }
+    texts = [system.quote(os.fspath(source)) for source in sources]
+    base_text = "BASE" if report.base is None else system.quote(os.fspath(report.base))
+    document["advice"] = advise(document, texts, base_text)
+    document["loading"] = loading(document, texts)
+    return document
+
+
+def _folders(source: StrPath, base: Folder | None) -> list[Folder]:
+    """The adapter of a source in PEFT's layout, or those of a pipeline's models."""
+    folder = open_unconverted(source)
+    adapter = adapter_or_file(folder, base)
+    if CONFIG in adapter.files():
+        return [adapter]
+    components = components_of(folder)
+    if components:
+        return [*components.values()]
+    raise Refused(
+        "no adapter", expected="adapters, in any format", where=folder.label, hint="check the path"
+    )
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """The names, those that are there twice with a number."""
+    return [f"{name} {n + 1}" if names.count(name) > 1 else name for n, name in enumerate(names)]
+
+
+def _adapter(name: str, one: Json, spectra: dict[str, Tensor]) -> Json:
+    modules = one["modules"]
+    norms = [module["norm"] for module in modules if module["norm"] is not None]
+    relative = [module["relative"] for module in modules if module["relative"] is not None]
+    used = [s for s in spectra.values() if bool(s.any())]
+    only = lambda key: values.pop() if len(values := {m[key] for m in modules}) == 1 else None
+    known = ("format", "peft_type", "base", "bytes", "flags", "problems")
+    return {
+        "name": name,
+        **{key: one[key] for key in known},
+        **{key: only(key) for key in ("rank", "alpha", "scale")},
+        "modules": len(modules),
+        "norm": sum(norm**2 for norm in norms) ** 0.5 if norms else None,
+        "relative": median(relative) if relative else None,
+        "stable_rank": median(float(s.square().sum() / s.max() ** 2) for s in used)
+        if used
+        else None,
+        **{
+            f"rank_{share}": max(algebra.rank_for_energy(s, share / 100) for s in used)
+            if used
+            else None
+            for share in (90, 99)
+        },
+    }
+
+
+def _spectra(name: str, one: Json, spectra: dict[str, Tensor]) -> list[Json]:
+    """The singular values of each kind of module, from small to large over its modules."""
+    kinds: dict[str, list[Tensor]] = {}
+    for label, values in spectra.items():
+        kind = NUMBER.sub("", f".{place_of(label)[1]}").lstrip(".")
+        kinds.setdefault(kind, []).append(values)
+    found = []
+    for kind, lines in kinds.items():
+        width = min(map(len, lines))
+        table = torch.stack([line[:width] for line in lines])
+        low, middle, high = (table.quantile(share, dim=0).tolist() for share in QUANTILES)
+        found.append(
+            {"adapter": name, "modules": kind, "count": len(lines), "median": middle}
+            | {"low": low, "high": high}
+        )
+    return found
+
+
+def _ranks(one: Json, spectra: dict[str, Tensor]) -> list[Json]:
+    """What is kept at ranks of 1, 2, 4, ... and how large the file is then: its bytes are those of
+    factors by their rank."""
+    largest = max(map(len, spectra.values()), default=0)
+    total = sum(float(s.square().sum()) for s in spectra.values())
+    if not total:
+        return []
+    counts = {module_label(m): (m["rank"] or 0, m["experts"] or 1) for m in one["modules"]}
+    stored = sum(rank * experts for rank, experts in counts.values())
+    ranks = [2**n for n in range(largest.bit_length()) if 2**n < largest] + [largest]
+    rows = []
+    for rank in ranks:
+        kept = sum(float(s[:rank].square().sum()) for s in spectra.values())
+        left = sum(min(rank, own) * experts for own, experts in counts.values())
+        rows.append(
+            {"rank": rank, "energy": min(kept / total, 1.0), "bytes": one["bytes"] * left // stored}
+        )
+    return rows
+
+
+def _outcome(source: StrPath) -> Json:
+    folder = open_source(source)
+    if find_receipt(folder) is None:
+        raise Refused(
+            "no receipt",
+            expected="an output of adapterkit",
+            where=folder.label,
+            hint="name what a command wrote, or leave --output out",
+        )
+    return outcome_of(read_receipt(folder))

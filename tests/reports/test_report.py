@@ -1,0 +1,215 @@
+"""report: its numbers against dense float64, its page against its numbers."""
+
+import html
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+import adapterkit
+from adapterkit.cli import main
+from adapterkit.errors import Refused
+from adapterkit.pages.pictures import MOST_CELLS
+from tests.support import raw_files
+from tests.support.inspections import inspect
+
+WIDTH = 16
+
+
+def adapter(folder, seed=0, modules=(), rank=4, **config):
+    """An adapter of random factors with falling singular values."""
+    rng, files = (
+        np.random.default_rng(seed),
+        raw_files.AdapterFiles(raw_files.adapter_config(r=rank, lora_alpha=2 * rank, **config), {}),
+    )
+    sizes = np.logspace(0, -2, rank)
+    for name in modules or [f"model.layers.{n}.self_attn.q_proj" for n in range(3)]:
+        a, b = rng.normal(size=(rank, WIDTH)), rng.normal(size=(WIDTH, rank))
+        prefix = f"{raw_files.PREFIX}{name}.lora_"
+        files.tensors[f"{prefix}A.weight"] = raw_files.Stored.of((a * sizes[:, None]).astype("f4"))
+        files.tensors[f"{prefix}B.weight"] = raw_files.Stored.of((b * sizes).astype("f4"))
+    files.folder().write(folder)
+    return folder
+
+
+def deltas(folder):
+    """scale * b @ a by module, dense."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    scale = config["lora_alpha"] / config["r"]
+    names = [key for key in tensors if "lora_A" in key]
+    return {
+        key: scale * tensors[key.replace("lora_A", "lora_B")].double() @ tensors[key].double()
+        for key in names
+    }
+
+
+def report(tmp_path, *sources, **options):
+    return adapterkit.report([*sources], out=tmp_path / "report.html", **options)
+
+
+def test_the_numbers_of_one_adapter(tmp_path):
+    one = adapter(tmp_path / "one")
+    document = report(tmp_path, one)
+    (its,), dense = document["adapters"], deltas(one)
+    spectra = [torch.linalg.svdvals(d)[:4] for d in dense.values()]
+    squares = torch.stack(spectra).square()
+    assert its["norm"] == pytest.approx(float(squares.sum() ** 0.5), rel=1e-6)
+    stable = (squares.sum(1) / squares[:, 0]).median()
+    assert its["stable_rank"] == pytest.approx(float(stable), rel=1e-6)
+    for share in (90, 99):
+        kept = squares.cumsum(1) / squares.sum(1, keepdim=True)
+        needed = int((kept < share / 100).sum(1).max()) + 1
+        assert its[f"rank_{share}"] == needed
+    rows = {row["rank"]: row["energy"] for row in document["ranks"][0]["rows"]}
+    for rank, energy in rows.items():
+        assert energy == pytest.approx(float(squares[:, :rank].sum() / squares.sum()), rel=1e-6)
+    (band,) = document["spectra"]
+    assert band["modules"] == "self_attn.q_proj" and band["count"] == 3
+    assert band["median"] == pytest.approx(torch.stack(spectra).median(0).values.tolist(), rel=1e-5)
+    table = next(t for t in document["heatmaps"]["tables"] if t["measure"] == "norm")
+    norms = [float(s.square().sum() ** 0.5) for s in spectra]
+    assert [row[0] for row in table["values"]] == pytest.approx(norms, rel=1e-6)
+    assert document["pairs"] is None and "resize" in document["advice"]["command"]
+
+
+def test_the_numbers_of_pairs(tmp_path):
+    folders = [adapter(tmp_path / f"n{seed}", seed) for seed in (0, 1)]
+    pairs = report(tmp_path, *folders)["pairs"]
+    flat = [torch.cat([d.flatten() for d in deltas(f).values()]) for f in folders]
+    cosine = float(flat[0] @ flat[1] / flat[0].norm() / flat[1].norm())
+    assert pairs["cosines"][0][1] == pytest.approx(cosine, rel=1e-6)
+    total = flat[0] + flat[1]
+    kept = [float(total @ one / (one @ one)) for one in flat]
+    assert pairs["sum"]["retention"] == pytest.approx(kept, rel=1e-6)
+    assert pairs["sum"]["norm"] == pytest.approx(float(total.norm()), rel=1e-6)
+    opposed = float(((flat[0] * flat[1]) < 0).double().mean())
+    assert pairs["opposed"][0][1] == pytest.approx(opposed, abs=1e-9)  # all of 16 rows
+    overlaps = []
+    for one, other in zip(*(deltas(f).values() for f in folders), strict=True):
+        spaces = [torch.linalg.svd(d)[2][:4] for d in (one, other)]
+        overlaps.append(float((spaces[0] @ spaces[1].T).square().sum()) / 4)
+    assert pairs["inputs"][0][1] == pytest.approx(sum(overlaps) / 3, rel=1e-6)
+    assert pairs["inputs"][0][0] == pytest.approx(1)
+
+
+def test_statistics_weigh_the_cosines(tmp_path):
+    folders = [adapter(tmp_path / f"n{seed}", seed) for seed in (0, 1)]
+    root = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))
+    covariance = root @ root.T
+    keys = (key.removeprefix(raw_files.PREFIX) for key in deltas(folders[0]))
+    keys = [key.replace("lora_A.weight", "covariance") for key in keys]
+    save_file({key: covariance.clone() for key in keys}, tmp_path / "s.safetensors")
+    pairs = report(tmp_path, *folders, stats=tmp_path / "s.safetensors")["pairs"]
+    sums = torch.zeros(2, 2, dtype=torch.float64)
+    for two in zip(*(deltas(f).values() for f in folders), strict=True):
+        for i, j in itertools.product(range(2), repeat=2):
+            sums[i, j] += torch.trace(two[i] @ covariance.double() @ two[j].T)
+    cosine = float(sums[0, 1] / (sums[0, 0] * sums[1, 1]) ** 0.5)
+    assert pairs["output_cosines"][0][1] == pytest.approx(cosine, rel=1e-5)
+    assert pairs["output_cosines"] != pairs["cosines"]
+
+
+def test_advice_says_what_the_numbers_say(tmp_path):
+    one = adapter(tmp_path / "one")
+    again = adapter(tmp_path / "again")
+    minus = adapter(tmp_path / "minus")
+    tensors = load_file(minus / "adapter_model.safetensors")
+    opposed = {k: -0.6 * v if "lora_B" in k else v for k, v in tensors.items()}
+    save_file(opposed, minus / "adapter_model.safetensors")
+    advice = lambda *sources: report(tmp_path, *sources)["advice"]
+    assert "--method mean" in advice(one, again)["command"]
+    assert "--method ties" in advice(one, minus)["command"]
+    assert "--method linear" in advice(one, adapter(tmp_path / "other", 7))["command"]
+    broken = {k: torch.full_like(v, torch.nan) for k, v in tensors.items()}
+    save_file(broken, minus / "adapter_model.safetensors")
+    assert "not finite" in advice(minus)["reason"] and advice(minus)["command"] == ""
+
+
+def test_relative_norms_and_an_outcome(lora, llama, tmp_path):
+    adapterkit.merge(llama, [lora], out=tmp_path / "merged")
+    document = report(tmp_path, lora, base=llama, output=tmp_path / "merged")
+    modules = inspect(lora, base=llama)["modules"]
+    table = next(t for t in document["heatmaps"]["tables"] if t["measure"] == "relative")
+    values = sorted(v for row in table["values"] for v in row if v is not None)
+    assert values == sorted(m["relative"] for m in modules)
+    outcome = document["outcome"]
+    assert outcome["verb"] == "merge" and len(outcome["worst"]) == min(len(modules), 20)
+    shares = [one["survived"] for one in outcome["worst"]]
+    assert shares == sorted(shares)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "Outcome" in page and outcome["fingerprint"] in page
+
+
+def test_the_page_says_the_numbers_of_the_document(tmp_path):
+    folders = [adapter(tmp_path / f"n{seed}", seed) for seed in (0, 1)]
+    document = report(tmp_path, *folders)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page)
+    for one in document["adapters"]:
+        assert f"{one['norm']:.4g}" in cells and f"{one['stable_rank']:.3g}" in cells
+    for row in document["pairs"]["cosines"]:
+        assert {f"{value:.3f}" for value in row} <= {*cells}
+    tips = html.unescape(" ".join(re.findall(r"<title>([^<]*)</title>", page)))
+    for table in document["heatmaps"]["tables"]:
+        for value in (v for row in table["values"] for v in row):
+            assert f": {value:.4g}" in tips
+    first = (tmp_path / "report.html").read_bytes()
+    report(tmp_path, *folders)  # an older report may be replaced
+    assert (tmp_path / "report.html").read_bytes() == first
+
+
+HOSTILE = '"><script>alert(1)</script>\u202e' + "x" * 300
+
+
+def test_hostile_names_are_text(tmp_path):
+    folder = adapter(
+        tmp_path / "<b>one", modules=["model.layers.0.<img src=x>"], base_model_name_or_path=HOSTILE
+    )
+    report(tmp_path, folder)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert not any(text in page for text in ("<script", "<img", "<b>", "\u202e"))
+    assert "http" not in page.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize("layers", [20, pytest.param(58, marks=pytest.mark.slow)])
+def test_many_experts_are_a_bitmap_of_bounded_size(layers, tmp_path):
+    names = [f"m.layers.{n}.experts.{e}.up" for n in range(layers) for e in range(256)]
+    folder = adapter(tmp_path / "moe", modules=names, rank=1)
+    report(tmp_path, folder)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert len(names) > MOST_CELLS and "data:image/png" in page and "<rect" not in page
+    assert len(page) < 1_000_000
+
+
+def test_what_is_refused(tmp_path, llama):
+    one = adapter(tmp_path / "one")
+    (tmp_path / "taken.html").write_text("mine")
+    for out in (tmp_path / "taken.html", tmp_path / "x.txt", tmp_path / "no" / "x.html", tmp_path):
+        with pytest.raises(Refused):
+            adapterkit.report([one], out=out)
+    assert (tmp_path / "taken.html").read_text() == "mine"
+    with pytest.raises(Refused, match="no receipt"):
+        report(tmp_path, one, output=llama)
+    with pytest.raises(Refused, match="no adapter"):
+        report(tmp_path, llama)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_command_and_notebooks(lora, llama, tmp_path):
+    out = tmp_path / "report.html"
+    words = ["report", str(lora), "--out", str(out)]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0 and "next: adapterkit" in result.stdout
+    printed = json.loads(CliRunner().invoke(main, [*words, "--json"]).stdout)
+    assert printed == json.loads(json.dumps(report(tmp_path, lora)))
+    shown = adapterkit.inspect(lora)._repr_html_()
+    assert shown.startswith("<iframe sandbox") and "q_proj" in shown
+    assert adapterkit.inspect(llama)._repr_html_() is None
+    receipt = adapterkit.merge(llama, [lora], out=tmp_path / "merged")
+    assert receipt.data["fingerprint"] in receipt._repr_html_()
