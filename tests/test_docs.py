@@ -19,7 +19,7 @@ from tests.support.documents import CODE, DOCUMENTS, README, ROOT, blocks, name_
 
 PACKAGE = Path(adapterkit.__file__).parent
 # Options with which a command does something else than the verb of its name
-LOOKING = {"convert": {"detect", "listing", "from_list", "out_pattern"}}
+LOOKING = {"convert": {"detect", "listing", "from_list", "out_pattern"}, "inspect": {"modules"}}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WIDTH = 100
 FILE = re.compile(r"(?<![\w./<-])(?:adapterkit|tests|examples|docs|formats|\.ci)/[\w./*-]*[\w/*]")

@@ -50,13 +50,17 @@ def _of_several(pairs: Json, names: Sequence[str], sources: Sequence[str]) -> Js
         reason = "the adapters have no modules in common: a sum keeps each as it is"
         return _combine(sources, "linear", reason)
     nearest = max(cosines, key=lambda pair: cosines[pair])
-    least = f"a plain sum keeps {min(kept):.0%} or more of each"
     if cosines[nearest] >= RUNS_OF_ONE_TASK:
         one, other = sorted(nearest)
         reason = f"{names[one]} and {names[other]} have a cosine of {cosines[nearest]:.2f}: "
         reason += "nearly one delta, which a sum would count twice"
         return _combine([sources[one], sources[other]], "mean", reason)
-    measured = f"cosines of {min(cosines.values()):.2f} to {cosines[nearest]:.2f}, {least}"
+    ends = dict.fromkeys(
+        f"{round(c, 2) + 0.0:.2f}" for c in (min(cosines.values()), cosines[nearest])
+    )
+    measured = (
+        f"cosines of {' to '.join(ends)}, and a plain sum keeps at least {min(kept):.0%} of each"
+    )
     if min(kept) < LITTLE:
         return _combine(sources, "ties", f"they take from each other in a sum: {measured}")
     return _combine(sources, "linear", f"they add up: {measured}")

@@ -51,7 +51,7 @@ class Report(Verb[Json]):
     """
 
     runner = "reports.report:write_report"
-    command = """Write a page about adapters: what is in them, how they go together.
+    command = """Write a page for a browser about adapters.
 
     One HTML file without scripts that any browser shows and prints: problems first, norms and ranks
     of all modules, singular values, what a sum of the adapters would keep, and of a finished
