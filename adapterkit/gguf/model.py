@@ -28,6 +28,7 @@ from adapterkit.gguf.tensors import model_tensors, tensor_names, tensors_by_tabl
 from adapterkit.weights.skeleton import Skeleton
 
 TableOf: TypeAlias = Callable[[str], NameTable | None]
+UNSIZED = ("gemma4",)  # of which transformers reads files of one model's sizes, and no experts
 LOCAL_SETTINGS = ("is_local", "local_files_only", "name_or_path")  # of a tokenizer's config
 
 
@@ -68,7 +69,7 @@ def open_gguf(
         table = None
         if table_of is not None:
             table = table_of(file.architecture)
-            read = is_read_by_transformers(file.architecture)
+            read = is_read_by_transformers(file.architecture) and file.architecture not in UNSIZED
             if table is not None and read and not is_joined(table, file.entries):
                 table = None
         checkpoint, model = _read(file, headers, number, table)

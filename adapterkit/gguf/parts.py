@@ -16,6 +16,7 @@ from adapterkit.weights.slots import Axis, Slot
 Slots = Mapping[str, tuple[Slot, ...]]  # by parameter
 Entries = Mapping[str, Entry]
 JOINED = {"attn_qkv": "attn_q", "ffn_gate_up_exps": "ffn_gate_exps"}
+TURNED = ("llama4",)  # whose stacks of experts transformers has as (experts, in, out)
 HYBRID = ".ssm_"  # of layers whose attention is linear; there attn_qkv is one module
 
 
@@ -76,7 +77,7 @@ def _of_latents(names: TableNames, entries: Entries, block: str) -> Slots:
     head of each after the other."""
     k, v = (entries.get(f"{block}.attn_{part}_b.weight") for part in "kv")
     key = names.target(f"{block}.attn_kv_b.weight")
-    if k is None or v is None or key is None or key not in names.model.state:
+    if k is None or v is None or key is None:
         return {}
     (heads, latents, keys), (_, values, _) = k.shape, v.shape
     if v.shape != (heads, values, latents):
@@ -93,23 +94,22 @@ def _of_latents(names: TableNames, entries: Entries, block: str) -> Slots:
 
 
 def _of_experts(names: TableNames, entries: Entries, block: str) -> Slots:
-    """Stacks that a table names as one, which are turned: (experts, in, out); of others gate and up
-    in one tensor."""
+    """Stacks that a table names as one, and gate and up in one tensor of others."""
     found: dict[str, tuple[Slot, ...]] = {}
     for kinds in (("gate", "up"), ("down",)):
         whole, *apart = (f"{block}.ffn_{kind}_exps.weight" for kind in ("_".join(kinds), *kinds))
         place = names.place(whole)
-        turned = place is not None and EXPERT not in place.key
+        is_one = place is not None and EXPERT not in place.key
         stored = [entries[name] for name in dict.fromkeys([whole, *apart]) if name in entries]
-        if stored and (turned or stored[0].name == whole != apart[0]):
-            key = names.target(whole if turned else apart[0]) or ""
-            found |= _of_stacks(names, key.removesuffix(".weight"), stored, turned=turned)
+        if stored and (is_one or stored[0].name == whole != apart[0]):
+            key = names.target(whole if is_one else apart[0]) or ""
+            found |= _of_stacks(names, key.removesuffix(".weight"), stored)
     return found
 
 
-def _of_stacks(names: TableNames, key: str, stored: list[Entry], *, turned: bool) -> Slots:
+def _of_stacks(names: TableNames, key: str, stored: list[Entry]) -> Slots:
     """A stack of rows of these tensors (experts, out, in), one after the other."""
-    slots, first = [], 0
+    slots, first, turned = [], 0, names.architecture in TURNED
     for entry in stored:
         experts, rows, width = entry.shape
         out, inputs = Axis(first, 1, range(rows)), Axis(0, 2, range(width))

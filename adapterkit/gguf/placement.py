@@ -22,18 +22,23 @@ NARROW = 4
 @dataclass(frozen=True)
 class RowPlacement:
     """A parameter as rows of GGUF tensors: `transposed` in its last two axes, then row `rows[i]` of
-    it is row i of the tensors, one after the other; `shift` was added to each value."""
+    it is row i of the tensors, one after the other, and column `columns[i]` of a row is its column
+    i; `shift` was added to each value."""
 
     shapes: tuple[tuple[int, ...], ...]
     rows: Tensor | None = None  # int64; None: in their order
     transposed: bool = False
     shift: float = 0.0
+    columns: Tensor | None = None  # likewise
 
     @property
     def plain(self) -> bool:
         """Whether the parameter is one GGUF tensor as it is."""
         return (
-            len(self.shapes) == 1 and self.rows is None and not self.transposed and not self.shift
+            len(self.shapes) == 1
+            and self.rows is self.columns is None
+            and not self.transposed
+            and not self.shift
         )
 
     def split(self, weight: Tensor) -> list[Tensor]:
@@ -45,6 +50,7 @@ class RowPlacement:
         )
         rows = rows - self.shift if self.shift else rows
         rows = rows if self.rows is None else rows[self.rows.to(rows.device)]
+        rows = rows if self.columns is None else rows[:, self.columns.to(rows.device)]
         return list(rows.split([math.prod(shape[:-1]) for shape in self.shapes]))
 
 
@@ -55,6 +61,13 @@ def find_placement(
     it does more than move rows and add a number."""
     if len({shape[-1] for shape in shapes.values()}) > 1:
         return None
+    return _of_rows(shapes, build) or _of_columns(shapes, build)
+
+
+def _of_rows(
+    shapes: Shapes, build: Callable[[Callable[[str], Any]], Tensor]
+) -> RowPlacement | None:
+    """A placement that moves rows."""
     if sum(map(math.prod, shapes.values())) > MAX_COUNTED:
         narrow = {name: (*shape[:-1], min(NARROW, shape[-1])) for name, shape in shapes.items()}
     else:
@@ -80,6 +93,26 @@ def find_placement(
             in_order = torch.equal(rows, torch.arange(len(rows)))
             return RowPlacement(own, None if in_order else rows, transposed, shift)
     return None
+
+
+def _of_columns(
+    shapes: Shapes, build: Callable[[Callable[[str], Any]], Tensor]
+) -> RowPlacement | None:
+    """A placement of one matrix that moves columns, found by a few rows."""
+    (name, *others), shape = shapes, next(iter(shapes.values()))
+    if others or len(shape) != 2 or min(shape) == 0:
+        return None
+    few = {name: (min(NARROW, shape[0]), shape[1])}
+    try:
+        numbers = build(_counted(few).__getitem__)
+    except Exception:  # transformers' code, on arrays that it does not expect
+        return None
+    expected = torch.arange(few[name][0])[:, None] * shape[1] + numbers[:1].long()
+    if numbers.shape != few[name] or not torch.equal(numbers, expected.to(numbers.dtype)):
+        return None
+    order = torch.argsort(numbers[0])
+    found = torch.equal(numbers[0, order].long(), torch.arange(shape[1]))
+    return RowPlacement((shape,), columns=order) if found else None
 
 
 def _counted(shapes: Shapes) -> dict[str, np.ndarray]:

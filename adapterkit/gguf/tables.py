@@ -84,6 +84,8 @@ def table_config(file: GgufFile, model_type: str) -> Json:
         value = metadata.get(f"{file.architecture}.{key}")
         if type(value) is int:
             sizes |= {name: value for name in names if name in known}
+    if sizes.get("num_experts") and "enable_moe_block" in known:
+        sizes["enable_moe_block"] = True
     if EMBEDDING in file.entries:
         sizes["vocab_size"] = file.entries[EMBEDDING].shape[0]
     tied = {"tie_word_embeddings": HEAD not in file.entries}

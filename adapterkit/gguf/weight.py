@@ -189,4 +189,7 @@ class GgufWeight(QuantizedWeight):
         pairs = zip(self.types, values, strict=True)
         rounders = [column_rounder(name, part) for name, part in pairs]
         rounder = of_several(rounders, [len(part) for part in values], self.placement.rows)
+        if self.placement.columns is not None:  # of each of the parameter's the number in the file
+            place = torch.argsort(self.placement.columns).tolist()
+            return lambda w, column: rounder(w, place[column])
         return (lambda w, column: rounder(w - shift, column) + shift) if shift else rounder

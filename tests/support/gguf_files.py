@@ -1,5 +1,6 @@
 """GGUF files of tiny models in llama.cpp's layouts, and what transformers reads of them."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,12 +251,108 @@ def gpt2() -> tuple[nn.Module, dict, dict]:
     )
 
 
+def falcon() -> tuple[nn.Module, dict, dict]:
+    """With one head of keys, as Falcon 7B."""
+    config = {key: COMMON[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    config |= {"num_attention_heads": 4, "max_position_embeddings": 64, "ffn_hidden_size": 256}
+    model = oracle._model("FalconForCausalLM", transformers.FalconConfig(**config, bias=False))
+    settings = {"context_length": 64, "block_count": 2, "embedding_length": 64}
+    settings |= {"feed_forward_length": 256, "attention.head_count": 4}
+    settings |= {"attention.head_count_kv": 1, "attention.layer_norm_epsilon": 1e-5}
+    return model, settings, names("falcon", model)
+
+
+def minimax_m2() -> tuple[nn.Module, dict, dict]:
+    how = {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8}
+    config = transformers.MiniMaxM2Config(**COMMON | how | {"tie_word_embeddings": False})
+    model = oracle._model("MiniMaxM2ForCausalLM", config)
+    actual = names("minimax-m2", model)
+    for layer in range(config.num_hidden_layers):
+        key = f"model.layers.{layer}.mlp."
+        actual[f"blk.{layer}.exp_probs_b.bias"] = actual.pop(f"{key}e_score_correction_bias.weight")
+    more = {"expert_count": 4, "expert_used_count": 2, "expert_gating_func": 2}
+    more |= {"rope.dimension_count": 8, "attention.key_length": 16}
+    return model, attention(config, **more), in_halves(actual)
+
+
+def in_halves(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Stacks of gate and up, each in a tensor of its own."""
+    actual: dict[str, np.ndarray] = {}
+    for name, value in tensors.items():
+        if "gate_up" not in name:
+            actual[name] = value
+            continue
+        layer = name.split(".")[2 if name.startswith("model") else 1]
+        halves = zip(("gate", "up"), np.split(value, 2, axis=1), strict=True)
+        actual |= {f"blk.{layer}.ffn_{half}_exps.weight": own.copy() for half, own in halves}
+    return actual
+
+
+def tiled(value: np.ndarray, first: int = 0) -> np.ndarray:
+    """llama.cpp's order of what belongs to four heads of values of two of keys, from a row on: the
+    first of each, then the second of each."""
+    heads = value[first:].reshape(2, 2, -1, *value.shape[1:]).swapaxes(0, 1)
+    return np.concatenate([value[:first], heads.reshape(-1, *value.shape[1:])])
+
+
+def of_qwen35(name: str, value: np.ndarray) -> np.ndarray:
+    """A tensor of Qwen 3.5 with two heads of keys and four of values, each of 16."""
+    if name.endswith("norm.weight") and "ssm_norm" not in name:
+        return value + 1
+    if ".ssm_conv1d." in name:
+        value = value.squeeze(1)
+    if ".ssm_a" in name and ".ssm_alpha" not in name:
+        value = -np.exp(value)
+    if any(part in name for part in (".attn_qkv.", ".ssm_conv1d.")):
+        return tiled(value, 64)
+    if ".ssm_out." in name:
+        return np.ascontiguousarray(tiled(value.T).T)
+    over = (".attn_gate.", ".ssm_alpha.", ".ssm_beta.", ".ssm_a", ".ssm_dt")
+    return tiled(value) if any(part in name for part in over) else value
+
+
+def qwen35(experts: bool = False) -> tuple[nn.Module, dict, dict]:
+    """Three layers of linear attention and one of full attention."""
+    kind, arch = ("Qwen3_5Moe", "qwen35moe") if experts else ("Qwen3_5", "qwen35")
+    how = {"num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    how |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "tie_word_embeddings": False}
+    if experts:
+        how |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+        how |= {"shared_expert_intermediate_size": 32}
+    config = getattr(transformers, f"{kind}TextConfig")(**COMMON | how)
+    model = oracle._model(f"{kind}ForCausalLM", config)
+    more = {
+        "attention.key_length": 16,
+        "full_attention_interval": 4,
+        "ssm.conv_kernel": config.linear_conv_kernel_dim,
+        "ssm.state_size": 16,
+        "ssm.group_count": 2,
+        "ssm.time_step_rank": 4,
+        "ssm.inner_size": 64,
+        "rope.dimension_sections": [11, 11, 10, 0],
+        "rope.dimension_count": 4,
+    }
+    if experts:
+        more |= {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 48}
+        more |= {"expert_shared_feed_forward_length": 32, "feed_forward_length": 96}
+    actual = {}
+    for name, value in names(arch, model).items():
+        own = re.sub(r"model\.layers\.(\d+).*dt_bias\.weight", r"blk.\1.ssm_dt.bias", name)
+        own = own.removesuffix(".weight") if own.endswith(".ssm_a.weight") else own
+        actual[own] = of_qwen35(own, value)
+    return model, attention(config, **more), in_halves(actual)
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict, dict]]] = {
     "llama": llama,
     "gemma3": gemma3,
     "qwen3moe": qwen3moe,
     "lfm2": lfm2,
     "gpt2": gpt2,
+    "falcon": falcon,
+    "minimax-m2": minimax_m2,
+    "qwen35": qwen35,
+    "qwen35moe": lambda: qwen35(experts=True),
 }
 
 

@@ -3,6 +3,7 @@ the merged model in llama.cpp's layout."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,33 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], list[str], list[str]]] = {
         [*ATTENTION, *MLP, "per_layer_input_gate", "per_layer_projection"],
         [],
     ),
+    "kimi-linear": (
+        "KimiLinearForCausalLM",
+        "KimiLinearConfig",
+        {key: MLA[key] for key in MLA if "lora" not in key and "routed" not in key}
+        | {"kv_lora_rank": 16, "q_lora_rank": None, "num_experts": 4, "num_experts_per_token": 2}
+        | {"moe_intermediate_size": 48, "linear_num_heads": 2, "linear_head_dim": 16}
+        | {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+        | {"mlp_layer_types": ["dense", "sparse"]},
+        [*ATTENTION[:3], "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "b_proj", "f_a_proj", *MLP],
+        STACKS,
+    ),
+    "gemma4": (
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        {
+            "global_head_dim": 32,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": VOCAB,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 48,
+        },
+        [*ATTENTION, *MLP, "per_layer_input_gate", "per_layer_projection"],
+        ["experts.gate_up_proj", "experts.down_proj"],
+    ),
     "mistral3": ("Ministral3ForCausalLM", "Ministral3Config", {}, [*ATTENTION, *MLP], []),
     "glm4moe": (
         "Glm4MoeForCausalLM",
@@ -163,7 +191,7 @@ def tensors_of(arch: str, model: nn.Module) -> dict[str, np.ndarray]:
             continue
         if "gate_up_proj" in name or "gate_up_exps" in name:
             layer = name.split(".")[2 if name.startswith("model") else 1]
-            if value.ndim == 3:
+            if value.ndim == 3 and arch != "gemma4":
                 halves = zip(("gate", "up"), np.split(value, 2, axis=1), strict=True)
                 actual |= {f"blk.{layer}.ffn_{half}_exps.weight": own for half, own in halves}
                 continue
@@ -174,7 +202,7 @@ def tensors_of(arch: str, model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def metadata_of(model: nn.Module) -> dict[str, Any]:
-    config = model.config
+    config = SimpleNamespace(**model.config.to_dict())
     found = {
         "block_count": config.num_hidden_layers,
         "context_length": 64,

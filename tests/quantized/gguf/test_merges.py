@@ -28,7 +28,12 @@ TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "lfm2": ["q_proj", "k_proj", "in_proj", "w1", "w2"],
     "qwen3moe": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "falcon": ["query_key_value", "dense", "dense_h_to_4h"],
+    "minimax-m2": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "qwen35": ["q_proj", "in_proj_qkv", "in_proj_a", "in_proj_z", "out_proj", "down_proj"],
+    "qwen35moe": ["q_proj", "in_proj_qkv", "in_proj_b", "out_proj", "shared_expert.up_proj"],
 }
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]  # of those with experts
 USUAL = ["q_proj", "k_proj", "v_proj", "gate_proj", "down_proj"]
 
 
@@ -67,7 +72,9 @@ def stored(path: Path) -> dict[str, bytes]:
 def test_the_file_computes_what_peft_computes(arch: str, tmp_path: Path):
     model, message, tensors = MODELS[arch]()
     path = write(tmp_path / "m.gguf", arch, message, tensors)
-    expected = train(model, tmp_path / "a", target_modules=TARGETS.get(arch, USUAL))
+    stacks = STACKS if arch in ("minimax-m2", "qwen35moe") else None
+    how = {"target_modules": TARGETS.get(arch, USUAL), "target_parameters": stacks}
+    expected = train(model, tmp_path / "a", **how)
     out = tmp_path / "merged.gguf"
     receipt: Any = adapterkit.merge(path, tmp_path / "a", out=out, verify=True)
     assert torch.allclose(logits(out), expected, atol=2e-6)
@@ -76,7 +83,8 @@ def test_the_file_computes_what_peft_computes(arch: str, tmp_path: Path):
     assert out.stat().st_size == path.stat().st_size and header(out).raw == header(path).raw
     before, after = stored(path), stored(out)
     changed = {name for name in before if before[name] != after[name]}
-    assert changed and len(changed) == len(receipt.data["parameters"])
+    several = sum("ffn_up_exps" in name for name in changed)  # of one parameter with the gate
+    assert changed and len(changed) == len(receipt.data["parameters"]) + several
     # and back again
     adapterkit.merge(out, f"{tmp_path / 'a'}=-1", out=tmp_path / "back.gguf")
     assert torch.allclose(logits(tmp_path / "back.gguf"), logits(path), atol=1e-5)
