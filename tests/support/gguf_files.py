@@ -316,6 +316,8 @@ def qwen35(experts: bool = False) -> tuple[nn.Module, dict, dict]:
     kind, arch = ("Qwen3_5Moe", "qwen35moe") if experts else ("Qwen3_5", "qwen35")
     how = {"num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
     how |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "tie_word_embeddings": False}
+    rope = {"rope_type": "default", "rope_theta": ROPE, "partial_rotary_factor": 0.25}
+    how |= {"rope_parameters": rope | {"mrope_section": [11, 11, 10], "mrope_interleaved": True}}
     if experts:
         how |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
         how |= {"shared_expert_intermediate_size": 32}

@@ -65,7 +65,10 @@ def check_rows(out: Folder, plan: Plan, hint: str = AGAIN) -> Json:
     those are. `Damaged` with all that is wrong."""
     checks = [(check, shard.file) for shard in plan.shards for check in _checks(shard)]
     files = dict.fromkeys(file for _, file in checks)
-    specs = {file: {s.key: s for s in stored_tensors(out, file)} for file in files}
+    own = {file: {s.key: s for s in stored_tensors(out, file)} for file in files}
+    every = {key: spec for each in own.values() for key, spec in each.items()}
+    # some weights have parts in two files, and models of a pipeline tensors of one name
+    specs = {file: every | each for file, each in own.items()}
     with Sources(plan.folders, dict(plan.identities)) as sources, Sources((out,), {}) as written:
         inputs, stored = (
             LocalReader(files, torch.device("cpu"), torch.float64) for files in (sources, written)
