@@ -23,6 +23,7 @@ from adapterkit.hub.ids import is_on_hub, parse
 from adapterkit.jobs.verbs import VERB
 from adapterkit.options import FILE, StrPath, checked, finite, flag_of, option_of, own_hints
 from adapterkit.plan import Plan
+from adapterkit.planning.inputs.pipeline import PART
 from adapterkit.records import TABLE, TEXT, Json
 from adapterkit.verb import WritingVerb, fields_of
 
@@ -212,6 +213,8 @@ def _pinned(source: StrPath) -> str:
     text = os.fspath(source)
     if os.path.exists(text):
         return os.path.abspath(text)
+    if told := PART.fullmatch(text):  # of a pipeline
+        return f"{told[1]}:{_pinned(told[2])}"
     hub_id = parse(text)
     return text if hub_id is None else str(replace(hub_id, revision=HubFolder(hub_id).commit))
 

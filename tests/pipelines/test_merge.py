@@ -3,8 +3,16 @@
 import pytest
 
 import adapterkit
+from tests.formats.test_diffusers_client import kohya_file, trained
 from tests.support import pipelines
-from tests.support.pipeline_files import assert_outputs, files_of, loaded, lora_file, with_adapters
+from tests.support.pipeline_files import (
+    assert_outputs,
+    files_of,
+    loaded,
+    lora_file,
+    quiet,
+    with_adapters,
+)
 
 PARTS = {
     "sd15": ("unet", "text_encoder"),
@@ -44,3 +52,28 @@ def test_a_merged_pipeline_computes_what_diffusers_does_with_the_adapters(name, 
     assert receipt.data["verified"]["tensors"] == len(modules)
     checked = adapterkit.verify(tmp_path / "out", base=base, adapters=list(files))
     assert checked["tensors"] == len(modules)
+
+
+def test_each_transformer_of_wan_gets_its_own(saved, tmp_path):
+    """The files that people have name none of the two."""
+    base = saved("wan22")
+    high, low = (
+        lora_file(base, tmp_path / f"{seed}.safetensors", ("transformer",), seed) for seed in (1, 2)
+    )
+    adapters = [f"transformer:{high}=0.5", f"transformer_2:{low}=2"]
+    adapterkit.merge(base, adapters, out=tmp_path / "out")
+    expected = with_adapters(base, {high: 0.5})
+    with quiet():
+        expected.load_lora_weights(
+            low.parent, weight_name=low.name, adapter_name="low", load_into_transformer_2=True
+        )
+        expected.transformer_2.set_adapters("low", 2.0)
+    assert_outputs(loaded(tmp_path / "out"), expected)
+
+
+def test_a_file_of_kohya(saved, tmp_path):
+    """Underscored names of the publisher's layers; q, k and v of some in one."""
+    base, factors = saved("sdxl"), trained("sdxl", 29, mixed=False)
+    file = kohya_file(tmp_path / "kohya.safetensors", "sdxl", factors)
+    adapterkit.merge(base, {file: 0.7}, out=tmp_path / "out")
+    assert_outputs(loaded(tmp_path / "out"), with_adapters(base, {file: 0.7}))

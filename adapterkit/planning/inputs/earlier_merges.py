@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from adapterkit.adapters.keys import WEIGHTS
 from adapterkit.adapters.record import Adapter
-from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.folder import Folder, LocalFolder, original
 from adapterkit.checkpoint.hashes import sha256_of_file
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import shown
@@ -98,6 +98,6 @@ def _sha256(folder: Folder) -> str:
     """The sha256 of an adapter's weights; "" where they are not on this machine and the Hub has no
     hash of them."""
     known = folder.hashes.get(WEIGHTS)
-    if known or not isinstance(folder, LocalFolder):
+    if known or not isinstance(original(folder), LocalFolder):
         return known or ""
     return sha256_of_file(folder.path(WEIGHTS))

@@ -14,7 +14,7 @@ from adapterkit.adapters.keys import CONFIG
 from adapterkit.adapters.peft import scan_adapter
 from adapterkit.checkpoint.folder import Folder, LocalFolder, WithSubfolders
 from adapterkit.checkpoint.shards import pickles, weight_files
-from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, MultipleErrors, Problems, Refused, listed, shown
 from adapterkit.formats.modules.record import LANGUAGE, Contents
@@ -23,8 +23,8 @@ from adapterkit.planning.inputs.converted_adapter import (
     as_component,
     contents_of,
     in_adapter_layout,
+    is_plain,
 )
-from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.sources import open_unconverted, weight_of
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.names import Names
@@ -59,9 +59,13 @@ class PipelinePart:
         return cast(WithSubfolders, self.pipeline).subfolder(self.name)
 
     @property
-    def checkpoint_of_denoiser(self) -> Checkpoint | None:
-        """The part where names of adapters can depend on it."""
-        return read_checkpoint(self.folder, 1) if DENOISER.fullmatch(self.name) else None
+    def is_denoiser(self) -> bool:
+        return DENOISER.fullmatch(self.name) is not None
+
+    @cached_property
+    def as_base(self) -> Checkpoint:
+        """What conversions of its adapters ask; its names are the model's."""
+        return open_checkpoint(self.folder, 1)
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -85,10 +89,9 @@ class Pipeline:
     @property
     def denoiser(self) -> Checkpoint | None:
         """The model that most adapters are for; None where none has the name and can be read."""
-        for part in self.parts.values():
+        for part in filter(lambda part: part.is_denoiser, self.parts.values()):
             with suppress(AdapterkitError):
-                if (checkpoint := part.checkpoint_of_denoiser) is not None:
-                    return checkpoint
+                return part.as_base
         return None
 
     def part(self, name: str) -> PipelinePart:
@@ -158,7 +161,7 @@ def _parts_of(source: StrPath, pipeline: Pipeline) -> dict[str, Folder]:
     folder, name = open_unconverted(told[2] if told else source), told[1] if told else None
     if CONFIG in folder.files():
         name = name or _fitting(folder, _shapes_of(folder), pipeline)
-        return {name: in_adapter_layout(folder, pipeline.parts[name].folder)}
+        return {name: _in_layout(folder, pipeline.parts[name])}
     contents = contents_of(folder, pipeline.denoiser)
     if contents is not None and contents.components == (LANGUAGE,):
         shapes = {m.name: _shape(m.parts.get("a"), m.parts.get("b")) for m in contents.modules}
@@ -172,10 +175,10 @@ def _parts_of(source: StrPath, pipeline: Pipeline) -> dict[str, Folder]:
         with errors.collected():
             part = pipeline.part(component)
             if contents is not None:
-                parts[component] = as_component(folder, component, part.checkpoint_of_denoiser)
+                parts[component] = _converted(folder, component, part)
             else:
                 inner = cast(WithSubfolders, folder).subfolder(component)
-                parts[component] = in_adapter_layout(inner, part.folder)
+                parts[component] = _in_layout(inner, part)
     errors.raise_all()
     return parts
 
@@ -205,7 +208,15 @@ def _told(folder: Folder, contents: Contents | None, part: PipelinePart) -> Fold
             hint=f"give it without {part.name}: in front",
         )
     component = contents.components[0] or part.name
-    return as_component(folder, component, part.checkpoint_of_denoiser)
+    return _converted(folder, component, part)
+
+
+def _converted(folder: Folder, component: str, part: PipelinePart) -> Folder:
+    return as_component(folder, component, part.as_base if part.is_denoiser else None)
+
+
+def _in_layout(folder: Folder, part: PipelinePart) -> Folder:
+    return folder if is_plain(folder) else in_adapter_layout(folder, part.folder)
 
 
 def _shapes_of(folder: Folder) -> Shapes:
@@ -241,7 +252,7 @@ def _fitting(folder: Folder, shapes: Shapes, pipeline: Pipeline) -> str:
 def _count(part: PipelinePart, shapes: Shapes) -> int:
     """How many of these modules the part has, by its keys, or by the names of its model."""
     try:
-        base = decoded_view(read_checkpoint(part.folder))
+        base = decoded_view(open_checkpoint(part.folder))
     except AdapterkitError:
         return 0  # not in safetensors
     wanted = {f"{name}.weight": math.prod(shape) for name, shape in shapes.items()}

@@ -137,7 +137,7 @@ def plan_merge(
     sources, with_initial = _with_initial(sources, options)
     adapters, errors = _scan_adapters(sources)
     try:
-        checkpoint = read_checkpoint(base)
+        checkpoint = read_checkpoint(base) if part is None else open_checkpoint(base)
     except AdapterkitError as error:
         Problems([error, *errors]).raise_all()
         raise
