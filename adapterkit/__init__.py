@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.lora_config import LoraConfig as LoraConfig
     from adapterkit.jobs.finish import finish as finish
     from adapterkit.jobs.plan_file import write_plan as write_plan
+    from adapterkit.jobs.rerun import rerun as rerun
     from adapterkit.jobs.run import run as run
     from adapterkit.verbs.arrow import arrow as arrow
     from adapterkit.verbs.combine import combine as combine

@@ -68,7 +68,7 @@ class Receipt:
 
     def _repr_html_(self) -> str:
         """What notebooks show."""
-        return load("reports.report_page:receipt_frame")(self.data)
+        return load("reports.overview.page:receipt_frame")(self.data)
 
 
 COUNT = test("a count", lambda value: type(value) is int and 0 <= value < 1 << 63)

@@ -33,6 +33,7 @@ from typing import (
     overload,
 )
 
+from adapterkit.calls import call_of
 from adapterkit.options import OptionRecord, option, option_of, own_hints, record
 from adapterkit.records import Json
 from adapterkit.run_options import REPOSITORY, RunOptions
@@ -87,7 +88,8 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
         ends on the Hub stay at the commits of its first run."""
         execution = import_module("adapterkit.engines.execution")
         with own_hints(type(self)), execution.pinned_inputs(self):
-            return execution.with_run_options(load(self.planner)(self), self)
+            plan = execution.with_run_options(load(self.planner)(self), self)
+        return dataclasses.replace(plan, decisions=plan.decisions | {"call": call_of(self)})
 
     def recipe_options(self) -> Json:
         """The options of what is computed that were given, as the receipt has them; sources are its

@@ -91,6 +91,16 @@ def verify(verb: type[Verb], folder: str, as_json: bool, quiet: bool, **options:
         print_verified(result)
 
 
+def rerun(verb: type[Verb], output: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Print that an output was made again with the same bytes."""
+    with ProgressBar(quiet) as bar:
+        result = function_of(verb)(output, progress=bar, **options)
+    if as_json:
+        print_json(result)
+    elif not quiet:
+        click.echo(f"{result['files']} files are the same bytes: {result['command']}")
+
+
 def run(verb: type[Verb], file: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Run a rank of a plan file, or the steps of a pipeline, and print what was done."""
     ctx = click.get_current_context()
@@ -210,6 +220,7 @@ ACTIONS: dict[str, Callable[..., Any]] = {
     "finish": finish,
     "inspect": inspect,
     "report": report,
+    "rerun": rerun,
     "run": run,
     "verify": verify,
 }
@@ -222,6 +233,7 @@ OWN_OPTIONS = {
         click.Option(["--modules"], is_flag=True, help="List all modules, one a line."),
     ],
     "report": [json_option, quiet_option],
+    "rerun": [json_option, quiet_option],
     "run": [json_option, quiet_option],
     "verify": [json_option, quiet_option],
 }

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from adapterkit import __version__, records
+from adapterkit.calls import arguments_of
 from adapterkit.checkpoint.disk import replace_file
 from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
 from adapterkit.engines.execution import check_out, check_pushes
@@ -21,11 +21,11 @@ from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import is_on_hub, parse
 from adapterkit.jobs.verbs import VERB
-from adapterkit.options import FILE, StrPath, checked, finite, flag_of, option_of, own_hints
+from adapterkit.options import FILE, StrPath, checked, flag_of, own_hints
 from adapterkit.plan import Plan
 from adapterkit.planning.inputs.pipeline import PART
 from adapterkit.records import TABLE, TEXT, Json
-from adapterkit.verb import WritingVerb, fields_of
+from adapterkit.verb import WritingVerb
 
 VERSION = 1
 # what each process is told, or decides for itself
@@ -163,11 +163,7 @@ def _portable(verb: WritingVerb) -> Json:
             where="--out",
             hint="write into a folder, then upload it: adapterkit finish PLAN --push ORG/NAME",
         )
-    arguments = {}
-    for field in fields_of(type(verb)):
-        value = getattr(verb, field.name)
-        if field.name not in OF_THE_PROCESS and value != field.default:
-            arguments[field.name] = _portable_value(option_of(field).check.kind, value)
+    arguments = arguments_of(verb, _portable_path, OF_THE_PROCESS)
     if lost := ", ".join(name for name, value in arguments.items() if not _is_data(value)):
         raise Refused(
             f"a plan file cannot hold {lost}",
@@ -186,25 +182,9 @@ def _is_data(value: object) -> bool:
     return True
 
 
-def _portable_value(kind: str, value: Any) -> Any:
-    """A value as every process understands it; `kind`: of its check."""
-    if kind == "sources":
-        pairs = [one if isinstance(one, tuple) else (one, None) for one in value]
-        return [_weighted(source, weight) for source, weight in pairs]
-    if isinstance(value, list | tuple):
-        return [_portable_value(kind, one) for one in value]
-    if kind == "source" and value is not None:
-        return _pinned(value)
-    return os.path.abspath(value) if kind == "file" and value is not None else value
-
-
-def _weighted(source: StrPath, weight: float | None) -> Any:
-    """A source, with its weight where it has one."""
-    text = os.fspath(source)
-    path, _, number = text.rpartition("=")
-    if weight is None and path and not os.path.exists(text) and finite(number) is not None:
-        text, weight = path, finite(number)
-    return _pinned(text) if weight is None else [_pinned(text), weight]
+def _portable_path(kind: str, path: StrPath) -> str:
+    """A path as every process understands it."""
+    return _pinned(path) if kind == "source" else os.path.abspath(path)
 
 
 def _pinned(source: StrPath) -> str:

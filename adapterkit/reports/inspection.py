@@ -18,7 +18,7 @@ from adapterkit.records import Json
 from adapterkit.reports.adapter import inspect_adapter
 from adapterkit.reports.checkpoint import MAX_NAMES, inspect_base, inspect_file, inspect_gguf
 from adapterkit.reports.heatmaps import check_page, write_page
-from adapterkit.reports.report_page import heatmap_page
+from adapterkit.reports.overview.page import heatmap_page
 from adapterkit.verbs.inspect import Inspect
 
 

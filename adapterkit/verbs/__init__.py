@@ -6,8 +6,8 @@ SECTIONS = {
     "Adapters": ("convert", "combine", "subtract", "arrow", "resize", "rebase"),
     "Quantization": ("quantize", "dequantize", "loftq"),
     "Plan files and pipelines": ("run", "finish"),
-    "Inspection": ("inspect", "report", "diff", "verify"),
+    "Inspection": ("inspect", "report", "diff", "verify", "rerun"),
 }
 # where each is: the modules of the package
 HOMES = {verb: f"verbs.{verb}" for verbs in SECTIONS.values() for verb in verbs}
-HOMES |= {"run": "jobs.run", "finish": "jobs.finish"}
+HOMES |= {"run": "jobs.run", "finish": "jobs.finish", "rerun": "jobs.rerun"}

@@ -50,7 +50,7 @@ class Report(Verb[Json]):
     Raises `Refused` where an adapter cannot be read or `out` is a file that is no report.
     """
 
-    runner = "reports.report:write_report"
+    runner = "reports.overview.document:write_report"
     command = """Write a page for a browser about adapters.
 
     One HTML file without scripts that any browser shows and prints: problems first, norms and ranks

@@ -131,6 +131,8 @@ READING = (
     job("diff-quantized", "base", "quantize-nf4", exact=False),
     job("diff-adapters", "law", "resize-rank", tolerance=0.001, exact=False),
     job("verify-files", "merge-plain"),
+    job("rerun-merge", "merge-plain", inputs="."),
+    job("report-two", "law", "medicine", out="report.html", exact=False),
     job("verify-rows", "merge-several", base="base", adapters=["style=0.75", "rslora", "dora"]),
 )
 
@@ -203,7 +205,7 @@ def call(task: Job, **more: Any) -> Any:
     sources: list[Any] = list(task.sources)
     if task.verb == "merge":
         sources = [sources[0], sources[1:]]
-    elif task.verb in ("combine", "subtract", "arrow"):
+    elif task.verb in ("combine", "subtract", "arrow", "report"):
         sources = [sources]
     return getattr(adapterkit, task.verb)(*sources, **task.options, **more)
 

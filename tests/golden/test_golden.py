@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import adapterkit
 from adapterkit import execute
 from adapterkit.checkpoint.output.file_result import ShardResult, read_result
 from adapterkit.cli import main
@@ -134,7 +135,9 @@ def test_every_verb_has_a_job():
         name: {parameter.name for parameter in main.get_command(context, name).params}
         for name in main.list_commands(context)
     }
-    writing = {name for name, parameters in commands.items() if "out" in parameters}
+    writing = {
+        name for name, parameters in commands.items() if "dry_run" in parameters
+    } - PLAN_FILES
     reading = {name for name, parameters in commands.items() if "as_json" in parameters}
     reading -= writing | PLAN_FILES
     assert {job.verb for job in jobs.WRITING} == writing
@@ -183,3 +186,19 @@ def test_what_is_broken_is_seen(results: tuple[Path, dict[str, Any]]):
             assert not differences(name, record)
             change(record)
             assert differences(name, record), change.__name__
+
+
+FIRST = {job.verb: job.name for job in reversed(jobs.WRITING)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(job.name, marks=[pytest.mark.slow] * (FIRST[job.verb] != job.name))
+        for job in jobs.WRITING
+    ],
+)
+def test_a_receipt_makes_its_output_again(name: str, results: tuple[Path, dict[str, Any]]):
+    folder, _ = results
+    done = adapterkit.rerun(folder / jobs.output_of(JOBS[name]), inputs=folder)
+    assert done["files"] and done["command"].startswith(f"adapterkit {JOBS[name].verb} ")

@@ -28,6 +28,7 @@ LEVELS = [
     "execute receipt plan budget",
     "verbs",
     "verb",
+    "calls",
     "run_options",
     "formats adapters inits combinations hub",
     "weights gguf",

@@ -18,7 +18,6 @@ from adapterkit.planning.inputs.sources import if_given, open_model, open_source
 from adapterkit.receipt import find_receipt, read_receipt
 from adapterkit.records import Json
 from adapterkit.reports.adapter import inspect_adapter
-from adapterkit.reports.advice import advise, loading
 from adapterkit.reports.heatmaps import (
     NUMBER,
     check_page,
@@ -27,9 +26,10 @@ from adapterkit.reports.heatmaps import (
     place_of,
     write_page,
 )
-from adapterkit.reports.outcome import outcome_of
-from adapterkit.reports.report_page import report_page
-from adapterkit.reports.spaces import compare_adapters
+from adapterkit.reports.overview.advice import advise, loading
+from adapterkit.reports.overview.outcome import outcome_of
+from adapterkit.reports.overview.page import report_page
+from adapterkit.reports.overview.spaces import compare_adapters
 from adapterkit.verbs.report import Report
 
 VERSION = 1

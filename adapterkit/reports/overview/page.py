@@ -19,7 +19,7 @@ from adapterkit.pages.page import (
 from adapterkit.pages.pictures import Scale, band, heatmap, key
 from adapterkit.records import Json
 from adapterkit.reports.heatmaps import heatmaps_of
-from adapterkit.reports.outcome import outcome_of
+from adapterkit.reports.overview.outcome import outcome_of
 
 MEASURES = {
     "relative": ("‖delta‖ / ‖W‖", True),

@@ -1,0 +1,1 @@
+"""report: several adapters and an outcome, as numbers and as one page."""
