@@ -2,10 +2,10 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.hub.ids import parse
+from adapterkit.hub.ids import COMMIT, parse
 from adapterkit.options import StrPath, finite, flag_of, option_of
 from adapterkit.records import Json
 from adapterkit.run_options import RunOptions
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # (kind of the check: source or file, path) -> its text
 Spelling = Callable[[str, StrPath], str]
+COMMAND = "<!-- the command -->"  # its place in a card
 RUNNING = {field.name for field in dataclasses.fields(RunOptions)}
 
 
@@ -50,14 +51,17 @@ def _weighted(source: StrPath, weight: float | None, spell: Spelling) -> Any:
 
 def call_of(verb: "Verb") -> Json:
     """What makes an output again, without what is of one machine: of paths the last part, ids of
-    the Hub as they are, and nothing of how the job ran."""
+    the Hub without their commits, which the recipe has, and nothing of how the job ran."""
     return arguments_of(verb, _name, {*RUNNING, "push", "verify"})
 
 
 def _name(kind: str, path: StrPath) -> str:
     text = os.fspath(path)
-    is_id = not os.path.exists(text) and parse(text) is not None
-    return text if is_id else os.path.basename(os.path.normpath(text))
+    hub_id = None if os.path.exists(text) else parse(text)
+    if hub_id is None:
+        return os.path.basename(os.path.normpath(text))
+    is_commit = COMMIT.fullmatch(hub_id.revision or "") is not None
+    return str(dataclasses.replace(hub_id, revision=None) if is_commit else hub_id)
 
 
 def command_of(kind: type["Verb"], call: Json, out: str) -> str:
@@ -82,6 +86,19 @@ def command_of(kind: type["Verb"], call: Json, out: str) -> str:
         for word in several:
             words += [flag, system.quote(word)] if flag else [system.quote(word)]
     return " ".join([*words, "--out", out])
+
+
+def with_command(files: Mapping[str, Any], kind: type["Verb"], call: Json) -> dict[str, Any]:
+    """Small files with the command in the place that they have for it."""
+    text = (
+        "".join(c for c in command_of(kind, call, "OUT") if c.isprintable())
+        .replace("`", "'")
+        .encode()
+    )
+    return {
+        name: data.replace(COMMAND.encode(), text) if isinstance(data, bytes) else data
+        for name, data in files.items()
+    }
 
 
 def _word(value: Any) -> str:

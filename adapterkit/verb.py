@@ -33,7 +33,7 @@ from typing import (
     overload,
 )
 
-from adapterkit.calls import call_of
+from adapterkit.calls import call_of, with_command
 from adapterkit.options import OptionRecord, option, option_of, own_hints, record
 from adapterkit.records import Json
 from adapterkit.run_options import REPOSITORY, RunOptions
@@ -89,7 +89,9 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
         execution = import_module("adapterkit.engines.execution")
         with own_hints(type(self)), execution.pinned_inputs(self):
             plan = execution.with_run_options(load(self.planner)(self), self)
-        return dataclasses.replace(plan, decisions=plan.decisions | {"call": call_of(self)})
+        call = call_of(self)
+        files = with_command(plan.files, type(self), call)
+        return dataclasses.replace(plan, decisions=plan.decisions | {"call": call}, files=files)
 
     def recipe_options(self) -> Json:
         """The options of what is computed that were given, as the receipt has them; sources are its

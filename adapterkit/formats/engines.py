@@ -20,6 +20,16 @@ class Client:
     models: Literal["language", "image"]
     format: str  # that is written for it
     load: str  # what loads {file} onto {base}
+    inside: str = ""  # the name of that file in a converted folder; none: the folder
+
+    def loading(self, form: str, file: str, base: str, rank: object = "RANK") -> str:
+        """What loads an adapter of a format onto a base, after a conversion where it is needed."""
+        if form == self.format:
+            return self.load.format(file=file, base=base, rank=rank)
+        folder = f"for-{self.name}"
+        convert = f"adapterkit convert {file} --to {self.format} --out {folder}"
+        made = f"{folder}/{self.inside}" if self.inside else folder
+        return f"{convert}\n{self.load.format(file=made, base=base, rank=rank)}"
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +146,7 @@ def _found(value: Any, place: Path, commits: dict[str, str], errors: Problems) -
         return str(path)
     hub_id = parse(value)
     if hub_id is not None:
-        commit = commits.get(hub_id.repo)
-        return (
-            value
-            if commit is None or hub_id.revision
-            else f"{hub_id.repo}@{commit}" + (f":{hub_id.subfolder}" if hub_id.subfolder else "")
-        )
+        return str(replace(hub_id, revision=commits.get(hub_id.repo, hub_id.revision)))
     errors.add(
         f"there is no {shown(value)}",
         "the inputs of the receipt, by their names",

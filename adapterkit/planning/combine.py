@@ -83,7 +83,7 @@ def plan_combine(options: Combine) -> Plan:
         adapters,
         [*tasks, *biases, *whole],
         settings=settings | {"lora_bias": bool(biases)},
-        summary=f"{options.method} in {options.space} space, weights {spelled}",
+        summary=f"{options.method} in {options.space} space, weights {spelled}; {method.source}",
         tokenizer=options.tokenizer,
         **targets_of(joined),
     )

@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 from adapterkit import __version__
 from adapterkit.adapters.record import Adapter
+from adapterkit.calls import COMMAND
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.formats.engines import engines
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # fields of a base's card that hold for the merged model too
@@ -63,10 +65,12 @@ def merged_card(base: Folder, adapters: Sequence[Merged], library: str = "transf
     return _card(metadata, ["merge", "lora", "adapterkit"], title, body)
 
 
-def model_card(base: Checkpoint, summary: str) -> str:
-    """The card of a model made from this one alone."""
+def model_card(base: Checkpoint, summary: str, relation: str = "") -> str:
+    """The card of a model made from this one alone; `relation`: the Hub's word, where it has one
+    for it."""
     name = plain(hub_id_or_name(base.folder))
     metadata = [f"base_model: {name}"] if HUB_ID.fullmatch(name) else []
+    metadata += [f"base_model_relation: {relation}"] if metadata and relation else []
     metadata += ["library_name: transformers"]
     body = [f"Made by adapterkit {__version__}."]
     return _card(metadata, ["adapterkit"], f"{name}, {summary}", body)
@@ -74,18 +78,23 @@ def model_card(base: Checkpoint, summary: str) -> str:
 
 def adapter_card(base: str | None, adapters: Sequence[Adapter], summary: str) -> str:
     """The card of an adapter for the base of that id, made from these adapters."""
-    metadata = [f"base_model: {json.dumps(base)}"] if base else []
+    metadata = [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else []
     metadata += ["library_name: peft"]
     body = [f"Made by adapterkit {__version__} from the files: {plain(summary)}.", ""]
     body += ["From:", ""] if adapters else []
     body += [f"- {plain(hub_id_or_name(adapter.folder))}" for adapter in adapters]
     body += ["", f"The changes of each module, and the hash of every file, are in `{RECEIPT}`."]
+    body += ["", "To load it, in place of `ADAPTER` its folder or id:", ""]
+    id = base if base and HUB_ID.fullmatch(base) else "BASE"
+    for client in (one for one in engines().values() if one.models == "language"):
+        body += [f"{client.title}:", "```", client.loading("peft", "ADAPTER", id), "```"]
     return _card(metadata, ["lora", "adapterkit"], "Adapter", body)
 
 
 def _card(metadata: list[str], tags: list[str], title: str, body: list[str]) -> str:
     lines = ["---", *metadata, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
-    return "\n".join([*lines, f"# {title}", "", *body, ""])
+    made = ["", "The command that made it:", "", "```sh", COMMAND, "```"]
+    return "\n".join([*lines, f"# {title}", "", *body, *made, ""])
 
 
 def hub_id_or_name(folder: Folder) -> str:
@@ -95,7 +104,7 @@ def hub_id_or_name(folder: Folder) -> str:
 
 def plain(text: str) -> str:
     """A text without what Markdown or HTML would read as markup."""
-    return "".join(c if c.isalnum() or c in " ._-/" else " " for c in text)
+    return "".join(c if c.isalnum() or c in " ._-/,:;" else " " for c in text)
 
 
 def _inherited(base: Folder) -> list[str]:

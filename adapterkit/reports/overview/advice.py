@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from adapterkit.formats.engines import Client, engines
+from adapterkit.formats.engines import engines
 from adapterkit.formats.library import formats
 from adapterkit.options import bytes_text
 from adapterkit.records import Json
@@ -79,17 +79,9 @@ def loading(document: Json, sources: Sequence[str]) -> list[Json]:
     is_image = form is not None and bool(form.names.components)
     kind = "image" if is_image else "language"
     base = adapter["base"] if SAFE.fullmatch(str(adapter["base"])) else "BASE"
-    words = {"base": base, "rank": adapter["rank"] or "RANK"}
+    rank = adapter["rank"] or "RANK"
     return [
-        {"engine": one.title, "command": _load(one, adapter["format"], sources[0], words)}
+        {"engine": one.title, "command": one.loading(adapter["format"], sources[0], base, rank)}
         for one in engines().values()
         if one.models == kind
     ]
-
-
-def _load(client: Client, form: str, source: str, words: Json) -> str:
-    if form == client.format:
-        return client.load.format(file=source, **words)
-    file = f"for-{client.name}"
-    convert = f"adapterkit convert {source} --to {client.format} --out {file}"
-    return f"{convert}\n{client.load.format(file=file, **words)}"

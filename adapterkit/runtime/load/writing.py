@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adapterkit.adapters.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
 from adapterkit.adapters.resolve import model_type
 from adapterkit.adapters.targets import has_end
+from adapterkit.calls import COMMAND
 from adapterkit.checkpoint.disk import storage_errors
 from adapterkit.checkpoint.fingerprint import metadata_with
 from adapterkit.checkpoint.system import system
@@ -74,6 +75,7 @@ def save(state: State, folder: StrPath, name: str, *, every_process: bool = Fals
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         replace(root / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
         card = adapter_card(adapter.base, [], "trained with adapterkit")
+        card = card.replace(COMMAND, "adapters.save(FOLDER)")
         replace(root / CARD, lambda path: path.write_text(card, encoding="utf-8"))
 
 
