@@ -7,7 +7,8 @@ added, counted elements which row of which tensor becomes which row of the param
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]  # of GGUF tensors, by name
-MAX_COUNTED = 1 << 22  # elements that are all counted; of larger parameters rows of NARROW
-NARROW = 4
+MAX_COUNTED = 1 << 20  # elements that are all counted; of larger parameters so many columns
+NARROW = 4  # or as many
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,38 @@ class RowPlacement:
             and not self.transposed
             and not self.shift
         )
+
+    @cached_property
+    def block(self) -> int | None:
+        """The least number of rows such that each block of so many is one in the parameter and in
+        the tensor; None for several tensors, and other than matrices but for plain stacks."""
+        shape, *others = self.shapes
+        if self.plain:
+            return 1 if len(shape) > 1 else None
+        if others or len(shape) != 2 or self.transposed:
+            return None
+        if self.rows is None:
+            return 1
+        count = len(self.rows)
+        ends = self.rows.cummax(0).values == torch.arange(count)
+        sizes = (size for size in range(1, count + 1) if count % size == 0)
+        return next(size for size in sizes if bool(ends[size - 1 :: size].all()))
+
+    def of_rows(self, first: int, last: int) -> "RowPlacement":
+        """That of some blocks as a parameter of its own."""
+        rows = None if self.rows is None else self.rows[first:last] - first
+        return replace(self, shapes=((last - first, self.shapes[0][-1]),), rows=rows)
+
+    def join(self, parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+        """The parameter, of this shape, of the values of the GGUF tensors, as (rows, columns)."""
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        for axis, order in enumerate((self.rows, self.columns)):
+            if order is not None:
+                rows = rows.index_select(axis, torch.argsort(order).to(rows.device))
+        rows = rows + self.shift if self.shift else rows
+        if not self.transposed:
+            return rows.view(shape)
+        return rows.view(*shape[:-2], shape[-1], shape[-2]).transpose(-2, -1).contiguous()
 
     def split(self, weight: Tensor) -> list[Tensor]:
         """The values of the GGUF tensors, as (rows, columns), of a value of the parameter."""
@@ -68,10 +101,8 @@ def _of_rows(
     shapes: Shapes, build: Callable[[Callable[[str], Any]], Tensor]
 ) -> RowPlacement | None:
     """A placement that moves rows."""
-    if sum(map(math.prod, shapes.values())) > MAX_COUNTED:
-        narrow = {name: (*shape[:-1], min(NARROW, shape[-1])) for name, shape in shapes.items()}
-    else:
-        narrow = dict(shapes)
+    columns = max(NARROW, MAX_COUNTED // sum(math.prod(shape[:-1]) for shape in shapes.values()))
+    narrow = {name: (*shape[:-1], min(columns, shape[-1])) for name, shape in shapes.items()}
     try:
         with np.errstate(all="ignore"):
             zeros = build(lambda name: np.zeros(narrow[name]))

@@ -78,8 +78,10 @@ class GgufWeight(QuantizedWeight):
 
     @property
     def rows_per_block(self) -> int | None:
-        plain = self.placement is not None and self.placement.plain
-        return 1 if plain and len(self.shape) > 1 else None
+        place = self.placement
+        if place is None or not (place.plain or self.shape == self.shapes[0]):
+            return None
+        return place.block if len(self.shape) > 1 else None
 
     def row_views(
         self, stored: dict[str, Tensor], matrix: int, first: int, last: int
@@ -90,8 +92,8 @@ class GgufWeight(QuantizedWeight):
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         pairs = zip(self.types, self.values(stored), strict=True)
         rows = [decode_rows(name, part) for name, part in pairs]
-        if self.placement is not None and self.placement.plain:
-            return rows[0].view(self.shape)
+        if self.placement is not None:
+            return self.placement.join(rows, self.shape)
         return self._built(rows)
 
     def _built(self, rows: list[Tensor]) -> Tensor:
@@ -105,33 +107,25 @@ class GgufWeight(QuantizedWeight):
         with np.errstate(all="ignore"):  # values that are not finite are refused when written
             weight = self.build(arrays.__getitem__)
         if tuple(weight.shape) != self.shape:
-            raise self._misplaced(f"{shown(self.key)} comes out as {tuple(weight.shape)}")
+            raise Unrecoverable(
+                f"{shown(self.key)} comes out as {tuple(weight.shape)}",
+                expected=f"{self.shape}, each value where it was",
+                where=self.file,
+                hint="convert it with llama.cpp's own tools",
+            )
         return weight.to(rows[0].device)
 
-    def _misplaced(self, problem: str) -> Unrecoverable:
-        return Unrecoverable(
-            problem,
-            expected=f"{self.shape}, each value where it was",
-            where=self.file,
-            hint="convert it with llama.cpp's own tools",
-        )
-
     def _rows(self, weight: Tensor) -> list[Tensor]:
-        """The values of its parts, of which transformers makes the weight again."""
+        """The values of its parts."""
         assert self.placement is not None
-        rows = self.placement.split(weight)
-        if not self.placement.plain:
-            built = self._built(rows)
-            shift = abs(self.placement.shift)
-            room = 2.0**-22 * (shift + float(weight.abs().amax())) if shift else 0.0
-            if not torch.allclose(built, weight, rtol=0, atol=room):
-                raise self._misplaced(f"{shown(self.key)} does not come back from its layout")
-        return rows
+        return self.placement.split(weight)
 
     def rows(
         self, stored: dict[str, Tensor], first: int, last: int
     ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
         record, views = super().rows(stored, first, last)
+        if record is not self and self.placement is not None and not self.placement.plain:
+            record = replace(record, placement=self.placement.of_rows(first, last))
         if record is self or not self.importance:
             return record, views
         matrix = first // self.shape[-2]
