@@ -72,6 +72,13 @@ class Adapter:
         name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
         return self.config.get("task_type"), name
 
+    @property
+    def is_factors_alone(self) -> bool:
+        """Whether nothing is asked of its base but weights to which products are added."""
+        others = self.replaced, self.tokens, self.saved, self.base_fingerprint
+        biases = self.config.get("bias") not in (None, "none")
+        return not any(others) and not biases and not any(lora.bias for lora in self.loras)
+
     def changed_base(self) -> str | None:
         """init_lora_weights if that init changed the base's weights, or would, else None."""
         init = self.config.get("init_lora_weights", True)

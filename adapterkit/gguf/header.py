@@ -371,11 +371,26 @@ class _Parser:
         elif inner == STRING:
             if 8 * count > self.size - self.at:
                 self.errors.fail(f"an array of {count} texts", self.capacity)
-            for _ in range(count):
-                self.text()
+            self.skip_texts(count)
         else:
             self.errors.fail(f"an array of type {inner}", "numbers or texts")
         return Length(count)
+
+    def skip_texts(self, count: int) -> None:
+        """Vocabularies have some hundred thousand: most are looked at by this short loop."""
+        raw, at, length_at = self.raw, self.at, struct.Struct("<Q").unpack_from
+        try:
+            for _ in range(count):
+                stop = at + 8 + length_at(raw, at)[0]
+                raw[at + 8 : stop].decode()
+                if stop > len(raw):
+                    break
+                count, at = count - 1, stop
+        except (struct.error, UnicodeDecodeError):
+            pass
+        self.at = at
+        for _ in range(count):  # what ends too early, or is no text: with its problem
+            self.text()
 
     def tensor_info(self) -> _TensorInfo:
         name = self.text(MAX_NAME)

@@ -278,17 +278,17 @@ def _comes_out(build: Build, shapes: Mapping[str, tuple[int, ...]], shape: tuple
         return False
 
 
-def as_stored(entry: Entry) -> GgufWeight:
-    """A tensor as it is in the file, under its own name."""
+def as_stored(entry: Entry, key: str | None = None, rows: Tensor | None = None) -> GgufWeight:
+    """A tensor as it is in the file, under its own name, or as a parameter of other `rows`."""
     return GgufWeight.of(
         (entry.stored(),),
-        key=entry.name,
+        key=key or entry.name,
         dtype="F32",
         shape=entry.shape,
         types=(entry.type,),
         shapes=(entry.shape,),
         build=_Renamed(entry.name),
-        placement=RowPlacement((entry.shape,)),
+        placement=RowPlacement((entry.shape,), rows),
     )
 
 

@@ -118,11 +118,13 @@ class Names:
     def model(self) -> Skeleton | None:
         """The model without data; None if names match directly, or transformers does not know
         it."""
-        keys = self.base.tensors
-        direct = all(name in keys for name in self.wanted)
-        if direct and not self.build_model and self.plain:
-            return None
-        return self._skeleton()
+        return self._skeleton() if self.needs_model else None
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether names do not match directly, or more than names is asked."""
+        direct = all(name in self.base.tensors for name in self.wanted)
+        return not direct or self.build_model or not self.plain
 
     def _skeleton(self) -> Skeleton | None:
         """The candidate class that has the most of the wanted parameters."""

@@ -27,6 +27,17 @@ def read_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
     return open_gguf(files, number, table_of=table_of).checkpoint
 
 
+def read_plain_gguf(folder: Folder) -> Checkpoint | None:
+    """A model in GGUF whose parameters are known without transformers; None for others."""
+    files = find_gguf(folder)
+    if files is None:
+        return None
+    from adapterkit.gguf.plain import open_plain_gguf
+    from adapterkit.planning.inputs.gguf_tables import table_of
+
+    return open_plain_gguf(files, table_of)
+
+
 def one_file_of(base: Folder | None) -> "OneFileModel | None":
     """The image or video model in its publisher's names that a folder or file is; None for other
     bases, and for what cannot be read, which is refused where it is opened."""

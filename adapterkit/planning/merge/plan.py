@@ -20,7 +20,7 @@ from adapterkit.patterns import similar_names
 from adapterkit.plan import OutputFile, Plan, Step
 from adapterkit.planning.inputs.earlier_merges import history_notes, merged_adapters
 from adapterkit.planning.inputs.input_identity import plan_of
-from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
+from adapterkit.planning.inputs.model_checkpoint import read_checkpoint, read_plain_gguf
 from adapterkit.planning.inputs.model_config import nested_values, set_nested
 from adapterkit.planning.inputs.pipeline import (
     Pipeline,
@@ -137,7 +137,10 @@ def plan_merge(
     sources, with_initial = _with_initial(sources, options)
     adapters, errors = _scan_adapters(sources)
     try:
-        checkpoint = read_checkpoint(base) if part is None else open_checkpoint(base)
+        if part is None:
+            checkpoint = _read_base(base, adapters, [weight for _, weight in sources], options)
+        else:
+            checkpoint = open_checkpoint(base)
     except AdapterkitError as error:
         Problems([error, *errors]).raise_all()
         raise
@@ -163,6 +166,17 @@ def plan_merge(
         more = {"imatrix": imatrix.sha256} if imatrix else {}
         return replace(plan, options=plan.options | more, is_file=len(shards) == 1)
     return _plan(job, steps, statistics, file)
+
+
+def _read_base(
+    base: Folder, adapters: list[Adapter], weights: list[float], options: MergeOptions
+) -> Checkpoint:
+    """The base; without a model where adapters of nothing but factors name what a file has."""
+    if len(adapters) == len(weights) and all(adapter.is_factors_alone for adapter in adapters):
+        plain = read_plain_gguf(base)
+        if plain and not MergeJob(plain, adapters, weights, options).names.needs_model:
+            return plain
+    return read_checkpoint(base)
 
 
 def _decode_to_16_bits(job: MergeJob) -> None:
