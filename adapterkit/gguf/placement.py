@@ -63,12 +63,16 @@ class RowPlacement:
         rows = None if self.rows is None else self.rows[first:last] - first
         return replace(self, shapes=((last - first, self.shapes[0][-1]),), rows=rows)
 
+    @cached_property
+    def _inverses(self) -> list[Tensor | None]:
+        orders = self.rows, self.columns
+        return [None if order is None else torch.argsort(order) for order in orders]
+
     def join(self, parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
         """The parameter, of this shape, of the values of the GGUF tensors, as (rows, columns)."""
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-        for axis, order in enumerate((self.rows, self.columns)):
-            if order is not None:
-                rows = rows.index_select(axis, torch.argsort(order).to(rows.device))
+        for axis, order in enumerate(self._inverses):
+            rows = rows if order is None else rows.index_select(axis, order.to(rows.device))
         rows = rows + self.shift if self.shift else rows
         if not self.transposed:
             return rows.view(shape)
@@ -82,8 +86,8 @@ class RowPlacement:
             -1, self.shapes[0][-1]
         )
         rows = rows - self.shift if self.shift else rows
-        rows = rows if self.rows is None else rows[self.rows.to(rows.device)]
-        rows = rows if self.columns is None else rows[:, self.columns.to(rows.device)]
+        for axis, order in enumerate((self.rows, self.columns)):
+            rows = rows if order is None else rows.index_select(axis, order.to(rows.device))
         return list(rows.split([math.prod(shape[:-1]) for shape in self.shapes]))
 
 

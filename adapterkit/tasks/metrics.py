@@ -67,13 +67,14 @@ class ChangeMetrics:
 def change_sums(before: Tensor, exact: Tensor, written: Tensor) -> list[Tensor]:
     """How many elements differ from before, ‖before‖², ‖written - exact‖², ‖Δ‖² and
     ⟨written - before, Δ⟩, each a tensor of its device without dimensions: none is waited for."""
-    delta = exact - before
+    delta, moved = exact - before, written - before
+    projection = torch.dot(moved.view(-1), delta.view(-1))
     return [
-        (written != before).sum(),
+        moved.sign_().abs_().sum(),  # a sum of bits takes ten times as long
         squares(before),
         squares(exact - written),
         squares(delta),
-        torch.dot((written - before).view(-1), delta.view(-1)),
+        projection,
     ]
 
 

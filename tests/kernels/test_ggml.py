@@ -184,7 +184,7 @@ def test_new_scales_only_where_they_lose_less(name: str, sampled: bool) -> None:
     draws = Draws(1) if sampled else None
     kept = requantize(name, old, w, importance=weight, keep=True, draws=draws)
     searched = requantize(name, old, w, importance=weight)
-    scales = lambda blocks: unpack_scales(kind, blocks.view(-1, kind.nbytes)).effective()
+    scales = lambda blocks: unpack_scales(kind, blocks.view(-1, kind.nbytes)).effective
     for new, stored in zip(scales(kept), scales(old), strict=True):
         new, stored = new.view(16, -1), stored.view(16, -1)
         assert torch.equal(new[:5], stored[:5]) and torch.equal(new[8:], stored[8:])

@@ -1,5 +1,6 @@
 """GGUF files of tiny models in llama.cpp's layouts, and what transformers reads of them."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from adapterkit.gguf.weight import GgufWeight
+from adapterkit.planning.inputs.model_checkpoint import read_checkpoint, read_plain_gguf
+from adapterkit.planning.inputs.sources import open_source
 from tests.support import oracle
 
 gguf = pytest.importorskip("gguf")
@@ -356,6 +360,23 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict, dict]]] = {
     "qwen35": qwen35,
     "qwen35moe": lambda: qwen35(experts=True),
 }
+
+
+def known_without_a_model(path: Path) -> int:
+    """How many parameters of a file are known without its model, each as it is known with it."""
+    plain, known = read_plain_gguf(open_source(path)), 0
+    full = read_checkpoint(open_source(path))
+    for key, weight in plain.tensors.items() if plain else ():
+        assert isinstance(weight, GgufWeight) and weight.placement
+        if weight.parts[0].key == key:
+            continue
+        other, known = full.tensors[key], known + 1
+        assert isinstance(other, GgufWeight) and other.placement
+        assert (weight.types, weight.shape, weight.parts) == (other.types, other.shape, other.parts)
+        numbers = torch.arange(math.prod(weight.shape)).view(-1, weight.shape[-1]).float()
+        one, two = (each.placement.join([numbers], weight.shape) for each in (weight, other))
+        assert torch.equal(one, two)
+    return known
 
 
 def stored(folder: Path) -> dict[str, Tensor]:

@@ -49,8 +49,8 @@ class GgmlGrid(Grid):
 
     def scaled(self, x: Tensor, *scales: Tensor) -> Tensor:
         scale, *minimum = scales
-        x = x + minimum[0] if minimum else x
-        return x / torch.where(scale == 0, 1.0, scale)
+        scale = torch.where(scale == 0, 1.0, scale)
+        return (x + minimum[0]).div_(scale) if minimum else x / scale
 
     def nearest(self, x: Tensor) -> Tensor:
         if not self.table:
@@ -81,7 +81,7 @@ def decode(
     out = torch.empty(len(flat), kind.values, device=blocks.device)
     for part in pieces(out.shape, out.device, large=True):
         some = flat[part]
-        out[part] = _values(kind, unpack_codes(kind, some), unpack_scales(kind, some))
+        _values(kind, unpack_codes(kind, some), unpack_scales(kind, some), out[part])
     return out.view(*blocks.shape[:-1], count * kind.values)
 
 
@@ -147,15 +147,16 @@ def _renewed(
 ) -> Tensor:  # as blocks
     kind = TYPES[name]
     scales, codes = unpack_scales(kind, blocks), unpack_codes(kind, blocks)
-    moved = _values(kind, codes, scales).sub_(x)  # NaN of scales that are not finite
-    changed = moved.abs().amax(1) != 0  # a test of each value would take ten times as long
+    moved = _values(kind, codes, scales, memory[0, : x.numel()].view(x.shape)).sub_(x).abs_()
+    # NaN, too, of scales that are not finite; a test of each value would take ten times as long
+    changed = moved.amax(1) != 0
     at = changed.nonzero()[:, 0]
     if draws is None and len(at) < len(x):  # draws are those of all
         new, some = blocks.clone(), None if importance is None else importance[at]
         if len(at):
             new[at] = _renewed(name, blocks[at], x[at], None, some, memory, keep)
         return new
-    broken = ~torch.stack([each.sum(1) for each in scales.effective()]).isfinite().all(0)
+    broken = ~torch.stack([each.sum(1) for each in scales.effective]).isfinite().all(0)
     scales = scales.without(broken.nonzero()[:, 0])
     stays = None if _are_distinct(kind, scales, codes) else moved == 0
     trial = _Trial(name, x, importance, stays, broken, memory, draws is not None)
@@ -223,7 +224,7 @@ class _Trial:
         kind = TYPES[self.name]
         if self.sampled:
             return _grid(kind, scales).errors(self.x, weight=weight).sum(1)
-        return Parts.of(kind, self.x, weight, self.memory).errors(*scales.effective()).sum(1)
+        return Parts.of(kind, self.x, weight, self.memory).errors(*scales.effective).sum(1)
 
     def _at(self, blocks: Tensor) -> "_Trial":
         some = lambda each: None if each is None else each[blocks]
@@ -239,7 +240,7 @@ class _Trial:
 def _are_distinct(kind: BlockType, scales: BlockScales, codes: Tensor) -> bool:
     """Whether the nearest code of each value is the one that it was decoded from. A scale of 0 does
     not tell it, nor one that is small beside its minimum; some codes are never written."""
-    scale, *minimum = scales.effective()
+    scale, *minimum = scales.effective
     least = minimum[0].abs() * DISTINCT if minimum else torch.zeros(())
     if "e" in kind.fields or not bool((scale.abs() > least).all()):
         return False
@@ -259,7 +260,7 @@ def round_column(
 
 def _grid(kind: BlockType, scales: BlockScales, rows: int | None = None) -> Grid:
     """Of blocks as rows, or of this many rows of them."""
-    by_part = scales.effective()
+    by_part = scales.effective
     if rows is not None:
         by_part = tuple(each.reshape(rows, -1) for each in by_part)
     block = (1, kind.sub)
@@ -280,16 +281,18 @@ def _values(
     kind: BlockType,
     codes: Tensor,  # (n, values) uint8
     scales: BlockScales,
-) -> Tensor:  # as codes
+    out: Tensor,  # as codes
+) -> Tensor:  # out
     if kind.table:
         table = table_values(kind.table, codes.device)
-        x = torch.index_select(table, 0, codes.view(-1).int())
+        torch.index_select(table, 0, codes.view(-1).int(), out=out.view(-1))
     else:
-        x = codes.float().sub_(kind.zero)
-    x = x.view(len(codes), kind.parts, kind.sub)
-    scale, *minimum = (each[:, :, None] for each in scales.effective())
+        out.copy_(codes)
+    x = out.view(len(codes), kind.parts, kind.sub)
+    scale, *minimum = (each[:, :, None] for each in scales.effective)
+    x = x.sub_(kind.zero) if kind.zero else x
     x.mul_(scale)
-    return (x.sub_(minimum[0]) if minimum else x).view(codes.shape)
+    return out if not minimum else x.sub_(minimum[0]).view(out.shape)
 
 
 def _blocks(kind: BlockType, w: Tensor) -> Tensor:  # (n, values)

@@ -8,6 +8,7 @@ part's integers times a float16.
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -63,7 +64,8 @@ class BlockType:
         return self.values // self.sub
 
 
-class BlockScales(NamedTuple):
+@dataclass(frozen=True)
+class BlockScales:
     """The scales of n blocks as they are stored."""
 
     d: Tensor  # (n, 1) float16; of MXFP4 uint8, exponents
@@ -73,29 +75,28 @@ class BlockScales(NamedTuple):
 
     def at(self, blocks: Tensor) -> "BlockScales":
         """Those of some blocks, by number or a mask."""
-        first, *rest = self
-        return BlockScales(
-            first[blocks], *(None if each is None else each[blocks] for each in rest)
-        )
+        some = lambda x: None if x is None else x[blocks]
+        return BlockScales(self.d[blocks], some(self.m), some(self.scale), some(self.min))
 
     def without(self, blocks: Tensor) -> "BlockScales":
         """With 0 for these blocks, by number."""
-        first, *rest = self
+        if not len(blocks):
+            return self
         empty = lambda x: None if x is None else x.index_fill(0, blocks, 0)
-        return BlockScales(first.index_fill(0, blocks, 0), *map(empty, rest))
+        d = self.d.index_fill(0, blocks, 0)
+        return BlockScales(d, empty(self.m), empty(self.scale), empty(self.min))
 
     def replaced(self, blocks: Tensor, new: "BlockScales") -> "BlockScales":
         """With others for these blocks, by number."""
-        first, *rest = self
-        pairs = zip(rest, new[1:], strict=True)
+        if not len(blocks):
+            return self
+        put = lambda x, y: None if x is None or y is None else x.index_copy(0, blocks, y)
+        d = self.d.index_copy(0, blocks, new.d)
         return BlockScales(
-            first.index_copy(0, blocks, new.d),
-            *(
-                None if old is None or each is None else old.index_copy(0, blocks, each)
-                for old, each in pairs
-            ),
+            d, put(self.m, new.m), put(self.scale, new.scale), put(self.min, new.min)
         )
 
+    @cached_property
     def effective(self) -> tuple[Tensor, ...]:  # (n, parts) float32
         """What codes are multiplied by, and what is subtracted then, if anything is."""
         if self.d.dtype == torch.uint8:
@@ -103,10 +104,10 @@ class BlockScales(NamedTuple):
         scale = self.d.float()
         if self.scale is None:
             return (scale,) if self.m is None else (scale, -self.m.float())
-        scale = scale * self.scale.float()
+        scale = scale * self.scale
         if self.m is None or self.min is None:
             return (scale,)
-        return scale, self.m.float() * self.min.float()
+        return scale, self.m.float() * self.min
 
 
 D, DM = {"d": 2}, {"d": 2, "m": 2}
@@ -255,11 +256,16 @@ def _repeated(byte: int, dtype: torch.dtype) -> int:
     return int.from_bytes(bytes([byte]) * dtype.itemsize, "little")
 
 
+SIX, FOUR, HIGH = (_repeated(byte, torch.int32) for byte in (63, 15, 3 << 4))
+
+
 def _six_bits(packed: Tensor) -> Tensor:  # (n, 12) -> (n, 16): 8 scales, 8 mins
-    """Of the last four of each the high bits are above the first four's."""
-    first, high, low = packed[:, :8] & 63, packed[:, :8] >> 6 << 4, packed[:, 8:]
-    scales, mins = high[:, :4] | low & 15, high[:, 4:] | low >> 4
-    return torch.cat([first[:, :4], scales, first[:, 4:], mins], 1)
+    """Of the last four of each the high bits are above the first four's; four bytes at a time."""
+    first, second, low = packed.clone().view(torch.int32).unbind(1)
+    scale, last_scale = first & SIX, first >> 2 & HIGH | low & FOUR
+    minimum, last_minimum = second & SIX, second >> 2 & HIGH | low >> 4 & FOUR
+    four = torch.stack([scale, last_scale, minimum, last_minimum], 1)
+    return four.view(torch.uint8)
 
 
 def _pack_six_bits(codes: Tensor) -> Tensor:  # (n, 16) -> (n, 12)

@@ -5,7 +5,7 @@ with the integers and the float16 that parts' scales are made of.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -249,7 +249,7 @@ def refit(
 ) -> tuple[Tensor, BlockScales, Tensor]:  # (n,), bool (n,)
     """The error of blocks with their scales; those with other float16 that fit the nearest codes
     best; and where these are better. `changes`: weights for the first, where they are others."""
-    scale, *rest = scales.effective()
+    scale, *rest = scales.effective
     minimum = rest[0] if rest else None
     sums, error = parts.fit(scale, minimum, parts.weight if changes is None else changes)
     first, second, product = sums
@@ -257,7 +257,7 @@ def refit(
     i = torch.ones_like(scale) if scales.scale is None else scales.scale.float()
     if minimum is None:
         d = half(_ratio(_sum(i * product), _sum(i * i * second)))
-        new = scales._replace(d=d.half())
+        new = replace(scales, d=d.half())
     else:
         total = parts.weighted(parts.x).sum(1).view(first.shape)
         if scales.min is None:
@@ -265,8 +265,8 @@ def refit(
             new = BlockScales(half(d).half(), -m.half())
         else:
             d, m = _two_halves(sums, weights, total, i, scales.min.float())
-            new = scales._replace(d=d.half(), m=m.half())
-    error, others = error.sum(1), new.effective()
+            new = replace(scales, d=d.half(), m=m.half())
+    error, others = error.sum(1), new.effective
     if changes is not None:
         return error, new, parts.errors(*others).sum(1) < error
     before = _beside_squares(sums, weights, total, scale, *rest)
@@ -289,7 +289,7 @@ def is_searched_fast(name: str, importance: Tensor | None) -> bool:
 
 def rounding_error(kind: BlockType, parts: Parts, scales: BlockScales) -> Tensor:  # (n,)
     """Σ w (x - value)² of values that lie anywhere between codes."""
-    step = scales.effective()[0].abs()
+    step = scales.effective[0].abs()
     if kind.table:
         step = step * ((max(kind.table) - min(kind.table)) / (len(kind.table) - 1))
     return (step.square() * parts.weights().view(step.shape)).sum(1) / 12
