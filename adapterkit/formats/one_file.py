@@ -37,6 +37,14 @@ class OneFileModel(Checkpoint):
         """The modules by their names in the file."""
         return _modules(self.tensors)
 
+    def found(self, module: str) -> Iterator[tuple[str, ComponentNames, Match]]:
+        """The components that a module of the file may be of, with the rule that names it."""
+        for component, part in self.parts.items():
+            if module.startswith(part.prefix):
+                names = names_of(self.architecture, component, part.naming)
+                for match in names.find(module.removeprefix(part.prefix)):
+                    yield component, names, match
+
     @property
     def names(self) -> Format:
         """A format whose modules are named as in this file."""

@@ -30,6 +30,7 @@ from adapterkit.formats.scales import Scales
 from adapterkit.formats.schema import MODEL, Format
 
 BASE = "base_model_name_or_path"
+OTHER_BASE = "check that the adapter was trained on this base"
 WHICH = "give --base, the model it was trained on, or --architecture"
 
 
@@ -207,7 +208,7 @@ class _Names:
                 f"{listed(unknown)}",
                 expected=f"modules of {', '.join(candidates)}",
                 where=self.where,
-                hint=WHICH,
+                hint=WHICH if self.reading.file is None else OTHER_BASE,
             )
         sizes = {name: list(_sizes(attempts[name].resolved)) for name in fits}
         fits = likely(sizes, self.container.metadata)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.formats.modules.deltas import ModuleDelta
 from adapterkit.kernels import rows as kernel
+from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.plan import READ, Edit, Loaded
 from adapterkit.weights.reader import Reader
 from adapterkit.weights.slots import Positions, taken
@@ -266,6 +268,37 @@ class RoundTo(Edit):
 
 def _round(w: Tensor, dtype: torch.dtype) -> None:
     w.copy_(w.to(dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class AddDelta(Edit):
+    """w += scale * delta, of any kind that does not depend on w, on these rows of the grid."""
+
+    delta: ModuleDelta
+    scale: float
+    rows: Band
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return self.delta.reads
+
+    def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        value = self.delta.value(inputs.view(None))  # float64
+        dtype = inputs.dtype
+        if isinstance(value, Product):
+            left, right = (value.left * self.scale).to(dtype), value.right.to(dtype)
+            add = lambda part, here: kernel.add_low_rank(part, left[here], right)
+            norm = kernel.low_rank_norm(left, right)
+        else:
+            dense = (value.reshape(-1, grid[1]) * self.scale).to(dtype)
+            add = lambda part, here: part.add_(dense[here])
+            norm = float(torch.linalg.vector_norm(dense.double()))
+
+        def apply(w: Tensor, first: int) -> None:
+            for part, here in self.rows.overlap(w, first):
+                add(part, here)
+
+        return Loaded(apply, norm)
 
 
 @dataclass(frozen=True, slots=True)

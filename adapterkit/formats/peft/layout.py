@@ -138,15 +138,17 @@ def write_layout(
     dtype: str | None = None,
     stacks: Mapping[str, Stack] | None = None,
     rebuilt: bool = False,
+    values: bool = False,
 ) -> FormatFile:
     """The adapter of these contents in PEFT's layout; `stacks` of its base, if known. `rebuilt`:
-    its modules are not the source's. `Refused` with all that it cannot hold."""
+    its modules are not the source's; `values`: those trained whole are the base's own. `Refused`
+    with all that it cannot hold."""
     modules = with_widths(contents.modules, form, contents.architectures)
     contents = replace(contents, modules=modules)
     kind = kind_of(contents)
     if kind is not None:
         return write_kinds(contents, form, kind, dtype=dtype)
-    Problems(_problems(contents, form)).raise_all()
+    Problems(_problems(contents, form, values=values)).raise_all()
     loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER)]
     experts = [m for m in contents.modules if m.kind == EXPERTS]
     homes = Counter(m.name.rpartition(".")[0] for m in experts)
@@ -185,12 +187,13 @@ def write_layout(
     return FormatFile(form, tensors, metadata, contents.modules, settings=settings)
 
 
-def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
+def _problems(contents: Contents, form: Format, *, values: bool) -> list[AdapterkitError]:
     """Refusals of what the layout cannot hold."""
     errors = Problems()
     where = contents.folders[0].label
     is_own = bool(contents.config.get("peft_type"))
     known = (FACTORS, EXPERTS, *((PARAMETER, VALUE, COPY, TOKENS) if is_own else ()))
+    known = (*known, VALUE) if values else known
     roles = ("mid", "input_magnitude")
     others = [
         m for m in contents.modules if m.kind not in known or any(role in m.parts for role in roles)

@@ -1,83 +1,170 @@
 """An adapter of an image or video model under the names that the model has in its one file."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.errors import Refused, listed
-from adapterkit.formats.capabilities import kind_of
+from adapterkit.errors import Problems, Refused, listed, shown
+from adapterkit.formats.capabilities import FIT_ON_BASE, depends_on_base
 from adapterkit.formats.detect import Detection
 from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.library import format_named
-from adapterkit.formats.modules.names import fitting
-from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents
+from adapterkit.formats.modules.fusing import Fusion
+from adapterkit.formats.modules.kinds import FACTORS, VALUE
+from adapterkit.formats.modules.names import fitting, names_of
+from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
+from adapterkit.formats.modules.tensors import reshaped
 from adapterkit.formats.one_file import OneFileModel
-from adapterkit.formats.peft.layout import KEPT, write_layout
+from adapterkit.formats.peft.layout import write_layout
+from adapterkit.formats.read import OTHER_BASE
+from adapterkit.formats.schema import MODEL
 from adapterkit.formats.write import in_names_of
-from adapterkit.plan import Plan
-from adapterkit.planning.convert.lossy import lowered, without_zeros
-from adapterkit.planning.convert.plan import plan_written
+from adapterkit.plan import OutputFile, Plan
+from adapterkit.planning.adapters.added_deltas import FILE, AddedDelta, written
+from adapterkit.planning.convert.plan import plan_written, tasks_of
 from adapterkit.planning.convert.source import read_contents
 from adapterkit.verbs.convert import ConvertOptions
 
 LAYOUT = "peft"
+# kinds that are added as they are, and what the parameters may be called that they are of
+ADDED = ("loha", "lokr", "oft", "full", "modulation", FACTORS)
+WEIGHTS, BIASES, TABLES = ("weight", "scale"), ("bias",), ("modulation", "scale_shift_table")
 
 
 def plan_in_names_of(model: OneFileModel, source: Folder, detection: Detection) -> Plan:
     """The conversion of an adapter into PEFT's layout, its modules named as in the model's file:
     what the file fuses is one module. Those of parts that are not in the file keep the part's name
-    in front. `Refused` with all that cannot be done."""
+    in front; what is no plain factors is in a file beside them. `Refused` with all that cannot be
+    done."""
     form = format_named(LAYOUT)
     options = ConvertOptions(to=LAYOUT, architecture=model.architecture)
     contents = read_contents(source, detection, options, None, file=model)
-    contents = in_file_names(contents, model)
-    contents = lowered(without_zeros(contents, form), form, rank=None)
-    return plan_written(source, contents, write_layout(contents, form, rebuilt=True), options)
+    plain, added = _InFile(contents, model).converted()
+    contents = replace(contents, modules=tuple(plain), architectures=())
+    more = []
+    if added:
+        tensors, metadata = written(added)
+        more.append(OutputFile.computed(FILE, tasks_of(tensors), metadata, safetensors_order=True))
+    layout = write_layout(contents, form, rebuilt=True, values=True)
+    return plan_written(source, contents, layout, options, more=tuple(more))
 
 
-def in_file_names(contents: Contents, model: OneFileModel) -> Contents:
-    """The contents with the modules of the file instead of the model's; `Refused` for modules that
-    it has no name for."""
-    modules = _in_parts(contents, model)
-    there = [m for m in modules if m.component in model.parts]
-    named = in_names_of(
-        there,
-        model.names,
-        model.architecture,
-        model.namings,
-        None,
-        None,
-        PlanReader(contents.folders),
-    )
-    own = [replace(module, name=key, component=LANGUAGE) for module, key in named]
-    own += [
-        replace(m, name=m.path, component=LANGUAGE)
-        for m in modules
-        if m.component not in model.parts
-    ]
-    config = contents.config
-    if kind_of(contents) is not None:  # its patterns are of other names
-        config = {key: value for key, value in config.items() if key in KEPT}
-    return replace(contents, modules=tuple(own), config=config, architectures=())
+@dataclass(frozen=True)
+class _InFile:
+    """The modules of an adapter on their way into the file's names."""
 
+    contents: Contents
+    model: OneFileModel
 
-def _in_parts(contents: Contents, model: OneFileModel) -> list[AdapterModule]:
-    """The modules, of an adapter of one part that does not say which with that part."""
-    bare = [m for m in contents.modules if m.component == LANGUAGE and m.name not in model.modules]
-    if not bare:
-        return list(contents.modules)
-    names = [m.name for m in bare]
-    parts = [
-        part for part in model.parts if fitting([(part, n) for n in names], [model.architecture])
-    ]
-    if len(parts) != 1:
-        several = f"modules of {' or '.join(parts)}" if parts else "modules of no part of the file"
-        raise Refused(
-            f"{several}: {listed(names)}",
-            expected=f"modules of one of {', '.join(model.parts)} ({model.architecture})",
-            where=contents.folders[0].label,
-            hint="say which: adapterkit convert ADAPTER --to diffusers --prefix-only PART"
-            if parts
-            else "check that the adapter was trained on this base",
+    def converted(self) -> tuple[list[AdapterModule], list[AddedDelta]]:
+        """Plain factors, and what is added as it is."""
+        modules = self._in_parts()
+        self._check_names(modules)
+        special = ("mid", "input_magnitude")
+        ranked = [m for m in modules if m.kind == FACTORS and not {*m.parts} & {*special}]
+        is_mixed = any("magnitude" in m.parts for m in ranked)
+        is_plain = lambda m: m in ranked and ("magnitude" in m.parts or not is_mixed)
+        plain = [m for m in modules if is_plain(m) or m.kind not in ADDED]
+        others = [m for m in modules if not (is_plain(m) or m.kind not in ADDED)]
+        errors, added = Problems(where=self.contents.folders[0].label), list[AddedDelta]()
+        for module in others:
+            with errors.collected():
+                added += self._added(module)
+        errors.raise_all()
+        return self._named(plain), added
+
+    def _check_names(self, modules: Modules) -> None:
+        """`Refused` for modules of the file's parts that it has no names for."""
+        architecture, errors = self.model.architecture, list[str]()
+        for module in modules:
+            part = self.model.parts.get(module.component)
+            if part is not None:
+                named = names_of(architecture, module.component, part.naming).named(module.name)
+                errors += [] if named else [module.path]
+        if errors:
+            raise Refused(
+                f"{len(errors)} of {len(modules)} modules are not in {architecture}, as the base "
+                f"is: {listed(errors)}",
+                expected=f"modules of {', '.join(self.model.parts)}",
+                where=self.contents.folders[0].label,
+                hint=OTHER_BASE,
+            )
+
+    def _named(self, modules: Modules) -> list[AdapterModule]:
+        """The modules of the file that these are, fused."""
+        there = [m for m in modules if m.component in self.model.parts]
+        reader = PlanReader(self.contents.folders)
+        architecture, namings = self.model.architecture, self.model.namings
+        form = self.model.names
+        own = in_names_of(there, form, architecture, namings, None, None, reader)
+        named = [self._valued(replace(m, name=key, component=LANGUAGE)) for m, key in own]
+        rest = (m for m in modules if m.component not in self.model.parts)
+        return named + [replace(m, name=m.path, component=LANGUAGE) for m in rest]
+
+    def _valued(self, module: AdapterModule) -> AdapterModule:
+        """A module trained whole, its tensors called as the file has them."""
+        if module.kind != VALUE:
+            return module
+        there = self.model.tensors
+        leaf = next((one for one in WEIGHTS if f"{module.name}.{one}" in there), WEIGHTS[0])
+        return replace(
+            module,
+            parts={leaf if role == "weight" else role: p for role, p in module.parts.items()},
         )
-    own = {id(m) for m in bare}
-    return [replace(m, component=parts[0]) if id(m) in own else m for m in contents.modules]
+
+    def _added(self, module: AdapterModule) -> Iterator[AddedDelta]:
+        """What a module of another kind adds, to one parameter each."""
+        named, rows = self._placed(module)
+        roles = {"diff_b": BIASES, "table": TABLES}
+        if module.kind not in ("full", "modulation"):
+            yield AddedDelta(named, WEIGHTS, rows)
+            return
+        for role, part in named.parts.items():
+            shape = part.shape if len(part.shape) > 1 else (*part.shape, 1)
+            parts = {"diff": reshaped(part, shape)}
+            own = replace(named, kind="full", parts=parts)
+            yield AddedDelta(own, roles.get(role, WEIGHTS), rows)
+
+    def _placed(self, module: AdapterModule) -> tuple[AdapterModule, range | None]:
+        """The module of the file, and the rows of it that this one is."""
+        if module.component not in self.model.parts:
+            return replace(module, name=module.path, component=LANGUAGE), None
+        part = self.model.parts[module.component]
+        names = names_of(self.model.architecture, module.component, part.naming)
+        named = names.named(module.name)
+        if part.naming == MODEL or named is None or len(named[0].rule.model) == 1:
+            return self._named([module])[0], None
+        match, text = named
+        name = part.prefix + text
+        spec = self.model.tensors.get(f"{name}.weight")
+        fusion = Fusion(match.rule, part.naming)
+        rows = None if spec is None else fusion.rows(spec.shape[0], module)[match.part]
+        if not isinstance(rows, range) or depends_on_base(module):
+            raise Refused(
+                f"{shown(module.path)}: {module.kind} of some rows of {shown(name)}",
+                expected="plain factors, or a delta of consecutive rows that no norm is taken of",
+                hint=FIT_ON_BASE,
+            )
+        return replace(module, name=name, component=LANGUAGE), rows
+
+    def _in_parts(self) -> list[AdapterModule]:
+        """The modules, of an adapter of one part that does not say which with that part."""
+        model, modules = self.model, list(self.contents.modules)
+        bare = [m for m in modules if m.component == LANGUAGE and m.name not in model.modules]
+        if not bare:
+            return modules
+        names = [m.name for m in bare]
+        parts = [
+            one for one in model.parts if fitting([(one, n) for n in names], [model.architecture])
+        ]
+        if len(parts) != 1:
+            what = f"modules of {' or '.join(parts) or 'no part of the file'}: {listed(names)}"
+            hint = "say which: adapterkit convert ADAPTER --to diffusers --prefix-only PART"
+            raise Refused(
+                what,
+                expected=f"modules of one of {', '.join(model.parts)} ({model.architecture})",
+                where=self.contents.folders[0].label,
+                hint=hint if parts else OTHER_BASE,
+            )
+        own = {id(m) for m in bare}
+        return [replace(m, component=parts[0]) if id(m) in own else m for m in modules]

@@ -304,8 +304,9 @@ def plan_written(
     options: ConvertOptions,
     base: Checkpoint | None = None,
     file: str | None = None,
+    more: tuple[OutputFile, ...] = (),
 ) -> Plan:
-    """The plan that writes a file of these contents, alone or in a folder."""
+    """The plan that writes a file of these contents, alone or in a folder, there beside `more`."""
     form = written.form
     name = file or form.file.name
     folders = contents.folders if base is None else (*contents.folders, base.folder)
@@ -341,7 +342,7 @@ def plan_written(
         folders=folders,
         headers=dict(contents.headers),
         identities=identities(folders, contents.headers),
-        shards=(shard,),
+        shards=(shard, *more),
         files=files,
         decisions=decisions,
         notes=notes,

@@ -11,16 +11,18 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.base_model import NamedBase, facts_of
 from adapterkit.formats.detect import Detection
+from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.library import architectures
 from adapterkit.formats.modules.experts import stacks_of
+from adapterkit.formats.modules.fusing import Fusion, split
 from adapterkit.formats.modules.kinds import FACTORS, PARAMETER
-from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents
+from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
 from adapterkit.formats.modules.rows import Heads, model_heads
 from adapterkit.formats.one_file import OneFileModel
 from adapterkit.formats.peft.kinds import KINDS
 from adapterkit.formats.peft.layout import read_layout
 from adapterkit.formats.read import Reading, read
-from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
+from adapterkit.formats.schema import ADAPTER_LAYOUT, MODEL, Format
 from adapterkit.planning.adapters.other_types import kind_of
 from adapterkit.planning.convert.lossy import read_fitted
 from adapterkit.verbs.convert import ConvertOptions
@@ -111,10 +113,12 @@ def read_contents(
         else:
             names, stacks = (model.names, model.stacks) if model is not None else (None, None)
             contents = read_layout(form, source, names=names, stacks=stacks)
+        if isinstance(base, OneFileModel):
+            contents = in_model_names(contents, base)
     else:
         reading = Reading(
             options.alpha,
-            options.architecture,
+            options.architecture or getattr(base, "architecture", None),
             modules_of(base, model),
             heads_of(base, detection.config),
             model_type_of(base, detection.config),
@@ -142,6 +146,36 @@ def _selected(contents: Contents, component: str | None) -> Contents:
             hint="choose one of them",
         )
     return replace(contents, modules=tuple(modules))
+
+
+def in_model_names(contents: Contents, model: OneFileModel) -> Contents:
+    """The contents of an adapter that names modules as a model's file does, by the names of the
+    model itself, split; others stay. `Refused` for those that no rule names."""
+    reader = PlanReader(contents.folders)
+    errors, modules = Problems(where=contents.folders[0].label), list[AdapterModule]()
+    for module in contents.modules:
+        if module.name not in model.modules:
+            modules.append(module)
+            continue
+        with errors.collected():
+            modules += _of_model(module, model, reader)
+    errors.raise_all()
+    names = (model.architecture,)
+    return replace(contents, modules=tuple(modules), architectures=names)
+
+
+def _of_model(module: AdapterModule, model: OneFileModel, reader: PlanReader) -> Modules:
+    """The modules of the model that one of its file is."""
+    for component, names, match in model.found(module.name):
+        own, models = replace(module, component=component), names.models(match)
+        if names.naming == MODEL:
+            return [replace(own, name=models[0])]
+        return split(own, models, Fusion(match.rule, names.naming), reader)
+    raise Refused(
+        f"{shown(module.name)} is no module that {model.architecture} names",
+        expected=f"modules of {', '.join(model.parts)}",
+        hint="leave it out: adapterkit extract --exclude",
+    )
 
 
 def named_base(base: Checkpoint | None, detection: Detection, form: Format) -> NamedBase | None:

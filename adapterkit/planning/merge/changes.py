@@ -12,6 +12,7 @@ from adapterkit.adapters.record import EMBEDDINGS, Adapter, Lora, is_inside, ran
 from adapterkit.checkpoint.fingerprint import difference
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import WARNING, Refused, listed, shown
+from adapterkit.planning.adapters.added_deltas import added_deltas
 from adapterkit.planning.adapters.sites import flips_square_experts, sites_of
 from adapterkit.planning.adapters.value_comparison import (
     decoded_difference,
@@ -233,6 +234,7 @@ def collect_changes(job: MergeJob) -> None:
         _check_complete(job, adapter)
         _add_values(job, adapter)
         _add_products(job, adapter, weight)
+        _add_deltas(job, adapter, weight)
         _check_rows(job, adapter)
         _add_rows(job, adapter)
     _check_together(job)
@@ -467,6 +469,37 @@ def _add_product(
     change.adapters.append(adapter.name)
 
 
+def _add_deltas(job: MergeJob, adapter: Adapter, weight: float) -> None:
+    """Deltas of other kinds than factors."""
+    for added in added_deltas(adapter.folder, adapter.number):
+        module = added.module.name
+        if not job.is_selected(module):
+            job.skip(adapter, module)
+            continue
+        parameters = (job.names.parameter(f"{module}.{leaf}") for leaf in added.leaves)
+        parameter = next(filter(None, parameters), None)
+        if parameter is None:
+            name = f"{module}.{added.leaves[0]}"
+            job.errors.append(job.unknown_error(adapter, added.module.path, name))
+            continue
+        placed = added.on(parameter, job.base.tensors)
+        if placed is None:
+            shapes = [part.shape for part in added.module.parts.values()]
+            job.errors.append(job.shape_error(adapter, module, shapes, parameter.shape))
+            continue
+        if placed.needs_base and weight != 1.0:
+            job.errors.add(
+                f"{added.module.kind} of {shown(module)} with weight {weight:g}",
+                "weight 1: it is a change of the base's weight, and no addition",
+                "merge it with weight 1",
+                where=adapter.label,
+            )
+            continue
+        change = job.change(parameter)
+        change.deltas.append((placed, weight))
+        change.adapters.append(adapter.name)
+
+
 def _add_bias(job: MergeJob, adapter: Adapter, lora: Lora, scale: float) -> None:
     assert lora.bias is not None
     parameter = job.names.parameter(f"{lora.module}.bias")
@@ -534,10 +567,14 @@ def _check_together(job: MergeJob) -> None:
     """Refuse changes of one parameter by several adapters whose order would matter."""
     for name, change in job.changes.items():
         numbers = {one.a.folder for one in change.additions}
-        dora = next((one for one in change.additions if one.magnitude is not None), None)
+        parts = (part for one, _ in change.deltas for part in one.delta.module.parts.values())
+        numbers |= {spec.folder for part in parts for spec in part.reads}
+        dora = next((one.a for one in change.additions if one.magnitude is not None), None)
+        if any(one.needs_base for one, _ in change.deltas):
+            dora = next(part.reads[0] for part in change.deltas[0][0].delta.module.parts.values())
         if dora is not None and len(numbers) > 1 and job.options.compat != "peft":
             job.errors.add(
-                f"{shown(name)}: DoRA of {job.adapter(dora.a.folder).name} beside another adapter",
+                f"{shown(name)}: DoRA of {job.adapter(dora.folder).name} beside another adapter",
                 "one adapter on a module that DoRA rescales: the result depends on the order",
                 "merge one after the other, or give --compat peft for PEFT's order",
             )

@@ -15,6 +15,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.gguf.model import GgufCheckpoint
+from adapterkit.planning.adapters.added_deltas import PlacedDelta
 from adapterkit.planning.inputs.earlier_merges import MergedAdapter
 from adapterkit.planning.inputs.model_config import vocabulary_sizes
 from adapterkit.planning.targets.values_by_regex import selection
@@ -127,6 +128,8 @@ class Change:
     value: TensorSpec | None = None
     additions: list[Factors] = field(default_factory=list)
     vectors: list[tuple[TensorSpec, float]] = field(default_factory=list)  # biases of b, scales
+    # of other kinds than factors, each with its weight
+    deltas: list[tuple[PlacedDelta, float]] = field(default_factory=list)
     rows: list[tuple[TensorSpec, tuple[int, ...]]] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
     value_from: int = 0  # number of the adapter that has `value`
@@ -134,14 +137,14 @@ class Change:
     @property
     def has_edits(self) -> bool:
         """Whether it is more than a new value."""
-        return bool(self.additions or self.vectors or self.rows)
+        return bool(self.additions or self.vectors or self.deltas or self.rows)
 
     @property
     def stack(self) -> bool:
-        """Whether the parameter is a stack of matrices (experts); a convolution's kernel may have
-        three axes too."""
+        """Whether the parameter is a stack of matrices (experts); a convolution's kernel and other
+        tables may have three axes too."""
         are_stacks = (factors.experts is not None for factors in self.additions)
-        return len(self.parameter.shape) == 3 and all(are_stacks)
+        return len(self.parameter.shape) == 3 and not self.deltas and all(are_stacks)
 
 
 class MergeJob:

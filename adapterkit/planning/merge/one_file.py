@@ -3,6 +3,7 @@
 from adapterkit.errors import AdapterkitError, Problems, listed
 from adapterkit.formats.library import architectures
 from adapterkit.formats.one_file import OneFileModel
+from adapterkit.planning.adapters.added_deltas import added_deltas
 from adapterkit.planning.merge.job import MergeJob
 
 AVERAGES = "model_ema."  # copies of the weights that training averages
@@ -11,17 +12,18 @@ AVERAGES = "model_ema."  # copies of the weights that training averages
 def absent_parts(job: MergeJob, model: OneFileModel) -> list[AdapterkitError]:
     """Refusals of modules of parts of the pipeline that are not in the file."""
     errors = Problems(where=model.name)
-    others = sorted({*architectures()[model.architecture].components} - {*model.parts})
+    known = {part for one in architectures().values() for part in one.components}
     for adapter in job.adapters:
-        for part in others:
-            names = [one.module for one in adapter.loras if one.module.startswith(f"{part}.")]
-            if names and (wanted := list(filter(job.is_selected, names))):
-                way_out = f'leave them out: --exclude "^{part}[.]"'
+        added = (one.module.name for one in added_deltas(adapter.folder, adapter.number))
+        names = [*(one.module for one in adapter.loras), *added, *adapter.replaced]
+        for part in sorted(known - {*model.parts}):
+            own = [one for one in names if one.startswith(f"{part}.") and job.is_selected(one)]
+            if own:
                 errors.add(
-                    f"{adapter.name} trains {len(wanted)} modules of {part}, which the file does "
-                    f"not hold: {listed(wanted)}",
-                    f"modules of {', '.join(model.parts)}",
-                    way_out,
+                    f"{adapter.name} trains {len(own)} modules of {part}, which the file does not "
+                    f"hold: {listed(own)}",
+                    f"modules of {', '.join(model.parts)} ({model.architecture})",
+                    f'leave them out: --exclude "^{part}[.]"',
                 )
     return errors
 

@@ -11,6 +11,7 @@ from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.plan import Edit, Step
 from adapterkit.planning.merge.job import Change, MergeJob
 from adapterkit.tasks.edits import (
+    AddDelta,
     AddLikePeft,
     AddLowRank,
     AddVector,
@@ -263,6 +264,8 @@ def _additions(
     """The edits, followed by those of the change's additions."""
     parameter = change.parameter
     edits += [place_vector(parameter, slot, *vector) for vector in change.vectors]
+    for one, weight in change.deltas:
+        edits.append(AddDelta(one.delta, weight, Band(one.rows.start, one.rows.stop)))
     if job.options.compat == "peft":
         return _additions_like_peft(job, edits, change, slot, dtype)
     placed = [place_factors(parameter, slot, factors) for factors in change.additions]

@@ -14,6 +14,7 @@ from adapterkit.adapters.record import EMBEDDINGS
 from adapterkit.adapters.resolve import LINEAR, Resolver, Target
 from adapterkit.adapters.targets import ALL_LINEAR
 from adapterkit.errors import Problems, Refused, listed, shown
+from adapterkit.formats.one_file import OneFileModel
 from adapterkit.patterns import matcher
 from adapterkit.planning.targets.changed_meanings import (
     layers_readings,
@@ -96,7 +97,8 @@ class FactorTargets:
         if axes < 2 or 0 in parameter.shape:
             return None
         if not classes:
-            is_layer = leaf == "weight" and axes == 2 and not EMBEDDINGS.search(name)
+            # of four axes and more it is a convolution; of three perhaps a stack
+            is_layer = leaf == "weight" and axes != 3 and not self._is_looked_up(name)
             return module if is_layer else None
         if parameter.tied or any(part in cls for cls in classes for part in ("Embedding", "Norm")):
             return None
@@ -114,6 +116,14 @@ class FactorTargets:
         if EXPERTS.search(f"{module} {' '.join(classes)}"):
             return name if axes == 2 or (axes == 3 and parameter.shape[0] > 1) else None
         return name if axes == 2 and 1 not in parameter.shape else None
+
+    def _is_looked_up(self, name: str) -> bool:
+        """Whether a name is that of an embedding or a head; of an image model's that of neither of
+        what its family's rules name, as these are layers."""
+        base = self.names.base
+        if isinstance(base, OneFileModel) and any(base.found(name.rpartition(".")[0])):
+            return False
+        return EMBEDDINGS.search(name) is not None
 
     def _is_wrappable(self, module: str, name: str) -> bool:
         """Whether PEFT can wrap a module for one of its parameters.
