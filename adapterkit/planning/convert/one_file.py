@@ -28,6 +28,7 @@ from adapterkit.verbs.convert import ConvertOptions
 LAYOUT = "peft"
 # kinds that are added as they are, and what the parameters may be called that they are of
 ADDED = ("loha", "lokr", "oft", "full", "modulation", FACTORS)
+NOT_PLAIN = ("mid", "input_magnitude")
 WEIGHTS, BIASES, TABLES = ("weight", "scale"), ("bias",), ("modulation", "scale_shift_table")
 
 
@@ -60,12 +61,11 @@ class _InFile:
         """Plain factors, and what is added as it is."""
         modules = self._in_parts()
         self._check_names(modules)
-        special = ("mid", "input_magnitude")
-        ranked = [m for m in modules if m.kind == FACTORS and not {*m.parts} & {*special}]
+        ranked = [m for m in modules if m.kind == FACTORS and not {*m.parts} & {*NOT_PLAIN}]
         is_mixed = any("magnitude" in m.parts for m in ranked)
-        is_plain = lambda m: m in ranked and ("magnitude" in m.parts or not is_mixed)
-        plain = [m for m in modules if is_plain(m) or m.kind not in ADDED]
-        others = [m for m in modules if not (is_plain(m) or m.kind not in ADDED)]
+        own = {id(m) for m in ranked if "magnitude" in m.parts or not is_mixed}
+        plain = [m for m in modules if id(m) in own or m.kind not in ADDED]
+        others = [m for m in modules if id(m) not in own and m.kind in ADDED]
         errors, added = Problems(where=self.contents.folders[0].label), list[AddedDelta]()
         for module in others:
             with errors.collected():

@@ -1,5 +1,6 @@
 """A model's checkpoint, of a folder of safetensors, of one file or of a GGUF file."""
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.folder import Folder
@@ -38,6 +39,7 @@ def read_plain_gguf(folder: Folder) -> Checkpoint | None:
     return open_plain_gguf(files, table_of)
 
 
+@lru_cache(maxsize=4)  # what writes the output and what reads adapters ask for it
 def one_file_of(base: Folder | None) -> "OneFileModel | None":
     """The image or video model in its publisher's names that a folder or file is; None for other
     bases, and for what cannot be read, which is refused where it is opened."""
