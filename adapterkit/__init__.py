@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from adapterkit.adapters.lora_config import LoraConfig as LoraConfig
     from adapterkit.jobs.finish import finish as finish
     from adapterkit.jobs.plan_file import write_plan as write_plan
-    from adapterkit.jobs.rerun import rerun as rerun
     from adapterkit.jobs.run import run as run
     from adapterkit.verbs.arrow import arrow as arrow
     from adapterkit.verbs.combine import combine as combine
     from adapterkit.verbs.convert import convert as convert
     from adapterkit.verbs.dequantize import dequantize as dequantize
     from adapterkit.verbs.diff import diff as diff
+    from adapterkit.verbs.edit import edit as edit
     from adapterkit.verbs.extract import extract as extract
     from adapterkit.verbs.init import init as init
     from adapterkit.verbs.inspect import inspect as inspect
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.quantize import quantize as quantize
     from adapterkit.verbs.rebase import rebase as rebase
     from adapterkit.verbs.report import report as report
+    from adapterkit.verbs.rerun import rerun as rerun
     from adapterkit.verbs.resize import resize as resize
     from adapterkit.verbs.stats import stats as stats
     from adapterkit.verbs.subtract import subtract as subtract

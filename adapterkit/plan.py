@@ -47,7 +47,7 @@ READ = {"read": True}  # metadata of fields that hold tensors which are read
 Apply = Callable[[Tensor, int], None]
 
 
-def _marked_reads(record: "Edit | Task") -> tuple[TensorSpec, ...]:
+def _marked_reads(record: "RowEdit | Task") -> tuple[TensorSpec, ...]:
     """The stored tensors in the fields of a record that are marked `READ`."""
     return tuple(
         spec for name in _marked_fields(type(record)) for spec in _specs_in(getattr(record, name))
@@ -55,7 +55,7 @@ def _marked_reads(record: "Edit | Task") -> tuple[TensorSpec, ...]:
 
 
 @cache
-def _marked_fields(cls: "type[Edit | Task]") -> tuple[str, ...]:
+def _marked_fields(cls: "type[RowEdit | Task]") -> tuple[str, ...]:
     return tuple(field.name for field in fields(cls) if field.metadata == READ)
 
 
@@ -103,7 +103,7 @@ class Effort:
 
 
 @dataclass(frozen=True, slots=True)
-class Edit(ABC):
+class RowEdit(ABC):
     """One change to a stored tensor; subclasses are frozen, picklable dataclasses."""
 
     @property
@@ -158,7 +158,7 @@ class Step:
     dtype: str
     shape: tuple[int, ...]
     source: TensorSpec
-    edits: tuple[Edit, ...] = ()
+    edits: tuple[RowEdit, ...] = ()
     rows: int = 0  # the grid's rows when there are edits
     adapters: tuple[str, ...] = ()  # whose parts go in
     draws: Draws | None = None

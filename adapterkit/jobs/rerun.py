@@ -7,107 +7,63 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit import records
+from adapterkit.calls import command_of
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_file
 from adapterkit.errors import Damaged, Problems, Refused, listed, shown
 from adapterkit.hub.ids import parse
 from adapterkit.jobs.verbs import VERB
-from adapterkit.options import (
-    FILE,
-    PROGRESS,
-    SOURCE,
-    Progress,
-    StrPath,
-    argument,
-    flag_of,
-    no_progress,
-    option,
-    option_of,
-    record,
-)
+from adapterkit.options import Progress, flag_of, option_of
+from adapterkit.plan import Plan
+from adapterkit.planning.inputs.sources import open_source
+from adapterkit.receipt import fingerprint_of, public_recipe, read_receipt
 from adapterkit.records import Json
-from adapterkit.verb import Verb, WritingVerb, fields_of, function_of
+from adapterkit.verb import WritingVerb, fields_of
+from adapterkit.verbs.rerun import Rerun
 
 RECEIPT_FILE = "adapterkit.json"
 BY_HAND = "run its command again by hand; verify checks its files"
 
 
-@record
-class Rerun(Verb[Json]):
-    """Make an output again as its receipt says, and compare its files' sha256 with the receipt's;
-    `files`, how many are the same, `command`, and `out`.
+def rerun_output(rerun: Rerun) -> Json:
+    """Make an output again and compare it."""
+    folder = open_source(rerun.output)
+    receipt = read_receipt(folder)
+    place = Path(os.path.abspath(rerun.output)).parent if rerun.inputs is None else rerun.inputs
+    if rerun.out is not None:
+        return _run(rerun, folder, receipt, Path(place), Path(rerun.out))
+    with tempfile.TemporaryDirectory(dir=None, prefix="adapterkit-rerun-") as work:
+        name = os.path.basename(os.path.normpath(rerun.output))
+        return _run(rerun, folder, receipt, Path(place), Path(work) / name) | {"out": None}
 
-    The inputs are looked for by their names in `inputs`, by default beside the output; ids of the
-    Hub at the commits of the receipt. They have to be the same, which the fingerprint says. `out`
-    keeps the output; else it is made in a folder that goes again. Raises `Refused` for a receipt
-    that does not hold its call, or where the plan is another one, and `Damaged` with all files
-    that differ: another version, kind of device or CPU's LAPACK gives other last bits.
-    """
 
-    command = """Make an output again from its receipt, and compare.
-
-    The inputs are looked for by name, beside the output or in --inputs. Nothing is kept without
-    --out. The exit status is 1 where a file differs.
-
-    \b
-    Example:
-      adapterkit rerun merged
-      adapterkit rerun merged --inputs ./models --out again
-    """
-
-    output: StrPath = argument(check=SOURCE, metavar="DIR")
-    inputs: StrPath | None = option(
-        default=None, check=FILE, metavar="DIR", help="Where the inputs are, by their names."
-    )
-    out: StrPath | None = option(
-        default=None, check=FILE, metavar="DIR", help="Keep what is made here."
-    )
-    progress: Progress = option(default=no_progress, check=PROGRESS)
-
-    def run(self) -> Json:
-        from adapterkit.planning.inputs.sources import open_source
-        from adapterkit.receipt import read_receipt
-
-        folder = open_source(self.output)
-        receipt = read_receipt(folder)
-        place = Path(os.path.abspath(self.output)).parent if self.inputs is None else self.inputs
-        if self.out is not None:
-            return self._run(folder, receipt, Path(place), Path(self.out))
-        with tempfile.TemporaryDirectory(dir=None, prefix="adapterkit-rerun-") as work:
-            name = os.path.basename(os.path.normpath(self.output))
-            return self._run(folder, receipt, Path(place), Path(work) / name) | {"out": None}
-
-    def _run(self, folder: Folder, receipt: Json, place: Path, out: Path) -> Json:
-        verb = _verb_of(receipt, place, out, self.progress)
-        plan = verb.plan()
-        _check_same(receipt, plan)
-        done: Any = verb.carry_out(plan)
-        made = done.data["files"]
-        before = {
-            name: entry["sha256"] or sha256_of_file(folder.path(name))  # of --hash none
-            for name, entry in receipt["files"].items()
-        }
-        differing = [
-            name for name, sum in before.items() if made.get(name, {}).get("sha256") != sum
-        ]
-        errors = Problems(where=str(out), kind=Damaged)
-        if differing:
-            version = receipt["recipe"].get("version")
-            errors.add(
-                f"{len(differing)} of {len(before)} files differ: {listed(differing)}",
-                "the bytes of the receipt",
-                f"the receipt is of adapterkit {shown(version)}, made on "
-                f"{shown(receipt.get('device', 'a CPU'))}: run it there, or keep one with --out "
-                "and compare: adapterkit diff",
-            )
-        errors.raise_all()
-        return {"out": str(out), "files": len(made), "command": command_text(receipt)}
+def _run(rerun: Rerun, folder: Folder, receipt: Json, place: Path, out: Path) -> Json:
+    verb = _verb_of(receipt, place, out, rerun.progress)
+    plan = verb.plan()
+    _check_same(receipt, plan)
+    done: Any = verb.carry_out(plan)
+    made = done.data["files"]
+    before = {
+        name: entry["sha256"] or sha256_of_file(folder.path(name))  # of --hash none
+        for name, entry in receipt["files"].items()
+    }
+    differing = [name for name, sum in before.items() if made.get(name, {}).get("sha256") != sum]
+    errors = Problems(where=str(out), kind=Damaged)
+    if differing:
+        version = receipt["recipe"].get("version")
+        errors.add(
+            f"{len(differing)} of {len(before)} files differ: {listed(differing)}",
+            "the bytes of the receipt",
+            f"the receipt is of adapterkit {shown(version)}, made on "
+            f"{shown(receipt.get('device', 'a CPU'))}: run it there, or keep one with --out "
+            "and compare: adapterkit diff",
+        )
+    errors.raise_all()
+    return {"out": str(out), "files": len(made), "command": command_text(receipt)}
 
 
 def command_text(receipt: Json) -> str:
     """The command that a receipt is of, with the names of its inputs."""
-    from adapterkit.calls import command_of
-
     return command_of(VERB.read(receipt["recipe"]["verb"]), receipt["call"], "OUT")
 
 
@@ -155,10 +111,8 @@ def _found(value: Any, place: Path, commits: dict[str, str], errors: Problems) -
     return value
 
 
-def _check_same(receipt: Json, plan: Any) -> None:
+def _check_same(receipt: Json, plan: Plan) -> None:
     """`Refused` where the plan is not that of the receipt, with what differs."""
-    from adapterkit.receipt import fingerprint_of, public_recipe
-
     recipe = plan.recipe()
     if fingerprint_of(recipe) == receipt["fingerprint"]:
         return
@@ -176,6 +130,3 @@ def _check_same(receipt: Json, plan: Any) -> None:
                 f"another {shown(other['name'])}: {listed(files)}", "the input of the receipt"
             )
     errors.raise_all()
-
-
-rerun = function_of(Rerun)

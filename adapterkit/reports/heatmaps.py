@@ -1,6 +1,7 @@
 """Norms and ranks of adapters' modules, layers by modules: as numbers, as a page, in a terminal."""
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,10 +86,10 @@ def _shade(values: tuple[float | None, ...], scale: Scale) -> str:
 
 def check_page(path: Path, flag: str) -> None:
     """`Refused` for a place of a page that is no file to write, or holds something else."""
-    if not path.parent.is_dir() or path.is_dir() or path.suffix != ".html":
+    if path.suffix != ".html" or not os.path.isdir(path.parent) or os.path.isdir(path):
         expected, hint = "a file name ending in .html, in a folder that exists", "give another name"
         raise Refused(shown(path), expected=expected, where=flag, hint=hint)
-    if path.exists():
+    if os.path.exists(path):  # and not where the system takes no such name
         with path.open("rb") as file:
             if MARK not in file.read(1000):
                 raise Refused(

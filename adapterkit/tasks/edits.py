@@ -12,7 +12,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.formats.modules.deltas import ModuleDelta
 from adapterkit.kernels import rows as kernel
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.plan import READ, Edit, Loaded
+from adapterkit.plan import READ, Loaded, RowEdit
 from adapterkit.weights.reader import Reader
 from adapterkit.weights.slots import Positions, taken
 
@@ -136,7 +136,7 @@ def scale_factor(factor: Tensor, scale: float) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class AddLowRank(Edit):
+class AddLowRank(RowEdit):
     """w += Σ scale * b @ a: one product per block, the factors stacked along the rank."""
 
     added: tuple[PlacedFactors, ...]
@@ -211,7 +211,7 @@ class AddLikePeft(AddLowRank):
 
 
 @dataclass(frozen=True, slots=True)
-class Decompose(Edit):
+class Decompose(RowEdit):
     """DoRA: w = magnitude * w / ‖w‖ per output row of the parameter (arXiv:2402.09353).
 
     `by_columns`: the parameter's outputs are the grid's columns (an embedding's axis, a transposed
@@ -223,7 +223,7 @@ class Decompose(Edit):
     magnitude: TensorSpec = field(metadata=READ)
     rows: Band  # where the outputs lie on the grid, when they are rows
     by_columns: bool
-    before: tuple[Edit, ...]
+    before: tuple[RowEdit, ...]
     of_stored: bool = False
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
@@ -257,7 +257,7 @@ class Decompose(Edit):
 
 
 @dataclass(frozen=True, slots=True)
-class RoundTo(Edit):
+class RoundTo(RowEdit):
     """w rounded to the weight's dtype between two adapters, as PEFT does."""
 
     rounded: torch.dtype
@@ -271,7 +271,7 @@ def _round(w: Tensor, dtype: torch.dtype) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class AddDelta(Edit):
+class AddDelta(RowEdit):
     """w += scale * delta, of any kind that does not depend on w, on these rows of the grid."""
 
     delta: ModuleDelta
@@ -302,7 +302,7 @@ class AddDelta(Edit):
 
 
 @dataclass(frozen=True, slots=True)
-class AddVector(Edit):
+class AddVector(RowEdit):
     """w += scale * vector, for biases: the grid is (n, 1)."""
 
     vector: TensorSpec = field(metadata=READ)
@@ -321,7 +321,7 @@ class AddVector(Edit):
 
 
 @dataclass(frozen=True, slots=True)
-class ReplaceRows(Edit):
+class ReplaceRows(RowEdit):
     """w[indices] = values: trained token rows. `by_columns`: the tokens are the grid's columns."""
 
     values: TensorSpec = field(metadata=READ)
@@ -366,7 +366,7 @@ def _set_columns(w: Tensor, columns: Tensor, values: Tensor) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Assign(Edit):
+class Assign(RowEdit):
     """w[block] = the parameter's trained value there: replaced parameters that are stored in
     pieces."""
 

@@ -3,11 +3,11 @@
 # The verbs by section of the help
 SECTIONS = {
     "Models": ("merge", "extract", "init", "stats"),
-    "Adapters": ("convert", "combine", "subtract", "arrow", "resize", "rebase"),
+    "Adapters": ("convert", "combine", "subtract", "arrow", "resize", "rebase", "edit"),
     "Quantization": ("quantize", "dequantize", "loftq"),
     "Plan files and pipelines": ("run", "finish"),
     "Inspection": ("inspect", "report", "diff", "verify", "rerun"),
 }
 # where each is: the modules of the package
 HOMES = {verb: f"verbs.{verb}" for verbs in SECTIONS.values() for verb in verbs}
-HOMES |= {"run": "jobs.run", "finish": "jobs.finish", "rerun": "jobs.rerun"}
+HOMES |= {"run": "jobs.run", "finish": "jobs.finish"}

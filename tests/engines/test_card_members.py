@@ -24,7 +24,7 @@ from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.plan import Edit
+from adapterkit.plan import RowEdit
 from adapterkit.registry import members
 from adapterkit.tasks import edits
 from adapterkit.tasks.edits import (
@@ -67,7 +67,7 @@ def specs_of(folder: LocalFolder) -> dict[str, TensorSpec]:
     return dict(open_checkpoint(folder).tensors)
 
 
-def edits_of(s: dict[str, TensorSpec]) -> list[Edit]:
+def edits_of(s: dict[str, TensorSpec]) -> list[RowEdit]:
     """Each kind, and each of its ways to be stored."""
     columns, scattered = Band(0, IN), Band(0, OUT, range(OUT - 1, -1, -1))
     whole = Block(Band(0, OUT), columns)
@@ -86,7 +86,7 @@ def edits_of(s: dict[str, TensorSpec]) -> list[Edit]:
     )
     one = PlacedFactors(stack, (Block(Band(0, OUT), columns, 1),))
     add = AddLowRank((term,))
-    chosen: list[Edit] = [
+    chosen: list[RowEdit] = [
         add,
         AddLowRank((term, other, one)),
         AddLikePeft((term,), torch.bfloat16, True),
@@ -113,7 +113,7 @@ def test_edits(folder: LocalFolder, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Tensor, "__setitem__", assigned)
     specs, w = specs_of(folder), torch.randn(OUT, IN)
     chosen = edits_of(specs)
-    everything = {c for c in vars(edits).values() if isinstance(c, type) and issubclass(c, Edit)}
+    everything = {c for c in vars(edits).values() if isinstance(c, type) and issubclass(c, RowEdit)}
     assert {type(edit) for edit in chosen} == {c for c in everything if not isabstract(c)}
     with Sources((folder,), {}) as sources, installed(Card()) as card, torch.inference_mode():
         for edit in chosen:

@@ -70,6 +70,7 @@ WRITING = (
     job("merge-nf4-dequantized", "quantize-nf4", "style", dequantize=True),
     job("merge-w8a16", "quantize-w8a16", "style", hash="none"),
     job("convert-same", "skill", to="peft"),
+    job("edit-words", "skill", title="Skill", trigger="skl", tag=["lora", "skill"], alpha=8),
     job("convert-kohya", "kohya.safetensors", to="diffusers"),
     job("combine-linear", "style", "skill=0.5", "rslora=-0.25", method="linear"),
     job("combine-factors", "law", "medicine=0.25", method="linear", space="factors"),

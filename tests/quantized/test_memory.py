@@ -23,7 +23,7 @@ from adapterkit.engines.local.computed import in_order
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Refused
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.plan import Edit, Step
+from adapterkit.plan import RowEdit, Step
 from adapterkit.tasks import rows as task_rows
 from adapterkit.tasks.edits import AddLowRank, Band, Block, Decompose, PlacedFactors
 from adapterkit.tasks.rows import EditedTensor, RequantizedWeight
@@ -93,7 +93,7 @@ class Case:
             module="m", kind="module", a=self.specs["a"], b=self.specs["b"], scale=1.0, rank=8
         )
         term = PlacedFactors(factors, (Block(Band(0, rows), Band(0, columns)),))
-        edits: list[Edit] = [AddLowRank((term,))]
+        edits: list[RowEdit] = [AddLowRank((term,))]
         if dora:
             by_columns, before = dora == "column", tuple(edits)
             edits.append(Decompose(self.specs[dora], Band(0, rows), by_columns, before))

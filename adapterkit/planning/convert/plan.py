@@ -192,7 +192,7 @@ def plan_convert(
     adapted = lowered(adapted, form, rank=options.rank, lossy=options.lossy, base=base)
     adapted = _in_dialect(adapted, form, model)
     is_rebuilt = contents.format != form.name or _shapes(contents) != _shapes(adapted)
-    written = _written(adapted, form, options, base, model, is_rebuilt)
+    written = written_file(adapted, form, options, base, model, is_rebuilt)
     return plan_written(source, adapted, written, options, base, file)
 
 
@@ -240,7 +240,7 @@ def _in_dialect(contents: Contents, form: Format, model: NamedBase | None) -> Co
     return arranged(contents, form, model, PlanReader(contents.folders))
 
 
-def _written(
+def written_file(
     contents: Contents,
     form: Format,
     options: ConvertOptions,

@@ -8,7 +8,7 @@ from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.plan import Edit, Step
+from adapterkit.plan import RowEdit, Step
 from adapterkit.planning.merge.job import Change, MergeJob
 from adapterkit.tasks.edits import (
     AddDelta,
@@ -95,7 +95,7 @@ def place_vector(parameter: Parameter, slot: Slot, vector: TensorSpec, scale: fl
 
 
 def place_magnitude(
-    parameter: Parameter, slot: Slot, factors: Factors, before: tuple[Edit, ...]
+    parameter: Parameter, slot: Slot, factors: Factors, before: tuple[RowEdit, ...]
 ) -> Decompose:
     """DoRA's rescaling of the parameter's outputs, one magnitude each, after the edits `before`;
     `Refused` as `place_factors`."""
@@ -222,7 +222,7 @@ def _place(job: MergeJob, steps: dict[str, Step], change: Change, slot: Slot) ->
     parameter = change.parameter
     spec = job.base.tensors[slot.key]
     step = steps.get(slot.key) or Step(slot.key, spec.dtype, spec.shape, spec)
-    edits: list[Edit] = list(step.edits)
+    edits: list[RowEdit] = list(step.edits)
     resized = slot
     if change.value is not None:
         if parameter.whole:
@@ -245,7 +245,7 @@ def _place(job: MergeJob, steps: dict[str, Step], change: Change, slot: Slot) ->
     steps[slot.key] = _edited(job, step, edits, change, resized)
 
 
-def _edited(job: MergeJob, step: Step, edits: list[Edit], change: Change, slot: Slot) -> Step:
+def _edited(job: MergeJob, step: Step, edits: list[RowEdit], change: Change, slot: Slot) -> Step:
     """The step with these edits, then the change's rows, then its additions on the slot: in PEFT a
     LoRA wraps the rows of the same weight."""
     edits = edits + [
@@ -259,8 +259,8 @@ def _edited(job: MergeJob, step: Step, edits: list[Edit], change: Change, slot: 
 
 
 def _additions(
-    job: MergeJob, edits: list[Edit], change: Change, slot: Slot, dtype: str
-) -> list[Edit]:
+    job: MergeJob, edits: list[RowEdit], change: Change, slot: Slot, dtype: str
+) -> list[RowEdit]:
     """The edits, followed by those of the change's additions."""
     parameter = change.parameter
     edits += [place_vector(parameter, slot, *vector) for vector in change.vectors]
@@ -284,8 +284,8 @@ def _additions(
 
 
 def _additions_like_peft(
-    job: MergeJob, edits: list[Edit], change: Change, slot: Slot, dtype: str
-) -> list[Edit]:
+    job: MergeJob, edits: list[RowEdit], change: Change, slot: Slot, dtype: str
+) -> list[RowEdit]:
     """The same in PEFT's order, with its roundings to `dtype` between."""
     parameter = change.parameter
     rounded = dtypes.torch_dtype(dtype)
