@@ -55,7 +55,7 @@ PREPARATION = [
 ]
 # Commands with one of these words are parsed and not run: what they need is not on a test machine.
 PARSED_ONLY = re.compile(
-    r"^(?!\d+/\d)[\w.-]+/[\w.-]+(@|:|$)|^(?!BASE|merged|stochastic|touched|kept).*\.gguf$"
+    r"^(?!\d+/\d)[\w.-]+/[\w.-]+(@|:|$)|^(?!BASE|merged|stochastic|touched|kept|quantized).*\.gguf$"
     r"|^oft$|^--push$|^/|^cuda|^ray$"
 )
 

@@ -202,10 +202,37 @@ def gptqmodel(w: Tensor) -> dict[str, Tensor]:
     return tensors | {f"gptqmodel.awq.{key}": value for key, value in awq.items()}
 
 
+def hqq(w: Tensor) -> dict[str, Tensor]:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    tensors = {}
+    linear = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
+    linear.weight.data = w
+    for bits, axis, group in (
+        (8, 1, 16),
+        (4, 0, 32),
+        (4, 1, 64),
+        (3, 0, 32),
+        (3, 1, 16),
+        (2, 1, 16),
+        (1, 0, 8),
+    ):
+        config = BaseQuantizeConfig(
+            nbits=bits, group_size=group, axis=axis, view_as_float=bits == 4
+        )
+        how = {"compute_dtype": torch.float32, "device": "cpu", "del_orig": False}
+        module = HQQLinear(linear, config, **how)
+        name = f"hqq.{bits}-{axis}-{group}"
+        tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        tensors[f"{name}.decoded"] = module.dequantize()
+    return tensors
+
+
 TOOLS = {
     "compressed-tensors": compressed_tensors,
     "torchao": torchao,
     "gptqmodel": gptqmodel,
+    "hqq": hqq,
     "transformers": transformers,
 }
 

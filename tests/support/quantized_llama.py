@@ -190,6 +190,36 @@ def awq(w: Tensor) -> Parts:
     }
 
 
+def gemv(w: Tensor) -> Parts:
+    """As AutoAWQ's own code packs: one code of eight after another, of groups padded to words."""
+    result = integers.encode_integers(w, 4, 32, symmetric=False, scale_dtype=torch.float16)
+    assert result.zero is not None
+
+    def packed(codes: Tensor) -> Tensor:
+        words = torch.zeros(len(codes), codes.shape[1] // 8, dtype=torch.int32)
+        for column in range(codes.shape[1]):
+            words[:, column // 8] |= (codes[:, column].int() + 8) << (column % 8 * 4)
+        return words
+
+    more = (0, 32 - result.zero.shape[1])
+    zero = torch.nn.functional.pad(result.zero, more, value=-8)
+    scale = torch.nn.functional.pad(result.scale, more)
+    return {".qweight": packed(result.codes), ".qzeros": packed(zero), ".scales": scale}
+
+
+def hqq(w: Tensor) -> Parts:
+    """4 bits, in rows of 32."""
+    groups = w.view(-1, 32)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    scale = ((high - low) / 15).half()
+    zero = (-low / scale.float()).half()
+    codes = (groups / scale.float() + zero.float()).round().clamp(0, 15).to(torch.uint8)
+    first, second = codes.chunk(2)
+    packing = torch.tensor(list(b"4bit_u8"), dtype=torch.uint8)
+    said = {".shape": torch.tensor(w.shape), ".packing": packing, ".nbits": torch.tensor(4)}
+    return {".W_q": first << 4 | second, ".scale": scale, ".zero": zero, **said}
+
+
 def torchao(kind: str) -> Callable[[Tensor], Parts]:
     def make(w: Tensor) -> Parts:
         if kind == "Float8Tensor":
@@ -312,6 +342,12 @@ FORMS = {
         {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
         0.13,
     ),
+    "awq-gemv": Form(
+        gemv,
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemv"},
+        0.13,
+    ),
+    "hqq": Form(hqq, {"quant_method": "hqq"}, 0.13, writable=False),
     **{
         f"torchao-{kind}": Form(
             torchao(kind), {"quant_method": "torchao"}, 0, said_of(kind), writable=False

@@ -197,7 +197,47 @@ def _awq_shifts(device: torch.device) -> Tensor:  # (8, 1) int32
     return (4 * torch.tensor(AWQ_ORDER).argsort().int())[:, None].to(device)
 
 
-# Shared by the two.
+def gemv_integers(
+    old: WordTensors,  # words (out, in/8), zeros (out, n/8), scale (out, n); n beyond groups unused
+    groups: int,
+) -> Integers:
+    """AutoAWQ's gemv layout, 4 bits, all in order along the columns."""
+    assert old.zeros is not None
+    codes = unpack(old.words, 4, 8 * old.words.shape[1])
+    return Integers(codes, old.scale[:, :groups], unpack(old.zeros, 4, groups))
+
+
+def gemv_grid(old: WordTensors, groups: int) -> IntegerGrid:
+    """(code - zero) · scale, as `gemv_integers`, without the middle code, 8."""
+    codes, scale, zero = gemv_integers(old, groups)
+    return grid_of(scale, zero, (len(codes), codes.shape[1]), bits=4)
+
+
+def decode_gemv(old: WordTensors, groups: int) -> Tensor:  # (out, in) float32
+    """As `gemv_grid`."""
+    out = gemv_integers(old, groups).codes.float()
+    scale_codes(gemv_grid(old, groups), out, slice(0, len(out)))
+    return out
+
+
+def requantize_gemv(
+    w: Tensor,  # (out, in) float32
+    old: WordTensors,
+    groups: int,
+    *,
+    keep_zeros: bool,
+    draws: Draws | None = None,
+) -> WordTensors:
+    """As `requantize_gptq`; what is beyond the groups stays."""
+    lowest = None if keep_zeros else 0
+    result = _requantized(w, gemv_integers(old, groups), 4, None, lowest=lowest, draws=draws)
+    assert old.zeros is not None and result.zero is not None
+    scale, zero = old.scale.clone(), unpack(old.zeros, 4, old.scale.shape[1])
+    scale[:, :groups], zero[:, :groups] = result.scale, result.zero
+    return WordTensors(pack(result.codes, 4), pack(zero, 4), scale)
+
+
+# Shared by all.
 
 
 def _requantized(

@@ -362,3 +362,16 @@ def dense(x: Tensor) -> Tensor:
 def _check_bits(bits: int) -> None:
     if not 1 <= bits <= 8:
         raise ValueError(f"expected 1 to 8 bits, not {bits}")
+
+
+def decode_hqq(
+    words: Tensor,  # (ceil(rows / fields), columns) uint8 or int32
+    scale: Tensor,  # (rows, 1) or (1, columns)
+    zero: Tensor,  # as scale
+    bits: int,
+    fields: int,  # codes in a word
+    rows: int,
+) -> Tensor:  # (rows, columns) float32
+    """(code - zero) · scale; the first rows are the highest bits of the words."""
+    parts = [words >> bits * i & (1 << bits) - 1 for i in reversed(range(fields))]
+    return torch.cat(parts)[:rows].float().sub_(zero.float()).mul_(scale.float())

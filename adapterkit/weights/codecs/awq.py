@@ -1,5 +1,6 @@
-"""awq: AutoAWQ's gemm layout of 4 bits."""
+"""awq: AutoAWQ's gemm and gemv layouts of 4 bits."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,15 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
-from adapterkit.kernels.quant.gptq import WordTensors, awq_grid, decode_awq, requantize_awq
+from adapterkit.kernels.quant.gptq import (
+    WordTensors,
+    awq_grid,
+    decode_awq,
+    decode_gemv,
+    gemv_grid,
+    requantize_awq,
+    requantize_gemv,
+)
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.weights.codec import QuantizedWeight
@@ -18,7 +27,7 @@ from adapterkit.weights.scan import CheckpointScan
 @dataclass(frozen=True, kw_only=True)
 class Awq(QuantizedWeight):
     """W[out, in] = (code - zero) * scale, stored [in, out / 8] with the eight codes of a word out
-    of order."""
+    of order; of gemv [out, in / 8], with scales and zeros of more groups than there are."""
 
     name = "awq"
     methods = ("awq",)
@@ -26,6 +35,7 @@ class Awq(QuantizedWeight):
     searches_scales = True
 
     symmetric: bool  # the zeros stay
+    groups: int | None  # of columns, of the gemv layout
 
     @classmethod
     def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
@@ -39,36 +49,47 @@ class Awq(QuantizedWeight):
             if siblings is None or not _fits(scan, spec, *siblings):
                 continue
             scan.check_finite(siblings[0])
+            groups, (first, words) = _groups_of_gemv(scan, spec), spec.shape
             yield cls.of(
                 (spec, *siblings),
                 key=f"{module}.weight",
                 dtype=scan.compute_dtype,
-                shape=(siblings[0].shape[1], spec.shape[0]),
+                shape=(8 * words, first) if groups is None else (first, 8 * words),
                 symmetric=symmetric,
+                groups=groups,
             )
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        return decode_awq(self._tensors(stored))
+        old = self._tensors(stored)
+        return decode_awq(old) if self.groups is None else decode_gemv(old, self.groups)
 
     def encode_keeping_scales(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
     ) -> dict[str, Tensor]:
         """A group takes its old scale and zero, or new ones if those are nearer to W."""
         old = self._tensors(stored)
-        new = requantize_awq(weight, old, keep_zeros=self.symmetric, draws=draws)
+        how = {"keep_zeros": self.symmetric, "draws": draws}
+        if self.groups is None:
+            new = requantize_awq(weight, old, **how)
+        else:
+            new = requantize_gemv(weight, old, self.groups, **how)
         zeros = [] if new.zeros is None else [new.zeros]
         return stored | self.as_parts(new.words, new.scale, *zeros)
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
-        return awq_grid(self._tensors(stored)).round_column
+        old = self._tensors(stored)
+        grid = awq_grid(old) if self.groups is None else gemv_grid(old, self.groups)
+        return grid.round_column
 
     @property
     def rows_per_block(self) -> int | None:
-        return 8  # of a word
+        return 8 if self.groups is None else 1  # of a word
 
     def row_views(
         self, stored: dict[str, Tensor], matrix: int, first: int, last: int
     ) -> dict[str, Tensor]:
+        if self.groups is not None:
+            return {part.key: stored[part.key][first:last] for part in self.parts}
         ends = {part.key: (first // 8, last // 8) for part in self.parts}
         ends[self.parts[1].key] = (first, last)
         return {key: stored[key][:, low:high] for key, (low, high) in ends.items()}
@@ -78,13 +99,16 @@ class Awq(QuantizedWeight):
         return WordTensors(words, zeros[0] if zeros else None, scale)
 
 
-def _is_known(scan: CheckpointScan) -> bool:
-    """Whether the config is of the gemm layout; else errors are noted."""
-    settings, known = scan.settings, True
+def _versions(scan: CheckpointScan) -> list[str]:
     keys = ("version", "format", "checkpoint_format")
-    versions = sorted({str(settings[key]).lower() for key in keys if settings.get(key)})
-    if versions not in ([], ["gemm"]):
-        scan.errors.add(f"AWQ's version {', '.join(map(shown, versions))}", "gemm")
+    return sorted({str(scan.settings[key]).lower() for key in keys if scan.settings.get(key)})
+
+
+def _is_known(scan: CheckpointScan) -> bool:
+    """Whether the config is of the gemm or the gemv layout; else errors are noted."""
+    settings, known, versions = scan.settings, True, _versions(scan)
+    if versions not in ([], ["gemm"], ["gemv"]):
+        scan.errors.add(f"AWQ's version {', '.join(map(shown, versions))}", "gemm or gemv")
         known = False
     if str(settings.get("backend")).lower() == "llm-awq":
         scan.errors.add("AWQ's backend llm-awq", "weights that AutoAWQ or GPTQModel packed")
@@ -100,6 +124,12 @@ def _group_size(scan: CheckpointScan) -> Any:
     return scan.settings.get("group_size", scan.settings.get("q_group_size", 128))
 
 
+def _groups_of_gemv(scan: CheckpointScan, codes: TensorSpec) -> int | None:
+    """How many groups a row has in the gemv layout; None in the other."""
+    size = _group_size(scan)
+    return (1 if size == -1 else 8 * codes.shape[1] // size) if "gemv" in _versions(scan) else None
+
+
 def _fits(
     scan: CheckpointScan, codes: TensorSpec, scale: TensorSpec, zeros: TensorSpec | None = None
 ) -> bool:
@@ -108,10 +138,15 @@ def _fits(
     fits = fits and (zeros is None or zeros.dtype == "I32")
     fits = fits and all(len(spec.shape) == 2 and 0 not in spec.shape for spec in specs)
     if fits:
-        (width, words), size = codes.shape, _group_size(scan)
-        groups = 1 if size == -1 else width / size
-        fits = scale.shape == (groups, 8 * words)
-        fits = fits and (zeros is None or zeros.shape == (groups, words))
+        (first, words), size, groups = codes.shape, _group_size(scan), _groups_of_gemv(scan, codes)
+        if groups is None:
+            shape = (1 if size == -1 else first / size, words)
+        else:  # zeros in whole words, of small groups in two or four
+            each = 8 * {64: 2, 32: 4}.get(size, 1)
+            shape = (first, math.ceil(groups / each) * each // 8)
+            fits = zeros is not None and size * groups in (8 * words, -1)
+        fits = fits and scale.shape == (shape[0], 8 * shape[1])
+        fits = fits and (zeros is None or zeros.shape == shape)
     leaves = (f"{spec.key.rpartition('.')[2]} {spec.dtype} {spec.shape}" for spec in specs)
     expected = "words of eight 4-bit codes, and groups that divide the weight"
     return scan.check(codes.key, fits, ", ".join(leaves), expected)

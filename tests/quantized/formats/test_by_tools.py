@@ -66,6 +66,10 @@ READ = {  # of golden_narrow: the config, and the dtype that the tool reads it i
         for b in (2, 3, 4, 8)
     },
     "gptqmodel.awq": (GEMM, torch.float16),
+    **{
+        f"hqq.{name}": ({"quant_method": "hqq"}, torch.float32)
+        for name in ("8-1-16", "4-0-32", "4-1-64", "3-0-32", "3-1-16", "2-1-16", "1-0-8")
+    },
     "torchao.int8-symmetric": ({"quant_method": "torchao"}, torch.bfloat16),
     "torchao.int8-asymmetric": ({"quant_method": "torchao"}, torch.bfloat16),
 }
