@@ -43,7 +43,9 @@ def _repository(value: object) -> str:
 REPOSITORY = Check("a repository", _repository)
 OUTPUT_FOLDER = Check("an output", partial(_output, endings=("",)), kind="file")
 OUTPUT_FILE = Check("an output", partial(_output, endings=(".safetensors",)), kind="file")
-OUTPUT_MODEL = Check("an output", partial(_output, endings=("", ".gguf")), kind="file")
+OUTPUT_MODEL = Check(
+    "an output", partial(_output, endings=("", ".gguf", ".safetensors")), kind="file"
+)
 
 
 # name -> its function; the contract is in `engines/__init__.py`
@@ -51,12 +53,12 @@ ENGINES = {"local": "engines.execution:run_here", "ray": "engines.ranks.ray:run_
 
 
 def model_output_option() -> Any:
-    """`out` of a verb whose output is a folder, or a file where the base is one GGUF file."""
+    """`out` of a verb whose output is a folder, or a file where the base is one."""
     return option(
         check=OUTPUT_MODEL,
-        metavar="DIR|FILE.gguf|hf://ORG/NAME[:FILE.gguf]",
-        help="Output folder, of a base in one GGUF file a file (published atomically), or a place "
-        "on the Hub (one commit).",
+        metavar="DIR|FILE|hf://ORG/NAME[:FILE]",
+        help="Output folder, of a base in one file (GGUF, an image model) a file (published "
+        "atomically), or a place on the Hub (one commit).",
     )
 
 

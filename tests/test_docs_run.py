@@ -176,6 +176,7 @@ def stage(
     golden = ROOT / "tests" / "formats" / "golden"
     shutil.copy(golden / "kohya" / "sdxl.safetensors", stage / "kohya.safetensors")
     save_sdxl(stage)
+    save_wan(stage)
     (stage / "sources.txt").write_text("# one a line\nenglish\nfrench\n")
     for block in itertools.chain.from_iterable(blocks(d, "toml") for d in DOCUMENTS):
         if name := re.match(r"# (\w+\.toml)\n", block.text):
@@ -196,6 +197,14 @@ def save_sdxl(stage: Path) -> None:
         pipe.save_pretrained(stage / "SDXL")
     for seed, name in enumerate(("ink", "robot")):
         factors_file(pipe, stage / f"{name}.safetensors", ("unet", "text_encoder"), seed)
+
+
+def save_wan(stage: Path) -> None:
+    """A tiny file of Wan's, and an adapter for it."""
+    from tests.support import one_file
+
+    one_file.write_family("wan_t2v", stage / "wan.safetensors")
+    one_file.write_adapter(one_file.factors_of("wan_t2v"), stage / "motion.safetensors")
 
 
 def write_gguf(base: Path, file: Path) -> None:
