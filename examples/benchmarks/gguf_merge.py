@@ -132,9 +132,11 @@ def of_attention(adapter: Path) -> Path:
     return out
 
 
-def measure(model: Path, adapters: dict[str, Path], work: Path, repeat: int) -> dict:
+def measure(
+    model: Path, adapters: dict[str, Path], work: Path, repeat: int, name: str = "merged.gguf"
+) -> dict:
     """Seconds and memory of each competitor, in turn."""
-    out = work / "out" / "merged.gguf"
+    out = work / "out" / name
     steps = {"cp": [sys.executable, "-c", COPY, str(model), str(out)]}
     for name, adapter in adapters.items():
         for hash in ("sha256", "none"):
@@ -142,10 +144,10 @@ def measure(model: Path, adapters: dict[str, Path], work: Path, repeat: int) -> 
             steps[f"{name}, {hash}"] = words
     timings: dict[str, list[common.Timing]] = {name: [] for name in steps}
     for _ in range(repeat):
-        for name, words in steps.items():
+        for step, words in steps.items():
             common.fresh(out.parent)
             common.warm(model.parent, *adapters.values())
-            timings[name].append(common.time_process(words))
+            timings[step].append(common.time_process(words))
     return {
         name: {
             "seconds": median(one.wall for one in each),
