@@ -60,7 +60,7 @@ if len(sys.argv) > 2:
 server = xllamacpp.Server(parameters)
 for prompt in json.load(sys.stdin):
     answer = server.handle_completions({
-        "prompt": prompt, "n_predict": 1, "n_probs": 100000, "temperature": 0.0,
+        "prompt": prompt, "n_predict": 1, "n_probs": 1 << 20, "temperature": 0.0,
         "cache_prompt": False,
         "logit_bias": [[1000, 1000]],  # draws a printable token; what is told are the model's own
     })
