@@ -290,12 +290,18 @@ def _unpack_trits(packed: Tensor) -> Tensor:  # (n, 52) -> (n, 256)
 def _pack_trits(codes: Tensor) -> Tensor:  # (n, 256) -> (n, 52)
     parts, counts = [], [run * digits for run, digits in TRIT_RUNS]
     for part, (run, digits) in zip(codes.split(counts, 1), TRIT_RUNS, strict=True):
-        number = codes.new_zeros(len(codes), run, dtype=torch.int32)
+        number = codes.new_zeros(len(codes), run)
         for digit in part.view(len(codes), digits, run).unbind(1):
             number.mul_(3).add_(digit)
-        number.mul_(3 ** (TRITS - digits))
-        parts.append((number * 256 + 242) // 243)
-    return torch.cat(parts, 1).to(torch.uint8)
+        parts.append(number.mul_(3 ** (TRITS - digits)))
+    numbers = torch.cat(parts, 1)
+    return _fractions(codes.device)[numbers.int()]
+
+
+@functools.cache
+def _fractions(device: torch.device) -> Tensor:  # (243,) uint8
+    count = 3**TRITS
+    return ((torch.arange(count) * 256 + count - 1) // count).to(torch.uint8).to(device)
 
 
 @functools.cache

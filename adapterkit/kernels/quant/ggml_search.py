@@ -39,21 +39,22 @@ class Tried(NamedTuple):
     power: float = 0.0  # of large values' weights, without an importance
     rounds: int = 2  # of fitting a super-block's integers and its float16
     near: tuple[tuple[int, int], ...] = CROSS[:1]  # steps from integers of scale and minimum
+    fits: int = 2  # of a part's scale to the codes that are nearest, without an importance
 
 
 def _steps(first: float, last: float, count: int) -> tuple[float, ...]:
     return tuple(first + (last - first) * i / (count - 1) for i in range(count))
 
 
-TERNARY = Tried((1, 1.8, 2.6))
+TERNARY = Tried((1.4, 2.4))
 TRIED: Mapping[str, Tried] = {
-    "Q4_0": Tried(_steps(-8.5, -7.3, 3), _steps(-10, -4, 14)),
-    "Q4_1": Tried((15, 14.3), _steps(11, 15.5, 12)),
-    "Q5_0": Tried(_steps(-16.5, -15.3, 3), _steps(-18, -12, 14)),
-    "Q5_1": Tried((31, 30.3), _steps(27, 31.5, 12)),
-    "Q8_0": Tried((127,), _steps(125, 127, 4)),
+    "Q4_0": Tried((-8.3,), _steps(-10, -4, 14)),
+    "Q4_1": Tried((15,), _steps(11, 15.5, 12), fits=1),
+    "Q5_0": Tried((-16,), _steps(-18, -12, 14)),
+    "Q5_1": Tried((31,), _steps(27, 31.5, 12), fits=1),
+    "Q8_0": Tried((127,), _steps(125, 127, 4), fits=0),
     "Q2_K": Tried(_steps(1.7, 3.5, 6), power=0.5, near=(*CROSS, (1, 1), (-1, -1))),
-    "Q3_K": Tried(_steps(-5.5, -2.5, 6), _steps(-6, -2, 12), power=1),
+    "Q3_K": Tried((-5, -4, -3), _steps(-6, -2, 12), power=1),
     "Q4_K": Tried(_steps(12, 15.5, 7), power=0.5, rounds=3, near=CROSS),
     "Q5_K": Tried(_steps(28, 31.5, 6), power=0.5, rounds=3, near=CROSS),
     "Q6_K": Tried(_steps(-34, -30, 8), power=1),
@@ -175,13 +176,14 @@ def search(
     weight = _emphasized(x, tried.power if importance is None else 0.5, importance)
     parts = Parts.of(kind, x, weight, memory)
     units = tried.units if importance is None else tried.more or tried.units
+    fits = tried.fits if importance is None else 2
     if kind.has_min:
-        scale, minimum = fit_lines(parts, units, signed=nested is None)
+        scale, minimum = fit_lines(parts, units, fits, signed=nested is None)
         if nested is not None:
             shape = (-1, kind.parts)
             return nest_lines(parts, nested, scale.view(shape), minimum.view(shape), tried)
         return BlockScales(half(scale)[:, None].half(), -minimum[:, None].half())
-    scale = fit_scales(parts, units)
+    scale = fit_scales(parts, units, fits)
     if nested is not None:
         return nest_scales(parts, nested, scale.view(-1, kind.parts), tried.rounds)
     return BlockScales(half(scale)[:, None].half())
@@ -196,11 +198,11 @@ def _emphasized(x: Tensor, power: float, importance: Tensor | None) -> Tensor | 
     return weight if importance is None else weight.mul_(importance)
 
 
-def fit_scales(parts: Parts, tried: Sequence[float]) -> Tensor:  # (parts,)
+def fit_scales(parts: Parts, tried: Sequence[float], fits: int) -> Tensor:  # (parts,)
     """`tried`: the value of largest magnitude in units of a scale."""
     high, low = parts.x.amax(1), parts.x.amin(1)
     extreme = torch.where(high > -low, high, low)
-    if len(tried) == 1:
+    if not fits:
         return extreme / tried[0]
     best = _Best()
     for each in tried:
@@ -210,11 +212,15 @@ def fit_scales(parts: Parts, tried: Sequence[float]) -> Tensor:  # (parts,)
     return _ratio(product, second)
 
 
-def fit_lines(parts: Parts, tried: Sequence[float], *, signed: bool) -> tuple[Tensor, Tensor]:
+def fit_lines(
+    parts: Parts, tried: Sequence[float], fits: int, *, signed: bool
+) -> tuple[Tensor, Tensor]:
     """scale and minimum (parts,) of scale · l - minimum; `tried`: the range of a part, with 0 in it
     unless minima are signed, in units of a scale."""
     high, low = parts.x.amax(1), parts.x.amin(1)
     low = low if signed else low.clamp_(max=0)
+    if not fits:
+        return (high - half(low)) / tried[0], -low
     weights, total = parts.weights(), parts.weighted(parts.x).sum(1)
     mean, spread = _ratio(total, weights), high - low
     inverse, best = _inverse(weights), _Best()
@@ -224,8 +230,10 @@ def fit_lines(parts: Parts, tried: Sequence[float], *, signed: bool) -> tuple[Te
         best.add(-_ratio(around * around, varies), first, second, product)
     one = CodeSums(*best.values[1:])
     scale, minimum = _line(one, weights, total, signed=signed)
-    one = parts.sums(scale, minimum, line=True)
-    return _line(one, weights, total, signed=signed)
+    for _ in range(fits - 1):
+        one = parts.sums(scale, minimum, line=True)
+        scale, minimum = _line(one, weights, total, signed=signed)
+    return scale, minimum
 
 
 def _line(sums: CodeSums, weights: Tensor, total: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
@@ -284,7 +292,7 @@ def _beside_squares(
 
 def is_searched_fast(name: str, importance: Tensor | None) -> bool:
     """Whether new scales take no longer than the errors of old ones."""
-    return name not in TRIED or (importance is None and len(TRIED[name].units) == 1)
+    return name not in TRIED or (importance is None and not TRIED[name].fits)
 
 
 def rounding_error(kind: BlockType, parts: Parts, scales: BlockScales) -> Tensor:  # (n,)
