@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
+from typing import cast
 
-from adapterkit.checkpoint.folder import Folder
+from adapterkit.adapters.keys import CONFIG as ADAPTER_CONFIG
+from adapterkit.checkpoint.folder import Folder, WithSubfolders
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.formats.files.configs import read_config
 from adapterkit.formats.files.containers import Container, open_container
@@ -25,6 +27,7 @@ class Detection:
     form: Format
     container: Container
     config: Settings = field(default_factory=dict)
+    parts: tuple[str, ...] = ()  # folders of a pipeline's parts, of which it is the first one's
 
 
 def detect(folder: Folder, number: int = 0) -> Detection:
@@ -58,6 +61,9 @@ def detect(folder: Folder, number: int = 0) -> Detection:
         return first
     if damage is not None:
         raise damage
+    if parts := part_folders(folder):
+        first = detect(cast(WithSubfolders, folder).subfolder(parts[0]), number)
+        return replace(first, parts=parts)
     keys = [key for container in containers.values() for key in container.tensors]
     pickled = pickles_of(folder)
     if pickled:
@@ -72,6 +78,15 @@ def detect(folder: Folder, number: int = 0) -> Detection:
         if is_model
         else "adapterkit convert --list tells what each format looks like",
     )
+
+
+def part_folders(folder: Folder) -> tuple[str, ...]:
+    """The folders of an adapter in PEFT's layout that has one for each part of a pipeline; none of
+    other adapters."""
+    ends = f"/{ADAPTER_CONFIG}"
+    names = [name.removesuffix(ends) for name in folder.files() if name.endswith(ends)]
+    here = any("/" not in name and name.endswith(tuple(CONTAINERS)) for name in folder.files())
+    return () if here else tuple(sorted(name for name in names if "/" not in name))
 
 
 def in_another_layout(folder: Folder) -> Detection | None:

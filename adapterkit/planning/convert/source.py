@@ -1,16 +1,16 @@
 """What the source of a conversion holds, with what its base tells of modules, heads and experts."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from adapterkit import dtypes
-from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.folder import Folder, WithSubfolders
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.base_model import NamedBase, facts_of
-from adapterkit.formats.detect import Detection
+from adapterkit.formats.detect import Detection, detect
 from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.library import architectures
 from adapterkit.formats.modules.experts import stacks_of
@@ -21,7 +21,7 @@ from adapterkit.formats.modules.rows import Heads, model_heads
 from adapterkit.formats.one_file import OneFileModel
 from adapterkit.formats.peft.kinds import KINDS
 from adapterkit.formats.peft.layout import read_layout
-from adapterkit.formats.read import Reading, read
+from adapterkit.formats.read import BASE, Reading, read
 from adapterkit.formats.schema import ADAPTER_LAYOUT, MODEL, Format
 from adapterkit.planning.adapters.other_types import kind_of
 from adapterkit.planning.convert.lossy import read_fitted
@@ -106,6 +106,8 @@ def read_contents(
     """The source's contents, of the components that are asked for; `file`: a base whose names
     stay."""
     form = detection.form
+    if detection.parts:
+        return _selected(_of_parts(source, detection.parts), options.prefix_only)
     if form.layout == ADAPTER_LAYOUT:
         kind = kind_of(source, detection.config)
         if kind is not None and kind.name.upper() not in KINDS:
@@ -128,6 +130,26 @@ def read_contents(
         )
         contents = read(form, source, detection.container, detection.config, reading)
     return _selected(contents, options.prefix_only)
+
+
+def _of_parts(source: Folder, parts: Sequence[str]) -> Contents:
+    """The contents of folders in PEFT's layout, one for each part of a pipeline."""
+    errors = Problems()
+    own: dict[str, Contents] = {}
+    for number, part in enumerate(parts):
+        with errors.collected():
+            folder = cast(WithSubfolders, source).subfolder(part)
+            own[part] = read_layout(detect(folder).form, folder, number)
+    errors.raise_all()
+    base = [one.config.get(BASE) for one in own.values()]
+    return Contents(
+        next(iter(own.values())).format,
+        tuple(folder for one in own.values() for folder in one.folders),
+        tuple(replace(m, component=part) for part, one in own.items() for m in one.modules),
+        config={BASE: base[0]} if base[0] and len({*base}) == 1 else {},
+        headers={file: sha256 for one in own.values() for file, sha256 in one.headers.items()},
+        notes=[f"{part}: {note}" for part, one in own.items() for note in one.notes],
+    )
 
 
 def _selected(contents: Contents, component: str | None) -> Contents:

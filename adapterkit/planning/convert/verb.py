@@ -3,11 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.engines.hub.inputs import plan_in_parts
 from adapterkit.hub.ids import is_on_hub
+from adapterkit.options import StrPath
 from adapterkit.plan import Plan
 from adapterkit.planning.convert.plan import plan_convert
-from adapterkit.planning.inputs.sources import open_base, open_unconverted
+from adapterkit.planning.inputs.pipeline import base_of_conversion, is_pipeline, read_pipeline
+from adapterkit.planning.inputs.sources import open_base, open_model, open_unconverted
 from adapterkit.verbs.convert import Convert, ConvertOptions
 
 FILES = (".safetensors", ".gguf")  # endings of an output that is one file
@@ -18,6 +22,14 @@ def plan_conversion(convert: Convert) -> Plan:
     target = Path(convert.out)
     is_file = target.suffix in FILES and not is_on_hub(convert.out)
     source = open_unconverted(convert.src, convert.allow_pickle)
-    base = None if convert.base is None else open_base(convert.base)
+    base = None if convert.base is None else _base(convert.base, source, convert.prefix_only)
     options, name = convert.only(ConvertOptions), target.name if is_file else None
     return replace(plan_in_parts(plan_convert(source, options, base, name)), is_file=is_file)
+
+
+def _base(text: StrPath, source: Folder, component: str | None) -> Checkpoint:
+    """The base, of a pipeline the part that the adapter is for."""
+    folder = open_model(text)
+    if not is_pipeline(folder):
+        return open_base(text)
+    return base_of_conversion(source, read_pipeline(folder), component)

@@ -17,6 +17,7 @@ from adapterkit.checkpoint.shards import pickles, weight_files
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, MultipleErrors, Problems, Refused, listed, shown
+from adapterkit.formats.detect import part_folders
 from adapterkit.formats.modules.record import LANGUAGE, Contents
 from adapterkit.options import Sources, StrPath, weighted
 from adapterkit.planning.inputs.converted_adapter import (
@@ -137,6 +138,23 @@ def read_pipeline(folder: Folder) -> Pipeline:
     return Pipeline(folder, parts, tuple(absent))
 
 
+def base_of_conversion(source: Folder, pipeline: Pipeline, component: str | None) -> Checkpoint:
+    """The part that tells of an adapter what its conversion asks of a base: that of the one
+    component, else the denoiser."""
+    if component is None:
+        is_plain_layout = CONFIG in source.files()
+        contents = None if is_plain_layout else contents_of(source, pipeline.denoiser)
+        names = contents.components if contents is not None else ()
+        component = names[0] if len(names) == 1 else None
+        if is_plain_layout or component == LANGUAGE:
+            component = _fitting(source, _shapes_of(source, contents), pipeline)
+    if component is not None:
+        return pipeline.part(component).as_base
+    if pipeline.denoiser is None:
+        raise pipeline.unknown("a pipeline without a denoiser that can be read")
+    return pipeline.denoiser
+
+
 def split_adapters(adapters: Sources, pipeline: Pipeline) -> Split:
     """The adapters for a pipeline by its parts; `Refused` with all that cannot be read, or that fit
     none."""
@@ -160,12 +178,11 @@ def _parts_of(source: StrPath, pipeline: Pipeline) -> dict[str, Folder]:
     told = told if told and told[1] in pipeline.parts else None
     folder, name = open_unconverted(told[2] if told else source), told[1] if told else None
     if CONFIG in folder.files():
-        name = name or _fitting(folder, _shapes_of(folder), pipeline)
+        name = name or _fitting(folder, _shapes_of(folder, None), pipeline)
         return {name: _in_layout(folder, pipeline.parts[name])}
     contents = contents_of(folder, pipeline.denoiser)
     if contents is not None and contents.components == (LANGUAGE,):
-        shapes = {m.name: _shape(m.parts.get("a"), m.parts.get("b")) for m in contents.modules}
-        name = name or _fitting(folder, shapes, pipeline)
+        name = name or _fitting(folder, _shapes_of(folder, contents), pipeline)
     if name is not None:
         return {name: _told(folder, contents, pipeline.parts[name])}
     components = contents.components if contents is not None else _folders(folder)
@@ -183,10 +200,9 @@ def _parts_of(source: StrPath, pipeline: Pipeline) -> dict[str, Folder]:
     return parts
 
 
-def _folders(folder: Folder) -> list[str]:
+def _folders(folder: Folder) -> tuple[str, ...]:
     """The folders of an adapter that has one for each part."""
-    names = [name.removesuffix(f"/{CONFIG}") for name in folder.files() if name.endswith(CONFIG)]
-    names = [name for name in names if "/" not in name]
+    names = part_folders(folder)
     if not names:
         raise Refused(
             "this is no adapter of a known format",
@@ -219,8 +235,11 @@ def _in_layout(folder: Folder, part: PipelinePart) -> Folder:
     return folder if is_plain(folder) else in_adapter_layout(folder, part.folder)
 
 
-def _shapes_of(folder: Folder) -> Shapes:
-    """What an adapter in PEFT's layout changes; `Refused` for one that cannot be read."""
+def _shapes_of(folder: Folder, contents: Contents | None) -> Shapes:
+    """What an adapter of one model changes, in PEFT's layout where there are no contents; `Refused`
+    for one that cannot be read."""
+    if contents is not None:
+        return {m.name: _shape(m.parts.get("a"), m.parts.get("b")) for m in contents.modules}
     adapter, scan, _ = scan_adapter(folder)
     scan.errors.raise_all()
     values = {name.rpartition(".")[0]: spec.shape for name, spec in adapter.replaced.items()}
