@@ -16,6 +16,7 @@ from adapterkit.records import Json
 from adapterkit.reports.configs import printable
 from adapterkit.weights.detect import CONFIG_KEYS, check_not_quantized
 
+OF_DIFFUSERS = "_class_name"  # key of its configs
 VERSION = 1  # of the result's schema
 MAX_NAMES = 6  # listed in one problem
 HEAD_KEY = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output_layer|output|head)\.weight$")
@@ -31,7 +32,8 @@ def inspect_base(folder: Folder, headers: bool) -> Json:
     loads = _loads(scan) if opens and not headers else None
     tied = _tied(scan, loads is not None)
     classes = scan.config.get("architectures")
-    classes = classes if isinstance(classes, list) else []
+    classes = classes if isinstance(classes, list) else [scan.config.get(OF_DIFFUSERS)]
+    classes = [name for name in classes if name is not None]
     architecture = {"classes": classes, "model_type": scan.config.get("model_type")}
     metrics = {"architecture": printable(architecture), "tied": tied, "quantization": quantization}
     return new_result("base", scan) | metrics | {"loads": loads} | finish_result(scan)

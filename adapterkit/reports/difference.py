@@ -15,6 +15,7 @@ from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Interrupted
 from adapterkit.options import Progress, expect
 from adapterkit.planning.inputs.converted_adapter import adapter_or_file, components_of
+from adapterkit.planning.inputs.pipeline import is_pipeline
 from adapterkit.planning.inputs.sources import open_source
 from adapterkit.records import Json
 from adapterkit.reports.matching import (
@@ -25,6 +26,7 @@ from adapterkit.reports.matching import (
     match_components,
 )
 from adapterkit.reports.pairs import STATES, Pair, Result, stored_specs
+from adapterkit.reports.pipeline import match_pipelines
 from adapterkit.verbs.diff import Diff
 from adapterkit.weights.codec import stored_parts
 
@@ -81,6 +83,8 @@ def _match(
 ) -> tuple[Matches, Sequence[Folder]]:
     """What is compared, and the folders of its tensors."""
     if not all(CONFIG in folder.files() for folder in folders):
+        if all(map(is_pipeline, sources)):
+            return match_pipelines(sources)
         sides = [components_of(source) for source in sources]
         if all(sides):
             return match_components(sides)

@@ -13,12 +13,14 @@ from adapterkit.gguf.header import find_gguf, is_gguf_adapter
 from adapterkit.hub.folder import HubFolder
 from adapterkit.pages.page import frame
 from adapterkit.planning.inputs.converted_adapter import adapter_or_file
+from adapterkit.planning.inputs.pipeline import is_pipeline
 from adapterkit.planning.inputs.sources import open_model, open_source
 from adapterkit.records import Json
 from adapterkit.reports.adapter import inspect_adapter
 from adapterkit.reports.checkpoint import MAX_NAMES, inspect_base, inspect_file, inspect_gguf
 from adapterkit.reports.heatmaps import check_page, write_page
 from adapterkit.reports.overview.page import heatmap_page
+from adapterkit.reports.pipeline import inspect_pipeline
 from adapterkit.verbs.inspect import Inspect
 
 
@@ -42,6 +44,9 @@ def _inspect(inspect: Inspect) -> Json:
         check_page(Path(plot), "--plot")
     on = open_model(base) if base is not None else None
     folder = open_source(path)
+    if is_pipeline(folder):
+        _refuse_options(folder, "a pipeline, no adapter", base, plot)
+        return inspect_pipeline(folder, headers)
     files = None if CONFIG in folder.files() else find_gguf(folder)
     if files is not None and not is_gguf_adapter(files):
         _refuse_options(folder, "a model, no adapter", base, plot)

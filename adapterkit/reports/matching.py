@@ -68,9 +68,10 @@ class Side:
     config: dict | None = None
 
 
-def match_checkpoints(folders: tuple[Folder, Folder]) -> Matches:
-    """Match two checkpoints or files by key; `Refused` or `Damaged` where one cannot be read."""
-    sides: list[Side] = _read_both(_read_side, folders)
+def match_checkpoints(folders: tuple[Folder, Folder], number: int = 0, prefix: str = "") -> Matches:
+    """Match two checkpoints or files by key; `Refused` or `Damaged` where one cannot be read.
+    `number`: of the first of them among the folders; `prefix`: of all names."""
+    sides: list[Side] = _read_both(_read_side, folders, number)
     quantized = [
         side.checkpoint is not None
         and quantization_evidence(side.checkpoint.config, side.tensors) is not None
@@ -81,7 +82,7 @@ def match_checkpoints(folders: tuple[Folder, Folder]) -> Matches:
         which = quantized.index(True)
         sides[which] = _decoded_side(sides[which])
         notes.append(f"{folders[which].name} is quantized: its weights are compared as they decode")
-    a, b = ({("tensor", key): spec for key, spec in side.tensors.items()} for side in sides)
+    a, b = (_named(side.tensors, prefix) for side in sides)
     matches = _match(a, b)
     first, second = (side.config for side in sides)
     if first is not None and second is not None:
@@ -98,10 +99,22 @@ def match_checkpoints(folders: tuple[Folder, Folder]) -> Matches:
     return matches
 
 
-def _read_both(read: Callable[[Folder, int], Any], folders: tuple[Folder, Folder]) -> list[Any]:
+def match_lone_checkpoint(folder: Folder, number: int, prefix: str, *, is_first: bool) -> Matches:
+    """What only one side has: a whole checkpoint, which is of A where it `is_first`."""
+    parts = _named(_read_side(folder, number).tensors, prefix)
+    return _match(parts, {}) if is_first else _match({}, parts)
+
+
+def _named(tensors: Mapping[str, TensorSpec], prefix: str) -> Parts:
+    return {("tensor", prefix + key): spec for key, spec in tensors.items()}
+
+
+def _read_both(
+    read: Callable[[Folder, int], Any], folders: tuple[Folder, Folder], first: int = 0
+) -> list[Any]:
     """`read` of each folder and its number; the problems of both are raised together."""
     sides, errors = [], Problems()
-    for number, folder in enumerate(folders):
+    for number, folder in enumerate(folders, first):
         with errors.collected():
             sides.append(read(folder, number))
     errors.raise_all()

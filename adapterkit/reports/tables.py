@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import starmap
 from statistics import median
 
 from adapterkit import dtypes
@@ -14,6 +15,7 @@ MAX_PROBLEMS = 20  # kinds of problems that are listed; all of them are in the J
 MAX_ROWS = 20  # that are listed one by one
 GROUP = ["modules", "count", "kind", "rank", "alpha", "scale"]
 MODULE = ["module", "rank", "scale", "trained", "norm", "relative", "effective_rank"]
+PART = ["part", "class", "parameters", "bytes", "dtypes", "quantization"]
 CHANGED = ["changed", "", "relative", "max abs", "cosine", "differ", "rank"]
 
 
@@ -33,7 +35,17 @@ def inspect_table(result: Json, all_modules: bool = False, width: int = 100) -> 
     elif modules:
         why = "from the Hub without --download" if "repo" in result["origin"] else "with --headers"
         lines += ["", f"norms and effective ranks: not read {why}"]
+    if "parts" in result:
+        lines += ["", *_align([PART, *starmap(_part_cells, result["parts"].items())], left=2)]
     return "\n".join([*lines, "", *_problem_lines(result["problems"])])
+
+
+def _part_cells(name: str, result: Json) -> list[str]:
+    classes = (result["architecture"] or {}).get("classes") or [""]
+    kinds = ", ".join(result["dtypes"])
+    found = (result["quantization"] or {}).get("found", "")
+    sizes = [f"{result['parameters']:,}", f"{result['bytes']:,}"]
+    return [shown(name), shown(classes[0]), *sizes, kinds, shown(found)]
 
 
 def diff_table(document: Json) -> list[str]:

@@ -19,8 +19,9 @@ from adapterkit.verb import Verb, function_of
 
 @record
 class Diff(Verb[Json]):
-    """Compare two checkpoints, two adapters or two .safetensors files, by key or by module; returns
-    what `--json` prints. Modules of a pipeline's adapters have their component's name in front.
+    """Compare two checkpoints, pipelines, adapters or .safetensors files, by key or by module;
+    returns what `--json` prints. Names of a pipeline's parts, and of modules of adapters for
+    several, have the part's in front.
 
     - `diff`: 1, the version of this document; `kind`: "checkpoints" or "adapters"; `a`, `b`: the
       sources' names and origins

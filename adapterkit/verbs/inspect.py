@@ -25,13 +25,13 @@ class Inspect(Verb[Json]):
 
     Of every kind:
       inspect       1, the version of this schema
-      kind          "base", "adapter" or "file"
+      kind          "base", "adapter", "file" or "pipeline"
       name, origin  the folder's name, and what a receipt would say of it (repo, revision)
       parameters    elements of all tensors; of a quantized base those of the storage
       bytes         of the weight files
       dtypes        {dtype: {tensors, parameters, bytes}}
       shards        [{file, bytes, tensors}]; tensors null where the header cannot be read
-      architecture  {classes, model_type} from config.json, or null
+      architecture  {classes, model_type} from config.json, of diffusers its class, or null
       tied          {config, head_stored}: tie_word_embeddings (null: not said) and whether a head
                     is stored; null unless a base
       quantization  {found, config}, or null
@@ -42,6 +42,8 @@ class Inspect(Verb[Json]):
       problems      [{found, expected, where, do}]
       modules       a LoRA's modules, else [] (of other types of adapters the config and the header
                     are told)
+    Of a pipeline of diffusers the sums of its parts, their problems with the part in front, and
+      parts         {name: what is said of a base}
     Of an adapter:
       format, peft_type, base, revision, task_type, peft_version
       flags         {rslora, dora, lora_bias, bias, init, ensure_weight_tying, layer_replication,
