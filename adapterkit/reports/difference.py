@@ -24,9 +24,9 @@ from adapterkit.reports.matching import (
     match_adapters,
     match_checkpoints,
     match_components,
+    match_pipelines,
 )
 from adapterkit.reports.pairs import STATES, Pair, Result, stored_specs
-from adapterkit.reports.pipeline import match_pipelines
 from adapterkit.verbs.diff import Diff
 from adapterkit.weights.codec import stored_parts
 

@@ -9,7 +9,8 @@ from adapterkit.engines.verify.file_checks import check_files
 from adapterkit.engines.verify.row_checks import check_rows
 from adapterkit.errors import WARNING, Problems, Refused, listed, shown
 from adapterkit.plan import Plan
-from adapterkit.planning.inputs.pipeline import Pipeline, is_pipeline, read_pipeline, split_adapters
+from adapterkit.planning.inputs.pipeline import Pipeline, is_pipeline, read_pipeline
+from adapterkit.planning.inputs.pipeline_adapters import split_adapters
 from adapterkit.planning.inputs.sources import (
     if_given,
     open_model,

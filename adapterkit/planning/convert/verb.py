@@ -10,7 +10,8 @@ from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath
 from adapterkit.plan import Plan
 from adapterkit.planning.convert.plan import plan_convert
-from adapterkit.planning.inputs.pipeline import base_of_conversion, is_pipeline, read_pipeline
+from adapterkit.planning.inputs.pipeline import is_pipeline, read_pipeline
+from adapterkit.planning.inputs.pipeline_adapters import base_of_conversion
 from adapterkit.planning.inputs.sources import open_base, open_model, open_unconverted
 from adapterkit.verbs.convert import Convert, ConvertOptions
 

@@ -9,7 +9,8 @@ from adapterkit.errors import Problems, Refused
 from adapterkit.options import flag_of
 from adapterkit.patterns import similar_names
 from adapterkit.plan import Plan
-from adapterkit.planning.inputs.pipeline import Pipeline, PipelinePart, Split
+from adapterkit.planning.inputs.pipeline import Pipeline, PipelinePart
+from adapterkit.planning.inputs.pipeline_adapters import Split
 from adapterkit.planning.outputs.cards import Merged, merged_card
 from adapterkit.planning.outputs.model import rounding_warnings
 from adapterkit.planning.pipelines import joined

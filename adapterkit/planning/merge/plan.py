@@ -22,14 +22,8 @@ from adapterkit.planning.inputs.earlier_merges import history_notes, merged_adap
 from adapterkit.planning.inputs.input_identity import plan_of
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint, read_plain_gguf
 from adapterkit.planning.inputs.model_config import nested_values, set_nested
-from adapterkit.planning.inputs.pipeline import (
-    Pipeline,
-    PipelinePart,
-    Split,
-    is_pipeline,
-    read_pipeline,
-    split_adapters,
-)
+from adapterkit.planning.inputs.pipeline import Pipeline, PipelinePart, is_pipeline, read_pipeline
+from adapterkit.planning.inputs.pipeline_adapters import Split, split_adapters
 from adapterkit.planning.inputs.sources import (
     if_given,
     initial_of,
