@@ -127,8 +127,8 @@ def add_rows(root: Path) -> None:
     """The verb and the engine that CONTRIBUTING.md adds, in their tables."""
     sections = root / "adapterkit" / "verbs" / "__init__.py"
     text = sections.read_text()
-    assert '"rebase")' in text
-    sections.write_text(text.replace('"rebase")', '"rebase", "rescale")'))
+    assert '"edit")' in text
+    sections.write_text(text.replace('"edit")', '"edit", "rescale")'))
     table = root / "adapterkit" / "run_options.py"
     rows = re.search(r'"processes": "[\w.:]+"', (ROOT / "docs" / "CONTRIBUTING.md").read_text())
     text = table.read_text()

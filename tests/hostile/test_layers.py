@@ -17,7 +17,7 @@ PACKAGE = Path(adapterkit.__file__).parent
 
 # docs/architecture.md, top to bottom. A part imports parts of its own level and of those below it.
 LEVELS = [
-    "cli __main__",
+    "cli integrations __main__",
     "jobs",
     "runtime",
     "reports",

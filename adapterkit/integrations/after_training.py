@@ -1,0 +1,63 @@
+"""What to make of an adapter once it is trained: a page, other formats, a merged model."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adapterkit.errors import Refused
+from adapterkit.options import StrPath
+from adapterkit.verbs.convert import convert
+from adapterkit.verbs.merge import merge
+from adapterkit.verbs.report import report
+
+
+@dataclass(frozen=True, kw_only=True)
+class AfterTraining:
+    """What is made of a trained adapter; outputs of earlier runs are replaced.
+
+    `report`: the HTML page of `adapterkit report`; `convert`: format -> output; `merge`: the output
+    of a merge into `base`, by default the one that the adapter names; `push`: the repository to
+    which the merged model goes, or without `merge` nothing does.
+    """
+
+    base: str | None = None
+    report: StrPath | None = None
+    convert: Mapping[str, StrPath] = field(default_factory=dict)
+    merge: StrPath | None = None
+    push: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.push is not None and self.merge is None:
+            hint = "give merge=FOLDER, or upload the adapter with the trainer's push_to_hub"
+            raise Refused("push without merge", expected="a merged model", hint=hint)
+
+    def run(self, adapter: StrPath, base: str | None = None) -> list[str]:
+        """Make all of it, from the folder of an adapter; lines that say what was made. `base`: what
+        the trainer knows as the base, where none was given."""
+        model = self.base or base
+        lines = []
+        if self.report is not None:
+            document = report([adapter], base=_if_local(model), out=self.report)
+            lines.append(f"{os.fspath(self.report)}: {document['advice']['reason']}")
+        for form, out in self.convert.items():
+            convert(adapter, to=form, base=_if_local(model), out=out, overwrite=Path(out).exists())
+            lines.append(f"{os.fspath(out)}: in the format {form}")
+        if self.merge is not None:
+            if model is None:
+                raise Refused(
+                    "the base of the merge is not known",
+                    expected="its folder or id",
+                    where=os.fspath(adapter),
+                    hint="give base=",
+                )
+            exists = Path(self.merge).exists()
+            done = merge(model, [adapter], out=self.merge, push=self.push, overwrite=exists)
+            changed = done.data["totals"]["tensors_changed"]
+            lines.append(f"{os.fspath(self.merge)}: merged, {changed} tensors changed")
+        return lines
+
+
+def _if_local(base: str | None) -> str | None:
+    """The base where it costs no download to look into it."""
+    return base if base is not None and os.path.isdir(base) else None
