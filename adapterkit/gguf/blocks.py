@@ -75,7 +75,7 @@ def column_rounder(name: str, stored: Tensor) -> RoundColumn:
 def of_several(rounders: list[Callable], heights: list[int], order: Tensor | None) -> RoundColumn:
     """The rounding of columns whose values, in this order, belong to several tensors."""
 
-    def round_column(w: Tensor, column: int) -> Tensor:
+    def round_column(w: Tensor, column: int | None) -> Tensor:
         at = None if order is None else order.to(w.device)
         parts = (w if at is None else w[at]).split(heights)
         pairs = zip(rounders, parts, strict=True)

@@ -48,6 +48,19 @@ def converted(converter: Any, key: str, parts: Iterable[tuple[str, str | None, T
     return result[0] if isinstance(result, list) else result
 
 
+def _moved(rounder: RoundColumn, columns: Tensor) -> RoundColumn:
+    """The rounding of a parameter's columns, which the file has in this order."""
+    place = torch.argsort(columns)
+    numbers = place.tolist()
+
+    def round_column(w: Tensor, column: int | None) -> Tensor:
+        if column is not None:
+            return rounder(w, numbers[column])
+        return rounder(w[:, columns.to(w.device)], None)[:, place.to(w.device)]
+
+    return round_column
+
+
 @dataclass(frozen=True, kw_only=True)
 class GgufWeight(QuantizedWeight):
     """One parameter, of one GGUF tensor or of several (experts' gate and up), stored as bytes of
@@ -184,6 +197,5 @@ class GgufWeight(QuantizedWeight):
         rounders = [column_rounder(name, part) for name, part in pairs]
         rounder = of_several(rounders, [len(part) for part in values], self.placement.rows)
         if self.placement.columns is not None:  # of each of the parameter's the number in the file
-            place = torch.argsort(self.placement.columns).tolist()
-            return lambda w, column: rounder(w, place[column])
+            return _moved(rounder, self.placement.columns)
         return (lambda w, column: rounder(w - shift, column) + shift) if shift else rounder

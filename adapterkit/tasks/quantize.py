@@ -275,7 +275,8 @@ def _rows(m: Tensor, span: Span) -> tuple[Tensor, Tensor | None]:
 def _of_rows(round_column: RoundColumn, at: Tensor, weight: Tensor) -> RoundColumn:
     """The rounding of some outputs only."""
 
-    def round_some(w: Tensor, column: int) -> Tensor:
+    def round_some(w: Tensor, column: int | None) -> Tensor:
+        assert column is not None
         return round_column(weight[:, column].index_copy(0, at, w), column)[at]
 
     return round_some

@@ -366,9 +366,13 @@ def _nearest(
     value, round_column = weight.float().view(packed.shape), packed.column_rounder(stored)
     turned = packed.transposed and value.dim() > 1
     value = value.transpose(-2, -1) if turned else value
-    columns = value.reshape(-1, value.shape[-1]).T.contiguous()
-    rounded = [round_column(w, number) for number, w in enumerate(columns)]
-    result = torch.stack(rounded, 1).view(value.shape)
+    matrix = value.reshape(-1, value.shape[-1])
+    if packed.searches_scales:
+        result = round_column(matrix.contiguous(), None).view(value.shape)
+    else:
+        columns = matrix.T.contiguous()
+        rounded = [round_column(w, number) for number, w in enumerate(columns)]
+        result = torch.stack(rounded, 1).view(value.shape)
     return (result.transpose(-2, -1) if turned else result).reshape(weight.shape)
 
 

@@ -17,8 +17,9 @@ from adapterkit.kernels.pieces import padded, piece
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import all_finite, are_finite
 
-# (float32 values (out,) of a column of a weight, its number) -> the nearest that can be stored
-RoundColumn = Callable[[Tensor, int], Tensor]
+# (float32 values (out,) of a column of a weight, its number) -> the nearest that can be stored;
+# (values (out, in), None), of all columns at once, where blocks are not rows of the grid
+RoundColumn = Callable[[Tensor, int | None], Tensor]
 # elements worked on at once on a CPU, so that a few temporaries of them stay in cache
 PIECE = 1 << 16
 # of formats with few operations: with fewer elements threads wait for Python's lock too long
@@ -113,10 +114,18 @@ class Grid(ABC):
         if not are_finite(sums) and not all_finite(w):
             raise ValueError(NOT_FINITE)
 
-    def round_column(self, w: Tensor, number: int) -> Tensor:
+    def round_column(self, w: Tensor, number: int | None) -> Tensor:
         """A `RoundColumn`."""
-        scales = self.column(number, len(w))
-        return self.value(self.nearest(self.scaled(w, *scales)), *scales)
+        if number is not None:
+            scales = self.column(number, len(w))
+            return self.value(self.nearest(self.scaled(w, *scales)), *scales)
+        out = torch.empty_like(w)
+        for rows in pieces(w.shape, w.device, large=self.large):
+            x, scales = self.place(w[rows], rows)
+            out[rows] = self.value(self.nearest(self.scaled(x, *scales)), *scales).view(
+                -1, w.shape[1]
+            )
+        return out
 
     def neighbors(self, x: Tensor, code: Tensor, scales: Sequence[Tensor]) -> Neighbors:
         """The codes on both sides of each value, of which these are the nearest; of magnitudes if

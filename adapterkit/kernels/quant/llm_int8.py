@@ -35,7 +35,7 @@ class Int8Grid(Grid):
     def value(self, code: Tensor, *scales: Tensor) -> Tensor:
         return code.float().mul_(scales[0]).mul_(1 / 127)
 
-    def round_column(self, w: Tensor, number: int) -> Tensor:
+    def round_column(self, w: Tensor, number: int | None) -> Tensor:
         """By way of float16, as `quantize_int8`."""
         largest = torch.finfo(torch.float16).max
         return super().round_column(w.clamp(-largest, largest).half().float(), number)
