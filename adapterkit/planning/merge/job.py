@@ -16,6 +16,7 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.gguf.model import GgufCheckpoint
 from adapterkit.planning.adapters.added_deltas import PlacedDelta
+from adapterkit.planning.adapters.dora_deltas import CHECK_BASE
 from adapterkit.planning.inputs.earlier_merges import MergedAdapter
 from adapterkit.planning.inputs.model_config import vocabulary_sizes
 from adapterkit.planning.targets.values_by_regex import selection
@@ -117,7 +118,8 @@ def stacked(config: Json, count: int, order: list[int]) -> Json:
     return {k: setting(k, v) for k, v in config.items()}
 
 
-CHECK_BASE = "check that the adapter was trained on this base"
+# of a GGUF file, which may have a layer under no name that is known
+OTHERWISE = "; if it was, merge into the original checkpoint and convert that to GGUF"
 
 
 @dataclass
@@ -257,11 +259,12 @@ class MergeJob:
     def unknown_error(self, adapter: Adapter, key: str, name: str) -> Refused:
         """The refusal of an adapter's tensor for a parameter that the base does not have."""
         reason = f" ({self.notes[-1].splitlines()[0]})" if self.notes else ""
+        is_gguf = isinstance(self.base, GgufCheckpoint)
         return Refused(
             f"{shown(key)}: the base has no {shown(name)}",
             expected="only parameters of the base",
             where=adapter.label,
-            hint=CHECK_BASE + reason,
+            hint=CHECK_BASE + reason + (OTHERWISE if is_gguf else ""),
         )
 
     def shape_error(

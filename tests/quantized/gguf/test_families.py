@@ -29,6 +29,7 @@ from tests.support.gguf_files import (
     names,
     of_llama,
     permuted,
+    qwen35,
     write,
 )
 from tests.support.usual import usual
@@ -339,6 +340,20 @@ def test_tensors_in_one(arch: str, tmp_path: Path):
         assert np.array_equal(value, before[name]) == ("qkv.w" not in name and "exps" not in name)
 
 
+def test_experts_in_one_beside_linear_attention(tmp_path: Path):
+    """What a hybrid has in attn_qkv is one module, and stays."""
+    model, message, tensors = qwen35(experts=True)
+    train(model.float(), tmp_path / "a", ["q_proj", "shared_expert.up_proj"], STACKS)
+    files = {}
+    for name, own in (("apart", tensors), ("one", joined(tensors))):
+        path = write(tmp_path / f"{name}.gguf", "qwen35moe", message, own)
+        adapterkit.merge(path, tmp_path / "a", out=tmp_path / f"{name}-out.gguf", verify=True)
+        files[name] = read(tmp_path / f"{name}-out.gguf")
+    expected = joined(files["apart"])
+    assert files["one"].keys() == expected.keys() and "blk.3.attn_q.weight" not in expected
+    assert all(np.array_equal(files["one"][name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize(
     "arch, shifted", [("gemma", True), ("qwen3next", True), ("exaone4", False)]
 )
@@ -403,7 +418,9 @@ def test_what_needs_a_config_is_refused(tmp_path: Path):
     keys = adapter_of(model, tmp_path / "a", ["q_proj"])
     unknown = {key.replace("q_proj", "z_proj"): value.clone() for key, value in keys.items()}
     save_file(keys | unknown, tmp_path / "a" / "adapter_model.safetensors")
-    with pytest.raises(Refused, match="the base has no model.layers.0.self_attn.z_proj"):
+    with pytest.raises(
+        Refused, match=r"the base has no model.layers.0.self_attn.z_proj[\s\S]*convert that to GGUF"
+    ):
         adapterkit.merge(path, tmp_path / "a", out=tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists() and not (tmp_path / "floats").exists()
 
