@@ -219,6 +219,16 @@ class ArchitectureHints:
 
 
 @dataclass(frozen=True)
+class BlockWords:
+    """Blocks of the denoiser, each of which adapters may have another weight on."""
+
+    # regex of a part and a module's original name -> the block, before the number that it captures
+    names: Mapping[str, str] = field(default_factory=dict)
+    lists: Mapping[str, str] = field(default_factory=dict)  # length -> the blocks, in their order
+    presets: Mapping[str, str] = field(default_factory=dict)  # name -> the weights of a list
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Module names of a family of models."""
 
@@ -229,6 +239,7 @@ class Architecture:
     detect: ArchitectureHints = field(default_factory=ArchitectureHints)
     words: Mapping[str, str] = field(default_factory=dict)  # for formats' templates of metadata
     tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    blocks: BlockWords = field(default_factory=BlockWords)
 
 
 def format_from(name: str, table: Json) -> Format:

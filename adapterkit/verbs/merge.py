@@ -1,6 +1,6 @@
 """merge: adapters into a base, W' = round(W + Σ weight·scale·b@a), streamed from files to files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +8,7 @@ from adapterkit.options import (
     COMPAT,
     FLAG,
     SOURCE,
+    TEXTS,
     WEIGHTED,
     Sources,
     StrPath,
@@ -106,6 +107,20 @@ class MergeOptions(ModuleFilters):
         "those that are there, where the new values fit.",
     )
     modelfile: bool = option(default=False, check=FLAG, help=MODELFILE)
+    weight_for: Iterable[str] = option(
+        default=(),
+        check=TEXTS,
+        metavar="[N:]REGEX=W",
+        help="Another weight (of the N-th adapter) for modules whose name, or the end of it, "
+        "matches.",
+    )
+    lbw: Iterable[str] = option(
+        default=(),
+        check=TEXTS,
+        metavar="[N:]NAME|LIST",
+        help="Factors of the weight (of the N-th adapter) on the blocks of an image model in one "
+        "file: a preset (ALL0.5, INS, MIDD, OUTD, ...) or numbers separated by commas.",
+    )
 
 
 @record

@@ -460,3 +460,95 @@ def test_an_interrupted_merge_goes_on(home, tmp_path):
     with pytest.raises(Refused, match="exists"):
         adapterkit.merge(base, [adapter], out=tmp_path / "there.safetensors")
     assert_close(load_file(tmp_path / "there.safetensors"), plain)
+
+
+# ---- weights of blocks -------------------------------------------------------------------------
+
+SDXL12 = "BASE IN04 IN05 IN07 IN08 M00 OUT00 OUT01 OUT02 OUT03 OUT04 OUT05".split()
+
+
+def scaled(factors: dict, weight_of: object) -> dict:
+    return {name: (a, b * weight_of(name)) for name, (a, b) in factors.items()}
+
+
+def block_of(name: str) -> str | None:
+    """The block of a module of SDXL by diffusers' names, told by its place."""
+    if name.startswith("text_encoder"):
+        return "BASE"
+    words = name.split(".")
+    if words[1] == "mid_block":
+        return "M00"
+    if words[1] not in ("down_blocks", "up_blocks") or "attentions" not in words:
+        return "other"
+    level, number = int(words[2]), int(words[4])
+    first = {"down_blocks": 3 * level + 1, "up_blocks": 3 * level}[words[1]]
+    return f"{'IN' if words[1] == 'down_blocks' else 'OUT'}{first + number:02}"
+
+
+def test_block_weights_of_sdxl(home, tmp_path):
+    """Twelve numbers, times the adapter's weight; for the second adapter alone."""
+    base = base_of("sdxl", home)
+    factors = {
+        name: pair
+        for name, pair in factors_of("sdxl", every=3).items()
+        if block_of(name) != "other"
+    }
+    adapter = write_adapter(factors, tmp_path / "lora.safetensors")
+    numbers = [0.5, 0, 1, 0.25, 2, -1, 0, 0.5, 1, 1, 0.75, 0.1]
+    weights = dict(zip(SDXL12, numbers, strict=True))
+    text = ",".join(map(str, numbers))
+    after = merged(base, {adapter: 0.5}, tmp_path / "out.safetensors", lbw=[text])
+    right = scaled(factors, lambda name: 0.5 * weights.get(block_of(name), 0))
+    assert_close(after, expected("sdxl", right))
+    adapterkit.verify(tmp_path / "out.safetensors", base=base, adapters={adapter: 0.5})
+    two = merged(
+        base, {adapter: 0.5, str(adapter): 1}, tmp_path / "two.safetensors", lbw=[f"2:{text}"]
+    )
+    right = scaled(factors, lambda name: 0.5 + weights.get(block_of(name), 0))
+    assert_close(two, expected("sdxl", right))
+
+
+def test_presets_and_other_weights_of_modules(home, tmp_path):
+    base, factors = base_of("sd15", home), factors_of("sd15", every=4)
+    factors = {name: pair for name, pair in factors.items() if "attn" in name}
+    adapter = write_adapter(factors, tmp_path / "lora.safetensors")
+    after = merged(base, [adapter], tmp_path / "out.safetensors", lbw=["OUTALL"])
+    outer = {"up_blocks": 1.0, "self_attn": 1.0}
+    right = scaled(
+        factors, lambda name: float(any(word in name for word in outer) or "text" in name)
+    )
+    assert_close(after, expected("sd15", right))
+    after = merged(base, [adapter], tmp_path / "out.safetensors", weight_for=[r".*attn2.*=0.25"])
+    right = scaled(factors, lambda name: 0.25 if "attn2" in name else 1.0)
+    assert_close(after, expected("sd15", right))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "text"),
+    [
+        ("flux", {"lbw": ["1,2,3"]}, "61 numbers"),
+        ("sd15", {"lbw": ["OUTAL"]}, "OUTALL"),
+        ("sd15", {"lbw": ["3:OUTALL"]}, "of 1 adapters"),
+        ("ltx", {"lbw": ["1"]}, "a model of ltx"),
+        ("flux", {"weight_for": ["nothing=1"]}, "matches none"),
+    ],
+)
+def test_wrong_weights_of_blocks(family, options, text, home, tmp_path):
+    adapter = write_adapter(factors_of(family, every=5), tmp_path / "lora.safetensors")
+    assert text in refusal(base_of(family, home), adapter, tmp_path / "out.safetensors", **options)
+
+
+@pytest.mark.parametrize(("family", "length"), [("flux", 61), ("wan_t2v", 30), ("wan_t2v", 40)])
+def test_lists_of_transformers_with_their_length(family, length, home, tmp_path):
+    """All ones change nothing; without the first blocks they stay as they are."""
+    base, factors = base_of(family, home), factors_of(family)
+    adapter = write_adapter(factors, tmp_path / "lora.safetensors")
+    out = tmp_path / "out.safetensors"
+    plain, before = merged(base, [adapter], out), load_file(base)
+    assert_close(merged(base, [adapter], out, lbw=[",".join("1" * length)]), plain)
+    first = {"flux": (3, 22), "wan_t2v": (0,)}[family]
+    numbers = ["0" if place in first else "1" for place in range(length)]
+    after = merged(base, [adapter], out, lbw=[",".join(numbers)])
+    for key, value in after.items():
+        inside = any(f".{name}.0." in key for name in ("double_blocks", "single_blocks", "blocks"))
+        assert torch.equal(value, (before if inside else plain)[key]), key

@@ -100,20 +100,27 @@ class AdapterWeights:
     def _rule(self, text: str) -> tuple[Sequence[int], Rule[float]]:
         """The numbers of adapters, and the rule; `Refused` where the text is none."""
         expected = "[N:]REGEX=WEIGHT, N the adapter's place from 1"
-        head, colon, rest = text.partition(":")
-        if not (colon and head.isdigit()):
-            numbers, rest = self._numbers, text
-        elif int(head) - 1 in self._numbers:
-            numbers = [int(head) - 1]
-        else:
-            raise Refused(
-                f"{OPTION} {shown(text)!r} of {len(self.weights)} adapters",
-                expected=expected,
-                where="options",
-                hint="e.g. 2:q_proj=0.5",
-            )
+        numbers, rest = of_adapters(text, len(self.weights), OPTION, expected, "2:q_proj=0.5")
         (rule,) = read_rules(OPTION, [rest], NUMBER, expected)
         return numbers, rule
+
+
+def of_adapters(
+    text: str, count: int, option: str, expected: str, example: str
+) -> tuple[Sequence[int], str]:
+    """The numbers of the adapters that `[N:]TEXT` is for, and the text; `Refused` for a number that
+    none of so many has."""
+    head, colon, rest = text.partition(":")
+    if not (colon and head.isdigit()):
+        return range(count), text
+    if int(head) - 1 in range(count):
+        return [int(head) - 1], rest
+    raise Refused(
+        f"{option} {shown(text)!r} of {count} adapters",
+        expected=expected,
+        where="options",
+        hint=f"e.g. {example}",
+    )
 
 
 def trained_values(

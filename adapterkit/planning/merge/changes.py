@@ -229,18 +229,20 @@ def _is_of_original(job: MergeJob, adapter: Adapter, copy: TensorSpec, stored: T
 def collect_changes(job: MergeJob) -> None:
     """Fill the job's changes from its adapters; its errors get everything that does not fit."""
     job.adapters = [replace(adapter, replaced=_trained(job, adapter)) for adapter in job.adapters]
-    for adapter, weight in zip(job.adapters, job.weights, strict=True):
-        _check_adapter(job, adapter, weight)
+    for adapter in job.adapters:
+        _check_adapter(job, adapter)
         _check_complete(job, adapter)
         _add_values(job, adapter)
-        _add_products(job, adapter, weight)
-        _add_deltas(job, adapter, weight)
+        _add_products(job, adapter)
+        _add_deltas(job, adapter)
         _check_rows(job, adapter)
         _add_rows(job, adapter)
+    job.errors += job.module_weights.problems()
+    job.notes += job.module_weights.notes()
     _check_together(job)
 
 
-def _check_adapter(job: MergeJob, adapter: Adapter, weight: float) -> None:
+def _check_adapter(job: MergeJob, adapter: Adapter) -> None:
     job.notes += other_values(job, adapter) + other_base(job, adapter)
     init = adapter.changed_base()
     if adapter.number in job.with_initial:
@@ -255,8 +257,7 @@ def _check_adapter(job: MergeJob, adapter: Adapter, weight: float) -> None:
             "path_initial_model_for_weight_conversion)",
             where=adapter.where,
         )
-    if weight != 1.0:
-        _check_weighted(job, adapter, weight)
+    _check_weighted(job, adapter)
 
 
 def _check_initial(job: MergeJob, adapter: Adapter) -> None:
@@ -272,15 +273,25 @@ def _check_initial(job: MergeJob, adapter: Adapter) -> None:
         )
 
 
-def _check_weighted(job: MergeJob, adapter: Adapter, weight: float) -> None:
+def _check_weighted(job: MergeJob, adapter: Adapter) -> None:
     """Refuse multiples of values that replace the base's; with --exclude the base's stay."""
-    values = [name for name in adapter.replaced if job.is_selected_value(name)]
-    rows = [tokens.module for tokens in adapter.tokens if job.is_selected(tokens.module)]
+    is_weighted = lambda module: job.is_selected(module) and job.weight(adapter, module) != 1.0
+    values = [
+        name
+        for name in adapter.replaced
+        if job.is_selected_value(name) and job.weight(adapter, name.rpartition(".")[0]) != 1.0
+    ]
+    rows = [tokens.module for tokens in adapter.tokens if is_weighted(tokens.module)]
     doras = [
         lora.module
         for lora in adapter.loras
-        if lora.magnitude is not None and job.is_selected(lora.module)
+        if lora.magnitude is not None
+        and is_weighted(lora.module)
+        and not job.is_off(adapter, lora.module)
     ]
+    options = job.options
+    weight = f"{job.weights[adapter.number - 1]:g}"
+    weight = "other than 1" if options.weight_for or options.lbw else weight
     exclude = (
         f'give --exclude "{adapter.pattern_of([*values, *rows])}" to leave them as they are in '
         "BASE and add the factors alone"
@@ -293,7 +304,7 @@ def _check_weighted(job: MergeJob, adapter: Adapter, weight: float) -> None:
         if names:
             some = ", ".join(map(shown, names[:4])) + ", ..." * (len(names) > 4)
             job.errors.add(
-                f"{kind} with weight {weight:g}: {some}",
+                f"{kind} with weight {weight}: {some}",
                 "weight 1: these are values, not additions",
                 hint,
                 where=adapter.label,
@@ -405,16 +416,17 @@ def _add_new_parameter(job: MergeJob, adapter: Adapter, name: str, spec: TensorS
     job.new[name] = Change(parameter, spec, adapters=[adapter.name], value_from=adapter.number)
 
 
-def _add_products(job: MergeJob, adapter: Adapter, weight: float) -> None:
+def _add_products(job: MergeJob, adapter: Adapter) -> None:
     by_module: dict[str, list[Lora]] = {}
     for lora in adapter.loras:
-        if job.is_selected(lora.module):
+        if job.is_selected(lora.module) and not job.is_off(adapter, lora.module):
             by_module.setdefault(lora.module, []).append(lora)
         else:
             job.skip(adapter, lora.module)
     for module, loras in by_module.items():
         _check_acting(job, adapter, module, "factors", loras)
         with job.errors.collected():
+            weight = job.weight(adapter, module)
             for name, leaf, lora in resolve_targets(job, adapter, module, loras):
                 _add_product(job, adapter, weight, name, leaf, lora)
 
@@ -469,11 +481,12 @@ def _add_product(
     change.adapters.append(adapter.name)
 
 
-def _add_deltas(job: MergeJob, adapter: Adapter, weight: float) -> None:
+def _add_deltas(job: MergeJob, adapter: Adapter) -> None:
     """Deltas of other kinds than factors."""
     for added in added_deltas(adapter.folder, adapter.number):
         module = added.module.name
-        if not job.is_selected(module):
+        weight = job.weight(adapter, module)
+        if not job.is_selected(module) or job.is_off(adapter, module):
             job.skip(adapter, module)
             continue
         parameters = (job.names.parameter(f"{module}.{leaf}") for leaf in added.leaves)

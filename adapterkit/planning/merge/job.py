@@ -19,6 +19,7 @@ from adapterkit.planning.adapters.added_deltas import PlacedDelta
 from adapterkit.planning.adapters.dora_deltas import CHECK_BASE
 from adapterkit.planning.inputs.earlier_merges import MergedAdapter
 from adapterkit.planning.inputs.model_config import vocabulary_sizes
+from adapterkit.planning.merge.module_weights import ModuleWeights
 from adapterkit.planning.targets.values_by_regex import selection
 from adapterkit.records import Json
 from adapterkit.verbs.merge import MergeOptions
@@ -176,6 +177,15 @@ class MergeJob:
         self.config: Json = json.loads(json.dumps(self.base.config))
         self._selects = selection(options.include, options.exclude)
         self.names = self._names()
+        self.module_weights = ModuleWeights(base, weights, options)
+
+    def weight(self, adapter: Adapter, module: str) -> float:
+        """The weight of an adapter on a module."""
+        return self.module_weights.of(adapter.number, module)
+
+    def is_off(self, adapter: Adapter, module: str) -> bool:
+        """Whether an adapter that has a weight has none on a module."""
+        return self.weight(adapter, module) == 0.0 != self.weights[adapter.number - 1]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -102,8 +102,8 @@ def plan_merge_into_pipeline(pipeline: Pipeline, adapters: Split, options: Merge
 def _options_of_models(merge: Merge) -> list[AdapterkitError]:
     """`Refused` for sources that a pipeline has no use for."""
     errors = Problems(where="options", hint="merge into one part: the folder of a model")
-    for name in ("base16", "stats", "imatrix"):
-        if getattr(merge, name) is not None:
+    for name in ("base16", "stats", "imatrix", "weight_for", "lbw"):
+        if getattr(merge, name) not in (None, ()):
             errors.add(f"{flag_of(name)} with a pipeline", "a base that is one model")
     return errors
 
@@ -129,6 +129,13 @@ def plan_merge(
     if not sources:
         raise Refused("no adapter", expected="one or more", hint="name the adapters after the base")
     sources, with_initial = _with_initial(sources, options)
+    if with_initial and (options.weight_for or options.lbw):
+        raise Refused(
+            "weights of modules of an adapter that goes with initial factors",
+            expected="one weight",
+            where="options",
+            hint="make it plain first: adapterkit rebase ADAPTER --initial INIT",
+        )
     adapters, errors = _scan_adapters(sources)
     try:
         if part is None:
@@ -366,7 +373,7 @@ def _plan_of_files(
     }
     if job.merged_before:
         decisions["held"] = [adapter._asdict() for adapter in job.merged_before]
-    options = {k: v for k, v in vars(job.options).items() if v not in (None, False)}
+    options = {k: v for k, v in vars(job.options).items() if v not in (None, False, ())}
     options["weights"] = job.weights
     return plan_of(
         "merge",
