@@ -293,14 +293,14 @@ def in_halves(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def tiled(value: np.ndarray, first: int = 0) -> np.ndarray:
-    """llama.cpp's order of what belongs to four heads of values of two of keys, from a row on: the
-    first of each, then the second of each."""
-    heads = value[first:].reshape(2, 2, -1, *value.shape[1:]).swapaxes(0, 1)
+    """llama.cpp's order of what belongs to six heads of values of two of keys, from a row on: the
+    first of each, then the second and the third of each."""
+    heads = value[first:].reshape(2, 3, -1, *value.shape[1:]).swapaxes(0, 1)
     return np.concatenate([value[:first], heads.reshape(-1, *value.shape[1:])])
 
 
 def of_qwen35(name: str, value: np.ndarray) -> np.ndarray:
-    """A tensor of Qwen 3.5 with two heads of keys and four of values, each of 16."""
+    """A tensor of Qwen 3.5 with two heads of keys and six of values, each of 16."""
     if name.endswith("norm.weight") and "ssm_norm" not in name:
         return value + 1
     if ".ssm_conv1d." in name:
@@ -318,7 +318,7 @@ def of_qwen35(name: str, value: np.ndarray) -> np.ndarray:
 def qwen35(experts: bool = False) -> tuple[nn.Module, dict, dict]:
     """Three layers of linear attention and one of full attention."""
     kind, arch = ("Qwen3_5Moe", "qwen35moe") if experts else ("Qwen3_5", "qwen35")
-    how = {"num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    how = {"num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 6}
     how |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "tie_word_embeddings": False}
     rope = {"rope_type": "default", "rope_theta": ROPE, "partial_rotary_factor": 0.25}
     how |= {"rope_parameters": rope | {"mrope_section": [11, 11, 10], "mrope_interleaved": True}}
@@ -333,8 +333,8 @@ def qwen35(experts: bool = False) -> tuple[nn.Module, dict, dict]:
         "ssm.conv_kernel": config.linear_conv_kernel_dim,
         "ssm.state_size": 16,
         "ssm.group_count": 2,
-        "ssm.time_step_rank": 4,
-        "ssm.inner_size": 64,
+        "ssm.time_step_rank": 6,
+        "ssm.inner_size": 96,
         "rope.dimension_sections": [11, 11, 10, 0],
         "rope.dimension_count": 4,
     }
