@@ -12,6 +12,7 @@ from adapterkit.checkpoint.shards import pickles, weight_files
 from adapterkit.checkpoint.spec import Scan, scan_checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
 from adapterkit.gguf.header import FLOATS, HEAD, GgufFiles, read_model
+from adapterkit.planning.inputs.model_checkpoint import one_file_of
 from adapterkit.records import Json
 from adapterkit.reports.configs import printable
 from adapterkit.weights.detect import CONFIG_KEYS, check_not_quantized
@@ -68,6 +69,7 @@ def inspect_file(folder: Folder) -> Json:
 
     scan, other = Scan(folder), in_another_layout(folder)
     scan.header(other.container.file if other is not None else next(iter(folder.files())))
+    model = one_file_of(folder) if other is None else None
     quantization = _quantization(scan)
     check_tensors(scan, mixed=quantization is not None)
     if other is not None:
@@ -75,7 +77,10 @@ def inspect_file(folder: Folder) -> Json:
     elif any(".lora_" in key for key in scan.tensors):
         problem, hint = f"factors of a LoRA without {CONFIG}", "inspect the adapter's folder"
         add_problem(scan, problem, f"a folder with {CONFIG}", hint)
-    return new_result("file", scan) | {"quantization": quantization} | finish_result(scan)
+    result = new_result("file", scan) | {"quantization": quantization}
+    if model is not None:
+        result["architecture"] = {"classes": [*model.parts], "model_type": model.architecture}
+    return result | finish_result(scan)
 
 
 def add_problem(scan: Scan, problem: str, expected: str, hint: str, where: str = "") -> None:

@@ -450,6 +450,12 @@ def test_names_are_those_that_comfyui_tells_models_by(family, home):
     assert model.architecture in (FAMILIES[family].architecture, "sd2" if family == "sd15" else "")
 
 
+def test_inspect_tells_the_family_and_its_parts(home):
+    architecture = adapterkit.inspect(base_of("sdxl", home))["architecture"]
+    parts = ["unet", "text_encoder", "text_encoder_2"]
+    assert architecture == {"classes": parts, "model_type": "sdxl"}
+
+
 def test_an_interrupted_merge_goes_on(home, tmp_path):
     base = base_of("flux", home)
     adapter = write_adapter(factors_of("flux", every=5), tmp_path / "lora.safetensors")

@@ -57,7 +57,7 @@ FAMILIES: dict[str, Family] = {
     "sdxl": Family(
         "sdxl",
         {
-            "unet": (pipelines.unet_sdxl, "original", DENOISER),
+            "unet": (lambda: pipelines.unet_sdxl(2), "original", DENOISER),
             "text_encoder": (_clip(), "original", "conditioner.embedders.0.transformer."),
             "text_encoder_2": (_clip(True), "openclip", "conditioner.embedders.1.model."),
         },

@@ -41,7 +41,7 @@ def unet_sd15() -> UNet2DConditionModel:
     )
 
 
-def unet_sdxl() -> UNet2DConditionModel:
+def unet_sdxl(deepest: int = 10) -> UNet2DConditionModel:
     cross, plain = "CrossAttnDownBlock2D", "DownBlock2D"
     return UNet2DConditionModel(
         sample_size=8,
@@ -51,7 +51,7 @@ def unet_sdxl() -> UNet2DConditionModel:
         cross_attention_dim=16,
         down_block_types=(plain, cross, cross),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
+        transformer_layers_per_block=(1, 2, deepest),
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
