@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.combine import combine as combine
     from adapterkit.verbs.convert import convert as convert
     from adapterkit.verbs.dequantize import dequantize as dequantize
+    from adapterkit.verbs.diagnose import diagnose as diagnose
     from adapterkit.verbs.diff import diff as diff
     from adapterkit.verbs.edit import edit as edit
     from adapterkit.verbs.extract import extract as extract

@@ -91,6 +91,19 @@ def verify(verb: type[Verb], folder: str, as_json: bool, quiet: bool, **options:
         print_verified(result)
 
 
+def diagnose(verb: type[Verb], model: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Print what was found; the exit status is 1 where something was."""
+    with ProgressBar(quiet) as bar:
+        result = function_of(verb)(model, progress=bar, **options)
+    if as_json:
+        print_json(result)
+    elif not quiet:
+        for row in result["findings"]:
+            click.echo(f"- {row['problem']}\n  evidence: {row['evidence']}\n  do: {row['do']}")
+        click.echo(f"found: {len(result['findings']) or 'nothing'}")
+    click.get_current_context().exit(1 if result["findings"] else 0)
+
+
 def rerun(verb: type[Verb], output: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Print that an output was made again with the same bytes."""
     with ProgressBar(quiet) as bar:
@@ -216,6 +229,7 @@ def _print(document: Json, table: str, as_json: bool) -> None:
 # Commands that do more than call a verb and print what it gives; and options of theirs alone
 ACTIONS: dict[str, Callable[..., Any]] = {
     "convert": convert,
+    "diagnose": diagnose,
     "diff": diff,
     "finish": finish,
     "inspect": inspect,
@@ -226,6 +240,7 @@ ACTIONS: dict[str, Callable[..., Any]] = {
 }
 OWN_OPTIONS = {
     "convert": CONVERT_OPTIONS,
+    "diagnose": [json_option, quiet_option],
     "diff": [json_option, QUIET_DIFF],
     "finish": [json_option, quiet_option],
     "inspect": [

@@ -156,7 +156,7 @@ class FloatCheck:
 
     def run(self, inputs: LocalReader, written: LocalReader, specs: Specs) -> RowsChecked:
         """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
-        step, origin = self.step, _Source(self.step, inputs)
+        step, origin = self.step, SampledRows(self.step, inputs)
         for row in origin.sample:
             exact = origin.edited(row, row + 1)
             stored = written.rows(specs[step.key], (origin.height, origin.width), row, row + 1)
@@ -184,7 +184,7 @@ class CodeCheck:
 
     def run(self, inputs: LocalReader, written: LocalReader, specs: Specs) -> RowsChecked:
         """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
-        origin = _Source(self.step, inputs)
+        origin = SampledRows(self.step, inputs)
         after = {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}
         alone = (
             self.step.draws is not None or self.packed.split_nested(origin.parts)[0] is self.packed
@@ -200,7 +200,7 @@ class CodeCheck:
         )
 
     def _wrong(
-        self, origin: "_Source", after: dict[str, Tensor], first: int, last: int
+        self, origin: "SampledRows", after: dict[str, Tensor], first: int, last: int
     ) -> Wrong | None:
         """What is wrong with these rows."""
         record, before = origin.narrow(origin.parts, first, last)
@@ -258,7 +258,7 @@ class CompensatedCheck:
 
     def run(self, inputs: LocalReader, written: LocalReader, specs: Specs) -> RowsChecked:
         """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
-        origin, compensation = _Source(self.step, inputs), self.step.compensation
+        origin, compensation = SampledRows(self.step, inputs), self.step.compensation
         assert compensation is not None
         exact = torch.cat([origin.edited(*piece) for piece in origin.pieces(0, origin.height)])
         after = self._parts(written, specs)
@@ -300,7 +300,7 @@ class CompensatedCheck:
         return decode_checked(self.packed, after)
 
     def _rounded(
-        self, origin: "_Source", exact: Tensor, before: Tensor, after: dict[str, Tensor]
+        self, origin: "SampledRows", exact: Tensor, before: Tensor, after: dict[str, Tensor]
     ) -> Tensor:
         """`before` rounded to nearest, in a format with the scales of the exact weight; where
         several may be as good, with those that are stored."""
@@ -322,7 +322,7 @@ class EncodedCheck:
 
     def run(self, inputs: LocalReader, written: LocalReader, specs: Specs) -> RowsChecked:
         """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
-        origin = _Source(self.step, inputs)
+        origin = SampledRows(self.step, inputs)
         exact = torch.cat([origin.edited(*piece) for piece in origin.pieces(0, origin.height)])
         after = {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}
         stored = decode_checked(self.packed, after).view(exact.shape).double()
@@ -400,7 +400,7 @@ def _difference(bad: Tensor, stored: Tensor, expected: Tensor, row: int) -> Wron
     return Wrong(text, by)
 
 
-class _Source(StoredRows):
+class SampledRows(StoredRows):
     """The rows that a step starts from, in float64, and through its edits."""
 
     def __init__(self, step: Step, inputs: LocalReader):
