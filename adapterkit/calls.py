@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.errors import shown
 from adapterkit.hub.ids import COMMIT, parse
 from adapterkit.options import StrPath, finite, flag_of, option_of
 from adapterkit.records import Json
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 # (kind of the check: source or file, path) -> its text
 Spelling = Callable[[str, StrPath], str]
-COMMAND = "<!-- the command -->"  # its place in a card
+COMMAND = "(the command)"  # its place in a card
 RUNNING = {field.name for field in dataclasses.fields(RunOptions)}
 
 
@@ -59,7 +60,7 @@ def _name(kind: str, path: StrPath) -> str:
     text = os.fspath(path)
     hub_id = None if os.path.exists(text) else parse(text)
     if hub_id is None:
-        return os.path.basename(os.path.normpath(text))
+        return shown(os.path.basename(os.path.normpath(text)))
     is_commit = COMMIT.fullmatch(hub_id.revision or "") is not None
     return str(dataclasses.replace(hub_id, revision=None) if is_commit else hub_id)
 

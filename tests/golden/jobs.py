@@ -128,6 +128,9 @@ READING = (
     job("inspect-adapter", "law", base="base", exact=False),
     job("inspect-quantized", "quantize-nf4"),
     job("inspect-file", "style/adapter_model.safetensors"),
+    job(
+        "diagnose-several", "merge-several", base="base", adapters=["style", "rslora"], exact=False
+    ),
     job("diff-models", "base32", "tuned", exact=False),
     job("diff-quantized", "base", "quantize-nf4", exact=False),
     job("diff-adapters", "law", "resize-rank", tolerance=0.001, exact=False),

@@ -13,7 +13,7 @@ from adapterkit import merge
 from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.errors import AdapterkitError, Failed, Refused, shown
 from adapterkit.execute import run
-from adapterkit.planning.outputs.cards import merged_card
+from adapterkit.planning.outputs.cards import Merged, merged_card
 from tests.support.forks import forks
 from tests.support.raw_files import PREFIX, AdapterFiles, MemoryFolder, base, plain, tensors_file
 
@@ -186,7 +186,8 @@ def opened(name: str, **config):
 def test_names_in_the_card_are_inert(name):
     import yaml
 
-    card = merged_card(*(lambda b, a: (b, [a], [1.0]))(*opened(name)))
+    on, adapter = opened(name)
+    card = merged_card(on.folder, [Merged(adapter.folder, 1.0, 1)])
     head, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL).groups()
     front = yaml.safe_load(head)
     assert front["base_model"] == [name, name]
@@ -217,7 +218,7 @@ def test_the_bases_card_is_quoted_never_interpreted(text, frugal):
     on.folder.content["README.md"] = on.files["README.md"] = text
     on.files["README.md"] = len(text)
     with frugal():
-        card = merged_card(on, [adapter], [1.0])
+        card = merged_card(on.folder, [Merged(adapter.folder, 1.0, 1)])
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["base_model"] == ["name", "name"]
     assert front.get("license", "mit") in ("mit", "gpl", "a", "mit # ")

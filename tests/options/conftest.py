@@ -27,6 +27,7 @@ def calls(cached_folder, tmp_path_factory):
         "combine": ([[one, two]], {"method": "ties", "density": 0.5, "rank": 2}),
         "convert": ([one], {"to": "peft"}),
         "dequantize": ([root / "nf4"], {}),
+        "diagnose": ([root / "tuned"], {"base": base, "adapters": [one]}),
         "diff": ([one, two], {}),
         "edit": ([one], {"title": "one"}),
         "extract": ([base, root / "tuned"], {"rank": 2}),

@@ -78,7 +78,7 @@ def test_another_base(merged, strong, tmp_path):
         torch.nn.init.normal_(weight, std=0.02)
     oracle.save_base(model, tmp_path / "other", "bf16")
     document = adapterkit.diagnose(merged(1), base=tmp_path / "other", adapters=[strong])
-    assert {"wrong_base", "other_changes"} <= kinds(document)
+    assert "wrong_base" in kinds(document)
 
 
 def edited(model, change):

@@ -104,7 +104,7 @@ def hub_id_or_name(folder: Folder) -> str:
 
 def plain(text: str) -> str:
     """A text without what Markdown or HTML would read as markup."""
-    return "".join(c if c.isalnum() or c in " ._-/,:;" else " " for c in text)
+    return "".join(c if c.isalnum() or c in " ._-/,;" else " " for c in text)
 
 
 def _inherited(base: Folder) -> list[str]:
