@@ -13,20 +13,26 @@ from adapterkit.adapters import adapter_config
 from adapterkit.adapters.adapter_config import rank_settings
 from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import factor_keys, value_key
+from adapterkit.checkpoint.compare import have_same_bytes
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import Problems, Refused, Unrecoverable, shown
+from adapterkit.options import flag_of
 from adapterkit.patterns import similar_names
 from adapterkit.plan import Change, Finalize, Plan, Task, TaskResult, unchanged
 from adapterkit.planning.adapters.output_norms import select_norms
 from adapterkit.planning.adapters.value_comparison import equal_values
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.model_config import nested_values
+from adapterkit.planning.inputs.pipeline import Pipeline, is_pipeline, read_pipeline
+from adapterkit.planning.inputs.pipeline_adapters import split_adapters
 from adapterkit.planning.inputs.sources import if_given, open_adapter, open_model, open_statistics
-from adapterkit.planning.merge.plan import plan_merge
+from adapterkit.planning.merge.plan import plan_merge, plan_merge_into_pipeline
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.planning.outputs.adapter import Output
+from adapterkit.planning.outputs.cards import adapter_card
 from adapterkit.planning.outputs.folder_files import as_json
+from adapterkit.planning.pipelines import in_folders
 from adapterkit.planning.targets.stored_targets import FactorTargets, prefixes
 from adapterkit.planning.targets.values_by_regex import selection
 from adapterkit.records import Json
@@ -152,12 +158,14 @@ def _rename(change: Change, keys: dict[str, str], result: TaskResult) -> TaskRes
     return TaskResult(tensors, result.metrics)
 
 
-def sort_parameters(sides: tuple[Checkpoint, Checkpoint], options: Extract) -> "Extraction":
+def sort_parameters(
+    sides: tuple[Checkpoint, Checkpoint], options: Extract, part: str = ""
+) -> "Extraction":
     """Sort every parameter of the fine-tune, the second side: factors, saved whole, unchanged, or
-    not selected. `Refused` with all problems.
+    not selected. `Refused` with all problems. `part`: what the sides are of a pipeline.
 
     Reads the parameters without factors, to compare them."""
-    extraction = Extraction(sides, options)
+    extraction = Extraction(sides, options, part and f"{part}.")
     extraction.sort()
     extraction.errors.raise_all()
     return extraction
@@ -169,6 +177,7 @@ class Extraction:
 
     sides: tuple[Checkpoint, Checkpoint]
     options: Extract
+    prefix: str = ""  # of a pipeline's part, before the names of modules that are selected
     errors: Problems = field(default_factory=Problems)
     notes: list[str] = field(default_factory=list)
     factors: list[DifferenceFactors] = field(default_factory=list)
@@ -186,7 +195,8 @@ class Extraction:
         old = Names(self.sides[0], wanted, trained_class=cls, build_model=True, notes=self.notes)
         self.names = old, new
         self.targets = FactorTargets(new)
-        self.is_selected = selection(self.options.include, self.options.exclude)
+        selects = selection(self.options.include, self.options.exclude)
+        self.is_selected = lambda module: selects(self.prefix + module)
         self.truncation = self.options.only(TruncationOptions)
         self.dtype = dtypes.parse(self.options.dtype)
 
@@ -399,11 +409,17 @@ def plan_extract(options: Extract) -> Plan:
     """Everything an extraction will do, or `Refused` with all that cannot be done. Reads what gets
     no factors, to see if it differs."""
     base, tuned = open_model(options.base), open_model(options.tuned)
-    stats = if_given(open_statistics, options.stats)
-    sides = read_checkpoint(base, 0), read_checkpoint(tuned, 1)
+    if is_pipeline(base) and is_pipeline(tuned):
+        return plan_pipeline_extraction(read_pipeline(base), read_pipeline(tuned), options)
+    return _plan_models(read_checkpoint(base, 0), read_checkpoint(tuned, 1), options)
+
+
+def _plan_models(base: Checkpoint, tuned: Checkpoint, options: Extract, part: str = "") -> Plan:
+    """The extraction between two models, or these parts of two pipelines."""
+    stats, sides = if_given(open_statistics, options.stats), (base, tuned)
     for side in sides:
         check_not_quantized(side)
-    extraction, truncation = sort_parameters(sides, options), options.only(TruncationOptions)
+    extraction, truncation = sort_parameters(sides, options, part), options.only(TruncationOptions)
     factors = extraction.factors
     if truncation.max_size:
         limit = SHARES * even_rank(truncation, factors)
@@ -425,7 +441,7 @@ def plan_extract(options: Extract) -> Plan:
     )
     task_type = adapter_config.task_type(sides[1].config, extraction.saved)
     base_settings = {
-        "base_model_name_or_path": adapter_config.hub_id(base),
+        "base_model_name_or_path": adapter_config.hub_id(base.folder),
         "task_type": task_type,
         "auto_mapping": None if task_type else extraction.targets.auto_mapping,
         # PEFT has no wrapper of parameters for it, and needs it for none
@@ -459,6 +475,52 @@ def _weighted(
     return [replace(one, covariance=selected.get(one.name)) for one in factors]
 
 
+def plan_pipeline_extraction(base: Pipeline, tuned: Pipeline, options: Extract) -> Plan:
+    """The extraction between two pipelines: a folder in PEFT's layout for each part that differs.
+    Reads parts of equal headers, to compare them."""
+    errors = Problems(where="options", hint="extract it between the folders of one part")
+    for name in ("max_size", "stats"):
+        if getattr(options, name) is not None:
+            errors.add(f"{flag_of(name)} with pipelines", "--rank or --energy alone")
+    for name in base.parts.keys() ^ tuned.parts.keys():
+        errors.add(f"{shown(name)} is a part of one of them alone", "pipelines of one kind")
+    errors.raise_all()
+    plans: dict[str, Plan] = {}
+    notes: dict[str, list[str]] = {}
+    selects = selection(options.include, options.exclude)
+    for name, part in base.parts.items():
+        with errors.collected(), part.named():
+            old = open_checkpoint(part.folder)
+            new = open_checkpoint(tuned.parts[name].folder, 1)
+            if not any(selects(f"{name}.{key.rpartition('.')[0]}") for key in new.tensors):
+                notes.setdefault("not selected", []).append(name)
+            elif have_same_bytes(old, new):
+                notes.setdefault("the same in both", []).append(name)
+            else:
+                plans[name] = _plan_models(old, new, options, name)
+    errors.raise_all()
+    if not plans:
+        raise Refused(
+            "no selected part differs" if "not selected" in notes else "no part differs",
+            expected="a fine-tune",
+            where=f"{base.folder.label}, {tuned.folder.label}",
+            hint="check the two paths",
+        )
+    summary = f"the difference of {tuned.folder.name} and {base.folder.name}"
+    card = adapter_card(adapter_config.hub_id(base.folder), [], summary)
+    plan = in_folders((base, tuned), plans, card)
+    decisions = {
+        key: [f"{part}.{name}" for part, own in plans.items() for name in own.decisions[key]]
+        for key in ("left_out", "unchanged")
+    }
+    more = (f"{why}: {', '.join(names)}" for why, names in notes.items())
+    return replace(plan, decisions=decisions, notes=(*plan.notes, *more))
+
+
 def plan_merge_back(plan: Plan, folder: Path) -> Plan:
     """The plan of a merge of an extracted adapter into its base."""
+    if is_pipeline(plan.folders[0]):
+        pipeline = read_pipeline(plan.folders[0])
+        split = split_adapters([folder], pipeline)
+        return plan_merge_into_pipeline(pipeline, split, MergeOptions())
     return plan_merge(plan.folders[0], [(open_adapter(folder), 1.0)], MergeOptions())

@@ -1,6 +1,6 @@
 """Plans of the parts of a pipeline as one plan, whose base is the whole pipeline."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,38 +25,37 @@ def joined(pipeline: Pipeline, plans: Mapping[str, Plan], card: str) -> Plan:
     """One plan of the plans of some parts, by name: their files in the parts' folders, all other
     parts and files of the pipeline as they are. Its options, notes of its own and decisions are the
     caller's."""
-    joint = _Joint(pipeline)
+    joint = _Joint([pipeline.folder])
     for name, part in pipeline.parts.items():
         if name in plans:
             joint.add(name, plans[name])
+            joint.leave(part, plans[name])
         else:
             with part.named():
                 joint.copy(part)
-    joint.copy_rest()
+    joint.copy_rest(pipeline)
     if joint.left_out:
         joint.notes.append(f"not copied: {listed(joint.left_out)}: weights of other variants")
     if pipeline.absent:
         joint.notes.append(f"{WARNING}{INDEX} names {listed(pipeline.absent)}: not there")
-    first, folders = next(iter(plans.values())), tuple(joint.folders)
-    files = {**joint.files, CARD: card.encode(), INDEX: CopyFile(0, INDEX)}
     joint.headers[0, INDEX] = sha256_of_small_file(pipeline.folder, INDEX)
-    return replace(
-        first,
-        folders=folders,
-        headers=joint.headers,
-        identities=identities(folders, joint.headers),
-        shards=tuple(joint.shards),
-        files=files,
-        notes=tuple(joint.notes),
-        parts=tuple(plans),
-    )
+    return joint.plan(plans, {CARD: card.encode(), INDEX: CopyFile(0, INDEX)})
+
+
+def in_folders(pipelines: Sequence[Pipeline], plans: Mapping[str, Plan], card: str) -> Plan:
+    """One plan of plans, by part, that each write into a folder what they make of that part of
+    these pipelines."""
+    joint = _Joint([pipeline.folder for pipeline in pipelines])
+    for name, plan in plans.items():
+        joint.add(name, plan)
+    return joint.plan(plans, {CARD: card.encode()})
 
 
 @dataclass
 class _Joint:
-    """What the parts are put together to."""
+    """What the parts are put together to; its first folders are the pipelines that they are of."""
 
-    pipeline: Pipeline
+    folders: list[Folder]
     shards: list[OutputFile] = field(default_factory=list)
     files: Files = field(default_factory=dict)
     headers: dict[tuple[int, str], str] = field(default_factory=dict)
@@ -64,13 +63,28 @@ class _Joint:
     left_out: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.folders: list[Folder] = [self.pipeline.folder]
+        self.pipelines = len(self.folders)
+
+    def plan(self, plans: Mapping[str, Plan], files: Files) -> Plan:
+        """All of it, with these last files."""
+        folders = tuple(self.folders)
+        return replace(
+            next(iter(plans.values())),
+            folders=folders,
+            headers=self.headers,
+            identities=identities(folders, self.headers),
+            shards=tuple(self.shards),
+            files=self.files | files,
+            notes=tuple(self.notes),
+            models=tuple(range(self.pipelines)),
+            parts=tuple(plans),
+        )
 
     def add(self, name: str, plan: Plan) -> None:
-        """The plan of a part, its base the folder of that name, its other inputs behind those that
-        are there."""
-        move = _Move(name, len(self.folders) - 1)
-        self.folders += plan.folders[1:]
+        """The plan of a part, its models the folders of that name, its other inputs behind those
+        that are there."""
+        move = _Move(name, self.pipelines, len(self.folders) - self.pipelines)
+        self.folders += plan.folders[self.pipelines :]
         self.headers |= {move.file(*file): sha256 for file, sha256 in plan.headers.items()}
         for shard in plan.shards:
             layout = replace(shard.layout, file=f"{name}/{shard.file}")
@@ -83,9 +97,12 @@ class _Joint:
             if file != CARD:
                 self.files[f"{name}/{file}"] = content
         self.notes += (_of_part(name, note) for note in plan.notes)
+
+    def leave(self, part: PipelinePart, plan: Plan) -> None:
+        """Note the weights of a part that its plan does not read."""
         used = {*plan.files, *(file for number, file in plan.headers if number == 0)}
-        here = self.pipeline.parts[name].folder.files()
-        self.left_out += [f"{name}/{n}" for n in here if is_weights(n) and n not in used]
+        names = (name for name in part.folder.files() if is_weights(name) and name not in used)
+        self.left_out += [f"{part.name}/{name}" for name in names]
 
     def copy(self, part: PipelinePart) -> None:
         """A part whose weights stay as they are: those that are read of several variants; pickles
@@ -106,10 +123,10 @@ class _Joint:
             if name in names:
                 self.files[f"{part.name}/{name}"] = CopyFile(0, f"{part.name}/{name}")
 
-    def copy_rest(self) -> None:
+    def copy_rest(self, pipeline: Pipeline) -> None:
         """What belongs to no part, but for other weights: of the same models in one file."""
-        parts = tuple(f"{name}/" for name in self.pipeline.parts)
-        for name in self.pipeline.folder.files():
+        parts = tuple(f"{name}/" for name in pipeline.parts)
+        for name in pipeline.folder.files():
             if name.startswith(parts) or name in (RECEIPT, CARD, INDEX):
                 continue
             if is_weights(name):
@@ -132,14 +149,15 @@ class _Move:
     """The inputs of a plan as those of the joint one."""
 
     part: str
-    by: int  # what the numbers of adapters grow by
+    pipelines: int  # whose folders come first
+    by: int  # what the numbers of the others grow by
     done: dict[int, tuple[object, object]] = field(default_factory=dict)  # by id, with the value
 
     def file(self, folder: int, name: str) -> tuple[int, str]:
         """An input's number and file."""
-        if folder > 0:
+        if folder >= self.pipelines:
             return folder + self.by, name
-        return folder, name if folder else f"{self.part}/{name}"
+        return folder, name if folder < 0 else f"{self.part}/{name}"
 
     def value(self, value: Any) -> Any:
         """A record of a plan, with all tensors that it names; what is shared stays so."""
