@@ -1,39 +1,77 @@
 """dequantize: a quantized checkpoint into floats."""
 
+from dataclasses import replace
+
 from adapterkit import dtypes
-from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.shards import weight_files
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import Problems, Refused
 from adapterkit.gguf.header import GgufFiles, find_gguf
 from adapterkit.gguf.model import loads_in_float32, open_gguf
 from adapterkit.options import parse_size
 from adapterkit.plan import Plan, Step
 from adapterkit.planning.inputs.input_identity import plan_of
+from adapterkit.planning.inputs.pipeline import Pipeline, is_pipeline, read_pipeline
 from adapterkit.planning.inputs.sources import open_model
 from adapterkit.planning.outputs.cards import model_card
 from adapterkit.planning.outputs.folder_files import as_json, model_files
 from adapterkit.planning.outputs.model import check_gaps, plan_shard, plan_shards_of_size
+from adapterkit.planning.pipelines import joined
 from adapterkit.verbs.dequantize import Dequantize
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.decoded import decoded_view, quantization_files, quantized_weights
+from adapterkit.weights.detect import quantization_evidence
 
 SHARD_SIZE = "5GB"  # of what comes from a GGUF file
 
 
 def plan_dequantize(options: Dequantize) -> Plan:
     """Everything a dequantization will do, or `Refused`."""
-    folder, dtype = open_model(options.base), options.dtype
+    folder = open_model(options.base)
+    if is_pipeline(folder):
+        return plan_pipeline_dequantization(read_pipeline(folder), options)
     if files := find_gguf(folder):
         return _plan_gguf(files, options)
-    original = open_checkpoint(folder)
+    return _plan_model(open_checkpoint(folder), options)
+
+
+def plan_pipeline_dequantization(pipeline: Pipeline, options: Dequantize) -> Plan:
+    """The dequantization of all parts of a pipeline that are quantized."""
+    errors = Problems()
+    if options.max_shard_size:
+        hint = "dequantize one part: the folder of a model"
+        errors.add("--max-shard-size with a pipeline", "a base that is one model", hint)
+    plans: dict[str, Plan] = {}
+    for name, part in pipeline.parts.items():
+        with errors.collected(), part.named():
+            base = open_checkpoint(part.folder) if weight_files(part.folder) else None
+            if base is not None and quantization_evidence(base.config, base.tensors) is not None:
+                plans[name] = _plan_model(base, options)
+    errors.raise_all()
+    if not plans:
+        raise _nothing(pipeline.folder)
+    card = model_card(pipeline.folder, "decoded to floats", library="diffusers")
+    count = sum(plan.decisions["dequantized"] for plan in plans.values())
+    return replace(joined(pipeline, plans, card), decisions={"dequantized": count})
+
+
+def _nothing(folder: Folder) -> Refused:
+    return Refused(
+        "no quantized weights",
+        expected="a quantized checkpoint",
+        where=folder.name,
+        hint="use it as it is",
+    )
+
+
+def _plan_model(original: Checkpoint, options: Dequantize) -> Plan:
+    """The dequantization of one model of safetensors."""
+    dtype = options.dtype
     base = decoded_view(original)
     packed = quantized_weights(base.tensors)
     if not packed:
-        raise Refused(
-            "no quantized weights",
-            expected="a quantized checkpoint",
-            where=folder.name,
-            hint="use it as it is",
-        )
+        raise _nothing(original.folder)
     notes: list[str] = []
     Problems(check_gaps(base, None, notes)).raise_all()
     target_dtype = dtypes.parse(dtype) if dtype else None
@@ -62,7 +100,7 @@ def plan_dequantize(options: Dequantize) -> Plan:
             if group
         ]
     decisions = {"dequantized": len(packed)}
-    card, omit = model_card(original, "decoded to floats"), quantization_files(base.tensors)
+    card, omit = model_card(original.folder, "decoded to floats"), quantization_files(base.tensors)
     files = model_files(original, config, shards, card, omit=omit)
     return plan_of(
         "dequantize",
@@ -86,7 +124,7 @@ def _plan_gguf(source: GgufFiles, options: Dequantize) -> Plan:
     shards = plan_shards_of_size(steps, parse_size(options.max_shard_size or SHARD_SIZE))
     config = base.config | {"dtype": dtypes.CONFIG_NAME[target_dtype]}
     files = (
-        model_files(base, config, shards, model_card(base, "decoded to floats"))
+        model_files(base, config, shards, model_card(base.folder, "decoded to floats"))
         | model.texts
         | {"config.json": as_json(config)}
     )

@@ -103,7 +103,7 @@ def plan_residual(
         metadata = (header.metadata or {"format": "pt"}) | {CHANGED_BY: "init"}
         header = replace(header, metadata=metadata)
         shards.append(plan_shard(f"{BASE}/{name}", group, header, keep_format=True))
-    card = model_card(base, SUMMARY.format(method))
+    card = model_card(base.folder, SUMMARY.format(method))
     return tuple(shards), model_files(base, job.config, shards, card, folder=BASE)
 
 

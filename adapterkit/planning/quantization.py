@@ -20,9 +20,11 @@ from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWei
 from adapterkit.weights.linear import linear_class
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter
+from adapterkit.weights.skeleton import is_of_transformers
 
 LINEAR = ("Linear", "Conv1D")  # classes of linear layers
 # options of some formats only
+OF_DIFFUSERS = ("nf4", "fp4", "int8")  # what it loads of all formats
 FORMAT_OPTIONS = {"double_quant": ("nf4", "fp4"), "block_size": ("nf4", "fp4", "w4a16")}
 
 Format = type[QuantizedWeight]
@@ -145,6 +147,13 @@ def plan_quantization(
     fitting = (record for record in formats if {*record.modules} & {*convertible.values()})
     record = next(fitting, formats[-1] if formats else None)
     _check_experts(base, to, record, names.model.state)
+    if record is not None and not is_of_transformers(model) and to not in OF_DIFFUSERS:
+        raise Refused(
+            f"{to} of {type(model).__name__}",
+            expected=f"{', '.join(OF_DIFFUSERS)}, which diffusers loads",
+            where=base.name,
+            hint="choose one of these",
+        )
     linear = {
         f"{name}.weight": kind
         for name, module in model.named_modules()
@@ -152,7 +161,9 @@ def plan_quantization(
     }
     excluded = frozenset(n.removesuffix(".weight") for n in linear if n not in convertible)
     modules = [name for name, _ in model.named_modules()]
-    skip = selecting("--skip", options["skip"], modules) if options.get("skip") else None
+    skip = options.get("skip")
+    if isinstance(skip, str):
+        skip = selecting("--skip", skip, modules)
     plan = QuantizationPlan(base, options, exceptions, record, names, model, skip, excluded, notes)
     for name, kind in (linear | convertible).items():
         try:
@@ -186,8 +197,8 @@ def _nothing(plan: QuantizationPlan, to: str | None) -> Refused:
 
 
 def known_model(base: Checkpoint, notes: list[str]) -> Names:
-    """The names of a model that transformers builds; `Refused` where it does not know it."""
-    names = Names(base, build_model=True, notes=notes)
+    """The names of a model that transformers or diffusers builds; `Refused` where none knows it."""
+    names = Names(base, build_model=True, notes=notes, of_diffusers=True)
     if names.model is None:
         raise Refused(
             f"a model that transformers does not know{': ' + notes[-1] if notes else ''}",
@@ -308,8 +319,10 @@ def is_stack(name: str, weight: Any) -> bool:
 
 def excluded_modules(model: object) -> list[str]:
     """The modules that transformers' quantizers exclude by themselves: the output layer, tied ones,
-    the last one."""
+    the last one; those of diffusers exclude none of these."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
+    if not is_of_transformers(model):
+        return sorted(in_fp32)
     return sorted({*get_keys_to_not_convert(model), *in_fp32})

@@ -1,7 +1,9 @@
 """quantize: a checkpoint's linear layers into a quantized format."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import WARNING, AdapterkitError, Problems, listed
 from adapterkit.gguf.file import check_types, gguf_package
@@ -10,13 +12,17 @@ from adapterkit.gguf.mixes import MIXES, types_of, with_number
 from adapterkit.gguf.model import GgufCheckpoint
 from adapterkit.gguf.tensors import as_stored
 from adapterkit.options import flag_of
+from adapterkit.patterns import matcher
 from adapterkit.plan import Compensation, Plan, Span, Task
 from adapterkit.planning.inputs.input_identity import plan_of
+from adapterkit.planning.inputs.pipeline import Pipeline, is_pipeline, read_pipeline
 from adapterkit.planning.inputs.sources import if_given, open_model, open_statistics
 from adapterkit.planning.merge.gguf import files_beside, read_importance
+from adapterkit.planning.outputs.cards import model_card
 from adapterkit.planning.outputs.gguf_model import gguf_files, retyped, weighed
 from adapterkit.planning.outputs.model import QuantizedModel
 from adapterkit.planning.outputs.one_file import output_file
+from adapterkit.planning.pipelines import joined
 from adapterkit.planning.quantization import QuantizationPlan, plan_quantization
 from adapterkit.registry import written_formats
 from adapterkit.shared_options import BlockOptions, missing_statistics
@@ -30,13 +36,24 @@ def plan_quantize(options: Quantize) -> Plan:
     """Everything a quantization will do, or `Refused`."""
     Problems(missing_statistics(options.rounding, options.stats)).raise_all()
     stats = if_given(open_statistics, options.stats)
-    files = find_gguf(folder := open_model(options.base))
+    if is_pipeline(folder := open_model(options.base)):
+        return plan_pipeline_quantization(read_pipeline(folder), options)
+    files = find_gguf(folder)
     Problems(_unfit_options(options, is_gguf=files is not None)).raise_all()
     if files:
         return _plan_gguf(options, files)
-    base = open_checkpoint(folder)
+    return _plan_model(open_checkpoint(folder), options, options.skip, stats)
+
+
+def _plan_model(
+    base: Checkpoint,
+    options: Quantize,
+    skip: str | Callable[[str], bool] | None,
+    stats: Folder | None = None,
+) -> Plan:
+    """The quantization of one model; `skip`: a pattern of modules, or what tells them."""
     check_not_quantized(base)
-    how = {"to": options.to, **vars(options.only(BlockOptions))}
+    how = {"to": options.to, **vars(options.only(BlockOptions)), "skip": skip}
     quantization = plan_quantization(base, how)
     tasks, inputs = quantization.upcast_to_fp32(), [base]
     if stats is not None:
@@ -58,6 +75,32 @@ def plan_quantize(options: Quantize) -> Plan:
         decisions=decisions,
         notes=quantization.notes,
     )
+
+
+def plan_pipeline_quantization(pipeline: Pipeline, options: Quantize) -> Plan:
+    """The quantization of a pipeline's denoisers and text encoders, but for those that `--skip`
+    matches; `Refused` with all problems of all parts."""
+    errors = Problems(where="options", hint="quantize one part: the folder of a model")
+    for name in ("stats", "imatrix", "modelfile"):
+        if getattr(options, name):
+            errors.add(f"{flag_of(name)} with a pipeline", "a base that is one model")
+    errors += _unfit_options(options, is_gguf=False)
+    errors.raise_all()
+    skips = matcher(options.skip, "--skip") if options.skip else lambda name: False
+    plans: dict[str, Plan] = {}
+    for name, part in pipeline.parts.items():
+        if (part.is_denoiser or part.is_text_encoder) and not skips(name):
+            of_part = lambda module, name=name: skips(f"{name}.{module}")
+            with errors.collected(), part.named():
+                plans[name] = _plan_model(open_checkpoint(part.folder), options, of_part)
+    errors.raise_all()
+    if not plans:
+        raise pipeline.unknown("no part to quantize: no denoiser and no text encoder")
+    card = model_card(pipeline.folder, f"quantized to {options.to}", "quantized", "diffusers")
+    own = [plan.decisions for plan in plans.values()]
+    left_out = [f"{part}.{n}" for part, p in plans.items() for n in p.decisions["left_out"]]
+    decisions = {"left_out": left_out, "quantized": sum(each["quantized"] for each in own)}
+    return replace(joined(pipeline, plans, card), decisions=decisions)
 
 
 def _unfit_options(options: Quantize, *, is_gguf: bool) -> list[AdapterkitError]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.weights.parameters import Parameter
-from adapterkit.weights.skeleton import Skeleton
+from adapterkit.weights.skeleton import OF_DIFFUSERS, Skeleton
 from adapterkit.weights.slots import extent, identity_slot
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class Names:
     build_model: bool = False  # even if all names match directly: for ties, classes, orientations
     notes: list[str] = field(default_factory=list)
     text_only: bool = False  # the base is the language model of a model that may see, too
+    of_diffusers: bool = False  # models of diffusers are built, too
 
     @property
     def label(self) -> str:
@@ -128,7 +129,7 @@ class Names:
 
     def _skeleton(self) -> Skeleton | None:
         """The candidate class that has the most of the wanted parameters."""
-        if not self.base.config.get("model_type"):
+        if not (self.base.config.get("model_type") or self._diffusers_class()):
             return None
         best, problem = None, None
         for class_name in self._candidates():
@@ -146,7 +147,13 @@ class Names:
             self.notes.append(str(problem))
         return best[1] if best else None
 
+    def _diffusers_class(self) -> list[str]:
+        name = self.base.config.get(OF_DIFFUSERS) if self.of_diffusers else None
+        return [name] if isinstance(name, str) else []
+
     def _candidates(self) -> list[str]:
+        if self._diffusers_class():
+            return self._diffusers_class()
         names = [str(a) for a in self.base.config.get("architectures") or ()]
         names += [self.trained_class] if self.trained_class else []
         names += [HEADS[self.task]] if self.task in HEADS else []

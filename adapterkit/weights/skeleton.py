@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.optional import optional
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.slots import Axis, Slot, Symbol, extent, identity_slot
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Source = tuple[str, str, tuple[int, ...]]  # a key, the converter's pattern that it matches, shape
+OF_DIFFUSERS = "_class_name"  # key of the class in its configs
 MODELS = 2  # that are remembered: of both sides of an extraction, of a base read twice
 
 
@@ -232,7 +234,9 @@ def tied_names(model) -> dict[str, tuple[str, ...]]:
 
 
 def _conversions(model) -> tuple[list, list]:
-    """The loader's renames and conversions for a model, in its order."""
+    """The loader's renames and conversions for a model, in its order; diffusers' has none."""
+    if not is_of_transformers(model):
+        return [], []
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -252,7 +256,44 @@ def _meta_model(base: Checkpoint, class_name: str) -> Any:
     """A model without data of a base's config, without its pointers to custom code; not to be
     changed."""
     config = {k: v for k, v in base.config.items() if k != "auto_map"}
+    if class_name == config.get(OF_DIFFUSERS):
+        return _built_by_diffusers(class_name, json.dumps(config), base.name)
     return _built(class_name, json.dumps(config), base.name)
+
+
+def is_of_transformers(model: object) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+@lru_cache(MODELS)
+def _built_by_diffusers(class_name: str, config_json: str, where: str) -> Any:
+    """A model of diffusers, with what transformers' have and its have not; `Refused` if diffusers
+    cannot build it."""
+    import torch
+
+    diffusers: Any = optional(
+        "diffusers", install="diffusers", expected="diffusers, which knows the model", where=where
+    )
+    cls = getattr(diffusers, class_name, None) if class_name.isidentifier() else None
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        version = diffusers.__version__
+        raise Refused(f"{shown(class_name)} is no model of diffusers {version}", where=where)
+    config = {k: v for k, v in json.loads(config_json).items() if k != "quantization_config"}
+    try:
+        with torch.device("meta"):
+            model = cls.from_config(config)
+    except Exception as error:  # any model's code may fail on a config it does not like
+        raise Refused(
+            f"diffusers cannot build {shown(class_name)}: {shown(error)}",
+            where=where,
+            hint="update diffusers",
+        ) from error
+    more = {"base_model_prefix": "", "base_model": model, "_keys_to_ignore_on_load_missing": None}
+    for name, value in more.items():
+        object.__setattr__(model, name, value)  # no part of the model
+    return model
 
 
 @lru_cache(MODELS)

@@ -40,6 +40,10 @@ class PipelinePart:
     def is_denoiser(self) -> bool:
         return DENOISER.fullmatch(self.name) is not None
 
+    @property
+    def is_text_encoder(self) -> bool:
+        return TEXT_ENCODER.fullmatch(self.name) is not None
+
     @cached_property
     def as_base(self) -> Checkpoint:
         """What conversions of its adapters ask; its names are the model's."""

@@ -19,7 +19,7 @@ from adapterkit.planning.inputs.converted_adapter import (
     in_adapter_layout,
     is_plain,
 )
-from adapterkit.planning.inputs.pipeline import PART, TEXT_ENCODER, Pipeline, PipelinePart
+from adapterkit.planning.inputs.pipeline import PART, Pipeline, PipelinePart
 from adapterkit.planning.inputs.sources import open_unconverted, weight_of
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.names import Names
@@ -171,7 +171,7 @@ def _count(part: PipelinePart, shapes: Shapes) -> int:
         return 0  # not in safetensors
     wanted = {f"{name}.weight": math.prod(shape) for name, shape in shapes.items()}
     found = {name: base.tensors.get(name) for name in wanted}
-    if not any(found.values()) and TEXT_ENCODER.fullmatch(part.name):
+    if not any(found.values()) and part.is_text_encoder:
         names = Names(base, tuple(wanted))
         found = {name: names.parameter(name) for name in wanted}
     return sum(

@@ -14,7 +14,6 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.calls import COMMAND
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.output.stage import RECEIPT
-from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.formats.engines import engines
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -65,13 +64,15 @@ def merged_card(base: Folder, adapters: Sequence[Merged], library: str = "transf
     return _card(metadata, ["merge", "lora", "adapterkit"], title, body)
 
 
-def model_card(base: Checkpoint, summary: str, relation: str = "") -> str:
+def model_card(
+    base: Folder, summary: str, relation: str = "", library: str = "transformers"
+) -> str:
     """The card of a model made from this one alone; `relation`: the Hub's word, where it has one
     for it."""
-    name = plain(hub_id_or_name(base.folder))
+    name = plain(hub_id_or_name(base))
     metadata = [f"base_model: {name}"] if HUB_ID.fullmatch(name) else []
     metadata += [f"base_model_relation: {relation}"] if metadata and relation else []
-    metadata += ["library_name: transformers"]
+    metadata += [f"library_name: {library}"]
     body = [f"Made by adapterkit {__version__}."]
     return _card(metadata, ["adapterkit"], f"{name}, {summary}", body)
 

@@ -94,7 +94,7 @@ class QuantizedModel:
 
     def files(self, summary: str) -> Files:
         """Its other files; `summary` is part of the card's title."""
-        card = model_card(self.base, summary, "quantized" if self.quantized else "")
+        card = model_card(self.base.folder, summary, "quantized" if self.quantized else "")
         return model_files(self.base, self.config, self.shards(), card, folder=self.folder)
 
 
