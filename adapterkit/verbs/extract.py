@@ -39,6 +39,9 @@ class Extract(WritingVerb, TruncationOptions, ModuleFilters):
     `stats`: as in `resize`: factors of linear layers are the best in the norm of their outputs, and
     the receipt has the errors in both norms, also of the plain fit, which costs a second SVD.
 
+    Of two pipelines of diffusers each part that differs gets a folder in PEFT's layout, of which
+    `convert --to diffusers` makes one file.
+
     Saved whole means: a module without children in modules_to_save; a layer's bias with
     `bias="lora_only"`; and a single parameter that no module can stand for (ViT's cls_token,
     Mamba's A_log and D, a tied embedding) under its own key, its name beside the modules of

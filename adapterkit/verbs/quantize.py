@@ -32,6 +32,9 @@ class Quantize(WritingVerb, BlockOptions):
     `<module>.covariance`, C = E[x xᵀ], of every layer that is quantized. Scales are those of
     rounding to nearest; stacks of experts are rounded so.
 
+    Of a pipeline of diffusers the denoisers and the text encoders are quantized, of diffusers'
+    models in nf4, fp4 or int8; `skip` matches modules with their part in front, and parts.
+
     Matrices of a GGUF file, also a split one, get the types of a mix of llama.cpp's (q8_0, q4_k_m,
     ...), and all else stays; `imatrix` weighs the errors, `modelfile` writes a Modelfile.
     """
