@@ -129,11 +129,11 @@ class Merge(WritingVerb, MergeOptions):
     rounded once.
 
     `base` and each adapter are a folder or a Hub id, `base` also a pipeline of diffusers, whose
-    parts each get their share (`PART:PATH` says for which one an adapter is); an adapter may carry a weight: `PATH=0.7`, a
-    pair `(path, 0.7)`, or an item of a mapping `{path: 0.7}`. Writes the folder `out`: a complete
-    checkpoint in the base's own layout with a receipt (`adapterkit.json`). Arithmetic is float32,
-    float64 for weights that are written in float32. Returns the receipt, or with `dry_run` the
-    plan. Raises `Refused` before anything is written and `Failed` after; see the errors' texts for
+    parts each get their share (`PART:PATH` says for which one an adapter is). An adapter may carry
+    a weight: `PATH=0.7`, a pair `(path, 0.7)`, or an item of a mapping `{path: 0.7}`. Writes the
+    folder `out`: a complete checkpoint in the base's own layout with a receipt (`adapterkit.json`).
+    Arithmetic is float32, float64 for weights that are written in float32. Returns the receipt, or
+    with `dry_run` the plan. Raises `Refused` before anything is written and `Failed` after; see the errors' texts for
     the way out.
 
     `rounding="stochastic"` rounds changed weights up or down at random, so that on average the
