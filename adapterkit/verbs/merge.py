@@ -133,8 +133,8 @@ class Merge(WritingVerb, MergeOptions):
     a weight: `PATH=0.7`, a pair `(path, 0.7)`, or an item of a mapping `{path: 0.7}`. Writes the
     folder `out`: a complete checkpoint in the base's own layout with a receipt (`adapterkit.json`).
     Arithmetic is float32, float64 for weights that are written in float32. Returns the receipt, or
-    with `dry_run` the plan. Raises `Refused` before anything is written and `Failed` after; see the errors' texts for
-    the way out.
+    with `dry_run` the plan. Raises `Refused` before anything is written and `Failed` after; see the
+    errors' texts for the way out.
 
     `rounding="stochastic"` rounds changed weights up or down at random, so that on average the
     whole delta stays, where nearest swallows what is below half a step; the draws depend on `seed`,
