@@ -9,7 +9,7 @@ The model is a Llama of TinyLlama's widths in blocks of llama.cpp's types (in Q4
 down, and the head, in Q6_K). One adapter is of attention alone, one of all linear layers. `cp` is a
 copy and fsync of what it wrote. Both take turns; before each run the output is removed, the disk
 synced and the input read once. `seconds` are the wall time of the process; `in process` is the same
-without the interpreter's start and imports. Memory is anonymous.
+without the interpreter's start and the import of torch. Memory is anonymous.
 """
 
 import json
@@ -45,7 +45,7 @@ print(f"seconds={time.perf_counter() - start}")
 """
 
 MERGE = """
-import sys, time, torch, transformers
+import sys, time, torch
 from adapterkit import merge
 base, adapter, out, hash = sys.argv[1:]
 start = time.perf_counter()

@@ -175,6 +175,17 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], list[str], list[str]]] = {
     ),
 }
 
+# that transformers reads, too: class of the config
+READ = {
+    "gemma2": "Gemma2Config",
+    "nemotron": "NemotronConfig",
+    "phi3": "Phi3Config",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+    "stablelm": "StableLmConfig",
+    "starcoder2": "Starcoder2Config",
+}
+
 USUAL = ("granite", "cohere2", "glm4moe", "deepseek2", "mistral3", "qwen3next", "gemma3n", "llama4")
 
 
@@ -379,6 +390,19 @@ def test_norms_that_were_trained(arch: str, shifted: bool, tmp_path: Path):
         assert np.allclose(value.reshape(expected[name].shape), expected[name], atol=1e-6), name
         changed += not np.array_equal(value, before[name])
     assert changed >= len(whole)
+
+
+@pytest.mark.parametrize("arch", READ)
+def test_architectures_that_are_read_without_a_model(arch: str, tmp_path: Path):
+    config = getattr(transformers, READ[arch])
+    tied = arch == "gemma2"
+    model = oracle._model(
+        READ[arch].replace("Config", "ForCausalLM"),
+        config(**COMMON, tie_word_embeddings=tied, pad_token_id=0),
+    )
+    metadata = metadata_of(model) | {"/tokenizer.ggml.padding_token_id": 0}
+    path = write(tmp_path / "m.gguf", arch, metadata, tensors_of(arch, model))
+    assert known_without_a_model(path) > 8
 
 
 def test_names_are_those_of_the_gguf_package():
