@@ -245,12 +245,13 @@ def warm(*folders: Path) -> None:
 
 @dataclass(frozen=True)
 class Timing:
-    """One process: wall time with its start, what it says of itself (`seconds=` on its last line),
-    peak memory."""
+    """One process: wall time with its start, what it says of itself (`seconds=` on its last line,
+    `processor=` before that), peak memory."""
 
     wall: float  # seconds
     reported: float | None  # seconds
     peak: int  # bytes of anonymous memory, its children's included
+    processor: float | None = None  # seconds of all its threads
 
 
 class ProcessFailed(RuntimeError):
@@ -285,7 +286,9 @@ def time_process(argv: list[str], env: dict[str, str] | None = None) -> Timing:
             f"exit status {process.returncode}\n" + "\n".join((out + err).splitlines()[-12:])
         )
     reported = re.search(r"^seconds=([\d.]+)\s*\Z", out, re.MULTILINE)
-    return Timing(wall, float(reported[1]) if reported else None, peak[0])
+    processor = re.search(r"^processor=([\d.]+)$", out, re.MULTILINE)
+    said = (float(found[1]) if found else None for found in (reported, processor))
+    return Timing(wall, next(said), peak[0], next(said))
 
 
 def anonymous_memory(pid: int) -> int:

@@ -9,7 +9,8 @@ The model is a Llama of TinyLlama's widths in blocks of llama.cpp's types (in Q4
 down, and the head, in Q6_K). One adapter is of attention alone, one of all linear layers. `cp` is a
 copy and fsync of what it wrote. Both take turns; before each run the output is removed, the disk
 synced and the input read once. `seconds` are the wall time of the process; `in process` is the same
-without the interpreter's start and the import of torch. Memory is anonymous.
+without the interpreter's start and the import of torch, and
+`processor` the time that its threads ran, also beside other work. Memory is anonymous.
 """
 
 import json
@@ -41,6 +42,7 @@ start = time.perf_counter()
 shutil.copyfile(sys.argv[1], sys.argv[2])
 handle = os.open(sys.argv[2], os.O_RDONLY)
 os.fsync(handle)
+print(f"processor={time.process_time()}")
 print(f"seconds={time.perf_counter() - start}")
 """
 
@@ -48,8 +50,9 @@ MERGE = """
 import sys, time, torch
 from adapterkit import merge
 base, adapter, out, hash = sys.argv[1:]
-start = time.perf_counter()
+start, before = time.perf_counter(), time.process_time()
 merge(base, [adapter], out=out, hash=hash)
+print(f"processor={time.process_time() - before}")
 print(f"seconds={time.perf_counter() - start}")
 """
 
@@ -152,6 +155,7 @@ def measure(
         name: {
             "seconds": median(one.wall for one in each),
             "in_process": median(one.reported or one.wall for one in each),
+            "processor": median(one.processor or 0.0 for one in each),
             "memory_mb": max(one.peak for one in each) / 1e6,
         }
         for name, each in timings.items()
@@ -185,7 +189,8 @@ def main() -> int:
                     ratio = row["in_process"] / rows["cp"]["in_process"]
                     print(
                         f"  {competitor:20} {row['seconds']:7.2f} s, in process "
-                        f"{row['in_process']:7.2f} s = {ratio:5.2f} of cp, "
+                        f"{row['in_process']:7.2f} s = {ratio:5.2f} of cp, processor "
+                        f"{row['processor']:6.2f} s, "
                         f"{row['memory_mb']:6.0f} MB"
                     )
     if args.json:
