@@ -15,6 +15,7 @@ without the interpreter's start and the import of torch, and
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -34,6 +35,7 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 BITS = {"Q8_0": 8.5, "Q4_K_M": 4.85}
+HASHES = ("sha256", "none")
 TILE = 64  # rows that are encoded, and repeated
 
 COPY = """
@@ -136,13 +138,18 @@ def of_attention(adapter: Path) -> Path:
 
 
 def measure(
-    model: Path, adapters: dict[str, Path], work: Path, repeat: int, name: str = "merged.gguf"
+    model: Path,
+    adapters: dict[str, Path],
+    work: Path,
+    repeat: int,
+    name: str = "merged.gguf",
+    hashes: Sequence[str] = HASHES,
 ) -> dict:
     """Seconds and memory of each competitor, in turn."""
     out = work / "out" / name
     steps = {"cp": [sys.executable, "-c", COPY, str(model), str(out)]}
     for name, adapter in adapters.items():
-        for hash in ("sha256", "none"):
+        for hash in hashes:
             words = [sys.executable, "-c", MERGE, str(model), str(adapter), str(out), hash]
             steps[f"{name}, {hash}"] = words
     timings: dict[str, list[common.Timing]] = {name: [] for name in steps}
@@ -166,6 +173,7 @@ def main() -> int:
     parser = common.parser_of(__doc__)
     parser.add_argument("--sizes", default="1,4")
     parser.add_argument("--types", default="Q4_K_M,Q8_0")
+    parser.add_argument("--hashes", default=",".join(HASHES))
     args = parser.parse_args()
     report = common.environment("adapterkit", "torch", "transformers", "gguf")
     report |= {"repeat": args.repeat, "models": {}}
@@ -181,7 +189,9 @@ def main() -> int:
                     args.work / f"gguf-adapter-{layers}-{config['hidden_size']}", config, "float32"
                 )
                 adapters = {"attention": of_attention(adapter), "all layers": adapter}
-                rows = measure(model, adapters, args.work, args.repeat)
+                rows = measure(
+                    model, adapters, args.work, args.repeat, hashes=args.hashes.split(",")
+                )
                 name = f"{model.stat().st_size / common.GB:.2f} GB {mix}, {layers} layers"
                 report["models"][name] = rows
                 print(name)
