@@ -23,8 +23,8 @@ from adapterkit.formats.capabilities import (
     can_be_plain,
     depends_on_base,
 )
-from adapterkit.formats.modules.kinds import CORES, FACTORS, KINDS
-from adapterkit.formats.modules.parts import scaled_role
+from adapterkit.formats.modules.kinds import CORES, FACTORS, KINDS, SIZED
+from adapterkit.formats.modules.parts import matrix_shape, scaled_role
 from adapterkit.formats.modules.record import AdapterModule, Modules
 from adapterkit.formats.modules.rows import Heads, model_order, shares_of, unknown_heads
 from adapterkit.formats.modules.tensors import (
@@ -66,7 +66,10 @@ class Fusion:
         """For each module of the model its rows in the file's, `out` in all; the module is one of
         them, or the file's."""
         steps = self.rule.steps.get(self.naming, ())
-        order = model_order(steps, out, self.heads, module.path, inputs_of(module))
+        inputs = inputs_of(module)
+        if inputs is None and module.kind in SIZED:
+            inputs = matrix_shape(module.kind, module.parts)[1]
+        order = model_order(steps, out, self.heads, module.path, inputs)
         shares = self.shares(module.path)
         parts = shares_of(out, shares, module.path)
         return [compact(order[part.start : part.stop]) for part in parts]
