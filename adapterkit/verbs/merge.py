@@ -128,13 +128,17 @@ class Merge(WritingVerb, MergeOptions):
     """Merge adapters into a base checkpoint: W' = round(W + Σ weight·scale·b@a), each weight
     rounded once.
 
-    `base` and each adapter are a folder or a Hub id, `base` also a pipeline of diffusers, whose
-    parts each get their share (`PART:PATH` says for which one an adapter is). An adapter may carry
-    a weight: `PATH=0.7`, a pair `(path, 0.7)`, or an item of a mapping `{path: 0.7}`. Writes the
-    folder `out`: a complete checkpoint in the base's own layout with a receipt (`adapterkit.json`).
-    Arithmetic is float32, float64 for weights that are written in float32. Returns the receipt, or
-    with `dry_run` the plan. Raises `Refused` before anything is written and `Failed` after; see the
-    errors' texts for the way out.
+    `base` and each adapter are a folder, a file or a Hub id, `base` also a pipeline of diffusers,
+    whose parts each get their share (`PART:PATH` says for which one an adapter is). An adapter may
+    carry a weight: `PATH=0.7`, a pair `(path, 0.7)`, or an item of a mapping `{path: 0.7}`. Writes
+    the folder `out`: a complete checkpoint in the base's own layout with a receipt
+    (`adapterkit.json`); of a base in one file (GGUF, an image or video model) the file `out`, its
+    receipt beside it. Arithmetic is float32, float64 for weights that are written in float32.
+    Returns the receipt, or with `dry_run` the plan. Raises `Refused` before anything is written and
+    `Failed` after; see the errors' texts for the way out.
+
+    `weight_for` has other weights for modules, `lbw` factors of the weight for the blocks of an
+    image model in one file: a list of numbers as sd-webui-lora-block-weight's, or its preset.
 
     `rounding="stochastic"` rounds changed weights up or down at random, so that on average the
     whole delta stays, where nearest swallows what is below half a step; the draws depend on `seed`,
