@@ -16,6 +16,7 @@ from tests.support.hub_client import TOKEN
 from tests.support.hub_server import Hub
 from tests.support.plain_pipelines import (
     ENCODER,
+    MODULES,
     QUERY,
     delta,
     file_of,
@@ -114,6 +115,37 @@ def test_damage_in_any_part_is_found(place, tmp_path):
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(Damaged, match="vae/diffusion_pytorch_model.safetensors"):
         adapterkit.verify(tmp_path / "out")
+
+
+def test_weights_that_were_not_written_are_found(place, tmp_path):
+    adapterkit.merge(place / "base", place / "lora.safetensors", out=tmp_path / "out")
+    save_file(weights("unet"), tmp_path / "out" / "unet" / file_of("unet", ".fp16"))
+    with pytest.raises(Damaged, match="unet/diffusion_pytorch_model.fp16"):
+        adapterkit.verify(tmp_path / "out")
+
+
+def test_a_dtype_is_of_the_parts_that_change(place, tmp_path):
+    receipt = adapterkit.merge(
+        place / "base", place / "lora.safetensors", dtype="bf16", out=tmp_path / "out"
+    )
+    assert any("keep theirs: vae" in note for note in receipt.data["notes"])
+    dtypes = {
+        part: {v.dtype for v in load_file(tmp_path / "out" / part / file_of(part)).values()}
+        for part in ("unet", "vae")
+    }
+    assert dtypes == {"unet": {torch.bfloat16}, "vae": {torch.float32}}
+
+
+def test_steps_of_a_file_of_steps(place, tmp_path):
+    """A pipeline that is planned is the base of the next merge."""
+    step = '[[step]]\nverb = "merge"\ninputs = ["{}", "{}"]\nout = "{}"\n'
+    lora = place / "lora.safetensors"
+    lines = [step.format(place / "base", lora, "first"), step.format("first", lora, "second")]
+    (tmp_path / "steps.toml").write_text("\n".join(lines))
+    run(tmp_path, "run", "steps.toml").succeeded()
+    twice = load_file(tmp_path / "second" / "unet" / file_of("unet"))[f"{QUERY}.weight"]
+    added = delta(QUERY, *MODULES["unet"])
+    torch.testing.assert_close(twice, weights("unet")[f"{QUERY}.weight"] + 2 * added)
 
 
 def test_rows_of_another_merge_are_found(place, tmp_path):

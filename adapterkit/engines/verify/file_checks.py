@@ -14,6 +14,7 @@ from adapterkit.options import Progress
 from adapterkit.receipt import AGAIN, CHANGED
 from adapterkit.records import Json
 
+ENDING = ".safetensors"
 BLOCK = 4 << 20  # bytes that each thread holds
 
 
@@ -48,7 +49,8 @@ def check_files(
     finally:
         stop.set()
     errors = [error for name in files if (error := found[name]) is not None]
-    weights = {name for name in sizes if name.endswith(".safetensors") and "/" not in name}
+    listed = {name.rpartition("/")[0] for name in files if name.endswith(ENDING)}
+    weights = {n for n in sizes if n.endswith(ENDING) and n.rpartition("/")[0] in {"", *listed}}
     unlisted = set() if shared else weights
     errors += [
         Damaged(

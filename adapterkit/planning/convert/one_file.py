@@ -1,6 +1,6 @@
 """An adapter of an image or video model under the names that the model has in its one file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from adapterkit.checkpoint.folder import Folder
@@ -37,17 +37,59 @@ def plan_in_names_of(model: OneFileModel, source: Folder, detection: Detection) 
     what the file fuses is one module. Those of parts that are not in the file keep the part's name
     in front; what is no plain factors is in a file beside them. `Refused` with all that cannot be
     done."""
-    form = format_named(LAYOUT)
     options = ConvertOptions(to=LAYOUT, architecture=model.architecture)
     contents = read_contents(source, detection, options, None, file=model)
     plain, added = _InFile(contents, model).converted()
+    return _plan(source, contents, plain, added, options)
+
+
+def plan_with_others(source: Folder, detection: Detection, options: ConvertOptions) -> Plan | None:
+    """The conversion of one component into PEFT's layout, with what is no plain factors in a file
+    beside them; None where all are."""
+    contents = read_contents(source, detection, options, None)
+    modules = [replace(module, component=LANGUAGE) for module in contents.modules]
+    plain, others = _split(modules)
+    added = [one for module in others for one in _deltas_of(module, None)]
+    return _plan(source, contents, plain, added, options) if others else None
+
+
+def _plan(
+    source: Folder,
+    contents: Contents,
+    plain: Modules,
+    added: Sequence[AddedDelta],
+    options: ConvertOptions,
+) -> Plan:
+    """Plain factors in PEFT's layout, and deltas of other kinds in a file beside them."""
     contents = replace(contents, modules=tuple(plain), architectures=())
     more = []
     if added:
         tensors, metadata = written(added)
         more.append(OutputFile.computed(FILE, tasks_of(tensors), metadata, safetensors_order=True))
-    layout = write_layout(contents, form, rebuilt=True, values=True)
+    layout = write_layout(contents, format_named(LAYOUT), rebuilt=True, values=True)
     return plan_written(source, contents, layout, options, more=tuple(more))
+
+
+def _split(modules: Modules) -> tuple[list[AdapterModule], list[AdapterModule]]:
+    """Modules that PEFT's layout holds together, and those of other kinds."""
+    ranked = [m for m in modules if m.kind == FACTORS and not {*m.parts} & {*NOT_PLAIN}]
+    is_mixed = any("magnitude" in m.parts for m in ranked)
+    own = {id(m) for m in ranked if "magnitude" in m.parts or not is_mixed}
+    plain = [m for m in modules if id(m) in own or m.kind not in ADDED]
+    return plain, [m for m in modules if id(m) not in own and m.kind in ADDED]
+
+
+def _deltas_of(named: AdapterModule, rows: range | None) -> Iterator[AddedDelta]:
+    """What a module of another kind adds, to one parameter each."""
+    roles = {"diff_b": BIASES, "table": TABLES}
+    if named.kind not in ("full", "modulation"):
+        yield AddedDelta(named, WEIGHTS, rows)
+        return
+    for role, part in named.parts.items():
+        shape = part.shape if len(part.shape) > 1 else (*part.shape, 1)
+        parts = {"diff": reshaped(part, shape)}
+        own = replace(named, kind="full", parts=parts)
+        yield AddedDelta(own, roles.get(role, WEIGHTS), rows)
 
 
 @dataclass(frozen=True)
@@ -61,15 +103,11 @@ class _InFile:
         """Plain factors, and what is added as it is."""
         modules = self._in_parts()
         self._check_names(modules)
-        ranked = [m for m in modules if m.kind == FACTORS and not {*m.parts} & {*NOT_PLAIN}]
-        is_mixed = any("magnitude" in m.parts for m in ranked)
-        own = {id(m) for m in ranked if "magnitude" in m.parts or not is_mixed}
-        plain = [m for m in modules if id(m) in own or m.kind not in ADDED]
-        others = [m for m in modules if id(m) not in own and m.kind in ADDED]
+        plain, others = _split(modules)
         errors, added = Problems(where=self.contents.folders[0].label), list[AddedDelta]()
         for module in others:
             with errors.collected():
-                added += self._added(module)
+                added += _deltas_of(*self._placed(module))
         errors.raise_all()
         return self._named(plain), added
 
@@ -111,19 +149,6 @@ class _InFile:
             module,
             parts={leaf if role == "weight" else role: p for role, p in module.parts.items()},
         )
-
-    def _added(self, module: AdapterModule) -> Iterator[AddedDelta]:
-        """What a module of another kind adds, to one parameter each."""
-        named, rows = self._placed(module)
-        roles = {"diff_b": BIASES, "table": TABLES}
-        if module.kind not in ("full", "modulation"):
-            yield AddedDelta(named, WEIGHTS, rows)
-            return
-        for role, part in named.parts.items():
-            shape = part.shape if len(part.shape) > 1 else (*part.shape, 1)
-            parts = {"diff": reshaped(part, shape)}
-            own = replace(named, kind="full", parts=parts)
-            yield AddedDelta(own, roles.get(role, WEIGHTS), rows)
 
     def _placed(self, module: AdapterModule) -> tuple[AdapterModule, range | None]:
         """The module of the file, and the rows of it that this one is."""

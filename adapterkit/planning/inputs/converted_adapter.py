@@ -135,16 +135,23 @@ def contents_of(folder: Folder, base: Checkpoint | None = None) -> "Contents | N
     return read_contents(folder, detection, ConvertOptions(to=_layout()), base)
 
 
-def as_component(folder: Folder, name: str, base: Checkpoint | None = None) -> ConvertedFolder:
+def as_component(
+    folder: Folder, name: str, base: Checkpoint | None = None, *, with_others: bool = False
+) -> ConvertedFolder:
     """One component of a pipeline's adapter as a folder in PEFT's layout; `base`: that model of the
-    pipeline."""
+    pipeline; `with_others`: what that layout does not hold is in a file beside it, for a merge."""
     from adapterkit.formats.detect import detect
     from adapterkit.planning.convert.plan import plan_convert
     from adapterkit.verbs.convert import ConvertOptions
 
     detection = detect(folder)
     options = ConvertOptions(to=_layout(), prefix_only=name)
-    plan = plan_convert(folder, options, base, detection=detection)
+    plan = None
+    if with_others:
+        from adapterkit.planning.convert.one_file import plan_with_others
+
+        plan = plan_with_others(folder, detection, options)
+    plan = plan or plan_convert(folder, options, base, detection=detection)
     return ConvertedFolder(folder, detection.form.name, detection.container.file, plan, name)
 
 

@@ -123,7 +123,8 @@ def _told(folder: Folder, contents: Contents | None, part: PipelinePart) -> Fold
 
 
 def _converted(folder: Folder, component: str, part: PipelinePart) -> Folder:
-    return as_component(folder, component, part.as_base if part.is_denoiser else None)
+    base = part.as_base if part.is_denoiser else None
+    return as_component(folder, component, base, with_others=True)
 
 
 def _in_layout(folder: Folder, part: PipelinePart) -> Folder:

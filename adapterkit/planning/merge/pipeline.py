@@ -55,6 +55,10 @@ def plan_pipeline_merge(
         )
     plan = joined(pipeline, plans, merged_card(pipeline.folder, _rows(plans), "diffusers"))
     given = plan.options | {"weights": [weight for _, weight in adapters]}
+    others = [name for name in pipeline.parts if name not in plans]
+    if options.dtype and others:
+        note = f"--dtype: parts that no adapter changes keep theirs: {', '.join(others)}"
+        plan = replace(plan, notes=(*plan.notes, note))
     warn = partial(rounding_warnings, compat=options.compat)
     return replace(plan, options=given, decisions=decisions, warn=warn)
 
