@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from adapterkit.jobs.plan_file import write_plan as write_plan
     from adapterkit.jobs.run import run as run
     from adapterkit.verbs.arrow import arrow as arrow
+    from adapterkit.verbs.check import check as check
     from adapterkit.verbs.combine import combine as combine
     from adapterkit.verbs.convert import convert as convert
     from adapterkit.verbs.dequantize import dequantize as dequantize

@@ -60,7 +60,7 @@ class Verb(OptionRecord, Generic[R]):
     runner: ClassVar[str]
 
     def __init_subclass__(cls) -> None:
-        cls.name = cls.__name__.lower()
+        cls.name = vars(cls).get("name", cls.__name__.lower())
 
     def run(self) -> R:
         """Do it; what the Python function returns."""

@@ -91,6 +91,20 @@ def verify(verb: type[Verb], folder: str, as_json: bool, quiet: bool, **options:
         print_verified(result)
 
 
+def check(verb: type[Verb], adapter: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Print what an engine does with an adapter; the exit status is 1 unless it takes all of it."""
+    result = function_of(verb)(adapter, **options)
+    if as_json:
+        print_json(result)
+    elif not quiet:
+        for row in result["findings"]:
+            expected = f"\n  expected: {row['expected']}" if row["expected"] else ""
+            click.echo(f"- {row['verdict']}: {row['problem']}{expected}\n  do: {row['do']}")
+        takes = f"takes all {result['modules']} modules" if result["takes"] else "does not take it"
+        click.echo(f"{result['engine']} {result['version']} {takes}")
+    click.get_current_context().exit(0 if result["takes"] else 1)
+
+
 def diagnose(verb: type[Verb], model: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Print what was found; the exit status is 1 where something was."""
     with ProgressBar(quiet) as bar:
@@ -229,6 +243,7 @@ def _print(document: Json, table: str, as_json: bool) -> None:
 # Commands that do more than call a verb and print what it gives; and options of theirs alone
 ACTIONS: dict[str, Callable[..., Any]] = {
     "convert": convert,
+    "check": check,
     "diagnose": diagnose,
     "diff": diff,
     "finish": finish,
@@ -240,6 +255,7 @@ ACTIONS: dict[str, Callable[..., Any]] = {
 }
 OWN_OPTIONS = {
     "convert": CONVERT_OPTIONS,
+    "check": [json_option, quiet_option],
     "diagnose": [json_option, quiet_option],
     "diff": [json_option, QUIET_DIFF],
     "finish": [json_option, quiet_option],

@@ -112,7 +112,9 @@ def summary_of(name: str) -> str:
 
 
 def _record(name: str) -> type[Verb]:
-    return getattr(import_module(f"adapterkit.{HOMES[name]}"), name.capitalize())
+    module = import_module(f"adapterkit.{HOMES[name]}")
+    own = (value for value in vars(module).values() if isinstance(value, type))
+    return next(one for one in own if issubclass(one, Verb) and vars(one).get("name") == name)
 
 
 SECTIONS = VERBS | {"Shell": (str(completion.name),)}

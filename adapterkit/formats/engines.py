@@ -1,5 +1,6 @@
 """Programs that run models with adapters: what each loads, and how."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -8,7 +9,26 @@ from typing import Literal
 from adapterkit import records
 from adapterkit.errors import Damaged
 from adapterkit.formats.library import read_files
+from adapterkit.formats.schema import Format
 from adapterkit.records import Json
+
+
+@dataclass(frozen=True)
+class RankLimit:
+    """The rank that a server takes."""
+
+    most: int = 0  # by default; 0: not limited by a number
+    flag: str = ""  # which raises it
+
+
+@dataclass(frozen=True)
+class ModuleRule:
+    """What a client does with some modules."""
+
+    verdict: Literal["drops", "refuses"]
+    modules: re.Pattern[str]
+    why: str
+    do: str
 
 
 @dataclass(frozen=True)
@@ -20,7 +40,15 @@ class Client:
     models: Literal["language", "image"]
     format: str  # that is written for it
     load: str  # what loads {file} onto {base}
+    version: str  # whose sources say so
+    sources: tuple[str, ...]
     inside: str = ""  # the name of that file in a converted folder; none: the folder
+    rank: RankLimit = RankLimit()
+    rules: tuple[ModuleRule, ...] = ()
+
+    def reads(self, form: Format) -> bool:
+        """Whether it reads files of a format as they are."""
+        return form.name == self.format or self.title in form.clients
 
     def loading(self, form: str, file: str, base: str, rank: object = "RANK") -> str:
         """What loads an adapter of a format onto a base, after a conversion where it is needed."""

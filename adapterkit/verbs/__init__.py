@@ -6,7 +6,7 @@ SECTIONS = {
     "Adapters": ("convert", "combine", "subtract", "arrow", "resize", "rebase", "edit"),
     "Quantization": ("quantize", "dequantize", "loftq"),
     "Plan files and pipelines": ("run", "finish"),
-    "Inspection": ("inspect", "report", "diff", "verify", "rerun", "diagnose"),
+    "Inspection": ("inspect", "report", "check", "diff", "verify", "rerun", "diagnose"),
 }
 # where each is: the modules of the package
 HOMES = {verb: f"verbs.{verb}" for verbs in SECTIONS.values() for verb in verbs}

@@ -34,7 +34,7 @@ class Diagnose(Verb[Json]):
     where the files cannot be compared.
     """
 
-    runner = "reports.diagnosis:diagnose_model"
+    runner = "reports.findings.diagnosis:diagnose_model"
     command = """Find out why a merged model answers badly.
 
     Looks at its files, values and tokenizer; with --base and --adapter also at how much of each

@@ -128,6 +128,7 @@ READING = (
     job("inspect-adapter", "law", base="base", exact=False),
     job("inspect-quantized", "quantize-nf4"),
     job("inspect-file", "style/adapter_model.safetensors"),
+    job("check-vllm", "style", program="vllm", base="base"),
     job(
         "diagnose-several", "merge-several", base="base", adapters=["style", "rslora"], exact=False
     ),
@@ -218,7 +219,9 @@ def _command(task: Job, **more: Any) -> tuple[int, str]:
     """The exit status and stdout of the same job's command with --json."""
     words = [task.verb, *task.sources, "--json"]
     for name, value in (task.options | more).items():
-        flag = "--" + {"adapters": "adapter", "settings": "set"}.get(name, name).replace("_", "-")
+        flag = "--" + {"adapters": "adapter", "settings": "set", "program": "for"}.get(
+            name, name
+        ).replace("_", "-")
         if isinstance(value, dict):
             value = [f"{key}={item}" for key, item in value.items()]
         for item in value if isinstance(value, list) else [value]:

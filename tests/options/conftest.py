@@ -24,6 +24,7 @@ def calls(cached_folder, tmp_path_factory):
     ids = write_rows(root / "ids.jsonl", {"input_ids": [4, 5, 6]}, {"input_ids": [7]})
     return {
         "arrow": ([[one, two]], {}),
+        "check": ([one], {"program": "vllm"}),
         "combine": ([[one, two]], {"method": "ties", "density": 0.5, "rank": 2}),
         "convert": ([one], {"to": "peft"}),
         "dequantize": ([root / "nf4"], {}),

@@ -1,0 +1,1 @@
+"""What is wrong with a model, or with an adapter for an engine."""

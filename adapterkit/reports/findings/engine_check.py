@@ -1,0 +1,130 @@
+"""check: a conversion for an engine that is only planned, beside the rules of the engine."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from adapterkit.adapters.peft import scan_adapter
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.errors import AdapterkitError, Problems, listed
+from adapterkit.formats.detect import Detection, detect
+from adapterkit.formats.engines import Client, engines
+from adapterkit.formats.library import formats
+from adapterkit.formats.modules.record import AdapterModule
+from adapterkit.formats.schema import ADAPTER_LAYOUT
+from adapterkit.plan import Plan
+from adapterkit.planning.convert.plan import plan_convert
+from adapterkit.planning.convert.source import named_base, read_contents
+from adapterkit.planning.inputs.sources import open_adapter, open_base, open_unconverted
+from adapterkit.records import Json
+from adapterkit.reports.factors import join
+from adapterkit.verbs.check import EngineCheck
+from adapterkit.verbs.convert import ConvertOptions
+from adapterkit.weights.detect import quantization_evidence
+
+VERSION = 1
+OPTION = re.compile(r"^give (--[\w -]+)")
+
+
+class _Verdicts:
+    """What was found of an adapter for an engine."""
+
+    def __init__(self, client: Client, command: str):
+        self.client, self.command, self.rows = client, command, list[Json]()
+
+    def add(
+        self, verdict: str, problem: str, do: str, expected: str = "", modules: int | None = None
+    ) -> None:
+        row = {"verdict": verdict, "problem": problem, "expected": expected, "modules": modules}
+        self.rows.append(row | {"source": self.client.sources[0], "do": do})
+
+    def include(self, errors: Iterable[AdapterkitError]) -> None:
+        """Refusals of a conversion: what the engine's format cannot hold."""
+        for error in errors:
+            option = OPTION.match(error.hint or "")
+            do = f"{self.command} {option[1]}" if option else error.hint or self.command
+            self.add("refuses", error.problem, do, error.expected or "")
+
+
+def check_adapter(check: EngineCheck) -> Json:
+    """What `check` says of an adapter."""
+    source = open_unconverted(check.adapter)
+    base = None if check.base is None else open_base(check.base)
+    detection, client = detect(source), engines()[check.program]
+    form, on = formats()[client.format], "" if base is None else " --base BASE"
+    command = f"adapterkit convert ADAPTER --to {form.name}{on} --out DIR"
+    found = _Verdicts(client, command)
+    options, plan, modules = ConvertOptions(to=form.name), None, ()
+    try:
+        model = named_base(base, detection, form)
+        modules = read_contents(source, detection, options, base, model).modules
+        plan = plan_convert(source, options, base, detection=detection)
+    except AdapterkitError as error:
+        found.include(getattr(error, "errors", (error,)))
+    if not client.reads(detection.form):
+        problem = f"{client.title} does not read {detection.form.title}"
+        found.add("refuses", problem, command, f"{form.title}: {form.summary}", len(modules))
+    elif plan is not None and form.layout == detection.form.layout == ADAPTER_LAYOUT:
+        _compare(detection, plan, found)
+    _check_ranks(modules, found)
+    _check_rules(modules, found)
+    if base is not None:
+        _check_base(detection, base, found)
+    if base is not None and not found.rows:
+        _check_names(check, base, found)
+    return {
+        "check": VERSION,
+        "engine": client.title,
+        "version": client.version,
+        "format": detection.form.name,
+        "takes": not found.rows,
+        "modules": len(modules),
+        "findings": found.rows,
+    }
+
+
+def _compare(detection: Detection, plan: Plan, found: _Verdicts) -> None:
+    """Keys that the engine's own layout of the same adapter does not have."""
+    wanted = {tensor.key for shard in plan.shards for tensor in shard.layout.tensors}
+    own = [key for key in detection.container.tensors if key not in wanted]
+    if own:
+        problem = f"{len(own)} keys have other names there: {listed(own)}"
+        expected = f"names such as {listed(sorted(wanted - set(detection.container.tensors)))}"
+        found.add("drops", problem, found.command, expected, len(own))
+    elif folded := plan.decisions.get("folded"):
+        problem = f"the scales of {len(folded)} modules are not read"
+        found.add("differs", problem, found.command, "one scale for all", len(folded))
+
+
+def _check_ranks(modules: Sequence[AdapterModule], found: _Verdicts) -> None:
+    limit, most = found.client.rank, max((module.rank for module in modules), default=0)
+    if limit.most and most > limit.most:
+        large = sum(module.rank > limit.most for module in modules)
+        do = f"serve with {limit.flag} {most}, or adapterkit resize ADAPTER --rank {limit.most}"
+        problem, expected = f"rank {most}", f"at most {limit.most}, unless {limit.flag} is larger"
+        found.add("refuses", problem, f"{do} --out DIR", expected, large)
+
+
+def _check_rules(modules: Sequence[AdapterModule], found: _Verdicts) -> None:
+    for rule in found.client.rules:
+        names = [module.path for module in modules if rule.modules.search(module.path)]
+        if names:
+            problem = f"{len(names)} modules such as {names[0]}: {rule.why}"
+            found.add(rule.verdict, problem, rule.do, modules=len(names))
+
+
+def _check_names(check: EngineCheck, base: Checkpoint, found: _Verdicts) -> None:
+    """Modules and shapes that the base does not have, as a merge finds them."""
+    adapter, _, typed = scan_adapter(open_adapter(check.adapter, base.folder))
+    is_floats = quantization_evidence(base.config, base.tensors) is None
+    if typed and is_floats and base.tensors:
+        errors = Problems()
+        join(adapter, base.folder, errors)
+        found.include(errors)
+
+
+def _check_base(detection: Detection, base: Checkpoint, found: _Verdicts) -> None:
+    """The id of another base; shapes and names were compared by the conversion."""
+    said, given = detection.config.get("base_model_name_or_path"), base.folder.origin.get("repo")
+    if isinstance(said, str) and isinstance(given, str) and said != given:
+        do = f"check the base, or adapterkit edit ADAPTER --base-model {given} --out DIR"
+        found.add("differs", f"the adapter says that it is for {listed([said])}", do, given)
