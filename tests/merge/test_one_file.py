@@ -456,16 +456,33 @@ def test_inspect_tells_the_family_and_its_parts(home):
     assert architecture == {"classes": parts, "model_type": "sdxl"}
 
 
-def test_an_interrupted_merge_goes_on(home, tmp_path):
-    base = base_of("flux", home)
+def test_an_output_that_is_finished_stays(home, tmp_path):
+    base, out = base_of("flux", home), tmp_path / "out.safetensors"
     adapter = write_adapter(factors_of("flux", every=5), tmp_path / "lora.safetensors")
-    plain = merged(base, [adapter], tmp_path / "plain.safetensors")
-    plan = adapterkit.merge(base, [adapter], out=tmp_path / "out.safetensors", dry_run=True)
-    assert plan.is_file
-    shutil.copy(tmp_path / "plain.safetensors", tmp_path / "there.safetensors")
+    plan = adapterkit.merge(base, [adapter], out=out, dry_run=True)
+    assert plan.is_file and not out.exists()
+    plain = merged(base, [adapter], out)
     with pytest.raises(Refused, match="exists"):
-        adapterkit.merge(base, [adapter], out=tmp_path / "there.safetensors")
-    assert_close(load_file(tmp_path / "there.safetensors"), plain)
+        adapterkit.merge(base, {adapter: 0.5}, out=out)
+    assert adapterkit.merge(base, [adapter], out=out, resume=True).finished_before
+    assert_close(load_file(out), plain)
+    shutil.copy(out, tmp_path / "foreign.safetensors")
+    with pytest.raises(Refused, match="did not write it"):
+        adapterkit.merge(base, [adapter], out=tmp_path / "foreign.safetensors", overwrite=True)
+
+
+def test_block_weights_are_of_one_file(home, tmp_path):
+    """Not of a pipeline, nor of a base of no family."""
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "X"}')
+    adapter = write_adapter(factors_of("flux", every=5), tmp_path / "lora.safetensors")
+    text = refusal(tmp_path / "pipeline", adapter, tmp_path / "out", lbw=["1"])
+    assert "--lbw with a pipeline" in text
+    save_file({"layer.weight": torch.ones(8, 8)}, tmp_path / "plain.safetensors")
+    factors = {"transformer.x_embedder": (torch.ones(1, 8), torch.ones(8, 1))}
+    adapter = write_adapter(factors, tmp_path / "one.safetensors")
+    text = refusal(tmp_path / "plain.safetensors", adapter, tmp_path / "out", lbw=["1"])
+    assert "--lbw with this base" in text
 
 
 # ---- weights of blocks -------------------------------------------------------------------------
