@@ -10,7 +10,7 @@ import stat
 import tempfile
 import unicodedata
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -58,7 +58,11 @@ class Folder(Protocol):
 class WithSubfolders(Folder, Protocol):
     """A folder on disk or on the Hub, or one that is planned."""
 
-    def subfolder(self, name: str) -> Folder: ...
+    def subfolder(self, name: str) -> "WithSubfolders": ...
+
+    def without(self, names: Collection[str]) -> Folder:
+        """It as if these files were not there."""
+        ...
 
 
 class OneFile(Folder, Protocol):
@@ -136,6 +140,12 @@ class LocalFolder:
     def subfolder(self, name: str) -> "LocalFolder":
         """A folder inside this one."""
         return LocalFolder(self.root / name)
+
+    def without(self, names: Collection[str]) -> "LocalFolder":
+        """It as if these files were not there."""
+        folder = LocalFolder(self.root)
+        folder._files = {name: size for name, size in self.files().items() if name not in names}
+        return folder
 
     def whole(self) -> "LocalFolder":
         """The folder that holds the file."""

@@ -1,7 +1,7 @@
 """The output of a plan as a folder, before it is there: what later plans are made from."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +62,11 @@ class PlannedFolder:
             if file.startswith(f"{name}/")
         }
         return PlannedFolder(os.path.join(self._path, name), inside, self._asked)
+
+    def without(self, names: Collection[str]) -> "PlannedFolder":
+        """It as if these files were not there."""
+        kept = {name: one for name, one in self._contents.items() if name not in names}
+        return PlannedFolder(self._path, kept, self._asked)
 
     def files(self) -> dict[str, int]:
         return {name: _size(content) for name, content in self._contents.items()}

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -71,6 +71,12 @@ class HubFolder:
     def subfolder(self, name: str) -> "HubFolder":
         """A folder inside this one, of the same commit."""
         return HubFolder(replace(self.pinned, subfolder=self.pinned.path(name)))
+
+    def without(self, names: Collection[str]) -> "HubFolder":
+        """It as if these files were not there."""
+        folder = HubFolder(self.pinned)
+        folder._entries = {name: one for name, one in self._entries.items() if name not in names}
+        return folder
 
     def whole(self) -> "HubFolder":
         """The folder that holds the file."""

@@ -101,8 +101,16 @@ class _Joint:
     def leave(self, part: PipelinePart, plan: Plan) -> None:
         """Note the weights of a part that its plan does not read."""
         used = {*plan.files, *(file for number, file in plan.headers if number == 0)}
-        names = (name for name in part.folder.files() if is_weights(name) and name not in used)
-        self.left_out += [f"{part.name}/{name}" for name in names]
+        self.left_out += [
+            f"{part.name}/{name}"
+            for name in self._files_of(part)
+            if is_weights(name) and name not in used
+        ]
+
+    def _files_of(self, part: PipelinePart) -> list[str]:
+        """All files of a part, of all variants."""
+        start, files = f"{part.name}/", part.pipeline.files()
+        return [name.removeprefix(start) for name in files if name.startswith(start)]
 
     def copy(self, part: PipelinePart) -> None:
         """A part whose weights stay as they are: those that are read of several variants; pickles
@@ -112,7 +120,8 @@ class _Joint:
         if weight_files(part.folder):
             base = open_checkpoint(part.folder)
             names = {name for name in files if not is_weights(name)} | {str(base.index_name)}
-            self.left_out += [f"{part.name}/{n}" for n in files if n not in names | {*base.shards}]
+            known = names | {*base.shards}
+            self.left_out += [f"{part.name}/{n}" for n in self._files_of(part) if n not in known]
             for name, header in base.shards.items():
                 file = f"{part.name}/{name}"
                 steps = [_copied(file, spec) for spec in header.tensors]

@@ -30,7 +30,8 @@ def verify_output(verify: Verify) -> Json:
     out = open_source(folder)
     receipt = read_receipt(out)
     model = open_model(base) if base else None
-    pipeline = read_pipeline(model) if model is not None and is_pipeline(model) else None
+    variant = receipt["recipe"]["options"].get("variant")
+    pipeline = read_pipeline(model, variant) if model is not None and is_pipeline(model) else None
     sources = (
         split_adapters(adapters, pipeline) if pipeline else open_weighted(adapters, base=model)
     )

@@ -8,6 +8,7 @@ from adapterkit.options import (
     COMPAT,
     FLAG,
     SOURCE,
+    TEXT,
     TEXTS,
     WEIGHTED,
     Sources,
@@ -120,6 +121,13 @@ class MergeOptions(ModuleFilters):
         metavar="[N:]NAME|LIST",
         help="Factors of the weight (of the N-th adapter) on the blocks of an image model in one "
         "file: a preset (ALL0.5, INS, MIDD, OUTD, ...) or numbers separated by commas.",
+    )
+    variant: str | None = option(
+        default=None,
+        check=TEXT,
+        metavar="NAME",
+        help="Weights of a pipeline of diffusers, such as fp16 (default: those without a name, or "
+        "the only ones).",
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.errors import Damaged
+from adapterkit.errors import Damaged, Refused
 from tests.faults.conftest import digests
 from tests.support.forks import Ended, command, forks
 from tests.support.hub_client import TOKEN
@@ -185,6 +185,24 @@ def test_variants(variants, place, tmp_path):
     assert "model.ckpt" in note or "more" in note
     merged = load_file(tmp_path / "out" / "unet" / file_of("unet", variants[0]))
     assert merged[f"{QUERY}.weight"].dtype == (torch.float16, torch.float32)[variants[0] == ""]
+
+
+def test_a_variant_that_is_asked_for(place, tmp_path):
+    base, lora = (
+        write_pipeline(tmp_path / "base", variants=("", ".fp16")),
+        place / "lora.safetensors",
+    )
+    (base / "vae" / file_of("vae", ".fp16")).unlink()
+    receipt = adapterkit.merge(base, lora, variant="fp16", out=tmp_path / "out", verify=True)
+    written = {name for name in files_of(tmp_path / "out") if name.endswith("safetensors")}
+    halves = {f"{part}/{file_of(part, '.fp16')}" for part in ("unet", "text_encoder")}
+    assert written == halves | {f"vae/{file_of('vae')}"}
+    assert any("unet/diffusion_pytorch_model.safetensors" in note for note in receipt.data["notes"])
+    assert adapterkit.verify(tmp_path / "out", base=base, adapters=lora)["tensors"] == 3
+    one = write_peft(tmp_path / "one", QUERY)
+    for wrong, words in ((base, "no part has"), (base / "unet", "--variant with this base")):
+        with pytest.raises(Refused, match=words):
+            adapterkit.merge(wrong, one, variant="bf8", out=tmp_path / "none")
 
 
 def test_shards_of_a_variant(place, tmp_path):

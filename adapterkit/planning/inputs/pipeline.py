@@ -16,6 +16,11 @@ from adapterkit.errors import AdapterkitError, MultipleErrors, Problems, Refused
 
 INDEX = "model_index.json"
 PART = re.compile(r"([a-z0-9_]+):(.+)", re.DOTALL)  # unet:ADAPTER
+# model.fp16.safetensors, its shards, and their index
+VARIANT = re.compile(
+    r"(?:model|diffusion_pytorch_model)(?:\.(\w+))?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?"
+    r"\.safetensors(?:\.index(?:\.(\w+))?\.json)?"
+)
 DENOISER = re.compile(r"unet|prior|decoder|transformer(_\d+)?")
 TEXT_ENCODER = re.compile(r"text_encoder(_\d+)?")
 
@@ -31,10 +36,22 @@ class PipelinePart:
 
     name: str  # of its folder
     pipeline: Folder
+    variant: str = ""  # of its weights, where there is one of that name
 
     @cached_property
     def folder(self) -> Folder:
-        return cast(WithSubfolders, self.pipeline).subfolder(self.name)
+        folder = cast(WithSubfolders, self.pipeline).subfolder(self.name)
+        if not self.has_variant:
+            return folder
+        return folder.without(
+            [n for n in folder.files() if self.variant != _variant(n) is not None]
+        )
+
+    @property
+    def has_variant(self) -> bool:
+        """Whether there are weights of the variant that is asked for."""
+        files = cast(WithSubfolders, self.pipeline).subfolder(self.name).files()
+        return bool(self.variant) and self.variant in map(_variant, files)
 
     @property
     def is_denoiser(self) -> bool:
@@ -92,15 +109,23 @@ class Pipeline:
         )
 
 
-def read_pipeline(folder: Folder) -> Pipeline:
-    """The pipeline in a folder; `Refused` or `Damaged` for an index that names no models, and for
-    parts that are links: what they lead to is not the pipeline's."""
+def _variant(name: str) -> str | None:
+    """Of which variant a file of weights, or their index, is; "" for the one without a name, None
+    for other files."""
+    match = VARIANT.fullmatch(name)
+    return None if match is None else next(filter(None, match.groups()), "")
+
+
+def read_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
+    """The pipeline in a folder, with the weights of a variant where parts have it; `Refused` or
+    `Damaged` for an index that names no models, and for parts that are links: what they lead to is
+    not the pipeline's."""
     index, files, errors = read_json(folder, INDEX), folder.files(), Problems(where=folder.label)
     named = [name for name, value in index.items() if isinstance(value, list) and any(value)]
     parts, absent = {}, []
     for name in named:
         if any(file.startswith(f"{name}/") for file in files):
-            part = PipelinePart(name, folder)
+            part = PipelinePart(name, folder, variant or "")
             if weight_files(part.folder) or pickles(part.folder):
                 parts[name] = part
         elif isinstance(folder, LocalFolder) and (folder.root / name).is_symlink():
@@ -115,5 +140,12 @@ def read_pipeline(folder: Folder) -> Pipeline:
             expected="a pipeline of diffusers, with its models",
             where=folder.label,
             hint="download all of it",
+        )
+    if variant and not any(part.has_variant for part in parts.values()):
+        raise Refused(
+            f"no part has weights of the variant {shown(variant)}",
+            expected="a name such as fp16, of diffusion_pytorch_model.fp16.safetensors",
+            where=folder.label,
+            hint="remove --variant",
         )
     return Pipeline(folder, parts, tuple(absent))

@@ -81,7 +81,7 @@ def plan_merge_of(merge: Merge) -> Plan:
     base, options = open_model(merge.base), merge.only(MergeOptions)
     if is_pipeline(base):
         Problems(_options_of_models(merge)).raise_all()
-        pipeline = read_pipeline(base)
+        pipeline = read_pipeline(base, options.variant)
         split = split_adapters(merge.adapters, pipeline)
         return plan_merge_into_pipeline(pipeline, split, options)
     name = output_file(base, merge.out)
@@ -126,6 +126,9 @@ def plan_merge(
     is_gguf = find_gguf(base) is not None
     others = options_of_others(options, imatrix, is_gguf=is_gguf, is_file=file is not None)
     Problems(others).raise_all()
+    if options.variant and part is None:
+        problem, expected = "--variant with this base", "a pipeline of diffusers"
+        raise Refused(problem, expected=expected, where="options", hint="remove --variant")
     if not sources:
         raise Refused("no adapter", expected="one or more", hint="name the adapters after the base")
     sources, with_initial = _with_initial(sources, options)
