@@ -24,7 +24,9 @@ def test_of_a_merge(llama, lora, tmp_path):
     read, wrote = (bytes_text(totals[name]) for name in ("bytes_read", "bytes_written"))
     assert f"out: 14 of 21 tensors changed; read {read}, wrote {wrote} in " in text
     assert re.search(r"median \S+% of the adapter's change kept .* 14 tensors; worst: ", text)
-    assert "verified: 42 rows of 14 tensors" in text
+    assert "verified: 42 rows of 14 tensors" in text and "next: " not in text
+    text = stderr_of("merge", llama, lora, "--out", tmp_path / "other")
+    assert text.endswith(f"next: adapterkit verify {tmp_path / 'other'}\n")
 
 
 def test_numbers_of_bytes():

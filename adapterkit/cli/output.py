@@ -186,6 +186,21 @@ def print_receipt(receipt: "Receipt") -> None:
         click.echo(f"note: {note}", err=True)
     for text in grouped(data.get("left_out", [])):
         click.echo(f"skipped: {text}", err=True)
+    if command := _next(receipt):
+        click.echo(f"next: {command}", err=True)
+
+
+def _next(receipt: "Receipt") -> str:
+    """What to do with an output on this machine."""
+    from adapterkit.checkpoint.system import system
+
+    data, verb = receipt.data, receipt.data["recipe"]["verb"]
+    if "pushed" in data or verb in ("stats", "edit"):
+        return ""
+    out = system.quote(str(receipt.out))
+    if verb not in ("merge", "quantize", "dequantize"):
+        return f"adapterkit report {out} --out report.html"
+    return "" if "verified" in data else f"adapterkit verify {out}"
 
 
 def _made(data: Json) -> str:
