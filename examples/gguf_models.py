@@ -149,11 +149,13 @@ def answers(base: Path, folder: Path, held_out: Tensor) -> dict[str, float]:
 
 
 def holds(row: dict[str, Any]) -> bool:
-    """What must hold: the exact sum is better than the base, other roundings keep more than
-    rounding to nearest, and llama.cpp answers as PEFT does."""
+    """What must hold: the exact sum is better than the base, the better one of stochastic and
+    compensated rounding is as good as it, or keeps as much as rounding to nearest does, and
+    llama.cpp answers as PEFT does."""
     losses, llama = row["losses"], row["llama.cpp"]
     better = losses["exact"] < losses["base"]
-    kept = min(losses["stochastic"], losses["compensated"]) <= losses["nearest"] + 0.01
+    kept = min(losses["stochastic"], losses["compensated"])
+    kept = kept <= max(losses["nearest"], losses["exact"]) + 0.01
     same = not llama or llama["merged"] < max(NEAR, 2 * llama["base"])
     return better and kept and same
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 import adapterkit
 from adapterkit import registry, runtime
@@ -259,6 +260,17 @@ def test_every_method_and_format_has_its_row():
     for record in registry.members("weights.codecs").values():
         for target in record.targets:
             assert f"{target}`" in quantized, target
+
+
+def test_what_agents_read_is_that_of_the_helps():
+    skill = script("skill")
+    place = ROOT / "examples" / "integrations" / "skill" / "SKILL.md"
+    written = {ROOT / "llms.txt": skill.llms(), place: skill.skill()}
+    for path, text in written.items():
+        assert path.read_text("utf-8") == text, f"{path.name}: run `python docs/skill.py`"
+    head = yaml.safe_load(skill.skill().split("---\n")[1])
+    assert head["name"] == "adapterkit" and len(head["description"]) < 1024
+    assert all(f"### {name}\n" in skill.skill() for name in main.names)
 
 
 def test_the_api_is_that_of_the_docstrings():

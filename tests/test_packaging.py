@@ -37,7 +37,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     shutil.copytree(PACKAGE, tree / "adapterkit", ignore=ignored)
     for name in ("formats", "docs"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "llms.txt"):
         shutil.copy(ROOT / name, tree)
     with tarfile.open(build(tree, "sdist", root / "sdist")) as archive:
         archive.extractall(root / "source", filter="data")

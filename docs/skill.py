@@ -1,0 +1,80 @@
+"""llms.txt and SKILL.md for coding agents, made of the help texts; run it after a change of them.
+
+python docs/skill.py
+"""
+
+import json
+from inspect import cleandoc
+from pathlib import Path
+
+import click
+
+from adapterkit.cli import main
+from adapterkit.cli.parameters import RUNNING
+
+ROOT = Path(__file__).parents[1]
+ABOUT = cleandoc("""
+    adapterkit edits LoRA adapters and checkpoints on disk: merge, combine, convert, extract,
+    quantize, initialize, inspect and check, without loading the model. It refuses what it cannot do
+    exactly, with the reasons, before anything is written; outputs are complete or absent, with a
+    receipt of hashes (adapterkit.json).
+""")
+RULES = [
+    "Sources are folders, .safetensors or .gguf files, or Hub ids org/name[@revision][:path].",
+    "ADAPTER=0.7 gives an adapter a weight; -1 unmerges it.",
+    "Look first: --dry-run prints the plan; inspect, check and diagnose read only.",
+    "--json prints one document to stdout; messages go to stderr; exit status 0 is done.",
+    "A refusal names the problem, what was expected, where, and what to do: do that.",
+    "Verify what was written: adapterkit verify OUT; again from its receipt: adapterkit rerun OUT.",
+    "In Python the verbs are functions of the same names: merge(base, {'a': 0.7}, out=...).",
+]
+
+
+def documents() -> list[Path]:
+    return sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "CHANGELOG.md")
+
+
+def title_of(path: Path) -> str:
+    return path.read_text("utf-8").partition("\n")[0].removeprefix("# ")
+
+
+def llms() -> str:
+    """The file that lists what there is to read."""
+    pages = [f"- [{title_of(path)}](docs/{path.name})" for path in documents()]
+    return "\n".join(["# adapterkit", "", f"> {' '.join(ABOUT.split())}", "", "## Documents", "",
+                      "- [README](README.md)", *pages, ""])  # fmt: skip
+
+
+def skill() -> str:
+    """What an agent needs to use the command line."""
+    about = json.dumps(" ".join(ABOUT.split()))
+    head = ["---", "name: adapterkit", f"description: {about}", "---", ""]
+    lines = ["# adapterkit", "", *(f"- {rule}" for rule in RULES), ""]
+    shared = [one for one in main.commands["merge"].params if one.name in RUNNING]
+    lines += ["## Options of all commands that write", "", *map(_option, shared), ""]
+    for title, names in main.sections.items():
+        lines += [f"## {title}", ""]
+        for name in names:
+            lines += [f"### {name}", "", *_command(main.commands[name]), ""]
+    return "\n".join([*head, *lines])
+
+
+def _command(command: click.Command) -> list[str]:
+    """The help's text and examples, and each option with its help."""
+    text, _, rest = cleandoc(command.help or "").replace("\b\n", "").partition("Example:\n")
+    lines = [" ".join(part.split()) for part in text.strip().split("\n\n")]
+    block = ["", "```sh", *(line.strip() for line in rest.splitlines()), "```"] if rest else []
+    own = (one for one in command.params if one.name not in RUNNING)
+    options = [_option(one) for one in own if isinstance(one, click.Option)]
+    return ["\n\n".join(lines), *block, "", *options]
+
+
+def _option(one: click.Option) -> str:
+    return f"- `{', '.join(one.opts)}`: {' '.join((one.help or '').split())}"
+
+
+if __name__ == "__main__":
+    (ROOT / "llms.txt").write_text(llms(), encoding="utf-8", newline="\n")
+    place = ROOT / "examples" / "integrations" / "skill" / "SKILL.md"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(skill(), encoding="utf-8", newline="\n")
