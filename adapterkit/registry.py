@@ -66,10 +66,11 @@ def declarations(package: str) -> dict[str, Declaration]:
     return dict(sorted(declared.items()))
 
 
-def written_formats() -> list[str]:
-    """The quantized formats that can be written, by their names in `--to`."""
+def written_formats(of: str = "targets") -> list[str]:
+    """The quantized formats that can be written, by their names in `--to`; `of`: a codec's list of
+    them, `image_targets` for image models in one file."""
     codecs = declarations("weights.codecs").values()
-    return list(dict.fromkeys(n for one in codecs for n in one.constants.get("targets", ())))
+    return list(dict.fromkeys(n for one in codecs for n in one.constants.get(of, ())))
 
 
 def _constants(record: ast.ClassDef) -> Iterator[tuple[str, Any]]:

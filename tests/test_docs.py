@@ -258,7 +258,7 @@ def test_every_method_and_format_has_its_row():
     for name in registry.members("combinations"):
         assert f"| `{name}` |" in combine, name
     for record in registry.members("weights.codecs").values():
-        for target in record.targets:
+        for target in (*record.targets, *record.image_targets):
             assert f"{target}`" in quantized, target
 
 

@@ -52,13 +52,16 @@ def initializations() -> dict[str, Rows]:
     return groups
 
 
+TARGETS = ("targets", "image_targets")  # of a codec
+
+
 def formats() -> dict[str, Rows]:
     """The formats that a quantization can write, codec by codec, and those of GGUF files."""
     from adapterkit.gguf.mixes import MIXES
 
     codecs = declarations("weights.codecs").values()
-    targets = ((codec, codec.constants.get("targets", ())) for codec in codecs)
-    rows = [(", ".join(names), codec.summary) for codec, names in targets if names]
+    lists = ((codec, codec.constants.get(n, ())) for n in TARGETS for codec in codecs)
+    rows = [(", ".join(names), codec.summary) for codec, names in lists if names]
     return {"Formats": [*rows, (", ".join(MIXES), "llama.cpp's mixes, of a GGUF file.")]}
 
 

@@ -147,8 +147,9 @@ def _sizes(checkpoint: Checkpoint, known: _Known) -> Iterator[Size]:
         spec = checkpoint.tensors.get(f"{known.part.prefix}{head}.weight")
         if spec is None or len(spec.shape) < 2:
             continue
+        inputs = spec.shape[1] * (2 if spec.dtype == "U8" else 1)  # pairs of FP4 values
         models = known.names.models(match)
         shares = [one if isinstance(one, int) else 1 for one in match.rule.rows]
         shares = shares if len(shares) == len(models) else [1] * len(models)
         for module, share in zip(models, shares, strict=True):
-            yield Size(module, Fraction(spec.shape[0] * share, sum(shares)), spec.shape[1])
+            yield Size(module, Fraction(spec.shape[0] * share, sum(shares)), inputs)

@@ -17,6 +17,7 @@ from adapterkit.planning.inputs.sources import open_model
 from adapterkit.planning.outputs.cards import model_card
 from adapterkit.planning.outputs.folder_files import as_json, model_files
 from adapterkit.planning.outputs.model import check_gaps, plan_shard, plan_shards_of_size
+from adapterkit.planning.outputs.one_file import output_file
 from adapterkit.planning.pipelines import joined
 from adapterkit.verbs.dequantize import Dequantize
 from adapterkit.weights.codec import QuantizedWeight
@@ -33,7 +34,8 @@ def plan_dequantize(options: Dequantize) -> Plan:
         return plan_pipeline_dequantization(read_pipeline(folder), options)
     if files := find_gguf(folder):
         return _plan_gguf(files, options)
-    return _plan_model(open_checkpoint(folder), options)
+    name = output_file(folder, options.out)
+    return replace(_plan_model(open_checkpoint(folder), options, name), is_file=name is not None)
 
 
 def plan_pipeline_dequantization(pipeline: Pipeline, options: Dequantize) -> Plan:
@@ -65,8 +67,8 @@ def _nothing(folder: Folder) -> Refused:
     )
 
 
-def _plan_model(original: Checkpoint, options: Dequantize) -> Plan:
-    """The dequantization of one model of safetensors."""
+def _plan_model(original: Checkpoint, options: Dequantize, name: str | None = None) -> Plan:
+    """The dequantization of one model of safetensors; `name`: of an output that is one file."""
     dtype = options.dtype
     base = decoded_view(original)
     packed = quantized_weights(base.tensors)
@@ -89,19 +91,22 @@ def _plan_model(original: Checkpoint, options: Dequantize) -> Plan:
     if target_dtype and "config.json" in original.files:
         config["dtype"] = dtypes.CONFIG_NAME[target_dtype]
         config.pop("torch_dtype", None)
-    if options.max_shard_size:
+    if name is not None:
+        steps = {name: [step for group in steps.values() for step in group]}
+    headers = dict(zip(steps, original.shards.values(), strict=True))
+    if options.max_shard_size and name is None:
         shards = plan_shards_of_size(
             [step for group in steps.values() for step in group], parse_size(options.max_shard_size)
         )
     else:
         shards = [
-            plan_shard(name, group, original.shards[name], keep_format=False)
-            for name, group in steps.items()
+            plan_shard(file, group, headers[file], keep_format=False)
+            for file, group in steps.items()
             if group
         ]
     decisions = {"dequantized": len(packed)}
     card, omit = model_card(original.folder, "decoded to floats"), quantization_files(base.tensors)
-    files = model_files(original, config, shards, card, omit=omit)
+    files = {} if name else model_files(original, config, shards, card, omit=omit)
     return plan_of(
         "dequantize",
         options.recipe_options(),

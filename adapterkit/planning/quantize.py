@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import WARNING, AdapterkitError, Problems, listed
+from adapterkit.errors import WARNING, AdapterkitError, Problems, Refused, listed
+from adapterkit.formats.modules.names import NUMBER
+from adapterkit.formats.one_file import OneFileModel
 from adapterkit.gguf.file import check_types, gguf_package
 from adapterkit.gguf.header import FLOATS, GgufFiles, find_gguf, read_model
 from adapterkit.gguf.mixes import MIXES, types_of, with_number
@@ -15,21 +18,40 @@ from adapterkit.options import flag_of
 from adapterkit.patterns import matcher
 from adapterkit.plan import Compensation, Plan, Span, Task
 from adapterkit.planning.inputs.input_identity import plan_of
+from adapterkit.planning.inputs.model_checkpoint import one_file_of
 from adapterkit.planning.inputs.pipeline import Pipeline, is_pipeline, read_pipeline
 from adapterkit.planning.inputs.sources import if_given, open_model, open_statistics
 from adapterkit.planning.merge.gguf import files_beside, read_importance
+from adapterkit.planning.merge.one_file import file_notes
 from adapterkit.planning.outputs.cards import model_card
 from adapterkit.planning.outputs.gguf_model import gguf_files, retyped, weighed
 from adapterkit.planning.outputs.model import QuantizedModel
 from adapterkit.planning.outputs.one_file import output_file
 from adapterkit.planning.pipelines import joined
 from adapterkit.planning.quantization import QuantizationPlan, plan_quantization
-from adapterkit.registry import written_formats
+from adapterkit.planning.targets.values_by_regex import selecting
+from adapterkit.registry import members, written_formats
 from adapterkit.shared_options import BlockOptions, missing_statistics
 from adapterkit.tasks.quantize import EncodedWeight
 from adapterkit.tasks.statistics import select_covariances
 from adapterkit.verbs.quantize import Quantize
+from adapterkit.weights.codec import PlainWeight, QuantizedWeight
 from adapterkit.weights.detect import check_not_quantized
+
+# of each kind of base: what to do instead, which lists of formats, and options that do not fit
+KINDS = {
+    "gguf": (
+        "first adapterkit dequantize MODEL.gguf --out DIR",
+        "",
+        ("skip", "block_size", "double_quant", "stats"),
+    ),
+    "image": (
+        "give one of these formats",
+        "image_targets",
+        ("block_size", "double_quant", "stats", "imatrix", "modelfile"),
+    ),
+    "model": ("give a GGUF file, or one of an image model", "targets", ("imatrix", "modelfile")),
+}
 
 
 def plan_quantize(options: Quantize) -> Plan:
@@ -39,9 +61,13 @@ def plan_quantize(options: Quantize) -> Plan:
     if is_pipeline(folder := open_model(options.base)):
         return plan_pipeline_quantization(read_pipeline(folder), options)
     files = find_gguf(folder)
-    Problems(_unfit_options(options, is_gguf=files is not None)).raise_all()
+    model = None if files else one_file_of(folder)
+    kind = "gguf" if files else "model" if model is None else "image"
+    Problems(_unfit_options(options, kind)).raise_all()
     if files:
         return _plan_gguf(options, files)
+    if model is not None:
+        return _plan_images(options, model)
     return _plan_model(open_checkpoint(folder), options, options.skip, stats)
 
 
@@ -84,7 +110,7 @@ def plan_pipeline_quantization(pipeline: Pipeline, options: Quantize) -> Plan:
     for name in ("stats", "imatrix", "modelfile"):
         if getattr(options, name):
             errors.add(f"{flag_of(name)} with a pipeline", "a base that is one model")
-    errors += _unfit_options(options, is_gguf=False)
+    errors += _unfit_options(options, "model")
     errors.raise_all()
     skips = matcher(options.skip, "--skip") if options.skip else lambda name: False
     plans: dict[str, Plan] = {}
@@ -103,16 +129,64 @@ def plan_pipeline_quantization(pipeline: Pipeline, options: Quantize) -> Plan:
     return replace(joined(pipeline, plans, card), decisions=decisions)
 
 
-def _unfit_options(options: Quantize, *, is_gguf: bool) -> list[AdapterkitError]:
+def _unfit_options(options: Quantize, kind: str) -> list[AdapterkitError]:
     """`Refused` for formats and options that this kind of base has no use for."""
-    hint = "first adapterkit dequantize MODEL.gguf --out DIR" if is_gguf else "give a GGUF file"
-    errors = Problems(where="options", hint=hint)
-    known = MIXES if is_gguf else written_formats()
-    others = ("imatrix", "modelfile"), ("skip", "block_size", "double_quant", "stats")
-    wrong = [flag_of(name) for name in others[is_gguf] if getattr(options, name)]
+    errors = Problems(where="options", hint=KINDS[kind][0])
+    known = MIXES if kind == "gguf" else written_formats(KINDS[kind][1])
+    wrong = [flag_of(name) for name in KINDS[kind][2] if getattr(options, name)]
     if wrong or options.to not in known:
         errors.add(f"--to {options.to} {' '.join(wrong)} with this base", ", ".join(known))
     return errors
+
+
+def _plan_images(options: Quantize, model: OneFileModel) -> Plan:
+    """Everything that is done to an image model in one file: the linear layers in its denoiser's
+    blocks in one of ComfyUI's formats."""
+    check_not_quantized(model)
+    (codec,) = (
+        one for one in members("weights.codecs").values() if options.to in one.image_targets
+    )
+    layers = [module for module in sorted(model.modules) if _is_in_block(model, module)]
+    skip = selecting("--skip", options.skip, layers) if options.skip else lambda name: False
+    quantized: dict[str, QuantizedWeight] = {}
+    left_out: list[str] = []
+    for module in layers:
+        spec = model.tensors[f"{module}.weight"]
+        weight = PlainWeight(spec.key, spec.shape, spec.dtype)
+        packed = None if skip(module) else codec.for_encoding(options.to, weight, {})
+        if packed is None:
+            left_out.append(spec.key)
+        else:
+            quantized[spec.key] = packed
+    if not quantized:
+        raise Refused(
+            f"no linear layer for {options.to}",
+            expected="layers in blocks of the denoiser, of sizes that the format can hold",
+            where=model.name,
+            hint="check --skip, or use another format",
+        )
+    name = output_file(model.folder, options.out)
+    output = QuantizedModel(model, quantized, {}, model.config, file=name)
+    plan = plan_of(
+        "quantize",
+        {key: value for key, value in options.recipe_options().items() if key != "rounding"},
+        [model],
+        shards=output.shards(),
+        files={} if name else output.files(f"quantized to {options.to}"),
+        decisions={"left_out": left_out, "quantized": len(quantized)},
+        notes=[*file_notes(model), f"{len(quantized)} linear layers of its blocks are quantized"],
+    )
+    return replace(plan, is_file=name is not None)
+
+
+def _is_in_block(model: OneFileModel, module: str) -> bool:
+    """Whether it is a linear layer in a numbered block of the denoiser."""
+    spec = model.tensors.get(f"{module}.weight")
+    if spec is None or len(spec.shape) != 2 or spec.dtype not in dtypes.FLOATS:
+        return False
+    denoiser = next(iter(model.parts))
+    found = (match for part, _, match in model.found(module) if part == denoiser)
+    return any(NUMBER.fullmatch(place) for match in found for place, _ in match.values)
 
 
 def _plan_gguf(options: Quantize, files: GgufFiles) -> Plan:

@@ -8,10 +8,10 @@ from adapterkit.verb import WritingVerb, function_of
 
 
 def targets() -> list[str]:
-    """The formats that are written, and the mixes of a GGUF file."""
+    """The formats that are written, those of image models, and the mixes of a GGUF file."""
     from adapterkit.gguf.mixes import MIXES
 
-    return [*written_formats(), *MIXES]
+    return [*written_formats(), *written_formats("image_targets"), *MIXES]
 
 
 @record
@@ -35,6 +35,9 @@ class Quantize(WritingVerb, BlockOptions):
     Of a pipeline of diffusers the denoisers and the text encoders are quantized, of diffusers'
     models in nf4, fp4 or int8; `skip` matches modules with their part in front, and parts.
 
+    Of an image or video model in one file the linear layers in the denoiser's blocks become
+    ComfyUI's comfy-fp8, comfy-mxfp8, comfy-nvfp4 or comfy-int8, and all else stays.
+
     Matrices of a GGUF file, also a split one, get the types of a mix of llama.cpp's (q8_0, q4_k_m,
     ...), and all else stays; `imatrix` weighs the errors, `modelfile` writes a Modelfile.
     """
@@ -49,6 +52,7 @@ class Quantize(WritingVerb, BlockOptions):
       adapterkit quantize ./model --to nf4 --double-quant --out model-nf4
       adapterkit quantize ./model --to int8 --skip "layers.0[.]" --out model-int8
       adapterkit quantize model.gguf --to q4_k_m --out model-q4_k_m.gguf
+      adapterkit quantize flux.safetensors --to comfy-fp8 --out flux-fp8.safetensors
     """
 
     base: StrPath = argument(check=SOURCE)

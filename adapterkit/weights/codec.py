@@ -34,6 +34,8 @@ class QuantizedWeight(TensorSpec):
     name: ClassVar[str]
     methods: ClassVar[tuple[str, ...]]  # values of a config's quant_method
     targets: ClassVar[tuple[str, ...]] = ()  # values of `quantize --to`
+    # the same for image models in one file
+    image_targets: ClassVar[tuple[str, ...]] = ()
     # classes of modules whose weights it can hold
     modules: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
     # whether its loader accepts stacks of experts that are not quantized

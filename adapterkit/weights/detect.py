@@ -17,6 +17,8 @@ SIBLINGS = {
     ".weight_scale_inv": "block fp8",
     ".weight_scale": "compressed-tensors or fp8",
     ".weight_scales": "EETQ",
+    ".comfy_quant": "ComfyUI",
+    ".scale_weight": "ComfyUI's older fp8",
     ".weight_packed": "compressed-tensors packed",
     ".qweight": "GPTQ or AWQ",
     ".qzeros": "GPTQ or AWQ",
@@ -26,6 +28,7 @@ SIBLINGS = {
     "._weight_qdata": "torchao",
     ":qdata": "torchao",
 }
+QUANTIZED_METADATA = ("_quantization_metadata", "tensor_names")  # of ComfyUI, of torchao
 PAIRS = {"_blocks": ("_scales", "MXFP4")}  # a common ending, a sign only beside the other one
 PACKED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"}
 
@@ -61,6 +64,12 @@ def without_quantization(config: dict) -> Json:
         else value
         for key, value in plain.items()
     }
+
+
+def metadata_of_floats(metadata: Mapping[str, str]) -> dict[str, str]:
+    """A header's metadata without what torchao and ComfyUI say in it of quantized tensors."""
+    said = lambda key, text: key in QUANTIZED_METADATA or '"_type"' in text
+    return {key: text for key, text in metadata.items() if not said(key, text)} or {"format": "pt"}
 
 
 def _by_config(config: dict) -> str | None:

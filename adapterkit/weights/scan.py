@@ -66,9 +66,15 @@ class CheckpointScan:
 
     @property
     def compute_dtype(self) -> str:
-        """The model's dtype by its config (header name); BF16 if that does not say."""
+        """The model's dtype by its config (header name); if that does not say, F16 beside tensors
+        that are, else BF16."""
         dtype = self.base.config.get("dtype") or self.base.config.get("torch_dtype")
-        return dtypes.HEADER_NAME.get(str(dtype).removeprefix("torch."), "BF16")
+        return dtypes.HEADER_NAME.get(str(dtype).removeprefix("torch."), self._usual_dtype)
+
+    @cached_property
+    def _usual_dtype(self) -> str:
+        stored = [spec.dtype for spec in self.base.tensors.values()]
+        return max(("BF16", "F16"), key=stored.count)
 
     def siblings(self, key: str, *endings: str) -> list[TensorSpec] | None:
         """The tensors `key + ending`; None, with an error, if one is missing."""

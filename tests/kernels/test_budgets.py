@@ -102,7 +102,11 @@ def test_formats(form: str, weight: Tensor, tmp_path: Path):
     assert not over_budget(record, weight, stored)
 
 
-TARGETS = [(name, to) for name, one in members("weights.codecs").items() for to in one.targets]
+TARGETS = [
+    (name, to)
+    for name, one in members("weights.codecs").items()
+    for to in (*one.targets, *one.image_targets)
+]
 
 
 @pytest.mark.parametrize(("codec", "to"), TARGETS)

@@ -29,17 +29,20 @@ from adapterkit.kernels.quant.grid import (
 )
 from adapterkit.kernels.quant.stochastic import Draws
 
-FP8_MAX = 448.0
+FP8_MAX = 448.0  # of E4M3
+# the largest magnitude of each kind of codes; above it are NaN, and of E5M2 the infinity
+ENDS = {torch.float8_e4m3fn: (0, 0x7E), torch.float8_e5m2: (0, 0x7B)}
 
 Fp8Rule = Literal["divide", "multiply", "power"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Grid(Grid):
-    """code · scale, of E4M3; a second scale is the factor that values are multiplied by, else they
-    are divided by the first."""
+    """code · scale; a second scale is the factor that values are multiplied by, else they are
+    divided by the first."""
 
     ends: tuple[int, int] = (0, 0x7E)  # 0x7F is NaN
+    dtype: torch.dtype = torch.float8_e4m3fn
     sign = 0x80
     refuses = False
 
@@ -50,10 +53,11 @@ class Fp8Grid(Grid):
 
     def nearest(self, x: Tensor) -> Tensor:
         # without the clamp older torch converts what is above to NaN
-        return x.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+        largest = torch.finfo(self.dtype).max
+        return x.clamp_(-largest, largest).to(self.dtype).view(torch.uint8)
 
     def value(self, code: Tensor, *scales: Tensor) -> Tensor:
-        return _values(torch.float8_e4m3fn, code.device)[code.int()].mul_(scales[0])
+        return _values(self.dtype, code.device)[code.int()].mul_(scales[0])
 
 
 def grids(
@@ -62,16 +66,18 @@ def grids(
     block: tuple[int, int],
     rule: Fp8Rule = "divide",
     factor: Tensor | None = None,  # of "multiply", where it is not 1 / scale
+    dtype: torch.dtype = torch.float8_e4m3fn,  # of codes
 ) -> list[Fp8Grid]:
     """Those of the matrices of a weight."""
-    scales = _by_block(scale_as_float(scale), shape, block)
+    scales, ends = _by_block(scale_as_float(scale), shape, block), ENDS[dtype]
     if rule != "multiply":
-        return [Fp8Grid(scales=(each,), block=block) for each in scales]
+        return [Fp8Grid(scales=(one,), block=block, ends=ends, dtype=dtype) for one in scales]
     if factor is None:
         factors = torch.where(scales == 0, 1.0, scales).reciprocal()
     else:
         factors = _by_block(factor, shape, block)
-    return [Fp8Grid(scales=pair, block=block) for pair in zip(scales, factors, strict=True)]
+    pairs = zip(scales, factors, strict=True)
+    return [Fp8Grid(scales=pair, block=block, ends=ends, dtype=dtype) for pair in pairs]
 
 
 def decode_fp8(
@@ -103,10 +109,12 @@ def encode_fp8(
     rule: Fp8Rule = "divide",
     scale_dtype: torch.dtype = torch.float32,
     draws: Draws | None = None,
-) -> Encoded:  # codes (..., out, in) float8_e4m3fn, scale (..., ceil(out/h), ceil(in/w))
+    dtype: torch.dtype = torch.float8_e4m3fn,  # of codes, or float8_e5m2
+) -> Encoded:  # codes (..., out, in), scale (..., ceil(out/h), ceil(in/w))
     """code = w / scale.
 
     - divide (compressed-tensors): scale = amax / 448 rounded to `scale_dtype`; for zeros its eps.
+      Of E5M2 57344 is in place of 448.
     - multiply (transformers' fp8): f = 448 / amax, scale = 1 / f, code = w · f; for zeros 1.
       With a scale as argument f = 1 / scale.
     - power (transformers' fp8 with scale_fmt ue8m0): that scale, raised to a power of 2.
@@ -116,10 +124,10 @@ def encode_fp8(
     """
     factor = None
     if scale is None:
-        scale, factor = _fp8_scale(block_amax(w, block), rule, scale_dtype)
-    codes = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
+        scale, factor = _fp8_scale(block_amax(w, block), rule, scale_dtype, dtype)
+    codes = torch.empty(w.shape, dtype=dtype, device=w.device)
     stored = matrices(w.contiguous(), codes.view(torch.uint8))
-    for number, grid in enumerate(grids(scale, w.shape, block, rule, factor)):
+    for number, grid in enumerate(grids(scale, w.shape, block, rule, factor, dtype)):
         x, target = next(stored)
         here = None if draws is None else draws.at(number * x.numel())
         for rows, code in grid.encode(x, here):
@@ -133,27 +141,31 @@ def requantize_fp8(
     scale: Tensor,  # as for decode_fp8, as stored
     draws: Draws,
     rule: Fp8Rule = "divide",
+    dtype: torch.dtype = torch.float8_e4m3fn,  # of codes
 ) -> Encoded:
     """Codes sampled with the stored scales, or new ones where `loses_less`."""
-    dtype = torch.float8_e8m0fnu if scale.dtype == torch.uint8 else scale.dtype
-    new, _ = _fp8_scale(block_amax(w, block), rule, dtype)
-    both = zip(grids(scale, w.shape, block), grids(new, w.shape, block), strict=True)
+    scale_dtype = torch.float8_e8m0fnu if scale.dtype == torch.uint8 else scale.dtype
+    new, _ = _fp8_scale(block_amax(w, block), rule, scale_dtype, dtype)
+    both = zip(*(grids(each, w.shape, block, dtype=dtype) for each in (scale, new)), strict=True)
     weights = (x for (x,) in matrices(w.contiguous()))
     better = torch.stack([loses_less(x, *pair) for x, pair in zip(weights, both, strict=True)])
     new = new.view(scale.dtype).view(scale.shape)
     scale = chosen(better.view(scale.shape), new, scale)
-    return encode_fp8(w, block, scale, rule, draws=draws)
+    return encode_fp8(w, block, scale, rule, draws=draws, dtype=dtype)
 
 
-def _fp8_scale(amax: Tensor, rule: Fp8Rule, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _fp8_scale(
+    amax: Tensor, rule: Fp8Rule, dtype: torch.dtype, codes: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """The scale that is stored and the factor that "multiply" uses."""
     check_finite(amax)
+    largest = torch.finfo(codes).max
     if rule == "divide":
-        scale = (amax / FP8_MAX).to(dtype)
+        scale = (amax / largest).to(dtype)
         scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
         return scale, scale.float().reciprocal()
     limits = torch.finfo(torch.float32)
-    factor = torch.where(amax > 0, FP8_MAX / amax, 1.0).clamp(max=limits.max)
+    factor = torch.where(amax > 0, largest / amax, 1.0).clamp(max=limits.max)
     scale = factor.reciprocal()
     if rule == "power":
         scale = torch.exp2(scale.clamp(min=limits.tiny).log2().ceil())

@@ -16,6 +16,7 @@ from adapterkit.records import Json
 from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.rows import EditedTensor, RequantizedWeight
 from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.detect import metadata_of_floats
 from adapterkit.weights.loading import find_gaps, gaps_of, looks_whole
 from adapterkit.weights.skeleton import Skeleton
 
@@ -64,6 +65,7 @@ class QuantizedModel:
     config: Json
     folder: str = ""
     changed_by: str = ""  # the verb whose adapter goes with it, for the files' metadata
+    file: str | None = None  # the name of an output that is one file, if not the base's
 
     def shards(self) -> tuple[OutputFile, ...]:
         """Its files of weights, named as the base's."""
@@ -74,7 +76,7 @@ class QuantizedModel:
         changed_by = {CHANGED_BY: self.changed_by} if self.changed_by else {}
         return tuple(
             OutputFile.computed(
-                prefix + name,
+                prefix + (self.file or name),
                 sorted(tasks, key=lambda task: task.name),
                 (self.base.shards[name].metadata or {"format": "pt"}) | changed_by,
                 safetensors_order=True,
@@ -163,8 +165,7 @@ def plan_shard(
         (task for step in steps for task in _tasks(step, keep_format=keep_format)),
         key=lambda task: task.name,
     )
-    # torchao's metadata say how tensors are quantized: not of floats
-    metadata = header.metadata if keep_format else {"format": header.metadata.get("format", "pt")}
+    metadata = header.metadata if keep_format else metadata_of_floats(header.metadata)
     return OutputFile.computed(name, tasks, metadata or None, safetensors_order=True)
 
 
