@@ -90,11 +90,11 @@ class Comfy(QuantizedWeight):
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         codes, scale, *_ = self.values(stored)
         if self.kind == NVFP4:
-            return fp4.decode_nvfp4(_swapped(codes), *self._scales(stored))
+            return fp4.decode_nvfp4(_swapped(codes), *self._nvfp4(stored))
         if self.kind == INT8:
             return integers.decode_int8(codes, scale)
         if self.kind == MXFP8:
-            return fp8.decode_fp8(codes, *self._scales(stored), self._block)
+            return fp8.decode_fp8(codes, self._in_rows(stored), self._block)
         value = fp8.decode_fp8(codes.view(self._matrix), scale.reshape(-1, 1), self._block)
         return value.view(self.shape)
 
@@ -113,10 +113,10 @@ class Comfy(QuantizedWeight):
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
         scale = self.values(stored)[1]
         if self.kind == NVFP4:
-            return fp4.nvfp4_grid(*self._scales(stored)).round_column
+            return fp4.nvfp4_grid(*self._nvfp4(stored)).round_column
         if self.kind == INT8:
             return integers.grid_of(scale, None, self._matrix).round_column
-        scale = self._scales(stored)[0] if self.kind == MXFP8 else scale.reshape(-1, 1)
+        scale = self._in_rows(stored) if self.kind == MXFP8 else scale.reshape(-1, 1)
         (grid,) = fp8.grids(scale, self._matrix, self._block, dtype=self._codes)
         return grid.round_column
 
@@ -137,28 +137,28 @@ class Comfy(QuantizedWeight):
         out, width = self._matrix
         return (out if math.prod(self.parts[1].shape) == 1 else 1, width)
 
-    def _scales(self, stored: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Scales in rows, of a dtype that computes, and NVFP4's factor."""
+    def _in_rows(self, stored: dict[str, Tensor]) -> Tensor:
+        """The bytes of its scales, of each row one after another."""
         out, width = self.shape
-        scale = untiled(stored[self.parts[1].key].view(torch.uint8), out, width // self._block[1])
-        if self.kind == MXFP8:
-            return (scale,)
+        return untiled(stored[self.parts[1].key].view(torch.uint8), out, width // self._block[1])
+
+    def _nvfp4(self, stored: dict[str, Tensor]) -> tuple[Tensor, fp4.TensorScale]:
         factor = fp4.TensorScale(stored[self.parts[2].key], divides=False)
-        return scale.view(torch.float8_e4m3fn), factor
+        return self._in_rows(stored).view(torch.float8_e4m3fn), factor
 
     def _encode(
         self, weight: Tensor, stored: dict[str, Tensor], draws: Draws | None
     ) -> dict[str, Tensor]:
         matrix, dtype = weight.reshape(self._matrix), dtypes.torch_dtype(self.parts[1].dtype)
         if self.kind == NVFP4:
-            old = self._scales(stored) if stored else None
+            old = self._nvfp4(stored) if stored else None
             result = fp4.renew_nvfp4(matrix, old, draws, divides=False)
             scale = tiled(result.scale.view(torch.uint8)).view(dtype)
             return self.as_parts(_swapped(result.codes), scale, result.tensor_scale.value)
         if self.kind == INT8:
             return self._integers(matrix, stored, draws)
         if self.kind == MXFP8:
-            scale = self._scales(stored)[0] if draws is not None else None
+            scale = self._in_rows(stored) if draws is not None else None
             encoded = _fp8(matrix, self._block, scale, draws, "power", torch.float8_e8m0fnu)
             scale = tiled(encoded.scale.view(torch.uint8)).view(dtype)
             return self.as_parts(encoded.codes, scale)
