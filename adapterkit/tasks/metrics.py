@@ -68,13 +68,12 @@ def change_sums(before: Tensor, exact: Tensor, written: Tensor) -> list[Tensor]:
     """How many elements differ from before, ‖before‖², ‖written - exact‖², ‖Δ‖² and
     ⟨written - before, Δ⟩, each a tensor of its device without dimensions: none is waited for."""
     delta, moved = exact - before, written - before
-    projection = torch.dot(moved.view(-1), delta.view(-1))
     return [
-        moved.sign_().abs_().sum(),  # a sum of bits takes ten times as long
+        torch.count_nonzero(moved),  # on CPUs a sum of comparisons takes three times as long
         squares(before),
         squares(exact - written),
         squares(delta),
-        projection,
+        torch.dot(moved.view(-1), delta.view(-1)),
     ]
 
 

@@ -22,12 +22,16 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.local.reader import LocalReader
+from adapterkit.formats.modules.deltas import ModuleDelta
+from adapterkit.formats.modules.record import AdapterModule
+from adapterkit.formats.modules.tensors import from_spec
 from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.plan import RowEdit
 from adapterkit.registry import members
 from adapterkit.tasks import edits
 from adapterkit.tasks.edits import (
+    AddDelta,
     AddLikePeft,
     AddLowRank,
     AddVector,
@@ -86,10 +90,15 @@ def edits_of(s: dict[str, TensorSpec]) -> list[RowEdit]:
     )
     one = PlacedFactors(stack, (Block(Band(0, OUT), columns, 1),))
     add = AddLowRank((term,))
+    made_of = lambda **keys: {role: from_spec(s[key]) for role, key in keys.items()}
+    lora = AdapterModule("", "m", "lora", made_of(a="a", b="b"), alpha=1.0, rank=RANK)
+    full = AdapterModule("", "m", "full", made_of(diff="w"), alpha=1.0, rank=1)
     chosen: list[RowEdit] = [
         add,
         AddLowRank((term, other, one)),
         AddLikePeft((term,), torch.bfloat16, True),
+        AddDelta(ModuleDelta(lora), 0.5, Band(0, OUT)),
+        AddDelta(ModuleDelta(full), 0.5, Band(0, OUT)),
         AddVector(s["vector"], 0.5, scattered),
         RoundTo(torch.bfloat16),
         ReplaceRows(s["rows"], (1, 7)),
