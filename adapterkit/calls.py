@@ -3,16 +3,13 @@
 import dataclasses
 import os
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterkit.errors import shown
 from adapterkit.hub.ids import COMMIT, parse
-from adapterkit.options import StrPath, finite, flag_of, option_of
+from adapterkit.options import OptionRecord, StrPath, finite, flag_of, option_of
 from adapterkit.records import Json
 from adapterkit.run_options import RunOptions
-
-if TYPE_CHECKING:
-    from adapterkit.verb import Verb
 
 # (kind of the check: source or file, path) -> its text
 Spelling = Callable[[str, StrPath], str]
@@ -20,7 +17,7 @@ COMMAND = "(the command)"  # its place in a card
 RUNNING = {field.name for field in dataclasses.fields(RunOptions)}
 
 
-def arguments_of(verb: "Verb", spell: Spelling, without: Collection[str]) -> Json:
+def arguments_of(verb: OptionRecord, spell: Spelling, without: Collection[str]) -> Json:
     """The arguments that were given, as JSON has them where it can; sources with their weights."""
     arguments = {}
     for field in dataclasses.fields(verb):
@@ -50,7 +47,7 @@ def _weighted(source: StrPath, weight: float | None, spell: Spelling) -> Any:
     return name if weight is None else [name, weight]
 
 
-def call_of(verb: "Verb") -> Json:
+def call_of(verb: OptionRecord) -> Json:
     """What makes an output again, without what is of one machine: of paths the last part, ids of
     the Hub without their commits, which the recipe has, and nothing of how the job ran."""
     return arguments_of(verb, _name, {*RUNNING, "push", "verify"})
@@ -65,7 +62,7 @@ def _name(kind: str, path: StrPath) -> str:
     return str(dataclasses.replace(hub_id, revision=None) if is_commit else hub_id)
 
 
-def command_of(kind: type["Verb"], call: Json, out: str) -> str:
+def command_of(kind: type[OptionRecord], call: Json, out: str) -> str:
     """The command of a call."""
     from adapterkit.checkpoint.system import system
 
@@ -89,7 +86,7 @@ def command_of(kind: type["Verb"], call: Json, out: str) -> str:
     return " ".join([*words, "--out", out])
 
 
-def with_command(files: Mapping[str, Any], kind: type["Verb"], call: Json) -> dict[str, Any]:
+def with_command(files: Mapping[str, Any], kind: type[OptionRecord], call: Json) -> dict[str, Any]:
     """Small files with the command in the place that they have for it."""
     text = (
         "".join(c for c in command_of(kind, call, "OUT") if c.isprintable())

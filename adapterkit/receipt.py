@@ -29,7 +29,7 @@ from adapterkit.records import (
     table_of,
     test,
 )
-from adapterkit.verb import load
+from adapterkit.registry import load
 
 RECEIPT_VERSION = 1
 SEAL = b',\n  "seal": "'

@@ -114,3 +114,9 @@ LIFTED = ("density", "majority")  # options of methods that are options of `comb
 def as_flag(key: str) -> str:
     """A method's option as the command line has it, without a value."""
     return f"--{key}" if key in LIFTED else f"--set {key}"
+
+
+def load(entry: str) -> Any:
+    """The function of a `MODULE:NAME` of the package."""
+    module, _, name = entry.partition(":")
+    return getattr(importlib.import_module(f"adapterkit.{module}"), name)

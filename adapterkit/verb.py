@@ -36,6 +36,7 @@ from typing import (
 from adapterkit.calls import call_of, with_command
 from adapterkit.options import OptionRecord, option, option_of, own_hints, record
 from adapterkit.records import Json
+from adapterkit.registry import load
 from adapterkit.run_options import REPOSITORY, RunOptions
 
 if TYPE_CHECKING:
@@ -44,12 +45,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-def load(entry: str) -> Any:
-    """The function of a `MODULE:NAME` of the package."""
-    module, _, name = entry.partition(":")
-    return getattr(import_module(f"adapterkit.{module}"), name)
 
 
 class Verb(OptionRecord, Generic[R]):

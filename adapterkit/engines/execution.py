@@ -19,8 +19,8 @@ from adapterkit.hub.pins import are_pinned
 from adapterkit.options import StrPath, parse_size
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt, fingerprint_of
+from adapterkit.registry import load
 from adapterkit.run_options import ENGINES, RunOptions
-from adapterkit.verb import load
 
 
 def pinned_inputs(how: RunOptions) -> AbstractContextManager[object]:

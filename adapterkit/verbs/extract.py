@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.options import SOURCE, StrPath, argument, choice, option, record
+from adapterkit.registry import load
 from adapterkit.shared_options import (
     ModuleFilters,
     TruncationOptions,
     covariances_option,
     factor_dtype_option,
 )
-from adapterkit.verb import WritingVerb, function_of, load
+from adapterkit.verb import WritingVerb, function_of
 
 if TYPE_CHECKING:
     from adapterkit.plan import Plan

@@ -18,6 +18,7 @@ from adapterkit.options import (
     option,
     record,
 )
+from adapterkit.registry import load
 from adapterkit.run_options import model_output_option
 from adapterkit.shared_options import (
     IMPORTANCE,
@@ -29,7 +30,7 @@ from adapterkit.shared_options import (
     statistics_option,
     verify_option,
 )
-from adapterkit.verb import WritingVerb, function_of, load, push_option
+from adapterkit.verb import WritingVerb, function_of, push_option
 
 if TYPE_CHECKING:
     from adapterkit.plan import Plan

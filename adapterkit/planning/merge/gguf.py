@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from adapterkit.checkpoint.hashes import sha256_of_file
 from adapterkit.errors import AdapterkitError, Problems, Refused
-from adapterkit.gguf.imatrix import Importance, read_imatrix
+from adapterkit.gguf.beside.imatrix import Importance, read_imatrix
+from adapterkit.gguf.beside.modelfile import modelfile
 from adapterkit.gguf.model import GgufCheckpoint
-from adapterkit.gguf.modelfile import modelfile
 from adapterkit.options import StrPath, flag_of
 from adapterkit.plan import OutputFile, Step
 from adapterkit.planning.inputs.sources import open_source

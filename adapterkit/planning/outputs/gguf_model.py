@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Problems, Refused, listed, shown
+from adapterkit.gguf.beside.imatrix import Importance
 from adapterkit.gguf.header import FLOATS, HEAD, TYPES, GgufHeader
-from adapterkit.gguf.imatrix import Importance
 from adapterkit.gguf.layout import FileLayout, NewTensor, as_it_was, laid_out_anew, nbytes
 from adapterkit.gguf.model import GgufCheckpoint
 from adapterkit.gguf.weight import GgufWeight
