@@ -1,5 +1,6 @@
 """Names and rows of video models and of newer image models, against diffusers' own converters."""
 
+import re
 import types
 from collections.abc import Callable
 
@@ -33,6 +34,74 @@ def with_sizes(function: Callable, sizes: dict[int, int]) -> Callable:
     return types.FunctionType(own(function.__code__), function.__globals__)
 
 
+def renamed(convert: Callable, names: dict[str, str]) -> Callable:
+    """The converter, of keys whose parts (regexes) are renamed first."""
+
+    def own(checkpoint: Tensors) -> Tensors:
+        for pattern, text in names.items():
+            checkpoint = {re.sub(pattern, text, key): value for key, value in checkpoint.items()}
+        return convert(checkpoint)
+
+    return own
+
+
+def auraflow(checkpoint: Tensors) -> Tensors:
+    """diffusers' converter, which asks for parameters that no rule names."""
+    convert = single_file_utils.convert_auraflow_transformer_checkpoint_to_diffusers
+    bare = {"register_tokens": torch.ones(1), "positional_encoding": torch.ones(1)}
+    converted = convert(checkpoint | bare)
+    return {k: v for k, v in converted.items() if k not in ("register_tokens", POSITIONS)}
+
+
+POSITIONS = "pos_embed.pos_embed"
+
+
+def hunyuan_image(checkpoint: Tensors) -> Tensors:
+    """diffusers' converter for HunyuanVideo, and what its script for HunyuanImage has besides."""
+    convert = single_file_utils.convert_hunyuan_video_transformer_to_diffusers
+    names = {
+        r"^time_r_in\.mlp\.0\.": "time_guidance_embed.timestep_embedder_r.linear_1.",
+        r"^time_r_in\.mlp\.2\.": "time_guidance_embed.timestep_embedder_r.linear_2.",
+        r"^byt5_in\.layernorm\.": "context_embedder_2.norm.",
+        r"^byt5_in\.fc(\d)\.": r"context_embedder_2.linear_\1.",
+    }
+    converted = renamed(with_sizes(convert, {3072: WIDTH}), names)(checkpoint)
+    return renamed(dict, {r"^time_text_embed\.": "time_guidance_embed."})(converted)
+
+
+def pixart(checkpoint: Tensors) -> Tensors:
+    """What `pixart_to_diffusers` in ComfyUI's comfy/utils.py says."""
+    names = {
+        r"^csize_embedder\.mlp\.0\.": "adaln_single.emb.resolution_embedder.linear_1.",
+        r"^csize_embedder\.mlp\.2\.": "adaln_single.emb.resolution_embedder.linear_2.",
+        r"^ar_embedder\.mlp\.0\.": "adaln_single.emb.aspect_ratio_embedder.linear_1.",
+        r"^ar_embedder\.mlp\.2\.": "adaln_single.emb.aspect_ratio_embedder.linear_2.",
+        r"^t_embedder\.mlp\.0\.": "adaln_single.emb.timestep_embedder.linear_1.",
+        r"^t_embedder\.mlp\.2\.": "adaln_single.emb.timestep_embedder.linear_2.",
+        r"^t_block\.1\.": "adaln_single.linear.",
+        r"^x_embedder\.proj\.": "pos_embed.proj.",
+        r"^y_embedder\.y_proj\.fc(\d)\.": r"caption_projection.linear_\1.",
+        r"^final_layer\.linear\.": "proj_out.",
+        r"^blocks\.": "transformer_blocks.",
+        r"\.attn\.proj\.": ".attn1.to_out.0.",
+        r"\.cross_attn\.proj\.": ".attn2.to_out.0.",
+        r"\.cross_attn\.q_linear\.": ".attn2.to_q.",
+        r"\.mlp\.fc1\.": ".ff.net.0.proj.",
+        r"\.mlp\.fc2\.": ".ff.net.2.",
+    }
+    fused = {".attn.qkv.": (".attn1", "qkv"), ".cross_attn.kv_linear.": (".attn2", "kv")}
+    converted = {}
+    for key, value in renamed(dict, names)(checkpoint).items():
+        name = next((name for name in fused if name in key), "")
+        attention, parts = fused.get(name, ("", "-"))
+        for part, own in zip(parts, value.chunk(len(parts)), strict=True):
+            new = key.replace(name, f"{attention}.to_{part}.") if name else key
+            converted[new] = own
+    return converted
+
+
+SCALES = r"((?:pre|post|q|k|query_|key_|last\.)norm|txtmlp\.0)\.weight$"
+
 # of a model: the naming of the original one, and diffusers' converter of its checkpoints
 CONVERTERS = {
     "wan t2v": ("original", single_file_utils.convert_wan_transformer_to_diffusers),
@@ -47,6 +116,28 @@ CONVERTERS = {
     "lumina2": (
         "original",
         with_sizes(single_file_utils.convert_lumina2_to_diffusers, {2304: 24, 768: 8}),
+    ),
+    "krea2": (
+        "original",
+        renamed(
+            single_file_utils.convert_krea2_transformer_checkpoint_to_diffusers,
+            {SCALES: r"\1.scale"},
+        ),
+    ),
+    "ernie_image": (
+        "model",
+        single_file_utils.convert_ernie_image_transformer_checkpoint_to_diffusers,
+    ),
+    "cosmos": ("original", single_file_utils.convert_cosmos_transformer_checkpoint_to_diffusers),
+    "auraflow": ("original", auraflow),
+    "hunyuan_image": ("original", hunyuan_image),
+    "pixart": ("original", pixart),
+    "flux3": (
+        "original",
+        renamed(
+            single_file_utils.convert_flux3_transformer_checkpoint_to_diffusers,
+            {SCALES: r"\1.scale"},
+        ),
     ),
 }
 

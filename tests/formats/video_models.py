@@ -169,6 +169,174 @@ def lumina2() -> nn.Module:
     )
 
 
+def krea2() -> nn.Module:
+    from diffusers import Krea2Transformer2DModel
+
+    return Krea2Transformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        timestep_embed_dim=8,
+        text_hidden_dim=16,
+        num_text_layers=2,
+        text_num_attention_heads=HEADS,
+        text_num_key_value_heads=HEADS,
+        text_intermediate_size=24,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(2, 2, 0),
+    )
+
+
+def ernie_image() -> nn.Module:
+    from diffusers import ErnieImageTransformer2DModel
+
+    return ErnieImageTransformer2DModel(
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_layers=1,
+        ffn_hidden_size=24,
+        in_channels=4,
+        out_channels=4,
+        text_in_dim=8,
+        rope_axes_dim=(4, 2, 2),
+    )
+
+
+def cosmos() -> nn.Module:
+    from diffusers import CosmosTransformer3DModel
+
+    return CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=HEADS,
+        attention_head_dim=16,
+        num_layers=1,
+        text_embed_dim=8,
+        adaln_lora_dim=4,
+        max_size=(4, 8, 8),
+        extra_pos_embed_type=None,
+    )
+
+
+def anima_conditioner() -> nn.Module:
+    from diffusers import AnimaTextConditioner
+
+    return AnimaTextConditioner(
+        source_dim=8,
+        target_dim=8,
+        model_dim=WIDTH,
+        num_layers=1,
+        num_attention_heads=HEADS,
+        target_vocab_size=12,
+        min_sequence_length=4,
+    )
+
+
+def auraflow() -> nn.Module:
+    from diffusers import AuraFlowTransformer2DModel
+
+    return AuraFlowTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=WIDTH // HEADS,
+        num_attention_heads=HEADS,
+        joint_attention_dim=8,
+        caption_projection_dim=WIDTH,
+        pos_embed_max_size=16,
+    )
+
+
+def hunyuan_image() -> nn.Module:
+    from diffusers import HunyuanImageTransformer2DModel
+
+    return HunyuanImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH // HEADS,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=8,
+        text_embed_2_dim=6,
+        rope_axes_dim=(4, 4),
+        guidance_embeds=True,
+        use_meanflow=True,
+    )
+
+
+def kandinsky5() -> nn.Module:
+    from diffusers import Kandinsky5Transformer3DModel
+
+    return Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        in_text_dim=8,
+        in_text_dim2=6,
+        time_dim=8,
+        model_dim=WIDTH,
+        ff_dim=24,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(4, 2, 2),
+    )
+
+
+def pixart() -> nn.Module:
+    from diffusers import PixArtTransformer2DModel
+    from diffusers.loaders.peft import PeftAdapterMixin
+
+    class PixArt(PixArtTransformer2DModel, PeftAdapterMixin):
+        """With the loader that diffusers' newer models have."""
+
+    return PixArt(
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH // HEADS,
+        num_layers=1,
+        cross_attention_dim=WIDTH,
+        sample_size=8,
+        caption_channels=8,
+        use_additional_conditions=True,
+    )
+
+
+def ideogram4() -> nn.Module:
+    from diffusers import Ideogram4Transformer2DModel
+
+    return Ideogram4Transformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=WIDTH // HEADS,
+        num_attention_heads=HEADS,
+        intermediate_size=24,
+        adaln_dim=8,
+        llm_features_dim=8,
+        mrope_section=(2, 1, 1),
+    )
+
+
+def flux3() -> nn.Module:
+    from diffusers import Flux3Transformer2DModel
+
+    return Flux3Transformer2DModel(
+        in_channels=4,
+        cond_in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=WIDTH // HEADS,
+        num_attention_heads=HEADS,
+        joint_attention_dim=8,
+        timestep_channels=8,
+        axes_dims_rope=(2, 2, 2, 2),
+        flow_map=True,
+    )
+
+
 # each model, and the architecture whose rules name its modules
 MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "wan t2v": ("wan", wan),
@@ -181,6 +349,15 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "ltx2": ("ltx2", ltx2),
     "hidream": ("hidream", hidream),
     "lumina2": ("lumina2", lumina2),
+    "krea2": ("krea2", krea2),
+    "ernie_image": ("ernie_image", ernie_image),
+    "cosmos": ("cosmos", cosmos),
+    "auraflow": ("auraflow", auraflow),
+    "hunyuan_image": ("hunyuan_image", hunyuan_image),
+    "kandinsky5": ("kandinsky5", kandinsky5),
+    "pixart": ("pixart", pixart),
+    "ideogram4": ("ideogram4", ideogram4),
+    "flux3": ("flux3", flux3),
 }
 
 

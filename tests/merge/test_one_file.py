@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -435,14 +436,25 @@ TOLD_BY = {
     "z_image": ["cap_embedder.1.weight", "layers.0.attention.qkv.weight"],
     "lumina2": ["cap_embedder.1.weight", "layers.0.attention.qkv.weight"],
     "hidream": ["caption_projection.0.linear.weight"],
+    "anima": ["blocks.0.mlp.layer1.weight", "llm_adapter.blocks.0.cross_attn.q_proj.weight"],
+    "auraflow": ["double_layers.0.attn.w1q.weight", "single_layers.0.mlp.c_fc1.weight"],
+    "cosmos": ["blocks.0.mlp.layer1.weight", "x_embedder.proj.1.weight"],
+    "hunyuan_image": [
+        "txt_in.individual_token_refiner.blocks.0.norm1.weight",
+        "byt5_in.fc1.weight",
+    ],
+    "kandinsky5": ["visual_transformer_blocks.0.cross_attention.key_norm.weight"],
+    "krea2": ["txtfusion.projector.weight", "blocks.0.attn.wq.weight"],
+    "pixart": ["t_block.1.weight", "ar_embedder.mlp.0.weight"],
 }
 
 
 @pytest.mark.parametrize("family", TOLD_BY)
 def test_names_are_those_that_comfyui_tells_models_by(family, home):
     base = base_of(family, home)
-    keys = {key.removeprefix(DENOISER).replace(".norm.key_norm.weight", ".norm.key_norm.scale")
-            for key in load_file(base)}  # fmt: skip
+    starts = re.compile(f"^({re.escape(DENOISER)}|net\\.)")
+    keys = {starts.sub("", key) for key in load_file(base)}
+    keys |= {key.replace(".norm.key_norm.weight", ".norm.key_norm.scale") for key in keys}
     keys |= {key.replace("norms.0.weight", "norms.0.scale") for key in keys}
     assert {*TOLD_BY[family]} <= keys
     model = read_checkpoint(open_model(base))

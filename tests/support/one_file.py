@@ -13,6 +13,7 @@ from adapterkit.formats.modules.names import names_of
 from adapterkit.formats.modules.rows import model_order
 from tests.formats.test_flux import MODELS as FLUX
 from tests.formats.video_models import MODELS as VIDEO
+from tests.formats.video_models import anima_conditioner, cosmos
 from tests.support import pipelines
 
 Tensors = dict[str, Tensor]
@@ -39,6 +40,14 @@ def _clip(projected: bool = False, size: int = 8) -> Callable[[], nn.Module]:
     return lambda: pipelines.clip(kind, size)
 
 
+NAMINGS = {  # of files that have others than their publisher's
+    "ernie_image": "model",
+    "hidream": "model",
+    "hunyuan_image": "comfyui",
+    "kandinsky5": "model",
+    "qwen_image": "model",
+    "z_image": "comfyui",
+}
 FAMILIES: dict[str, Family] = {
     "sd15": Family(
         "sd15",
@@ -75,12 +84,15 @@ FAMILIES: dict[str, Family] = {
     **{
         name.replace(" ", "_"): _denoiser(architecture, model, naming)
         for name, (architecture, model) in VIDEO.items()
-        for naming in [
-            {"qwen_image": "model", "hidream": "model", "z_image": "comfyui"}.get(
-                architecture, "original"
-            )
-        ]
+        for naming in [NAMINGS.get(architecture, "original")]
     },
+    "anima": Family(
+        "anima",
+        {
+            "transformer": (cosmos, "original", "net."),
+            "text_conditioner": (anima_conditioner, "original", "net.llm_adapter."),
+        },
+    ),
     "hunyuan_video_comfyui": _denoiser("hunyuan_video", VIDEO["hunyuan_video"][1], "comfyui"),
 }
 
