@@ -23,7 +23,7 @@ from adapterkit.reports import configs
 from adapterkit.reports.pairs import Bias, Pair, make_pair, stored_specs, summary_of
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.decoded import decoded_view
-from adapterkit.weights.detect import quantization_evidence
+from adapterkit.weights.detect import is_of_comfyui, quantization_evidence
 
 Parts = dict[tuple[str, str], Any]  # by kind and name: what one side has
 
@@ -130,7 +130,11 @@ def _read_side(folder: Folder, number: int) -> Side:
         return Side(checkpoint.tensors, checkpoint, checkpoint.config)
     only = next(iter(files)) if len(files) == 1 else ""
     if only.endswith(".safetensors"):
-        return Side({spec.key: spec for spec in read_header(folder, only, number).tensors})
+        header = read_header(folder, only, number)
+        tensors = {spec.key: spec for spec in header.tensors}
+        if not is_of_comfyui(tensors, header.metadata):
+            return Side(tensors)
+        return Side(tensors, Checkpoint(folder, {only: header}, tensors, None, None, {}, files))
     checkpoint = open_checkpoint(folder, number)
     config = checkpoint.config if "config.json" in files else None
     return Side(checkpoint.tensors, checkpoint, config)

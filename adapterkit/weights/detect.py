@@ -1,7 +1,7 @@
 """Telling a quantized checkpoint from a plain one, by its config and by the scale tensors beside
 its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from adapterkit.checkpoint.header import TensorSpec
@@ -15,7 +15,7 @@ SIBLINGS = {
     ".absmax": "bitsandbytes 4-bit",
     ".SCB": "bitsandbytes int8",
     ".weight_scale_inv": "block fp8",
-    ".weight_scale": "compressed-tensors or fp8",
+    ".weight_scale": "compressed-tensors, ComfyUI or fp8",
     ".weight_scales": "EETQ",
     ".comfy_quant": "ComfyUI",
     ".scale_weight": "ComfyUI's older fp8",
@@ -64,6 +64,12 @@ def without_quantization(config: dict) -> Json:
         else value
         for key, value in plain.items()
     }
+
+
+def is_of_comfyui(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
+    """Whether a file has quantized weights as ComfyUI has them, but for casts."""
+    beside = any(key.endswith((".comfy_quant", ".scale_weight")) for key in keys)
+    return beside or QUANTIZED_METADATA[0] in metadata
 
 
 def metadata_of_floats(metadata: Mapping[str, str]) -> dict[str, str]:

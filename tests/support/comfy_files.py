@@ -125,6 +125,11 @@ def decoded(parts: Tensors) -> Tensor:
     return values * units.flatten()[_place(row, column // size, scale.shape[1])]
 
 
+def said_of(layer: dict) -> Tensor:
+    """The JSON beside a layer."""
+    return torch.tensor(list(json.dumps(layer).encode())).byte()
+
+
 # files
 
 
@@ -143,8 +148,7 @@ def write(kind: str, path: Path, said: str = "beside", prefix: str = PREFIX) -> 
             layers[module] = {"format": name}
             tensors |= {f"{PREFIX}{module}.{leaf}": value for leaf, value in parts.items()}
             if said == "beside":
-                text = json.dumps(layers[module]).encode()
-                tensors[f"{PREFIX}{module}.comfy_quant"] = torch.tensor(list(text)).byte()
+                tensors[f"{PREFIX}{module}.comfy_quant"] = said_of(layers[module])
             if said == "old":
                 scale = tensors.pop(f"{PREFIX}{module}.weight_scale")
                 tensors[f"{PREFIX}{module}.scale_weight"] = scale

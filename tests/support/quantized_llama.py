@@ -15,6 +15,7 @@ from torch import Tensor
 from adapterkit.kernels.quant import fp4, integers, nibbles
 from adapterkit.kernels.quant.fp8 import encode_fp8
 from adapterkit.kernels.quant.gptq import AWQ_ORDER
+from tests.support import comfy_files
 from tests.support.usual import usual
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -262,6 +263,17 @@ def said_of(kind: str) -> Callable[[str, Parts], dict[str, str]]:
     return say
 
 
+def comfyui(kind: str) -> Callable[[Tensor], Parts]:
+    """As in ComfyUI's files, which say beside each layer what it is."""
+
+    def make(w: Tensor) -> Parts:
+        name, parts_of = comfy_files.MAKERS[kind]
+        parts = parts_of(w) | {"comfy_quant": comfy_files.said_of({"format": name})}
+        return {f".{leaf}": value for leaf, value in parts.items()}
+
+    return make
+
+
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
 FP4 = {"num_bits": 4, "type": "float", "symmetric": True}
@@ -347,6 +359,8 @@ FORMS = {
         {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemv"},
         0.13,
     ),
+    "comfyui-nvfp4": Form(comfyui("nvfp4"), {}, 0.12),
+    "comfyui-int8": Form(comfyui("int8-rows"), {}, 0.01),
     "hqq": Form(hqq, {"quant_method": "hqq"}, 0.13, writable=False),
     **{
         f"torchao-{kind}": Form(
@@ -358,7 +372,7 @@ FORMS = {
 
 # one form of each codec, for laws whose code does not know the codec
 FEW = {"int4-g_idx", "int8-zero", "fp8-channel", "nvfp4", "mxfp4", "fp8", "double", "int8-bnb"}
-FEW |= {"gptq4-g_idx", "awq"}
+FEW |= {"gptq4-g_idx", "awq", "comfyui-nvfp4"}
 
 
 def few(names: Iterable[str]) -> list:

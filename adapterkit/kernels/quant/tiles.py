@@ -8,8 +8,6 @@ import math
 
 from torch import Tensor
 
-from adapterkit.kernels.pieces import padded
-
 ROWS, COLUMNS = 128, 4
 
 
@@ -20,10 +18,12 @@ def tiled_shape(rows: int, columns: int) -> tuple[int, int]:
 
 def tiled(
     scale: Tensor,  # (rows, columns)
-) -> Tensor:  # (down · 128, across · 4): zeros behind the last row and column
+    old: Tensor | None = None,  # tiles: what is behind the last row and column; None: zeros
+) -> Tensor:  # (down · 128, across · 4)
     rows, columns = tiled_shape(*scale.shape)
-    scale = padded(scale, (0, columns - scale.shape[1], 0, rows - scale.shape[0]))
-    tiles = scale.reshape(rows // ROWS, 4, 32, columns // COLUMNS, COLUMNS)
+    whole = scale.new_zeros(rows, columns) if old is None else untiled(old, rows, columns)
+    whole[: scale.shape[0], : scale.shape[1]] = scale
+    tiles = whole.view(rows // ROWS, 4, 32, columns // COLUMNS, COLUMNS)
     return tiles.permute(0, 3, 2, 1, 4).reshape(rows, columns)
 
 
@@ -33,4 +33,4 @@ def untiled(stored: Tensor, rows: int, columns: int) -> Tensor:  # (rows, column
         size // each for size, each in zip(tiled_shape(rows, columns), (ROWS, COLUMNS), strict=True)
     )
     tiles = stored.reshape(down, across, 32, 4, COLUMNS).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(down * ROWS, across * COLUMNS)[:rows, :columns].contiguous()
+    return tiles.reshape(down * ROWS, across * COLUMNS)[:rows, :columns].clone()

@@ -99,9 +99,11 @@ class Comfy(QuantizedWeight):
         return value.view(self.shape)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        text = torch.frombuffer(bytearray(self.settings.encode()), dtype=torch.uint8)
-        said = {self.parts[-1].key: text} if self.settings else {}
-        return self._encode(weight, {}, None) | said
+        parts = self._encode(weight, {}, None)
+        if self.settings:
+            text = bytearray(self.settings.encode())
+            parts[self.parts[-1].key] = torch.frombuffer(text, dtype=torch.uint8)
+        return parts
 
     def encode_keeping_scales(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
@@ -142,6 +144,11 @@ class Comfy(QuantizedWeight):
         out, width = self.shape
         return untiled(stored[self.parts[1].key].view(torch.uint8), out, width // self._block[1])
 
+    def _in_tiles(self, scale: Tensor, stored: dict[str, Tensor]) -> Tensor:
+        key, dtype = self.parts[1].key, dtypes.torch_dtype(self.parts[1].dtype)
+        old = stored[key].view(torch.uint8) if stored else None
+        return tiled(scale.view(torch.uint8), old).view(dtype)
+
     def _nvfp4(self, stored: dict[str, Tensor]) -> tuple[Tensor, fp4.TensorScale]:
         factor = fp4.TensorScale(stored[self.parts[2].key], divides=False)
         return self._in_rows(stored).view(torch.float8_e4m3fn), factor
@@ -153,15 +160,14 @@ class Comfy(QuantizedWeight):
         if self.kind == NVFP4:
             old = self._nvfp4(stored) if stored else None
             result = fp4.renew_nvfp4(matrix, old, draws, divides=False)
-            scale = tiled(result.scale.view(torch.uint8)).view(dtype)
+            scale = self._in_tiles(result.scale, stored)
             return self.as_parts(_swapped(result.codes), scale, result.tensor_scale.value)
         if self.kind == INT8:
             return self._integers(matrix, stored, draws)
         if self.kind == MXFP8:
             scale = self._in_rows(stored) if draws is not None else None
             encoded = _fp8(matrix, self._block, scale, draws, "power", torch.float8_e8m0fnu)
-            scale = tiled(encoded.scale.view(torch.uint8)).view(dtype)
-            return self.as_parts(encoded.codes, scale)
+            return self.as_parts(encoded.codes, self._in_tiles(encoded.scale, stored))
         scale = stored[self.parts[1].key].reshape(-1, 1) if draws is not None else None
         encoded = _fp8(matrix, self._block, scale, draws, "divide", dtype, self._codes)
         return self.as_parts(*encoded)

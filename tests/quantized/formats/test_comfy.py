@@ -14,7 +14,17 @@ from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.registry import written_formats
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.decoded import decoded_view, quantized_weights
-from tests.support.comfy_files import LINEAR, LOST, MAKERS, PREFIX, lora, plain_wan, weights, write
+from tests.support.comfy_files import (
+    LINEAR,
+    LOST,
+    MAKERS,
+    PREFIX,
+    lora,
+    plain_wan,
+    said_of,
+    weights,
+    write,
+)
 from tests.support.formats import same
 from tests.support.one_file import expected, factors_of, write_adapter, write_family
 
@@ -72,6 +82,8 @@ def test_all_bytes_come_back(kind: str, tmp_path: Path) -> None:
         if codes.dtype.is_floating_point:
             drawn = torch.where(drawn.float().isfinite(), drawn.float(), 0.0).to(codes.dtype)
         parts[spec.parts[0].key] = drawn
+        if kind in ("nvfp4", "mxfp8"):  # what pads the tiles too
+            parts[spec.parts[1].key].view(torch.uint8)[-1] = 7
         again = spec.encode_keeping_scales(parts, spec.decode(parts), Draws(3))
         assert list(again) == list(parts)
         assert all(same(again[key], parts[key]) for key in parts), spec.key
@@ -144,6 +156,38 @@ def test_merged_to_16_bits(kind: str, said: str, home: Path, tmp_path: Path) -> 
         right = exact[key] + delta
         assert after[key].dtype == torch.bfloat16
         assert float((after[key].double() - right).norm() / right.norm()) < 2e-3
+
+
+def test_compared_as_it_decodes(home: Path, tmp_path: Path) -> None:
+    """With a file of floats; the difference is what the format loses."""
+    packed = write("nvfp4", tmp_path / "packed.safetensors")
+    report = adapterkit.diff(plain_file(tmp_path / "plain.safetensors"), packed)
+    assert report["totals"]["compared"] == report["totals"]["identical"] + len(LINEAR)
+    assert not report["totals"]["added"] and 0.05 < report["change"]["relative"] < LOST["nvfp4"]
+
+
+def test_compensated(home: Path, tmp_path: Path) -> None:
+    """With covariances by the names of the model's modules or of the file's: outputs are nearer."""
+    base = write("nvfp4", tmp_path / "base.safetensors")
+    adapter, deltas = lora(home / "compensated-lora.safetensors")
+    generator, covariances = torch.Generator().manual_seed(2), {}
+    for module, (_, width) in LINEAR.items():
+        x = torch.randn(3 * width, width, generator=generator) @ torch.randn(
+            width, width, generator=generator
+        )
+        covariances[f"{PREFIX}{module}"] = x.T @ x / len(x)
+    stats = tmp_path / "stats.safetensors"
+    save_file({f"{name}.covariance": value for name, value in covariances.items()}, stats)
+    errors = {}
+    for rounding, more in (("nearest", {}), ("compensated", {"stats": stats})):
+        out = tmp_path / f"{rounding}.safetensors"
+        adapterkit.merge(base, [adapter], out=out, rounding=rounding, verify=True, **more)
+        exact, written = weights(load_file(base)), weights(load_file(out))
+        for key, delta in deltas.items():
+            change = written[key] - exact[key] - delta
+            c = covariances[key.removesuffix(".weight")].double()
+            errors.setdefault(key, []).append(float((change @ c * change).sum()))
+    assert all(compensated < 0.7 * nearest for nearest, compensated in errors.values()), errors
 
 
 def test_floats_of_a_file_in_fp16_are_fp16(tmp_path: Path) -> None:
@@ -264,8 +308,7 @@ def test_refused(name: str, home: Path, tmp_path: Path) -> None:
 )
 def test_formats_that_are_not_known(said: dict, home: Path, tmp_path: Path) -> None:
     base = write("int8", tmp_path / "base.safetensors")
-    text = torch.tensor(list(json.dumps(said).encode())).byte()
-    _change(base, {Q + "comfy_quant": text})
+    _change(base, {Q + "comfy_quant": said_of(said)})
     adapter, _ = lora(home / "unknown-lora.safetensors")
     with pytest.raises(AdapterkitError, match="take the file in 16 bits"):
         adapterkit.merge(base, [adapter], out=tmp_path / "out.safetensors")
