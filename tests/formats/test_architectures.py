@@ -135,3 +135,33 @@ def test_rows_tell_z_image_from_lumina2(architecture, part, kohya, tmp_path):
     ]
     path = saved({f"layers.0.{part}": shape}, tmp_path / "in.safetensors", kohya=kohya)
     assert chosen(path, "diffusers") == architecture
+
+
+@pytest.mark.parametrize(("name", "rows", "width", "architecture"), [
+    ("double_blocks.0.img_mlp.fc1", 4, 3584, "hunyuan_image"),
+    ("double_blocks.0.img_mlp.fc1", 4, 3072, "hunyuan_video"),
+    ("single_blocks.0.linear1", 7, 3584, "hunyuan_image"),
+    ("layers.0.attention.qkv", 3, 4608, "ideogram4"),
+    ("layers.0.attention.qkv", 3, 3840, "z_image"),
+])  # fmt: skip
+def test_the_width_tells_families_with_the_same_names(name, rows, width, architecture, tmp_path):
+    path = saved({name: (rows * width, width)}, tmp_path / "in.safetensors", kohya=True)
+    assert chosen(path, "diffusers") == architecture
+
+
+@pytest.mark.parametrize(("inputs", "architecture"), [(1024, "cosmos"), (2048, "ltx")])
+def test_the_width_of_texts_tells_cosmos_from_ltx(inputs, architecture, tmp_path):
+    """In diffusers' names, which both have for attention."""
+    layers = {"attn1.to_q": 2048, "attn2.to_k": inputs, "attn2.to_v": inputs}
+    tensors = {}
+    for layer, width in layers.items():
+        key = f"transformer.transformer_blocks.0.{layer}"
+        tensors[f"{key}.lora_A.weight"] = torch.ones(1, width).half()
+        tensors[f"{key}.lora_B.weight"] = torch.ones(2048, 1).half()
+    save_file(tensors, tmp_path / "in.safetensors")
+    assert chosen(tmp_path / "in.safetensors", "comfyui") == architecture
+    for key in [key for key in tensors if "attn2" in key]:
+        del tensors[key]
+    save_file(tensors, tmp_path / "in.safetensors")
+    with pytest.raises(Refused, match="ltx, .*cosmos"):
+        chosen(tmp_path / "in.safetensors", "comfyui")

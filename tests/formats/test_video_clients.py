@@ -1,16 +1,18 @@
 """Adapters on every linear layer of tiny transformers of each family: through the formats of the
 original models' names and back, and into diffusers' models."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.loaders import lora_conversion_utils as readers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adapterkit.formats.library import described
-from tests.formats.test_video_files import converted, products
-from tests.formats.video_models import MODELS, drawn
+from tests.formats.test_video_files import assert_same_deltas, converted, products, saved
+from tests.formats.video_models import MODELS, anima_conditioner, cosmos, drawn
 
 RANK = 2
 Tensors = dict[str, Tensor]
@@ -18,17 +20,21 @@ Tensors = dict[str, Tensor]
 
 def trained(model: nn.Module, folder: Path) -> Path:
     """A file of diffusers with factors of every linear layer, each drawn."""
+    path = folder / "trained.safetensors"
+    save_file(factors(model, "transformer"), path)
+    return path
+
+
+def factors(model: nn.Module, part: str) -> Tensors:
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             sizes = {"A": (RANK, module.in_features), "B": (module.out_features, RANK)}
             for factor, size in sizes.items():
-                key = f"transformer.{name}.lora_{factor}.weight"
+                key = f"{part}.{name}.lora_{factor}.weight"
                 tensors[key] = torch.randn(size, generator=generator)
-    path = folder / "trained.safetensors"
-    save_file(tensors, path)
-    return path
+    return tensors
 
 
 @pytest.fixture(params=MODELS, scope="module")
@@ -75,3 +81,90 @@ def assert_loaded(model: nn.Module, tensors: Tensors, expected: Tensors) -> None
     assert layers.keys() == expected.keys()
     for name, delta in expected.items():
         torch.testing.assert_close(layers[name], delta, rtol=1e-4, atol=1e-5)
+
+
+# diffusers' readers of ComfyUI's names, and the layers that they know
+READERS = {
+    "krea2": (readers._convert_non_diffusers_krea2_lora_to_diffusers, "."),
+    "cosmos": (readers._convert_non_diffusers_anima_lora_to_diffusers, "."),
+    "ideogram4": (readers._convert_non_diffusers_ideogram4_lora_to_diffusers, r"\.layers\."),
+    "flux3": (readers._convert_non_diffusers_flux3_lora_to_diffusers, "blocks"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_diffusers_reads_the_names_of_comfyui(name, tmp_path):
+    architecture, build = MODELS[name]
+    reader, known = READERS[name]
+    tensors = factors(build(), "transformer")
+    own = {key: value for key, value in tensors.items() if re.search(known, key)}
+    there = converted(saved(own, tmp_path), "comfyui", tmp_path, architecture=architecture)
+    assert_same_deltas(products(reader(load_file(there))), products(own))
+
+
+@pytest.mark.parametrize(("to", "prefix"), [
+    ("comfyui", "diffusion_model.llm_adapter.blocks.0.cross_attn.q_proj.lora_A"),
+    ("ai-toolkit", "diffusion_model.llm_adapter.blocks.0.cross_attn.q_proj.lora_A"),
+    ("kohya", "lora_unet_llm_adapter_blocks_0_cross_attn_q_proj.lora_down"),
+])  # fmt: skip
+def test_anima_has_a_conditioner_of_texts(to, prefix, tmp_path):
+    own = factors(cosmos(), "transformer") | factors(anima_conditioner(), "text_conditioner")
+    there = converted(saved(own, tmp_path), to, tmp_path)
+    assert f"{prefix}.weight" in load_file(there)
+    back = load_file(converted(there, "diffusers", tmp_path))
+    assert back.keys() == own.keys()
+    assert all(torch.equal(back[key], value) for key, value in own.items())
+    if to == "comfyui":
+        theirs = readers._convert_non_diffusers_anima_lora_to_diffusers(load_file(there))
+        assert_same_deltas(products(theirs), products(own))
+
+
+# keys that the programs have: of sd-scripts, musubi-tuner, ComfyUI, ai-toolkit, OneTrainer
+KEYS = [
+    ("krea2", "transformer_blocks.0.attn.to_gate", "comfyui", "diffusion_model.blocks.0.attn.gate"),
+    ("krea2", "text_fusion.projector", "kohya", "lora_unet_txtfusion_projector"),
+    ("krea2", "img_in", "onetrainer-original", "first"),
+    ("anima", "patch_embed.proj", "kohya", "lora_unet_x_embedder_proj_1"),
+    ("anima", "proj_out", "onetrainer-original", "net.final_layer.linear"),
+    ("ernie_image", "layers.0.mlp.up_proj", "ai-toolkit", "diffusion_model.layers.0.mlp.up_proj"),
+    ("ernie_image", "text_proj", "onetrainer-original", "text_proj"),
+    ("auraflow", "norm_out.linear", "comfyui", "diffusion_model.modF.1"),
+    (
+        "hunyuan_image",
+        "transformer_blocks.0.ff.net.0.proj",
+        "kohya",
+        "lora_unet_double_blocks_0_img_mlp_fc1",
+    ),
+    (
+        "hunyuan_image",
+        "transformer_blocks.0.ff.net.0.proj",
+        "comfyui",
+        "diffusion_model.double_blocks.0.img_mlp.0",
+    ),
+    (
+        "kandinsky5",
+        "visual_transformer_blocks.0.cross_attention.to_query",
+        "kohya",
+        "lora_unet_visual_transformer_blocks_0_cross_attention_to_query",
+    ),
+    (
+        "ideogram4",
+        "layers.0.attention.to_out.0",
+        "ai-toolkit",
+        "diffusion_model.layers.0.attention.o",
+    ),
+    (
+        "pixart",
+        "transformer_blocks.0.attn2.to_out.0",
+        "onetrainer-original",
+        "blocks.0.cross_attn.proj",
+    ),
+    ("pixart", "adaln_single.linear", "onetrainer-legacy", "lora_transformer_adaln_single_linear"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "module", "to", "key"), KEYS)
+def test_keys_are_those_of_the_programs(architecture, module, to, key, tmp_path):
+    own = {f"transformer.{module}.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    there = load_file(converted(saved(own, tmp_path), to, tmp_path, architecture=architecture))
+    assert {key} == {re.sub(r"\.(lora_(A|B|down|up)\.weight|alpha)$", "", one) for one in there}
