@@ -1,6 +1,7 @@
 """A verb's call as data: its arguments in a file, and as a command."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -51,6 +52,15 @@ def call_of(verb: OptionRecord) -> Json:
     """What makes an output again, without what is of one machine: of paths the last part, ids of
     the Hub without their commits, which the recipe has, and nothing of how the job ran."""
     return arguments_of(verb, _name, {*RUNNING, "push", "verify"})
+
+
+def is_data(value: object) -> bool:
+    """Whether JSON has the value."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _name(kind: str, path: StrPath) -> str:

@@ -33,7 +33,7 @@ from typing import (
     overload,
 )
 
-from adapterkit.calls import call_of, with_command
+from adapterkit.calls import call_of, is_data, with_command
 from adapterkit.options import OptionRecord, option, option_of, own_hints, record
 from adapterkit.records import Json
 from adapterkit.registry import load
@@ -86,7 +86,9 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
             plan = execution.with_run_options(load(self.planner)(self), self)
         call = call_of(self)
         files = with_command(plan.files, type(self), call)
-        return dataclasses.replace(plan, decisions=plan.decisions | {"call": call}, files=files)
+        # a function of the caller's, which nobody can call again, is in no receipt
+        decisions = plan.decisions | ({"call": call} if is_data(call) else {})
+        return dataclasses.replace(plan, decisions=decisions, files=files)
 
     def recipe_options(self) -> Json:
         """The options of what is computed that were given, as the receipt has them; sources are its

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapterkit import __version__, records
-from adapterkit.calls import arguments_of
+from adapterkit.calls import arguments_of, is_data
 from adapterkit.checkpoint.disk import replace_file
 from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
 from adapterkit.engines.execution import check_out, check_pushes
@@ -164,7 +164,7 @@ def _portable(verb: WritingVerb) -> Json:
             hint="write into a folder, then upload it: adapterkit finish PLAN --push ORG/NAME",
         )
     arguments = arguments_of(verb, _portable_path, OF_THE_PROCESS)
-    if lost := ", ".join(name for name, value in arguments.items() if not _is_data(value)):
+    if lost := ", ".join(name for name, value in arguments.items() if not is_data(value)):
         raise Refused(
             f"a plan file cannot hold {lost}",
             expected="text, numbers, lists and mappings",
@@ -172,14 +172,6 @@ def _portable(verb: WritingVerb) -> Json:
             hint=f"remove {lost}, or run without --plan",
         )
     return json.loads(json.dumps(arguments))
-
-
-def _is_data(value: object) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _portable_path(kind: str, path: StrPath) -> str:
