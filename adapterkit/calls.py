@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -73,9 +74,7 @@ def _name(kind: str, path: StrPath) -> str:
 
 
 def command_of(kind: type[OptionRecord], call: Json, out: str) -> str:
-    """The command of a call."""
-    from adapterkit.checkpoint.system import system
-
+    """The command of a call, quoted as in a POSIX shell: the same text on every system."""
     words = ["adapterkit", kind.name]
     fields = sorted(dataclasses.fields(kind), key=lambda field: field.kw_only is True)
     for field in fields:
@@ -92,7 +91,7 @@ def command_of(kind: type[OptionRecord], call: Json, out: str) -> str:
             repeats = option.check.several or option.check.kind == "sources"
             several = [_word(one) for one in (value if repeats else [value])]
         for word in several:
-            words += [flag, system.quote(word)] if flag else [system.quote(word)]
+            words += [flag, shlex.quote(word)] if flag else [shlex.quote(word)]
     return " ".join([*words, "--out", out])
 
 

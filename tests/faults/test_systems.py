@@ -2,6 +2,7 @@
 that writes too, and locks."""
 
 import ast
+import itertools
 import json
 import os
 import signal
@@ -154,8 +155,10 @@ FEW = ("tests/options", "tests/formats/test_rows.py", "tests/jobs", "tests/plann
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("how_many", ["few", pytest.param("all", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("system", ["windows", "macos"])
+@pytest.mark.parametrize(
+    ("system", "how_many"),
+    usual(itertools.product(("windows", "macos"), ("few", "all")), [("windows", "few")]),
+)
 def test_the_quick_tests(system: str, how_many: str, tmp_path: Path):
     """As .github/workflows/systems.yml runs them: a text file without an encoding fails."""
     environment = ENVIRONMENT | {

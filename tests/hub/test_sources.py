@@ -31,6 +31,7 @@ NAMES = (
     "quantize-nf4",
     "dequantize-nf4",
     "convert-same",
+    "edit-words",
     "combine-svd",
     "subtract-several",
     "arrow-peft",
@@ -49,6 +50,8 @@ NAMES = (
     "diff-adapters",
     "verify-files",
     "verify-rows",
+    "report-two",
+    "diagnose-several",
     *(task.name for task in MORE),
 )
 # of each verb that writes
@@ -148,7 +151,11 @@ def test_a_job_from_the_hub(bench, name):
 
 
 def test_every_verb_is_here():
-    known = {info.name for info in pkgutil.iter_modules(verbs.__path__)} - {"formats"}
+    known = {info.name for info in pkgutil.iter_modules(verbs.__path__)} - {
+        "formats",
+        "rerun",
+        "check",
+    }
     assert {JOBS[name].verb for name in NAMES} == known
     assert set(OUTPUTS) == {*writing_verbs()}
 

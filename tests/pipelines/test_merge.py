@@ -13,6 +13,7 @@ from tests.support.pipeline_files import (
     quiet,
     with_adapters,
 )
+from tests.support.usual import usual
 
 PARTS = {
     "sd15": ("unet", "text_encoder"),
@@ -23,7 +24,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", usual(PARTS, ("sd15", "flux", "wan22")))
 def test_a_merged_pipeline_computes_what_diffusers_does_with_the_adapters(name, saved, tmp_path):
     base, parts = saved(name), PARTS[name]
     files = {

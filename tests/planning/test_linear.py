@@ -15,7 +15,7 @@ from tests.support import oracle
 ONE_OF_EACH_VERB = (
     "quantize-nf4", "dequantize-nf4", "merge-several", "merge-nf4", "convert-same", "combine-ties",
     "subtract-several", "arrow-plain", "init-quantized", "loftq-nf4", "extract-energy",
-    "resize-rank", "rebase-rank", "stats-all",
+    "resize-rank", "rebase-rank", "edit-words", "stats-all",
 )  # fmt: skip
 SIZES = (2, 4, 8)
 MOST = 2.3  # of the calls that 4 more add, relative to the first 2 more: 2 if linear, 4 if squared

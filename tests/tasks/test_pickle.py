@@ -16,7 +16,7 @@ NAMES = [job.name for job in jobs.WRITING if job.verb != "stats"]  # which has n
 RUN = (
     "quantize-nf4-double", "dequantize-w8a16", "merge-several", "merge-nf4", "combine-ties",
     "subtract-several", "arrow-plain", "init-quantized", "loftq-mixed", "extract-energy",
-    "resize-size", "rebase-rank", "convert-same",
+    "resize-size", "rebase-rank", "convert-same", "edit-words",
 )  # fmt: skip
 
 
