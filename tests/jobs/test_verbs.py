@@ -16,7 +16,8 @@ from tests.golden.inputs import create_inputs
 
 NAMES = (
     "quantize-nf4 dequantize-nf4 merge-several combine-linear subtract-several arrow-plain "
-    "init-pissa init-quantized loftq-nf4 extract-rank resize-size rebase-exact convert-same edit-words"
+    "init-pissa init-quantized loftq-nf4 extract-rank resize-size rebase-exact convert-same "
+    "edit-words"
 ).split()
 JOBS = {job.name: job for job in jobs.WRITING if job.name in NAMES}
 
