@@ -38,9 +38,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return not any("pytest.mark.quick" in text for text in texts) or None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes a minute a test begins first: at the end one process would wait for it."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes a minute a test begins first: at the end one process would wait for it. `-m quick`
+    leaves out the slow rows of quick suites, too."""
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+    if config.option.markexpr == "quick":
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 def pytest_collection() -> None:

@@ -202,7 +202,7 @@ def gemv(w: Tensor) -> Parts:
             words[:, column // 8] |= (codes[:, column].int() + 8) << (column % 8 * 4)
         return words
 
-    more = (0, 32 - result.zero.shape[1])
+    more = (0, -result.zero.shape[1] % 32)
     zero = torch.nn.functional.pad(result.zero, more, value=-8)
     scale = torch.nn.functional.pad(result.scale, more)
     return {".qweight": packed(result.codes), ".qzeros": packed(zero), ".scales": scale}
