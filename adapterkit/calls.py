@@ -11,12 +11,11 @@ from adapterkit.errors import shown
 from adapterkit.hub.ids import COMMIT, parse
 from adapterkit.options import OptionRecord, StrPath, finite, flag_of, option_of
 from adapterkit.records import Json
-from adapterkit.run_options import RunOptions
+from adapterkit.run_options import RUNNING
 
 # (kind of the check: source or file, path) -> its text
 Spelling = Callable[[str, StrPath], str]
 COMMAND = "(the command)"  # its place in a card
-RUNNING = {field.name for field in dataclasses.fields(RunOptions)}
 
 
 def arguments_of(verb: OptionRecord, spell: Spelling, without: Collection[str]) -> Json:
@@ -97,11 +96,8 @@ def command_of(kind: type[OptionRecord], call: Json, out: str) -> str:
 
 def with_command(files: Mapping[str, Any], kind: type[OptionRecord], call: Json) -> dict[str, Any]:
     """Small files with the command in the place that they have for it."""
-    text = (
-        "".join(c for c in command_of(kind, call, "OUT") if c.isprintable())
-        .replace("`", "'")
-        .encode()
-    )
+    printed = "".join(filter(str.isprintable, command_of(kind, call, "OUT")))
+    text = printed.replace("`", "'").encode()  # which would end the block of code
     return {
         name: data.replace(COMMAND.encode(), text) if isinstance(data, bytes) else data
         for name, data in files.items()

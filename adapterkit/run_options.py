@@ -1,5 +1,6 @@
 """The options that every verb that writes has, told once: where and how its plan runs."""
 
+import dataclasses
 import os
 from functools import partial
 from typing import Any
@@ -113,3 +114,6 @@ class RunOptions(OptionRecord):
         help="Hash of each output file in the receipt.",
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
+
+
+RUNNING = frozenset(field.name for field in dataclasses.fields(RunOptions))

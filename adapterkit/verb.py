@@ -37,7 +37,7 @@ from adapterkit.calls import call_of, is_data, with_command
 from adapterkit.options import OptionRecord, option, option_of, own_hints, record
 from adapterkit.records import Json
 from adapterkit.registry import load
-from adapterkit.run_options import REPOSITORY, RunOptions
+from adapterkit.run_options import REPOSITORY, RUNNING, RunOptions
 
 if TYPE_CHECKING:
     from adapterkit.plan import Plan
@@ -93,8 +93,7 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
     def recipe_options(self) -> Json:
         """The options of what is computed that were given, as the receipt has them; sources are its
         inputs."""
-        running = {field.name for field in dataclasses.fields(RunOptions)}
-        own = (field for field in fields_of(type(self)) if field.name not in running)
+        own = (field for field in fields_of(type(self)) if field.name not in RUNNING)
         computing = (f.name for f in own if option_of(f).help and not option_of(f).check.is_source)
         return {name: value for name in computing if (value := getattr(self, name))}
 
@@ -159,7 +158,7 @@ def function_of(verb: Any) -> Any:
 def fields_of(verb: type[Verb]) -> list[dataclasses.Field]:
     """The sources and options of a verb in the order of the help: its own, then how it runs."""
     fields = dataclasses.fields(verb)
-    of_running = {field.name for field in dataclasses.fields(RunOptions)} - {"out"}
+    of_running = RUNNING - {"out"}
     return sorted(fields, key=lambda f: (f.kw_only, f.name != "out", f.name in of_running))
 
 

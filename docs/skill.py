@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from adapterkit.cli import main
-from adapterkit.cli.parameters import RUNNING
+from adapterkit.cli.parameters import OF_RUNNING
 
 ROOT = Path(__file__).parents[1]
 ABOUT = cleandoc("""
@@ -50,7 +50,7 @@ def skill() -> str:
     about = json.dumps(" ".join(ABOUT.split()))
     head = ["---", "name: adapterkit", f"description: {about}", "---", ""]
     lines = ["# adapterkit", "", *(f"- {rule}" for rule in RULES), ""]
-    shared = [one for one in main.commands["merge"].params if one.name in RUNNING]
+    shared = [one for one in main.commands["merge"].params if one.name in OF_RUNNING]
     lines += ["## Options of all commands that write", "", *map(_option, shared), ""]
     for title, names in main.sections.items():
         lines += [f"## {title}", ""]
@@ -64,7 +64,7 @@ def _command(command: click.Command) -> list[str]:
     text, _, rest = cleandoc(command.help or "").replace("\b\n", "").partition("Example:\n")
     lines = [" ".join(part.split()) for part in text.strip().split("\n\n")]
     block = ["", "```sh", *(line.strip() for line in rest.splitlines()), "```"] if rest else []
-    own = (one for one in command.params if one.name not in RUNNING)
+    own = (one for one in command.params if one.name not in OF_RUNNING)
     options = [_option(one) for one in own if isinstance(one, click.Option)]
     return ["\n\n".join(lines), *block, "", *options]
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from adapterkit.cli import signals
-from adapterkit.cli.parameters import RUNNING
+from adapterkit.cli.parameters import OF_RUNNING
 from adapterkit.cli.signals import error_status, fail, stopped
 from adapterkit.errors import AdapterkitError
 
@@ -30,7 +30,7 @@ class WritingCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         options = [one for one in self.get_params(ctx) if isinstance(one, click.Option)]
         records = {one.name: record for one in options if (record := one.get_help_record(ctx))}
-        running = [records.pop(name) for name in [*records] if name in RUNNING]
+        running = [records.pop(name) for name in [*records] if name in OF_RUNNING]
         for title, rows in {"Options": [*records.values()], "Common options": running}.items():
             with formatter.section(title):
                 formatter.write_dl(rows)

@@ -11,7 +11,7 @@ import click
 from adapterkit.cli.completion import Name, SourceType, Targets
 from adapterkit.options import flag_of, option_of
 from adapterkit.records import Check, Json
-from adapterkit.run_options import RunOptions
+from adapterkit.run_options import RUNNING
 from adapterkit.verb import Verb, WritingVerb, fields_of
 
 json_option = click.Option(
@@ -25,7 +25,7 @@ plan_option = click.Option(
     help="Write this plan file, for adapterkit run on several machines, and stop.",
 )
 # the parameters that say how a job runs, and not what it computes
-RUNNING = {f.name for f in dataclasses.fields(RunOptions)} - {"out"} | {"plan", "as_json", "quiet"}
+OF_RUNNING = RUNNING - {"out"} | {"plan", "as_json", "quiet"}
 TYPES = {"integer": int, "number": float, "source": SourceType(), "sources": SourceType()}
 TYPES |= {"file": click.Path(), "targets": Targets()}
 

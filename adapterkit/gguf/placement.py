@@ -9,15 +9,22 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+ReadArray = Callable[[str], Any]  # a GGUF tensor's decoded values by its name, as a numpy array
 Shapes = Mapping[str, tuple[int, ...]]  # of GGUF tensors, by name
 MAX_COUNTED = 1 << 20  # elements that are all counted; of larger parameters so many columns
 NARROW = 4  # or as many
+
+
+class Build(Protocol):
+    """Builds a parameter; a picklable record."""
+
+    def __call__(self, read: ReadArray, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -91,9 +98,7 @@ class RowPlacement:
         return list(rows.split([math.prod(shape[:-1]) for shape in self.shapes]))
 
 
-def find_placement(
-    shapes: Shapes, build: Callable[[Callable[[str], Any]], Tensor]
-) -> RowPlacement | None:
+def find_placement(shapes: Shapes, build: Build) -> RowPlacement | None:
     """The placement of a parameter that `build` makes of GGUF tensors of these shapes; None where
     it does more than move rows and add a number."""
     if len({shape[-1] for shape in shapes.values()}) > 1:
@@ -101,17 +106,14 @@ def find_placement(
     return _of_rows(shapes, build) or _of_columns(shapes, build)
 
 
-def _of_rows(
-    shapes: Shapes, build: Callable[[Callable[[str], Any]], Tensor]
-) -> RowPlacement | None:
+def _of_rows(shapes: Shapes, build: Build) -> RowPlacement | None:
     """A placement that moves rows."""
     columns = max(NARROW, MAX_COUNTED // sum(math.prod(shape[:-1]) for shape in shapes.values()))
     narrow = {name: (*shape[:-1], min(columns, shape[-1])) for name, shape in shapes.items()}
-    try:
-        with np.errstate(all="ignore"):
-            zeros = build(lambda name: np.zeros(narrow[name]))
-            counted = build(_counted(narrow).__getitem__)
-    except Exception:  # transformers' code, on arrays that it does not expect
+    with np.errstate(all="ignore"):
+        zeros = _built(build, {name: np.zeros(shape) for name, shape in narrow.items()})
+        counted = _built(build, _counted(narrow))
+    if zeros is None or counted is None:
         return None
     shift = float(zeros.flatten()[0])
     numbers = counted - shift
@@ -130,17 +132,14 @@ def _of_rows(
     return None
 
 
-def _of_columns(
-    shapes: Shapes, build: Callable[[Callable[[str], Any]], Tensor]
-) -> RowPlacement | None:
+def _of_columns(shapes: Shapes, build: Build) -> RowPlacement | None:
     """A placement of one matrix that moves columns, found by a few rows."""
     (name, *others), shape = shapes, next(iter(shapes.values()))
     if others or len(shape) != 2 or min(shape) == 0:
         return None
     few = {name: (min(NARROW, shape[0]), shape[1])}
-    try:
-        numbers = build(_counted(few).__getitem__)
-    except Exception:  # transformers' code, on arrays that it does not expect
+    numbers = _built(build, _counted(few))
+    if numbers is None:
         return None
     expected = torch.arange(few[name][0])[:, None] * shape[1] + numbers[:1].long()
     if numbers.shape != few[name] or not torch.equal(numbers, expected.to(numbers.dtype)):
@@ -148,6 +147,14 @@ def _of_columns(
     order = torch.argsort(numbers[0])
     found = torch.equal(numbers[0, order].long(), torch.arange(shape[1]))
     return RowPlacement((shape,), columns=order) if found else None
+
+
+def _built(build: Build, arrays: Mapping[str, np.ndarray]) -> Tensor | None:
+    """The parameter of these arrays; None if transformers' code refuses them."""
+    try:
+        return build(arrays.__getitem__)
+    except Exception:  # of any kind; without a placement a change is refused, by name
+        return None
 
 
 def _counted(shapes: Shapes) -> dict[str, np.ndarray]:

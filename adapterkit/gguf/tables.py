@@ -18,7 +18,8 @@ from adapterkit.errors import AdapterkitError
 from adapterkit.gguf.config import class_name_of
 from adapterkit.gguf.file import GgufFile
 from adapterkit.gguf.header import EMBEDDING, HEAD, Entry
-from adapterkit.gguf.weight import Build, ReadArray, as_tensor, converted
+from adapterkit.gguf.placement import Build, ReadArray
+from adapterkit.gguf.weight import as_tensor, converted
 from adapterkit.records import Json
 from adapterkit.weights.skeleton import Skeleton
 

@@ -20,9 +20,9 @@ from adapterkit.errors import Damaged, Problems, shown
 from adapterkit.gguf.config import FREQUENCIES
 from adapterkit.gguf.file import GgufFile, conversion_rules
 from adapterkit.gguf.header import MAX_ERRORS, Entry
-from adapterkit.gguf.placement import RowPlacement, find_placement
+from adapterkit.gguf.placement import Build, ReadArray, RowPlacement, find_placement
 from adapterkit.gguf.tables import TableNames
-from adapterkit.gguf.weight import Build, GgufWeight, ReadArray, as_tensor, converted
+from adapterkit.gguf.weight import GgufWeight, as_tensor, converted
 from adapterkit.weights.skeleton import Skeleton, tied_names
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +17,10 @@ from adapterkit.gguf.blocks import (
     of_several,
     requantize_rows,
 )
-from adapterkit.gguf.placement import RowPlacement
+from adapterkit.gguf.placement import Build, RowPlacement
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.weights.codec import QuantizedWeight
-
-ReadArray = Callable[[str], Any]  # a GGUF tensor's decoded values by its name, as a numpy array
-
-
-class Build(Protocol):
-    """Builds a parameter; a picklable record."""
-
-    def __call__(self, read: ReadArray, /) -> Tensor: ...
 
 
 def as_tensor(array: object) -> Tensor:

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Collection
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,9 +21,9 @@ from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry  # pyright: ig
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.hub.ids import parse
-from adapterkit.planning.inputs.sources import open_adapter, open_source
+from adapterkit.planning.inputs.sources import open_adapter
 from adapterkit.receipt import fingerprint_of
-from adapterkit.verbs.convert import convert
+from adapterkit.verbs.convert import Convert
 
 LOGGER = logging.getLogger(__name__)
 MAX_RANK = 16  # vLLM's default
@@ -67,14 +68,13 @@ class AdapterkitResolver(LoRAResolver):
 
     def _converted(self, source: str, base: str) -> tuple[Path, str]:
         """The folder of the adapter for vLLM, and the digest of what it was made of."""
-        open_source(source)
-        has_base = os.path.isdir(base) or parse(base) is not None
-        options = {"to": "vllm", "base": base if has_base else None}
-        plan = convert(source, out=self.cache / "new", dry_run=True, **options)
+        served = base if os.path.isdir(base) or parse(base) is not None else None
+        call = Convert(source, to="vllm", base=served, out=self.cache / "new", resume=True)
+        plan = call.plan()
         digest = fingerprint_of(plan.recipe())
         out = self.cache / digest
         if not out.exists():
-            convert(source, out=out, resume=True, **options)
+            replace(call, out=out).carry_out(plan)
         rank = read_json(open_adapter(out), "adapter_config.json").get("r")
         if isinstance(rank, int) and rank > self.max_rank:
             raise Refused(

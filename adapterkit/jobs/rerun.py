@@ -10,6 +10,7 @@ from adapterkit import records
 from adapterkit.calls import command_of
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_file
+from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.errors import Damaged, Problems, Refused, listed, shown
 from adapterkit.hub.ids import parse
 from adapterkit.jobs.verbs import VERB
@@ -21,7 +22,6 @@ from adapterkit.records import Json
 from adapterkit.verb import WritingVerb, fields_of
 from adapterkit.verbs.rerun import Rerun
 
-RECEIPT_FILE = "adapterkit.json"
 BY_HAND = "run its command again by hand; verify checks its files"
 
 
@@ -32,7 +32,7 @@ def rerun_output(rerun: Rerun) -> Json:
     place = Path(os.path.abspath(rerun.output)).parent if rerun.inputs is None else rerun.inputs
     if rerun.out is not None:
         return _run(rerun, folder, receipt, Path(place), Path(rerun.out))
-    with tempfile.TemporaryDirectory(dir=None, prefix="adapterkit-rerun-") as work:
+    with tempfile.TemporaryDirectory(prefix="adapterkit-rerun-") as work:
         name = os.path.basename(os.path.normpath(rerun.output))
         return _run(rerun, folder, receipt, Path(place), Path(work) / name) | {"out": None}
 
@@ -74,7 +74,7 @@ def _verb_of(receipt: Json, place: Path, out: Path, progress: Progress) -> Writi
         raise Refused(
             "the receipt does not say how its command was called",
             expected="a receipt of adapterkit 0.1 or later with a call",
-            where=RECEIPT_FILE,
+            where=RECEIPT,
             hint=BY_HAND,
         )
     errors, arguments = Problems(where=str(place)), dict(call)
@@ -88,7 +88,7 @@ def _verb_of(receipt: Json, place: Path, out: Path, progress: Progress) -> Writi
             arguments[field.name] = _found(arguments[field.name], place, commits, errors)
     errors.raise_all()
     more = {"out": str(out), "progress": progress}
-    return records.read(kind, arguments | more, RECEIPT_FILE, hint=BY_HAND, name=flag_of)
+    return records.read(kind, arguments | more, RECEIPT, hint=BY_HAND, name=flag_of)
 
 
 def _found(value: Any, place: Path, commits: dict[str, str], errors: Problems) -> Any:
@@ -117,7 +117,7 @@ def _check_same(receipt: Json, plan: Plan) -> None:
     if fingerprint_of(recipe) == receipt["fingerprint"]:
         return
     before, now = receipt["recipe"], public_recipe(recipe)
-    errors = Problems(where=RECEIPT_FILE, hint="give the inputs and the version of the receipt")
+    errors = Problems(where=RECEIPT, hint="give the inputs and the version of the receipt")
     for key in ("version", "options", "layout"):
         if before.get(key) != now[key]:
             errors.add(f"{key} {shown(now[key])}", shown(before.get(key)))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from adapterkit.errors import shown
 
+MARK = '<meta name="generator" content="adapterkit">'  # by which a page is known again
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1d2329;--soft:#56606b;--line:#d5dbe1;
@@ -66,7 +67,7 @@ def page(title: str, body: Sequence[str]) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta name="generator" content="adapterkit">'
+        f"{MARK}"
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>\n"
         + "\n".join(body)
         + "\n</main></body></html>\n"

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from adapterkit.errors import Failed, Refused, shown
+from adapterkit.pages.page import MARK
 from adapterkit.pages.pictures import Scale
 from adapterkit.records import Json
 
-MARK = b'<meta name="generator" content="adapterkit">'
 SHADES = "·░▒▓█"  # from little to much
 NUMBER = re.compile(r"\.\d+(?=\.)")  # of a layer, in a name
 
@@ -91,7 +91,7 @@ def check_page(path: Path, flag: str) -> None:
         raise Refused(shown(path), expected=expected, where=flag, hint=hint)
     if os.path.exists(path):  # and not where the system takes no such name
         with path.open("rb") as file:
-            if MARK not in file.read(1000):
+            if MARK.encode() not in file.read(1000):
                 raise Refused(
                     f"{shown(path)} exists and is no page of adapterkit",
                     expected="a new file, or an older page",

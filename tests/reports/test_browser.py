@@ -10,6 +10,7 @@ from tests.reports.test_report import HOSTILE, adapter
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
+# a browser comes of the system, not of a package index: a machine without one skips these
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
 

@@ -13,7 +13,7 @@ SAFETENSORS = ".safetensors"
 
 def output_file(base: Folder, out: StrPath) -> str | None:
     """The name of an output that is one file, as the base is; `Refused` for other names."""
-    ending, name = _ending(base), re.split(r"[/\\\\:]", str(out))[-1]
+    ending, name = _ending(base), re.split(r"[/\\:]", str(out))[-1]
     if ending is not None and name.lower().endswith(ending):
         return name
     if ending is None and not name.lower().endswith(ENDING):
