@@ -1,17 +1,12 @@
 """What a checkpoint holds, from its headers and its index alone."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.folder import Folder, belonging_to
 from adapterkit.checkpoint.header import Header, TensorSpec, read_header
 from adapterkit.checkpoint.shards import find_shards, likely_shards
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, shown
-
-if TYPE_CHECKING:
-    from adapterkit.weights.slots import Slot
 
 LAYER_COUNTS = {
     "num_hidden_layers",
@@ -34,8 +29,6 @@ class Checkpoint:
     index_name: str | None
     config: dict
     files: dict[str, int]
-    # where parameters lie in tensors of which transformers' loader does not make them
-    slots: "Mapping[str, tuple[Slot, ...]]" = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import WARNING, shown
 from adapterkit.gguf.config import check_counts, config_arguments, config_of
 from adapterkit.gguf.file import (
@@ -26,6 +25,7 @@ from adapterkit.gguf.parts import find_slots, is_joined, seen_so
 from adapterkit.gguf.tables import NameTable, TableNames, model_by_table
 from adapterkit.gguf.tensors import model_tensors, tensor_names, tensors_by_table
 from adapterkit.weights.skeleton import Skeleton
+from adapterkit.weights.slots import SlottedCheckpoint
 
 TableOf: TypeAlias = Callable[[str], NameTable | None]
 UNSIZED = ("gemma4",)  # of which transformers reads files of one model's sizes, and no experts
@@ -33,7 +33,7 @@ LOCAL_SETTINGS = ("is_local", "local_files_only", "name_or_path")  # of a tokeni
 
 
 @dataclass(frozen=True)
-class GgufCheckpoint(Checkpoint):
+class GgufCheckpoint(SlottedCheckpoint):
     """The model of one GGUF file, or of the parts of a split one: its parameters are
     `GgufWeight`s."""
 

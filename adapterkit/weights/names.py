@@ -18,7 +18,7 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.skeleton import OF_DIFFUSERS, Skeleton
-from adapterkit.weights.slots import extent, identity_slot
+from adapterkit.weights.slots import extent, identity_slot, known_slots
 
 if TYPE_CHECKING:
     from torch import nn
@@ -172,8 +172,8 @@ class Names:
         spec = self.base.tensors.get(name)
         if spec is not None:
             return Parameter(name, spec.shape, (identity_slot(name, spec.shape),))
-        if name in self.base.slots:  # of a layer that the model has otherwise
-            return Parameter(name, extent(self.base.slots[name]), self.base.slots[name])
+        if slots := known_slots(self.base).get(name):  # of a layer that the model has otherwise
+            return Parameter(name, extent(slots), slots)
         own = IN_PROJ.sub(r"_\1", name)
         if own in self.base.tensors:
             return self.parameter(own)

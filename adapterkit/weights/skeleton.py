@@ -15,7 +15,7 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.optional import optional
 from adapterkit.weights.parameters import Parameter
-from adapterkit.weights.slots import Axis, Slot, Symbol, extent, identity_slot
+from adapterkit.weights.slots import Axis, Slot, Symbol, extent, identity_slot, known_slots
 
 if TYPE_CHECKING:
     from torch import nn
@@ -111,12 +111,13 @@ class Skeleton:
 
     def _find_parameters(self) -> dict[str, Parameter]:
         slots, tied = self._slots(self.state), self.tied
+        own = known_slots(self.base)
         parameters: dict[str, Parameter] = {}
         for name, value in self.state.items():
             others = tied.get(name, ())
             home = next((each for each in (name, *others) if each in slots), None)
             if home is not None:
-                shape = extent(slots[home]) if home in self.base.slots else tuple(value.shape)
+                shape = extent(slots[home]) if home in own else tuple(value.shape)
                 shape = _stored_shape(shape, slots[home])
                 parameters[name] = Parameter(name, shape, slots[home], others, home != name)
         return parameters
@@ -156,7 +157,8 @@ class Skeleton:
                 self.unreadable |= dict.fromkeys(_targets(first, converter), error)
                 continue
             slots |= {name: places for name, places in converted.items() if name in state}
-        return slots | {name: places for name, places in self.base.slots.items() if name in state}
+        own = known_slots(self.base)
+        return slots | {name: places for name, places in own.items() if name in state}
 
     def _signature(self, name: str, converter) -> tuple:
         """What a conversion may depend on: its target's name, but for numbers, and all targets'

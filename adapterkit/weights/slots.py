@@ -9,11 +9,13 @@ which stored tensor stands at each position. What comes out are the slots of the
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused
 
 Positions = range | np.ndarray
@@ -62,6 +64,18 @@ class Slot:
             a.axis == i and a.at == 0 and isinstance(a.of, range) and a.of == range(n)
             for i, (a, n) in enumerate(zip(self.axes, self.shape, strict=True))
         )
+
+
+@dataclass(frozen=True)
+class SlottedCheckpoint(Checkpoint):
+    """A checkpoint that knows where parameters lie of which transformers' loader makes none."""
+
+    slots: Mapping[str, tuple[Slot, ...]] = field(default_factory=dict)
+
+
+def known_slots(checkpoint: Checkpoint) -> Mapping[str, tuple[Slot, ...]]:
+    """The slots that the checkpoint itself knows."""
+    return checkpoint.slots if isinstance(checkpoint, SlottedCheckpoint) else {}
 
 
 def extent(slots: tuple[Slot, ...]) -> tuple[int, ...]:
