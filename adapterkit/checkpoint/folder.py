@@ -158,7 +158,7 @@ class LocalFolder:
     def as_weights(self, name: str) -> "LocalFolder":
         """The file under this name, and the files beside it."""
         assert self.single is not None
-        return WeightsFile(self.root / self.single, name)
+        return RenamedFile(self.root / self.single, name)
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         path = self.path(name)
@@ -199,7 +199,7 @@ class LocalFolder:
         pass
 
 
-class WeightsFile(LocalFolder):
+class RenamedFile(LocalFolder):
     """One file of weights on local disk, under the name `weights`, and the other files beside it.
 
     Other weights and indexes are not among them.

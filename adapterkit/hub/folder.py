@@ -88,7 +88,7 @@ class HubFolder:
 
     def as_weights(self, name: str) -> "HubFolder":
         """The file under this name, and the files beside it."""
-        return HubWeightsFile(self, name)
+        return RenamedHubFile(self, name)
 
     def path_in_repo(self, name: str) -> str:
         """A file's path in the repository."""
@@ -314,8 +314,8 @@ class HubFolder:
         )
 
 
-class HubWeightsFile(HubFolder):
-    """As `WeightsFile`: one file of weights under the name `weights`, and the other files beside
+class RenamedHubFile(HubFolder):
+    """As `RenamedFile`: one file of weights under the name `weights`, and the other files beside
     it."""
 
     def __init__(self, file: HubFolder, weights: str):
