@@ -1,5 +1,5 @@
-"""The file of weights with which adapters are added: one number per adapter, and others for modules
-or for directions of their deltas. What a fit writes, and a hand, is read by all that take weights."""
+"""The file of weights with which adapters are added: one number for each, and others for modules or
+for directions of their deltas. A fit writes it, or a hand, and all that takes weights reads it."""
 
 import json
 import os
@@ -42,7 +42,7 @@ class NamedAdapter:
 
 
 @dataclass(frozen=True)
-class NamedBase:
+class WeightsBase:
     """A base as it was named, and its fingerprint (`checkpoint/fingerprint.py`), where known."""
 
     name: str = field(metadata={"check": NAME})
@@ -84,7 +84,7 @@ class WeightsFile:
         default_factory=dict, metadata={"check": table_of(TEXT, PER_ADAPTER)}
     )
     per: Per = "module"
-    base: NamedBase | None = None
+    base: WeightsBase | None = None
     fit: dict | None = None
     schema: int = SCHEMA
 
@@ -172,7 +172,8 @@ def _problems(table: Settings, where: str) -> list[AdapterkitError]:
         if sizes[name] and any(_size(weight) is not None for weight in its[name])
     ]
     if lists and per != "direction":
-        errors.add(f"lists for one adapter, per {per}: {listed(lists)}", "numbers, or per direction")
+        problem = f"lists for one adapter, per {per}: {listed(lists)}"
+        errors.add(problem, "numbers, or per direction")
     if its and per == "adapter":
         errors.add(f"weights of {len(its)} modules, per adapter", "none, or per module")
     return errors
