@@ -9,13 +9,13 @@ the other order: autograd runs the code between the units, and the units run aga
 import contextvars
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
@@ -25,11 +25,9 @@ from adapterkit.statistics.data.masks import Masks, following
 from adapterkit.statistics.model.activations import Activations, ActivationStore
 from adapterkit.statistics.model.checkpointing import Call, apply, is_differentiable
 from adapterkit.statistics.model.coroutines import Coroutine
-from adapterkit.statistics.model.hooks import SumsWatch
 from adapterkit.statistics.model.layers import Unit, Units
 from adapterkit.statistics.model.shuttle import Shuttle
 from adapterkit.statistics.model.stored_model import StoredModel
-from adapterkit.statistics.sums_files import Collected, Ledger, Tally
 
 
 @dataclass
@@ -38,19 +36,25 @@ class Stop:
 
     unit: Unit
     is_backward: bool
-    run: Callable[["Lockstep", Collected | None], Any]
+    run: Callable[["Lockstep"], Any]
     tensors: Any  # that wait
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
 
 class Pass(Coroutine):
-    """One batch's pass through the model."""
+    """One batch's pass through the model; `number`: of the batch."""
 
     def __init__(
-        self, run: Callable[[], object], activations: Activations, masks: Masks | None, block: int
+        self,
+        run: Callable[[], object],
+        activations: Activations,
+        masks: Masks | None,
+        block: int,
+        number: int,
     ):
         super().__init__(run)
-        self.activations, self.masks, self.block = activations, masks, block
+        self.activations, self.masks = activations, masks
+        self.block, self.number = block, number
 
 
 @dataclass
@@ -62,44 +66,52 @@ class Begun:
     mark: Mark
 
 
-class Visit:
-    """What is collected of a unit while the batches go through it: `sums` in the forward pass,
-    `gradients` in the backward pass, begun when they are first asked for."""
+class PassReader(Protocol):
+    """What is read off the passes, one of which runs at a time.
 
-    def __init__(self, ledger: Ledger, unit: Unit):
-        self.ledger, self.unit = ledger, unit
+    `units`: of None is the code between the units. `wanted`: the tensors whose gradients are, of a
+    pass in a unit; those of the code between are leaves of its graph.
+    """
 
-    @cached_property
-    def sums(self) -> Tally | None:
-        return self.ledger.sums(self.unit)
+    gradients: bool  # whether any are wanted
 
-    @cached_property
-    def gradients(self) -> Tally | None:
-        return self.ledger.gradients(self.unit)
+    def visited(self, unit: Unit) -> AbstractContextManager[object]:
+        """A unit's parameters are in memory."""
+        ...
 
-    def close(self) -> None:
-        for tally in vars(self).values():
-            if isinstance(tally, Tally):
-                tally.close()
+    def begin(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
+        """A pass goes on."""
+        ...
+
+    def end(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
+        """It has come to its next stop."""
+        ...
+
+    def wants(self, unit: Unit) -> bool:
+        """Whether a unit has anything whose gradients are wanted."""
+        ...
+
+    def wanted(self, one: Pass, unit: Unit) -> Mapping[str, Tensor]: ...
+
+    def take(self, one: Pass, name: str, gradient: Tensor) -> None: ...
+
+    def see(self, unit: Unit, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A unit is called."""
+        ...
 
 
 @dataclass
 class Lockstep:
     """The passes of all batches.
 
-    `targets`: the layers whose statistics are collected. `stop_at`: a unit from which on nothing is
-    of interest; a pass that comes to it ends.
+    `stop_at`: a unit from which on nothing is of interest; a pass that comes to it ends.
     """
 
     stored: StoredModel
     units: Units
-    watch: SumsWatch
-    targets: Sequence[str]
+    reader: PassReader
     room: ActivationStore
     stop_at: Unit | None
-    ledger: Ledger
-    outside: Tally | None  # of layers outside the units
-    gradients: bool  # whether they are collected
     step: Callable[[], None]  # one batch has gone through one unit
     fixed: set[int] = field(default_factory=set)  # storages that are never emptied
 
@@ -117,19 +129,16 @@ class Lockstep:
         gradients are computed too, or None."""
         self._fix(tensor for _, batch in batches for tensor in batch.values())
         passes: list[Pass] = []
-        for (block, batch), mask in zip(batches, masks, strict=True):
+        for number, ((block, batch), mask) in enumerate(zip(batches, masks, strict=True)):
             rows = len(next(iter(batch.values())))
             activations = Activations(self.room, rows, self.fixed)
             run = functools.partial(_run, functools.partial(loss, batch), activations, mask)
-            passes.append(Pass(run, activations, mask, block))
+            passes.append(Pass(run, activations, mask, block, number))
         threads = torch.get_num_threads()
         with ExitStack() as stack:
             stack.enter_context(self._stops())
             stack.callback(_close, passes)
             stack.callback(torch.set_num_threads, threads)
-            for weight in self.weights("").values() if self.gradients else ():
-                weight.requires_grad_()
-                stack.callback(weight.requires_grad_, False)
             stack.enter_context(self._refusals())
             for one in passes:
                 self._go_on(one, None)
@@ -146,59 +155,45 @@ class Lockstep:
             if not tensor.is_meta:
                 self.fixed.add(tensor.untyped_storage().data_ptr())
 
-    def weights(self, unit: str) -> dict[str, nn.Parameter]:
-        """Weights of the targets in a unit, or of those outside all units."""
-        modules = [
-            name
-            for name in self.targets
-            if (f"{name}.".startswith(f"{unit}.") if unit else self.units.unit_of(name) is None)
-        ]
-        return {name: self.stored.model.get_submodule(name).weight for name in modules}
-
     def _visit(self, unit: Unit, waiting: Sequence[Pass]) -> None:
         """All passes that wait for a unit go through it."""
-        visit = Visit(self.ledger, unit)
-        self.stored.load(unit.parameters, self.stored.device)
-        before = set(self.fixed)
-        self._fix()
-        try:
-            with self.stored.buffers_on_device(unit.module):
-                self._go_through(waiting, visit)
-        finally:
-            self.fixed &= before
-            self.stored.free(unit.parameters)
-        visit.close()
+        with self.reader.visited(unit):
+            self.stored.load(unit.parameters, self.stored.device)
+            before = set(self.fixed)
+            self._fix()
+            try:
+                with self.stored.buffers_on_device(unit.module):
+                    self._go_through(waiting, unit)
+            finally:
+                self.fixed &= before
+                self.stored.free(unit.parameters)
 
-    def _go_through(self, waiting: Sequence[Pass], visit: Visit) -> None:
+    def _go_through(self, waiting: Sequence[Pass], unit: Unit) -> None:
         """Each pass; of one block a GPU computes one while the host goes on with the one before."""
         begun: Begun | None = None
         for one in waiting:
-            if one.request is None or one.request.unit is not visit.unit:
+            if one.request is None or one.request.unit is not unit:
                 continue
             if begun is not None and begun.one.block != one.block:
-                begun = self._end(begun, visit)
-            last, begun = begun, self._begin(one, visit)
+                begun = self._end(begun, unit)
+            last, begun = begun, self._begin(one)
             if last is not None:
-                self._end(last, visit)
+                self._end(last, unit)
             if self.stored.device.type == "cpu":
-                begun = self._end(begun, visit)
+                begun = self._end(begun, unit)
         if begun is not None:
-            self._end(begun, visit)
+            self._end(begun, unit)
 
-    def _begin(self, one: Pass, visit: Visit) -> Begun:
+    def _begin(self, one: Pass) -> Begun:
         """A pass goes through the unit that it waits for, as far as a GPU is concerned."""
         stop: Stop = one.request
         one.activations.restore()
-        tally = visit.gradients if stop.is_backward else visit.sums
-        collected = None if tally is None else tally.of(one.block)
-        sums = None if collected is None or stop.is_backward else collected.sums
-        self.watch.masks, self.watch.sums = one.masks, sums
-        answer = stop.context.run(stop.run, self, collected)
-        if sums is not None:
-            sums.settle()
+        self.reader.begin(one, stop.unit, stop.is_backward)
+        answer = stop.context.run(stop.run, self)
+        self.reader.end(one, stop.unit, stop.is_backward)
         return Begun(one, answer, Mark(self.stored.device))
 
-    def _end(self, begun: Begun, visit: Visit) -> None:
+    def _end(self, begun: Begun, unit: Unit) -> None:
         """The pass goes on to the next unit that it waits for. Where that is this one again, as
         where the backward pass follows at once, it goes through it here."""
         one = begun.one
@@ -209,22 +204,15 @@ class Lockstep:
             answer, begun.answer = begun.answer, None
             self._go_on(one, answer)
             del answer
-            if one.request is None or one.request.unit is not visit.unit:
+            if one.request is None or one.request.unit is not unit:
                 return
-            begun = self._begin(one, visit)
+            begun = self._begin(one)
 
     def _go_on(self, one: Pass, answer: object) -> None:
         """The code between two units."""
-        outside = None if self.outside is None else self.outside.of(one.block)
-        self.watch.masks = one.masks
-        self.watch.sums = None if outside is None else outside.sums
+        self.reader.begin(one, None, False)
         one.resume(answer)
-        if outside is not None:
-            outside.sums.settle()
-            for name, weight in self.weights("").items():
-                if weight.grad is not None:
-                    outside.add_gradient(name, weight.grad)
-                    weight.grad = None
+        self.reader.end(one, None, False)
         if one.request is not None and one.request.unit is self.stop_at:
             one.close()
         if one.request is None:
@@ -257,7 +245,7 @@ class Lockstep:
     def _stops(self) -> Iterator[None]:
         """Passes stop where a unit is called."""
         units = [*self.units.outer, *self.units.inner]
-        self.watch.stops = {unit.module for unit in units}
+        before = [vars(unit.module).get("forward") for unit in units]
         for unit in units:
             forward = unit.module.forward
             wrapper = functools.partial(self._call, unit, forward)
@@ -265,8 +253,11 @@ class Lockstep:
         try:
             yield
         finally:
-            for unit in units:
-                del unit.module.forward
+            for unit, own in zip(units, before, strict=True):
+                if own is None:
+                    del unit.module.forward
+                else:
+                    unit.module.forward = own
 
     def _call(
         self, unit: Unit, forward: Callable[..., Any], *args: object, **kwargs: object
@@ -276,18 +267,18 @@ class Lockstep:
         if not isinstance(one, Pass):
             return forward(*args, **kwargs)  # within a unit
 
-        def compute(lockstep: Lockstep, collected: Collected | None) -> Any:
+        def compute(lockstep: Lockstep) -> Any:
             with torch.no_grad(), following(one.masks):
                 output = lockstep.computed(unit, forward, (args, kwargs))
                 return lockstep.shuttle.to_host(output)
 
         def recompute(call: Call, grads: tuple[Tensor | None, ...]) -> Any:
-            run = functools.partial(_backward, unit, forward, call, grads)
+            run = functools.partial(_backward, one, unit, forward, call, grads)
             return one.stop(Stop(unit, True, run, grads))
 
         stop = Stop(unit, False, compute, (args, kwargs))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        needs = any(t.requires_grad for t in tensors) or bool(self.weights(unit.name))
+        needs = any(t.requires_grad for t in tensors) or self.reader.wants(unit)
         if torch.is_grad_enabled() and needs:
             return apply((args, kwargs), one.activations, lambda: one.stop(stop), recompute)
         return one.stop(stop)
@@ -296,14 +287,14 @@ class Lockstep:
         """A unit's output, of arguments on the CPU; the unit is on its device."""
         before = tree_leaves(arguments)
         (args, kwargs), moved = self.shuttle.to_device(arguments)
-        self.watch.see(unit.name, args, kwargs)  # no hook has, if it is a layer itself
+        self.reader.see(unit, args, kwargs)  # no hook has, if it is a layer itself
         output = forward(*args, **kwargs)
         after = tree_leaves((args, kwargs))
         expected = [moved.get(id(leaf), leaf) for leaf in before]
         hands_on = len(after) != len(before) or any(
             a is not b for a, b in zip(after, expected, strict=True)
         )
-        if hands_on and (moved or self.gradients):
+        if hands_on and (moved or self.reader.gradients):
             raise Refused(
                 f"{shown(unit.name)} changes its arguments to hand something on",
                 expected="layers that hand on what they return",
@@ -328,17 +319,15 @@ def _run(loss: Callable[[], Tensor | None], activations: Activations, masks: Mas
 
 
 def _backward(
+    one: Pass,
     unit: Unit,
     forward: Callable[..., Any],
     call: Call,
     grads: tuple[Tensor | None, ...],
     lockstep: Lockstep,
-    collected: Collected | None,
 ) -> list[Tensor | None]:
-    """Run a unit again to get the gradients of its inputs, and of its targets' weights."""
-    weights = lockstep.weights(unit.name) if collected is not None else {}
-    for weight in weights.values():
-        weight.requires_grad_()
+    """Run a unit again to get the gradients of its inputs, and of what is wanted of it."""
+    weights = lockstep.reader.wanted(one, unit)
     arguments, inputs = call.arguments()
     with torch.enable_grad():
         output = lockstep.computed(unit, forward, arguments)
@@ -355,8 +344,8 @@ def _backward(
         [value for value, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True
     )
     for name, value in zip(weights, values[len(inputs) :], strict=True):
-        if value is not None and collected is not None:
-            collected.add_gradient(name, value)
+        if value is not None:
+            lockstep.reader.take(one, name, value)
     return list(values[: len(inputs)])
 
 
