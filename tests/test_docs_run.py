@@ -197,6 +197,7 @@ def save_sdxl(stage: Path) -> None:
         pipe.save_pretrained(stage / "SDXL")
     for seed, name in enumerate(("ink", "robot")):
         factors_file(pipe, stage / f"{name}.safetensors", ("unet", "text_encoder"), seed)
+    (stage / "blocks.json").write_text('{"unet": {"mid": 0, "up": {"block_0": [1, 0.5, 0]}}}')
 
 
 def save_wan(stage: Path) -> None:

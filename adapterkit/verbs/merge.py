@@ -119,9 +119,10 @@ class MergeOptions(ModuleFilters):
     lbw: Iterable[str] = option(
         default=(),
         check=TEXTS,
-        metavar="[N:]NAME|LIST",
-        help="Factors of the weight (of the N-th adapter) on the blocks of an image model in one "
-        "file: a preset (ALL0.5, INS, MIDD, OUTD, ...) or numbers separated by commas.",
+        metavar="[N:]NAME|LIST|FILE",
+        help="Factors of the weight (of the N-th adapter) on the blocks of an image model: a "
+        "preset (ALL0.5, INS, MIDD, OUTD, ...), numbers separated by commas, FILE:NAME of a file "
+        "of presets, or a JSON file of diffusers' or ComfyUI's settings.",
     )
     variant: str | None = option(
         default=None,
@@ -146,8 +147,10 @@ class Merge(WritingVerb, MergeOptions):
     Returns the receipt, or with `dry_run` the plan. Raises `Refused` before anything is written and
     `Failed` after; see the errors' texts for the way out.
 
-    `weight_for` has other weights for modules, `lbw` factors of the weight for the blocks of an
-    image model in one file: a list of numbers as sd-webui-lora-block-weight's, or its preset.
+    `weight_for` has other weights for modules, of a pipeline with the part's name in front, `lbw`
+    factors of the weight for the blocks of an image model: a list of numbers as
+    sd-webui-lora-block-weight's, its preset, `FILE:NAME` of a file of presets, or the settings of
+    diffusers' `set_adapters` or prefixes of names as ComfyUI's, as JSON or a file of it.
 
     `rounding="stochastic"` rounds changed weights up or down at random, so that on average the
     whole delta stays, where nearest swallows what is below half a step; the draws depend on `seed`,

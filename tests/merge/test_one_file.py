@@ -483,13 +483,8 @@ def test_an_output_that_is_finished_stays(home, tmp_path):
         adapterkit.merge(base, [adapter], out=tmp_path / "foreign.safetensors", overwrite=True)
 
 
-def test_block_weights_are_of_one_file(home, tmp_path):
-    """Not of a pipeline, nor of a base of no family."""
-    (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "X"}')
-    adapter = write_adapter(factors_of("flux", every=5), tmp_path / "lora.safetensors")
-    text = refusal(tmp_path / "pipeline", adapter, tmp_path / "out", lbw=["1"])
-    assert "--lbw with a pipeline" in text
+def test_block_weights_are_of_image_models(tmp_path):
+    """Not of a base of no family."""
     save_file({"layer.weight": torch.ones(8, 8)}, tmp_path / "plain.safetensors")
     factors = {"transformer.x_embedder": (torch.ones(1, 8), torch.ones(8, 1))}
     adapter = write_adapter(factors, tmp_path / "one.safetensors")
@@ -561,7 +556,7 @@ def test_presets_and_other_weights_of_modules(home, tmp_path):
 @pytest.mark.parametrize(
     ("family", "options", "text"),
     [
-        ("flux", {"lbw": ["1,2,3"]}, "61 numbers"),
+        ("flux", {"lbw": ["1,2,3"]}, "61 or 58 or 55 or 18 numbers"),
         ("sd15", {"lbw": ["OUTAL"]}, "OUTALL"),
         ("sd15", {"lbw": ["3:OUTALL"]}, "of 1 adapters"),
         ("ltx", {"lbw": ["1"]}, "a model of ltx"),
@@ -587,6 +582,79 @@ def test_lists_of_transformers_with_their_length(family, length, home, tmp_path)
     for key, value in after.items():
         inside = any(f".{name}.0." in key for name in ("double_blocks", "single_blocks", "blocks"))
         assert torch.equal(value, (before if inside else plain)[key]), key
+
+
+def test_presets_of_files(home, tmp_path):
+    """Those of sd-webui-lora-block-weight and of the Inspire Pack, whose lists are longer: what is
+    in no block has the first of their numbers."""
+    (tmp_path / "presets.txt").write_text(
+        "# mine\nOUTALL:0,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,0.5\n@SD-FULL-TEST:17\nR:R,1\n\n"
+        "MIDDLE:2,0,0,0,0,0,0,0,0,0,0,0,1,0.5,0.25,0,0,0,0,0,0,0,0,0,0,0,0:note\n"
+    )
+    base, factors = base_of("sd15", home), factors_of("sd15", every=3)
+    adapter = write_adapter(factors, tmp_path / "lora.safetensors")
+    out, presets = tmp_path / "out.safetensors", tmp_path / "presets.txt"
+    shipped = "1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1"
+    own = "0,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,0.5"
+    ours = merged(base, [adapter], out, lbw=[f"1:{presets}:OUTALL"])
+    assert_close(ours, merged(base, [adapter], tmp_path / "list.safetensors", lbw=[own]))
+    assert not torch.equal(
+        *(one[next(key for key in ours if "output_blocks.11" in key and "to_q" in key)]
+          for one in (ours, merged(base, [adapter], out, lbw=[shipped])))
+    )  # fmt: skip
+    merged(base, [adapter], out, lbw=[f"1:{presets}:MIDDLE"])
+    presets.unlink()  # the receipt has the numbers
+    adapterkit.verify(out, base=base, adapters=[adapter])
+    in_middle = {"resnets.0": 1.0, "attentions.0": 0.5, "resnets.1": 0.25}
+
+    def weight_of(name: str) -> float:
+        words = name.split(".")
+        if words[1] == "mid_block":
+            return in_middle[".".join(words[2:4])]
+        return 0.0 if words[1] in ("down_blocks", "up_blocks", "conv_in") else 2.0
+
+    assert_close(load_file(out), expected("sd15", scaled(factors, weight_of)))
+    presets.write_text("ALL:1,1\nR:R,1,1\n")
+    for name, text in (("AL", "ALL"), ("ALL", "17 or 26 or 27"), ("R", "numbers for R")):
+        assert text in refusal(
+            base, adapter, tmp_path / "no.safetensors", lbw=[f"{presets}:{name}"]
+        )
+    text = refusal(base, adapter, tmp_path / "no.safetensors", lbw=["x.txt:ALL"])
+    assert "no such file" in text
+
+
+def test_prefixes_of_names(home, tmp_path):
+    """As ComfyUI's nodes that merge blocks have them, and the one that selects blocks of Wan."""
+    out = tmp_path / "out.safetensors"
+    base, factors = base_of("flux", home), factors_of("flux", every=2)
+    adapter = write_adapter(factors, tmp_path / "flux.safetensors")
+    text = (
+        '{"double_blocks.0.": 0.5, "single_blocks.": 0, "single_blocks.0.linear2.": 2, '
+        '"img_in.": false}'
+    )
+    rules = {
+        "transformer.transformer_blocks.0.": 0.5,
+        "transformer.single_transformer_blocks.0.proj_out": 2.0,
+        "transformer.single_transformer_blocks.": 0.0,
+        "transformer.x_embedder": 0.0,
+    }
+    weight = lambda name: next((w for start, w in rules.items() if name.startswith(start)), 1.0)
+    after = merged(base, [adapter], out, lbw=[text])
+    assert_close(after, expected("flux", scaled(factors, weight)))
+    text = refusal(base, adapter, tmp_path / "no.safetensors", lbw=['{"double_block.": 1}'])
+    assert "no module is of" in text
+    base, factors = base_of("wan_t2v", home), factors_of("wan_t2v")
+    adapter = write_adapter(factors, tmp_path / "wan.safetensors")
+    (tmp_path / "blocks.json").write_text(
+        '{"selected_blocks": {"blocks.0.": true}, "layer_filter": "ffn, cross_attn.k"}'
+    )
+    after = merged(base, [adapter], out, lbw=[str(tmp_path / "blocks.json")])
+    left_out = (".ffn.", ".attn2.to_k", "attn2.add_k", "attn2.norm_k", "attn2.norm_added_k")
+    right = scaled(
+        factors,
+        lambda name: float(".blocks.0." in name and not any(word in name for word in left_out)),
+    )
+    assert_close(after, expected("wan_t2v", right))
 
 
 # ---- drawn adapters ----------------------------------------------------------------------------

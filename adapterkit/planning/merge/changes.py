@@ -237,8 +237,9 @@ def collect_changes(job: MergeJob) -> None:
         _add_deltas(job, adapter)
         _check_rows(job, adapter)
         _add_rows(job, adapter)
-    job.errors += job.module_weights.problems()
-    job.notes += job.module_weights.notes()
+    if job.module_weights is not None:
+        job.errors += job.module_weights.problems()
+        job.notes += job.module_weights.notes()
     _check_together(job)
 
 

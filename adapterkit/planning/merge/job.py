@@ -19,7 +19,7 @@ from adapterkit.planning.adapters.added_deltas import PlacedDelta
 from adapterkit.planning.adapters.dora_deltas import CHECK_BASE
 from adapterkit.planning.inputs.earlier_merges import MergedAdapter
 from adapterkit.planning.inputs.model_config import vocabulary_sizes
-from adapterkit.planning.merge.module_weights import ModuleWeights
+from adapterkit.planning.merge.module_weights import ModuleWeights, WeightOf
 from adapterkit.planning.targets.values_by_regex import selection
 from adapterkit.records import Json
 from adapterkit.verbs.merge import MergeOptions
@@ -161,6 +161,7 @@ class MergeJob:
         weights: list[float],
         options: MergeOptions,
         part: str = "",
+        weight_of: WeightOf | None = None,
     ):
         self.adapters, self.weights, self.options = adapters, weights, options
         self.part = part  # that the base is of a pipeline
@@ -177,11 +178,17 @@ class MergeJob:
         self.config: Json = json.loads(json.dumps(self.base.config))
         self._selects = selection(options.include, options.exclude)
         self.names = self._names()
-        self.module_weights = ModuleWeights(base, weights, options)
+        self.module_weights: ModuleWeights | None = (
+            None  # the pipeline has them where it gives them
+        )
+        if weight_of is None:
+            self.module_weights = ModuleWeights(base, weights, options)
+            weight_of = self.module_weights.of
+        self._weight_of = weight_of
 
     def weight(self, adapter: Adapter, module: str) -> float:
         """The weight of an adapter on a module."""
-        return self.module_weights.of(adapter.number, module)
+        return self._weight_of(adapter.number, module)
 
     def is_off(self, adapter: Adapter, module: str) -> bool:
         """Whether an adapter that has a weight has none on a module."""

@@ -11,6 +11,7 @@ from adapterkit.patterns import similar_names
 from adapterkit.plan import Plan
 from adapterkit.planning.inputs.pipeline import Pipeline, PipelinePart
 from adapterkit.planning.inputs.pipeline_adapters import Split
+from adapterkit.planning.merge.module_weights import ModuleWeights, WeightOf
 from adapterkit.planning.outputs.cards import Merged, merged_card
 from adapterkit.planning.outputs.model import rounding_warnings
 from adapterkit.planning.pipelines import joined
@@ -25,7 +26,7 @@ def plan_pipeline_merge(
     pipeline: Pipeline,
     adapters: Split,
     options: MergeOptions,
-    plan_part: Callable[[PipelinePart, Weighted], Plan],
+    plan_part: Callable[[PipelinePart, Weighted, WeightOf | None], Plan],
 ) -> Plan:
     """The plan of a merge into a pipeline; `Refused` or `Damaged` with all problems of all
     parts."""
@@ -38,11 +39,15 @@ def plan_pipeline_merge(
         errors.add("no adapter", "one or more", "name the adapters after the base")
     errors.raise_all()
     plans: dict[str, Plan] = {}
+    weights = [weight for _, weight in adapters]
+    rules = ModuleWeights(pipeline, weights, options) if options.weight_for or options.lbw else None
     for name, part in pipeline.parts.items():
-        own = [(parts[name], weight) for parts, weight in adapters if name in parts]
+        numbers = [number for number, (parts, _) in enumerate(adapters, 1) if name in parts]
+        own = [(adapters[number - 1][0][name], weights[number - 1]) for number in numbers]
         if own:
             with errors.collected(), part.named():
-                plans[name] = plan_part(part, own)
+                plans[name] = plan_part(part, own, rules and rules.of_part(name, numbers))
+    errors += rules.problems() if rules else []
     errors.raise_all()
     decisions = _decisions(plans)
     if not decisions["tensors_changed"]:
@@ -54,7 +59,8 @@ def plan_pipeline_merge(
             hint=similar_names(options.include or "", names) or "check --include and --exclude",
         )
     plan = joined(pipeline, plans, merged_card(pipeline.folder, _rows(plans), "diffusers"))
-    given = plan.options | {"weights": [weight for _, weight in adapters]}
+    given = plan.options | {"weights": weights}
+    plan = replace(plan, notes=(*plan.notes, *(rules.notes() if rules else ())))
     others = [name for name in pipeline.parts if name not in plans]
     if options.dtype and others:
         note = f"--dtype: parts that no adapter changes keep theirs: {', '.join(others)}"

@@ -31,6 +31,7 @@ from adapterkit.planning.inputs.sources import (
     open_statistics,
     open_weighted,
 )
+from adapterkit.planning.merge.block_weights import with_files
 from adapterkit.planning.merge.changes import collect_changes
 from adapterkit.planning.merge.gguf import (
     ImportanceFile,
@@ -40,6 +41,7 @@ from adapterkit.planning.merge.gguf import (
     read_importance,
 )
 from adapterkit.planning.merge.job import MergeJob
+from adapterkit.planning.merge.module_weights import WeightOf
 from adapterkit.planning.merge.one_file import absent_parts, file_notes
 from adapterkit.planning.merge.pipeline import plan_pipeline_merge
 from adapterkit.planning.merge.steps import plan_steps
@@ -79,6 +81,7 @@ def plan_merge_of(merge: Merge) -> Plan:
             hint="remove --push",
         )
     base, options = open_model(merge.base), merge.only(MergeOptions)
+    options = replace(options, lbw=with_files(options.lbw))
     if is_pipeline(base):
         Problems(_options_of_models(merge)).raise_all()
         pipeline = read_pipeline(base, options.variant)
@@ -95,14 +98,16 @@ def plan_merge_of(merge: Merge) -> Plan:
 
 def plan_merge_into_pipeline(pipeline: Pipeline, adapters: Split, options: MergeOptions) -> Plan:
     """The plan of a merge into a pipeline of diffusers, part by part."""
-    of_part = lambda part, own: plan_merge(part.folder, own, options, part=part)
+    of_part = lambda part, own, weight_of: plan_merge(
+        part.folder, own, options, part=part, weight_of=weight_of
+    )
     return plan_pipeline_merge(pipeline, adapters, options, of_part)
 
 
 def _options_of_models(merge: Merge) -> list[AdapterkitError]:
     """`Refused` for sources that a pipeline has no use for."""
     errors = Problems(where="options", hint="merge into one part: the folder of a model")
-    for name in ("base16", "stats", "imatrix", "weight_for", "lbw"):
+    for name in ("base16", "stats", "imatrix"):
         if getattr(merge, name) not in (None, ()):
             errors.add(f"{flag_of(name)} with a pipeline", "a base that is one model")
     return errors
@@ -117,11 +122,12 @@ def plan_merge(
     file: str | None = None,
     imatrix: ImportanceFile | None = None,
     part: PipelinePart | None = None,
+    weight_of: WeightOf | None = None,
 ) -> Plan:
     """The plan of a merge of these adapters with these weights; `Refused` or `Damaged` with all
     problems. `stats`: the covariances that compensated rounding needs; `file`: the name of an
     output that is one file; `imatrix`: what weighs the errors of its blocks; `part`: what the base
-    is of a pipeline."""
+    is of a pipeline, with its weights of modules, if there are any."""
     Problems(missing_statistics(options.rounding, stats)).raise_all()
     is_gguf = find_gguf(base) is not None
     others = options_of_others(options, imatrix, is_gguf=is_gguf, is_file=file is not None)
@@ -151,7 +157,8 @@ def plan_merge(
     if errors and len(adapters) < len(sources):
         Problems(errors).raise_all()
     weights = [weight for _, weight in sources]
-    job = MergeJob(checkpoint, adapters, weights, options, part.name if part else "")
+    name = part.name if part else ""
+    job = MergeJob(checkpoint, adapters, weights, options, name, weight_of)
     job.with_initial = with_initial
     _decode_to_16_bits(job)
     whole = part.pipeline if part else base
