@@ -8,12 +8,25 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from adapterkit.combinations.protocol import Deltas, DenseDelta, Metrics, OnFactors, Seeds
+from adapterkit import registry
+from adapterkit.combinations.protocol import (
+    Deltas,
+    DenseDelta,
+    Metrics,
+    OnElements,
+    OnFactors,
+    Seeds,
+)
 from adapterkit.errors import Refused
+from adapterkit.kernels import dense
 from adapterkit.kernels.elementwise import Majority, Threshold, Trim, drop, elect, top_k_threshold
-from adapterkit.kernels.lowrank.algebra import Product, Svd, stack_products
+from adapterkit.kernels.lowrank.algebra import Product, Svd, norm, stack_products, svd
+from adapterkit.kernels.pieces import piece
+from adapterkit.kernels.rows import row_ranges
 
+BLOCK = 1 << 19  # elements of a dense delta that are multiplied out at a time on a CPU
 SUBSAMPLE = 4  # one row in four of each block is enough to estimate a threshold
+NOISE = 1e-12  # of a norm: singular values below it are float64's rounding
 # changes a block in place; the blocks of a delta come in row-major order
 Prune = Callable[[Tensor], None]
 
@@ -29,9 +42,131 @@ class WeightedSum(OnFactors):
         """What each delta is multiplied by."""
 
     def combine_factors(
-        self, products: Sequence[Product], weights: Sequence[float]
+        self, products: Sequence[Product], weights: Sequence[float], seeds: Seeds
     ) -> tuple[Product, Metrics]:
         return stack_products(products, self.shares(weights)), {}
+
+
+class InCores(OnFactors):
+    """Δ' = U · inner(Uᵀ Δ₁ Vᵀ, Uᵀ Δ₂ Vᵀ, ...; w) · V: a method on elements, in the coordinates of
+    bases that the deltas share, in float64."""
+
+    density: float
+    majority: Majority
+    inner: str
+
+    def __post_init__(self):
+        self._inner()
+
+    @abstractmethod
+    def bases(self, products: Sequence[Product]) -> tuple[Tensor, Tensor | None]:
+        """U (out, R) and V (R', in), orthonormal; None for V: the inputs as they are."""
+
+    def _inner(self) -> OnElements:
+        """The method inside; `Refused` for one without a density."""
+        kinds = registry.members("combinations")
+        known = [
+            name
+            for name, kind in kinds.items()
+            if kind.acts_on == "elements" and "density" in registry.options(kind)
+        ]
+        if self.inner not in known:
+            raise Refused(
+                f"inner {self.inner!r}",
+                expected=", ".join(known),
+                where="--set inner",
+                hint="use one of these",
+            )
+        given = {"density": self.density, "majority": self.majority}
+        return kinds[self.inner](
+            **{k: given[k] for k in given if k in registry.options(kinds[self.inner])}
+        )
+
+    def combine_factors(
+        self, products: Sequence[Product], weights: Sequence[float], seeds: Seeds
+    ) -> tuple[Product, Metrics]:
+        check_count(weights, len(products))
+        u, v = self.bases(products)
+        cores = DenseDeltas(cores_of(products, u, v))
+        merged, metrics = self._inner().combine_elements(cores, weights, seeds)
+        return (Product(u, merged) if v is None else Product(u @ merged, v)), metrics
+
+
+def cores_of(products: Sequence[Product], u: Tensor, v: Tensor | None) -> list[Tensor]:
+    """Uᵀ Δᵢ Vᵀ of each, (R, R'), or Uᵀ Δᵢ (R, in)."""
+    return [(u.T @ p.left) @ (p.right if v is None else p.right @ v.T) for p in products]
+
+
+def basis(
+    x: Tensor,  # (n, k)
+) -> Tensor:  # (n, R)
+    """The left singular vectors of x above float64's noise, as `with_signs`; of zeros one column of
+    zeros."""
+    u, s, _ = dense.svd(x)
+    return with_signs(u[:, s > NOISE * x.norm()] if bool(x.any()) else torch.zeros_like(u[:, :1]))
+
+
+def with_signs(
+    u: Tensor,  # (n, R)
+) -> Tensor:  # (n, R)
+    """Columns whose largest elements are positive: the choice matters where signs are elected and a
+    sum is 0."""
+    largest = u.gather(0, u.abs().argmax(0, keepdim=True))
+    return u * torch.where(largest < 0, -1.0, 1.0)
+
+
+def svd_of_sum(products: Sequence[Product], weights: Sequence[float]) -> Svd:
+    """The triplets of Σ wᵢ Δᵢ above noise; of a sum of 0 one of zeros."""
+    check_count(weights, len(products))
+    whole = svd(stack_products(products, weights))
+    clean = without_noise(whole, sizes(products, weights).sum())
+    return clean if len(clean.s) else Svd(*(0 * part for part in whole.top(1)))
+
+
+def without_noise(svd: Svd, size: float | Tensor) -> Svd:
+    """The triplets above float64's noise in a matrix of that norm; perhaps none."""
+    return svd.top(int(torch.count_nonzero(svd.s > NOISE * size)))
+
+
+def sizes(products: Sequence[Product], weights: Sequence[float]) -> Tensor:
+    """‖wᵢ Δᵢ‖ of each, (k,) float64 on the CPU."""
+    norms = [abs(w) * norm(p) for p, w in zip(products, weights, strict=True)]
+    return torch.tensor(norms, dtype=torch.float64)
+
+
+def nearest_orthogonal(
+    x: Tensor,  # (n, K), of unit columns
+) -> Tensor:  # (n, K)
+    """The orthogonal matrix (orthonormal columns, or rows if K > n) nearest to x, on its span:
+    X = P Σ Qᵀ becomes P Qᵀ over the Σ above 1e-8."""
+    q, core = dense.qr(x)
+    p, s, qh = dense.svd(core)
+    p, qh = p[:, s > 1e-8], qh[s > 1e-8]
+    return q @ p @ qh
+
+
+class DenseDeltas:
+    """Deltas of one module, or their cores; rows of a product are multiplied out in float32
+    whenever they are asked for."""
+
+    def __init__(self, deltas: Sequence[Product | Tensor]):
+        self.deltas = [
+            Product(d.left.float(), d.right.float()) if isinstance(d, Product) else d
+            for d in deltas
+        ]
+        first, self.count = self.deltas[0], len(deltas)
+        sides = (first.left, first.right) if isinstance(first, Product) else (first, first)
+        self.shape, self.device = (sides[0].shape[0], sides[1].shape[1]), sides[0].device
+        self.dtype = sides[0].dtype
+
+    def blocks(self) -> list[tuple[int, int]]:
+        return row_ranges(*self.shape, piece(self.device, BLOCK))
+
+    def rows(self, which: int, first: int, last: int) -> Tensor:
+        delta = self.deltas[which]
+        if isinstance(delta, Product):
+            return delta.left[first:last] @ delta.right
+        return delta[first:last].clone()
 
 
 def check_share(option: str, value: float, above_zero: bool = False) -> None:
@@ -41,7 +176,7 @@ def check_share(option: str, value: float, above_zero: bool = False) -> None:
         raise Refused(
             f"{option} {value}",
             expected=f"a number {bounds}",
-            where=f"--{option}",
+            where=registry.as_flag(option),
             hint="give a share, 0.2 for a fifth",
         )
 
@@ -99,7 +234,7 @@ def random_drop(seeds: Seeds, which: int, density: float | Callable[[Tensor], Te
 def add_pruned(deltas: Deltas, weights: Sequence[float], prunes: Sequence[Prune]) -> DenseDelta:
     """Σ wᵢ pruneᵢ(Δᵢ)."""
     check_count(weights, deltas.count)
-    total = torch.empty(deltas.shape, device=deltas.device)
+    total = torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device)
     for first, last in deltas.blocks():
         for i, block in enumerate(_pruned(deltas, prunes, first, last)):
             part = total[first:last]
@@ -113,7 +248,11 @@ def elect_pruned(
     """The weighted mean of the pruned deltas over those whose sign is the majority's, element by
     element."""
     check_count(weights, deltas.count)
-    mean, overlaps, conflicts = torch.empty(deltas.shape, device=deltas.device), 0, 0
+    mean, overlaps, conflicts = (
+        torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device),
+        0,
+        0,
+    )
     for first, last in deltas.blocks():
         blocks = list(_pruned(deltas, prunes, first, last))
         counts = elect(blocks, weights, majority, mean[first:last])
@@ -131,8 +270,3 @@ def _pruned(deltas: Deltas, prunes: Sequence[Prune], first: int, last: int) -> I
         block = deltas.rows(i, first, last)
         prune(block)
         yield block
-
-
-def without_noise(svd: Svd, size: float) -> Svd:
-    """The triplets above float64's noise in a matrix of that norm; perhaps none."""
-    return svd.top(int(torch.count_nonzero(svd.s > 1e-12 * size)))

@@ -40,7 +40,7 @@ class Della(OnElements):
                 f"density {self.density} with epsilon {self.epsilon}: probabilities from {low:g} "
                 f"to {high:g}",
                 expected="probabilities above 0, at most 1",
-                where="--epsilon",
+                where="--set epsilon",
                 hint=f"give an epsilon below {min(self.density, 1 - self.density):g}",
             )
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.combinations.common import check_count, without_noise
-from adapterkit.combinations.protocol import Metrics, OnFactors
-from adapterkit.kernels.lowrank.algebra import Product, norm, stack_products, svd
+from adapterkit.combinations.common import svd_of_sum
+from adapterkit.combinations.protocol import Metrics, OnFactors, Seeds
+from adapterkit.kernels.lowrank.algebra import Product
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,8 @@ class IsoC(OnFactors):
     acts_on = "factors"
 
     def combine_factors(
-        self, products: Sequence[Product], weights: Sequence[float]
+        self, products: Sequence[Product], weights: Sequence[float], seeds: Seeds
     ) -> tuple[Product, Metrics]:
-        check_count(weights, len(products))
-        whole = svd(stack_products(products, weights))
-        size = sum(abs(w) * norm(p) for p, w in zip(products, weights, strict=True))
-        u, s, vh = without_noise(whole, size)
-        if not len(s):
-            u, _, vh = whole.top(1)
-            return Product(u * 0, vh), {"strength": 0.0}
+        u, s, vh = svd_of_sum(products, weights)
         mean = s.mean()
         return Product(u * mean, vh), {"strength": float(mean)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.combinations.common import check_count
-from adapterkit.combinations.protocol import Metrics, OnFactors
+from adapterkit.combinations.protocol import Metrics, OnFactors, Seeds
 from adapterkit.errors import Refused
 from adapterkit.kernels.lowrank.algebra import Product, gram, stack_products
 
@@ -43,7 +43,7 @@ class Karcher(OnFactors):
             )
 
     def combine_factors(
-        self, products: Sequence[Product], weights: Sequence[float]
+        self, products: Sequence[Product], weights: Sequence[float], seeds: Seeds
     ) -> tuple[Product, Metrics]:
         check_count(weights, len(products))
         self.check_weights(weights)

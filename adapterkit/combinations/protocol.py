@@ -28,14 +28,14 @@ class Deltas(Protocol):
     shape: tuple[int, int]  # (out, in) of each
     count: int
     device: torch.device
+    dtype: torch.dtype  # of the rows, and of what is made of them
 
     def blocks(self) -> Iterable[tuple[int, int]]:
         """Rows [first, last) of each block: a function of the shape and the device alone."""
         ...
 
     def rows(self, which: int, first: int, last: int) -> Tensor:
-        """Rows [first, last) of delta `which`, (last - first, in) float32; the caller may change
-        them."""
+        """Rows [first, last) of delta `which`, (last - first, in); the caller may change them."""
         ...
 
 
@@ -47,7 +47,7 @@ class Seeds(Protocol):
 
 
 class DenseDelta(NamedTuple):
-    delta: Tensor  # (out, in) float32
+    delta: Tensor  # (out, in), of the deltas' dtype
     metrics: Metrics
 
 
@@ -55,6 +55,7 @@ class _Weighted(Protocol):
     name: ClassVar[str]
     source: ClassVar[str]  # the paper
     draws: ClassVar[bool] = False  # a random number for each element
+    by_factors: ClassVar[bool] = False  # whether other factors of the same deltas matter
 
     def check_weights(self, weights: Sequence[float]) -> None:
         """Raises `Refused` for weights that the method is not defined for."""
@@ -74,7 +75,7 @@ class OnFactors(_Weighted, Protocol):
 
     @abstractmethod
     def combine_factors(
-        self, products: Sequence[Product], weights: Sequence[float]
+        self, products: Sequence[Product], weights: Sequence[float], seeds: Seeds
     ) -> tuple[Product, Metrics]:
         """One product of all."""
 
@@ -94,7 +95,7 @@ class OnCovariances(_Weighted, Protocol):
 
 
 class OnElements(_Weighted, Protocol):
-    """A method on the elements of dense deltas, float32."""
+    """A method on the elements of dense deltas: in float32, of cores in float64."""
 
     acts_on: ClassVar[Literal["elements"]]
 

@@ -70,7 +70,7 @@ class Sce(OnElements):
 def _spread(deltas: Deltas) -> Tensor:  # (out, in) float32
     """The standard deviation over the deltas, element by element: it has the order of the variance,
     but is far from underflow."""
-    spread = torch.empty(deltas.shape, device=deltas.device)
+    spread = torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device)
     for first, last in deltas.blocks():
         blocks = [deltas.rows(i, first, last) for i in range(deltas.count)]
         deviation(blocks, spread[first:last])

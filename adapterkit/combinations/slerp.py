@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapterkit.combinations.common import check_count, check_share
-from adapterkit.combinations.protocol import Metrics, OnFactors
+from adapterkit.combinations.protocol import Metrics, OnFactors, Seeds
 from adapterkit.errors import Refused
 from adapterkit.kernels.lowrank.algebra import Product, gram, stack_products
 
@@ -58,7 +58,7 @@ class Slerp(OnFactors):
         return [1 - self.t, self.t]
 
     def combine_factors(
-        self, products: Sequence[Product], weights: Sequence[float]
+        self, products: Sequence[Product], weights: Sequence[float], seeds: Seeds
     ) -> tuple[Product, Metrics]:
         check_count(weights, len(products))
         self.check_weights(weights)

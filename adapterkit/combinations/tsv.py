@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from adapterkit.combinations.common import check_count, check_share, without_noise
-from adapterkit.combinations.protocol import Metrics, OnFactors
-from adapterkit.kernels import dense
-from adapterkit.kernels.lowrank.algebra import Product, Svd, norm, svd
+from adapterkit.combinations.common import check_count, check_share, nearest_orthogonal, svd_of_sum
+from adapterkit.combinations.protocol import Metrics, OnFactors, Seeds
+from adapterkit.kernels.lowrank.algebra import Product, Svd
 
 
 @dataclass(frozen=True)
@@ -33,34 +31,17 @@ class Tsv(OnFactors):
             check_share("share", self.share, above_zero=True)
 
     def combine_factors(
-        self, products: Sequence[Product], weights: Sequence[float]
+        self, products: Sequence[Product], weights: Sequence[float], seeds: Seeds
     ) -> tuple[Product, Metrics]:
         check_count(weights, len(products))
         smaller = min(products[0].left.shape[0], products[0].right.shape[1])
         keep = smaller // len(products) if self.share is None else int(self.share * smaller)
-        whole = [_svd(p) for p in products]
+        whole = [svd_of_sum([p], [1.0]) for p in products]
         top = [svd.top(max(keep, 1)) for svd in whole]
-        u = _nearest_orthogonal(torch.cat([t.u for t in top], 1))
-        vh = _nearest_orthogonal(torch.cat([t.vh for t in top], 0).T).T
+        u = nearest_orthogonal(torch.cat([t.u for t in top], 1))
+        vh = nearest_orthogonal(torch.cat([t.vh for t in top], 0).T).T
         s = torch.cat([t.s * weight for t, weight in zip(top, weights, strict=True)])
         return Product(u * s, vh), {"kept_energy": _energy(top) / (_energy(whole) or 1.0)}
-
-
-def _svd(product: Product) -> Svd:
-    """The triplets that are not noise; of a delta of 0 a triplet of zeros."""
-    whole = svd(product)
-    clean = without_noise(whole, norm(product))
-    return clean if len(clean.s) else Svd(*(0 * part for part in whole.top(1)))
-
-
-def _nearest_orthogonal(
-    x: Tensor,  # (n, K)
-) -> Tensor:  # (n, K)
-    """The orthogonal matrix (orthonormal columns, or rows if K > n) nearest to x, on its span."""
-    q, core = dense.qr(x)
-    p, s, qh = dense.svd(core)
-    p, qh = p[:, s > 1e-8], qh[s > 1e-8]
-    return q @ p @ qh
 
 
 def _energy(svds: Sequence[Svd]) -> float:

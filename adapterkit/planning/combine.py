@@ -64,7 +64,7 @@ def plan_combine(options: Combine) -> Plan:
     for name, site in joined.items():
         with errors.collected():
             parts = _parts(site, weights, decomposed, method, options.space)
-            _check_fit(name, parts, adapters, options, refit, errors)
+            _check_fit(name, parts, adapters, options, (method, refit), errors)
             how = method, refit, options.space, options.seed
             tasks.append(CombinedFactors(name, site.place(levels), dtype, parts, *how))
     first = len(adapters) + (model is not None)
@@ -208,17 +208,26 @@ def _check_fit(
     parts: tuple[Operand, ...],
     adapters: Sequence[Adapter],
     options: Combine,
-    refit: Refit,
+    how: tuple[Method, Refit],
     errors: Problems,
 ) -> None:
-    """Refuse a DoRA whose delta is not refitted, and factors of several ranks that cannot be added
-    one by one."""
+    """Refuse a DoRA whose delta is not refitted, or has to have factors, and factors of several
+    ranks that cannot be added one by one."""
+    method, refit = how
     by_factors = options.space == "factors"
     doras = [adapters[part.number].name for part in parts if part.dora]
-    if doras and (by_factors or refit.exact):
-        how = "--space factors" if by_factors else "an exact result"
+    if doras and method.by_factors:
         errors.add(
-            f"{shown(name)}: {how} does not work with DoRA ({', '.join(doras)})",
+            f"{shown(name)}: {method.name} needs b and a, not the delta of a DoRA "
+            f"({', '.join(doras)})",
+            "LoRAs, or a method that acts on deltas",
+            "make LoRAs of them: adapterkit resize ADAPTER --base BASE --rank R --out LORA",
+            where="--method",
+        )
+    elif doras and (by_factors or refit.exact):
+        where = "--space factors" if by_factors else "an exact result"
+        errors.add(
+            f"{shown(name)}: {where} does not work with DoRA ({', '.join(doras)})",
             "a refit in --space delta: a DoRA's delta has full rank",
             "give --rank R or --energy E",
             where="options",

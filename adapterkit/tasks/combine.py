@@ -12,15 +12,14 @@ from torch import Tensor
 from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.kinds.dora import DoRA
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.combinations.common import WeightedSum, add_pruned
+from adapterkit.combinations.common import DenseDeltas, WeightedSum, add_pruned
 from adapterkit.combinations.protocol import Method
 from adapterkit.kernels.elementwise import AT_ONCE
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product, Svd
 from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense, decompose_product
-from adapterkit.kernels.pieces import GPU, piece
+from adapterkit.kernels.pieces import GPU
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.kernels.rows import row_ranges
 from adapterkit.plan import PIECE_BYTES, READ, Effort, Metrics, TaskResult
 from adapterkit.tasks.common import FactorsTask, RankedFactors
 from adapterkit.tasks.metrics import short
@@ -28,7 +27,6 @@ from adapterkit.tasks.statistics import covariance_errors, read_covariance, read
 from adapterkit.tasks.truncate import energies_of, fit_metrics
 from adapterkit.weights.reader import Reader
 
-BLOCK = 1 << 19  # elements of a dense delta that are multiplied out at a time on a CPU
 Delta = Product | Tensor  # Δ as left @ right in float64, or (out, in) float32
 
 
@@ -180,14 +178,15 @@ class CombinedFactors(FactorsTask):
     ) -> tuple[Delta, dict]:
         """The combined delta, as a product where the method keeps it one, else dense, and the
         method's metrics."""
+        seeds = ModuleSeeds(self.seed, f"{self.name}/{expert}")
         if self.method.acts_on == "elements":
-            seeds = ModuleSeeds(self.seed, f"{self.name}/{expert}")
             return self.method.combine_elements(DenseDeltas(deltas), weights, seeds)
         assert self.method.acts_on == "factors"
         if self.is_dense and isinstance(self.method, WeightedSum):
             shares = self.method.shares(weights)
             return add_pruned(DenseDeltas(deltas), shares, [lambda block: None] * len(shares))
-        return self.method.combine_factors([algebra.as_product(delta) for delta in deltas], weights)
+        products = [algebra.as_product(delta) for delta in deltas]
+        return self.method.combine_factors(products, weights, seeds)
 
     def _refit(
         self,
@@ -261,29 +260,6 @@ class CombinedFactors(FactorsTask):
         # of a stack of experts: the mean over them
         merged |= {key: _mean([metric[key] for metric in metrics]) for key in metrics[0]}
         return TaskResult(self.round(self.place.stored(pairs)), merged)
-
-
-class DenseDeltas:
-    """Deltas of one module; rows of a product are multiplied out in float32 whenever they are asked
-    for."""
-
-    def __init__(self, deltas: Sequence[Delta]):
-        self.deltas = [
-            Product(d.left.float(), d.right.float()) if isinstance(d, Product) else d
-            for d in deltas
-        ]
-        first, self.count = deltas[0], len(deltas)
-        sides = (first.left, first.right) if isinstance(first, Product) else (first, first)
-        self.shape, self.device = (sides[0].shape[0], sides[1].shape[1]), sides[0].device
-
-    def blocks(self) -> list[tuple[int, int]]:
-        return row_ranges(*self.shape, piece(self.device, BLOCK))
-
-    def rows(self, which: int, first: int, last: int) -> Tensor:
-        delta = self.deltas[which]
-        if isinstance(delta, Product):
-            return delta.left[first:last] @ delta.right
-        return delta[first:last].clone()
 
 
 class ModuleSeeds:

@@ -61,8 +61,9 @@ class Combine(WritingVerb):
     up to 1, else refused unless they are equal.
 
     An adapter of weight 0 takes no part in delta space: weights (1, 0) give what the method makes
-    of the first one alone. That is its delta, unless the method changes a single one too: iso_c
-    evens its singular values out, and a density below 1 (ties, knots, dare, ...) drops some of it.
+    of the first one alone. That is its delta, unless the method changes a single one too: iso_c and
+    its like even its singular values out, and a density below 1 (ties, knots, dare, ...) drops some
+    of it.
     Of slerp the weights say where on the arc the result lies, and how long it is.
 
     A tokenizer beside the adapters is copied, and refused where they differ in what makes tokens;

@@ -6,10 +6,10 @@ A GPU works on pieces of eight million elements: what a smaller weight costs, ea
 import pytest
 import torch
 
+from adapterkit.combinations import common
+from adapterkit.combinations.common import DenseDeltas
 from adapterkit.kernels import pieces
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.tasks import combine
-from adapterkit.tasks.combine import DenseDeltas
 from tests.support import methods
 from tests.support.card import DEVICE, Card, installed
 
@@ -42,5 +42,5 @@ def test_methods_on_elements(name: str):
 
 @pytest.mark.parametrize("name", ["ties", "dare_ties"])
 def test_a_budget_fails_where_pieces_are_those_of_a_cpu(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pieces, "GPU", combine.BLOCK)
+    monkeypatch.setattr(pieces, "GPU", common.BLOCK)
     assert spent(name)[0] > LAUNCHES

@@ -20,11 +20,12 @@ from tests.support.combining import statistics_for
 from tests.support.deltas import LAYERS, assert_close, deltas, net, trained, truncated
 
 WEIGHTS = (1.0, 0.6, -0.5)
-NEEDED = {"density": 0.6, "decay": 0.7}
+NEEDED = {"density": 0.6, "decay": 0.7, "beta": 0.7}
 METHODS = {
     name: {k: v for k, v in NEEDED.items() if k in options(record)}
     for name, record in members("combinations").items()
 }
+BY_FACTORS = [name for name, record in members("combinations").items() if record.by_factors]
 DRAWS = ("dare_linear", "dare_ties", "della")
 
 
@@ -105,7 +106,7 @@ def test_linear_of_doras_is_the_sum_of_what_peft_merges(sources, base, tmp_path)
     adapterkit.verify(tmp_path / "out")
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in DRAWS])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in (*DRAWS, *BY_FACTORS)])
 def test_every_method_gives_what_it_gives_on_plain_loras_of_the_same_deltas(
     method, sources, plain, base, tmp_path
 ):
@@ -120,6 +121,12 @@ def test_every_method_gives_what_it_gives_on_plain_loras_of_the_same_deltas(
     tolerance = 1e-3 if members("combinations")[method].acts_on == "elements" else 1e-5
     for name, delta in theirs.items():
         assert float((ours[name] - delta).norm()) <= tolerance * float(delta.norm()) + 1e-9, name
+
+
+@pytest.mark.parametrize("method", BY_FACTORS)
+def test_methods_that_need_factors_refuse_doras(method, sources, base, tmp_path):
+    with pytest.raises(Refused, match="needs b and a"):
+        combined(sources, tmp_path / "out", method=method, base=base, rank=9, **METHODS[method])
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "iso_c"])

@@ -59,7 +59,7 @@ def narrowed(source: Path, folder: Path) -> Path:
     return out
 
 
-NEEDS = {"density": 0.5, "decay": 0.9}
+NEEDS = {"density": 0.5, "decay": 0.9, "beta": 0.6}
 
 
 def statistics_of(source: Path, out: Path) -> Path:
@@ -95,5 +95,5 @@ def statistics_for(method: str, sources: list[Path], out: Path) -> dict:
 def options_of(method: str) -> dict:
     fields = registry.options(registry.members("combinations")[method])
     given = {name: value for name, value in NEEDS.items() if name in fields}
-    decay = {"settings": {"decay": given.pop("decay")}} if "decay" in given else {}
-    return given | decay
+    settings = {name: given.pop(name) for name in ("decay", "beta") if name in given}
+    return given | ({"settings": settings} if settings else {})

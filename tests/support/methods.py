@@ -11,6 +11,7 @@ from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.quant.stochastic import Draws
 
 METHODS = registry.members("combinations")
+NOT_ITSELF = {"iso_c", "iso_cts", "subspace_boost"}  # one adapter alone is not given back
 ON_ELEMENTS = [name for name, record in METHODS.items() if record.acts_on == "elements"]
 
 
@@ -20,6 +21,7 @@ class Dense:
     def __init__(self, matrices: list[Tensor], height: int = 3):
         self.matrices, self.height = [m.float() for m in matrices], height
         self.count, self.shape = len(matrices), tuple(matrices[0].shape)
+        self.dtype = torch.float32
         self.device = matrices[0].device
 
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -59,7 +61,7 @@ def applied(
 ) -> tuple[Product | Tensor, dict[str, float]]:
     """What a method gives, as factors or dense, and its metrics."""
     if method.acts_on == "factors":
-        return method.combine_factors(products, weights)
+        return method.combine_factors(products, weights, seeds)
     if method.acts_on == "covariances":
         covariances = lambda which: covariance_of(products[which].dense())
         result, _, metrics = method.combine_covariances(products, weights, covariances)

@@ -19,6 +19,7 @@ from adapterkit.errors import Refused
 from tests.support import oracle
 from tests.support.combining import WEIGHTS, combined, options_of, pairs_of
 from tests.support.deltas import LAYERS, assert_close, deltas, trained, truncated, weighted
+from tests.support.methods import METHODS, NOT_ITSELF
 from tests.support.usual import usual
 
 # -- the exact ones --------------------------------------------------------------------------------
@@ -106,9 +107,9 @@ def test_bfloat16_factors_on_request(mixed, tmp_path):
     assert_close(deltas(tmp_path / "out"), weighted(mixed, WEIGHTS), 1e-2)
 
 
-@pytest.mark.parametrize("method", sorted(set(registry.members("combinations")) - {"iso_c"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - NOT_ITSELF))
 def test_weights_one_and_zero_give_the_first_adapter(method, mixed, tmp_path):
-    """The law of every method but iso_c, which changes the strengths of even one; also for modules
+    """The law of every method but those that change the strengths of even one; also for modules
     that one of them lacks."""
     options = options_of(method) | ({"density": 1.0} if "density" in options_of(method) else {})
     if method == "sce":
