@@ -1,4 +1,10 @@
-"""Combination methods written plainly, dense, in float64."""
+"""Combination methods written plainly, dense, in float64.
+
+core_space, ctm, iso_c, iso_cts, svc and subspace_boost were compared once with the authors' own
+functions, beside the repository, on the matrices of `methods.product`: the same to 1e-14, but that
+their ties keeps one element more, to 2e-8 svc, whose factors are float32 there, and ctm within the
+tolerance of its iteration (tensorly's Tucker of 1e-12). pico follows the authors' code, too.
+"""
 
 import itertools
 import math
@@ -179,7 +185,7 @@ def core_space(products, weights, options):
 
 
 def ctm(deltas, weights, options):
-    """HOOI on the dense stack of rescaled deltas, as the authors have it beside that in the core."""
+    """HOOI on the dense stack of rescaled deltas. (The authors have it beside that in the core.)"""
     rank = max(int(torch.linalg.matrix_rank(d)) for d in deltas)
     norms = [d.norm() for d in deltas]
     stack = torch.stack(
