@@ -2,12 +2,17 @@
 
 Everything adapterkit raises on purpose is an `AdapterkitError`; the command line prints it without
 a traceback and exits 1. Any other exception is a bug and keeps its traceback.
+
+Each has a code for its kind of problem, by the place in the package that makes it: `errors.toml`.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
 
 EXAMPLES = 3  # errors of one cause that are printed
 # a shape, or a word with a dot, an underscore or a digit, as names of tensors and files have
@@ -24,10 +29,32 @@ class AdapterkitError(Exception):
 
     def __init__(self, problem: str, *, expected: str = "", where: str = "", hint: str = ""):
         self.problem, self.expected, self.where, self.hint = problem, expected, where, hint
+        self.place = _place()
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        return _text(self.where, [self.problem], self.expected, self.hint)
+        return self.text(with_code=False)
+
+    def text(self, *, with_code: bool = True) -> str:
+        """The four parts as lines, the first with the code at its end."""
+        code = self.code if with_code else ""
+        return _text(self.where, [self.problem], self.expected, self.hint, code)
+
+    def row(self) -> dict[str, str]:
+        """It as a problem in a document of JSON."""
+        four = {"found": self.problem, "expected": self.expected, "where": self.where}
+        return four | {"do": self.hint, "code": self.code}
+
+    @property
+    def code(self) -> str:
+        """The code of its kind of problem; "" of an error that other programs make."""
+        places, place = _places(), self.place
+        names = (each.__name__ for each in type(self).__mro__)
+        if name := next((name for name in names if name in places), ""):
+            return places[name]
+        while place and place not in places:
+            place = place[: max(place.rfind("."), place.rfind(":"), 0)]
+        return places.get(place, "")
 
 
 class Refused(AdapterkitError):
@@ -61,11 +88,18 @@ class MultipleErrors(Refused, Damaged):
         self.errors = tuple(errors)
         super().__init__(f"{len(self.errors)} problems found")
 
-    def __str__(self) -> str:
+    def text(self, *, with_code: bool = True) -> str:
+        """Their number, and the text of each cause."""
         causes: dict[tuple[str, ...], list[AdapterkitError]] = {}
         for error in self.errors:
             causes.setdefault(_cause(error), []).append(error)
-        return super().__str__() + "".join(f"\n- {_summary(errors)}" for errors in causes.values())
+        entries = (f"\n- {_summary(errors, with_code)}" for errors in causes.values())
+        return self.problem + "".join(entries)
+
+    @property
+    def code(self) -> str:
+        """The codes of all of them."""
+        return ", ".join(dict.fromkeys(error.code for error in self.errors if error.code))
 
 
 def _cause(error: AdapterkitError) -> tuple[str, ...]:
@@ -74,10 +108,10 @@ def _cause(error: AdapterkitError) -> tuple[str, ...]:
     return (type(error).__name__, *text, error.where, error.hint)
 
 
-def _summary(errors: list[AdapterkitError]) -> str:
+def _summary(errors: list[AdapterkitError], with_code: bool) -> str:
     """Errors of one cause: all where they are few, else their number and the first of them."""
     if len(errors) <= EXAMPLES:
-        return "\n- ".join(map(str, errors))
+        return "\n- ".join(error.text(with_code=with_code) for error in errors)
     some = errors[:EXAMPLES]
     expected = {error.expected for error in some}
     lines = [f"{len(errors)} of one kind, such as"]
@@ -85,17 +119,46 @@ def _summary(errors: list[AdapterkitError]) -> str:
         lines += [error.problem for error in some]
     else:  # each expects something else
         lines += [f"{error.problem}; expected: {error.expected}" for error in some]
-    return _text(some[0].where, lines, expected.pop() if len(expected) == 1 else "", some[0].hint)
+    code = some[0].code if with_code else ""
+    same = expected.pop() if len(expected) == 1 else ""
+    return _text(some[0].where, lines, same, some[0].hint, code)
 
 
-def _text(where: str, problems: list[str], expected: str, hint: str) -> str:
+def _text(where: str, problems: list[str], expected: str, hint: str, code: str) -> str:
     """An error as it is printed; names of folders and files may come unescaped."""
-    parts = [f"{where}: {problems[0]}" if where else problems[0], *problems[1:]]
+    first = f"{where}: {problems[0]}" if where else problems[0]
+    parts = [f"{first} [{code}]" if code else first, *problems[1:]]
     if expected:
         parts.append(f"expected: {expected}")
     if hint:
         parts.append(f"hint: {hint}")
     return "\n  ".join(map(_printable, parts))
+
+
+@cache
+def _table() -> dict[str, Any]:
+    import tomllib  # not at the start of each command
+
+    return tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+
+
+def codes() -> Mapping[str, Mapping[str, str]]:
+    """What is said of each code: title, cause, do, example, and the places that make its errors."""
+    return {code: entry for code, entry in _table().items() if code != "gone"}
+
+
+@cache
+def _places() -> Mapping[str, str]:
+    return {place: code for code, entry in codes().items() for place in entry["places"]}
+
+
+def _place() -> str:
+    """MODULE:FUNCTION that makes an error: the first outside of this module."""
+    frame = sys._getframe(2)
+    while frame.f_back and frame.f_globals.get("__name__") in (__name__, "contextlib"):
+        frame = frame.f_back
+    module = str(frame.f_globals.get("__name__", "")).removeprefix("adapterkit.")
+    return f"{module}:{frame.f_code.co_qualname.partition('.<locals>')[0]}"
 
 
 @contextmanager

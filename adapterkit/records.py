@@ -118,6 +118,7 @@ def placed(
         place = re.sub(r"^\.(\w+)", lambda match: name(match[1]), error.where)
         problem = (place * is_within + error.problem).removeprefix(" = ")
         result.append(kind(problem, expected=error.expected, where=where, hint=error.hint or hint))
+        result[-1].place = error.place
     return result
 
 

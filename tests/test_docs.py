@@ -170,7 +170,7 @@ def test_verbs_of_python_and_of_the_command_line_have_the_same_names_and_options
         }
         line = {p.name for p in main.commands[verb].params} - {"as_json", "quiet", "plan"}
         assert python == line - LOOKING.get(verb, set()), verb
-    assert set(main.commands) - set(adapterkit.__all__) <= {"completion"}
+    assert set(main.commands) - set(adapterkit.__all__) <= {"completion", "explain"}
 
 
 # -- files, links, words -------------------------------------------------------------------------

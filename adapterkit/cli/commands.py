@@ -11,6 +11,7 @@ import click
 
 from adapterkit.cli.actions import ACTIONS, OWN_OPTIONS
 from adapterkit.cli.completion import completion
+from adapterkit.cli.explain import explain
 from adapterkit.cli.group import Rows, WritingCommand
 from adapterkit.cli.output import run_verb
 from adapterkit.cli.parameters import arguments_of, parameters_of
@@ -105,12 +106,12 @@ def command_of(verb: type[Verb]) -> click.Command:
 
 def command_named(name: str) -> click.Command:
     """The command of this name; only its own record is read."""
-    return completion if name == completion.name else command_of(_record(name))
+    return OWN[name] if name in OWN else command_of(_record(name))
 
 
 def summary_of(name: str) -> str:
     """The first paragraph of a command's help."""
-    text = str(completion.help) if name == completion.name else cleandoc(_record(name).command)
+    text = str(OWN[name].help) if name in OWN else cleandoc(_record(name).command)
     return " ".join(text.partition("\n\n")[0].split())
 
 
@@ -120,4 +121,5 @@ def _record(name: str) -> type[Verb]:
     return next(one for one in own if issubclass(one, Verb) and vars(one).get("name") == name)
 
 
-SECTIONS = VERBS | {"Shell": (str(completion.name),)}
+OWN = {str(command.name): command for command in (explain, completion)}
+SECTIONS = VERBS | {"Errors and the shell": tuple(OWN)}

@@ -44,7 +44,7 @@ def stopped(ctx: click.Context | None, problem: str = "stopped") -> Interrupted:
 
 def fail(error: AdapterkitError, status: int) -> NoReturn:
     """Print an error, with the command that resumes where there is one, and exit."""
-    text = f"Error: {error}"
+    text = f"Error: {error.text()}"
     if isinstance(error, Interrupted) and "--resume" in error.hint:
         words = [w for w in sys.argv[1:] if w not in ("--overwrite", "--resume")]
         text += f"\n  adapterkit {' '.join(map(system.quote, words))} --resume"

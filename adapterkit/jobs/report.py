@@ -35,4 +35,4 @@ def sent(repo: str) -> str:
 
 
 def refusal(error: AdapterkitError) -> Row:
-    return {"state": "refused", "message": str(error)}
+    return {"state": "refused", "message": str(error), "code": error.code}

@@ -225,10 +225,7 @@ def new_result(kind: str, scan: Scan) -> Json:
 def finish_result(scan: Scan, modules: list[Json] | None = None) -> Json:
     """The last keys of all kinds: problems, each once, and modules."""
     distinct = {str(error): error for error in scan.errors}.values()
-    problems = [
-        {"found": e.problem, "expected": e.expected, "where": e.where, "do": e.hint}
-        for e in distinct
-    ]
+    problems = [error.row() for error in distinct]
     return {"readable": scan.readable, "problems": printable(problems), "modules": modules or []}
 
 

@@ -108,15 +108,7 @@ def detect_format(src: StrPath, *, allow_pickle: bool = False) -> Json:
         "kinds": dict(Counter(module.kind for module in modules)),
         "components": [name for name in contents.components if name],
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
-        "problems": [
-            {
-                "found": error.problem,
-                "expected": error.expected,
-                "where": error.where,
-                "do": error.hint,
-            }
-            for error in errors
-        ],
+        "problems": [error.row() for error in errors],
     }
 
 

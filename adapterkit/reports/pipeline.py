@@ -4,7 +4,7 @@ from collections import Counter
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import shown
+from adapterkit.errors import Problems, shown
 from adapterkit.planning.inputs.pipeline import INDEX, read_pipeline
 from adapterkit.records import Json
 from adapterkit.reports.checkpoint import VERSION, inspect_base
@@ -20,11 +20,9 @@ def inspect_pipeline(folder: Folder, headers: bool) -> Json:
     for result in parts.values():
         for dtype, sizes in result["dtypes"].items():
             dtypes.setdefault(dtype, Counter()).update(sizes)
-    problems = [
-        {"found": f"{INDEX} names {shown(name)}", "expected": "the folder of that name",
-         "where": folder.name, "do": "download all of the pipeline"}
-        for name in pipeline.absent
-    ]  # fmt: skip
+    problems = Problems(where=folder.name, hint="download all of the pipeline")
+    for name in pipeline.absent:
+        problems.add(f"{INDEX} names {shown(name)}", "the folder of that name")
     return {
         "inspect": VERSION,
         "kind": "pipeline",
@@ -45,7 +43,7 @@ def inspect_pipeline(folder: Folder, headers: bool) -> Json:
         "quantization": None,
         "loads": None,
         "readable": not pipeline.absent and all(result["readable"] for result in parts.values()),
-        "problems": problems
+        "problems": [error.row() for error in problems]
         + [
             problem | {"found": f"{name}: {problem['found']}"}
             for name, result in parts.items()

@@ -7,7 +7,7 @@ from itertools import starmap
 from statistics import median
 
 from adapterkit import dtypes
-from adapterkit.errors import AdapterkitError, shown
+from adapterkit.errors import shown
 from adapterkit.records import Json
 from adapterkit.reports.heatmaps import NUMBER, blocks, heatmaps_of, module_label
 
@@ -166,10 +166,11 @@ def _problem_lines(problems: list[dict[str, str]]) -> list[str]:
         kinds.setdefault(re.sub(r"\S+\.\S+|\d+", "#", problem["found"]), []).append(problem)
     lines = [f"problems: {len(problems) or 'none'}"]
     for first, *others in list(kinds.values())[:MAX_PROBLEMS]:
-        error = AdapterkitError(
-            first["found"], expected=first["expected"], where=first["where"], hint=first["do"]
-        )
-        lines.append(f"- {error}")
+        found = f"{first['where']}: {first['found']}" if first["where"] else first["found"]
+        parts = [f"{found} [{first['code']}]"]
+        parts += [f"expected: {first['expected']}"] if first["expected"] else []
+        parts += [f"hint: {first['do']}"] if first["do"] else []
+        lines.append("- " + "\n  ".join(parts))
         lines += [f"  and {len(others)} more like it"] if others else []
     more = len(kinds) - MAX_PROBLEMS
     return lines + ([f"and {more} more kinds of problems; --json lists all"] if more > 0 else [])

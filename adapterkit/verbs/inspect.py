@@ -39,7 +39,7 @@ class Inspect(Verb[Json]):
                     how many parameters it makes up or refuses; null where it does not know the
                     model, and with `headers`
       readable      whether all files are there and could be read
-      problems      [{found, expected, where, do}]
+      problems      [{found, expected, where, do, code}]
       modules       a LoRA's modules, else [] (of other types of adapters the config and the header
                     are told)
     Of a pipeline of diffusers the sums of its parts, their problems with the part in front, and

@@ -21,7 +21,7 @@ from adapterkit.verbs.merge import Merge
 
 PACKAGE = Path(adapterkit.__file__).parent
 COMMAND = re.compile(r"adapterkit ([a-z]+)((?: (?:[A-Za-z.=/-]+|\{\}))*)")
-VERBS = sorted(set(main.commands) - {"run", "finish", "completion"})
+VERBS = sorted(set(main.commands) - {"run", "finish", "completion", "explain"})
 
 
 def _texts(node: ast.AST) -> Iterator[str]:

@@ -38,7 +38,8 @@ def inspect(*words, **options):
     assert set(result) == (ADAPTER if result["kind"] == "adapter" else EVERY)
     assert result["inspect"] == 1
     assert all(
-        set(problem) == {"found", "expected", "where", "do"} for problem in result["problems"]
+        set(problem) == {"found", "expected", "where", "do", "code"}
+        for problem in result["problems"]
     )
     assert all(set(module) == MODULE for module in result["modules"])
     return result

@@ -226,7 +226,7 @@ def _run_rank(
 
 def _as_data(error: AdapterkitError) -> Json:
     inner = error.errors if isinstance(error, MultipleErrors) else ()
-    four = {key: getattr(error, key) for key in ("problem", "expected", "where", "hint")}
+    four = {key: getattr(error, key) for key in ("problem", "expected", "where", "hint", "place")}
     # the driver knows the classes of `errors`, and those of them that others are made of
     kind = next(each.__name__ for each in type(error).__mro__ if hasattr(errors, each.__name__))
     return {"kind": kind, **four, "errors": [_as_data(one) for one in inner]}
@@ -235,5 +235,7 @@ def _as_data(error: AdapterkitError) -> Json:
 def _as_error(data: Json) -> AdapterkitError:
     if data["errors"]:
         return MultipleErrors(_as_error(one) for one in data["errors"])
-    four = {key: data[key] for key in ("expected", "where", "hint")}
-    return getattr(errors, data["kind"])(data["problem"], **four)
+    three = {key: data[key] for key in ("expected", "where", "hint")}
+    error = getattr(errors, data["kind"])(data["problem"], **three)
+    error.place = data["place"]
+    return error

@@ -1,0 +1,131 @@
+"""Every error has a code: of all places that make one, told, printed, and never given twice."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from adapterkit import errors
+from adapterkit.cli import main
+from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, codes
+from tests.support.documents import ROOT
+from tests.support.error_sites import Site, sites
+from tests.test_docs import script
+
+pytestmark = pytest.mark.quick
+GOLDEN = Path(__file__).with_name("error_codes.json")  # code -> title, as they were given
+GONE = errors._table()["gone"]
+
+
+def test_every_place_that_makes_an_error_has_a_code():
+    """A new one needs a line in `places` of adapterkit/errors.toml where its module has none."""
+    assert len(sites()) > 700
+    assert [site for site in sites() if not site.code] == []
+
+
+def test_every_code_is_used_and_every_place_exists():
+    assert {site.code for site in sites()} == set(codes())
+    places = [place for entry in codes().values() for place in entry["places"]]
+    assert len(places) == len(set(places))
+    own = {one.__name__ for one in _subclasses(AdapterkitError)}
+    for place in places:
+        made = any(f"{site.place}:".startswith((f"{place}.", f"{place}:")) for site in sites())
+        assert made or place in own, place
+
+
+def _subclasses(of: type) -> set[type]:
+    return {of}.union(*map(_subclasses, of.__subclasses__()))
+
+
+def test_a_code_keeps_its_meaning():
+    """`python -m tests.test_error_codes` adds new ones; one that goes is listed in `gone`."""
+    given = json.loads(GOLDEN.read_text("utf-8"))
+    now = {code: entry["title"] for code, entry in codes().items()}
+    assert {code: given[code] for code in given if code not in GONE} == now
+    assert not set(GONE) & set(now) and set(GONE) <= set(given)
+    assert all(re.fullmatch(r"AK[1-9]\d\d", code) for code in given)
+
+
+@pytest.mark.parametrize("code", codes())
+def test_the_example_is_what_the_program_prints(code: str):
+    entry = codes()[code]
+    first, *rest = entry["example"].splitlines()
+    parts = dict(line.strip().split(": ", 1) for line in rest)
+    texts = (first.removeprefix("Error: "), parts.get("expected", ""), parts.get("hint", ""))
+    assert first.startswith("Error: ") and set(parts) <= {"expected", "hint"}
+    assert any(_prints(site, texts) for site in sites() if site.code == code), texts
+
+
+def _prints(site: Site, texts: tuple[str, str, str]) -> bool:
+    """Whether texts are those of this place: what it has as literals, eight letters of it or more;
+    a hint may come from elsewhere."""
+    problem, expected, hint = (".*".join(map(re.escape, text.split("{}"))) for text in site.texts)
+    literal = "".join(site.texts).replace("{}", "").strip()
+    return (
+        len(literal) >= 8
+        and re.search(f"(^|: ){problem}$", texts[0]) is not None
+        and re.fullmatch(expected, texts[1]) is not None
+        and (not hint or re.fullmatch(hint, texts[2]) is not None)
+    )
+
+
+def test_the_page_is_current():
+    assert (ROOT / "docs" / "errors.md").read_text("utf-8") == script("errors").document()
+
+
+# -- at work -------------------------------------------------------------------------------------
+
+
+def made_by(place: str, problem: str, kind: type[AdapterkitError] = Refused) -> AdapterkitError:
+    error = kind(problem, expected="x", where="there", hint="do")
+    error.place = place
+    return error
+
+
+def test_the_place_is_the_function_that_makes_the_error():
+    def inside() -> list[AdapterkitError]:
+        problems = Problems((Refused(f"{i}") for i in range(2)), where="there")
+        problems.add("another")
+        return [*problems, *[Damaged(f"{i}") for i in range(2)]]
+
+    name = f"{__name__}:test_the_place_is_the_function_that_makes_the_error"
+    assert {error.place for error in inside()} == {name}
+    assert Refused("of a caller").code == ""
+
+
+def test_the_longest_place_counts_and_a_class_before_all():
+    assert made_by("checkpoint.reader:changed", "").code == "AK210"
+    assert made_by("checkpoint.reader:read_exactly", "").code == "AK209"
+    assert made_by("checkpoint.output.stage:Stage.state", "").code == "AK602"
+    assert made_by("checkpoint.reader", "", errors.Interrupted).code == "AK609"
+    assert made_by("nowhere:f", "").code == ""
+
+
+def test_each_cause_is_printed_with_its_code():
+    many = [made_by("checkpoint.header", f"x.{i} is damaged", Damaged) for i in range(9)]
+    with pytest.raises(errors.MultipleErrors) as caught:
+        Problems([*many, made_by("formats.scales", "no alpha")]).raise_all()
+    lines = caught.value.text().splitlines()
+    assert lines[:2] == ["10 problems found", "- there: 9 of one kind, such as [AK202]"]
+    assert "- there: no alpha [AK504]" in lines and caught.value.code == "AK202, AK504"
+    assert "[AK" not in str(caught.value)
+
+
+def test_commands_print_the_code(tmp_path: Path):
+    run = CliRunner().invoke
+    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    result = run(main, ["inspect", str(tmp_path), "--json"])
+    assert [one["code"] for one in json.loads(result.stdout)["problems"]] == ["AK202"] * 2
+    assert "[AK202]\n" in run(main, ["inspect", str(tmp_path)]).stdout
+    for code, entry in codes().items():
+        result = run(main, ["explain", f"[{code.lower()}]"])
+        assert result.exit_code == 0 and entry["example"] in result.stdout
+    assert run(main, ["explain"]).stdout.count("\n") == len(codes())
+
+
+if __name__ == "__main__":
+    given = json.loads(GOLDEN.read_text("utf-8")) if GOLDEN.exists() else {}
+    given |= {code: entry["title"] for code, entry in codes().items()}
+    GOLDEN.write_text(json.dumps(given, indent=1, ensure_ascii=False) + "\n", "utf-8")
