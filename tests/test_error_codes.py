@@ -14,7 +14,6 @@ from tests.support.documents import ROOT
 from tests.support.error_sites import Site, sites
 from tests.test_docs import script
 
-pytestmark = pytest.mark.quick
 GOLDEN = Path(__file__).with_name("error_codes.json")  # code -> title, as they were given
 GONE = errors._table()["gone"]
 
