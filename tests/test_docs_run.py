@@ -55,7 +55,7 @@ PREPARATION = [
 ]
 # Commands with one of these words are parsed and not run: what they need is not on a test machine.
 PARSED_ONLY = re.compile(
-    r"^(?!\d+/\d)[\w.-]+/[\w.-]+(@|:|$)|^(?!BASE|merged|stochastic|touched|kept|quantized).*\.gguf$"
+    r"^(?!\d+/\d)[\w.-]+/[\w.-]+(@|:|$)|^(?!BASE|merged|stochastic|touched|kept|quantized|wan|moved).*\.gguf$"
     r"|^oft$|^--push$|^/|^cuda|^ray$"
 )
 
@@ -201,11 +201,14 @@ def save_sdxl(stage: Path) -> None:
 
 
 def save_wan(stage: Path) -> None:
-    """A tiny file of Wan's, and an adapter for it."""
-    from tests.support import one_file
+    """A tiny file of Wan's, and one in GGUF, and an adapter for them."""
+    from tests.support import gguf_files, one_file
 
     one_file.write_family("wan_t2v", stage / "wan.safetensors")
     one_file.write_adapter(one_file.factors_of("wan_t2v"), stage / "motion.safetensors")
+    tensors = load_file(stage / "wan.safetensors").items()
+    own = {key.removeprefix(one_file.DENOISER): value for key, value in tensors}
+    gguf_files.write_images(stage / "wan-q8_0.gguf", own, "Q8_0", arch="wan", in_rows=True)
 
 
 def write_gguf(base: Path, file: Path) -> None:

@@ -12,6 +12,7 @@ from adapterkit.errors import Refused
 from adapterkit.formats.library import one_file
 from adapterkit.formats.modules.names import ComponentNames, Match, Size, likely, names_of
 from adapterkit.formats.schema import Format, NameWords
+from adapterkit.gguf.model import GgufCheckpoint
 
 IN_PROJ = re.compile(r"(?<=\.in_proj)_(weight|bias)$")  # of OpenCLIP's attention
 LEAST = 0.5  # share of the denoiser's modules whose names are known, of a file of the family
@@ -57,6 +58,11 @@ class OneFileModel(Checkpoint):
     def namings(self) -> dict[str, str]:
         """The column of each component's names."""
         return {component: part.naming for component, part in self.parts.items()}
+
+
+@dataclass(frozen=True)
+class GgufImageModel(OneFileModel, GgufCheckpoint):
+    """One in a GGUF file."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,8 @@ def with_parts(checkpoint: Checkpoint) -> Checkpoint:
         )
     name = next(iter(fits))
     parts = {component: known.part for component, known in fits[name].items()}
-    return OneFileModel(**vars(checkpoint), architecture=name, parts=parts)
+    kind = GgufImageModel if isinstance(checkpoint, GgufCheckpoint) else OneFileModel
+    return kind(**vars(checkpoint), architecture=name, parts=parts)
 
 
 def _best(found: Found, count: Callable[[dict[str, _Known]], int]) -> Found:

@@ -26,7 +26,7 @@ ALIGNMENT = 32  # unless general.alignment says otherwise
 FIRST_READ = 4 << 20  # bytes; enough for a small vocabulary
 MAX_HEADER = 512 << 20
 MAX_KEYS, MAX_TENSORS = 1 << 16, 1 << 20
-MAX_RANK = 4  # ggml's
+MAX_RANK = 5  # ggml's is 4; kernels of video models have 5 in files of ComfyUI-GGUF
 MAX_ERRORS = 20  # reported at once
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)")
 MAX_ITEMS = 1 << 16  # of an array whose numbers are kept
@@ -112,7 +112,8 @@ class GgufHeader:
 
     @property
     def architecture(self) -> str:
-        return self.metadata["general.architecture"]
+        """Empty in files of stable-diffusion.cpp, which have no metadata."""
+        return self.metadata.get("general.architecture", "")
 
     @property
     def header(self) -> Header:
@@ -345,7 +346,7 @@ class _Parser:
                 self.errors.fail(f"general.alignment of type {kind}", "a 32-bit number")
             self.spans[key] = start, self.at
         name = metadata.get("general.architecture")
-        if name is None and metadata.get("split.no"):
+        if name is None and (metadata.get("split.no") or not metadata):
             return metadata  # the first part has what is said of the model
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name):
             problem = f"general.architecture {shown(name)!r}"

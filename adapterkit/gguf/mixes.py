@@ -7,9 +7,10 @@ import math
 import re
 import struct
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
-from adapterkit.gguf.header import TYPES, UINT32, GgufHeader
+from adapterkit.gguf.header import TYPES, UINT32, Entry, GgufHeader
 
 FILE_TYPE = "general.file_type"
 MIXES = {  # the type of most matrices, and the number of the mix
@@ -88,6 +89,43 @@ def types_of(header: GgufHeader, mix: str, *, weighed: bool) -> dict[str, str]:
             own = "Q8_0" if default == "Q8_0" or shape[-1] % TYPES[default][1] else "Q6_K"
         choices = (default if TYPES[default][1] == 1 else own, NARROW.get(own, "IQ4_NL"), "F16")
         found[name] = next(one for one in choices if shape[-1] % TYPES[one][1] == 0)
+    return found
+
+
+# of image models, as ComfyUI-GGUF's patch of llama.cpp has them (tools/lcpp.patch)
+IMAGE_KINDS = {
+    "v": r"attn_v\.weight|\.(?:to_)?v\.weight|\.attn\.w[12]v\.weight|_attn\.v_proj\.weight",
+    "qkv": r"att(?:n|ention)[._]qkv\.weight",
+    "down": r"experts\..*\.w2\.weight|\.ffn\.2\.weight|\.ff\.net\.2\.weight|\.mlp\.layer2\.weight"
+    r"|\.adaln_modulation_mlp\.2\.weight|\.feed_forward\.w2\.weight",
+}
+IMAGE_RULES = {  # the type of the first so many of a kind, where there is a number, and of others
+    "q2_k": {"v": "Q3_K"}, "q3_k_m": {"v": (2, "Q5_K", "Q4_K"), "qkv": "Q4_K", "down": "Q4_K"},
+    "q3_k_l": {"v": "Q5_K", "qkv": "Q4_K", "down": "Q5_K"},
+    "q4_k_s": {"v": (4, "Q5_K", "Q4_K"), "down": "Q5_K"},
+    "q4_k_m": {"v": "Q6_K", "qkv": "Q5_K", "down": "Q6_K"},
+    "q5_k_m": {"v": "Q6_K", "qkv": "Q6_K", "down": "Q6_K"},
+    "q4_0": {"down": "Q4_1"}, "q5_0": {"down": "Q5_1"},
+}  # fmt: skip
+IMAGE_STAY = re.compile(  # numbered, and no blocks
+    r"(?:^|\.)(?:txt_in|img_emb|caption_projection|label_emb|time_embed|(?:context|noise)_refiner"
+    r"|txtfusion)\.|\.ff_i\.gate\.|input_blocks\.0\.0\.|^out\.|\.out\.2\."
+)
+
+
+def image_types_of(entries: Iterable[Entry], mix: str) -> dict[str, str]:
+    """The types that matrices in blocks of an image model get in a mix, by name."""
+    default, number = MIXES[mix]
+    mix = next(name for name in reversed(MIXES) if MIXES[name][1] == number)  # its whole name
+    seen, found = Counter[str](), dict[str, str]()
+    for name, shape in ((entry.name, entry.shape) for entry in entries):
+        if IMAGE_STAY.search(name):
+            continue
+        kind = next((one for one, part in IMAGE_KINDS.items() if re.search(part, name)), "")
+        rule = IMAGE_RULES.get(mix, {}).get(kind, default)
+        own = rule if isinstance(rule, str) else rule[1 if seen[kind] < rule[0] else 2]
+        seen[kind] += 1
+        found[name] = "F16" if shape[-1] % TYPES[own][1] else own
     return found
 
 

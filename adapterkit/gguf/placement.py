@@ -88,7 +88,7 @@ class RowPlacement:
     def split(self, weight: Tensor) -> list[Tensor]:
         """The values of the GGUF tensors, as (rows, columns), of a value of the parameter."""
         if self.plain:
-            return [weight.reshape(-1, weight.shape[-1])]  # of some rows, too
+            return [weight.reshape(-1, self.shapes[0][-1])]  # of some rows, too
         rows = (weight.transpose(-2, -1) if self.transposed else weight).reshape(
             -1, self.shapes[0][-1]
         )

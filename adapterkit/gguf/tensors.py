@@ -278,13 +278,21 @@ def _comes_out(build: Build, shapes: Mapping[str, tuple[int, ...]], shape: tuple
         return False
 
 
-def as_stored(entry: Entry, key: str | None = None, rows: Tensor | None = None) -> GgufWeight:
-    """A tensor as it is in the file, under its own name, or as a parameter of other `rows`."""
+def as_stored(
+    entry: Entry,
+    key: str | None = None,
+    rows: Tensor | None = None,
+    *,
+    shape: tuple[int, ...] = (),
+    number: int = 0,
+) -> GgufWeight:
+    """A tensor as it is in the file, under its own name, or as a parameter of other `rows` or of
+    another `shape` of the same order; of input `number` of the job."""
     return GgufWeight.of(
-        (entry.stored(),),
+        (entry.stored(number),),
         key=key or entry.name,
         dtype="F32",
-        shape=entry.shape,
+        shape=shape or entry.shape,
         types=(entry.type,),
         shapes=(entry.shape,),
         build=_Renamed(entry.name),

@@ -1,5 +1,6 @@
 """A parameter of a model that is stored in a GGUF file."""
 
+import math
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -86,13 +87,25 @@ class GgufWeight(QuantizedWeight):
         place = self.placement
         if place is None or not (place.plain or self.shape == self.shapes[0]):
             return None
-        return place.block if len(self.shape) > 1 else None
+        if len(self.shape) not in (2, 3):  # kernels' matrices are tiny
+            return None
+        if self.shape[-1] == self.row_width:
+            return place.block
+        # until a row of the parameter and one of the file end together
+        rows = math.lcm(self.shape[-1], self.row_width) // self.shape[-1]
+        return None if self.shape[-2] % rows else rows
+
+    @property
+    def row_width(self) -> int:
+        is_plain = self.placement is not None and self.placement.plain
+        return self.shapes[0][-1] if is_plain else self.shape[-1]
 
     def row_views(
         self, stored: dict[str, Tensor], matrix: int, first: int, last: int
     ) -> dict[str, Tensor]:
         (part,), at = self.parts, matrix * self.shape[-2]
-        return {part.key: stored[part.key][at + first : at + last]}
+        first, last = ((at + row) * self.shape[-1] // self.row_width for row in (first, last))
+        return {part.key: stored[part.key][first:last]}
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         pairs = zip(self.types, self.values(stored), strict=True)
@@ -188,6 +201,8 @@ class GgufWeight(QuantizedWeight):
         pairs = zip(self.types, values, strict=True)
         rounders = [column_rounder(name, part) for name, part in pairs]
         rounder = of_several(rounders, [len(part) for part in values], self.placement.rows)
+        if self.row_width != self.shape[-1]:  # only as a whole
+            return lambda w, column: rounder(w.reshape(-1, self.row_width), column).view(w.shape)
         if self.placement.columns is not None:  # of each of the parameter's the number in the file
             return _moved(rounder, self.placement.columns)
         return (lambda w, column: rounder(w - shift, column) + shift) if shift else rounder

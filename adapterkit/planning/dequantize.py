@@ -4,20 +4,25 @@ from dataclasses import replace
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import Header
 from adapterkit.checkpoint.shards import weight_files
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import Problems, Refused
-from adapterkit.gguf.header import GgufFiles, find_gguf
+from adapterkit.formats.one_file import OneFileModel
+from adapterkit.gguf.header import FLOATS, GgufFiles, find_gguf
 from adapterkit.gguf.model import loads_in_float32, open_gguf
+from adapterkit.gguf.weight import GgufWeight
 from adapterkit.options import parse_size
 from adapterkit.plan import Plan, Step
 from adapterkit.planning.inputs.input_identity import plan_of
+from adapterkit.planning.inputs.model_checkpoint import one_file_of
 from adapterkit.planning.inputs.pipeline import Pipeline, is_pipeline, read_pipeline
 from adapterkit.planning.inputs.sources import open_model
+from adapterkit.planning.merge.one_file import file_notes
 from adapterkit.planning.outputs.cards import model_card
 from adapterkit.planning.outputs.folder_files import as_json, model_files
 from adapterkit.planning.outputs.model import check_gaps, plan_shard, plan_shards_of_size
-from adapterkit.planning.outputs.one_file import output_file
+from adapterkit.planning.outputs.one_file import one_safetensors_file, output_file
 from adapterkit.planning.pipelines import joined
 from adapterkit.verbs.dequantize import Dequantize
 from adapterkit.weights.codec import QuantizedWeight
@@ -33,7 +38,8 @@ def plan_dequantize(options: Dequantize) -> Plan:
     if is_pipeline(folder):
         return plan_pipeline_dequantization(read_pipeline(folder), options)
     if files := find_gguf(folder):
-        return _plan_gguf(files, options)
+        model = one_file_of(folder)
+        return _plan_gguf(files, options) if model is None else _plan_gguf_images(model, options)
     name = output_file(folder, options.out)
     return replace(_plan_model(open_checkpoint(folder), options, name), is_file=name is not None)
 
@@ -117,6 +123,32 @@ def _plan_model(original: Checkpoint, options: Dequantize, name: str | None = No
         decisions=decisions,
         notes=notes,
     )
+
+
+def _plan_gguf_images(base: OneFileModel, options: Dequantize) -> Plan:
+    """An image model in GGUF as one file of safetensors: blocks decoded, in BF16 or `dtype`; what
+    is of floats keeps its own."""
+    name = one_safetensors_file(options.out)
+    given = dtypes.parse(options.dtype) if options.dtype else "BF16"
+    steps, count = [], 0
+    for key, spec in base.tensors.items():
+        assert isinstance(spec, GgufWeight)
+        is_float = spec.format in FLOATS
+        count += not is_float
+        steps.append(Step(key, spec.format if is_float else given, spec.shape, spec))
+    if not count:
+        raise _nothing(base.folder)
+    shards = [plan_shard(name, steps, Header(b"", (), {"format": "pt"}), keep_format=False)]
+    plan = plan_of(
+        "dequantize",
+        options.recipe_options(),
+        [base],
+        shards=shards,
+        files={},
+        decisions={"dequantized": count},
+        notes=file_notes(base),
+    )
+    return replace(plan, is_file=True)
 
 
 def _plan_gguf(source: GgufFiles, options: Dequantize) -> Plan:

@@ -1,5 +1,6 @@
 """quantize: a checkpoint's linear layers into a quantized format."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -8,12 +9,13 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import WARNING, AdapterkitError, Problems, Refused, listed
 from adapterkit.formats.modules.names import NUMBER
-from adapterkit.formats.one_file import OneFileModel
+from adapterkit.formats.one_file import GgufImageModel, OneFileModel
 from adapterkit.gguf.file import check_types, gguf_package
 from adapterkit.gguf.header import FLOATS, GgufFiles, find_gguf, read_model
-from adapterkit.gguf.mixes import MIXES, types_of, with_number
+from adapterkit.gguf.mixes import MIXES, image_types_of, types_of, with_number
 from adapterkit.gguf.model import GgufCheckpoint
 from adapterkit.gguf.tensors import as_stored
+from adapterkit.gguf.weight import GgufWeight
 from adapterkit.options import flag_of
 from adapterkit.patterns import matcher
 from adapterkit.plan import Compensation, Plan, Span, Task
@@ -38,6 +40,7 @@ from adapterkit.verbs.quantize import Quantize
 from adapterkit.weights.codec import PlainWeight, QuantizedWeight
 from adapterkit.weights.detect import check_not_quantized
 
+U_NET = re.compile(r"(?:input|middle|output)_blocks?\.\d")  # whose blocks are rows of tables
 # of each kind of base: what to do instead, which lists of formats, and options that do not fit
 KINDS = {
     "gguf": (
@@ -60,12 +63,11 @@ def plan_quantize(options: Quantize) -> Plan:
     stats = if_given(open_statistics, options.stats)
     if is_pipeline(folder := open_model(options.base)):
         return plan_pipeline_quantization(read_pipeline(folder), options)
-    files = find_gguf(folder)
-    model = None if files else one_file_of(folder)
+    files, model = find_gguf(folder), one_file_of(folder)
     kind = "gguf" if files else "model" if model is None else "image"
     Problems(_unfit_options(options, kind)).raise_all()
     if files:
-        return _plan_gguf(options, files)
+        return _plan_gguf(options, files, model if isinstance(model, GgufImageModel) else None)
     if model is not None:
         return _plan_images(options, model)
     return _plan_model(open_checkpoint(folder), options, options.skip, stats)
@@ -180,26 +182,37 @@ def _plan_images(options: Quantize, model: OneFileModel) -> Plan:
 
 
 def _is_in_block(model: OneFileModel, module: str) -> bool:
-    """Whether it is a linear layer in a numbered block of the denoiser."""
+    """Whether it is a linear layer in a numbered block of the denoiser, or a kernel that a GGUF
+    file has as a matrix."""
     spec = model.tensors.get(f"{module}.weight")
-    if spec is None or len(spec.shape) != 2 or spec.dtype not in dtypes.FLOATS:
+    if spec is None or spec.dtype not in dtypes.FLOATS:
+        return False
+    if len(spec.shapes[0] if isinstance(spec, GgufWeight) else spec.shape) != 2:
         return False
     denoiser = next(iter(model.parts))
     found = (match for part, _, match in model.found(module) if part == denoiser)
-    return any(NUMBER.fullmatch(place) for match in found for place, _ in match.values)
+    values = (value for match in found for value in match.values)
+    return any(NUMBER.fullmatch(place) or U_NET.match(text) for place, text in values)
 
 
-def _plan_gguf(options: Quantize, files: GgufFiles) -> Plan:
-    """Everything that is done to a GGUF file: its matrices in the types of a mix."""
+def _plan_gguf(options: Quantize, files: GgufFiles, model: GgufImageModel | None) -> Plan:
+    """Everything that is done to a GGUF file: its matrices in the types of a mix. `model`: it as
+    one of images."""
     header, headers = read_model(files)
     check_types(gguf_package(), {entry.type for entry in header.tensors})
     imatrix = if_given(read_importance, options.imatrix)
-    mix = types_of(header, options.to, weighed=imatrix is not None)
+    if model is None:
+        mix = types_of(header, options.to, weighed=imatrix is not None)
+    else:
+        is_inside = lambda entry: _is_in_block(model, entry.name.removesuffix(".weight"))
+        mix = image_types_of(filter(is_inside, header.tensors), options.to)
     stored = {entry.name: as_stored(entry) for entry in header.tensors}
     changed = [stored[name] for name, type_ in mix.items() if stored[name].types != (type_,)]
     shards = {name: one.header for name, one in headers.items()}
     headers = {name: with_number(one, MIXES[options.to][1]) for name, one in headers.items()}
     base = GgufCheckpoint(files.folder, shards, {}, None, None, {}, {}, headers=headers)
+    if model is not None:
+        base = replace(model, headers=headers)
     formats = [retyped(one, (mix[one.key],)) for one in changed]
     formats = [weighed(one, imatrix.sums) if imatrix else one for one in formats]
     tasks = [EncodedWeight(one.key, stored[one.key], one) for one in formats]

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from adapterkit import dtypes
 from adapterkit.adapters.keys import CONFIG
@@ -16,6 +17,9 @@ from adapterkit.planning.inputs.model_checkpoint import one_file_of
 from adapterkit.records import Json
 from adapterkit.reports.configs import printable
 from adapterkit.weights.detect import CONFIG_KEYS, check_not_quantized
+
+if TYPE_CHECKING:
+    from adapterkit.formats.one_file import OneFileModel
 
 OF_DIFFUSERS = "_class_name"  # key of its configs
 VERSION = 1  # of the result's schema
@@ -60,7 +64,11 @@ def inspect_gguf(files: GgufFiles) -> Json:
     metrics: Json = {"quantization": found}
     if first is not None:
         metrics["architecture"] = {"classes": [], "model_type": first.architecture}
-        metrics["tied"] = {"config": None, "head_stored": HEAD in scan.tensors}
+        model = one_file_of(files.folder)
+        if model is not None:
+            metrics["architecture"] = _of_images(model)
+        else:
+            metrics["tied"] = {"config": None, "head_stored": HEAD in scan.tensors}
     return new_result("base", scan) | metrics | finish_result(scan)
 
 
@@ -79,8 +87,12 @@ def inspect_file(folder: Folder) -> Json:
         add_problem(scan, problem, f"a folder with {CONFIG}", hint)
     result = new_result("file", scan) | {"quantization": quantization}
     if model is not None:
-        result["architecture"] = {"classes": [*model.parts], "model_type": model.architecture}
+        result["architecture"] = _of_images(model)
     return result | finish_result(scan)
+
+
+def _of_images(model: "OneFileModel") -> Json:
+    return {"classes": [*model.parts], "model_type": model.architecture}
 
 
 def add_problem(scan: Scan, problem: str, expected: str, hint: str, where: str = "") -> None:

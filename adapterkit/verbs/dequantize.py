@@ -17,7 +17,8 @@ class Dequantize(WritingVerb):
     A GGUF model file (`pip install "adapterkit[gguf]"`) becomes a checkpoint of transformers' names
     and layouts, with config and tokenizer, in files of 5 GB at most. Its `dtype` is bf16 where it
     has blocks: W = code * scale has an error of its own that is larger than the rounding; a file of
-    plain floats keeps its dtype.
+    plain floats keeps its dtype. One of an image model becomes one file of safetensors in its own
+    names.
     """
 
     planner = "planning.dequantize:plan_dequantize"

@@ -39,7 +39,8 @@ class Quantize(WritingVerb, BlockOptions):
     ComfyUI's comfy-fp8, comfy-mxfp8, comfy-nvfp4 or comfy-int8, and all else stays.
 
     Matrices of a GGUF file, also a split one, get the types of a mix of llama.cpp's (q8_0, q4_k_m,
-    ...), and all else stays; `imatrix` weighs the errors, `modelfile` writes a Modelfile.
+    ...), of an image model those that ComfyUI-GGUF gives; all else stays. `imatrix` weighs the
+    errors, `modelfile` writes a Modelfile.
     """
 
     planner = "planning.quantize:plan_quantize"

@@ -167,6 +167,11 @@ class QuantizedWeight(TensorSpec):
         number of such blocks does; the last may be short. None if only the whole weight does."""
         return None
 
+    @property
+    def row_width(self) -> int:
+        """How many values are encoded side by side."""
+        return self.shape[-1]
+
     def row_views(
         self, stored: dict[str, Tensor], matrix: int, first: int, last: int
     ) -> dict[str, Tensor]:

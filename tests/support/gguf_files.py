@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from adapterkit.gguf.blocks import encode_rows
 from adapterkit.gguf.weight import GgufWeight
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint, read_plain_gguf
 from adapterkit.planning.inputs.sources import open_source
@@ -431,3 +432,54 @@ def copy_metadata(reader: Any, writer: Any) -> None:
             continue
         kind, inner = field.types[0], field.types[1] if len(field.types) > 1 else None
         writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
+
+
+# --- image models, as ComfyUI-GGUF's tools/convert.py and its patched quantizer write them --------
+
+
+def write_images(
+    path: Path,
+    tensors: dict[str, Tensor],
+    kind: str = "F32",
+    *,
+    arch: str = "flux",
+    in_rows: bool = False,
+    metadata: bool = True,
+) -> Path:
+    """Tensors in their publisher's names: matrices in a type, or in F16 where its blocks do not
+    fit, others in F32. `in_rows`: what has rows of other widths in rows of 256, as of Stable
+    Diffusion; `metadata`: none is as stable-diffusion.cpp writes it."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_quantization_version(2)
+    writer.add_file_type(7)
+    if not metadata:
+        writer.kv_data[0].clear()
+    for name, value in tensors.items():
+        if in_rows and value.dim() > 1 and value.numel() % 256 == 0 and value.shape[-1] % 256:
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", tuple(value.shape))
+            value = value.reshape(-1, 256)
+        own = kind if value.dim() == 2 else "F32"
+        if value.shape[-1:] and value.shape[-1] % SIZES[gguf.GGMLQuantizationType[own].value][0]:
+            own = "F16"
+        array = encode_rows(own, value.reshape(-1, value.shape[-1])).numpy()
+        shape = (*value.shape[:-1], array.shape[-1])
+        raw = array.reshape(shape)
+        raw = (
+            raw.view(np.float32) if own == "F32" else raw.view(np.float16) if own == "F16" else raw
+        )
+        writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[own])
+    for step in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{step}_to_file")()
+    writer.close()
+    return path
+
+
+def read_images(path: Path) -> dict[str, Tensor]:
+    """The values of a file by gguf-py, in the shapes that ComfyUI-GGUF gives them."""
+    reader, found = gguf.GGUFReader(path), {}
+    for tensor in reader.tensors:
+        field = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")
+        shape = field.contents() if field else tensor.shape[::-1].tolist()
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        found[tensor.name] = torch.from_numpy(np.array(values)).float().reshape(shape)
+    return found

@@ -282,7 +282,7 @@ class CompensatedCheck:
             plain = plainly_encoded(self.packed, self.step, origin.parts, exact)
             nearest = decode_checked(self.packed, plain).view(exact.shape)
             found = self._rounded(origin, exact, exact, after)
-            bad |= ~_as_near(found, nearest, exact, torch.tensor(slack))
+            bad |= ~_as_near(self.packed, found, nearest, exact, torch.tensor(slack))
         return RowsChecked(count, _difference(bad, stored, value, 0) if bool(bad.any()) else None)
 
     @property
@@ -356,7 +356,7 @@ def _as_good(
     the nearest codes."""
     nearest = (_nearest(packed, after, exact).double() - exact).abs()
     is_nearest = (stored.double() - exact).abs() <= nearest + 2 * slack
-    return is_nearest & _as_near(stored, value, exact, slack)
+    return is_nearest & _as_near(packed, stored, value, exact, slack)
 
 
 def _nearest(
@@ -376,14 +376,15 @@ def _nearest(
     return (result.transpose(-2, -1) if turned else result).reshape(weight.shape)
 
 
-def _as_near(stored: Tensor, value: Tensor, exact: Tensor, slack: Tensor) -> Tensor:  # bool
+def _as_near(
+    packed: QuantizedWeight, stored: Tensor, value: Tensor, exact: Tensor, slack: Tensor
+) -> Tensor:  # bool
     """Which values are in pieces of rows that are stored as near to the exact ones as an encoding
     is: of two scales with nearly the same error either may have been found."""
-    width = exact.shape[1]
-    each = math.gcd(width, PIECE_OF_ROW)
-    squares = lambda x: (x.double() - exact).square().view(len(x), -1, each).sum(2)
-    near = squares(stored) <= squares(value) * NEAR + each * slack.double().square()
-    return near.repeat_interleave(each, 1)
+    each = math.gcd(packed.row_width, PIECE_OF_ROW)
+    sums = lambda x: x.double().expand_as(exact).square().reshape(-1, each).sum(1, keepdim=True)
+    near = sums(stored - exact) <= sums(value - exact) * NEAR + sums(slack)
+    return near.expand(-1, each).reshape(exact.shape)
 
 
 _TensorCheck = FloatCheck | CodeCheck | CompensatedCheck | EncodedCheck

@@ -7,7 +7,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError
-from adapterkit.gguf.header import find_gguf
+from adapterkit.gguf.header import ENDING, GgufFiles, find_gguf
 
 if TYPE_CHECKING:
     from adapterkit.formats.one_file import OneFileModel
@@ -22,6 +22,9 @@ def read_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
     if files is None:
         checkpoint = open_checkpoint(folder, number)
         return checkpoint if "model_type" in checkpoint.config else _of_images(checkpoint)
+    images = _images_in(files, number)
+    if images is not None:
+        return images
     from adapterkit.gguf.model import open_gguf
     from adapterkit.planning.inputs.gguf_tables import table_of
 
@@ -44,16 +47,27 @@ def one_file_of(base: Folder | None) -> "OneFileModel | None":
     """The image or video model in its publisher's names that a folder or file is; None for other
     bases, and for what cannot be read, which is refused where it is opened."""
     files = () if base is None else base.files()
-    if base is None or not any(name.endswith(".safetensors") for name in files):
+    if base is None or not any(name.endswith((".safetensors", ENDING)) for name in files):
         return None
     try:
         if CONFIG in files and "model_type" in read_json(base, CONFIG):
             return None
-        model = read_checkpoint(base)
+        gguf = find_gguf(base)
+        model = _images_in(gguf) if gguf else read_checkpoint(base)
     except AdapterkitError:
         return None
     from adapterkit.formats.one_file import OneFileModel
 
+    return model if isinstance(model, OneFileModel) else None
+
+
+def _images_in(files: GgufFiles, number: int = 0) -> "OneFileModel | None":
+    """The image or video model in a GGUF file; None for a language model."""
+    from adapterkit.formats.one_file import OneFileModel
+    from adapterkit.gguf.images import open_image_gguf
+
+    checkpoint = open_image_gguf(files, number)
+    model = None if checkpoint is None else _of_images(checkpoint)
     return model if isinstance(model, OneFileModel) else None
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from adapterkit.checkpoint.hashes import sha256_of_file
 from adapterkit.errors import AdapterkitError, Problems, Refused
+from adapterkit.formats.one_file import OneFileModel
 from adapterkit.gguf.beside.imatrix import Importance, read_imatrix
 from adapterkit.gguf.beside.modelfile import modelfile
 from adapterkit.gguf.model import GgufCheckpoint
@@ -94,8 +95,17 @@ def files_beside(
     base: GgufCheckpoint, shards: Sequence[OutputFile], notes: list[str], *, asked: bool
 ) -> Files:
     """The small files of the output, a Modelfile where it is asked for, and a note on how it is
-    loaded."""
+    loaded. `Refused` for one of an image model."""
     first = shards[0].file
+    if isinstance(base, OneFileModel):
+        if asked:
+            problem, expected = "--modelfile with an image model", "a language model"
+            raise Refused(problem, expected=expected, where="options", hint="remove --modelfile")
+        notes.append(
+            "to load it: ComfyUI-GGUF's node Unet Loader (GGUF), from models/diffusion_models; "
+            f"stable-diffusion.cpp: --diffusion-model {first}, -m where it has all parts"
+        )
+        return {}
     how = f"ollama create NAME -f {MODELFILE}" if asked else "Ollama: a Modelfile (--modelfile)"
     notes.append(
         f"to load it: llama-cli -m {first}; {how}; LM Studio: put it into the folder of its models"

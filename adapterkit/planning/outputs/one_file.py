@@ -26,6 +26,19 @@ def output_file(base: Folder, out: StrPath) -> str | None:
     )
 
 
+def one_safetensors_file(out: StrPath) -> str:
+    """The name of an output that is one file of safetensors; `Refused` for other names."""
+    name = re.split(r"[/\\:]", str(out))[-1]
+    if not name.lower().endswith(SAFETENSORS):
+        raise Refused(
+            f"--out {shown(out)} for an image model in GGUF",
+            expected=f"a name that ends in {SAFETENSORS}",
+            where="--out",
+            hint=f"give --out {shown(out)}{SAFETENSORS}",
+        )
+    return name
+
+
 def _ending(base: Folder) -> str | None:
     """How the name of an output ends that is one file; None for a folder."""
     files = find_gguf(base)

@@ -254,6 +254,16 @@ def test_what_is_not_quantized(tmp_path: Path) -> None:
         adapterkit.quantize(out, to="comfy-fp8", out=tmp_path / "no.safetensors")
 
 
+def test_blocks_of_a_u_net(home: Path, tmp_path: Path) -> None:
+    """Whose numbers are in tables: its linear layers with 16 values a row, none of the encoders."""
+    base, out = write_family("sdxl", home / "sdxl.safetensors"), tmp_path / "out.safetensors"
+    adapterkit.quantize(base, to="comfy-fp8", out=out)
+    left = {key.removesuffix(".comfy_quant") for key in load_file(out) if key.endswith("_quant")}
+    assert f"{PREFIX}middle_block.1.transformer_blocks.1.ff.net.2" in left
+    starts = tuple(f"{PREFIX}{name}" for name in ("input_blocks.", "middle_", "output_blocks."))
+    assert all(name.startswith(starts) for name in left)
+
+
 def test_casts_of_convolutions_and_vectors(home: Path, tmp_path: Path) -> None:
     """All of SDXL in FP8, as ComfyUI saves it: kernels, biases and norms too."""
     plain = load_file(write_family("sdxl", home / "sdxl.safetensors"))
