@@ -65,6 +65,16 @@ class _Weighted(Protocol):
         """The weights, also where an option of the method replaces them."""
         return list(weights)
 
+    @property
+    def scales(self) -> bool:
+        """Whether `scale` is asked for, before anything is combined."""
+        return False
+
+    def scale(self, gram: Tensor) -> float:
+        """By what all weights are multiplied, from the inner products ⟨wᵢ Δᵢ, wⱼ Δⱼ⟩ (k, k) over
+        all modules."""
+        return 1.0
+
 
 class OnFactors(_Weighted, Protocol):
     """A method on factors, float64, exact but for rounding."""

@@ -5,6 +5,9 @@ rank, a share of the energy) are three choices."""
 from collections.abc import Sequence
 from typing import cast
 
+import torch
+from torch import Tensor
+
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
 from adapterkit.adapters.record import Adapter
@@ -13,6 +16,8 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.combinations import ALIASES
 from adapterkit.combinations.protocol import Method
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.formats.files.containers import PlanReader
+from adapterkit.kernels.lowrank.algebra import Product, gram
 from adapterkit.plan import Plan
 from adapterkit.planning.adapters.dora_deltas import BaseWeights, dora_problems
 from adapterkit.planning.adapters.joined_values import (
@@ -60,6 +65,11 @@ def plan_combine(options: Combine) -> Plan:
     errors = Problems(error for adapter in adapters for error in _not_summable(adapter, model))
     joined = join(adapters, errors, names_of(model, adapters, notes))
     levels, dtype = levels_of(joined.values()), dtypes.parse(options.dtype)
+    whole = value_tasks(adapters, weights, without_inputs(method), levels, errors)
+    if method.scales:
+        _check_scaled(adapters, options, errors)
+        errors.raise_all()
+        weights.scale = method.scale(_gram(joined, weights, [folder for folder, _ in sources]))
     tasks: list[CombinedFactors] = []
     for name, site in joined.items():
         with errors.collected():
@@ -72,13 +82,12 @@ def plan_combine(options: Combine) -> Plan:
     parameters = {n for n, site in joined.items() if site.parameter}
     tasks = with_statistics(tasks, statistics, parameters, notes, errors)
     biases = _biases(joined, weights, options, errors)
-    whole = value_tasks(adapters, weights, without_inputs(method), levels, errors)
     errors += weights.problems()
     check_wrappers(adapters, joined.values(), errors)
     errors.raise_all()
     adapter_output.check_factors(tasks, "combine")
     settings = adapter_config.plain_settings() | adapter_config.value_settings(adapters)
-    spelled = ", ".join(f"{weight:g}" for weight in given_weights)
+    spelled = ", ".join(f"{weights.scale * weight:g}" for weight in given_weights)
     output = adapter_output.Output(
         adapters,
         [*tasks, *biases, *whole],
@@ -88,29 +97,61 @@ def plan_combine(options: Combine) -> Plan:
         **targets_of(joined),
     )
     inputs = [*adapters, *([model] if model else []), *statistics]
-    return _plan(options, given_weights, adapters, output, notes, inputs)
+    if method.scales:
+        notes.append(f"all weights times {weights.scale:.3f} ({method.name}, over all modules)")
+    return _plan(options, weights, adapters, output, notes, inputs)
 
 
 def _plan(
     options: Combine,
-    weights: list[float],
+    weights: AdapterWeights,
     adapters: list[Adapter],
     output: adapter_output.Output,
     notes: list[str],
     inputs: list[Adapter | Checkpoint],
 ) -> Plan:
-    receipt_options = options.recipe_options() | {"weights": weights}
+    receipt_options = options.recipe_options() | {"weights": weights.weights}
     if options.settings:
         receipt_options["settings"] = tuple(options.settings.items())
     decisions = {
         "adapters": [
-            {"name": a.name, "weight": w, "modules": len(a.loras)}
-            for a, w in zip(adapters, weights, strict=True)
+            {"name": a.name, "weight": weights.scale * w, "modules": len(a.loras)}
+            for a, w in zip(adapters, weights.weights, strict=True)
         ]
     }
     return adapter_output.plan_adapters(
         "combine", receipt_options, inputs, [output], notes, decisions
     )
+
+
+def _check_scaled(adapters: list[Adapter], options: Combine, errors: Problems) -> None:
+    """Refuse a strength of what is no sum of b @ a."""
+    doras = [adapter.name for adapter in adapters if adapter.config.get("use_dora")]
+    problem = f"DoRA ({', '.join(doras)})" if doras else ""
+    problem = "--space factors" if options.space == "factors" else problem
+    if problem:
+        errors.add(
+            f"--set strength with {problem}",
+            "a sum of LoRAs in --space delta",
+            "remove --set strength",
+            where="options",
+        )
+
+
+def _gram(
+    joined: dict[str, JoinedSite], weights: AdapterWeights, folders: Sequence[Folder]
+) -> Tensor:
+    """⟨wᵢ Δᵢ, wⱼ Δⱼ⟩ over all modules, from the factors, which are read for it."""
+    reader, total = PlanReader(folders), torch.zeros(len(folders), len(folders)).double()
+    for site in joined.values():
+        numbers = list(site.members)
+        products = [
+            [Product(weights.of(n, f.module) * p.left, p.right) for p in f.products(reader)]
+            for n, f in site.members.items()
+        ]
+        for each in zip(*products, strict=True):
+            total[[[n] for n in numbers], numbers] += gram(each)
+    return total
 
 
 def _base(

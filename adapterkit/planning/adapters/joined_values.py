@@ -75,6 +75,7 @@ class AdapterWeights:
         self.rules = [[rule for numbers, rule in self.given if n in numbers] for n in self._numbers]
         self.patterns = [Patterns(pattern_table(rules), OPTION) for rules in self.rules]
         self.modules: list[set[str]] = [set() for _ in weights]  # of each adapter, so far
+        self.scale = 1.0  # of all of them
 
     @property
     def _numbers(self) -> range:
@@ -83,7 +84,7 @@ class AdapterWeights:
     def of(self, number: int, module: str) -> float:
         """The weight of an adapter on a module."""
         self.modules[number].add(module)
-        return self.patterns[number].value(module, self.weights[number])
+        return self.scale * self.patterns[number].value(module, self.weights[number])
 
     def problems(self) -> list[AdapterkitError]:
         """Refusals of the rules that no module matched so far, and of those that mean others than

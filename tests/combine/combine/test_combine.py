@@ -52,6 +52,43 @@ def test_the_written_adapter_is_plain(mixed, tmp_path):
     adapterkit.verify(tmp_path / "out")
 
 
+def whole_norm(deltas):
+    return math.sqrt(sum(float(delta.norm()) ** 2 for delta in deltas.values()))
+
+
+def test_the_strongest_is_the_strength_of_the_sum(mixed, tmp_path):
+    """Over all modules, also with a module's own weight; what cancels is not made larger."""
+    how = {"method": "linear", "settings": {"strength": "strongest"}}
+    combined(mixed, tmp_path / "out", **how)
+    plain, parts = (
+        weighted(mixed, WEIGHTS),
+        [weighted([s], [w]) for s, w in zip(mixed, WEIGHTS, strict=True)],
+    )
+    largest = max(map(whole_norm, parts))
+    scale = largest / whole_norm(plain)
+    assert 0.3 < scale < 0.999
+    assert_close(deltas(tmp_path / "out"), {n: scale * d for n, d in plain.items()})
+    assert whole_norm(deltas(tmp_path / "out")) == pytest.approx(largest)
+    receipt = json.loads((tmp_path / "out" / "adapterkit.json").read_text())
+    told = [one["weight"] for one in receipt["adapters"]]
+    assert told == pytest.approx([scale * w for w in WEIGHTS])
+    adapterkit.verify(tmp_path / "out")
+    combined([mixed[0]] * 2, tmp_path / "less", (1.0, -0.9), **how)
+    assert_close(deltas(tmp_path / "less"), weighted([mixed[0]], [0.1]))
+    combined(mixed[:2], tmp_path / "own", (1.0, 1.0), weight_for=["fit=0"], **how)
+    own = {n: 0 * d if n == "fit" else d for n, d in weighted(mixed[:2], (1.0, 1.0)).items()}
+    parts = [{n: d for n, d in deltas(s).items() if n != "fit"} for s in mixed[:2]]
+    scale = max(map(whole_norm, parts)) / whole_norm(own)
+    assert_close(deltas(tmp_path / "own"), {n: scale * d for n, d in own.items()})
+
+
+@pytest.mark.parametrize("how", [{"space": "factors"}, {"settings": {"strength": "weakest"}}])
+def test_a_strength_that_is_none_is_refused(how, mixed, tmp_path):
+    how = {"method": "linear", "settings": {"strength": "strongest"}} | how
+    with pytest.raises(Refused, match="strength"):
+        combined([mixed[0]] * 2, tmp_path / "out", (1.0, 1.0), **how)
+
+
 def test_one_and_zero_give_the_first(mixed, tmp_path):
     combined(mixed[:2], tmp_path / "out", weights=(1, 0), method="linear")
     assert_close(deltas(tmp_path / "out"), deltas(mixed[0]))
