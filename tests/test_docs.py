@@ -184,7 +184,7 @@ def test_files_exist(document: Path):
     for name in set(FILE.findall(text)):
         inside = PACKAGE.parent if name.startswith("adapterkit/") else ROOT
         assert any(inside.glob(name.rstrip("/"))), name
-    folders = (ROOT / "tests", ROOT / "examples", ROOT / "docs", PACKAGE)
+    folders = (*(ROOT / name for name in ("conformance", "docs", "examples", "tests")), PACKAGE)
     names = {path.name for folder in folders for path in folder.rglob("*.py")}
     first = [block.text.partition("\n")[0] for block in blocks(document, "python")]
     names |= {Path(line).name for line in first if line.startswith("# ")}  # files to add

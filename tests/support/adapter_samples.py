@@ -17,13 +17,11 @@ from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.modules.kinds import COPY
 from adapterkit.formats.modules.parts import scaled_role
 from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents
-from adapterkit.formats.peft.dialects import arranged
 from adapterkit.formats.read import Reading, read
 from adapterkit.formats.schema import Format
-from adapterkit.planning.convert.source import named_base, read_contents
 from adapterkit.planning.inputs.sources import open_base, open_unconverted
 from adapterkit.receipt import RECEIPT
-from adapterkit.verbs.convert import ConvertOptions
+from conformance import read as conformance_reader
 
 GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
 ENDINGS = {
@@ -84,16 +82,8 @@ def _samples(form: Format) -> Iterator[Sample]:
 
 def contents_of(path: Path, *, stacked: bool = False, **options: Any) -> Contents:
     """What a source holds; `stacked`: in the names of the model of the base, experts as stacks."""
-    base, allow_pickle = options.pop("base", None), options.pop("allow_pickle", False)
-    folder = open_unconverted(path, allow_pickle)
-    detection = detect(folder)
-    checkpoint = None if base is None else open_base(base)
-    model = named_base(checkpoint, detection, formats()["peft"])
-    asked = ConvertOptions(to=detection.form.name, **options)
-    contents = read_contents(folder, detection, asked, checkpoint, model)
-    if model is None or not stacked:
-        return contents
-    return arranged(contents, formats()["peft"], model, PlanReader(contents.folders))
+    given = {"allow_pickle": False} | options
+    return conformance_reader.contents_of(path, given.pop("base", None), stacked=stacked, **given)
 
 
 def read_back(out: Path, to: str, source: Contents, sample: Sample) -> Contents:
