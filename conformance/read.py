@@ -23,17 +23,23 @@ from adapterkit.verbs.convert import ConvertOptions
 
 
 def contents_of(
-    source: Path, base: Path | None, *, stacked: bool = True, allow_pickle: bool = True, **options
+    source: Path,
+    base: Path | None,
+    *,
+    stacked: bool | None = None,
+    allow_pickle: bool = True,
+    **options,
 ) -> Contents:
-    """What a source holds; `stacked`: of PEFT's layout in the names of the model of the base,
-    experts as stacks."""
+    """What a source holds; `stacked`: in the names of the model of the base, experts as stacks, as
+    sources in PEFT's layout are by default."""
     folder, peft = open_unconverted(source, allow_pickle), formats()["peft"]
     detection = detect(folder)
     checkpoint = None if base is None else open_base(base)
     model = named_base(checkpoint, detection, peft)
     asked = ConvertOptions(to=detection.form.name, **options)
     contents = read_contents(folder, detection, asked, checkpoint, model)
-    if model is None or not stacked or detection.form.layout != "adapter":
+    stacked = detection.form.layout == "adapter" if stacked is None else stacked
+    if model is None or not stacked:
         return contents
     return arranged(contents, peft, model, PlanReader(contents.folders))
 
