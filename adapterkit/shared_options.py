@@ -16,6 +16,7 @@ from adapterkit.options import (
     SIZE,
     SOURCE,
     TARGETS,
+    TEXTS,
     OptionRecord,
     choice,
     number,
@@ -93,6 +94,29 @@ def settings_option() -> Any:
         flags=("--set",),
         metavar="KEY=VALUE",
         help="An option of the method, see the lists below; repeat for several.",
+    )
+
+
+def weight_for_option() -> Any:
+    """Weights of adapters for some modules."""
+    return option(
+        default=(),
+        check=TEXTS,
+        metavar="[N:]REGEX=W",
+        help="Another weight (of the N-th adapter) for modules whose name, or the end of it, "
+        "matches.",
+    )
+
+
+def weights_option() -> Any:
+    """A file of weights of adapters."""
+    return option(
+        default=None,
+        check=SOURCE,
+        metavar="FILE",
+        help="Weights of the adapters, for modules or directions too, as fit writes them; the "
+        "adapters may be left out.",
+        excludes=("weight_for", "lbw"),
     )
 
 

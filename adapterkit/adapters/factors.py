@@ -12,6 +12,7 @@ from adapterkit.adapters.keys import FACTORS, factor_keys
 from adapterkit.adapters.record import Adapter, Lora, rank_mismatch
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
+from adapterkit.kernels.lowrank import directions
 from adapterkit.kernels.lowrank.algebra import Product, products_of
 from adapterkit.weights.reader import TensorReader
 
@@ -33,6 +34,7 @@ class Factors(Lora):
     experts: int | None = None
     flip: bool = False
     leaf: str | None = None  # the module's parameter that is a target itself
+    directions: tuple[float, ...] | None = None  # weights of the singular triplets of each product
 
     @classmethod
     def of(
@@ -56,15 +58,29 @@ class Factors(Lora):
         """(out, in) of each product."""
         return self.b.shape[0], math.prod(self.a.shape[1:])
 
+    @property
+    def count(self) -> int:
+        """How many singular triplets its products have together."""
+        return (self.experts or 1) * directions.count(self.shape, self.rank)
+
+    def weighted(self, b: Tensor, a: Tensor, expert: int = 0) -> Tensor:
+        """b (out, rank) of an expert's product with the weights of its directions."""
+        if self.directions is None:
+            return b
+        each = directions.count(self.shape, self.rank)
+        return directions.weighted_left(b, a, self.directions[expert * each :][:each])
+
     def stored(self, reader: TensorReader) -> tuple[Tensor, Tensor]:
-        """a (rank * experts, in) and b (out, rank * experts) in the reader's dtype, unscaled."""
+        """a (rank * experts, in) and b (out, rank * experts) in the reader's dtype, unscaled, as
+        they are in the file."""
         a, b = reader.tensor(self.a), reader.tensor(self.b)
         return a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
 
     def products(self, reader: TensorReader) -> list[Product]:
         """(scale * b, a) in float64: one product, or one for each expert."""
         a, b = self.stored(reader)
-        return products_of(a.double(), b.double() * self.scale, self.experts or 1)
+        products = products_of(a.double(), b.double() * self.scale, self.experts or 1)
+        return [Product(self.weighted(*each, n), each.right) for n, each in enumerate(products)]
 
 
 # inits from a decomposition of the weight: their rank is at most the weight's

@@ -99,18 +99,21 @@ def read_weights(folder: Folder) -> WeightsFile:
     if len(names) != 1:
         problem, hint = f"a folder of {len(names)} files", "name the file"
         raise Refused(problem, expected="a file of weights", where=folder.label, hint=hint)
-    table = read_json(folder, names[0])
-    errors = Problems(_problems(table, folder.label))
+    return weights_in(read_json(folder, names[0]), folder.label)
+
+
+def weights_in(table: Settings, where: str) -> WeightsFile:
+    """The weights of a table, as a file or a receipt has it; `Refused` with all that is wrong."""
+    errors = Problems(_problems(table, where))
     with errors.collected():
-        weights = read(WeightsFile, table, folder.label, hint=HINT)
+        weights = read(WeightsFile, table, where, hint=HINT)
     errors.raise_all()
     return weights
 
 
 def write_weights(weights: WeightsFile, path: str | os.PathLike) -> None:
     """Write it, whole or not at all; `Refused` where it could not be read again."""
-    Problems(_problems(vars(weights), str(path))).raise_all()
-    read(WeightsFile, json.loads(text(weights)), str(path), hint=HINT)
+    weights_in(json.loads(text(weights)), str(path))
     path = Path(path)
     replace_file(path, text(weights).encode(), path.with_name(f".{path.name}.{os.getpid()}.part"))
 
@@ -130,6 +133,11 @@ def text(weights: WeightsFile) -> str:
     }
     rows = [f'"{name}": {value}' for name, value in fields.items() if value]
     return _block("{}", [row.replace("\n", "\n ") for row in rows]) + "\n"
+
+
+def in_receipt(weights: WeightsFile | None) -> Json:
+    """What a receipt's options say of a file of weights."""
+    return {} if weights is None else {"weights_file": json.loads(text(weights))}
 
 
 def digests(folder: Folder) -> dict[str, str]:

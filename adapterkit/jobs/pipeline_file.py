@@ -191,7 +191,8 @@ def _sources(
     checks = {name: option_of(field).check for name, field in fields.items() if not field.kw_only}
     *single, last = checks
     several = checks[last].several
-    if len(inputs) < len(checks) or (len(inputs) > len(checks) and not several):
+    needed = [name for name in checks if fields[name].default is MISSING]
+    if len(inputs) < len(needed) or (len(inputs) > len(checks) and not several):
         expected = " ".join(checks).upper().replace("ADAPTERS", "ADAPTER...")
         errors.add(f"{len(inputs)} inputs", expected, "check inputs", where=where)
         return {}

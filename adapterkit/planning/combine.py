@@ -11,6 +11,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
 from adapterkit.adapters.record import Adapter
+from adapterkit.adapters.weights_file import WeightsFile, in_receipt
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.combinations import ALIASES
@@ -41,7 +42,8 @@ from adapterkit.planning.adapters.sites import (
     targets_of,
 )
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
-from adapterkit.planning.inputs.sources import if_given, open_model, open_statistics, open_weighted
+from adapterkit.planning.inputs.sources import if_given, open_model, open_statistics
+from adapterkit.planning.inputs.weights import open_with_weights
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.registry import create
 from adapterkit.tasks import common
@@ -51,7 +53,7 @@ from adapterkit.verbs.combine import Combine
 
 def plan_combine(options: Combine) -> Plan:
     """Everything a combination will do, or `Refused` with all that cannot be done."""
-    sources = open_weighted(options.adapters)
+    sources, file = open_with_weights(options.adapters, options.weights)
     base = if_given(open_model, options.base)
     stats = [open_statistics(path) for path in options.stats]
     method, refit = _resolve_method(options)
@@ -59,7 +61,7 @@ def plan_combine(options: Combine) -> Plan:
     _check_count(options, len(sources))
     adapters = read_all([folder for folder, _ in sources])
     given_weights = _weights(method, [weight for _, weight in sources], options)
-    weights = AdapterWeights(given_weights, tuple(options.weight_for))
+    weights = AdapterWeights(given_weights, tuple(options.weight_for), file)
     notes: list[str] = []
     model, decomposed = _base(base, adapters, notes)
     errors = Problems(error for adapter in adapters for error in _not_summable(adapter, model))
@@ -73,7 +75,7 @@ def plan_combine(options: Combine) -> Plan:
     tasks: list[CombinedFactors] = []
     for name, site in joined.items():
         with errors.collected():
-            parts = _parts(site, weights, decomposed, method, options.space)
+            parts = _parts(name, site, weights, decomposed, method, options.space)
             _check_fit(name, parts, adapters, options, (method, refit), errors)
             how = method, refit, options.space, options.seed
             tasks.append(CombinedFactors(name, site.place(levels), dtype, parts, *how))
@@ -111,6 +113,7 @@ def _plan(
     inputs: list[Adapter | Checkpoint],
 ) -> Plan:
     receipt_options = options.recipe_options() | {"weights": weights.weights}
+    receipt_options |= in_receipt(weights.file)
     if options.settings:
         receipt_options["settings"] = tuple(options.settings.items())
     decisions = {
@@ -143,11 +146,12 @@ def _gram(
 ) -> Tensor:
     """⟨wᵢ Δᵢ, wⱼ Δⱼ⟩ over all modules, from the factors, which are read for it."""
     reader, total = PlanReader(folders), torch.zeros(len(folders), len(folders)).double()
-    for site in joined.values():
+    for name, site in joined.items():
         numbers = list(site.members)
+        weighted = [weights.on(n, name, factors) for n, factors in site.members.items()]
         products = [
-            [Product(weights.of(n, f.module) * p.left, p.right) for p in f.products(reader)]
-            for n, f in site.members.items()
+            [Product(w * p.left, p.right) for p in factors.products(reader)]
+            for w, factors in weighted
         ]
         for each in zip(*products, strict=True):
             total[[[n] for n in numbers], numbers] += gram(each)
@@ -177,19 +181,22 @@ def _check_count(options: Combine, count: int) -> None:
 
 
 def _weights(method: Method, given: list[float], options: Combine) -> list[float]:
-    """The adapters' weights as the method has them; `Refused` where --weight-for means others."""
+    """The adapters' weights as the method has them; `Refused` where --weight-for or --weights means
+    others."""
     equal = [1.0] * len(given)
-    if options.weight_for and method.resolve_weights(equal) != equal:
+    other = "--weights" if options.weights else "--weight-for" * bool(options.weight_for)
+    if other and method.resolve_weights(equal) != equal:
         raise Refused(
-            "--weight-for, and an option of the method that sets the weights too",
+            f"{other}, and an option of the method that sets the weights too",
             expected="one of them",
             where="options",
-            hint="remove --weight-for, or the method's option",
+            hint=f"remove {other}, or the method's option",
         )
     return method.resolve_weights(given)
 
 
 def _parts(
+    name: str,
     site: JoinedSite,
     weights: AdapterWeights,
     decomposed: dict[int, BaseWeights],
@@ -205,7 +212,8 @@ def _parts(
     parts = []
     for number, factors in site.members.items():
         dora = decomposed[number].dora(factors) if number in decomposed else None
-        parts.append(Operand(number, factors, weights.of(number, factors.module), dora))
+        weight, factors = weights.on(number, name, factors)
+        parts.append(Operand(number, factors, weight, dora))
     if space == "delta":
         parts = [part for part in parts if part.weight] or parts
     method.check_weights([part.weight for part in parts])
@@ -256,6 +264,14 @@ def _check_fit(
     ranks that cannot be added one by one."""
     method, refit = how
     by_factors = options.space == "factors"
+    if any(part.factors.directions and (part.dora or by_factors) for part in parts):
+        what = "a and b apart (--space factors)" if by_factors else "a DoRA, whose rank is full"
+        errors.add(
+            f"{shown(name)}: weights of directions of {what}",
+            "one number for each adapter",
+            "give one number in the file of weights",
+            where="--weights",
+        )
     doras = [adapters[part.number].name for part in parts if part.dora]
     if doras and method.by_factors:
         errors.add(

@@ -3,6 +3,7 @@ rows are recomputed in float64."""
 
 from typing import Any, cast
 
+from adapterkit.adapters.weights_file import weights_in
 from adapterkit.checkpoint.folder import Folder, OneFile
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.engines.verify.file_checks import check_files
@@ -106,11 +107,14 @@ def _plan_again(
             where="--imatrix",
             hint="give the file of the merge",
         )
+    table = options.pop("weights_file", None)
+    chosen = None if table is None else weights_in(table, RECEIPT)
     how = MergeOptions(**options)
     if isinstance(base, Pipeline):
         plan = plan_merge_into_pipeline(base, pairs, how)
     else:
-        plan = plan_merge(base, pairs, how, statistics, file=file, imatrix=given)
+        more = {"file": file, "imatrix": given, "weights": chosen}
+        plan = plan_merge(base, pairs, how, statistics, **more)
     errors = Problems(where=RECEIPT)
     for number, entry in enumerate(receipt["recipe"]["inputs"]):
         for name, recorded in entry["files"].items():

@@ -12,13 +12,15 @@ from torch import nn
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Problems, Refused, did_you_mean, shown
 from adapterkit.options import Sources, StrPath, finite
+from adapterkit.records import Json
 from adapterkit.runtime import arrow as arrows
 from adapterkit.runtime import merging, rows, swapping
 from adapterkit.runtime.load import creation, reading, writing
 from adapterkit.runtime.load.store import Store
+from adapterkit.runtime.load.weighted import by_module, named_sources
 from adapterkit.runtime.merging import conflicts
 from adapterkit.runtime.report import ModuleTable, report
-from adapterkit.runtime.state import State, named, weights
+from adapterkit.runtime.state import State, named, weights_of
 from adapterkit.runtime.training import trainer
 from adapterkit.statistics.reader import Stats
 from adapterkit.verbs.combine import combine as combine_files
@@ -126,18 +128,21 @@ class Adapters:
         # tied parts share parameters
         yield from dict.fromkeys(parameter for part in parts for _, parameter in part.trained())
 
-    def activate(self, names: Names) -> None:
+    def activate(self, names: Names, *, weights: StrPath | None = None) -> None:
         """Let these adapters act, with weights where a map is given; None: the base alone.
         `Refused` while adapters are merged.
 
-        The trainable ones among them are trained from here on."""
+        `weights`: a file of weights, of modules and directions too, whose adapters these are, in
+        its order. The trainable ones among them are trained from here on."""
         self.state.outside_rows("activate")
         self.state.own_weights("activate")
         try:
             names = named(names)
             if self.state.store is not None:
                 self.state.provide(names, beside_active=False)
-            table = weights(self.state, names)
+            table = weights_of(self.state, names)
+            if weights is not None:
+                table = by_module(self.state, list(table), weights)
             Problems(conflicts(self.state, table, "activate")).raise_all()
             self.state.select(table)
         finally:
@@ -179,7 +184,7 @@ class Adapters:
         weights are untied. `Refused` for what no weight equals (aLoRA, Arrow) and for a second
         merge, before anything changes."""
         self.state.outside_rows("merge")
-        merging.merge(self.state, self.active if names is None else weights(self.state, names))
+        merging.merge(self.state, self.active if names is None else weights_of(self.state, names))
 
     def unmerge(self) -> None:
         """Give the base its weights back, bit for bit; what was active before is again."""
@@ -193,7 +198,7 @@ class Adapters:
         `adapterkit.combine`."""
         self.state.own_weights("combine")
         self.state.unused(name)
-        table = weights(self.state, adapters)
+        table = weights_of(self.state, adapters)
         unknown = sorted(set(options) - set(COMBINE_OPTIONS))
         if unknown:
             raise Refused(
@@ -361,9 +366,10 @@ def attach(
 
 def load(
     model: nn.Module,
-    source: StrPath,
+    source: Sources = (),
     *,
     name: str = "default",
+    weights: StrPath | None = None,
     trainable: bool = False,
     pad_rank: int | None = None,
     dtype: torch.dtype | None = None,
@@ -372,23 +378,27 @@ def load(
 ) -> Adapters:
     """Load an adapter (a folder, a file, a Hub id) onto a model, active; the base is frozen.
 
+    `weights`: a file of weights; its adapters are loaded, from where it says or from `source`, by
+    the names of their folders, and act with these weights.
     `dtype`: of the factors, None for the stored one, at least float32. `pad_rank`: the highest rank
     that `swap` is to bring. `strict`: what does nothing in the model's first call is an error, not
     a warning. `Refused` with all that does not fit the model, before anything changes.
     """
-    return _first(
-        model,
-        name,
-        lambda adapters: adapters.load(
-            source,
-            name=name,
-            trainable=trainable,
-            dtype=dtype,
-            ephemeral_gpu_offload=ephemeral_gpu_offload,
-            pad_rank=pad_rank,
-            strict=strict,
-        ),
-    )
+    sources: Json = {name: source} if weights is None else named_sources(source, weights)
+
+    def add(adapters: Adapters) -> None:
+        for own, place in sources.items():
+            adapters.load(
+                place,
+                name=own,
+                trainable=trainable,
+                dtype=dtype,
+                ephemeral_gpu_offload=ephemeral_gpu_offload,
+                pad_rank=pad_rank,
+                strict=strict,
+            )
+
+    return _first(model, [*sources], add, weights)
 
 
 def load_arrow(
@@ -458,8 +468,10 @@ def _with(model: nn.Module, name: str, add: Callable[[State], None]) -> Adapters
     return adapters
 
 
-def _first(model: nn.Module, name: str, add: Callable[[Adapters], None]) -> Adapters:
-    """The new handle of a model with its first adapter, active."""
+def _first(
+    model: nn.Module, names: Names, add: Callable[[Adapters], None], weights: StrPath | None = None
+) -> Adapters:
+    """The new handle of a model with its first adapters, active."""
     if hasattr(model, ATTRIBUTE):
         raise Refused(
             f"{type(model).__name__} has adapters already",
@@ -471,8 +483,8 @@ def _first(model: nn.Module, name: str, add: Callable[[Adapters], None]) -> Adap
     object.__setattr__(model, ATTRIBUTE, adapters)
     try:
         add(adapters)
+        adapters.activate(names, weights=weights)
     except BaseException:
         adapters.detach()
         raise
-    adapters.activate(name)
     return adapters

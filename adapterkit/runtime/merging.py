@@ -66,9 +66,10 @@ def merge(state: State, table: Mapping[str, float]) -> None:
     own: list[tuple[Site, str, nn.Parameter]] = []
     for site in _sites(state, table):
         values = HostWeights(site.host)
-        parts = [(p, w) for name, w in table.items() for p in site.parts.get(name, {}).values()]
+        parts = [(p, w) for name, w in table.items() for p in site.own_parts(name)]
         for part, weight in sorted(parts, key=lambda pair: not pair[0].replaces):
-            part.merge(values, weight)
+            acts, factor = part.weighted(weight)
+            acts.merge(values, factor)
         for name, value in values.items():
             module, leaf = owner(site.host, name)
             for other, new in rounded(module, leaf, value).items():
@@ -156,7 +157,8 @@ def check(state: State, table: Mapping[str, float]) -> None:
 def _unmergeable(site: Site, part: Part, weight: float) -> str | None:
     if any(parameter.is_meta for parameter in site.host.parameters()):
         return "the weights are offloaded, or on the meta device"
-    return part.unmergeable(site, weight)
+    acts, factor = part.weighted(weight)
+    return acts.unmergeable(site, factor)
 
 
 def _add_covered(state: State, table: Mapping[str, float], errors: Problems) -> None:

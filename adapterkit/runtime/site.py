@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.records import Json
+from adapterkit.runtime.by_module import weight_on
 from adapterkit.runtime.sharding import spread
 
 CHILD = "adapterkit"  # the name of the child
+DIRECTED = ":directions"  # how the name of a part's stand-in ends
 OLD_FORWARD = "_old_forward"  # what accelerate's hooks call
 ESCAPED = str.maketrans({"%": "%25", ".": "%2E", ":": "%3A"})  # in children's names
 RESERVED = {
@@ -92,6 +94,23 @@ class Part(Unsaved):
         site = self._host[0]._modules[CHILD]
         assert isinstance(site, Site)
         return site
+
+    def named(self, path: str) -> str:
+        """The module or parameter that weights name; `path`: the site's."""
+        return path
+
+    def undirected(self, weights: Sequence[float]) -> str | None:
+        """Why it cannot act with these weights of its delta's directions; None if it can."""
+        return "it has no low-rank factors"
+
+    def directed(self, weights: tuple[float, ...]) -> "Part":
+        """What acts in its stead with these weights of its delta's directions."""
+        raise NotImplementedError
+
+    def weighted(self, weight: float) -> "tuple[Part, float]":
+        """What acts with an adapter's weight, and the weight that it has here."""
+        own = weight_on(weight, self.named(self.site.path))
+        return (self.directed(own), 1.0) if isinstance(own, tuple) else (self, own)
 
     def change(self, values: "Values", weight: float) -> None:
         """Change parameters of the host, for one call of its forward."""
@@ -338,12 +357,17 @@ class Site(Unsaved):
     def select(self, active: Mapping[str, float]) -> None:
         """Let the parts of these adapters act, each with its weight, in this order."""
         adding, changing, replacing = [], [], []
+        for name in [name for name in self._modules if name.endswith(DIRECTED)]:
+            del self._modules[name]
         for adapter, weight in active.items():
             for part in self.parts.get(adapter, {}).values():
+                acts, own = part.weighted(weight)
+                if acts is not part:
+                    self._modules[_child_name(part) + DIRECTED] = acts
                 if part.role.startswith("delta"):
-                    adding.append((part, weight))
+                    adding.append((acts, own))
                 elif part.role.startswith("weight"):
-                    changing.append((part, weight))
+                    changing.append((acts, own))
                 else:
                     replacing.append(part)
         changing.sort(key=lambda pair: not pair[0].replaces)

@@ -291,7 +291,7 @@ def refuse_merged(state: State, names: Collection[str], where: str) -> None:
         )
 
 
-def weights(state: State, names: object) -> dict[str, float]:
+def weights_of(state: State, names: object) -> dict[str, float]:
     """Names of adapters with their weights, from a name, a list of names, a map or None;
     `Refused` for anything else, for unknown names and for weights that are not finite."""
     table = named(names)
@@ -314,7 +314,7 @@ def named(names: object) -> Json:
             expected="a name, a list of names, a map of names to weights, or None",
             where="weights",
         )
-    # what a map of the caller holds, `weights` checks; its type says nothing
+    # what a map of the caller holds, `weights_of` checks; its type says nothing
     return dict(names) if isinstance(names, Mapping) else dict.fromkeys(items, 1.0)  # type: ignore[arg-type]
 
 

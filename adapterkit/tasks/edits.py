@@ -116,7 +116,7 @@ class PlacedFactors:
         scale, rank, experts = self.factors.scale, self.factors.rank, self.factors.experts
         if experts is None:
             a, b = self.factors.stored(inputs)
-            b = scale_factor(b, scale)
+            b = scale_factor(self.factors.weighted(b, a), scale)
             for block in self.blocks:
                 yield block, b, a
             return
@@ -127,7 +127,8 @@ class PlacedFactors:
         stack = inputs.shared(b, split) if self.shared else split(inputs.view(None).tensor(b))
         for block in self.blocks:
             a = inputs.tensor(self._of_expert(block)).reshape(rank, -1)
-            yield block, scale_factor(stack[block.expert].to(inputs.dtype), scale), a
+            own = stack[block.expert].to(inputs.dtype)
+            yield block, scale_factor(self.factors.weighted(own, a, block.expert or 0), scale), a
 
 
 def scale_factor(factor: Tensor, scale: float) -> Tensor:

@@ -9,7 +9,6 @@ from adapterkit.options import (
     SHARE,
     SHARE_ABOVE_0,
     SOURCES,
-    TEXTS,
     WEIGHTED,
     Sources,
     StrPath,
@@ -28,6 +27,8 @@ from adapterkit.shared_options import (
     seed_option,
     settings_option,
     tokenizer_option,
+    weight_for_option,
+    weights_option,
 )
 from adapterkit.verb import WritingVerb, function_of
 
@@ -66,6 +67,9 @@ class Combine(WritingVerb):
     of it.
     Of slerp the weights say where on the arc the result lies, and how long it is.
 
+    `weights`: a file of weights (docs/which-weights.md), one for each adapter, module or singular
+    triplet of a module's delta; the adapters are those of the file and may be left out.
+
     A tokenizer beside the adapters is copied, and refused where they differ in what makes tokens;
     `tokenizer="base"` copies none.
 
@@ -88,8 +92,9 @@ class Combine(WritingVerb):
       adapterkit combine ./a ./b --method regmean --stats a.safetensors --stats b.safetensors
     """
 
-    adapters: Sources = argument(check=WEIGHTED, metavar="ADAPTER[=W]...")
+    adapters: Sources = argument(default=(), check=WEIGHTED, metavar="ADAPTER[=W]...")
     method: str = option(
+        default="linear",
         check=choice(lambda: (*declarations("combinations"), *ALIASES)),
         help="How the deltas are combined; see the lists below.",
         metavar="NAME",
@@ -126,13 +131,8 @@ class Combine(WritingVerb):
         help="Input covariances: minimize output error in the refit; one for all adapters, or one "
         "for each, in their order (regmean).",
     )
-    weight_for: Iterable[str] = option(
-        default=(),
-        check=TEXTS,
-        metavar="[N:]REGEX=W",
-        help="Another weight (of the N-th adapter) for modules whose name, or the end of it, "
-        "matches.",
-    )
+    weight_for: Iterable[str] = weight_for_option()
+    weights: StrPath | None = weights_option()
     settings: Json | None = settings_option()
     seed: int = seed_option()
     tokenizer: str | None = tokenizer_option()

@@ -29,6 +29,8 @@ from adapterkit.shared_options import (
     shard_size_option,
     statistics_option,
     verify_option,
+    weight_for_option,
+    weights_option,
 )
 from adapterkit.verb import WritingVerb, function_of, push_option
 
@@ -109,13 +111,7 @@ class MergeOptions(ModuleFilters):
         "those that are there, where the new values fit.",
     )
     modelfile: bool = option(default=False, check=FLAG, help=MODELFILE)
-    weight_for: Iterable[str] = option(
-        default=(),
-        check=TEXTS,
-        metavar="[N:]REGEX=W",
-        help="Another weight (of the N-th adapter) for modules whose name, or the end of it, "
-        "matches.",
-    )
+    weight_for: Iterable[str] = weight_for_option()
     lbw: Iterable[str] = option(
         default=(),
         check=TEXTS,
@@ -151,6 +147,8 @@ class Merge(WritingVerb, MergeOptions):
     factors of the weight for the blocks of an image model: a list of numbers as
     sd-webui-lora-block-weight's, its preset, `FILE:NAME` of a file of presets, or the settings of
     diffusers' `set_adapters` or prefixes of names as ComfyUI's, as JSON or a file of it.
+    `weights` is a file of weights (docs/which-weights.md), one for each adapter, module or singular
+    triplet of a module's delta; the adapters are those of the file and may be left out.
 
     `rounding="stochastic"` rounds changed weights up or down at random, so that on average the
     whole delta stays, where nearest swallows what is below half a step; the draws depend on `seed`,
@@ -181,7 +179,8 @@ class Merge(WritingVerb, MergeOptions):
     """
 
     base: StrPath = argument(check=SOURCE)
-    adapters: Sources = argument(check=WEIGHTED, metavar="ADAPTER[=W]...")
+    adapters: Sources = argument(default=(), check=WEIGHTED, metavar="ADAPTER[=W]...")
+    weights: StrPath | None = weights_option()
     base16: StrPath | None = option(
         default=None,
         check=SOURCE,

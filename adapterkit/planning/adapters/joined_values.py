@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from adapterkit import dtypes
+from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.keys import module_of, rewrapped_key
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter
 from adapterkit.adapters.targets import Patterns
+from adapterkit.adapters.weights_file import WeightsFile
 from adapterkit.checkpoint.compare import same_bytes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.combinations.common import WeightedSum
 from adapterkit.combinations.protocol import Method
-from adapterkit.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
 from adapterkit.options import NUMBER
 from adapterkit.plan import Task
 from adapterkit.planning.adapters.sites import JoinedSite
@@ -22,7 +25,7 @@ from adapterkit.planning.targets.changed_meanings import rule_readings
 from adapterkit.planning.targets.values_by_regex import Rule, pattern_table, read_rules, unmatched
 from adapterkit.tasks.common import CopiedTensor, SummedTensor
 
-OPTION = "--weight-for"
+OPTION, WEIGHTS = "--weight-for", "--weights"
 
 
 def read_all(folders: Sequence[Folder]) -> list[Adapter]:
@@ -67,29 +70,68 @@ def delta_problems(
 
 class AdapterWeights:
     """Each adapter's weight on each module: its own, or that of the first --weight-for that
-    matches."""
+    matches, or what a file of weights says."""
 
-    def __init__(self, weights: list[float], texts: Iterable[str]):
-        self.weights = weights
+    def __init__(self, weights: list[float], texts: Iterable[str], file: WeightsFile | None = None):
+        self.weights, self.file = weights, file
         self.given = [self._rule(text) for text in texts]
         self.rules = [[rule for numbers, rule in self.given if n in numbers] for n in self._numbers]
         self.patterns = [Patterns(pattern_table(rules), OPTION) for rules in self.rules]
         self.modules: list[set[str]] = [set() for _ in weights]  # of each adapter, so far
         self.scale = 1.0  # of all of them
+        self.skipped: set[str] = set()  # modules that stay as they are, whatever the file says
+
+    def of(self, number: int, module: str) -> float:
+        """The weight of an adapter on a module; `Refused` for weights of directions."""
+        self.modules[number].add(module)
+        if self.file is None:
+            return self.scale * self.patterns[number].value(module, self.weights[number])
+        weight = self.file.weights_of(number, module)
+        if not isinstance(weight, tuple):
+            return self.scale * weight
+        raise Refused(
+            f"{len(weight)} weights of directions for values of {shown(module)} that have none",
+            expected="one number: they are no low-rank factors, or add a bias",
+            where=WEIGHTS,
+            hint="give one number, or exclude the module",
+        )
+
+    def on(self, number: int, name: str, factors: Factors) -> tuple[float, Factors]:
+        """The weight of an adapter on a module or parameter, and its factors with those of their
+        directions; `Refused` where these are too many or too few."""
+        weight = None if self.file is None else self.file.weights_of(number, name)
+        if not isinstance(weight, tuple):
+            return self.of(number, factors.module if self.file is None else name), factors
+        self.modules[number].add(name)
+        if len(weight) != factors.count:
+            each = f", {factors.experts} experts one after the other" if factors.experts else ""
+            raise Refused(
+                f"{shown(name)}: {len(weight)} weights of directions of adapter {number + 1}",
+                expected=f"{factors.count}, one for each singular triplet{each}",
+                where=WEIGHTS,
+                hint="choose the weights for these adapters",
+            )
+        return self.scale * any(weight), replace(factors, directions=weight)
 
     @property
     def _numbers(self) -> range:
         return range(len(self.weights))
 
-    def of(self, number: int, module: str) -> float:
-        """The weight of an adapter on a module."""
-        self.modules[number].add(module)
-        return self.scale * self.patterns[number].value(module, self.weights[number])
-
     def problems(self) -> list[AdapterkitError]:
-        """Refusals of the rules that no module matched so far, and of those that mean others than
-        they did."""
+        """Refusals of the rules, and of names in the file, that no module matched so far, and of
+        rules that mean others than they did."""
         errors = Problems()
+        known = set().union(self.skipped, *self.modules)
+        # a module that is left out may be one of parameters, which are not looked up then
+        is_known = lambda name: name in known or name.rpartition(".")[0] in self.skipped
+        unknown = [name for name in (self.file.modules if self.file else ()) if not is_known(name)]
+        if unknown:
+            errors.add(
+                f"weights of {len(unknown)} modules that no adapter has: {listed(unknown)}",
+                "names of modules, of experts with their parameter's",
+                did_you_mean(unknown[:3], known) or "give --base, or remove them from the file",
+                where=WEIGHTS,
+            )
         for number, (rules, modules) in enumerate(zip(self.rules, self.modules, strict=True), 1):
             errors += rule_readings(f"{OPTION} of adapter {number}:", rules, sorted(modules))
         for numbers, (pattern, value) in [] if errors else self.given:

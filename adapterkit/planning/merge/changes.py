@@ -12,7 +12,7 @@ from adapterkit.adapters.record import EMBEDDINGS, Adapter, Lora, is_inside, ran
 from adapterkit.checkpoint.fingerprint import difference
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import WARNING, Refused, listed, shown
-from adapterkit.planning.adapters.added_deltas import added_deltas
+from adapterkit.planning.adapters.added_deltas import AddedDelta, added_deltas
 from adapterkit.planning.adapters.sites import flips_square_experts, sites_of
 from adapterkit.planning.adapters.value_comparison import (
     decoded_difference,
@@ -258,7 +258,8 @@ def _check_adapter(job: MergeJob, adapter: Adapter) -> None:
             "path_initial_model_for_weight_conversion)",
             where=adapter.where,
         )
-    _check_weighted(job, adapter)
+    with job.errors.collected():
+        _check_weighted(job, adapter)
 
 
 def _check_initial(job: MergeJob, adapter: Adapter) -> None:
@@ -292,7 +293,8 @@ def _check_weighted(job: MergeJob, adapter: Adapter) -> None:
     ]
     options = job.options
     weight = f"{job.weights[adapter.number - 1]:g}"
-    weight = "other than 1" if options.weight_for or options.lbw else weight
+    by_module = options.weight_for or options.lbw or job.file is not None
+    weight = "other than 1" if by_module else weight
     exclude = (
         f'give --exclude "{adapter.pattern_of([*values, *rows])}" to leave them as they are in '
         "BASE and add the factors alone"
@@ -427,9 +429,8 @@ def _add_products(job: MergeJob, adapter: Adapter) -> None:
     for module, loras in by_module.items():
         _check_acting(job, adapter, module, "factors", loras)
         with job.errors.collected():
-            weight = job.weight(adapter, module)
             for name, leaf, lora in resolve_targets(job, adapter, module, loras):
-                _add_product(job, adapter, weight, name, leaf, lora)
+                _add_product(job, adapter, name, leaf, lora)
 
 
 def _check_acting(
@@ -452,20 +453,24 @@ def _check_acting(
         )
 
 
-def _add_product(
-    job: MergeJob, adapter: Adapter, weight: float, name: str, leaf: str | None, lora: Lora
-) -> None:
+def _add_product(job: MergeJob, adapter: Adapter, name: str, leaf: str | None, lora: Lora) -> None:
     """Raises `Refused` where the factors do not fit the parameter or the config."""
     parameter = job.names.parameter(name)
     assert parameter is not None
     shape = job.changes[name].parameter.shape if name in job.changes else parameter.shape
     parameter = replace(parameter, shape=shape)
     rank, scale = rank_and_scale(adapter, lora, leaf)
+    site = lora.module if leaf is None else name
     if lora.bias is not None:
-        _add_bias(job, adapter, lora, scale * weight)
-    factors = orient(job, adapter, parameter, lora, leaf, scale * weight)
+        _add_bias(job, adapter, lora, scale * job.weight(adapter, site))
+    factors = orient(job, adapter, parameter, lora, leaf, scale)
     if factors.rank != rank:
         raise rank_mismatch(adapter, lora, factors.rank, rank)
+    weight, factors = job.weighted(adapter, site, factors)
+    if not weight and job.file is not None:
+        job.skip(adapter, site)
+        return
+    factors = replace(factors, scale=scale * weight)
     magnitude = lora.magnitude
     if magnitude is not None and factors.experts is not None:
         raise Refused(
@@ -486,32 +491,38 @@ def _add_deltas(job: MergeJob, adapter: Adapter) -> None:
     """Deltas of other kinds than factors."""
     for added in added_deltas(adapter.folder, adapter.number):
         module = added.module.name
-        weight = job.weight(adapter, module)
-        if not job.is_selected(module) or job.is_off(adapter, module):
-            job.skip(adapter, module)
-            continue
-        parameters = (job.names.parameter(f"{module}.{leaf}") for leaf in added.leaves)
-        parameter = next(filter(None, parameters), None)
-        if parameter is None:
-            name = f"{module}.{added.leaves[0]}"
-            job.errors.append(job.unknown_error(adapter, added.module.path, name))
-            continue
-        placed = added.on(parameter, job.base.tensors)
-        if placed is None:
-            shapes = [part.shape for part in added.module.parts.values()]
-            job.errors.append(job.shape_error(adapter, module, shapes, parameter.shape))
-            continue
-        if placed.needs_base and weight != 1.0:
-            job.errors.add(
-                f"{added.module.kind} of {shown(module)} with weight {weight:g}",
-                "weight 1: it is a change of the base's weight, and no addition",
-                "merge it with weight 1",
-                where=adapter.label,
-            )
-            continue
-        change = job.change(parameter)
-        change.deltas.append((placed, weight))
-        change.adapters.append(adapter.name)
+        with job.errors.collected():
+            _add_delta(job, adapter, added, module)
+
+
+def _add_delta(job: MergeJob, adapter: Adapter, added: AddedDelta, module: str) -> None:
+    """Raises `Refused` for weights of its directions."""
+    weight = job.weight(adapter, module)
+    if not job.is_selected(module) or job.is_off(adapter, module):
+        job.skip(adapter, module)
+        return
+    parameters = (job.names.parameter(f"{module}.{leaf}") for leaf in added.leaves)
+    parameter = next(filter(None, parameters), None)
+    if parameter is None:
+        name = f"{module}.{added.leaves[0]}"
+        job.errors.append(job.unknown_error(adapter, added.module.path, name))
+        return
+    placed = added.on(parameter, job.base.tensors)
+    if placed is None:
+        shapes = [part.shape for part in added.module.parts.values()]
+        job.errors.append(job.shape_error(adapter, module, shapes, parameter.shape))
+        return
+    if placed.needs_base and weight != 1.0:
+        job.errors.add(
+            f"{added.module.kind} of {shown(module)} with weight {weight:g}",
+            "weight 1: it is a change of the base's weight, and no addition",
+            "merge it with weight 1",
+            where=adapter.label,
+        )
+        return
+    change = job.change(parameter)
+    change.deltas.append((placed, weight))
+    change.adapters.append(adapter.name)
 
 
 def _add_bias(job: MergeJob, adapter: Adapter, lora: Lora, scale: float) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.record import Adapter, Lora
+from adapterkit.adapters.weights_file import WeightsFile
 from adapterkit.checkpoint.compare import same_bytes
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.folder import Folder
@@ -162,6 +163,7 @@ class MergeJob:
         options: MergeOptions,
         part: str = "",
         weight_of: WeightOf | None = None,
+        file: WeightsFile | None = None,
     ):
         self.adapters, self.weights, self.options = adapters, weights, options
         self.part = part  # that the base is of a pipeline
@@ -178,11 +180,11 @@ class MergeJob:
         self.config: Json = json.loads(json.dumps(self.base.config))
         self._selects = selection(options.include, options.exclude)
         self.names = self._names()
-        self.module_weights: ModuleWeights | None = (
-            None  # the pipeline has them where it gives them
-        )
+        self.file = file
+        # the pipeline has them where it gives them
+        self.module_weights: ModuleWeights | None = None
         if weight_of is None:
-            self.module_weights = ModuleWeights(base, weights, options)
+            self.module_weights = ModuleWeights(base, weights, options, file)
             weight_of = self.module_weights.of
         self._weight_of = weight_of
 
@@ -190,8 +192,18 @@ class MergeJob:
         """The weight of an adapter on a module."""
         return self._weight_of(adapter.number, module)
 
+    def weighted(self, adapter: Adapter, name: str, factors: Factors) -> tuple[float, Factors]:
+        """The weight of an adapter on a module or parameter, and its factors, with those of their
+        directions from a file."""
+        if self.module_weights is None or self.file is None:
+            return self.weight(adapter, factors.module), factors
+        return self.module_weights.rules.on(adapter.number - 1, name, factors)
+
     def is_off(self, adapter: Adapter, module: str) -> bool:
-        """Whether an adapter that has a weight has none on a module."""
+        """Whether an adapter that has a weight has none on a module; of weights from a file each
+        parameter has its own."""
+        if self.file is not None:
+            return False
         return self.weight(adapter, module) == 0.0 != self.weights[adapter.number - 1]
 
     @cached_property
@@ -247,6 +259,8 @@ class MergeJob:
 
     def skip(self, adapter: Adapter, name: str) -> None:
         """Note a module or parameter of the adapter that is not selected."""
+        if self.module_weights is not None:
+            self.module_weights.rules.skipped.add(name)
         self.skipped.append(f"{adapter.name}: {self._whole(name)}")
 
     def change(self, parameter: Parameter) -> Change:

@@ -1,8 +1,9 @@
-"""Each adapter's weight on each module of a merge: its own, or that of --weight-for, times what
---lbw says of the module's block."""
+"""Each adapter's weight on each module of a merge: its own, that of --weight-for or of a file of
+weights, times what --lbw says of the module's block."""
 
 from collections.abc import Callable, Sequence
 
+from adapterkit.adapters.weights_file import WeightsFile
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, listed
 from adapterkit.planning.adapters.joined_values import AdapterWeights, of_adapters
@@ -18,8 +19,14 @@ class ModuleWeights:
     """The weights of adapters, numbered from 1, on modules of a base, those of a pipeline with the
     part's name in front."""
 
-    def __init__(self, base: Checkpoint | Pipeline, weights: list[float], options: MergeOptions):
-        self.rules = AdapterWeights(weights, options.weight_for)
+    def __init__(
+        self,
+        base: Checkpoint | Pipeline,
+        weights: list[float],
+        options: MergeOptions,
+        file: WeightsFile | None = None,
+    ):
+        self.rules = AdapterWeights(weights, options.weight_for, file)
         self.blocks: list[BlockWeights | None] = [None for _ in weights]
         self.outside: set[str] = set()  # modules of no block
         names = ModelNames(base)

@@ -7,6 +7,7 @@ from functools import partial
 from adapterkit import dtypes
 from adapterkit.adapters.peft import scan_adapter
 from adapterkit.adapters.record import Adapter
+from adapterkit.adapters.weights_file import WeightsFile, in_receipt
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
@@ -24,13 +25,8 @@ from adapterkit.planning.inputs.model_checkpoint import read_checkpoint, read_pl
 from adapterkit.planning.inputs.model_config import nested_values, set_nested
 from adapterkit.planning.inputs.pipeline import Pipeline, PipelinePart, is_pipeline, read_pipeline
 from adapterkit.planning.inputs.pipeline_adapters import Split, split_adapters
-from adapterkit.planning.inputs.sources import (
-    if_given,
-    initial_of,
-    open_model,
-    open_statistics,
-    open_weighted,
-)
+from adapterkit.planning.inputs.sources import if_given, initial_of, open_model, open_statistics
+from adapterkit.planning.inputs.weights import notes_on_base, open_with_weights
 from adapterkit.planning.merge.block_weights import with_files
 from adapterkit.planning.merge.changes import collect_changes
 from adapterkit.planning.merge.gguf import (
@@ -88,12 +84,13 @@ def plan_merge_of(merge: Merge) -> Plan:
         split = split_adapters(merge.adapters, pipeline)
         return plan_merge_into_pipeline(pipeline, split, options)
     name = output_file(base, merge.out)
-    adapters = open_weighted(merge.adapters, base=base)
+    adapters, weights = open_with_weights(merge.adapters, merge.weights, base)
     stats = None if merge.stats is None else open_statistics(merge.stats)
     imatrix = if_given(read_importance, merge.imatrix)
     if merge.base16 is None:
-        return plan_merge(base, adapters, options, stats, file=name, imatrix=imatrix)
-    return plan_merge_into_original(merge.base, merge.base16, adapters, options, stats)
+        more = {"file": name, "imatrix": imatrix, "weights": weights}
+        return plan_merge(base, adapters, options, stats, **more)
+    return plan_merge_into_original(merge.base, merge.base16, adapters, options, stats, weights)
 
 
 def plan_merge_into_pipeline(pipeline: Pipeline, adapters: Split, options: MergeOptions) -> Plan:
@@ -107,7 +104,7 @@ def plan_merge_into_pipeline(pipeline: Pipeline, adapters: Split, options: Merge
 def _options_of_models(merge: Merge) -> list[AdapterkitError]:
     """`Refused` for sources that a pipeline has no use for."""
     errors = Problems(where="options", hint="merge into one part: the folder of a model")
-    for name in ("base16", "stats", "imatrix"):
+    for name in ("base16", "stats", "imatrix", "weights"):
         if getattr(merge, name) not in (None, ()):
             errors.add(f"{flag_of(name)} with a pipeline", "a base that is one model")
     return errors
@@ -123,11 +120,13 @@ def plan_merge(
     imatrix: ImportanceFile | None = None,
     part: PipelinePart | None = None,
     weight_of: WeightOf | None = None,
+    weights: WeightsFile | None = None,
 ) -> Plan:
     """The plan of a merge of these adapters with these weights; `Refused` or `Damaged` with all
     problems. `stats`: the covariances that compensated rounding needs; `file`: the name of an
     output that is one file; `imatrix`: what weighs the errors of its blocks; `part`: what the base
-    is of a pipeline, with its weights of modules, if there are any."""
+    is of a pipeline, with its weights of modules, if there are any; `weights`: those of modules and
+    directions."""
     Problems(missing_statistics(options.rounding, stats)).raise_all()
     is_gguf = find_gguf(base) is not None
     others = options_of_others(options, imatrix, is_gguf=is_gguf, is_file=file is not None)
@@ -138,7 +137,9 @@ def plan_merge(
     if not sources:
         raise Refused("no adapter", expected="one or more", hint="name the adapters after the base")
     sources, with_initial = _with_initial(sources, options)
-    if with_initial and (options.weight_for or options.lbw):
+    if with_initial and weights is not None and not weights.modules:
+        weights = None  # those of the adapters say all
+    if with_initial and (options.weight_for or options.lbw or weights):
         raise Refused(
             "weights of modules of an adapter that goes with initial factors",
             expected="one weight",
@@ -156,9 +157,10 @@ def plan_merge(
         raise
     if errors and len(adapters) < len(sources):
         Problems(errors).raise_all()
-    weights = [weight for _, weight in sources]
+    given = [weight for _, weight in sources]
     name = part.name if part else ""
-    job = MergeJob(checkpoint, adapters, weights, options, name, weight_of)
+    job = MergeJob(checkpoint, adapters, given, options, name, weight_of, weights)
+    job.notes += notes_on_base(weights, job.fingerprint, job.original.name) if weights else []
     job.with_initial = with_initial
     _decode_to_16_bits(job)
     whole = part.pipeline if part else base
@@ -260,6 +262,7 @@ def plan_merge_into_original(
     sources: list[tuple[Folder, float]],
     options: MergeOptions,
     stats: Folder | None = None,
+    chosen: WeightsFile | None = None,
 ) -> Plan:
     """The plan of a merge into the 16-bit original `base16` of the quantized base that the adapters
     were trained on; `Refused` if it is not its original."""
@@ -285,7 +288,7 @@ def plan_merge_into_original(
             hint = "give the model that the base was quantized from"
             errors.add(problem, "the same weights", hint)
     errors.raise_all()
-    plan = plan_merge(original.folder, sources, options, stats)
+    plan = plan_merge(original.folder, sources, options, stats, weights=chosen)
     note = f"merged into {original.name}; the adapters were trained on {quantized.name}"
     return replace(plan, notes=(*plan.notes, note))
 
@@ -384,7 +387,7 @@ def _plan_of_files(
     if job.merged_before:
         decisions["held"] = [adapter._asdict() for adapter in job.merged_before]
     options = {k: v for k, v in vars(job.options).items() if v not in (None, False, ())}
-    options["weights"] = job.weights
+    options |= {"weights": job.weights} | in_receipt(job.file)
     return plan_of(
         "merge",
         options,

@@ -307,13 +307,14 @@ def _equal_changes(job: MergeJob, one: Change, other: Change) -> bool:
 
 
 def _equal_additions(job: MergeJob, one: Factors, other: Factors) -> bool:
-    """Whether two additions are the same: equal scales and, element by element, factors; those of
-    an embedding are stored transposed."""
+    """Whether two additions are the same: equal scales, weights of directions and, element by
+    element, factors; those of an embedding are stored transposed."""
     if one is other:
         return True
     if HANDOFF_FOLDER in (one.a.folder, other.a.folder):
         return False  # factors of the same plan: there are no bytes yet
-    if (one.a.folder, one.scale) != (other.a.folder, other.scale):
+    sides = ((each.a.folder, each.scale, each.directions) for each in (one, other))
+    if len({*sides}) > 1:
         return False
     if one.flip == other.flip:
         sides = ((each.magnitude, each.a, each.b) for each in (one, other))

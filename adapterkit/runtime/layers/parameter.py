@@ -58,6 +58,9 @@ class ParameterPart(FactorsPart):
     def target(self, path: str) -> str:
         return f"{path}.{self.leaf}"
 
+    def named(self, path: str) -> str:
+        return self.target(path)
+
     def term(self, weight: float) -> Term:
         """weight·scale·b·a in the parameter's layout, as a product."""
         (a, b), scale = self.joined(), self.scale

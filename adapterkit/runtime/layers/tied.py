@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adapterkit.runtime.layers.embedding import EmbeddingPart
 from adapterkit.runtime.layers.linear import LinearPart
@@ -29,7 +29,7 @@ class TiedHeadPart(LinearPart):
         self.bias = self.magnitude = None
         for name in ("initial_a", "initial_b"):
             self.register_buffer(name, None)
-        self._folded = Memo()
+        self._folded, self._directed = Memo(), Memo()
 
     # an attribute of the other parts; the embedding's, which `take` and `pad` change there
     @property
@@ -41,6 +41,11 @@ class TiedHeadPart(LinearPart):
             source = self._source[0]
             return source.scale if name == "scale" else (source.b if name == "a" else source.a).T
         return super().__getattr__(name)
+
+    def _with_factors(self, a: Tensor, b: Tensor) -> LinearPart:
+        twin = LinearPart(self.adapter, a, b, self._source[0].stored_scale, dropout=self.dropout)
+        object.__setattr__(twin, "_host", self._host)
+        return twin
 
     def rescale(self, factor: float) -> None:
         """The embedding's part does."""

@@ -1,5 +1,7 @@
 """Low-rank factors of one adapter on one module: the part that all kinds of layers share."""
 
+import copy
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterkit.adapters.keys import part_keys
+from adapterkit.kernels.lowrank import directions
 from adapterkit.runtime.parts import dora
 from adapterkit.runtime.parts.memo import Memo
 from adapterkit.runtime.quantized import stored, unmergeable
@@ -59,6 +62,7 @@ class FactorsPart(Part):
             self.register_buffer(name, value)
         self.norms = dora.RowNorms(offload=ephemeral_gpu_offload)
         self._folded: Memo[tuple[Tensor, Tensor, Tensor]] = Memo()
+        self._directed: Memo[FactorsPart] = Memo()
 
     @property
     def stored_rank(self) -> int:
@@ -279,6 +283,51 @@ class FactorsPart(Part):
         if self.bias is not None and Values(site.host)[self.host_bias] is None:
             return "it adds a bias (lora_bias) and the layer has none"
         return None if self.parameter != "weight" else unmergeable(self.host)
+
+    def named(self, path: str) -> str:
+        return self.module(path)
+
+    def undirected(self, weights: Sequence[float]) -> str | None:
+        if self.bias is not None or self.magnitude is not None:
+            return "it has more than low-rank factors (DoRA, or a bias)"
+        if self.initial_a is not None or not self.has_room:
+            return "its delta is no product (initial factors, or a convolution with groups)"
+        lefts, rights = self._matrices()
+        shape = lefts[0].shape[0], rights[0].shape[1]
+        count = len(lefts) * directions.count(shape, self.stored_rank)
+        return None if len(weights) == count else f"it has {count} directions, not {len(weights)}"
+
+    def directed(self, weights: tuple[float, ...]) -> "FactorsPart":
+        return self._directed(lambda: self._direct(weights), [self.a, self.b], weights)
+
+    def _matrices(self) -> tuple[list[Tensor], list[Tensor]]:
+        """b (out, r) and a (r, in), of experts each one's."""
+        a, b = self.stored_factors()
+        if self.rank_axes == (-2, -1) and a.ndim == 3:
+            return list(b), list(a)
+        return [b.flatten(1)], [a.flatten(1)]
+
+    def _direct(self, weights: tuple[float, ...]) -> "FactorsPart":
+        """A copy with other values of b; what is trained is this one alone."""
+        a, b = self.stored_factors()
+        pairs = list(zip(*self._matrices(), strict=True))
+        each = len(weights) // len(pairs)
+        lefts = [
+            directions.weighted_left(left, right, weights[n * each :][:each])
+            for n, (left, right) in enumerate(pairs)
+        ]
+        return self._with_factors(a.detach(), torch.stack(lefts).reshape(b.shape))
+
+    def _with_factors(self, a: Tensor, b: Tensor) -> "FactorsPart":
+        twin = copy.copy(self)
+        twin._parameters = {**self._parameters}
+        twin._buffers = {**self._buffers}
+        twin.a, twin.b = nn.Parameter(a, requires_grad=False), nn.Parameter(b, requires_grad=False)
+        if self.padded is not None:
+            del twin.scale
+            twin.scale, twin.padded = self.stored_scale, None
+        twin._folded, twin._directed = Memo(), Memo()
+        return twin
 
     def rescale(self, factor: float) -> None:
         self.set_own(self.rank, self.stored_scale * factor)

@@ -1,0 +1,86 @@
+"""Adapters with the weights that a file has for them."""
+
+from adapterkit.adapters.weights_file import NamedAdapter, WeightsFile, digests, read_weights
+from adapterkit.checkpoint.fingerprint import difference
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.errors import WARNING, Problems, Refused, listed, shown
+from adapterkit.options import Sources, StrPath, weighted
+from adapterkit.planning.inputs.sources import open_adapter, open_source, open_weighted, weight_of
+
+OPTION = "--weights"
+Weighted = tuple[list[tuple[Folder, float]], WeightsFile | None]
+
+
+def open_with_weights(
+    adapters: Sources, weights: StrPath | None, base: Folder | None = None
+) -> Weighted:
+    """The adapters for a base with their weights, and the file of these, if one is named: then the
+    adapters are those of the file, in its order, and may be left out. `Refused` where they are
+    others, or have weights of their own."""
+    if weights is None:
+        return open_weighted(adapters, base), None
+    folder = open_source(weights)
+    file, errors = read_weights(folder), Problems(where=folder.label)
+    opened = []
+    for source, named in zip(sources_of(adapters, file, errors), file.adapters, strict=True):
+        with errors.collected():
+            adapter = open_adapter(source, base)
+            check_same(named, adapter, folder.label)
+            opened.append(adapter)
+    errors.raise_all()
+    return list(zip(opened, file.default, strict=True)), file
+
+
+def sources_of(adapters: Sources, file: WeightsFile, errors: Problems) -> list[StrPath]:
+    """The sources of a file's adapters, those that it names where none are given; `Refused` with
+    these errors for others, and for weights beside them."""
+    pairs = [
+        weight_of(source) if weight is None else (source, weight)
+        for source, weight in weighted(adapters)
+    ]
+    own = [f"{source}={weight:g}" for source, weight in pairs if weight != 1.0]
+    if own:
+        errors.add(
+            f"{listed(own)}, and {OPTION}",
+            "weights from one place",
+            f"remove the weights of the adapters, or {OPTION}",
+            where="options",
+        )
+    sources: list[StrPath] = [source for source, _ in pairs]
+    sources = sources or [one.name for one in file.adapters]
+    if len(sources) != len(file.adapters):
+        errors.add(
+            f"{len(sources)} adapters, and weights of {len(file.adapters)}",
+            f"in this order: {listed([one.name for one in file.adapters])}",
+            "name those of the file, or none",
+        )
+    errors.raise_all()
+    return sources
+
+
+def check_same(named: NamedAdapter, adapter: Folder, where: str) -> None:
+    """`Refused` where an adapter's files are others than those that weights were chosen for."""
+    if not named.files:
+        return
+    own = digests(adapter)
+    other = sorted(name for name in {*named.files, *own} if named.files.get(name) != own.get(name))
+    if other:
+        raise Refused(
+            f"{adapter.label} is not the adapter {shown(named.name)} of the weights: "
+            f"{listed(other)} differ",
+            expected="files with the sha256 that the weights say",
+            where=where,
+            hint="name the adapters of the weights in their order; without `files` in the file of "
+            "weights any will do",
+        )
+
+
+def notes_on_base(weights: WeightsFile, fingerprint: str, base: str) -> list[str]:
+    """A warning where weights were chosen on another base."""
+    chosen = weights.base.fingerprint if weights.base else None
+    if weights.base is None or chosen is None or not difference(chosen, fingerprint):
+        return []
+    return [
+        f"{WARNING}the weights were chosen on {shown(weights.base.name)} (fingerprint {chosen}), "
+        f"not on {shown(base)} ({fingerprint})"
+    ]
