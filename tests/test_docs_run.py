@@ -181,6 +181,8 @@ def stage(
     for block in itertools.chain.from_iterable(blocks(d, "toml") for d in DOCUMENTS):
         if name := re.match(r"# (\w+\.toml)\n", block.text):
             (stage / name[1]).write_text(block.text)
+    (weights,) = blocks(ROOT / "docs" / "which-weights.md", "json")
+    (stage / "weights.json").write_text(weights.text)
     for name in ("pissa", "pissa-init"):
         shutil.copytree(stage / "residual" / "adapter", stage / name)
     shutil.copytree(stage / "residual" / "base", stage / "pissa-base")

@@ -6,6 +6,8 @@ import torch
 from adapterkit.kernels.lowrank import directions
 from adapterkit.kernels.lowrank.algebra import Product
 
+pytestmark = pytest.mark.quick
+
 SHAPES = [(7, 5, 3), (40, 30, 4), (5, 40, 1), (3, 9, 5), (9, 2, 4), (6, 6, 6)]
 
 
