@@ -48,7 +48,8 @@ class Option:
 
     An option without `help` is Python's alone. `flags`: as the command spells it, where that is not
     its name; `metavar`: what its help has for the value; `needs`: an option, or OPTION=VALUE, that
-    has to be given with it; `excludes`: those that may not, as far as the verb has them.
+    has to be given with it; `excludes`: those that may not, as far as the verb has them; `unless`:
+    of sources the option that makes up for them.
     """
 
     check: Check
@@ -57,6 +58,7 @@ class Option:
     flags: tuple[str, ...] = ()
     needs: str = ""
     excludes: tuple[str, ...] = ()
+    unless: str = ""
 
 
 def option(*, default: Any = dataclasses.MISSING, check: Check, help: str = "", **more: Any) -> Any:

@@ -1,7 +1,7 @@
 """The commands, by section of the help: each is made of the record of its verb. Methods and formats
 are listed without an import of theirs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from inspect import cleandoc
@@ -16,8 +16,10 @@ from adapterkit.cli.group import Rows, WritingCommand
 from adapterkit.cli.output import run_verb
 from adapterkit.cli.parameters import arguments_of, parameters_of
 from adapterkit.combinations import ALIASES
+from adapterkit.options import option_of
+from adapterkit.records import Json
 from adapterkit.registry import as_flag, declarations
-from adapterkit.verb import Verb, WritingVerb
+from adapterkit.verb import Verb, WritingVerb, fields_of
 from adapterkit.verbs import HOMES
 from adapterkit.verbs import SECTIONS as VERBS
 
@@ -92,6 +94,7 @@ def command_of(verb: type[Verb]) -> click.Command:
     action = ACTIONS.get(verb.name) or partial(run_verb)
 
     def callback(**values: object) -> None:
+        _check_sources(verb, params, values)
         sources, options = arguments_of(verb, values)
         action(verb, *sources, **options)
 
@@ -102,6 +105,15 @@ def command_of(verb: type[Verb]) -> click.Command:
         for parameter in params:
             parameter.required = False
     return WritingCommand(verb.name, params=params, lists=LISTS.get(verb.name), **more)
+
+
+def _check_sources(verb: type[Verb], params: Sequence[click.Parameter], values: Json) -> None:
+    """Sources that an option may make up for, as click has others that are missing."""
+    for field in fields_of(verb):
+        unless = option_of(field).unless
+        if unless and not values[field.name] and not values[unless]:
+            own = next(parameter for parameter in params if parameter.name == field.name)
+            raise click.MissingParameter(ctx=click.get_current_context(), param=own)
 
 
 def command_named(name: str) -> click.Command:

@@ -151,7 +151,7 @@ def _step(number: int, entry: Json, outs: Mapping[int, Location], folder: Path) 
     fields = {field.name: field for field in fields_of(step.verb)}
     errors = Problems(_misnamed_options(fields, step.options, where))
     source = functools.partial(_source, folder=folder, outs=tuple(outs.values()))
-    arguments = _sources(fields, step.inputs, source, where, errors)
+    arguments = _sources(fields, step, source, where, errors)
     for name, value in step.options.items():
         kind = option_of(fields[name]).check.kind if name in fields else ""
         is_source = kind in ("source", "sources", "file")
@@ -181,7 +181,7 @@ def _misnamed_options(
 
 def _sources(
     fields: Mapping[str, Field],
-    inputs: Sequence[str],
+    step: StepTable,
     source: Callable[[str, str], StepSource],
     where: str,
     errors: Problems,
@@ -190,8 +190,8 @@ def _sources(
     be several."""
     checks = {name: option_of(field).check for name, field in fields.items() if not field.kw_only}
     *single, last = checks
-    several = checks[last].several
-    needed = [name for name in checks if fields[name].default is MISSING]
+    several, inputs = checks[last].several, step.inputs
+    needed = [name for name in checks if option_of(fields[name]).unless not in step.options]
     if len(inputs) < len(needed) or (len(inputs) > len(checks) and not several):
         expected = " ".join(checks).upper().replace("ADAPTERS", "ADAPTER...")
         errors.add(f"{len(inputs)} inputs", expected, "check inputs", where=where)

@@ -9,10 +9,8 @@ from adapterkit.options import (
     SHARE,
     SHARE_ABOVE_0,
     SOURCES,
-    WEIGHTED,
     Sources,
     StrPath,
-    argument,
     choice,
     option,
     record,
@@ -28,6 +26,7 @@ from adapterkit.shared_options import (
     settings_option,
     tokenizer_option,
     weight_for_option,
+    weighted_argument,
     weights_option,
 )
 from adapterkit.verb import WritingVerb, function_of
@@ -92,7 +91,7 @@ class Combine(WritingVerb):
       adapterkit combine ./a ./b --method regmean --stats a.safetensors --stats b.safetensors
     """
 
-    adapters: Sources = argument(default=(), check=WEIGHTED, metavar="ADAPTER[=W]...")
+    adapters: Sources = weighted_argument()
     method: str = option(
         default="linear",
         check=choice(lambda: (*declarations("combinations"), *ALIASES)),

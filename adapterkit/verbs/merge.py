@@ -10,7 +10,6 @@ from adapterkit.options import (
     SOURCE,
     TEXT,
     TEXTS,
-    WEIGHTED,
     Sources,
     StrPath,
     argument,
@@ -30,6 +29,7 @@ from adapterkit.shared_options import (
     statistics_option,
     verify_option,
     weight_for_option,
+    weighted_argument,
     weights_option,
 )
 from adapterkit.verb import WritingVerb, function_of, push_option
@@ -179,7 +179,7 @@ class Merge(WritingVerb, MergeOptions):
     """
 
     base: StrPath = argument(check=SOURCE)
-    adapters: Sources = argument(default=(), check=WEIGHTED, metavar="ADAPTER[=W]...")
+    adapters: Sources = weighted_argument()
     weights: StrPath | None = weights_option()
     base16: StrPath | None = option(
         default=None,
