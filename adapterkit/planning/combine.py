@@ -11,7 +11,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
 from adapterkit.adapters.record import Adapter
-from adapterkit.adapters.weights_file import WeightsFile, in_receipt
+from adapterkit.adapters.weights_file import in_receipt
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.combinations import ALIASES
