@@ -40,16 +40,19 @@ CONVERT_OPTIONS = [
 ]
 
 
-def inspect(verb: type[Verb], path: str, as_json: bool, modules: bool, **options: object) -> None:
-    """Print what a source holds; the exit status is 1 where a file cannot be read."""
+def inspect(verb: type[Verb], paths: Any, as_json: bool, modules: bool, **options: object) -> None:
+    """Print what sources hold; the exit status is 1 where a file cannot be read."""
     with ProgressBar(False) as bar:
-        result = function_of(verb)(path, progress=bar, **options)
+        result = function_of(verb)(paths, progress=bar, **options)
     if as_json:
         print_json(result)
     else:
-        from adapterkit.reports.tables import inspect_table
+        from adapterkit.reports.tables import adapters_table, inspect_table
 
-        click.echo(inspect_table(result, modules, get_terminal_size().columns))
+        if result["kind"] == "adapters":
+            click.echo(adapters_table(result))
+        else:
+            click.echo(inspect_table(result, modules, get_terminal_size().columns))
     click.get_current_context().exit(0 if result["readable"] else 1)
 
 

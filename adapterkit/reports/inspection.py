@@ -11,6 +11,7 @@ from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.errors import Refused, shown
 from adapterkit.gguf.header import find_gguf, is_gguf_adapter
 from adapterkit.hub.folder import HubFolder
+from adapterkit.options import StrPath, unweighted
 from adapterkit.pages.page import frame
 from adapterkit.planning.inputs.converted_adapter import adapter_or_file
 from adapterkit.planning.inputs.pipeline import is_pipeline
@@ -28,17 +29,22 @@ class Inspection(dict[str, Any]):
     """What `inspect` says of a source; of an adapter notebooks show heatmaps."""
 
     def _repr_html_(self) -> str | None:
-        is_drawn = any(module["norm"] is not None for module in self["modules"])
+        is_drawn = any(module["norm"] is not None for module in self.get("modules", ()))
         return frame(heatmap_page(self)) if is_drawn else None
 
 
 def inspect_source(inspect: Inspect) -> Inspection:
-    """What `inspect` says of a source."""
-    return Inspection(_inspect(inspect))
+    """What `inspect` says of a source, or of several adapters."""
+    sources = unweighted(inspect.paths)
+    if len(sources) == 1:
+        return Inspection(_of_one(inspect, *sources))
+    from adapterkit.reports.overview.several import inspect_several  # reads factors
+
+    return Inspection(inspect_several(inspect))
 
 
-def _inspect(inspect: Inspect) -> Json:
-    path, base, plot = inspect.path, inspect.base, inspect.plot
+def _of_one(inspect: Inspect, path: StrPath) -> Json:
+    base, plot = inspect.base, inspect.plot
     download, headers = inspect.download, inspect.headers
     if plot is not None:
         check_page(Path(plot), "--plot")

@@ -1,5 +1,7 @@
 """What the command line prints of results: tables of inspect and diff, lines of a receipt."""
 
+import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -38,6 +40,37 @@ def inspect_table(result: Json, all_modules: bool = False, width: int = 100) -> 
     if "parts" in result:
         lines += ["", *_align([PART, *starmap(_part_cells, result["parts"].items())], left=2)]
     return "\n".join([*lines, "", *_problem_lines(result["problems"])])
+
+
+def adapters_table(result: Json) -> str:
+    """inspect's result of several adapters as lines."""
+    adapters, pairs = result["adapters"], result["pairs"]
+    own = [["adapter", "modules", "norm", "kept in a sum", "problems"]]
+    for one, kept in zip(adapters, pairs["sum"]["retention"], strict=True):
+        norms = [module["norm"] for module in one["modules"] if module["norm"] is not None]
+        norm, problems = math.hypot(*norms), len(one["problems"])
+        own.append(
+            [
+                shown(one["name"]),
+                str(len(one["modules"])),
+                f"{norm:.4g}",
+                _share(kept),
+                str(problems),
+            ]
+        )
+    two = [["", "", "cosine", "opposed signs", "by chance"]]
+    for i, j in itertools.combinations(range(len(adapters)), 2):
+        cosine, names = pairs["cosines"][i][j], [shown(adapters[n]["name"]) for n in (i, j)]
+        chance = None if cosine is None else math.acos(max(-1.0, min(cosine, 1.0))) / math.pi
+        text = "-" if cosine is None else f"{cosine:.3f}"
+        two.append([*names, text, _share(pairs["opposed"][i][j]), _share(chance)])
+    advice = result["advice"]
+    lines = [*_align(own, left=1), "", *_align(two, left=2), "", advice["reason"]]
+    return "\n".join(lines + [f"try: {advice['command']}"] * bool(advice["command"]))
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _part_cells(name: str, result: Json) -> list[str]:

@@ -5,8 +5,9 @@ from adapterkit.options import (
     FILE,
     FLAG,
     PROGRESS,
-    SOURCE,
+    UNWEIGHTED,
     Progress,
+    Sources,
     StrPath,
     argument,
     no_progress,
@@ -20,8 +21,8 @@ from adapterkit.verb import Verb, function_of
 
 @record
 class Inspect(Verb[Json]):
-    """What a base, an adapter or a .safetensors file holds, and what is wrong with it; a dict that
-    `--json` prints as it is.
+    """What a base, an adapter or a .safetensors file holds, and what is wrong with it; of several
+    adapters also how they go together. A dict that `--json` prints as it is.
 
     Of every kind:
       inspect       1, the version of this schema
@@ -59,6 +60,11 @@ class Inspect(Verb[Json]):
     over experts that are not zero), relative (norm by the base weight's norm, with `base`). What is
     not known is null.
 
+    Of several adapters `kind` is "adapters", and beside it are `inspect`, `readable`, `adapters`
+    (what is said of each), `pairs` as in `report` (over all modules that two of them have: cosines,
+    the share of opposed signs, and in `sum` the retention ⟨Σ Δ, Δᵢ⟩ / ‖Δᵢ‖²), and `advice`: one
+    `command` to try, with its `reason`.
+
     Weights on the Hub are not read unless `download` is given, of a file of another tool only what
     tells ranks and scales; and with `headers` no factors are read anywhere (of an adapter with tens
     of thousands of modules they take minutes), and no model's class is built. `plot` draws norms
@@ -70,17 +76,19 @@ class Inspect(Verb[Json]):
     command = """Show what a checkpoint or adapter holds, and its problems.
 
     Of a base and of sources on the Hub, headers and JSON are read; of a local adapter also the
-    factors, for norms and effective ranks, unless --headers is given. The exit status is 1 if a
+    factors, for norms and effective ranks, unless --headers is given. Of several adapters: how far
+    they are from each other, what a sum keeps of each, and what to try. The exit status is 1 if a
     file is missing or cannot be read, else 0, whatever the problems; a path without anything to
     inspect is refused.
 
     \b
     Example:
       adapterkit inspect ./my-adapter --base ./base --plot norms.html
+      adapterkit inspect ./english ./french ./german
       adapterkit inspect meta-llama/Llama-3.1-8B --json
     """
 
-    path: StrPath = argument(check=SOURCE)
+    paths: Sources = argument(check=UNWEIGHTED, metavar="PATH...")
     base: StrPath | None = base_option(
         "The adapter's base: norms are also given relative to its weights' norms."
     )

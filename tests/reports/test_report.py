@@ -3,7 +3,9 @@
 import html
 import itertools
 import json
+import math
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -126,9 +128,38 @@ def test_advice_says_what_the_numbers_say(tmp_path):
     assert "--method mean" in advice(one, again)["command"]
     assert "--method ties" in advice(one, minus)["command"]
     assert "--method linear" in advice(one, adapter(tmp_path / "other", 7))["command"]
+    for sources in ((one, again), (one, minus), (one, tmp_path / "other")):
+        command = shlex.split(advice(*sources)["command"])[1:]
+        done = CliRunner().invoke(main, [*command[:-1], str(tmp_path / "combined"), "--overwrite"])
+        assert done.exit_code == 0, done.output
+    assert "opposed signs in 100% of the elements" in advice(one, minus)["reason"]
     broken = {k: torch.full_like(v, torch.nan) for k, v in tensors.items()}
     save_file(broken, minus / "adapter_model.safetensors")
     assert "not finite" in advice(minus)["reason"] and advice(minus)["command"] == ""
+
+
+def test_several_adapters(tmp_path):
+    """Each as alone, and the pairs and the advice of a report of them; as a table, too."""
+    sources = [adapter(tmp_path / f"n{seed}", seed) for seed in (0, 1, 2)]
+    result = adapterkit.inspect(sources)
+    document = adapterkit.report(sources, out=tmp_path / "report.html")
+    assert result["adapters"] == [inspect(source) for source in sources]
+    assert result["pairs"] == document["pairs"] and result["advice"] == document["advice"]
+    words = ["inspect", *map(str, sources)]
+    called = lambda *more: CliRunner().invoke(main, [*words, *more]).stdout
+    assert result["kind"] == "adapters" and result["readable"]
+    assert json.loads(called("--json")) == result
+    text = called()
+    assert f"try: {result['advice']['command']}" in text
+    line = next(line for line in text.splitlines() if line.startswith("n0  n2"))
+    cosine, opposed = result["pairs"]["cosines"][0][2], result["pairs"]["opposed"][0][2]
+    chance = f"{math.acos(cosine) / math.pi:.0%}"
+    assert line.split()[2:] == [f"{cosine:.3f}", f"{opposed:.0%}", chance]
+    for how in ({"headers": True}, {"plot": tmp_path / "x.html"}):
+        with pytest.raises(Refused, match="3 adapters"):
+            adapterkit.inspect(sources, **how)
+    with pytest.raises(Refused, match="no adapter"):
+        adapterkit.inspect([sources[0], tmp_path])
 
 
 def test_relative_norms_and_an_outcome(lora, llama, tmp_path):

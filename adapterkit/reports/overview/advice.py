@@ -10,6 +10,8 @@ from adapterkit.records import Json
 
 RUNS_OF_ONE_TASK = 0.8  # cosines above which deltas are taken for the same task's
 SAFE = re.compile(r"[\w.-]+(/[\w.-]+)*")  # names that a shell and Python read as they are
+# docs/figures.md#what-statistics-gain-in-lossy-steps
+TIES = "at rank 8 ties lost 0.02 nats less than a sum on three languages"
 LITTLE = 0.9  # shares of a delta that a sum keeps, below which the others take from it
 
 
@@ -50,6 +52,7 @@ def _of_several(pairs: Json, names: Sequence[str], sources: Sequence[str]) -> Js
         reason = "the adapters have no modules in common: a sum keeps each as it is"
         return _combine(sources, "linear", reason)
     nearest = max(cosines, key=lambda pair: cosines[pair])
+    opposed = [pairs["opposed"][i][j] for i, j in cosines]
     if cosines[nearest] >= RUNS_OF_ONE_TASK:
         one, other = sorted(nearest)
         reason = f"{names[one]} and {names[other]} have a cosine of {cosines[nearest]:.2f}: "
@@ -58,11 +61,14 @@ def _of_several(pairs: Json, names: Sequence[str], sources: Sequence[str]) -> Js
     ends = dict.fromkeys(
         f"{round(c, 2) + 0.0:.2f}" for c in (min(cosines.values()), cosines[nearest])
     )
+    signs = dict.fromkeys(f"{share:.0%}" for share in (min(opposed), max(opposed)))
     measured = (
-        f"cosines of {' to '.join(ends)}, and a plain sum keeps at least {min(kept):.0%} of each"
+        f"cosines of {' to '.join(ends)}, opposed signs in {' to '.join(signs)} of the elements, "
+        f"and a plain sum keeps at least {min(kept):.0%} of each"
     )
     if min(kept) < LITTLE:
-        return _combine(sources, "ties", f"they take from each other in a sum: {measured}")
+        reason = f"they take from each other in a sum: {measured}; {TIES}"
+        return _combine(sources, "ties --density 0.3", reason)
     return _combine(sources, "linear", f"they add up: {measured}")
 
 

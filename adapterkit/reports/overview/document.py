@@ -7,14 +7,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from adapterkit.adapters.keys import CONFIG
-from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.system import system
 from adapterkit.errors import Refused
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.options import StrPath, unweighted
-from adapterkit.planning.inputs.converted_adapter import adapter_or_file, components_of
-from adapterkit.planning.inputs.sources import if_given, open_model, open_source, open_unconverted
+from adapterkit.planning.inputs.sources import if_given, open_model, open_source
 from adapterkit.receipt import find_receipt, read_receipt
 from adapterkit.records import Json
 from adapterkit.reports.adapter import inspect_adapter
@@ -29,7 +26,7 @@ from adapterkit.reports.heatmaps import (
 from adapterkit.reports.overview.advice import advise, loading
 from adapterkit.reports.overview.outcome import outcome_of
 from adapterkit.reports.overview.page import report_page
-from adapterkit.reports.overview.spaces import compare_adapters
+from adapterkit.reports.overview.spaces import adapters_of, compare_adapters, distinct
 from adapterkit.verbs.report import Report
 
 VERSION = 1
@@ -49,13 +46,13 @@ def document_of(report: Report) -> Json:
     """The numbers of a report."""
     base = if_given(open_model, report.base)
     sources = unweighted(report.adapters)
-    folders = [one for source in sources for one in _folders(source, base)]
+    folders = [one for source in sources for one in adapters_of(source, base)]
     spectra: list[dict[str, Tensor]] = [{} for _ in folders]
     inspected = [
         inspect_adapter(folder, base, True, report.progress, its)
         for folder, its in zip(folders, spectra, strict=True)
     ]
-    names = _distinct([one["name"] for one in inspected])
+    names = distinct([one["name"] for one in inspected])
     parts = list(zip(names, inspected, spectra, strict=True))
     document: Json = {
         "report": VERSION,
@@ -72,25 +69,6 @@ def document_of(report: Report) -> Json:
     document["advice"] = advise(document, texts, base_text)
     document["loading"] = loading(document, texts)
     return document
-
-
-def _folders(source: StrPath, base: Folder | None) -> list[Folder]:
-    """The adapter of a source in PEFT's layout, or those of a pipeline's models."""
-    folder = open_unconverted(source)
-    adapter = adapter_or_file(folder, base)
-    if CONFIG in adapter.files():
-        return [adapter]
-    components = components_of(folder)
-    if components:
-        return [*components.values()]
-    raise Refused(
-        "no adapter", expected="adapters, in any format", where=folder.label, hint="check the path"
-    )
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """The names, those that are there twice with a number."""
-    return [f"{name} {n + 1}" if names.count(name) > 1 else name for n, name in enumerate(names)]
 
 
 def _adapter(name: str, one: Json, spectra: dict[str, Tensor]) -> Json:

@@ -9,17 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adapterkit.adapters.keys import CONFIG
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.local.reader import LocalReader
-from adapterkit.errors import Problems
+from adapterkit.errors import Problems, Refused
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.options import StrPath
 from adapterkit.planning.adapters.sites import join
-from adapterkit.planning.inputs.sources import open_statistics
+from adapterkit.planning.inputs.converted_adapter import adapter_or_file, components_of
+from adapterkit.planning.inputs.sources import open_statistics, open_unconverted
 from adapterkit.records import Json
 from adapterkit.reports.heatmaps import place_of
 from adapterkit.tasks.statistics import read_covariance, select_covariances
@@ -40,6 +42,25 @@ class _Sums(NamedTuple):
     @classmethod
     def zeros(cls, count: int) -> "_Sums":
         return cls(*torch.zeros(len(cls._fields), count, count, dtype=torch.float64))
+
+
+def adapters_of(source: StrPath, base: Folder | None) -> list[Folder]:
+    """The adapter of a source in PEFT's layout, or those of a pipeline's models."""
+    folder = open_unconverted(source)
+    adapter = adapter_or_file(folder, base)
+    if CONFIG in adapter.files():
+        return [adapter]
+    components = components_of(folder)
+    if components:
+        return [*components.values()]
+    raise Refused(
+        "no adapter", expected="adapters, in any format", where=folder.label, hint="check the path"
+    )
+
+
+def distinct(names: list[str]) -> list[str]:
+    """The names, those that are there twice with a number."""
+    return [f"{name} {n + 1}" if names.count(name) > 1 else name for n, name in enumerate(names)]
 
 
 @torch.inference_mode()

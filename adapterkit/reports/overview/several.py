@@ -1,0 +1,43 @@
+"""inspect of several adapters: each, how they go together, and what to try."""
+
+import os
+
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.system import system
+from adapterkit.errors import Refused
+from adapterkit.options import unweighted
+from adapterkit.planning.inputs.sources import if_given, open_model, open_source
+from adapterkit.records import Json
+from adapterkit.reports.adapter import inspect_adapter
+from adapterkit.reports.checkpoint import VERSION
+from adapterkit.reports.overview.advice import advise
+from adapterkit.reports.overview.spaces import adapters_of, compare_adapters, distinct
+from adapterkit.verbs.inspect import Inspect
+
+
+def inspect_several(inspect: Inspect) -> Json:
+    """What is said of each adapter, and how they go together."""
+    sources, base = unweighted(inspect.paths), if_given(open_model, inspect.base)
+    far = [one for one in map(open_source, sources) if not isinstance(one, LocalFolder)]
+    unread = "headers alone (--headers)" if inspect.headers else ""
+    unread = "weights on the Hub, without --download" if far and not inspect.download else unread
+    if unread or inspect.plot is not None or not sources:
+        raise Refused(
+            f"{len(sources)} adapters, {unread or 'and --plot'}",
+            expected="factors that are read, and no --plot",
+            where="options",
+            hint="inspect them one by one; adapterkit report draws several",
+        )
+    folders = [one for source in sources for one in adapters_of(source, base)]
+    adapters = [inspect_adapter(folder, base, True, inspect.progress) for folder in folders]
+    for one, name in zip(adapters, distinct([one["name"] for one in adapters]), strict=True):
+        one["name"] = name
+    result = {
+        "inspect": VERSION,
+        "kind": "adapters",
+        "readable": all(one["readable"] for one in adapters),
+        "adapters": adapters,
+        "pairs": compare_adapters(folders),
+    }
+    texts = [system.quote(os.fspath(source)) for source in sources]
+    return result | {"advice": advise(result, texts, "BASE")}
