@@ -57,6 +57,15 @@ def joined_metrics(shards: Iterable[ShardResult], parts: Collection[str] = ()) -
     return metrics
 
 
+def _all_metrics(plan: Plan, shards: Iterable[ShardResult]) -> dict[str, dict]:
+    """The metrics of all files, and of the job that made what they are written of."""
+    metrics = joined_metrics(shards, plan.parts)
+    for folder in plan.folders:
+        for name, own in getattr(folder, "metrics", {}).items():
+            metrics[name] = own | metrics.get(name, {})
+    return metrics
+
+
 @dataclass(frozen=True)
 class Receipt:
     """The receipt of a finished job; `data` is the content of `adapterkit.json`, `out` the folder,
@@ -162,7 +171,7 @@ def create_receipt(
         "totals": totals,
         **plan.decisions,
         **({"repositories": earlier} if (earlier := earlier_repositories(plan.folders)) else {}),
-        "parameters": (metrics := joined_metrics(shards, plan.parts)),
+        "parameters": (metrics := _all_metrics(plan, shards)),
         "notes": [*plan.notes, *plan.warn(metrics)],
         "timings": {
             "seconds": round(seconds, 3),

@@ -63,6 +63,16 @@ def model_output_option() -> Any:
     )
 
 
+def adapter_output_option() -> Any:
+    """`out` of a verb that makes one adapter of others."""
+    return option(
+        check=OUTPUT_FOLDER,
+        metavar="DIR|FILE.safetensors|hf://ORG/NAME",
+        help="Output folder (published atomically), a file in the layout that the (first) adapter "
+        "has, or a repository of the Hub (one commit).",
+    )
+
+
 @record
 class RunOptions(OptionRecord):
     """Where and how a plan runs."""

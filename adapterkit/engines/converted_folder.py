@@ -7,9 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.adapters.keys import WEIGHTS
 from adapterkit.checkpoint.folder import Folder, LocalFolder, temporary_folder
 from adapterkit.checkpoint.header import FIRST_READ
 from adapterkit.checkpoint.output.stage import RECEIPT
+from adapterkit.checkpoint.strict import read_json
 from adapterkit.engines.planned_folder import PlannedFolder, planned_folder
 from adapterkit.records import Json
 
@@ -84,6 +86,23 @@ class ConvertedFolder:
 
     def prefetch(self, names: list[str]) -> None:
         pass
+
+
+class MadeAdapter(ConvertedFolder):
+    """An adapter in PEFT's layout that a job makes to be written in another one."""
+
+    def __init__(self, plan: "Plan"):
+        super().__init__(plan.folders[0], "peft", WEIGHTS, plan)
+        self.name, self.origin = plan.verb, {"name": plan.verb}
+        self.metrics: dict[str, Json] = {}  # of the job, for the receipt of what is written
+
+    def __reduce__(self) -> tuple:
+        return MadeAdapter, (self.plan,)
+
+    def _convert(self, place: Path) -> LocalFolder:
+        folder = super()._convert(place)
+        self.metrics = read_json(folder, RECEIPT)["parameters"]
+        return folder
 
 
 def conversion_notes(folders: Iterable[Folder]) -> list[str]:

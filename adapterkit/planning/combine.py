@@ -42,9 +42,15 @@ from adapterkit.planning.adapters.sites import (
     targets_of,
 )
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
-from adapterkit.planning.inputs.sources import if_given, open_model, open_statistics
+from adapterkit.planning.inputs.sources import (
+    if_given,
+    open_model,
+    open_statistics,
+    open_unconverted,
+)
 from adapterkit.planning.inputs.weights import open_with_weights
 from adapterkit.planning.outputs import adapter as adapter_output
+from adapterkit.planning.outputs.one_layout import together
 from adapterkit.registry import create
 from adapterkit.tasks import common
 from adapterkit.tasks.combine import CombinedFactors, Operand, Refit
@@ -53,13 +59,14 @@ from adapterkit.verbs.combine import Combine
 
 def plan_combine(options: Combine) -> Plan:
     """Everything a combination will do, or `Refused` with all that cannot be done."""
-    sources, file = open_with_weights(options.adapters, options.weights)
+    sources, file = open_with_weights(options.adapters, options.weights, opener=open_unconverted)
+    inputs = together([folder for folder, _ in sources], options.out)
     base = if_given(open_model, options.base)
     stats = [open_statistics(path) for path in options.stats]
     method, refit = _resolve_method(options)
     check_statistics(method, refit, options.space, len(sources), len(stats))
     _check_count(options, len(sources))
-    adapters = read_all([folder for folder, _ in sources])
+    adapters = read_all(inputs.folders)
     given_weights = _weights(method, [weight for _, weight in sources], options)
     weights = AdapterWeights(given_weights, tuple(options.weight_for), file)
     notes: list[str] = []
@@ -71,7 +78,7 @@ def plan_combine(options: Combine) -> Plan:
     if method.scales:
         _check_scaled(adapters, options, errors)
         errors.raise_all()
-        weights.scale = method.scale(_gram(joined, weights, [folder for folder, _ in sources]))
+        weights.scale = method.scale(_gram(joined, weights, inputs.folders))
     tasks: list[CombinedFactors] = []
     for name, site in joined.items():
         with errors.collected():
@@ -98,10 +105,10 @@ def plan_combine(options: Combine) -> Plan:
         tokenizer=options.tokenizer,
         **targets_of(joined),
     )
-    inputs = [*adapters, *([model] if model else []), *statistics]
+    read = [*adapters, *([model] if model else []), *statistics]
     if method.scales:
         notes.append(f"all weights times {weights.scale:.3f} ({method.name}, over all modules)")
-    return _plan(options, weights, adapters, output, notes, inputs)
+    return inputs.written(_plan(options, weights, adapters, output, notes, read))
 
 
 def _plan(

@@ -21,8 +21,14 @@ from adapterkit.planning.adapters.other_types import kind_of, read_deltas
 from adapterkit.planning.adapters.output_norms import select_norms
 from adapterkit.planning.adapters.sites import join, levels_of, names_of, targets_of
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
-from adapterkit.planning.inputs.sources import if_given, open_adapter, open_model, open_statistics
+from adapterkit.planning.inputs.sources import (
+    if_given,
+    open_model,
+    open_statistics,
+    open_unconverted,
+)
 from adapterkit.planning.outputs import adapter as adapter_output
+from adapterkit.planning.outputs.one_layout import together
 from adapterkit.records import Json
 from adapterkit.shared_options import TruncationOptions
 from adapterkit.tasks.truncate import (
@@ -38,7 +44,8 @@ from adapterkit.weights.names import Names
 
 def plan_resize(options: Resize) -> Plan:
     """Everything a resize will do, or `Refused` with all that cannot be done."""
-    source = open_adapter(options.adapter)
+    inputs = together([open_unconverted(options.adapter)], options.out)
+    (source,) = inputs.folders
     base = if_given(open_model, options.base)
     stats = if_given(open_statistics, options.stats)
     # the reader refuses what has none
@@ -57,7 +64,7 @@ def plan_resize(options: Resize) -> Plan:
     adapter_output.check_factors(job.ranked, source.name)
     statistics = None if stats is None else open_checkpoint(stats, 1 if base is None else 2)
     job.weight(statistics)
-    return job.plan(statistics)
+    return inputs.written(job.plan(statistics))
 
 
 @dataclass

@@ -19,8 +19,9 @@ from adapterkit.planning.adapters.sites import (
     names_of,
     targets_of,
 )
-from adapterkit.planning.inputs.sources import if_given, open_all, open_model
+from adapterkit.planning.inputs.sources import if_given, open_all, open_model, open_unconverted
 from adapterkit.planning.outputs import adapter as adapter_output
+from adapterkit.planning.outputs.one_layout import together
 from adapterkit.tasks import common
 from adapterkit.tasks.combine import CombinedFactors, Operand, Refit, SubtractedFactors
 from adapterkit.verbs.subtract import Subtract
@@ -29,14 +30,22 @@ from adapterkit.weights.names import Names
 
 def plan_subtract(options: Subtract) -> Plan:
     """Everything a subtraction will do, or `Refused` with all that cannot be done."""
-    task_sources, generals = open_all(options.adapters, options.general)
+    task_sources, generals = open_all(options.adapters, options.general, opener=open_unconverted)
     base = if_given(open_model, options.base)
     if not task_sources or not generals:
         problem = f"{len(task_sources)} task adapters, {len(generals)} general ones"
         raise Refused(
             problem, expected="one or more of each", where="subtract", hint="give --general ADAPTER"
         )
-    read, count = read_all([*task_sources, *generals]), len(task_sources)
+    inputs, count = together([*task_sources, *generals], options.out), len(task_sources)
+    if count > 1 and inputs.first is not None:
+        raise Refused(
+            f"{count} task adapters of a pipeline, or into one file",
+            expected="one",
+            where="subtract",
+            hint="subtract from one after the other",
+        )
+    read = read_all(inputs.folders)
     task_adapters = read[:count]
     general_adapters = [_without(adapter, options.exclude) for adapter in read[count:]]
     errors = Problems(error for adapter in read for error in delta_problems(adapter))
@@ -54,10 +63,11 @@ def plan_subtract(options: Subtract) -> Plan:
         "general": adapter_output.modules_of(general_adapters),
     }
     receipt_options = options.recipe_options() | {"tasks": count}
-    inputs = [*read, *([model] if model else [])]
-    return adapter_output.plan_adapters(
-        "subtract", receipt_options, inputs, outputs, notes, decisions
+    sources = [*read, *([model] if model else [])]
+    plan = adapter_output.plan_adapters(
+        "subtract", receipt_options, sources, outputs, notes, decisions
     )
+    return inputs.written(plan)
 
 
 def _folder_name(adapter: Adapter) -> str:

@@ -14,7 +14,7 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Interrupted
 from adapterkit.options import Progress, expect
-from adapterkit.planning.inputs.converted_adapter import adapter_or_file, components_of
+from adapterkit.planning.inputs.converted_adapter import adapter_or_file
 from adapterkit.planning.inputs.pipeline import is_pipeline
 from adapterkit.planning.inputs.sources import open_source
 from adapterkit.records import Json
@@ -23,7 +23,6 @@ from adapterkit.reports.matching import (
     are_adapters,
     match_adapters,
     match_checkpoints,
-    match_components,
     match_pipelines,
 )
 from adapterkit.reports.pairs import STATES, Pair, Result, stored_specs
@@ -38,6 +37,9 @@ def compare_sources(diff: Diff) -> Json:
     tolerance, rank_for_energy = diff.tolerance, diff.rank_for_energy
     sources = open_source(diff.a), open_source(diff.b)
     folders = (adapter_or_file(sources[0]), adapter_or_file(sources[1]))
+    if len({", " in getattr(folder, "component", "") for folder in folders}) > 1:  # one of parts
+        one, other = (adapter_or_file(source, with_parts=True) for source in sources)
+        folders = (one, other)
     matches, read = _match(sources, folders)
     adapters = matches.are_adapters
     default = ADAPTER_ENERGY if adapters else ENERGY
@@ -82,12 +84,9 @@ def _match(
     sources: tuple[Folder, Folder], folders: tuple[Folder, Folder]
 ) -> tuple[Matches, Sequence[Folder]]:
     """What is compared, and the folders of its tensors."""
-    if not all(CONFIG in folder.files() for folder in folders):
-        if all(map(is_pipeline, sources)):
-            return match_pipelines(sources)
-        sides = [components_of(source) for source in sources]
-        if all(sides):
-            return match_components(sides)
+    is_adapter = all(CONFIG in folder.files() for folder in folders)
+    if not is_adapter and all(map(is_pipeline, sources)):
+        return match_pipelines(sources)
     matched = match_adapters if are_adapters(folders) else match_checkpoints
     return matched(folders), folders
 

@@ -1,7 +1,7 @@
 """The two sides of a diff: read from headers, and matched by key or by module."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -199,21 +199,6 @@ def match_pipelines(folders: tuple[Folder, Folder]) -> tuple[Matches, list[Folde
             whole.notes += [f"{name}: {note}" for note in its.notes]
     errors.raise_all()
     return whole, inputs
-
-
-def match_components(sides: Sequence[Mapping[str, Folder]]) -> tuple[Matches, list[Folder]]:
-    """Match the components of two pipelines' adapters, those of one side alone too, with the
-    folders of all tensors; `Refused` or `Damaged` where one cannot be read."""
-    folders = [folder for side in sides for folder in side.values()]
-    parts: list[Parts] = [{}, {}]
-    errors = Problems()
-    places = [(of, name) for of, side in zip(parts, sides, strict=True) for name in side]
-    for number, ((of, component), folder) in enumerate(zip(places, folders, strict=True)):
-        with errors.collected():
-            _, its = _read_adapter(folder, number)
-            of |= {(kind, f"{component}.{name}"): part for (kind, name), part in its.items()}
-    errors.raise_all()
-    return _match_modules(*parts), folders
 
 
 def _read_adapter(folder: Folder, number: int) -> tuple[Adapter, Parts]:

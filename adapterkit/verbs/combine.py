@@ -17,6 +17,7 @@ from adapterkit.options import (
 )
 from adapterkit.records import Json
 from adapterkit.registry import declarations
+from adapterkit.run_options import adapter_output_option
 from adapterkit.shared_options import (
     base_option,
     energy_option,
@@ -68,6 +69,10 @@ class Combine(WritingVerb):
 
     `weights`: a file of weights (docs/which-weights.md), one for each adapter, module or singular
     triplet of a module's delta; the adapters are those of the file and may be left out.
+
+    Of adapters of several parts of an image model's pipeline (unet, text_encoder, ...) the names of
+    modules have the part's in front, and the output is in the layout of the first one; so is that
+    to an `out` that ends in .safetensors.
 
     A tokenizer beside the adapters is copied, and refused where they differ in what makes tokens;
     `tokenizer="base"` copies none.
@@ -136,6 +141,7 @@ class Combine(WritingVerb):
     seed: int = seed_option()
     tokenizer: str | None = tokenizer_option()
     dtype: str = factor_dtype_option()
+    out: StrPath = adapter_output_option()
 
 
 combine = function_of(Combine)

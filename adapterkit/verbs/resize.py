@@ -2,6 +2,7 @@
 approximation of each delta, by its singular values."""
 
 from adapterkit.options import SOURCE, StrPath, argument, choice, option, record
+from adapterkit.run_options import adapter_output_option
 from adapterkit.shared_options import (
     TruncationOptions,
     base_option,
@@ -30,6 +31,10 @@ class Resize(WritingVerb, TruncationOptions):
     modules). The receipt has both relative errors of these factors (`error`, `output_error`) and of
     those without statistics (`unweighted_error`, `unweighted_output_error`). Embeddings,
     convolutions and parameters are fitted in the norm of their weights, which a note says.
+
+    Of adapters of several parts of an image model's pipeline (unet, text_encoder, ...) the names of
+    modules have the part's in front, and the output is in the layout of the adapter; so is that
+    to an `out` that ends in .safetensors.
 
     LoHa, LoKr, VeRA, AdaLoRA and OFT become plain LoRA of scale 1. With `base`, a model, DoRA does
     too. OFT needs it for the weights that it rotates, VeRA for the widths of its layers,
@@ -63,6 +68,7 @@ class Resize(WritingVerb, TruncationOptions):
         help="lora_alpha of the result: each module's rank (scale 1), or the adapter's own.",
     )
     dtype: str = factor_dtype_option()
+    out: StrPath = adapter_output_option()
 
 
 resize = function_of(Resize)

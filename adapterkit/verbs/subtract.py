@@ -2,6 +2,7 @@
 Δ' = Δ - mean of the general Δ."""
 
 from adapterkit.options import REGEX, UNWEIGHTED, Sources, StrPath, argument, choice, option, record
+from adapterkit.run_options import adapter_output_option
 from adapterkit.shared_options import (
     EXACT_BY_DEFAULT,
     FOR_AMBIGUOUS_PARAMETERS,
@@ -27,6 +28,10 @@ class Subtract(WritingVerb):
     task's values stay, of a head that a general adapter trained whole for one. Factors are written
     in `dtype`, scale 1. `base` tells parameters of `target_parameters` apart where the files do
     not. Raises `Refused` before anything is written.
+
+    Of adapters of several parts of an image model's pipeline (unet, text_encoder, ...) the names of
+    modules have the part's in front, and the output is in the layout of the first one; so is that
+    to an `out` that ends in .safetensors.
     """
 
     planner = "planning.subtract:plan_subtract"
@@ -63,6 +68,7 @@ class Subtract(WritingVerb):
     energy: float | None = energy_option()
     tokenizer: str | None = tokenizer_option()
     dtype: str = factor_dtype_option()
+    out: StrPath = adapter_output_option()
 
 
 subtract = function_of(Subtract)

@@ -69,6 +69,13 @@ def test_nodes_of_comfyui(nodes, tmp_path):
     made = nodes["Convert"].execute("one.safetensors", "comfyui", "made").values[0]
     assert Path(made) == tmp_path / "loras" / "made.safetensors"
     assert adapterkit.check(made, program="comfyui")["takes"]
+    both = ["one.safetensors", 1.0, "two.safetensors", -1.0]
+    nodes["Combine"].execute(*both, "linear", "kohya", "made")
+    nothing = adapterkit.inspect(made)["modules"]
+    assert len({module["module"].partition(".")[0] for module in nothing}) > 1
+    assert max(module["norm"] for module in nothing) < 1e-5
+    small = nodes["Resize"].execute("one.safetensors", 0.5, "kohya", "small").values[0]
+    assert Path(small).stat().st_size < sample_file().stat().st_size
     page = nodes["Report"].execute("one.safetensors", "../page").values[0]
     assert Path(page) == tmp_path / "output" / "page.html" and Path(page).exists()
     with pytest.raises(ValueError, match="outside"):

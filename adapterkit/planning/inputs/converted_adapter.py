@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 from adapterkit.adapters.eight_bits import notes_on
 from adapterkit.adapters.keys import CONFIG, PLAIN, WEIGHTS
@@ -16,8 +18,8 @@ from adapterkit.errors import AdapterkitError, Refused
 
 if TYPE_CHECKING:
     from adapterkit.formats.modules.record import Contents
-    from adapterkit.plan import Plan
 
+T = TypeVar("T")
 FILES = (".safetensors", ".gguf")
 
 
@@ -46,7 +48,7 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
     if file is not None:
         from adapterkit.planning.convert.one_file import plan_in_names_of
 
-        plan = _with_own_hints(lambda: plan_in_names_of(file, folder, detection))
+        plan = with_own_hints(lambda: plan_in_names_of(file, folder, detection))
         return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
     is_read = detection.form.layout == ADAPTER_LAYOUT and detection.form.adapter.is_read_by_peft
     if is_read and not notes_on(detection.container.tensors):
@@ -56,15 +58,15 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
     from adapterkit.verbs.convert import ConvertOptions
 
     checkpoint = None if base is None else read_checkpoint(base, 1)
-    options = ConvertOptions(to=_layout())
-    plan = _with_own_hints(lambda: plan_convert(folder, options, checkpoint, detection=detection))
+    options = ConvertOptions(to=plain_layout())
+    plan = with_own_hints(lambda: plan_convert(folder, options, checkpoint, detection=detection))
     return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
 
 
-def _with_own_hints(plan: Callable[[], "Plan"]) -> "Plan":
-    """What it plans; errors' hints are those of any verb."""
+def with_own_hints(read: Callable[[], T]) -> T:
+    """What it reads or plans; errors' hints are those of any verb."""
     try:
-        return plan()
+        return read()
     except AdapterkitError as error:
         for one in getattr(error, "errors", (error,)):
             one.hint = _hint(one.hint)
@@ -101,25 +103,43 @@ def _hint(hint: str) -> str:
         return hint
     options = " ".join(f"{n} {_VALUES[n]}" if n in _VALUES else n for n in dict.fromkeys(names))
     base = " --base BASE" if "--base" in hint else ""
-    return f"first run adapterkit convert ADAPTER --to {_layout()}{base} {options} --out DIR"
+    return f"first run adapterkit convert ADAPTER --to {plain_layout()}{base} {options} --out DIR"
 
 
-def adapter_or_file(folder: Folder, base: Folder | None = None) -> Folder:
-    """What `in_adapter_layout` gives; the folder itself where that is refused (a pipeline of
-    several components, alphas that nothing says), for verbs that tell of bare tensors too."""
+def adapter_or_file(
+    folder: Folder, base: Folder | None = None, *, with_parts: bool = False
+) -> Folder:
+    """What `in_adapter_layout` gives, of an adapter of several parts of a pipeline (`with_parts`:
+    of one, too) `with_part_names`; the folder itself where that is refused (alphas that nothing
+    says), for verbs that tell of bare tensors too."""
     try:
-        return in_adapter_layout(folder, base)
+        if not with_parts:
+            return in_adapter_layout(folder, base)
     except AdapterkitError:
         if not any(name.endswith(".safetensors") for name in folder.files()):
             raise
-        return folder
+    with suppress(AdapterkitError):
+        contents = contents_of(folder)
+        if contents is not None and (with_parts or len(contents.components) > 1):
+            return with_part_names(folder, contents)
+    return folder
 
 
-def components_of(folder: Folder) -> dict[str, Folder]:
-    """Each component of a pipeline's adapter as a folder in PEFT's layout; none without any."""
-    contents = None if CONFIG in folder.files() else contents_of(folder)
-    names = () if contents is None else contents.components
-    return {name: as_component(folder, name) for name in names if name}
+def with_part_names(folder: Folder, contents: "Contents") -> ConvertedFolder:
+    """An adapter as a folder in PEFT's layout, the names of its modules with that of their part of
+    the pipeline in front."""
+    from adapterkit.formats.library import format_named
+    from adapterkit.formats.peft.layout import write_layout
+    from adapterkit.planning.convert.plan import plan_written
+    from adapterkit.verbs.convert import ConvertOptions
+
+    modules = tuple(replace(m, name=m.path, component="") for m in contents.modules)
+    plain = replace(contents, modules=modules, architectures=(), config={}, metadata={})
+    form = format_named(plain_layout())
+    layout = write_layout(plain, form, rebuilt=True, values=True)
+    plan = plan_written(folder, plain, layout, ConvertOptions(to=form.name))
+    file, parts = next(file for _, file in plan.headers), ", ".join(contents.components)
+    return ConvertedFolder(folder, contents.format, file, plan, parts)
 
 
 def contents_of(folder: Folder, base: Checkpoint | None = None) -> "Contents | None":
@@ -132,7 +152,7 @@ def contents_of(folder: Folder, base: Checkpoint | None = None) -> "Contents | N
     detection = in_another_layout(folder)
     if detection is None:
         return None
-    return read_contents(folder, detection, ConvertOptions(to=_layout()), base)
+    return read_contents(folder, detection, ConvertOptions(to=plain_layout()), base)
 
 
 def as_component(
@@ -145,7 +165,7 @@ def as_component(
     from adapterkit.verbs.convert import ConvertOptions
 
     detection = detect(folder)
-    options = ConvertOptions(to=_layout(), prefix_only=name)
+    options = ConvertOptions(to=plain_layout(), prefix_only=name)
     plan = None
     if with_others:
         from adapterkit.planning.convert.one_file import plan_with_others
@@ -155,7 +175,7 @@ def as_component(
     return ConvertedFolder(folder, detection.form.name, detection.container.file, plan, name)
 
 
-def _layout() -> str:
+def plain_layout() -> str:
     """The name of PEFT's layout among the formats, of its dialects that of PEFT itself."""
     from adapterkit.formats.library import formats
     from adapterkit.formats.schema import ADAPTER_LAYOUT, AdapterWords

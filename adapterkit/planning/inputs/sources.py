@@ -188,21 +188,26 @@ def initial_of(adapter: Folder) -> Folder | None:
     )
 
 
-def open_weighted(adapters: Sources, base: Folder | None = None) -> list[tuple[Folder, float]]:
+def open_weighted(
+    adapters: Sources, base: Folder | None = None, opener: Callable[..., Folder] | None = None
+) -> list[tuple[Folder, float]]:
     """The folders of adapters for a base, with their weights; `Refused` with all that cannot be
-    opened."""
+    opened. `opener`: another one than `open_adapter`, of the source alone."""
     opened: list[tuple[Folder, float]] = []
     errors = Problems()
     for source, weight in weighted(adapters):
         with errors.collected():
             if weight is None:
                 source, weight = weight_of(source)
-            opened.append((open_adapter(source, base), weight))
+            folder = opener(source) if opener else open_adapter(source, base)
+            opened.append((folder, weight))
     errors.raise_all()
     return opened
 
 
-def open_all(*lists: Sources) -> list[list[Folder]]:
+def open_all(
+    *lists: Sources, opener: Callable[[StrPath], Folder] = open_adapter
+) -> list[list[Folder]]:
     """The folders of several lists of sources without weights; `Refused` with all that cannot be
     opened."""
     opened: list[list[Folder]] = [[] for _ in lists]
@@ -210,7 +215,7 @@ def open_all(*lists: Sources) -> list[list[Folder]]:
     for folders, sources in zip(opened, lists, strict=True):
         for source in unweighted(sources):
             with errors.collected():
-                folders.append(open_adapter(source))
+                folders.append(opener(source))
     errors.raise_all()
     return opened
 

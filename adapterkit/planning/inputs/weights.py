@@ -1,5 +1,7 @@
 """Adapters with the weights that a file has for them."""
 
+from collections.abc import Callable
+
 from adapterkit.adapters.weights_file import NamedAdapter, WeightsFile, digests, read_weights
 from adapterkit.checkpoint.fingerprint import difference
 from adapterkit.checkpoint.folder import Folder
@@ -12,13 +14,16 @@ Weighted = tuple[list[tuple[Folder, float]], WeightsFile | None]
 
 
 def open_with_weights(
-    adapters: Sources, weights: StrPath | None, base: Folder | None = None
+    adapters: Sources,
+    weights: StrPath | None,
+    base: Folder | None = None,
+    opener: Callable[..., Folder] | None = None,
 ) -> Weighted:
     """The adapters for a base with their weights, and the file of these, if one is named: then the
     adapters are those of the file, in its order, and may be left out. `Refused` where they are
-    others, or have weights of their own."""
+    others, or have weights of their own. `opener`: of `open_weighted`, without a file."""
     if weights is None:
-        return open_weighted(adapters, base), None
+        return open_weighted(adapters, base, opener), None
     folder = open_source(weights)
     file, errors = read_weights(folder), Problems(where=folder.label)
     opened = []

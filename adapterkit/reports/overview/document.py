@@ -26,7 +26,7 @@ from adapterkit.reports.heatmaps import (
 from adapterkit.reports.overview.advice import advise, loading
 from adapterkit.reports.overview.outcome import outcome_of
 from adapterkit.reports.overview.page import report_page
-from adapterkit.reports.overview.spaces import adapters_of, compare_adapters, distinct
+from adapterkit.reports.overview.spaces import adapter_of, compare_adapters, distinct
 from adapterkit.verbs.report import Report
 
 VERSION = 1
@@ -46,7 +46,7 @@ def document_of(report: Report) -> Json:
     """The numbers of a report."""
     base = if_given(open_model, report.base)
     sources = unweighted(report.adapters)
-    folders = [one for source in sources for one in adapters_of(source, base)]
+    folders = [adapter_of(source, base) for source in sources]
     spectra: list[dict[str, Tensor]] = [{} for _ in folders]
     inspected = [
         inspect_adapter(folder, base, True, report.progress, its)

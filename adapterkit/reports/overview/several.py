@@ -11,7 +11,7 @@ from adapterkit.records import Json
 from adapterkit.reports.adapter import inspect_adapter
 from adapterkit.reports.checkpoint import VERSION
 from adapterkit.reports.overview.advice import advise
-from adapterkit.reports.overview.spaces import adapters_of, compare_adapters, distinct
+from adapterkit.reports.overview.spaces import adapter_of, compare_adapters, distinct
 from adapterkit.verbs.inspect import Inspect
 
 
@@ -28,7 +28,7 @@ def inspect_several(inspect: Inspect) -> Json:
             where="options",
             hint="inspect them one by one; adapterkit report draws several",
         )
-    folders = [one for source in sources for one in adapters_of(source, base)]
+    folders = [adapter_of(source, base) for source in sources]
     adapters = [inspect_adapter(folder, base, True, inspect.progress) for folder in folders]
     for one, name in zip(adapters, distinct([one["name"] for one in adapters]), strict=True):
         one["name"] = name

@@ -20,7 +20,7 @@ from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.options import StrPath
 from adapterkit.planning.adapters.sites import join
-from adapterkit.planning.inputs.converted_adapter import adapter_or_file, components_of
+from adapterkit.planning.inputs.converted_adapter import adapter_or_file
 from adapterkit.planning.inputs.sources import open_statistics, open_unconverted
 from adapterkit.records import Json
 from adapterkit.reports.heatmaps import place_of
@@ -44,15 +44,12 @@ class _Sums(NamedTuple):
         return cls(*torch.zeros(len(cls._fields), count, count, dtype=torch.float64))
 
 
-def adapters_of(source: StrPath, base: Folder | None) -> list[Folder]:
-    """The adapter of a source in PEFT's layout, or those of a pipeline's models."""
+def adapter_of(source: StrPath, base: Folder | None) -> Folder:
+    """The adapter of a source in PEFT's layout."""
     folder = open_unconverted(source)
     adapter = adapter_or_file(folder, base)
     if CONFIG in adapter.files():
-        return [adapter]
-    components = components_of(folder)
-    if components:
-        return [*components.values()]
+        return adapter
     raise Refused(
         "no adapter", expected="adapters, in any format", where=folder.label, hint="check the path"
     )

@@ -4,6 +4,8 @@ Put this folder into ComfyUI/custom_nodes and install adapterkit into ComfyUI's 
 read from and written into ComfyUI's own folders of models.
 """
 
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
@@ -49,6 +51,15 @@ def done(path: Path) -> io.NodeOutput:
     return io.NodeOutput(str(path), ui={"text": [str(path)]})
 
 
+def converted(make: Callable[[Path], object], format: str, out: Path) -> Path:
+    """What is made in the layout of the (first) LoRA, with all of its parts, in another one."""
+    with tempfile.TemporaryDirectory() as place:
+        made = Path(place) / "made.safetensors"
+        make(made)
+        adapterkit.convert(made, to=format, out=out, overwrite=out.exists())
+    return out
+
+
 class Combine(io.ComfyNode):
     """Two LoRAs as one, rank by rank exact with `linear`."""
 
@@ -77,12 +88,9 @@ class Combine(io.ComfyNode):
         format: str,
         save_as: str,
     ) -> io.NodeOutput:
-        out = output(LORAS, save_as)
-        sum = out.with_suffix("")  # PEFT's layout is a folder
         pairs = {path_of(LORAS, first): first_weight, path_of(LORAS, second): second_weight}
-        adapterkit.combine(pairs, method=method, out=sum, overwrite=sum.exists())
-        adapterkit.convert(sum, to=format, out=out, overwrite=out.exists())
-        return done(out)
+        make = lambda sum: adapterkit.combine(pairs, method=method, out=sum)
+        return done(converted(make, format, output(LORAS, save_as)))
 
 
 class Resize(io.ComfyNode):
@@ -101,12 +109,9 @@ class Resize(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora: str, energy: float, format: str, save_as: str) -> io.NodeOutput:
-        out = output(LORAS, save_as)
-        small = out.with_suffix("")
         source = path_of(LORAS, lora)
-        adapterkit.resize(source, energy=energy, out=small, overwrite=small.exists())
-        adapterkit.convert(small, to=format, out=out, overwrite=out.exists())
-        return done(out)
+        make = lambda small: adapterkit.resize(source, energy=energy, out=small)
+        return done(converted(make, format, output(LORAS, save_as)))
 
 
 class Convert(io.ComfyNode):
