@@ -4,7 +4,8 @@
 
 Trains the English, French and German adapters of examples/languages.py (rank 8), collects the
 covariance of each layer's inputs on texts of each language, resizes each adapter to rank 4 and 2,
-and combines the three at rank 8, with the statistics and without; regmean beside linear and ties.
+and combines the three at rank 8, with the statistics and without; regmean beside linear and ties,
+and the other methods on factors, exact.
 It prints the held-out losses as Markdown tables, and writes them with --json. --short: three layers
 of the model, some seconds and losses that mean little.
 
@@ -35,6 +36,8 @@ RANKS = (4, 2)
 WEIGHT = 0.5  # of each adapter in a sum
 SCALE = WEIGHT * len(LANGUAGES)  # by which such a sum is larger than the mean
 Losses = dict[str, float]  # by language
+# methods that add up, and so get the weights of linear; the others are of the size that they say
+SUMS = ("linear", "tsv", "iso_c", "iso_cts", "subspace_boost", "svc", "pico")
 
 
 def main() -> int:
@@ -75,6 +78,19 @@ def main() -> int:
     return 0 if better else 1
 
 
+# other methods
+OTHERS: dict[str, dict[str, Any]] = {
+    "linear, strongest": {"method": "linear", "settings": {"strength": "strongest"}},
+    "knots, density 0.3": {"method": "knots", "density": 0.3},
+    "core_space, density 0.3": {"method": "core_space", "density": 0.3},
+    "ctm, density 0.3, rank 8": {"method": "ctm", "density": 0.3},
+    "tsv": {"method": "tsv"},
+    "iso_c": {"method": "iso_c"},
+    "iso_cts": {"method": "iso_cts"},
+    "subspace_boost, beta 0.5": {"method": "subspace_boost", "settings": {"beta": 0.5}},
+    "svc": {"method": "svc"},
+    "pico": {"method": "pico"},
+}
 # name in the table -> (folder, scale when it is evaluated)
 COMBINED = {
     "linear, 0.5 each, exact": ("linear", 1.0),
@@ -86,6 +102,7 @@ COMBINED = {
     "regmean, exact": ("regmean", 1.0),
     "regmean x 1.5, exact": ("regmean", SCALE),
     "regmean x 1.5, rank 8": ("regmean-8", SCALE),
+    **{name: (name, 1.0) for name in OTHERS},
 }
 
 
@@ -150,6 +167,8 @@ def combine_all(folder: Path, stats: dict[str, Path]) -> dict[str, dict[str, flo
         write(f"{name}-plain", sources, **how)
         receipt = write(f"{name}-stats", sources, stats=paths, **how)
         lost[f"{name}, rank {languages.RANK}"] = output_errors([receipt])
+    for name, how in OTHERS.items():
+        write(name, three if how["method"] in SUMS else equal, **how)
     write("regmean", equal, method="regmean", stats=paths)
     receipt = write("regmean-8", equal, method="regmean", stats=paths, rank=languages.RANK)
     lost[f"regmean, rank {languages.RANK}"] = output_errors([receipt])
