@@ -26,7 +26,8 @@ ALIGNMENT = 32  # unless general.alignment says otherwise
 FIRST_READ = 4 << 20  # bytes; enough for a small vocabulary
 MAX_HEADER = 512 << 20
 MAX_KEYS, MAX_TENSORS = 1 << 16, 1 << 20
-MAX_RANK = 5  # ggml's is 4; kernels of video models have 5 in files of ComfyUI-GGUF
+MAX_RANK = 4  # ggml's
+MAX_AXES = 5  # in files: of kernels of video models in ComfyUI-GGUF's
 MAX_ERRORS = 20  # reported at once
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)")
 MAX_ITEMS = 1 << 16  # of an array whose numbers are kept
@@ -399,8 +400,8 @@ class _Parser:
             expected = f"1 to {MAX_NAME} printable characters"
             self.errors.fail(f"tensor name {shown(name)!r}", expected)
         (rank,) = self.unpack("I")
-        if rank > MAX_RANK:
-            self.errors.fail(f"{shown(name)} of {rank} dimensions", f"at most {MAX_RANK}")
+        if rank > MAX_AXES:
+            self.errors.fail(f"{shown(name)} of {rank} dimensions", f"at most {MAX_AXES}")
         shape = self.unpack(f"{rank}Q")[::-1]
         at = self.at
         kind, offset = self.unpack("IQ")

@@ -45,15 +45,16 @@ def renamed(convert: Callable, names: dict[str, str]) -> Callable:
     return own
 
 
-def auraflow(checkpoint: Tensors) -> Tensors:
+def with_bare(convert: Callable, *bare: str) -> Callable:
     """diffusers' converter, which asks for parameters that no rule names."""
-    convert = single_file_utils.convert_auraflow_transformer_checkpoint_to_diffusers
-    bare = {"register_tokens": torch.ones(1), "positional_encoding": torch.ones(1)}
-    converted = convert(checkpoint | bare)
-    return {k: v for k, v in converted.items() if k not in ("register_tokens", POSITIONS)}
+    there = ("register_tokens", "pos_embed.pos_embed", "pos_frequencies")
 
+    def own(checkpoint: Tensors) -> Tensors:
+        converted = convert(checkpoint | {key: torch.ones(1) for key in bare})
+        is_bare = lambda key: key in there or key.endswith("scale_shift_table")
+        return {key: value for key, value in converted.items() if not is_bare(key)}
 
-POSITIONS = "pos_embed.pos_embed"
+    return own
 
 
 def hunyuan_image(checkpoint: Tensors) -> Tensors:
@@ -67,6 +68,27 @@ def hunyuan_image(checkpoint: Tensors) -> Tensors:
     }
     converted = renamed(with_sizes(convert, {3072: WIDTH}), names)(checkpoint)
     return renamed(dict, {r"^time_text_embed\.": "time_guidance_embed."})(converted)
+
+
+def hunyuan_video15(checkpoint: Tensors) -> Tensors:
+    """diffusers' converter for HunyuanVideo, and what its script for HunyuanVideo 1.5 has
+    besides."""
+    convert = single_file_utils.convert_hunyuan_video_transformer_to_diffusers
+    names = {
+        r"^time_r_in\.mlp\.0\.": "time_embed.timestep_embedder_r.linear_1.",
+        r"^time_r_in\.mlp\.2\.": "time_embed.timestep_embedder_r.linear_2.",
+        r"^byt5_in\.layernorm\.": "context_embedder_2.norm.",
+        r"^byt5_in\.fc(\d)\.": r"context_embedder_2.linear_\1.",
+        r"^vision_in\.proj\.0\.": "image_embedder.norm_in.",
+        r"^vision_in\.proj\.1\.": "image_embedder.linear_1.",
+        r"^vision_in\.proj\.3\.": "image_embedder.linear_2.",
+        r"^vision_in\.proj\.4\.": "image_embedder.norm_out.",
+        r"^cond_type_embedding\.": "cond_type_embed.",
+        r"\.img_attn_([qkv])\.": r".attn.to_\1.",
+        r"\.txt_attn_([qkv])\.": r".attn.add_\1_proj.",
+    }
+    converted = renamed(with_sizes(convert, {3072: WIDTH}), names)(checkpoint)
+    return renamed(dict, {r"^time_text_embed\.": "time_embed."})(converted)
 
 
 def pixart(checkpoint: Tensors) -> Tensors:
@@ -129,7 +151,55 @@ CONVERTERS = {
         single_file_utils.convert_ernie_image_transformer_checkpoint_to_diffusers,
     ),
     "cosmos": ("original", single_file_utils.convert_cosmos_transformer_checkpoint_to_diffusers),
-    "auraflow": ("original", auraflow),
+    "auraflow": (
+        "original",
+        with_bare(
+            single_file_utils.convert_auraflow_transformer_checkpoint_to_diffusers,
+            "register_tokens",
+            "positional_encoding",
+        ),
+    ),
+    "hunyuan_video15": ("original", hunyuan_video15),
+    "qwen_image21": (
+        "comfyui",
+        single_file_utils.convert_qwen_image21_transformer_checkpoint_to_diffusers,
+    ),
+    "minimax_h3": (
+        "original",
+        lambda tensors: single_file_utils.convert_minimax_h3_transformer_checkpoint_to_diffusers(
+            tensors, {}
+        ),
+    ),
+    # what its script and its reader of LoRAs say
+    "ace_step": (
+        "original",
+        renamed(
+            dict,
+            {
+                r"\.([qkv])_proj\.": r".to_\1.",
+                r"\.o_proj\.": ".to_out.0.",
+                r"\.([qk])_norm\.": r".norm_\1.",
+                r"^proj_(in|out)\.1\.": r"proj_\1_conv.",
+            },
+        ),
+    ),
+    "mochi": (
+        "original",
+        with_bare(
+            single_file_utils.convert_mochi_transformer_checkpoint_to_diffusers, "pos_frequencies"
+        ),
+    ),
+    "sana": (
+        "original",
+        with_bare(
+            single_file_utils.convert_sana_transformer_to_diffusers,
+            "pos_embed",
+            "y_embedder.y_embedding",
+            "blocks.0.scale_shift_table",
+            "final_layer.scale_shift_table",
+        ),
+    ),
+    "cosmos25": ("original", single_file_utils.convert_cosmos_transformer_checkpoint_to_diffusers),
     "hunyuan_image": ("original", hunyuan_image),
     "pixart": ("original", pixart),
     "flux3": (
@@ -145,10 +215,13 @@ CONVERTERS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_every_module_has_one_rule(name):
     architecture, model = MODELS[name]
-    names = names_of(architecture, "transformer", MODEL)
+    """In each naming that the family has."""
     modules = {key.rpartition(".")[0] for key in named_parameters(model())}
-    rules = {module: len(names.find_model(module)) for module in modules}
-    assert {module: count for module, count in rules.items() if count != 1} == {}
+    rules = names_of(architecture, "transformer", MODEL).rules
+    for naming in {key for rule in rules for key in rule.namings} or {MODEL}:
+        names = names_of(architecture, "transformer", naming)
+        found = {module: list(filter(names.text, names.find_model(module))) for module in modules}
+        assert {module: len(some) for module, some in found.items() if len(some) != 1} == {}
 
 
 @pytest.mark.parametrize("name", CONVERTERS)
@@ -168,7 +241,7 @@ def original_checkpoint(architecture: str, naming: str, parameters: Tensors) -> 
     steps: dict[str, tuple[str, ...]] = {}
     for key, value in parameters.items():
         module, _, leaf = key.rpartition(".")
-        (match,) = names.find_model(module)
+        (match,) = filter(names.text, names.find_model(module))
         text = f"{names.text(match)}.{leaf}"
         groups.setdefault(text, {})[match.part] = value
         steps[text] = match.rule.steps.get(naming, ())

@@ -89,6 +89,7 @@ READERS = {
     "cosmos": (readers._convert_non_diffusers_anima_lora_to_diffusers, "."),
     "ideogram4": (readers._convert_non_diffusers_ideogram4_lora_to_diffusers, r"\.layers\."),
     "flux3": (readers._convert_non_diffusers_flux3_lora_to_diffusers, "blocks"),
+    "minimax_h3": (readers._convert_non_diffusers_minimax_h3_lora_to_diffusers, "."),
 }
 
 
@@ -119,6 +120,7 @@ def test_anima_has_a_conditioner_of_texts(to, prefix, tmp_path):
         assert_same_deltas(products(theirs), products(own))
 
 
+MOD_Y = "diffusion_model.blocks.47.mod_y"
 # keys that the programs have: of sd-scripts, musubi-tuner, ComfyUI, ai-toolkit, OneTrainer
 KEYS = [
     ("krea2", "transformer_blocks.0.attn.to_gate", "comfyui", "diffusion_model.blocks.0.attn.gate"),
@@ -159,6 +161,33 @@ KEYS = [
         "onetrainer-original",
         "blocks.0.cross_attn.proj",
     ),
+    (
+        "hunyuan_video15",
+        "transformer_blocks.0.attn.add_q_proj",
+        "kohya",
+        "lora_unet_double_blocks_0_txt_attn_q",
+    ),
+    (
+        "hunyuan_video15",
+        "transformer_blocks.0.ff.net.0.proj",
+        "comfyui",
+        "diffusion_model.double_blocks.0.img_mlp.0",
+    ),
+    (
+        "qwen_image21",
+        "transformer_blocks.0.attn.to_out.0",
+        "comfyui",
+        "diffusion_model.transformer_blocks.0.attn.to_out.0",
+    ),
+    ("minimax_h3", "proj_out", "kohya", "lora_unet_final_layer_video_out"),
+    (
+        "ace_step",
+        "layers.0.cross_attn.to_out.0",
+        "comfyui",
+        "diffusion_model.decoder.layers.0.cross_attn.o_proj",
+    ),
+    ("mochi", "transformer_blocks.47.norm1_context.linear_1", "comfyui", MOD_Y),
+    ("sana", "time_embed.linear", "comfyui", "diffusion_model.t_block.1"),
     ("pixart", "adaln_single.linear", "onetrainer-legacy", "lora_transformer_adaln_single_linear"),
 ]
 

@@ -206,7 +206,11 @@ def ernie_image() -> nn.Module:
     )
 
 
-def cosmos() -> nn.Module:
+COSMOS25 = {"use_crossattn_projection": True, "crossattn_proj_in_channels": 6}
+COSMOS25 |= {"img_context_dim_in": 6, "img_context_dim_out": 32}
+
+
+def cosmos(**more) -> nn.Module:
     from diffusers import CosmosTransformer3DModel
 
     return CosmosTransformer3DModel(
@@ -219,6 +223,7 @@ def cosmos() -> nn.Module:
         adaln_lora_dim=4,
         max_size=(4, 8, 8),
         extra_pos_embed_type=None,
+        **more,
     )
 
 
@@ -337,6 +342,131 @@ def flux3() -> nn.Module:
     )
 
 
+def hunyuan_video15() -> nn.Module:
+    from unittest import mock
+
+    from diffusers.models.transformers import transformer_hunyuan_video15 as module
+
+    class Narrow(module.HunyuanVideo15ByT5TextProjection):
+        """Of 2048 hidden units otherwise."""
+
+        def __init__(self, in_features: int, hidden_size: int, out_features: int):
+            super().__init__(in_features, 10, out_features)
+
+    with mock.patch.object(module, "HunyuanVideo15ByT5TextProjection", Narrow):
+        return module.HunyuanVideo15Transformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=HEADS,
+            attention_head_dim=WIDTH // HEADS,
+            num_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=8,
+            text_embed_2_dim=6,
+            image_embed_dim=6,
+            rope_axes_dim=(2, 2, 4),
+            use_meanflow=True,
+        )
+
+
+def qwen_image21() -> nn.Module:
+    from diffusers import QwenImage21Transformer2DModel
+
+    return QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=WIDTH // HEADS,
+        num_attention_heads=HEADS,
+        context_in_dim=8,
+        axes_dims_rope=(4, 2, 2),
+    )
+
+
+def minimax_h3() -> nn.Module:
+    from diffusers import MiniMaxH3Transformer3DModel
+
+    return MiniMaxH3Transformer3DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH // HEADS,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        ffn_dim=24,
+        in_channels=4,
+        audio_in_channels=4,
+        text_dim=8,
+        freq_dim=8,
+        time_embed_hidden_dim=8,
+        time_embed_dim=8,
+        rope_freq_dim=2,
+    )
+
+
+def ace_step() -> nn.Module:
+    from diffusers import AceStepTransformer1DModel
+
+    return AceStepTransformer1DModel(
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=HEADS,
+        num_key_value_heads=1,
+        head_dim=WIDTH // HEADS,
+        in_channels=12,
+        audio_acoustic_hidden_dim=4,
+    )
+
+
+def mochi() -> nn.Module:
+    """With the last block as first: its context ends there."""
+    from diffusers import MochiTransformer3DModel
+
+    return MochiTransformer3DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH // HEADS,
+        num_layers=48,
+        pooled_projection_dim=8,
+        in_channels=4,
+        text_embed_dim=8,
+        time_embed_dim=8,
+    )
+
+
+def sana() -> nn.Module:
+    from diffusers import SanaTransformer2DModel
+
+    return SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH // HEADS,
+        num_layers=1,
+        num_cross_attention_heads=HEADS,
+        cross_attention_head_dim=WIDTH // HEADS,
+        cross_attention_dim=WIDTH,
+        caption_channels=8,
+        sample_size=8,
+    )
+
+
+def skyreels() -> nn.Module:
+    from diffusers import SkyReelsV2Transformer3DModel
+
+    return SkyReelsV2Transformer3DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH // HEADS,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=8,
+        ffn_dim=24,
+        num_layers=1,
+        inject_sample_info=True,
+        rope_max_seq_len=8,
+    )
+
+
 # each model, and the architecture whose rules name its modules
 MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "wan t2v": ("wan", wan),
@@ -358,6 +488,14 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "pixart": ("pixart", pixart),
     "ideogram4": ("ideogram4", ideogram4),
     "flux3": ("flux3", flux3),
+    "hunyuan_video15": ("hunyuan_video15", hunyuan_video15),
+    "qwen_image21": ("qwen_image21", qwen_image21),
+    "minimax_h3": ("minimax_h3", minimax_h3),
+    "ace_step": ("ace_step", ace_step),
+    "mochi": ("mochi", mochi),
+    "sana": ("sana", sana),
+    "skyreels": ("wan", skyreels),
+    "cosmos25": ("cosmos", lambda: cosmos(**COSMOS25)),
 }
 
 

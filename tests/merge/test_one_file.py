@@ -186,6 +186,33 @@ def test_diffusers_reads_the_merged_file(home, tmp_path):
     assert (first - before).abs().max() > 0.01
 
 
+def test_the_u_net_of_kolors(tmp_path):
+    """SDXL's, with a projection of the texts, in diffusers' names as it is published."""
+    torch.manual_seed(0)
+    how = dict(models_of("sdxl")["unet"].config)
+    unet = UNet2DConditionModel.from_config(
+        how | {"encoder_hid_dim": 6, "encoder_hid_dim_type": "text_proj"}
+    )
+    state = {key: value.clone() for key, value in unet.state_dict().items()}
+    save_file(state, tmp_path / "kolors.safetensors")
+    layers = {
+        name: layer
+        for name, layer in unet.named_modules()
+        if isinstance(layer, torch.nn.Linear) and "attentions" in name
+    }
+    factors = {
+        f"unet.{name}": (drawn(2, one.in_features, seed=n), drawn(one.out_features, 2, seed=n))
+        for n, (name, one) in enumerate(layers.items())
+    }
+    adapter = write_adapter(factors, tmp_path / "lora.safetensors")
+    after = merged(tmp_path / "kolors.safetensors", [adapter], tmp_path / "out.safetensors")
+    for name in layers:
+        a, b = factors[f"unet.{name}"]
+        state[f"{name}.weight"] += b @ a
+    assert_close(after, state)
+    assert adapterkit.inspect(tmp_path / "out.safetensors")["architecture"]["model_type"] == "sdxl"
+
+
 # ---- kinds of deltas ---------------------------------------------------------------------------
 
 
@@ -446,6 +473,12 @@ TOLD_BY = {
     "kandinsky5": ["visual_transformer_blocks.0.cross_attention.key_norm.weight"],
     "krea2": ["txtfusion.projector.weight", "blocks.0.attn.wq.weight"],
     "pixart": ["t_block.1.weight", "ar_embedder.mlp.0.weight"],
+    "hunyuan_video15": [
+        "txt_in.individual_token_refiner.blocks.0.norm1.weight",
+        "vision_in.proj.0.weight",
+    ],
+    "mochi": ["t5_yproj.weight"],
+    "sdxl_refiner": ["input_blocks.0.0.weight", "label_emb.0.0.weight"],
 }
 
 

@@ -13,7 +13,7 @@ from adapterkit.formats.modules.names import names_of
 from adapterkit.formats.modules.rows import model_order
 from tests.formats.test_flux import MODELS as FLUX
 from tests.formats.video_models import MODELS as VIDEO
-from tests.formats.video_models import anima_conditioner, cosmos
+from tests.formats.video_models import ace_step, anima_conditioner, cosmos
 from tests.support import pipelines
 
 Tensors = dict[str, Tensor]
@@ -43,6 +43,8 @@ def _clip(projected: bool = False, size: int = 8) -> Callable[[], nn.Module]:
 NAMINGS = {  # of files that have others than their publisher's
     "ernie_image": "model",
     "hidream": "model",
+    "hunyuan_video15": "comfyui",
+    "qwen_image21": "comfyui",
     "hunyuan_image": "comfyui",
     "kandinsky5": "model",
     "qwen_image": "model",
@@ -71,6 +73,13 @@ FAMILIES: dict[str, Family] = {
             "text_encoder_2": (_clip(True), "openclip", "conditioner.embedders.1.model."),
         },
     ),
+    "sdxl_refiner": Family(
+        "sdxl_refiner",
+        {
+            "unet": (pipelines.unet_sdxl_refiner, "original", DENOISER),
+            "text_encoder_2": (_clip(True), "openclip", "conditioner.embedders.0.model."),
+        },
+    ),
     "sd3": Family(
         "sd3",
         {
@@ -85,7 +94,9 @@ FAMILIES: dict[str, Family] = {
         name.replace(" ", "_"): _denoiser(architecture, model, naming)
         for name, (architecture, model) in VIDEO.items()
         for naming in [NAMINGS.get(architecture, "original")]
+        if architecture != "ace_step"
     },
+    "ace_step": Family("ace_step", {"transformer": (ace_step, "original", f"{DENOISER}decoder.")}),
     "anima": Family(
         "anima",
         {

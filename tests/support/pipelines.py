@@ -59,6 +59,25 @@ def unet_sdxl(deepest: int = 10) -> UNet2DConditionModel:
     )
 
 
+def unet_sdxl_refiner() -> UNet2DConditionModel:
+    """Two levels with attention between two without."""
+    cross, plain = "CrossAttnDownBlock2D", "DownBlock2D"
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(4, 8, 16, 16),
+        norm_num_groups=2,
+        attention_head_dim=2,
+        cross_attention_dim=12,
+        down_block_types=(plain, cross, cross, plain),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=2,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=4 * 6 + 8,
+    )
+
+
 def transformer_sd3() -> SD3Transformer2DModel:
     """Its first block has a second attention, as in SD3.5 medium."""
     return SD3Transformer2DModel(
