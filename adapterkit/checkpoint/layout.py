@@ -75,14 +75,16 @@ def laid_out(
     return ShardLayout(file, header, tuple(tensors), tuple(starts))
 
 
-def resharded(tensors: list[TensorPlan], limit: int, metadata: dict[str, str]) -> list[ShardLayout]:
+def resharded(
+    tensors: list[TensorPlan], limit: int, metadata: dict[str, str], stem: str
+) -> list[ShardLayout]:
     """Files of at most `limit` bytes of data each, in this order; a larger tensor has its own."""
-    groups = grouped(tensors, [tensor.nbytes for tensor in tensors], limit)
+    groups = grouped(tensors, [tensor.nbytes for tensor in tensors], limit, stem)
     return [laid_out(name, group, metadata) for name, group in groups.items()]
 
 
-def grouped(items: list[T], sizes: list[int], limit: int) -> dict[str, list[T]]:
-    """Items by file name, in this order; files of at most `limit` bytes."""
+def grouped(items: list[T], sizes: list[int], limit: int, stem: str) -> dict[str, list[T]]:
+    """Items by file name, in this order; files of at most `limit` bytes, called `stem`."""
     groups: list[list[T]] = [[]]
     room = limit
     for item, size in zip(items, sizes, strict=True):
@@ -92,8 +94,8 @@ def grouped(items: list[T], sizes: list[int], limit: int) -> dict[str, list[T]]:
         groups[-1].append(item)
         room -= size
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+        return {f"{stem}.safetensors": groups[0]}
+    names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     return dict(zip(names, groups, strict=True))
 
 

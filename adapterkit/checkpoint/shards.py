@@ -2,6 +2,7 @@
 set."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from adapterkit.checkpoint.folder import Folder, inside
@@ -12,6 +13,10 @@ SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 # of diffusers' variants, too: model.safetensors.index.fp16.json
 INDEX = re.compile(r".+\.safetensors\.index(\.\w+)?\.json")
+# of diffusers' models, with a variant before or behind the number
+OF_DIFFUSERS = re.compile(
+    r"(diffusion_pytorch_model(?:\.\w+)?)(?:-\d{5}-of-\d{5})?(\.\w+)?\.safetensors"
+)
 NOT_A_MODEL = "adapter_model"  # what a PEFT adapter's weights are called
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # a Trainer's pickles that hold no weights
@@ -52,6 +57,19 @@ def find_shards(folder: Folder) -> ShardFiles:
         return shards
     _read_index(shards, shards.index, folder)
     return shards
+
+
+def stem_of(names: Iterable[str]) -> str:
+    """What new shards of a model in these files are called before their number: as their readers
+    look for them, `model` or `diffusion_pytorch_model`, with diffusers' variant."""
+    found = OF_DIFFUSERS.fullmatch(next(iter(names), ""))
+    return "model" if found is None else found[1] + (found[2] or "")
+
+
+def index_of(stem: str) -> str:
+    """The name of the index of shards that are called so."""
+    name, _, variant = stem.partition(".")
+    return f"{name}.safetensors.index.{variant + '.' if variant else ''}json"
 
 
 def likely_shards(folder: Folder) -> list[str]:

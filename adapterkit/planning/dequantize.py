@@ -5,7 +5,7 @@ from dataclasses import replace
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import Header
-from adapterkit.checkpoint.shards import weight_files
+from adapterkit.checkpoint.shards import stem_of, weight_files
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import Problems, Refused
 from adapterkit.formats.one_file import OneFileModel
@@ -47,9 +47,6 @@ def plan_dequantize(options: Dequantize) -> Plan:
 def plan_pipeline_dequantization(pipeline: Pipeline, options: Dequantize) -> Plan:
     """The dequantization of all parts of a pipeline that are quantized."""
     errors = Problems()
-    if options.max_shard_size:
-        hint = "dequantize one part: the folder of a model"
-        errors.add("--max-shard-size with a pipeline", "a base that is one model", hint)
     plans: dict[str, Plan] = {}
     for name, part in pipeline.parts.items():
         with errors.collected(), part.named():
@@ -102,7 +99,9 @@ def _plan_model(original: Checkpoint, options: Dequantize, name: str | None = No
     headers = dict(zip(steps, original.shards.values(), strict=True))
     if options.max_shard_size and name is None:
         shards = plan_shards_of_size(
-            [step for group in steps.values() for step in group], parse_size(options.max_shard_size)
+            [step for group in steps.values() for step in group],
+            parse_size(options.max_shard_size),
+            stem_of(headers),
         )
     else:
         shards = [

@@ -1,6 +1,9 @@
 """A merge into a pipeline: diffusers loads it, and computes what base and adapters give there."""
 
+import shutil
+
 import pytest
+from diffusers import UNet2DConditionModel
 
 import adapterkit
 from tests.formats.test_diffusers_client import kohya_file, trained
@@ -78,3 +81,51 @@ def test_a_file_of_kohya(saved, tmp_path):
     file = kohya_file(tmp_path / "kohya.safetensors", "sdxl", factors)
     adapterkit.merge(base, {file: 0.7}, out=tmp_path / "out")
     assert_outputs(loaded(tmp_path / "out"), with_adapters(base, {file: 0.7}))
+
+
+def test_shards_of_a_size_have_the_names_that_diffusers_reads(saved, tmp_path):
+    """Those of a part of a pipeline, and of that part alone; with a variant, too."""
+    base = saved("sd15")
+    lora = lora_file(base, tmp_path / "lora.safetensors", ("unet", "text_encoder"), 1)
+    receipt = adapterkit.merge(base, lora, out=tmp_path / "whole", max_shard_size="10KB")
+    names = {path.name for path in (tmp_path / "whole" / "unet").iterdir()}
+    assert "diffusion_pytorch_model.safetensors.index.json" in names
+    assert sum(name.startswith("diffusion_pytorch_model-0000") for name in names) > 2
+    assert (tmp_path / "whole" / "text_encoder" / "model.safetensors.index.json").is_file()
+    assert any("--max-shard-size: not of parts" in note for note in receipt.data["notes"])
+    expected = with_adapters(base, {lora: 1.0})
+    assert_outputs(loaded(tmp_path / "whole"), expected)
+    adapterkit.convert(lora, to="peft", prefix_only="unet", out=tmp_path / "unet-lora")
+    adapterkit.merge(
+        base / "unet", tmp_path / "unet-lora", out=tmp_path / "unet", max_shard_size="10KB"
+    )
+    shutil.rmtree(tmp_path / "whole" / "unet")
+    shutil.copytree(tmp_path / "unet", tmp_path / "whole" / "unet")
+    assert_outputs(loaded(tmp_path / "whole"), expected)
+    with quiet():
+        loaded(base).unet.save_pretrained(tmp_path / "half", variant="fp16")
+    out = tmp_path / "half-merged"
+    adapterkit.merge(tmp_path / "half", tmp_path / "unet-lora", out=out, max_shard_size="10KB")
+    with quiet():
+        unet = UNet2DConditionModel.from_pretrained(out, variant="fp16")
+    merged = UNet2DConditionModel.from_pretrained(tmp_path / "unet").state_dict()
+    assert all(value.equal(merged[key]) for key, value in unet.state_dict().items())
+
+
+def test_a_pipeline_in_the_cache_of_the_hub(saved, tmp_path):
+    """Its files are links to blobs beside it."""
+    base, snapshot = saved("sd15"), tmp_path / "models--org--sd15" / "snapshots" / "0"
+    blobs = tmp_path / "models--org--sd15" / "blobs"
+    blobs.mkdir(parents=True)
+    for number, (name, data) in enumerate(files_of(base).items()):
+        (blobs / str(number)).write_bytes(data)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        up = "../" * (2 + name.count("/"))
+        (snapshot / name).symlink_to(f"{up}blobs/{number}")
+    lora = lora_file(base, tmp_path / "lora.safetensors", ("unet",), 1)
+    adapterkit.merge(snapshot, lora, out=tmp_path / "out")
+    adapterkit.merge(base, lora, out=tmp_path / "plain")
+    ours, theirs = files_of(tmp_path / "out"), files_of(tmp_path / "plain")
+    assert {k: v for k, v in ours.items() if "README" not in k and "adapterkit" not in k} == {
+        k: v for k, v in theirs.items() if "README" not in k and "adapterkit" not in k
+    }

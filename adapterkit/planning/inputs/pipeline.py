@@ -129,7 +129,7 @@ def read_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
             if weight_files(part.folder) or pickles(part.folder):
                 parts[name] = part
         elif isinstance(folder, LocalFolder) and (folder.root / name).is_symlink():
-            hint = "copy what it leads to into the folder"
+            hint = "copy the pipeline with what its links lead to: cp -rL PIPELINE COPY"
             errors.add(f"{shown(name)} is a link", "folders of the pipeline itself", hint)
         else:
             absent.append(name)

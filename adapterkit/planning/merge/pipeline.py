@@ -18,7 +18,7 @@ from adapterkit.planning.pipelines import joined
 from adapterkit.verbs.merge import MergeOptions
 
 # of models alone
-OPTIONS = ("max_shard_size", "tokenizer", "touched_as", "scales", "modelfile")
+OPTIONS = ("tokenizer", "touched_as", "scales", "modelfile")
 Weighted = list[tuple[Folder, float]]
 
 
@@ -62,9 +62,10 @@ def plan_pipeline_merge(
     given = plan.options | {"weights": weights}
     plan = replace(plan, notes=(*plan.notes, *(rules.notes() if rules else ())))
     others = [name for name in pipeline.parts if name not in plans]
-    if options.dtype and others:
-        note = f"--dtype: parts that no adapter changes keep theirs: {', '.join(others)}"
-        plan = replace(plan, notes=(*plan.notes, note))
+    for name in ("dtype", "max_shard_size") if others else ():
+        if getattr(options, name):
+            note = f"{flag_of(name)}: not of parts that no adapter changes: {', '.join(others)}"
+            plan = replace(plan, notes=(*plan.notes, note))
     warn = partial(rounding_warnings, compat=options.compat)
     return replace(plan, options=given, decisions=decisions, warn=warn)
 

@@ -10,6 +10,7 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.adapters.weights_file import WeightsFile, in_receipt
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.shards import stem_of
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.formats.one_file import OneFileModel
@@ -106,7 +107,8 @@ def _options_of_models(merge: Merge) -> list[AdapterkitError]:
     errors = Problems(where="options", hint="merge into one part: the folder of a model")
     for name in ("base16", "stats", "imatrix", "weights"):
         if getattr(merge, name) not in (None, ()):
-            errors.add(f"{flag_of(name)} with a pipeline", "a base that is one model")
+            hint = "give ORIGINAL as the base" if name == "base16" else errors.hint
+            errors.add(f"{flag_of(name)} with a pipeline", "a base that is one model", hint)
     return errors
 
 
@@ -409,10 +411,10 @@ def _shards(job: MergeJob, steps: Steps) -> tuple[OutputFile, ...]:
     limit, headers = job.options.max_shard_size, job.original.shards
     if len(steps) == len(headers) == 1:  # whose name may be another one
         headers = dict(zip(steps, headers.values(), strict=True))
-    limit = parse_size(limit) if limit else None
+    limit, stem = parse_size(limit) if limit else None, stem_of(headers)
     if quantized_weights(job.base.tensors):
         if job.options.dequantize and limit:
-            return plan_shards_of_size(list(_all_steps(steps)), limit)
+            return plan_shards_of_size(list(_all_steps(steps)), limit, stem)
         return tuple(
             plan_shard(name, group, headers[name], keep_format=not job.options.dequantize)
             for name, group in steps.items()
@@ -421,7 +423,7 @@ def _shards(job: MergeJob, steps: Steps) -> tuple[OutputFile, ...]:
     if limit:
         stored = [step.planned for step in _all_steps(steps)]
         metadata = next(iter(headers.values())).metadata or {"format": "pt"}
-        layouts = dict.fromkeys(layout.resharded(stored, limit, metadata), metadata)
+        layouts = dict.fromkeys(layout.resharded(stored, limit, metadata, stem), metadata)
     else:
         layouts = {
             layout.like_base(name, [step.planned for step in group], headers[name]): (

@@ -9,7 +9,7 @@ from functools import partial
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.output.stage import RECEIPT
-from adapterkit.checkpoint.shards import INDEX
+from adapterkit.checkpoint.shards import INDEX, index_of, stem_of
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.plan import CopyFile, FromMetrics, OutputFile
 from adapterkit.records import Json
@@ -45,7 +45,7 @@ def model_files(
     files["README.md"] = card.encode()
     names = [shard.file.removeprefix(prefix) for shard in shards]
     if len(shards) > 1 or (base.index is not None and any(name in base.shards for name in names)):
-        files[base.index_name or "model.safetensors.index.json"] = _index(base, names, shards)
+        files[base.index_name or index_of(stem_of(base.shards))] = _index(base, names, shards)
     if "config.json" in base.files:
         files["config.json"] = (
             CopyFile(0, "config.json") if config == base.config else as_json(config)

@@ -180,13 +180,15 @@ def plan_laid_out(
     return OutputFile.computed(layout.file, tasks, metadata)
 
 
-def plan_shards_of_size(steps: Sequence[Step], limit: int) -> tuple[OutputFile, ...]:
-    """Files of at most `limit` bytes of these steps, quantized weights as floats."""
+def plan_shards_of_size(
+    steps: Sequence[Step], limit: int, stem: str = "model"
+) -> tuple[OutputFile, ...]:
+    """Files of at most `limit` bytes of these steps, called `stem`, quantized weights as floats."""
     tasks = [task for step in steps for task in _tasks(step, keep_format=False)]
     sizes = [sum(stored.nbytes for stored in task.max_outputs) for task in tasks]
     return tuple(
         OutputFile.computed(name, group, safetensors_order=True)
-        for name, group in grouped(tasks, sizes, limit).items()
+        for name, group in grouped(tasks, sizes, limit, stem).items()
     )
 
 
