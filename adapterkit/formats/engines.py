@@ -29,6 +29,7 @@ class ModuleRule:
     modules: re.Pattern[str]
     why: str
     do: str
+    of: tuple[str, ...] = ()  # architectures, or model types of bases; none: all
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,13 @@
 import json
 import shlex
 import shutil
+import warnings
 
+import diffusers
 import peft
 import pytest
+import torch
+import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -13,10 +17,11 @@ import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.engines import engines
-from adapterkit.formats.library import formats
+from adapterkit.formats.library import architectures, formats
 from adapterkit.reports.findings import engine_check
 from tests.support import oracle
-from tests.support.adapter_samples import all_samples
+from tests.support.adapter_samples import GOLDEN, all_samples, samples
+from tests.support.architectures import BUILDS
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -169,3 +174,143 @@ def test_the_command(lora, llama):
     with pytest.raises(Refused, match="ollama"):
         adapterkit.check(lora, program="ollama")
     assert json.loads(CliRunner().invoke(main, [*words, "--json"]).stdout)["check"] == 1
+
+
+# -- towers, and modules that were renamed ---------------------------------------------------------
+
+# model -> its class, what transformers 5 calls its parts, and what transformers 4 called them
+RENAMED = {
+    "qwen2_vl": (
+        "Qwen2VLForConditionalGeneration",
+        {"model.language_model.": "model.", "model.visual.": "visual."},
+    ),
+    "llava": (
+        "LlavaNextForConditionalGeneration",
+        {
+            "model.language_model.": "language_model.model.",
+            "model.vision_tower.": "vision_tower.",
+            "model.multi_modal_projector.": "multi_modal_projector.",
+        },
+    ),
+}
+
+
+def model_of(kind, folder):
+    if kind == "qwen2_vl":
+        return GOLDEN / "peft" / kind / "base"
+    oracle.save_base(BUILDS[kind](), folder)
+    return folder
+
+
+def in_old_names(folder, parts, out):
+    """The adapter as PEFT saved it with transformers 4."""
+    shutil.copytree(folder, out)
+    head, tensors = "base_model.model.", load_file(folder / WEIGHTS)
+    for key in [*tensors]:
+        new = next(name for name in parts if key.startswith(head + name))
+        tensors[key.replace(new, parts[new], 1)] = tensors.pop(key)
+    save_file(tensors, out / WEIGHTS)
+    return out
+
+
+def by_peft(model, base, folder):
+    """The factors that PEFT loads, by its keys; a factor that it does not find is drawn anew."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = peft.PeftModel.from_pretrained(oracle.load(model, base), folder)
+    texts = [text for one in caught if "missing adapter keys" in (text := str(one.message))]
+    state = loaded.state_dict()
+    return {key.replace(".default", ""): state[key] for key in state if "lora_" in key}, texts
+
+
+@pytest.mark.parametrize("kind", RENAMED)
+def test_modules_that_transformers_5_renamed(kind, tmp_path):
+    model, parts = RENAMED[kind]
+    base = model_of(kind, tmp_path / "base")
+    targets = ["q_proj", "qkv" if kind == "qwen2_vl" else "linear_1"]
+    oracle.train(oracle.load(model, base), tmp_path / "new", target_modules=targets)
+    expected = load_file(tmp_path / "new" / WEIGHTS)
+    old = in_old_names(tmp_path / "new", parts, tmp_path / "old")
+
+    factors, texts = by_peft(model, base, old)
+    lost = {key for key in expected if not torch.equal(factors[key], expected[key])}
+    assert texts and any(".visual." in key or ".vision_tower." in key for key in lost)
+    for engine in ("peft", "transformers"):
+        assert adapterkit.check(tmp_path / "new", program=engine, base=base)["takes"]
+        document = adapterkit.check(old, program=engine, base=base)
+        assert {"drops"} == set(verdicts(document)) and not document["takes"]
+        assert document["findings"][0]["modules"] >= len(lost) > 0
+        assert not adapterkit.check(old, program=engine)["takes"]  # by the towers' names alone
+    made = repaired(document, old, base, tmp_path / "made")
+    assert adapterkit.check(made, program="peft", base=base)["takes"]
+    factors, texts = by_peft(model, base, made)
+    assert not texts and factors.keys() == expected.keys()
+    assert all(torch.equal(factors[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("sample", samples("peft-per-expert"), ids=lambda sample: sample.id)
+def test_experts_that_transformers_5_fused(sample, tmp_path):
+    base = sample.options["base"]
+    document = adapterkit.check(sample.path, program="peft", base=base)
+    assert verdicts(document) == ["refuses"]
+    made = repaired(document, sample.path, base, tmp_path / "made")
+    assert adapterkit.check(made, program="peft", base=base)["takes"]
+    if (answer := sample.path / "logits.safetensors").exists():
+        tensors = load_file(answer)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, experts_implementation="eager"
+        )
+        with warnings.catch_warnings(action="ignore"):  # that patterns of parameters match none
+            loaded = peft.PeftModel.from_pretrained(model, made).eval()
+        with torch.no_grad():
+            found = loaded(tensors["tokens"].long()[None]).logits[0]
+        torch.testing.assert_close(found, tensors["adapted"], rtol=0, atol=1e-5)
+
+
+PIPELINES = {
+    "flux": "FluxPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "chroma": "ChromaPipeline",
+    "hunyuan_video": "HunyuanVideoPipeline",
+    "pixart": "PixArtSigmaPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd15": "StableDiffusionPipeline",
+}
+
+
+@pytest.mark.parametrize("architecture", PIPELINES)
+def test_diffusers_drops_the_encoders_that_its_pipeline_does_not_load(architecture, tmp_path):
+    loads = getattr(getattr(diffusers, PIPELINES[architecture]), "_lora_loadable_modules", ())
+    encoders = [n for n in architectures()[architecture].components if "text_encoder" in n]
+    rules = [rule for rule in engines()["diffusers"].rules if architecture in rule.of]
+    for name in encoders:
+        told = any(rule.modules.search(f"{name}.layers.0") for rule in rules)
+        assert told != (name in loads), name
+
+
+def test_an_encoder_that_diffusers_drops_is_told():
+    sample = next(one for one in samples("kohya") if one.id == "kohya/flux.safetensors")
+    document = adapterkit.check(sample.path, program="diffusers")
+    rows = [row for row in document["findings"] if row["verdict"] == "drops"]
+    assert len(rows) == 1 and "text_encoder_2" in rows[0]["problem"], document
+    assert "merge PIPELINE ADAPTER" in rows[0]["do"]
+
+
+def test_mlx_refuses_towers_and_other_names_of_a_model_that_sees(tmp_path):
+    mlx_utils = pytest.importorskip("mlx_lm.tuner.utils", reason="needs mlx-lm")
+    from mlx_lm.models import qwen2_vl
+
+    base = model_of("qwen2_vl", tmp_path / "base")
+    model, _ = RENAMED["qwen2_vl"]
+    oracle.train(oracle.load(model, base), tmp_path / "a", target_modules=["q_proj", "qkv"])
+    adapterkit.convert(tmp_path / "a", to="mlx", base=base, out=tmp_path / "mlx")
+    document = adapterkit.check(tmp_path / "mlx", program="mlx", base=base)
+    assert verdicts(document) == ["refuses", "refuses"]
+    text = {
+        "model_type": "qwen2", "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "vocab_size": 40,
+    }  # fmt: skip
+    small = qwen2_vl.Model(qwen2_vl.ModelArgs(model_type="qwen2_vl", text_config=text))
+    with pytest.raises(ValueError, match="not an adapter parameter in the model") as caught:
+        mlx_utils.load_adapters(small, str(tmp_path / "mlx"))
+    assert "visual.blocks.0" in str(caught.value) and " model.layers.0" in str(caught.value)

@@ -1,7 +1,7 @@
 """check: a conversion for an engine that is only planned, beside the rules of the engine."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from adapterkit.adapters.peft import scan_adapter
 from adapterkit.checkpoint.spec import Checkpoint
@@ -9,7 +9,7 @@ from adapterkit.errors import AdapterkitError, Problems, listed
 from adapterkit.formats.detect import Detection, detect
 from adapterkit.formats.engines import Client, engines
 from adapterkit.formats.library import formats
-from adapterkit.formats.modules.record import AdapterModule
+from adapterkit.formats.modules.record import AdapterModule, Contents
 from adapterkit.formats.schema import ADAPTER_LAYOUT
 from adapterkit.plan import Plan
 from adapterkit.planning.convert.plan import plan_convert
@@ -53,20 +53,22 @@ def check_adapter(check: EngineCheck) -> Json:
     form, on = formats()[client.format], "" if base is None else " --base BASE"
     command = f"adapterkit convert ADAPTER --to {form.name}{on} --out DIR"
     found = _Verdicts(client, command)
-    options, plan, modules = ConvertOptions(to=form.name), None, ()
+    options, plan, contents = ConvertOptions(to=form.name), None, Contents(form.name, (), ())
     try:
         model = named_base(base, detection, form)
-        modules = read_contents(source, detection, options, base, model).modules
+        contents = read_contents(source, detection, options, base, model)
         plan = plan_convert(source, options, base, detection=detection)
     except AdapterkitError as error:
         found.include(getattr(error, "errors", (error,)))
+    modules = contents.modules
     if not client.reads(detection.form):
         problem = f"{client.title} does not read {detection.form.title}"
         found.add("refuses", problem, command, f"{form.title}: {form.summary}", len(modules))
     elif plan is not None and form.layout == detection.form.layout == ADAPTER_LAYOUT:
         _compare(detection, plan, found)
     _check_ranks(modules, found)
-    _check_rules(modules, found)
+    kinds = {*contents.architectures, base and base.config.get("model_type")}
+    _check_rules(modules, kinds, found)
     if base is not None:
         _check_base(detection, base, found)
     if base is not None and not found.rows:
@@ -104,8 +106,11 @@ def _check_ranks(modules: Sequence[AdapterModule], found: _Verdicts) -> None:
         found.add("refuses", problem, f"{do} --out DIR", expected, large)
 
 
-def _check_rules(modules: Sequence[AdapterModule], found: _Verdicts) -> None:
-    for rule in found.client.rules:
+def _check_rules(
+    modules: Sequence[AdapterModule], kinds: Set[str | None], found: _Verdicts
+) -> None:
+    """The rules for modules of all models, and of these architectures or model types."""
+    for rule in (one for one in found.client.rules if not one.of or kinds & {*one.of}):
         names = [module.path for module in modules if rule.modules.search(module.path)]
         if names:
             problem = f"{len(names)} modules such as {names[0]}: {rule.why}"
