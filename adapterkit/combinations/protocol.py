@@ -15,6 +15,7 @@ from torch import Tensor
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.quant.stochastic import Draws
 
+Over = Literal["module", "layer", "adapter"]
 Metrics = dict[str, float]  # for the receipt
 # E[x xᵀ] (in, in) float32 of the inputs that adapter `which` saw, read when it is asked for; the
 # caller may change it
@@ -55,6 +56,7 @@ class _Weighted(Protocol):
     name: ClassVar[str]
     source: ClassVar[str]  # the paper
     draws: ClassVar[bool] = False  # a random number for each element
+    ridge: float = 0.0  # of weights that are found by outputs
     by_factors: ClassVar[bool] = False  # whether other factors of the same deltas matter
 
     def check_weights(self, weights: Sequence[float]) -> None:
@@ -64,6 +66,12 @@ class _Weighted(Protocol):
     def resolve_weights(self, weights: Sequence[float]) -> list[float]:
         """The weights, also where an option of the method replaces them."""
         return list(weights)
+
+    @property
+    def over(self) -> Over:
+        """What has one set of weights by its outputs; that of a layer or an adapter is found with
+        `ridge` before anything is combined."""
+        return "module"
 
     @property
     def scales(self) -> bool:

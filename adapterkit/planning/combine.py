@@ -2,7 +2,7 @@
 (space: the deltas, or PEFT's factors) and how the result becomes factors again (refit: exact, a
 rank, a share of the energy) are three choices."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import torch
@@ -30,6 +30,7 @@ from adapterkit.planning.adapters.joined_values import (
 )
 from adapterkit.planning.adapters.output_norms import (
     check_statistics,
+    with_group_weights,
     with_statistics,
     without_inputs,
 )
@@ -51,6 +52,7 @@ from adapterkit.planning.inputs.sources import (
 from adapterkit.planning.inputs.weights import open_with_weights
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.planning.outputs.one_layout import together
+from adapterkit.records import Json
 from adapterkit.registry import create
 from adapterkit.tasks import common
 from adapterkit.tasks.combine import CombinedFactors, Operand, Refit
@@ -79,6 +81,7 @@ def plan_combine(options: Combine) -> Plan:
         _check_scaled(adapters, options, errors)
         errors.raise_all()
         weights.scale = method.scale(_gram(joined, weights, inputs.folders))
+        notes.append(f"all weights times {weights.scale:.3f} ({method.name}, over all modules)")
     tasks: list[CombinedFactors] = []
     for name, site in joined.items():
         with errors.collected():
@@ -93,6 +96,12 @@ def plan_combine(options: Combine) -> Plan:
     biases = _biases(joined, weights, options, errors)
     errors += weights.problems()
     check_wrappers(adapters, joined.values(), errors)
+    read = [*adapters, *([model] if model else []), *statistics]
+    found: dict[str, list[float]] = {}
+    if method.over != "module":
+        _check_groups(method, decomposed, errors)
+        errors.raise_all()
+        tasks, found = with_group_weights(tasks, read, given_weights, notes)
     errors.raise_all()
     adapter_output.check_factors(tasks, "combine")
     settings = adapter_config.plain_settings() | adapter_config.value_settings(adapters)
@@ -105,10 +114,7 @@ def plan_combine(options: Combine) -> Plan:
         tokenizer=options.tokenizer,
         **targets_of(joined),
     )
-    read = [*adapters, *([model] if model else []), *statistics]
-    if method.scales:
-        notes.append(f"all weights times {weights.scale:.3f} ({method.name}, over all modules)")
-    return inputs.written(_plan(options, weights, adapters, output, notes, read))
+    return inputs.written(_plan(options, weights, adapters, output, notes, read, found))
 
 
 def _plan(
@@ -118,12 +124,14 @@ def _plan(
     output: adapter_output.Output,
     notes: list[str],
     inputs: list[Adapter | Checkpoint],
+    found: dict[str, list[float]],
 ) -> Plan:
     receipt_options = options.recipe_options() | {"weights": weights.weights}
     receipt_options |= in_receipt(weights.file)
     if options.settings:
         receipt_options["settings"] = tuple(options.settings.items())
-    decisions = {
+    decisions: Json = {"weights": found} if found else {}
+    decisions |= {
         "adapters": [
             {"name": a.name, "weight": weights.scale * w, "modules": len(a.loras)}
             for a, w in zip(adapters, weights.weights, strict=True)
@@ -145,6 +153,17 @@ def _check_scaled(adapters: list[Adapter], options: Combine, errors: Problems) -
             "a sum of LoRAs in --space delta",
             "remove --set strength",
             where="options",
+        )
+
+
+def _check_groups(method: Method, doras: Collection[int], errors: Problems) -> None:
+    """Refuse weights of several modules of what is no b @ a."""
+    if doras:
+        errors.add(
+            f"{method.name} over the modules of a {method.over}, with a DoRA",
+            "LoRAs, or one set of weights for each module",
+            "give --set per=module",
+            where="--method",
         )
 
 
@@ -192,7 +211,7 @@ def _weights(method: Method, given: list[float], options: Combine) -> list[float
     others."""
     equal = [1.0] * len(given)
     other = "--weights" if options.weights else "--weight-for" * bool(options.weight_for)
-    if other and method.resolve_weights(equal) != equal:
+    if other and (method.resolve_weights(equal) != equal or method.over != "module"):
         raise Refused(
             f"{other}, and an option of the method that sets the weights too",
             expected="one of them",

@@ -14,7 +14,7 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Damaged, Problems, shown, unrecoverable
 from adapterkit.kernels.lowrank import weighted
 from adapterkit.records import Json
-from adapterkit.weights.reader import Reader
+from adapterkit.weights.reader import Reader, TensorReader
 
 # of a module's inputs x (in,): equal for all modules that see the same ones
 INPUT_KINDS = ("covariance", "mean", "components", "variances", "variance")
@@ -143,7 +143,7 @@ def read_root(
     return root, {"damping": damping}
 
 
-def read_covariance(inputs: Reader, covariance: TensorSpec) -> Tensor:
+def read_covariance(inputs: TensorReader, covariance: TensorSpec) -> Tensor:
     """E[x xᵀ] in float32; `Unrecoverable` where it is none, for all that is seen at once."""
     value = inputs.tensor(covariance)
     with covariance_errors(covariance):

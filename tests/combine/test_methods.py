@@ -37,7 +37,7 @@ from tests.support.methods import (
 
 # What a method does not promise. Everything else is held to every law.
 ORDERED = {"ema", "slerp"}  # the order of the adapters is part of the question
-SHARES = {"mean", "karcher", "regmean"}  # all weights times two: the same result
+SHARES = {"mean", "karcher", "regmean", "regspan"}  # all weights times two: the same result
 # at density 1, Σ shareᵢ Δᵢ
 LINEAR = {"linear", "mean", "magnitude_prune", "dare_linear", "breadcrumbs"}
 ADDITIVE = LINEAR - {"mean"} | {"ema"}  # at density 1, linear in each delta
@@ -209,7 +209,7 @@ def test_below_density_one_even_one_adapter_changes(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(LINEAR & set(METHODS) | {"slerp", "karcher", "regmean"})
+    "name", sorted(LINEAR & set(METHODS) | {"slerp", "karcher", "regmean", "regspan"})
 )  # of all: see test_combine
 def test_weights_one_and_zero(name: str) -> None:
     products = HARD["pair"]

@@ -110,7 +110,7 @@ def test_linear_of_doras_is_the_sum_of_what_peft_merges(sources, base, tmp_path)
 def test_every_method_gives_what_it_gives_on_plain_loras_of_the_same_deltas(
     method, sources, plain, base, tmp_path
 ):
-    weights = (1.0, 0.6, 0.5) if method in ("slerp", "karcher", "regmean") else WEIGHTS
+    weights = (1.0, 0.6, 0.5) if method in ("slerp", "karcher", "regmean", "regspan") else WEIGHTS
     pick = slice(2) if method == "slerp" else slice(3)
     how = METHODS[method]
     settings = {k: v for k, v in how.items() if k != "density"} or None

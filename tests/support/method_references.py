@@ -290,6 +290,24 @@ def regmean(deltas, weights, options):
     return linear(outputs, weights, options) @ linear(covariances, weights, options).inverse()
 
 
+def regspan(deltas, weights, options):
+    """The least squares of the outputs themselves, by a dense solver; the ridge as rows of it."""
+    if min(weights) < 0:
+        return None
+    roots = [torch.linalg.cholesky(covariance_of(d).double()) for d in deltas]
+    seen = lambda d: torch.cat(
+        [w**0.5 * (d @ r).flatten() for w, r in zip(weights, roots, strict=True)]
+    )
+    columns = torch.stack([seen(d) for d in deltas], 1)
+    wanted = torch.cat(
+        [w**0.5 * (d @ r).flatten() for w, d, r in zip(weights, deltas, roots, strict=True)]
+    )
+    penalty = (options.ridge**0.5 * columns.norm(dim=0)).diag()
+    wide = torch.cat([columns, penalty]), torch.cat([wanted, wanted.new_zeros(len(deltas))])
+    c = torch.linalg.lstsq(*wide, driver="gelsd").solution
+    return linear(deltas, c.tolist(), options)
+
+
 BY_FACTORS = ("core_space", "pico")  # other factors of the same deltas: another result
 REFERENCES = {name: globals()[name] for name in METHODS if name in globals()}
 VARIANTS = [

@@ -1,17 +1,27 @@
 """Which factors are fitted in the norm of their module's outputs, by statistics of its inputs."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
 from adapterkit.adapters.factors import Place
+from adapterkit.adapters.record import Adapter
+from adapterkit.adapters.weights_file import layer_of
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.combinations.linear import Linear
 from adapterkit.combinations.mean import Mean
 from adapterkit.combinations.protocol import Method
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed
+from adapterkit.formats.files.containers import PlanReader
+from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.kernels.lowrank.span import span_weights
 from adapterkit.tasks.combine import CombinedFactors, Refit
-from adapterkit.tasks.statistics import select_covariances
+from adapterkit.tasks.statistics import read_covariance, select_covariances
 
+ALL = "all modules"
+MOST_NOTES = 3  # on weights of layers
 BY_WEIGHTS = "fitted in the norm of their weights"
 
 
@@ -30,6 +40,46 @@ def select_norms(
     if stats is None:
         return {}
     return select_covariances(stats, _widths(places, parameters, notes, BY_WEIGHTS))
+
+
+def with_group_weights(
+    tasks: list[CombinedFactors],
+    inputs: Sequence[Adapter | Checkpoint],
+    shares: Sequence[float],
+    notes: list[str],
+) -> tuple[list[CombinedFactors], dict[str, list[float]]]:
+    """The tasks of a method whose weights are those of whole layers or adapters: linear with these,
+    which come from all of a group's deltas and covariances, read here; and the weights by group.
+    What has no covariances gets its group's weights too, if there are any."""
+    method = next(task.method for task in tasks if task.covariances)
+    reader, count = PlanReader([one.folder for one in inputs]), len(shares)
+    group_of = lambda task: layer_of(task.name) if method.over == "layer" else ALL
+
+    def modules() -> Iterator[tuple[str, list[Product | None], Callable[[int], Tensor]]]:
+        for task in tasks:
+            if task.covariances:
+                numbers = [part.number for part in task.parts]
+                own: list[Product | None] = [None] * count
+                for part in task.parts:
+                    (own[part.number],) = part.factors.products(reader)
+                specs = dict(zip(numbers, task.covariances, strict=True))
+                yield group_of(task), own, lambda n, its=specs: read_covariance(reader, its[n])
+
+    found = span_weights(modules(), shares, method.ridge)
+    notes += [
+        f"{method.name}: weights {', '.join(f'{w:.3f}' for w in c.tolist())} of {group}, at a "
+        f"distance of {error:.3f} from the adapters' outputs"
+        for group, (c, error) in sorted(found.items())[:MOST_NOTES]
+    ]
+    changed = []
+    for task in tasks:
+        if group_of(task) in found:
+            c, _ = found[group_of(task)]
+            parts = [replace(part, weight=float(c[part.number])) for part in task.parts]
+            read = () if task.refit.exact else task.covariances
+            task = replace(task, method=Linear(), parts=tuple(parts), covariances=read)
+        changed.append(task)
+    return changed, {group: c.tolist() for group, (c, _) in found.items()}
 
 
 def _widths(
@@ -106,6 +156,8 @@ def with_statistics(
         return tasks
     replaced = without_inputs(tasks[0].method)
     otherwise = BY_WEIGHTS if replaced is tasks[0].method else f"combined by {replaced.name}"
+    if tasks[0].method.over != "module":
+        otherwise += f" where their {tasks[0].method.over} has no linear layers"
     try:
         places = {task.name: task.place for task in tasks}
         widths = _widths(places, parameters, notes, otherwise)

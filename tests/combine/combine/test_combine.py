@@ -178,7 +178,7 @@ def test_slerp_says_t_once(mixed, tmp_path):
 
 def sources_of(method, mixed):
     """Two adapters for the methods that take two, with their weights."""
-    pairs = method in ("slerp", "karcher", "regmean")
+    pairs = method in ("slerp", "karcher", "regmean", "regspan")
     return (mixed[:2], (1.0, 0.6)) if pairs else (mixed, WEIGHTS)
 
 
