@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from adapterkit.errors import Failed, Refused, shown
@@ -29,15 +29,18 @@ def place_of(label: str) -> tuple[str, str]:
     return ("", label) if at is None else (".".join(parts[: at + 1]), ".".join(parts[at + 1 :]))
 
 
+def grid_of(labels: Iterable[str]) -> tuple[dict[str, tuple[str, str]], list[str], list[str]]:
+    """The place of each module, and the layers and the names in them: rows and columns."""
+    places = {label: place_of(label) for label in labels}
+    rows, columns = zip(*places.values(), strict=True) if places else ((), ())
+    return places, list(dict.fromkeys(rows)), list(dict.fromkeys(columns))
+
+
 def heatmaps_of(adapters: Mapping[str, Json]) -> Json:
     """Of adapters as `inspect` has them: rows (layers), columns (modules), and for each adapter and
     measure a table."""
-    places = {}
-    for one in adapters.values():
-        for module in one["modules"]:
-            places[module_label(module)] = place_of(module_label(module))
-    rows = list(dict.fromkeys(row for row, _ in places.values()))
-    columns = list(dict.fromkeys(column for _, column in places.values()))
+    modules = (module for one in adapters.values() for module in one["modules"])
+    places, rows, columns = grid_of(map(module_label, modules))
     tables = []
     for name, one in adapters.items():
         modules = {places[module_label(module)]: module for module in one["modules"]}

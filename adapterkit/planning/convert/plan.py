@@ -187,6 +187,19 @@ def plan_convert(
     model = named_base(base, detection, form)
     _check_target(form, file)
     contents = read_contents(source, detection, options, base, model)
+    return plan_contents(source, contents, options, base, model, file)
+
+
+def plan_contents(
+    source: Folder,
+    contents: Contents,
+    options: ConvertOptions,
+    base: Checkpoint | None,
+    model: NamedBase | None,
+    file: str | None = None,
+) -> Plan:
+    """The plan of a conversion whose source was read."""
+    form = format_named(options.to)
     _check_source(contents, base, model)
     adapted = without_zeros(contents, form)
     adapted = lowered(adapted, form, rank=options.rank, lossy=options.lossy, base=base)

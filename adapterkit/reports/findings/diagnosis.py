@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +39,7 @@ ROWS = 32  # of each
 NEAR = 0.15  # of a coefficient, relative: what rounding and noise leave
 UNTOUCHED = 1e-2  # relative difference of weights above which they are not the base's, rounded
 UNEXPLAINED = 0.3  # share of a change above which something else changed the model
+Tensors = Mapping[str, TensorSpec]  # of a model, as its weights decode
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
@@ -64,15 +65,18 @@ def diagnose_model(diagnose: Diagnose) -> Json:
     _tokenizer(folder, base, found)
     _history(folder, found)
     document: Json = {"diagnose": VERSION, "coefficients": [], "unexplained": None}
-    if _decodes(model, found) and base is not None:
+    ours = _decoded(model, found)
+    if ours is not None and base is not None:
+        theirs = decoded_view(read_checkpoint(base, 1)).tensors
         adapters = [open_adapter(source, base) for source in unweighted(diagnose.adapters)]
-        plans = [_plan(base, adapter) for adapter in adapters]
-        _untouched(model, base, plans, found)
+        # of a quantized base into floats, which are compared
+        options = MergeOptions(dequantize=bool(quantized_weights(theirs)))
+        plans = [plan_merge(base, [(adapter, 1.0)], options) for adapter in adapters]
+        _untouched((model.folder, base), ours, theirs, plans, found)
         if plans:
-            sums = _Projection.of(model, plans)
+            sums = _Projection.of(model.folder, ours, plans)
             document |= {"coefficients": sums.coefficients, "unexplained": sums.unexplained}
-            packed = bool(quantized_weights(decoded_view(model).tensors))
-            _coefficients(sums, adapters, packed, found)
+            _coefficients(sums, adapters, bool(quantized_weights(ours)), found)
     return document | {"findings": found.rows}
 
 
@@ -92,17 +96,16 @@ def _values(model: Checkpoint, found: _Findings, progress: Progress) -> None:
         found.add("not_finite", f"NaN or infinity in {len(bad)} tensors", listed(bad), do)
 
 
-def _decodes(model: Checkpoint, found: _Findings) -> bool:
-    """Whether its weights are what its config says: neither floats under a config of quantization,
-    nor packed values without one."""
+def _decoded(model: Checkpoint, found: _Findings) -> Tensors | None:
+    """Its weights; none where they are not what its config says: floats under a config of
+    quantization, or packed values without one."""
     try:
-        decoded_view(model)
+        return decoded_view(model).tensors
     except AdapterkitError as error:
         do = "restore the config of the weights: a loader quantizes, or reads, them twice or never"
         for one in getattr(error, "errors", (error,)):
             found.add("quantization", one.problem, one.where, do)
-        return False
-    return True
+        return None
 
 
 def _tokenizer(folder: Folder, base: Folder | None, found: _Findings) -> None:
@@ -153,12 +156,6 @@ def _history(folder: Folder, found: _Findings) -> None:
             found.add("history", f"{shown(name)} was merged {count} times", evidence, do)
 
 
-def _plan(base: Folder, adapter: Folder) -> Plan:
-    """The merge of one adapter; of a quantized base into floats, which are compared."""
-    quantized = bool(quantized_weights(decoded_view(read_checkpoint(base)).tensors))
-    return plan_merge(base, [(adapter, 1.0)], MergeOptions(dequantize=quantized))
-
-
 def _edited(plan: Plan) -> dict[str, Step]:
     steps = [step for shard in plan.shards for step in shard.steps]
     tasks = (task for shard in plan.shards for task in shard.tasks)
@@ -166,10 +163,15 @@ def _edited(plan: Plan) -> dict[str, Step]:
     return {step.key: step for step in steps if step.edits}
 
 
-def _untouched(model: Checkpoint, base: Folder, plans: Sequence[Plan], found: _Findings) -> None:
+def _untouched(
+    folders: tuple[Folder, Folder],
+    ours: Tensors,
+    theirs: Tensors,
+    plans: Sequence[Plan],
+    found: _Findings,
+) -> None:
     """Whether what no adapter touches is the base's, but for rounding."""
     touched = {key for plan in plans for key in _edited(plan)}
-    ours, theirs = decoded_view(model).tensors, decoded_view(read_checkpoint(base, 1)).tensors
     shared = [key for key in theirs if key in ours and key not in touched]
     missing = [key for key in theirs if key not in ours and not key.endswith("lm_head.weight")]
     shapes = [key for key in shared if ours[key].shape != theirs[key].shape]
@@ -182,7 +184,7 @@ def _untouched(model: Checkpoint, base: Folder, plans: Sequence[Plan], found: _F
     floats = [key for key in shared if key not in shapes and _is_float(ours[key])]
     step = max(1, len(floats) // MOST_TENSORS)
     differing: dict[str, float] = {}
-    with Sources((model.folder, base), {}) as sources:
+    with Sources(folders, {}) as sources:
         reader = LocalReader(sources, torch.device("cpu"), torch.float64, finite=False)
         for key in floats[::step]:
             one, other = (_rows(reader, specs[key]) for specs in (ours, theirs))
@@ -224,8 +226,8 @@ class _Projection:
     changed: bool  # whether there is a difference at all
 
     @classmethod
-    def of(cls, model: Checkpoint, plans: Sequence[Plan]) -> "_Projection":
-        count, stored = len(plans), decoded_view(model).tensors
+    def of(cls, model: Folder, stored: Tensors, plans: Sequence[Plan]) -> "_Projection":
+        count = len(plans)
         gram = torch.zeros(count, count, dtype=torch.float64)
         inner, total = torch.zeros(count, dtype=torch.float64), 0.0
         for change, deltas in _samples(model, stored, plans):
@@ -240,7 +242,7 @@ class _Projection:
 
 
 def _samples(
-    model: Checkpoint, stored: dict[str, TensorSpec], plans: Sequence[Plan]
+    model: Folder, stored: Tensors, plans: Sequence[Plan]
 ) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
     """(rows of MODEL - BASE, the same rows of each adapter's delta) of some touched weights."""
     edited = [_edited(plan) for plan in plans]
@@ -256,7 +258,7 @@ def _samples(
                 last = min(ROWS, rows.height)
                 before = rows.rows(0, last).double()
                 deltas[number] = rows.edited(0, last).double() - before
-        with Sources((model.folder,), {}) as sources:
+        with Sources((model,), {}) as sources:
             reader = LocalReader(sources, torch.device("cpu"), torch.float64, finite=False)
             after = _rows(reader, stored[key])
         if before is not None and after.numel() == before.numel():

@@ -12,7 +12,7 @@ from adapterkit.formats.library import formats
 from adapterkit.formats.modules.record import AdapterModule, Contents
 from adapterkit.formats.schema import ADAPTER_LAYOUT
 from adapterkit.plan import Plan
-from adapterkit.planning.convert.plan import plan_convert
+from adapterkit.planning.convert.plan import plan_contents
 from adapterkit.planning.convert.source import named_base, read_contents
 from adapterkit.planning.inputs.sources import open_adapter, open_base, open_unconverted
 from adapterkit.records import Json
@@ -57,7 +57,7 @@ def check_adapter(check: EngineCheck) -> Json:
     try:
         model = named_base(base, detection, form)
         contents = read_contents(source, detection, options, base, model)
-        plan = plan_convert(source, options, base, detection=detection)
+        plan = plan_contents(source, contents, options, base, model)
     except AdapterkitError as error:
         found.include(getattr(error, "errors", (error,)))
     modules = contents.modules

@@ -1,7 +1,7 @@
 """What a receipt says of the tensors that changed."""
 
 from adapterkit.records import Json
-from adapterkit.reports.heatmaps import place_of
+from adapterkit.reports.heatmaps import grid_of
 
 WORST = 20  # tensors that are listed
 METRICS = ("delta", "survived", "rounding", "requantization", "changed", "error", "energy")
@@ -19,10 +19,9 @@ def outcome_of(receipt: Json) -> Json:
         key=lambda pair: pair[1][worst_by],
         reverse=worst_by in WORST_HIGH,
     )
-    places = {name: place_of(name.removesuffix(".weight")) for name in tensors}
-    rows = list(dict.fromkeys(row for row, _ in places.values()))
-    columns = list(dict.fromkeys(column for _, column in places.values()))
-    at = {place: tensors[name] for name, place in places.items()}
+    by_label = {name.removesuffix(".weight"): metrics for name, metrics in tensors.items()}
+    places, rows, columns = grid_of(by_label)
+    at = {place: by_label[label] for label, place in places.items()}
     return {
         "verb": receipt["recipe"]["verb"],
         "options": receipt["recipe"]["options"],
