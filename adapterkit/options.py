@@ -48,8 +48,8 @@ class Option:
 
     An option without `help` is Python's alone. `flags`: as the command spells it, where that is not
     its name; `metavar`: what its help has for the value; `needs`: an option, or OPTION=VALUE, that
-    has to be given with it; `excludes`: those that may not, as far as the verb has them; `unless`:
-    of sources the option that makes up for them.
+    has to be given with it, or `one or other`; `excludes`: those that may not, as far as the verb
+    has them; `unless`: of sources the option that makes up for them.
     """
 
     check: Check
@@ -148,10 +148,12 @@ class OptionRecord:
             )
         fields = {field.name: option_of(field) for field in dataclasses.fields(self)}
         for name in filter(self._is_given, fields):
-            own, others = flag_of(name), fields[name].excludes
+            own = (*fields[name].flags, flag_of(name))[0]
+            others = fields[name].excludes
             needed = fields[name].needs or self.needs.get(name)
-            if needed and not self._is_given(needed):
-                other = flag_of(needed).replace("=", " ")
+            choices = needed.split(" or ") if needed else []
+            if choices and not any(map(self._is_given, choices)):
+                other = " or ".join(map(flag_of, choices)).replace("=", " ")
                 problem, expected = f"{own} is given without {other}", f"{own} with {other} alone"
                 errors.add(problem, expected, f"remove {own}, or give {other}")
             others = (one for one in others if one.partition("=")[0] in fields)

@@ -121,6 +121,27 @@ class RowEdit(ABC):
         """Multiplications and additions of its products, over all rows."""
         return 0
 
+    @property
+    def effort(self) -> Effort:
+        """What it takes besides."""
+        return Effort()
+
+    @property
+    def memory(self) -> int:
+        """Bytes that loading it takes, and what is loaded, at most."""
+        return 4 * sum(spec.nbytes for spec in self.reads)
+
+    @property
+    def gpu_memory(self) -> int:
+        """Bytes that it takes besides on a GPU."""
+        return 0
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether what is loaded is as large as the tensor: then that is computed whole, by a task
+        with a claim on memory."""
+        return False
+
     @abstractmethod
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         """The edit of `source`, as rows and columns of `grid`."""
@@ -182,9 +203,15 @@ class Step:
         return TensorPlan(self.key, self.dtype, self.shape)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it is computed whole, by a task."""
+        return self.compensation is not None or any(edit.is_dense for edit in self.edits)
+
+    @property
     def effort(self) -> Effort:
         flops = sum(edit.flops for edit in self.edits)
-        return Effort(wide=flops) if self.wide else Effort(flops=flops)
+        products = Effort(wide=flops) if self.wide else Effort(flops=flops)
+        return sum((edit.effort for edit in self.edits), products)
 
     @property
     def grid(self) -> tuple[int, int]:

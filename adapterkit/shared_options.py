@@ -12,6 +12,7 @@ from adapterkit.options import (
     REGEX,
     SEED,
     SETTINGS,
+    SHARE,
     SHARE_ABOVE_0,
     SIZE,
     SOURCE,
@@ -25,6 +26,7 @@ from adapterkit.options import (
     option,
     record,
 )
+from adapterkit.records import Json
 
 FOR_AMBIGUOUS_PARAMETERS = "The adapters' model, needed where target_parameters are ambiguous."
 EXACT_BY_DEFAULT = " (default: exact; ranks add up)"
@@ -161,6 +163,21 @@ def energy_option() -> Any:
     """The energy that the result keeps."""
     help = "Refit each module to the smallest rank that keeps this share of its energy."
     return option(default=None, check=SHARE_ABOVE_0, help=help, excludes=("space=factors",))
+
+
+@record
+class MethodOptions(OptionRecord):
+    """A method of combining deltas."""
+
+    density: float | None = option(
+        default=None,
+        check=SHARE,
+        help="Share of the elements to keep (ties, dare, magnitude_prune, ...).",
+    )
+    majority: str | None = option(
+        default=None, check=choice(("total", "frequency")), help="How signs are elected (ties)."
+    )
+    settings: Json | None = settings_option()
 
 
 @record

@@ -41,6 +41,13 @@ def combinations() -> dict[str, Rows]:
     }
 
 
+def methods() -> dict[str, Rows]:
+    """Methods that deltas are merged by."""
+    factors, elements, _ = combinations().values()
+    rows = [row for row in [*factors, *elements] if row[0] != "regmean"]
+    return {"Methods": sorted(rows)}
+
+
 def initializations() -> dict[str, Rows]:
     """Inits by what they do to the base."""
     titles = {
@@ -84,6 +91,7 @@ LISTS: dict[str, Callable[[], dict[str, Rows]]] = {
     "combine": combinations,
     "convert": adapter_formats,
     "init": initializations,
+    "merge": methods,
     "quantize": formats,
 }
 

@@ -92,7 +92,7 @@ def arguments_of(verb: type[Verb], values: Json) -> tuple[list[Any], Json]:
     fields = fields_of(verb)
     sources = [values.pop(field.name) for field in fields if not field.kw_only]
     for name in (f.name for f in fields if option_of(f).check.kind == "settings"):
-        values[name] = parse_settings(values[name])
+        values[name] = parse_settings(values[name]) or None
     return sources, values
 
 

@@ -3,11 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from adapterkit.combinations.common import Prune, add_pruned, check_share, threshold
+from adapterkit.combinations.common import add_pruned, check_share, without_outliers
 from adapterkit.combinations.protocol import Deltas, DenseDelta, OnElements, Seeds
-from adapterkit.kernels.elementwise import Trim
 
 
 @dataclass(frozen=True)
@@ -33,19 +30,7 @@ class Breadcrumbs(OnElements):
     def combine_elements(
         self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
     ) -> DenseDelta:
-        return add_pruned(deltas, weights, [self._prune(deltas, i) for i in range(deltas.count)])
-
-    def _prune(self, deltas: Deltas, which: int) -> Prune:
-        size = deltas.shape[0] * deltas.shape[1]
-        keep = int(self.density * size)
-        top = min(int(self.gamma * size), size - keep)
-        larger = Trim(threshold(deltas, which, keep + top))
-        outliers = Trim(threshold(deltas, which, top))
-
-        def prune(block: Tensor) -> None:
-            largest = block.clone()
-            outliers(largest)
-            larger(block)
-            block.sub_(largest)
-
-        return prune
+        prunes = [
+            without_outliers(deltas, i, self.density, self.gamma) for i in range(deltas.count)
+        ]
+        return add_pruned(deltas, weights, prunes)

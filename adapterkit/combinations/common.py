@@ -19,7 +19,15 @@ from adapterkit.combinations.protocol import (
 )
 from adapterkit.errors import Refused
 from adapterkit.kernels import dense
-from adapterkit.kernels.elementwise import Majority, Threshold, Trim, drop, elect, top_k_threshold
+from adapterkit.kernels.elementwise import (
+    Majority,
+    Threshold,
+    Trim,
+    drop,
+    elect,
+    ranks,
+    top_k_threshold,
+)
 from adapterkit.kernels.lowrank.algebra import Product, Svd, norm, stack_products, svd
 from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.rows import row_ranges
@@ -147,17 +155,19 @@ def nearest_orthogonal(
 
 class DenseDeltas:
     """Deltas of one module, or their cores; rows of a product are multiplied out in float32
-    whenever they are asked for."""
+    whenever they are asked for. `wide`: in float64, then rounded, so that every kind of device has
+    the same values, and a method that compares them decides the same."""
 
-    def __init__(self, deltas: Sequence[Product | Tensor]):
+    def __init__(self, deltas: Sequence[Product | Tensor], *, wide: bool = False):
+        dtype = torch.float64 if wide else torch.float32
         self.deltas = [
-            Product(d.left.float(), d.right.float()) if isinstance(d, Product) else d
+            Product(d.left.to(dtype), d.right.to(dtype)) if isinstance(d, Product) else d
             for d in deltas
         ]
         first, self.count = self.deltas[0], len(deltas)
         sides = (first.left, first.right) if isinstance(first, Product) else (first, first)
         self.shape, self.device = (sides[0].shape[0], sides[1].shape[1]), sides[0].device
-        self.dtype = sides[0].dtype
+        self.dtype = torch.float32 if isinstance(first, Product) else first.dtype
 
     def blocks(self) -> list[tuple[int, int]]:
         return row_ranges(*self.shape, piece(self.device, BLOCK))
@@ -165,7 +175,7 @@ class DenseDeltas:
     def rows(self, which: int, first: int, last: int) -> Tensor:
         delta = self.deltas[which]
         if isinstance(delta, Product):
-            return delta.left[first:last] @ delta.right
+            return (delta.left[first:last] @ delta.right).to(self.dtype)
         return delta[first:last].clone()
 
 
@@ -189,6 +199,18 @@ def check_majority(value: str) -> None:
             expected="total or frequency",
             where="--majority",
             hint="use one of these",
+        )
+
+
+def check_chances(density: float, epsilon: float) -> None:
+    """Raises `Refused` where `chances` are none above 0 and at most 1; density 1 has none."""
+    if density < 1 and not epsilon < density <= 1 - epsilon:
+        low, high = density - epsilon, density + epsilon
+        raise Refused(
+            f"density {density} with epsilon {epsilon}: probabilities from {low:g} to {high:g}",
+            expected="probabilities above 0, at most 1",
+            where="--set epsilon",
+            hint=f"give an epsilon below {min(density, 1 - density):g}",
         )
 
 
@@ -216,16 +238,19 @@ def trim(deltas: Deltas, which: int, density: float) -> Trim:
     return Trim(threshold(deltas, which, int(density * math.prod(deltas.shape))))
 
 
-def random_drop(seeds: Seeds, which: int, density: float | Callable[[Tensor], Tensor]) -> Prune:
+def random_drop(
+    seeds: Seeds, which: int, density: float | Callable[[Tensor], Tensor], *, divided: bool = True
+) -> Prune:
     """Keeps each element with probability `density`, of all or of those of a block, divided by it
-    (DARE, arXiv:2311.03099); at 1 all of them, and nothing is drawn."""
+    (DARE, arXiv:2311.03099) unless that is left out; at 1 all of them, and nothing is drawn."""
     if density == 1:
         return lambda block: None
     draws = seeds(which)
 
     def prune(block: Tensor) -> None:
         nonlocal draws
-        drop(block, density(block) if callable(density) else density, draws)
+        chance = density(block) if callable(density) else density
+        drop(block, chance, draws, divided=divided)
         draws = draws.at(block.numel())
 
     return prune
@@ -242,11 +267,41 @@ def add_pruned(deltas: Deltas, weights: Sequence[float], prunes: Sequence[Prune]
     return DenseDelta(total, {})
 
 
+def without_outliers(deltas: Deltas, which: int, density: float, gamma: float) -> Prune:
+    """Drops the int(gamma · n) largest magnitudes of a delta, fewer where that would leave less
+    than the density, and of the others all but the int(density · n) largest."""
+    size = math.prod(deltas.shape)
+    keep = int(density * size)
+    top = min(int(gamma * size), size - keep)
+    larger = Trim(threshold(deltas, which, keep + top))
+    outliers = Trim(threshold(deltas, which, top))
+
+    def prune(block: Tensor) -> None:
+        largest = block.clone()
+        outliers(largest)
+        larger(block)
+        block.sub_(largest)
+
+    return prune
+
+
+def chances(block: Tensor, density: float, epsilon: float) -> Tensor:
+    """By element of some rows density + epsilon·(2·rank - 1), rank from 0, the smallest magnitude
+    of the row, to 1 (arXiv:2406.11617)."""
+    return ranks(block).mul_(2 * epsilon).add_(density - epsilon)
+
+
 def elect_pruned(
-    deltas: Deltas, weights: Sequence[float], prunes: Sequence[Prune], majority: Majority
+    deltas: Deltas,
+    weights: Sequence[float],
+    prunes: Sequence[Prune],
+    majority: Majority,
+    shares: Sequence[float] | None = None,
+    *,
+    divided: bool = True,
 ) -> DenseDelta:
     """The weighted mean of the pruned deltas over those whose sign is the majority's, element by
-    element."""
+    element; `shares` of each in the mean, their sum where it is not `divided`."""
     check_count(weights, deltas.count)
     mean, overlaps, conflicts = (
         torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device),
@@ -255,7 +310,7 @@ def elect_pruned(
     )
     for first, last in deltas.blocks():
         blocks = list(_pruned(deltas, prunes, first, last))
-        counts = elect(blocks, weights, majority, mean[first:last])
+        counts = elect(blocks, weights, majority, mean[first:last], shares, divided=divided)
         overlaps, conflicts = overlaps + counts[0], conflicts + counts[1]
     return DenseDelta(mean, conflict_metric(overlaps, conflicts))
 

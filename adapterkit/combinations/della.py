@@ -5,10 +5,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adapterkit.combinations.common import check_majority, check_share, elect_pruned, random_drop
+from adapterkit.combinations.common import (
+    chances,
+    check_chances,
+    check_majority,
+    check_share,
+    elect_pruned,
+    random_drop,
+)
 from adapterkit.combinations.protocol import Deltas, DenseDelta, OnElements, Seeds
-from adapterkit.errors import Refused
-from adapterkit.kernels.elementwise import Majority, ranks
+from adapterkit.kernels.elementwise import Majority
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,7 @@ class Della(OnElements):
         check_share("density", self.density, above_zero=True)
         check_share("epsilon", self.epsilon)
         check_majority(self.majority)
-        if self.density < 1 and not self.epsilon < self.density <= 1 - self.epsilon:
-            low, high = self.density - self.epsilon, self.density + self.epsilon
-            raise Refused(
-                f"density {self.density} with epsilon {self.epsilon}: probabilities from {low:g} "
-                f"to {high:g}",
-                expected="probabilities above 0, at most 1",
-                where="--set epsilon",
-                hint=f"give an epsilon below {min(self.density, 1 - self.density):g}",
-            )
+        check_chances(self.density, self.epsilon)
 
     def combine_elements(
         self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
@@ -53,4 +51,4 @@ class Della(OnElements):
 
     def probabilities(self, block: Tensor) -> Tensor:
         """The probability of each element to stay."""
-        return ranks(block).mul_(2 * self.epsilon).add_(self.density - self.epsilon)
+        return chances(block, self.density, self.epsilon)

@@ -22,12 +22,13 @@ class Sce(OnElements):
     are selected. 0 counts as +.
 
     The paper has no weights; here they multiply the terms and take no part in ηᵢ or the election,
-    so 1 each is the paper's. mergekit makes all ηᵢ equal where the mean squares add up to less than
-    1e-6, as those of most adapters do: here only where they are 0. Deltas that are equal everywhere
+    so 1 each is the paper's. Where the mean squares of all σᵢ add up to less than floor, all ηᵢ
+    are equal (mergekit: 1e-6, above those of most adapters). Deltas that are equal everywhere
     have no variance to select by: all elements are kept (mergekit: none).
     """
 
     select: float = 1.0
+    floor: float = 0.0
     name = "sce"
     source = "arXiv:2408.07990"
     acts_on = "elements"
@@ -47,7 +48,7 @@ class Sce(OnElements):
                 trim(spread[first:last])
         else:
             spread.fill_(1)
-        shares, overlaps, conflicts = _shares(deltas, spread), 0, 0
+        shares, overlaps, conflicts = _shares(deltas, spread, self.floor), 0, 0
         for first, last in deltas.blocks():
             blocks = _selected(deltas, spread, first, last)
             counts = elect(blocks, weights, "total", spread[first:last], shares)
@@ -82,8 +83,9 @@ def _selected(deltas: Deltas, selected: Tensor, first: int, last: int) -> list[T
     return [deltas.rows(i, first, last).mul_(mask) for i in range(deltas.count)]
 
 
-def _shares(deltas: Deltas, selected: Tensor) -> list[float]:
-    """ηᵢ, summed exactly over the columns: no number of threads changes it."""
+def _shares(deltas: Deltas, selected: Tensor, floor: float) -> list[float]:
+    """ηᵢ, summed exactly over the columns: no number of threads changes it; equal ones where the
+    mean squares add up to less than `floor`."""
     columns = [
         torch.zeros(deltas.shape[1], dtype=torch.float64, device=selected.device)
         for _ in range(deltas.count)
@@ -93,4 +95,5 @@ def _shares(deltas: Deltas, selected: Tensor) -> list[float]:
             add_column_squares(block, total)
     squares = [math.fsum(total.tolist()) for total in columns]
     whole = math.fsum(squares)
-    return [square / whole if whole else 1 / len(squares) for square in squares]
+    is_counted = whole and whole / selected.numel() >= floor
+    return [square / whole if is_counted else 1 / len(squares) for square in squares]

@@ -210,9 +210,11 @@ def drop(
     x: Tensor,  # (n, cols), changed in place
     probability: float | Tensor,  # of each element to stay
     draws: Draws,
+    *,
+    divided: bool = True,
 ) -> None:
-    """x ← x / p with probability p, else 0: the expectation is x. One draw an element, row by
-    row."""
+    """x ← x / p with probability p, else 0: the expectation is x; x ← x or 0 where it is not
+    `divided`. One draw an element, row by row."""
     each, flat = piece(x.device, DRAWN), x.view(-1)
     for first in range(0, len(flat), each):
         part, here = flat[first : first + each], draws.at(first)
@@ -221,7 +223,9 @@ def drop(
             stays = _mask(torch.lt, here.uniform(len(part), x.device), p)
         else:
             p, stays = probability, here.below(probability, len(part), x.device)
-        part.mul_(stays.to(x.dtype)).div_(p)
+        part.mul_(stays.to(x.dtype))
+        if divided:
+            part.div_(p)
 
 
 def ranks(
@@ -258,9 +262,11 @@ def elect(
     majority: Majority,
     out: Tensor,  # (n, cols), overwritten
     shares: Sequence[float] | None = None,
+    *,
+    divided: bool = True,
 ) -> tuple[int, int]:
     """out = Σ keepᵢ·shareᵢ·wᵢ·xᵢ / Σ keepᵢ·shareᵢ (0 where nothing is kept), keepᵢ = 1 where
-    sign(xᵢ) is the majority's, else 0.
+    sign(xᵢ) is the majority's, else 0; the sum itself where it is not `divided`.
 
     The majority is the sign of Σ xᵢ (total) or of Σ sign(xᵢ) (frequency), without the weights; 0
     counts as +. Returns how many positions have two or more nonzero values, and at how many of
@@ -271,7 +277,7 @@ def elect(
         parts = [x[stripe] for x in blocks]
         # a GPU counts and trims all of them by one launch
         together = parts if out.device.type == "cpu" else torch.stack(parts)
-        counts = _elect(together, weights, majority, out[stripe], shares)
+        counts = _elect(together, weights, majority, out[stripe], shares, divided=divided)
         overlaps, conflicts = overlaps + counts[0], conflicts + counts[1]
     return overlaps, conflicts
 
@@ -282,6 +288,8 @@ def _elect(
     majority: Majority,
     out: Tensor,
     shares: Sequence[float] | None,
+    *,
+    divided: bool,
 ) -> tuple[int, int]:
     dtype = torch.uint8 if len(blocks) < 256 else torch.int32
     positive, negative = (_votes(compare, blocks, dtype) for compare in (torch.gt, torch.lt))
@@ -300,6 +308,9 @@ def _elect(
         kept = x if is_stack else x.mul_(sign).relu_()
         factor = weight * (shares[i] if shares else 1)
         out.add_(kept, alpha=factor) if i else torch.mul(kept, factor, out=out)
+    if not divided:
+        out.mul_(sign)
+        return overlaps, conflicts
     if shares:
         divisor = torch.zeros_like(out)
         for x, share in zip(blocks, shares, strict=True):

@@ -3,7 +3,6 @@
 rank, a share of the energy) are three choices."""
 
 from collections.abc import Collection, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from adapterkit.planning.adapters.joined_values import (
     read_all,
     value_tasks,
 )
+from adapterkit.planning.adapters.methods import method_of, resolved_weights
 from adapterkit.planning.adapters.output_norms import (
     check_statistics,
     with_group_weights,
@@ -53,7 +53,6 @@ from adapterkit.planning.inputs.weights import open_with_weights
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.planning.outputs.one_layout import together
 from adapterkit.records import Json
-from adapterkit.registry import create
 from adapterkit.tasks import common
 from adapterkit.tasks.combine import CombinedFactors, Operand, Refit
 from adapterkit.verbs.combine import Combine
@@ -69,7 +68,8 @@ def plan_combine(options: Combine) -> Plan:
     check_statistics(method, refit, options.space, len(sources), len(stats))
     _check_count(options, len(sources))
     adapters = read_all(inputs.folders)
-    given_weights = _weights(method, [weight for _, weight in sources], options)
+    own = [weight for _, weight in sources]
+    given_weights = resolved_weights(method, own, options.weight_for, file)
     weights = AdapterWeights(given_weights, tuple(options.weight_for), file)
     notes: list[str] = []
     model, decomposed = _base(base, adapters, notes)
@@ -206,21 +206,6 @@ def _check_count(options: Combine, count: int) -> None:
         )
 
 
-def _weights(method: Method, given: list[float], options: Combine) -> list[float]:
-    """The adapters' weights as the method has them; `Refused` where --weight-for or --weights means
-    others."""
-    equal = [1.0] * len(given)
-    other = "--weights" if options.weights else "--weight-for" * bool(options.weight_for)
-    if other and (method.resolve_weights(equal) != equal or method.over != "module"):
-        raise Refused(
-            f"{other}, and an option of the method that sets the weights too",
-            expected="one of them",
-            where="options",
-            hint=f"remove {other}, or the method's option",
-        )
-    return method.resolve_weights(given)
-
-
 def _parts(
     name: str,
     site: JoinedSite,
@@ -255,9 +240,7 @@ def _not_summable(adapter: Adapter, base: Checkpoint | None) -> list[AdapterkitE
 def _resolve_method(options: Combine) -> tuple[Method, Refit]:
     """The method's record and the refit; `Refused` for options that do not fit."""
     method, default = ALIASES.get(options.method, (options.method, None))
-    settings = {"density": options.density, "majority": options.majority}
-    settings |= options.settings or {}
-    record = cast(Method, create("combinations", method, settings))
+    record = method_of(method, options)
     dense = record.acts_on == "elements"
     if options.space == "factors" and options.method in ALIASES:
         raise Refused(

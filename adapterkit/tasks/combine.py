@@ -158,7 +158,8 @@ class CombinedFactors(FactorsTask):
             if self.method.acts_on == "covariances":
                 result, root, measured = self._regress(deltas, weights, inputs)
             else:
-                result, measured = self._combine(deltas, weights, expert)
+                seeds = ModuleSeeds(self.seed, f"{self.name}/{expert}")
+                result, measured = combined_delta(self.method, deltas, weights, seeds)
             results.append(result)
             metrics.append(measured | damping | _cosines(deltas))
             spans.append(None if isinstance(result, Product) else _span(deltas))
@@ -172,21 +173,6 @@ class CombinedFactors(FactorsTask):
         covariances = lambda which: read_covariance(inputs, self.covariances[which])
         with covariance_errors(*self.covariances):
             return self.method.combine_covariances(products, weights, covariances)
-
-    def _combine(
-        self, deltas: Sequence[Delta], weights: list[float], expert: int
-    ) -> tuple[Delta, dict]:
-        """The combined delta, as a product where the method keeps it one, else dense, and the
-        method's metrics."""
-        seeds = ModuleSeeds(self.seed, f"{self.name}/{expert}")
-        if self.method.acts_on == "elements":
-            return self.method.combine_elements(DenseDeltas(deltas), weights, seeds)
-        assert self.method.acts_on == "factors"
-        if self.is_dense and isinstance(self.method, WeightedSum):
-            shares = self.method.shares(weights)
-            return add_pruned(DenseDeltas(deltas), shares, [lambda block: None] * len(shares))
-        products = [algebra.as_product(delta) for delta in deltas]
-        return self.method.combine_factors(products, weights, seeds)
 
     def _refit(
         self,
@@ -260,6 +246,27 @@ class CombinedFactors(FactorsTask):
         # of a stack of experts: the mean over them
         merged |= {key: _mean([metric[key] for metric in metrics]) for key in metrics[0]}
         return TaskResult(self.round(self.place.stored(pairs)), merged)
+
+
+def combined_delta(
+    method: Method,
+    deltas: Sequence[Delta],
+    weights: Sequence[float],
+    seeds: "ModuleSeeds",
+    *,
+    wide: bool = False,
+) -> tuple[Delta, Metrics]:
+    """What a method of no covariances makes of deltas, as a product where it keeps them so, else
+    dense, and its metrics; `wide`: as `DenseDeltas` has it."""
+    if method.acts_on == "elements":
+        return method.combine_elements(DenseDeltas(deltas, wide=wide), weights, seeds)
+    assert method.acts_on == "factors"
+    is_dense = not all(isinstance(delta, Product) for delta in deltas)
+    if is_dense and isinstance(method, WeightedSum):
+        shares = method.shares(weights)
+        dense = DenseDeltas(deltas, wide=wide)
+        return add_pruned(dense, shares, [lambda block: None] * len(shares))
+    return method.combine_factors([algebra.as_product(d) for d in deltas], weights, seeds)
 
 
 class ModuleSeeds:

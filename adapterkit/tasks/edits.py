@@ -105,13 +105,13 @@ class PlacedFactors:
 
     def products(self, inputs: Reader) -> Iterator[tuple[Block, Tensor, Tensor]]:
         """(block, left (n, r) with the scale folded in, right (r, m)) for each block."""
-        for block, left, right in self._read(inputs):
+        for block, left, right in self.pairs(inputs):
             if self.factors.flip:
                 left, right = right.T, left.T
             left, right = block.rows.placed(left, 0), block.columns.placed(right, 1)
             yield block, left.contiguous(), right.contiguous()
 
-    def _read(self, inputs: Reader) -> Iterator[tuple[Block, Tensor, Tensor]]:
+    def pairs(self, inputs: Reader) -> Iterator[tuple[Block, Tensor, Tensor]]:
         """(block, b (out, r) with the scale folded in, a (r, in)): of experts each one's own."""
         scale, rank, experts = self.factors.scale, self.factors.rank, self.factors.experts
         if experts is None:

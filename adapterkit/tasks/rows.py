@@ -84,6 +84,10 @@ class StepTask(Task):
         return {}
 
     @property
+    def gpu_memory(self) -> int:
+        return super().gpu_memory + sum(edit.gpu_memory for edit in self.step.edits)
+
+    @property
     def effort(self) -> Effort:
         is_packed = isinstance(self.step.source, QuantizedWeight)
         decoded = Effort(decoded=math.prod(self.step.shape) if is_packed else 0)
@@ -184,7 +188,7 @@ def step_memory(step: Step, copies: int, bytes_each: int) -> int:
     edits' factors."""
     stored = copies * step.source.nbytes if isinstance(step.source, QuantizedWeight) else 0
     first, last = next(_ranges(step, SLICE), (0, 0))
-    factors = 4 * sum(spec.nbytes for edit in step.edits for spec in edit.reads)
+    factors = sum(edit.memory for edit in step.edits)
     return stored + bytes_each * (last - first) * _grid(step)[1] + factors
 
 

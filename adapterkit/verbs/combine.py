@@ -5,26 +5,16 @@ rank, a share of the energy) are three choices."""
 from collections.abc import Iterable
 
 from adapterkit.combinations import ALIASES
-from adapterkit.options import (
-    SHARE,
-    SHARE_ABOVE_0,
-    SOURCES,
-    Sources,
-    StrPath,
-    choice,
-    option,
-    record,
-)
-from adapterkit.records import Json
+from adapterkit.options import SHARE_ABOVE_0, SOURCES, Sources, StrPath, choice, option, record
 from adapterkit.registry import declarations
 from adapterkit.run_options import adapter_output_option
 from adapterkit.shared_options import (
+    MethodOptions,
     base_option,
     energy_option,
     factor_dtype_option,
     rank_option,
     seed_option,
-    settings_option,
     tokenizer_option,
     weight_for_option,
     weighted_argument,
@@ -34,7 +24,7 @@ from adapterkit.verb import WritingVerb, function_of
 
 
 @record
-class Combine(WritingVerb):
+class Combine(WritingVerb, MethodOptions):
     """Combine adapters into one: Δ' = method(w₁Δ₁, w₂Δ₂, ...), Δᵢ = scaleᵢ·bᵢ@aᵢ, written as
     factors of scale 1.
 
@@ -114,14 +104,6 @@ class Combine(WritingVerb):
     )
     rank: int | None = rank_option()
     energy: float | None = energy_option()
-    density: float | None = option(
-        default=None,
-        check=SHARE,
-        help="Share of the elements to keep (ties, dare, magnitude_prune, ...).",
-    )
-    majority: str | None = option(
-        default=None, check=choice(("total", "frequency")), help="How signs are elected (ties)."
-    )
     svd_clamp: float | None = option(
         default=None,
         check=SHARE_ABOVE_0,
@@ -137,7 +119,6 @@ class Combine(WritingVerb):
     )
     weight_for: Iterable[str] = weight_for_option()
     weights: StrPath | None = weights_option()
-    settings: Json | None = settings_option()
     seed: int = seed_option()
     tokenizer: str | None = tokenizer_option()
     dtype: str = factor_dtype_option()

@@ -17,11 +17,12 @@ from adapterkit.options import (
     option,
     record,
 )
-from adapterkit.registry import load
+from adapterkit.registry import declarations, load
 from adapterkit.run_options import model_output_option
 from adapterkit.shared_options import (
     IMPORTANCE,
     MODELFILE,
+    MethodOptions,
     ModuleFilters,
     dtype_option,
     seed_option,
@@ -44,9 +45,17 @@ WRITTEN_TYPES = (
 )  # fmt: skip
 
 
+def _methods() -> list[str]:
+    """Those that need nothing but the adapters."""
+    known = declarations("combinations").items()
+    return [name for name, one in known if one.constants["acts_on"] != "covariances"]
+
+
 @record
-class MergeOptions(ModuleFilters):
+class MergeOptions(ModuleFilters, MethodOptions):
     """How adapters become part of a base."""
+
+    needs = dict.fromkeys(("density", "majority", "settings"), "method")
 
     dtype: str | None = dtype_option(
         "Cast floating-point tensors (default: keep the base's dtypes)."
@@ -96,8 +105,24 @@ class MergeOptions(ModuleFilters):
         help="Rounding of changed weights; stochastic: unbiased, so that small deltas survive; "
         "compensated: errors carried on, so that outputs change least.",
     )
+    method: str | None = option(
+        default=None,
+        check=choice(_methods),
+        metavar="NAME",
+        help="How the deltas are combined, see the list below (default: linear, their sum).",
+        excludes=("compat",),
+    )
+    density_for: Iterable[str] = option(
+        default=(),
+        check=TEXTS,
+        metavar="[N:]REGEX=D",
+        help="Another density (of the N-th adapter) for modules whose name, or the end of it, "
+        "matches.",
+        needs="method",
+    )
     seed: int = seed_option(
-        "Seed of stochastic rounding: same seed, same bytes.", needs="rounding=stochastic"
+        "Seed of stochastic rounding, and of methods that draw: same seed, same bytes.",
+        needs="rounding=stochastic or method",
     )
     touched_as: str | None = option(
         default=None,
@@ -143,6 +168,11 @@ class Merge(WritingVerb, MergeOptions):
     Returns the receipt, or with `dry_run` the plan. Raises `Refused` before anything is written and
     `Failed` after; see the errors' texts for the way out.
 
+    With `method` the deltas are combined as `combine` does, and added without a refit:
+    W' = round(W + method(w₁Δ₁, w₂Δ₂, ...)), dense deltas in float32; of a module that only some
+    adapters have, their deltas. `density_for` has other densities for modules. DoRA, biases of
+    factors and regmean need the other way: combine, then merge.
+
     `weight_for` has other weights for modules, of a pipeline with the part's name in front, `lbw`
     factors of the weight for the blocks of an image model: a list of numbers as
     sd-webui-lora-block-weight's, its preset, `FILE:NAME` of a file of presets, or the settings of
@@ -175,6 +205,7 @@ class Merge(WritingVerb, MergeOptions):
     Example:
       adapterkit merge meta-llama/Llama-3.1-8B ./my-adapter --out merged
       adapterkit merge ./base ./style=0.7 ./skill=0.3 --out merged --verify
+      adapterkit merge ./base ./a ./b=0.5 --method ties --density 0.2 --out merged
       adapterkit merge ./merged ./my-adapter=-1 --out unmerged
     """
 

@@ -39,7 +39,7 @@ from tests.support.methods import (
 ORDERED = {"ema", "slerp"}  # the order of the adapters is part of the question
 SHARES = {"mean", "karcher", "regmean", "regspan"}  # all weights times two: the same result
 # at density 1, Σ shareᵢ Δᵢ
-LINEAR = {"linear", "mean", "magnitude_prune", "dare_linear", "breadcrumbs"}
+LINEAR = {"linear", "mean", "magnitude_prune", "dare_linear", "breadcrumbs", "gta"}
 ADDITIVE = LINEAR - {"mean"} | {"ema"}  # at density 1, linear in each delta
 PARENTS = {
     "magnitude_prune": "linear",
@@ -47,6 +47,7 @@ PARENTS = {
     "breadcrumbs": "linear",
     "dare_ties": "ties",
     "della": "ties",
+    "gta": "linear",
 }
 
 

@@ -37,7 +37,7 @@ BAD = {
 def test_bad_options(name: str, option: str) -> None:
     for value in BAD.get(option, []):
         with pytest.raises(Refused, match=registry.as_flag(option)):
-            record(name, **{option: value})
+            record(name, **{"density": 0.4, "prune": "ranks", option: value})
 
 
 def test_della_says_which_epsilon_fits() -> None:

@@ -66,6 +66,7 @@ WRITING = (
     job("merge-head", "base32", "head", dtype="bf16", max_shard_size="40KB", exclude="k_proj"),
     job("merge-stochastic", "base", "rslora=-0.5", rounding="stochastic", seed=3),
     job("merge-peft", "base", "style", "skill=0.5", compat="peft", tokenizer="base"),
+    job("merge-ties", "base", "style", "skill=0.5", method="ties", density=0.5),
     job("merge-nf4", "quantize-nf4", "style"),
     job("merge-nf4-dequantized", "quantize-nf4", "style", dequantize=True),
     job("merge-w8a16", "quantize-w8a16", "style", hash="none"),

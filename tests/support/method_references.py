@@ -17,6 +17,8 @@ from adapterkit.errors import Refused
 from adapterkit.kernels.lowrank.algebra import Product
 from tests.support.methods import METHODS, combined, covariance_of, drawn, record
 
+BY_FACTORS = ("core_space", "pico")  # other factors of the same deltas: another result
+
 
 def trimmed(x: Tensor, keep: int) -> Tensor:
     order = x.flatten().abs().sort(descending=True, stable=True).indices[:keep]
@@ -106,7 +108,9 @@ def sce(deltas, weights, options):
     )
     selected = [d * mask for d in deltas]
     squares = [float(s.square().sum()) for s in selected]
-    return elected(selected, weights, options, shares=[s / (sum(squares) or 1) for s in squares])
+    if not sum(squares) or sum(squares) / mask.numel() < options.floor:
+        squares = [1.0] * len(squares)
+    return elected(selected, weights, options, shares=[s / sum(squares) for s in squares])
 
 
 def mean(deltas, weights, options):
@@ -290,6 +294,7 @@ def regmean(deltas, weights, options):
     return linear(outputs, weights, options) @ linear(covariances, weights, options).inverse()
 
 
+<<<<<<< HEAD
 def regspan(deltas, weights, options):
     """The least squares of the outputs themselves, by a dense solver; the ridge as rows of it."""
     if min(weights) < 0:
@@ -309,12 +314,48 @@ def regspan(deltas, weights, options):
 
 
 BY_FACTORS = ("core_space", "pico")  # other factors of the same deltas: another result
+=======
+def gta(deltas, weights, options):
+    pruned = []
+    for i, d in enumerate(deltas):
+        keep = share_of(d, options.density)
+        if options.density == 1 or options.prune == "none":
+            pruned.append(d)
+        elif options.prune == "outliers":
+            top = min(share_of(d, options.gamma), d.numel() - keep)
+            pruned.append(trimmed(d, keep + top) - trimmed(d, top))
+        elif options.prune == "random":
+            pruned.append(d * (drawn(d.shape, i) < options.density))
+        else:
+            assert options.prune == "magnitude"
+            pruned.append(trimmed(d, keep))
+    if options.rescale == "l1":
+        norms = [(d.abs().sum(), p.abs().sum()) for d, p in zip(deltas, pruned, strict=True)]
+        pruned = [
+            p * a / b if min(a, b) >= 1e-7 else p for p, (a, b) in zip(pruned, norms, strict=True)
+        ]
+    weighed = torch.stack([w * p for w, p in zip(weights, pruned, strict=True)])
+    mask = torch.ones_like(weighed)
+    if options.consensus == "sum":
+        mask = (weighed.sign() == torch.where(weighed.sum(0) >= 0, 1.0, -1.0)).double()
+    total = (weighed * mask).sum(0)
+    if options.divide == "weights":
+        divisor = (torch.tensor(weights, dtype=torch.float64).view(-1, 1, 1) * mask).sum(0)
+        total = total / torch.where(divisor.abs() < 1e-8, 1, divisor)
+    return options.factor * total
+
+
+>>>>>>> 47607d8 (merge --method: what a method of combine makes of several adapters is added without a refit, and rounded once; gta, mergekit's rule)
 REFERENCES = {name: globals()[name] for name in METHODS if name in globals()}
 VARIANTS = [
     {},
     {"majority": "frequency"},
     {"density": 0.7, "gamma": 0.2, "select": 0.3, "t": 0.2, "share": 0.7, "inner": "dare_ties"}
     | {"beta": 0.8, "alpha": 0.9, "common": 0.5},
+    {"prune": "magnitude", "consensus": "sum", "divide": "weights", "density": 0.4},
+    {"prune": "outliers", "rescale": "l1", "consensus": "sum", "factor": -0.3, "density": 0.6},
+    {"floor": 1e6},
+    {"prune": "random", "divide": "weights", "rescale": "l1", "density": 0.6},
 ]
 
 

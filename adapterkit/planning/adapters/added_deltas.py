@@ -48,6 +48,11 @@ class PlacedDelta:
     rows: range
 
     @property
+    def folder(self) -> int:
+        """The number of the adapter that has it."""
+        return next(spec.folder for part in self.delta.module.parts.values() for spec in part.reads)
+
+    @property
     def needs_base(self) -> bool:
         """Whether it is one of the base's weight."""
         return self.delta.weight is not None

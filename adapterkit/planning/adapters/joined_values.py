@@ -69,14 +69,20 @@ def delta_problems(
 
 
 class AdapterWeights:
-    """Each adapter's weight on each module: its own, or that of the first --weight-for that
-    matches, or what a file of weights says."""
+    """Each adapter's weight, or what `option` tells else, on each module: its own, or that of the
+    first rule of the option that matches, or what a file of weights says."""
 
-    def __init__(self, weights: list[float], texts: Iterable[str], file: WeightsFile | None = None):
-        self.weights, self.file = weights, file
+    def __init__(
+        self,
+        weights: list[float],
+        texts: Iterable[str],
+        file: WeightsFile | None = None,
+        option: str = OPTION,
+    ):
+        self.weights, self.file, self.option = weights, file, option
         self.given = [self._rule(text) for text in texts]
         self.rules = [[rule for numbers, rule in self.given if n in numbers] for n in self._numbers]
-        self.patterns = [Patterns(pattern_table(rules), OPTION) for rules in self.rules]
+        self.patterns = [Patterns(pattern_table(rules), self.option) for rules in self.rules]
         self.modules: list[set[str]] = [set() for _ in weights]  # of each adapter, so far
         self.scale = 1.0  # of all of them
         self.skipped: set[str] = set()  # modules that stay as they are, whatever the file says
@@ -133,18 +139,18 @@ class AdapterWeights:
                 where=WEIGHTS,
             )
         for number, (rules, modules) in enumerate(zip(self.rules, self.modules, strict=True), 1):
-            errors += rule_readings(f"{OPTION} of adapter {number}:", rules, sorted(modules))
+            errors += rule_readings(f"{self.option} of adapter {number}:", rules, sorted(modules))
         for numbers, (pattern, value) in [] if errors else self.given:
             modules = set().union(*(self.modules[number] for number in numbers))
-            if Patterns({pattern: value}, OPTION).unmatched(modules):
-                errors.append(unmatched(OPTION, pattern, modules, "a module of the adapter"))
+            if Patterns({pattern: value}, self.option).unmatched(modules):
+                errors.append(unmatched(self.option, pattern, modules, "a module of the adapter"))
         return errors
 
     def _rule(self, text: str) -> tuple[Sequence[int], Rule[float]]:
         """The numbers of adapters, and the rule; `Refused` where the text is none."""
         expected = "[N:]REGEX=WEIGHT, N the adapter's place from 1"
-        numbers, rest = of_adapters(text, len(self.weights), OPTION, expected, "2:q_proj=0.5")
-        (rule,) = read_rules(OPTION, [rest], NUMBER, expected)
+        numbers, rest = of_adapters(text, len(self.weights), self.option, expected, "2:q_proj=0.5")
+        (rule,) = read_rules(self.option, [rest], NUMBER, expected)
         return numbers, rule
 
 

@@ -8,7 +8,7 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder, LocalFolder, original
 from adapterkit.checkpoint.hashes import sha256_of_file
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import shown
+from adapterkit.errors import WARNING, shown
 from adapterkit.receipt import find_receipt
 from adapterkit.records import Json
 
@@ -78,12 +78,19 @@ def history_notes(
     """Notes on adapters that are in the base already and are added again, and on others that are
     subtracted from a base that does not have them."""
     notes = []
+    options = _receipt_of(base).get("recipe", {}).get("options", {}) if merged else {}
+    how = options.get("method", "linear")
     for adapter, weight in zip(adapters, weights, strict=True):
         present = sum(one.weight for one in same_merges(merged, adapter))
         if present * weight > 0:
             notes.append(
                 f"{adapter.name} is in {base.name} already, with weight {present:g}, as its "
                 "receipt says: it is added once more"
+            )
+        elif present * weight < 0 and how != "linear":
+            notes.append(
+                f"{WARNING}{adapter.name} is subtracted from {base.name}, which was merged by "
+                f"{shown(how)}: what that made of it stays in part"
             )
         elif merged and weight < 0 and present == 0:
             names = ", ".join(dict.fromkeys(shown(one.name) for one in merged))

@@ -240,6 +240,8 @@ def collect_changes(job: MergeJob) -> None:
     if job.module_weights is not None:
         job.errors += job.module_weights.problems()
         job.notes += job.module_weights.notes()
+    if job.methods is not None:
+        _check_method(job)
     _check_together(job)
 
 
@@ -470,7 +472,7 @@ def _add_product(job: MergeJob, adapter: Adapter, name: str, leaf: str | None, l
     if not weight and job.file is not None:
         job.skip(adapter, site)
         return
-    factors = replace(factors, scale=scale * weight)
+    factors = replace(factors, scale=scale * (1 if job.methods else weight))
     magnitude = lora.magnitude
     if magnitude is not None and factors.experts is not None:
         raise Refused(
@@ -484,6 +486,7 @@ def _add_product(job: MergeJob, adapter: Adapter, name: str, leaf: str | None, l
         raise job.shape_error(adapter, magnitude.key, magnitude.shape, (outputs,))
     change = job.change(parameter)
     change.additions.append(factors)
+    change.weights[adapter.number] = weight
     change.adapters.append(adapter.name)
 
 
@@ -522,6 +525,7 @@ def _add_delta(job: MergeJob, adapter: Adapter, added: AddedDelta, module: str) 
         return
     change = job.change(parameter)
     change.deltas.append((placed, weight))
+    change.weights[adapter.number] = weight
     change.adapters.append(adapter.name)
 
 
@@ -586,6 +590,33 @@ def _add_rows(job: MergeJob, adapter: Adapter) -> None:
         change = job.change(replace(parameter, shape=shape))
         change.rows.append((tokens.values, tokens.indices))
         change.adapters.append(adapter.name)
+
+
+def _check_method(job: MergeJob) -> None:
+    """Refuse what is no delta that a method could take."""
+    name = f"--method {job.options.method}"
+    for adapter in job.adapters:
+        doras = [lora.module for lora in adapter.loras if lora.magnitude is not None]
+        biased = [lora.module for lora in adapter.loras if lora.bias is not None]
+        kinds = {"DoRA, whose delta depends on the base": doras, "biases of factors": biased}
+        for what, modules in kinds.items():
+            if own := [module for module in modules if job.is_selected(module)]:
+                job.errors.add(
+                    f"{name} and {what}: {listed(own)}",
+                    "plain deltas",
+                    "make it plain first: adapterkit resize ADAPTER --base BASE --rank R"
+                    if modules is doras
+                    else "remove --method",
+                    where=adapter.label,
+                )
+    if job.with_initial:
+        numbers = sorted(job.with_initial)
+        job.errors.add(
+            f"{name} and adapters beside their initial factors",
+            "plain deltas",
+            "make them plain first: adapterkit rebase ADAPTER --initial INIT",
+            where=", ".join(job.adapter(number).name for number in numbers),
+        )
 
 
 def _check_together(job: MergeJob) -> None:

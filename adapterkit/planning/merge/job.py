@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,8 +17,10 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.gguf.model import GgufCheckpoint
+from adapterkit.patterns import similar_names
 from adapterkit.planning.adapters.added_deltas import PlacedDelta
 from adapterkit.planning.adapters.dora_deltas import CHECK_BASE
+from adapterkit.planning.adapters.methods import ModuleMethods, method_of
 from adapterkit.planning.inputs.earlier_merges import MergedAdapter
 from adapterkit.planning.inputs.model_config import vocabulary_sizes
 from adapterkit.planning.merge.module_weights import ModuleWeights, WeightOf
@@ -120,6 +123,19 @@ def stacked(config: Json, count: int, order: list[int]) -> Json:
     return {k: setting(k, v) for k, v in config.items()}
 
 
+def nothing_selected(
+    skipped: Iterable[str], adapters: Iterable[str], include: str | None
+) -> Refused:
+    """The refusal of a merge of these adapters whose every module is left out."""
+    names = [name.partition(": ")[2] for name in skipped]
+    return Refused(
+        "nothing to merge: no module is selected",
+        expected="at least one module",
+        where=", ".join(dict.fromkeys(adapters)),
+        hint=similar_names(include or "", names) or "check --include and --exclude",
+    )
+
+
 # of a GGUF file, which may have a layer under no name that is known
 OTHERWISE = "; if it was, merge into the original checkpoint and convert that to GGUF"
 
@@ -135,6 +151,8 @@ class Change:
     # of other kinds than factors, each with its weight
     deltas: list[tuple[PlacedDelta, float]] = field(default_factory=list)
     rows: list[tuple[TensorSpec, tuple[int, ...]]] = field(default_factory=list)
+    # of a merge by a method: the weights of adapters, by their numbers, which scales do not have
+    weights: dict[int, float] = field(default_factory=dict)
     adapters: list[str] = field(default_factory=list)
     value_from: int = 0  # number of the adapter that has `value`
 
@@ -187,6 +205,18 @@ class MergeJob:
             self.module_weights = ModuleWeights(base, weights, options, file)
             weight_of = self.module_weights.of
         self._weight_of = weight_of
+        self.methods: ModuleMethods | None = None  # the sum is none
+        if options.method is not None:
+            method = method_of(options.method, options)
+            if method.scales:
+                raise Refused(
+                    f"--method {method.name} by a norm over all modules",
+                    expected="a method module by module",
+                    where="options",
+                    hint="combine the adapters first, and merge the result",
+                )
+            methods = ModuleMethods(method, len(weights), options.density_for)
+            self.methods = methods if options.method != "linear" else None
 
     def weight(self, adapter: Adapter, module: str) -> float:
         """The weight of an adapter on a module."""

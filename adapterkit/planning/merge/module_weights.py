@@ -7,6 +7,7 @@ from adapterkit.adapters.weights_file import WeightsFile
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, listed
 from adapterkit.planning.adapters.joined_values import AdapterWeights, of_adapters
+from adapterkit.planning.adapters.methods import method_of, resolved_weights
 from adapterkit.planning.inputs.pipeline import Pipeline
 from adapterkit.planning.merge.block_weights import LBW, BlockWeights, ModelNames
 from adapterkit.verbs.merge import MergeOptions
@@ -26,6 +27,9 @@ class ModuleWeights:
         options: MergeOptions,
         file: WeightsFile | None = None,
     ):
+        if options.method is not None:
+            method = method_of(options.method, options)
+            weights = resolved_weights(method, weights, options.weight_for, file)
         self.rules = AdapterWeights(weights, options.weight_for, file)
         self.blocks: list[BlockWeights | None] = [None for _ in weights]
         self.outside: set[str] = set()  # modules of no block

@@ -5,12 +5,13 @@ from dataclasses import replace
 from functools import partial
 
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.errors import Problems, Refused
+from adapterkit.errors import Problems
 from adapterkit.options import flag_of
-from adapterkit.patterns import similar_names
 from adapterkit.plan import Plan
+from adapterkit.planning.adapters.methods import added_by
 from adapterkit.planning.inputs.pipeline import Pipeline, PipelinePart
 from adapterkit.planning.inputs.pipeline_adapters import Split
+from adapterkit.planning.merge.job import nothing_selected
 from adapterkit.planning.merge.module_weights import ModuleWeights, WeightOf
 from adapterkit.planning.outputs.cards import Merged, merged_card
 from adapterkit.planning.outputs.model import rounding_warnings
@@ -51,14 +52,10 @@ def plan_pipeline_merge(
     errors.raise_all()
     decisions = _decisions(plans)
     if not decisions["tensors_changed"]:
-        names = [name.partition(": ")[2] for name in decisions["left_out"]]
-        raise Refused(
-            "nothing to merge: no module is selected",
-            expected="at least one module",
-            where=", ".join(dict.fromkeys(one["name"] for one in decisions["adapters"])),
-            hint=similar_names(options.include or "", names) or "check --include and --exclude",
-        )
-    plan = joined(pipeline, plans, merged_card(pipeline.folder, _rows(plans), "diffusers"))
+        names = [one["name"] for one in decisions["adapters"]]
+        raise nothing_selected(decisions["left_out"], names, options.include)
+    card = merged_card(pipeline.folder, _rows(plans), "diffusers", added_by(options))
+    plan = joined(pipeline, plans, card)
     given = plan.options | {"weights": weights}
     plan = replace(plan, notes=(*plan.notes, *(rules.notes() if rules else ())))
     others = [name for name in pipeline.parts if name not in plans]

@@ -18,8 +18,8 @@ from adapterkit.gguf.header import find_gguf
 from adapterkit.gguf.model import GgufCheckpoint
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath, flag_of, parse_size
-from adapterkit.patterns import similar_names
 from adapterkit.plan import OutputFile, Plan, Step
+from adapterkit.planning.adapters.methods import added_by
 from adapterkit.planning.inputs.earlier_merges import history_notes, merged_adapters
 from adapterkit.planning.inputs.input_identity import plan_of
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint, read_plain_gguf
@@ -37,7 +37,7 @@ from adapterkit.planning.merge.gguf import (
     options_of_others,
     read_importance,
 )
-from adapterkit.planning.merge.job import MergeJob
+from adapterkit.planning.merge.job import MergeJob, nothing_selected
 from adapterkit.planning.merge.module_weights import WeightOf
 from adapterkit.planning.merge.one_file import absent_parts, file_notes
 from adapterkit.planning.merge.pipeline import plan_pipeline_merge
@@ -105,7 +105,7 @@ def plan_merge_into_pipeline(pipeline: Pipeline, adapters: Split, options: Merge
 def _options_of_models(merge: Merge) -> list[AdapterkitError]:
     """`Refused` for sources that a pipeline has no use for."""
     errors = Problems(where="options", hint="merge into one part: the folder of a model")
-    for name in ("base16", "stats", "imatrix", "weights"):
+    for name in ("base16", "stats", "imatrix", "weights", "density_for"):
         if getattr(merge, name) not in (None, ()):
             hint = "give ORIGINAL as the base" if name == "base16" else errors.hint
             errors.add(f"{flag_of(name)} with a pipeline", "a base that is one model", hint)
@@ -220,6 +220,7 @@ def changed_steps(job: MergeJob, errors: Sequence[AdapterkitError] = ()) -> Step
     resolve_new_head(job)
     job.errors.raise_all()
     steps = plan_steps(job)
+    job.errors += job.methods.problems() if job.methods else []
     job.errors.raise_all()
     _refuse_nothing(job, steps)
     if not isinstance(job.original, GgufCheckpoint):
@@ -338,16 +339,14 @@ def _refuse_nothing(job: MergeJob, steps: Steps) -> None:
         return  # others may have some
     if any(step.edits or step.source.folder for step in _all_steps(steps)):
         return
-    problem, hint = "an adapter without weights", "check the adapter"
+    names = [adapter.name for adapter in job.adapters]
     if job.skipped:
-        problem = "nothing to merge: no module is selected"
-        names = (name.partition(": ")[2] for name in job.skipped)
-        hint = similar_names(job.options.include or "", names) or "check --include and --exclude"
+        raise nothing_selected(job.skipped, names, job.options.include)
     raise Refused(
-        problem,
+        "an adapter without weights",
         expected="at least one module",
-        where=", ".join(adapter.name for adapter in job.adapters),
-        hint=hint,
+        where=", ".join(names),
+        hint="check the adapter",
     )
 
 
@@ -364,7 +363,7 @@ def _plan(job: MergeJob, steps: Steps, stats: Checkpoint | None, file: str | Non
     tokenizer = tokenizer_files(job.adapters, job.options.tokenizer, job.notes)
     merged = zip(job.adapters, job.weights, strict=True)
     rows = [Merged(one.folder, w, len(one.loras), one.config.get("r", "")) for one, w in merged]
-    card = merged_card(job.original.folder, rows)
+    card = merged_card(job.original.folder, rows, delta=added_by(job.options))
     omit = quantization_files(job.base.tensors) if job.options.dequantize else ()
     files = model_files(job.original, job.config, shards, card, tokenizer=tokenizer, omit=omit)
     return _plan_of_files(job, steps, stats, shards, files)

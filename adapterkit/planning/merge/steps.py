@@ -9,7 +9,9 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.plan import RowEdit, Step
+from adapterkit.planning.adapters.methods import ModuleMethods
 from adapterkit.planning.merge.job import Change, MergeJob
+from adapterkit.tasks.combined_edit import AddCombined, WeightedDelta
 from adapterkit.tasks.edits import (
     AddDelta,
     AddLikePeft,
@@ -264,6 +266,8 @@ def _additions(
     """The edits, followed by those of the change's additions."""
     parameter = change.parameter
     edits += [place_vector(parameter, slot, *vector) for vector in change.vectors]
+    if job.methods is not None and change.weights:
+        return [*edits, _combined(job, change, slot, job.methods)]
     for one, weight in change.deltas:
         edits.append(AddDelta(one.delta, weight, Band(one.rows.start, one.rows.stop)))
     if job.options.compat == "peft":
@@ -281,6 +285,37 @@ def _additions(
         if factors.magnitude is not None:
             edits.append(place_magnitude(parameter, slot, factors, tuple(edits)))
     return edits
+
+
+def _combined(job: MergeJob, change: Change, slot: Slot, methods: ModuleMethods) -> AddCombined:
+    """What the method makes of the change's deltas; of those of weight 0 nothing, if there are
+    others."""
+    placed: dict[int, list[PlacedFactors]] = {}
+    for factors in change.additions:
+        one = place_factors(change.parameter, slot, factors)
+        placed.setdefault(factors.a.folder, []).append(one)
+    others = {one.folder: one for one, _ in change.deltas}
+    weights = {n: w for n, w in change.weights.items() if w} or change.weights
+    module = change.parameter.name.removesuffix(".weight")
+    whole = Block(Band(0, slot.shape[0]), Band(0, math.prod(slot.shape[1:])))
+    parts, places = [], set()
+    for number, weight in weights.items():
+        other, own = others.get(number), tuple(placed.get(number, ()))
+        if other is not None and (own or len(other.rows) < change.parameter.shape[0]):
+            raise Refused(
+                f"{shown(module)}: several parts of {job.adapter(number).name}",
+                expected="one delta of each adapter for all of the parameter",
+                where=f"--method {methods.method.name}",
+                hint="combine the adapters first, and merge the result",
+            )
+        parts.append(WeightedDelta(weight, own, other.delta if other else None))
+        places |= {(each.blocks, each.factors.flip) for each in own} or {((whole,), False)}
+    ((blocks, flip),) = places
+    shape = change.additions[0].shape if change.additions else change.deltas[0][0].delta.shape
+    method = methods.of(module, [number - 1 for number in weights])
+    method.check_weights([*weights.values()])
+    seed = job.options.seed
+    return AddCombined(module, tuple(parts), blocks, flip, shape, method, seed)
 
 
 def _additions_like_peft(

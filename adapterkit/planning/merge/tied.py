@@ -290,6 +290,8 @@ def _are_equal(job: MergeJob, names: Iterable[str], sides: Sides) -> bool:
 def _equal_changes(job: MergeJob, one: Change, other: Change) -> bool:
     if [indices for _, indices in one.rows] != [indices for _, indices in other.rows]:
         return False
+    if job.methods and one.weights != other.weights:
+        return False
     if len(one.additions) != len(other.additions) or (one.value is None) != (other.value is None):
         return False
     vectors = [[(spec.folder, scale) for spec, scale in each.vectors] for each in (one, other)]
@@ -357,6 +359,9 @@ def _foldable(job: MergeJob, names: list[str]) -> bool:
     rows = [index for change in changes for _, indices in change.rows for index in indices]
     if any(_is_saved(job, name) for name in names) or len(set(rows)) != len(rows):
         return False
+    weights = {pair for change in changes for pair in change.weights.items()}
+    if job.methods and len(weights) > len(dict(weights)):
+        return False  # one adapter has several
     return all(job.same_bytes(valued[0].value, change.value) for change in valued)
 
 
@@ -367,6 +372,7 @@ def _sum(job: MergeJob, changed: list[str]) -> Change:
     return replace(
         valued,
         additions=[factors for change in changes for factors in change.additions],
+        weights={n: weight for change in changes for n, weight in change.weights.items()},
         vectors=[vector for change in changes for vector in change.vectors],
         rows=[row for change in changes for row in change.rows],
         adapters=list(dict.fromkeys(name for change in changes for name in change.adapters)),

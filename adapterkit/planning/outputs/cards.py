@@ -34,8 +34,13 @@ class Merged(NamedTuple):
     part: str = ""  # of a pipeline
 
 
-def merged_card(base: Folder, adapters: Sequence[Merged], library: str = "transformers") -> str:
-    """The card of a merged model."""
+SUM = "Σ weight · scale · b @ a"
+
+
+def merged_card(
+    base: Folder, adapters: Sequence[Merged], library: str = "transformers", delta: str = SUM
+) -> str:
+    """The card of a merged model; `delta`: what was added to its weights."""
     ids = [hub_id_or_name(base), *(hub_id_or_name(adapter.folder) for adapter in adapters)]
     ids = list(dict.fromkeys(ids)) if library == "diffusers" else ids
     metadata = ["base_model:", *(f"- {json.dumps(name)}" for name in ids)]
@@ -48,8 +53,8 @@ def merged_card(base: Folder, adapters: Sequence[Merged], library: str = "transf
     names = [plain(name) for name in ids]
     body = [
         (
-            f"Made by adapterkit {__version__} from the files: W' = round(W + Σ weight · scale · b "
-            "@ a), each weight rounded once."
+            f"Made by adapterkit {__version__} from the files: W' = round(W + {delta}), each "
+            "weight rounded once."
         ),
         f"The changes of each tensor, and the hash of every file, are in `{RECEIPT}`; "
         "`adapterkit verify .` checks it.",

@@ -152,8 +152,7 @@ def plan_shard(
     """One output file of these steps, quantized weights in their format or as floats; streamed
     where nothing is decoded. `header`: of the base's file."""
     if keep_format and not any(
-        (isinstance(step.source, QuantizedWeight) and step.edits) or step.compensation
-        for step in steps
+        (isinstance(step.source, QuantizedWeight) and step.edits) or step.is_whole for step in steps
     ):
         plain = [part for step in steps for part in _stored_steps(step)]
         by_key = {step.key: step for step in plain}
@@ -172,9 +171,9 @@ def plan_shard(
 def plan_laid_out(
     layout: ShardLayout, steps: Sequence[Step], metadata: dict[str, str]
 ) -> OutputFile:
-    """One output file of these steps of floats, in this order; streamed where none is rounded with
-    compensation."""
-    if not any(step.compensation for step in steps):
+    """One output file of these steps of floats, in this order; streamed where none is computed
+    whole."""
+    if not any(step.is_whole for step in steps):
         return OutputFile(layout, tuple(steps))
     tasks = [task for step in steps for task in _tasks(step, keep_format=False)]
     return OutputFile.computed(layout.file, tasks, metadata)
