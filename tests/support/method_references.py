@@ -294,7 +294,6 @@ def regmean(deltas, weights, options):
     return linear(outputs, weights, options) @ linear(covariances, weights, options).inverse()
 
 
-<<<<<<< HEAD
 def regspan(deltas, weights, options):
     """The least squares of the outputs themselves, by a dense solver; the ridge as rows of it."""
     if min(weights) < 0:
@@ -313,8 +312,6 @@ def regspan(deltas, weights, options):
     return linear(deltas, c.tolist(), options)
 
 
-BY_FACTORS = ("core_space", "pico")  # other factors of the same deltas: another result
-=======
 def gta(deltas, weights, options):
     pruned = []
     for i, d in enumerate(deltas):
@@ -345,7 +342,6 @@ def gta(deltas, weights, options):
     return options.factor * total
 
 
->>>>>>> 47607d8 (merge --method: what a method of combine makes of several adapters is added without a refit, and rounded once; gta, mergekit's rule)
 REFERENCES = {name: globals()[name] for name in METHODS if name in globals()}
 VARIANTS = [
     {},

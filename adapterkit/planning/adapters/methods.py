@@ -36,7 +36,7 @@ def resolved_weights(
     others."""
     equal = [1.0] * len(given)
     other = "--weights" if file else "--weight-for" * bool(tuple(weight_for))
-    if other and method.resolve_weights(equal) != equal:
+    if other and (method.resolve_weights(equal) != equal or method.over != "module"):
         raise Refused(
             f"{other}, and an option of the method that sets the weights too",
             expected="one of them",
