@@ -107,8 +107,12 @@ def _imports(node: ast.AST) -> Iterator[str]:
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
         yield node.module
-    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("importorskip"):
-        yield ast.literal_eval(node.args[0])
+    elif (
+        isinstance(node, ast.Call)
+        and ast.unparse(node.func).endswith("importorskip")
+        and isinstance(node.args[0], ast.Constant)
+    ):
+        yield str(node.args[0].value)
 
 
 def functions() -> int:
