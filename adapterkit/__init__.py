@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.diff import diff as diff
     from adapterkit.verbs.edit import edit as edit
     from adapterkit.verbs.extract import extract as extract
+    from adapterkit.verbs.fit import fit as fit
     from adapterkit.verbs.init import init as init
     from adapterkit.verbs.inspect import inspect as inspect
     from adapterkit.verbs.loftq import loftq as loftq

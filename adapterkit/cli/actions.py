@@ -84,6 +84,20 @@ def report(verb: type[Verb], adapters: Any, as_json: bool, quiet: bool, **option
             click.echo(f"next: {advice['command']}")
 
 
+def fit(
+    verb: type[Verb], base: str, adapters: Any, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Fit weights, and print the losses that are held out, what was written and why."""
+    with ProgressBar(quiet or options["dry_run"], "batches") as bar:
+        result = function_of(verb)(base, adapters, progress=bar, **options)
+    if as_json:
+        print_json(result)
+    elif not quiet:
+        from adapterkit.reports.tables import fit_table
+
+        click.echo("\n".join(fit_table(result)))
+
+
 def verify(verb: type[Verb], folder: str, as_json: bool, quiet: bool, **options: object) -> None:
     """Print what was checked of an output."""
     with ProgressBar(quiet) as bar:
@@ -250,6 +264,7 @@ ACTIONS: dict[str, Callable[..., Any]] = {
     "diagnose": diagnose,
     "diff": diff,
     "finish": finish,
+    "fit": fit,
     "inspect": inspect,
     "report": report,
     "rerun": rerun,
@@ -262,6 +277,7 @@ OWN_OPTIONS = {
     "diagnose": [json_option, quiet_option],
     "diff": [json_option, QUIET_DIFF],
     "finish": [json_option, quiet_option],
+    "fit": [json_option, quiet_option],
     "inspect": [
         json_option,
         click.Option(["--modules"], is_flag=True, help="List all modules, one a line."),

@@ -78,13 +78,14 @@ def write_plan(
 
 
 class ProgressBar:
-    """Bytes done with an ETA, on a terminal only; called from several threads."""
+    """Bytes or other units done with an ETA, on a terminal only; called from several threads."""
 
-    def __init__(self, quiet: bool):
+    def __init__(self, quiet: bool, unit: str = "B"):
         from tqdm import tqdm
 
         # disable=None: silent off a terminal
-        self.bar = tqdm(unit="B", unit_scale=True, leave=False, disable=quiet or None)
+        more = {"unit": unit, "unit_scale": unit == "B", "leave": False}
+        self.bar = tqdm(**more, disable=quiet or None)
         self.lock = threading.Lock()
 
     def __enter__(self) -> "ProgressBar":

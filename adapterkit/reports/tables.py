@@ -133,6 +133,32 @@ def _align(rows: list[list[str]], left: int) -> list[str]:
     return lines
 
 
+def fit_table(document: Json) -> list[str]:
+    """A fit's losses that are held out, its steps and weights; of a dry run its sizes."""
+    notes = [f"note: {note}" for note in document["notes"]]
+    if "losses" not in document:
+        totals = document["totals"].items()
+        return [*_align([[n.replace("_", " "), f"{v:,}"] for n, v in totals], 1), *notes]
+    steps = {step["per"]: step for step in document["steps"]}
+    table = [["held out, nats per token", *document["files"], "value", ""]]
+    for row in document["losses"]:
+        step, text = steps.get(row["row"]), ""
+        if step is not None:
+            verdict = "kept" if step["kept"] else "not kept"
+            text = f"{step['gain']:+.4f} ± {step['error']:.4f}, {verdict}"
+        name = f"a weight for each {row['row']}" if step else row["row"]
+        values = [f"{value:.4f}" for value in (*row["files"], row["value"])]
+        table.append([name, *values, text])
+    spread = [["weights", "mean", "spread", "least", "most"]]
+    for one in document["spread"]:
+        values = (one[name] for name in ("mean", "std", "low", "high"))
+        spread.append([one["adapter"], *(f"{value:.3f}" for value in values)])
+    written = document["written"]
+    what = "the start" if written["per"] == "start" else f"weights for each {written['per']}"
+    last = f"{document['out']}: {what}; {written['reason']}"
+    return [*_align(table, 1), "", *_align(spread, 1), "", last, *notes]
+
+
 def _metrics(result: Json) -> list[tuple[str, str]]:
     """(name, text) of all kinds of results; those with an empty text are not printed."""
     count = len(result["shards"])

@@ -19,7 +19,7 @@ from adapterkit.checkpoint.output.stage import WORK, Workspace
 from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.checkpoint.reader import Sources, changed
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import Failed, Refused, listed, shown
+from adapterkit.errors import Failed, Problems, Refused, listed, shown
 from adapterkit.hub.ids import is_on_hub, place_on_hub
 from adapterkit.options import Progress, StrPath, files
 from adapterkit.plan import Effort, OutputFile, Plan
@@ -230,7 +230,8 @@ def plan_statistics(
     drawn = draw_records(data, options.samples, options.seed)
     with Sources((folder,), {}) as sources:
         stored = StoredModel(base, sources, torch.device("cpu"), buffers=False)
-        samples = _samples(folder, stored.model, drawn.records, options)
+        needs_loss = "--what" if "gradient" in options.what else ""
+        (samples,) = samples_of(folder, stored.model, [drawn.records], options.length, needs_loss)
         check_options(options)
         batches = samples.batches(1 if takes_rows(options) else options.batch)
         job = CollectionJob(stored, options, batches)
@@ -281,7 +282,13 @@ def _unseen(modules: list[str], metrics: dict[str, dict]) -> list[str]:
     return [f"no statistics of {listed(unseen)}: they saw no token that counts"] if unseen else []
 
 
-def _samples(folder: Folder, model: Any, records: list[Record], options: StatsOptions) -> Samples:
+def samples_of(
+    folder: Folder,
+    model: Any,
+    records: Sequence[list[Record]],
+    length: int | None,
+    needs_loss: str = "",  # what asks for the model's loss
+) -> list[Samples]:
     """The samples of a model of texts; `Refused` for another, or where it has fewer positions."""
     name = type(model).__name__
     if model.main_input_name != "input_ids":
@@ -300,24 +307,31 @@ def _samples(folder: Folder, model: Any, records: list[Record], options: StatsOp
             hint="add it to the config",
         )
     positions = _positions(model)
-    if options.length is not None and options.length > positions:
+    if length is not None and length > positions:
         raise Refused(
-            f"--length {options.length} is too long",
+            f"--length {length} is too long",
             expected=f"at most {positions}, the positions of {name}",
             where="options",
             hint="give a smaller --length",
         )
-    needs_tokenizer = any(record.kind != "tokens" for record in records)
-    if "gradient" in options.what:
-        _check_loss(model, needs_tokenizer)
-    return tokenize(
-        records,
-        load_tokenizer(folder) if needs_tokenizer else None,
-        min(options.length or LENGTH, positions),
-        model.get_input_embeddings().weight.shape[0],
-        pad=getattr(config.get_text_config(), "pad_token_id", None),
-        is_encoder_decoder=config.is_encoder_decoder,
-    )
+    needs_tokenizer = any(record.kind != "tokens" for its in records for record in its)
+    if needs_loss:
+        _check_loss(model, needs_tokenizer, needs_loss)
+    tokenizer = load_tokenizer(folder) if needs_tokenizer else None
+    errors, found = Problems(), []
+    for its in records:
+        with errors.collected():
+            samples = tokenize(
+                its,
+                tokenizer,
+                min(length or LENGTH, positions),
+                model.get_input_embeddings().weight.shape[0],
+                pad=getattr(config.get_text_config(), "pad_token_id", None),
+                is_encoder_decoder=config.is_encoder_decoder,
+            )
+            found.append(samples)
+    errors.raise_all()
+    return found
 
 
 def _shape(job: CollectionJob, module: str) -> tuple[int, int]:
@@ -383,14 +397,14 @@ def _positions(model: Any) -> int:
     return positions - max(first, default=0) if isinstance(positions, int) else 2**31 - 1
 
 
-def _check_loss(model: Any, is_text: bool) -> None:
+def _check_loss(model: Any, is_text: bool, where: str) -> None:
     """`Refused` where labels are no tokens, or tokens that the model sees."""
     name = type(model).__name__
     if model.get_output_embeddings() is None:
         raise Refused(
-            f"{name} predicts no tokens, so it has no gradients of their loss",
+            f"{name} predicts no tokens, so it has no loss of them",
             expected="a model with a loss of its tokens, such as a causal LM",
-            where="--what",
+            where=where,
             hint="collect them in Python: adapterkit.runtime.collect(model, run_model)",
         )
     if is_text and name.endswith("ForMaskedLM"):

@@ -3,7 +3,7 @@
 # The verbs by section of the help
 SECTIONS = {
     "Models": ("merge", "extract", "init", "stats"),
-    "Adapters": ("convert", "combine", "subtract", "arrow", "resize", "rebase", "edit"),
+    "Adapters": ("convert", "combine", "fit", "subtract", "arrow", "resize", "rebase", "edit"),
     "Quantization": ("quantize", "dequantize", "loftq"),
     "Plan files and pipelines": ("run", "finish"),
     "Inspection": ("inspect", "report", "check", "diff", "verify", "rerun", "diagnose"),

@@ -19,6 +19,7 @@ PACKAGE = Path(adapterkit.__file__).parent
 LEVELS = [
     "cli integrations __main__",
     "jobs",
+    "fitting",
     "runtime",
     "reports",
     "statistics",

@@ -21,7 +21,8 @@ def calls(cached_folder, tmp_path_factory):
     one, two = root / "a1", root / "a2"
     adapterkit.quantize(base, to="nf4", out=root / "nf4")
     adapterkit.merge(base, one, out=root / "tuned")
-    ids = write_rows(root / "ids.jsonl", {"input_ids": [4, 5, 6]}, {"input_ids": [7]})
+    rows = [{"input_ids": [4, 5, 6]}, {"input_ids": [7]}]
+    ids = write_rows(root / "ids.jsonl", *rows, *({"input_ids": [n, 5]} for n in range(4)))
     return {
         "arrow": ([[one, two]], {}),
         "check": ([one], {"program": "vllm"}),
@@ -32,6 +33,7 @@ def calls(cached_folder, tmp_path_factory):
         "diff": ([one, two], {}),
         "edit": ([one], {"title": "one"}),
         "extract": ([base, root / "tuned"], {"rank": 2}),
+        "fit": ([base, [one, two]], {"data": ids, "samples": 4, "per": "adapter", "ridge": 1}),
         "init": ([base], {"method": "pissa", "rank": 2, "targets": "q_proj"}),
         "inspect": ([one], {}),
         "loftq": ([base], {"rank": 2, "iterations": 1, "targets": "q_proj", "block_size": 64}),

@@ -101,12 +101,15 @@ def take_base(state: State, adapter: Attached, stored: Adapter) -> None:
 
 def join(state: State, source: StrPath) -> StoredAdapter:
     """Read an adapter's headers and find the module of each of its tensors."""
-    return _join(state, open_adapter(source))
+    return join_folder(state, open_adapter(source))
 
 
-def _join(state: State, folder: Folder, *, beside: bool = False) -> StoredAdapter:
-    """`beside`: of initial factors, for the layers as their adapter has them."""
-    adapter = read_adapter(folder, 0, check_live_config)
+def join_folder(
+    state: State, folder: Folder, number: int = 0, *, beside: bool = False
+) -> StoredAdapter:
+    """`join` of a folder, which has a number among several. `beside`: of initial factors, for the
+    layers as their adapter has them."""
+    adapter = read_adapter(folder, number, check_live_config)
     config = LoraConfig.from_peft(adapter.config, adapter.where)
     if not beside:
         replicate(state, config.layer_replication, adapter.where)
@@ -305,7 +308,7 @@ def _subtract_stored(
     state: State, adapter: Adapter, folder: Folder, parts: list[tuple[str, Part]]
 ) -> None:
     """Give parts the initial factors of the folder beside their adapter."""
-    initial = read_parts(state, _join(state, folder, beside=True), "initial", None)
+    initial = read_parts(state, join_folder(state, folder, beside=True), "initial", None)
     own, others = (
         {(path, part.role): part for path, part in each if isinstance(part, FactorsPart)}
         for each in (parts, initial)

@@ -5,8 +5,8 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Sample:
 
     tokens: tuple[int, ...]
     labels: tuple[int, ...]
+    where: str = field(default="", compare=False)  # in its file
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,10 @@ class Samples:
         """
         order = sorted(self.samples, key=lambda s: (-len(s.tokens), -len(s.labels)))
         starts = range(0, len(order), size)
-        return [self._batch(order[start : start + size]) for start in starts]
+        return [self.batch(order[start : start + size]) for start in starts]
 
-    def _batch(self, samples: list[Sample]) -> dict[str, Tensor]:
+    def batch(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Some of the samples, a row each."""
         tokens = [sample.tokens for sample in samples]
         return {
             "input_ids": _padded(tokens, self.pad),
@@ -153,7 +155,7 @@ def tokenize(
         elif all(label == IGNORED for label in sample.labels) or not sample.tokens:
             uncounted += 1
         else:
-            samples.append(sample)
+            samples.append(replace(sample, where=record.where))
     errors.raise_all()
     if not samples:
         raise Refused(

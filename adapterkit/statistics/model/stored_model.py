@@ -25,15 +25,21 @@ from adapterkit.weights.parameters import StoredParameter
 
 
 class StoredModel:
-    """The model of a checkpoint, as transformers builds it: in its config's dtype, or that of its
-    first stored floats; in eval mode, without a cache.
+    """The model of a checkpoint, as transformers builds it: in `dtype`, else its config's, or that
+    of its first stored floats; in eval mode, without a cache.
 
     Without `buffers` no weights are read. `Refused` for a model that transformers does not know or
     cannot build, and for parameters of another shape.
     """
 
     def __init__(
-        self, base: Checkpoint, sources: Sources, device: torch.device, *, buffers: bool = True
+        self,
+        base: Checkpoint,
+        sources: Sources,
+        device: torch.device,
+        *,
+        buffers: bool = True,
+        dtype: torch.dtype | None = None,
     ):
         self.base, self.device, self.notes = decoded_view(base), device, []
         self.names = Names(self.base, build_model=True, notes=self.notes)
@@ -46,7 +52,7 @@ class StoredModel:
                 hint="; ".join(self.notes) or "update transformers",
             )
         config = copy.deepcopy(skeleton.model.config)
-        self.dtype = self._dtype(config)
+        self.dtype = dtype or self._dtype(config)
         self.model = _without_data(type(skeleton.model), config, self.dtype)
         self.model.requires_grad_(False)
         self._reader = LocalReader(sources, device, dtype=None)

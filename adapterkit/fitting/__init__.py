@@ -1,0 +1,2 @@
+"""Weights of adapters chosen by data: the model runs with all of them, and their weights get
+gradients."""

@@ -1,0 +1,106 @@
+"""fit: the plan, the steps, the file of weights and what is said of them."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterkit.adapters.weights_file import Weight, WeightsFile, write_weights
+from adapterkit.checkpoint.system import quarter_of_memory
+from adapterkit.fitting.journal import Journal
+from adapterkit.fitting.objective import Objective, TeacherObjective
+from adapterkit.fitting.plan import FitPlan, planned
+from adapterkit.fitting.runs import Runs
+from adapterkit.fitting.staircase import Staircase
+from adapterkit.records import Json
+from adapterkit.verbs.fit import WeightFit
+
+VERSION = 1
+DIGITS = 6  # of a weight
+
+
+def fit_weights(options: WeightFit) -> Json:
+    """WeightFit weights and write them; what is said of them."""
+    began, out = time.monotonic(), Path(options.out)
+    with planned(options) as plan:
+        document: Json = {"fit": VERSION, "out": str(out), "totals": plan.totals}
+        document["notes"] = list(dict.fromkeys(plan.notes))
+        if options.dry_run:
+            return document
+        journal = Journal.beside(out, _job(plan), options.resume)
+        make = TeacherObjective if options.target == "teacher" else Objective
+        memory = int(options.memory or quarter_of_memory())
+        step = lambda: options.progress(1)
+        runs = Runs(
+            plan.stored, plan.mixture, plan.units, make(plan.stored.model), plan.whole,
+            journal.folder, memory, step,
+        )  # fmt: skip
+        stairs = Staircase(plan, runs, journal)
+        with runs.ready():
+            c, kept = stairs.climb()
+        document |= _outcome(stairs, c, kept) | {"seconds": round(time.monotonic() - began, 1)}
+        write_weights(_weights(plan, c, kept, document), out)
+        journal.close()
+    return document
+
+
+def _job(plan: FitPlan) -> Json:
+    """What tells a fit from another."""
+    given = plan.options.recipe()
+    adapters = [dict(one.files) for one in plan.adapters]
+    base = plan.base.fingerprint
+    return {"options": given, "adapters": adapters, "base": base, "data": plan.data}
+
+
+def _outcome(stairs: Staircase, c: Tensor, kept: str) -> Json:
+    """The table of losses, the steps, the spread of the weights, what was written and why."""
+    plan, held = stairs.plan, stairs.held
+    rows = [
+        {"row": name, "files": held.by_file(losses).tolist(), "value": held.value(losses)}
+        for name, losses in stairs.rows.items()
+    ]
+    spread = []
+    owners = torch.tensor([owner[0] for owner in plan.mixture.owners])
+    for number, adapter in enumerate(plan.adapters):
+        own = c[owners == number]
+        low, high = own.aminmax()
+        values = {"mean": own.mean(), "std": own.std(correction=0), "low": low, "high": high}
+        spread.append({"adapter": adapter.name} | {k: float(v) for k, v in values.items()})
+    last = next((step for step in reversed(stairs.steps) if step["kept"]), None)
+    reason = "no step lowers the loss held out by more than its standard error"
+    if last is not None:
+        reason = (
+            f"one weight for each {kept} lowers the loss held out by {last['gain']:.3g}, more than "
+            f"its standard error of {last['error']:.3g}"
+        )
+    return {
+        "files": plan.names,
+        "losses": rows,
+        "steps": stairs.steps,
+        "spread": spread,
+        "written": {"per": kept, "reason": reason},
+    }
+
+
+def _weights(plan: FitPlan, c: Tensor, kept: str, document: Json) -> WeightsFile:
+    """The file, of rounded weights."""
+    mixture, count = plan.mixture, len(plan.adapters)
+    numbers = [float(f"{value:.{DIGITS}g}") for value in c.tolist()]
+    owners = torch.tensor([owner[0] for owner in mixture.owners])
+    means = [float(c[owners == number].mean()) for number in range(count)]
+    default = tuple(float(f"{value:.{DIGITS}g}") for value in means)
+    modules = {}
+    for place in mixture.places if kept in ("layer", "module", "direction") else ():
+        at = place.first
+        own: list[Weight] = list(default)
+        for number, size in zip(place.members, place.counts(mixture.directions), strict=True):
+            values = numbers[at : at + size]
+            own[number] = tuple(values) if kept == "direction" else values[0]
+            at += size
+        modules[place.name] = tuple(own)
+    per: Any = "adapter" if kept == "start" else kept
+    provenance = {key: document[key] for key in ("losses", "steps", "written", "seconds")}
+    provenance |= {"options": plan.options.recipe(), "data": plan.data}
+    return WeightsFile(tuple(plan.adapters), default, modules, per, plan.base, provenance)

@@ -1,0 +1,116 @@
+"""What adapters are weighed by: the loss of the tokens that count, or how far the predictions are
+from those of each file's own adapter."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapterkit.statistics.data.masks import IGNORED
+from adapterkit.statistics.model.coroutines import Coroutine
+
+if TYPE_CHECKING:
+    from adapterkit.fitting.runs import FitBatch
+
+STATES = 0.1  # weight of the last hidden states beside the predictions
+LARGEST = 65504.0  # of float16
+
+
+@dataclass
+class Objective:
+    """The model's own loss of each sample, the mean over its tokens that count, in nats.
+
+    Labels are those of the batch: of a causal model the next tokens, else of the same place; of
+    whole inputs, such as images, one for each."""
+
+    model: Any
+
+    @property
+    def has_decoder(self) -> bool:
+        """Its inputs are made of the labels."""
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    @property
+    def is_causal(self) -> bool:
+        others = ("ForMaskedLM", "Classification")  # labels of the same place, or of the whole
+        own = any(word in type(self.model).__name__ for word in others)
+        return not self.has_decoder and not own
+
+    def logits(self, batch: "FitBatch") -> Tensor:
+        """(rows, tokens, vocabulary), at least float32."""
+        given = batch.inputs.items()
+        inputs = {key: value for key, value in given if key != "labels" or self.has_decoder}
+        logits = self.model(**inputs).logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def losses(self, batch: "FitBatch") -> Tensor:
+        """(rows,)"""
+        logits, labels = self.logits(batch), batch.inputs["labels"]
+        if labels.ndim < 2:  # one for each input
+            return F.cross_entropy(logits, labels, reduction="none")
+        if self.is_causal:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        options = {"ignore_index": IGNORED, "reduction": "none"}
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, **options)
+        return losses.sum(1) / (labels != IGNORED).sum(1)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """What it needs of the model's calls is seen meanwhile."""
+        yield
+
+
+@dataclass
+class TeacherObjective(Objective):
+    """KL(p ‖ q) of each sample, the mean over the places whose label counts, and STATES·‖h - t‖² /
+    ‖t‖² of the last hidden states; p and t are those of a teacher, of which the states alone are
+    kept, in 16 bits: the head makes its predictions of them again, beside the others'."""
+
+    states: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    seen: dict[Coroutine | None, Tensor] = field(default_factory=dict)  # by the pass
+    added: dict[Coroutine | None, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        head: nn.Module = self.model.get_output_embeddings()
+
+        def see(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            one, (x,) = Coroutine.current(), args
+            self.seen[one] = x
+            other = self.added.get(one)
+            return (x if other is None else torch.cat([x, other.to(x)]),)
+
+        hook = head.register_forward_pre_hook(see)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def look(self, batch: "FitBatch") -> Tensor:
+        """Keep the states of a batch, with the teacher acting; (rows,) zeros."""
+        self.logits(batch)
+        states = self.seen.pop(Coroutine.current()).detach()
+        short = torch.float16 if float(states.abs().max()) < LARGEST else torch.bfloat16
+        self.states[batch.samples] = states.to("cpu", short)
+        return torch.zeros(len(states))
+
+    def losses(self, batch: "FitBatch") -> Tensor:
+        """(rows,)"""
+        one, states = Coroutine.current(), self.states[batch.samples]
+        self.added[one] = states
+        logits, theirs = self.logits(batch).chunk(2)
+        del self.added[one]
+        own, states = self.seen.pop(one), states.to(logits)
+        counts = batch.inputs["labels"] != IGNORED
+        if self.is_causal:
+            logits, theirs, counts = logits[:, :-1], theirs[:, :-1], counts[:, 1:]
+            own, states = own[:, :-1], states[:, :-1]
+        p, q = theirs.log_softmax(-1), logits.log_softmax(-1)
+        apart = (p.exp() * (p - q)).sum(-1)
+        error = ((own - states) * counts[..., None]).square().sum((1, 2))
+        size = (states * counts[..., None]).square().sum((1, 2))
+        return (apart * counts).sum(1) / counts.sum(1) + STATES * error / size

@@ -1,0 +1,315 @@
+"""What a fit will do, complete before the model runs: samples and their parts, adapters, numbers of
+weights; every refusal is here."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.adapters.weights_file import NamedAdapter, WeightsBase, named_adapter, read_weights
+from adapterkit.checkpoint.fingerprint import difference, fingerprint
+from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.engines.device import pick_device
+from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
+from adapterkit.fitting.mixture import Mixture
+from adapterkit.fitting.objective import Objective
+from adapterkit.fitting.runs import FitBatch
+from adapterkit.options import files, weighted
+from adapterkit.planning.adapters.joined_values import delta_problems
+from adapterkit.planning.inputs.sources import open_adapter, open_model, weight_of
+from adapterkit.records import Json
+from adapterkit.runtime.load.reading import StoredAdapter
+from adapterkit.statistics.data.masks import IGNORED
+from adapterkit.statistics.data.records import draw_records
+from adapterkit.statistics.data.samples import Sample, Samples
+from adapterkit.statistics.model.layers import Units
+from adapterkit.statistics.model.stored_model import StoredModel
+from adapterkit.statistics.plan import samples_of
+from adapterkit.verbs.fit import LEVELS, WeightFit
+
+ROWS, TOKENS = 8, 2048  # of a batch, at most
+
+
+@dataclass(frozen=True)
+class SamplePart:
+    """Samples of one part, in the order in which they run."""
+
+    name: str
+    batches: list[FitBatch]
+    files: Tensor  # (samples,): numbers of their files
+    tokens: Tensor  # (samples,): how many of each count
+    weights: Tensor  # (samples,): their shares of these of their files
+    where: list[str]
+
+    @classmethod
+    def of(
+        cls, name: str, parts: Sequence[tuple[Samples, list[Sample]]], shift: int, first: int
+    ) -> "SamplePart":
+        """Of files; the samples are numbered from `first`."""
+        order = lambda s: (-len(s.tokens), -len(s.labels))
+        every = [
+            (n, sample) for n, (_, its) in enumerate(parts) for sample in sorted(its, key=order)
+        ]
+        tokens = torch.tensor([sum(x != IGNORED for x in s.labels[shift:]) for _, s in every])
+        files = torch.tensor([number for number, _ in every])
+        weights = tokens.double() / files.bincount(tokens)[files]
+        batches, at = [], 0
+        while at < len(every):
+            number, longest = every[at]
+            rows = max(1, min(ROWS, TOKENS // len(longest.tokens)))
+            own = [sample for n, sample in every[at : at + rows] if n == number]
+            places = range(at, at + len(own))
+            inputs = parts[number][0].batch(own)
+            numbers = tuple(first + place for place in places)
+            batches.append(FitBatch(inputs, weights[at : at + len(own)], numbers, number))
+            at += len(own)
+        return cls(name, batches, files, tokens, weights, [s.where for _, s in every])
+
+
+@dataclass
+class FitPlan:
+    """A model, the adapters on it, and samples for the fit and to be held out."""
+
+    options: WeightFit
+    stored: StoredModel
+    units: Units
+    mixture: Mixture
+    adapters: list[NamedAdapter]
+    base: WeightsBase
+    start: list[float]
+    names: list[str]  # of the files
+    shares: Tensor  # of the files
+    train: SamplePart
+    held: SamplePart
+    data: Json
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        return self.options.whole or not self.units.has_layers
+
+    @cached_property
+    def totals(self) -> Json:
+        """What a dry run prints."""
+        levels = LEVELS[: LEVELS.index(self.options.per) + 1]
+        weights = {f"weights_per_{level}": self.weights(level) for level in levels}
+        return {
+            "samples": len(self.train.where),
+            "samples_held_out": len(self.held.where),
+            "tokens_counted": int(self.train.tokens.sum()),
+            "batches": len(self.train.batches),
+            "modules": len(self.mixture.places),
+            **weights,
+        }
+
+    def weights(self, level: str) -> int:
+        """How many a level has."""
+        directions = level == "direction"
+        if level in ("module", "direction"):
+            return sum(sum(place.counts(directions)) for place in self.mixture.places)
+        ends = {"adapter": 1, "layer": 2}[level]
+        return len({owner[:ends] for owner in self.mixture.owners})
+
+
+@contextmanager
+def planned(options: WeightFit) -> Iterator[FitPlan]:
+    """The plan of a fit, the base's files open; `Refused` with all that is wrong."""
+    errors, out = Problems(), Path(options.out)
+    with errors.collected():
+        _check_out(out, options.overwrite)
+    folder = open_model(options.base)
+    base = open_checkpoint(folder)
+    folders, names, given = _adapters(options, folder, errors)
+    drawn, shares, data_names = _drawn(options, errors)
+    device = _device(options.device)
+    dtype = torch.float32 if device.type == "cpu" else None
+    if options.dtype:
+        dtype = dtypes.torch_dtype(dtypes.parse(options.dtype))
+    with Sources((folder,), {}) as sources:
+        stored = StoredModel(base, sources, device, dtype=dtype)
+        units = Units.of(stored)
+        samples: list[Samples] = []
+        with errors.collected():
+            records = [one.records for one in drawn]
+            samples = samples_of(folder, stored.model, records, options.length, "--data")
+        with errors.collected():
+            mixture = Mixture(stored.model, tuple(folders))
+            print_of = fingerprint(base)
+            for one in mixture.adapters:
+                errors += _problems(one, print_of, folder.name)
+        shift = int(Objective(stored.model).is_causal)
+        split = [
+            _split(its, Path(name), shift, options, errors)
+            for its, name in zip(samples, data_names, strict=bool(samples))
+        ]
+        _check_split(split, samples, options, len(folders), errors)
+        errors.raise_all()
+        own = [[(s, its[i]) for s, its in zip(samples, split, strict=True)] for i in (0, 1)]
+        train = SamplePart.of("train", own[0], shift, 0)
+        held = SamplePart.of("held", own[1], shift, len(train.where))
+        yield FitPlan(
+            options=options,
+            stored=stored,
+            units=units,
+            mixture=mixture,
+            adapters=[named_adapter(n, f) for n, f in zip(names, folders, strict=True)],
+            base=WeightsBase(folder.name, print_of),
+            start=given,
+            names=[Path(name).name for name in data_names],
+            shares=torch.tensor(shares, dtype=torch.float64) / sum(shares),
+            train=train,
+            held=held,
+            data={"files": [one.files for one in drawn], "sha256": [s.digest for s in samples]},
+            notes=[n for one in (*drawn, *samples) for n in one.notes] + stored.notes,
+        )
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """`Refused` where the output is there, or is something else."""
+    if not out.exists():
+        return
+    read_weights(LocalFolder(out))
+    if not overwrite:
+        raise Refused(
+            "there is a file of weights already",
+            expected="a new name",
+            where=str(out),
+            hint="choose another --out, or give --overwrite",
+        )
+
+
+def _device(name: str) -> torch.device:
+    """The GPU where there is one, unless another one is named."""
+    return pick_device("cuda" if name == "auto" and torch.cuda.is_available() else name)
+
+
+def _adapters(
+    options: WeightFit, base: Folder, errors: Problems
+) -> tuple[list[Folder], list[str], list[float]]:
+    """The adapters' folders, names, and the weights to begin with."""
+    folders, names, weights = [], [], []
+    for source, weight in weighted(options.adapters):
+        with errors.collected():
+            path, own = weight_of(source) if weight is None else (source, weight)
+            folders.append(open_adapter(path, base))
+            names.append(str(path))
+            weights.append(None if weight is None and str(path) == str(source) else own)
+    given = [weight for weight in weights if weight is not None]
+    if not weights:
+        errors.add("no adapters were given", "one or more", "name the adapters", where="fit")
+    if given and len(given) < len(weights):
+        errors.add(
+            f"weights of {len(given)} of {len(weights)} adapters",
+            "weights of all, or none",
+            "give ADAPTER=WEIGHT for each",
+            where="adapters",
+        )
+    return folders, names, given or [1 / max(len(weights), 1)] * len(weights)
+
+
+def _drawn(options: WeightFit, errors: Problems) -> tuple[list, list[float], list[str]]:
+    """Records of each file, as many as its share says; the shares, and the files' names."""
+    pairs = []
+    for path in files(options.data):
+        with errors.collected():
+            pairs.append(weight_of(path))
+    wrong = [name for name, share in pairs if share <= 0]
+    if wrong:
+        errors.add(f"shares of {listed(wrong)}", "numbers above 0", "give FILE=2", where="--data")
+    total = sum(share for _, share in pairs if share > 0)
+    drawn = []
+    for name, share in pairs:
+        with errors.collected():
+            count = max(1, round(options.samples * max(share, 0) / total))
+            drawn.append(draw_records([name], count, options.seed))
+    errors.raise_all()
+    return drawn, [share for _, share in pairs], [name for name, _ in pairs]
+
+
+def _problems(one: StoredAdapter, base: str, name: str) -> list[AdapterkitError]:
+    """Why an adapter's change is not its weight times one delta on this base."""
+    adapter, errors = one.adapter, Problems(delta_problems(one.adapter), where=one.adapter.label)
+    values = {
+        "modules that were trained whole": list(one.values.copies),
+        "biases that were trained": list(one.values.biases),
+        "rows of tokens": [rows.module for rows in one.values.rows],
+        "biases of factors": [lora.module for lora in adapter.loras if lora.bias is not None],
+    }
+    for what, names in values.items():
+        if names:
+            problem = f"{what}, which a weight does not scale: {listed(names)}"
+            errors.add(problem, "factors alone", "leave the adapter out, or merge it first")
+    if one.config.invocation_tokens:
+        errors.add(
+            "it acts from its invocation on (aLoRA)", "adapters of all tokens", "leave it out"
+        )
+    made_for = adapter.base_fingerprint
+    if made_for is not None and difference(made_for, base) == "values":
+        errors.add(
+            f"it was made for a base with other values than {shown(name)} "
+            f"(fingerprint {made_for}, not {base})",
+            "adapters of this base",
+            "give the base that they were trained on",
+        )
+    return list(errors)
+
+
+def _split(
+    samples: Samples, path: Path, shift: int, options: WeightFit, errors: Problems
+) -> tuple[list[Sample], list[Sample]]:
+    """The samples of one file that are fitted to, and those that are held out."""
+    own = [s for s in samples.samples if any(x != IGNORED for x in s.labels[shift:])]
+    if len(own) < 2:
+        errors.add(
+            f"{len(own)} samples with tokens that count",
+            "2 or more, one of them to be held out",
+            "raise --samples, or give a file with more of them",
+            where=shown(path),
+        )
+    random.Random(options.seed).shuffle(own)
+    held = min(max(1, round(options.hold * len(own))), len(own) - 1)
+    return own[held:], own[:held]
+
+
+def _check_split(
+    split: Sequence[tuple[list[Sample], list[Sample]]],
+    samples: Sequence[Samples],
+    options: WeightFit,
+    adapters: int,
+    errors: Problems,
+) -> None:
+    """Errors of samples that are the same, and where files and adapters have to go together."""
+    train = {(s.tokens, s.labels): s.where for own, _ in split for s in own}
+    for held in (s for _, own in split for s in own):
+        if (held.tokens, held.labels) in train:
+            errors.add(
+                f"{held.where} is held out, and the same sample as "
+                f"{train[held.tokens, held.labels]}, which is fitted to",
+                "samples that differ",
+                "remove the samples that are there twice",
+                where="--data",
+            )
+    if samples and sum(len(own) for _, own in split) < 2:
+        errors.add(
+            "one sample is held out, which has no standard error",
+            "2 or more",
+            "raise --samples or --hold",
+            where="--hold",
+        )
+    by_place = [f"--target {options.target}"] * (options.target == "teacher")
+    by_place += [f"--balance {options.balance}"] * (options.balance == "retention")
+    if by_place and samples and len(samples) != adapters:
+        errors.add(
+            f"{len(samples)} files for {adapters} adapters, with {' and '.join(by_place)}",
+            "a file for each adapter, in their order",
+            "give --data for each",
+            where="--data",
+        )

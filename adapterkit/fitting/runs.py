@@ -1,0 +1,187 @@
+"""The model with its adapters on samples: losses, and their gradients by the coefficients."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterkit.fitting.mixture import MixedModule, Mixture
+from adapterkit.fitting.objective import Objective
+from adapterkit.statistics.model.activations import ActivationStore
+from adapterkit.statistics.model.layers import Unit, Units, is_within
+from adapterkit.statistics.model.lockstep import Lockstep, Pass
+from adapterkit.statistics.model.stored_model import StoredModel
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class FitBatch:
+    """Samples of one file that run together: arguments of the model's forward, (rows, ...) each;
+    `weights` (rows,): of their losses in that of the file; `samples`: their numbers."""
+
+    inputs: Mapping[str, Tensor]
+    weights: Tensor
+    samples: tuple[int, ...]
+    file: int
+
+    def total(self, losses: Tensor) -> Tensor:
+        """The batch's share of its file's loss."""
+        return (losses * self.weights.to(losses)).sum()
+
+
+Compute = Callable[[FitBatch], Tensor]
+
+
+@dataclass
+class Runs:
+    """Runs a stored model with a mixture, whole or one layer at a time. `step`: is called for each
+    batch, of a layer's or of the model's."""
+
+    stored: StoredModel
+    mixture: Mixture
+    units: Units
+    target: Objective
+    whole: bool
+    work: Path
+    memory: int
+    step: Step
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """The adapters are attached; of a whole model all is in memory."""
+        names = self.stored.parameters() if self.whole else self.units.outside
+        device = self.stored.device if self.whole else torch.device("cpu")
+        with ExitStack() as stack:
+            self.stored.load(names, device)
+            stack.callback(self.stored.free, names)
+            stack.enter_context(self.mixture.attached())
+            stack.enter_context(self.target.watching())
+            places = self._places(None)
+            self.mixture.load(places, device, self.stored.dtype)
+            stack.callback(self.mixture.free, places)
+            if self.whole:
+                stack.enter_context(self.stored.buffers_on_device(self.stored.model))
+            yield
+
+    def _places(self, unit: Unit | None) -> list[MixedModule]:
+        """Places in a unit; of None those that are always in memory."""
+        if unit is not None:
+            return [one for one in self.mixture.places if is_within(one.path, [unit.name])]
+        outside = lambda one: self.whole or self.units.unit_of(one.path) is None
+        return list(filter(outside, self.mixture.places))
+
+    def number(self, directions: bool) -> None:
+        """Give the mixture other coefficients."""
+        self.mixture.number(directions)
+        device = self.stored.device if self.whole else torch.device("cpu")
+        self.mixture.load(self._places(None), device, self.stored.dtype)
+
+    def losses(self, c: Tensor, batches: Sequence[FitBatch]) -> Tensor:
+        """(samples,) in float64, in nats per token that counts, those of the batches in their
+        order; `c`: (coefficients,)."""
+        return self.run(c, batches, self.target.losses)[0]
+
+    def gradients(self, c: Tensor, batches: Sequence[FitBatch]) -> tuple[Tensor, Tensor]:
+        """`losses`, and of each file's loss the gradient (files, coefficients)."""
+        losses, own = self.run(c, batches, self.target.losses, gradients=True)
+        files = torch.tensor([batch.file for batch in batches])
+        rows = own.new_zeros(int(files.max()) + 1, len(c))
+        return losses, rows.index_add_(0, files, own)
+
+    def run(
+        self, c: Tensor, batches: Sequence[FitBatch], compute: Compute, gradients: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """What `compute` gives of the samples, and of each batch the gradient of its weighted sum,
+        or c."""
+        dtype = torch.promote_types(self.stored.dtype, torch.float32)
+        leaves = [c.to(dtype, copy=True).requires_grad_(gradients) for _ in batches]
+        results: list[Tensor] = [torch.empty(0)] * len(batches)
+        sums = [torch.zeros_like(leaf) if gradients else leaf for leaf in leaves]
+        run = self._run_whole if self.whole else self._run_layerwise
+        run(batches, leaves, compute, results, sums, gradients)
+        return torch.cat(results).double(), torch.stack(sums).detach().double()
+
+    def _run_whole(
+        self,
+        batches: Sequence[FitBatch],
+        leaves: list[Tensor],
+        compute: Compute,
+        results: list[Tensor],
+        sums: list[Tensor],
+        gradients: bool,
+    ) -> None:
+        for number, (batch, leaf) in enumerate(zip(batches, leaves, strict=True)):
+            self.mixture.acting = leaf
+            moved = {key: value.to(self.stored.device) for key, value in batch.inputs.items()}
+            with torch.set_grad_enabled(gradients):
+                values = compute(replace(batch, inputs=moved))
+                if gradients:
+                    (sums[number],) = torch.autograd.grad(batch.total(values), leaf)
+            results[number] = values.detach().cpu()
+            self.step()
+
+    def _run_layerwise(
+        self,
+        batches: Sequence[FitBatch],
+        leaves: list[Tensor],
+        compute: Compute,
+        results: list[Tensor],
+        sums: list[Tensor],
+        gradients: bool,
+    ) -> None:
+        reader = CoefficientsReader(self, leaves, sums, gradients)
+        by_inputs = {id(batch.inputs): number for number, batch in enumerate(batches)}
+
+        def loss(inputs: Mapping[str, Tensor]) -> Tensor | None:
+            number = by_inputs[id(inputs)]
+            with torch.set_grad_enabled(gradients):
+                values = compute(batches[number])
+            results[number] = values.detach().clone()
+            return batches[number].total(values) if gradients else None
+
+        with closing(ActivationStore(self.work, self.memory)) as room:
+            lockstep = Lockstep(self.stored, self.units, reader, room, None, self.step)
+            lockstep.run([(0, one.inputs) for one in batches], loss, [None] * len(batches))
+        for leaf, total in zip(leaves, sums, strict=True):
+            if gradients and leaf.grad is not None:  # of what is outside the layers
+                total += leaf.grad
+
+
+class CoefficientsReader:
+    """Reads off the gradients of each pass's coefficients; factors are in memory with their
+    unit."""
+
+    def __init__(self, runs: Runs, leaves: list[Tensor], sums: list[Tensor], gradients: bool):
+        self.runs, self.leaves, self.sums, self.gradients = runs, leaves, sums, gradients
+
+    @contextmanager
+    def visited(self, unit: Unit) -> Iterator[None]:
+        places, stored = self.runs._places(unit), self.runs.stored
+        self.runs.mixture.load(places, stored.device, stored.dtype)
+        try:
+            yield
+        finally:
+            self.runs.mixture.free(places)
+
+    def begin(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
+        self.runs.mixture.acting = self.leaves[one.number]
+
+    def end(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
+        pass
+
+    def wants(self, unit: Unit) -> bool:
+        return self.gradients and bool(self.runs._places(unit))
+
+    def wanted(self, one: Pass, unit: Unit) -> dict[str, Tensor]:
+        return {"": self.leaves[one.number]} if self.wants(unit) else {}
+
+    def take(self, one: Pass, name: str, gradient: Tensor) -> None:
+        self.sums[one.number] += gradient
+
+    def see(self, unit: Unit, args: tuple, kwargs: dict[str, Any]) -> None:
+        pass

@@ -1,0 +1,172 @@
+"""From one weight for each adapter to one for each direction, as far as samples that are held out
+say that it helps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterkit.errors import Failed, listed, shown
+from adapterkit.fitting.balance import Balance
+from adapterkit.fitting.journal import Journal
+from adapterkit.fitting.objective import TeacherObjective
+from adapterkit.fitting.plan import FitPlan, SamplePart
+from adapterkit.fitting.runs import Runs
+from adapterkit.fitting.solver import Level, minimize
+from adapterkit.records import Json
+from adapterkit.verbs.fit import LEVELS
+
+RIDGES = (0.01, 0.1, 1.0)  # nats, of which `auto` takes the best
+ENDS = {"adapter": 1, "layer": 2, "module": 3}  # of a coefficient's owner
+
+
+@dataclass
+class Staircase:
+    """The steps of a fit; `rows`: losses held out (samples,) of all that is compared, by name."""
+
+    plan: FitPlan
+    runs: Runs
+    journal: Journal
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    steps: list[Json] = field(default_factory=list)
+
+    def losses(self, c: Tensor, part: SamplePart) -> Tensor:
+        what = f"losses {part.name} {self.plan.mixture.directions}"
+        return self.journal.of(what, c, lambda: [self.runs.losses(c, part.batches)])[0]
+
+    def gradients(self, c: Tensor, part: SamplePart) -> tuple[Tensor, Tensor]:
+        what = f"gradients {part.name} {self.plan.mixture.directions}"
+        compute = lambda: list(self.runs.gradients(c, part.batches))
+        losses, rows = self.journal.of(what, c, compute)
+        return losses, rows
+
+    def of_adapters(self, weights: Sequence[float]) -> Tensor:
+        """Coefficients (all,) of one weight for each adapter."""
+        return torch.tensor([weights[o] for o, *_ in self.plan.mixture.owners]).double()
+
+    def climb(self) -> tuple[Tensor, str]:
+        """The coefficients of the last step that is kept, and its level; "start" for none."""
+        plan, start = self.plan, self._start()
+        count = len(plan.adapters)
+        one = lambda n: [float(i == n) for i in range(count)]
+        if isinstance(self.runs.target, TeacherObjective):
+            self._look(self.runs.target)
+        self.rows["base"] = self.losses(self.of_adapters([0.0] * count), plan.held)
+        for number, adapter in enumerate(plan.adapters):
+            self.rows[adapter.name] = self.losses(self.of_adapters(one(number)), plan.held)
+        self.rows["equal"] = self.losses(self.of_adapters([1 / count] * count), plan.held)
+        self.rows["start"] = self.losses(start, plan.held)
+        self._check_finite()
+        best, kept = start, "start"
+        for per in LEVELS[: LEVELS.index(plan.options.per) + 1]:
+            if per == "direction":
+                best = self._expanded(best)
+            c = self._step(per, best, self.rows[kept])
+            if self.steps[-1]["kept"]:
+                best, kept = c, per
+        return best, kept
+
+    def _start(self) -> Tensor:
+        """The coefficients to begin with, within the bounds; of adapters that do nothing 0."""
+        zeros = self.plan.mixture.zeros()
+        weights = [0.0 if n in zeros else w for n, w in enumerate(self.plan.start)]
+        return self.of_adapters(weights).clamp(*self.plan.options.limits)
+
+    def _look(self, teacher: TeacherObjective) -> None:
+        """Keep what each file's own adapter makes of its samples."""
+        count = len(self.plan.adapters)
+        for batch in (*self.plan.train.batches, *self.plan.held.batches):
+            c = self.of_adapters([float(n == batch.file) for n in range(count)])
+            self.runs.run(c, [batch], teacher.look)
+
+    def _check_finite(self) -> None:
+        where = self.plan.held.where
+        for name, losses in self.rows.items():
+            wrong = [where[n] for n in (~losses.isfinite()).nonzero().flatten().tolist()]
+            if wrong:
+                raise Failed(
+                    f"{shown(name)}: the loss of {listed(wrong)} is not finite",
+                    expected="numbers",
+                    where="fit",
+                    hint="give --dtype fp32, or look for damaged weights: adapterkit diagnose",
+                )
+
+    @cached_property
+    def train(self) -> Balance:
+        return self._balance(self.plan.train)
+
+    @cached_property
+    def held(self) -> Balance:
+        return self._balance(self.plan.held)
+
+    def _balance(self, part: SamplePart) -> Balance:
+        """How a part's losses become one number."""
+        plan, kind = self.plan, self.plan.options.balance
+        tokens = part.files.bincount(part.tokens).double()
+        shares = tokens / tokens.sum() if kind == "tokens" else plan.shares
+        balance = Balance(kind == "worst", part.files, part.weights, shares)
+        if kind != "retention":
+            return balance
+        count = len(plan.adapters)
+        one = lambda n: self.of_adapters([float(i == n) for i in range(count)])
+        losses = [balance.by_file(self.losses(one(n), part))[n] for n in range(count)]
+        own, base = torch.stack(losses), balance.by_file(self.losses(0 * one(0), part))
+        wrong = [plan.names[n] for n in (own >= base).nonzero().flatten().tolist()]
+        if wrong:
+            raise Failed(
+                f"the adapters of {listed(wrong)} do not lower its loss",
+                expected="adapters that were trained for their files",
+                where="--balance retention",
+                hint="give another --balance",
+            )
+        return replace(balance, own=own, base=base)
+
+    def _expanded(self, c: Tensor) -> Tensor:
+        """Coefficients of members as those of their directions."""
+        mixture = self.plan.mixture
+        counts = [n for place in mixture.places for n in place.counts(True)]
+        self.runs.number(True)
+        return c.repeat_interleave(torch.tensor(counts))
+
+    def _step(self, per: str, before: Tensor, losses: Tensor) -> Tensor:
+        """The coefficients of a level, of the ridge that does best on what is held out."""
+        plan, train, held = self.plan, self.train, self.held
+        found: list[tuple[float, float, Tensor, Tensor]] = []
+        ridges = RIDGES if plan.options.ridge == "auto" else (float(plan.options.ridge),)
+        for ridge in ridges:
+            level = self._level(per, before, ridge)
+            c = minimize(level, train, partial(self.gradients, part=plan.train))
+            after = self.losses(c, plan.held)
+            found.append((held.value(after), ridge, c, after))
+        value, ridge, c, after = min(found, key=lambda one: one[:2])
+        gain = held.value(losses) - value
+        error = held.error(losses, after)
+        self.rows[per] = after
+        self.steps.append(
+            {
+                "per": per,
+                "weights": plan.weights(per),
+                "ridge": ridge,
+                "train": train.value(self.losses(c, plan.train)),
+                "held": value,
+                "gain": gain,
+                "error": error,
+                "kept": gain > error,
+            }
+        )
+        return c
+
+    def _level(self, per: str, before: Tensor, ridge: float) -> Level:
+        owners = self.plan.mixture.owners
+        names: list[Any] = (
+            [o[: ENDS[per]] for o in owners] if per in ENDS else [*range(len(owners))]
+        )
+        numbers = {name: n for n, name in enumerate(dict.fromkeys(names))}
+        groups = torch.tensor([numbers[name] for name in names])
+        adapters = torch.tensor([owner[0] for owner in owners])
+        each = 1 / adapters.bincount()[adapters].double()
+        shares = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, groups, each)
+        return Level(before, groups, shares, ridge, *self.plan.options.limits)

@@ -1,0 +1,263 @@
+"""What a fit writes and says; planted weights; what stops it, and what it goes on with."""
+
+import os
+import signal
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import adapterkit
+from adapterkit.adapters.weights_file import read_weights
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.errors import AdapterkitError, Failed, Refused
+from adapterkit.fitting.balance import Balance
+from adapterkit.fitting.objective import TeacherObjective
+from adapterkit.fitting.solver import Level, minimize
+from tests.support import oracle
+from tests.support.fitting import batches_of, runs_of
+from tests.support.forks import command
+from tests.support.live import llama, tokens
+from tests.support.texts import save_tokenizer, write_rows
+
+TEXTS = ["who is that?", "me too", "the others are there.", "no, they were", "hm", "is this it?",
+         "or not", "what is it?"]  # fmt: skip
+
+
+@pytest.fixture
+def base(cached_folder):
+    def build(folder):
+        oracle.save_base(oracle.llama(), folder, "fp32")
+        save_tokenizer(folder)
+
+    return cached_folder("fit-base", build)
+
+
+@pytest.fixture
+def adapters(cached_folder):
+    def build(folder):
+        for seed, name in enumerate("abc"):
+            oracle.train(oracle.llama(), folder / name, seed=seed, size=0.2, r=4,
+                         target_modules=["q_proj", "down_proj"])  # fmt: skip
+
+    folder = cached_folder("fit-adapters", build)
+    return [folder / name for name in "abc"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return [write_rows(tmp_path / f"{name}.jsonl", *({"text": f"{name} {text}"} for text in TEXTS))
+            for name in ("one", "two")]  # fmt: skip
+
+
+def fitted(base, adapters, data, out, **options):
+    document = adapterkit.fit(base, adapters, data=data, out=out, samples=16, **options)
+    return document, read_weights(LocalFolder(out))
+
+
+def zero(adapter, out):
+    """An adapter whose delta is zero."""
+    out.mkdir()
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors = {k: v * ("lora_A" in k) for k, v in tensors.items()}
+    save_file(tensors, out / "adapter_model.safetensors")
+    (out / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    return out
+
+
+@pytest.mark.parametrize("per", ["adapter", "module"])
+def test_planted_weights(tmp_path, per):
+    """Those of a teacher that is a known mixture, in float64."""
+    make = lambda: llama(num_hidden_layers=1)
+    make().save_pretrained(tmp_path / "base")
+    adapters = [tmp_path / name for name in "abc"]
+    for seed, adapter in enumerate(adapters):
+        oracle.train(make(), adapter, seed=seed, size=0.2, target_modules=["q_proj", "down_proj"])
+    ids = tokens(8, 12)
+    batches = batches_of([{"input_ids": ids, "labels": ids}])
+    with runs_of(tmp_path / "base", adapters, tmp_path / "work", target=TeacherObjective) as runs:
+        owners = [owner[0] for owner in runs.mixture.owners]
+        groups = torch.tensor(owners if per == "adapter" else range(len(owners)))
+        planted = torch.tensor([0.7, -0.3, 0.4, 1.1, 0.2, 0.9]).double()[groups]
+        runs.run(planted, batches, runs.target.look)
+        counts, start = groups.bincount(), torch.full_like(planted, 1 / 3)
+        level = Level(start, groups, torch.ones(len(counts)).double(), 0.0, -1.0, 2.0)
+        one = torch.ones(1).double()
+        balance = Balance(False, torch.zeros(8).long(), torch.full((8,), 1 / 8).double(), one)
+        c = minimize(level, balance, lambda c: runs.gradients(c, batches), enough=1e-12, steps=60)
+    assert float((c - planted).abs().max()) < 1e-3
+
+
+def test_what_is_written_is_what_is_said(tmp_path, base, adapters, data):
+    """The merged model has the printed loss; the file has digests, and where it comes from."""
+    out = tmp_path / "weights.json"
+    document, weights = fitted(base, adapters, data, out, ridge=0.01, whole=True)
+    rows = {row["row"]: row for row in document["losses"]}
+    assert list(rows) == ["base", *map(str, adapters), "equal", "start", "adapter", "layer",
+                          "module"]  # fmt: skip
+    kept = [step for step in document["steps"] if step["kept"]]
+    assert kept and document["written"]["per"] == kept[-1]["per"] == weights.per
+    for before, step in zip([rows["start"], *kept], kept, strict=False):
+        start = before["value"] if "value" in before else before["held"]
+        assert step["gain"] == pytest.approx(start - step["held"]) and step["gain"] > step["error"]
+    assert weights.fit["losses"] == document["losses"]
+    assert weights.base.fingerprint and all(one.files for one in weights.adapters)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    again = tmp_path / "again.json"
+    document, _ = fitted(base, adapters, data, again, ridge=0.01, whole=True, dtype="fp32")
+    assert read_weights(LocalFolder(again)).modules == weights.modules
+
+
+def test_layer_by_layer(tmp_path, base, adapters, data, large):
+    """The same weights, and the same losses."""
+    whole, one = fitted(base, adapters, data, tmp_path / "a.json", ridge=0.1, whole=True)
+    layers, other = fitted(base, adapters, data, tmp_path / "b.json", ridge=0.1)
+    assert one.modules.keys() == other.modules.keys() and one.modules
+    for name, weights in one.modules.items():
+        assert other.modules[name] == pytest.approx(weights, abs=1e-3), name
+    for a, b in zip(whole["losses"], layers["losses"], strict=True):
+        assert b["files"] == pytest.approx(a["files"], abs=1e-4)
+
+
+def test_order_duplicates_and_zeros(tmp_path, base, adapters, data):
+    """The order of adapters changes nothing, equal ones have equal weights, one that does nothing
+    has none."""
+    a, b, _ = adapters
+    options = {"per": "adapter", "ridge": 0.3, "whole": True}
+    nothing = zero(a, tmp_path / "nothing")
+    _, one = fitted(base, [a, b, b, nothing], data, tmp_path / "1.json", **options)
+    _, other = fitted(base, [b, nothing, a, b], data, tmp_path / "2.json", **options)
+    assert one.default[1] == one.default[2] and one.default[3] == 0
+    first, second = one.default, other.default
+    assert (second[2], second[0], second[3]) == pytest.approx(first[:3], abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [
+    {"balance": "tokens"}, {"balance": "worst"}, {"balance": "retention", "target": "teacher"},
+    {"target": "teacher", "per": "direction"}, {"positive": True}, {"bounds": "0.3:0.4"},
+], ids=str)  # fmt: skip
+def test_options(tmp_path, base, adapters, data, options):
+    document, weights = fitted(
+        base,
+        adapters[:2],
+        data,
+        tmp_path / "w.json",
+        **({"per": "adapter", "whole": True} | options),
+    )
+    low, high = {"positive": (0, 2), "bounds": (0.3, 0.4)}.get(next(iter(options)), (-1, 2))
+    assert all(low <= one <= high for one in weights.default)
+    if options.get("target") == "teacher":
+        losses = {row["row"]: row["files"] for row in document["losses"]}
+        for number, adapter in enumerate(adapters[:2]):
+            assert losses[str(adapter)][number] == pytest.approx(0, abs=1e-4)
+            assert losses["base"][number] > 1e-3
+    if document["written"]["per"] == "direction":
+        assert any(isinstance(w, tuple) for own in weights.modules.values() for w in own)
+
+
+def test_nothing_better_than_the_start(tmp_path, base, adapters, data):
+    """It is written, and said; weights that are given are the start."""
+    given = [(adapters[0], 0.25), (adapters[1], 0.5)]
+    document, weights = fitted(base, given, data, tmp_path / "w.json", ridge=1e6, per="adapter")
+    assert weights.default == (0.25, 0.5) and weights.per == "adapter"
+    assert document["written"]["per"] == "start" and "no step" in document["written"]["reason"]
+
+
+def test_the_standard_error():
+    """Of paired differences, within files; against the formula."""
+    files = torch.tensor([0, 0, 0, 1, 1])
+    weights = torch.tensor([0.5, 0.25, 0.25, 0.5, 0.5]).double()
+    balance = Balance(False, files, weights, torch.tensor([0.75, 0.25]).double())
+    before, after = torch.rand(2, 5, generator=torch.Generator().manual_seed(0)).double()
+    d = before - after
+    first, second = d[:3] - d[:3].mean(), d[3:] - d[3:].mean()
+    expected = 3 / 2 * (0.75 * weights[:3] * first).square().sum()
+    expected += 2 * (0.25 * weights[3:] * second).square().sum()
+    assert balance.error(before, after) == pytest.approx(float(expected.sqrt()))
+    gain = balance.value(before) - balance.value(after)
+    assert gain == pytest.approx(
+        float(0.75 * (weights * d)[:3].sum() + 0.25 * (weights * d)[3:].sum())
+    )
+
+
+def test_refusals_come_together(tmp_path, base, adapters, data):
+    """Before the model runs."""
+    oracle.train(oracle.llama(), tmp_path / "dora", use_dora=True, target_modules=["q_proj"])
+    oracle.train(oracle.llama(hidden_size=64), tmp_path / "other", target_modules=["q_proj"])
+    oracle.train(oracle.llama(), tmp_path / "head", target_modules=["q_proj"],
+                 modules_to_save=["lm_head"])  # fmt: skip
+    twice = write_rows(tmp_path / "twice.jsonl", *({"text": TEXTS[0]} for _ in range(6)))
+    few = write_rows(tmp_path / "few.jsonl", {"text": TEXTS[0]})
+    with pytest.raises(AdapterkitError) as found:
+        names = [tmp_path / "dora", tmp_path / "head"]
+        fitted(base, names, [twice, few], tmp_path / "w.json", target="teacher", whole=True)
+    for words in ("is a DoRA", "trained whole", "the same sample as", "1 samples with tokens"):
+        assert words in str(found.value), words
+    with pytest.raises(Refused, match="with shapes"):
+        fitted(base, [tmp_path / "other"], data, tmp_path / "w.json")
+    with pytest.raises(Refused, match="2 files for 3 adapters, with --target teacher"):
+        fitted(base, adapters, data, tmp_path / "w.json", target="teacher")
+    with pytest.raises(Refused, match="weights of 1 of 2 adapters"):
+        fitted(base, [(adapters[0], 0.5), adapters[1]], data, tmp_path / "w.json")
+    (tmp_path / "w.json").write_text("{}")
+    with pytest.raises(Refused):
+        fitted(base, adapters, data, tmp_path / "w.json", overwrite=True)
+
+
+def test_another_file_of_weights_is_not_replaced(tmp_path, base, adapters, data):
+    out, options = tmp_path / "w.json", {"per": "adapter", "ridge": 1.0, "whole": True}
+    fitted(base, adapters[:1], data, out, **options)
+    with pytest.raises(Refused, match="already"):
+        fitted(base, adapters[:1], data, out, **options)
+    fitted(base, adapters[:1], data, out, overwrite=True, **options)
+
+
+def test_losses_that_are_not_finite(tmp_path, adapters, data):
+    model = oracle.llama()
+    with torch.no_grad():
+        model.lm_head.weight[0] = 3e38
+    oracle.save_base(model, tmp_path / "base", "fp32")
+    save_tokenizer(tmp_path / "base")
+    with pytest.raises(Failed, match="the loss of .*jsonl, line .* is not finite"):
+        fitted(tmp_path / "base", adapters, data, tmp_path / "w.json", whole=True)
+
+
+def test_killed_and_resumed(tmp_path, base, adapters, data):
+    """The bits of a fit that nothing stopped; another job's journal is refused."""
+    options = {"whole": True, "per": "layer", "ridge": 0.1}
+    expected, one = fitted(base, adapters[:2], data, tmp_path / "a.json", **options)
+    out = tmp_path / "b.json"
+    for batches in (10, 12):
+        pid = os.fork()
+        if pid == 0:  # never returns
+            kill = partial(_kill, iter(range(batches)))
+            fitted(base, adapters[:2], data, out, resume=True, progress=kill, **options)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert not out.exists() and len(os.listdir(tmp_path / ".b.json.fit")) > 5
+    with pytest.raises(Refused, match="another job"):
+        fitted(base, adapters[:2], data, out, resume=True, **options | {"ridge": 0.5})
+    calls = []
+    found, other = fitted(base, adapters[:2], data, out, resume=True, progress=calls.append,
+                          **options)  # fmt: skip
+    assert all(found[key] == expected[key] for key in ("losses", "steps", "spread"))
+    assert (one.default, one.modules) == (other.default, other.modules)
+    assert not (tmp_path / ".b.json.fit").exists()
+
+
+def _kill(left, _):
+    if next(left, None) is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_command(tmp_path, base, adapters, data):
+    words = ["fit", base, *adapters[:2], "--data", f"{data[0]}=2", "--data", data[1]]
+    planned = command(*words, "--out", tmp_path / "w.json", "--samples", "12", "--dry-run")
+    assert planned.returncode == 0 and "weights per module" in planned.stdout, planned.stderr
+    assert not list(tmp_path.glob("*w.json*"))
+    options = ["--samples", "12", "--per", "adapter", "--whole"]
+    done = command(*words, "--out", tmp_path / "w.json", *options)
+    assert done.returncode == 0, done.stderr
+    for text in ("base", "equal", "start", "a weight for each adapter", "±", "w.json: "):
+        assert text in done.stdout
