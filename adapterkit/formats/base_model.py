@@ -24,6 +24,7 @@ class BaseFacts:
     heads: Heads | None = None
     experts: int | None = None
     tied: bool = False  # the head is the embeddings
+    family: str | None = None  # the architecture of an image or video model
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class NamedBase:
         return {one.slots[0].key: one.name for one in parameters if one is not None and one.whole}
 
 
-def facts_of(config: Settings, keys: Collection[str]) -> BaseFacts:
+def facts_of(config: Settings, keys: Collection[str], family: str | None = None) -> BaseFacts:
     """The facts of the base with this config.json and these tensors, of which a tied head is
     none."""
     text = config.get("text_config")
@@ -52,7 +53,7 @@ def facts_of(config: Settings, keys: Collection[str]) -> BaseFacts:
     if keys and not any(HEAD in key.split(".") for key in keys):
         ties = True
     experts = counts[0] if counts else None
-    return BaseFacts(str(config.get("model_type", "")), model_heads(config), experts, ties)
+    return BaseFacts(str(config.get("model_type", "")), model_heads(config), experts, ties, family)
 
 
 def architecture_of(

@@ -3,6 +3,7 @@ names of its keys."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -121,6 +122,18 @@ def with_parts(checkpoint: Checkpoint) -> Checkpoint:
     parts = {component: known.part for component, known in fits[name].items()}
     kind = GgufImageModel if isinstance(checkpoint, GgufCheckpoint) else OneFileModel
     return kind(**vars(checkpoint), architecture=name, parts=parts)
+
+
+def family_of(checkpoint: Checkpoint) -> str | None:
+    """The architecture of an image or video model, in its publisher's names or the model's; None of
+    others."""
+    if "model_type" in checkpoint.config:
+        return None
+    with suppress(Refused):
+        return getattr(checkpoint, "architecture", "") or getattr(
+            with_parts(checkpoint), "architecture", None
+        )
+    return None
 
 
 def _best(found: Found, count: Callable[[dict[str, _Known]], int]) -> Found:

@@ -46,6 +46,7 @@ class Reading:
     tied: bool | None = None  # whether the base has one weight for embeddings and head
     component: str | None = None  # the only one whose values are read, where the names have it
     file: OneFileModel | None = None  # modules that are named as in it keep these names
+    family: str | None = None  # the base's, which counts where names are of several
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,8 @@ class _Names:
         if modules:
             counts = {name: _known(attempts[name].resolved, {*modules}) for name in fits}
             fits = [name for name in fits if counts[name] == max(counts.values())]
+        if self.reading.family in fits:
+            fits = [self.reading.family]
         results = [_meaning(attempts[name].resolved) for name in fits]
         if any(result != results[0] for result in results):
             raise Refused(

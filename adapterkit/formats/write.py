@@ -196,6 +196,8 @@ def _placed(
         if m.kind in SIZED and (size := inputs_of(m)) is not None
     ]
     fits = likely({name: sizes for name, _ in options}, contents.metadata)
+    if base is not None and base.family in fits:
+        fits = [base.family]
     options = [option for option in options if option[0] in fits]
     keys = {
         tuple(_keys(form, name, _namings(contents, form, name, placed), placed))

@@ -1,5 +1,6 @@
 """Conversions with a pipeline as the base, and of adapters that have a folder for each part."""
 
+import contextlib
 import json
 
 import pytest
@@ -8,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.errors import Refused
+from adapterkit.formats.library import described
+from tests.support.pipeline_files import lora_file
 from tests.support.plain_pipelines import (
     MODULES,
     QUERY,
@@ -78,3 +81,59 @@ def test_a_damaged_folder_of_a_part_is_refused(tmp_path):
     save_file(tensors | {"stray": torch.ones(2)}, file)
     with pytest.raises(Refused, match="stray"):
         adapterkit.convert(tmp_path / "lora", to="diffusers", out=tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("name", ["flux", "wan22"])
+def test_every_format_with_a_pipeline(name, saved, tmp_path):
+    """What is written without it is written with it, and read back; of some families the names are
+    told by it alone."""
+    base = saved(name)
+    lora = lora_file(base, tmp_path / "lora.safetensors", ("transformer",), 1)
+    written = {}
+    for to, form in described().items():
+        is_file = form.layout == "keys" and not form.file.config
+        is_file = is_file and form.file.container == "safetensors"
+        if not form.writes or form.file.container == "gguf":
+            continue
+        for base_of in ({}, {"base": base}):
+            out = tmp_path / f"{to}{len(base_of)}{'.safetensors' * is_file}"
+            with contextlib.suppress(Refused):
+                adapterkit.convert(lora, to=to, out=out, **base_of)
+                written.setdefault(to, []).append(out)
+    assert all(any(str(tmp_path / f"{to}1") in str(p) for p in its) for to, its in written.items())
+    assert {"kohya", "comfyui", "lycoris", "peft", "mlx"} <= {*written}
+    for to, (*_, file) in written.items():
+        back = tmp_path / f"back-{to}.safetensors"
+        adapterkit.convert(file, to="diffusers", base=base, out=back)
+        assert adapterkit.diff(lora, back, tolerance=1e-5)["same"], to
+
+
+@pytest.mark.parametrize(
+    ("family", "cls", "first"),
+    [
+        ("ltx", "LTXVideoTransformer3DModel", "proj_in"),
+        ("cosmos", "CosmosTransformer3DModel", "patch_embed.proj"),
+    ],
+)
+def test_the_base_tells_the_family_of_names_that_several_have(family, cls, first, tmp_path):
+    """Self-attention at the width of LTX and Cosmos."""
+    width, part = 2048, tmp_path / "base" / "transformer"
+    names = [f"transformer_blocks.0.attn1.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")]
+    lora = {f"transformer.{n}.lora_A.weight": torch.randn(1, width) for n in names}
+    lora |= {f"transformer.{n}.lora_B.weight": torch.randn(width, 1) for n in names}
+    save_file(lora, tmp_path / "lora.safetensors")
+    weights = {f"{n}.weight": torch.zeros(width, width, dtype=torch.float16) for n in names}
+    part.mkdir(parents=True)
+    weights[f"{first}.weight"] = torch.zeros(width, 4)
+    save_file(weights, part / "diffusion_pytorch_model.safetensors")
+    (part / "config.json").write_text(json.dumps({"_class_name": cls}))
+    index = json.dumps({"_class_name": "X", "transformer": ["diffusers", cls]})
+    (tmp_path / "base" / "model_index.json").write_text(index)
+    source = tmp_path / "lora.safetensors"
+    with pytest.raises(Refused, match="ltx, cosmos"):
+        adapterkit.convert(source, to="comfyui", out=tmp_path / "no.safetensors")
+    for number, base in enumerate((tmp_path / "base", part)):
+        out = tmp_path / f"{number}.safetensors"
+        receipt = adapterkit.convert(source, to="comfyui", base=base, out=out)
+        assert receipt.data["architecture"] == family
+        assert adapterkit.check(source, program="diffusers", base=base)["takes"]

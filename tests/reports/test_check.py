@@ -153,14 +153,14 @@ def test_another_id_of_the_base(edited, llama, monkeypatch):
     folder = edited(base_model_name_or_path="org/other")
     document = adapterkit.check(folder, program="peft", base=llama)
     assert document["takes"]  # a folder may have any name
-    open_model = engine_check.open_base
+    open_base = engine_check.base_for
 
-    def open_base(text):
-        base = open_model(text)
+    def base_for(text, source):
+        base = open_base(text, source)
         base.folder.origin["repo"] = "org/base"
         return base
 
-    monkeypatch.setattr(engine_check, "open_base", open_base)
+    monkeypatch.setattr(engine_check, "base_for", base_for)
     document = adapterkit.check(folder, program="peft", base=llama)
     assert verdicts(document) == ["differs"] and "edit ADAPTER" in document["findings"][0]["do"]
 

@@ -26,6 +26,7 @@ from adapterkit.formats.modules.experts import split_experts
 from adapterkit.formats.modules.kinds import EXPERTS
 from adapterkit.formats.modules.record import Contents
 from adapterkit.formats.modules.tensors import StoredTensor, is_made_by
+from adapterkit.formats.one_file import family_of
 from adapterkit.formats.peft.dialects import arranged, renamed, without_copies
 from adapterkit.formats.peft.layout import write_layout
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
@@ -274,7 +275,7 @@ def written_file(
         architecture=options.architecture,
         dtype=dtype,
         heads=heads_of(base, contents.config),
-        base=None if base is None else facts_of(base.config, base.tensors),
+        base=None if base is None else facts_of(base.config, base.tensors, family_of(base)),
     )
     if form.names.style == "underscores" and file.architecture is None and model is not None:
         known = set(modules_of(base, model))

@@ -18,7 +18,7 @@ from adapterkit.formats.modules.fusing import Fusion, split
 from adapterkit.formats.modules.kinds import FACTORS, PARAMETER
 from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
 from adapterkit.formats.modules.rows import Heads, model_heads
-from adapterkit.formats.one_file import OneFileModel
+from adapterkit.formats.one_file import OneFileModel, family_of
 from adapterkit.formats.peft.kinds import KINDS
 from adapterkit.formats.peft.layout import read_layout
 from adapterkit.formats.read import BASE, Reading, read
@@ -127,6 +127,7 @@ def read_contents(
             None if base is None else facts_of(base.config, base.tensors).tied,
             options.prefix_only,
             file,
+            None if base is None else family_of(base),
         )
         contents = read(form, source, detection.container, detection.config, reading)
     return _selected(contents, options.prefix_only)

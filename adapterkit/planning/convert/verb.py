@@ -23,12 +23,12 @@ def plan_conversion(convert: Convert) -> Plan:
     target = Path(convert.out)
     is_file = target.suffix in FILES and not is_on_hub(convert.out)
     source = open_unconverted(convert.src, convert.allow_pickle)
-    base = None if convert.base is None else _base(convert.base, source, convert.prefix_only)
+    base = None if convert.base is None else base_for(convert.base, source, convert.prefix_only)
     options, name = convert.only(ConvertOptions), target.name if is_file else None
     return replace(plan_in_parts(plan_convert(source, options, base, name)), is_file=is_file)
 
 
-def _base(text: StrPath, source: Folder, component: str | None) -> Checkpoint:
+def base_for(text: StrPath, source: Folder, component: str | None = None) -> Checkpoint:
     """The base, of a pipeline the part that the adapter is for."""
     folder = open_model(text)
     if not is_pipeline(folder):

@@ -37,12 +37,11 @@ def base_of_conversion(source: Folder, pipeline: Pipeline, component: str | None
     """The part that tells of an adapter what its conversion asks of a base: that of the one
     component, else the denoiser."""
     if component is None:
-        is_plain_layout = CONFIG in source.files()
-        contents = None if is_plain_layout else contents_of(source, pipeline.denoiser)
+        contents = contents_of(source, pipeline.denoiser)
         names = contents.components if contents is not None else ()
         component = names[0] if len(names) == 1 else None
-        if is_plain_layout or component == LANGUAGE:
-            component = _fitting(source, _shapes_of(source, contents), pipeline)
+        if component == LANGUAGE or (contents is None and CONFIG in source.files()):
+            component = _fitting(source, _shapes_of(source, contents), pipeline, of_a_kind=True)
     if component is not None:
         return pipeline.part(component).as_base
     if pipeline.denoiser is None:
@@ -72,10 +71,10 @@ def _parts_of(source: StrPath, pipeline: Pipeline) -> dict[str, Folder]:
     told = PART.fullmatch(os.fspath(source))
     told = told if told and told[1] in pipeline.parts else None
     folder, name = open_unconverted(told[2] if told else source), told[1] if told else None
-    if CONFIG in folder.files():
+    contents = None if is_plain(folder) else contents_of(folder, pipeline.denoiser)
+    if contents is None and CONFIG in folder.files():
         name = name or _fitting(folder, _shapes_of(folder, None), pipeline)
         return {name: _in_layout(folder, pipeline.parts[name])}
-    contents = contents_of(folder, pipeline.denoiser)
     if contents is not None and contents.components == (LANGUAGE,):
         name = name or _fitting(folder, _shapes_of(folder, contents), pipeline)
     if name is not None:
@@ -147,12 +146,13 @@ def _shape(a: _Shaped | None, b: _Shaped | None) -> tuple[int, ...]:
     return () if a is None or b is None else (b.shape[0], *a.shape[1:])
 
 
-def _fitting(folder: Folder, shapes: Shapes, pipeline: Pipeline) -> str:
+def _fitting(folder: Folder, shapes: Shapes, pipeline: Pipeline, *, of_a_kind: bool = False) -> str:
     """The one part that has all these modules, or else the most of them; its merge tells which it
-    lacks."""
+    lacks. `of_a_kind`: any of several denoisers will do."""
     counts = {name: _count(part, shapes) for name, part in pipeline.parts.items()}
     most = [name for name, count in counts.items() if count == max(counts.values()) > 0]
-    if len(most) == 1:
+    are_alike = of_a_kind and all(pipeline.parts[name].is_denoiser for name in most)
+    if len(most) == 1 or (most and are_alike):
         return most[0]
     raise Refused(
         f"an adapter whose modules fit {listed(most)}" if most else "an adapter that fits no part",

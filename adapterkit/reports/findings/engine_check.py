@@ -14,7 +14,8 @@ from adapterkit.formats.schema import ADAPTER_LAYOUT
 from adapterkit.plan import Plan
 from adapterkit.planning.convert.plan import plan_contents
 from adapterkit.planning.convert.source import named_base, read_contents
-from adapterkit.planning.inputs.sources import open_adapter, open_base, open_unconverted
+from adapterkit.planning.convert.verb import base_for
+from adapterkit.planning.inputs.sources import open_adapter, open_unconverted
 from adapterkit.records import Json
 from adapterkit.reports.factors import join
 from adapterkit.verbs.check import EngineCheck
@@ -48,7 +49,7 @@ class _Verdicts:
 def check_adapter(check: EngineCheck) -> Json:
     """What `check` says of an adapter."""
     source = open_unconverted(check.adapter)
-    base = None if check.base is None else open_base(check.base)
+    base = None if check.base is None else base_for(check.base, source)
     detection, client = detect(source), engines()[check.program]
     form, on = formats()[client.format], "" if base is None else " --base BASE"
     command = f"adapterkit convert ADAPTER --to {form.name}{on} --out DIR"
