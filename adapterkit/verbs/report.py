@@ -14,7 +14,7 @@ from adapterkit.options import (
     record,
 )
 from adapterkit.records import Json
-from adapterkit.shared_options import base_option, statistics_option
+from adapterkit.shared_options import base_option, statistics_option, weights_option
 from adapterkit.verb import Verb, function_of
 
 
@@ -43,6 +43,9 @@ class Report(Verb[Json]):
       inputs of the statistics); `layers`: cosines by layer; `sum`: `norm`, `independent` (the root
       of the sum of squares: of orthogonal deltas the same) and `retention` of each adapter,
       ⟨sum, delta⟩ / ‖delta‖²
+    - `weights`: of a file of weights `per`, `default`, and by layer and module `rows`, `columns`
+      and `tables` (of each adapter the weights, of directions their mean); `fit`: of weights that
+      `fit` chose its `files`, `losses`, `steps`, what was `written` and `seconds`; or null
     - `outcome`: of `output` its receipt's verb, totals, metrics by tensor and the 20 `worst`; or
       null
     - `advice`: one `command` with its `reason`; `loading`: commands by program
@@ -63,7 +66,9 @@ class Report(Verb[Json]):
       adapterkit report style skill --base BASE --output merged --out report.html
     """
 
-    adapters: Sources = argument(check=UNWEIGHTED, metavar="ADAPTER...")
+    adapters: Sources = argument(
+        default=(), check=UNWEIGHTED, metavar="ADAPTER...", unless="weights"
+    )
     out: StrPath = option(check=FILE, metavar="FILE.html", help="The page to write.")
     base: StrPath | None = base_option("The adapters' base: norms relative to its weights' norms.")
     output: StrPath | None = option(
@@ -72,6 +77,7 @@ class Report(Verb[Json]):
     stats: StrPath | None = statistics_option(
         "Input covariances of the base: cosines of the adapters' outputs."
     )
+    weights: StrPath | None = weights_option()
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import adapterkit
+from adapterkit.adapters.weights_file import NamedAdapter, WeightsFile, named_adapter, write_weights
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import read_header
 from adapterkit.cli import main
@@ -102,6 +103,54 @@ def test_steps_are_those_of_the_verbs(write, tmp_path: Path):
     adapterkit.merge(tmp_path / "base", {byhand / "both": 0.75}, out=byhand / "merged")
     adapterkit.convert(byhand / "both", to="gguf", base=byhand / "merged", out=byhand / "both.gguf")
     assert contents(byhand) == contents(tmp_path / "out")
+
+
+WEIGHTED = """
+[[step]]
+verb = "combine"
+inputs = ["law", "medicine"]
+out = "out/both"
+options = { weights = "both.json" }
+
+[[step]]
+verb = "merge"
+inputs = ["base", "out/both", "english"]
+out = "out/merged"
+options = { weights = "merged.json" }
+
+[[step]]
+verb = "merge"
+inputs = ["base"]
+out = "out/unnamed"
+options = { weights = "unnamed.json" }
+"""
+
+
+def test_steps_with_files_of_weights(write, tmp_path: Path):
+    """Also of adapters that an earlier step makes, whose files nobody knows yet; made again where
+    the weights change."""
+
+    def weigh(name: str, *weights: float, adapters: tuple[Path, ...]) -> None:
+        table = {"adapters": [str(one) for one in adapters], "default": weights}
+        (tmp_path / name).write_text(json.dumps(table))
+
+    law, medicine, english = (tmp_path / name for name in ("law", "medicine", "english"))
+    weigh("both.json", 0.5, 2.0, adapters=(law, medicine))
+    weigh("merged.json", 1.0, 0.25, adapters=(tmp_path / "out" / "both", english))
+    weigh("unnamed.json", 0.5, adapters=(english,))
+    file = write(WEIGHTED)
+    assert states(file) == ["done"] * 3
+    by_hand = {tmp_path / "out" / "both": 1.0, english: 0.25}
+    adapterkit.merge(tmp_path / "base", by_hand, out=tmp_path / "by-hand")
+    one, other = (contents(tmp_path / name) for name in ("by-hand", "out/merged"))
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == ["README.md"]  # the command
+    assert states(file) == ["done before"] * 3
+    weigh("unnamed.json", 0.75, adapters=(english,))
+    assert states(file) == ["done before", "done before", "done"]
+    known = named_adapter(str(law), LocalFolder(law)), NamedAdapter(str(medicine), {"x": "00"})
+    write_weights(WeightsFile(known, (1.0, 1.0)), tmp_path / "both.json")
+    assert states(file)[0] == "refused"
 
 
 @pytest.mark.parametrize("system", ["windows", "macos"])

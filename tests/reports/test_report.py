@@ -14,6 +14,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import adapterkit
+from adapterkit.adapters.weights_file import WeightsFile, named_adapter, write_weights
+from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.cli import main
 from adapterkit.errors import Refused
 from adapterkit.pages.pictures import MOST_CELLS
@@ -244,3 +246,30 @@ def test_the_command_and_notebooks(lora, llama, tmp_path):
     assert adapterkit.inspect(llama)._repr_html_() is None
     receipt = adapterkit.merge(llama, [lora], out=tmp_path / "merged")
     assert receipt.data["fingerprint"] in receipt._repr_html_()
+
+
+def test_weights_are_on_the_page(tmp_path):
+    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two", 1)
+    name = "model.layers.{}.self_attn.q_proj".format
+    file = tmp_path / "w.json"
+    losses = [{"row": "base", "files": [3.5, 3.25], "value": 3.375}]
+    losses += [{"row": "<module>", "files": [2.5, 2.75], "value": 2.625}]
+    weights = WeightsFile(
+        tuple(named_adapter(str(one), LocalFolder(one)) for one in (one, two)),
+        (0.5, -0.25),
+        {name(0): (1.0, 0.125), name(2): ((1.0, 2.0, 0.0, 0.0), 0.25)},
+        "direction",
+        fit={"losses": losses, "files": ["en", "fr"], "written": {"reason": "it is <less>"}},
+    )
+    write_weights(weights, file)
+    document = report(tmp_path, weights=file)
+    its = document["weights"]
+    assert its["default"] == [0.5, -0.25] and its["rows"] == ["model.layers.0", "model.layers.2"]
+    assert [one["values"] for one in its["tables"]] == [[[1.0], [0.75]], [[0.125], [0.25]]]
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Weights</h2>" in page and "2.6250" in page and "it is &lt;less&gt;" in page
+    assert "&lt;module&gt;" in page and "<module>" not in page
+    assert report(tmp_path, one, two, weights=file) == document
+    with pytest.raises(Refused, match="is not the adapter"):
+        report(tmp_path, two, one, weights=file)
+    assert report(tmp_path, one)["weights"] is None

@@ -21,7 +21,7 @@ def open_with_weights(
 ) -> Weighted:
     """The adapters for a base with their weights, and the file of these, if one is named: then the
     adapters are those of the file, in its order, and may be left out. `Refused` where they are
-    others, or have weights of their own. `opener`: of `open_weighted`, without a file."""
+    others, or have weights of their own. `opener`: as of `open_weighted`."""
     if weights is None:
         return open_weighted(adapters, base, opener), None
     folder = open_source(weights)
@@ -29,7 +29,7 @@ def open_with_weights(
     opened = []
     for source, named in zip(sources_of(adapters, file, errors), file.adapters, strict=True):
         with errors.collected():
-            adapter = open_adapter(source, base)
+            adapter = opener(source) if opener else open_adapter(source, base)
             check_same(named, adapter, folder.label)
             opened.append(adapter)
     errors.raise_all()

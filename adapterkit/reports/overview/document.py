@@ -7,11 +7,13 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from adapterkit.adapters.weights_file import WeightsFile
 from adapterkit.checkpoint.system import system
 from adapterkit.errors import Refused
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.options import StrPath, unweighted
-from adapterkit.planning.inputs.sources import if_given, open_model, open_source
+from adapterkit.planning.inputs.sources import if_given, open_model, open_source, open_unconverted
+from adapterkit.planning.inputs.weights import open_with_weights
 from adapterkit.receipt import find_receipt, read_receipt
 from adapterkit.records import Json
 from adapterkit.reports.adapter import inspect_adapter
@@ -27,6 +29,7 @@ from adapterkit.reports.overview.advice import advise, loading
 from adapterkit.reports.overview.outcome import outcome_of
 from adapterkit.reports.overview.page import report_page
 from adapterkit.reports.overview.spaces import adapter_of, compare_adapters, distinct
+from adapterkit.reports.overview.weights import weights_document
 from adapterkit.verbs.report import Report
 
 VERSION = 1
@@ -45,7 +48,7 @@ def write_report(report: Report) -> Json:
 def document_of(report: Report) -> Json:
     """The numbers of a report."""
     base = if_given(open_model, report.base)
-    sources = unweighted(report.adapters)
+    sources, weights = _sources(report)
     folders = [adapter_of(source, base) for source in sources]
     spectra: list[dict[str, Tensor]] = [{} for _ in folders]
     inspected = [
@@ -62,6 +65,7 @@ def document_of(report: Report) -> Json:
         "spectra": [one for part in parts for one in _spectra(*part)],
         "ranks": [{"adapter": name, "rows": _ranks(one, its)} for name, one, its in parts],
         "pairs": compare_adapters(folders, report.stats) if len(folders) > 1 else None,
+        "weights": None if weights is None else weights_document(weights, names),
         "outcome": _outcome(report.output) if report.output is not None else None,
     }
     texts = [system.quote(os.fspath(source)) for source in sources]
@@ -69,6 +73,16 @@ def document_of(report: Report) -> Json:
     document["advice"] = advise(document, texts, base_text)
     document["loading"] = loading(document, texts)
     return document
+
+
+def _sources(report: Report) -> tuple[list[StrPath], WeightsFile | None]:
+    """The adapters, those of a file of weights where there is one; `Refused` for others than
+    its."""
+    if report.weights is None:
+        return unweighted(report.adapters), None
+    folders, weights = open_with_weights(report.adapters, report.weights, opener=open_unconverted)
+    assert weights is not None and len(folders) == len(weights.adapters)
+    return unweighted(report.adapters) or [one.name for one in weights.adapters], weights
 
 
 def _adapter(name: str, one: Json, spectra: dict[str, Tensor]) -> Json:

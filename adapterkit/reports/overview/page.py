@@ -20,6 +20,7 @@ from adapterkit.pages.pictures import Scale, band, heatmap, key
 from adapterkit.records import Json
 from adapterkit.reports.heatmaps import heatmaps_of
 from adapterkit.reports.overview.outcome import outcome_of
+from adapterkit.reports.overview.weights import losses_table
 
 MEASURES = {
     "relative": ("‖delta‖ / ‖W‖", True),
@@ -48,6 +49,7 @@ def report_page(document: Json) -> str:
         section("Where the change is", _heatmaps(document["heatmaps"])),
         section("Singular values", _spectra(document["spectra"], document["ranks"])),
         section("Together", _pairs(document["pairs"], names)),
+        section("Weights", _weights(document["weights"], names)),
         section("Outcome", _outcome(document["outcome"])),
         section("How to load", _loading(document["loading"])),
         paragraph(f"adapterkit {__version__}; --json prints the numbers of this page.", "soft"),
@@ -213,6 +215,18 @@ def _pairs(pairs: Json | None, names: Sequence[str]) -> list[str]:
     )
     kept = [(n, number(v, ".1%")) for n, v in zip(names, total["retention"], strict=True)]
     return [*parts, paragraph(text), table(["adapter", "kept in the sum"], kept)]
+
+
+def _weights(weights: Json | None, names: Sequence[str]) -> list[str]:
+    if weights is None:
+        return []
+    own = [(name, number(w)) for name, w in zip(names, weights["default"], strict=True)]
+    others = "on all modules" if not weights["rows"] else "on modules without one of their own"
+    parts = [table(["adapter", others], own)]
+    tables = {one["adapter"]: one["values"] for one in weights["tables"]}
+    if weights["rows"]:
+        parts.append(_maps("weight", False, weights["rows"], weights["columns"], tables))
+    return [*parts, losses_table(weights["fit"])]
 
 
 def _outcome(outcome: Json | None) -> list[str]:
