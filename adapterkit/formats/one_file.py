@@ -2,6 +2,7 @@
 names of its keys."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,14 @@ from functools import cached_property
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused
 from adapterkit.formats.library import one_file
-from adapterkit.formats.modules.names import ComponentNames, Match, Size, likely, names_of
+from adapterkit.formats.modules.names import (
+    ComponentNames,
+    Match,
+    Size,
+    first_words,
+    likely,
+    names_of,
+)
 from adapterkit.formats.schema import Format, NameWords
 from adapterkit.gguf.model import GgufCheckpoint
 
@@ -99,7 +107,7 @@ def with_parts(checkpoint: Checkpoint) -> Checkpoint:
     found: Found = {}
     for name in form.names.architectures:
         denoiser, *others = form.components(name)
-        known = _known(form, name, denoiser, modules)
+        known = _known(form, name, denoiser, modules, LEAST)
         if known is not None and known.is_denoiser:
             parts = {one: _known(form, name, one, modules) for one in others}
             found[name] = {denoiser: known} | {k: v for k, v in parts.items() if v and v.matches}
@@ -145,20 +153,25 @@ def _modules(keys: Iterable[str]) -> set[str]:
     return {IN_PROJ.sub(r".\1", key).rpartition(".")[0] for key in keys}
 
 
-def _known(form: Format, name: str, component: str, modules: Sequence[str]) -> _Known | None:
+def _known(
+    form: Format, name: str, component: str, modules: Sequence[str], least: float = 0
+) -> _Known | None:
     """What an architecture knows of a component, in the naming that fits best; None where the file
-    has none of its prefixes."""
+    has none of its prefixes, or where first words show that it is less than `least` of the part."""
     prefixes = form.components(name)[component]
     prefix = next((p for p in prefixes if any(one.startswith(p) for one in modules)), None)
     if prefix is None:
         return None
     heads = [one.removeprefix(prefix) for one in modules if one.startswith(prefix)]
-    ways = []
+    words, ways = Counter(head.partition(".")[0] for head in heads), []
     for naming in form.namings(name):
+        own = first_words(name, component, naming)
+        if least and sum(words[word] for word in own) < least * len(heads):
+            continue  # before patterns are made, which takes longer than all else
         names = names_of(name, component, naming)
         matches = {head: found[0] for head in heads if (found := names.find(head))}
         ways.append(_Known(FilePart(prefix, naming), names, matches, len(heads)))
-    return max(ways, key=lambda way: len(way.matches))
+    return max(ways, key=lambda way: len(way.matches), default=None)
 
 
 def _sizes(checkpoint: Checkpoint, known: _Known) -> Iterator[Size]:

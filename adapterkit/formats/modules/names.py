@@ -215,6 +215,20 @@ def names_of(architecture: str, component: str, naming: str, style: str = "dots"
     return ComponentNames(architectures()[architecture], component, naming, style)
 
 
+@cache
+def first_words(architecture: str, component: str, naming: str) -> frozenset[str]:
+    """What names of a file begin with, up to their first dot."""
+    words: set[str] = set()
+    for rule in rules_of(architectures()[architecture], component):
+        texts = rule.model if naming == MODEL else (rule.namings.get(naming, ""),)
+        for word in (text.partition(".")[0] for text in texts if text):
+            place = PLACE.search(word)
+            table = rule.tables[place[1]] if place else {"": ""}
+            rows = table.values() if naming == MODEL else table
+            words |= {PLACE.sub(row, word).partition(".")[0] for row in rows}
+    return frozenset(words)
+
+
 def likely(sizes: Mapping[str, Sequence[Size]], metadata: Mapping[str, str]) -> list[str]:
     """The architectures for which metadata, widths or numbers of blocks speak most, of those that
     rows and numbers of blocks do not rule out, then metadata, then widths; where one of these rules

@@ -18,12 +18,15 @@ CONFIG = "config.json"
 def read_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
     """The headers of a model, its parameters under transformers' names; raises `Refused` or
     `Damaged` with all that is wrong with it. `number`: which input of the job it is."""
+    return (None if number else one_file_of(folder)) or _read(folder, number)
+
+
+def _read(folder: Folder, number: int) -> Checkpoint:
     files = find_gguf(folder)
     if files is None:
         checkpoint = open_checkpoint(folder, number)
         return checkpoint if "model_type" in checkpoint.config else _of_images(checkpoint)
-    images = _images_in(files, number)
-    if images is not None:
+    if number and (images := _images_in(files, number)) is not None:
         return images
     from adapterkit.gguf.model import open_gguf
     from adapterkit.planning.inputs.gguf_tables import table_of
@@ -53,7 +56,7 @@ def one_file_of(base: Folder | None) -> "OneFileModel | None":
         if CONFIG in files and "model_type" in read_json(base, CONFIG):
             return None
         gguf = find_gguf(base)
-        model = _images_in(gguf) if gguf else read_checkpoint(base)
+        model = _images_in(gguf) if gguf else _read(base, 0)
     except AdapterkitError:
         return None
     from adapterkit.formats.one_file import OneFileModel
