@@ -18,15 +18,18 @@ CONFIG = "config.json"
 def read_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
     """The headers of a model, its parameters under transformers' names; raises `Refused` or
     `Damaged` with all that is wrong with it. `number`: which input of the job it is."""
-    return (None if number else one_file_of(folder)) or _read(folder, number)
+    is_first_file = number == 0 and getattr(folder, "single", None) is not None
+    known = one_file_of(folder) if is_first_file else None  # read before, for the output's name
+    return known or _read(folder, number)
 
 
-def _read(folder: Folder, number: int) -> Checkpoint:
+def _read(folder: Folder, number: int = 0) -> Checkpoint:
     files = find_gguf(folder)
     if files is None:
         checkpoint = open_checkpoint(folder, number)
         return checkpoint if "model_type" in checkpoint.config else _of_images(checkpoint)
-    if number and (images := _images_in(files, number)) is not None:
+    images = _images_in(files, number)
+    if images is not None:
         return images
     from adapterkit.gguf.model import open_gguf
     from adapterkit.planning.inputs.gguf_tables import table_of
@@ -56,7 +59,7 @@ def one_file_of(base: Folder | None) -> "OneFileModel | None":
         if CONFIG in files and "model_type" in read_json(base, CONFIG):
             return None
         gguf = find_gguf(base)
-        model = _images_in(gguf) if gguf else _read(base, 0)
+        model = _images_in(gguf) if gguf else _read(base)
     except AdapterkitError:
         return None
     from adapterkit.formats.one_file import OneFileModel
