@@ -69,6 +69,11 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
 
     planner: ClassVar[str]
 
+    @property
+    def planned_by(self) -> str:
+        """The planner for these options."""
+        return self.planner
+
     def check(self, plan: "Plan") -> Callable[[Path], object] | None:
         """What looks at the finished folder of a plan before it gets its name."""
         return None
@@ -83,7 +88,7 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
         ends on the Hub stay at the commits of its first run."""
         execution = import_module("adapterkit.engines.execution")
         with own_hints(type(self)), execution.pinned_inputs(self):
-            plan = execution.with_run_options(load(self.planner)(self), self)
+            plan = execution.with_run_options(load(self.planned_by)(self), self)
         call = call_of(self)
         files = with_command(plan.files, type(self), call)
         # a function of the caller's, which nobody can call again, is in no receipt

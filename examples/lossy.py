@@ -57,7 +57,7 @@ def main() -> int:
     model = languages.train(model, training, folder)
     stats = {language: observe(model, folder, language, seen[language]) for language in LANGUAGES}
 
-    lost = resize_all(folder, stats) | combine_all(folder, stats)
+    lost = resize_all(folder, stats) | combine_all(base, folder, stats, seen)
     resized = {"base": losses(model, held_out), "rank 8": own_losses(model, folder, "", held_out)}
     for rank in RANKS:
         for how in ("plain", "stats"):
@@ -101,6 +101,8 @@ COMBINED = {
     "mean, exact": ("linear", 1 / SCALE),
     "regmean, exact": ("regmean", 1.0),
     "regmean x 1.5, exact": ("regmean", SCALE),
+    "regmean --data, exact": ("recollected", 1.0),
+    "regmean --data x 1.5, exact": ("recollected", SCALE),
     "regmean x 1.5, rank 8": ("regmean-8", SCALE),
     **{name: (name, 1.0) for name in OTHERS},
 }
@@ -149,7 +151,16 @@ def resize_all(folder: Path, stats: dict[str, Path]) -> dict[str, dict[str, floa
     return lost
 
 
-def combine_all(folder: Path, stats: dict[str, Path]) -> dict[str, dict[str, float]]:
+def sample_file(folder: Path, language: str, tokens: torch.Tensor) -> Path:
+    """Blocks of tokens as a file of samples."""
+    path = folder / f"{language}.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in tokens.tolist()))
+    return path
+
+
+def combine_all(
+    base: Path, folder: Path, stats: dict[str, Path], seen: Blocks
+) -> dict[str, dict[str, float]]:
     """All combinations; what the outputs lose of those that are refitted."""
     three = {folder / language: WEIGHT for language in LANGUAGES}
     equal = [folder / language for language in LANGUAGES]
@@ -170,6 +181,8 @@ def combine_all(folder: Path, stats: dict[str, Path]) -> dict[str, dict[str, flo
     for name, how in OTHERS.items():
         write(name, three if how["method"] in SUMS else equal, **how)
     write("regmean", equal, method="regmean", stats=paths)
+    data = [sample_file(folder, language, tokens) for language, tokens in seen.items()]
+    write("recollected", equal, method="regmean", base=base, data=data)
     receipt = write("regmean-8", equal, method="regmean", stats=paths, rank=languages.RANK)
     lost[f"regmean, rank {languages.RANK}"] = output_errors([receipt])
     return lost

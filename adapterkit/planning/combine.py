@@ -65,14 +65,15 @@ def plan_combine(options: Combine) -> Plan:
     base = if_given(open_model, options.base)
     stats = [open_statistics(path) for path in options.stats]
     method, refit = _resolve_method(options)
-    check_statistics(method, refit, options.space, len(sources), len(stats))
+    if not options.data:
+        check_statistics(method, refit, options.space, len(sources), len(stats))
     _check_count(options, len(sources))
     adapters = read_all(inputs.folders)
     own = [weight for _, weight in sources]
     given_weights = resolved_weights(method, own, options.weight_for, file)
     weights = AdapterWeights(given_weights, tuple(options.weight_for), file)
     notes: list[str] = []
-    model, decomposed = _base(base, adapters, notes)
+    model, decomposed = _base(base, adapters, notes, runs=bool(options.data))
     errors = Problems(error for adapter in adapters for error in _not_summable(adapter, model))
     joined = join(adapters, errors, names_of(model, adapters, notes))
     levels, dtype = levels_of(joined.values()), dtypes.parse(options.dtype)
@@ -185,11 +186,12 @@ def _gram(
 
 
 def _base(
-    base: Folder | None, adapters: list[Adapter], notes: list[str]
+    base: Folder | None, adapters: list[Adapter], notes: list[str], *, runs: bool
 ) -> tuple[Checkpoint | None, dict[int, BaseWeights]]:
-    """The base, where the adapters need it, and its weights for each DoRA by its number."""
+    """The base, where it runs or the adapters need it, and its weights for each DoRA by its
+    number."""
     doras = [adapter for adapter in adapters if adapter.config.get("use_dora")]
-    if base is None or not doras:
+    if base is None or not (doras or runs):
         return base_with_parameters(base, adapters, notes), {}
     model = read_checkpoint(base, len(adapters))
     modules = {a.number: [lora.module for lora in a.loras] for a in doras}

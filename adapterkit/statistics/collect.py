@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from adapterkit.plan import Effort, OutputFile, Task, TaskResult
 from adapterkit.records import Json
 from adapterkit.statistics.job import Batch, CollectionJob, check_options
 from adapterkit.statistics.model.activations import ActivationStore
-from adapterkit.statistics.model.layerwise import run_layerwise
+from adapterkit.statistics.model.layerwise import SumsReader, run_layerwise
 from adapterkit.statistics.model.stored_model import StoredModel
 from adapterkit.statistics.model.whole import run_whole
 from adapterkit.statistics.sums import Sums
@@ -68,7 +68,9 @@ def collect(
             if job.is_whole:
                 run_whole(job, ledger, progress)
             else:
-                run_layerwise(job, ledger, room, progress)
+                reader = run_layerwise(job, partial(SumsReader, job, ledger), room, progress)
+                if reader.outside is not None:
+                    reader.outside.close()
 
 
 def open_sources(folder: Folder) -> Sources:

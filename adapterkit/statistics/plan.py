@@ -122,9 +122,7 @@ class Collection:
         lists = [ShardFile(stage.path, file.name, 0, stage.attempt) for file in files]
         try:
             numbers = [file.range[0] for file in files if file.range is not None]
-            self._collect(
-                plan, stage, device, numbers, _Share(progress, sum(f.size for f in files))
-            )
+            self._collect(plan, stage, device, numbers, Share(progress, sum(f.size for f in files)))
             for number, file, made in zip(numbers, files, lists, strict=True):
                 folder = stage.path.parent / WORK / str(number)
                 with storage_errors(folder):
@@ -150,7 +148,7 @@ class Collection:
         """The file as the sums make it: those of all blocks that processes have made, or the sums
         that this one makes first. `Failed` where no layer has any."""
         work = stage.path.parent / WORK
-        share = _Share(progress, file.layout.size)
+        share = Share(progress, file.layout.size)
         if not stage.attempt:
             self._collect(plan, stage, device, (), share)
         share(1, 1)
@@ -186,7 +184,7 @@ class Collection:
         check_unchanged(plan)
 
 
-class _Share:
+class Share:
     """Turns steps done of so many into their share of bytes."""
 
     def __init__(self, progress: Progress, size: int):
@@ -254,9 +252,9 @@ def plan_statistics(
         samples=samples,
         batches=batches,
         shapes=shapes,
-        sizes=_sizes(job, shapes),
+        sizes=sizes_of(job, shapes),
         about=about,
-        reads=tuple(_reads(job)),
+        reads=tuple(reads_of(job)),
     )
     file = planned_file(name, shapes, options, len(batches), about)
     plan = plan_of(
@@ -340,7 +338,7 @@ def _shape(job: CollectionJob, module: str) -> tuple[int, int]:
     return (width, rows) if job.is_transposed(module) else (rows, width)
 
 
-def _reads(job: CollectionJob) -> list[str]:
+def reads_of(job: CollectionJob) -> list[str]:
     """The files of the base in the order in which they are read, as far as it is known: a model's
     code may call its layers in another one."""
     units = job.units
@@ -351,7 +349,7 @@ def _reads(job: CollectionJob) -> list[str]:
     return job.stored.reads([units.outside, *forward, *backward])
 
 
-def _sizes(job: CollectionJob, shapes: dict[str, tuple[int, int]]) -> Sizes:
+def sizes_of(job: CollectionJob, shapes: dict[str, tuple[int, int]]) -> Sizes:
     """What the job takes, by its layers' shapes."""
     stored, units = job.stored, job.units
     layers = [unit for unit in units.outer if unit.is_layer]

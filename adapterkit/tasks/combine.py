@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,9 +171,18 @@ class CombinedFactors(FactorsTask):
     ) -> tuple[Product, Tensor, Metrics]:
         assert self.method.acts_on == "covariances"
         products = [algebra.as_product(delta) for delta in deltas]
-        covariances = lambda which: read_covariance(inputs, self.covariances[which])
-        with covariance_errors(*self.covariances):
-            return self.method.combine_covariances(products, weights, covariances)
+        with self.covariance_errors():
+            return self.method.combine_covariances(
+                products, weights, lambda which: self.covariance(inputs, which)
+            )
+
+    def covariance(self, inputs: Reader, which: int) -> Tensor:
+        """E[x xᵀ] (in, in) float32 of the inputs that a part saw."""
+        return read_covariance(inputs, self.covariances[which])
+
+    def covariance_errors(self) -> AbstractContextManager[None]:
+        """A ValueError inside is one of them."""
+        return covariance_errors(*self.covariances)
 
     def _refit(
         self,

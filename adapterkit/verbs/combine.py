@@ -5,7 +5,17 @@ rank, a share of the energy) are three choices."""
 from collections.abc import Iterable
 
 from adapterkit.combinations import ALIASES
-from adapterkit.options import SHARE_ABOVE_0, SOURCES, Sources, StrPath, choice, option, record
+from adapterkit.options import (
+    COUNT,
+    FILES,
+    SHARE_ABOVE_0,
+    SOURCES,
+    Sources,
+    StrPath,
+    choice,
+    option,
+    record,
+)
 from adapterkit.registry import declarations
 from adapterkit.run_options import adapter_output_option
 from adapterkit.shared_options import (
@@ -43,6 +53,13 @@ class Combine(WritingVerb, MethodOptions):
     the norm of the layers' outputs, by the mean of the covariances, as in `resize`; `regmean` needs
     one for each. Embeddings, convolutions and parameters are fitted in the norm of their weights,
     by `regmean` combined as by `mean`, which a note says.
+
+    `data`, in the place of `stats`: files of samples, one for each adapter in their order. Then
+    `regmean` takes the inputs of the combined model (RegMean++, arXiv:2508.03121): it runs layer
+    after layer, each layer's covariances are taken with one adapter after the other in that layer
+    alone, on what the combined layers before make of that adapter's samples, and the layer is
+    combined before the samples go on. Of models of texts in a list of layers, LoRAs of linear
+    layers inside them, and one process.
 
     A DoRA's delta depends on the weights that it was trained on: with `base` it is
     m·(W + scale·b@a)/‖W + scale·b@a‖ - W, dense, so that the result is a plain LoRA of a rank that
@@ -84,6 +101,7 @@ class Combine(WritingVerb, MethodOptions):
       adapterkit combine ./english ./french=0.5 --method linear --out both
       adapterkit combine ./a ./b ./c --method ties --density 0.2 --rank 32 --out merged
       adapterkit combine ./a ./b --method regmean --stats a.safetensors --stats b.safetensors
+      adapterkit combine ./a ./b --method regmean --base BASE --data a.jsonl --data b.jsonl
     """
 
     adapters: Sources = weighted_argument()
@@ -117,12 +135,34 @@ class Combine(WritingVerb, MethodOptions):
         help="Input covariances: minimize output error in the refit; one for all adapters, or one "
         "for each, in their order (regmean).",
     )
+    data: Iterable[StrPath] = option(
+        default=(),
+        check=FILES,
+        metavar="FILE",
+        needs="base",
+        excludes=("stats",),
+        help="Samples of each adapter, in their order, as stats takes them: covariances of what "
+        "the combined model's layers see (regmean).",
+    )
+    samples: int = option(
+        default=256, check=COUNT, needs="data", help="Number of samples to draw of each --data."
+    )
+    length: int | None = option(
+        default=None,
+        check=COUNT,
+        needs="data",
+        help="Cut samples to this many tokens (default: 512, or the model's positions).",
+    )
     weight_for: Iterable[str] = weight_for_option()
     weights: StrPath | None = weights_option()
     seed: int = seed_option()
     tokenizer: str | None = tokenizer_option()
     dtype: str = factor_dtype_option()
     out: StrPath = adapter_output_option()
+
+    @property
+    def planned_by(self) -> str:
+        return "statistics.recollect:plan_recollected" if self.data else self.planner
 
 
 combine = function_of(Combine)

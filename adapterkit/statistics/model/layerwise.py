@@ -1,9 +1,9 @@
 """A model run one layer at a time, from its shards."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +12,11 @@ from adapterkit.statistics.job import Batch, CollectionJob
 from adapterkit.statistics.model.activations import ActivationStore
 from adapterkit.statistics.model.hooks import SumsWatch
 from adapterkit.statistics.model.layers import Unit, is_within
-from adapterkit.statistics.model.lockstep import Lockstep, Pass
+from adapterkit.statistics.model.lockstep import Lockstep, Pass, PassReader
 from adapterkit.statistics.sums_files import Collected, Ledger, Tally
+
+R = TypeVar("R", bound=PassReader)
+Rehearsal = Callable[[Unit], AbstractContextManager[bool]]  # as of `Lockstep`
 
 
 class Visit:
@@ -48,6 +51,8 @@ class SumsReader:
         self.job, self.ledger, self.watch = job, ledger, watch
         self.gradients, self.outside = job.gradients, ledger.outside()
         self.outer = self._weights(None)
+        for weight in self.outer.values():
+            weight.requires_grad_(job.gradients)
 
     def _weights(self, unit: Unit | None) -> dict[str, Tensor]:
         """Weights of the targets in a unit, or of those outside all units."""
@@ -95,9 +100,14 @@ class SumsReader:
 
 
 def run_layerwise(
-    job: CollectionJob, ledger: Ledger, room: ActivationStore, progress: Callable[[int, int], None]
-) -> None:
-    """All batches through one layer, then the next. `room`: for activations that wait."""
+    job: CollectionJob,
+    reader_of: Callable[[SumsWatch], R],
+    room: ActivationStore,
+    progress: Callable[[int, int], None],
+    rehearsal: Rehearsal | None = None,
+) -> R:
+    """All batches through one layer, then the next; what has read them. `room`: for activations
+    that wait."""
     stored, units = job.stored, job.units
     steps = len(job.runs) * len(units.outer) * (2 if job.gradients else 1)
     done = 0
@@ -111,17 +121,14 @@ def run_layerwise(
     try:
         with job.watch() as watch:
             watch.stops = {unit.module for unit in (*units.outer, *units.inner)}
-            reader = SumsReader(job, ledger, watch)
-            for weight in reader.outer.values():
-                weight.requires_grad_(job.gradients)
+            reader = reader_of(watch)
             masks = [job.masks(watch, batch) for _, batch in job.runs]
-            lockstep = Lockstep(stored, units, reader, room, job.head, step)
+            lockstep = Lockstep(stored, units, reader, room, job.head, step, rehearsal)
             lockstep.run(job.runs, partial(_loss, job), masks)
     finally:
         stored.free(units.outside)
-    if reader.outside is not None:
-        reader.outside.close()
     progress(steps, steps)
+    return reader
 
 
 def _loss(job: CollectionJob, batch: Batch) -> Tensor | None:

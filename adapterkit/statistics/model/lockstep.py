@@ -105,6 +105,8 @@ class Lockstep:
     """The passes of all batches.
 
     `stop_at`: a unit from which on nothing is of interest; a pass that comes to it ends.
+    `rehearsal`: entered at each unit; where it says so, all passes go through the unit once without
+    consequences, before they do.
     """
 
     stored: StoredModel
@@ -113,6 +115,7 @@ class Lockstep:
     room: ActivationStore
     stop_at: Unit | None
     step: Callable[[], None]  # one batch has gone through one unit
+    rehearsal: Callable[[Unit], AbstractContextManager[bool]] | None = None
     fixed: set[int] = field(default_factory=set)  # storages that are never emptied
 
     @cached_property
@@ -163,10 +166,35 @@ class Lockstep:
             self._fix()
             try:
                 with self.stored.buffers_on_device(unit.module):
+                    self._rehearse(waiting, unit)
                     self._go_through(waiting, unit)
             finally:
                 self.fixed &= before
                 self.stored.free(unit.parameters)
+
+    def _rehearse(self, waiting: Sequence[Pass], unit: Unit) -> None:
+        """Each pass goes through the unit, and comes back to where it was."""
+        if self.rehearsal is None:
+            return
+        with self.rehearsal(unit) as wanted:
+            for one in waiting if wanted else ():
+                stop: Stop | None = one.request
+                if stop is None or stop.unit is not unit:
+                    continue
+                one.activations.restore()
+                tensors = [t for t in tree_leaves(stop.tensors) if isinstance(t, Tensor)]
+                before = [tensor._version for tensor in tensors]
+                self.reader.begin(one, unit, False)
+                stop.context.copy().run(stop.run, self)
+                self.reader.end(one, unit, False)
+                if before != [tensor._version for tensor in tensors]:
+                    raise Refused(
+                        f"{shown(unit.name)} changes its arguments",
+                        expected="layers that can be run twice on the same inputs",
+                        where=self.stored.base.name,
+                        hint="collect with adapterkit stats instead, and give --stats",
+                    )
+                one.activations.park()
 
     def _go_through(self, waiting: Sequence[Pass], unit: Unit) -> None:
         """Each pass; of one block a GPU computes one while the host goes on with the one before."""
