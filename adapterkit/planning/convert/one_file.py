@@ -15,7 +15,7 @@ from adapterkit.formats.modules.names import fitting, names_of
 from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
 from adapterkit.formats.modules.tensors import reshaped
 from adapterkit.formats.one_file import OneFileModel
-from adapterkit.formats.peft.layout import write_layout
+from adapterkit.formats.peft.layout import KEPT, write_layout
 from adapterkit.formats.read import OTHER_BASE
 from adapterkit.formats.schema import MODEL
 from adapterkit.formats.write import in_names_of
@@ -50,6 +50,8 @@ def plan_with_others(source: Folder, detection: Detection, options: ConvertOptio
     modules = [replace(module, component=LANGUAGE) for module in contents.modules]
     plain, others = _split(modules)
     added = [one for module in others for one in _deltas_of(module, None)]
+    kept = {key: value for key, value in contents.config.items() if key in KEPT}
+    contents = replace(contents, config=kept)  # of a plain adapter
     return _plan(source, contents, plain, added, options) if others else None
 
 

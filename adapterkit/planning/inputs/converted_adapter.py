@@ -17,16 +17,20 @@ from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.errors import AdapterkitError, Refused
 
 if TYPE_CHECKING:
+    from adapterkit.formats.detect import Detection
     from adapterkit.formats.modules.record import Contents
 
 T = TypeVar("T")
 FILES = (".safetensors", ".gguf")
 
 
-def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
+def in_adapter_layout(
+    folder: Folder, base: Folder | None = None, *, for_merge: bool = False
+) -> Folder:
     """The folder itself where it is in PEFT's layout, a model's, or in no format that is known (its
     reader refuses it); else one that stands for it. `Refused` for contents that PEFT's layout
-    cannot hold."""
+    cannot hold. `for_merge`: what is added to weights and is no plain factors is in a file beside
+    these."""
     files = folder.files()
     if "config.json" in files or not any(name.endswith(FILES) for name in files):
         return folder
@@ -51,6 +55,8 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
         plan = with_own_hints(lambda: plan_in_names_of(file, folder, detection))
         return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
     is_read = detection.form.layout == ADAPTER_LAYOUT and detection.form.adapter.is_read_by_peft
+    if for_merge and detection.config.get("peft_type") in ("LOHA", "LOKR"):
+        return _with_others(folder, detection)
     if is_read and not notes_on(detection.container.tensors):
         return folder
     # here, so that adapters in PEFT's layout do not wait for it
@@ -60,6 +66,19 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
     checkpoint = None if base is None else read_checkpoint(base, 1)
     options = ConvertOptions(to=plain_layout())
     plan = with_own_hints(lambda: plan_convert(folder, options, checkpoint, detection=detection))
+    return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
+
+
+def _with_others(folder: Folder, detection: "Detection") -> Folder:
+    """An adapter of another type in PEFT's layout, for a merge."""
+    from adapterkit.planning.convert.one_file import plan_with_others
+    from adapterkit.verbs.convert import ConvertOptions
+
+    options = ConvertOptions(to=plain_layout())
+    plan = with_own_hints(lambda: plan_with_others(folder, detection, options))
+    if plan is None:
+        return folder
+    plan = replace(plan, notes=())  # on files beside it, which no merge copies
     return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
 
 

@@ -127,7 +127,7 @@ def _converted(folder: Folder, component: str, part: PipelinePart) -> Folder:
 
 
 def _in_layout(folder: Folder, part: PipelinePart) -> Folder:
-    return folder if is_plain(folder) else in_adapter_layout(folder, part.folder)
+    return folder if is_plain(folder) else in_adapter_layout(folder, part.folder, for_merge=True)
 
 
 def _shapes_of(folder: Folder, contents: Contents | None) -> Shapes:

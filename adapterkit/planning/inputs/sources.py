@@ -133,10 +133,11 @@ def open_base(text: StrPath) -> Checkpoint:
     return read_checkpoint(folder, 1)
 
 
-def open_adapter(text: StrPath, base: Folder | None = None) -> Folder:
+def open_adapter(text: StrPath, base: Folder | None = None, *, for_merge: bool = False) -> Folder:
     """The folder of an adapter in PEFT's layout, or one that stands for an adapter in another
-    format; `base` tells the names of formats that have others than the model."""
-    return in_adapter_layout(open_unconverted(text), base)
+    format; `base` tells the names of formats that have others than the model; `for_merge`: LoHa and
+    LoKr, too."""
+    return in_adapter_layout(open_unconverted(text), base, for_merge=for_merge)
 
 
 def open_unconverted(text: StrPath, allow_pickle: bool = False) -> Folder:
@@ -199,7 +200,7 @@ def open_weighted(
         with errors.collected():
             if weight is None:
                 source, weight = weight_of(source)
-            folder = opener(source) if opener else open_adapter(source, base)
+            folder = opener(source) if opener else open_adapter(source, base, for_merge=True)
             opened.append((folder, weight))
     errors.raise_all()
     return opened

@@ -29,7 +29,7 @@ def open_with_weights(
     opened = []
     for source, named in zip(sources_of(adapters, file, errors), file.adapters, strict=True):
         with errors.collected():
-            adapter = opener(source) if opener else open_adapter(source, base)
+            adapter = opener(source) if opener else open_adapter(source, base, for_merge=True)
             check_same(named, adapter, folder.label)
             opened.append(adapter)
     errors.raise_all()

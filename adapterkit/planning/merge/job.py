@@ -18,7 +18,7 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.gguf.model import GgufCheckpoint
 from adapterkit.patterns import similar_names
-from adapterkit.planning.adapters.added_deltas import PlacedDelta
+from adapterkit.planning.adapters.added_deltas import PlacedDelta, added_deltas
 from adapterkit.planning.adapters.dora_deltas import CHECK_BASE
 from adapterkit.planning.adapters.methods import ModuleMethods, method_of
 from adapterkit.planning.inputs.earlier_merges import MergedAdapter
@@ -256,6 +256,8 @@ class MergeJob:
                     build_model = True
                 if self.is_selected(lora.module) and not has_parameters:
                     wanted[f"{lora.module}.weight"] = None
+            added = (one.module.name for one in added_deltas(adapter.folder, adapter.number))
+            wanted |= {f"{name}.weight": None for name in added if self.is_selected(name)}
             replaced = adapter.replaced
             if adapter.tokens or any(len(spec.shape) > 1 for spec in replaced.values()):
                 build_model = True
