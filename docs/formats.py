@@ -1,4 +1,4 @@
-"""Writes the tables of docs/formats.md from the TOML files in formats/.
+"""Writes the tables of docs/formats.md and docs/integrations.md from the TOML files in formats/.
 
 python docs/formats.py
 """
@@ -7,21 +7,23 @@ import re
 from pathlib import Path
 from typing import Any
 
+from adapterkit.formats.engines import engines
 from adapterkit.reports.formats import list_formats, scale_text
 
-TARGET = Path(__file__).with_name("formats.md")
+PAGES = [Path(__file__).with_name(name) for name in ("formats.md", "integrations.md")]
 PART = re.compile(r"(<!-- (\w+): python docs/formats.py -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-def document() -> str:
+def document(page: Path) -> str:
     """The whole page: the text as it is, each table anew."""
     listed = list_formats()
     tables = {
+        "engines": engine_table(),
         "written": formats([one for one in listed["formats"].items() if one[1]["writes"]]),
         "read": formats([one for one in listed["formats"].items() if not one[1]["writes"]]),
         "architectures": architectures(listed["architectures"], listed["formats"]),
     }
-    return PART.sub(lambda m: f"{m[1]}\n{tables[m[2]]}\n\n{m[4]}", TARGET.read_text())
+    return PART.sub(lambda m: f"{m[1]}\n{tables[m[2]]}\n\n{m[4]}", page.read_text("utf-8"))
 
 
 def formats(rows: list[tuple[str, dict[str, Any]]]) -> str:
@@ -59,6 +61,28 @@ def kind_text(kind: str, roles: list[str]) -> str:
     return kind + (f" ({', '.join(more)})" if more else "")
 
 
+def engine_table() -> str:
+    """What each engine reads, the rank that it takes, and what it does not take."""
+    rows = [
+        [
+            f"[`{name}`]({one.sources[0]})",
+            f"{one.title} {one.version}",
+            f"`{one.format}`",
+            " or ".join(filter(None, (str(one.rank.most or ""), one.rank.flag))) or "any",
+            "; ".join(f"{rule.verdict} {_modules(rule.modules.pattern)}: {rule.why}"
+                      + (f" ({', '.join(rule.of)})" if rule.of else "") for rule in one.rules),
+        ]
+        for name, one in engines().items()
+    ]  # fmt: skip
+    return table(["`--for`", "engine", "reads", "rank", "does not take"], rows)
+
+
+def _modules(pattern: str) -> str:
+    """A rule's modules in words of their names."""
+    names = re.findall(r"[a-z_]{3,}\d?", pattern)
+    return ", ".join(f"`{name}`" for name in names) or "all modules"
+
+
 def architectures(rows: dict[str, Any], formats: dict[str, Any]) -> str:
     """Each family of models, the names that its modules have, and the formats for it alone."""
     columns = ["`--architecture`", "models", "parts", "formats with its names"]
@@ -82,4 +106,5 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(document())
+    for path in PAGES:
+        path.write_text(document(path), encoding="utf-8", newline="\n")

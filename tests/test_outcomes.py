@@ -24,9 +24,20 @@ def test_of_a_merge(llama, lora, tmp_path):
     read, wrote = (bytes_text(totals[name]) for name in ("bytes_read", "bytes_written"))
     assert f"out: 14 of 21 tensors changed; read {read}, wrote {wrote} in " in text
     assert re.search(r"median \S+% of the adapter's change kept .* 14 tensors; worst: ", text)
-    assert "verified: 42 rows of 14 tensors" in text and "next: " not in text
+    assert "verified: 42 rows of 14 tensors" in text
+    assert text.endswith(f"next: hf upload ORG/NAME {tmp_path / 'out'}\n")
     text = stderr_of("merge", llama, lora, "--out", tmp_path / "other")
     assert text.endswith(f"next: adapterkit verify {tmp_path / 'other'}\n")
+
+
+def test_of_a_conversion(llama, lora, tmp_path):
+    """The next command loads it in the program whose format it is."""
+    text = stderr_of("convert", lora, "--to", "mlx", "--base", llama, "--out", tmp_path / "mlx")
+    assert f"\nnext: mlx_lm.generate --model BASE --adapter-path {tmp_path / 'mlx'} " in text
+    text = stderr_of("convert", lora, "--to", "tinker", "--out", tmp_path / "tinker")
+    assert text.endswith(f"next: adapterkit report {tmp_path / 'tinker'} --out report.html\n")
+    text = stderr_of("edit", lora, "--base-model", "org/base", "--out", tmp_path / "words")
+    assert text.endswith(f"next: adapterkit report {tmp_path / 'words'} --out report.html\n")
 
 
 def test_numbers_of_bytes():

@@ -192,16 +192,22 @@ def print_receipt(receipt: "Receipt") -> None:
 
 
 def _next(receipt: "Receipt") -> str:
-    """What to do with an output on this machine."""
+    """What to do with an output on this machine: see it, load it, verify it, or send it."""
     from adapterkit.checkpoint.system import system
+    from adapterkit.formats.engines import engines
 
     data, verb = receipt.data, receipt.data["recipe"]["verb"]
-    if "pushed" in data or verb in ("stats", "edit"):
-        return ""
     out = system.quote(str(receipt.out))
-    if verb not in ("merge", "quantize", "dequantize"):
-        return f"adapterkit report {out} --out report.html"
-    return "" if "verified" in data else f"adapterkit verify {out}"
+    if "pushed" in data or verb == "stats":
+        return ""
+    if verb in ("merge", "quantize", "dequantize"):
+        return f"hf upload ORG/NAME {out}" if "verified" in data else f"adapterkit verify {out}"
+    if verb == "convert" and (name := data["to"]) != "peft":
+        loading = (
+            one.loading(name, out, "BASE") for one in engines().values() if one.format == name
+        )
+        return next(loading, f"adapterkit report {out} --out report.html")
+    return f"adapterkit report {out} --out report.html"
 
 
 def _made(data: Json) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import adapterkit
+from adapterkit.errors import AdapterkitError, codes
+from tests.support.error_sites import sites
 
 pytestmark = pytest.mark.quick
 
@@ -173,6 +175,25 @@ def long_functions(source: str) -> list[str]:
             lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
             found += [node.name] * (lines > MOST_LINES)
     return found
+
+
+def test_every_place_that_makes_an_error_has_a_code():
+    """And every code is used, every place that errors.toml names makes errors: a name there that
+    nothing has any more would give its errors another code, silently."""
+    assert len(sites()) > 700
+    without = sorted({site.place for site in sites() if not site.code})
+    assert not without, "name these, or their module, in `places` of adapterkit/errors.toml"
+    assert {site.code for site in sites()} == set(codes())
+    places = [place for entry in codes().values() for place in entry["places"]]
+    assert len(places) == len(set(places))
+    classes = {one.__name__ for one in _subclasses(AdapterkitError)}
+    makes = [f"{site.place}:" for site in sites()]
+    gone = [p for p in places if not any(made.startswith((f"{p}.", f"{p}:")) for made in makes)]
+    assert set(gone) <= classes, "adapterkit/errors.toml names places that make no error"
+
+
+def _subclasses(of: type) -> set[type]:
+    return {of}.union(*map(_subclasses, of.__subclasses__()))
 
 
 def test_functions_are_short():
