@@ -1,10 +1,10 @@
 """combine --data: regmean by what the combined model's layers see, layer after layer."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from adapterkit.checkpoint.disk import storage_errors
 from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.stage import WORK, Workspace
+from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.engines.local.reader import LocalReader
@@ -24,7 +25,6 @@ from adapterkit.plan import Effort, OutputFile, Plan, TaskResult
 from adapterkit.planning.combine import plan_combine
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.sources import open_model
-from adapterkit.registry import members
 from adapterkit.statistics.data.records import draw_records
 from adapterkit.statistics.data.samples import Samples
 from adapterkit.statistics.job import Batch, CollectionJob
@@ -114,7 +114,7 @@ class Recollection:
     @property
     def effort(self) -> Effort:
         """Each layer twice, and the sums."""
-        parameters = sum(spec.nbytes for spec in self.base.tensors.values()) / 2
+        parameters = sum(math.prod(spec.shape) for spec in self.base.tensors.values())
         squares = sum(width**2 for width in self.widths)
         return Effort(flops=self.tokens * (4 * parameters + 9 / 8 * squares))
 
@@ -141,12 +141,12 @@ class Recollection:
         finished: Callable[[ShardResult], None],
         progress: Progress,
     ) -> None:
-        raise Refused(
-            "combine --data by several processes",
-            expected="one: a layer needs all samples before the next one begins",
-            where="--data",
-            hint="run it in one process",
-        )
+        """Nothing: a layer needs all samples before the next one begins, so the process that makes
+        the file does it."""
+        for file in files:
+            made = ShardFile(stage.path, file.name, 0, stage.attempt)
+            made.publish()
+            finished(ShardResult(file.name, 0, None, None, {}))
 
     def collected(
         self,
@@ -164,8 +164,9 @@ class Recollection:
         with Sources(plan.folders, plan.identities) as sources:
             stored = StoredModel(self.base, sources, device)
             job = job_of(stored, self.options, self.batches, list(tasks))
-            reader = _Recollector(job, tasks, LocalReader(sources, device), work)
-            with closing(ActivationStore(work, plan.budget)) as room, reader.adding():
+            reader = _Recollector(job, tasks, LocalReader(sources, device), stage)
+            name = f"activations.{stage.attempt}.part" if stage.attempt else "activations"
+            with closing(ActivationStore(work, plan.budget, name)) as room, reader.adding():
                 share = Share(progress, file.layout.size)
                 run_layerwise(job, reader.watching, room, share, reader.rehearsal)
         check_unchanged(plan)
@@ -224,9 +225,10 @@ class _Recollector:
         job: CollectionJob,
         tasks: dict[str, RecollectedFactors],
         inputs: LocalReader,
-        work: Path,
+        stage: Workspace,
     ):
-        self.job, self.tasks, self.inputs, self.work = job, tasks, inputs, work
+        self.job, self.tasks, self.inputs = job, tasks, inputs
+        self.work, self.attempt = stage.path.parent / WORK, stage.attempt
         self.made: dict[str, TaskResult] = {}
         self.merged: dict[str, Pair] = {}
         self.own: list[dict[str, Pair]] = []  # of each adapter in a layer that is rehearsed
@@ -287,7 +289,7 @@ class _Recollector:
                 collected.sums.merge(map(file.sum, range(len(file.records))))
             else:
                 collected.check()
-                SumsFile.write(path, collected.sums.groups, {})
+                SumsFile.write(path, collected.sums.groups, {}, attempt=self.attempt)
         for task in tasks:
             self._combine(task)
 
@@ -340,8 +342,7 @@ def plan_recollected(options: Combine) -> Plan:
     """Everything a combination with `data` will do, or `Refused` with all that cannot be done."""
     data = list(options.data)
     errors = Problems(where="options")
-    method = members("combinations").get(options.method)
-    if method is None or method.acts_on != "covariances":
+    if options.method != "regmean":
         errors.add(f"--data with {options.method}", "regmean, which reads inputs", "remove --data")
     if is_on_hub(options.out):
         errors.add("--data with an output on the Hub", "a folder", "write one, and give --push")

@@ -58,8 +58,8 @@ class Combine(WritingVerb, MethodOptions):
     `regmean` takes the inputs of the combined model (RegMean++, arXiv:2508.03121): it runs layer
     after layer, each layer's covariances are taken with one adapter after the other in that layer
     alone, on what the combined layers before make of that adapter's samples, and the layer is
-    combined before the samples go on. Of models of texts in a list of layers, LoRAs of linear
-    layers inside them, and one process.
+    combined before the samples go on. Of models of texts in a list of layers, and LoRAs of linear
+    layers inside it.
 
     A DoRA's delta depends on the weights that it was trained on: with `base` it is
     m·(W + scale·b@a)/‖W + scale·b@a‖ - W, dense, so that the result is a plain LoRA of a rank that

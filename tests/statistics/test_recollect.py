@@ -197,7 +197,7 @@ def test_what_is_refused(case, tmp_path):
     _, base, adapters, data = case
     refused = {
         "one for each adapter": {"data": data[:1]},
-        "which reads inputs": {"method": "linear"},
+        "which reads inputs": {"method": "regspan"},
         "without --base": {"base": None},
         "Hub": {"out": "hf://me/out"},
         "no such": {"data": [data[0], tmp_path / "none.jsonl"]},
@@ -229,3 +229,15 @@ def test_factors_of_other_layers_are_refused(tmp_path):
                 data=data,
                 out=tmp_path / "out",
             )
+
+
+def test_a_plan_in_a_file_gives_the_same(case, tmp_path):
+    whole = combined(case, tmp_path / "whole")
+    _, base, adapters, data = case
+    sources = [f"{path}={weight}" for path, weight in zip(adapters, WEIGHTS, strict=True)]
+    how = {"method": "regmean", "base": base, "data": data, "out": tmp_path / "out"}
+    adapterkit.write_plan(tmp_path / "plan", "combine", sources, **how)
+    adapterkit.run(tmp_path / "plan")
+    adapterkit.finish(tmp_path / "plan")
+    actual = pairs_of(load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    assert all(torch.equal(actual[name], whole[name]) for name in whole)
