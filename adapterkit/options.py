@@ -101,6 +101,7 @@ class OptionRecord:
 
     name: ClassVar[str]
     one_needed: ClassVar[tuple[str, ...]] = ()  # options of which exactly one is to be given
+    none_given: ClassVar[str] = "the rank is not chosen"  # the problem where none of them is
     needs: ClassVar[Mapping[str, str]] = {}  # as of `Option`, of options that several verbs have
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # each is one, by `record`
 
@@ -142,7 +143,7 @@ class OptionRecord:
         if self.one_needed and len(given) != 1:
             *most, last = map(flag_of, self.one_needed)
             errors.add(
-                f"{' and '.join(given)} exclude each other" if given else "the rank is not chosen",
+                f"{' and '.join(given)} exclude each other" if given else self.none_given,
                 f"one of {', '.join(most)} or {last}",
                 "choose one of them",
             )

@@ -88,7 +88,8 @@ def fit(
     verb: type[Verb], base: str, adapters: Any, as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Fit weights, and print the losses that are held out, what was written and why."""
-    with ProgressBar(quiet or options["dry_run"], "batches") as bar:
+    unit = "batches" if options["score"] is None else "evaluations"
+    with ProgressBar(quiet or options["dry_run"], unit) as bar:
         result = function_of(verb)(base, adapters, progress=bar, **options)
     if as_json:
         print_json(result)

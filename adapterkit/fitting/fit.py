@@ -13,6 +13,7 @@ from adapterkit.fitting.journal import Journal
 from adapterkit.fitting.objective import Objective, TeacherObjective
 from adapterkit.fitting.plan import FitPlan, planned
 from adapterkit.fitting.runs import Runs
+from adapterkit.fitting.score import search_weights
 from adapterkit.fitting.staircase import Staircase
 from adapterkit.records import Json
 from adapterkit.verbs.fit import WeightFit
@@ -22,7 +23,9 @@ DIGITS = 6  # of a weight
 
 
 def fit_weights(options: WeightFit) -> Json:
-    """WeightFit weights and write them; what is said of them."""
+    """Fit weights and write them; what is said of them."""
+    if options.score is not None:
+        return search_weights(options)
     began, out = time.monotonic(), Path(options.out)
     with planned(options) as plan:
         document: Json = {"fit": VERSION, "out": str(out), "totals": plan.totals}

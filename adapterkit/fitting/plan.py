@@ -124,10 +124,10 @@ def planned(options: WeightFit) -> Iterator[FitPlan]:
     """The plan of a fit, the base's files open; `Refused` with all that is wrong."""
     errors, out = Problems(), Path(options.out)
     with errors.collected():
-        _check_out(out, options.overwrite)
+        check_out(out, options.overwrite)
     folder = open_model(options.base)
     base = open_checkpoint(folder)
-    folders, names, given = _adapters(options, folder, errors)
+    folders, names, given = adapters_of(options, folder, errors)
     drawn, shares, data_names = _drawn(options, errors)
     device = _device(options.device)
     dtype = torch.float32 if device.type == "cpu" else None
@@ -172,7 +172,7 @@ def planned(options: WeightFit) -> Iterator[FitPlan]:
         )
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
+def check_out(out: Path, overwrite: bool) -> None:
     """`Refused` where the output is there, or is something else."""
     if not out.exists():
         return
@@ -191,7 +191,7 @@ def _device(name: str) -> torch.device:
     return pick_device("cuda" if name == "auto" and torch.cuda.is_available() else name)
 
 
-def _adapters(
+def adapters_of(
     options: WeightFit, base: Folder, errors: Problems
 ) -> tuple[list[Folder], list[str], list[float]]:
     """The adapters' folders, names, and the weights to begin with."""

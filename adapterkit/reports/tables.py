@@ -136,6 +136,8 @@ def _align(rows: list[list[str]], left: int) -> list[str]:
 def fit_table(document: Json) -> list[str]:
     """A fit's losses that are held out, its steps and weights; of a dry run its sizes."""
     notes = [f"note: {note}" for note in document["notes"]]
+    if "best" in document:
+        return _search_table(document)
     if "losses" not in document:
         totals = document["totals"].items()
         return [*_align([[n.replace("_", " "), f"{v:,}"] for n, v in totals], 1), *notes]
@@ -157,6 +159,18 @@ def fit_table(document: Json) -> list[str]:
     what = "the start" if written["per"] == "start" else f"weights for each {written['per']}"
     last = f"{document['out']}: {what}; {written['reason']}"
     return [*_align(table, 1), "", *_align(spread, 1), "", last, *notes]
+
+
+def _search_table(document: Json) -> list[str]:
+    """The candidates of a search that were the best so far."""
+    table, best = [["evaluation", "score", "weights"]], float("-inf")
+    for number, one in enumerate(document["evaluations"], 1):
+        if one["score"] > best:
+            best = one["score"]
+            weights = ", ".join(f"{weight:g}" for weight in one["weights"])
+            table.append([str(number), f"{best:g}", weights])
+    last = f"{document['out']}: the best of {len(document['evaluations'])} evaluations"
+    return [*_align(table, 0), "", last]
 
 
 def _metrics(result: Json) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ from adapterkit.options import (
     PROGRESS,
     SIZE,
     SOURCE,
+    TEXT,
     WEIGHTED,
     Progress,
     Sources,
@@ -29,6 +30,11 @@ from adapterkit.shared_options import dtype_option, seed_option
 from adapterkit.verb import Verb, function_of
 
 LEVELS = ("adapter", "layer", "module", "direction")
+# options of a fit to data
+OF_DATA = (
+    "target", "per", "start", "samples", "length", "hold", "ridge", "balance", "whole", "dtype",
+    "device", "memory",
+)  # fmt: skip
 BALANCES = ("files", "tokens", "worst", "retention")
 
 
@@ -73,9 +79,16 @@ class WeightFit(Verb[Json]):
     `whole`: the model in memory, else one layer at a time, to the same weights within rounding.
     `dtype`: of the model; by default float32 on a CPU, on a GPU the checkpoint's.
 
+    `score`: instead of data a program, such as `evaluate {}`, that is called with the
+    folder of a candidate, the adapters' sum with one weight for each, and prints a number, of which
+    the last one counts, the larger the better. CMA-ES chooses `evaluations` candidates, the start
+    the first; each is kept in a journal beside `out` until the search is done. Where the program
+    fails, or prints no number, the best so far are written and `Failed` says so.
+
     Returns what `--json` prints: `losses` held out, by row and file (`base`, each adapter, `equal`,
     `start`, each step) with `value` (what is minimized), `steps` (`gain`, `error`, `kept`,
-    `ridge`, `train` and `held`), `spread` of the weights, `written`: the level, and why.
+    `ridge`, `train` and `held`), `spread` of the weights, `written`: the level, and why; with
+    `score`: `evaluations`, of each `weights` and `score`, and the `best`.
 
     Raises `Refused` with all that is wrong before the model runs: DoRA (its change is no sum of
     changes), adapters of another base, trained values that are no factors, the same sample in both
@@ -84,6 +97,8 @@ class WeightFit(Verb[Json]):
     """
 
     name = "fit"
+    one_needed = ("data", "score")
+    none_given = "nothing says which weights are good"
     runner = "fitting.fit:fit_weights"
     command = """Choose weights of adapters by data.
 
@@ -94,21 +109,34 @@ class WeightFit(Verb[Json]):
     \b
     Example:
       adapterkit fit BASE en fr --data en.jsonl --data fr.jsonl --out weights.json
-      adapterkit combine en fr --method linear --weights weights.json --out both
+      adapterkit combine en fr --weights weights.json --out both
+      adapterkit fit BASE en fr --score "evaluate {}" --out weights.json
     """
 
     base: StrPath = argument(check=SOURCE)
     adapters: Sources = argument(check=WEIGHTED, metavar="ADAPTER[=W]...")
     data: StrPath | Sequence[StrPath] = option(
+        default=(),
         check=FILES,
         metavar="FILE[=SHARE]",
         help="Samples: .txt, .jsonl, .parquet, or a folder of datasets; repeat for several.",
     )
     out: StrPath = option(check=FILE, metavar="FILE.json", help="The file of weights.")
+    score: str | None = option(
+        default=None,
+        check=TEXT,
+        metavar="CMD",
+        help="Instead of --data: a program that prints a number, the larger the better, of an "
+        "adapter in the folder {}; one weight for each of at most 8 adapters.",
+        excludes=OF_DATA,
+    )
+    evaluations: int = option(
+        default=60, check=COUNT, help="How often to call that program.", needs="score"
+    )
     target: str = option(
         default="labels",
         check=choice(("labels", "teacher")),
-        help="WeightFit to the data's tokens, or to what each file's own adapter predicts.",
+        help="Fit to the data's tokens, or to what each file's own adapter predicts.",
     )
     per: str = option(default="module", check=choice(LEVELS), help="Finest weights to try.")
     start: str = option(
