@@ -1,8 +1,9 @@
 """fit: the plan, the steps, the file of weights and what is said of them."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,12 @@ from adapterkit.fitting.runs import Runs
 from adapterkit.fitting.score import search_weights
 from adapterkit.fitting.staircase import Staircase
 from adapterkit.records import Json
-from adapterkit.verbs.fit import WeightFit
+from adapterkit.verbs.combine import Combine
+from adapterkit.verbs.fit import LEVELS, WeightFit
+
+if TYPE_CHECKING:
+    from adapterkit.plan import Plan
+    from adapterkit.receipt import Receipt
 
 VERSION = 1
 DIGITS = 6  # of a weight
@@ -47,6 +53,17 @@ def fit_weights(options: WeightFit) -> Json:
         write_weights(_weights(plan, c, kept, document), out)
         journal.close()
     return document
+
+
+def combine_fitted(options: Combine) -> "Receipt | Plan":
+    """Fit the weights of a combination beside its output, and combine with them."""
+    out, same = Path(options.out), ("device", "memory", "resume", "overwrite", "progress")
+    weights = out.with_name(f"{out.name}.weights.json")
+    assert options.base is not None
+    how = {name: getattr(options, name) for name in same}
+    data = list(options.fit)
+    fit_weights(WeightFit(options.base, options.adapters, data=data, out=weights, **how))
+    return replace(options, fit=(), adapters=[], weights=weights).run()
 
 
 def _job(plan: FitPlan) -> Json:
@@ -95,7 +112,11 @@ def _weights(plan: FitPlan, c: Tensor, kept: str, document: Json) -> WeightsFile
     means = [float(c[owners == number].mean()) for number in range(count)]
     default = tuple(float(f"{value:.{DIGITS}g}") for value in means)
     modules = {}
-    for place in mixture.places if kept in ("layer", "module", "direction") else ():
+    per: Any = kept
+    if kept == "start":
+        per = min(plan.options.per, "module", key=LEVELS.index)
+        per = per if plan.options.start == "stats" else "adapter"
+    for place in mixture.places if per != "adapter" else ():
         at = place.first
         own: list[Weight] = list(default)
         for number, size in zip(place.members, place.counts(mixture.directions), strict=True):
@@ -103,7 +124,6 @@ def _weights(plan: FitPlan, c: Tensor, kept: str, document: Json) -> WeightsFile
             own[number] = tuple(values) if kept == "direction" else values[0]
             at += size
         modules[place.name] = tuple(own)
-    per: Any = "adapter" if kept == "start" else kept
     provenance = {key: document[key] for key in ("losses", "steps", "written", "seconds")}
     provenance |= {"options": plan.options.recipe(), "data": plan.data}
     return WeightsFile(tuple(plan.adapters), default, modules, per, plan.base, provenance)

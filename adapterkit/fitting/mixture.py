@@ -1,5 +1,6 @@
 """All adapters on one model together, each with a coefficient at each module."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.folder import Folder
@@ -39,7 +41,26 @@ class Mixed(FactorsPart):
         return self.a, self.b * gain.view(shape)
 
     def forward(self, y: Tensor, weight: float, x: Tensor) -> Tensor:
-        return y + self.product(self.input(x), *self.joined())
+        x = self.input(x)
+        if self.mixture.seen is not None and self.is_matrix:
+            self.mixture.seen.add(self.site.path, F.linear(x, self.a))
+        return y + self.product(x, *self.joined())
+
+
+class Seen:
+    """E[u uᵀ] (R, R) of u = a·x by module, all tokens alike."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts = Counter[str]()
+
+    def add(self, path: str, u: Tensor) -> None:
+        u = u.reshape(-1, u.shape[-1]).double()
+        self.sums[path] = self.sums.get(path, 0) + (u.T @ u).cpu()
+        self.counts[path] += len(u)
+
+    def mean(self, path: str) -> Tensor | None:
+        return self.sums[path] / self.counts[path] if path in self.sums else None
 
 
 @cache
@@ -75,6 +96,7 @@ class Mixture:
     has a coefficient. `acting`: the coefficients (all,)."""
 
     acting: Tensor
+    seen: Seen | None = None  # what modules see is added to it, where there is one
 
     def __init__(self, model: nn.Module, folders: tuple[Folder, ...]):
         self.model, self.folders, self.directions = model, folders, False

@@ -305,6 +305,7 @@ def _check_split(
             where="--hold",
         )
     by_place = [f"--target {options.target}"] * (options.target == "teacher")
+    by_place += [f"--start {options.start}"] * (options.start == "stats")
     by_place += [f"--balance {options.balance}"] * (options.balance == "retention")
     if by_place and samples and len(samples) != adapters:
         errors.add(

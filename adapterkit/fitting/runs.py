@@ -81,6 +81,18 @@ class Runs:
         device = self.stored.device if self.whole else torch.device("cpu")
         self.mixture.load(self._places(None), device, self.stored.dtype)
 
+    @contextmanager
+    def loaded(self, place: MixedModule) -> Iterator[None]:
+        """The factors of a module are in memory."""
+        if place in self._places(None):
+            yield
+            return
+        self.mixture.load([place], torch.device("cpu"), self.stored.dtype)
+        try:
+            yield
+        finally:
+            self.mixture.free([place])
+
     def losses(self, c: Tensor, batches: Sequence[FitBatch]) -> Tensor:
         """(samples,) in float64, in nats per token that counts, those of the batches in their
         order; `c`: (coefficients,)."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adapterkit.errors import Failed, listed, shown
 from adapterkit.fitting.balance import Balance
+from adapterkit.fitting.closed_form import closed_form
 from adapterkit.fitting.journal import Journal
 from adapterkit.fitting.objective import TeacherObjective
 from adapterkit.fitting.plan import FitPlan, SamplePart
@@ -73,7 +74,10 @@ class Staircase:
         """The coefficients to begin with, within the bounds; of adapters that do nothing 0."""
         zeros = self.plan.mixture.zeros()
         weights = [0.0 if n in zeros else w for n, w in enumerate(self.plan.start)]
-        return self.of_adapters(weights).clamp(*self.plan.options.limits)
+        c = self.of_adapters(weights)
+        if self.plan.options.start == "stats":
+            (c,) = self.journal.of("start", c, lambda: [closed_form(self.plan, self.runs, c)])
+        return c.clamp(*self.plan.options.limits)
 
     def _look(self, teacher: TeacherObjective) -> None:
         """Keep what each file's own adapter makes of its samples."""

@@ -60,6 +60,13 @@ from adapterkit.verbs.combine import Combine
 
 def plan_combine(options: Combine) -> Plan:
     """Everything a combination will do, or `Refused` with all that cannot be done."""
+    if options.fit and not options.dry_run:
+        raise Refused(
+            "--fit runs the model, which a plan does not",
+            expected="a combination of its own",
+            where="options",
+            hint="adapterkit fit BASE ADAPTER... --data FILE --out W.json, then give --weights",
+        )
     sources, file = open_with_weights(options.adapters, options.weights, opener=open_unconverted)
     inputs = together([folder for folder, _ in sources], options.out)
     base = if_given(open_model, options.base)

@@ -3,6 +3,7 @@
 rank, a share of the energy) are three choices."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from adapterkit.combinations import ALIASES
 from adapterkit.options import (
@@ -16,7 +17,7 @@ from adapterkit.options import (
     option,
     record,
 )
-from adapterkit.registry import declarations
+from adapterkit.registry import declarations, load
 from adapterkit.run_options import adapter_output_option
 from adapterkit.shared_options import (
     MethodOptions,
@@ -31,6 +32,10 @@ from adapterkit.shared_options import (
     weights_option,
 )
 from adapterkit.verb import WritingVerb, function_of
+
+if TYPE_CHECKING:
+    from adapterkit.plan import Plan
+    from adapterkit.receipt import Receipt
 
 
 @record
@@ -75,7 +80,9 @@ class Combine(WritingVerb, MethodOptions):
     Of slerp the weights say where on the arc the result lies, and how long it is.
 
     `weights`: a file of weights (docs/which-weights.md), one for each adapter, module or singular
-    triplet of a module's delta; the adapters are those of the file and may be left out.
+    triplet of a module's delta; the adapters are those of the file and may be left out. `fit`:
+    samples, by which the verb of that name chooses the weights first (OUT.weights.json); a dry run
+    plans without them.
 
     Of adapters of several parts of an image model's pipeline (unet, text_encoder, ...) the names of
     modules have the part's in front, and the output is in the layout of the first one; so is that
@@ -155,6 +162,15 @@ class Combine(WritingVerb, MethodOptions):
     )
     weight_for: Iterable[str] = weight_for_option()
     weights: StrPath | None = weights_option()
+    fit: Iterable[StrPath] = option(
+        default=(),
+        check=FILES,
+        metavar="FILE[=SHARE]",
+        help="Fit the weights to these samples first, with the defaults of fit; they are written "
+        "beside the output, as OUT.weights.json.",
+        needs="base",
+        excludes=("weights", "weight_for", "data"),
+    )
     seed: int = seed_option()
     tokenizer: str | None = tokenizer_option()
     dtype: str = factor_dtype_option()
@@ -163,6 +179,11 @@ class Combine(WritingVerb, MethodOptions):
     @property
     def planned_by(self) -> str:
         return "statistics.recollect:plan_recollected" if self.data else self.planner
+
+    def run(self) -> "Receipt | Plan":
+        if self.fit and not self.dry_run:
+            return load("fitting.fit:combine_fitted")(self)
+        return super().run()
 
 
 combine = function_of(Combine)

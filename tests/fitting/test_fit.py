@@ -14,7 +14,10 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.errors import AdapterkitError, Failed, Refused
 from adapterkit.fitting.balance import Balance
 from adapterkit.fitting.objective import TeacherObjective
+from adapterkit.fitting.plan import planned
 from adapterkit.fitting.solver import Level, minimize
+from adapterkit.runtime import load
+from adapterkit.verbs.fit import WeightFit
 from tests.support import oracle
 from tests.support.fitting import batches_of, runs_of
 from tests.support.forks import command
@@ -104,9 +107,12 @@ def test_what_is_written_is_what_is_said(tmp_path, base, adapters, data):
     assert weights.fit["losses"] == document["losses"]
     assert weights.base.fingerprint and all(one.files for one in weights.adapters)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-    again = tmp_path / "again.json"
-    document, _ = fitted(base, adapters, data, again, ridge=0.01, whole=True, dtype="fp32")
-    assert read_weights(LocalFolder(again)).modules == weights.modules
+    # a base of its own, it has the loss that was said
+    adapterkit.merge(base, weights=out, out=tmp_path / "merged", dtype="fp32")
+    again = {"ridge": 1e6, "per": "adapter", "whole": True}
+    found, _ = fitted(tmp_path / "merged", adapters, data, tmp_path / "again.json", **again)
+    said = rows[document["written"]["per"]]["files"]
+    assert found["losses"][0]["files"] == pytest.approx(said, abs=2e-5)
 
 
 def test_layer_by_layer(tmp_path, base, adapters, data, large):
@@ -154,6 +160,67 @@ def test_options(tmp_path, base, adapters, data, options):
             assert losses["base"][number] > 1e-3
     if document["written"]["per"] == "direction":
         assert any(isinstance(w, tuple) for own in weights.modules.values() for w in own)
+
+
+@pytest.mark.parametrize("per", ["adapter", "layer", "module"])
+def test_the_start_of_the_closed_form(tmp_path, base, adapters, data, per):
+    """It is that of regspan with the statistics of each adapter's file."""
+    options = {"start": "stats", "per": per, "ridge": 1e6, "hold": 0.1, "bounds": "-9:9"}
+    fitted(base, adapters[:2], data, tmp_path / "w.json", **options)
+    weights = read_weights(LocalFolder(tmp_path / "w.json"))
+    assert weights.modules or per == "adapter"
+    with planned(WeightFit(base, adapters[:2], data=data, out=tmp_path / "x.json", samples=16,
+                           hold=0.1)) as plan:  # fmt: skip
+        batches = plan.train.batches
+    rows, right = {}, {}
+    model = oracle.load("LlamaForCausalLM", base).eval()
+    deltas = [deltas_of(adapter) for adapter in adapters[:2]]
+    for number, adapter in enumerate(adapters[:2]):
+        seen = {name: [] for name in deltas[0]}
+        handle = load(model, adapter)
+        hooks = [model.get_submodule(n).register_forward_pre_hook(partial(_see, seen[n]))
+                 for n in seen]  # fmt: skip
+        for batch in (one for one in batches if one.file == number):
+            rows_of = (batch.inputs[key] for key in ("input_ids", "attention_mask"))
+            for ids, mask in zip(*rows_of, strict=True):
+                model(ids[None, mask.bool()])
+        for hook in hooks:
+            hook.remove()
+        handle.detach()
+        for name, its in seen.items():
+            key = {"adapter": "", "layer": name.split(".")[2], "module": name}[per]
+            x = torch.cat(its).double() / sum(map(len, its)) ** 0.5
+            outputs = [(x @ delta[name].T).flatten() for delta in deltas]
+            rows.setdefault(key, []).append(torch.stack(outputs, 1))
+            right.setdefault(key, []).append(outputs[number])
+    for key, each in rows.items():
+        expected = torch.linalg.lstsq(torch.cat(each), torch.cat(right[key])[:, None]).solution
+        own = [w for n, w in weights.modules.items() if key in (n, n.split(".")[2])]
+        for c in own or [weights.default]:
+            assert c == pytest.approx(expected.flatten().tolist(), abs=1e-4), key
+
+
+@torch.no_grad()
+def _see(found, module, args):
+    found.append(args[0].detach()[0])
+
+
+def deltas_of(adapter):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    names = {k.removeprefix("base_model.model.").rpartition(".lora_")[0] for k in tensors}
+    part = lambda name, x: tensors[f"base_model.model.{name}.lora_{x}.weight"].double()
+    return {name: 1.5 * part(name, "B") @ part(name, "A") for name in names}
+
+
+def test_combine_in_one_step(tmp_path, base, adapters, data, monkeypatch):
+    """The weights are beside the output, and are those of its receipt."""
+    out = tmp_path / "both"
+    receipt = adapterkit.combine(adapters[:2], base=base, fit=data, out=out)
+    weights = read_weights(LocalFolder(tmp_path / "both.weights.json"))
+    stored = receipt.data["recipe"]["options"]["weights_file"]
+    assert stored["default"] == list(weights.default)
+    with pytest.raises(Refused, match="without --base"):
+        adapterkit.combine(adapters[:2], fit=data, out=tmp_path / "other")
 
 
 def test_nothing_better_than_the_start(tmp_path, base, adapters, data):
