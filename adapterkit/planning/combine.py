@@ -60,13 +60,6 @@ from adapterkit.verbs.combine import Combine
 
 def plan_combine(options: Combine) -> Plan:
     """Everything a combination will do, or `Refused` with all that cannot be done."""
-    if options.fit and not options.dry_run:
-        raise Refused(
-            "--fit runs the model, which a plan does not",
-            expected="a combination of its own",
-            where="options",
-            hint="adapterkit fit BASE ADAPTER... --data FILE --out W.json, then give --weights",
-        )
     sources, file = open_with_weights(options.adapters, options.weights, opener=open_unconverted)
     inputs = together([folder for folder, _ in sources], options.out)
     base = if_given(open_model, options.base)
@@ -206,6 +199,13 @@ def _base(
 
 
 def _check_count(options: Combine, count: int) -> None:
+    if options.fit and not options.dry_run:
+        raise Refused(
+            "--fit runs the model, which a plan does not",
+            expected="a combination of its own",
+            where="options",
+            hint="adapterkit fit BASE ADAPTER... --data FILE --out W.json, then give --weights",
+        )
     if count < 2 and not (count and (options.rank or options.energy)):
         raise Refused(
             "no adapters were given" if not count else "only one adapter was given",
