@@ -41,7 +41,7 @@ class IsoCts(OnFactors):
         whole, count = svd_of_sum(products, weights), len(products)
         rank = len(whole.s) if float(whole.s[0]) else 0
         each = min(round((rank - int(self.common * rank)) / count), rank // count)
-        shared = whole.top(max(rank - count * each, 1))
+        shared = whole.top(rank - count * each if rank else 1)
         parts = [shared]
         for product, weight, size in zip(products, weights, sizes(products, weights), strict=True):
             own = product.left - shared.u @ (shared.u.T @ product.left)

@@ -262,7 +262,7 @@ def iso_cts(deltas, weights, options):
     if not rank:
         return torch.zeros_like(deltas[0])
     each = min(round((rank - int(options.common * rank)) / k), rank // k)
-    c = max(rank - k * each, 1)
+    c = rank - k * each
     us, ss, vs = [u[:, :c]], [s[:c]], [vh[:c]]
     for part in parts:
         x, y, z = torch.linalg.svd(part - u[:, :c] @ u[:, :c].T @ part, full_matrices=False)
