@@ -147,15 +147,18 @@ def rerun(verb: type[Verb], output: str, as_json: bool, quiet: bool, **options: 
 
 
 def run(verb: type[Verb], file: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Run a rank of a plan file, or the steps of a pipeline, and print what was done."""
+    """Run a rank of a plan file, the steps of a pipeline, or a recipe, and print what was done."""
+    from adapterkit.jobs.run import RECIPES
+
     ctx = click.get_current_context()
+    if file.endswith(RECIPES):
+        run_verb(verb, file, as_json=as_json, quiet=quiet, **options)
+        return
     if file.endswith(".toml"):
-        names = ("rank", "workers", "wait")
+        names = ("rank", "workers", "wait", "out")
         given = [n for n in names if ctx.get_parameter_source(n) is not ParameterSource.DEFAULT]
         if given:
-            raise click.UsageError(
-                f"--{given[0]} applies to plan files only; remove it for a pipeline"
-            )
+            raise click.UsageError(f"--{given[0]} does not apply to a pipeline; remove it")
         steps = {name: value for name, value in options.items() if name not in names}
         from adapterkit.cli.batch import run_steps
 

@@ -11,7 +11,7 @@ import click
 from adapterkit.cli import signals
 from adapterkit.options import bytes_text, own_hints
 from adapterkit.records import Json
-from adapterkit.verb import Verb, WritingVerb, function_of
+from adapterkit.verb import Verb, function_of
 
 if TYPE_CHECKING:
     from adapterkit.plan import Plan
@@ -34,7 +34,7 @@ def run_verb(
     if plan is not None:
         write_plan(plan, verb, *sources, as_json=as_json, quiet=quiet, dry_run=dry_run, **options)
         return
-    if issubclass(verb, WritingVerb):
+    if "dry_run" in verb.__dataclass_fields__:
         options["dry_run"] = dry_run
     with ProgressBar(quiet or dry_run) as bar:
         result: Any = function_of(verb)(*sources, progress=bar, **options)

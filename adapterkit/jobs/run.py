@@ -23,30 +23,37 @@ from adapterkit.options import (
     record,
 )
 from adapterkit.records import Json
-from adapterkit.run_options import WAIT
+from adapterkit.run_options import OUTPUT_MODEL, WAIT
 from adapterkit.verb import Verb, function_of
 
 if TYPE_CHECKING:
     from adapterkit.engines.ranks.rank import Outcome
     from adapterkit.jobs.plan_file import PlanFile
+    from adapterkit.plan import Plan
+    from adapterkit.receipt import Receipt
+    from adapterkit.verbs.merge import Merge
 
-OF_PLAN_FILES, OF_PIPELINES = ("rank", "workers", "wait"), ("overwrite",)
+OF_PLAN_FILES, OF_PIPELINES, OF_RECIPES = ("rank", "workers", "wait"), ("overwrite",), ("out",)
+
+RECIPES = (".yml", ".yaml")
 
 
 @record
-class Run(Verb["Outcome | Json"]):
+class Run(Verb["Outcome | Json | Receipt | Plan"]):
     """Make the share of a plan file's output that one of several processes has, and what others
     leave; what was done. Of a `.toml` file carry out the steps of the pipeline; the report of
-    `jobs.pipeline.run_pipeline`.
+    `jobs.pipeline.run_pipeline`. Of a `.yml` or `.yaml` file, a recipe of mergekit whose inputs are
+    one base with adapters, merge these into `out`; what `merge` returns.
 
     `rank`: `I/N`, I from 0, or `auto`: as Slurm, torchrun, MPI or Kubernetes say, else 0/1.
     `device` and `workers` (threads) in place of the plan's. `wait`: seconds for files that others
     make and that this rank's need; then `Waiting`. Killed, run again the same: what is finished
-    stays. `overwrite`, of a pipeline: replace outputs that it did not write. Raises `Refused` where
+    stays. `overwrite`, of a pipeline: replace outputs that it did not write, of a recipe: an older
+    output. Raises `Refused` where
     the job is not that of the plan file any more; `Failed` after.
     """
 
-    command = """Run a plan file, one worker's share of it, or a pipeline.
+    command = """Run a plan file, one worker's share of it, a pipeline, or a recipe of mergekit.
 
     Any writing command with --plan writes a plan file (what to compute) instead of its output.
     Start this command on each machine of a shared file system: each worker writes its share of the
@@ -57,9 +64,14 @@ class Run(Verb["Outcome | Json"]):
     runs; a step whose output exists for the same inputs and options is skipped. The exit status is
     1 if any step was refused.
 
+    A recipe is a .yml file of mergekit, all of whose inputs are one base with adapters. Weights and
+    densities by layer (gradients) and name (filters) become those of modules; what is not covered
+    is refused by name.
+
     \b
     Example:
       adapterkit run steps.toml --dry-run
+      adapterkit run recipe.yml --out merged
       adapterkit merge ./base ./adapter --out merged --plan merged.plan.json
       adapterkit run merged.plan.json --rank 0/2
       srun adapterkit run merged.plan.json
@@ -89,20 +101,30 @@ class Run(Verb["Outcome | Json"]):
         "status 3.",
     )
     overwrite: bool = option(
-        default=False, check=FLAG, help="Replace outputs that this pipeline did not write."
+        default=False,
+        check=FLAG,
+        help="Replace outputs that this pipeline did not write, or an older one of a recipe.",
+    )
+    out: StrPath | None = option(
+        default=None,
+        check=OUTPUT_MODEL,
+        metavar="DIR|FILE|hf://ORG/NAME[:FILE]",
+        help="Output of a recipe, as of merge.",
     )
     dry_run: bool = option(
         default=False, check=FLAG, help="Print the files of this rank, or plan all steps, and stop."
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
-    def run(self) -> "Outcome | Json":
+    def run(self) -> "Outcome | Json | Receipt | Plan":
         from adapterkit.jobs.launcher import rank_of
         from adapterkit.jobs.pipeline import run_pipeline
         from adapterkit.jobs.plan_file import read_plan
 
+        if Path(self.file).suffix in RECIPES:
+            return self.merge().run()
         if Path(self.file).suffix == ".toml":
-            self._refuse(OF_PLAN_FILES, "a pipeline")
+            self._refuse((*OF_PLAN_FILES, *OF_RECIPES), "a pipeline")
             return run_pipeline(
                 self.file,
                 device=self.device,
@@ -110,7 +132,7 @@ class Run(Verb["Outcome | Json"]):
                 dry_run=self.dry_run,
                 progress=self.progress,
             )
-        self._refuse(OF_PIPELINES, "a plan file")
+        self._refuse((*OF_PIPELINES, *OF_RECIPES), "a plan file")
         return run_rank(
             read_plan(self.file),
             *rank_of(self.rank),
@@ -121,6 +143,18 @@ class Run(Verb["Outcome | Json"]):
             progress=self.progress,
         )
 
+    def merge(self) -> "Merge":
+        """The merge that a recipe describes."""
+        from adapterkit.jobs.recipe import merge_of
+
+        self._refuse(OF_PLAN_FILES, "a recipe")
+        if self.out is None:
+            raise Refused("no --out", expected="the output", where="options", hint="give --out DIR")
+        running = {
+            name: getattr(self, name) for name in ("out", "overwrite", "dry_run", "progress")
+        }
+        return merge_of(Path(self.file), device=self.device or "auto", **running)
+
     def _refuse(self, names: tuple[str, ...], what: str) -> None:
         """`Refused` where options are given that do not apply."""
         given = [flag_of(name) for name in names if getattr(self, name) != getattr(Run, name)]
@@ -129,7 +163,7 @@ class Run(Verb["Outcome | Json"]):
             raise Refused(
                 f"{options} does not apply to {what}",
                 expected="--rank, --workers and --wait with a plan file, --overwrite with a "
-                "pipeline",
+                "pipeline or a recipe, --out with a recipe",
                 where="options",
                 hint=f"remove {options}",
             )
