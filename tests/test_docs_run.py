@@ -178,8 +178,8 @@ def stage(
     save_sdxl(stage)
     save_wan(stage)
     (stage / "sources.txt").write_text("# one a line\nenglish\nfrench\n")
-    for block in itertools.chain.from_iterable(blocks(d, "toml") for d in DOCUMENTS):
-        if name := re.match(r"# (\w+\.toml)\n", block.text):
+    for block in itertools.chain.from_iterable(blocks(d, "toml", "yaml") for d in DOCUMENTS):
+        if name := re.match(r"# (\w+\.(toml|yml))\n", block.text):
             (stage / name[1]).write_text(block.text)
     (weights,) = blocks(ROOT / "docs" / "which-weights.md", "json")
     (stage / "weights.json").write_text(weights.text)

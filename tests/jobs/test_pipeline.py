@@ -519,7 +519,7 @@ def test_the_command(write, tmp_path: Path):
     assert refused.exit_code == 1 and "1 refused" in refused.stderr
     assert "refused: step 1, subtract -> out/law-only" in refused.stderr
     usage = command("--rank", "0/2")
-    assert usage.exit_code == 2 and "--rank applies to plan files only" in usage.stderr
+    assert usage.exit_code == 2 and "--rank does not apply to a pipeline" in usage.stderr
 
 
 def test_in_python(write):

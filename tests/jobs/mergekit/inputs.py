@@ -1,4 +1,4 @@
-"""A tiny Llama and three LoRAs of drawn numbers, and recipes of mergekit over them."""
+"""A tiny Llama and five LoRAs of drawn numbers, and recipes of mergekit over them."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,10 @@ ADAPTERS = {
     "a": ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"],
     "b": ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"],
     "c": ["self_attn.q_proj", "self_attn.k_proj"],
+    "small": ["self_attn.q_proj", "mlp.up_proj"],
+    "smaller": ["self_attn.q_proj", "mlp.up_proj"],
 }
+SMALL = {"small": 1e-3, "smaller": 3e-4}
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": SIZE,
     "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
@@ -30,7 +33,7 @@ CONFIG = {
 
 
 def write_inputs(folder: Path) -> None:
-    """`base`, `a`, `b` and `c` in this folder."""
+    """`base` and the adapters in this folder."""
     draw = torch.Generator().manual_seed(3)
     normal = lambda *shape: torch.randn(*shape, generator=draw)
     tensors = {"model.embed_tokens.weight": normal(VOCAB, SIZE), "model.norm.weight": normal(SIZE)}
@@ -49,7 +52,8 @@ def write_inputs(folder: Path) -> None:
             for name in modules:
                 key, (out, inputs) = f"base_model.model.model.layers.{layer}.{name}", SHAPES[name]
                 factors[f"{key}.lora_A.weight"] = normal(RANK, inputs) / 4
-                factors[f"{key}.lora_B.weight"] = normal(out, RANK) / 4
+                b = normal(out, RANK) / 4
+                factors[f"{key}.lora_B.weight"] = b * SMALL.get(adapter, 1)
         config = {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK,
             "target_modules": [name.rpartition(".")[2] for name in modules],
@@ -134,6 +138,7 @@ RECIPES = {
     "della": "merge_method: della\nout_dtype: bfloat16" + MODELS,
     "della_linear": "merge_method: della_linear" + MODELS,
     "sce": "merge_method: sce\nparameters: {{select_topk: 0.4}}" + PLAIN,
+    "sce-small": "merge_method: sce" + PLAIN.replace("{a}", "{small}").replace("{b}", "{smaller}"),
     "nuslerp": "merge_method: nuslerp" + PAIR,
 }
 # of methods that draw, density 1 alone: what they draw differs
