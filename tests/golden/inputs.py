@@ -93,6 +93,8 @@ def create_inputs(root: Path) -> None:
     _save_adapter(root / "pissa-initial", seed=30, **pissa)
     _save_adapter(root / "pissa-trained", seed=31, **pissa)
     _save_kohya(root / "kohya.safetensors")
+    _save_pipeline(root / "pipeline", root / "unet-text.safetensors")
+    _save_wan(root / "wan.safetensors", root / "motion.safetensors")
     rows = [{"input_ids": [(7 * n + i) % VOCABULARY for i in range(3 + n)]} for n in range(5)]
     rows[1]["labels"] = [-100, *rows[1]["input_ids"][1:]]
     (root / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -101,6 +103,55 @@ def create_inputs(root: Path) -> None:
         factor = dyadic(40 + number, width, width, least=-8, most=8, exponent=-4)
         covariances[f"{name}.covariance"] = factor @ factor.T  # exact: integers below 2**24
     save_file(covariances, root / "covariances.safetensors")
+
+
+PARTS = {
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
+MODULES = {
+    "unet": "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+    "text_encoder": "text_model.encoder.layers.0.self_attn.q_proj",
+    "vae": "encoder.conv_in",
+}
+
+
+def _save_pipeline(folder: Path, lora: Path) -> None:
+    """Three models of diffusers, one layer each, and an adapter of two of them."""
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline"}
+    factors = {}
+    for number, (part, (library, name)) in enumerate(PARTS.items()):
+        (folder / part).mkdir(parents=True)
+        index[part] = [library, name]
+        (folder / part / "config.json").write_text(json.dumps({"_class_name": name}))
+        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        weight = dyadic(50 + number, HIDDEN, HIDDEN, least=-96, most=96, exponent=-10)
+        key = f"{MODULES[part]}.weight"
+        save_file({key: weight.half()}, folder / part / f"{stem}.safetensors", {"format": "pt"})
+        if part != "vae":
+            factors |= _factors(f"{part}.{MODULES[part]}", 60 + number)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    save_file(factors, lora, {"format": "pt"})
+
+
+def _save_wan(file: Path, lora: Path) -> None:
+    """A block of Wan's model in one file, and an adapter in ComfyUI's names."""
+    names = [f"{a}_attn.{p}" for a in ("self", "cross") for p in "qkvo"]
+    weights, factors = {}, {}
+    for number, name in enumerate(names):
+        weight = dyadic(70 + number, HIDDEN, HIDDEN, least=-96, most=96, exponent=-10)
+        weights[f"model.diffusion_model.blocks.0.{name}.weight"] = weight
+        if number % 2:
+            factors |= _factors(f"diffusion_model.blocks.0.{name}", 80 + number)
+    save_file(weights, file, {"modelspec.title": "a model"})
+    save_file(factors, lora, {"format": "pt"})
+
+
+def _factors(module: str, seed: int) -> dict[str, Tensor]:
+    size = {"least": -96, "most": 96, "exponent": -10}
+    a, b = dyadic(seed, 2, HIDDEN, **size), dyadic(seed + 100, HIDDEN, 2, **size)
+    return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
 
 
 def _linear() -> list[tuple[str, tuple[int, int]]]:

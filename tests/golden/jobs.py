@@ -70,6 +70,8 @@ WRITING = (
     job("merge-nf4", "quantize-nf4", "style"),
     job("merge-nf4-dequantized", "quantize-nf4", "style", dequantize=True),
     job("merge-w8a16", "quantize-w8a16", "style", hash="none"),
+    job("merge-pipeline", "pipeline", "unet-text.safetensors=0.5", lbw=['{"unet": 2}']),
+    job("merge-file", "wan.safetensors", "motion.safetensors=-0.5", dtype="bf16"),
     job("convert-same", "skill", to="peft"),
     job("edit-words", "skill", title="Skill", trigger="skl", tag=["lora", "skill"], alpha=8),
     job("convert-kohya", "kohya.safetensors", to="diffusers"),
@@ -202,8 +204,9 @@ def summary(path: Path) -> dict[str, list[float]]:
 
 
 def output_of(task: Job) -> Path:
-    """What a job writes: a folder, or a file of statistics."""
-    return Path(f"{task.name}.safetensors" if task.verb == "stats" else task.name)
+    """What a job writes: a folder, or a file of statistics or an image model."""
+    is_file = task.verb == "stats" or task.sources[0] == "wan.safetensors"
+    return Path(f"{task.name}.safetensors" if is_file else task.name)
 
 
 def call(task: Job, **more: Any) -> Any:

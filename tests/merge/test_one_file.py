@@ -20,6 +20,7 @@ from adapterkit.formats.library import described
 from adapterkit.formats.one_file import OneFileModel
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.sources import open_model
+from tests.support.forks import forks
 from tests.support.one_file import (
     DENOISER,
     FAMILIES,
@@ -514,6 +515,29 @@ def test_an_output_that_is_finished_stays(home, tmp_path):
     shutil.copy(out, tmp_path / "foreign.safetensors")
     with pytest.raises(Refused, match="did not write it"):
         adapterkit.merge(base, [adapter], out=tmp_path / "foreign.safetensors", overwrite=True)
+
+
+def test_killed_at_any_moment_it_resumes(home, tmp_path):
+    """There is no file, or an unfinished one under its name, before it is whole."""
+    base, adapter = tmp_path / "base.safetensors", tmp_path / "lora.safetensors"
+    shutil.copy(base_of("flux", home), base)
+    write_adapter(factors_of("flux", every=3), adapter)
+    whole = merged(base, [adapter], tmp_path / "whole.safetensors")
+    words = ["merge", base.name, adapter.name, "--out", "again.safetensors", "--resume"]
+    again, when, server = tmp_path / "again.safetensors", 1, forks()
+    while True:
+        fault = {"kill": True, "when": when}
+        ended = server.wait(server.start(argv=words, cwd=str(tmp_path), fault=fault))
+        if again.exists():  # also where it was killed after that
+            assert_close(load_file(again), whole)
+        if ended.status == 0:
+            break
+        assert ended.status == -9, ended
+        when += 7
+    assert when > 21
+    shown = {path.name for path in tmp_path.glob("*again*")}
+    assert shown == {"again.safetensors", "again.safetensors.adapterkit.json"}
+    adapterkit.verify(again, base=base, adapters=[adapter])
 
 
 def test_block_weights_are_of_image_models(tmp_path):
