@@ -313,6 +313,17 @@ def anonymous_memory(pid: int) -> int:
 # --- metrics for the report -----------------------------------------------------------------------
 
 
+def print_rows(name: str, rows: dict[str, dict[str, float]]) -> None:
+    """The times of merges of one model, beside those of cp."""
+    print(name)
+    for competitor, row in rows.items():
+        ratio = row["in_process"] / rows["cp"]["in_process"]
+        print(
+            f"  {competitor:20} {row['seconds']:7.2f} s, in process {row['in_process']:7.2f} s = "
+            f"{ratio:5.2f} of cp, processor {row['processor']:6.2f} s, {row['memory_mb']:6.0f} MB"
+        )
+
+
 def environment(*packages: str) -> dict:
     """Date, command, machine and versions, without a path or a user's name."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -194,15 +194,7 @@ def main() -> int:
                 )
                 name = f"{model.stat().st_size / common.GB:.2f} GB {mix}, {layers} layers"
                 report["models"][name] = rows
-                print(name)
-                for competitor, row in rows.items():
-                    ratio = row["in_process"] / rows["cp"]["in_process"]
-                    print(
-                        f"  {competitor:20} {row['seconds']:7.2f} s, in process "
-                        f"{row['in_process']:7.2f} s = {ratio:5.2f} of cp, processor "
-                        f"{row['processor']:6.2f} s, "
-                        f"{row['memory_mb']:6.0f} MB"
-                    )
+                common.print_rows(name, rows)
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0

@@ -124,13 +124,7 @@ def main() -> int:
             rows = measure(base, adapters, args.work, args.repeat, "merged.safetensors")
             name = f"{base.stat().st_size / common.GB:.2f} GB, {family}"
             report["models"][name] = rows
-            print(name)
-            for competitor, row in rows.items():
-                ratio = row["in_process"] / rows["cp"]["in_process"]
-                print(
-                    f"  {competitor:20} {row['seconds']:7.2f} s, in process "
-                    f"{row['in_process']:7.2f} s = {ratio:5.2f} of cp, {row['memory_mb']:6.0f} MB"
-                )
+            common.print_rows(name, rows)
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0

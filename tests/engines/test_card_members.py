@@ -21,6 +21,8 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.combinations.dare_ties import DareTies
+from adapterkit.combinations.mean import Mean
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.formats.modules.deltas import ModuleDelta
 from adapterkit.formats.modules.record import AdapterModule
@@ -29,7 +31,8 @@ from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.plan import RowEdit
 from adapterkit.registry import members
-from adapterkit.tasks import edits
+from adapterkit.tasks import combined_edit, edits
+from adapterkit.tasks.combined_edit import AddCombined, WeightedDelta
 from adapterkit.tasks.edits import (
     AddDelta,
     AddLikePeft,
@@ -93,6 +96,11 @@ def edits_of(s: dict[str, TensorSpec]) -> list[RowEdit]:
     made_of = lambda **keys: {role: from_spec(s[key]) for role, key in keys.items()}
     lora = AdapterModule("", "m", "lora", made_of(a="a", b="b"), alpha=1.0, rank=RANK)
     full = AdapterModule("", "m", "full", made_of(diff="w"), alpha=1.0, rank=1)
+    parts = (WeightedDelta(0.7, (term,)), WeightedDelta(-0.4, other=ModuleDelta(full)))
+    plain = (WeightedDelta(0.7, (term,)), WeightedDelta(0.4, (term,)))
+    combined = lambda method: AddCombined(
+        "m", parts if method.name == "dare_ties" else plain, (whole,), False, (OUT, IN), method, 0
+    )
     chosen: list[RowEdit] = [
         add,
         AddLowRank((term, other, one)),
@@ -108,6 +116,8 @@ def edits_of(s: dict[str, TensorSpec]) -> list[RowEdit]:
         Decompose(s["magnitude"], Band(0, OUT), False, (add,)),
         Decompose(s["magnitude"], Band(0, OUT), False, (add,), of_stored=True),
         Decompose(s["columns"], columns, True, (add,)),
+        combined(DareTies(0.5)),
+        combined(Mean()),
     ]
     return chosen
 
@@ -122,7 +132,8 @@ def test_edits(folder: LocalFolder, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Tensor, "__setitem__", assigned)
     specs, w = specs_of(folder), torch.randn(OUT, IN)
     chosen = edits_of(specs)
-    everything = {c for c in vars(edits).values() if isinstance(c, type) and issubclass(c, RowEdit)}
+    known = vars(edits) | vars(combined_edit)
+    everything = {c for c in known.values() if isinstance(c, type) and issubclass(c, RowEdit)}
     assert {type(edit) for edit in chosen} == {c for c in everything if not isabstract(c)}
     with Sources((folder,), {}) as sources, installed(Card()) as card, torch.inference_mode():
         for edit in chosen:

@@ -383,3 +383,23 @@ def test_the_claim_on_memory_holds(llamas, tmp_path: Path) -> None:
     assert not sums.shards[0].tasks, "factors are streamed"
     card = json.loads(json.dumps(plan.recipe()))
     assert card["options"]["density"] == 0.5
+
+
+def test_a_file_of_weights(llamas, tmp_path: Path) -> None:
+    """Of adapters, modules and singular triplets, as `combine` takes them."""
+    base, adapters = llamas("fp32")
+    triplets = "model.layers.0.self_attn.q_proj"
+    table = {
+        "adapters": [str(path) for path in adapters],
+        "per": "direction",
+        "default": list(WEIGHTS),
+        "modules": {triplets: [[0.5, 2.0], -1.0], "model.layers.1.mlp.down_proj": [0, 0.3]},
+    }
+    (tmp_path / "weights.json").write_text(json.dumps(table))
+    how = {"weights": tmp_path / "weights.json", "method": "ties", "density": 0.5}
+    adapterkit.merge(base, out=tmp_path / "out", verify=True, **how)
+    adapterkit.combine(out=tmp_path / "both", rank=4096, **how)
+    adapterkit.merge(base, [tmp_path / "both"], out=tmp_path / "right")
+    ours, right = stored(tmp_path / "out"), stored(tmp_path / "right")
+    for key, value in right.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-5, msg=key)
