@@ -33,20 +33,19 @@ PAIRS = {"_blocks": ("_scales", "MXFP4")}  # a common ending, a sign only beside
 PACKED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"}
 
 
-def check_not_quantized(
-    base: Checkpoint,
-    hint: str = "give the 16-bit model that it was made from, or dequantize it first: "
-    "adapterkit dequantize MODEL --out DIR",
-) -> None:
+def check_not_quantized(base: Checkpoint, hint: str = "") -> None:
     """`Refused` if weights are quantized in a way that was not decoded: a delta added to their
     bytes would be silently wrong."""
     evidence = quantization_evidence(base.config, base.tensors)
     if evidence is not None:
+        out = "DIR" if getattr(base.folder, "single", None) is None else "FILE.safetensors"
         raise Refused(
             f"this base is quantized: {evidence}",
             expected="bf16, fp16 or fp32 weights",
             where=base.name,
-            hint=hint,
+            hint=hint
+            or "give the 16-bit model that it was made from, or dequantize it first: "
+            f"adapterkit dequantize MODEL --out {out}",
         )
 
 

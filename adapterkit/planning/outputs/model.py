@@ -3,10 +3,12 @@
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from adapterkit.checkpoint.fingerprint import of_headers
 from adapterkit.checkpoint.header import Header
-from adapterkit.checkpoint.layout import ShardLayout, grouped, like_base
+from adapterkit.checkpoint.layout import ShardLayout, TensorPlan, grouped, like_base
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import WARNING, AdapterkitError, shown
 from adapterkit.plan import OutputFile, Step, Task
@@ -165,7 +167,20 @@ def plan_shard(
         key=lambda task: task.name,
     )
     metadata = header.metadata if keep_format else metadata_of_floats(header.metadata)
-    return OutputFile.computed(name, tasks, metadata or None, safetensors_order=True)
+    file = OutputFile.computed(name, tasks, metadata or None, safetensors_order=True)
+    before = {spec.key: (spec.dtype, spec.shape) for spec in header.tensors}
+    after = {stored.key: (stored.dtype, stored.shape) for stored in file.layout.tensors}
+    if not keep_format or file.variable_size or before != after:
+        return file
+    return OutputFile.computed(name, tasks, metadata or None, lay_out=partial(_laid_out_as, header))
+
+
+def _laid_out_as(
+    header: Header, file: str, tensors: Sequence[TensorPlan], metadata: Mapping[str, Any]
+) -> ShardLayout:
+    """The base's tensors where they are in its file, with its header."""
+    by_key = {stored.key: stored for stored in tensors}
+    return like_base(file, [by_key[spec.key] for spec in header.tensors], header)
 
 
 def plan_laid_out(

@@ -130,6 +130,35 @@ def test_merged(kind: str, rounding: str, home: Path, tmp_path: Path) -> None:
     assert "survived" in json.dumps(receipt.data)
 
 
+def test_the_order_of_the_file_stays(home: Path, tmp_path: Path) -> None:
+    """A file that another library wrote, its tensors in another order: the header is the same."""
+    base = write("fp8", home / "fp8.safetensors")
+    adapter, _ = lora(home / "fp8-lora.safetensors")
+    size = int.from_bytes(base.read_bytes()[:8], "little")
+    header, data = json.loads(base.read_bytes()[8 : 8 + size]), base.read_bytes()[8 + size :]
+    turned, blocks, at = {"__metadata__": header.pop("__metadata__")}, [], 0
+    for key, entry in sorted(
+        header.items(), key=lambda item: (item[1]["dtype"] == "F8_E4M3", item)
+    ):
+        start, stop = entry["data_offsets"]
+        turned[key] = entry | {"data_offsets": [at, at + stop - start]}
+        blocks.append(data[start:stop])
+        at += stop - start
+    text = json.dumps(turned).encode()
+    text += b" " * (-len(text) % 8)
+    (tmp_path / "turned.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + b"".join(blocks)
+    )
+    for name, file in (("one", base), ("other", tmp_path / "turned.safetensors")):
+        adapterkit.merge(file, [adapter], out=tmp_path / f"{name}.safetensors", verify=True)
+    written = (tmp_path / "other.safetensors").read_bytes()
+    assert written[: 8 + len(text)] == len(text).to_bytes(8, "little") + text
+    ours, theirs = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "other"))
+    assert all(same(value, theirs[key]) for key, value in ours.items())
+    with pytest.raises(AdapterkitError, match="--out FILE.safetensors"):
+        adapterkit.extract(base, tmp_path / "one.safetensors", rank=2, out=tmp_path / "no")
+
+
 @pytest.mark.parametrize("said", ["old", "header", "header without prefix"])
 def test_merged_however_it_is_said(said: str, home: Path, tmp_path: Path) -> None:
     """The same values as of a file that says it beside each layer."""
