@@ -2,6 +2,7 @@
 one result, on every kind of layer, from numbers of adapters to those of singular triplets."""
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -235,3 +236,18 @@ def test_modules_that_are_left_out_are_known(two, tmp_path: Path):
     zero = file_of([plain], tmp_path / "zero.json", modules={NAME: (0.0,)})
     receipt = adapterkit.merge(base, weights=zero, out=tmp_path / "zero")
     assert not any(NAME in name for name in receipt.data["parameters"])
+
+
+def test_adapters_are_looked_for_beside_the_file_too(two, tmp_path: Path):
+    """So that an output is made again wherever its inputs lie together."""
+    base, (plain, _) = two
+    place = tmp_path / "inputs"
+    for source, name in ((base, "base"), (plain, "own")):
+        shutil.copytree(source, place / name)
+    adapters = (named_adapter("own", LocalFolder(plain)),)
+    write_weights(WeightsFile(adapters, (0.5,), {NAME: (0.25,)}), place / "w.json")
+    adapterkit.merge(place / "base", weights=place / "w.json", out=tmp_path / "out")
+    adapterkit.rerun(tmp_path / "out", inputs=place)
+    adapterkit.report(weights=place / "w.json", out=tmp_path / "page.html")
+    handle = load(oracle.load(oracle.llama, base), weights=place / "w.json")
+    assert handle.active == {"own": 0.5}

@@ -1,5 +1,6 @@
 """Adapters with the weights that a file has for them."""
 
+import os
 from collections.abc import Callable
 
 from adapterkit.adapters.weights_file import NamedAdapter, WeightsFile, digests, read_weights
@@ -27,7 +28,8 @@ def open_with_weights(
     folder = open_source(weights)
     file, errors = read_weights(folder), Problems(where=folder.label)
     opened = []
-    for source, named in zip(sources_of(adapters, file, errors), file.adapters, strict=True):
+    sources = sources_of(adapters, weights, file, errors)
+    for source, named in zip(sources, file.adapters, strict=True):
         with errors.collected():
             adapter = opener(source) if opener else open_adapter(source, base, for_merge=True)
             check_same(named, adapter, folder.label)
@@ -36,9 +38,12 @@ def open_with_weights(
     return list(zip(opened, file.default, strict=True)), file
 
 
-def sources_of(adapters: Sources, file: WeightsFile, errors: Problems) -> list[StrPath]:
-    """The sources of a file's adapters, those that it names where none are given; `Refused` with
-    these errors for others, and for weights beside them."""
+def sources_of(
+    adapters: Sources, weights: StrPath, file: WeightsFile, errors: Problems
+) -> list[StrPath]:
+    """The sources of a file's adapters, those that it names where none are given, from the working
+    directory or else from its own; `Refused` with these errors for others, and for weights beside
+    them."""
     pairs = [
         weight_of(source) if weight is None else (source, weight)
         for source, weight in weighted(adapters)
@@ -52,7 +57,7 @@ def sources_of(adapters: Sources, file: WeightsFile, errors: Problems) -> list[S
             where="options",
         )
     sources: list[StrPath] = [source for source, _ in pairs]
-    sources = sources or [one.name for one in file.adapters]
+    sources = sources or [_place(one.name, weights) for one in file.adapters]
     if len(sources) != len(file.adapters):
         errors.add(
             f"{len(sources)} adapters, and weights of {len(file.adapters)}",
@@ -61,6 +66,11 @@ def sources_of(adapters: Sources, file: WeightsFile, errors: Problems) -> list[S
         )
     errors.raise_all()
     return sources
+
+
+def _place(name: str, weights: StrPath) -> str:
+    beside = os.path.join(os.path.dirname(os.fspath(weights)), name)
+    return beside if not os.path.exists(name) and os.path.exists(beside) else name
 
 
 def check_same(named: NamedAdapter, adapter: Folder, where: str) -> None:

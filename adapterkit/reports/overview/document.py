@@ -9,11 +9,11 @@ from torch import Tensor
 
 from adapterkit.adapters.weights_file import WeightsFile
 from adapterkit.checkpoint.system import system
-from adapterkit.errors import Refused
+from adapterkit.errors import Problems, Refused
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.options import StrPath, unweighted
 from adapterkit.planning.inputs.sources import if_given, open_model, open_source, open_unconverted
-from adapterkit.planning.inputs.weights import open_with_weights
+from adapterkit.planning.inputs.weights import open_with_weights, sources_of
 from adapterkit.receipt import find_receipt, read_receipt
 from adapterkit.records import Json
 from adapterkit.reports.adapter import inspect_adapter
@@ -80,9 +80,9 @@ def _sources(report: Report) -> tuple[list[StrPath], WeightsFile | None]:
     its."""
     if report.weights is None:
         return unweighted(report.adapters), None
-    folders, weights = open_with_weights(report.adapters, report.weights, opener=open_unconverted)
-    assert weights is not None and len(folders) == len(weights.adapters)
-    return unweighted(report.adapters) or [one.name for one in weights.adapters], weights
+    _, weights = open_with_weights(report.adapters, report.weights, opener=open_unconverted)
+    assert weights is not None
+    return sources_of(report.adapters, report.weights, weights, Problems()), weights
 
 
 def _adapter(name: str, one: Json, spectra: dict[str, Tensor]) -> Json:

@@ -17,7 +17,8 @@ def named_sources(sources: Sources, weights: StrPath) -> dict[str, StrPath]:
     folder = open_source(weights)
     file, errors = read_weights(folder), Problems(where=folder.label)
     found: dict[str, StrPath] = {}
-    for source, named in zip(sources_of(sources, file, errors), file.adapters, strict=True):
+    places = sources_of(sources, weights, file, errors)
+    for source, named in zip(places, file.adapters, strict=True):
         with errors.collected():
             adapter = open_adapter(source)
             check_same(named, adapter, folder.label)
