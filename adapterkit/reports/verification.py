@@ -111,7 +111,7 @@ def _plan_again(
     chosen = None if table is None else weights_in(table, RECEIPT)
     how = MergeOptions(**options)
     if isinstance(base, Pipeline):
-        plan = plan_merge_into_pipeline(base, pairs, how)
+        plan = plan_merge_into_pipeline(base, pairs, how, chosen)
     else:
         more = {"file": file, "imatrix": given, "weights": chosen}
         plan = plan_merge(base, pairs, how, statistics, **more)

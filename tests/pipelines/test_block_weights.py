@@ -7,6 +7,8 @@ import pytest
 from safetensors.torch import load_file
 
 import adapterkit
+from adapterkit.adapters.weights_file import WeightsFile, named_adapter, write_weights
+from adapterkit.checkpoint.folder import LocalFolder
 from tests.support.pipeline_files import assert_outputs, loaded, lora_file, quiet, with_adapters
 
 SETTINGS = {
@@ -107,6 +109,35 @@ def test_weights_of_modules_name_the_part(saved, tmp_path):
     )
     expected = with_adapters(base, {file: {"unet": 0.5, "text_encoder": 2.0}})
     assert_outputs(loaded(tmp_path / "out"), expected)
+
+
+def test_a_file_of_weights_names_the_part(saved, tmp_path):
+    """Modules of parts that are left out may be in it; directions may not."""
+    base = saved("sd15")
+    text = lora_file(base, tmp_path / "text.safetensors", ("text_encoder",), 3)
+    both = lora_file(base, tmp_path / "both.safetensors", ("unet", "text_encoder"), 4)
+    adapters = tuple(named_adapter(one.name, LocalFolder(one)) for one in (text, both))
+    adapterkit.merge(base, [text, both], out=tmp_path / "plain")
+    names = json.loads((tmp_path / "plain" / "adapterkit.json").read_text())["parameters"]
+    of_model = lambda name: name.replace("encoder.encoder", "encoder.text_model.encoder")
+    modules = [of_model(name).replace("/", ".").removesuffix(".weight") for name in names]
+    own = {name: (0.5, -1.5 if name.startswith("unet.") else 0.25) for name in modules}
+    write_weights(WeightsFile(adapters, (0.7, 1.0), own), tmp_path / "w.json")
+    receipt = adapterkit.merge(base, weights=tmp_path / "w.json", out=tmp_path / "out")
+    rules = ["1:.*=0.5", "2:unet[.].*=-1.5", "2:text_encoder[.].*=0.25"]
+    adapterkit.merge(base, [text, both], weight_for=rules, out=tmp_path / "rules")
+    assert_outputs(loaded(tmp_path / "out"), loaded(tmp_path / "rules"))
+    assert receipt.data["recipe"]["options"]["weights_file"]["default"] == [0.7, 1.0]
+    assert adapterkit.verify(tmp_path / "out", base=base, adapters=[text, both])["tensors"] > 0
+    adapterkit.merge(base, weights=tmp_path / "w.json", exclude="unet", out=tmp_path / "text")
+    unet = next(name for name in modules if name.startswith("unet."))
+    for wrong, problem in (
+        ({"vae.x": (1.0, 1.0)}, "no adapter has: vae.x"),
+        ({unet: (1.0, (1.0, 2.0))}, "2 weights of directions"),
+    ):
+        write_weights(WeightsFile(adapters, (1.0, 1.0), wrong, "direction"), tmp_path / "w.json")
+        with pytest.raises(adapterkit.Refused, match=problem):
+            adapterkit.merge(base, weights=tmp_path / "w.json", out=tmp_path / "no")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,13 @@ from adapterkit.checkpoint.fingerprint import difference
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import WARNING, Problems, Refused, listed, shown
 from adapterkit.options import Sources, StrPath, weighted
-from adapterkit.planning.inputs.sources import open_adapter, open_source, open_weighted, weight_of
+from adapterkit.planning.inputs.sources import (
+    open_adapter,
+    open_source,
+    open_unconverted,
+    open_weighted,
+    weight_of,
+)
 
 OPTION = "--weights"
 Weighted = tuple[list[tuple[Folder, float]], WeightsFile | None]
@@ -36,6 +42,18 @@ def open_with_weights(
             opened.append(adapter)
     errors.raise_all()
     return list(zip(opened, file.default, strict=True)), file
+
+
+def weighted_sources(
+    adapters: Sources, weights: StrPath | None
+) -> tuple[Sources, WeightsFile | None]:
+    """As `open_with_weights`, of adapters that are opened later."""
+    if weights is None:
+        return adapters, None
+    _, file = open_with_weights(adapters, weights, opener=open_unconverted)
+    assert file is not None
+    sources = sources_of(adapters, weights, file, Problems())
+    return list(zip(sources, file.default, strict=True)), file
 
 
 def sources_of(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
+from adapterkit.adapters.weights_file import WeightsFile, in_receipt
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import Problems
 from adapterkit.options import flag_of
@@ -28,6 +29,7 @@ def plan_pipeline_merge(
     adapters: Split,
     options: MergeOptions,
     plan_part: Callable[[PipelinePart, Weighted, WeightOf | None], Plan],
+    file: WeightsFile | None = None,
 ) -> Plan:
     """The plan of a merge into a pipeline; `Refused` or `Damaged` with all problems of all
     parts."""
@@ -41,14 +43,19 @@ def plan_pipeline_merge(
     errors.raise_all()
     plans: dict[str, Plan] = {}
     weights = [weight for _, weight in adapters]
-    rules = ModuleWeights(pipeline, weights, options) if options.weight_for or options.lbw else None
+    rules = None
+    if options.weight_for or options.lbw or file is not None:
+        rules = ModuleWeights(pipeline, weights, options, file)
     for name, part in pipeline.parts.items():
         numbers = [number for number, (parts, _) in enumerate(adapters, 1) if name in parts]
         own = [(adapters[number - 1][0][name], weights[number - 1]) for number in numbers]
         if own:
             with errors.collected(), part.named():
                 plans[name] = plan_part(part, own, rules and rules.of_part(name, numbers))
-    errors += rules.problems() if rules else []
+    if rules is not None and not errors:
+        left_out = (text for plan in plans.values() for text in plan.decisions["left_out"])
+        rules.rules.skipped |= {text.partition(": ")[2] for text in left_out}
+        errors += rules.problems()
     errors.raise_all()
     decisions = _decisions(plans)
     if not decisions["tensors_changed"]:
@@ -56,7 +63,7 @@ def plan_pipeline_merge(
         raise nothing_selected(decisions["left_out"], names, options.include)
     card = merged_card(pipeline.folder, _rows(plans), "diffusers", added_by(options))
     plan = joined(pipeline, plans, card)
-    given = plan.options | {"weights": weights}
+    given = plan.options | {"weights": weights} | in_receipt(file)
     plan = replace(plan, notes=(*plan.notes, *(rules.notes() if rules else ())))
     others = [name for name in pipeline.parts if name not in plans]
     for name in ("dtype", "max_shard_size") if others else ():

@@ -27,7 +27,7 @@ from adapterkit.planning.inputs.model_config import nested_values, set_nested
 from adapterkit.planning.inputs.pipeline import Pipeline, PipelinePart, is_pipeline, read_pipeline
 from adapterkit.planning.inputs.pipeline_adapters import Split, split_adapters
 from adapterkit.planning.inputs.sources import if_given, initial_of, open_model, open_statistics
-from adapterkit.planning.inputs.weights import notes_on_base, open_with_weights
+from adapterkit.planning.inputs.weights import notes_on_base, open_with_weights, weighted_sources
 from adapterkit.planning.merge.block_weights import with_files
 from adapterkit.planning.merge.changes import collect_changes
 from adapterkit.planning.merge.gguf import (
@@ -82,8 +82,9 @@ def plan_merge_of(merge: Merge) -> Plan:
     if is_pipeline(base):
         Problems(_options_of_models(merge)).raise_all()
         pipeline = read_pipeline(base, options.variant)
-        split = split_adapters(merge.adapters, pipeline)
-        return plan_merge_into_pipeline(pipeline, split, options)
+        sources, weights = weighted_sources(merge.adapters, merge.weights)
+        split = split_adapters(sources, pipeline)
+        return plan_merge_into_pipeline(pipeline, split, options, weights)
     name = output_file(base, merge.out)
     adapters, weights = open_with_weights(merge.adapters, merge.weights, base)
     stats = None if merge.stats is None else open_statistics(merge.stats)
@@ -94,18 +95,21 @@ def plan_merge_of(merge: Merge) -> Plan:
     return plan_merge_into_original(merge.base, merge.base16, adapters, options, stats, weights)
 
 
-def plan_merge_into_pipeline(pipeline: Pipeline, adapters: Split, options: MergeOptions) -> Plan:
-    """The plan of a merge into a pipeline of diffusers, part by part."""
+def plan_merge_into_pipeline(
+    pipeline: Pipeline, adapters: Split, options: MergeOptions, weights: WeightsFile | None = None
+) -> Plan:
+    """The plan of a merge into a pipeline of diffusers, part by part; in a file of weights modules
+    have their part's name in front."""
     of_part = lambda part, own, weight_of: plan_merge(
         part.folder, own, options, part=part, weight_of=weight_of
     )
-    return plan_pipeline_merge(pipeline, adapters, options, of_part)
+    return plan_pipeline_merge(pipeline, adapters, options, of_part, weights)
 
 
 def _options_of_models(merge: Merge) -> list[AdapterkitError]:
     """`Refused` for sources that a pipeline has no use for."""
     errors = Problems(where="options", hint="merge into one part: the folder of a model")
-    for name in ("base16", "stats", "imatrix", "weights", "density_for"):
+    for name in ("base16", "stats", "imatrix", "density_for"):
         if getattr(merge, name) not in (None, ()):
             hint = "give ORIGINAL as the base" if name == "base16" else errors.hint
             errors.add(f"{flag_of(name)} with a pipeline", "a base that is one model", hint)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from adapterkit.adapters.weights_file import WeightsFile
 from adapterkit.checkpoint.system import system
-from adapterkit.errors import Problems, Refused
+from adapterkit.errors import Refused
 from adapterkit.kernels.lowrank import algebra
-from adapterkit.options import StrPath, unweighted
-from adapterkit.planning.inputs.sources import if_given, open_model, open_source, open_unconverted
-from adapterkit.planning.inputs.weights import open_with_weights, sources_of
+from adapterkit.options import StrPath, unweighted, weighted
+from adapterkit.planning.inputs.sources import if_given, open_model, open_source
+from adapterkit.planning.inputs.weights import weighted_sources
 from adapterkit.receipt import find_receipt, read_receipt
 from adapterkit.records import Json
 from adapterkit.reports.adapter import inspect_adapter
@@ -80,9 +80,8 @@ def _sources(report: Report) -> tuple[list[StrPath], WeightsFile | None]:
     its."""
     if report.weights is None:
         return unweighted(report.adapters), None
-    _, weights = open_with_weights(report.adapters, report.weights, opener=open_unconverted)
-    assert weights is not None
-    return sources_of(report.adapters, report.weights, weights, Problems()), weights
+    sources, weights = weighted_sources(report.adapters, report.weights)
+    return [source for source, _ in weighted(sources)], weights
 
 
 def _adapter(name: str, one: Json, spectra: dict[str, Tensor]) -> Json:
