@@ -97,6 +97,7 @@ def _outcome(stairs: Staircase, c: Tensor, kept: str) -> Json:
         )
     return {
         "files": plan.names,
+        "passes": len(stairs.points),
         "losses": rows,
         "steps": stairs.steps,
         "spread": spread,

@@ -33,6 +33,7 @@ class Staircase:
     journal: Journal
     rows: dict[str, Tensor] = field(default_factory=dict)
     steps: list[Json] = field(default_factory=list)
+    points: set[bytes] = field(default_factory=set)  # whose gradients were asked for
 
     def losses(self, c: Tensor, part: SamplePart) -> Tensor:
         what = f"losses {part.name} {self.plan.mixture.directions}"
@@ -41,6 +42,7 @@ class Staircase:
     def gradients(self, c: Tensor, part: SamplePart) -> tuple[Tensor, Tensor]:
         what = f"gradients {part.name} {self.plan.mixture.directions}"
         compute = lambda: list(self.runs.gradients(c, part.batches))
+        self.points.add(what.encode() + c.numpy().tobytes())
         losses, rows = self.journal.of(what, c, compute)
         return losses, rows
 

@@ -206,7 +206,7 @@ def _check_count(options: Combine, count: int) -> None:
             where="options",
             hint="adapterkit fit BASE ADAPTER... --data FILE --out W.json, then give --weights",
         )
-    if count < 2 and not (count and (options.rank or options.energy)):
+    if count < 2 and not (count and (options.rank or options.energy or options.weights)):
         raise Refused(
             "no adapters were given" if not count else "only one adapter was given",
             expected="two or more",
