@@ -4,7 +4,8 @@ python -m tests.fuzz.run --kinds llama,vit --seeds 0-9 --log outcomes.jsonl
     (from the project's folder; all kinds by default; --what damaged: checkpoints that lack
     something, against what transformers' loader reports; --what statistics: of layers, against
     hooks; --what calls: sequences of calls on a live model, against a model of its state; --what
-    live: adapters of random settings on live models, against PEFT)
+    live: adapters of random settings on live models, against PEFT; --what images: image and video
+    models as files, in GGUF and as pipelines)
 """
 
 import argparse
@@ -14,11 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.fuzz import calls, damaged, jobs, live, models, sums
+from tests.fuzz import calls, damaged, images, jobs, live, models, sums
 
 # what is run: a module with `run(kind, seed, folder)`, whose outcome has `unusable`, `wrong` and
 # `refusals`, with `counts(outcome)`, and with `unjudged(outcome)`
-WHAT = {"jobs": jobs, "live": live, "statistics": sums}
+WHAT = {"jobs": jobs, "live": live, "statistics": sums, "images": images}
 
 
 def main() -> None:
@@ -29,7 +30,8 @@ def main() -> None:
     parser.add_argument("--log", type=Path)
     parser.add_argument("--seconds", type=float, default=1e9)
     options = parser.parse_args()
-    kinds = models.KINDS if options.kinds == "all" else options.kinds.split(",")
+    every = images.KINDS if options.what == "images" else models.KINDS
+    kinds = every if options.kinds == "all" else options.kinds.split(",")
     first, _, last = options.seeds.partition("-")
     if options.what == "damaged":
         print(dict(damaged.run_all(kinds, range(int(first), int(last or first) + 1))))

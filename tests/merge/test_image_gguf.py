@@ -17,7 +17,8 @@ from adapterkit.formats.library import described
 from adapterkit.gguf.header import read_gguf
 from adapterkit.gguf.mixes import image_types_of
 from adapterkit.planning.inputs.sources import open_source
-from tests.merge.test_one_file import drawn, write_kinds
+from tests.fuzz.images import write_kinds
+from tests.merge.test_one_file import drawn
 from tests.support import ggml
 from tests.support.gguf_files import gguf, read_images, write_images
 from tests.support.one_file import (

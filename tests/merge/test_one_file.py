@@ -20,6 +20,7 @@ from adapterkit.formats.library import described
 from adapterkit.formats.one_file import OneFileModel
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.sources import open_model
+from tests.fuzz.images import write_kinds
 from tests.support.forks import forks
 from tests.support.one_file import (
     DENOISER,
@@ -215,17 +216,6 @@ def test_the_u_net_of_kolors(tmp_path):
 
 
 # ---- kinds of deltas ---------------------------------------------------------------------------
-
-
-def write_kinds(path: Path, modules: dict[str, Tensors]) -> Path:
-    """A file of LyCORIS in diffusers' names (`lycoris_`)."""
-    tensors = {
-        f"lycoris_{name.replace('.', '_')}.{role}": value.clone()
-        for name, parts in modules.items()
-        for role, value in parts.items()
-    }
-    save_file(tensors, path)
-    return path
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -712,64 +702,3 @@ def test_prefixes_of_names(home, tmp_path):
         lambda name: float(".blocks.0." in name and not any(word in name for word in left_out)),
     )
     assert_close(after, expected("wan_t2v", right))
-
-
-# ---- drawn adapters ----------------------------------------------------------------------------
-
-
-def drawn_module(kind: str, shape: tuple[int, ...], seed: int) -> tuple[Tensors, Tensor]:
-    """The tensors of a delta of one kind for a weight of that shape, and the delta in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    out, *tail = shape
-    size = torch.Size(tail).numel()
-    new = lambda *axes: torch.randn(axes, generator=generator) / 4
-    rank, alpha = 2, torch.tensor([0.5, 2.0, 3.0][seed % 3])
-    if kind == "full":
-        diff = new(*shape)
-        return {"diff": diff}, diff.double()
-    if kind == "loha":
-        pairs = [(new(out, rank), new(rank, size)) for _ in "12"]
-        parts = {f"hada_w{n}_{x}": one for n, pair in enumerate(pairs, 1)
-                 for x, one in zip("ab", pair, strict=True)}  # fmt: skip
-        one, two = (a.double() @ b.double() for a, b in pairs)
-        return parts | {"alpha": alpha}, float(alpha) / rank * one * two
-    if kind == "lokr":
-        first = 2 if out % 2 == 0 and tail[0] % 2 == 0 else 1
-        w1, w2 = new(first, first), new(out // first, tail[0] // first, *tail[1:])
-        delta = torch.kron(w1.double(), w2.double().flatten(1))
-        if tail[1:]:
-            delta = torch.kron(w1.double()[..., None, None], w2.double())
-        return {"lokr_w1": w1, "lokr_w2": w2, "alpha": alpha}, delta
-    a, b = new(rank, *tail), new(out, rank, *(1 for _ in tail[1:]))
-    delta = float(alpha) / rank * b.double().flatten(1) @ a.double().flatten(1)
-    return {"lora_down.weight": a, "lora_up.weight": b, "alpha": alpha}, delta
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_drawn_adapters_of_all_kinds(seed, home, tmp_path):
-    """Some layers of a drawn family, each of a drawn kind, several adapters with drawn weights."""
-    random = torch.Generator().manual_seed(seed)
-    draw = lambda items: items[int(torch.randint(len(items), (1,), generator=random))]
-    family = draw(["sd15", "sd3", "flux", "chroma", "wan_i2v", "z_image", "lumina2", "flux2"])
-    part, model = next(iter(models_of(family).items()))
-    state = {key: value.double() for key, value in state_of(model).items()}
-    layers = [
-        key.removesuffix(".weight")
-        for key, value in state.items()
-        if key.endswith(".weight") and value.dim() in (2, 4) and "embed" not in key
-    ]
-    adapters = {}
-    for number in range(2):
-        weight, modules = draw([1.0, 0.5, -0.75]), {}
-        for layer in layers[number :: draw([2, 3, 5])]:
-            kind = draw(["lora", "lora", "loha", "lokr", "full"])
-            shape = tuple(state[f"{layer}.weight"].shape)
-            modules[layer], delta = drawn_module(kind, shape, seed * 1000 + len(modules))
-            key = f"{layer}.weight"
-            state[key] = state[key] + weight * delta.reshape(state[key].shape)
-        adapters[write_kinds(tmp_path / f"{number}.safetensors", modules)] = weight
-    base = base_of(family, home)
-    after, before = merged(base, adapters, tmp_path / "out.safetensors"), load_file(base)
-    right = before | in_the_file(family, {part: state})
-    for key, value in right.items():
-        torch.testing.assert_close(after[key], value.float(), rtol=2e-6, atol=2e-6, msg=key)

@@ -1,5 +1,6 @@
 """Tiny image and video models in one file, in the names of their publishers."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -141,20 +142,24 @@ def _renamed(architecture: str, part: str, naming: str, prefix: str, state: Tens
     names = names_of(architecture, part, naming)
     groups: dict[str, dict[int, Tensor]] = {}
     steps: dict[str, tuple[str, ...]] = {}
+    widths: dict[str, int] = {}  # by module: inputs
     for key, value in state.items():
         module, _, leaf = key.rpartition(".")
         match = next(filter(names.text, names.find_model(module)), None)
         if match is None:
             groups[prefix + key] = {0: value}
             continue
-        text = f"{prefix}{names.text(match)}.{leaf}".replace(".in_proj.", ".in_proj_")
+        text = f"{prefix}{names.text(match)}.{leaf}"
+        text = text.replace(".in_proj.", ".in_proj_") if naming == "openclip" else text
         groups.setdefault(text, {})[match.part] = value
         steps[text] = match.rule.steps.get(naming, ())
+        if value.dim() > 1:
+            widths[text.rpartition(".")[0]] = value.shape[1]
     tensors = {}
     for text, parts in groups.items():
         joined = torch.cat([parts[i] for i in sorted(parts)]) if len(parts) > 1 else parts[0]
         if text in steps and joined.dim():
-            inputs = joined.shape[1] if joined.dim() > 1 else len(joined) // 2
+            inputs = widths.get(text.rpartition(".")[0], 1)
             order = list(model_order(steps[text], len(joined), None, text, inputs))
             placed = torch.empty_like(joined)
             placed[order] = joined
@@ -168,6 +173,14 @@ def write_family(family: str, path: Path, **metadata: str) -> Path:
     states = {part: state_of(model) for part, model in models_of(family).items()}
     save_file(in_the_file(family, states), path, metadata=metadata or None)
     return path
+
+
+def write_pipeline(folder: Path, part: str, model: nn.Module) -> Path:
+    """A pipeline of one model."""
+    model.save_pretrained(folder / part)
+    index = {"_class_name": "DiffusionPipeline", part: ["diffusers", type(model).__name__]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
 
 
 def factors_of(family: str, *, rank: int = 2, every: int = 1) -> dict[str, tuple[Tensor, Tensor]]:

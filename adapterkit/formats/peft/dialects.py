@@ -20,6 +20,7 @@ from adapterkit.formats.write import unsupported
 from adapterkit.weights.reader import TensorReader
 
 SINGLE = re.compile(r"\.experts\.\d+\.")  # in the name of a module of one expert
+DENOISERS = ("transformer", "unet")  # whose experts are modules, each by itself
 GIVE_BASE = "give --base, the model that the adapter is for"
 MERGE = "merge it: adapterkit merge BASE ADAPTER --out DIR"
 
@@ -134,7 +135,7 @@ def _experts(
 ) -> list[AdapterModule]:
     """Experts in the layout that the dialect has."""
     stacked = [m for m in modules if m.kind == EXPERTS]
-    single = [m for m in modules if SINGLE.search(m.name)]
+    single = [m for m in modules if SINGLE.search(m.name) and m.component not in DENOISERS]
     foreign = {"stacks": single, "each": stacked, "base": stacked}[layout]
     if model is None:
         if foreign:

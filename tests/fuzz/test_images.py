@@ -1,0 +1,17 @@
+"""Random jobs on image and video models; `python -m tests.fuzz.run --what images` for more."""
+
+import pytest
+
+from tests.support.usual import usual
+
+from . import images
+
+pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
+SOME = ("sd15", "sdxl", "sd3", "flux", "chroma", "wan_i2v", "z_image", "lumina2", "flux2", "sana")
+ROWS = [(kind, seed) for seed, kind in enumerate(images.KINDS)]
+
+
+@pytest.mark.parametrize(("kind", "seed"), usual(ROWS, lambda row: row[0] in SOME))
+def test_random_jobs(kind, seed, tmp_path):
+    outcome = images.run(kind, seed, tmp_path)
+    assert not outcome.wrong and not outcome.refusals, outcome
