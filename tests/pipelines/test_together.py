@@ -7,6 +7,7 @@ from safetensors import safe_open
 import adapterkit
 from adapterkit import Refused
 from tests.support.pipeline_files import assert_outputs, lora_file, with_adapters
+from tests.support.usual import usual
 
 PARTS = {"sdxl": ("unet", "text_encoder", "text_encoder_2"), "flux": ("transformer",)}
 
@@ -33,10 +34,10 @@ def as_diffusers(file, name, to, tmp_path):
     return tmp_path / f"read-{file.name}"
 
 
-@pytest.mark.parametrize(
-    ("name", "to"),
-    [("sdxl", "kohya"), ("sdxl", "comfyui"), ("flux", "diffusers"), ("flux", "kohya")],
-)
+CASES = [("sdxl", "comfyui"), ("flux", "diffusers"), ("sdxl", "kohya"), ("flux", "kohya")]
+
+
+@pytest.mark.parametrize(("name", "to"), usual(CASES, CASES[:2]))
 def test_combined(name, to, saved, tmp_path):
     base, one, other = two(name, saved, tmp_path, to)
     out = tmp_path / "sum.safetensors"
