@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,12 @@ def test_commands_print_the_code(tmp_path: Path):
     for code, entry in codes().items():
         result = run(main, ["explain", f"[{code.lower()}]"])
         assert result.exit_code == 0 and entry["example"] in result.stdout
+    # the runner ends where a command exits
+    words = [sys.executable, "-m", "adapterkit", "merge", "base", "style", "--out", "out", "--json"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    (error,) = json.loads(done.stdout)["errors"]
+    assert done.returncode == 1 and f"[{error['code']}]\n" in done.stderr
+    assert set(error) == {"found", "expected", "where", "do", "code"}
     assert run(main, ["explain"]).stdout.count("\n") == len(codes())
 
 

@@ -13,9 +13,10 @@ from adapterkit.cli.actions import ACTIONS, OWN_OPTIONS
 from adapterkit.cli.completion import completion
 from adapterkit.cli.explain import explain
 from adapterkit.cli.group import Rows, WritingCommand
-from adapterkit.cli.output import run_verb
+from adapterkit.cli.output import print_json, run_verb
 from adapterkit.cli.parameters import arguments_of, parameters_of
 from adapterkit.combinations import ALIASES
+from adapterkit.errors import AdapterkitError, Interrupted, Waiting
 from adapterkit.options import option_of
 from adapterkit.records import Json
 from adapterkit.registry import as_flag, declarations
@@ -104,7 +105,12 @@ def command_of(verb: type[Verb]) -> click.Command:
     def callback(**values: object) -> None:
         _check_sources(verb, params, values)
         sources, options = arguments_of(verb, values)
-        action(verb, *sources, **options)
+        try:
+            action(verb, *sources, **options)
+        except AdapterkitError as error:
+            if values.get("as_json") and not isinstance(error, (Interrupted, Waiting)):
+                print_json({"errors": [one.row() for one in getattr(error, "errors", (error,))]})
+            raise
 
     more: dict[str, Any] = {"callback": callback, "help": cleandoc(verb.command)}
     if not issubclass(verb, WritingVerb):

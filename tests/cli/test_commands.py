@@ -125,7 +125,7 @@ def test_damage_is_status_1(llama, lora, tmp_path):
     done = run("verify", tmp_path / "out", "--json")
     assert (
         done.returncode == 1
-        and done.stdout == ""
+        and [one["code"] for one in json.loads(done.stdout)["errors"]] == ["AK607"]
         and "model.safetensors" in done.stderr
         and "Traceback" not in done.stderr
     )
