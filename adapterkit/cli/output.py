@@ -213,7 +213,7 @@ def _next(receipt: "Receipt") -> str:
 def _made(data: Json) -> str:
     """What the job wrote: statistics, the modules of an adapter, or changed tensors of a model."""
     totals = data["totals"]
-    if "tokens_counted" in totals:
+    if data["recipe"]["verb"] == "stats":
         return (
             f"{totals['tensors']} statistics of {totals['modules']} modules from "
             f"{totals['tokens_counted']:,} tokens of {totals['samples']} samples"
