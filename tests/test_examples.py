@@ -101,3 +101,21 @@ def test_train(tmp_path: Path):
     done = run("train", str(tmp_path), "--steps", "2")
     # PEFT's losses, rows, what each language learned, the merged files
     assert done.stdout.count("\nok: ") == 1 + 1 + 3 + 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fit(tmp_path: Path):
+    words = ("--short", "--samples", "4", "--seeds", "0", "--json", str(tmp_path / "fit.json"))
+    rows = ("base", "adapter", "random-0", "lora-8-data")
+    done = run("fit", str(tmp_path / "out"), *words, "--rows", *rows)
+    assert all(f"| {row} |" in done.stdout for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_benchmark_of_fits_runs(tmp_path: Path):
+    words = ("--short", "--samples", "4", "--work", str(tmp_path), "--json", str(tmp_path / "f"))
+    run("benchmarks/fit", *words)
+    rows = json.loads((tmp_path / "f").read_text())["fit"]
+    assert rows["layerwise"]["held"] == pytest.approx(rows["fit"]["held"], abs=0.05)

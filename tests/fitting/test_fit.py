@@ -19,7 +19,7 @@ from adapterkit.fitting.solver import Level, minimize
 from adapterkit.runtime import load
 from adapterkit.verbs.fit import WeightFit
 from tests.support import oracle
-from tests.support.fitting import batches_of, runs_of
+from tests.support.fitting import batches_of, points, runs_of
 from tests.support.forks import command
 from tests.support.live import llama, tokens
 from tests.support.texts import save_tokenizer, write_rows
@@ -123,6 +123,46 @@ def test_layer_by_layer(tmp_path, base, adapters, data, large):
     for name, weights in one.modules.items():
         assert other.modules[name] == pytest.approx(weights, abs=1e-3), name
     for a, b in zip(whole["losses"], layers["losses"], strict=True):
+        assert b["files"] == pytest.approx(a["files"], abs=1e-4)
+
+
+def test_a_layer_at_a_time_holds_its_factors_alone(tmp_path, adapters, large):
+    oracle.save_base(oracle.llama(), tmp_path / "base", "fp32")
+    held = []
+    with runs_of(tmp_path / "base", adapters, tmp_path / "work", whole=False) as runs:
+        places, load_more = runs.mixture.places, runs.mixture.load
+
+        def counted(*args):
+            load_more(*args)
+            held.append(sum(not place.part.a.is_meta for place in places))
+
+        runs.mixture.load = counted
+        ids = tokens(2, 6)
+        runs.gradients(points(runs.mixture.size), batches_of([{"input_ids": ids, "labels": ids}]))
+    assert max(held) == len(places) // 2 == 2  # of one of two layers
+
+
+@pytest.mark.parametrize("kind", ["nf4", "t5"])
+def test_other_bases(tmp_path, base, adapters, data, kind):
+    """A quantized one; an encoder and a decoder, of pairs."""
+    folder, names, files, options = tmp_path / "base", adapters[:2], data, {"dtype": "fp32"}
+    if kind == "nf4":
+        adapterkit.quantize(base, to="nf4", out=folder)
+        save_tokenizer(folder)
+    else:
+        model = oracle.t5()
+        model.config.decoder_start_token_id = 1
+        oracle.save_base(model, folder, "fp32")
+        save_tokenizer(folder)
+        names, rows = [tmp_path / "a", tmp_path / "b"], []
+        for seed, name in enumerate(names):
+            oracle.train(oracle.t5(), name, seed=seed, target_modules=["q", "wo"])
+        rows = [{"prompt": text, "completion": text[::-1]} for text in TEXTS]
+        files = [write_rows(tmp_path / "pairs.jsonl", *rows)]
+    options |= {"per": "adapter", "ridge": 0.1}
+    one, _ = fitted(folder, names, files, tmp_path / "1.json", **options)
+    other, _ = fitted(folder, names, files, tmp_path / "2.json", whole=True, **options)
+    for a, b in zip(one["losses"], other["losses"], strict=True):
         assert b["files"] == pytest.approx(a["files"], abs=1e-4)
 
 
