@@ -3,6 +3,7 @@ sd-webui-lora-block-weight and of ComfyUI's Inspire Pack, prefixes of names in C
 nested settings of diffusers' `set_adapters`."""
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -131,8 +132,8 @@ def inlined(text: str) -> str:
     head, rest = text[: number.end()] if number else "", text[number.end() :] if number else text
     if rest.lstrip().startswith("{"):
         return text
-    path, name = (rest, "") if Path(rest).is_file() else (rest.rpartition(":")[0], None)
-    if not path or not Path(path).is_file():
+    path, name = (rest, "") if os.path.isfile(rest) else (rest.rpartition(":")[0], None)
+    if not path or not os.path.isfile(path):
         if re.search(r"\.(txt|json)(:|$)", rest):
             hint = "check the path"
             raise Refused(f"{LBW}: no such file: {shown(rest)}", where="options", hint=hint)

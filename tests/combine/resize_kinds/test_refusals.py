@@ -131,8 +131,8 @@ def test_without_its_base_it_is_refused(kind, base, tmp_path):
 def test_other_verbs_point_here(base, tmp_path):
     from adapterkit import merge
 
-    adapter = trained(SIMPLE["loha"], base, tmp_path / "adapter")
-    with pytest.raises(Refused, match="(?s)peft_type 'LOHA'.*adapterkit resize"):
+    adapter = trained(SIMPLE["vera"], base, tmp_path / "adapter")
+    with pytest.raises(Refused, match="(?s)peft_type 'VERA'.*adapterkit resize"):
         merge(base, [adapter], out=tmp_path / "out")
 
 
