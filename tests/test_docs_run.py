@@ -158,7 +158,9 @@ def stage(
         shutil.copytree(base, stage / name)
     save_tokenizer(stage / "BASE")
     (stage / "notes.txt").write_text("some words\n\nand more of them\n")
-    write_rows(stage / "texts.jsonl", *({"text": f"text {n * 'words '}"} for n in range(20)))
+    write_rows(
+        stage / "texts.jsonl", *({"text": f"{chr(97 + n)} text {n * 'words '}"} for n in range(20))
+    )
     for name in ("english", "french"):
         write_rows(stage / f"{name}.jsonl", *({"text": f"{name} {n * 'words '}"} for n in range(9)))
     write_rows(stage / "pairs.jsonl", *({"prompt": "who? ", "completion": "we"} for _ in range(9)))
