@@ -23,9 +23,9 @@ from adapterkit.gguf.header import stored_tensors
 from adapterkit.plan import OutputFile, Plan, Step
 from adapterkit.receipt import AGAIN, read_receipt
 from adapterkit.records import Json
+from adapterkit.tasks.common import SomeOutputs
 from adapterkit.tasks.quantize import CompensatedStep, EncodedStep, before_rounding, plainly_encoded
 from adapterkit.tasks.rows import EditedTensor, RequantizedWeight, StoredRows, arithmetic, rounded
-from adapterkit.tasks.some_outputs import SomeOutputs
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 
 FEW = 3  # wrong tensors that are told one by one

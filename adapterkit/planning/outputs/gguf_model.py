@@ -12,10 +12,9 @@ from adapterkit.gguf.layout import FileLayout, NewTensor, as_it_was, laid_out_an
 from adapterkit.gguf.model import GgufCheckpoint
 from adapterkit.gguf.weight import GgufWeight
 from adapterkit.plan import OutputFile, Step, Task
-from adapterkit.tasks.common import CopiedTensor
+from adapterkit.tasks.common import CopiedTensor, SomeOutputs
 from adapterkit.tasks.quantize import CompensatedStep, EncodedStep
 from adapterkit.tasks.rows import RequantizedWeight
-from adapterkit.tasks.some_outputs import SomeOutputs
 
 HEADS = {"lm_head.weight": HEAD}  # that a tied model's file gets
 WAY_OUT = "give --touched-as q8_0, or merge into the original checkpoint"
