@@ -45,8 +45,10 @@ def minimize(
     """c (coefficients,) by L-BFGS with strong Wolfe searches, in δ·√k; `gradients`: the losses
     (samples,) at c, and the gradients of the files' (files, coefficients).
 
-    On SmolLM2-135M with three adapters it beat damped steps of the empirical Fisher (of samples'
-    gradients, inverted by Woodbury's identity, with Armijo's searches): see docs/figures.md."""
+    Damped steps of the empirical Fisher of samples' gradients (Woodbury, Armijo) were slower, on
+    SmolLM2-135M with three adapters and 18 samples, in forward passes (a gradient is two): 45 to
+    2.993 nats of one number for each adapter, here 15; 45 to 2.734 for each module, here 19 to
+    2.631."""
     scale = level.shares.sqrt()
     x = torch.zeros_like(scale, requires_grad=True)
     best: tuple[float, Tensor] = (float("inf"), level.c(torch.zeros_like(scale)))

@@ -138,6 +138,7 @@ READING = (
     job("diff-models", "base32", "tuned", exact=False),
     job("diff-quantized", "base", "quantize-nf4", exact=False),
     job("diff-adapters", "law", "resize-rank", tolerance=0.001, exact=False),
+    job("fit-plan", "base32", "law", data="ids.jsonl", out="w.json", hold=0.4, dry_run=True),
     job("verify-files", "merge-plain"),
     job("rerun-merge", "merge-plain", inputs="."),
     job("report-two", "law", "medicine", out="report.html", exact=False),
@@ -212,7 +213,7 @@ def output_of(task: Job) -> Path:
 def call(task: Job, **more: Any) -> Any:
     """The verb in Python; those whose adapters are a list get one."""
     sources: list[Any] = list(task.sources)
-    if task.verb == "merge":
+    if task.verb in ("merge", "fit"):
         sources = [sources[0], sources[1:]]
     elif task.verb in ("combine", "subtract", "arrow", "report"):
         sources = [sources]
