@@ -73,9 +73,9 @@ class WeightFit(Verb[Json]):
     the loss of the tokens that count; `teacher`: each file is of the adapter of its place, and what
     counts is KL(p_adapter ‖ p) and 0.1 of the relative error of the last hidden states.
     Adapters' weights (`PATH=0.7`) are the start, else 1/N each; `start="stats"`: the closed form of
-    the `regspan` method. `ridge`: λ/2 Σᵢ meanₘ (cᵢₘ - start)² is added, in nats; `auto`: the best
-    of three on what is held out. `bounds`: of all c. `balance`: the mean over files, over tokens,
-    the worst file, or (L - own)/(base - own) of each file with its adapter.
+    the `regspan` method. `ridge`: λ/2 Σᵢ meanₘ δᵢₘ² is added, in nats, of what a step changes;
+    `auto`: the best of three on what is held out. `bounds`: of all c. `balance`: the mean over
+    files, over tokens, the worst file, or (L - own)/(base - own) of each file with its adapter.
     `whole`: the model in memory, else one layer at a time, to the same weights within rounding.
     `dtype`: of the model; by default float32 on a CPU, on a GPU the checkpoint's.
 
@@ -158,7 +158,10 @@ class WeightFit(Verb[Json]):
     )
     seed: int = seed_option("Seed of the draw and of the split.")
     ridge: str | float = option(
-        default="auto", check=RIDGE, metavar="auto|NATS", help="Pull to the start."
+        default="auto",
+        check=RIDGE,
+        metavar="auto|NATS",
+        help="Pull to the step before, at first to the start.",
     )
     bounds: str | tuple[float, float] = option(
         default="-1:2", check=BOUNDS, metavar="LOW:HIGH", help="Bounds of all weights."
