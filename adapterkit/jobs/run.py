@@ -49,11 +49,10 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
     `device` and `workers` (threads) in place of the plan's. `wait`: seconds for files that others
     make and that this rank's need; then `Waiting`. Killed, run again the same: what is finished
     stays. `overwrite`, of a pipeline: replace outputs that it did not write, of a recipe: an older
-    output. Raises `Refused` where
-    the job is not that of the plan file any more; `Failed` after.
+    output. Raises `Refused` where the job is not that of the plan file any more; `Failed` after.
     """
 
-    command = """Run a plan file, one worker's share of it, a pipeline, or a recipe of mergekit.
+    command = """Run a plan file, a share of it, a pipeline or a recipe.
 
     Any writing command with --plan writes a plan file (what to compute) instead of its output.
     Start this command on each machine of a shared file system: each worker writes its share of the

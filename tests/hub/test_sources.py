@@ -52,10 +52,12 @@ NAMES = (
     "verify-rows",
     "report-two",
     "diagnose-several",
+    "fit-plan",
     *(task.name for task in MORE),
 )
+PRINTING = {name for name in NAMES if JOBS[name] in READING or "dry_run" in JOBS[name].options}
 # of each verb that writes
-OUTPUTS = {JOBS[name].verb: name for name in NAMES if JOBS[name] not in READING}
+OUTPUTS = {JOBS[name].verb: name for name in NAMES if name not in PRINTING}
 # options whose values are sources
 SOURCES = ("base", "general", "initial", "stats", "base16", "quantized", "adapters")
 VALUES_OF_BASE = re.compile(rb'(?<="adapterkit_base":"1:.{34}).{16}')  # unknown on the Hub
@@ -107,10 +109,10 @@ def publish(hub: Hub, folder: Path, name: str, files: set[str] | None = None) ->
 
 
 def run(bench, name: str, *, from_hub: bool):
-    """The result of a reading job; of a writing one the files of weights that it left."""
+    """The result of a job that prints it; of one that writes the files of weights that it left."""
     _, client, folder = bench
     task = f"moved(jobs.{JOBS[name]!r})" if from_hub else f"jobs.{JOBS[name]!r}"
-    if JOBS[name] in READING:
+    if name in PRINTING:
         return client(f"jobs.call({task})")
     ending = ".safetensors" if JOBS[name].verb == "stats" else ""
     out = folder / ("hub" if from_hub else "") / f"{name}{ending}"
