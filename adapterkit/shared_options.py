@@ -18,9 +18,7 @@ from adapterkit.options import (
     SOURCE,
     TARGETS,
     TEXTS,
-    WEIGHTED,
     OptionRecord,
-    argument,
     choice,
     number,
     option,
@@ -110,11 +108,6 @@ def weight_for_option() -> Any:
         help="Another weight (of the N-th adapter) for modules whose name, or the end of it, "
         "matches.",
     )
-
-
-def weighted_argument() -> Any:
-    """Adapters with weights."""
-    return argument(default=(), check=WEIGHTED, metavar="ADAPTER[=W]...", unless="weights")
 
 
 def weights_option() -> Any:

@@ -33,22 +33,25 @@ import adapterkit
 import languages
 import lossy
 import realmodel
+from adapterkit.adapters.weights_file import write_weights
+from adapterkit.fitting.fit import climbed, outcome, weights_file
+from adapterkit.fitting.plan import planned
+from adapterkit.records import Json
+from adapterkit.verbs.fit import LEVELS, WeightFit
 from languages import LANGUAGES
 
 BLOCKS, LENGTH = 12, 64  # blocks that adapters are trained on; tokens of a sample
 UNSEEN = {"spanish": "es", "italian": "it"}
-LEVELS = ("adapter", "layer", "module", "direction")
 GIVEN = ("base", "own", "linear-0.5", "mean", "ties", "regmean", "regmean-x1.5")  # without a fit
 FITS: dict[str, dict[str, Any]] = {
     "strength": {"per": "adapter"},  # of the mean: one number
     "closed-form": {"per": "module", "start": "stats", "ridge": 1e6},
-    **{level: {"per": level} for level in LEVELS},
     "teacher": {"per": "module", "target": "teacher"},
     "with-regmean": {"per": "module"},
     **{f"random-{n}": {"per": "module"} for n in range(3)},
 }
 LORAS = [f"lora-{rank}-{how}" for rank in (8, 24) for how in ("data", "passes")]
-ROWS = (*GIVEN, *FITS, *LORAS)
+ROWS = (*GIVEN, *LEVELS, *FITS, *LORAS)
 
 
 def main() -> int:
@@ -120,18 +123,23 @@ class Measurement:
         if key in self.done:
             return
         began = time.monotonic()
-        make = self.given if row in GIVEN else self.lora if row in LORAS else self.fit
-        found = make(row, samples, seed)
-        found["seconds"] = round(time.monotonic() - began)
-        self.done[key] = found
+        if row in LEVELS:
+            found = self.levels(samples, seed)
+        elif row in GIVEN:
+            found = {row: self.given(row)}
+        else:
+            found = {row: (self.lora if row in LORAS else self.fit)(row, samples, seed)}
+        seconds = round(time.monotonic() - began)
+        for name, values in found.items():
+            self.done[f"{key.rpartition('/')[0]}/{name}"] = values | {"seconds": seconds}
         self.options.json.write_text(json.dumps(self.done, indent=1, sort_keys=True) + "\n")
-        mean = statistics.fmean(found["test"].values())
-        print(f"{key}: {mean:.4f} nats, {found['seconds']} s", flush=True)
+        means = {n: f"{statistics.fmean(v['test'].values()):.4f}" for n, v in found.items()}
+        print(f"{key}: {means} nats, {seconds} s", flush=True)
 
     def losses(self, adapter: Path | None, scale: float = 1.0) -> dict[str, float]:
         return lossy.losses(self.model, self.test, adapter, scale)
 
-    def given(self, row: str, samples: int, seed: int) -> dict[str, Any]:
+    def given(self, row: str) -> dict[str, Any]:
         """What needs no fit."""
         out, three = self.folder / row, [str(adapter) for adapter in self.adapters]
         if row == "base":
@@ -185,12 +193,31 @@ class Measurement:
             sources.append(self.regmean())
         if row.startswith("random"):
             sources = [self.random(adapter, int(row[-1])) for adapter in self.adapters]
-        weights, out = self.folder / f"{row}.json", self.folder / row
-        document = adapterkit.fit(
-            self.base, sources, data=self.data(samples), out=weights, whole=True, seed=seed,
+        how |= {"out": self.folder / f"{row}.json"}
+        return self.written(row, sources, self.options_of(samples, seed, sources, **how).run())
+
+    def options_of(self, samples: int, seed: int, sources: list[Path], **how: Any) -> WeightFit:
+        return WeightFit(
+            self.base, sources, data=self.data(samples), whole=True, seed=seed,
             samples=samples * len(self.fitted), length=LENGTH, overwrite=True, **how,
         )  # fmt: skip
-        adapterkit.combine(sources, weights=weights, out=out, overwrite=True)
+
+    def levels(self, samples: int, seed: int) -> dict[str, dict[str, Any]]:
+        """The rows of all levels, each what `--per` it gives: the steps of one fit."""
+        rows = [row for row in LEVELS if row in self.options.rows]
+        how = {"per": rows[-1], "out": self.folder / "levels.json"}
+        documents = {}
+        options = self.options_of(samples, seed, self.adapters, **how)
+        with planned(options) as plan, climbed(plan) as stairs:
+            for row in rows:
+                documents[row] = outcome(stairs, row) | {"seconds": 0}
+                write_weights(weights_file(stairs, documents[row]), self.folder / f"{row}.json")
+        return {row: self.written(row, self.adapters, its) for row, its in documents.items()}
+
+    def written(self, row: str, sources: list[Path], document: Json) -> dict[str, Any]:
+        """The losses of the adapter that weights give, and what the fit said."""
+        out = self.folder / row
+        adapterkit.combine(sources, weights=self.folder / f"{row}.json", out=out, overwrite=True)
         kept = [step for step in document["steps"] if step["kept"]]
         about = {"train": kept[-1]["train"], "held": kept[-1]["held"]} if kept else {}
         about |= {"passes": document["passes"], "written": document["written"]["per"]}
@@ -216,15 +243,9 @@ class Measurement:
 
     def lora(self, row: str, samples: int, seed: int) -> dict[str, Any]:
         """A new adapter on the samples that a fit of this seed trains on."""
-        from adapterkit.fitting.plan import planned
-        from adapterkit.verbs.fit import WeightFit
-
         _, rank, how = row.split("-")
-        plan_of = WeightFit(
-            self.base, self.adapters, data=self.data(samples), out=self.folder / "none.json",
-            samples=samples * len(self.fitted), length=LENGTH, seed=seed,
-        )  # fmt: skip
-        with planned(plan_of) as plan:
+        options = self.options_of(samples, seed, self.adapters, out=self.folder / "none.json")
+        with planned(options) as plan:
             train, held = plan.train.batches, plan.held.batches
         key = "/".join(map(str, (self.options.steps, self.unseen or "known", samples, seed)))
         of_fit = self.done.get(f"{key}/module", {})

@@ -333,10 +333,12 @@ def test_schema_versions_are_those_of_the_code(documents, server: Forks):
         ["inspect", "BASE", "--json"],
         ["diff", "BASE", "BASE", "--json"],
         ["merge", "BASE", "ADAPTER", "--out", "planned", "--dry-run", "--json"],
+        "fit BASE a b --data texts.jsonl --out planned.json --dry-run --json".split(),
     ]
     folder = documents[README][0][0].folder
     results = [json.loads(output) for _, output, _ in run([Task(folder, t) for t in tasks], server)]
-    now = {"inspect": results[0]["inspect"], "diff": results[1]["diff"], "plan": results[2]["plan"]}
+    kinds = ("inspect", "diff", "plan", "fit")
+    now = {kind: result[kind] for kind, result in zip(kinds, results, strict=True)}
     receipt = next(folder.glob("*/adapterkit.json")).read_bytes()
     assert written == {k: str(v) for k, v in now.items()} | {
         "receipt": str(json.loads(receipt)["adapterkit"])

@@ -1,12 +1,13 @@
 """fit: the plan, the steps, the file of weights and what is said of them."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from adapterkit.adapters.weights_file import Weight, WeightsFile, write_weights
 from adapterkit.checkpoint.system import quarter_of_memory
@@ -38,21 +39,30 @@ def fit_weights(options: WeightFit) -> Json:
         document["notes"] = list(dict.fromkeys(plan.notes))
         if options.dry_run:
             return document
-        journal = Journal.beside(out, _job(plan), options.resume)
-        make = TeacherObjective if options.target == "teacher" else Objective
-        memory = int(options.memory or quarter_of_memory())
-        step = lambda: options.progress(1)
-        runs = Runs(
-            plan.stored, plan.mixture, plan.units, make(plan.stored.model), plan.whole,
-            journal.folder, memory, step,
-        )  # fmt: skip
-        stairs = Staircase(plan, runs, journal)
-        with runs.ready():
-            c, kept = stairs.climb()
-        document |= _outcome(stairs, c, kept) | {"seconds": round(time.monotonic() - began, 1)}
-        write_weights(_weights(plan, c, kept, document), out)
-        journal.close()
+        with climbed(plan) as stairs:
+            document |= outcome(stairs, options.per)
+            document["seconds"] = round(time.monotonic() - began, 1)
+            write_weights(weights_file(stairs, document), out)
     return document
+
+
+@contextmanager
+def climbed(plan: FitPlan) -> Iterator[Staircase]:
+    """The steps of a fit, taken; its journal is kept where what follows fails."""
+    options = plan.options
+    journal = Journal.beside(Path(options.out), _job(plan), options.resume)
+    make = TeacherObjective if options.target == "teacher" else Objective
+    memory = int(options.memory or quarter_of_memory())
+    step = lambda: options.progress(1)
+    runs = Runs(
+        plan.stored, plan.mixture, plan.units, make(plan.stored.model), plan.whole,
+        journal.folder, memory, step,
+    )  # fmt: skip
+    stairs = Staircase(plan, runs, journal)
+    with runs.ready():
+        stairs.climb()
+    yield stairs
+    journal.close()
 
 
 def combine_fitted(options: Combine) -> "Receipt | Plan":
@@ -74,9 +84,11 @@ def _job(plan: FitPlan) -> Json:
     return {"options": given, "adapters": adapters, "base": base, "data": plan.data}
 
 
-def _outcome(stairs: Staircase, c: Tensor, kept: str) -> Json:
-    """The table of losses, the steps, the spread of the weights, what was written and why."""
-    plan, held = stairs.plan, stairs.held
+def outcome(stairs: Staircase, per: str) -> Json:
+    """The table of losses, the steps up to a level, the spread of the weights of the last one that
+    is kept, what is written and why."""
+    plan, held, kept = stairs.plan, stairs.held, stairs.kept(per)
+    c, steps = stairs.levels[kept], stairs.steps[: LEVELS.index(per) + 1]
     rows = [
         {"row": name, "files": held.by_file(losses).tolist(), "value": held.value(losses)}
         for name, losses in stairs.rows.items()
@@ -88,7 +100,7 @@ def _outcome(stairs: Staircase, c: Tensor, kept: str) -> Json:
         low, high = own.aminmax()
         values = {"mean": own.mean(), "std": own.std(correction=0), "low": low, "high": high}
         spread.append({"adapter": adapter.name} | {k: float(v) for k, v in values.items()})
-    last = next((step for step in reversed(stairs.steps) if step["kept"]), None)
+    last = next((step for step in reversed(steps) if step["kept"]), None)
     reason = "no step lowers the loss held out by more than its standard error"
     if last is not None:
         reason = (
@@ -97,17 +109,18 @@ def _outcome(stairs: Staircase, c: Tensor, kept: str) -> Json:
         )
     return {
         "files": plan.names,
-        "passes": len(stairs.points),
+        "passes": steps[-1]["passes"],
         "losses": rows,
-        "steps": stairs.steps,
+        "steps": steps,
         "spread": spread,
         "written": {"per": kept, "reason": reason},
     }
 
 
-def _weights(plan: FitPlan, c: Tensor, kept: str, document: Json) -> WeightsFile:
-    """The file, of rounded weights."""
-    mixture, count = plan.mixture, len(plan.adapters)
+def weights_file(stairs: Staircase, document: Json) -> WeightsFile:
+    """The file of what `outcome` says is written, of rounded weights."""
+    plan, kept = stairs.plan, document["written"]["per"]
+    c, mixture, count = stairs.levels[kept], plan.mixture, len(plan.adapters)
     numbers = [float(f"{value:.{DIGITS}g}") for value in c.tolist()]
     owners = torch.tensor([owner[0] for owner in mixture.owners])
     means = [float(c[owners == number].mean()) for number in range(count)]

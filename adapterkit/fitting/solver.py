@@ -36,22 +36,23 @@ class Level:
 
 def minimize(
     level: Level,
+    first: Tensor,  # δ (groups,)
     balance: Balance,
     gradients: Callable[[Tensor], tuple[Tensor, Tensor]],
     *,
     enough: float = ENOUGH,
     steps: int = STEPS,
 ) -> Tensor:
-    """c (coefficients,) by L-BFGS with strong Wolfe searches, in δ·√k; `gradients`: the losses
-    (samples,) at c, and the gradients of the files' (files, coefficients).
+    """δ (groups,) by L-BFGS with strong Wolfe searches, in δ·√k, from `first`; `gradients`: the
+    losses (samples,) at c, and the gradients of the files' (files, coefficients).
 
     Damped steps of the empirical Fisher of samples' gradients (Woodbury, Armijo) were slower, on
     SmolLM2-135M with three adapters and 18 samples, in forward passes (a gradient is two): 45 to
     2.993 nats of one number for each adapter, here 15; 45 to 2.734 for each module, here 19 to
     2.631."""
     scale = level.shares.sqrt()
-    x = torch.zeros_like(scale, requires_grad=True)
-    best: tuple[float, Tensor] = (float("inf"), level.c(torch.zeros_like(scale)))
+    x = (first * scale).requires_grad_()
+    best: tuple[float, Tensor] = (float("inf"), first)
     optimizer = torch.optim.LBFGS(
         [x],
         max_iter=steps,
@@ -64,13 +65,12 @@ def minimize(
     def evaluate() -> float:
         nonlocal best
         delta = x.detach() / scale
-        c = level.c(delta)
-        losses, rows = gradients(c)
+        losses, rows = gradients(level.c(delta))
         pull = level.ridge * level.shares * delta
         value = balance.value(losses) + float(pull @ delta) / 2
         gradient = balance.slopes(losses) @ rows
         x.grad = (level.slope(gradient, delta) + pull) / scale
-        best = min(best, (value, c), key=lambda one: one[0])
+        best = min(best, (value, delta), key=lambda one: one[0])
         return value
 
     optimizer.step(evaluate)

@@ -20,19 +20,21 @@ from adapterkit.fitting.solver import Level, minimize
 from adapterkit.records import Json
 from adapterkit.verbs.fit import LEVELS
 
-RIDGES = (0.01, 0.1, 1.0)  # nats, of which `auto` takes the best
+RIDGES = (1.0, 0.1, 0.01)  # nats, of which `auto` takes the best; each begins where one ended
 ENDS = {"adapter": 1, "layer": 2, "module": 3}  # of a coefficient's owner
 
 
 @dataclass
 class Staircase:
-    """The steps of a fit; `rows`: losses held out (samples,) of all that is compared, by name."""
+    """The steps of a fit; `rows`: losses held out (samples,) of all that is compared, by name;
+    `levels`: the coefficients of the start and of each step, kept or not."""
 
     plan: FitPlan
     runs: Runs
     journal: Journal
     rows: dict[str, Tensor] = field(default_factory=dict)
     steps: list[Json] = field(default_factory=list)
+    levels: dict[str, Tensor] = field(default_factory=dict)
     points: set[bytes] = field(default_factory=set)  # whose gradients were asked for
 
     def losses(self, c: Tensor, part: SamplePart) -> Tensor:
@@ -50,8 +52,13 @@ class Staircase:
         """Coefficients (all,) of one weight for each adapter."""
         return torch.tensor([weights[o] for o, *_ in self.plan.mixture.owners]).double()
 
-    def climb(self) -> tuple[Tensor, str]:
-        """The coefficients of the last step that is kept, and its level; "start" for none."""
+    def kept(self, per: str) -> str:
+        """The last level up to that one whose step is kept; "start" for none."""
+        steps = self.steps[: LEVELS.index(per) + 1]
+        return next((step["per"] for step in reversed(steps) if step["kept"]), "start")
+
+    def climb(self) -> None:
+        """Take the steps, each from the last one that is kept."""
         plan, start = self.plan, self._start()
         count = len(plan.adapters)
         one = lambda n: [float(i == n) for i in range(count)]
@@ -63,14 +70,12 @@ class Staircase:
         self.rows["equal"] = self.losses(self.of_adapters([1 / count] * count), plan.held)
         self.rows["start"] = self.losses(start, plan.held)
         self._check_finite()
-        best, kept = start, "start"
+        self.levels["start"] = start
         for per in LEVELS[: LEVELS.index(plan.options.per) + 1]:
             if per == "direction":
-                best = self._expanded(best)
-            c = self._step(per, best, self.rows[kept])
-            if self.steps[-1]["kept"]:
-                best, kept = c, per
-        return best, kept
+                self._expand()
+            kept = self.kept(per)
+            self.levels[per] = self._step(per, self.levels[kept], self.rows[kept])
 
     def _start(self) -> Tensor:
         """The coefficients to begin with, within the bounds; of adapters that do nothing 0."""
@@ -130,21 +135,24 @@ class Staircase:
             )
         return replace(balance, own=own, base=base)
 
-    def _expanded(self, c: Tensor) -> Tensor:
-        """Coefficients of members as those of their directions."""
-        mixture = self.plan.mixture
-        counts = [n for place in mixture.places for n in place.counts(True)]
+    def _expand(self) -> None:
+        """Coefficients of members become those of their directions."""
+        counts = [n for place in self.plan.mixture.places for n in place.counts(True)]
         self.runs.number(True)
-        return c.repeat_interleave(torch.tensor(counts))
+        each = torch.tensor(counts)
+        self.levels = {per: c.repeat_interleave(each) for per, c in self.levels.items()}
 
     def _step(self, per: str, before: Tensor, losses: Tensor) -> Tensor:
         """The coefficients of a level, of the ridge that does best on what is held out."""
         plan, train, held = self.plan, self.train, self.held
         found: list[tuple[float, float, Tensor, Tensor]] = []
         ridges = RIDGES if plan.options.ridge == "auto" else (float(plan.options.ridge),)
+        level = self._level(per, before)
+        delta = torch.zeros_like(level.shares)
         for ridge in ridges:
-            level = self._level(per, before, ridge)
-            c = minimize(level, train, partial(self.gradients, part=plan.train))
+            level = replace(level, ridge=ridge)
+            delta = minimize(level, delta, train, partial(self.gradients, part=plan.train))
+            c = level.c(delta)
             after = self.losses(c, plan.held)
             found.append((held.value(after), ridge, c, after))
         value, ridge, c, after = min(found, key=lambda one: one[:2])
@@ -161,11 +169,12 @@ class Staircase:
                 "gain": gain,
                 "error": error,
                 "kept": gain > error,
+                "passes": len(self.points),
             }
         )
         return c
 
-    def _level(self, per: str, before: Tensor, ridge: float) -> Level:
+    def _level(self, per: str, before: Tensor) -> Level:
         owners = self.plan.mixture.owners
         names: list[Any] = (
             [o[: ENDS[per]] for o in owners] if per in ENDS else [*range(len(owners))]
@@ -175,4 +184,4 @@ class Staircase:
         adapters = torch.tensor([owner[0] for owner in owners])
         each = 1 / adapters.bincount()[adapters].double()
         shares = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, groups, each)
-        return Level(before, groups, shares, ridge, *self.plan.options.limits)
+        return Level(before, groups, shares, 0.0, *self.plan.options.limits)

@@ -11,8 +11,10 @@ from adapterkit.options import (
     FILES,
     SHARE_ABOVE_0,
     SOURCES,
+    WEIGHTED,
     Sources,
     StrPath,
+    argument,
     choice,
     option,
     record,
@@ -28,7 +30,6 @@ from adapterkit.shared_options import (
     seed_option,
     tokenizer_option,
     weight_for_option,
-    weighted_argument,
     weights_option,
 )
 from adapterkit.verb import WritingVerb, function_of
@@ -111,7 +112,9 @@ class Combine(WritingVerb, MethodOptions):
       adapterkit combine ./a ./b --method regmean --base BASE --data a.jsonl --data b.jsonl
     """
 
-    adapters: Sources = weighted_argument()
+    adapters: Sources = argument(
+        default=(), check=WEIGHTED, metavar="ADAPTER[=W]...", unless="weights"
+    )
     method: str = option(
         default="linear",
         check=choice(lambda: (*declarations("combinations"), *ALIASES)),

@@ -10,6 +10,7 @@ from adapterkit.options import (
     SOURCE,
     TEXT,
     TEXTS,
+    WEIGHTED,
     Sources,
     StrPath,
     argument,
@@ -30,7 +31,6 @@ from adapterkit.shared_options import (
     statistics_option,
     verify_option,
     weight_for_option,
-    weighted_argument,
     weights_option,
 )
 from adapterkit.verb import WritingVerb, function_of, push_option
@@ -210,7 +210,9 @@ class Merge(WritingVerb, MergeOptions):
     """
 
     base: StrPath = argument(check=SOURCE)
-    adapters: Sources = weighted_argument()
+    adapters: Sources = argument(
+        default=(), check=WEIGHTED, metavar="ADAPTER[=W]...", unless="weights"
+    )
     weights: StrPath | None = weights_option()
     base16: StrPath | None = option(
         default=None,

@@ -88,7 +88,9 @@ def test_planted_weights(tmp_path, per):
         level = Level(start, groups, torch.ones(len(counts)).double(), 0.0, -1.0, 2.0)
         one = torch.ones(1).double()
         balance = Balance(False, torch.zeros(8).long(), torch.full((8,), 1 / 8).double(), one)
-        c = minimize(level, balance, lambda c: runs.gradients(c, batches), enough=1e-12, steps=60)
+        first = torch.zeros(len(counts)).double()
+        gradients = lambda c: runs.gradients(c, batches)
+        c = level.c(minimize(level, first, balance, gradients, enough=1e-12, steps=60))
     assert float((c - planted).abs().max()) < 1e-3
 
 
