@@ -109,7 +109,10 @@ def test_killed_at_random_times(shared, whole, older, points: int, options: tupl
         pid = shared.start(shared.argv(*options))
         time.sleep(generator.uniform(0.0, whole_time))
         os.kill(pid, signal.SIGKILL)
-        died += shared.wait(pid).status != 0
+        if shared.wait(pid).status == 0:
+            whole_time *= 0.7  # the machine is less loaded than when it was measured
+        else:
+            died += 1
         check_and_resume(shared, whole, older if options else None, options)
     assert died > points // 3
 
