@@ -99,6 +99,36 @@ def settings_option() -> Any:
     )
 
 
+def length_option(needs: str = "") -> Any:
+    """Where samples end."""
+    return option(
+        default=None,
+        check=COUNT,
+        needs=needs,
+        help="Cut samples to this many tokens (default: 512, or the model's positions).",
+    )
+
+
+def whole_option() -> Any:
+    """Whether a model runs as a whole."""
+    return option(
+        default=False,
+        check=FLAG,
+        help="Hold the whole model in memory instead of one layer at a time.",
+    )
+
+
+def activations_option() -> Any:
+    """`memory` of a verb that runs a model one layer at a time."""
+    return option(
+        default=None,
+        check=SIZE,
+        metavar="SIZE",
+        help="Memory for activations, which go to disk beyond it, e.g. 8GB (default: a quarter of "
+        "RAM).",
+    )
+
+
 def weight_for_option() -> Any:
     """Weights of adapters for some modules."""
     return option(

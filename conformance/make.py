@@ -20,7 +20,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent))  # run as a script, it finds what follows there alone
 
 from conformance.read import contents_of, tensors_of  # noqa: E402
 from conformance.run import digest  # noqa: E402

@@ -104,7 +104,8 @@ class Part(Unsaved):
         return "it has no low-rank factors"
 
     def directed(self, weights: tuple[float, ...]) -> "Part":
-        """What acts in its stead with these weights of its delta's directions."""
+        """What acts in its stead with these weights of its delta's directions; asked of parts that
+        `undirected` has nothing against."""
         raise NotImplementedError
 
     def weighted(self, weight: float) -> "tuple[Part, float]":

@@ -26,6 +26,7 @@ from adapterkit.shared_options import (
     base_option,
     energy_option,
     factor_dtype_option,
+    length_option,
     rank_option,
     seed_option,
     tokenizer_option,
@@ -157,12 +158,7 @@ class Combine(WritingVerb, MethodOptions):
     samples: int = option(
         default=256, check=COUNT, needs="data", help="Number of samples to draw of each --data."
     )
-    length: int | None = option(
-        default=None,
-        check=COUNT,
-        needs="data",
-        help="Cut samples to this many tokens (default: 512, or the model's positions).",
-    )
+    length: int | None = length_option(needs="data")
     weight_for: Iterable[str] = weight_for_option()
     weights: StrPath | None = weights_option()
     fit: Iterable[StrPath] = option(

@@ -10,7 +10,6 @@ from adapterkit.options import (
     FILES,
     FLAG,
     PROGRESS,
-    SIZE,
     SOURCE,
     TEXT,
     WEIGHTED,
@@ -26,7 +25,13 @@ from adapterkit.options import (
     record,
 )
 from adapterkit.records import Check, Json
-from adapterkit.shared_options import dtype_option, seed_option
+from adapterkit.shared_options import (
+    activations_option,
+    dtype_option,
+    length_option,
+    seed_option,
+    whole_option,
+)
 from adapterkit.verb import Verb, function_of
 
 LEVELS = ("adapter", "layer", "module", "direction")
@@ -146,11 +151,7 @@ class WeightFit(Verb[Json]):
         help="Begin with the adapters' weights (1/N each), or with the closed form.",
     )
     samples: int = option(default=64, check=COUNT, help="Number of samples to draw.")
-    length: int | None = option(
-        default=None,
-        check=COUNT,
-        help="Cut samples to this many tokens (default: 512, or the model's positions).",
-    )
+    length: int | None = length_option()
     hold: float = option(
         default=0.25,
         check=number("a share between 0 and 1", lambda value: 0 < value < 1),
@@ -170,21 +171,12 @@ class WeightFit(Verb[Json]):
     balance: str = option(
         default="files", check=choice(BALANCES), help="What is a mean over, or its worst."
     )
-    whole: bool = option(
-        default=False,
-        check=FLAG,
-        help="Hold the whole model in memory instead of one layer at a time.",
-    )
+    whole: bool = whole_option()
     dtype: str | None = dtype_option("Dtype of the model (default: fp32 on a CPU, else its own).")
     device: str = option(
         default="auto", check=DEVICE, metavar="auto|cpu|cuda[:i]", help="Where to compute."
     )
-    memory: str | int | None = option(
-        default=None,
-        check=SIZE,
-        metavar="SIZE",
-        help="Memory for activations, which go to disk beyond it (default: a quarter of RAM).",
-    )
+    memory: str | int | None = activations_option()
     dry_run: bool = option(
         default=False, check=FLAG, help="Print samples, tokens and numbers of weights, and stop."
     )

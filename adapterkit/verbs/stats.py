@@ -7,8 +7,6 @@ from adapterkit.options import (
     COMPAT,
     COUNT,
     FILES,
-    FLAG,
-    SIZE,
     SOURCE,
     OptionRecord,
     StrPath,
@@ -18,7 +16,13 @@ from adapterkit.options import (
     record,
 )
 from adapterkit.run_options import OUTPUT_FILE
-from adapterkit.shared_options import seed_option, targets_option
+from adapterkit.shared_options import (
+    activations_option,
+    length_option,
+    seed_option,
+    targets_option,
+    whole_option,
+)
 from adapterkit.verb import WritingVerb, function_of
 
 
@@ -33,19 +37,11 @@ class StatsOptions(OptionRecord):
         help="Comma-separated: covariance, mean, pca, gradient.",
     )
     samples: int = option(default=256, check=COUNT, help="Number of samples to draw.")
-    length: int | None = option(
-        default=None,
-        check=COUNT,
-        help="Cut samples to this many tokens (default: 512, or the model's positions).",
-    )
+    length: int | None = length_option()
     targets: str | None = targets_option("all-linear", "Modules to measure")
     batch: int = option(default=8, check=COUNT, help="Samples per batch.")
     seed: int = seed_option("Seed of the draw.")
-    whole: bool = option(
-        default=False,
-        check=FLAG,
-        help="Hold the whole model in memory instead of one layer at a time.",
-    )
+    whole: bool = whole_option()
     components: int = option(
         default=256, check=COUNT, help="Principal components of each module with pca."
     )
@@ -111,13 +107,7 @@ class Stats(WritingVerb, StatsOptions):
         metavar="FILE.safetensors|hf://ORG/NAME:FILE.safetensors",
         help="Output file (published atomically), or a file of the Hub (one commit).",
     )
-    memory: str | int | None = option(
-        default=None,
-        check=SIZE,
-        metavar="SIZE",
-        help="Memory for activations, which go to disk beyond it, e.g. 8GB (default: a quarter of "
-        "RAM).",
-    )
+    memory: str | int | None = activations_option()
 
 
 stats = function_of(Stats)
