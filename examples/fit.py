@@ -4,9 +4,9 @@
                            [--rows NAME...] [--unseen spanish] [--json FILE] [--show] [--short]
 
 Trains the English, French and German adapters of examples/languages.py (rank 8, STEPS steps on the
-first 12 blocks of each language) and fits weights to messages of the blocks behind these. Each row
-of the table is a way to get one adapter for all three languages, with its losses on other messages
-(the held-out blocks of examples/lossy.py); `lora-*` are new adapters on the samples of the fit:
+first 12 blocks of each language) and fits weights to samples of 48 tokens: the messages behind these
+blocks and shorter ones. Each row of the table is a way to get one adapter for all three languages,
+with its losses on other messages (the held-out blocks of examples/lossy.py); `lora-*` are new adapters on the samples of the fit:
 `data` sees each once, `passes` has as many passes as the fit, stopped where the samples that are
 held out say so. `--unseen`: the three adapters on a language that none of them knows.
 
@@ -40,7 +40,8 @@ from adapterkit.records import Json
 from adapterkit.verbs.fit import LEVELS, WeightFit
 from languages import LANGUAGES
 
-BLOCKS, LENGTH = 12, 64  # blocks that adapters are trained on; tokens of a sample
+BLOCKS, LENGTH = 12, 48  # blocks that adapters are trained on; tokens of a sample
+SHORTEST = 12  # characters of a message of samples
 UNSEEN = {"spanish": "es", "italian": "it"}
 GIVEN = ("base", "own", "linear-0.5", "mean", "ties", "regmean", "regmean-x1.5")  # without a fit
 FITS: dict[str, dict[str, Any]] = {
@@ -89,11 +90,13 @@ class Measurement:
         self.folder = options.folder / f"{options.steps}{'-short' * self.short}"
         self.folder.mkdir(parents=True, exist_ok=True)
         tokenizer, messages = AutoTokenizer.from_pretrained(self.base), languages.messages()
+        root = realmodel._built(f"package-{languages.DJANGO}", lambda out: None)
+        codes = LANGUAGES | ({self.unseen: UNSEEN[self.unseen]} if self.unseen else {})
+        found = {name: languages.catalogue(root, code) for name, code in codes.items()}
         if self.unseen:
-            root = realmodel._built(f"package-{languages.DJANGO}", lambda out: None)
-            found = languages.catalogue(root, UNSEEN[self.unseen])
-            messages[self.unseen] = [found[key] for key in messages["english"] if key in found]
-        training, self.test, self.messages = {}, {}, {}
+            own = found[self.unseen]
+            messages[self.unseen] = [own[key] for key in messages["english"] if key in own]
+        training, self.test, self.samples = {}, {}, {}
         for language, lines in messages.items():
             others = [line for n, line in enumerate(lines) if n % 4]
             training[language] = languages.blocks(tokenizer, others)[:BLOCKS]
@@ -103,7 +106,14 @@ class Measurement:
             while total > 0:  # what the adapters were trained on
                 total -= len(tokenizer(others[used] + "\n")["input_ids"])
                 used += 1
-            self.messages[language] = list(dict.fromkeys(others[used + 1 :]))
+            keys = sorted(key for key in found["french"] if SHORTEST <= len(key))
+            rest = [key if language == "english" else found[language].get(key) for key in keys]
+            taken = {*lines[::4], *others[: used + 1]}
+            own = dict.fromkeys(line for line in rest if line and line not in taken)
+            tokens = tokenizer("\n".join(own))["input_ids"]
+            self.samples[language] = [
+                tokens[at : at + LENGTH] for at in range(0, len(tokens) - LENGTH + 1, LENGTH)
+            ]
         self.model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
         self.model.name_or_path = self.base.name
         languages.STEPS = 2 if self.short else options.steps
@@ -173,11 +183,11 @@ class Measurement:
         return out
 
     def data(self, samples: int) -> list[Path]:
-        """A file of messages of each language, more than are drawn."""
+        """A file of samples of each language, more than are drawn."""
         paths = []
         for name in self.fitted:
             path = self.folder / f"{name}.jsonl"
-            lines = (json.dumps({"text": text}) + "\n" for text in self.messages[name])
+            lines = (json.dumps({"input_ids": ids}) + "\n" for ids in self.samples[name])
             path.write_text("".join(lines))
             paths.append(path)
         return paths
@@ -219,7 +229,10 @@ class Measurement:
         out = self.folder / row
         adapterkit.combine(sources, weights=self.folder / f"{row}.json", out=out, overwrite=True)
         kept = [step for step in document["steps"] if step["kept"]]
-        about = {"train": kept[-1]["train"], "held": kept[-1]["held"]} if kept else {}
+        about = {
+            "train": sum(step["train_gain"] for step in kept),
+            "held": sum(step["gain"] for step in kept),
+        }
         about |= {"passes": document["passes"], "written": document["written"]["per"]}
         return {"test": self.losses(out), **about}
 
@@ -270,12 +283,13 @@ class Measurement:
             if epoch - kept >= 5:  # it has been getting worse
                 break
         self.model = adapted.unload()
-        return {"test": found, "held": best, "epochs": kept}
+        return {"test": found, "epochs": kept}
 
 
 def show(done: dict[str, dict]) -> None:
     """A table for each run of adapters and language: rows by the numbers of samples, the mean over
-    seeds of the mean test loss; what a fit's training part and held-out part say."""
+    seeds of the mean test loss; how much more a fit gains on its training part than on what it
+    holds out, the mean of all."""
     runs = dict.fromkeys("/".join(key.split("/")[:2]) for key in done)
     for run in runs:
         own = {tuple(key.split("/")[2:]): its for key, its in done.items()
@@ -283,7 +297,7 @@ def show(done: dict[str, dict]) -> None:
         counts = sorted({int(samples) for samples, _, _ in own} - {0})
         steps, language = run.split("/")
         print(f"\nadapters of {steps} steps, {language} languages, nats per token:\n")
-        print(f"| | {' | '.join(f'{n} samples' for n in counts)} | held out - train |")
+        print(f"| | {' | '.join(f'{n} samples' for n in counts)} | gain on train - held out |")
         print("|---" * (2 + len(counts)) + "|")
         for row in ROWS:
             cells, gaps = [], []
@@ -292,7 +306,7 @@ def show(done: dict[str, dict]) -> None:
                        if name == row and int(n) in (0, count)]  # fmt: skip
                 means = [statistics.fmean(one["test"].values()) for one in its]
                 cells.append(f"{statistics.fmean(means):.3f}" if means else "")
-                gaps += [one["held"] - one["train"] for one in its if "train" in one]
+                gaps += [one["train"] - one["held"] for one in its if one.get("train")]
             gap = f"{statistics.fmean(gaps):.3f}" if gaps else ""
             if any(cells):
                 print(f"| {row} | {' | '.join(cells)} | {gap} |")

@@ -20,7 +20,8 @@ from adapterkit.fitting.solver import Level, minimize
 from adapterkit.records import Json
 from adapterkit.verbs.fit import LEVELS
 
-RIDGES = (1.0, 0.1, 0.01)  # nats, of which `auto` takes the best; each begins where one ended
+# nats; `auto` takes the best, and none behind one that does worse; each begins where one ended
+RIDGES = (1.0, 0.1, 0.01)
 ENDS = {"adapter": 1, "layer": 2, "module": 3}  # of a coefficient's owner
 
 
@@ -155,8 +156,12 @@ class Staircase:
             c = level.c(delta)
             after = self.losses(c, plan.held)
             found.append((held.value(after), ridge, c, after))
-        value, ridge, c, after = min(found, key=lambda one: one[:2])
+            best = min(found, key=lambda one: one[0])
+            if best is not found[-1]:
+                break
+        value, ridge, c, after = best
         gain = held.value(losses) - value
+        on_train = [train.value(self.gradients(x, plan.train)[0]) for x in (before, c)]
         error = held.error(losses, after)
         self.rows[per] = after
         self.steps.append(
@@ -164,7 +169,8 @@ class Staircase:
                 "per": per,
                 "weights": plan.weights(per),
                 "ridge": ridge,
-                "train": train.value(self.losses(c, plan.train)),
+                "train": on_train[1],
+                "train_gain": on_train[0] - on_train[1],
                 "held": value,
                 "gain": gain,
                 "error": error,

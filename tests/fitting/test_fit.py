@@ -337,7 +337,7 @@ def test_killed_and_resumed(tmp_path, base, adapters, data):
     options = {"whole": True, "per": "layer", "ridge": 0.1}
     expected, one = fitted(base, adapters[:2], data, tmp_path / "a.json", **options)
     out = tmp_path / "b.json"
-    for batches in (10, 12):
+    for batches in (8, 10):
         pid = os.fork()
         if pid == 0:  # never returns
             kill = partial(_kill, iter(range(batches)))
