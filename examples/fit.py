@@ -4,11 +4,12 @@
                            [--rows NAME...] [--unseen spanish] [--json FILE] [--show] [--short]
 
 Trains the English, French and German adapters of examples/languages.py (rank 8, STEPS steps on the
-first 12 blocks of each language) and fits weights to samples of 48 tokens: the messages behind these
-blocks and shorter ones. Each row of the table is a way to get one adapter for all three languages,
-with its losses on other messages (the held-out blocks of examples/lossy.py); `lora-*` are new adapters on the samples of the fit:
-`data` sees each once, `passes` has as many passes as the fit, stopped where the samples that are
-held out say so. `--unseen`: the three adapters on a language that none of them knows.
+first 12 blocks of each language) and fits weights to samples of 48 tokens, of the messages behind
+these blocks and of shorter ones. Each row of the table is a way to get one adapter for all three
+languages, with its losses on other messages (the held-out blocks of examples/lossy.py); `lora-*`
+are new adapters on the samples of the fit: `data` sees each once, `passes` has as many passes as
+the fit, stopped where the samples that are held out say so. `--unseen`: the three adapters on a
+language that none of them knows.
 
 What is done is in the JSON file (default: fit.json beside this file) and not done again, so that a
 long run can be split: by --steps, --samples, --seeds or --rows. `--show` prints the tables of it
@@ -106,7 +107,7 @@ class Measurement:
             while total > 0:  # what the adapters were trained on
                 total -= len(tokenizer(others[used] + "\n")["input_ids"])
                 used += 1
-            keys = sorted(key for key in found["french"] if SHORTEST <= len(key))
+            keys = sorted(key for key in found["french"] if len(key) >= SHORTEST)
             rest = [key if language == "english" else found[language].get(key) for key in keys]
             taken = {*lines[::4], *others[: used + 1]}
             own = dict.fromkeys(line for line in rest if line and line not in taken)

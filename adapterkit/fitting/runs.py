@@ -110,66 +110,76 @@ class Runs:
     ) -> tuple[Tensor, Tensor]:
         """What `compute` gives of the samples, and of each batch the gradient of its weighted sum,
         or c."""
-        dtype = torch.promote_types(self.stored.dtype, torch.float32)
-        leaves = [c.to(dtype, copy=True).requires_grad_(gradients) for _ in batches]
-        results: list[Tensor] = [torch.empty(0)] * len(batches)
-        sums = [torch.zeros_like(leaf) if gradients else leaf for leaf in leaves]
-        run = self._run_whole if self.whole else self._run_layerwise
-        run(batches, leaves, compute, results, sums, gradients)
-        return torch.cat(results).double(), torch.stack(sums).detach().double()
+        one = Evaluation.of(c, batches, compute, gradients, self.stored.dtype)
+        (self._run_whole if self.whole else self._run_layerwise)(one)
+        return torch.cat(one.results).double(), torch.stack(one.sums).detach().double()
 
-    def _run_whole(
-        self,
-        batches: Sequence[FitBatch],
-        leaves: list[Tensor],
-        compute: Compute,
-        results: list[Tensor],
-        sums: list[Tensor],
-        gradients: bool,
-    ) -> None:
-        for number, (batch, leaf) in enumerate(zip(batches, leaves, strict=True)):
+    def _run_whole(self, one: "Evaluation") -> None:
+        for number, (batch, leaf) in enumerate(zip(one.batches, one.leaves, strict=True)):
             self.mixture.acting = leaf
             moved = {key: value.to(self.stored.device) for key, value in batch.inputs.items()}
-            with torch.set_grad_enabled(gradients):
-                values = compute(replace(batch, inputs=moved))
-                if gradients:
-                    (sums[number],) = torch.autograd.grad(batch.total(values), leaf)
-            results[number] = values.detach().cpu()
+            total = one.see(number, replace(batch, inputs=moved))
+            if total is not None:
+                (one.sums[number],) = torch.autograd.grad(total, leaf)
             self.step()
 
-    def _run_layerwise(
-        self,
-        batches: Sequence[FitBatch],
-        leaves: list[Tensor],
-        compute: Compute,
-        results: list[Tensor],
-        sums: list[Tensor],
-        gradients: bool,
-    ) -> None:
-        reader = CoefficientsReader(self, leaves, sums, gradients)
-        by_inputs = {id(batch.inputs): number for number, batch in enumerate(batches)}
+    def _run_layerwise(self, one: "Evaluation") -> None:
+        by_inputs = {id(batch.inputs): number for number, batch in enumerate(one.batches)}
 
         def loss(inputs: Mapping[str, Tensor]) -> Tensor | None:
             number = by_inputs[id(inputs)]
-            with torch.set_grad_enabled(gradients):
-                values = compute(batches[number])
-            results[number] = values.detach().clone()
-            return batches[number].total(values) if gradients else None
+            return one.see(number, one.batches[number])
 
         with closing(ActivationStore(self.work, self.memory)) as room:
+            reader = CoefficientsReader(self, one)
             lockstep = Lockstep(self.stored, self.units, reader, room, None, self.step)
-            lockstep.run([(0, one.inputs) for one in batches], loss, [None] * len(batches))
-        for leaf, total in zip(leaves, sums, strict=True):
-            if gradients and leaf.grad is not None:  # of what is outside the layers
+            inputs = [(0, batch.inputs) for batch in one.batches]
+            lockstep.run(inputs, loss, [None] * len(inputs))
+        for leaf, total in zip(one.leaves, one.sums, strict=True):
+            if one.gradients and leaf.grad is not None:  # of what is outside the layers
                 total += leaf.grad
+
+
+@dataclass
+class Evaluation:
+    """Batches at a point, each with coefficients of its own that get a gradient: `leaves`;
+    `results`, `sums`: what comes of each batch, losses (rows,) and gradients (coefficients,)."""
+
+    batches: Sequence[FitBatch]
+    compute: Compute
+    gradients: bool
+    leaves: list[Tensor]
+    results: list[Tensor]
+    sums: list[Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        c: Tensor,
+        batches: Sequence[FitBatch],
+        compute: Compute,
+        gradients: bool,
+        dtype: torch.dtype,
+    ) -> "Evaluation":
+        kind = torch.promote_types(dtype, torch.float32)
+        leaves = [c.to(kind, copy=True).requires_grad_(gradients) for _ in batches]
+        sums = [torch.zeros_like(leaf) if gradients else leaf for leaf in leaves]
+        return cls(batches, compute, gradients, leaves, [torch.empty(0)] * len(batches), sums)
+
+    def see(self, number: int, batch: FitBatch) -> Tensor | None:
+        """Keep a batch's losses; what is to be differentiated, if anything is."""
+        with torch.set_grad_enabled(self.gradients):
+            values = self.compute(batch)
+            self.results[number] = values.detach().to("cpu", copy=True)
+            return batch.total(values) if self.gradients else None
 
 
 class CoefficientsReader:
     """Reads off the gradients of each pass's coefficients; factors are in memory with their
     unit."""
 
-    def __init__(self, runs: Runs, leaves: list[Tensor], sums: list[Tensor], gradients: bool):
-        self.runs, self.leaves, self.sums, self.gradients = runs, leaves, sums, gradients
+    def __init__(self, runs: Runs, evaluation: Evaluation):
+        self.runs, self.evaluation = runs, evaluation
 
     @contextmanager
     def visited(self, unit: Unit) -> Iterator[None]:
@@ -181,19 +191,19 @@ class CoefficientsReader:
             self.runs.mixture.free(places)
 
     def begin(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
-        self.runs.mixture.acting = self.leaves[one.number]
+        self.runs.mixture.acting = self.evaluation.leaves[one.number]
 
     def end(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
         pass
 
     def wants(self, unit: Unit) -> bool:
-        return self.gradients and bool(self.runs._places(unit))
+        return self.evaluation.gradients and bool(self.runs._places(unit))
 
     def wanted(self, one: Pass, unit: Unit) -> dict[str, Tensor]:
-        return {"": self.leaves[one.number]} if self.wants(unit) else {}
+        return {"": self.evaluation.leaves[one.number]} if self.wants(unit) else {}
 
     def take(self, one: Pass, name: str, gradient: Tensor) -> None:
-        self.sums[one.number] += gradient
+        self.evaluation.sums[one.number] += gradient
 
     def see(self, unit: Unit, args: tuple, kwargs: dict[str, Any]) -> None:
         pass

@@ -153,13 +153,12 @@ class Staircase:
         for ridge in ridges:
             level = replace(level, ridge=ridge)
             delta = minimize(level, delta, train, partial(self.gradients, part=plan.train))
-            c = level.c(delta)
-            after = self.losses(c, plan.held)
-            found.append((held.value(after), ridge, c, after))
-            best = min(found, key=lambda one: one[0])
-            if best is not found[-1]:
+            after = self.losses(level.c(delta), plan.held)
+            value = held.value(after)
+            if found and value > found[-1][0]:
                 break
-        value, ridge, c, after = best
+            found.append((value, ridge, level.c(delta), after))
+        value, ridge, c, after = found[-1]
         gain = held.value(losses) - value
         on_train = [train.value(self.gradients(x, plan.train)[0]) for x in (before, c)]
         error = held.error(losses, after)
