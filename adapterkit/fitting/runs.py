@@ -179,7 +179,7 @@ class CoefficientsReader:
     unit."""
 
     def __init__(self, runs: Runs, evaluation: Evaluation):
-        self.runs, self.evaluation = runs, evaluation
+        self.runs, self.evaluation, self.gradients = runs, evaluation, evaluation.gradients
 
     @contextmanager
     def visited(self, unit: Unit) -> Iterator[None]:
@@ -197,7 +197,7 @@ class CoefficientsReader:
         pass
 
     def wants(self, unit: Unit) -> bool:
-        return self.evaluation.gradients and bool(self.runs._places(unit))
+        return self.gradients and bool(self.runs._places(unit))
 
     def wanted(self, one: Pass, unit: Unit) -> dict[str, Tensor]:
         return {"": self.evaluation.leaves[one.number]} if self.wants(unit) else {}
