@@ -256,7 +256,7 @@ class Measurement:
         return out
 
     def lora(self, row: str, samples: int, seed: int) -> dict[str, Any]:
-        """A new adapter on the samples that a fit of this seed trains on."""
+        """A new adapter on the samples that a fit of this seed trains on, one in each step."""
         _, rank, how = row.split("-")
         options = self.options_of(samples, seed, self.adapters, out=self.folder / "none.json")
         with planned(options) as plan:
@@ -271,9 +271,11 @@ class Measurement:
         trained = [p for p in adapted.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=languages.LEARNING_RATE)
         best, kept, found = float("inf"), 0, {}
+        rows = [{k: v[n : n + 1] for k, v in batch.inputs.items()}
+                for batch in train for n in range(len(batch.weights))]  # fmt: skip
         for epoch in range(1, epochs + 1):
-            for batch in train:
-                loss = adapted(**batch.inputs).loss
+            for number in torch.randperm(len(rows)).tolist():
+                loss = adapted(**rows[number]).loss
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
