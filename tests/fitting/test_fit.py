@@ -29,26 +29,6 @@ TEXTS = ["who is that?", "me too", "the others are there.", "no, they were", "hm
 
 
 @pytest.fixture
-def base(cached_folder):
-    def build(folder):
-        oracle.save_base(oracle.llama(), folder, "fp32")
-        save_tokenizer(folder)
-
-    return cached_folder("fit-base", build)
-
-
-@pytest.fixture
-def adapters(cached_folder):
-    def build(folder):
-        for seed, name in enumerate("abc"):
-            oracle.train(oracle.llama(), folder / name, seed=seed, size=0.2, r=4,
-                         target_modules=["q_proj", "down_proj"])  # fmt: skip
-
-    folder = cached_folder("fit-adapters", build)
-    return [folder / name for name in "abc"]
-
-
-@pytest.fixture
 def data(tmp_path):
     return [write_rows(tmp_path / f"{name}.jsonl", *({"text": f"{name} {text}"} for text in TEXTS))
             for name in ("one", "two")]  # fmt: skip

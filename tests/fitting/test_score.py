@@ -14,7 +14,6 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.cli import main
 from adapterkit.errors import Failed, Refused
 from tests.support import oracle
-from tests.support.texts import save_tokenizer
 
 TARGET = (0.8, -0.3)
 # near the planted weights the larger the better, by the receipt of the candidate; a line a call
@@ -35,23 +34,8 @@ print("score:", -sum((w - t) ** 2 for w, t in zip(weights, TARGET)))
 
 
 @pytest.fixture
-def base(cached_folder):
-    def build(folder):
-        oracle.save_base(oracle.llama(), folder, "fp32")
-        save_tokenizer(folder)
-
-    return cached_folder("fit-base", build)
-
-
-@pytest.fixture
-def adapters(cached_folder):
-    def build(folder):
-        for seed, name in enumerate("ab"):
-            modules = {"target_modules": ["q_proj", "down_proj"]}
-            oracle.train(oracle.llama(), folder / name, seed=seed, **modules)
-
-    folder = cached_folder("score-adapters", build)
-    return [folder / name for name in "ab"]
+def adapters(adapters):
+    return adapters[:2]
 
 
 @pytest.fixture
