@@ -55,17 +55,52 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Collection:
-    """What `stats` collects: of which model, of which samples and modules; sizes."""
+class ModelRun:
+    """A collection that runs a model: what it takes."""
 
     base: Checkpoint
     options: StatsOptions
+    sizes: Sizes
+    reads: tuple[str, ...]  # files of the base, in the order in which they are read
+
+    @property
+    def work(self) -> int:
+        """Bytes of the sums on disk."""
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(spec.shape) for spec in self.base.tensors.values())
+
+    @property
+    def device_memory(self) -> int:
+        return self.sizes.device + self.sizes.computed + self.sizes.sums + TABLES
+
+    def room(self, budget: int) -> int:
+        return self.work + max(0, self.sizes.activations - budget)
+
+    def totals_of(self, samples: Sequence[Samples], batches: int, budget: int) -> dict[str, int]:
+        """What a dry run prints beside the sizes of the file, with so many bytes of memory."""
+        sizes = self.sizes
+        in_memory = min(sizes.activations, budget)
+        return {
+            "samples": sum(len(one.samples) for one in samples),
+            "tokens": sum(one.tokens for one in samples),
+            "tokens_counted": sum(one.counted for one in samples),
+            "batches": batches,
+            "layers": sizes.layers,
+            "memory_peak": sizes.weights + sizes.computed + sizes.sums + in_memory,
+        }
+
+
+@dataclass(frozen=True)
+class Collection(ModelRun):
+    """What `stats` collects: of which model, of which samples and modules; sizes."""
+
     samples: Samples
     batches: list[dict[str, Tensor]]
     shapes: dict[str, tuple[int, int]]  # (out, in) of each module
-    sizes: Sizes
     about: Json  # for the file's header
-    reads: tuple[str, ...]  # files of the base, in the order in which they are read
 
     @property
     def blocks(self) -> int:
@@ -73,7 +108,6 @@ class Collection:
 
     @property
     def work(self) -> int:
-        """Bytes of the sums on disk."""
         shapes = self.shapes.values()
         gradients = sum(
             4 * rows * width for rows, width in shapes if "gradient" in self.options.what
@@ -83,30 +117,14 @@ class Collection:
     @property
     def effort(self) -> Effort:
         """Of the model, its gradients and the sums; of layers that see the same inputs, too."""
-        parameters = sum(math.prod(spec.shape) for spec in self.base.tensors.values())
         passes = 4 if "gradient" in self.options.what else 1  # forward again, and two backward
         squares = sum(width**2 for _, width in self.shapes.values()) if self.sizes.sums else 0
-        return Effort(flops=self.samples.tokens * (2 * passes * parameters + 9 / 8 * squares))
-
-    @property
-    def device_memory(self) -> int:
-        return self.sizes.device + self.sizes.computed + self.sizes.sums + TABLES
-
-    def room(self, budget: int) -> int:
-        return self.work + max(0, self.sizes.activations - budget)
+        return Effort(flops=self.samples.tokens * (2 * passes * self.parameters + 9 / 8 * squares))
 
     def totals(self, budget: int) -> dict[str, int]:
-        """What a dry run prints beside the sizes of the file, with so many bytes of memory."""
-        in_memory = min(self.sizes.activations, budget)
-        return {
-            "samples": len(self.samples.samples),
-            "tokens": self.samples.tokens,
-            "tokens_counted": self.samples.counted,
-            "batches": len(self.batches),
-            "layers": self.sizes.layers,
+        return self.totals_of([self.samples], len(self.batches), budget) | {
             "modules": len(self.shapes),
             "bytes_read": self.sizes.model,
-            "memory_peak": self.sizes.weights + self.sizes.computed + self.sizes.sums + in_memory,
         }
 
     def collect_blocks(

@@ -1,6 +1,5 @@
 """combine --data: regmean by what the combined model's layers see, layer after layer."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -16,7 +15,6 @@ from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.stage import WORK, Workspace
 from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Failed, Problems, Refused, listed, shown, unrecoverable
 from adapterkit.hub.ids import is_on_hub
@@ -33,12 +31,11 @@ from adapterkit.statistics.model.hooks import SumsWatch
 from adapterkit.statistics.model.layers import Unit, is_within
 from adapterkit.statistics.model.layerwise import run_layerwise
 from adapterkit.statistics.model.lockstep import Pass
-from adapterkit.statistics.model.shuttle import TABLES
 from adapterkit.statistics.model.stored_model import StoredModel
 from adapterkit.statistics.plan import (
     SUMS,
+    ModelRun,
     Share,
-    Sizes,
     check_unchanged,
     reads_of,
     samples_of,
@@ -87,16 +84,12 @@ class RecollectedFactors(CombinedFactors):
 
 
 @dataclass(frozen=True)
-class Recollection:
+class Recollection(ModelRun):
     """What is collected, of one process: see `plan.Collecting`."""
 
-    base: Checkpoint
-    options: StatsOptions
     batches: list[tuple[int, Batch]]  # the adapter's number, and a batch of its samples
     samples: list[Samples]
-    sizes: Sizes
     widths: list[int]  # of the modules' inputs
-    reads: tuple[str, ...]
     blocks: int = 1
 
     @property
@@ -104,33 +97,14 @@ class Recollection:
         return int(len(self.samples) * SUMS * sum(width**2 for width in self.widths))
 
     @property
-    def device_memory(self) -> int:
-        return self.sizes.device + self.sizes.computed + self.sizes.sums + TABLES
-
-    @property
-    def tokens(self) -> int:
-        return sum(one.tokens for one in self.samples)
-
-    @property
     def effort(self) -> Effort:
         """Each layer twice, and the sums."""
-        parameters = sum(math.prod(spec.shape) for spec in self.base.tensors.values())
+        tokens = sum(one.tokens for one in self.samples)
         squares = sum(width**2 for width in self.widths)
-        return Effort(flops=self.tokens * (4 * parameters + 9 / 8 * squares))
-
-    def room(self, budget: int) -> int:
-        return self.work + max(0, self.sizes.activations - budget)
+        return Effort(flops=tokens * (4 * self.parameters + 9 / 8 * squares))
 
     def totals(self, budget: int) -> dict[str, int]:
-        in_memory = min(self.sizes.activations, budget)
-        return {
-            "samples": sum(len(one.samples) for one in self.samples),
-            "tokens": self.tokens,
-            "tokens_counted": sum(one.counted for one in self.samples),
-            "batches": len(self.batches),
-            "layers": self.sizes.layers,
-            "memory_peak": self.sizes.weights + self.sizes.computed + self.sizes.sums + in_memory,
-        }
+        return self.totals_of(self.samples, len(self.batches), budget)
 
     def collect_blocks(
         self,
