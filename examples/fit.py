@@ -269,7 +269,8 @@ class Measurement:
                             task_type="CAUSAL_LM")  # fmt: skip
         adapted = get_peft_model(self.model, config)
         trained = [p for p in adapted.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=languages.LEARNING_RATE)
+        rate = languages.LEARNING_RATE / (1 if how == "data" else 4)  # of several passes better
+        optimizer = torch.optim.AdamW(trained, lr=rate)
         best, kept, found = float("inf"), 0, {}
         rows = [{k: v[n : n + 1] for k, v in batch.inputs.items()}
                 for batch in train for n in range(len(batch.weights))]  # fmt: skip
