@@ -11,6 +11,7 @@ import torch
 
 from adapterkit.adapters.weights_file import Weight, WeightsFile, write_weights
 from adapterkit.checkpoint.system import quarter_of_memory
+from adapterkit.errors import shown
 from adapterkit.fitting.journal import Journal
 from adapterkit.fitting.objective import Objective, TeacherObjective
 from adapterkit.fitting.plan import FitPlan, planned
@@ -114,7 +115,22 @@ def outcome(stairs: Staircase, per: str) -> Json:
         "steps": steps,
         "spread": spread,
         "written": {"per": kept, "reason": reason},
+        "notes": [*dict.fromkeys([*plan.notes, *_alone(stairs, kept)])],
     }
+
+
+def _alone(stairs: Staircase, kept: str) -> list[str]:
+    """A note where the base, or one adapter, is as good on what is held out."""
+    held, rows = stairs.held, stairs.rows
+    names = ["base", *(adapter.name for adapter in stairs.plan.adapters)]
+    name = min(names, key=lambda one: held.value(rows[one]))
+    value, other = held.value(rows[kept]), held.value(rows[name])
+    if other - value > held.error(rows[name], rows[kept]):
+        return []
+    use = "none of these adapters helps here" if name == "base" else "it needs no other adapter"
+    return [
+        f"{shown(name)} alone is as good on what is held out, {other:.4g} to {value:.4g}: {use}"
+    ]
 
 
 def weights_file(stairs: Staircase, document: Json) -> WeightsFile:

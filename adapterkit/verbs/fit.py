@@ -93,8 +93,8 @@ class WeightFit(Verb[Json]):
     Returns what `--json` prints: `losses` held out, by row and file (`base`, each adapter, `equal`,
     `start`, each step) with `value` (what is minimized), `steps` (`gain`, `error`, `kept`, `ridge`,
     `train` and `held`), `passes` (how often gradients of the samples were computed), `spread` of
-    the weights, `written`: the level, and why; with `score`: `evaluations`, of each `weights` and
-    `score`, and the `best`.
+    the weights, `written`: the level, and why, `notes`, one of them where the base or one adapter
+    is as good; with `score`: `evaluations`, of each `weights` and `score`, and the `best`.
 
     Raises `Refused` with all that is wrong before the model runs: DoRA (its change is no sum of
     changes), adapters of another base, trained values that are no factors, the same sample in both

@@ -148,6 +148,20 @@ def test_other_bases(tmp_path, base, adapters, data, kind):
         assert b["files"] == pytest.approx(a["files"], abs=1e-4)
 
 
+def test_a_note_where_one_alone_is_as_good(tmp_path, base, adapters, data):
+    """The base, where adapters do nothing; none where the sum gains."""
+    nothing, out = zero(adapters[0], tmp_path / "nothing"), tmp_path / "w.json"
+    options = {"per": "adapter", "whole": True, "ridge": 0.0, "overwrite": True}
+    document, _ = fitted(base, [nothing, nothing], data, out, **options)
+    assert [note for note in document["notes"] if note.startswith("base alone")]
+    document, _ = fitted(base, adapters, data, out, **options)
+    rows = {row["row"]: row["value"] for row in document["losses"]}
+    (step,) = document["steps"]
+    least = min(("base", *map(str, adapters)), key=rows.get)
+    noted = [note for note in document["notes"] if note.startswith(f"{least} alone")]
+    assert bool(noted) == (rows[least] - step["held"] <= step["error"]), (rows, step)
+
+
 def test_order_duplicates_and_zeros(tmp_path, base, adapters, data):
     """The order of adapters changes nothing, equal ones have equal weights, one that does nothing
     has none."""
