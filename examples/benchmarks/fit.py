@@ -7,7 +7,7 @@ model with a trainable number for each adapter and module: seconds to the same l
 On SmolLM2-135M and the three adapters of examples/languages.py (made in FOLDER where they are not).
 Each row is a process of its own, whose peak memory is counted; one thread. `fit` and `layerwise`
 take one ridge; `layerwise-10` is a model of the first ten of the thirty layers; `loop-RATE` is Adam
-with that rate on the same batches until its training loss is that of `fit`, at most 80 passes.
+with that rate on the same batches until its training loss is that of `fit`, at most 40 passes.
 `closed-form` is the start alone. On one idle core some 30 minutes; `--short`: three layers and few
 samples, minutes.
 """
@@ -31,7 +31,7 @@ import languages
 import realmodel
 from languages import LANGUAGES
 
-RIDGE, RATES, MOST = 0.1, (0.2, 0.05, 0.01), 80
+RIDGE, RATES, MOST = 0.1, (0.2, 0.05, 0.01), 40
 ROWS = ("closed-form", "fit", "layerwise", "layerwise-10", *(f"loop-{rate}" for rate in RATES))
 MEMORY = 2**24  # bytes of activations in memory, layer by layer
 
