@@ -208,9 +208,10 @@ class Measurement:
         return self.written(row, sources, self.options_of(samples, seed, sources, **how).run())
 
     def options_of(self, samples: int, seed: int, sources: list[Path], **how: Any) -> WeightFit:
+        total = samples * len(self.fitted)
         return WeightFit(
-            self.base, sources, data=self.data(samples), whole=True, seed=seed,
-            samples=samples * len(self.fitted), length=LENGTH, overwrite=True, **how,
+            self.base, sources, data=self.data(samples), whole=True, seed=seed, samples=total,
+            hold=max(0.25, 2 / total), length=LENGTH, overwrite=True, **how,
         )  # fmt: skip
 
     def levels(self, samples: int, seed: int) -> dict[str, dict[str, Any]]:
