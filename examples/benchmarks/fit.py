@@ -5,7 +5,8 @@ model with a trainable number for each adapter and module: seconds to the same l
                                       [--json FILE]
 
 On SmolLM2-135M and the three adapters of examples/languages.py (made in FOLDER where they are not).
-Each row is a process of its own, whose peak memory is counted; one thread. `fit` and `layerwise`
+Each row is a process of its own, whose peak memory is counted; one thread, so that seconds of the
+processor are the fair ones where other work runs. `fit` and `layerwise`
 take one ridge; `layerwise-10` is a model of the first ten of the thirty layers; `loop-RATE` is Adam
 with that rate on the same batches until its training loss is that of `fit`, at most 40 passes.
 `closed-form` is the start alone. On one idle core some 30 minutes; `--short`: three layers and few
@@ -125,7 +126,7 @@ def call(options: argparse.Namespace, **how: Any) -> dict[str, Any]:
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds, peak memory, and the training loss that was reached."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began, kind = time.perf_counter(), options.row
+    began, used, kind = time.perf_counter(), time.process_time(), options.row
     if kind.startswith("loop"):
         found = loop(options, float(kind.removeprefix("loop-")))
     else:
@@ -142,6 +143,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         found["passes"] = document["passes"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found |= {"seconds": round(time.perf_counter() - began, 1), "peak_mb": peak // 1024}
+    found |= {"processor_seconds": round(time.process_time() - used, 1)}
     return found | {"at_start_mb": before // 1024}
 
 
