@@ -5,12 +5,11 @@ model with a trainable number for each adapter and module: seconds to the same l
                                       [--json FILE]
 
 On SmolLM2-135M and the three adapters of examples/languages.py (made in FOLDER where they are not).
-Each row is a process of its own, whose peak memory is counted; one thread, so that seconds of the
-processor are the fair ones where other work runs. `fit` and `layerwise`
-take one ridge; `layerwise-10` is a model of the first ten of the thirty layers; `loop-RATE` is Adam
-with that rate on the same batches until its training loss is that of `fit`, at most 40 passes.
-`closed-form` is the start alone. On one idle core some 30 minutes; `--short`: three layers and few
-samples, minutes.
+Each row is a process of its own, whose peak memory is counted, of one thread: its seconds of the
+processor are the fair ones where other work runs. `fit` and `layerwise` take one ridge;
+`layerwise-10` is a model of the first ten of the thirty layers; `loop-RATE` is Adam with that rate
+on the same batches until its training loss is that of `fit`, at most 40 passes. `closed-form` is
+the start alone. On one idle core some 30 minutes; `--short`: three layers and few samples, minutes.
 """
 
 import argparse
