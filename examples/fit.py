@@ -44,7 +44,8 @@ from languages import LANGUAGES
 BLOCKS, LENGTH = 12, 48  # blocks that adapters are trained on; tokens of a sample
 SHORTEST = 12  # characters of a message of samples
 UNSEEN = {"spanish": "es", "italian": "it"}
-GIVEN = ("base", "own", "linear-0.5", "mean", "ties", "regmean", "regmean-x1.5")  # without a fit
+LINEAR = [f"linear-{weight}" for weight in (0.5, 0.6, 0.65, 0.8)]
+GIVEN = ("base", "own", *LINEAR, "mean", "ties", "regmean", "regmean-x1.5")  # without a fit
 FITS: dict[str, dict[str, Any]] = {
     "strength": {"per": "adapter"},  # of the mean: one number
     "closed-form": {"per": "module", "start": "stats", "ridge": 1e6},
@@ -95,8 +96,8 @@ class Measurement:
         codes = LANGUAGES | ({self.unseen: UNSEEN[self.unseen]} if self.unseen else {})
         found = {name: languages.catalogue(root, code) for name, code in codes.items()}
         if self.unseen:
-            own = found[self.unseen]
-            messages[self.unseen] = [own[key] for key in messages["english"] if key in own]
+            of = found[self.unseen]
+            messages[self.unseen] = [of[key] for key in messages["english"] if key in of]
         training, self.test, self.samples = {}, {}, {}
         for language, lines in messages.items():
             others = [line for n, line in enumerate(lines) if n % 4]
@@ -110,11 +111,8 @@ class Measurement:
             keys = sorted(key for key in found["french"] if len(key) >= SHORTEST)
             rest = [key if language == "english" else found[language].get(key) for key in keys]
             taken = {*lines[::4], *others[: used + 1]}
-            own = dict.fromkeys(line for line in rest if line and line not in taken)
-            tokens = tokenizer("\n".join(own))["input_ids"]
-            self.samples[language] = [
-                tokens[at : at + LENGTH] for at in range(0, len(tokens) - LENGTH + 1, LENGTH)
-            ]
+            own = list(dict.fromkeys(line for line in rest if line and line not in taken))
+            self.samples[language] = languages.blocks(tokenizer, own, LENGTH).tolist()
         self.model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
         self.model.name_or_path = self.base.name
         languages.STEPS = 2 if self.short else options.steps
@@ -165,8 +163,8 @@ class Measurement:
         how: dict[str, Any] = {"method": "linear"}
         if row == "ties":
             how = {"method": "ties", "density": 0.3, "rank": languages.RANK}
-        weight = {"linear-0.5": 0.5, "mean": 1 / 3}.get(row, 1.0)
-        sources = dict.fromkeys(three, weight)
+        weights = {"mean": 1 / 3} | {name: float(name.removeprefix("linear-")) for name in LINEAR}
+        sources = dict.fromkeys(three, weights.get(row, 1.0))
         adapterkit.combine(sources, out=out, overwrite=True, **how)
         return {"test": self.losses(out)}
 
@@ -183,7 +181,7 @@ class Measurement:
             adapterkit.combine(self.adapters, out=out, method="regmean", stats=paths)
         return out
 
-    def data(self, samples: int) -> list[Path]:
+    def data(self) -> list[Path]:
         """A file of samples of each language, more than are drawn."""
         paths = []
         for name in self.fitted:
@@ -210,7 +208,7 @@ class Measurement:
     def options_of(self, samples: int, seed: int, sources: list[Path], **how: Any) -> WeightFit:
         total = samples * len(self.fitted)
         return WeightFit(
-            self.base, sources, data=self.data(samples), whole=True, seed=seed, samples=total,
+            self.base, sources, data=self.data(), whole=True, seed=seed, samples=total,
             hold=max(0.25, 2 / total), length=LENGTH, overwrite=True, **how,
         )  # fmt: skip
 

@@ -129,9 +129,10 @@ def stored_string(data: bytes, entry: int) -> str:
     return data[start : start + length].decode().split("\0")[0]
 
 
-def blocks(tokenizer, lines: list[str]) -> Tensor:
+def blocks(tokenizer, lines: list[str], size: int = BLOCK) -> Tensor:
+    """(blocks, size)"""
     tokens = tokenizer("\n".join(lines), return_tensors="pt")["input_ids"][0]
-    return tokens[: len(tokens) // BLOCK * BLOCK].view(-1, BLOCK)
+    return tokens[: len(tokens) // size * size].view(-1, size)
 
 
 # --- the model ------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def fit_weights(options: WeightFit) -> Json:
             return document
         with climbed(plan) as stairs:
             document |= outcome(stairs, options.per)
+            document["notes"] += _alone(stairs, document["written"]["per"])
             document["seconds"] = round(time.monotonic() - began, 1)
             write_weights(weights_file(stairs, document), out)
     return document
@@ -115,7 +116,6 @@ def outcome(stairs: Staircase, per: str) -> Json:
         "steps": steps,
         "spread": spread,
         "written": {"per": kept, "reason": reason},
-        "notes": [*dict.fromkeys([*plan.notes, *_alone(stairs, kept)])],
     }
 
 

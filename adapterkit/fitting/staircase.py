@@ -20,7 +20,7 @@ from adapterkit.fitting.solver import Level, minimize
 from adapterkit.records import Json
 from adapterkit.verbs.fit import LEVELS
 
-# nats; `auto` takes the best, and none behind one that does worse; each begins where one ended
+# nats; `auto` goes on until one does worse on what is held out; each begins where one ended
 RIDGES = (1.0, 0.1, 0.01)
 ENDS = {"adapter": 1, "layer": 2, "module": 3}  # of a coefficient's owner
 
@@ -153,11 +153,12 @@ class Staircase:
         for ridge in ridges:
             level = replace(level, ridge=ridge)
             delta = minimize(level, delta, train, partial(self.gradients, part=plan.train))
-            after = self.losses(level.c(delta), plan.held)
+            c = level.c(delta)
+            after = self.losses(c, plan.held)
             value = held.value(after)
             if found and value > found[-1][0]:
                 break
-            found.append((value, ridge, level.c(delta), after))
+            found.append((value, ridge, c, after))
         value, ridge, c, after = found[-1]
         gain = held.value(losses) - value
         on_train = [train.value(self.gradients(x, plan.train)[0]) for x in (before, c)]

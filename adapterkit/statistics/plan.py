@@ -2,6 +2,7 @@
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -55,7 +56,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class ModelRun:
+class ModelRun(ABC):
     """A collection that runs a model: what it takes."""
 
     base: Checkpoint
@@ -64,9 +65,9 @@ class ModelRun:
     reads: tuple[str, ...]  # files of the base, in the order in which they are read
 
     @property
+    @abstractmethod
     def work(self) -> int:
         """Bytes of the sums on disk."""
-        raise NotImplementedError
 
     @property
     def parameters(self) -> int:

@@ -92,7 +92,8 @@ class WeightFit(Verb[Json]):
 
     Returns what `--json` prints: `losses` held out, by row and file (`base`, each adapter, `equal`,
     `start`, each step) with `value` (what is minimized), `steps` (`gain`, `error`, `kept`, `ridge`,
-    `train` and `held`), `passes` (how often gradients of the samples were computed), `spread` of
+    `train`, `train_gain` and `held`), `passes` (gradients of the samples that were computed until
+    then, in all), `spread` of
     the weights, `written`: the level, and why, `notes`, one of them where the base or one adapter
     is as good; with `score`: `evaluations`, of each `weights` and `score`, and the `best`.
 

@@ -12,6 +12,7 @@ import adapterkit
 from adapterkit.adapters.weights_file import read_weights
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.errors import AdapterkitError, Failed, Refused
+from adapterkit.fitting import staircase
 from adapterkit.fitting.balance import Balance
 from adapterkit.fitting.objective import TeacherObjective
 from adapterkit.fitting.plan import planned
@@ -146,6 +147,24 @@ def test_other_bases(tmp_path, base, adapters, data, kind):
     other, _ = fitted(folder, names, files, tmp_path / "2.json", whole=True, **options)
     for a, b in zip(one["losses"], other["losses"], strict=True):
         assert b["files"] == pytest.approx(a["files"], abs=1e-4)
+
+
+def test_no_ridge_behind_one_that_does_worse(tmp_path, base, adapters, data, monkeypatch):
+    """The one before is taken, which the next began with."""
+    ridges, begins = [], []
+
+    def badly(level, first, *args, **options):
+        ridges.append(level.ridge)
+        begins.append(first)
+        return minimize(level, first, *args, **options) if len(ridges) == 1 else first - 1.5
+
+    options = {"per": "adapter", "whole": True}
+    one, _ = fitted(base, adapters[:2], data, tmp_path / "1.json", ridge=1.0, **options)
+    monkeypatch.setattr(staircase, "minimize", badly)
+    document, _ = fitted(base, adapters[:2], data, tmp_path / "w.json", **options)
+    assert ridges == [1.0, 0.1]
+    assert not begins[0].any() and begins[1].any()
+    assert document["steps"] == one["steps"] and document["steps"][0]["train_gain"] > 0
 
 
 def test_a_note_where_one_alone_is_as_good(tmp_path, base, adapters, data):
