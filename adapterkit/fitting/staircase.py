@@ -3,7 +3,7 @@ say that it helps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from adapterkit.fitting.journal import Journal
 from adapterkit.fitting.objective import TeacherObjective
 from adapterkit.fitting.plan import FitPlan, SamplePart
 from adapterkit.fitting.runs import Runs
-from adapterkit.fitting.solver import Level, minimize
+from adapterkit.fitting.solver import Level, Point, minimize
 from adapterkit.records import Json
 from adapterkit.verbs.fit import LEVELS
 
@@ -36,6 +36,7 @@ class Staircase:
     rows: dict[str, Tensor] = field(default_factory=dict)
     steps: list[Json] = field(default_factory=list)
     levels: dict[str, Tensor] = field(default_factory=dict)
+    seen: list[Point] = field(default_factory=list)  # of the training part
     points: set[bytes] = field(default_factory=set)  # whose gradients were asked for
 
     def losses(self, c: Tensor, part: SamplePart) -> Tensor:
@@ -140,6 +141,7 @@ class Staircase:
         """Coefficients of members become those of their directions."""
         counts = [n for place in self.plan.mixture.places for n in place.counts(True)]
         self.runs.number(True)
+        self.seen.clear()
         each = torch.tensor(counts)
         self.levels = {per: c.repeat_interleave(each) for per, c in self.levels.items()}
 
@@ -149,11 +151,9 @@ class Staircase:
         found: list[tuple[float, float, Tensor, Tensor]] = []
         ridges = RIDGES if plan.options.ridge == "auto" else (float(plan.options.ridge),)
         level = self._level(per, before)
-        delta = torch.zeros_like(level.shares)
         for ridge in ridges:
             level = replace(level, ridge=ridge)
-            delta = minimize(level, delta, train, partial(self.gradients, part=plan.train))
-            c = level.c(delta)
+            c = minimize(level, self.seen, self._point).c
             after = self.losses(c, plan.held)
             value = held.value(after)
             if found and value > found[-1][0]:
@@ -179,6 +179,10 @@ class Staircase:
             }
         )
         return c
+
+    def _point(self, c: Tensor) -> Point:
+        losses, rows = self.gradients(c, self.plan.train)
+        return Point(c, self.train.value(losses), self.train.slopes(losses) @ rows, rows)
 
     def _level(self, per: str, before: Tensor) -> Level:
         owners = self.plan.mixture.owners
