@@ -10,7 +10,7 @@ from torch import Tensor
 
 STEPS = 10
 ENOUGH = 1e-3  # nats: a step that lowers the loss less is the last one,
-SHARE = 0.01  # and one that lowers it by less than this share of what all before did
+SHARE = 0.02  # and one that lowers it by less than this share of what all before did
 FIRST = 0.1  # root mean square of the first change of coefficients, of no known curvature
 TRIES = 6  # lengths along a direction
 ARMIJO = 1e-4

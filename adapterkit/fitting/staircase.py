@@ -21,7 +21,7 @@ from adapterkit.records import Json
 from adapterkit.verbs.fit import LEVELS
 
 # nats; `auto` goes on until one does worse on what is held out; each begins where one ended
-RIDGES = (1.0, 0.1, 0.01)
+RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01)
 ENDS = {"adapter": 1, "layer": 2, "module": 3}  # of a coefficient's owner
 
 
