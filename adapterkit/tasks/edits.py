@@ -283,6 +283,14 @@ class AddDelta(RowEdit):
     def reads(self) -> tuple[TensorSpec, ...]:
         return self.delta.reads
 
+    @property
+    def is_dense(self) -> bool:
+        return not self.delta.is_product
+
+    @property
+    def memory(self) -> int:
+        return self.delta.memory if self.is_dense else 40 * self.delta.rank * sum(self.delta.shape)
+
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         value = self.delta.value(inputs.view(None))  # float64
         dtype = inputs.dtype

@@ -65,6 +65,13 @@ class ModuleDelta(ComputedDelta):
         return self.module.kind in ("oft", "full") or bool(magnitudes(self.module.parts))
 
     @property
+    def is_product(self) -> bool:
+        """Whether `value` is a `Product`."""
+        if self.module.kind == "loha":
+            return not self.is_dense and self.rank < min(self.shape)
+        return not self.is_dense and self.module.kind == "lora"
+
+    @property
     def reads(self) -> tuple[TensorSpec, ...]:
         parts = (spec for part in self.module.parts.values() for spec in part.reads)
         others = (spec for other in self.others for spec in other.reads)
