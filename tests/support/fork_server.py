@@ -11,6 +11,7 @@ wrapped: each call counts, and the N-th one dies, fails, is cut short, or is los
 import contextlib
 import ctypes
 import errno
+import faulthandler
 import fcntl
 import functools
 import gc
@@ -213,6 +214,7 @@ class Child:
         os.dup2(os.open(stdout, os.O_WRONLY) if stdout else self.out, 1)
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT) if stderr else self.err, 2)
         sys.stdin = os.fdopen(0, closefd=False)
+        faulthandler.enable(2)  # one that hangs says where
 
     def _command(self) -> int:
         request = self.request
@@ -261,7 +263,8 @@ class Child:
         deadline = time.monotonic() + timeout
         while (found := os.wait4(self.pid, os.WNOHANG))[0] == 0:
             if time.monotonic() > deadline:
-                os.kill(self.pid, signal.SIGKILL)
+                is_late = time.monotonic() > deadline + 2
+                os.kill(self.pid, signal.SIGKILL if is_late else signal.SIGABRT)
             time.sleep(0.002)
         seconds = time.monotonic() - self.began
         count, label = struct.unpack("q200s", self.shared[:208])
