@@ -52,11 +52,15 @@ class Objective:
         logits, labels = self.logits(batch), batch.inputs["labels"]
         if labels.ndim < 2:  # one for each input
             return F.cross_entropy(logits, labels, reduction="none")
-        if self.is_causal:
-            logits, labels = logits[:, :-1], labels[:, 1:]
+        labels = self.targets(labels)
         options = {"ignore_index": IGNORED, "reduction": "none"}
-        losses = F.cross_entropy(logits.transpose(1, 2), labels, **options)
-        return losses.sum(1) / (labels != IGNORED).sum(1)
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), **options)
+        return losses.view_as(labels).sum(1) / (labels != IGNORED).sum(1)
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """Of each place (rows, tokens) what is predicted there; of a causal model's last nothing.
+        Labels are moved, as a slice of the logits would be a copy of them."""
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.is_causal else labels
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -105,10 +109,7 @@ class TeacherObjective(Objective):
         logits, theirs = self.logits(batch).chunk(2)
         del self.added[one]
         own, states = self.seen.pop(one), states.to(logits)
-        counts = batch.inputs["labels"] != IGNORED
-        if self.is_causal:
-            logits, theirs, counts = logits[:, :-1], theirs[:, :-1], counts[:, 1:]
-            own, states = own[:, :-1], states[:, :-1]
+        counts = self.targets(batch.inputs["labels"]) != IGNORED
         p, q = theirs.log_softmax(-1), logits.log_softmax(-1)
         apart = (p.exp() * (p - q)).sum(-1)
         error = ((own - states) * counts[..., None]).square().sum((1, 2))

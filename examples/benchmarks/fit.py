@@ -150,6 +150,7 @@ def loop(options: argparse.Namespace, rate: float) -> dict[str, Any]:
     """The obvious way: PEFT's model with all adapters active, a parameter in each layer, Adam."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
+    from torch.nn import functional as F
     from transformers import AutoModelForCausalLM
 
     from adapterkit.fitting.plan import planned
@@ -175,11 +176,10 @@ def loop(options: argparse.Namespace, rate: float) -> dict[str, Any]:
         optimizer.zero_grad()
         total = 0.0
         for batch in batches:
-            logits = model(input_ids=batch.inputs["input_ids"]).logits[:, :-1].transpose(1, 2)
-            losses = torch.nn.functional.cross_entropy(
-                logits, batch.inputs["labels"][:, 1:], reduction="none"
-            )
-            loss = batch.total(losses.mean(1)) / count
+            logits = model(input_ids=batch.inputs["input_ids"]).logits.flatten(0, 1)
+            labels = F.pad(batch.inputs["labels"][:, 1:], (0, 1), value=-100)
+            losses = F.cross_entropy(logits, labels.flatten(), reduction="none").view_as(labels)
+            loss = batch.total(losses.sum(1) / (labels != -100).sum(1)) / count
             loss.backward()
             total += float(loss.detach())
         least = min(least, total)
