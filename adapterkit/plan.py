@@ -569,7 +569,8 @@ class Plan:
         for (folder, name), sha in sorted(self.headers.items()):
             inputs[folder]["files"][name] = {"header": sha}
         for (folder, name), identity in self.identities.items():
-            inputs[folder]["files"][name]["identity"] = dict(zip(IDENTITY, identity, strict=True))
+            file = inputs[folder]["files"].setdefault(name, {})
+            file["identity"] = dict(zip(IDENTITY, identity, strict=True))
         layout = hashlib.sha256()
         for shard in self.shards:
             layout.update(shard.file.encode() + shard.layout.header)

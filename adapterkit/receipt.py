@@ -122,6 +122,7 @@ def public_recipe(recipe: dict) -> dict:
     for entry in recipe["inputs"]:
         for file in entry["files"].values():
             file.pop("identity", None)
+        entry["files"] = {name: file for name, file in entry["files"].items() if file}
     return recipe
 
 

@@ -79,8 +79,9 @@ class WeightFit(Verb[Json]):
     counts is KL(p_adapter ‖ p) and 0.1 of the relative error of the last hidden states.
     Adapters' weights (`PATH=0.7`) are the start, else 1/N each; `start="stats"`: the closed form of
     the `regspan` method. `ridge`: λ/2 Σᵢ meanₘ δᵢₘ² is added, in nats, of what a step changes;
-    `auto`: 1, 0.3, 0.1, 0.03, 0.01, as far as what is held out gains. `bounds`: of all c. `balance`: the mean
-    over files, over tokens, the worst file, or (L - own)/(base - own) of each with its adapter.
+    `auto`: 1, 0.3, 0.1, 0.03, 0.01, as far as what is held out gains. `bounds`: of all c.
+    `balance`: the mean over files, over tokens, the worst file, or (L - own)/(base - own) of each
+    with its adapter.
     `whole`: the model in memory, else one layer at a time, to the same weights within rounding.
     `dtype`: of the model; by default float32 on a CPU, on a GPU the checkpoint's.
 

@@ -10,9 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import adapterkit
 from adapterkit.checkpoint.output.journal import line_of, read_entry
 from adapterkit.checkpoint.output.stage import Stage
+from adapterkit.receipt import public_recipe
 from tests.support.faults import check_failure
 
 # -- reads and inputs --
@@ -64,6 +68,36 @@ def test_an_input_changed_between_runs(bench, what: str, place: str):
     assert not bench.out.exists()
     bench.merge("--overwrite").succeeded()
     assert bench.digests() == bench.undisturbed()
+
+
+def test_a_source_of_an_adapter_changed_between_runs(bench):
+    """Of one that is converted to be read."""
+    plain = bench.adapter.rename(bench.root / "plain")
+    adapterkit.convert(plain, to="mlx", out=bench.adapter)
+    source = bench.adapter / "adapters.safetensors"
+    ended = bench.merge(fault={"kill": True, "calls": ["rename"], "when": 2})
+    assert ended.status == -signal.SIGKILL
+    time.sleep(0.02)
+    change(source, "a copy in its place")
+    ended = bench.merge("--resume")
+    assert ended.status == 1 and not bench.out.exists()
+    assert f"of another job: inputs.1.files.source/0/{source.name}.identity." in ended.stderr
+    bench.merge("--overwrite").succeeded()
+    recipe = json.loads((bench.out / "adapterkit.json").read_text())["recipe"]
+    assert all("source" not in name for entry in recipe["inputs"] for name in entry["files"])
+
+
+def test_a_pickle_tells_which_file_it_is(tmp_path, bench):
+    weights = bench.adapter / "adapter_model.safetensors"
+    source = weights.with_name("adapter_model.bin")
+    torch.save(load_file(weights), source)
+    weights.unlink()
+    how = {"to": "mlx", "out": tmp_path / "out", "allow_pickle": True, "dry_run": True}
+    plan = lambda: adapterkit.convert(bench.adapter, **how)
+    before = plan().recipe()
+    change(source, "a copy in its place")
+    assert plan().recipe() != before
+    assert public_recipe(plan().recipe()) == public_recipe(before)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterkit.checkpoint.folder import LocalFolder, original
 from adapterkit.checkpoint.output.rank_stage import RankStage, prepare
-from adapterkit.checkpoint.reader import identity
 from adapterkit.engines.one_file import stage_of
 from adapterkit.engines.ranks.parts import room
 from adapterkit.errors import Refused
@@ -61,14 +59,8 @@ class RankJob:
 
 
 def _inputs(plan: Plan) -> dict[str, list[int]]:
-    """Which files the local inputs are; of an adapter that is converted first, its own files."""
-    found = {f"{number} {name}": list(known) for (number, name), known in plan.identities.items()}
-    for number, folder in enumerate(plan.folders):
-        source = original(folder)
-        if source is not folder and isinstance(source, LocalFolder):
-            for name in source.files():
-                found[f"{number} {name}"] = list(identity(source.path(name).stat()))
-    return found
+    """Which files the local inputs are."""
+    return {f"{number} {name}": list(known) for (number, name), known in plan.identities.items()}
 
 
 @dataclass

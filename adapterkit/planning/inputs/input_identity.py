@@ -6,11 +6,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from adapterkit.adapters.keys import CONFIG, WEIGHTS
 from adapterkit.adapters.record import Adapter
-from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.folder import Folder, LocalFolder, original
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.reader import Identity, identity
 from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.plan import OutputFile, Plan, no_warnings
+from adapterkit.planning.inputs.unpickled_folder import UnpickledFolder
 from adapterkit.planning.outputs.folder_files import Files
 from adapterkit.records import Json
 
@@ -67,6 +69,18 @@ def identities(
     folders: tuple[Folder, ...], names: Iterable[tuple[int, str]]
 ) -> dict[tuple[int, str], Identity]:
     """Inode, size and times of those of the inputs' files that are local; call it when
-    their headers are read."""
-    local = [(folder, name) for folder, name in names if isinstance(folders[folder], LocalFolder)]
-    return {(folder, name): identity(os.stat(folders[folder].path(name))) for folder, name in local}
+    their headers are read. Of a folder that is made of others those of the files that these are
+    read from, as `source/...`."""
+    found: dict[tuple[int, str], Identity] = {}
+    for number, name in names:
+        folder = folders[number]
+        if isinstance(folder, ConvertedFolder):
+            for (inner, its), one in folder.plan.identities.items():
+                found[number, f"source/{inner}/{its}"] = one
+        elif isinstance(folder, UnpickledFolder) and name == folder.weights:
+            if isinstance(folder.source, LocalFolder):
+                pickle = folder.source.path(folder.pickle)
+                found[number, f"source/{folder.pickle}"] = identity(os.stat(pickle))
+        elif isinstance(original(folder), LocalFolder):
+            found[number, name] = identity(os.stat(folder.path(name)))
+    return found
