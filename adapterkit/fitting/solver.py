@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 STEPS = 10
-ENOUGH = 1e-3  # nats: a step that lowers the loss less is the last one,
+ENOUGH = 3e-4  # of the loss at the start: a step that lowers it less is the last one,
 SHARE = 0.02  # and one that lowers it by less than this share of what all before did
 FIRST = 0.1  # root mean square of the first change of coefficients, of no known curvature
 TRIES = 6  # lengths along a direction
@@ -123,19 +123,18 @@ def minimize(
     known = [(level.x(one.c - level.before), one) for one in seen]
     starts = [(level.value(x, one), x, one) for x, one in known if level.is_of(x, one)]
     best = min(starts, key=lambda one: one[0]) if starts else look(torch.zeros_like(level.shares))
-    first = best[0]
+    first, least = best[0], enough * abs(seen[0].value) if seen else 0.0
     for _ in range(steps):
         value, x, point = best
         slope, free = level.slope(x, point)
         d, t = level.direction(slope, free, seen), 1.0
-        for _ in range(TRIES if -float(slope @ d) / 2 > enough else 0):
+        for _ in range(TRIES if -float(slope @ d) / 2 > least else 0):
             after = look(x + t * d)
             fall = max(0.0, float(slope @ (x - after[1])))
             if after[0] <= value - ARMIJO * fall:
                 best = after
                 break
-            least = fall / (2 * (after[0] - value + fall))  # of the parabola
-            t *= min(0.5, max(0.1, least))
-        if value - best[0] < max(enough, share * (first - best[0])):
+            t *= min(0.5, max(0.1, fall / (2 * (after[0] - value + fall))))  # of the parabola
+        if value - best[0] < max(least, share * (first - best[0])):
             break
     return best[2]
