@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from adapterkit.fitting.balance import Balance
+
 STEPS = 10
 ENOUGH = 3e-4  # of the loss at the start: a step that lowers it less is the last one,
 SHARE = 0.02  # and one that lowers it by less than this share of what all before did
@@ -25,6 +27,11 @@ class Point:
     value: float
     gradient: Tensor
     by_file: Tensor
+
+    @classmethod
+    def of(cls, c: Tensor, balance: Balance, losses: Tensor, by_file: Tensor) -> "Point":
+        """Of losses (samples,) of the balance's part and the files' gradients."""
+        return cls(c, balance.value(losses), balance.slopes(losses) @ by_file, by_file)
 
 
 @dataclass(frozen=True)

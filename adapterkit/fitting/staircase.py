@@ -181,8 +181,7 @@ class Staircase:
         return c
 
     def _point(self, c: Tensor) -> Point:
-        losses, rows = self.gradients(c, self.plan.train)
-        return Point(c, self.train.value(losses), self.train.slopes(losses) @ rows, rows)
+        return Point.of(c, self.train, *self.gradients(c, self.plan.train))
 
     def _level(self, per: str, before: Tensor) -> Level:
         owners = self.plan.mixture.owners

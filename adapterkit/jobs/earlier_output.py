@@ -2,17 +2,14 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.output.earlier_output import lacking
 from adapterkit.checkpoint.output.stage import RECEIPT, Stage, receipt_beside
-from adapterkit.checkpoint.reader import identity
+from adapterkit.checkpoint.reader import Identity
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.engines.hub.stage import work_folder
 from adapterkit.engines.one_file import stage_of
 from adapterkit.engines.verify.file_checks import check_files
@@ -22,7 +19,7 @@ from adapterkit.hub import ids
 from adapterkit.hub.folder import HubFolder
 from adapterkit.jobs.pipeline_file import Location
 from adapterkit.plan import CopyFile, Plan
-from adapterkit.planning.inputs.unpickled_folder import UnpickledFolder
+from adapterkit.planning.inputs.input_identity import identities
 from adapterkit.receipt import RECEIPT_CHECK, fingerprint_of, read_receipt
 from adapterkit.records import Json
 
@@ -47,7 +44,7 @@ class Older:
             return False
         if "inputs" in self.pipeline:
             return self.pipeline["inputs"] == inputs_digest(plan)
-        times = [os.stat(path).st_mtime_ns for path in _local_inputs(plan)]
+        times = [time for _, time, _ in _local_inputs(plan).values()]
         return all(self.written is not None and time <= self.written for time in times)
 
     def _is_whole(self) -> bool:
@@ -133,22 +130,12 @@ def check_room(place: Location, plan: Plan, overwrite: bool) -> None:
 def inputs_digest(plan: Plan) -> str:
     """A short hash of the identities of all local files that a plan reads: it changes when one is
     written again, whatever is in it."""
-    rows = [identity(os.stat(path)) for path in _local_inputs(plan)]
+    rows = [*_local_inputs(plan).values()]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
-def _local_inputs(plan: Plan) -> Iterator[Path]:
-    """The files on this machine that a plan reads."""
-    copied = [file for file in plan.files.values() if isinstance(file, CopyFile)]
-    for number, name in dict.fromkeys([*plan.headers, *((c.folder, c.name) for c in copied)]):
-        yield from _paths(plan.folders[number], name)
-
-
-def _paths(folder: Folder, name: str) -> Iterator[Path]:
-    """Where a file of a folder comes from on this machine; nothing for one of the Hub."""
-    if isinstance(folder, ConvertedFolder):
-        yield from _local_inputs(folder.plan)
-    elif isinstance(folder, UnpickledFolder):
-        yield from _paths(folder.source, folder.pickle if name == folder.weights else name)
-    elif isinstance(folder, LocalFolder):
-        yield folder.path(name)
+def _local_inputs(plan: Plan) -> dict[tuple[int, str], Identity]:
+    """Those of the headers that it read, and of the files that it copies."""
+    copied = ((c.folder, c.name) for c in plan.files.values() if isinstance(c, CopyFile))
+    more = [file for file in copied if file not in plan.identities]
+    return plan.identities | identities(plan.folders, more)

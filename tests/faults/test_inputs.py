@@ -14,8 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 import adapterkit
+from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.output.journal import line_of, read_entry
 from adapterkit.checkpoint.output.stage import Stage
+from adapterkit.checkpoint.reader import identity
+from adapterkit.engines.converted_folder import ConvertedFolder
+from adapterkit.planning.inputs.input_identity import identities
 from adapterkit.receipt import public_recipe
 from tests.support.faults import check_failure
 
@@ -85,6 +89,17 @@ def test_a_source_of_an_adapter_changed_between_runs(bench):
     bench.merge("--overwrite").succeeded()
     recipe = json.loads((bench.out / "adapterkit.json").read_text())["recipe"]
     assert all("source" not in name for entry in recipe["inputs"] for name in entry["files"])
+
+
+def test_a_tokenizer_beside_an_adapter_that_is_converted(tmp_path, bench):
+    """It is copied through two plans."""
+    tokenizer = bench.adapter / "tokenizer_config.json"
+    tokenizer.write_text("{}")
+    plan = adapterkit.convert(bench.adapter, to="vllm", out=tmp_path / "out", dry_run=True)
+    folder = ConvertedFolder(LocalFolder(bench.adapter), "peft", "adapter_model.safetensors", plan)
+    found = identities((folder,), [(0, tokenizer.name)])
+    assert found[0, f"source/0/{tokenizer.name}"] == identity(tokenizer.stat())
+    assert (0, f"source/0/{tokenizer.name}") not in identities((folder,), [(0, "other")])
 
 
 def test_a_pickle_tells_which_file_it_is(tmp_path, bench):

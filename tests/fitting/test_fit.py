@@ -70,10 +70,7 @@ def test_planted_weights(tmp_path, per):
         one = torch.ones(1).double()
         balance = Balance(False, torch.zeros(8).long(), torch.full((8,), 1 / 8).double(), one)
 
-        def evaluate(c):
-            losses, rows = runs.gradients(c, batches)
-            return Point(c, balance.value(losses), balance.slopes(losses) @ rows, rows)
-
+        evaluate = lambda c: Point.of(c, balance, *runs.gradients(c, batches))
         c = minimize(level, [], evaluate, enough=1e-12, share=0, steps=60).c
     assert float((c - planted).abs().max()) < 1e-3
 

@@ -11,7 +11,7 @@ from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.reader import Identity, identity
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.engines.converted_folder import ConvertedFolder
-from adapterkit.plan import OutputFile, Plan, no_warnings
+from adapterkit.plan import CopyFile, OutputFile, Plan, no_warnings
 from adapterkit.planning.inputs.unpickled_folder import UnpickledFolder
 from adapterkit.planning.outputs.folder_files import Files
 from adapterkit.records import Json
@@ -75,8 +75,10 @@ def identities(
     for number, name in names:
         folder = folders[number]
         if isinstance(folder, ConvertedFolder):
-            for (inner, its), one in folder.plan.identities.items():
-                found[number, f"source/{inner}/{its}"] = one
+            its = folder.plan.files.get(name)
+            copied = [(its.folder, its.name)] if isinstance(its, CopyFile) else []
+            inner = folder.plan.identities | identities(folder.plan.folders, copied)
+            found |= {(number, f"source/{n}/{file}"): one for (n, file), one in inner.items()}
         elif isinstance(folder, UnpickledFolder) and name == folder.weights:
             if isinstance(folder.source, LocalFolder):
                 pickle = folder.source.path(folder.pickle)
