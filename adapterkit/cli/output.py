@@ -83,6 +83,8 @@ class ProgressBar:
     def __init__(self, quiet: bool, unit: str = "B"):
         from tqdm import tqdm
 
+        # its own is shared with forked processes, and a killed one of them never releases it
+        tqdm.set_lock(threading.RLock())
         # disable=None: silent off a terminal
         more = {"unit": unit, "unit_scale": unit == "B", "leave": False}
         self.bar = tqdm(**more, disable=quiet or None)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from adapterkit.checkpoint.output.journal import entries_of, read_lines
+from tests.support.forks import program
 
 SYSTEM_CALLS = [
     "pwrite64", "copy_file_range", "ftruncate", "fallocate", "fsync", "rename|renameat|renameat2",
@@ -115,6 +116,16 @@ def test_killed_at_random_times(shared, whole, older, points: int, options: tupl
             died += 1
         check_and_resume(shared, whole, older if options else None, options)
     assert died > points // 3
+
+
+def test_killed_with_the_lock_of_all_bars(shared, whole):
+    """tqdm's own is one for all processes that were forked after it was made."""
+    shared.clear()
+    shared.merge("--dry-run").succeeded()
+    holds = "from tqdm import tqdm; tqdm.get_lock().acquire(); import os; os.kill(os.getpid(), 9)"
+    assert program(holds, shared.root).returncode == -signal.SIGKILL
+    shared.merge().succeeded()
+    shared.check_done(whole)
 
 
 def test_killed_again_and_again(shared, whole):
