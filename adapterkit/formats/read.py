@@ -18,7 +18,15 @@ from adapterkit.formats.modules.experts import unstacked
 from adapterkit.formats.modules.fusing import Fusion, split, telling_rows
 from adapterkit.formats.modules.kinds import ALPHA, CORES, EXPERTS, FACTORS, LIMITED, SHAPE, SIZED
 from adapterkit.formats.modules.merged_linear import check_whole, groups_in, trained, ungrouped
-from adapterkit.formats.modules.names import Match, Size, in_style, likely, names_of, of_type
+from adapterkit.formats.modules.names import (
+    ComponentNames,
+    Match,
+    Size,
+    in_style,
+    likely,
+    names_of,
+    of_type,
+)
 from adapterkit.formats.modules.parts import matrix_shape, misfits, rank_of, with_magnitudes
 from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents, StoredAlpha
 from adapterkit.formats.modules.rows import Heads
@@ -326,14 +334,22 @@ class _Names:
         return Attempt(resolved)
 
     def unchecked(self, resolved: Sequence[NamedModule]) -> list[str]:
-        """The note on factors that only a base can tell from a convolution's, and there is none."""
+        """The notes on what only a base can tell, and there is none: factors from a convolution's,
+        names of a model inside a larger one."""
+        if self.reading.modules:
+            return []
         is_grouped = self.form.steps.get(FACTORS) == (GROUPED,)
         bare = [one.raw.head for one in resolved if one.fusion is None and is_grouped]
-        if not bare or self.reading.modules:
-            return []
-        return [
-            f"taken for linear layers, which --base would tell from convolutions: {listed(bare)}"
-        ]
+        spaces = {self._names_in(name).inside for name in self.form.names.architectures} - {""}
+        inner = [one.raw.head for one in resolved if one.raw.head.startswith((*spaces,))]
+        texts = {
+            "taken for linear layers, which --base would tell from convolutions": bare,
+            "modules inside a larger model, which --base would tell its own names of": inner,
+        }
+        return [f"{text}: {listed(heads)}" for text, heads in texts.items() if heads]
+
+    def _names_in(self, architecture: str) -> ComponentNames:
+        return names_of(architecture, LANGUAGE, self.form.namings(architecture)[0])
 
 
 def _sizes(resolved: Sequence[NamedModule]) -> Iterator[Size]:

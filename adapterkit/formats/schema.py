@@ -198,6 +198,10 @@ class ComponentWords:
     """The modules of one component."""
 
     include: tuple[str, ...] = ()  # architectures whose rules hold here too
+    # regex -> replacement: names of the model that rules have in another spelling
+    renames: Mapping[str, str] = field(default_factory=dict)
+    # naming -> what its names, those that no rule lists too, begin with before the rules' own
+    inside: Mapping[str, str] = field(default_factory=dict)
     rules: tuple[NamingRule, ...] = ()
     inputs: Mapping[str, int] = field(default_factory=dict)  # of modules that adapters may widen
     # regex of a module -> the kernel of its convolution; others are linear layers

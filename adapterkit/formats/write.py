@@ -180,6 +180,8 @@ def _placed(
         return None, modules, {}
     if form.names.unlisted:
         own = of_type(form.names.architectures, None if base is None else base.model_type)
+        if base is None and architecture is None:
+            _check_spelled(contents, form)
         return architecture or (*own, *form.names.architectures)[0], modules, {}
     if LANGUAGE in components and len(bare) == len(modules) and architecture is None:
         return None, modules, {}
@@ -218,6 +220,20 @@ def _placed(
     words = [architectures()[name].words.items() for name, _ in options]
     common = {key: text for key, text in words[0] if all((key, text) in own for own in words)}
     return (options[0][0] if needed else None), options[0][1], common
+
+
+def _check_spelled(contents: Contents, form: Format) -> None:
+    """`Refused` where the model decides what modules are called in a file of the format."""
+    names = [names_of(name, LANGUAGE, MODEL) for name in form.names.architectures]
+    modules = contents.modules
+    differing = [m.path for m in modules if any(n.in_rules(m.name) != m.name for n in names)]
+    if differing:
+        raise Refused(
+            f"{len(differing)} modules inside a larger model: {listed(differing)}",
+            expected=f"the model, on which their names in {form.title} depend",
+            where=contents.folders[0].label,
+            hint="give --base MODEL",
+        )
 
 
 def _components(modules: Modules, architecture: str) -> list[list[AdapterModule]]:
@@ -328,7 +344,8 @@ def in_names_of(
         names = names_of(architecture, module.component, naming, form.names.style)
         named = names.named(module.name)
         if named is None and form.names.unlisted:
-            plain.append((module, prefix(module) + module.name))
+            text = names.unlisted(module.name)
+            plain.append((replace(module, name=text), prefix(module) + text))
             if any(one.search(module.name) for one in form.names.absent):
                 lacking.append(module.path)
             continue

@@ -8,12 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, Refused
 from tests.support.adapter_samples import GOLDEN
-from tests.support.mlx_models import by_mlx, loaded, logits, off, saved, stacks_of, trained
+from tests.support.mlx_models import (
+    SEEING,
+    by_mlx,
+    loaded,
+    logits,
+    off,
+    saved,
+    seeing,
+    stacks_of,
+    trained,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
 
@@ -48,6 +60,39 @@ def test_modules_that_mlx_lm_has_not_are_refused(tmp_path):
     save_file({k.replace("self_attn", "ffn.experts.0"): v for k, v in tensors.items()}, file)
     with pytest.raises(AdapterkitError, match="2 modules have no name there: .*experts"):
         adapterkit.convert(tmp_path / "own", to="mlx", out=tmp_path / "mlx")
+
+
+SEES = transformers.AutoModelForImageTextToText
+TEXT = r".*language_model\.(?!.*lm_head).*proj(_\w+)?"
+
+
+@pytest.mark.parametrize("kind", SEEING)
+def test_a_language_model_inside_another_has_the_names_of_mlx_lm(kind, tmp_path):
+    """There and back; mlx-lm itself is 0.01 off on Gemma 4."""
+    base = seeing(kind, tmp_path / "base")
+    model = trained(base, tmp_path / "peft", auto=SEES, r=2, target_modules=TEXT)
+    expected, apart = logits(model), 0.02 if kind == "gemma4" else 1e-5
+    assert off(logits(loaded(base, SEES)), expected) > 0.1
+    with pytest.raises(Refused, match="modules inside a larger model"):
+        adapterkit.convert(tmp_path / "peft", to="mlx", out=tmp_path / "mlx")
+    adapterkit.convert(tmp_path / "peft", to="mlx", out=tmp_path / "mlx", base=base)
+    assert off(by_mlx(base, tmp_path / "mlx"), expected) < apart
+    adapterkit.convert(tmp_path / "mlx", to="peft", out=tmp_path / "back", base=base)
+    live = PeftModel.from_pretrained(loaded(base, SEES), tmp_path / "back")
+    assert off(logits(live.eval()), expected) < 1e-6
+    adapterkit.merge(base, tmp_path / "mlx", out=tmp_path / "merged")
+    assert off(logits(loaded(tmp_path / "merged", SEES)), expected) < 1e-5
+    noted = adapterkit.convert(tmp_path / "mlx", to="peft", out=tmp_path / "bare").data["notes"]
+    assert any("inside a larger model" in note for note in noted)
+
+
+def test_one_that_was_trained_by_itself(tmp_path):
+    base = seeing("qwen3_5", tmp_path / "base")
+    targets = ["q_proj", "in_proj_qkv", "down_proj", "lm_head"]
+    model = trained(base, tmp_path / "peft", r=2, target_modules=targets)
+    assert type(model.get_base_model()).__name__ == "Qwen3_5ForCausalLM"
+    adapterkit.convert(tmp_path / "peft", to="mlx", out=tmp_path / "mlx", base=base)
+    assert off(by_mlx(base, tmp_path / "mlx"), logits(model)) < 1e-5
 
 
 TIED: dict[str, Any] = {"target_modules": ["embed_tokens", "q_proj"], "r": 3, "lora_alpha": 6}

@@ -296,21 +296,29 @@ def test_an_encoder_that_diffusers_drops_is_told():
     assert "merge PIPELINE ADAPTER" in rows[0]["do"]
 
 
-def test_mlx_refuses_towers_and_other_names_of_a_model_that_sees(tmp_path):
+def test_mlx_refuses_towers_of_a_model_that_sees(tmp_path):
     mlx_utils = pytest.importorskip("mlx_lm.tuner.utils", reason="needs mlx-lm")
     from mlx_lm.models import qwen2_vl
 
     base = model_of("qwen2_vl", tmp_path / "base")
     model, _ = RENAMED["qwen2_vl"]
-    oracle.train(oracle.load(model, base), tmp_path / "a", target_modules=["q_proj", "qkv"])
+    oracle.train(oracle.load(model, base), tmp_path / "both", target_modules=["q_proj", "qkv"])
+    with pytest.raises(Refused, match=r"no name there: .*visual\.blocks\.0\.attn\.qkv"):
+        adapterkit.convert(tmp_path / "both", to="mlx", base=base, out=tmp_path / "mlx")
+    assert "refuses" in verdicts(adapterkit.check(tmp_path / "both", program="mlx", base=base))
+    oracle.train(oracle.load(model, base), tmp_path / "a", target_modules=["q_proj"])
     adapterkit.convert(tmp_path / "a", to="mlx", base=base, out=tmp_path / "mlx")
-    document = adapterkit.check(tmp_path / "mlx", program="mlx", base=base)
-    assert verdicts(document) == ["refuses", "refuses"]
+    assert adapterkit.check(tmp_path / "mlx", program="mlx", base=base)["takes"]
     text = {
-        "model_type": "qwen2", "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24,
+        "model_type": "qwen2", "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 24,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "vocab_size": 40,
     }  # fmt: skip
-    small = qwen2_vl.Model(qwen2_vl.ModelArgs(model_type="qwen2_vl", text_config=text))
-    with pytest.raises(ValueError, match="not an adapter parameter in the model") as caught:
-        mlx_utils.load_adapters(small, str(tmp_path / "mlx"))
-    assert "visual.blocks.0" in str(caught.value) and " model.layers.0" in str(caught.value)
+    made = lambda: qwen2_vl.Model(qwen2_vl.ModelArgs(model_type="qwen2_vl", text_config=text))
+    mlx_utils.load_adapters(made(), str(tmp_path / "mlx"))
+    file = tmp_path / "mlx/adapters.safetensors"
+    tensors = load_file(file)
+    tower = {f"visual.blocks.0.attn.qkv.lora_{x}": torch.ones(2, 2) for x in "ab"}
+    save_file({**tensors, **tower}, file)
+    assert verdicts(adapterkit.check(tmp_path / "mlx", program="mlx", base=base)) == ["refuses"]
+    with pytest.raises(ValueError, match=r"visual\.blocks\.0\..* not an adapter parameter"):
+        mlx_utils.load_adapters(made(), str(tmp_path / "mlx"))

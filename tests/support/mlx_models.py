@@ -48,6 +48,55 @@ KINDS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }  # fmt: skip
+ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0]}
+EYES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+OF_QWEN: dict[str, Any] = {
+    "vision_config": {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 14,
+        "out_hidden_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    },
+    "image_token_id": 39, "video_token_id": 38, "vision_start_token_id": 37,
+    "vision_end_token_id": 36, "tie_word_embeddings": False,
+}  # fmt: skip
+LAYERS = ["sliding_attention", "full_attention"]
+# model_type of models that see -> what the language model inside has, and what is around it
+SEEING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        {"num_hidden_layers": 6, "sliding_window": 8, "query_pre_attn_scalar": 4},
+        {
+            "vision_config": {**EYES, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+            "image_token_index": 39, "boi_token_index": 38, "eoi_token_index": 37,
+            "tie_word_embeddings": True, "vocab_size": 40,
+        },
+    ),
+    "gemma4": (
+        {
+            "sliding_window": 8, "layer_types": LAYERS, "vocab_size_per_layer_input": 40,
+            "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0, "global_head_dim": 4,
+            "tie_word_embeddings": True,
+        },
+        {"vision_config": None, "audio_config": None, "tie_word_embeddings": True},
+    ),
+    "mistral3": (
+        {"model_type": "mistral"},
+        {
+            "vision_config": {
+                **EYES, "model_type": "pixtral", "num_hidden_layers": 1, "image_size": 28,
+                "patch_size": 14, "head_dim": 8,
+            },
+            "image_token_index": 39, "tie_word_embeddings": False,
+        },
+    ),
+    "qwen3_vl": ({"rope_parameters": ROPE}, OF_QWEN),
+    "qwen3_5": (
+        {
+            "num_hidden_layers": 4, "head_dim": 16, "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4,
+            "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25},
+        },
+        OF_QWEN,
+    ),
+}  # fmt: skip
 # settings that mlx-lm wants in config.json, and transformers writes elsewhere or not at all
 WANTED = {
     "rope_theta": 10000.0, "rope_scaling": None, "partial_rotary_factor": 1.0, "num_experts": 4,
@@ -57,20 +106,35 @@ WANTED = {
 
 def saved(kind: str, folder: Path, seed: int = 0, **settings: Any) -> Path:
     """The folder of a model with weights drawn at random."""
-    torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(kind, **COMMON | KINDS[kind] | settings)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
-    written = json.loads((folder / "config.json").read_text())
+    written = _drawn(transformers.AutoModelForCausalLM, config, folder, seed)
     own = WANTED | {"partial_rotary_factor": 0.5} if kind == "glm4_moe" else WANTED
     (folder / "config.json").write_text(json.dumps(own | written))
     return folder
 
 
-def loaded(base: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+def seeing(kind: str, folder: Path) -> Path:
+    """The folder of a model that holds a language model, likewise."""
+    text, around = SEEING[kind]
+    config = transformers.AutoConfig.for_model(kind, text_config=COMMON | text, **around)
+    written = _drawn(transformers.AutoModelForImageTextToText, config, folder, 0)
+    written["text_config"] |= {name: text[name] for name in text if name == "global_head_dim"}
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 40} | written))
+    return folder
+
+
+def _drawn(auto: Any, config: Any, folder: Path, seed: int) -> dict[str, Any]:
+    """The config.json that is written."""
+    torch.manual_seed(seed)
+    model = auto.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+def loaded(base: Path, auto: Any = transformers.AutoModelForCausalLM) -> Any:
+    return auto.from_pretrained(base, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
@@ -84,10 +148,16 @@ def stacks_of(model: torch.nn.Module) -> list[str]:
     return sorted({name.split(".", 3)[3] for name in own})
 
 
-def trained(base: Path, out: Path, seed: int = 0, **options: Any) -> PeftModel:
+def trained(
+    base: Path,
+    out: Path,
+    seed: int = 0,
+    auto: Any = transformers.AutoModelForCausalLM,
+    **options: Any,
+) -> PeftModel:
     """A PEFT model with random factors, and its adapter in `out`."""
     torch.manual_seed(seed)
-    model: Any = get_peft_model(loaded(base), LoraConfig(**options))
+    model: Any = get_peft_model(loaded(base, auto), LoraConfig(**options))
     for name, parameter in model.named_parameters():
         if "lora_" in name and "magnitude" not in name:
             torch.nn.init.normal_(parameter, std=0.3)

@@ -8,7 +8,7 @@ from functools import cache
 from typing import NamedTuple
 
 from adapterkit.formats.library import architectures
-from adapterkit.formats.schema import MODEL, Architecture, NamingRule
+from adapterkit.formats.schema import MODEL, Architecture, ComponentWords, NamingRule
 
 PLACE = re.compile(r"\{(\w+)\}")
 NUMBER = re.compile(r"[A-Z]")  # the places that stand for a number; others name tables
@@ -39,6 +39,8 @@ class ComponentNames:
     def __init__(self, architecture: Architecture, component: str, naming: str, style: str):
         self.naming, self.style = naming, style
         self.rules = rules_of(architecture, component)
+        words = architecture.components.get(component, ComponentWords())
+        self.renames, self.inside = words.renames, words.inside.get(naming, "")
         self._named = [
             (re.compile(self._regex(text, rule.tables, own=True)), rule, part)
             for rule in self.rules
@@ -56,7 +58,17 @@ class ComponentNames:
         """A rule's names in this naming: one, each of its modules', or none."""
         if self.naming == MODEL:
             return rule.model
-        return (rule.namings[self.naming],) if self.naming in rule.namings else ()
+        return (self.inside + rule.namings[self.naming],) if self.naming in rule.namings else ()
+
+    def unlisted(self, module: str) -> str:
+        """The name in a file of a module of the model that no rule lists."""
+        return in_style(self.inside + self.in_rules(module), self.style)
+
+    def in_rules(self, module: str) -> str:
+        """A module of the model as the rules spell it."""
+        for spelling, replacement in self.renames.items():
+            module = re.sub(spelling, replacement, module)
+        return module
 
     def find(self, name: str) -> list[Match]:
         """The rules that a name of a file fits."""
@@ -73,6 +85,7 @@ class ComponentNames:
 
     def find_model(self, name: str) -> list[Match]:
         """The rules that a module of the model fits, written with dots."""
+        name = self.in_rules(name)
         if not self._any_model.fullmatch(name):
             return []
         return [
@@ -91,7 +104,8 @@ class ComponentNames:
         if self.naming == MODEL:
             name = _filled(match.rule.model[match.part], match, own=False)
         elif self.naming in match.rule.namings:
-            name = _filled(match.rule.namings[self.naming], match, own=True)
+            text = match.rule.namings[self.naming]  # empty for what is no module there
+            name = _filled(self.inside + text if text else "", match, own=True)
         else:
             return None
         return in_style(name, self.style)
