@@ -25,6 +25,7 @@ class BaseFacts:
     experts: int | None = None
     tied: bool = False  # the head is the embeddings
     family: str | None = None  # the architecture of an image or video model
+    text_type: str = ""  # of the language model inside a multimodal one
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def facts_of(config: Settings, keys: Collection[str], family: str | None = None)
     if keys and not any(HEAD in key.split(".") for key in keys):
         ties = True
     experts = counts[0] if counts else None
-    return BaseFacts(str(config.get("model_type", "")), model_heads(config), experts, ties, family)
+    types = [*(str(table.get("model_type", "")) for table in tables), ""]
+    return BaseFacts(types[0], model_heads(config), experts, ties, family, types[1])
 
 
 def architecture_of(
@@ -73,11 +75,12 @@ def architecture_of(
             where="options",
             hint="give --base MODEL",
         )
-    if base.model_type not in known:
+    found = known.get(base.model_type) or known.get(base.text_type)
+    if found is None:
         raise Refused(
             f"the base is of model_type {shown(repr(base.model_type))}",
             expected=", ".join(sorted(known)),
             where="--base",
             hint="choose another format",
         )
-    return known[base.model_type]
+    return found

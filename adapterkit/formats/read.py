@@ -266,12 +266,24 @@ class _Names:
         names, style = self.form.names, self.form.names.style
         resolved: list[NamedModule] = []
         unknown: list[str] = []
+        spelled: dict[ComponentNames, dict[str, str]] = {}
+        modules = dict.fromkeys(self.reading.modules)
+
+        def in_base(own: ComponentNames | None, module: str) -> str:
+            """The base's name of a module that rules have in another spelling."""
+            if own is None or not own.renames or module in modules:
+                return module
+            if own not in spelled:
+                spelled[own] = {own.in_rules(one): one for one in modules}
+            return spelled[own].get(own.in_rules(module), module)
+
         for raw in raws:
             component = self._component(name, raw.prefix)
             own = None if component is None else names_of(name, component, naming, style)
             matches = [] if own is None else own.find(raw.head)
             if names.unlisted and not matches:
-                resolved.append(NamedModule(raw, component or LANGUAGE, [raw.head]))
+                head = in_base(own, raw.head)
+                resolved.append(NamedModule(raw, component or LANGUAGE, [head]))
                 continue
             if own is None or component is None or len(matches) != 1:
                 unknown.append(raw.key)
@@ -285,7 +297,8 @@ class _Names:
             place = own.stacked(match.rule)
             if place is None:
                 key = self._key(name, component, naming, match)
-                resolved.append(NamedModule(raw, component, own.models(match), fusion, key))
+                models = [in_base(own, model) for model in own.models(match)]
+                resolved.append(NamedModule(raw, component, models, fusion, key))
                 continue
             members = unstacked(raw.roles)
             if members is None:
@@ -293,7 +306,8 @@ class _Names:
             for number, roles in enumerate(members or ()):
                 one = replace(match, values=(*match.values, (place, str(number))))
                 member = replace(raw, roles=roles)
-                resolved.append(NamedModule(member, component, own.models(one), fusion))
+                models = [in_base(own, model) for model in own.models(one)]
+                resolved.append(NamedModule(member, component, models, fusion))
         namings = {one.component: naming for one in resolved}
         return Attempt(resolved, unknown, {name: namings})
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, Refused
 from tests.support import oracle
+from tests.support.mlx_models import loaded, logits, off, seeing, trained
 
 gguf = pytest.importorskip("gguf")
 
@@ -281,6 +282,27 @@ def test_language_models_of_models_that_see(tmp_path: Path):
     assert [*deltas(tmp_path / "a.gguf")] == ["blk.0.attn_v"]
     adapterkit.convert(tmp_path / "a.gguf", to="peft", out=tmp_path / "back")
     assert peft_tensors(tmp_path / "back").keys() == peft_tensors(folder).keys()
+
+
+@pytest.mark.parametrize("kind, architecture", [
+    ("gemma3", "gemma3"), ("gemma4", "gemma4"), ("mistral3", "mistral3"), ("qwen3_vl", "qwen3vl"),
+    ("qwen3_5", "qwen35"),
+])  # fmt: skip
+def test_language_models_inside_others_there_and_back(kind: str, architecture: str, tmp_path: Path):
+    """Towers have layers of the same names in some."""
+    base = seeing(kind, tmp_path / "base")
+    auto = AutoModelForImageTextToText
+    targets = r".*language_model\..*(q|k|down)_proj"
+    model = trained(base, tmp_path / "peft", auto=auto, r=2, target_modules=targets)
+    adapterkit.convert(tmp_path / "peft", to="gguf", base=base, out=tmp_path / "a.gguf")
+    assert metadata(tmp_path / "a.gguf")["general.architecture"] == architecture
+    assert all(name.startswith("blk.") for name in tensors(tmp_path / "a.gguf"))
+    adapterkit.convert(tmp_path / "a.gguf", to="peft", base=base, out=tmp_path / "back")
+    before, back = peft_tensors(tmp_path / "peft"), peft_tensors(tmp_path / "back")
+    assert before.keys() == back.keys()
+    assert all(torch.equal(value, back[key]) for key, value in before.items())
+    adapterkit.merge(base, tmp_path / "a.gguf", out=tmp_path / "merged")
+    assert off(logits(loaded(tmp_path / "merged", auto)), logits(model)) < 1e-5
 
 
 def test_inspect_tells_of_the_file(tmp_path: Path):

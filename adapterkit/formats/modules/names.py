@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from typing import NamedTuple
 
 from adapterkit.formats.library import architectures
@@ -40,7 +41,8 @@ class ComponentNames:
         self.naming, self.style = naming, style
         self.rules = rules_of(architecture, component)
         words = architecture.components.get(component, ComponentWords())
-        self.renames, self.inside = words.renames, words.inside.get(naming, "")
+        self.inside = words.inside.get(naming, "")
+        self.renames = renames_of(architecture, component)
         self._named = [
             (re.compile(self._regex(text, rule.tables, own=True)), rule, part)
             for rule in self.rules
@@ -203,6 +205,13 @@ def rules_of(architecture: Architecture, component: str) -> list[NamingRule]:
                 for rule in rules_of(architectures()[name], part)
             ]
     return rules
+
+
+def renames_of(architecture: Architecture, component: str) -> dict[str, str]:
+    """A component's table, and those of included architectures."""
+    words = architecture.components.get(component, ComponentWords())
+    included = [renames_of(architectures()[name], component) for name in words.include]
+    return reduce(or_, included, dict(words.renames))
 
 
 def kernel_of(among: Sequence[str], component: str, module: str) -> tuple[int, ...] | None:

@@ -8,10 +8,11 @@ test dependency. A base's log-probabilities of all tokens after a prompt, and by
 change with an adapter, are the same as torch's: to 1e-5, or as far as the base's own.
 
 Measured, the largest difference of a log-probability beside torch: 3e-6 to 6e-6 for Llama (linear
-layers, other ranks and alphas, rsLoRA, embeddings, head), Qwen2 and Mixtral with its experts, whose
-log-probabilities change by 1.8 to 5.0; 1.8e-3 for Gemma, whose base alone is 1e-3 apart. Beside the
-converter's adapter: 0 in all cases that it reads. With factors on tied embeddings llama.cpp ends
-the process; the script shows that they are refused.
+layers, other ranks and alphas, rsLoRA, embeddings, head), Qwen2, Mistral 3 (multimodal) and Mixtral
+with its experts, whose log-probabilities change by 1.6 to 5.0; 1.8e-3 for Gemma and 1.2e-3 for
+Gemma 3 (multimodal), whose bases alone are 1e-3 apart. Beside the converter's adapter: 0 in all
+cases that it reads; of an adapter for Mistral 3 it writes the base. With factors on tied embeddings
+llama.cpp ends the process; the script shows that they are refused.
 
 Versions: xllamacpp 2026.10.11549, llama-cpp-python 0.3.36, transformers 5.24.0, PEFT 0.21.2.
 """
@@ -37,6 +38,7 @@ END = 2  # of a text
 TOLERANCE = 1e-5
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = LINEAR[:4]
+INSIDE = r".*language_model.*\.\w+_proj"  # of multimodal models
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 PATTERNS = {
     "rank_pattern": {"k_proj": 6, "layers.1.mlp.up_proj": 3},
@@ -51,6 +53,8 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "head": ("llama", {"target_modules": ["lm_head", "k_proj"]}, True),
     "qwen2": ("qwen2", {"target_modules": LINEAR}, True),
     "gemma": ("gemma", {"target_modules": LINEAR}, True),
+    "gemma3": ("gemma3", {"target_modules": INSIDE}, True),
+    "mistral3": ("mistral3", {"target_modules": INSIDE}, False),
     "experts": ("mixtral", {"target_modules": ATTENTION, "target_parameters": STACKS}, False),
 }
 
@@ -85,14 +89,27 @@ def write_bases(root: Path, llama_cpp: Path) -> dict[str, Path]:
         "gemma": transformers.GemmaConfig(**sizes | {"tie_word_embeddings": True}),
         "mixtral": transformers.MixtralConfig(**sizes, num_local_experts=4),
     }
+    eyes = {
+        "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "patch_size": 14,
+        "num_hidden_layers": 1, "image_size": 28,
+    }  # fmt: skip
+    more = {"query_pre_attn_scalar": 16, "sliding_window": 64, "tie_word_embeddings": True}
+    configs["gemma3"] = transformers.Gemma3Config(
+        text_config=sizes | more, vision_config=eyes, tie_word_embeddings=True
+    )
+    configs["mistral3"] = transformers.Mistral3Config(
+        text_config=sizes | {"model_type": "mistral"},
+        vision_config=eyes | {"model_type": "pixtral", "head_dim": 8},
+        tie_word_embeddings=False,
+    )
     folders = {}
     for name, config in configs.items():
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = auto_of(config).from_config(config)
         with torch.no_grad():
             for key, value in model.named_parameters():
                 is_norm = "norm" in key
-                shift = 1.0 if is_norm and name != "gemma" else 0.0
+                shift = 1.0 if is_norm and not name.startswith("gemma") else 0.0
                 value.copy_(torch.randn_like(value) * (0.1 if is_norm else 0.15) + shift)
         folders[name] = root / name
         model.save_pretrained(folders[name])
@@ -149,10 +166,18 @@ def check_tied(root: Path, base: Path) -> None:
     raise AssertionError("factors of tied embeddings were written")
 
 
-def load(base: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, attn_implementation="eager"
+def auto_of(config: Any) -> Any:
+    is_multimodal = hasattr(config, "vision_config")
+    return (
+        transformers.AutoModelForImageTextToText
+        if is_multimodal
+        else (transformers.AutoModelForCausalLM)
     )
+
+
+def load(base: Path) -> Any:
+    auto = auto_of(transformers.AutoConfig.from_pretrained(base))
+    return auto.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def log_probabilities(model: Any) -> Tensor:  # (vocabulary,) float64
