@@ -64,7 +64,8 @@ def architectures() -> dict[str, Architecture]:
     known = read_files(ARCHITECTURES, architecture_from)
     for name, one in known.items():
         rules = [rule for words in one.components.values() for rule in words.rules]
-        steps = [own for rule in rules for own in rule.steps.values()]
+        words = [words for rule in rules for words in (rule.steps, rule.columns)]
+        steps = [own for table in words for own in table.values()]
         _check_steps(steps, ORDERS, f"{ARCHITECTURES}/{name}.toml")
     return known
 

@@ -19,7 +19,7 @@ R = TypeVar("R")
 MODEL = "model"  # the naming of the loaded model
 ADAPTER_LAYOUT = "adapter"  # PEFT's: read and written by the package `adapters`
 # rules' words that are no namings
-RULE_WORDS = ("rows", "parts", "steps", "embedding", "untied")
+RULE_WORDS = ("rows", "parts", "steps", "columns", "embedding", "untied")
 HEADS = ("heads", "kv_heads")  # shares of rows that a model's config tells
 
 
@@ -185,7 +185,9 @@ class NamingRule:
     namings: Mapping[str, str]
     # shares of the fused rows, or of those that a model's config tells; none: equal
     rows: tuple[int | Literal["heads", "kv_heads"], ...] = ()
-    steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by naming, to the model
+    # orders of rows, and of columns, by naming: from the file to the model
+    steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # the architecture's, with its rules (`names.py`)
     tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     embedding: bool = False  # its factors are an embedding's

@@ -292,7 +292,7 @@ def test_language_models_inside_others_there_and_back(kind: str, architecture: s
     """Towers have layers of the same names in some."""
     base = seeing(kind, tmp_path / "base")
     auto = AutoModelForImageTextToText
-    targets = r".*language_model\..*(q|k|down)_proj"
+    targets = r".*language_model\..*((q|k|down|out)_proj|in_proj_\w+)"
     model = trained(base, tmp_path / "peft", auto=auto, r=2, target_modules=targets)
     adapterkit.convert(tmp_path / "peft", to="gguf", base=base, out=tmp_path / "a.gguf")
     assert metadata(tmp_path / "a.gguf")["general.architecture"] == architecture

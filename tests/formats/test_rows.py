@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from adapterkit.errors import Refused
-from adapterkit.formats.modules.rows import ORDERS, Heads, inverse, model_heads, order
+from adapterkit.formats.modules.rows import ORDERS, Heads, LinearHeads, inverse, model_heads, order
 
 pytestmark = pytest.mark.quick
 
-HEADS = [Heads(4, 2), Heads(4, 4), Heads(6, 1), Heads(1, 1)]
+HEADS = [
+    Heads(4, 2, LinearHeads(2, 6, 3)), Heads(4, 4, LinearHeads(1, 4, 3)),
+    Heads(6, 1, LinearHeads(3, 3, 3)), Heads(1, 1, LinearHeads(1, 1, 3)),
+]  # fmt: skip
 WIDTH = 6  # of a head
 
 
@@ -39,6 +42,20 @@ def test_orders_that_need_heads(heads):
     assert order("groups", total * WIDTH, heads, "m").tolist() == grouped(heads)
 
 
+def test_orders_of_linear_attention():
+    """Heads of values of two keys, three each, two rows a head."""
+    heads = Heads(4, 2, LinearHeads(2, 6, 3))
+    tiled = [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]  # k0 v0, k1 v0, k0 v1, ... in the file
+    assert order("values", 12, heads, "m").tolist() == tiled
+    first = 2 * 2 * 3  # queries and keys
+    expected = [*range(first), *(first + row for row in tiled)]
+    assert order("values_last", first + 12, heads, "m").tolist() == expected
+    assert order("values", 6, heads, "m").tolist() == [0, 2, 4, 1, 3, 5]
+    with pytest.raises(Refused, match="heads is unknown") as caught:
+        order("values", 12, Heads(4, 2), "m")
+    assert "linear_num_key_heads" in caught.value.expected
+
+
 def test_orders_that_need_none():
     assert order("swap_halves", 6, None, "m").tolist() == [3, 4, 5, 0, 1, 2]
     assert order("swap_pair", 6, None, "m", 3).tolist() == [3, 4, 5, 0, 1, 2]
@@ -50,6 +67,8 @@ def test_orders_that_need_none():
 @pytest.mark.parametrize("heads", HEADS)
 def test_the_inverse_brings_rows_back(name, heads):
     size = (heads.query + 2 * heads.key) * heads.query * heads.key * WIDTH
+    if name == "values_last":
+        size += 2 * heads.linear.key * heads.linear.size
     rows = torch.randn(size, 3)
     index = order(name, size, heads, "m", size // 2)
     assert torch.equal(rows[index][inverse(index)], rows)
@@ -62,11 +81,12 @@ def test_heads_that_are_unknown_are_refused(name):
 
 
 @pytest.mark.parametrize("name, size", [
-    ("rotary_q", 20), ("rotary_k", 6), ("groups", 12), ("swap_halves", 5), ("interleave", 5),
+    ("rotary_q", 20), ("values", 7), ("rotary_k", 6), ("groups", 12), ("swap_halves", 5),
+    ("interleave", 5),
 ])  # fmt: skip
 def test_rows_that_do_not_divide_are_refused(name, size):
     with pytest.raises(Refused, match=f"m: the tensor has {size} rows"):
-        order(name, size, Heads(4, 2), "m")
+        order(name, size, Heads(4, 2, LinearHeads(1, 2, 3)), "m")
 
 
 @pytest.mark.parametrize("config, heads", [
@@ -76,6 +96,10 @@ def test_rows_that_do_not_divide_are_refused(name, size):
     ({"n_head": 8, "n_query_groups": 4}, Heads(8, 4)),
     ({"text_config": {"num_attention_heads": 8, "num_key_value_heads": 2}}, Heads(8, 2)),
     ({"num_attention_heads": 8, "num_key_value_heads": 3}, None),
+    ({"num_attention_heads": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+      "linear_key_head_dim": 16}, Heads(8, 8, LinearHeads(2, 4, 16))),
+    ({"num_attention_heads": 8, "linear_num_key_heads": 3, "linear_num_value_heads": 4,
+      "linear_key_head_dim": 16}, Heads(8, 8)),
     ({"num_attention_heads": "8", "text_config": "none"}, None),
     ({"num_attention_heads": True}, None),
     ({"num_attention_heads": 8, "num_key_value_heads": -2}, None),

@@ -26,7 +26,7 @@ from adapterkit.formats.capabilities import (
 from adapterkit.formats.modules.kinds import CORES, FACTORS, KINDS, SIZED
 from adapterkit.formats.modules.parts import matrix_shape, scaled_role
 from adapterkit.formats.modules.record import AdapterModule, Modules
-from adapterkit.formats.modules.rows import Heads, model_order, shares_of, unknown_heads
+from adapterkit.formats.modules.rows import Heads, inverse, model_order, shares_of, unknown_heads
 from adapterkit.formats.modules.tensors import (
     Expression,
     Rows,
@@ -60,7 +60,22 @@ class Fusion:
     @property
     def is_plain(self) -> bool:
         """Whether the module is the same on both sides."""
-        return len(self.rule.model) == 1 and not self.rule.steps.get(self.naming)
+        orders = (self.rule.steps, self.rule.columns)
+        return len(self.rule.model) == 1 and not any(own.get(self.naming) for own in orders)
+
+    def columns(self, module: AdapterModule) -> Rows | None:
+        """For each input of the model its column in the file's a; None where they are the same."""
+        steps = self.rule.columns.get(self.naming, ())
+        if not steps:
+            return None
+        if module.kind != FACTORS or "mid" in module.parts or "input_magnitude" in module.parts:
+            raise Refused(
+                f"{shown(module.path)}: {module.kind} with {', '.join(sorted(module.parts))}",
+                expected="factors a and b, as the file has inputs in another order",
+                where=module.path,
+                hint=_way_out([module]),
+            )
+        return model_order(steps, module.parts["a"].shape[1], self.heads, module.path)
 
     def rows(self, out: int, module: AdapterModule) -> list[Rows]:
         """For each module of the model its rows in the file's, `out` in all; the module is one of
@@ -94,6 +109,10 @@ def split(
     """
     if fusion.is_plain:
         return [replace(module, name=names[0])]
+    inputs = fusion.columns(module)
+    if inputs is not None:
+        own = {"a": gathered(module.parts["a"], inputs, 1)}
+        module = replace(module, parts={**module.parts, **own})
     units = _units(module, EXTRACT)
     sets = fusion.rows(_out(module, units), module)
     columns = _columns(module, sets, reader)
@@ -186,6 +205,10 @@ def fuse(
             )
         else:
             parts[role] = values[0]
+    inputs = fusion.columns(first)
+    if inputs is not None:
+        columns = compact(inverse(torch.tensor([*inputs])).tolist())
+        parts["a"] = gathered(parts["a"], columns, 1)
     rank = sum(members[group[0]].rank for group in groups)
     alpha = usual.alpha if (rank, scale) == (usual.rank, usual.scale) else scale * rank
     held = usual.stored_alpha

@@ -1,7 +1,7 @@
-"""Orders of the rows of a weight: where a file has the rows of the model.
+"""Orders of the rows of a weight, or of its columns: where a file has those of the model.
 
 An order is an index `i (out,)` with `model[j] = file[i[j]]`; its inverse is for writing. It acts on
-whatever has the weight's rows: b, bias, magnitude, diff.
+whatever has the weight's rows: b, bias, magnitude, diff; of columns on a.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,19 @@ from adapterkit.errors import Refused
 from adapterkit.formats.modules.tensors import Rows, compact
 from adapterkit.records import Settings
 
-ORDERS = ("swap_halves", "swap_pair", "interleave", "rotary_q", "rotary_k", "groups")
+ORDERS = ("swap_halves", "swap_pair", "interleave", "rotary_q", "rotary_k", "groups", "values",
+          "values_last")  # fmt: skip
+SETTINGS = ("num_attention_heads", "num_key_value_heads")
+LINEAR = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim")
+
+
+@dataclass(frozen=True, slots=True)
+class LinearHeads:
+    """How many heads of keys, and how many of values, linear attention has; the size of a key."""
+
+    key: int
+    value: int
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +35,7 @@ class Heads:
 
     query: int
     key: int
+    linear: LinearHeads | None = None  # of the layers that have such
 
 
 def order(
@@ -38,7 +51,9 @@ def order(
     shift and scale alone have; none where there are more. interleave: [a0, b0, a1, b1, ...] ->
     [a..., b...]. rotary_q, rotary_k: the same in each head, from the pairs (2i, 2i + 1) that Meta
     and GGUF rotate to transformers' (i, i + d/2). groups: [q of group 0, k 0, v 0, q of group 1,
-    ...] -> [q, k, v].
+    ...] -> [q, k, v]. values: [v0 of group 0, v0 of 1, ..., v1 of 0, ...] of heads of linear
+    attention -> [v0 of group 0, v1 of 0, ...]; values_last: the same of those behind queries and
+    keys.
     Raises `Refused` where heads or inputs are needed and unknown, or rows do not divide evenly.
     """
     if name == "swap_halves":
@@ -58,6 +73,13 @@ def order(
         return _divided((-1, 2), size, where).T.reshape(-1)
     if heads is None:
         raise unknown_heads(f"rows in the order {name!r}", where)
+    if name in ("values", "values_last"):
+        if heads.linear is None:
+            raise unknown_heads(f"rows in the order {name!r}", where, LINEAR)
+        first = 2 * heads.linear.key * heads.linear.size if name == "values_last" else 0
+        groups = (heads.linear.value // heads.linear.key, heads.linear.key, -1)
+        values = _divided(groups, size - first, where).transpose(0, 1).reshape(-1)
+        return torch.cat([torch.arange(first), first + values])
     if name == "groups":
         per_group = heads.query // heads.key
         groups = _divided((heads.key, per_group + 2, -1), size, where)
@@ -67,11 +89,11 @@ def order(
     return _divided((count, -1, 2), size, where).transpose(1, 2).reshape(-1)
 
 
-def unknown_heads(problem: str, where: str) -> Refused:
+def unknown_heads(problem: str, where: str, settings: Sequence[str] = SETTINGS) -> Refused:
     """The refusal of rows that a count of heads would tell."""
     return Refused(
         f"{problem}, and the number of heads is unknown",
-        expected="a config with num_attention_heads and num_key_value_heads",
+        expected=f"a config with {' and '.join(settings)}",
         where=where,
         hint="give --base MODEL",
     )
@@ -122,7 +144,9 @@ def model_heads(config: Settings) -> Heads | None:
         query = table.get("num_attention_heads", table.get("n_head"))
         key = table.get("num_key_value_heads", table.get("n_query_groups")) or query
         if all(type(n) is int and n > 0 for n in (query, key)) and query % key == 0:
-            return Heads(query, key)
+            own = [n for word in LINEAR if type(n := table.get(word)) is int and n > 0]
+            is_linear = len(own) == len(LINEAR) and own[1] % own[0] == 0
+            return Heads(query, key, LinearHeads(*own) if is_linear else None)
     return None
 
 

@@ -9,10 +9,11 @@ change with an adapter, are the same as torch's: to 1e-5, or as far as the base'
 
 Measured, the largest difference of a log-probability beside torch: 3e-6 to 6e-6 for Llama (linear
 layers, other ranks and alphas, rsLoRA, embeddings, head), Qwen2, Mistral 3 (multimodal) and Mixtral
-with its experts, whose log-probabilities change by 1.6 to 5.0; 1.8e-3 for Gemma and 1.2e-3 for
-Gemma 3 (multimodal), whose bases alone are 1e-3 apart. Beside the converter's adapter: 0 in all
-cases that it reads; of an adapter for Mistral 3 it writes the base. With factors on tied embeddings
-llama.cpp ends the process; the script shows that they are refused.
+with its experts, whose log-probabilities change by 1.6 to 5.0; 2e-5 for Qwen3.5 with its linear
+attention, 1.8e-3 for Gemma and 1.2e-3 for Gemma 3 (multimodal), whose bases alone are as far apart.
+Beside the converter's adapter: 0 in all cases that it reads; of an adapter for Mistral 3 it writes
+the base. With factors on tied embeddings llama.cpp ends the process; the script shows that they are
+refused.
 
 Versions: xllamacpp 2026.10.11549, llama-cpp-python 0.3.36, transformers 5.24.0, PEFT 0.21.2.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+import tokenizers
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -55,6 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "gemma": ("gemma", {"target_modules": LINEAR}, True),
     "gemma3": ("gemma3", {"target_modules": INSIDE}, True),
     "mistral3": ("mistral3", {"target_modules": INSIDE}, False),
+    "qwen3.5": ("qwen3_5", {"target_modules": "all-linear"}, True),
     "experts": ("mixtral", {"target_modules": ATTENTION, "target_parameters": STACKS}, False),
 }
 
@@ -102,6 +105,15 @@ def write_bases(root: Path, llama_cpp: Path) -> dict[str, Path]:
         vision_config=eyes | {"model_type": "pixtral", "head_dim": 8},
         tie_word_embeddings=False,
     )
+    linear = {
+        "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16, "num_hidden_layers": 4, "mtp_num_hidden_layers": 1,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+        },
+    }  # fmt: skip
+    configs["qwen3_5"] = transformers.Qwen3_5TextConfig(**sizes | linear)
     folders = {}
     for name, config in configs.items():
         torch.manual_seed(0)
@@ -113,10 +125,34 @@ def write_bases(root: Path, llama_cpp: Path) -> dict[str, Path]:
                 value.copy_(torch.randn_like(value) * (0.1 if is_norm else 0.15) + shift)
         folders[name] = root / name
         model.save_pretrained(folders[name])
-        (folders[name] / "tokenizer.model").write_bytes(tokenizer)
-        script = [llama_cpp / "convert_hf_to_gguf.py", folders[name], "--outtype", "f32"]
-        run(*script, "--outfile", root / f"{name}.gguf")
+        arguments = [folders[name], "--outtype", "f32", "--outfile", root / f"{name}.gguf"]
+        if name == "qwen3_5":
+            write_byte_pairs(text, count, folders[name])
+            run("-c", AS_QWEN, llama_cpp / "convert_hf_to_gguf.py", *arguments, "--no-mtp")
+        else:
+            (folders[name] / "tokenizer.model").write_bytes(tokenizer)
+            run(llama_cpp / "convert_hf_to_gguf.py", *arguments)
     return folders
+
+
+# its converter reads no other kind of tokenizer, and those alone that it knows
+AS_QWEN = """
+import runpy, sys
+from pathlib import Path
+sys.argv = sys.argv[1:]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda *_: "qwen2"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def write_byte_pairs(text: Path, count: int, folder: Path) -> None:
+    """A tokenizer of `count` byte pairs."""
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train([str(text)], vocab_size=count, show_progress=False)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer)
+    fast.save_pretrained(folder)
 
 
 def check(

@@ -32,6 +32,14 @@ SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 EXPERTS = 3
+OF_LINEAR_ATTENTION: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 3,
+    "layer_types": ["linear_attention", "full_attention"],
+    "mtp_num_hidden_layers": 1,  # which the converter wants to read
+}
 # name -> config, module names that are adapted, types of the file, further settings of the adapter
 CASES: dict[str, tuple[Any, list[str], list[str], dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig(**SIZES), LINEAR, ["f32", "f16", "bf16", "q8_0"], {}),
@@ -46,6 +54,12 @@ CASES: dict[str, tuple[Any, list[str], list[str], dict[str, Any]]] = {
         LINEAR,
         ["f32"],
         {"alora_invocation_tokens": [3, 1, 4]},
+    ),
+    "qwen3_5": (
+        transformers.Qwen3_5TextConfig(**SIZES | OF_LINEAR_ATTENTION),
+        [*LINEAR, "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"],
+        ["f32"],
+        {},
     ),
     "gemma3": (transformers.Gemma3TextConfig(**SIZES), LINEAR, ["f32"], {}),
     "mixtral": (
