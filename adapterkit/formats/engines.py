@@ -25,7 +25,7 @@ class RankLimit:
 class ModuleRule:
     """What a client does with some modules."""
 
-    verdict: Literal["drops", "refuses"]
+    verdict: Literal["drops", "refuses", "renames"]  # the last: factors of LoRA, no finding
     modules: re.Pattern[str]
     why: str
     do: str

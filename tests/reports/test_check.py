@@ -12,6 +12,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import adapterkit
 from adapterkit.cli import main
@@ -22,6 +23,7 @@ from adapterkit.reports.findings import engine_check
 from tests.support import oracle
 from tests.support.adapter_samples import GOLDEN, all_samples, samples
 from tests.support.architectures import BUILDS
+from tests.support.mlx_models import loaded, logits, seeing, trained
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -246,6 +248,38 @@ def test_modules_that_transformers_5_renamed(kind, tmp_path):
     factors, texts = by_peft(model, base, made)
     assert not texts and factors.keys() == expected.keys()
     assert all(torch.equal(factors[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+def test_names_that_loaders_rename(kind, tmp_path):
+    """Of the language model inside: where the targets mean them by their ends alone."""
+    base, auto = seeing(kind, tmp_path / "base"), transformers.AutoModelForImageTextToText
+    targets = r".*language_model.*(q|down)_proj"
+    expected = logits(trained(base, tmp_path / "new", auto=auto, r=2, target_modules=targets))
+    parts = {"model.language_model.": "language_model.model."}
+    old = in_old_names(tmp_path / "new", parts, tmp_path / "old")
+    live = peft.PeftModel.from_pretrained(loaded(base, auto), old)
+    assert torch.equal(logits(live.eval()), expected)
+    live = loaded(base, auto)
+    live.load_adapter(str(old))
+    assert torch.equal(logits(live.eval()), expected)
+    config = json.loads((old / CONFIG).read_text())
+    whole = [f"language_model.model.layers.{n}.mlp.down_proj" for n in range(2)]
+    for engine in ("peft", "transformers"):
+        (old / CONFIG).write_text(json.dumps(config))
+        assert adapterkit.check(old, program=engine, base=base)["takes"]
+        (old / CONFIG).write_text(json.dumps({**config, "target_modules": whole}))
+        assert verdicts(adapterkit.check(old, program=engine, base=base)) == ["drops"]
+    with pytest.raises(ValueError, match="[Tt]arget modules"):
+        peft.PeftModel.from_pretrained(loaded(base, auto), old)
+
+
+def test_types_whose_names_are_renamed():
+    for engine in ("peft", "transformers"):
+        rule = next(one for one in engines()[engine].rules if one.verdict == "renames")
+        for kind in rule.of:
+            known = get_checkpoint_conversion_mapping(kind)
+            assert any("^language_model" in one.source_patterns for one in known), kind
 
 
 @pytest.mark.parametrize("sample", samples("peft-per-expert"), ids=lambda sample: sample.id)

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Iterable, Sequence, Set
 
+from adapterkit.adapters.keys import PREFIX
 from adapterkit.adapters.peft import scan_adapter
+from adapterkit.adapters.targets import NamedBy
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Problems, listed
 from adapterkit.formats.detect import Detection, detect
-from adapterkit.formats.engines import Client, engines
+from adapterkit.formats.engines import Client, ModuleRule, engines
 from adapterkit.formats.library import formats
 from adapterkit.formats.modules.record import AdapterModule, Contents
 from adapterkit.formats.schema import ADAPTER_LAYOUT
@@ -62,13 +64,13 @@ def check_adapter(check: EngineCheck) -> Json:
     except AdapterkitError as error:
         found.include(getattr(error, "errors", (error,)))
     modules = contents.modules
+    kinds = {*contents.architectures, base and base.config.get("model_type")}
     if not client.reads(detection.form):
         problem = f"{client.title} does not read {detection.form.title}"
         found.add("refuses", problem, command, f"{form.title}: {form.summary}", len(modules))
     elif plan is not None and form.layout == detection.form.layout == ADAPTER_LAYOUT:
-        _compare(detection, plan, found)
+        _compare(detection, plan, kinds, found)
     _check_ranks(modules, found)
-    kinds = {*contents.architectures, base and base.config.get("model_type")}
     _check_rules(modules, kinds, found)
     if base is not None:
         _check_base(detection, base, found)
@@ -85,10 +87,11 @@ def check_adapter(check: EngineCheck) -> Json:
     }
 
 
-def _compare(detection: Detection, plan: Plan, found: _Verdicts) -> None:
+def _compare(detection: Detection, plan: Plan, kinds: Set[str | None], found: _Verdicts) -> None:
     """Keys that the engine's own layout of the same adapter does not have."""
     wanted = {tensor.key for shard in plan.shards for tensor in shard.layout.tensors}
-    own = [key for key in detection.container.tensors if key not in wanted]
+    read = _renamed(detection, wanted, _rules_for(kinds, found))
+    own = [key for key in detection.container.tensors if key not in wanted | read]
     if own:
         problem = f"{len(own)} keys have other names there: {listed(own)}"
         expected = f"names such as {listed(sorted(wanted - set(detection.container.tensors)))}"
@@ -96,6 +99,26 @@ def _compare(detection: Detection, plan: Plan, found: _Verdicts) -> None:
     elif folded := plan.decisions.get("folded"):
         problem = f"the scales of {len(folded)} modules are not read"
         found.add("differs", problem, found.command, "one scale for all", len(folded))
+
+
+def _renamed(detection: Detection, wanted: Set[str], rules: Sequence[ModuleRule]) -> set[str]:
+    """The keys of factors that the engine renames while it loads them: where the targets in the
+    config mean the new names, of which it makes its layers."""
+    rules = [rule for rule in rules if rule.verdict == "renames"]
+    targets = detection.config.get("target_modules")
+    if not rules or detection.config.get("peft_type") != "LORA" or not targets:
+        return set()
+    is_target = NamedBy(targets, "target_modules")
+    new = {_module_of(key) for key in wanted - {*detection.container.tensors}}
+    if not all(map(is_target, new)):
+        return set()
+    keys = (key for key in detection.container.tensors if ".lora_" in key)
+    return {key for key in keys if any(rule.modules.search(_module_of(key)) for rule in rules)}
+
+
+def _module_of(key: str) -> str:
+    """The module that a key of PEFT's names."""
+    return key.removeprefix(PREFIX).partition(".lora_")[0]
 
 
 def _check_ranks(modules: Sequence[AdapterModule], found: _Verdicts) -> None:
@@ -111,11 +134,17 @@ def _check_rules(
     modules: Sequence[AdapterModule], kinds: Set[str | None], found: _Verdicts
 ) -> None:
     """The rules for modules of all models, and of these architectures or model types."""
-    for rule in (one for one in found.client.rules if not one.of or kinds & {*one.of}):
+    for rule in _rules_for(kinds, found):
+        if rule.verdict == "renames":
+            continue
         names = [module.path for module in modules if rule.modules.search(module.path)]
         if names:
             problem = f"{len(names)} modules such as {names[0]}: {rule.why}"
             found.add(rule.verdict, problem, rule.do, modules=len(names))
+
+
+def _rules_for(kinds: Set[str | None], found: _Verdicts) -> list[ModuleRule]:
+    return [one for one in found.client.rules if not one.of or kinds & {*one.of}]
 
 
 def _check_names(check: EngineCheck, base: Checkpoint, found: _Verdicts) -> None:
