@@ -71,6 +71,12 @@ def unwrapped(key: str) -> str:
     return name.removeprefix("_orig_mod.").removeprefix("module.")
 
 
+def module_of_factors(key: str) -> str:
+    """The module that a factor's key is of; empty for what is no factor."""
+    module, is_factor, _ = unwrapped(key).partition(".lora_")
+    return module if is_factor else ""
+
+
 def canonical_key(key: str) -> str:
     """A key as PEFT writes it: with its prefix, and without an adapter's name."""
     name = re.sub(r"\.(lora_[AB])\.\w+\.(weight|bias)$", r".\1.\2", unwrapped(key))

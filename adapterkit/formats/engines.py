@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -46,6 +46,7 @@ class Client:
     inside: str = ""  # the name of that file in a converted folder; none: the folder
     rank: RankLimit = RankLimit()
     rules: tuple[ModuleRule, ...] = ()
+    like: str = ""  # another one, whose rules hold too
 
     def reads(self, form: Format) -> bool:
         """Whether it reads files of a format as they are."""
@@ -64,7 +65,11 @@ class Client:
 @cache
 def engines() -> Mapping[str, Client]:
     """Every one by name."""
-    return read_files("engines", _client)
+    known = read_files("engines", _client)
+    more = {name: known[one.like].rules for name, one in known.items() if one.like}
+    return {
+        name: replace(one, rules=(*one.rules, *more.get(name, ()))) for name, one in known.items()
+    }
 
 
 def _client(name: str, table: Json) -> Client:

@@ -64,8 +64,8 @@ def architectures() -> dict[str, Architecture]:
     known = read_files(ARCHITECTURES, architecture_from)
     for name, one in known.items():
         rules = [rule for words in one.components.values() for rule in words.rules]
-        words = [words for rule in rules for words in (rule.steps, rule.columns)]
-        steps = [own for table in words for own in table.values()]
+        tables = [table for rule in rules for table in (rule.steps, rule.columns)]
+        steps = [own for table in tables for own in table.values()]
         _check_steps(steps, ORDERS, f"{ARCHITECTURES}/{name}.toml")
     return known
 

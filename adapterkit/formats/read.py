@@ -267,15 +267,17 @@ class _Names:
         resolved: list[NamedModule] = []
         unknown: list[str] = []
         spelled: dict[ComponentNames, dict[str, str]] = {}
-        modules = dict.fromkeys(self.reading.modules)
 
         def in_base(own: ComponentNames | None, module: str) -> str:
             """The base's name of a module that rules have in another spelling."""
-            if own is None or not own.renames or module in modules:
+            if own is None or not own.renames:
                 return module
             if own not in spelled:
-                spelled[own] = {own.in_rules(one): one for one in modules}
-            return spelled[own].get(own.in_rules(module), module)
+                modules = self.reading.modules
+                in_rules = {own.in_rules(one): one for one in modules}
+                spelled[own] = in_rules | {one: one for one in modules}
+            known = spelled[own]
+            return known.get(module) or known.get(own.in_rules(module), module)
 
         for raw in raws:
             component = self._component(name, raw.prefix)

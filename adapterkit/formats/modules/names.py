@@ -60,7 +60,13 @@ class ComponentNames:
         """A rule's names in this naming: one, each of its modules', or none."""
         if self.naming == MODEL:
             return rule.model
-        return (self.inside + rule.namings[self.naming],) if self.naming in rule.namings else ()
+        text = self._text(rule)
+        return () if text is None else (text,)
+
+    def _text(self, rule: NamingRule) -> str | None:
+        """A rule's name in this naming: empty for what is no module there, None without one."""
+        text = rule.namings.get(self.naming)
+        return self.inside + text if text else text
 
     def unlisted(self, module: str) -> str:
         """The name in a file of a module of the model that no rule lists."""
@@ -105,9 +111,8 @@ class ComponentNames:
         """The name in a file; None where this naming has none for it."""
         if self.naming == MODEL:
             name = _filled(match.rule.model[match.part], match, own=False)
-        elif self.naming in match.rule.namings:
-            text = match.rule.namings[self.naming]  # empty for what is no module there
-            name = _filled(self.inside + text if text else "", match, own=True)
+        elif (text := self._text(match.rule)) is not None:
+            name = _filled(text, match, own=True)
         else:
             return None
         return in_style(name, self.style)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence, Set
 
-from adapterkit.adapters.keys import PREFIX
+from adapterkit.adapters.keys import module_of_factors
 from adapterkit.adapters.peft import scan_adapter
 from adapterkit.adapters.targets import NamedBy
 from adapterkit.checkpoint.spec import Checkpoint
@@ -65,13 +65,14 @@ def check_adapter(check: EngineCheck) -> Json:
         found.include(getattr(error, "errors", (error,)))
     modules = contents.modules
     kinds = {*contents.architectures, base and base.config.get("model_type")}
+    rules = [rule for rule in client.rules if not rule.of or kinds & {*rule.of}]
     if not client.reads(detection.form):
         problem = f"{client.title} does not read {detection.form.title}"
         found.add("refuses", problem, command, f"{form.title}: {form.summary}", len(modules))
     elif plan is not None and form.layout == detection.form.layout == ADAPTER_LAYOUT:
-        _compare(detection, plan, kinds, found)
+        _compare(detection, plan, rules, found)
     _check_ranks(modules, found)
-    _check_rules(modules, kinds, found)
+    _check_rules(modules, rules, found)
     if base is not None:
         _check_base(detection, base, found)
     if base is not None and not found.rows:
@@ -87,10 +88,12 @@ def check_adapter(check: EngineCheck) -> Json:
     }
 
 
-def _compare(detection: Detection, plan: Plan, kinds: Set[str | None], found: _Verdicts) -> None:
+def _compare(
+    detection: Detection, plan: Plan, rules: Sequence[ModuleRule], found: _Verdicts
+) -> None:
     """Keys that the engine's own layout of the same adapter does not have."""
     wanted = {tensor.key for shard in plan.shards for tensor in shard.layout.tensors}
-    read = _renamed(detection, wanted, _rules_for(kinds, found))
+    read = _renamed(detection, wanted, rules)
     own = [key for key in detection.container.tensors if key not in wanted | read]
     if own:
         problem = f"{len(own)} keys have other names there: {listed(own)}"
@@ -109,16 +112,11 @@ def _renamed(detection: Detection, wanted: Set[str], rules: Sequence[ModuleRule]
     if not rules or detection.config.get("peft_type") != "LORA" or not targets:
         return set()
     is_target = NamedBy(targets, "target_modules")
-    new = {_module_of(key) for key in wanted - {*detection.container.tensors}}
-    if not all(map(is_target, new)):
+    modules = {key: module_of_factors(key) for key in detection.container.tensors}
+    if not all(is_target(module_of_factors(key)) for key in wanted - modules.keys()):
         return set()
-    keys = (key for key in detection.container.tensors if ".lora_" in key)
-    return {key for key in keys if any(rule.modules.search(_module_of(key)) for rule in rules)}
-
-
-def _module_of(key: str) -> str:
-    """The module that a key of PEFT's names."""
-    return key.removeprefix(PREFIX).partition(".lora_")[0]
+    is_renamed = lambda module: any(rule.modules.search(module) for rule in rules)
+    return {key for key, module in modules.items() if module and is_renamed(module)}
 
 
 def _check_ranks(modules: Sequence[AdapterModule], found: _Verdicts) -> None:
@@ -131,20 +129,14 @@ def _check_ranks(modules: Sequence[AdapterModule], found: _Verdicts) -> None:
 
 
 def _check_rules(
-    modules: Sequence[AdapterModule], kinds: Set[str | None], found: _Verdicts
+    modules: Sequence[AdapterModule], rules: Sequence[ModuleRule], found: _Verdicts
 ) -> None:
-    """The rules for modules of all models, and of these architectures or model types."""
-    for rule in _rules_for(kinds, found):
-        if rule.verdict == "renames":
-            continue
+    """What the engine does with modules, but for new names."""
+    for rule in (rule for rule in rules if rule.verdict != "renames"):
         names = [module.path for module in modules if rule.modules.search(module.path)]
         if names:
             problem = f"{len(names)} modules such as {names[0]}: {rule.why}"
             found.add(rule.verdict, problem, rule.do, modules=len(names))
-
-
-def _rules_for(kinds: Set[str | None], found: _Verdicts) -> list[ModuleRule]:
-    return [one for one in found.client.rules if not one.of or kinds & {*one.of}]
 
 
 def _check_names(check: EngineCheck, base: Checkpoint, found: _Verdicts) -> None:
