@@ -16,7 +16,9 @@ from typing import Any, NoReturn
 
 EXAMPLES = 3  # errors of one cause that are printed
 # a shape, or a word with a dot, an underscore or a digit, as names of tensors and files have
-_VARIABLE = re.compile(r"\([\d, ]*\)|[^\s:;,'\"()]*[\d._][^\s:;,'\"()]*[^\s:;,'\"().]|\d+")
+_VARIABLE = re.compile(
+    r"\([\d, ]*\)|(?<![^\s:;,'\"()])[^\s:;,'\"()\d._]*+[\d._](?:\.*+[^\s:;,'\"().])++|\d+"
+)
 
 
 WARNING = "WARNING: "  # begins a note of a plan that matters most
@@ -132,7 +134,7 @@ def _text(where: str, problems: list[str], expected: str, hint: str, code: str) 
         parts.append(f"expected: {expected}")
     if hint:
         parts.append(f"hint: {hint}")
-    return "\n  ".join(map(_printable, parts))
+    return "\n  ".join(map(printable, parts))
 
 
 @cache
@@ -242,7 +244,7 @@ def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
 def shown(name: object) -> str:
     """A name from a file, printable: control and bidirectional characters escaped, at most 200
     characters."""
-    text = _printable(str(name)[:201])
+    text = printable(str(name)[:201])
     return text if len(text) <= 200 else text[:197] + "..."
 
 
@@ -261,5 +263,6 @@ def listed(names: Sequence[object]) -> str:
     return ", ".join(map(shown, names[:3])) + more
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """A text with its control and bidirectional characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -86,7 +86,8 @@ def plan_outputs(lines: Iterable[str], pattern: str) -> list[tuple[str, str]]:
     """(source, output) of each source in the lines; `Refused` with all outputs that are not one
     source's alone."""
     where = f"--out-pattern {shown(pattern)}"
-    unknown = sorted(set(re.findall(r"\{.*?\}", pattern)) - set(PLACES))
+    words = {word for word in re.findall(r"\{[^}]*+\}?", pattern) if word.endswith("}")}
+    unknown = sorted(words - set(PLACES))
     if unknown:
         raise Refused(
             f"{', '.join(map(shown, unknown))} in the pattern",

@@ -3,6 +3,7 @@
 They check nothing: a verb refuses a wrong value itself, from Python and from here alike.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -77,7 +78,9 @@ def module_suffixes(path: str) -> list[str]:
     except (AdapterkitError, OSError):  # nothing to read: the verb will say why
         return []
     matrices = (k for k, t in tensors.items() if k.endswith(".weight") and len(t.shape) > 1)
-    return sorted({key.split(".")[-2] for key in matrices})
+    # what a shell puts into its line, it runs on the next Enter
+    names = {key.split(".")[-2] for key in matrices}
+    return sorted(name for name in names if re.fullmatch(r"[\w-]+", name, re.ASCII))
 
 
 SHELLS = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}

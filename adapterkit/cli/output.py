@@ -63,6 +63,7 @@ def write_plan(
         raise click.UsageError(
             "remove --resume: --plan only writes the plan; `adapterkit run` resumes by itself"
         )
+    from adapterkit.commands import command
     from adapterkit.jobs.plan_file import write_plan as write
 
     with own_hints(verb):
@@ -71,8 +72,8 @@ def write_plan(
         print_plan(plan, as_json)
     if not quiet:
         click.echo(
-            f"next: adapterkit run {file} --rank I/N for each of N processes, then "
-            f"adapterkit finish {file}",
+            f"next: {command('adapterkit run', file, rank='I/N')} for each of N processes, then "
+            f"{command('adapterkit finish', file)}",
             err=True,
         )
 
@@ -195,21 +196,23 @@ def print_receipt(receipt: "Receipt") -> None:
 
 def _next(receipt: "Receipt") -> str:
     """What to do with an output on this machine: see it, load it, verify it, or send it."""
-    from adapterkit.checkpoint.system import system
+    from adapterkit.commands import command
     from adapterkit.formats.engines import engines
 
-    data, verb = receipt.data, receipt.data["recipe"]["verb"]
-    out = system.quote(str(receipt.out))
+    data, verb, out = receipt.data, receipt.data["recipe"]["verb"], str(receipt.out)
     if "pushed" in data or verb == "stats":
         return ""
     if verb in ("merge", "quantize", "dequantize"):
-        return f"hf upload ORG/NAME {out}" if "verified" in data else f"adapterkit verify {out}"
+        is_verified = "verified" in data
+        upload = command("hf upload", "ORG/NAME", out)
+        return upload if is_verified else command("adapterkit verify", out)
+    page = command("adapterkit report", out, out="report.html")
     if verb == "convert" and (name := data["to"]) != "peft":
         loading = (
             one.loading(name, out, "BASE") for one in engines().values() if one.format == name
         )
-        return next(loading, f"adapterkit report {out} --out report.html")
-    return f"adapterkit report {out} --out report.html"
+        return next(loading, page)
+    return page
 
 
 def _made(data: Json) -> str:

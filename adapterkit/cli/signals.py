@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 from typing import NoReturn
 
 from adapterkit.checkpoint.system import system
+from adapterkit.commands import line
 from adapterkit.errors import AdapterkitError, Interrupted
 
 # Elsewhere an error is 1; of diff, as of diff(1), 1 is an answer
@@ -47,7 +48,7 @@ def fail(error: AdapterkitError, status: int) -> NoReturn:
     text = f"Error: {error.text()}"
     if isinstance(error, Interrupted) and "--resume" in error.hint:
         words = [w for w in sys.argv[1:] if w not in ("--overwrite", "--resume")]
-        text += f"\n  adapterkit {' '.join(map(system.quote, words))} --resume"
+        text += "\n  " + line(["adapterkit", *words, "--resume"])
     click.echo(text, err=True)
     sys.stdout.flush()
     sys.stderr.flush()

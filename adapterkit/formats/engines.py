@@ -7,6 +7,7 @@ from functools import cache
 from typing import Literal
 
 from adapterkit import records
+from adapterkit.commands import command, filled
 from adapterkit.errors import Damaged
 from adapterkit.formats.library import read_files
 from adapterkit.formats.schema import Format
@@ -55,11 +56,11 @@ class Client:
     def loading(self, form: str, file: str, base: str, rank: object = "RANK") -> str:
         """What loads an adapter of a format onto a base, after a conversion where it is needed."""
         if form == self.format:
-            return self.load.format(file=file, base=base, rank=rank)
+            return filled(self.load, file=file, base=base, rank=rank)
         folder = f"for-{self.name}"
-        convert = f"adapterkit convert {file} --to {self.format} --out {folder}"
+        convert = command("adapterkit convert", file, to=self.format, out=folder)
         made = f"{folder}/{self.inside}" if self.inside else folder
-        return f"{convert}\n{self.load.format(file=made, base=base, rank=rank)}"
+        return f"{convert}\n{filled(self.load, file=made, base=base, rank=rank)}"
 
 
 @cache

@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from adapterkit.checkpoint.folder import Folder, original
 from adapterkit.checkpoint.output.earlier_output import parse_receipt
 from adapterkit.checkpoint.output.stage import RECEIPT
+from adapterkit.commands import command
 from adapterkit.errors import Refused, listed, shown
 from adapterkit.hub.errors import explained_errors
 from adapterkit.hub.folder import HubFolder
@@ -209,13 +210,13 @@ class Destination:
 
     def _deletion(self, names: Collection[str]) -> str:
         """The command that removes these files."""
-        paths = " ".join(self.hub_id.path(name) for name in names)
-        branch = f" --revision {self.hub_id.revision}" if self.hub_id.revision else ""
-        command = f"hf repos delete-files {self.hub_id.repo} {shown(paths)}{branch}"
-        if not self.exists:  # the branch would begin with the files of main
-            new = f"hf repos branch create {self.hub_id.repo} {self.hub_id.revision}"
-            command = f"{new} && {command}"
-        return command
+        repo, branch = self.hub_id.repo, self.hub_id.revision
+        paths = [self.hub_id.path(name) for name in names]
+        deletion = command("hf repos delete-files", repo, *paths, revision=branch)
+        if self.exists or branch is None:
+            return deletion
+        # the branch would begin with the files of main
+        return f"{command('hf repos branch create', repo, branch)} && {deletion}"
 
     def receipt(self) -> bytes:
         """The receipt that is there; empty without one."""

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from adapterkit.checkpoint.folder import OTHER_WEIGHTS, inside
 from adapterkit.checkpoint.header import FIRST_READ
+from adapterkit.commands import command
 from adapterkit.errors import Damaged, Failed, Refused, shown
 from adapterkit.hub.errors import UnusableAnswer, location, quiet_library
 from adapterkit.hub.ids import HubId
@@ -304,13 +305,13 @@ class HubFolder:
         return self._entries[name].size
 
     def _not_cached(self, name: str) -> Refused:
-        path = shown(self.path_in_repo(name))
-        command = f"hf download {self.hub_id.repo} {path} --revision {self.commit}"
+        path = self.path_in_repo(name)
+        download = command("hf download", self.hub_id.repo, path, revision=self.commit)
         return Refused(
             "the file is not in the local Hub cache, and HF_HUB_OFFLINE is set",
             expected="a cached copy, or a network",
             where=location(self.pinned, name),
-            hint=f"run `{command}` where there is a network, or unset HF_HUB_OFFLINE",
+            hint=f"run `{download}` where there is a network, or unset HF_HUB_OFFLINE",
         )
 
 

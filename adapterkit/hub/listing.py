@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adapterkit.checkpoint.folder import WEIGHTS, LocalFolder, inside
+from adapterkit.commands import command
 from adapterkit.errors import Failed, Refused, shown
 from adapterkit.hub.errors import Unreachable, page
 from adapterkit.hub.ids import COMMIT, HubId
@@ -129,15 +130,14 @@ def _list_cache(hub_id: HubId, why: str, way_out: str) -> tuple[str, dict[str, R
         )
         if files:
             return commit, {name: RemoteEntry(size) for name, size in files.items()}
-    revision = f" --revision {hub_id.revision}" if hub_id.revision else ""
     inside_it = "" if hub_id.subfolder.endswith(WEIGHTS) else "/*"
-    only = f' --include "{hub_id.subfolder}{inside_it}"' if hub_id.subfolder else ""
-    command = f"hf download {hub_id.repo}{revision}{only}"
+    only = f"{hub_id.subfolder}{inside_it}" if hub_id.subfolder else None
+    download = command("hf download", hub_id.repo, revision=hub_id.revision, include=only)
     raise Refused(
         f"no such file or folder here, nor in the local Hub cache, and {why}",
         expected="a path that exists, a cached copy, or a network",
         where=str(hub_id),
-        hint=f"run `{command}` where there is a network, or {way_out}",
+        hint=f"run `{download}` where there is a network, or {way_out}",
     )
 
 

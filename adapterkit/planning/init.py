@@ -15,6 +15,7 @@ from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.commands import command
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.inits import created_init
 from adapterkit.inits.protocol import ComputedInit, Initialization, RedistributingInit
@@ -285,7 +286,8 @@ def _check(options: Init, method: Initialization, has_stats: bool) -> None:
         errors.add(
             f"--method {options.method} without --stats",
             f"statistics: {', '.join(needs)}",
-            f"collect them: adapterkit stats BASE --data FILE --what {','.join(what)} --out STATS",
+            "collect them: "
+            + command("adapterkit stats", "BASE", data="FILE", what=",".join(what), out="STATS"),
         )
     if has_stats and not needs:
         errors.add(

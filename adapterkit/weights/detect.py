@@ -6,6 +6,7 @@ from typing import Any
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.commands import command
 from adapterkit.errors import Refused, shown
 from adapterkit.records import Json
 
@@ -45,7 +46,7 @@ def check_not_quantized(base: Checkpoint, hint: str = "") -> None:
             where=base.name,
             hint=hint
             or "give the 16-bit model that it was made from, or dequantize it first: "
-            f"adapterkit dequantize MODEL --out {out}",
+            + command("adapterkit dequantize", "MODEL", out=out),
         )
 
 

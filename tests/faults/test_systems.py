@@ -204,7 +204,8 @@ system.kernel.long_paths = 0
 short, long = made(259), made(260)
 system.kernel.long_paths = 1
 print(repr([short, long, made(400)]))
-words = ["C:\\\\a b\\\\", "down_proj|up=8", "a@b", "@b", "C:/lora=0.5", 'say "no"', "a,b"]
+words = ["C:\\\\a b\\\\", "down_proj|up=8", "a@b", "@b", "C:/lora=0.5", 'say "no"', "a,b",
+         "$(x)`y`%PATH%"]
 print(*map(system.quote, words))
 """
 
@@ -217,4 +218,6 @@ def test_long_paths_and_quotes(tmp_path: Path, one_thread: None):
     short, long, enabled = ast.literal_eval(results)
     assert "adapter_model.safetensors" in short and short == enabled
     assert "would be too long by 1" in long and "long paths enabled in Windows" in long
-    assert words == (r'"C:\a b\\" "down_proj|up=8" a@b "@b" C:/lora=0.5 "say \"no\"" "a,b"')
+    assert words == (
+        r'"C:\a b\\" "down_proj|up=8" a@b "@b" C:/lora=0.5 "say _no_" "a,b" "_(x)_y__PATH_"'
+    )

@@ -307,7 +307,7 @@ def test_offline_without_a_copy(hub, client, connect):
         error.parts["where"] == "other/repo@v1:sub"
         and "HF_HUB_OFFLINE is set" in error.parts["problem"]
     )
-    assert '`hf download other/repo --revision v1 --include "sub/*"`' in error.parts["hint"]
+    assert "`hf download other/repo --revision v1 --include 'sub/*'`" in error.parts["hint"]
     offline.refusal(f"HubFolder(parse('{REPO}@v2'))")
     offline.refusal(f"HubFolder(parse('{REPO}@{'0' * 40}'))")
     offline.refusal(f"HubFolder(parse('{REPO}:adapter'))")

@@ -303,5 +303,5 @@ def test_one_file_offline(mixed, tmp_path):
     call = f"adapterkit.resize({file!r}, rank=2"
     assert written(mixed, "kohya-offline", call, offline) == expected and len(hub.log) == count
     error = offline.refusal("adapterkit.inspect('org/mixed:loras/another.safetensors')")
-    assert '--include "loras/another.safetensors"`' in error.parts["hint"]
+    assert "--include loras/another.safetensors`" in error.parts["hint"]
     offline.close()

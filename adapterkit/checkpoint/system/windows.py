@@ -71,7 +71,7 @@ class Windows(System):
         return os.open(path, FLAGS[mode] | BINARY, permissions)
 
     def open_unnamed(self, path: Path) -> int:
-        return os.open(path, FLAGS["write"] | BINARY | os.O_TEMPORARY, MINE)
+        return os.open(path, FLAGS["create"] | BINARY | os.O_TEMPORARY, MINE)
 
     def read_at(self, descriptor: int, buffer: memoryview, position: int) -> int:
         return self._transfer("ReadFile", descriptor, buffer, position)
@@ -164,12 +164,13 @@ class Windows(System):
         return status.total
 
     def quote(self, word: str) -> str:
-        """For cmd and PowerShell."""
+        """For cmd and PowerShell, which have no quoting in common for quotes, nor one that keeps
+        variables and substitutions from being expanded: their signs become `_`."""
         if PLAIN.fullmatch(word):
             return word
-        # a backslash before a quote takes its meaning away
-        escaped = re.sub(r'(\\*)("|$)', r"\1\1\2", word).replace('"', r"\"")
-        return f'"{escaped}"'
+        word = re.sub('[$`%"\u201c\u201d\u201e]', "_", word)
+        ending = len(word) - len(word.rstrip("\\"))  # a backslash takes its meaning from a quote
+        return f'"{word}{word[len(word) - ending :]}"'
 
     def call_soon(self, handler: Handler, seconds: float) -> None:
         signal.signal(signal.SIGBREAK, handler)

@@ -21,6 +21,7 @@ from adapterkit.checkpoint.disk import storage_errors
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import build_header
 from adapterkit.checkpoint.shards import PICKLES, TRAINER
+from adapterkit.commands import command
 from adapterkit.errors import Damaged, Problems, Refused, listed, shown
 
 # under which trainers put the weights beside the state of the optimizer, counters and the like
@@ -58,16 +59,16 @@ def rewritten_name(name: str) -> str:
 
 def unsafe(name: str, where: str) -> Refused:
     """The refusal of a pickle that the user has not allowed."""
+    code = (
+        "import torch; from safetensors.torch import save_file; "
+        f"save_file(torch.load({name!r}, weights_only=True), {rewritten_name(name)!r})"
+    )
     return Refused(
         f"{shown(name)} is a pickle: loading it may run the code in it",
         expected="a safetensors file",
         where=where,
-        hint=(
-            "where you trust it, --allow-pickle reads it with torch's loader of plain weights, or "
-            'python -c "import torch; from safetensors.torch import save_file; '
-            f"save_file(torch.load('{shown(name)}', weights_only=True), "
-            f"'{shown(rewritten_name(name))}')\" rewrites it"
-        ),
+        hint="where you trust it, --allow-pickle reads it with torch's loader of plain weights, or "
+        f"{command('python -c', code)} rewrites it",
     )
 
 

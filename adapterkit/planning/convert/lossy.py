@@ -13,6 +13,7 @@ from adapterkit.adapters.kinds.common import Kind
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.commands import command
 from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.capabilities import depends_on_base, is_fitted, is_vector, lacking
 from adapterkit.formats.files.containers import PlanReader
@@ -128,7 +129,7 @@ def _check_large(modules: Modules, rank: int, where: str) -> None:
             f"factors of parameters and stacks of experts of a rank above {rank}: {listed(stacks)}",
             expected="their own rank, or a larger one, for --rank",
             where=where,
-            hint=f"shrink them first: adapterkit resize ADAPTER --rank {rank}",
+            hint=command("adapterkit resize", "ADAPTER", rank=rank, out="DIR") + " shrinks them",
         )
 
 

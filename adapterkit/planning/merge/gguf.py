@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapterkit.checkpoint.hashes import sha256_of_file
+from adapterkit.commands import command, line
 from adapterkit.errors import AdapterkitError, Problems, Refused
 from adapterkit.formats.one_file import OneFileModel
 from adapterkit.gguf.beside.imatrix import Importance, read_imatrix
@@ -103,12 +104,11 @@ def files_beside(
             raise Refused(problem, expected=expected, where="options", hint="remove --modelfile")
         notes.append(
             "to load it: ComfyUI-GGUF's node Unet Loader (GGUF), from models/diffusion_models; "
-            f"stable-diffusion.cpp: --diffusion-model {first}, -m where it has all parts"
+            f"stable-diffusion.cpp: {line(['--diffusion-model', first])}, -m where it has all parts"
         )
         return {}
     how = f"ollama create NAME -f {MODELFILE}" if asked else "Ollama: a Modelfile (--modelfile)"
-    notes.append(
-        f"to load it: llama-cli -m {first}; {how}; LM Studio: put it into the folder of its models"
-    )
+    load = command("llama-cli -m", first)
+    notes.append(f"to load it: {load}; {how}; LM Studio: put it into the folder of its models")
     header = next(iter(base.headers.values()))
     return {MODELFILE: modelfile(header, first)} if asked else {}

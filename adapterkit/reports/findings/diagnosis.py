@@ -15,6 +15,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.strict import read_json
+from adapterkit.commands import command
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.engines.verify.row_checks import SampledRows
 from adapterkit.errors import AdapterkitError, listed, shown
@@ -140,9 +141,10 @@ def _number(config: Json, key: str) -> int | None:
 
 def _ids(tokenizer: Json) -> list[tuple[str, int]]:
     """(token, its number) of a tokenizer.json."""
-    vocabulary = (tokenizer.get("model") or {}).get("vocab")
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
     pairs = [*vocabulary.items()] if isinstance(vocabulary, dict) else []
-    added = tokenizer.get("added_tokens") or []
+    added = added if isinstance(added, list) else []
     pairs += [(t.get("content"), t.get("id")) for t in added if isinstance(t, dict)]
     return [(str(token), number) for token, number in pairs if type(number) is int]
 
@@ -151,7 +153,7 @@ def _history(folder: Folder, found: _Findings) -> None:
     counts = Counter((one.name, one.sha256) for one in merged_adapters(folder) if one.weight > 0)
     for (name, _), count in counts.items():
         if count > 1:
-            do = f"unmerge it: adapterkit merge MODEL {shown(name)}=-1 --out BACK"
+            do = f"unmerge it: {command('adapterkit merge', 'MODEL', f'{name}=-1', out='BACK')}"
             evidence = "the receipts of the model and its base"
             found.add("history", f"{shown(name)} was merged {count} times", evidence, do)
 

@@ -7,6 +7,7 @@ from adapterkit.adapters.keys import module_of_factors
 from adapterkit.adapters.peft import scan_adapter
 from adapterkit.adapters.targets import NamedBy
 from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.commands import command
 from adapterkit.errors import AdapterkitError, Problems, listed
 from adapterkit.formats.detect import Detection, detect
 from adapterkit.formats.engines import Client, ModuleRule, engines
@@ -53,9 +54,9 @@ def check_adapter(check: EngineCheck) -> Json:
     source = open_unconverted(check.adapter)
     base = None if check.base is None else base_for(check.base, source)
     detection, client = detect(source), engines()[check.program]
-    form, on = formats()[client.format], "" if base is None else " --base BASE"
-    command = f"adapterkit convert ADAPTER --to {form.name}{on} --out DIR"
-    found = _Verdicts(client, command)
+    form, on = formats()[client.format], None if base is None else "BASE"
+    convert = command("adapterkit convert", "ADAPTER", to=form.name, base=on, out="DIR")
+    found = _Verdicts(client, convert)
     options, plan, contents = ConvertOptions(to=form.name), None, Contents(form.name, (), ())
     try:
         model = named_base(base, detection, form)
@@ -64,11 +65,11 @@ def check_adapter(check: EngineCheck) -> Json:
     except AdapterkitError as error:
         found.include(getattr(error, "errors", (error,)))
     modules = contents.modules
-    kinds = {*contents.architectures, base and base.config.get("model_type")}
+    kinds = {*contents.architectures, str(base and base.config.get("model_type"))}
     rules = [rule for rule in client.rules if not rule.of or kinds & {*rule.of}]
     if not client.reads(detection.form):
         problem = f"{client.title} does not read {detection.form.title}"
-        found.add("refuses", problem, command, f"{form.title}: {form.summary}", len(modules))
+        found.add("refuses", problem, convert, f"{form.title}: {form.summary}", len(modules))
     elif plan is not None and form.layout == detection.form.layout == ADAPTER_LAYOUT:
         _compare(detection, plan, rules, found)
     _check_ranks(modules, found)
@@ -123,9 +124,10 @@ def _check_ranks(modules: Sequence[AdapterModule], found: _Verdicts) -> None:
     limit, most = found.client.rank, max((module.rank for module in modules), default=0)
     if limit.most and most > limit.most:
         large = sum(module.rank > limit.most for module in modules)
-        do = f"serve with {limit.flag} {most}, or adapterkit resize ADAPTER --rank {limit.most}"
+        resize = command("adapterkit resize", "ADAPTER", rank=limit.most, out="DIR")
+        do = f"serve with {limit.flag} {most}, or {resize}"
         problem, expected = f"rank {most}", f"at most {limit.most}, unless {limit.flag} is larger"
-        found.add("refuses", problem, f"{do} --out DIR", expected, large)
+        found.add("refuses", problem, do, expected, large)
 
 
 def _check_rules(
@@ -153,5 +155,6 @@ def _check_base(detection: Detection, base: Checkpoint, found: _Verdicts) -> Non
     """The id of another base; shapes and names were compared by the conversion."""
     said, given = detection.config.get("base_model_name_or_path"), base.folder.origin.get("repo")
     if isinstance(said, str) and isinstance(given, str) and said != given:
-        do = f"check the base, or adapterkit edit ADAPTER --base-model {given} --out DIR"
+        edit = command("adapterkit edit", "ADAPTER", base_model=given, out="DIR")
+        do = f"check the base, or {edit}"
         found.add("differs", f"the adapter says that it is for {listed([said])}", do, given)
