@@ -1,31 +1,71 @@
-"""A verb's call as data: its arguments in a file, and as a command."""
+"""A verb's call as data: its arguments in a file, and as a command.
+
+A file that holds a call may come from a stranger. So a call in a file says what is computed, and
+nothing that only the user decides: where it runs, what it replaces, where it is sent.
+"""
 
 import dataclasses
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from adapterkit.errors import shown
-from adapterkit.hub.ids import COMMIT, parse
+from adapterkit.commands import argument, line
+from adapterkit.errors import Problems, listed
+from adapterkit.hub.ids import portable_name
 from adapterkit.options import OptionRecord, StrPath, finite, flag_of, option_of
 from adapterkit.records import Json
+from adapterkit.registry import load
 from adapterkit.run_options import RUNNING
 
 # (kind of the check: source or file, path) -> its text
 Spelling = Callable[[str, StrPath], str]
-COMMAND = "(the command)"  # its place in a card
+COMMAND = "(the command)"  # stands for it in a card
+# Options that no file holds: the user gives them on the command line. The driver of a Ray cluster
+# unpickles what it is sent, so the address of a cluster is one of them.
+OF_THE_USER = (
+    "accept", "allow_pickle", "dry_run", "engine", "overwrite", "progress", "push", "ray_address",
+    "resume",
+)  # fmt: skip
+# nor does a receipt hold how the job ran, and what looked at its output
+NOT_IN_RECEIPTS = frozenset({*OF_THE_USER, *RUNNING, "verify"})
 
 
 def arguments_of(verb: OptionRecord, spell: Spelling, without: Collection[str]) -> Json:
     """The arguments that were given, as JSON has them where it can; sources with their weights."""
     arguments = {}
     for field in dataclasses.fields(verb):
-        value = getattr(verb, field.name)
+        value, option = getattr(verb, field.name), option_of(field)
         if field.name not in without and value != field.default:
-            arguments[field.name] = _spelled(option_of(field).check.kind, value, spell)
+            value = load(option.contents)(value) if option.contents else value
+            arguments[field.name] = _spelled(option.check.kind, value, spell)
     return arguments
+
+
+def check_call(
+    kind: type[OptionRecord], call: Json, without: Collection[str], where: str, hint: str
+) -> None:
+    """`Refused` for a call in a file that says more than what is computed: options of the user, and
+    files in the place of what they hold."""
+    errors, fields = Problems(where=where, hint=hint), kind.__dataclass_fields__
+    if more := sorted(name for name in call if name in without):
+        errors.add(f"it holds {listed(more)}", "what is computed: the rest is the user's to say")
+    named = [name for name in call if name in fields and option_of(fields[name]).contents]
+    for name in named:
+        texts = call[name] if isinstance(call[name], list) else [call[name]]
+        if paths := [text for text in texts if isinstance(text, str) and _may_be_path(text)]:
+            errors.add(f"{flag_of(name)} names a file: {listed(paths)}", "what the file holds")
+    errors.raise_all()
+
+
+def _may_be_path(text: str) -> bool:
+    text = re.sub(r"^\d+:", "", text)
+    if text.lstrip().startswith("{"):
+        return False
+    names = (text, text.rpartition(":")[0])
+    return re.search(r"[/\\]|\.(txt|json)\b", text) is not None or any(map(os.path.isfile, names))
 
 
 def _spelled(kind: str, value: Any, spell: Spelling) -> Any:
@@ -51,7 +91,7 @@ def _weighted(source: StrPath, weight: float | None, spell: Spelling) -> Any:
 def call_of(verb: OptionRecord) -> Json:
     """What makes an output again, without what is of one machine: of paths the last part, ids of
     the Hub without their commits, which the recipe has, and nothing of how the job ran."""
-    return arguments_of(verb, _name, {*RUNNING, "push", "verify"})
+    return arguments_of(verb, lambda _, path: portable_name(path), NOT_IN_RECEIPTS)
 
 
 def is_data(value: object) -> bool:
@@ -61,15 +101,6 @@ def is_data(value: object) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _name(kind: str, path: StrPath) -> str:
-    text = os.fspath(path)
-    hub_id = None if os.path.exists(text) else parse(text)
-    if hub_id is None:
-        return shown(os.path.basename(os.path.normpath(text)))
-    is_commit = COMMIT.fullmatch(hub_id.revision or "") is not None
-    return str(dataclasses.replace(hub_id, revision=None) if is_commit else hub_id)
 
 
 def command_of(kind: type[OptionRecord], call: Json, out: str) -> str:
@@ -90,14 +121,14 @@ def command_of(kind: type[OptionRecord], call: Json, out: str) -> str:
             repeats = option.check.several or option.check.kind == "sources"
             several = [_word(one) for one in (value if repeats else [value])]
         for word in several:
-            words += [flag, shlex.quote(word)] if flag else [shlex.quote(word)]
-    return " ".join([*words, "--out", out])
+            words += [flag, word] if flag else [argument(word)]
+    return line([*words, "--out", out], shlex.quote)
 
 
 def with_command(files: Mapping[str, Any], kind: type[OptionRecord], call: Json) -> dict[str, Any]:
     """Small files with the command in the place that they have for it."""
-    printed = "".join(filter(str.isprintable, command_of(kind, call, "OUT")))
-    text = printed.replace("`", "'").encode()  # which would end the block of code
+    # a backtick would end the block of code
+    text = command_of(kind, call, "OUT").replace("`", "_").encode()
     return {
         name: data.replace(COMMAND.encode(), text) if isinstance(data, bytes) else data
         for name, data in files.items()

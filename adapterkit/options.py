@@ -49,7 +49,8 @@ class Option:
     An option without `help` is Python's alone. `flags`: as the command spells it, where that is not
     its name; `metavar`: what its help has for the value; `needs`: an option, or OPTION=VALUE, that
     has to be given with it, or `one or other`; `excludes`: those that may not, as far as the verb
-    has them; `unless`: of sources the option that makes up for them.
+    has them; `unless`: of sources the option that makes up for them; `contents`: the function that
+    puts what files hold in the place of their paths, where the texts may name some.
     """
 
     check: Check
@@ -59,6 +60,7 @@ class Option:
     needs: str = ""
     excludes: tuple[str, ...] = ()
     unless: str = ""
+    contents: str = ""
 
 
 def option(*, default: Any = dataclasses.MISSING, check: Check, help: str = "", **more: Any) -> Any:

@@ -18,6 +18,7 @@ from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, shown
 from adapterkit.hub.ids import repositories
 from adapterkit.plan import Plan
 from adapterkit.records import (
+    COUNT,
     FINITE,
     TABLE,
     TEXT,
@@ -80,7 +81,6 @@ class Receipt:
         return load("reports.overview.page:receipt_frame")(self.data)
 
 
-COUNT = test("a count", lambda value: type(value) is int and 0 <= value < 1 << 63)
 SHA256 = test("a sha256", lambda value: re.fullmatch("[0-9a-f]{64}", value))
 # what every receipt has, and of which kind; its keys and parameters are as many as tensors
 RECEIPT_CHECK = entries(
@@ -88,7 +88,7 @@ RECEIPT_CHECK = entries(
         "adapterkit": test(str(RECEIPT_VERSION), lambda value: value == RECEIPT_VERSION),
         "fingerprint": TEXT,
         "recipe": entries({"verb": TEXT, "options": TABLE, "inputs": list_of(TABLE)}),
-        "inputs": TABLE,
+        "inputs": table_of(TEXT, table_of(TEXT, SHA256)),
         "hash": TEXT,
         "files": table_of(TEXT, entries({"size": COUNT, "sha256": optional(SHA256)})),
         "keys": table_of(TEXT, TABLE),
@@ -114,6 +114,19 @@ def input_hashes(plan: Plan) -> dict[str, dict[str, str]]:
         }
         hashes[f"{number} {folder.name}"] = {name: value for name, value in sums.items() if value}
     return hashes
+
+
+def other_inputs(plan: Plan, receipt: Json) -> list[str]:
+    """The input files of a plan whose sha256 is not that of a receipt of the same job, where it has
+    one. They are read whole."""
+    folders = {f"{number} {folder.name}": folder for number, folder in enumerate(plan.folders)}
+    sha256 = lambda folder, file: folder.hashes.get(file) or sha256_of_file(folder.path(file))
+    return [
+        f"{name.partition(' ')[2]}/{file}"
+        for name, files in receipt["inputs"].items()
+        for file, before in files.items()
+        if name not in folders or sha256(folders[name], file) != before
+    ]
 
 
 def public_recipe(recipe: dict) -> dict:

@@ -197,6 +197,7 @@ POSITIVE_INT = test(
     "a whole number above 0", lambda value: type(value) is int and 0 < value <= MOST
 )
 NON_NEGATIVE_INT = test("a whole number", lambda value: type(value) is int and 0 <= value <= MOST)
+COUNT = test("a count", lambda value: type(value) is int and 0 <= value < 1 << 63)
 TABLE = of_type("a table", dict)
 PATTERN = Check("a regular expression", _compiled)
 

@@ -4,7 +4,7 @@ for directions of their deltas. A fit writes it, or a hand, and all that takes w
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from adapterkit.checkpoint.folder import WEIGHTS, Folder, original
 from adapterkit.checkpoint.hashes import sha256_of_file
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed
+from adapterkit.hub.ids import portable_name
 from adapterkit.records import (
     FINITE,
     NAME,
@@ -136,8 +137,13 @@ def text(weights: WeightsFile) -> str:
 
 
 def in_receipt(weights: WeightsFile | None) -> Json:
-    """What a receipt's options say of a file of weights."""
-    return {} if weights is None else {"weights_file": json.loads(text(weights))}
+    """What a receipt's options say of a file of weights: names without paths, and nothing of how
+    the weights were chosen, which may be anything."""
+    if weights is None:
+        return {}
+    named = [replace(one, name=portable_name(one.name)) for one in weights.adapters]
+    base = weights.base and replace(weights.base, name=portable_name(weights.base.name))
+    return {"weights_file": json.loads(text(replace(weights, adapters=named, base=base, fit=None)))}
 
 
 def layer_of(module: str) -> str:
@@ -157,13 +163,15 @@ def digests(folder: Folder) -> dict[str, str]:
 
 
 def named_adapter(name: str, folder: Folder) -> NamedAdapter:
-    """The adapter in a folder, by the name that it was given."""
-    return NamedAdapter(name, digests(folder))
+    """The adapter in a folder, by the last component of its path or its Hub id."""
+    return NamedAdapter(portable_name(name), digests(folder))
 
 
 def _problems(table: Settings, where: str) -> list[AdapterkitError]:
     """What is wrong with the schema's version and the lengths of a table's lists, where they are
     lists; all else is refused where the record is made."""
+    if not isinstance(table, Mapping):
+        return []  # likewise
     errors, schema = Problems(where=where, hint=HINT), table.get("schema", SCHEMA)
     if isinstance(schema, int) and not 1 <= schema <= SCHEMA:
         errors.add(f"schema {schema}", f"1 to {SCHEMA}", "update adapterkit")

@@ -18,6 +18,8 @@ from adapterkit.fitting.plan import FitPlan, planned
 from adapterkit.fitting.runs import Runs
 from adapterkit.fitting.score import search_weights
 from adapterkit.fitting.staircase import Staircase
+from adapterkit.options import weighted
+from adapterkit.planning.inputs.sources import weight_of
 from adapterkit.records import Json
 from adapterkit.verbs.combine import Combine
 from adapterkit.verbs.fit import LEVELS, WeightFit
@@ -75,7 +77,8 @@ def combine_fitted(options: Combine) -> "Receipt | Plan":
     how = {name: getattr(options, name) for name in same}
     data = list(options.fit)
     fit_weights(WeightFit(options.base, options.adapters, data=data, out=weights, **how))
-    return replace(options, fit=(), adapters=[], weights=weights).run()
+    adapters = [weight_of(one)[0] if w is None else one for one, w in weighted(options.adapters)]
+    return replace(options, fit=(), adapters=adapters, weights=weights).run()
 
 
 def _job(plan: FitPlan) -> Json:
@@ -97,11 +100,11 @@ def outcome(stairs: Staircase, per: str) -> Json:
     ]
     spread = []
     owners = torch.tensor([owner[0] for owner in plan.mixture.owners])
-    for number, adapter in enumerate(plan.adapters):
+    for number, label in enumerate(plan.labels):
         own = c[owners == number]
         low, high = own.aminmax()
         values = {"mean": own.mean(), "std": own.std(correction=0), "low": low, "high": high}
-        spread.append({"adapter": adapter.name} | {k: float(v) for k, v in values.items()})
+        spread.append({"adapter": label} | {k: float(v) for k, v in values.items()})
     last = next((step for step in reversed(steps) if step["kept"]), None)
     reason = "no step lowers the loss held out by more than its standard error"
     if last is not None:
@@ -122,7 +125,7 @@ def outcome(stairs: Staircase, per: str) -> Json:
 def _alone(stairs: Staircase, kept: str) -> list[str]:
     """A note where the base, or one adapter, is as good on what is held out."""
     held, rows = stairs.held, stairs.rows
-    names = ["base", *(adapter.name for adapter in stairs.plan.adapters)]
+    names = ["base", *stairs.plan.labels]
     name = min(names, key=lambda one: held.value(rows[one]))
     value, other = held.value(rows[kept]), held.value(rows[name])
     if other - value > held.error(rows[name], rows[kept]):

@@ -96,6 +96,13 @@ class FitPlan:
     def whole(self) -> bool:
         return self.options.whole or not self.units.has_layers
 
+    @property
+    def labels(self) -> list[str]:
+        """The adapters' names, those that several have with their numbers."""
+        names = [one.name for one in self.adapters]
+        is_shared = lambda name: names.count(name) > 1
+        return [f"{n} ({i})" if is_shared(n) else n for i, n in enumerate(names, 1)]
+
     @cached_property
     def totals(self) -> Json:
         """What a dry run prints."""

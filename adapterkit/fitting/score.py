@@ -1,5 +1,6 @@
 """fit --score: one weight for each adapter by any number that a program prints of a candidate."""
 
+import hashlib
 import re
 import shlex
 import subprocess
@@ -38,6 +39,11 @@ PLACE = "{}"  # of the candidate in the command
 TAIL = 400  # characters of what a program that failed printed last
 
 
+def _digest(options: WeightFit) -> str:
+    """What files say of the command, which may hold secrets."""
+    return hashlib.sha256(str(options.score).encode()).hexdigest()
+
+
 @dataclass
 class Search:
     """Weights by CMA-ES, each candidate scored once: `scores` are those so far, in order."""
@@ -65,7 +71,7 @@ class Search:
 
     def _of(self, point: Tensor) -> float:
         compute = lambda: [torch.tensor(self.score(point.tolist())).double()]
-        (value,) = self.journal.of("score", point, compute)
+        (value,) = self.journal.of("score", point, compute, [()])
         self.scores.append((point.tolist(), float(value)))
         return float(value)
 
@@ -89,7 +95,7 @@ def search_weights(options: WeightFit) -> Json:
         if options.dry_run:
             totals = {"evaluations": options.evaluations, "weights_per_adapter": len(folders)}
             return document | {"totals": totals}
-        job = {"score": options.score, "adapters": [dict(one.files) for one in adapters]}
+        job = {"score": _digest(options), "adapters": [dict(one.files) for one in adapters]}
         job |= {"base": known.fingerprint, "start": start, "seed": options.seed}
         journal = Journal.beside(out, job | {"bounds": list(options.limits)}, options.resume)
         search = Search(candidate.score, journal, options.evaluations)
@@ -111,7 +117,7 @@ def _write(
 ) -> tuple[list[float], float]:
     """Write the best weights so far; these, and their score."""
     weights, score = search.best
-    about = {"score": options.score, "best": score, "start": search.scores[0][1]}
+    about = {"score_sha256": _digest(options), "best": score, "start": search.scores[0][1]}
     about |= {"evaluations": len(search.scores), "seed": options.seed}
     file = WeightsFile(tuple(adapters), tuple(weights), {}, "adapter", base, about)
     write_weights(file, options.out)

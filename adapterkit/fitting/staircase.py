@@ -41,13 +41,15 @@ class Staircase:
 
     def losses(self, c: Tensor, part: SamplePart) -> Tensor:
         what = f"losses {part.name} {self.plan.mixture.directions}"
-        return self.journal.of(what, c, lambda: [self.runs.losses(c, part.batches)])[0]
+        compute = lambda: [self.runs.losses(c, part.batches)]
+        return self.journal.of(what, c, compute, [(len(part.where),)])[0]
 
     def gradients(self, c: Tensor, part: SamplePart) -> tuple[Tensor, Tensor]:
         what = f"gradients {part.name} {self.plan.mixture.directions}"
         compute = lambda: list(self.runs.gradients(c, part.batches))
         self.points.add(what.encode() + c.numpy().tobytes())
-        losses, rows = self.journal.of(what, c, compute)
+        shapes = [(len(part.where),), (int(part.files.max()) + 1, len(c))]
+        losses, rows = self.journal.of(what, c, compute, shapes)
         return losses, rows
 
     def of_adapters(self, weights: Sequence[float]) -> Tensor:
@@ -67,8 +69,8 @@ class Staircase:
         if isinstance(self.runs.target, TeacherObjective):
             self._look(self.runs.target)
         self.rows["base"] = self.losses(self.of_adapters([0.0] * count), plan.held)
-        for number, adapter in enumerate(plan.adapters):
-            self.rows[adapter.name] = self.losses(self.of_adapters(one(number)), plan.held)
+        for number, label in enumerate(plan.labels):
+            self.rows[label] = self.losses(self.of_adapters(one(number)), plan.held)
         self.rows["equal"] = self.losses(self.of_adapters([1 / count] * count), plan.held)
         self.rows["start"] = self.losses(start, plan.held)
         self._check_finite()
@@ -85,7 +87,8 @@ class Staircase:
         weights = [0.0 if n in zeros else w for n, w in enumerate(self.plan.start)]
         c = self.of_adapters(weights)
         if self.plan.options.start == "stats":
-            (c,) = self.journal.of("start", c, lambda: [closed_form(self.plan, self.runs, c)])
+            compute = lambda: [closed_form(self.plan, self.runs, c)]
+            (c,) = self.journal.of("start", c, compute, [tuple(c.shape)])
         return c.clamp(*self.plan.options.limits)
 
     def _look(self, teacher: TeacherObjective) -> None:

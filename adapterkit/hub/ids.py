@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from adapterkit.errors import shown
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NAME = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 GRAMMAR = re.compile(
@@ -66,6 +68,17 @@ def parse(source: str) -> HubId | None:
         for part in path.split("/")
     )
     return HubId(repo, revision, subfolder or "") if valid_name and valid_paths else None
+
+
+def portable_name(source: str | os.PathLike) -> str:
+    """What a file says of a source: the last component of its path, or its Hub id, without a
+    commit."""
+    text = os.fspath(source)
+    hub_id = parse(text)
+    if hub_id is None or os.path.exists(text):
+        return shown(os.path.basename(os.path.normpath(text)))
+    is_commit = COMMIT.fullmatch(hub_id.revision or "") is not None
+    return str(replace(hub_id, revision=None) if is_commit else hub_id)
 
 
 def repositories(receipt: Mapping[str, Any]) -> set[str]:

@@ -5,11 +5,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.folder import Folder, LocalFolder, read_small
 from adapterkit.checkpoint.output.earlier_output import lacking
 from adapterkit.checkpoint.output.stage import RECEIPT, Stage, receipt_beside
 from adapterkit.checkpoint.reader import Identity
-from adapterkit.checkpoint.strict import read_json
+from adapterkit.checkpoint.strict import MAX_JSON, read_json
 from adapterkit.engines.hub.stage import work_folder
 from adapterkit.engines.one_file import stage_of
 from adapterkit.engines.verify.file_checks import check_files
@@ -82,7 +82,7 @@ def is_pushed(older: Older, there: Older | None) -> bool:
 
 def _with_receipt(out: Path, receipt: Path) -> Older | None:
     try:
-        data = json.loads(receipt.read_bytes())
+        data = json.loads(read_small(receipt, MAX_JSON))
     except (OSError, ValueError, RecursionError):
         return None
     is_receipt = RECEIPT_CHECK.fits(data)

@@ -3,9 +3,10 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adapterkit.checkpoint.system import system
+from adapterkit.commands import command
 from adapterkit.options import (
     FILE,
+    FLAG,
     PROGRESS,
     Progress,
     StrPath,
@@ -27,9 +28,9 @@ class Finish(Verb["Receipt"]):
     receipt.
 
     `verify` reads the output again and checks every hash, of a merge also rows of each changed
-    tensor, before it gets its name. `push` uploads it to this Hub repository, in place of an older
-    output where the plan has `overwrite`. Raises `Refused` where files are missing, with the
-    command that makes them; finished before, it says so.
+    tensor, before it gets its name. `push` uploads it to this Hub repository, with `overwrite` in
+    place of an older output. Raises `Refused` where files are missing, with the command that makes
+    them; finished before, it says so.
     """
 
     command = """Publish the output of a plan file once its files are made.
@@ -46,6 +47,9 @@ class Finish(Verb["Receipt"]):
     file: StrPath = argument(check=FILE, metavar="FILE")
     verify: bool = verify_option()
     push: str | None = push_option()
+    overwrite: bool = option(
+        default=False, check=FLAG, help="Replace an older output in that repository.", needs="push"
+    )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
     def run(self) -> "Receipt":
@@ -56,17 +60,17 @@ class Finish(Verb["Receipt"]):
         plan_file = read_plan(self.file)
         recomputes = self.verify and plan_file.verb.name == "merge"  # it reads the hashes too
         more = {"verify": True} if recomputes else {}
-        verb = replace(plan_file.verb, resume=True, progress=self.progress, **more)
-        command = f"adapterkit run {system.quote(str(self.file))}"
-        end = RankFinish(plan_file.job, command, self.verify and not recomputes)
-        repositories = verb.pushed_to, self.push
+        more |= {"progress": self.progress, "overwrite": self.overwrite}
+        verb = replace(plan_file.verb, resume=True, **more)
+        missing = command("adapterkit run", self.file)
+        end = RankFinish(plan_file.job, missing, self.verify and not recomputes)
         with again(verb):
             plan = verb.plan()
-            check_pushes(plan, verb, *repositories)
+            check_pushes(plan, verb, self.push)
             check = verb.check(plan)
             check_out(plan, verb)
             receipt = end.finish(plan, verb, check)
-        return with_verified(pushed(receipt, verb, *repositories), check)
+        return with_verified(pushed(receipt, verb, self.push), check)
 
 
 finish = function_of(Finish)

@@ -7,14 +7,15 @@ that a step is left as it is while neither it nor its inputs have changed.
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from adapterkit.commands import command
 from adapterkit.engines.execution import check_pushes, pinned_inputs, pushed
 from adapterkit.engines.planned_folder import PlannedFolder, planned_folder
-from adapterkit.errors import AdapterkitError, Interrupted, Refused, shown
+from adapterkit.errors import AdapterkitError, Interrupted, Problems, Refused, listed, shown
 from adapterkit.jobs.earlier_output import (
     Older,
     can_go_on,
@@ -74,7 +75,9 @@ def run_pipeline(
     *,
     dry_run: bool = False,
     device: str | None = None,
+    engine: str | None = None,
     overwrite: bool = False,
+    allow_push: bool = False,
     progress: Progress = lambda done: None,
     tell: Callable[[Row], object] = lambda row: None,
 ) -> Json:
@@ -84,12 +87,15 @@ def run_pipeline(
     States: done, done before, planned, refused. Nothing is carried out where a step is refused in
     planning; none after one that is refused or fails later. An output is replaced where this
     pipeline wrote it, any older output of adapterkit with `overwrite`. `device`: of steps that
-    name none. `tell` is called with each step's part of the report. Raises `Refused` for a file
-    that is no pipeline, and `Interrupted`; then the same call goes on.
+    name none; `engine`: of all. `allow_push`: steps may upload; the file alone may not say so,
+    because it may come from a stranger. `tell` is called with each step's part of the report.
+    Raises `Refused` for a file that is no pipeline, and `Interrupted`; then the same call resumes.
     """
-    path = Path(file)
-    pipeline = _Pipeline(path, device, overwrite, progress)
-    runs = pipeline.plan(read_pipeline(path))
+    path, steps = Path(file), read_pipeline(Path(file))
+    if not (allow_push or dry_run):
+        _check_local(steps, path)
+    pipeline = _Pipeline(path, device, engine, overwrite, progress)
+    runs = pipeline.plan(steps)
     stopped = dry_run or any(run.is_refused for run in runs)
     for number, run in enumerate(runs, 1):
         if not stopped and not run.is_finished:
@@ -108,10 +114,24 @@ def run_pipeline(
     return report("steps", [run.row for run in runs])
 
 
+def _check_local(steps: Sequence[PipelineStep], file: Path) -> None:
+    """`Refused` where steps send their outputs away."""
+    problems = Problems(where=shown(file.name))
+    for step in steps:
+        if step.sent_to:
+            problems.add(
+                f"step {step.number} ({step.name}) uploads its output to {listed(step.sent_to)}",
+                "steps that stay on this machine, or your word",
+                f"if you want that: {command('adapterkit run', file, allow_push=True)}",
+            )
+    problems.raise_all()
+
+
 @dataclass(frozen=True)
 class _Pipeline:
     file: Path
     device: str | None
+    engine: str | None
     overwrite: bool
     progress: Progress
 
@@ -186,6 +206,8 @@ class _Pipeline:
         arguments: dict[str, Any] = step.with_sources(value) | {"out": step.place.out}
         if self.device is not None:
             arguments = {"device": self.device} | arguments
+        if self.engine is not None:
+            arguments["engine"] = self.engine
         # an older output is looked at here
         return step.verb(**arguments, overwrite=True)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit import records
+from adapterkit.calls import OF_THE_USER
+from adapterkit.checkpoint.folder import read_small, refuse_shares
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.hub import ids
 from adapterkit.jobs.verbs import VERB
@@ -22,9 +24,8 @@ HINT = "see Pipelines in docs/scale.md"
 MAX_FILE = 1_000_000  # bytes
 STEPS = records.also(records.list_of(records.TABLE), "[[step]] tables", len)
 OUT = records.test("a path, or hf://org/name", lambda value: isinstance(value, str) and value)
-# What the pipeline decides, what no file can hold, and the cluster: the driver unpickles what it
-# answers, so its address is of the user, in RAY_ADDRESS, and not of whoever wrote the file.
-RESERVED = ("out", "accept", "dry_run", "overwrite", "progress", "ray_address", "resume")
+# A step says where its output goes; `push` counts if the user allows it (see `Run.allow_push`).
+RESERVED = ("out", *(name for name in OF_THE_USER if name != "push"))
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class PipelineStep:
         """The repository to which the output goes as well."""
         return self.arguments.get("push")
 
+    @property
+    def sent_to(self) -> list[str]:
+        """The repositories that the output goes to."""
+        return [one for one in (self.place.repository, self.push) if one]
+
     def with_sources(self, value: Callable[[StepSource], Any]) -> Json:
         """The arguments with something in the place of each source."""
 
@@ -130,16 +136,13 @@ def _entries(file: Path) -> list[Json]:
     """The tables of the file; `Refused` where it is none of a pipeline."""
     where = file.name
     try:
-        with file.open("rb") as stream:
-            data = stream.read(MAX_FILE + 1)
-        if len(data) > MAX_FILE:
-            raise ValueError(f"more than {MAX_FILE:,} bytes")
-        document = tomllib.loads(data.decode("utf-8"))
+        document = tomllib.loads(read_small(file, MAX_FILE).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # of TOML, of UTF-8, of its numbers
         why = error.strerror if isinstance(error, OSError) else f"not TOML: {error}"
         raise Refused(
             shown(why), expected="[[step]] tables", where=where, hint="check the path and the file"
         ) from error
+    refuse_shares(document, where)
     hint = "add a [[step]] with verb, inputs and out"
     return list(records.read(PipelineDocument, document, where, hint=hint).step)
 

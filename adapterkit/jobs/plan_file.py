@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapterkit import __version__, records
-from adapterkit.calls import arguments_of, is_data
+from adapterkit.calls import OF_THE_USER, arguments_of, check_call, is_data
 from adapterkit.checkpoint.disk import replace_file
+from adapterkit.checkpoint.folder import read_small
 from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
-from adapterkit.engines.execution import check_out, check_pushes
+from adapterkit.commands import command
+from adapterkit.engines.execution import check_out
 from adapterkit.engines.ranks.job_identity import Preparation, RankJob
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.hub.folder import HubFolder
@@ -28,8 +30,6 @@ from adapterkit.records import TABLE, TEXT, Json
 from adapterkit.verb import WritingVerb
 
 VERSION = 1
-# what each process is told, or decides for itself
-OF_THE_PROCESS = ("progress", "dry_run", "resume", "engine")
 AGAIN = "make the plan again"
 # what is read again; shards and totals are for people
 CONTENT = records.entries({
@@ -57,11 +57,11 @@ def write_plan(file: StrPath, verb: str, *sources: object, **options: object) ->
     """
     path = Path(checked("file", FILE, file)).absolute()
     record = checked("verb", VERB, verb)
-    arguments = _portable(record(*sources, **options))
-    call = record(**arguments)
+    given = record(*sources, **options)
+    arguments = _portable(given)
+    call = record(**arguments, overwrite=given.overwrite)
     _check_room(path, call.overwrite, Path(call.out))
     preparation, plan = Preparation(), call.plan()
-    check_pushes(plan, call, call.pushed_to)
     check_out(plan, call)
     plan = preparation.prepare(plan, call)
     assert preparation.job is not None
@@ -89,8 +89,7 @@ def read_plan(file: StrPath) -> PlanFile:
     """A plan file; `Refused` where it is none, or of another version."""
     path = Path(file).absolute()
     try:
-        with path.open("rb") as stream:
-            data = strict_json(stream.read(MAX_JSON))
+        data = strict_json(read_small(path, MAX_JSON))
         check_depth(data)
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error), "check the path") from error
@@ -110,8 +109,7 @@ def read_plan(file: StrPath) -> PlanFile:
     out = arguments.get("out")
     if not isinstance(out, str) or not os.path.isabs(out):
         raise _unreadable(path, "its output path is not absolute")
-    if theirs := [name for name in OF_THE_PROCESS if name in arguments]:
-        raise _unreadable(path, f"it holds {', '.join(theirs)}, which each process gets by itself")
+    check_call(verb, arguments, OF_THE_USER, str(path), AGAIN)
     call = records.read(verb, arguments, str(path), hint=AGAIN, name=flag_of)
     job = RankJob(data["recipe"], data["inputs"], data["hash"])
     if job.fingerprint != data["fingerprint"]:
@@ -143,7 +141,7 @@ def _check_room(path: Path, overwrite: bool, out: Path) -> None:
 def _is_plan(path: Path) -> bool:
     """Whether a file is a plan, of whatever version."""
     try:
-        data = strict_json(path.read_bytes()) if path.stat().st_size <= MAX_JSON else None
+        data = strict_json(read_small(path, MAX_JSON))
     except (OSError, ValueError):
         return False
     return isinstance(data, dict) and {"adapterkit", "verb", "fingerprint"} <= data.keys()
@@ -163,8 +161,17 @@ def _portable(verb: WritingVerb) -> Json:
             where="--out",
             hint="write into a folder, then upload it: adapterkit finish PLAN --push ORG/NAME",
         )
-    arguments = arguments_of(verb, _portable_path, OF_THE_PROCESS)
-    if lost := ", ".join(name for name, value in arguments.items() if not is_data(value)):
+    if verb.pushed_to is not None:
+        raise Refused(
+            "--push is given with --plan",
+            expected="a plan file, which does not say where its output is sent",
+            where="options",
+            hint=f"give it later: {command('adapterkit finish', 'PLAN', push=verb.pushed_to)}",
+        )
+    own = {"accept", "allow_pickle"}
+    arguments = arguments_of(verb, _portable_path, {*OF_THE_USER} - own)
+    lost = [name for name, value in arguments.items() if name in own or not is_data(value)]
+    if lost := ", ".join(lost):
         raise Refused(
             f"a plan file cannot hold {lost}",
             expected="text, numbers, lists and mappings",

@@ -14,7 +14,7 @@ from typing import Any
 
 from adapterkit import dtypes, records
 from adapterkit.adapters.record import Adapter
-from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.folder import LocalFolder, refuse_shares
 from adapterkit.errors import Problems, Refused, did_you_mean, listed, shown
 from adapterkit.formats.files.configs import read_config
 from adapterkit.options import finite
@@ -90,6 +90,7 @@ def merge_of(file: Path, **running: Any) -> Merge:
     if file.name not in folder.files():
         raise Refused("no such file", expected="a recipe", where=str(file), hint="check the path")
     table = read_config(folder, file.name)
+    refuse_shares(table, file.name)
     recipe = _Recipe(records.read(RecipeDocument, table, file.name, hint=HINT), file.name)
     return Merge(**recipe.arguments(), **running)
 
@@ -202,7 +203,8 @@ class _Recipe:
 
     def _shared(self, name: str, default: Any, which: Sequence[int | None] = (None,)) -> Any:
         """A parameter that has one value for all modules, of the type of its default."""
-        values = {self._value(name, m, n) for n in which for own in self.modules for m in own}
+        there = (self._value(name, m, n) for n in which for own in self.modules for m in own)
+        values = {repr(value) if isinstance(value, list | dict) else value for value in there}
         values = {default if value is None else value for value in values} or {default}
         fits = lambda v: isinstance(v, bool) if isinstance(default, bool) else finite(v) is not None
         if len(values) == 1 and fits(value := values.pop()):

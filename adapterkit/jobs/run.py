@@ -16,6 +16,7 @@ from adapterkit.options import (
     Progress,
     StrPath,
     argument,
+    choice,
     flag_of,
     no_progress,
     number,
@@ -23,7 +24,7 @@ from adapterkit.options import (
     record,
 )
 from adapterkit.records import Json
-from adapterkit.run_options import OUTPUT_MODEL, WAIT
+from adapterkit.run_options import ENGINES, OUTPUT_MODEL, WAIT
 from adapterkit.verb import Verb, function_of
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from adapterkit.receipt import Receipt
     from adapterkit.verbs.merge import Merge
 
-OF_PLAN_FILES, OF_PIPELINES, OF_RECIPES = ("rank", "workers", "wait"), ("overwrite",), ("out",)
+OF_PLAN_FILES, OF_RECIPES = ("rank", "workers", "wait"), ("out",)
+OF_PIPELINES = ("overwrite", "engine", "allow_push")
 
 RECIPES = (".yml", ".yaml")
 
@@ -48,8 +50,10 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
     `rank`: `I/N`, I from 0, or `auto`: as Slurm, torchrun, MPI or Kubernetes say, else 0/1.
     `device` and `workers` (threads) in place of the plan's. `wait`: seconds for files that others
     make and that this rank's need; then `Waiting`. Killed, run again the same: what is finished
-    stays. `overwrite`, of a pipeline: replace outputs that it did not write, of a recipe: an older
-    output. Raises `Refused` where the job is not that of the plan file any more; `Failed` after.
+    stays. For a pipeline, `overwrite` replaces outputs that it did not write, `engine` says where
+    its steps run, and without `allow_push` nothing is uploaded, whatever the file says; for a
+    recipe, `overwrite` replaces an older output. Raises `Refused` where the job is not that of the
+    plan file any more; `Failed` after.
     """
 
     command = """Run a plan file, a share of it, a pipeline or a recipe.
@@ -104,6 +108,12 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
         check=FLAG,
         help="Replace outputs that this pipeline did not write, or an older one of a recipe.",
     )
+    allow_push: bool = option(
+        default=False, check=FLAG, help="Let a pipeline upload outputs where it says (hf://, push)."
+    )
+    engine: str | None = option(
+        default=None, check=choice(tuple(ENGINES)), help="Where the steps of a pipeline run."
+    )
     out: StrPath | None = option(
         default=None,
         check=OUTPUT_MODEL,
@@ -127,7 +137,9 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
             return run_pipeline(
                 self.file,
                 device=self.device,
+                engine=self.engine,
                 overwrite=self.overwrite,
+                allow_push=self.allow_push,
                 dry_run=self.dry_run,
                 progress=self.progress,
             )
@@ -146,7 +158,7 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
         """The merge that a recipe describes."""
         from adapterkit.jobs.recipe import merge_of
 
-        self._refuse(OF_PLAN_FILES, "a recipe")
+        self._refuse((*OF_PLAN_FILES, "engine", "allow_push"), "a recipe")
         if self.out is None:
             raise Refused("no --out", expected="the output", where="options", hint="give --out DIR")
         running = {
@@ -161,8 +173,8 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
             options = ", ".join(given)
             raise Refused(
                 f"{options} does not apply to {what}",
-                expected="--rank, --workers and --wait with a plan file, --overwrite with a "
-                "pipeline or a recipe, --out with a recipe",
+                expected="--rank, --workers and --wait with a plan file, --engine and --allow-push "
+                "with a pipeline, --overwrite with a pipeline or a recipe, --out with a recipe",
                 where="options",
                 hint=f"remove {options}",
             )

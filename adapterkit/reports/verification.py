@@ -8,7 +8,8 @@ from adapterkit.checkpoint.folder import Folder, OneFile
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.engines.verify.file_checks import check_files
 from adapterkit.engines.verify.row_checks import check_rows
-from adapterkit.errors import WARNING, Problems, Refused, listed, shown
+from adapterkit.errors import WARNING, Damaged, Problems, Refused, listed, shown
+from adapterkit.options import flag_of
 from adapterkit.plan import Plan
 from adapterkit.planning.inputs.pipeline import Pipeline, is_pipeline, read_pipeline
 from adapterkit.planning.inputs.pipeline_adapters import split_adapters
@@ -20,7 +21,7 @@ from adapterkit.planning.inputs.sources import (
     open_weighted,
 )
 from adapterkit.receipt import AGAIN, read_receipt
-from adapterkit.records import Json
+from adapterkit.records import FINITE, TEXT, Json, entries, list_of, problems, read, table_of
 from adapterkit.verbs.verify import Verify
 
 
@@ -55,7 +56,8 @@ def verify_output(verify: Verify) -> Json:
 
 def _hint(receipt: dict, plan: Plan) -> str:
     """What to do where rows differ: the base may have held an adapter that the given one lacks."""
-    held, given = receipt.get("held", []), plan.decisions.get("held", [])
+    held, given = receipt.get("held"), plan.decisions.get("held", [])
+    held = held if isinstance(held, list) else []
     names = [str(one.get("name")) for one in held if isinstance(one, dict) and one not in given]
     notes = [note for note in plan.notes if note.startswith(WARNING)]
     if not names and notes and notes[0] not in receipt["notes"]:
@@ -65,6 +67,15 @@ def _hint(receipt: dict, plan: Plan) -> str:
     return (
         f"merged twice? The receipt says that the base held {listed(names)} already: give that base"
     )
+
+
+# what the receipt of a merge has as well
+OF_MERGE = entries({
+    "recipe": entries({
+        "options": entries({"weights": list_of(FINITE)}),
+        "inputs": list_of(entries({"files": table_of(TEXT, entries({"header": TEXT}))})),
+    })
+})  # fmt: skip
 
 
 def _plan_again(
@@ -88,6 +99,7 @@ def _plan_again(
             where="--base, --adapter",
             hint=hint,
         )
+    Problems(problems(OF_MERGE, receipt, RECEIPT, hint=AGAIN, kind=Damaged)).raise_all()
     options = dict(receipt["recipe"]["options"])
     weights = options.pop("weights")
     if len(sources) != len(weights):
@@ -109,14 +121,18 @@ def _plan_again(
         )
     table = options.pop("weights_file", None)
     chosen = None if table is None else weights_in(table, RECEIPT)
-    how = MergeOptions(**options)
+    how = read(MergeOptions, options, RECEIPT, hint=AGAIN, name=flag_of, kind=Damaged)
     if isinstance(base, Pipeline):
         plan = plan_merge_into_pipeline(base, pairs, how, chosen)
     else:
         more = {"file": file, "imatrix": given, "weights": chosen}
         plan = plan_merge(base, pairs, how, statistics, **more)
-    errors = Problems(where=RECEIPT)
-    for number, entry in enumerate(receipt["recipe"]["inputs"]):
+    errors, entered = Problems(where=RECEIPT), receipt["recipe"]["inputs"]
+    if len(entered) != len(plan.folders):
+        expected = f"{len(plan.folders)}, one for each folder"
+        errors.add(f"{len(entered)} inputs", expected, AGAIN, kind=Damaged)
+        errors.raise_all()
+    for number, entry in enumerate(entered):
         for name, recorded in entry["files"].items():
             if plan.headers.get((number, name)) != recorded["header"]:
                 role = "--base" if number == 0 else "--adapter"

@@ -144,6 +144,7 @@ class MergeOptions(ModuleFilters, MethodOptions):
         help="Factors of the weight (of the N-th adapter) on the blocks of an image model: a "
         "preset (ALL0.5, INS, MIDD, OUTD, ...), numbers separated by commas, FILE:NAME of a file "
         "of presets, or a JSON file of diffusers' or ComfyUI's settings.",
+        contents="planning.merge.block_weights:with_files",
     )
     variant: str | None = option(
         default=None,

@@ -101,14 +101,14 @@ def test_all_readers_agree(files, level: str, tmp_path: Path):
     weights = chosen(level, built(), folders)
     write_weights(weights, path)
     assert read_weights(LocalFolder(path)) == weights
-    adapterkit.combine(weights=path, base=base, out=tmp_path / "both")
-    receipt = adapterkit.merge(base, weights=path, out=tmp_path / "merged")
+    adapterkit.combine(folders, weights=path, base=base, out=tmp_path / "both")
+    receipt = adapterkit.merge(base, folders, weights=path, out=tmp_path / "merged")
     if level == "direction":
         assert receipt.data["recipe"]["options"]["weights_file"]["per"] == level
         adapterkit.verify(tmp_path / "merged", base=base, adapters=folders)
     merged = state_of(oracle.load(build, tmp_path / "merged"))
     oracle.merge(base, tmp_path / "both", out=tmp_path / "from-both")
-    handle = load(built(), weights=path)
+    handle = load(built(), folders, weights=path)
     if not isinstance(handle.model, oracle.Net):
         expected = logits(oracle.load(build, tmp_path / "merged"))
         assert float((expected - logits(built())).norm()) > 1e-2 * float(expected.norm())
@@ -157,24 +157,24 @@ def test_what_is_refused(two, tmp_path: Path):
     with pytest.raises(Refused, match="--weights and --lbw are given"):
         adapterkit.merge(base, lbw=["ALL"], **call)
     with pytest.raises(Refused, match="sets the weights too"):
-        adapterkit.combine(method="slerp", settings={"t": 0.3}, **call)
+        adapterkit.combine([plain, twin], method="slerp", settings={"t": 0.3}, **call)
     unknown = file_of([plain, twin], tmp_path / "w.json", modules={"q_prjo": (1.0, 2.0)})
     for refused in (
-        lambda: adapterkit.combine(weights=unknown, out=tmp_path / "out"),
-        lambda: adapterkit.merge(base, weights=unknown, out=tmp_path / "out"),
-        lambda: load(oracle.load(oracle.llama, base), weights=unknown),
+        lambda: adapterkit.combine([plain, twin], weights=unknown, out=tmp_path / "out"),
+        lambda: adapterkit.merge(base, [plain, twin], weights=unknown, out=tmp_path / "out"),
+        lambda: load(oracle.load(oracle.llama, base), [plain, twin], weights=unknown),
     ):
         with pytest.raises(Refused, match="weights of 1 modules that no adapter has: q_prjo"):
             refused()
     few = file_of([plain, twin], tmp_path / "w.json", modules={NAME: ((1.0,), 2.0)}, per=LEVELS[2])
     for refused in (
-        lambda: adapterkit.combine(weights=few, out=tmp_path / "out"),
-        lambda: adapterkit.merge(base, weights=few, out=tmp_path / "out"),
+        lambda: adapterkit.combine([plain, twin], weights=few, out=tmp_path / "out"),
+        lambda: adapterkit.merge(base, [plain, twin], weights=few, out=tmp_path / "out"),
     ):
         with pytest.raises(Refused, match="1 weights of directions of adapter 1\n  expected: 4"):
             refused()
     with pytest.raises(Refused, match="it has 4 directions, not 1"):
-        load(oracle.load(oracle.llama, base), weights=few)
+        load(oracle.load(oracle.llama, base), [plain, twin], weights=few)
     assert not (tmp_path / "out").exists()
 
 
@@ -183,16 +183,17 @@ def test_directions_that_are_refused(two, tmp_path: Path):
     more = {"modules": {NAME: (DIRECTIONS, DIRECTIONS)}, "per": "direction"}
     file = file_of(folders, tmp_path / "w.json", **more)
     with pytest.raises(Refused, match="weights of directions of a DoRA"):
-        adapterkit.combine(weights=file, base=base, rank=8, out=tmp_path / "out")
+        adapterkit.combine(folders, weights=file, base=base, rank=8, out=tmp_path / "out")
     with pytest.raises(Refused, match="weights of directions for values of .*q_proj"):
-        adapterkit.merge(base, weights=file, out=tmp_path / "out")
+        adapterkit.merge(base, folders, weights=file, out=tmp_path / "out")
     with pytest.raises(Refused, match="it has more than low-rank factors"):
-        load(oracle.load(oracle.llama, base), weights=file)
-    file = file_of(folders[:1] * 2, tmp_path / "w.json", **more)
+        load(oracle.load(oracle.llama, base), folders, weights=file)
+    twice = folders[:1] * 2
+    file = file_of(twice, tmp_path / "w.json", **more)
     with pytest.raises(Refused, match="a and b apart"):
-        adapterkit.combine(weights=file, space="factors", out=tmp_path / "out")
+        adapterkit.combine(twice, weights=file, space="factors", out=tmp_path / "out")
     with pytest.raises(Refused, match="two adapters of the name"):
-        load(oracle.load(oracle.llama, base), weights=file)
+        load(oracle.load(oracle.llama, base), twice, weights=file)
     handle = load(oracle.load(oracle.llama, base), folders[0], name="a", trainable=True)
     handle.load(folders[0], name="b")
     with pytest.raises(Refused, match="directions of a .*: it is trainable"):
@@ -232,9 +233,9 @@ def test_what_is_active_moves_and_stays(two, tmp_path: Path):
 def test_modules_that_are_left_out_are_known(two, tmp_path: Path):
     base, (plain, _) = two
     file = file_of([plain], tmp_path / "w.json", modules={NAME: (0.5,)})
-    adapterkit.merge(base, weights=file, exclude="layers.0", out=tmp_path / "out")
+    adapterkit.merge(base, plain, weights=file, exclude="layers.0", out=tmp_path / "out")
     zero = file_of([plain], tmp_path / "zero.json", modules={NAME: (0.0,)})
-    receipt = adapterkit.merge(base, weights=zero, out=tmp_path / "zero")
+    receipt = adapterkit.merge(base, plain, weights=zero, out=tmp_path / "zero")
     assert not any(NAME in name for name in receipt.data["parameters"])
 
 

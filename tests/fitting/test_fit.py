@@ -80,8 +80,16 @@ def test_what_is_written_is_what_is_said(tmp_path, base, adapters, data):
     out = tmp_path / "weights.json"
     document, weights = fitted(base, adapters, data, out, ridge=0.01, whole=True)
     rows = {row["row"]: row for row in document["losses"]}
-    assert list(rows) == ["base", *map(str, adapters), "equal", "start", "adapter", "layer",
-                          "module"]  # fmt: skip
+    names = [
+        "base",
+        *(one.name for one in adapters),
+        "equal",
+        "start",
+        "adapter",
+        "layer",
+        "module",
+    ]
+    assert list(rows) == names
     kept = [step for step in document["steps"] if step["kept"]]
     assert kept and document["written"]["per"] == kept[-1]["per"] == weights.per
     for before, step in zip([rows["start"], *kept], kept, strict=False):
@@ -91,7 +99,7 @@ def test_what_is_written_is_what_is_said(tmp_path, base, adapters, data):
     assert weights.base.fingerprint and all(one.files for one in weights.adapters)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     # a base of its own, it has the loss that was said
-    adapterkit.merge(base, weights=out, out=tmp_path / "merged", dtype="fp32")
+    adapterkit.merge(base, adapters, weights=out, out=tmp_path / "merged", dtype="fp32")
     again = {"ridge": 1e6, "per": "adapter", "whole": True}
     found, _ = fitted(tmp_path / "merged", adapters, data, tmp_path / "again.json", **again)
     said = rows[document["written"]["per"]]["files"]
@@ -179,7 +187,7 @@ def test_a_note_where_one_alone_is_as_good(tmp_path, base, adapters, data):
     document, _ = fitted(base, adapters, data, out, **options)
     rows = {row["row"]: row["value"] for row in document["losses"]}
     (step,) = document["steps"]
-    least = min(("base", *map(str, adapters)), key=rows.get)
+    least = min(("base", *(one.name for one in adapters)), key=rows.get)
     noted = [note for note in document["notes"] if note.startswith(f"{least} alone")]
     assert bool(noted) == (rows[least] - step["held"] <= step["error"]), (rows, step)
 
@@ -214,7 +222,7 @@ def test_options(tmp_path, base, adapters, data, options):
     if options.get("target") == "teacher":
         losses = {row["row"]: row["files"] for row in document["losses"]}
         for number, adapter in enumerate(adapters[:2]):
-            assert losses[str(adapter)][number] == pytest.approx(0, abs=1e-4)
+            assert losses[adapter.name][number] == pytest.approx(0, abs=1e-4)
             assert losses["base"][number] > 1e-3
     if document["written"]["per"] == "direction":
         assert any(isinstance(w, tuple) for own in weights.modules.values() for w in own)

@@ -89,9 +89,11 @@ def test_a_plan_file_with_nonsense(work: Path, key: str):
 
 
 @pytest.mark.parametrize("more, problem", [
-    ({"dry_run": True}, "dry_run, which each process gets"),
-    ({"resume": True, "engine": "ray"}, "resume, engine"),
-    ({"progress": "x"}, "progress"),
+    ({"dry_run": True}, "it holds dry_run"),
+    ({"resume": True, "engine": "ray"}, "it holds engine, resume"),
+    ({"progress": "x"}, "it holds progress"),
+    ({"overwrite": True}, "it holds overwrite"),
+    ({"lbw": ["../private.json"]}, "--lbw names a file"),
     ({"out": "hf://org/name"}, "not absolute"),
     ({"out": "../out"}, "not absolute"),
     ({"out": None}, "not absolute"),
@@ -99,10 +101,8 @@ def test_a_plan_file_with_nonsense(work: Path, key: str):
     ({"base": "a\0b"}, "--base"),
     ({"device": "card"}, "--device"),
     ({"memory": "1e400GB"}, "--memory"),
-    ({"ray_address": "somewhere:1"}, "--ray-address"),
-    ({"push": "../x"}, "--push"),
-    ({"push": "org/x@main"}, "--push"),
-    ({"push": ["org/x"]}, "--push"),
+    ({"ray_address": "somewhere:1"}, "it holds ray_address"),
+    ({"push": "org/x"}, "it holds push"),
     ({"adapters": [[["x"]]]}, "--adapters"),
     ({"adapters": {"adapter": "x"}}, "--adapters"),
 ])  # fmt: skip
@@ -241,12 +241,26 @@ def test_a_pipeline_of_what_is_no_writing_verb(work: Path, verb: str):
 
 @pytest.mark.parametrize("option", [
     'accept = "x"', "dry_run = true", "overwrite = true", 'progress = "x"', "resume = true",
-    'ray_address = "somewhere:6379"', 'token = "x"',
+    'ray_address = "somewhere:6379"', 'engine = "ray"', 'token = "x"',
 ])  # fmt: skip
 def test_options_that_no_pipeline_has(work: Path, option: str):
     """The address of a cluster is one: the driver unpickles what it answers."""
-    Path("steps.toml").write_text(f'{STEP}options = {{ engine = "ray", {option} }}')
+    Path("steps.toml").write_text(f"{STEP}options = {{ {option} }}")
     refused(lambda: run_pipeline(Path("steps.toml")), "is unknown")
+
+
+@pytest.mark.parametrize("more", [
+    'options = { push = "evil/stolen" }', '[[step]]\nverb = "merge"\n'
+    'inputs = ["base", "adapter"]\nout = "hf://evil/stolen"',
+])  # fmt: skip
+def test_a_pipeline_sends_nothing_unless_the_user_says_so(work: Path, more: str, monkeypatch):
+    """The refusal comes before the first step; a dry run shows where it would go."""
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    Path("steps.toml").write_text(STEP + more)
+    for call in (lambda: run_pipeline("steps.toml"), lambda: adapterkit.run("steps.toml")):
+        refused(call, "uploads its output to evil/stolen")
+    refused(lambda: adapterkit.run("steps.toml"), "adapterkit run steps.toml --allow-push")
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("change", [

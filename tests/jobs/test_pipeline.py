@@ -131,7 +131,7 @@ def test_steps_with_files_of_weights(write, tmp_path: Path):
     the weights change."""
 
     def weigh(name: str, *weights: float, adapters: tuple[Path, ...]) -> None:
-        table = {"adapters": [str(one) for one in adapters], "default": weights}
+        table = {"adapters": [one.name for one in adapters], "default": weights}
         (tmp_path / name).write_text(json.dumps(table))
 
     law, medicine, english = (tmp_path / name for name in ("law", "medicine", "english"))

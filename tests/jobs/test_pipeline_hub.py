@@ -62,6 +62,7 @@ def test_steps_on_the_hub(place: tuple[Hub, Client], tmp_path: Path):
     file.write_text(STEPS)
 
     def rows(**options: Any) -> list[dict[str, Any]]:
+        options = {"allow_push": True} | options
         return client(RUN.format(str(file), options))["steps"]
 
     def states(**options: Any) -> list[str]:
@@ -92,6 +93,7 @@ def test_statistics_on_the_hub(place: tuple[Hub, Client], tmp_path: Path):
     file.write_text(STATISTICS)
 
     def states(**options: Any) -> list[str]:
+        options = {"allow_push": True} | options
         return [row["state"] for row in client(RUN.format(str(file), options))["steps"]]
 
     assert states(dry_run=True) == ["planned"] * 2 and "org/seen" not in hub.repos
@@ -116,7 +118,7 @@ def outputs(folder: Path, system: str) -> dict[str, bytes]:
         hub.commit("org/other", adapter_files(seed=2))
         environment = os.environ | hub.environment(folder / "home") | {"HF_TOKEN": TOKEN}
         for words in (
-            ["run", "steps.toml"],
+            ["run", "steps.toml", "--allow-push"],
             ["merge", "org/base", "org/adapter", "--out", "local", "--push", "org/pushed"],
         ):
             done = command(*words, env=environment, cwd=folder, system=system)

@@ -397,8 +397,8 @@ def test_a_file_of_weights(llamas, tmp_path: Path) -> None:
     }
     (tmp_path / "weights.json").write_text(json.dumps(table))
     how = {"weights": tmp_path / "weights.json", "method": "ties", "density": 0.5}
-    adapterkit.merge(base, out=tmp_path / "out", verify=True, **how)
-    adapterkit.combine(out=tmp_path / "both", rank=4096, **how)
+    adapterkit.merge(base, adapters, out=tmp_path / "out", verify=True, **how)
+    adapterkit.combine(adapters, out=tmp_path / "both", rank=4096, **how)
     adapterkit.merge(base, [tmp_path / "both"], out=tmp_path / "right")
     ours, right = stored(tmp_path / "out"), stored(tmp_path / "right")
     for key, value in right.items():

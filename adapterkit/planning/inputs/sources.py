@@ -3,14 +3,23 @@
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeGuard, TypeVar, cast
 
 from adapterkit.adapters.config import IMPLICIT
 from adapterkit.adapters.keys import CONFIG, INITIAL, WEIGHTS
-from adapterkit.checkpoint.folder import Folder, LocalFolder, OneFile, WithSubfolders
+from adapterkit.checkpoint.folder import (
+    Folder,
+    LocalFolder,
+    OneFile,
+    WithSubfolders,
+    is_plain_path,
+    leads_inside,
+)
 from adapterkit.checkpoint.shards import NOT_A_MODEL, SINGLE
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.strict import read_json
+from adapterkit.commands import command
 from adapterkit.engines.planned_folder import PlannedFolder
 from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, shown
 from adapterkit.hub.ids import is_on_hub, parse
@@ -56,6 +65,15 @@ def open_source(text: StrPath) -> Folder:
         raise
 
 
+def named_in_file(name: object, folder: Path | None) -> str | None:
+    """The source that a file names, which may come from a stranger: what has that name in `folder`,
+    or an id of the Hub. None for all else, also for links that lead elsewhere."""
+    text = name if isinstance(name, str) else ""
+    if folder is not None and is_plain_path(text) and "/" not in text and (folder / text).exists():
+        return str(folder / text) if leads_inside(folder / text, folder) else None
+    return text if parse(text) is not None and not os.path.lexists(text) else None
+
+
 def if_given(opener: Callable[[StrPath], T], text: StrPath | None) -> T | None:
     """What is opened for an option; None where it is not given."""
     return None if text is None else opener(text)
@@ -72,7 +90,7 @@ def open_statistics(text: StrPath) -> Folder:
         "these are no statistics",
         expected="a .safetensors file of statistics",
         where=folder.label,
-        hint=f"make one: adapterkit stats BASE --data {shown(text)} --out STATS.safetensors",
+        hint="make one: " + command("adapterkit stats", "BASE", data=text, out="STATS.safetensors"),
     )
 
 
@@ -176,9 +194,8 @@ def initial_of(adapter: Folder) -> Folder | None:
     if not isinstance(init, str) or not init.lower().startswith(IMPLICIT):
         return None
     if isinstance(adapter, LocalFolder):
-        path = adapter.root / INITIAL
-        if path.is_dir():
-            return LocalFolder(path)
+        if (adapter.root / INITIAL).is_dir():
+            return adapter.subfolder(INITIAL)
     elif f"{INITIAL}/{CONFIG}" in adapter.files():
         return cast(WithSubfolders, adapter).subfolder(INITIAL)
     raise Refused(

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from adapterkit.adapters.weights_file import NamedAdapter, WeightsFile, digests, read_weights
 from adapterkit.checkpoint.fingerprint import difference
@@ -9,6 +10,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import WARNING, Problems, Refused, listed, shown
 from adapterkit.options import Sources, StrPath, weighted
 from adapterkit.planning.inputs.sources import (
+    named_in_file,
     open_adapter,
     open_source,
     open_unconverted,
@@ -59,9 +61,8 @@ def weighted_sources(
 def sources_of(
     adapters: Sources, weights: StrPath, file: WeightsFile, errors: Problems
 ) -> list[StrPath]:
-    """The sources of a file's adapters, those that it names where none are given, from the working
-    directory or else from its own; `Refused` with these errors for others, and for weights beside
-    them."""
+    """The sources of a file's adapters: those that it names if none are given. `Refused` with these
+    errors for others, and for adapters with weights of their own."""
     pairs = [
         weight_of(source) if weight is None else (source, weight)
         for source, weight in weighted(adapters)
@@ -75,7 +76,15 @@ def sources_of(
             where="options",
         )
     sources: list[StrPath] = [source for source, _ in pairs]
-    sources = sources or [_place(one.name, weights) for one in file.adapters]
+    if not sources:
+        folder = Path(weights).parent if os.path.exists(weights) else None
+        found = {one.name: named_in_file(one.name, folder) for one in file.adapters}
+        if lacking := [name for name, source in found.items() if source is None]:
+            problem = f"{listed(lacking)}: not next to the file of weights"
+            hint = "name the adapters of the weights in their order"
+            errors.add(problem, "adapters next to it, by name, or ids of the Hub", hint)
+        errors.raise_all()
+        sources = [found[one.name] or "" for one in file.adapters]
     if len(sources) != len(file.adapters):
         errors.add(
             f"{len(sources)} adapters, and weights of {len(file.adapters)}",
@@ -84,11 +93,6 @@ def sources_of(
         )
     errors.raise_all()
     return sources
-
-
-def _place(name: str, weights: StrPath) -> str:
-    beside = os.path.join(os.path.dirname(os.fspath(weights)), name)
-    return beside if not os.path.exists(name) and os.path.exists(beside) else name
 
 
 def check_same(named: NamedAdapter, adapter: Folder, where: str) -> None:
