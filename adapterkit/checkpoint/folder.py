@@ -3,6 +3,8 @@
 The remote one is `hub/folder.py`.
 """
 
+import errno
+import json
 import os
 import re
 import shutil
@@ -16,6 +18,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+from adapterkit.checkpoint.system import system
 from adapterkit.errors import (
     AdapterkitError,
     Damaged,
@@ -139,7 +142,7 @@ class LocalFolder:
 
     def subfolder(self, name: str) -> "LocalFolder":
         """A folder inside this one."""
-        return LocalFolder(self.root / name)
+        return LocalFolder(self._inside(self.root / name))
 
     def without(self, names: Collection[str]) -> "LocalFolder":
         """It as if these files were not there."""
@@ -181,16 +184,17 @@ class LocalFolder:
                 where=str(path),
                 hint="give a folder of ordinary files",
             )
-        if path.is_symlink() and not _leads_inside(path, self.root):
-            raise Refused(
-                f"this is a link to {shown(os.readlink(path))}",
-                expected=(
-                    "a file of this folder, or the link of a Hub cache into its own blobs folder"
-                ),
-                where=str(path),
-                hint="copy the file into the folder",
-            )
-        return path
+        return self._inside(path)
+
+    def _inside(self, path: Path) -> Path:
+        if leads_inside(path, self.root):
+            return path
+        raise Refused(
+            f"this is a link to {shown(path.resolve())}",
+            expected="a file or folder inside, or a link that the configured Hub cache made",
+            where=str(path),
+            hint="copy what it leads to into the folder; of another Hub cache: set HF_HUB_CACHE",
+        )
 
     def _stored(self, name: str) -> str:
         return name
@@ -225,6 +229,17 @@ class RenamedFile(LocalFolder):
 
     def _stored(self, name: str) -> str:
         return str(self.single) if name == self.weights else name
+
+
+def read_small(path: str | os.PathLike, most: int) -> bytes:
+    """An ordinary file as a whole; `ValueError` for more bytes than `most`, OSError for a pipe."""
+    with open(system.open(Path(path), "read"), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"more than {most:,} bytes")
+    return data
 
 
 @contextmanager
@@ -265,7 +280,25 @@ def is_plain_path(name: str) -> bool:
     # an absolute path has an empty first part
     upwards = any(part in ("", ".", "..") for part in name.split("/"))
     elsewhere = "\\" in name or name[1:2] == ":"
-    return not (upwards or elsewhere) and name.isprintable() and len(name) <= 1000
+    if upwards or elsewhere or not name.isprintable() or len(name) > 1000:
+        return False
+    return all(len(part.encode()) <= 255 for part in name.split("/"))  # what systems can hold
+
+
+SHARE = re.compile(r'"(\d+:|[^"]*\+)?(/|\\\\)(/|\\\\|\?\?)[^"]*')  # in JSON
+
+
+def refuse_shares(document: object, where: str) -> None:
+    """`Refused` for a path on another machine in a file: on Windows a look at `//host/share`
+    connects to that host, and signs in there."""
+    problem, hint = "", "copy it here first"
+    try:
+        if found := SHARE.search(json.dumps(document, default=str)):
+            problem = f"a path on another machine: {shown(found[0][1:])}"
+    except (ValueError, RecursionError):
+        problem, hint = "nested too deeply, or a number of too many digits", "simplify the file"
+    if problem:
+        raise Refused(problem, expected="paths on this machine", where=where, hint=hint)
 
 
 RESERVED = re.compile(
@@ -300,15 +333,22 @@ def unportable(name: str) -> str:
     return ""
 
 
-def _leads_inside(link: Path, root: Path) -> bool:
-    target = link.resolve()
-    if target.is_relative_to(root.resolve()):
+def leads_inside(path: Path, root: Path) -> bool:
+    """Whether a path below a folder stays in it, through all links on its way.
+
+    The Hub cache's files are links to blobs of their repository, which may be links too. Only the
+    cache that is configured counts: a stranger's folder may have the same layout.
+    """
+    target, home = path.resolve(), root.resolve()
+    if target.is_relative_to(home):
         return True
-    # the Hub cache: <repo>/snapshots/<commit>/<file> -> <repo>/blobs/<hash>, which may itself be a
-    # link of the cache
-    snapshots = next((p for p in link.parent.resolve().parents if p.name == "snapshots"), None)
-    blob = Path(os.path.normpath(link.parent.resolve() / os.readlink(link)))
-    return snapshots is not None and blob.parent == snapshots.parent / "blobs" and target.is_file()
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
+    if not (home.is_relative_to(cache) and home != cache and path.is_symlink()):
+        return False
+    link = Path(os.path.normpath(path.parent.resolve() / os.readlink(path)))
+    return link.parent == cache / home.relative_to(cache).parts[0] / "blobs" and target.is_file()
 
 
 def temporary_folder(owner: object) -> Path:

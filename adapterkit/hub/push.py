@@ -40,7 +40,7 @@ def check_push(
 def send(output: Path, repo: str, *, overwrite: bool = False) -> Json:
     """`push` of an output that is finished: its errors say how to go on."""
     try:
-        return push(output, repo, overwrite=overwrite)
+        return push(output, repo, overwrite=overwrite, of_receipt=True)
     except AdapterkitError as error:
         error.hint += "; the output is finished: the same command sends what is missing"
         raise
@@ -51,13 +51,16 @@ def push(
     repo: str,
     *,
     overwrite: bool = False,
+    of_receipt: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Json:
     """Upload a folder, or a file with its receipt, as one commit to a model repository. One that is
     created is private where one of those is that the output was made of, as its receipt says.
 
-    `overwrite` replaces an older output of adapterkit. Returns the receipt's `pushed`: repo,
-    revision, url, notes. `progress(done, total)` counts bytes. Raises `Refused` for a folder, a
+    `overwrite` replaces an older output of adapterkit. `of_receipt`: only files that the receipt
+    lists, as others may lie there by now. A link that leaves the folder is refused. Returns the
+    receipt's `pushed`: repo, revision, url, notes. `progress(done, total)` counts bytes. Raises
+    `Refused` for a folder, a
     name or an account that will not do, or for a repository with other files of these names, and
     `Failed` when the upload broke or the repository changed meanwhile: nothing is committed then,
     and a second run uploads only what is missing.
@@ -66,9 +69,11 @@ def push(
     folder, receipt_name = Path(output), RECEIPT
     if folder.is_file():
         folder, receipt_name = folder.parent, receipt_beside(folder.name)
-    sizes = _finished_files(Path(output), receipt_name)
-    files = [LocalFile(name, Path(folder, name), size) for name, size in sizes.items()]
-    receipt = read_json(LocalFolder(folder), receipt_name) if receipt_name in sizes else {}
+    sizes, local = _finished_files(Path(output), receipt_name), LocalFolder(folder)
+    receipt = read_json(local, receipt_name) if receipt_name in sizes else {}
+    if of_receipt and isinstance(listed := receipt.get("files"), dict):
+        sizes = {name: sizes[name] for name in sizes if name in listed or name == receipt_name}
+    files = [LocalFile(name, local.path(name), size) for name, size in sizes.items()]
     destination = Destination(target, sorted(repositories(receipt)), receipt_name=receipt_name)
     done, total, sent = 0, sum(sizes.values()), list[Uploaded]()
     is_there = lambda name, entry: _is_there(Path(folder, name), entry)

@@ -3,18 +3,19 @@ no file."""
 
 import json
 import os
-import shutil
 import stat
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
 
+import adapterkit
 from adapterkit import merge
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Refused
 from tests.support.raw_files import (
+    AdapterFiles,
     MemoryFolder,
     Stored,
     base,
@@ -324,23 +325,70 @@ def test_a_secret_linked_into_the_base_does_not_reach_the_output(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_hub_cache_is_read(tmp_path):
-    blobs, snapshot = (
-        tmp_path / "models--a--b" / "blobs",
-        tmp_path / "models--a--b" / "snapshots" / ("0" * 40),
-    )
+def cached(cache: Path, repo: str = "models--a--b") -> Path:
+    """A snapshot as the Hub's client lays it out: each file a link to a blob."""
+    blobs, snapshot = cache / repo / "blobs", cache / repo / "snapshots" / ("0" * 40)
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for i, (name, data) in enumerate(base().content.items()):
         (blobs / f"hash{i}").write_bytes(data)
         (snapshot / name).symlink_to(f"../../blobs/hash{i}")
+    return snapshot
+
+
+def test_the_hub_cache_is_read(tmp_path, monkeypatch):
+    """Its files are links to blobs of the same repository, which may be links too."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = cached(tmp_path / "hub")
+    blob = tmp_path / "hub" / "models--a--b" / "blobs" / "hash0"
+    blob.rename(tmp_path / "moved")
+    blob.symlink_to(tmp_path / "moved")
     assert set(open_checkpoint(LocalFolder(snapshot)).tensors) == set(base_tensors())
-    other = tmp_path / "models--c--d" / "blobs"
-    other.mkdir(parents=True)
-    shutil.copy(blobs / "hash0", other / "hash0")
+    other = cached(tmp_path / "hub", "models--c--d").parents[1] / "blobs"
     (snapshot / "model.safetensors").unlink()
-    (snapshot / "model.safetensors").symlink_to("../../../models--c--d/blobs/hash0")
+    (snapshot / "model.safetensors").symlink_to(f"../../../{other.parent.name}/blobs/hash0")
     assert "a link to" in refusal(LocalFolder(snapshot))
+
+
+@pytest.mark.parametrize("folder", ["gift", "hub/models--e--f/snapshots/x/gift"])
+def test_a_folder_with_the_layout_of_the_hub_cache_is_none(folder, tmp_path, monkeypatch):
+    """A stranger's folder may look so, and its blobs may lead to the user's files."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "id_rsa").write_text("secret")
+    snapshot = cached(tmp_path / folder)
+    (snapshot.parents[1] / "blobs" / "notes").symlink_to(tmp_path / "id_rsa")
+    (snapshot / "notes.txt").symlink_to("../../blobs/notes")
+    adapter = plain().folder().write(tmp_path / "adapter")
+    calls = [
+        lambda: merge(snapshot, [adapter], out=tmp_path / "out"),
+        lambda: adapterkit.edit(snapshot, title="x", out=tmp_path / "out"),
+        lambda: adapterkit.quantize(snapshot, to="int8", out=tmp_path / "out"),
+    ]
+    for call in calls:
+        with pytest.raises(AdapterkitError):
+            call()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(Refused, match=r"a link to .*\n.*\n.*HF_HUB_CACHE"):
+        LocalFolder(snapshot).read("notes.txt", 0, 6)
+
+
+def test_links_of_folders_lead_nowhere_else(tmp_path):
+    """Of the initial factors beside an adapter, of a part, of a folder on a file's way."""
+    private = plain().folder().write(tmp_path / "private")
+    config = plain().config | {"init_lora_weights": "implicit_pissa"}
+    adapter = AdapterFiles(config, plain().tensors).folder().write(tmp_path / "adapter")
+    on = base().write(tmp_path / "base")
+    for folder, name in ((adapter, "initial"), (on, "deep")):
+        (folder / name).symlink_to(private)
+    with pytest.raises(Refused, match="a link to"):
+        merge(on, [adapter], out=tmp_path / "out")
+    for call in (
+        lambda: LocalFolder(on).subfolder("deep"),
+        lambda: LocalFolder(on).read("deep/adapter_config.json", 0, 2),
+        lambda: LocalFolder(on).path("deep/adapter_config.json"),
+    ):
+        with pytest.raises(Refused, match="a link to"):
+            call()
 
 
 def make_fifo(path: Path) -> None:

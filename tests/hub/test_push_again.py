@@ -111,16 +111,39 @@ def test_finish_sends_what_its_broken_push_left(place):
     assert client(finish) == ["all files were there before: nothing was sent"]
 
 
-def test_a_plan_with_a_push_is_pushed_once(place):
+def test_finish_replaces_an_older_output_only_with_overwrite(place):
+    """Also of a plan that replaces the folder: where an output is sent, and what it replaces there,
+    is in no file."""
     hub, client, root = place
-    more = f"out='out', push={OUT!r}"
-    client(f"adapterkit.write_plan('p.json', 'merge', 'base', ['adapter'], {more}).verb")
-    assert hub.asked("GET", "whoami-v2")  # who may not push is refused here
-    hub.log.clear()
+    client(f"adapterkit.merge('base', ['adapter=2'], out='out', push={OUT!r}).data['pushed']")
+    plan = "adapterkit.write_plan('p.json', 'merge', 'base', ['adapter'], out='out'{}).verb"
+    error = client.refusal(plan.format(f", push={OUT!r}"))
+    assert f"adapterkit finish PLAN --push {OUT}" in error.text
+    client(plan.format(", overwrite=True"))
     client("adapterkit.run('p.json').made")
-    assert not hub.log
-    assert client(f"adapterkit.finish('p.json', push={OUT!r}).data['pushed']['notes']") == []
-    assert pushed(hub, root / "out")
+    finish = f"adapterkit.finish('p.json', push={OUT!r}{{}}).data['pushed']['notes']"
+    assert "an older output is there" in client.refusal(finish.format("")).text
+    assert client(finish.format(", overwrite=True")) == [] and pushed(hub, root / "out")
+
+
+def test_what_others_put_into_a_finished_output_is_not_sent(place):
+    """A link to a private file, a file that no receipt lists; a link in place of a file of the
+    receipt is refused."""
+    hub, client, root = place
+    (root / "secret").write_text("TOPSECRET")
+    client("adapterkit.merge('base', ['adapter'], out='out').finished_before")
+    (root / "out" / "notes.txt").symlink_to("../secret")
+    (root / "out" / "more.txt").write_text("more")
+    client(merge(", resume=True"))
+    assert not {"notes.txt", "more.txt"} & hub.files(OUT).keys()
+    error = client.refusal("__import__('adapterkit.hub.push').hub.push.push('out', 'org/direct')")
+    assert "a link to" in error.text and "org/direct" not in hub.repos
+    card = root / "out" / "README.md"
+    data = card.read_bytes()
+    card.unlink()
+    (root / "card").write_bytes(data)
+    card.symlink_to("../card")
+    assert "a link to" in client.refusal(merge(", resume=True")).text
 
 
 def test_a_step_is_done_when_its_push_was(place):
@@ -129,6 +152,7 @@ def test_a_step_is_done_when_its_push_was(place):
     run = "__import__('adapterkit.jobs.pipeline', fromlist=['']).run_pipeline('steps.toml'{})"
 
     def row(more: str = "") -> dict:
+        more = f", allow_push=True{more}"
         return client(run.format(more))["steps"][0]
 
     hub.faults = BROKEN

@@ -112,8 +112,9 @@ def test_shards_of_a_size_have_the_names_that_diffusers_reads(saved, tmp_path):
     assert all(value.equal(merged[key]) for key, value in unet.state_dict().items())
 
 
-def test_a_pipeline_in_the_cache_of_the_hub(saved, tmp_path):
+def test_a_pipeline_in_the_cache_of_the_hub(saved, tmp_path, monkeypatch):
     """Its files are links to blobs beside it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     base, snapshot = saved("sd15"), tmp_path / "models--org--sd15" / "snapshots" / "0"
     blobs = tmp_path / "models--org--sd15" / "blobs"
     blobs.mkdir(parents=True)

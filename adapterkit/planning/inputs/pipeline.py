@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
 
-from adapterkit.checkpoint.folder import Folder, LocalFolder, WithSubfolders
+from adapterkit.checkpoint.folder import Folder, LocalFolder, WithSubfolders, inside
 from adapterkit.checkpoint.shards import pickles, weight_files
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
@@ -128,7 +128,7 @@ def read_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
             part = PipelinePart(name, folder, variant or "")
             if weight_files(part.folder) or pickles(part.folder):
                 parts[name] = part
-        elif isinstance(folder, LocalFolder) and (folder.root / name).is_symlink():
+        elif isinstance(folder, LocalFolder) and (folder.root / inside(name, INDEX)).is_symlink():
             hint = "copy the pipeline with what its links lead to: cp -rL PIPELINE COPY"
             errors.add(f"{shown(name)} is a link", "folders of the pipeline itself", hint)
         else:

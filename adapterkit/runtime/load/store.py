@@ -1,20 +1,17 @@
 """Adapters of a folder, loaded when they are asked for; the least recently used ones go."""
 
-import re
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from adapterkit.adapters.keys import CONFIG
+from adapterkit.checkpoint.folder import is_plain_path
 from adapterkit.errors import Refused, did_you_mean, shown
 from adapterkit.options import StrPath
 from adapterkit.runtime.load import reading
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.state import State
-
-# A name is a subfolder's path, as in org/name; no part of it leads out of the folder.
-NAME = re.compile(r"(?!\.{1,2}(/|$))[^/\\\0]+(/(?!\.{1,2}(/|$))[^/\\\0]+)*")
 
 
 class Store:
@@ -49,14 +46,14 @@ class Store:
 
     def path(self, name: str) -> Path | None:
         """The folder of an adapter; None where there is none."""
-        if not isinstance(name, str) or not NAME.fullmatch(name):
+        if not isinstance(name, str) or not is_plain_path(name):
             return None
         cached = self.folder / f"models--{name.replace('/', '--')}"
         snapshots = [self.folder / name]
         if cached.is_dir():
             main = cached / "refs" / "main"
-            revisions = [main.read_text(encoding="utf-8").strip()] if main.is_file() else []
-            snapshots += [cached / "snapshots" / revision for revision in revisions]
+            revision = main.read_text("utf-8", "replace").strip() if main.is_file() else ""
+            snapshots += [cached / "snapshots" / revision] if is_plain_path(revision) else []
             snapshots += sorted(cached.glob("snapshots/*"))
         return next((path for path in snapshots if (path / CONFIG).is_file()), None)
 
