@@ -13,7 +13,11 @@ from adapterkit.checkpoint.header import FIRST_READ
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.engines.planned_folder import PlannedFolder, planned_folder
+from adapterkit.errors import Refused
 from adapterkit.records import Json
+
+# what a conversion for a merge makes of deltas that are no plain factors
+ADDED_DELTAS = "added_deltas.safetensors"
 
 if TYPE_CHECKING:
     from adapterkit.plan import Plan
@@ -103,6 +107,21 @@ class MadeAdapter(ConvertedFolder):
         folder = super()._convert(place)
         self.metrics = read_json(folder, RECEIPT)["parameters"]
         return folder
+
+
+def check_added_deltas(folder: Folder) -> None:
+    """`Refused` for a folder that has the file and did not make it: it would change modules that no
+    other reader of the adapter sees."""
+    is_made = isinstance(folder, ConvertedFolder) and ADDED_DELTAS in (
+        s.file for s in folder.plan.shards
+    )
+    if ADDED_DELTAS in folder.files() and not is_made:
+        raise Refused(
+            f"{ADDED_DELTAS} is a file that adapterkit alone makes, and never keeps",
+            expected="an adapter without it",
+            where=folder.label,
+            hint="do not trust this adapter; without the file it does what other programs show",
+        )
 
 
 def conversion_notes(folders: Iterable[Folder]) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec, read_header
+from adapterkit.engines.converted_folder import ADDED_DELTAS, check_added_deltas
 from adapterkit.formats.capabilities import depends_on_base
 from adapterkit.formats.modules.deltas import ModuleDelta
 from adapterkit.formats.modules.parts import matrix_shape
@@ -16,7 +17,6 @@ from adapterkit.formats.modules.tensors import from_spec
 from adapterkit.formats.write import WrittenTensor
 from adapterkit.weights.parameters import Parameter, StoredParameter
 
-FILE = "added_deltas.safetensors"
 MODULES = "modules"  # in its metadata: JSON
 
 
@@ -82,9 +82,10 @@ def written(deltas: Sequence[AddedDelta]) -> tuple[list[WrittenTensor], dict[str
 
 def added_deltas(folder: Folder, number: int) -> Iterator[AddedDelta]:
     """Those of an adapter that has the file, the job's input of this number."""
-    if FILE not in folder.files():
+    check_added_deltas(folder)
+    if ADDED_DELTAS not in folder.files():
         return
-    header = read_header(folder, FILE, number)
+    header = read_header(folder, ADDED_DELTAS, number)
     parts: dict[str, dict] = {}
     for spec in header.tensors:
         place, _, role = spec.key.partition(".")

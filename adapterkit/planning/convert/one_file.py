@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.engines.converted_folder import ADDED_DELTAS
 from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.capabilities import FIT_ON_BASE, depends_on_base
 from adapterkit.formats.detect import Detection
@@ -20,7 +21,7 @@ from adapterkit.formats.read import OTHER_BASE
 from adapterkit.formats.schema import MODEL
 from adapterkit.formats.write import in_names_of
 from adapterkit.plan import OutputFile, Plan
-from adapterkit.planning.adapters.added_deltas import FILE, AddedDelta, written
+from adapterkit.planning.adapters.added_deltas import AddedDelta, written
 from adapterkit.planning.convert.plan import plan_written, tasks_of
 from adapterkit.planning.convert.source import read_contents
 from adapterkit.verbs.convert import ConvertOptions
@@ -67,7 +68,9 @@ def _plan(
     more = []
     if added:
         tensors, metadata = written(added)
-        more.append(OutputFile.computed(FILE, tasks_of(tensors), metadata, safetensors_order=True))
+        more.append(
+            OutputFile.computed(ADDED_DELTAS, tasks_of(tensors), metadata, safetensors_order=True)
+        )
     layout = write_layout(contents, format_named(LAYOUT), rebuilt=True, values=True)
     return plan_written(source, contents, layout, options, more=tuple(more))
 

@@ -12,8 +12,9 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import read_header
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.strict import read_json
+from adapterkit.commands import command
 from adapterkit.dtypes import FLOATS
-from adapterkit.engines.converted_folder import ConvertedFolder
+from adapterkit.engines.converted_folder import ADDED_DELTAS, ConvertedFolder, check_added_deltas
 from adapterkit.errors import AdapterkitError, Refused
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def in_adapter_layout(
     cannot hold. `for_merge`: what is added to weights and is no plain factors is in a file beside
     these."""
     files = folder.files()
+    check_added_deltas(folder)
     if "config.json" in files or not any(name.endswith(FILES) for name in files):
         return folder
     from adapterkit.planning.inputs.model_checkpoint import one_file_of, read_checkpoint
@@ -112,17 +114,18 @@ def is_plain(folder: Folder) -> bool:
 _OF_CONVERT = re.compile(
     r"--(?:alpha|architecture|allow-pickle|lossy|prefix-only|rank)\b( [A-Z]+)?"
 )
-_VALUES = {"--alpha": "A", "--architecture": "NAME", "--prefix-only": "PART", "--rank": "N"}
+_VALUES = {"alpha": "A", "architecture": "NAME", "prefix-only": "PART", "rank": "N"}
 
 
 def _hint(hint: str) -> str:
     """A hint of a conversion, for any verb: options of `convert` become its command."""
-    names = [match[0].split()[0] for match in _OF_CONVERT.finditer(hint)]
+    names = [match[0].split()[0].removeprefix("--") for match in _OF_CONVERT.finditer(hint)]
     if not names or "adapterkit " in hint:
         return hint
-    options = " ".join(f"{n} {_VALUES[n]}" if n in _VALUES else n for n in dict.fromkeys(names))
-    base = " --base BASE" if "--base" in hint else ""
-    return f"first run adapterkit convert ADAPTER --to {plain_layout()}{base} {options} --out DIR"
+    options = {"base": "BASE" if "--base" in hint else None}
+    options |= {name: _VALUES.get(name, True) for name in names}
+    options = {"to": plain_layout(), **options, "out": "DIR"}
+    return f"first run {command('adapterkit convert', 'ADAPTER', **options)}"
 
 
 def adapter_or_file(
@@ -135,7 +138,8 @@ def adapter_or_file(
         if not with_parts:
             return in_adapter_layout(folder, base)
     except AdapterkitError:
-        if not any(name.endswith(".safetensors") for name in folder.files()):
+        files = folder.files()
+        if ADDED_DELTAS in files or not any(name.endswith(".safetensors") for name in files):
             raise
     with suppress(AdapterkitError):
         contents = contents_of(folder)
