@@ -1,5 +1,6 @@
 """What a checkpoint holds, from its headers and its index alone."""
 
+import re
 from dataclasses import dataclass, field
 
 from adapterkit.checkpoint.folder import Folder, belonging_to
@@ -8,6 +9,9 @@ from adapterkit.checkpoint.shards import find_shards, likely_shards
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, shown
 
+# of these as many modules are built, also where a config is only looked at
+COUNTS = re.compile(r"((?<!max_)depths?|layers?|blocks|per_block|num_labels)$")
+MOST_LABELS = 100_000
 LAYER_COUNTS = {
     "num_hidden_layers",
     "num_layers",
@@ -127,13 +131,16 @@ def _config_errors(config: dict, stored: int, where: str) -> list[AdapterkitErro
         errors.add("architectures", "a list of class names")
     if not isinstance(config.get("model_type"), str | None):
         errors.add("model_type", "a text")
-    for key in LAYER_COUNTS & config.keys():
-        layers, limit = config[key], max(1000, stored)
-        if isinstance(layers, int) and layers > limit:
-            errors.add(f"{key} = {layers}, with {stored} stored tensors", f"at most {limit}")
+    for key in sorted(LAYER_COUNTS & config.keys()):
+        if not isinstance(config[key], int | None):
+            errors.add(key, "a whole number")
     for key, value in config.items():
-        if isinstance(value, dict) and key.endswith("_config"):
-            errors += _config_errors(value, stored, where)
+        for one in value if isinstance(value, list) else [value]:
+            limit = MOST_LABELS if key == "num_labels" else max(1000, stored)
+            if isinstance(one, int) and one > limit and COUNTS.search(key):
+                errors.add(f"{shown(key)} = {one}, with {stored} tensors", f"at most {limit}")
+            if isinstance(one, dict):
+                errors += _config_errors(one, stored, where)
     return errors
 
 

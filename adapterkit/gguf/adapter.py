@@ -169,6 +169,10 @@ def _value(value: Value) -> bytes:
         return struct.pack("<I", STRING) + _text(value)
     if isinstance(value, float):
         return struct.pack("<If", FLOAT32, value)
+    numbers = [value] if isinstance(value, int) else value
+    if not all(0 <= number < 1 << 32 for number in numbers):
+        problem, where = f"a number of the config is {max(numbers)}", "adapter_config.json"
+        raise Refused(problem, expected="32 bits, as in GGUF", where=where, hint="fix the config")
     if isinstance(value, int):
         return struct.pack("<II", UINT32, value)
     return struct.pack(f"<IIQ{len(value)}I", ARRAY, UINT32, len(value), *value)

@@ -12,6 +12,7 @@ from typing import Any
 from adapterkit.errors import Damaged, shown
 from adapterkit.gguf.file import GgufFile, conversion_rules
 from adapterkit.records import Json
+from adapterkit.weights.safe_config import safe_config
 
 MAX_LAYERS = 1000  # or as many as the file has tensors
 MAX_EXPERTS = 1 << 16
@@ -87,7 +88,7 @@ def config_of(file: GgufFile, arguments: Json) -> Json:
     from transformers import AutoConfig
 
     call = file.call_transformers
-    stated = {key: value for key, value in arguments.items() if key != "_model_name_or_path"}
+    stated = safe_config(arguments)
     defaults = call("config", lambda: AutoConfig.for_model(**stated).to_dict())
     unread = _unread_metadata(file)
     stated |= {

@@ -96,8 +96,8 @@ def types_of(header: GgufHeader, mix: str, *, weighed: bool) -> dict[str, str]:
 IMAGE_KINDS = {
     "v": r"attn_v\.weight|\.(?:to_)?v\.weight|\.attn\.w[12]v\.weight|_attn\.v_proj\.weight",
     "qkv": r"att(?:n|ention)[._]qkv\.weight",
-    "down": r"experts\..*\.w2\.weight|\.ffn\.2\.weight|\.ff\.net\.2\.weight|\.mlp\.layer2\.weight"
-    r"|\.adaln_modulation_mlp\.2\.weight|\.feed_forward\.w2\.weight",
+    "down": r"experts\.(?:(?!experts\.).)*\.w2\.weight|\.ffn\.2\.weight|\.ff\.net\.2\.weight"
+    r"|\.mlp\.layer2\.weight|\.adaln_modulation_mlp\.2\.weight|\.feed_forward\.w2\.weight",
 }
 IMAGE_RULES = {  # the type of the first so many of a kind, where there is a number, and of others
     "q2_k": {"v": "Q3_K"}, "q3_k_m": {"v": (2, "Q5_K", "Q4_K"), "qkv": "Q4_K", "down": "Q4_K"},

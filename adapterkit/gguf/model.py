@@ -24,11 +24,13 @@ from adapterkit.gguf.header import FLOATS, GgufFiles, GgufHeader, read_model
 from adapterkit.gguf.parts import find_slots, is_joined, seen_so
 from adapterkit.gguf.tables import NameTable, TableNames, model_by_table
 from adapterkit.gguf.tensors import model_tensors, tensor_names, tensors_by_table
+from adapterkit.weights.safe_config import LOCAL, closed
 from adapterkit.weights.skeleton import Skeleton
 from adapterkit.weights.slots import SlottedCheckpoint
 
 TableOf: TypeAlias = Callable[[str], NameTable | None]
 UNSIZED = ("gemma4",)  # of which transformers reads files of one model's sizes, and no experts
+MOST_SQUARES = 1_000_000_000  # which takes half a second
 LOCAL_SETTINGS = ("is_local", "local_files_only", "name_or_path")  # of a tokenizer's config
 
 
@@ -64,7 +66,7 @@ def open_gguf(
     header, headers = read_model(files)
     kinds = {entry.type for entry in header.tensors}
     check_types(gguf, kinds)
-    with tempfile.TemporaryDirectory() as scratch, quiet_transformers():
+    with tempfile.TemporaryDirectory() as scratch, quiet_transformers(), closed():
         file = GgufFile(files.folder, files.names[0], header, Path(scratch))
         table = None
         if table_of is not None:
@@ -112,10 +114,11 @@ def _tokenizer_files(file: GgufFile) -> dict[str, bytes]:
         return {}
     out = file.scratch / "tokenizer"
     try:
+        if (work := _squares(file.header)) > MOST_SQUARES:
+            raise ValueError(f"its tokens are too long, of {work:,} letters squared in all")
         with file.shown_to_transformers() as copy:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(file.scratch), gguf_file=copy.name, local_files_only=True
-            )
+            source = str(file.scratch)
+            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=copy.name, **LOCAL)
         tokenizer.save_pretrained(str(out))
     except (Exception, RecursionError) as error:  # transformers' code, on any metadata
         kind = shown(file.header.metadata["tokenizer.ggml.model"])
@@ -130,6 +133,17 @@ def _tokenizer_files(file: GgufFile) -> dict[str, bytes]:
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         texts["tokenizer_config.json"] = text.encode()
     return texts
+
+
+def _squares(header: GgufHeader) -> int:
+    """The sum of each token's length squared: steps in which transformers makes merges of them."""
+    key, total = "tokenizer.ggml.tokens", 0
+    at, stop = header.spans.get(key, (0, 0))
+    at += 8 + len(key) + 16  # its name; types, and how many there are
+    while at < stop:
+        length = int.from_bytes(header.raw[at : at + 8], "little")
+        total, at = total + length**2, at + 8 + length
+    return total
 
 
 def loads_in_float32(model: object, key: str, dtype: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from adapterkit.adapters.record import Adapter
 from adapterkit.records import Json
+from adapterkit.weights.safe_config import closed, safe_config
 
 # Model settings about how the model was saved or is run: not compared
 IGNORED = {
@@ -116,8 +117,10 @@ def _with_defaults(a: dict, b: dict) -> tuple[dict, dict, str] | None:
     if model_type not in transformers.CONFIG_MAPPING:
         return None
     make = transformers.CONFIG_MAPPING[model_type]
+    fill = lambda all, safe: make(**safe).to_dict() | {k: all[k] for k in all if k not in safe}
     try:
-        one, other = (make(**config).to_dict() for config in (a, b))
+        with closed():
+            one, other = (fill(config, safe_config(config)) for config in (a, b))
     except Exception:  # a model's class may refuse values in any way: they are compared as stored
         return None
     note = f"settings that a config.json leaves out are {model_type}'s defaults in transformers "

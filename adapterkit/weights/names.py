@@ -68,7 +68,7 @@ def mentions_weight(config: dict, module: str) -> bool:
 def _code(model_type: str) -> str:
     """The text of transformers' modeling files for a model type; empty where there are none."""
     package = _transformers_folder()
-    if package is None:
+    if package is None or not re.fullmatch(r"[\w-]{1,100}", model_type, re.ASCII):
         return ""
     files = sorted((package / "models" / model_type.replace("-", "_")).glob("modeling_*.py"))
     return "\n".join(file.read_text(encoding="utf-8") for file in files)

@@ -1,6 +1,5 @@
 """A checkpoint in which codecs look for their weights."""
 
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import FEW, read_small
 from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.checkpoint.strict import nested_json
 from adapterkit.errors import Damaged, Problems, shown
 from adapterkit.records import Json
 from adapterkit.weights.detect import without_quantization
@@ -122,8 +122,8 @@ class CheckpointScan:
         """A JSON object stored as a tensor of bytes, read as `read` does; {}, with an error, if it
         is none."""
         try:
-            value = json.loads(self._bytes(spec, beside))
-        except (ValueError, RecursionError):
+            value = nested_json(self._bytes(spec, beside))
+        except ValueError:
             value = None
         if not isinstance(value, dict):
             self.check(spec.key, False, "not a JSON object", "a JSON object as bytes")

@@ -15,6 +15,7 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.optional import optional
 from adapterkit.weights.parameters import Parameter
+from adapterkit.weights.safe_config import LOCAL, closed, safe_config
 from adapterkit.weights.slots import Axis, Slot, Symbol, extent, identity_slot, known_slots
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ class Skeleton:
         by_pattern = {pattern: c for c in self.converters for pattern in c.source_patterns}
         slots: dict[str, tuple[Slot, ...]] = {}
         pending: dict[str, list[Source]] = {}  # by a converter's first target
-        for key in sorted(self.base.tensors, key=dot_natural_key):
+        keys = [key for key in self.base.tensors if key.isascii()]  # else no parameter's
+        self.unused += self.base.tensors.keys() - keys
+        for key in sorted(keys, key=dot_natural_key):
             name, pattern = self.loaded_as(key)
             if name not in state and key in state:
                 prefix = self.model.base_model_prefix
@@ -255,9 +258,8 @@ def _stored_shape(shape: tuple[int, ...], slots: tuple[Slot, ...]) -> tuple[int,
 
 
 def _meta_model(base: Checkpoint, class_name: str) -> Any:
-    """A model without data of a base's config, without its pointers to custom code; not to be
-    changed."""
-    config = {k: v for k, v in base.config.items() if k != "auto_map"}
+    """A model without data of a base's config, without what leads to code; not to be changed."""
+    config = safe_config(base.config)
     if class_name == config.get(OF_DIFFUSERS):
         return _built_by_diffusers(class_name, json.dumps(config), base.name)
     return _built(class_name, json.dumps(config), base.name)
@@ -284,7 +286,7 @@ def _built_by_diffusers(class_name: str, config_json: str, where: str) -> Any:
         raise Refused(f"{shown(class_name)} is no model of diffusers {version}", where=where)
     config = {k: v for k, v in json.loads(config_json).items() if k != "quantization_config"}
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), closed():
             model = cls.from_config(config)
     except Exception as error:  # any model's code may fail on a config it does not like
         raise Refused(
@@ -317,7 +319,7 @@ def _built(class_name: str, config_json: str, where: str) -> Any:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), closed():
             model = getattr(cls, "from_config", cls)(config) if auto else cls(config)
     except Exception as error:  # any model's code may fail on a config it does not like
         raise Refused(
@@ -336,19 +338,20 @@ def _config(config_json: str, where: str) -> Any:
     """transformers' config object."""
     from transformers import AutoConfig
 
-    config = json.loads(config_json)
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        if isinstance(part.get("backbone"), str):  # transformers would look it up on the Hub
-            raise Refused(
-                f"the config names a backbone, {shown(part['backbone'])}",
-                expected="a model without another one inside",
-                where=f"{where}/config.json",
-                hint="names that equal the stored keys work without it",
-            )
+    named: list[object] = []  # at any depth; transformers would look it up on the Hub
+    hook = lambda part: named.append(part.get("backbone")) or part
+    config = json.loads(config_json, object_hook=hook)
+    if backbones := [name for name in named if isinstance(name, str)]:
+        raise Refused(
+            f"the config names a backbone, {shown(backbones[0])}",
+            expected="a model without another one inside",
+            where=f"{where}/config.json",
+            hint="names that equal the stored keys work without it",
+        )
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, closed():
             Path(folder, "config.json").write_text(config_json, encoding="utf-8")
-            return AutoConfig.from_pretrained(folder, local_files_only=True)
+            return AutoConfig.from_pretrained(folder, **LOCAL)
     except Exception as error:  # an unknown type, or values that its class refuses
         kind = shown(config.get("model_type"))
         raise Refused(

@@ -1,6 +1,7 @@
 """Adapters that are damaged, foreign or hostile: refused by name, or provably the same plan; never
 a silent change."""
 
+import contextlib
 import json
 import math
 import os
@@ -18,7 +19,24 @@ from adapterkit.patterns import matcher
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.verbs.merge import MergeOptions
 from tests.support.planned import BASE, configured, meaning, refusal
-from tests.support.raw_files import GOLDEN, Stored, base, plain
+from tests.support.raw_files import (
+    GOLDEN,
+    ROWS,
+    WIDTH,
+    AdapterFiles,
+    Stored,
+    adapter_config,
+    base,
+    decomposed,
+    everything_else,
+    file_of,
+    llama,
+    normal,
+    pair,
+    plain,
+    tensors_file,
+    token_rows,
+)
 
 # -- values --
 
@@ -294,3 +312,79 @@ def test_factors_that_are_not_finite_are_refused_by_name(golden, ending, bad, tm
         )
     assert key in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+# -- a file that adapterkit makes for itself -------------------------------------------------------
+
+
+def test_deltas_of_a_file_of_our_own_are_refused_from_elsewhere(tmp_path):
+    """An adapter of q_proj that would change lm_head too, which no other reader shows."""
+    delta = {"0.diff": normal(ROWS, WIDTH, seed=3)}
+    record = {"name": "lm_head", "kind": "full", "alpha": 1.0, "rank": 1,
+              "leaves": ["weight"], "rows": None}  # fmt: skip
+    stored = tensors_file(delta)
+    length = int.from_bytes(stored[:8], "little")
+    header = json.loads(stored[8 : 8 + length])
+    header = {"__metadata__": {"modules": json.dumps([record])}} | header
+    model = llama().write(tmp_path / "base")
+    files = pair("model.layers.0.self_attn.q_proj", WIDTH, WIDTH)
+    adapter = AdapterFiles(adapter_config(target_modules=["q_proj"]), files).folder()
+    adapter = adapter.write(tmp_path / "adapter")
+    honest = adapterkit.merge(model, adapter, out=tmp_path / "honest").data["parameters"]
+    assert not any("lm_head" in name for name in honest)
+    (adapter / "added_deltas.safetensors").write_bytes(file_of(header, stored[8 + length :]))
+    for call in (
+        lambda: adapterkit.merge(model, adapter, out=tmp_path / "out"),
+        lambda: adapterkit.merge(model, {adapter: 0.5}, method="ties", out=tmp_path / "out"),
+        lambda: adapterkit.combine([adapter, adapter], out=tmp_path / "out"),
+        lambda: adapterkit.inspect(adapter, base=model),
+        lambda: adapterkit.verify(tmp_path / "honest", base=model, adapters=[adapter]),
+        lambda: adapterkit.resize(adapter, rank=2, out=tmp_path / "out"),
+    ):
+        with pytest.raises(Refused, match="added_deltas.safetensors is a file that adapterkit"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("files", [plain, decomposed, everything_else, token_rows])
+def test_inspect_names_every_module_that_a_merge_changes(files, tmp_path):
+    base().write(tmp_path / "base")
+    adapter = files().folder().write(tmp_path / "adapter")
+    changed = adapterkit.merge(tmp_path / "base", adapter, out=tmp_path / "out").data["parameters"]
+    text = json.dumps(adapterkit.inspect(adapter, base=tmp_path / "base"))
+    assert changed and not [key for key in changed if key.rpartition(".")[0] not in text]
+
+
+# -- a base whose config leads elsewhere, or never ends --------------------------------------------
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("config", [
+    {"model_type": "//evilhost/share"}, {"model_type": "{here}"}, {"model_type": "../../x"},
+    {"model_type": "x" * 300}, {"model_type": "llama", "num_labels": 2 * 10**9},
+    {"model_type": "llama", "text_config": {"num_labels": 2 * 10**9}},
+    {"model_type": "bart", "decoder_layers": 10**9}, {"model_type": "swin", "depths": [10**8, 2]},
+    {"model_type": "x", "encoder": {"num_hidden_layers": 10**8}},
+    {"model_type": "x", "parts": [{"layers_per_block": 10**9}]},
+    {"model_type": "llama", "num_hidden_layers": []}, {"model_type": "llama", "n_layer": {}},
+])  # fmt: skip
+def test_a_config_opens_no_file_and_builds_no_endless_model(config, tmp_path, monkeypatch):
+    """A type is a name, not a path to code; what is counted is held against the stored tensors."""
+    (tmp_path / "modeling_x.py").symlink_to("/dev/zero")
+    config = json.loads(json.dumps(config).replace("{here}", str(tmp_path)))
+    model = llama()
+    own = json.loads(model.content["config.json"]) | config
+    model.content["config.json"] = json.dumps(own).encode()
+    model.write(tmp_path / "base")
+    files = pair("model.layers.0.self_attn.q_proj", WIDTH, WIDTH)
+    adapter = AdapterFiles(adapter_config(target_modules=["q_proj"]), files).folder()
+    adapter.write(tmp_path / "adapter")
+    looks, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path=".": looks.append(str(path)) or scandir(path))
+    for call in (
+        lambda: adapterkit.inspect(tmp_path / "base"),
+        lambda: adapterkit.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out"),
+    ):
+        with contextlib.suppress(AdapterkitError):
+            call()
+    assert not [path for path in looks if "evilhost" in path or path == str(tmp_path)]

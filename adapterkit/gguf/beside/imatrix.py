@@ -67,6 +67,7 @@ def _of_binary(folder: Folder, name: str) -> Iterator[tuple[str, Tensor]]:
     for _ in range(count if 0 < count <= MOST else -1):
         key = take(number()).decode(errors="replace")
         number()  # of calls
-        yield key, torch.frombuffer(bytearray(take(4 * number())), dtype=torch.float32)[None]
+        values = take(4 * number()) or take(-1)
+        yield key, torch.frombuffer(bytearray(values), dtype=torch.float32)[None]
     if not 0 < count <= MOST:
         take(-1)

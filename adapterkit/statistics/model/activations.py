@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,8 @@ class ActivationStore:
     """
 
     def __init__(self, folder: Path, limit: int, name: str = "activations"):
-        self.path, self.limit, self.used = folder / name, limit, 0
+        self.limit, self.used = limit, 0
+        self.path = folder / f"{name}.{secrets.token_hex(8)}"
         self._free: dict[int, list[int]] = {}  # places by size
         self._end = 0
         with storage_errors(self.path):

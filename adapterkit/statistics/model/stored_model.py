@@ -22,6 +22,7 @@ from adapterkit.weights.codec import stored_parts
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import StoredParameter
+from adapterkit.weights.safe_config import closed
 
 
 class StoredModel:
@@ -186,7 +187,7 @@ def _without_data(cls: Any, config: Any, dtype: torch.dtype) -> Any:
     from transformers.initialization import no_init_weights
 
     _disable_cache(config)
-    with no_init_weights(), _parameters_on_meta():
+    with no_init_weights(), _parameters_on_meta(), closed():
         model: Any = cls._from_config(config, dtype=dtype)
         model.tie_weights(recompute_mapping=False)
     _keep_wide(model, model._get_dtype_plan(dtype))

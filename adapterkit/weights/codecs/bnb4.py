@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
+from adapterkit.checkpoint.strict import nested_json
 from adapterkit.errors import shown, unrecoverable
 from adapterkit.kernels.quant import blockwise
 from adapterkit.kernels.quant.grid import RoundColumn
@@ -194,8 +195,8 @@ class Bnb4(QuantizedWeight):
         if not _is_map(stored[table.key], self.kind):
             return f"{shown(table.key)}: {OTHER_MAP}", f"that of {self.kind}"
         try:
-            state = json.loads(stored[spec.key].cpu().numpy().tobytes())
-        except (ValueError, RecursionError):
+            state = nested_json(stored[spec.key].cpu().numpy().tobytes())
+        except ValueError:
             state = {}
         own = (self._stored_shape, self.dtype, self.block, self.double, self.nested_dtype)
         found = _State.of(state, self.kind) if isinstance(state, dict) else None

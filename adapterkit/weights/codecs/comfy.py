@@ -16,6 +16,7 @@ from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.strict import nested_json
 from adapterkit.errors import listed, shown
 from adapterkit.kernels.quant import fp4, fp8, integers
 from adapterkit.kernels.quant.grid import Encoded, RoundColumn
@@ -84,7 +85,7 @@ class Comfy(QuantizedWeight):
 
     def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
         said = stored.get(self.key.removesuffix("weight") + CONFIG)
-        kind = self.kind if said is None else _kind(json.loads(bytes(said.tolist())))
+        kind = self.kind if said is None else _said_kind(bytes(said.tolist()))
         return None if kind == self.kind else (f"{shown(self.key)}: {kind}", self.kind)
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
@@ -228,8 +229,8 @@ class StoredLayers:
     def _of_header(self, text: str | None) -> dict[str, Json]:
         """The layers that the header names, with the prefix of its keys or without it."""
         try:
-            layers = json.loads(text or "{}").get("layers", {}).items()
-        except (ValueError, AttributeError, RecursionError):
+            layers = nested_json(text or "{}").get("layers", {}).items()
+        except (ValueError, AttributeError):
             problem = f"{METADATA} {shown(text)}"
             self.scan.errors.add(problem, 'JSON: {"layers": {NAME: {"format": ...}}}')
             return {}
@@ -286,6 +287,14 @@ class StoredLayers:
         self.scan.check_finite(scale)
         self.scan.check_finite(*factor, positive=True)
         return True
+
+
+def _said_kind(text: bytes) -> str:
+    """`_kind` of a layer's own text; the text where that is no object."""
+    try:
+        return _kind(nested_json(text))
+    except (ValueError, AttributeError):
+        return shown(text)
 
 
 def _kind(said: Json) -> str:

@@ -1,13 +1,13 @@
 """torchao: tensor subclasses, flattened into safetensors, described in the header's metadata; read
 only."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.strict import nested_json
 from adapterkit.errors import shown
 from adapterkit.kernels.quant.fp8 import decode_fp8
 from adapterkit.kernels.quant.integers import decode_int8, decode_torchao_int4
@@ -114,7 +114,7 @@ class Torchao(QuantizedWeight):
 
 def _parsed(text: str) -> Json | None:
     try:
-        value = json.loads(text)
+        value = nested_json(text)
     except ValueError:
         return None
     return value if isinstance(value, dict) and "_type" in value else None
