@@ -20,7 +20,7 @@ from adapterkit.checkpoint.output.stage import WORK, Workspace
 from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.checkpoint.reader import Sources, changed
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import Failed, Problems, Refused, listed, shown
+from adapterkit.errors import Failed, Refused, listed, shown
 from adapterkit.hub.ids import is_on_hub, place_on_hub
 from adapterkit.options import Progress, StrPath, files
 from adapterkit.plan import Effort, OutputFile, Plan
@@ -28,8 +28,9 @@ from adapterkit.planning.inputs.input_identity import identities, plan_of
 from adapterkit.planning.inputs.sources import open_model
 from adapterkit.records import Json
 from adapterkit.statistics.collect import CollectedFile, collect, metadata_with, planned_file
+from adapterkit.statistics.data.apart import tokenize_apart
 from adapterkit.statistics.data.records import Record, draw_records
-from adapterkit.statistics.data.samples import Samples, load_tokenizer, tokenize
+from adapterkit.statistics.data.samples import Samples, tokenize_all
 from adapterkit.statistics.job import BLOCKS, CollectionJob, check_options, takes_rows, tokens_of
 from adapterkit.statistics.model.shuttle import TABLES
 from adapterkit.statistics.model.stored_model import StoredModel
@@ -334,21 +335,15 @@ def samples_of(
     needs_tokenizer = any(record.kind != "tokens" for its in records for record in its)
     if needs_loss:
         _check_loss(model, needs_tokenizer, needs_loss)
-    tokenizer = load_tokenizer(folder) if needs_tokenizer else None
-    errors, found = Problems(), []
-    for its in records:
-        with errors.collected():
-            samples = tokenize(
-                its,
-                tokenizer,
-                min(length or LENGTH, positions),
-                model.get_input_embeddings().weight.shape[0],
-                pad=getattr(config.get_text_config(), "pad_token_id", None),
-                is_encoder_decoder=config.is_encoder_decoder,
-            )
-            found.append(samples)
-    errors.raise_all()
-    return found
+    tokens: Json = {
+        "length": min(length or LENGTH, positions),
+        "vocabulary": model.get_input_embeddings().weight.shape[0],
+        "pad": getattr(config.get_text_config(), "pad_token_id", None),
+        "is_encoder_decoder": config.is_encoder_decoder,
+    }
+    if needs_tokenizer:
+        return tokenize_apart(folder, records, tokens)
+    return tokenize_all(records, None, tokens)
 
 
 def _shape(job: CollectionJob, module: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from adapterkit.checkpoint.disk import storage_errors
+from adapterkit.checkpoint.disk import check_folder, storage_errors
 from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.stage import WORK, Workspace
 from adapterkit.checkpoint.output.writer import ShardFile
@@ -133,6 +133,7 @@ class Recollection(ModelRun):
         """The file, its factors made while the model runs."""
         work = stage.path.parent / WORK
         with storage_errors(work):
+            check_folder(work.parent, work)
             work.mkdir(exist_ok=True)
         tasks = {task.name: task for task in file.tasks if isinstance(task, RecollectedFactors)}
         with Sources(plan.folders, plan.identities) as sources:

@@ -5,8 +5,10 @@ the statistics are the same bits whether one process adds them up, or several ma
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +17,14 @@ import torch
 from torch import Tensor
 
 from adapterkit import dtypes
-from adapterkit.checkpoint.disk import storage_errors
+from adapterkit.checkpoint.disk import check_folder, storage_errors
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import Header, read_header
 from adapterkit.checkpoint.layout import TensorPlan, laid_out
 from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.errors import Failed, shown
+from adapterkit.checkpoint.strict import nested_json
+from adapterkit.errors import Damaged, Failed, shown
 from adapterkit.records import Json
 from adapterkit.statistics.job import CollectionJob
 from adapterkit.statistics.model.layers import Unit, is_within
@@ -30,6 +33,7 @@ from adapterkit.tasks.rows import byte_view
 
 OUTSIDE, WHOLE = "outside.safetensors", "whole.safetensors"
 SUMS = "sums"  # metadata of a file: what each of its sums is of
+OWN = re.compile(r"([0-9]{1,9}/)?([0-9]{1,9}@)?[a-z0-9]+(\.(sums|gradients))?\.safetensors")
 VISITS = "visits"  # how many times the batches had gone through the part when it was written
 
 
@@ -116,18 +120,39 @@ class SumsFile:
 
     @property
     def visits(self) -> int:
-        return int(self.header.metadata[VISITS])
+        with self._of_its_form():
+            return int(self.header.metadata[VISITS])
 
     @cached_property
     def records(self) -> list[Json]:
         """What each sum is of."""
-        return json.loads(self.header.metadata[SUMS])
+        with self._of_its_form():
+            records = nested_json(self.header.metadata[SUMS])
+            if not isinstance(records, list):
+                raise TypeError("no list of sums")
+            for record in records:
+                record["modules"] = list(map(str, record["modules"]))
+            return records
+
+    @contextmanager
+    def _of_its_form(self) -> Iterator[None]:
+        """`Damaged` for what the file says, and no file of sums would."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise Damaged(
+                f"what the file says of its sums is wrong: {shown(error)}",
+                expected="a file that this job wrote",
+                where=str(self.folder / self.name),
+                hint="run again with --overwrite, without --resume",
+            ) from error
 
     def sum(self, number: int) -> Sum:
         prefix = f"{number}."
         keys = [spec.key for spec in self.header.tensors if spec.key.startswith(prefix)]
         tensors = {key.removeprefix(prefix): self._tensor(key) for key in keys}
-        return Sum.of(self.records[number], tensors)
+        with self._of_its_form():
+            return Sum.of(self.records[number], tensors)
 
     @property
     def gradients(self) -> dict[str, tuple[int, ...]]:
@@ -158,7 +183,9 @@ def sums_files(work: Path) -> list[SumsFile]:
         block = 0 if path.parent == work else int(path.parent.name)
         return name, int(visit or 1), block
 
-    return [SumsFile.read(path) for path in sorted(work.rglob("*.safetensors"), key=order)]
+    paths = [path for path in work.rglob("*.safetensors") if path.is_file()]
+    own = [path for path in paths if OWN.fullmatch(path.relative_to(work).as_posix())]
+    return [SumsFile.read(path) for path in sorted(own, key=order)]
 
 
 class Tally:
@@ -220,6 +247,7 @@ class Ledger:
         folders = [work, *(work / str(block) for block, _ in job.runs if attempt)]
         with storage_errors(work):  # where it is no more, its output was finished by others
             for folder in dict.fromkeys(folders):
+                check_folder(work.parent, folder)
                 folder.mkdir(exist_ok=True)
 
     def path(self, name: str, visit: int, block: int) -> Path:

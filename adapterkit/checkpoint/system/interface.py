@@ -12,12 +12,11 @@ from types import FrameType
 from typing import Literal
 
 # how a file is opened; all but "read", which is for inputs, follow no link
-Mode = Literal["read", "own", "create", "write", "keep", "append", "touch"]
+Mode = Literal["read", "own", "create", "keep", "append", "touch"]
 FLAGS: dict[Mode, int] = {
     "read": os.O_RDONLY,
     "own": os.O_RDONLY,  # what this package wrote, if it is still an ordinary file
     "create": os.O_RDWR | os.O_CREAT | os.O_EXCL,
-    "write": os.O_RDWR | os.O_CREAT | os.O_TRUNC,
     "keep": os.O_RDWR,
     "append": os.O_RDWR | os.O_CREAT | os.O_APPEND,
     "touch": os.O_WRONLY | os.O_CREAT,
@@ -139,6 +138,10 @@ class System(ABC):
     @abstractmethod
     def memory(self) -> int:
         """Bytes of the machine's memory."""
+
+    def limit(self, size: int, seconds: int) -> None:
+        """This process gets at most so many bytes more, and so many seconds of a processor."""
+        return  # where it cannot be said
 
     def quote(self, word: str) -> str:
         """A word of a command, as the system's shells take it."""

@@ -1,8 +1,11 @@
 """Linux: also calls that Python lacks, through the C library."""
 
+import contextlib
 import ctypes
 import os
 import re
+import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -65,6 +68,13 @@ class Linux(Posix):
             return ""
         fields = stat.rpartition(b")")[2].decode("ascii").split()
         return "" if fields[0] in "ZX" else f"{boot}:{fields[19]}"
+
+    def limit(self, size: int, seconds: int) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a lower limit is set already
+            size += int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size, size))
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+            self.call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent
 
     def processors(self) -> int:
         return len(os.sched_getaffinity(0))

@@ -35,12 +35,12 @@ class Posix(System):
 
     def open(self, path: Path, mode: Mode, permissions: int = ALL) -> int:
         flags = FLAGS[mode] | os.O_CLOEXEC | (0 if mode in ANY else os.O_NOFOLLOW)
-        if mode == "own":
+        if mode in ("read", "own"):
             flags |= os.O_NONBLOCK  # it may be a pipe by now
         return os.open(path, flags, permissions)
 
     def open_unnamed(self, path: Path) -> int:
-        descriptor = self.open(path, "write", MINE)
+        descriptor = self.open(path, "create", MINE)
         os.unlink(path)
         return descriptor
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from adapterkit.errors import Failed, shown
 from adapterkit.records import Json
+from adapterkit.statistics.data.records import IGNORED
 from adapterkit.statistics.data.tokens import BOTH, COUNTED, LEFT_OUT, TokenTracker
 
-IGNORED = -100  # of labels, as in torch's cross entropy
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 # of the arguments of a model's forward: (batch, length) of its tokens, None for all; of an
 # encoder-decoder a pair, the encoder's and the decoder's

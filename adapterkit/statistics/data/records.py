@@ -15,7 +15,10 @@ from adapterkit.optional import optional
 from adapterkit.options import StrPath
 from adapterkit.records import Json
 
-LONGEST = 64 << 20  # bytes of a line or a paragraph
+IGNORED = -100  # of labels, as in torch's cross entropy
+LONGEST = 64 << 20  # bytes of a line, a paragraph or a row
+TIMES, ROW = 1000, 64  # bytes of all rows for each of a packed file, and of a row at least
+TOO_LARGE = f"a row has more than {LONGEST:,} bytes, or all have {TIMES:,} times those of the file"
 FIELDS = {
     "text": ("text",),
     "pair": ("prompt", "completion"),
@@ -225,10 +228,27 @@ def _parquet_rows(path: Path) -> Iterator[Json]:
     try:
         file = parquet.ParquetFile(_readable(path))
         columns = _columns(file.schema_arrow.names, path)
-        for batch in file.iter_batches(batch_size=256, columns=columns):
+        count, largest = file.metadata.num_rows, _largest_group(file.metadata, columns)
+        most = LONGEST + TIMES * path.stat().st_size - ROW * count
+        if most < 0 or largest > LONGEST * count:
+            raise ValueError(TOO_LARGE)
+        rows = max(16, min(256, LONGEST // largest))  # one by one is slow
+        for batch in file.iter_batches(batch_size=rows, columns=columns):
+            most -= batch.nbytes
+            if most < 0 or batch.nbytes > LONGEST * len(batch):
+                raise ValueError(TOO_LARGE)
             yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise _unreadable(path, error) from error
+
+
+def _largest_group(metadata: Any, columns: Sequence[str]) -> int:
+    """Bytes of the largest group, as the file says: no value in it has more."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    chunks = [[group.column(i) for i in range(group.num_columns)] for group in groups]
+    used = lambda chunk: chunk.path_in_schema.partition(".")[0] in columns
+    size = lambda chunk: chunk.total_uncompressed_size + 8 * chunk.num_values
+    return max([1, *(sum(map(size, filter(used, its))) for its in chunks)])
 
 
 def _folder_rows(path: Path) -> Iterator[Json]:

@@ -1,25 +1,30 @@
 """Calibration samples: records as token ids, which of them count, and batches of them."""
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.shards import TOKENIZER
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
-from adapterkit.planning.outputs.tokenizer_files import TOKENIZER
-from adapterkit.statistics.data.masks import IGNORED
-from adapterkit.statistics.data.records import Record
+from adapterkit.records import Json
+from adapterkit.statistics.data.records import IGNORED, Record
+from adapterkit.statistics.data.templates import TemplateProcess
+from adapterkit.weights.safe_config import LOCAL, closed, replaced, safe_config
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST = 100_000_000  # bytes of a tokenizer's files
+OPENED = re.compile("_files?$")  # of a tokenizer's settings, the names of files
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks what an assistant says in a template
 
 
@@ -58,7 +63,7 @@ class Samples:
         text = json.dumps([[s.tokens, s.labels] for s in self.samples])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def batches(self, size: int) -> list[dict[str, Tensor]]:
+    def batches(self, size: int) -> "list[dict[str, Tensor]]":
         """Batches of `size` rows: input_ids, attention_mask and labels (rows, length) int64.
 
         Rows are padded on the right; samples of like length go together, the longest first, so that
@@ -68,7 +73,7 @@ class Samples:
         starts = range(0, len(order), size)
         return [self.batch(order[start : start + size]) for start in starts]
 
-    def batch(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def batch(self, samples: Sequence[Sample]) -> "dict[str, Tensor]":
         """Some of the samples, a row each."""
         tokens = [sample.tokens for sample in samples]
         return {
@@ -78,31 +83,46 @@ class Samples:
         }
 
 
-def _padded(rows: list[tuple[int, ...]], value: int) -> Tensor:
+def _padded(rows: list[tuple[int, ...]], value: int) -> "Tensor":
+    import torch  # not for the process that makes tokens alone
+
     length = max(map(len, rows))
     return torch.tensor([row + (value,) * (length - len(row)) for row in rows])
+
+
+def tokenizer_names(folder: Folder) -> list[str]:
+    """The files that a tokenizer is made from; `Refused` where there is none, or too large."""
+    sizes = {name: size for name, size in folder.files().items() if "/" not in name}
+    names = [name for name in sizes if TOKENIZER.fullmatch(name)]
+    names += ["config.json"] if names and "config.json" in sizes else []
+    if not names or sum(sizes[name] for name in names) > MOST:
+        raise Refused(
+            f"the tokenizer has more than {MOST:,} bytes"
+            if names
+            else "the model has no tokenizer",
+            expected="tokenizer.json beside the weights, or other files of a tokenizer",
+            where=folder.label,
+            hint="copy the tokenizer's files there, or give data with input_ids",
+        )
+    return names
 
 
 def load_tokenizer(folder: Folder) -> Any:
     """The tokenizer of a model's folder by transformers, from its files alone: no code of the
     model's is run, nothing is downloaded. `Refused` where there is none."""
-    names = [name for name in folder.files() if "/" not in name and TOKENIZER.fullmatch(name)]
-    if not names:
-        raise Refused(
-            "the model has no tokenizer",
-            expected="tokenizer.json beside the weights, or other files of a tokenizer",
-            where=folder.label,
-            hint="copy the tokenizer's files there, or give data with input_ids",
-        )
+    names = tokenizer_names(folder)
     from transformers import AutoTokenizer
 
     try:
-        with tempfile.TemporaryDirectory() as copy:
-            for name in (*names, *({"config.json"} & folder.files().keys())):
+        with tempfile.TemporaryDirectory() as copy, closed():
+            for name in names:
                 shutil.copyfile(folder.path(name), Path(copy, name))
-            tokenizer: Any = AutoTokenizer.from_pretrained(
-                copy, local_files_only=True, trust_remote_code=False
-            )
+            for config in Path(copy).glob("*config.json"):
+                settings = json.loads(config.read_bytes())
+                own = {k: v for k, v in safe_config(settings).items() if not OPENED.search(k)}
+                kept = {key: settings[key] for key in settings if key == "auto_map"}  # is refused
+                config.write_text(json.dumps(own | kept), "utf-8")
+            tokenizer: Any = AutoTokenizer.from_pretrained(copy, **LOCAL)
     except AdapterkitError:
         raise
     except Exception as error:  # whatever a tokenizer's files make its class raise
@@ -114,6 +134,16 @@ def load_tokenizer(folder: Folder) -> Any:
         ) from error
     tokenizer.truncation_side = "right"
     return tokenizer
+
+
+def tokenize_all(records: Iterable[list[Record]], tokenizer: Any, options: Json) -> list[Samples]:
+    """`tokenize` of several files, with the errors of all."""
+    errors, found = Problems(), []
+    for its in records:
+        with errors.collected():
+            found.append(tokenize(its, tokenizer, **options))
+    errors.raise_all()
+    return found
 
 
 def tokenize(
@@ -137,25 +167,26 @@ def tokenize(
     samples: list[Sample] = []
     errors = Problems()
     uncounted = 0
-    for record in records:
-        try:
-            sample = reader.sample(record)
-        except AdapterkitError as error:
-            errors.append(error)
-            continue
-        used = [*sample.tokens, *(label for label in sample.labels if label != IGNORED)]
-        beyond = next((token for token in used if not 0 <= token < vocabulary), None)
-        if beyond is not None:
-            errors.add(
-                f"the data have token id {beyond}",
-                f"ids from 0 to {vocabulary - 1}, the model's vocabulary",
-                "use the tokenizer of this model",
-                where=record.where,
-            )
-        elif all(label == IGNORED for label in sample.labels) or not sample.tokens:
-            uncounted += 1
-        else:
-            samples.append(replace(sample, where=record.where))
+    with contextlib.closing(reader.templates):
+        for record in records:
+            try:
+                sample = reader.sample(record)
+            except AdapterkitError as error:
+                errors.append(error)
+                continue
+            used = [*sample.tokens, *(label for label in sample.labels if label != IGNORED)]
+            beyond = next((token for token in used if not 0 <= token < vocabulary), None)
+            if beyond is not None:
+                errors.add(
+                    f"the data have token id {beyond}",
+                    f"ids from 0 to {vocabulary - 1}, the model's vocabulary",
+                    "use the tokenizer of this model",
+                    where=record.where,
+                )
+            elif all(label == IGNORED for label in sample.labels) or not sample.tokens:
+                uncounted += 1
+            else:
+                samples.append(replace(sample, where=record.where))
     errors.raise_all()
     if not samples:
         raise Refused(
@@ -183,6 +214,7 @@ class _Tokenization:
     def __init__(self, tokenizer: Any, length: int, is_encoder_decoder: bool):
         self.tokenizer, self.length, self.pairs_only = tokenizer, length, is_encoder_decoder
         self.notes: dict[str, None] = {}  # in their order, each once
+        self.templates = TemplateProcess()
 
     def sample(self, record: Record) -> Sample:
         return getattr(self, f"_{record.kind}")(record.fields, record.where)
@@ -278,11 +310,17 @@ class _Tokenization:
         self, messages: list, fields: Mapping[str, Any], where: str, **options: Any
     ) -> Mapping[str, Any]:
         """A conversation's tokens through the chat template."""
+        from transformers import tokenization_utils_base
+
         self._template(where)
+        render = lambda **request: self.templates.render(where, request)
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=fields.get("tools"), tokenize=True, return_dict=True, **options
-            )
+            with replaced(tokenization_utils_base, "render_jinja_template", render):
+                return self.tokenizer.apply_chat_template(
+                    messages, tools=fields.get("tools"), tokenize=True, return_dict=True, **options
+                )
+        except AdapterkitError:
+            raise
         except Exception as error:  # a template is a program: it raises what it likes
             raise Refused(
                 f"the chat template refuses the messages: {shown(error)}",
