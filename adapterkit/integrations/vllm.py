@@ -2,42 +2,59 @@
 
 vLLM finds it by its entry point. It acts where ADAPTERKIT_LORA_DIR names a folder of adapters, or
 ADAPTERKIT_LORA_HUB organizations of the Hub (with commas), and VLLM_ALLOW_RUNTIME_LORA_UPDATING is
-set. ADAPTERKIT_LORA_CACHE is where converted adapters go; ADAPTERKIT_MAX_LORA_RANK the rank that
-the server takes, by default its --max-lora-rank, or 16.
+set. ADAPTERKIT_LORA_CACHE is where converted adapters go, ADAPTERKIT_LORA_CACHE_SIZE how much they
+may take, by default 20GB; ADAPTERKIT_MAX_LORA_RANK the rank that the server takes, by default its
+--max-lora-rank, or 16. With ADAPTERKIT_LORA_REVISIONS=1 ids may have a revision.
 """
 
 import asyncio
 import logging
 import os
+import re
+import shutil
 import sys
+import time
 from collections.abc import Collection
-from dataclasses import replace
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 
 from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry  # pyright: ignore[reportMissingImports]
 
+from adapterkit.checkpoint.folder import is_plain_path
 from adapterkit.checkpoint.strict import read_json
+from adapterkit.commands import command
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.hub.ids import parse
+from adapterkit.options import bytes_text, parse_size
 from adapterkit.planning.inputs.sources import open_adapter
-from adapterkit.receipt import fingerprint_of
+from adapterkit.receipt import digest as digest_of
 from adapterkit.verbs.convert import Convert
 
 LOGGER = logging.getLogger(__name__)
 MAX_RANK = 16  # vLLM's default
+SIZE = "ADAPTERKIT_LORA_CACHE_SIZE"
+LONGEST = 300  # characters of a name
+LOADING = 600  # seconds: what was used since then stays, because the server may still read it
+REVISION = re.compile(r"[\w.-]+", re.ASCII)  # not refs/pr/7, which anybody can open
+CACHED = re.compile(r"\.?[0-9a-f]{64}(\.\w+)?")  # an adapter, its stage, or one that is removed
 
 
+@dataclass(eq=False)
 class AdapterkitResolver(LoRAResolver):
-    """Converts an adapter into the names and ranks that vLLM reads, once for each content, and
-    checks it against the base that is served."""
+    """Converts an adapter into the names and ranks that vLLM reads, once for each state of its
+    files, and checks it against the base that is served."""
 
-    def __init__(
-        self, folder: Path | None, organizations: Collection[str], cache: Path, max_rank: int
-    ):
-        self.folder, self.organizations = folder, organizations
-        self.cache, self.max_rank = cache, max_rank
+    folder: Path | None
+    organizations: Collection[str]
+    cache: Path
+    max_rank: int
+    size: int  # bytes of the cache
+    revisions: bool
+    lock: Lock = field(default_factory=Lock)
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """The adapter of that name, None where there is none; `Refused` with the reasons for one
@@ -56,35 +73,66 @@ class AdapterkitResolver(LoRAResolver):
 
     def _source(self, name: str) -> str | None:
         """The path below the folder, or the id of an organization that is allowed."""
-        if self.folder is not None and not os.path.isabs(name):
-            root = self.folder.resolve()
-            path = (root / name).resolve()
-            if path != root and path.is_relative_to(root) and path.exists():
-                return str(path)
+        if not isinstance(name, str) or not name.isprintable() or len(name) > LONGEST:
+            return None
+        if self.folder is not None and is_plain_path(name):
+            with suppress(OSError, RuntimeError):  # longer than the system's names; links in a ring
+                root = self.folder.resolve()
+                path = (root / name).resolve()
+                if path != root and path.is_relative_to(root) and path.exists():
+                    return str(path)
         hub_id = parse(name)
-        if hub_id is not None and hub_id.repo.partition("/")[0] in self.organizations:
-            return name
-        return None
+        if hub_id is None or hub_id.repo.partition("/")[0] not in self.organizations:
+            return None
+        revision = hub_id.revision
+        is_open = revision is None or (self.revisions and REVISION.fullmatch(revision))
+        return name if is_open else None
 
     def _converted(self, source: str, base: str) -> tuple[Path, str]:
         """The folder of the adapter for vLLM, and the digest of what it was made of."""
         served = base if os.path.isdir(base) or parse(base) is not None else None
         call = Convert(source, to="vllm", base=served, out=self.cache / "new", resume=True)
         plan = call.plan()
-        digest = fingerprint_of(plan.recipe())
+        digest = digest_of(plan.recipe())
         out = self.cache / digest
-        if not out.exists():
-            replace(call, out=out).carry_out(plan)
+        with nullcontext() if out.exists() else self.lock:
+            if not out.exists():
+                self._free(plan.totals()["bytes_written"])
+                replace(call, out=out).carry_out(plan)
+            os.utime(out)
         rank = read_json(open_adapter(out), "adapter_config.json").get("r")
         if isinstance(rank, int) and rank > self.max_rank:
+            smaller = command("adapterkit resize", source, rank=self.max_rank, out="SMALLER")
             raise Refused(
                 f"rank {rank}",
                 expected=f"at most {self.max_rank}, the server's --max-lora-rank",
                 where=source,
-                hint=f"serve with a larger one, or: adapterkit resize {shown(source)} --rank "
-                f"{self.max_rank} --out SMALLER",
+                hint=f"serve with a larger one, or: {smaller}",
             )
         return out, digest
+
+    def _free(self, needed: int) -> None:
+        """Remove what was used longest ago until so many bytes fit; `Refused` where they cannot."""
+        paths = [path for path in self.cache.iterdir() if CACHED.fullmatch(path.name)]
+        size, used = dict[Path, int](), dict[Path, float]()
+        for path in paths:
+            with suppress(FileNotFoundError):  # another server removes it
+                files = [one.lstat() for one in (path, *path.rglob("*"))]
+                size[path] = sum(one.st_size for one in files)
+                used[path] = max(one.st_mtime for one in files)
+        old = sorted((p for p in used if used[p] < time.time() - LOADING), key=used.__getitem__)
+        over = needed + sum(size.values()) - self.size
+        if over > sum(size[path] for path in old):
+            problem, hint = f"{bytes_text(needed)} and what is in use", "set it to more, or wait"
+            expected = f"at most {bytes_text(self.size)}"
+            raise Refused(problem, expected=expected, where=SIZE, hint=hint)
+        for path in old:
+            if over > 0:
+                over -= size[path]
+                # first under another name, because other servers would read what is left of it
+                with suppress(FileNotFoundError):
+                    gone = path.rename(self.cache / f".{time.time_ns():064x}.gone")
+                    shutil.rmtree(gone, ignore_errors=True)
 
 
 def register() -> None:
@@ -97,9 +145,17 @@ def register() -> None:
     cache = Path(os.environ.get("ADAPTERKIT_LORA_CACHE") or default)
     cache.mkdir(parents=True, exist_ok=True)
     resolver = AdapterkitResolver(
-        Path(folder) if folder else None, organizations, cache, _max_rank(sys.argv)
-    )
+        Path(folder) if folder else None, organizations, cache, _max_rank(sys.argv), _size(),
+        os.environ.get("ADAPTERKIT_LORA_REVISIONS") == "1",
+    )  # fmt: skip
     LoRAResolverRegistry.register_resolver("adapterkit", resolver)
+
+
+def _size() -> int:
+    try:
+        return parse_size(os.environ.get(SIZE) or "20GB")
+    except ValueError:
+        raise Refused("no size", expected="such as 20GB", where=SIZE, hint="change it") from None
 
 
 def _max_rank(argv: list[str]) -> int:
