@@ -229,6 +229,6 @@ def is_inside(parameter: str, module: str) -> bool:
 
 # PEFT saves embeddings that were resized or adapted (save_embedding_layers="auto")
 EMBEDDINGS = re.compile(
-    r"(?:^|\.)(?:\w*embed\w*|wte|\w*lm_head|shared|output|output_layer|decoder|proj_out|"
+    r"(?:^|\.)(?:(?=\w*embed)\w++|wte|\w*lm_head|shared|output|output_layer|decoder|proj_out|"
     r"vocab_projector|lm_loss)\.(?:weight|bias)$"
 )

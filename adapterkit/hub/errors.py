@@ -192,7 +192,7 @@ def redact(text: str) -> str:
         text = text.replace(token, "***")
     text = re.sub(r"\bhf_\w{8,}", "***", text)
     text = re.sub(r"(https?://)[^/\s@]*@", r"\1", text)
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
+    return re.sub(r"(https?://[^\s?'\"]++)(?:\?[^\s'\"]*+)?", r"\1", text)
 
 
 def redact_record(record: logging.LogRecord) -> bool:

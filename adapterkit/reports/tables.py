@@ -14,6 +14,8 @@ from adapterkit.records import Json
 from adapterkit.reports.heatmaps import NUMBER, blocks, heatmaps_of, module_label
 
 MAX_PROBLEMS = 20  # kinds of problems that are listed; all of them are in the JSON
+# dotted ones, and numbers
+NAMES = re.compile(r"(?<!\S)\S[^\s.]*+\.\S+|\d+")
 MAX_ROWS = 20  # that are listed one by one
 GROUP = ["modules", "count", "kind", "rank", "alpha", "scale"]
 MODULE = ["module", "rank", "scale", "trained", "norm", "relative", "effective_rank"]
@@ -236,7 +238,7 @@ def _problem_lines(problems: list[dict[str, str]]) -> list[str]:
     is listed, the others are counted."""
     kinds: dict[str, list[dict[str, str]]] = {}
     for problem in problems:
-        kinds.setdefault(re.sub(r"\S+\.\S+|\d+", "#", problem["found"]), []).append(problem)
+        kinds.setdefault(NAMES.sub("#", problem["found"]), []).append(problem)
     lines = [f"problems: {len(problems) or 'none'}"]
     for first, *others in list(kinds.values())[:MAX_PROBLEMS]:
         found = f"{first['where']}: {first['found']}" if first["where"] else first["found"]

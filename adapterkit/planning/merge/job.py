@@ -33,7 +33,7 @@ from adapterkit.weights.parameters import Parameter
 
 OTHER_LISTS = re.compile(r"^architectures$|_token_ids?$")  # not one value for each layer
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-LAYER = re.compile(r"^((?:.*\.)?(?:layers|layer|h|blocks)\.)(\d+)(\..*)$")
+LAYER = re.compile(r"^((?:.*\.)?(?:layers|layer|h|blocks)\.)(\d+)(\..*)", re.DOTALL)
 
 
 def replicated(base: Checkpoint, adapters: list[Adapter], errors: Problems) -> Checkpoint:

@@ -19,7 +19,7 @@ from adapterkit.formats.engines import engines
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # fields of a base's card that hold for the merged model too
 INHERITED = re.compile(
-    r"^(license|license_name|license_link|pipeline_tag|language): *([\w .:/\-]+)$", re.MULTILINE
+    r"^(license|license_name|license_link|pipeline_tag|language): *+([\w .:/\-]++)$", re.MULTILINE
 )
 LONGEST = 65536  # bytes of a base's card that are read
 
