@@ -1,11 +1,13 @@
 """One command to try next, with its reason in numbers; and how programs load an adapter."""
 
+import os
 import re
 from collections.abc import Sequence
 
+from adapterkit.commands import command
 from adapterkit.formats.engines import engines
 from adapterkit.formats.library import formats
-from adapterkit.options import bytes_text
+from adapterkit.options import StrPath, bytes_text
 from adapterkit.records import Json
 
 RUNS_OF_ONE_TASK = 0.8  # cosines above which deltas are taken for the same task's
@@ -15,9 +17,8 @@ TIES = "at rank 8 ties lost 0.02 nats less than a sum on three languages"
 LITTLE = 0.9  # shares of a delta that a sum keeps, below which the others take from it
 
 
-def advise(document: Json, sources: Sequence[str], base: str) -> Json:
-    """{command, reason}: only what the numbers of a report's document say. The sources and the base
-    are written as in a shell."""
+def advise(document: Json, sources: Sequence[StrPath], base: StrPath) -> Json:
+    """{command, reason}: only what the numbers of a report's document say."""
     adapters = document["adapters"]
     broken = next((one for one in adapters if one["problems"]), None)
     if broken is not None:
@@ -28,7 +29,7 @@ def advise(document: Json, sources: Sequence[str], base: str) -> Json:
     return _of_several(document["pairs"], [one["name"] for one in adapters], sources)
 
 
-def _of_one(adapter: Json, source: str, base: str) -> Json:
+def _of_one(adapter: Json, source: StrPath, base: StrPath) -> Json:
     needed, rank = adapter["rank_99"], adapter["rank"]
     if needed is not None and rank is not None and needed <= rank // 2:
         size = adapter["bytes"] * needed // rank
@@ -36,14 +37,14 @@ def _of_one(adapter: Json, source: str, base: str) -> Json:
             f"rank {needed} of {rank} keeps 99 % of the squared norm of every module: about "
             f"{bytes_text(size)} instead of {bytes_text(adapter['bytes'])}"
         )
-        command = f"adapterkit resize {source} --energy 0.99 --out smaller"
+        text = command("adapterkit resize", source, energy=0.99, out="smaller")
     else:
         reason = "no problems were found, and no rank is to spare"
-        command = f"adapterkit merge {base} {source} --out merged --verify"
-    return {"command": command, "reason": reason}
+        text = command("adapterkit merge", base, source, out="merged", verify=True)
+    return {"command": text, "reason": reason}
 
 
-def _of_several(pairs: Json, names: Sequence[str], sources: Sequence[str]) -> Json:
+def _of_several(pairs: Json, names: Sequence[str], sources: Sequence[StrPath]) -> Json:
     """By the cosines and by what a plain sum keeps."""
     table = pairs["cosines"]
     cosines = {(i, j): c for i, row in enumerate(table) for j, c in enumerate(row[:i]) if c}
@@ -68,16 +69,16 @@ def _of_several(pairs: Json, names: Sequence[str], sources: Sequence[str]) -> Js
     )
     if min(kept) < LITTLE:
         reason = f"they take from each other in a sum: {measured}; {TIES}"
-        return _combine(sources, "ties --density 0.3", reason)
+        return _combine(sources, "ties", reason, density=0.3)
     return _combine(sources, "linear", f"they add up: {measured}")
 
 
-def _combine(sources: Sequence[str], method: str, reason: str) -> Json:
-    command = f"adapterkit combine {' '.join(sources)} --method {method} --out combined"
-    return {"command": command, "reason": reason}
+def _combine(sources: Sequence[StrPath], method: str, reason: str, **options: float) -> Json:
+    text = command("adapterkit combine", *sources, method=method, **options, out="combined")
+    return {"command": text, "reason": reason}
 
 
-def loading(document: Json, sources: Sequence[str]) -> list[Json]:
+def loading(document: Json, source: StrPath) -> list[Json]:
     """How each program that runs such a model loads the first adapter, after a conversion where it
     reads another format."""
     adapter = document["adapters"][0]
@@ -85,9 +86,9 @@ def loading(document: Json, sources: Sequence[str]) -> list[Json]:
     is_image = form is not None and bool(form.names.components)
     kind = "image" if is_image else "language"
     base = adapter["base"] if SAFE.fullmatch(str(adapter["base"])) else "BASE"
-    rank = adapter["rank"] or "RANK"
+    file, rank = os.fspath(source), adapter["rank"] or "RANK"
     return [
-        {"engine": one.title, "command": one.loading(adapter["format"], sources[0], base, rank)}
+        {"engine": one.title, "command": one.loading(adapter["format"], file, base, rank)}
         for one in engines().values()
         if one.models == kind
     ]

@@ -1,6 +1,10 @@
 """report: the numbers of its document, and the file of its page."""
 
+import json
+import ntpath
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -8,8 +12,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.adapters.weights_file import WeightsFile
-from adapterkit.checkpoint.system import system
-from adapterkit.errors import Refused
+from adapterkit.errors import Refused, shown
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.options import StrPath, unweighted, weighted
 from adapterkit.planning.inputs.sources import if_given, open_model, open_source
@@ -41,7 +44,7 @@ def write_report(report: Report) -> Json:
     path = Path(report.out)
     check_page(path, "--out")
     document = document_of(report)
-    write_page(path, report_page(document))
+    write_page(path, report_page(_for_others(document, report)))
     return document
 
 
@@ -68,11 +71,31 @@ def document_of(report: Report) -> Json:
         "weights": None if weights is None else weights_document(weights, names),
         "outcome": _outcome(report.output) if report.output is not None else None,
     }
-    texts = [system.quote(os.fspath(source)) for source in sources]
-    base_text = "BASE" if report.base is None else system.quote(os.fspath(report.base))
-    document["advice"] = advise(document, texts, base_text)
-    document["loading"] = loading(document, texts)
+    return document | _commands(document, sources, report.base or "BASE")
+
+
+def _commands(document: Json, sources: Sequence[StrPath], base: StrPath) -> Json:
+    return {"advice": advise(document, sources, base), "loading": loading(document, sources[0])}
+
+
+def _for_others(document: Json, report: Report) -> Json:
+    """The document without absolute paths, because these say whose machine it was made on."""
+    given = [os.fspath(one) for one in (*_sources(report)[0], report.base or "BASE")]
+    text = json.dumps(document)
+    for one in (*given, *map(os.path.normpath, given)):  # problems have either
+        label, name = (json.dumps(shown(each))[1:-1] for each in (one, _name(one)))
+        text = text.replace(label, name)
+    *sources, base = map(_name, given)
+    document = json.loads(text)
+    document |= _commands(document, sources, base)
+    for one in document["adapters"]:
+        one["base"] = one["base"] and _name(str(one["base"]))
     return document
+
+
+def _name(path: str) -> str:
+    """The path, or the last part of an absolute one, of whichever system it is."""
+    return ntpath.basename(ntpath.normpath(path)) if re.match(r"[\\/]|\w:", path) else path
 
 
 def _sources(report: Report) -> tuple[list[StrPath], WeightsFile | None]:

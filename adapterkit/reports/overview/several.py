@@ -1,9 +1,6 @@
 """inspect of several adapters: each, how they go together, and what to try."""
 
-import os
-
 from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.system import system
 from adapterkit.errors import Refused
 from adapterkit.options import unweighted
 from adapterkit.planning.inputs.sources import if_given, open_model, open_source
@@ -39,5 +36,4 @@ def inspect_several(inspect: Inspect) -> Json:
         "adapters": adapters,
         "pairs": compare_adapters(folders),
     }
-    texts = [system.quote(os.fspath(source)) for source in sources]
-    return result | {"advice": advise(result, texts, "BASE")}
+    return result | {"advice": advise(result, sources, "BASE")}
