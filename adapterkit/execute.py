@@ -8,16 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from adapterkit.checkpoint.disk import free_bytes
+from adapterkit.checkpoint.disk import free_bytes, size_below
 from adapterkit.checkpoint.output.file_result import ShardResult, read_result
-from adapterkit.checkpoint.output.stage import (
-    HANDOFF,
-    RECEIPT,
-    WORK,
-    Stage,
-    Workspace,
-    size_of_file,
-)
+from adapterkit.checkpoint.output.stage import HANDOFF, RECEIPT, WORK, Stage, Workspace
 from adapterkit.checkpoint.reader import changed
 from adapterkit.errors import AdapterkitError, Failed, Interrupted, Refused, Unrecoverable
 from adapterkit.options import Progress, expect
@@ -130,7 +123,7 @@ def run(
 def _is_of_plan(stage: Stage, plan: Plan, recipe: dict) -> bool:
     """Whether the stage's receipt is one of this job, and its files are there: others may have
     written there."""
-    if size_of_file(stage.path / RECEIPT) is None:  # a link
+    if size_below(stage.path, RECEIPT) is None:  # a link
         return False
     data = (stage.path / RECEIPT).read_bytes()
     try:
@@ -226,6 +219,9 @@ def _build(
     receipt = create_receipt(
         plan, recipe, fingerprint, done, sums, hashes, hash, time.monotonic() - began
     )
+    if not stage.is_whole(receipt["files"]):
+        problem, hint = "files that were made have disappeared", "run again with --resume"
+        raise Failed(problem, where=str(stage.path), hint=hint)
     stage.write_file(RECEIPT, [seal_receipt(receipt)])
     stage.ready()
 
@@ -309,7 +305,7 @@ def _done_before(stage: Stage, plan: Plan, *, hashed: bool) -> dict[str, ShardRe
         done = {
             name: r
             for name, r in done.items()
-            if not r.handoffs or (stage.path / (name + HANDOFF)).is_file()
+            if not r.handoffs or size_below(stage.path, name + HANDOFF) is not None
         }
     return done
 

@@ -5,7 +5,9 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from adapterkit.checkpoint.system import system
@@ -23,6 +25,7 @@ HINTS = {
     errno.EMFILE: "raise the limit of open files (ulimit -n), then run again with --resume",
     errno.EXDEV: "move the older output away, or choose another --out",
     errno.EBUSY: "move the older output away, or choose another --out",
+    errno.ELOOP: "remove the link, then run again with --resume",
 }
 
 
@@ -48,10 +51,36 @@ def write_all(data: memoryview | bytes, write: Callable[[memoryview, int], int])
         done += n
 
 
+def is_linked(root: Path, folder: Path) -> bool:
+    """Whether a folder below `root`, or one between them, is a link: it may lead anywhere. A system
+    call that follows no link looks at the last name of a path only."""
+    between = takewhile(lambda one: one != root, (folder, *folder.parents))
+    return any(one.is_symlink() for one in between)
+
+
+def check_folder(root: Path, folder: Path) -> None:
+    """OSError for a folder that `is_linked`."""
+    if is_linked(root, folder):
+        raise OSError(errno.ELOOP, "a folder is a symbolic link", str(folder))
+
+
+def size_below(root: Path, name: str) -> int | None:
+    """Bytes of an ordinary file that has this name alone; None of a link, of a hard link, behind a
+    linked folder, and where there is none."""
+    path = root / name
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    is_own = stat.S_ISREG(status.st_mode) and status.st_nlink < 2  # 0 on some file systems
+    return status.st_size if is_own and not is_linked(root, path.parent) else None
+
+
 def replace_file(path: Path, data: bytes, beside: Path, *, durable: bool = True) -> None:
     """Write a small file as a whole: under the name `beside` in its folder, then renamed."""
     with storage_errors(path):
-        descriptor = system.open(beside, "write")
+        beside.unlink(missing_ok=True)  # it may be a hard link
+        descriptor = system.open(beside, "create")
         try:
             try:
                 write_all(data, lambda rest, _: os.write(descriptor, rest))

@@ -66,7 +66,9 @@ def read_header(folder: Folder, name: str, number: int = 0) -> Header:
 
     `number`: which input of the job the folder is. Raises `Damaged`.
     """
-    size = folder.files()[name]
+    if (size := folder.files().get(name)) is None:
+        problem, where = f"no file {shown(name)}", folder.label
+        raise Damaged(problem, expected="an ordinary file", where=where, hint="copy it again")
     raw = folder.read(name, 0, min(FIRST_READ, size))
     length = header_length(raw[:64], size, name)
     if length > len(raw):

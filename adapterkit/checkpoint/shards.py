@@ -19,6 +19,11 @@ OF_DIFFUSERS = re.compile(
 )
 NOT_A_MODEL = "adapter_model"  # what a PEFT adapter's weights are called
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# files of a tokenizer beside a model
+TOKENIZER = re.compile(
+    r"(tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
+    r"|merges\.txt|.*\.(spm|tiktoken)|spiece\.model|sentencepiece.*\.model|chat_template.*)"
+)
 # a Trainer's pickles that hold no weights
 TRAINER = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state", "random_states")
 # names that Windows reserves for devices, with any extension

@@ -49,14 +49,20 @@ def _integer(text: str) -> int:
     return int(text)
 
 
+def nested_json(text: str | bytes) -> Any:
+    """`strict_json` of a text within a file, and no deeper than `check_depth` allows."""
+    value = strict_json(text.encode() if isinstance(text, str) else text)
+    check_depth(value)
+    return value
+
+
 def read_json(folder: Folder, name: str) -> dict:
     """The JSON object in a file of the folder; `Damaged` if it is none, or larger than 50 MB."""
     size = folder.files().get(name, 0)
     try:
         if size > MAX_JSON:
             raise ValueError(f"{size} bytes, more than {MAX_JSON}")
-        value = strict_json(folder.read(name, 0, size))
-        check_depth(value)
+        value = nested_json(folder.read(name, 0, size))
     except ValueError as error:
         raise Damaged(
             f"this is not JSON: {shown(error)}",

@@ -3,8 +3,7 @@ name, and its receipt that name with a suffix."""
 
 from pathlib import Path
 
-from adapterkit.checkpoint.disk import storage_errors, sync_folder
-from adapterkit.checkpoint.output.earlier_output import size_at
+from adapterkit.checkpoint.disk import size_below, storage_errors, sync_folder
 from adapterkit.checkpoint.output.stage import RECEIPT, Stage, control_of, receipt_beside
 from adapterkit.checkpoint.system import system
 from adapterkit.errors import Refused, shown
@@ -23,12 +22,9 @@ class FileStage(Stage):
     def __init__(self, out: Path, beside: tuple[str, ...] = ()):
         super().__init__(out)
         self.beside = beside
-        self.inside = True
+        self.inside, self.final = True, out.parent
         self.control = out.resolve().parent / control_of(out)
         self.receipt = out.with_name(receipt_beside(out.name))
-
-    def size_there(self, name: str) -> int | None:
-        return size_at(self.out.with_name(name))
 
     def _check_kind(self) -> None:
         if self.out.is_symlink() or self.out.is_dir():
@@ -65,7 +61,7 @@ class FileStage(Stage):
             final.parent.mkdir(parents=True, exist_ok=True)
             beside = [(name, final.with_name(name)) for name in self.beside]
             for staged, there in ((self.out.name, final), *beside, (RECEIPT, self.receipt)):
-                if (self.path / staged).exists():
+                if size_below(self.path, staged) is not None:
                     system.replace(self.path / staged, there)
             sync_folder(final.parent)
         self._close_journal()

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from adapterkit.checkpoint.disk import replace_file, storage_errors
+from adapterkit.checkpoint.disk import check_folder, replace_file, storage_errors
+from adapterkit.checkpoint.output.journal import read_lines
 from adapterkit.errors import Refused
 from adapterkit.records import Json
 
 JOB = "job.json"
+Shape = tuple[int, ...]
 
 
 @dataclass
@@ -28,9 +31,11 @@ class Journal:
     @classmethod
     def beside(cls, out: Path, job: Json, resume: bool) -> "Journal":
         """That of a job; `Refused` for another job's, unless the fit begins anew."""
-        folder, text = out.with_name(f".{out.name}.fit"), json.dumps(job, sort_keys=True)
-        before = folder / JOB
-        if resume and before.exists() and before.read_text("utf-8") != text:
+        folder, text = out.with_name(f".{out.name}.fit"), json.dumps(job, sort_keys=True).encode()
+        with storage_errors(folder):
+            check_folder(folder.parent, folder)
+        before = read_lines(folder / JOB)
+        if resume and before and before != text:
             raise Refused(
                 "the interrupted fit was of another job",
                 expected="the same base, adapters, data and options",
@@ -38,21 +43,23 @@ class Journal:
                 hint="run without --resume to begin anew",
             )
         with storage_errors(folder):
-            if not resume:
+            if not (resume and before):
                 shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
-        replace_file(before, text.encode(), folder / f"{JOB}.part")
+        replace_file(folder / JOB, text, folder / f"{JOB}.part")
         return cls(folder)
 
-    def of(self, what: str, c: Tensor, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """What `compute` gives at a point, float64: made now, or before."""
-        from safetensors.torch import load, save
+    def of(
+        self, what: str, c: Tensor, compute: Callable[[], list[Tensor]], shapes: list[Shape]
+    ) -> list[Tensor]:
+        """What `compute` gives at a point, in float64 and of these shapes: made now, or before."""
+        from safetensors.torch import save
 
         digest = hashlib.sha256(what.encode() + c.double().numpy().tobytes()).hexdigest()
         path = self.folder / f"{digest[:32]}.safetensors"
-        if path.exists():
-            values = load(path.read_bytes())
-            return [values[str(number)] for number in range(len(values))]
+        values = _values(path)
+        if [tuple(value.shape) for value in values] == shapes:
+            return values
         results = compute()
         data = save({str(number): value.contiguous() for number, value in enumerate(results)})
         replace_file(path, data, path.with_suffix(".part"))
@@ -61,3 +68,17 @@ class Journal:
     def close(self) -> None:
         """The fit is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _values(path: Path) -> list[Tensor]:
+    """The finite numbers of a file that was written here; none of any other."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        found = load(read_lines(path))
+        values = [found[str(number)] for number in range(len(found))]
+    except (SafetensorError, KeyError):
+        return []
+    are_numbers = all(v.dtype == torch.float64 and bool(v.isfinite().all()) for v in values)
+    return values if are_numbers else []

@@ -39,7 +39,8 @@ def download(
     size, part = folder.files()[name], file.with_name(unfinished_name(file.name))
     with storage_errors(file):
         part.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = system.open(part, "write", MINE)
+        part.unlink(missing_ok=True)
+        descriptor = system.open(part, "create", MINE)
     try:
         parts = folder.parts.get(name)
         try:

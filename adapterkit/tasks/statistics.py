@@ -1,6 +1,5 @@
 """Statistics of layers' inputs and gradients: tensors `<module>.<kind>` of a safetensors file."""
 
-import json
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -11,6 +10,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import Header, TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.checkpoint.strict import nested_json
 from adapterkit.errors import Damaged, Problems, shown, unrecoverable
 from adapterkit.kernels.lowrank import weighted
 from adapterkit.records import Json
@@ -66,7 +66,7 @@ def metadata_of(stats: Statistics) -> Json:
 
 def _parsed(text: str, stats: Statistics) -> Json:
     try:
-        value = json.loads(text)
+        value = nested_json(text)
     except ValueError:
         value = None
     if not isinstance(value, dict) or not isinstance(value.get("shared", {}), dict):

@@ -292,7 +292,7 @@ def test_a_push_to_no_repository(work: Path, push: str):
     second = STEP.replace('"out"', '"second"')
     text = f"{STEP}\n{second}options = {{ push = {push} }}\n"
     Path("steps.toml").write_text(text)
-    rows = run_pipeline("steps.toml")["steps"]
+    rows = run_pipeline("steps.toml", allow_push=True)["steps"]
     assert [row["state"] for row in rows] == ["planned", "refused"]
     assert "\x1b" not in rows[1]["message"] and not Path("out").exists()
 

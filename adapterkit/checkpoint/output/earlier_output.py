@@ -1,10 +1,13 @@
 """An output that is there already: what its receipt says, and whether its files are there."""
 
 import json
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapterkit.checkpoint.folder import read_small
+from adapterkit.checkpoint.strict import MAX_JSON
 from adapterkit.errors import Damaged, listed
 from adapterkit.records import Json
 
@@ -20,11 +23,9 @@ def parse_receipt(data: bytes) -> Json:
 
 def receipt_at(path: Path) -> Json:
     """The receipt in a file; empty where there is none."""
-    if not path.is_file():  # but a pipe, which never ends
-        return {}
     try:
-        return parse_receipt(path.read_bytes())
-    except OSError:
+        return parse_receipt(read_small(path, MAX_JSON))
+    except (OSError, ValueError):
         return {}
 
 
@@ -39,7 +40,11 @@ def lacking(receipt: Mapping[str, Any], size_of: Callable[[str], int | None]) ->
 
 def size_at(path: Path) -> int | None:
     """Bytes of a file, where it leads to if it is a link; None where there is none."""
-    return path.stat().st_size if path.is_file() else None
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # a name that no system has, too
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def incomplete(names: Sequence[str], where: str) -> Damaged:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from adapterkit import records
 from adapterkit.checkpoint.output.journal import Entry
+from adapterkit.records import COUNT, TABLE, TEXT, optional
 
 
 @dataclass
@@ -25,4 +27,13 @@ class ShardResult:
 def read_result(entry: Entry) -> ShardResult | None:
     """The result that an entry notes, still to be held against the plan; None where it notes
     something else."""
-    return ShardResult(**entry["shard"]) if "shard" in entry else None
+    return ShardResult(**entry["shard"]) if RESULT.fits(entry.get("shard")) else None
+
+
+PLACE = records.test("a place", lambda v: [*map(type, v)] == [str, list, int])
+WORDS = {
+    "file": TEXT, "size": COUNT, "sha256": optional(TEXT), "marks": optional(TABLE),
+    "metrics": records.table_of(TEXT, TABLE), "grown": records.INTEGER,
+    "tensors": optional(COUNT), "handoffs": records.table_of(TEXT, PLACE),
+}  # fmt: skip
+RESULT = records.also(records.entries(WORDS), "a result", lambda v: v.keys() == WORDS.keys())

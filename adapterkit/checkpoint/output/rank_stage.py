@@ -15,17 +15,19 @@ from collections.abc import Callable, Iterable
 from glob import escape
 from pathlib import Path
 
+from adapterkit.checkpoint import disk
 from adapterkit.checkpoint.disk import replace_file, storage_errors, sync_folder, sync_folders
 from adapterkit.checkpoint.output.file_result import ShardResult, read_result
 from adapterkit.checkpoint.output.journal import line_of, read_entry
 from adapterkit.checkpoint.output.lock import may_run, process_record
-from adapterkit.checkpoint.output.stage import HANDOFF, RANKS, Stage, size_of_file
+from adapterkit.checkpoint.output.stage import HANDOFF, RANKS, Stage
 from adapterkit.checkpoint.output.writer import UNFINISHED, part_of, unfinished_name
 from adapterkit.checkpoint.system import system
 from adapterkit.records import Json
 
 FILES, MARKS, FAILED = "out", "marks", "FAILED"
 ATTEMPT = re.compile(r"\.(\d+-\d+-[0-9a-f]{8})\.part$")
+MARKER = {"attempt", "device", "torch", "seconds"}
 HEARTBEAT = ".heartbeat"  # suffix of a file: a process says that it lives, and how far it is
 
 
@@ -68,14 +70,17 @@ class RankStage:
 
     def marker(self, name: str) -> Json | None:
         """What was noted when a file was done; None where it is not, or is not there any more."""
-        entry = read_entry(self.marks / f"{name}.json")
+        entry = self._read(name)
         result = read_result(entry)
         if result is None or result.file != name or not self.accepts(result):
             return None
-        is_there = size_of_file(self.path / name) == result.size or self._is_joined(name)
-        handoff = self.path / (name + HANDOFF)
-        handed_on = not result.handoffs or size_of_file(handoff) is not None
-        return entry if is_there and handed_on else None
+        is_there = disk.size_below(self.path, name) == result.size or self._is_joined(name)
+        handed_on = not result.handoffs or disk.size_below(self.path, name + HANDOFF) is not None
+        return entry if is_there and handed_on and entry.keys() >= MARKER else None
+
+    def _read(self, name: str) -> Json:
+        path = self.marks / f"{name}.json"
+        return {} if disk.is_linked(self.marks, path.parent) else read_entry(path)
 
     def _is_joined(self, name: str) -> bool:
         """Whether a part's bytes are in the file that is being joined."""
@@ -103,8 +108,8 @@ class RankStage:
     def joined(self, file: str) -> int:
         """How many bytes of its parts a file has that is being joined, `NAME.part`."""
         name = unfinished_name(file)
-        count = read_entry(self.marks / f"{name}.json").get("joined", 0)
-        return count if count <= (size_of_file(self.path / name) or 0) else 0
+        count = self._read(name).get("joined", 0)
+        return count if count <= (disk.size_below(self.path, name) or 0) else 0
 
     def mark_joined(self, file: str, count: int) -> None:
         """Note durably how many bytes of its parts a file has."""
@@ -119,8 +124,9 @@ class RankStage:
     def forget(self, name: str) -> None:
         """Remove a file that is done, and its marker first."""
         with storage_errors(self.path):
-            (self.marks / f"{name}.json").unlink(missing_ok=True)
-            (self.path / name).unlink(missing_ok=True)
+            for root, file in ((self.marks, f"{name}.json"), (self.path, name)):
+                disk.check_folder(root, (root / file).parent)
+                (root / file).unlink(missing_ok=True)
 
     def wanted(self, name: str) -> bool:
         """Whether a file is still to be made: another process may have made it meanwhile."""
@@ -147,7 +153,7 @@ class RankStage:
         """What the other processes said last, by their attempts' names."""
         paths = self.marks.glob("*" + HEARTBEAT)
         found = {path.name.removesuffix(HEARTBEAT): read_entry(path) for path in paths}
-        return {name: entry for name, entry in found.items() if entry and name != self.attempt}
+        return {k: one for k, one in found.items() if "process" in one and k != self.attempt}
 
     def attempts(self, name: str) -> set[str]:
         """Who is, or was, writing a file without having finished it, other than this process."""
@@ -159,6 +165,7 @@ class RankStage:
         """Let the others see that this process is at a file, before it writes the file."""
         path = self.path / unfinished_name(name, self.attempt)
         with storage_errors(path):
+            disk.check_folder(self.path, path.parent)
             os.close(system.open(path, "touch"))
 
     def leave(self) -> None:
@@ -171,6 +178,8 @@ class RankStage:
 
     def _write(self, name: str, entry: Json, *, durable: bool = True) -> None:
         beside = self.marks / unfinished_name(name, self.attempt)
+        with storage_errors(beside):
+            disk.check_folder(self.marks, beside.parent)
         replace_file(self.marks / name, line_of(entry), beside, durable=durable)
 
 

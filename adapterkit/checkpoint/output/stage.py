@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import stat
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -113,7 +112,7 @@ class Stage:
         return Lock(self.control)
 
     def __init__(self, out: Path):
-        self.out = out
+        self.out = self.final = out  # `final`: the folder in which the files get their names
         parent = out.resolve().parent
         self.inside = out.is_dir() and (
             system.is_mount(out.resolve()) or not os.access(parent, os.W_OK)
@@ -211,7 +210,7 @@ class Stage:
 
     def size_there(self, name: str) -> int | None:
         """Bytes of a file of the output that is there."""
-        return size_at(self.out / name)
+        return size_at(self.final / name)
 
     def _is_finished(self, overwrite: bool) -> bool:
         """Whether the output that is there has all of its files; `Damaged` where it lacks some,
@@ -228,13 +227,14 @@ class Stage:
 
     def holds(self, result: ShardResult) -> bool:
         """Whether a finished shard is there."""
-        return size_of_file(self.path / result.file) == result.size
+        return disk.size_below(self.path, result.file) == result.size
 
     def is_whole(self, files: Mapping[str, dict]) -> bool:
         """Whether the files of a receipt are there, to be published."""
-        sizes = {name: size_of_file(self.path / name) for name in files}
         # where files are moved one by one, some may have been
-        return self.inside or all(sizes[name] == files[name]["size"] for name in files)
+        moved = {name for name in files if self.inside and not os.path.lexists(self.path / name)}
+        root = lambda name: self.final if name in moved else self.path
+        return all(disk.size_below(root(n), n) == entry["size"] for n, entry in files.items())
 
     def disk(self, size: int) -> int:
         """Bytes of disk that files of that size take, all together."""
@@ -269,7 +269,9 @@ class Stage:
                 where=str(self.out),
                 hint="remove the folder yourself, or choose another --out",
             )
-        unlisted = sorted(set(self._output_files()) - {*(files or ()), RECEIPT})
+        written = {*(files or ()), RECEIPT}
+        there = self._output_files()
+        unlisted = sorted(n for n in there if n not in written or (self.out / n).is_symlink())
         if unlisted:
             raise Refused(
                 "--overwrite would remove files that adapterkit did not write: "
@@ -355,6 +357,7 @@ class Stage:
         path = self.path / name
         size, digest = 0, hashlib.sha256()
         with storage_errors(path):
+            disk.check_folder(self.path, path.parent)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
             descriptor = system.open(path, "create")
@@ -414,6 +417,8 @@ class Stage:
         staged = self.path / RECEIPT
         new = [*receipt_at(staged if staged.exists() else self.out / RECEIPT)["files"], RECEIPT]
         old = set(filter(is_plain_path, self.journal()[-1]["old"])).difference(new)
+        for name in (*new, *old):
+            disk.check_folder(self.out, (self.out / name).parent)
         for name in sorted({*new, *old}, key=_publish_order, reverse=True):
             if _publish_order(name) and (name in old or (self.path / name).exists()):
                 (self.out / name).unlink(missing_ok=True)
@@ -428,7 +433,7 @@ class Stage:
 
     def _move(self, names: Iterable[str]) -> None:
         for name in names:
-            if (self.path / name).exists():
+            if disk.size_below(self.path, name) is not None:
                 (self.out / name).parent.mkdir(parents=True, exist_ok=True)
                 system.replace(self.path / name, self.out / name)
 
@@ -459,15 +464,6 @@ def publish_of(entries: Iterable[dict]) -> str | None:
     since."""
     found = [entry["publish"] for entry in entries if "publish" in entry]
     return found[-1] if found else None
-
-
-def size_of_file(path: Path) -> int | None:
-    """Bytes of an ordinary file; None of a link, and where there is none."""
-    try:
-        status = path.lstat()
-    except OSError:
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _publish_order(name: str) -> int:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from adapterkit.checkpoint import disk
-from adapterkit.checkpoint.disk import storage_errors, write_all
+from adapterkit.checkpoint.disk import check_folder, storage_errors, write_all
 from adapterkit.checkpoint.system import system
 
 UNFINISHED = ".part"
@@ -49,6 +49,7 @@ class ShardFile:
         self.final, self.size, self.descriptor = folder / name, size, -1
         self.path = folder / unfinished_name(name, attempt)
         with storage_errors(self.path):
+            check_folder(folder, self.path.parent)
             if not attempt:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             if kept is None:

@@ -7,9 +7,10 @@ import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from adapterkit.checkpoint.disk import size_below
 from adapterkit.checkpoint.output.earlier_output import parse_receipt
 from adapterkit.checkpoint.output.file_result import ShardResult
-from adapterkit.checkpoint.output.stage import RECEIPT, Stage, publish_of, size_of_file
+from adapterkit.checkpoint.output.stage import RECEIPT, Stage, publish_of
 from adapterkit.engines.hub.inputs import ConvertedInScratch
 from adapterkit.errors import Failed
 from adapterkit.hub.destination import Destination
@@ -182,8 +183,8 @@ class HubStage(Stage):
         """A file of the stage, and no link to another; `Failed` where there is none."""
         here = RECEIPT if name == self.destination.receipt_name else name
         path = self.path / here
-        size = size_of_file(path)
-        if size is None or path.resolve() != self.path.resolve() / here:
+        size = size_below(self.path, here)
+        if size is None:
             raise Failed(
                 "the file is missing, or is a link",
                 expected="the file that was made",

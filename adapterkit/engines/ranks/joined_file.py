@@ -7,7 +7,7 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
-from adapterkit.checkpoint.disk import storage_errors, sync_folder
+from adapterkit.checkpoint.disk import check_folder, storage_errors, sync_folder
 from adapterkit.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.checkpoint.output.writer import ShardFile, unfinished_name
 from adapterkit.checkpoint.system import system
@@ -22,6 +22,8 @@ class JoinedFile:
     def __init__(self, folder: Path, shard: OutputFile, attempt: str = "", *, hashed: bool):
         self.folder, self.file, self.attempt = folder, shard.file, attempt
         self.path = folder / unfinished_name(shard.file, attempt)
+        with storage_errors(self.path):
+            check_folder(folder, self.path.parent)
         self.digest = RunningHash(tensor_ends(shard.layout)) if hashed else None
 
     def remove(self) -> None:
