@@ -48,10 +48,20 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 IMPLICIT = "implicit_"
 OTHER_INITS = ("gaussian", "eva", "mica", "orthogonal", "default", "true", "false")
 MAX_LAYERS = 100_000
+
+
+def _is_targets(value: object) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list | set) and all(isinstance(name, str) for name in value)
+    )
+
+
 # settings of all types of adapters
 SHARED_SETTINGS: dict[str, Check] = {
     **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying"), optional(FLAG)),
-    **dict.fromkeys(("task_type", "peft_version", "bias"), optional(TEXT)),
+    **dict.fromkeys(("task_type", "peft_version", "bias", "revision"), optional(TEXT)),
+    "base_model_name_or_path": optional(TEXT),
+    "target_modules": optional(test("a text, or a list of names", _is_targets)),
     **dict.fromkeys(
         ("modules_to_save", "target_parameters"), optional(list_of(NAME, "a list of names"))
     ),

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.detect import detect
+from adapterkit.formats.files.configs import strict_yaml
 from adapterkit.formats.modules.kinds import KINDS
 from adapterkit.formats.modules.record import Contents
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
@@ -136,11 +138,13 @@ def _parts(text: str, source: Folder) -> tuple[dict, str]:
     if not text.startswith("---\n") or "\n---" not in text[4:]:
         return {}, text
     head, _, body = text[4:].partition("\n---")
+    fields: Any
     try:
-        fields = yaml.safe_load(head) or {}
-    except yaml.YAMLError:
+        fields = strict_yaml(head) or {}
+    except ValueError:
         fields = None
-    if not isinstance(fields, dict) or not isinstance(fields.get("tags") or [], list):
+    tags = (fields.get("tags") or []) if isinstance(fields, dict) else None
+    if not isinstance(tags, list) or any(isinstance(tag, list | dict) for tag in tags):
         raise Refused(
             f"{CARD} begins with what is no metadata: {listed([shown(head[:80])])}",
             expected="YAML between two lines of ---",

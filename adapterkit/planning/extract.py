@@ -283,7 +283,8 @@ class Extraction:
 
     def _is_resized(self, old: Parameter, new: Parameter) -> bool:
         """Whether two shapes differ by the vocabulary alone."""
-        if len(new.shape) not in (1, 2) or old.shape[1:] != new.shape[1:]:
+        rank = len(new.shape)
+        if rank not in (1, 2) or len(old.shape) != rank or old.shape[1:] != new.shape[1:]:
             return False
         if self.targets.is_embedding_or_head(new.name):
             return True

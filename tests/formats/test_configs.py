@@ -52,7 +52,7 @@ def test_what_is_written_is_read(name, read):
     ("a: 2024-13-45", "not YAML"),
     ("[" * 3000, "nested too deeply"),
     (b"a: \xff", "not YAML"),
-    ("a: " + "1 " * 600_000, "more than 1000000"),
+    ("a: " + "1 " * 60_000, "more than 100000"),
 ])  # fmt: skip
 def test_yaml_that_is_refused(text, words, read):
     with pytest.raises(Damaged, match=words):

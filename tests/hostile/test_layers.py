@@ -35,7 +35,7 @@ LEVELS = [
     "run_options",
     "formats adapters inits combinations hub",
     "weights gguf",
-    "checkpoint",
+    "checkpoint commands",
     "kernels",
     "shared_options",
     "pages",

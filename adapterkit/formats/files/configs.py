@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.strict import read_json
+from adapterkit.checkpoint.strict import check_depth, read_json
 from adapterkit.errors import Damaged, Problems, shown
 from adapterkit.records import (
     FINITE,
@@ -27,7 +27,7 @@ from adapterkit.records import (
     values,
 )
 
-MAX_YAML = 1_000_000  # bytes; PyYAML takes seconds for one
+MAX_YAML = 100_000  # characters of four bytes at most; PyYAML takes a second for these
 
 
 # what a field may say, and the values that it can have
@@ -47,13 +47,10 @@ def read_config(folder: Folder, name: str) -> Json:
         return read_json(folder, name)
     size = folder.files()[name]
     try:
-        if size > MAX_YAML:
-            raise ValueError(f"{size} bytes, more than {MAX_YAML}")
-        value = _yaml(folder.read(name, 0, size).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else shown(error)
+        value = strict_yaml(folder.read(name, 0, min(size, 4 * MAX_YAML + 1)).decode("utf-8"))
+    except ValueError as error:
         raise Damaged(
-            f"not YAML: {reason}", expected="a table", where=name, hint="fix the file"
+            f"not YAML: {shown(error)}", expected="a table", where=name, hint="fix the file"
         ) from error
     if not isinstance(value, dict):
         problem = f"a YAML {type(value).__name__}"
@@ -136,9 +133,16 @@ class _Strict(yaml.SafeLoader):
         return table
 
 
-def _yaml(text: str) -> Any:
-    """The value of YAML text; `ValueError` with the reason when it is none."""
+def strict_yaml(text: str) -> Any:
+    """The value of YAML text; `ValueError` with the reason when it is none, or too long."""
+    if len(text) > MAX_YAML:
+        raise ValueError(f"more than {MAX_YAML} characters")
     try:
-        return yaml.load(text, _Strict)
+        value = yaml.load(text, _Strict)
+        check_depth(value)
+        json.dumps(value, skipkeys=True, default=str)  # no integer that is too long to be written
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return value

@@ -9,8 +9,8 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder, original
 from adapterkit.checkpoint.hashes import sha256_of_file
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import WARNING, shown
-from adapterkit.receipt import find_receipt
-from adapterkit.records import Json
+from adapterkit.receipt import RECEIPT_CHECK, find_receipt
+from adapterkit.records import FINITE, TEXT, Json, entries
 
 
 class MergedAdapter(NamedTuple):
@@ -20,6 +20,9 @@ class MergedAdapter(NamedTuple):
     weight: float
     header: str  # sha256 of its file's header
     sha256: str  # of its file
+
+
+MERGED = entries({"name": TEXT, "weight": FINITE, "header": TEXT, "sha256": TEXT})
 
 
 def merged_adapters(base: Folder) -> list[MergedAdapter]:
@@ -41,14 +44,16 @@ def merged_adapters(base: Folder) -> list[MergedAdapter]:
             )
             for number, (entry, adapter) in enumerate(rows, start=1)
         ]
-        return [*(MergedAdapter(**entry) for entry in receipt.get("held", [])), *last]
+        merged = [*(MergedAdapter(**entry) for entry in receipt.get("held", [])), *last]
+        return merged if all(MERGED.fits(one._asdict()) for one in merged) else []
     except (KeyError, TypeError, ValueError, AttributeError):
         return []
 
 
 def _receipt_of(base: Folder) -> Json:
     found = find_receipt(base)
-    return read_json(*found) if found else {}
+    receipt = read_json(*found) if found else {}
+    return receipt if RECEIPT_CHECK.fits(receipt) else {}
 
 
 def same_merges(merged: Sequence[MergedAdapter], adapter: Adapter) -> list[MergedAdapter]:

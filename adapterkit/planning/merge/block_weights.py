@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
+from adapterkit.checkpoint.folder import read_small
 from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.checkpoint.strict import nested_json
 from adapterkit.errors import Problems, Refused, did_you_mean, listed, shown
 from adapterkit.formats.library import architectures, one_file
 from adapterkit.formats.modules.names import names_of
@@ -155,10 +156,7 @@ def inlined(text: str) -> str:
 
 def _content(path: str) -> str:
     try:
-        data = Path(path).read_bytes()[: MOST_BYTES + 1]
-        if len(data) > MOST_BYTES:
-            raise ValueError("larger than 1 MiB")
-        return data.decode("utf-8-sig")
+        return read_small(path, MOST_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise Refused(
             f"{LBW}: {shown(path)}: {shown(error)}",
@@ -239,9 +237,11 @@ def _weights_of(text: str, words: BlockWords) -> dict[str, float]:
 def _of_settings(text: str, names: ModelNames) -> Factor:
     """Factors by parts, as diffusers' `set_adapters` has them, or by prefixes of names."""
     try:
-        settings = json.loads(text)
+        settings = nested_json(text)
     except ValueError as error:
         raise _wrong(f"no JSON: {shown(error)}", "an object", "check the file") from error
+    if not isinstance(settings, dict):
+        raise _wrong(f"a JSON {type(settings).__name__}", "an object", "check the file")
     is_nested = any(isinstance(value, (dict, list)) for value in settings.values())
     if SELECTED in settings:
         return _of_selected(settings, names)

@@ -11,6 +11,7 @@ from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.checkpoint.shards import INDEX, index_of, stem_of
 from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.checkpoint.strict import nested_json
 from adapterkit.plan import CopyFile, FromMetrics, OutputFile
 from adapterkit.records import Json
 
@@ -64,7 +65,7 @@ def _layer_folders(base: Checkpoint) -> tuple[str, ...]:
     if "modules.json" not in base.files:
         return ()
     try:
-        layers = json.loads(base.folder.read("modules.json", 0, base.files["modules.json"]))
+        layers = nested_json(base.folder.read("modules.json", 0, base.files["modules.json"]))
     except ValueError:
         return ()
     entries = layers if isinstance(layers, list) else []

@@ -1,18 +1,13 @@
 """The tokenizer that goes into an output: the base's, or the one saved beside an adapter."""
 
 import contextlib
-import re
 
 from adapterkit.adapters.record import Adapter
+from adapterkit.checkpoint.shards import TOKENIZER
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.plan import CopyFile
 from adapterkit.records import Json
-
-TOKENIZER = re.compile(
-    r"(tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
-    r"|merges\.txt|.*\.(spm|tiktoken)|spiece\.model|sentencepiece.*\.model|chat_template.*)"
-)
 
 
 def tokenizer_files(

@@ -1,0 +1,31 @@
+"""docs/SECURITY.md: every promise names tests that exist, and each file of these tests is named."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split(" | ")]
+    for line in (ROOT / "docs" / "SECURITY.md").read_text("utf-8").splitlines()
+    if line.startswith("| ") and not line.startswith("| threat")
+]
+# what holds the package itself, and not a promise to its users
+OTHERS = {"conftest.py", "test_layers.py", "test_security.py"}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
+def test_a_promise_names_tests_that_exist(row: list[str]):
+    assert len(row) == 3, "threat, promise, test"
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", row[2])
+    assert named and row[2] == ", ".join(f"`{file}::{test}`" for file, test in named)
+    for file, test in named:
+        source = (ROOT / file).read_text("utf-8")
+        assert re.search(rf"^def {test}\(", source, re.MULTILINE), f"{file} has no {test}"
+
+
+def test_every_file_of_hostile_tests_holds_a_promise():
+    files = {path.name for path in Path(__file__).parent.glob("*.py")} - OTHERS
+    text = " ".join(row[2] for row in ROWS)
+    assert not [name for name in sorted(files) if f"hostile/{name}::" not in text]
