@@ -15,7 +15,7 @@ from adapterkit import __version__, records
 from adapterkit.calls import OF_THE_USER, arguments_of, check_call, is_data
 from adapterkit.checkpoint.disk import replace_file
 from adapterkit.checkpoint.folder import read_small
-from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
+from adapterkit.checkpoint.strict import MAX_JSON, nested_json, strict_json
 from adapterkit.commands import command
 from adapterkit.engines.execution import check_out
 from adapterkit.engines.ranks.job_identity import Preparation, RankJob
@@ -89,8 +89,7 @@ def read_plan(file: StrPath) -> PlanFile:
     """A plan file; `Refused` where it is none, or of another version."""
     path = Path(file).absolute()
     try:
-        data = strict_json(read_small(path, MAX_JSON))
-        check_depth(data)
+        data = nested_json(read_small(path, MAX_JSON))
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error), "check the path") from error
     except ValueError as error:
