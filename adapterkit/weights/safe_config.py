@@ -27,17 +27,19 @@ def closed() -> Iterator[None]:
     neither, and huggingface_hub is offline for it."""
     from huggingface_hub import constants
     from transformers import dynamic_module_utils as code
-    from transformers.integrations import hub_kernels
+    from transformers.utils.import_utils import is_torch_available
 
     def refuse(*arguments: object, **options: object) -> None:
         # transformers goes on without a kernel after this error alone
         raise FileNotFoundError("no code or kernel of a model is loaded")
 
-    with (
-        replaced(constants, "is_offline_mode", lambda: True),
-        replaced(code, "get_cached_module_file", refuse),
-        replaced(hub_kernels, "get_kernel_hub", refuse),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(replaced(constants, "is_offline_mode", lambda: True))
+        stack.enter_context(replaced(code, "get_cached_module_file", refuse))
+        if is_torch_available():  # a process of tokenizers has none, and so no kernels
+            from transformers.integrations import hub_kernels
+
+            stack.enter_context(replaced(hub_kernels, "get_kernel_hub", refuse))
         seconds, code.TIME_OUT_REMOTE_CODE = (code.TIME_OUT_REMOTE_CODE, 0)  # it never asks
         try:
             yield
