@@ -3,6 +3,7 @@
 import pytest
 
 from tests.statistics.conftest import large as large
+from tests.statistics.conftest import tokens_here as tokens_here
 from tests.support import oracle
 from tests.support.texts import save_tokenizer
 

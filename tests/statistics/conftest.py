@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from adapterkit.statistics import plan
+from adapterkit.statistics.data.samples import load_tokenizer, tokenize_all
 from adapterkit.statistics.model import activations
 from adapterkit.statistics.model import layers as units
 from tests.support import oracle
@@ -12,6 +14,14 @@ from tests.support.texts import save_tokenizer, write_rows
 
 TEXTS = ["who is that?", "me", "the others are there.", "no, they were", "h", "is this it?"]
 MODELS = {"masked_bert": lambda: oracle.bert("BertForMaskedLM")}
+
+
+@pytest.fixture(autouse=True)
+def tokens_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizers run in this process: one of their own takes a second to start. That it gives the
+    same samples is a test of tests/hostile/test_tokenizers.py."""
+    here = lambda folder, records, options: tokenize_all(records, load_tokenizer(folder), options)
+    monkeypatch.setattr(plan, "tokenize_apart", here)
 
 
 @pytest.fixture
