@@ -6,6 +6,7 @@ like any child, and adds nothing to `state_dict()`.
 """
 
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -262,14 +263,11 @@ class Site(Unsaved):
     def host(self) -> nn.Module:
         return self._host[0]
 
-    def children(self) -> Iterator[nn.Module]:
-        # torch types the values as optional; a site has no empty one
-        yield from self._modules.values()  # type: ignore[misc]
-
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """None: accelerate offloads what it finds here, and brings it back from the state dict,
-        which has nothing of it."""
-        yield from ()
+        """Its parts; none for accelerate's hooks, which offload what they find here, and bring it
+        back from the state dict, which has nothing of it."""
+        caller = sys._getframe(1).f_globals.get("__name__")
+        return iter(()) if caller == "accelerate.hooks" else super().named_children()
 
     def value(self, name: str) -> Tensor | None:
         """A parameter of the host."""

@@ -64,8 +64,9 @@ class ValuePart(Part):
     """A value that acts in place of one parameter of the host: a trained bias, or the weight that
     the adapter's base had.
 
-    `leaf`: the parameter's name in the host. PEFT trains the base's own biases, so its
-    `disable_adapter` does not restore them."""
+    `leaf`: the parameter's name in the host; that of the value ends as it, because optimizers give
+    biases no decay by their names. PEFT trains the base's own biases, so its `disable_adapter` does
+    not restore them."""
 
     replaces = True
 
@@ -81,9 +82,14 @@ class ValuePart(Part):
         super().__init__()
         self.adapter, self.leaf, self.saved = adapter, leaf, saved
         self.role = f"weight.{leaf}"
-        self.value = value
+        self.name = "bias" if leaf.endswith("bias") else "weight"
+        self.register_parameter(self.name, value)
         if not trained:
-            self.fix("value")
+            self.fix(self.name)
+
+    @property
+    def value(self) -> nn.Parameter:
+        return self.get_parameter(self.name)
 
     def change(self, values: Values, weight: float) -> None:
         values[self.leaf] = self.value

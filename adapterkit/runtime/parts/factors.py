@@ -159,7 +159,7 @@ class FactorsPart(Part):
         """The host's bias, or the trained one in its place."""
         trained = self.site.parts[self.adapter].get("weight.bias")
         if trained is not None:
-            return trained.get_parameter("value")
+            return trained.get_parameter("bias")
         return self.site.unmerged.get("bias", self.host._parameters.get("bias"))
 
     def drop(self, x: Tensor) -> Tensor:
