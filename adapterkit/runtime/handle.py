@@ -165,8 +165,9 @@ class Adapters:
 
         `Refused` for unknown names, inside other rows and while merged; in the call, for a batch of
         another size (`generate` repeats the names for beams), for modules that get no rows (one
-        expert's, an image encoder's in a language model), and for training. Unlike PEFT's
-        adapter_names: DoRA too, and adapters with copies of modules that others lack.
+        expert's, an image encoder's in a language model), and for training. Factors are put side by
+        side at the first call: values that are written after it act in the next `rows`. Unlike
+        PEFT's adapter_names: DoRA too, and adapters with copies of modules that others lack.
         """
         return rows.rows(self.state, names)
 
@@ -250,8 +251,9 @@ class Adapters:
             raise Refused(
                 f"factor {factor!r}", expected="a finite number", where="rescale", hint="give one"
             )
-        for _, part in self.state.adapters[name].parts():
+        for site, part in self.state.adapters[name].parts():
             part.rescale(number)
+            site.renew()
 
     def report(self) -> ModuleTable:
         """A row for each module with adapters; prints as a table. `.trainable`, `.total` and

@@ -160,7 +160,8 @@ def stored(host: nn.Module) -> list[Tensor]:
     """The tensors that hold a layer's weight."""
     with _unmerged(host):
         tensors = chain(host._parameters.items(), host._buffers.items())
-        return [value for leaf, value in tensors if value is not None and leaf != "bias"]
+        own = [value for leaf, value in tensors if value is not None and leaf != "bias"]
+        return [*own, *(scales for value in own for scales in _bnb_scales(host, value))]
 
 
 def _plain(host: nn.Module) -> Tensor | None:
@@ -190,6 +191,16 @@ def _bnb() -> Any:
     import bitsandbytes.functional
 
     return bitsandbytes.functional
+
+
+def _bnb_scales(module: Host, value: Any) -> Iterator[Tensor]:
+    """What bitsandbytes has beside a layer's codes, in no parameter and no buffer."""
+    state = getattr(value, "quant_state", None)
+    while state is not None:
+        yield from (t for t in (state.absmax, state.offset) if isinstance(t, Tensor))
+        state = state.state2
+    if "SCB" in vars(value):
+        yield from (t for t in (value.SCB, module.state.SCB) if t is not None)
 
 
 def _bnb4_weight(module: Host) -> Tensor:

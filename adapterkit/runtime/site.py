@@ -35,6 +35,7 @@ RESERVED = {
     "sizes",
     "watched",
     "called",
+    "active",
 }  # the site's attributes
 SIZES = (
     "num_embeddings", "embedding_dim", "in_features", "out_features", "in_channels", "out_channels",
@@ -249,6 +250,7 @@ class Site(Unsaved):
         self.parts: dict[str, dict[str, Part]] = {}  # adapter -> role -> part
         self.unmerged: dict[str, nn.Parameter] = {}  # the host's own, which merged ones replaced
         self.watched = self.called = False  # see `watch`
+        self.active: Mapping[str, float] = {}
         self.router: Callable[..., Any] | None = None  # decides per batch row; see `rows`
         self.select({})
         # inside accelerate's hooks, which bring weights and inputs to one device and may be removed
@@ -298,8 +300,10 @@ class Site(Unsaved):
         return self.base(*args, **kwargs)
 
     def forward(self, *args: object, **kwargs: object) -> Any:
-        if not torch.compiler.is_compiling() and self.watched:
-            self.watched, self.called = False, True
+        if not torch.compiler.is_compiling():
+            self.renew()
+            if self.watched:
+                self.watched, self.called = False, True
         if self.router is not None:
             return self.router(self, args, kwargs)
         y = self.run(self.replacing, self.changing, *args, **kwargs)
@@ -356,6 +360,7 @@ class Site(Unsaved):
     def select(self, active: Mapping[str, float]) -> None:
         """Let the parts of these adapters act, each with its weight, in this order."""
         adding, changing, replacing = [], [], []
+        self.active = dict(active)
         for name in [name for name in self._modules if name.endswith(DIRECTED)]:
             del self._modules[name]
         for adapter, weight in active.items():
@@ -376,6 +381,19 @@ class Site(Unsaved):
         if adding or changing or replacing:
             # torch's fused layers read the weights of their parts unless one of these has hooks
             self.register_forward_pre_hook(_nothing)
+
+    def renew(self) -> None:
+        """Let other stand-ins act for parts whose values are others by now."""
+        if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
+            return  # a graph waits for nothing
+        if any(name.endswith(DIRECTED) for name in self._modules):
+            acting = [
+                part.weighted(weight)[0]
+                for name, weight in self.active.items()
+                for part in self.own_parts(name)
+            ]
+            if any(part not in self._modules.values() for part in acting):
+                self.select(self.active)
 
     @property
     def acts(self) -> bool:

@@ -43,6 +43,7 @@ def swap(state: State, name: str, source: StrPath) -> None:
             _copy(dict(part.named_buffers()), dict(other[1].named_buffers()))
         if isinstance(part, InvokedPart):
             part.invocations.tokens[name] = tuple(stored.config.invocation_tokens or ())
+        part.site.renew()
     adapter.config = stored.config
 
 

@@ -15,7 +15,8 @@ Q = {"targets": ["q_proj"]}  # of two layers
 # name -> settings, launches more than the base's
 MODELS = {
     "lora": (Q, 2 * 2),
-    "dora": (Q | {"dora": True}, 2 * 3),
+    # its norms each time: not all writes are seen, and a comparison would be waited for
+    "dora": (Q | {"dora": True}, 2 * 30),
     "bias": (Q | {"lora_bias": True}, 2 * 3),
     "embedding": ({"targets": ["embed_tokens"]}, 3),
     "tokens": (Q | {"trainable_tokens": [1, 3]}, 2 * 2 + 5),

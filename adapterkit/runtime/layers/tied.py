@@ -29,7 +29,7 @@ class TiedHeadPart(LinearPart):
         self.bias = self.magnitude = None
         for name in ("initial_a", "initial_b"):
             self.register_buffer(name, None)
-        self._folded, self._directed = Memo(), Memo()
+        self._folded, self._directed = Memo(), Memo(waits=True)
 
     # an attribute of the other parts; the embedding's, which `take` and `pad` change there
     @property

@@ -1,9 +1,10 @@
 """Adapters of a folder, loaded when they are asked for; the least recently used ones go."""
 
 from collections.abc import Collection
+from itertools import islice
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import is_plain_path
@@ -11,7 +12,11 @@ from adapterkit.errors import Refused, did_you_mean, shown
 from adapterkit.options import StrPath
 from adapterkit.runtime.load import reading
 from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.parts.memo import bits_of, same
 from adapterkit.runtime.state import State
+
+# what changes where an adapter's values or scales change, or another one has its name
+Stamp = tuple[list[float], Tensor | None]
 
 
 class Store:
@@ -37,7 +42,7 @@ class Store:
                 hint="check the path",
             )
         self.state, self.max_loaded = state, max_loaded
-        self._stamps: dict[str, tuple[object, ...]] = {}  # by name, the last one used last
+        self._stamps: dict[str, Stamp] = {}  # by name, the last one used last
 
     @property
     def loaded(self) -> list[str]:
@@ -73,8 +78,10 @@ class Store:
             )
         own = [name for name in names if name in missing or name in self._stamps]
         active = self.state.active if beside_active else ()
-        others = [n for n in self.loaded if n not in own and (n in active or self._is_kept(n))]
-        if missing and len(own) + len(others) > self.max_loaded:
+        surplus = len(own) - self.max_loaded + sum(name not in own for name in self.loaded)
+        free = (n for n in self.loaded if n not in own and n not in active and not self._is_kept(n))
+        if missing and len(list(islice(free, max(0, surplus)))) < surplus:
+            others = [n for n in self.loaded if n not in own and (n in active or self._is_kept(n))]
             raise Refused(
                 f"{len(own)} adapters of the store at once"
                 + (f", and {', '.join(map(shown, others))} active or changed" if others else ""),
@@ -102,18 +109,12 @@ class Store:
     def _is_kept(self, name: str) -> bool:
         """Whether it must stay, in use or not."""
         is_trained = self.state.adapters[name].trainable
-        changed = self._stamp(name) != self._stamps[name]
-        return name in self.state.merged or is_trained or changed
+        if name in self.state.merged or is_trained:
+            return True
+        (scales, bits), (old, before) = self._stamp(name), self._stamps[name]
+        return scales != old or not same(bits, before)
 
-    def _stamp(self, name: str) -> tuple[object, ...]:
-        """What changes where the adapter's values or scales change, or another one has its name."""
-        stamp: list[object] = []
-        for _, part in self.state.adapters[name].parts():
-            stamp += [(id(p), _version(p)) for p in part.parameters()]
-            if isinstance(part, FactorsPart):
-                stamp.append(part.stored_scale)
-        return tuple(stamp)
-
-
-def _version(value: torch.Tensor) -> int:
-    return 0 if value.is_inference() else value._version
+    def _stamp(self, name: str) -> Stamp:
+        parts = [part for _, part in self.state.adapters[name].parts()]
+        scales = [part.stored_scale for part in parts if isinstance(part, FactorsPart)]
+        return scales, bits_of([p for part in parts for p in part.parameters()], wait=True)

@@ -46,9 +46,12 @@ class RowNorms:
         offload = self.offload and torch.accelerator.is_available()
         where = (torch.accelerator.current_accelerator() if offload else None) or a.device
         rows = _Rows(host, axis, where)
-        source = [] if torch.compiler.is_compiling() else stored(host)
-        squares = self.squares(rows.squares, source, where)
-        projected = self.projected(lambda: rows.project(a), [*source, a], where)
+        if torch.compiler.is_compiling():
+            squares, projected = rows.squares(), rows.project(a)
+        else:
+            squares = self.squares(rows.squares, stored(host), where)
+            # of the same weight while its squares are kept
+            projected = self.projected(lambda: rows.project(a), [a], self.squares.made, where)
         with torch.no_grad(), torch.autocast(where.type, enabled=False):
             wide = torch.float64 if has_float64(where) else torch.float32
             right, left = a.flatten(1).to(where, wide), b.flatten(1).to(where, wide)

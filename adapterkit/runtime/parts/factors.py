@@ -62,7 +62,7 @@ class FactorsPart(Part):
             self.register_buffer(name, value)
         self.norms = dora.RowNorms(offload=ephemeral_gpu_offload)
         self._folded: Memo[tuple[Tensor, Tensor, Tensor]] = Memo()
-        self._directed: Memo[FactorsPart] = Memo()
+        self._directed: Memo[FactorsPart] = Memo(waits=True)
 
     @property
     def stored_rank(self) -> int:
@@ -225,10 +225,10 @@ class FactorsPart(Part):
         a, b = self.joined()
         if self.magnitude is None:
             return None, a, b * (self.scale * weight)
-        own = (self.a, self.b, self.magnitude, self.initial_a, self.initial_b, self.scale)
-        tensors = [*stored(self.host), *(value for value in own if isinstance(value, Tensor))]
-        scale = None if isinstance(self.scale, Tensor) else self.scale
-        return self._folded(lambda: self._fold(weight), tensors, weight, scale)
+        if torch.compiler.is_compiling():
+            return self._fold(weight)
+        tensors = [*stored(self.host), *self.parameters(), *self.buffers()]
+        return self._folded(lambda: self._fold(weight), tensors, weight, self.stored_scale)
 
     def _fold(self, weight: float) -> tuple[Tensor, Tensor, Tensor]:
         assert self.magnitude is not None
@@ -298,7 +298,9 @@ class FactorsPart(Part):
         return None if len(weights) == count else f"it has {count} directions, not {len(weights)}"
 
     def directed(self, weights: tuple[float, ...]) -> "FactorsPart":
-        return self._directed(lambda: self._direct(weights), [self.a, self.b], weights)
+        return self._directed(
+            lambda: self._direct(weights), [self.a, self.b], weights, self.padded, self.stored_scale
+        )
 
     def _matrices(self) -> tuple[list[Tensor], list[Tensor]]:
         """b (out, r) and a (r, in), of experts each one's."""
@@ -326,7 +328,7 @@ class FactorsPart(Part):
         if self.padded is not None:
             del twin.scale
             twin.scale, twin.padded = self.stored_scale, None
-        twin._folded, twin._directed = Memo(), Memo()
+        twin._folded, twin._directed = Memo(), Memo(waits=True)
         return twin
 
     def rescale(self, factor: float) -> None:

@@ -1,58 +1,103 @@
-"""Results of functions that are kept: the last one of tensors, some of plain values."""
+"""Results of functions that are kept: the last one of tensors, some of plain values.
 
-import weakref
-from collections.abc import Callable, Hashable, Sequence
+Not every write to a tensor counts a version: those through `.data`, of fused optimizers and FSDP,
+and to what was made under `inference_mode` do not. So a result is kept by the tensors' bits alone,
+for which they are read once. A GPU would be waited for: there it is computed each time.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from adapterkit.runtime.sharding import is_sharded
+
 T = TypeVar("T")
 MOST = 64  # results that a `MadeOnce` has
+# larger tensors are known by the sums of words that are so far apart: a prime, or rows could change
+# places unseen
+APART = 65537
 
 
 class Memo(Generic[T]):
-    """Keeps one result until a tensor that it was computed from changes.
+    """Keeps one result until the bits of a tensor that it was computed from change.
 
-    Tensors that are trained now are taken to have changed, and what was kept goes: fused optimizers
-    and FSDP write without counting a version.
+    `waits`: also on a GPU, because the computation waits for it too. Under autograd what is trained
+    is computed each time, and what was kept goes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, waits: bool = False) -> None:
+        self.waits = waits
+        self.made = 0  # how many results it had
         self.forget()
 
     def forget(self) -> None:
-        self._stamps: list[tuple[weakref.ref[Tensor], int, int]] = []
+        self._bits: Tensor | None = None
         self._settings: tuple[Hashable, ...] | None = None
         self._value: T | None = None
 
-    def __call__(self, compute: Callable[[], T], tensors: Sequence[Tensor], *settings: Hashable):
+    def __call__(
+        self, compute: Callable[[], T], tensors: Sequence[Tensor], *settings: Hashable
+    ) -> T:
         """`compute()`, or its last result where the tensors and settings are the same still."""
-        if torch.compiler.is_compiling():
-            return compute()
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             self.forget()
+            self.made += 1
             return compute()
-        if self._value is None or settings != self._settings or not self._holds(tensors):
+        bits = bits_of(tensors, wait=self.waits)
+        settings += tuple((tensor.dtype, tensor.shape, tensor.device) for tensor in tensors)
+        if self._value is None or settings != self._settings or not same(bits, self._bits):
             # not an inference tensor, which no later backward could use
             with torch.inference_mode(False), torch.no_grad():
                 self._value = compute()
-            self._stamps = [(weakref.ref(t), _version(t), t.data_ptr()) for t in tensors]
-            self._settings = settings
+            self._bits, self._settings = bits, settings
+            self.made += 1
         return self._value
 
-    def _holds(self, tensors: Sequence[Tensor]) -> bool:
-        return len(tensors) == len(self._stamps) and all(
-            ref() is tensor and version == _version(tensor) and pointer == tensor.data_ptr()
-            for (ref, version, pointer), tensor in zip(self._stamps, tensors, strict=True)
-        )
-
     def __reduce__(self):
-        return type(self), ()  # copies of a model start without
+        return partial(type(self), waits=self.waits), ()  # copies of a model start without
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def bits_of(tensors: Sequence[Tensor], *, wait: bool) -> Tensor | None:
+    """int64 that change with the values of tensors; None where these cannot be read: sharded, on
+    the meta device or, unless `wait`, on another one than the CPU."""
+    plain = [inner for tensor in tensors for inner in _plain(tensor)]
+    for tensor in plain:
+        if is_sharded(tensor) or tensor.is_meta or not (wait or tensor.device.type == "cpu"):
+            return None
+    with torch.no_grad():
+        words = [_words(tensor).cpu() for tensor in plain]
+    return torch.cat(words) if words else None
+
+
+def same(bits: Tensor | None, others: Tensor | None) -> bool:
+    """Whether both were read, and are equal."""
+    return bits is not None and others is not None and torch.equal(bits, others)
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that a tensor's values are in: a quantized one has several."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if is_sharded(tensor) or flatten is None:
+        yield tensor
+    else:
+        for name in flatten()[0]:
+            yield from _plain(getattr(tensor, name))
+
+
+def _words(tensor: Tensor) -> Tensor:
+    flat = tensor.data.contiguous().view(-1).view(torch.uint8)
+    flat = flat.clone() if flat.storage_offset() % 8 else flat
+    whole = len(flat) // 8 * 8
+    words, rest = flat[:whole].view(torch.int64), flat[whole:].to(torch.int64)
+    if len(words) > APART:
+        ends = len(words) // APART * APART
+        sums = words[:ends].view(-1, APART).sum(0)
+        sums[: len(words) - ends] += words[ends:]
+        words = sums
+    return torch.cat([words, rest])
 
 
 class MadeOnce:

@@ -21,6 +21,7 @@ from adapterkit.records import Json
 from adapterkit.runtime.handle import Adapters
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.parts.memo import bits_of, same
 from adapterkit.runtime.sharding import is_sharded, spread, whole
 from adapterkit.runtime.site import Part, Site
 
@@ -112,7 +113,7 @@ class LoraFA(Optimizer):
             weight_decay=(weight_decay, weight_decay >= 0, "a number from 0"),
         )
         self._factors: dict[nn.Parameter, FactorsPart] = {}  # by b
-        self._projections: dict[nn.Parameter, tuple[tuple, Tensor]] = {}
+        self._projections: dict[nn.Parameter, tuple[Tensor | None, Tensor]] = {}
         parameters = []
         for _, part, name, parameter in trained(h, names):
             if isinstance(part, FactorsPart) and name == "a":
@@ -178,16 +179,24 @@ class LoraFA(Optimizer):
 
     def _inverses(self, parts: Sequence[FactorsPart]) -> Tensor:
         """(a aᵀ + 1e-8·I)⁺ of each part; a is frozen: computed once, as a rule."""
-        versions = {part: (id(part.a), part.a._version, part.a.device) for part in parts}
+        stamps = {part: _stamp(part.a) for part in parts}
         old = [
-            part for part in parts if self._projections.get(part.b, (None,))[0] != versions[part]
+            part
+            for part in parts
+            if not same(stamps[part], self._projections.get(part.b, (None,))[0])
         ]
         if old:
             grams = damped_grams(stacked(old, [part.a for part in old]), 1e-8)
             inverses = torch.linalg.pinv(grams, hermitian=True).chunk(len(old))
             for part, inverse in zip(old, inverses, strict=True):
-                self._projections[part.b] = versions[part], inverse
+                self._projections[part.b] = stamps[part], inverse
         return joined([self._projections[part.b][1] for part in parts])
+
+
+def _stamp(a: Tensor) -> Tensor | None:
+    """Changes with a; on a GPU with the writes that count a version: to compare bits would wait."""
+    bits = bits_of([whole(a)], wait=False)
+    return torch.tensor([a.data_ptr(), a._version]) if bits is None else bits
 
 
 def Riemannian(
