@@ -108,6 +108,16 @@ def rounded(module: nn.Module, leaf: str, value: Tensor) -> Mapping[str, Tensor]
     return {leaf: nn.Parameter(value, requires_grad=False) if is_parameter else value}
 
 
+@torch.no_grad()
+def fitted(value: Tensor, own: Tensor) -> Tensor:
+    """A parameter or buffer in the dtype and on the device that another one has by now."""
+    dtype = own.dtype if own.is_floating_point() and value.is_floating_point() else value.dtype
+    if own.is_meta or (value.dtype, value.device) == (dtype, own.device):
+        return value
+    new = value.to(device=own.device, dtype=dtype)
+    return nn.Parameter(new, value.requires_grad) if type(value) is nn.Parameter else new
+
+
 def exchange(module: nn.Module, leaf: str, value: Tensor) -> Any:
     """Put a parameter or buffer in the place of another one, which is returned."""
     tensors = tensors_of(module, leaf)
@@ -179,7 +189,10 @@ def _unmerged(host: nn.Module) -> Iterator[None]:
         yield
         return
     own = [(*owner(host, name), parameter) for name, parameter in site.unmerged.items()]
-    merged = [(module, leaf, exchange(module, leaf, p)) for module, leaf, p in own]
+    merged = [
+        (module, leaf, exchange(module, leaf, fitted(p, tensors_of(module, leaf)[leaf])))
+        for module, leaf, p in own
+    ]
     try:
         yield
     finally:

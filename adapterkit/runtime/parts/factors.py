@@ -12,7 +12,7 @@ from adapterkit.adapters.keys import part_keys
 from adapterkit.kernels.lowrank import directions
 from adapterkit.runtime.parts import dora
 from adapterkit.runtime.parts.memo import Memo
-from adapterkit.runtime.quantized import stored, unmergeable
+from adapterkit.runtime.quantized import fitted, stored, unmergeable
 from adapterkit.runtime.site import Host, Part, Site, Values
 
 
@@ -145,7 +145,7 @@ class FactorsPart(Part):
         assert f is not None
         bias = self._own_bias()
         # (1 - f)·bias by way of the product: no further pass over the output
-        update = self.product(dropped, a, b, None if bias is None else (1 - f) * bias)
+        update = self.product(dropped, a, b, None if bias is None else ((1 - f) * bias).to(b.dtype))
         f = dora.on_outputs(f, self.a.ndim - 2)
         if dropped is whole:
             return torch.addcmul(update, y, f)
@@ -160,7 +160,8 @@ class FactorsPart(Part):
         trained = self.site.parts[self.adapter].get("weight.bias")
         if trained is not None:
             return trained.get_parameter("bias")
-        return self.site.unmerged.get("bias", self.host._parameters.get("bias"))
+        own = self.host._parameters.get("bias")
+        return None if own is None else fitted(self.site.unmerged.get("bias", own), own)
 
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
