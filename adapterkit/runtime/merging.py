@@ -14,14 +14,7 @@ from torch import Tensor, nn
 from adapterkit.engines.device import float32_products
 from adapterkit.errors import AdapterkitError, Problems, Refused, by_reason, listed, shown
 from adapterkit.planning.inputs.model_config import SWITCH, has_other_effects
-from adapterkit.runtime.quantized import (
-    exchange,
-    fitted,
-    quantization_of,
-    rounded,
-    tensors_of,
-    weight_of,
-)
+from adapterkit.runtime.quantized import exchange, quantization_of, rounded, tensors_of, weight_of
 from adapterkit.runtime.site import Part, Site, owner
 from adapterkit.runtime.state import State
 
@@ -36,20 +29,17 @@ class ReplacedWeights:
 
     def swap(self) -> None:
         """Exchange the merged and the original weights; the model may have moved since."""
-        places = [(*each, tensors_of(*each[:2])[each[1]]) for each in self.replaced]
-        if any(own.is_meta for *_, own in places):
+        if any(tensors_of(host, leaf)[leaf].is_meta for host, leaf, _ in self.replaced):
             raise Refused(
                 "weights that were offloaded after the merge",
                 expected="weights in memory",
                 where="merge",
                 hint="remove the hooks that offload them, then unmerge",
             )
-        present: dict[tuple, Tensor] = {}  # those that are tied stay one
-        self.replaced = []
-        for host, leaf, value, own in places:
-            key = id(value), own.dtype, own.device
-            present[key] = present[key] if key in present else fitted(value, own)
-            self.replaced.append((host, leaf, exchange(host, leaf, present[key])))
+        old, self.replaced, present = self.replaced, [], dict[int, Tensor]()
+        for host, leaf, value in old:
+            self.replaced.append((host, leaf, exchange(host, leaf, present.get(id(value), value))))
+            present[id(value)] = tensors_of(host, leaf)[leaf]  # those that are tied stay one
 
 
 class HostWeights(dict[str, Tensor]):

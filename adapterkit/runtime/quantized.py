@@ -5,7 +5,7 @@ weight too; `register_quantized` says how, for classes that are not here.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -119,9 +119,10 @@ def fitted(value: Tensor, own: Tensor) -> Tensor:
 
 
 def exchange(module: nn.Module, leaf: str, value: Tensor) -> Any:
-    """Put a parameter or buffer in the place of another one, which is returned."""
+    """Put a parameter or buffer, fitted to it, in the place of another one, which is returned."""
     tensors = tensors_of(module, leaf)
     own, state = tensors[leaf], getattr(module, "state", None)
+    value = fitted(value, own)
     if hasattr(own, "CB") and state is not None and state.CB is not None:
         # the first forward of a Linear8bitLt moves these from the weight to the layer
         own.CB, own.SCB, state.CB, state.SCB = state.CB, state.SCB, None, None
@@ -170,8 +171,12 @@ def stored(host: nn.Module) -> list[Tensor]:
     """The tensors that hold a layer's weight."""
     with _unmerged(host):
         tensors = chain(host._parameters.items(), host._buffers.items())
-        own = [value for leaf, value in tensors if value is not None and leaf != "bias"]
-        return [*own, *(scales for value in own for scales in _bnb_scales(host, value))]
+        return [value for leaf, value in tensors if value is not None and leaf != "bias"]
+
+
+def plainly_stored(host: nn.Module) -> Sequence[Tensor | None]:
+    """As `stored`; one None where the layer is quantized: its scales may be anywhere."""
+    return stored(host) if quantization_of(host) is None else [None]
 
 
 def _plain(host: nn.Module) -> Tensor | None:
@@ -189,10 +194,7 @@ def _unmerged(host: nn.Module) -> Iterator[None]:
         yield
         return
     own = [(*owner(host, name), parameter) for name, parameter in site.unmerged.items()]
-    merged = [
-        (module, leaf, exchange(module, leaf, fitted(p, tensors_of(module, leaf)[leaf])))
-        for module, leaf, p in own
-    ]
+    merged = [(module, leaf, exchange(module, leaf, p)) for module, leaf, p in own]
     try:
         yield
     finally:
@@ -204,16 +206,6 @@ def _bnb() -> Any:
     import bitsandbytes.functional
 
     return bitsandbytes.functional
-
-
-def _bnb_scales(module: Host, value: Any) -> Iterator[Tensor]:
-    """What bitsandbytes has beside a layer's codes, in no parameter and no buffer."""
-    state = getattr(value, "quant_state", None)
-    while state is not None:
-        yield from (t for t in (state.absmax, state.offset) if isinstance(t, Tensor))
-        state = state.state2
-    if "SCB" in vars(value):
-        yield from (t for t in (value.SCB, module.state.SCB) if t is not None)
 
 
 def _bnb4_weight(module: Host) -> Tensor:

@@ -23,20 +23,10 @@ CHILD = "adapterkit"  # the name of the child
 DIRECTED = ":directions"  # how the name of a part's stand-in ends
 OLD_FORWARD = "_old_forward"  # what accelerate's hooks call
 ESCAPED = str.maketrans({"%": "%25", ".": "%2E", ":": "%3A"})  # in children's names
-RESERVED = {
-    "parts",
-    "path",
-    "unmerged",
-    "router",
-    "replacing",
-    "changing",
-    "adding",
-    "training",
-    "sizes",
-    "watched",
-    "called",
-    "active",
-}  # the site's attributes
+RESERVED = {  # the site's attributes
+    "parts", "path", "unmerged", "router", "replacing", "changing", "adding", "training", "sizes",
+    "watched", "called", "active",
+}  # fmt: skip
 SIZES = (
     "num_embeddings", "embedding_dim", "in_features", "out_features", "in_channels", "out_channels",
 )  # fmt: skip
@@ -387,12 +377,8 @@ class Site(Unsaved):
         if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
             return  # a graph waits for nothing
         if any(name.endswith(DIRECTED) for name in self._modules):
-            acting = [
-                part.weighted(weight)[0]
-                for name, weight in self.active.items()
-                for part in self.own_parts(name)
-            ]
-            if any(part not in self._modules.values() for part in acting):
+            parts = [(p, w) for name, w in self.active.items() for p in self.own_parts(name)]
+            if any(p.weighted(w)[0] not in self._modules.values() for p, w in parts):
                 self.select(self.active)
 
     @property

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adapterkit.engines.device import has_float64
 from adapterkit.runtime.parts.memo import Memo
-from adapterkit.runtime.quantized import is_readable, stored, weight_of
+from adapterkit.runtime.quantized import is_readable, plainly_stored, weight_of
 
 BLOCK = 2**24  # values that are widened to float32 at a time
 SHARE = 2.0**-40  # of ‖W‖² + ‖delta‖²: what cancels to less is rounding
@@ -49,7 +49,7 @@ class RowNorms:
         if torch.compiler.is_compiling():
             squares, projected = rows.squares(), rows.project(a)
         else:
-            squares = self.squares(rows.squares, stored(host), where)
+            squares = self.squares(rows.squares, plainly_stored(host), where)
             # of the same weight while its squares are kept
             projected = self.projected(lambda: rows.project(a), [a], self.squares.made, where)
         with torch.no_grad(), torch.autocast(where.type, enabled=False):

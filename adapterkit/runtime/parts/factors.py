@@ -12,7 +12,7 @@ from adapterkit.adapters.keys import part_keys
 from adapterkit.kernels.lowrank import directions
 from adapterkit.runtime.parts import dora
 from adapterkit.runtime.parts.memo import Memo
-from adapterkit.runtime.quantized import fitted, stored, unmergeable
+from adapterkit.runtime.quantized import fitted, plainly_stored, unmergeable
 from adapterkit.runtime.site import Host, Part, Site, Values
 
 
@@ -228,7 +228,7 @@ class FactorsPart(Part):
             return None, a, b * (self.scale * weight)
         if torch.compiler.is_compiling():
             return self._fold(weight)
-        tensors = [*stored(self.host), *self.parameters(), *self.buffers()]
+        tensors = [*plainly_stored(self.host), *self.parameters(), *self.buffers()]
         return self._folded(lambda: self._fold(weight), tensors, weight, self.stored_scale)
 
     def _fold(self, weight: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,28 +5,23 @@ and to what was made under `inference_mode` do not. So a result is kept by the t
 for which they are read once. A GPU would be waited for: there it is computed each time.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from adapterkit.runtime.sharding import is_sharded
-
 T = TypeVar("T")
 MOST = 64  # results that a `MadeOnce` has
-# larger tensors are known by the sums of words that are so far apart: a prime, or rows could change
-# places unseen
-APART = 65537
+APART = 65537  # words whose sum a larger tensor is known by: a prime, or rows could trade places
 
 
 class Memo(Generic[T]):
     """Keeps one result until the bits of a tensor that it was computed from change.
 
     `waits`: also on a GPU, because the computation waits for it too. Under autograd what is trained
-    is computed each time, and what was kept goes.
-    """
+    is computed each time."""
 
     def __init__(self, *, waits: bool = False) -> None:
         self.waits = waits
@@ -39,15 +34,18 @@ class Memo(Generic[T]):
         self._value: T | None = None
 
     def __call__(
-        self, compute: Callable[[], T], tensors: Sequence[Tensor], *settings: Hashable
+        self, compute: Callable[[], T], tensors: Sequence[Tensor | None], *settings: Hashable
     ) -> T:
-        """`compute()`, or its last result where the tensors and settings are the same still."""
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        """`compute()`, or its last result where the tensors and settings are the same still; None:
+        a tensor that is not known."""
+        given = [tensor for tensor in tensors if tensor is not None]
+        trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+        is_read = not trained and len(given) == len(tensors)
+        bits = bits_of(given, wait=self.waits) if is_read else None
+        if bits is None:
             self.forget()
             self.made += 1
             return compute()
-        bits = bits_of(tensors, wait=self.waits)
-        settings += tuple((tensor.dtype, tensor.shape, tensor.device) for tensor in tensors)
         if self._value is None or settings != self._settings or not same(bits, self._bits):
             # not an inference tensor, which no later backward could use
             with torch.inference_mode(False), torch.no_grad():
@@ -61,30 +59,19 @@ class Memo(Generic[T]):
 
 
 def bits_of(tensors: Sequence[Tensor], *, wait: bool) -> Tensor | None:
-    """int64 that change with the values of tensors; None where these cannot be read: sharded, on
-    the meta device or, unless `wait`, on another one than the CPU."""
-    plain = [inner for tensor in tensors for inner in _plain(tensor)]
-    for tensor in plain:
-        if is_sharded(tensor) or tensor.is_meta or not (wait or tensor.device.type == "cpu"):
+    """int64 that change with the values of tensors; None where these cannot be read: in tensors
+    inside tensors, on the meta device or, unless `wait`, on another one than the CPU."""
+    for tensor in tensors:
+        nested = getattr(tensor, "__tensor_flatten__", None) is not None
+        if nested or tensor.is_meta or not (wait or tensor.device.type == "cpu"):
             return None
     with torch.no_grad():
-        words = [_words(tensor).cpu() for tensor in plain]
-    return torch.cat(words) if words else None
+        return torch.cat([_words(tensor).cpu() for tensor in tensors])
 
 
 def same(bits: Tensor | None, others: Tensor | None) -> bool:
     """Whether both were read, and are equal."""
     return bits is not None and others is not None and torch.equal(bits, others)
-
-
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that a tensor's values are in: a quantized one has several."""
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    if is_sharded(tensor) or flatten is None:
-        yield tensor
-    else:
-        for name in flatten()[0]:
-            yield from _plain(getattr(tensor, name))
 
 
 def _words(tensor: Tensor) -> Tensor:

@@ -179,18 +179,14 @@ class LoraFA(Optimizer):
 
     def _inverses(self, parts: Sequence[FactorsPart]) -> Tensor:
         """(a aᵀ + 1e-8·I)⁺ of each part; a is frozen: computed once, as a rule."""
-        stamps = {part: _stamp(part.a) for part in parts}
-        old = [
-            part
-            for part in parts
-            if not same(stamps[part], self._projections.get(part.b, (None,))[0])
-        ]
+        stamps, kept = {part: _stamp(part.a) for part in parts}, self._projections
+        old = [part for part in parts if not same(stamps[part], kept.get(part.b, (None,))[0])]
         if old:
             grams = damped_grams(stacked(old, [part.a for part in old]), 1e-8)
             inverses = torch.linalg.pinv(grams, hermitian=True).chunk(len(old))
             for part, inverse in zip(old, inverses, strict=True):
-                self._projections[part.b] = stamps[part], inverse
-        return joined([self._projections[part.b][1] for part in parts])
+                kept[part.b] = stamps[part], inverse
+        return joined([kept[part.b][1] for part in parts])
 
 
 def _stamp(a: Tensor) -> Tensor | None:
