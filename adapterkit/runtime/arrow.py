@@ -1,7 +1,6 @@
 """Arrow routers on a live model: read, built, changed and written as `adapterkit arrow` writes
 them."""
 
-import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +40,7 @@ from adapterkit.runtime.layers import kind_of
 from adapterkit.runtime.layers.routed import Experts, RoutedPart
 from adapterkit.runtime.load import writing
 from adapterkit.runtime.load.placing import home
-from adapterkit.runtime.state import Attached, State
+from adapterkit.runtime.state import Attached, State, unique
 from adapterkit.verbs.arrow import arrow as write_arrow
 
 SETTINGS = records.entries(  # of arrow.json
@@ -186,15 +185,6 @@ def stacked(
 def is_loaded(state: State, source: StrPath) -> bool:
     """Whether a source is the name of a loaded adapter; a folder of that name is `./name`."""
     return isinstance(source, str) and source in state.adapters
-
-
-def unique(names: Sequence[str]) -> list[str]:
-    """Names of experts, the second `checkpoint-9` as `checkpoint-9-2`."""
-    result: list[str] = []
-    for name in names:
-        numbered = (f"{name}-{number}" for number in itertools.count(2))
-        result.append(name if name not in result else next(n for n in numbered if n not in result))
-    return result
 
 
 # -- one expert more or less -----------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.adapters.weights_file import write_weights
 from adapterkit.errors import Problems, Refused, did_you_mean, shown
 from adapterkit.options import Sources, StrPath, finite
 from adapterkit.records import Json
@@ -17,7 +18,7 @@ from adapterkit.runtime import arrow as arrows
 from adapterkit.runtime import merging, rows, swapping
 from adapterkit.runtime.load import creation, reading, writing
 from adapterkit.runtime.load.store import Store
-from adapterkit.runtime.load.weighted import by_module, named_sources
+from adapterkit.runtime.load.weighted import as_file, by_module, named_sources
 from adapterkit.runtime.merging import conflicts
 from adapterkit.runtime.report import ModuleTable, report
 from adapterkit.runtime.state import State, named, weights_of
@@ -53,7 +54,8 @@ class Adapters:
 
     @property
     def active(self) -> dict[str, float]:
-        """The adapters that act, with their weights."""
+        """The adapters that act, with their weights; `activate` and `merge` take it, weights of
+        modules and directions with it."""
         return dict(self.state.active)
 
     @property
@@ -209,11 +211,14 @@ class Adapters:
                 hint=did_you_mean(unknown, COMBINE_OPTIONS) or "remove them",
             )
         with tempfile.TemporaryDirectory(prefix="adapterkit-") as folder:
-            sources = {}
+            file, sources = as_file(self.state, table), {}
             for number, (adapter, weight) in enumerate(table.items()):
                 source = Path(folder, str(number))
                 writing.save(self.state, source, adapter, every_process=True)
-                sources[source] = weight
+                sources[source] = weight if file is None else 1.0
+            if file is not None:
+                options["weights"] = Path(folder, "weights.json")
+                write_weights(file, options["weights"])
             out = Path(folder, "combined")
             combine_files(sources, out=out, method=method, hash="none", **options)
             reading.load(self.state, out, name, trainable=False, dtype=None)
@@ -381,7 +386,7 @@ def load(
     """Load an adapter (a folder, a file, a Hub id) onto a model, active; the base is frozen.
 
     `weights`: a file of weights; its adapters are loaded, from where it says or from `source`, by
-    the names of their folders, and act with these weights.
+    the names of their folders (the second of a name as `name-2`), and act with these weights.
     `dtype`: of the factors, None for the stored one, at least float32. `pad_rank`: the highest rank
     that `swap` is to bring. `strict`: what does nothing in the model's first call is an error, not
     a warning. `Refused` with all that does not fit the model, before anything changes.

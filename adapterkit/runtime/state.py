@@ -1,7 +1,8 @@
 """The adapters of a model: which there are, on which modules, and which of them act."""
 
+import itertools
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -14,9 +15,18 @@ from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
+from adapterkit.errors import (
+    AdapterkitError,
+    Problems,
+    Refused,
+    by_reason,
+    did_you_mean,
+    listed,
+    shown,
+)
 from adapterkit.options import finite
 from adapterkit.records import Json
+from adapterkit.runtime.by_module import ModuleWeight, weight_on
 from adapterkit.runtime.guard import Guard
 from adapterkit.runtime.layers.alora_linear import InvokedPart
 from adapterkit.runtime.parts.alora import Invocations
@@ -300,7 +310,29 @@ def weights_of(state: State, names: object) -> dict[str, float]:
     if wrong:
         problem = ", ".join(f"weight {value!r} of {shown(name)}" for name, value in wrong.items())
         raise Refused(problem, expected="finite numbers", where="weights", hint="give numbers")
-    return {name: float(value) for name, value in table.items()}
+    weights = {n: v if isinstance(v, ModuleWeight) else float(v) for n, v in table.items()}
+    undirected(state, weights, "weights").raise_all()
+    return weights
+
+
+def undirected(state: State, table: Mapping[str, float], where: str) -> Problems:
+    """Refusals of weights of directions on modules that cannot have them."""
+    errors = Problems(where=where, hint="choose the weights for these adapters")
+    for name, weight in table.items():
+        adapter = state.adapters[name]
+        trained = "it is trainable" if adapter.trainable else None
+        own = [(s.path, part, weight_on(weight, part.named(s.path))) for s, part in adapter.parts()]
+        reasons = by_reason(
+            (part.named(path), trained or part.undirected(weights))
+            for path, part, weights in own
+            if isinstance(weights, tuple)
+        )
+        for reason, modules in reasons.items():
+            errors.add(
+                f"weights of directions of {shown(name)} on {listed(modules)}: {reason}",
+                "one number for each singular triplet of a product of two factors, or one for all",
+            )
+    return errors
 
 
 def named(names: object) -> Json:
@@ -316,6 +348,15 @@ def named(names: object) -> Json:
         )
     # what a map of the caller holds, `weights_of` checks; its type says nothing
     return dict(names) if isinstance(names, Mapping) else dict.fromkeys(items, 1.0)  # type: ignore[arg-type]
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Names, the second `checkpoint-9` as `checkpoint-9-2`."""
+    result: list[str] = []
+    for name in names:
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        result.append(name if name not in result else next(n for n in numbered if n not in result))
+    return result
 
 
 class Encoders:

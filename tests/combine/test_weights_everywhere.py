@@ -1,6 +1,8 @@
 """A file of weights read by combine, merge and the runtime, and PEFT's reading of what they write:
 one result, on every kind of layer, from numbers of adapters to those of singular triplets."""
 
+import copy
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -122,6 +124,78 @@ def test_all_readers_agree(files, level: str, tmp_path: Path):
         assert_near(merged[name], value, name)
 
 
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_weights_of_modules_go_the_whole_way_round(files, level: str, tmp_path: Path):
+    """What `active` and `merged` say is what acts, wherever it is given again."""
+    build, base, folders = files
+    path = tmp_path / "weights.json"
+    write_weights(chosen(level, oracle.load(build, base), folders), path)
+    handle = load(oracle.load(build, base), folders, weights=path)
+    names = list(handle.active)
+    active = handle.active
+    handle.merge()
+    expected = state_of(handle.model)
+
+    def again(adapters) -> None:
+        for name, value in state_of(adapters.model).items():
+            assert torch.equal(value, expected[name]), name
+
+    merged = handle.merged
+    handle.unmerge()
+    handle.merge(merged)
+    again(handle)
+    handle.unmerge()
+    handle.activate(None)
+    handle.activate(pickle.loads(pickle.dumps(active)))
+    handle.merge(handle.active)
+    with handle.disabled():
+        pass
+    again(handle)
+    handle.unmerge()
+    again_of = copy.deepcopy(handle.model)._adapterkit
+    again_of.merge(again_of.active)
+    again(again_of)
+    handle.activate(dict(reversed(handle.active.items())))
+    one = {names[0]: handle.active[names[0]]}
+    handle.merge(one)
+    alone = state_of(handle.model)
+    handle.unmerge()
+    if build not in (oracle.net, oracle.llama, oracle.gpt2):
+        with pytest.raises(Refused, match="weights of . modules"):
+            handle.combine(one, name="own")  # without a base, experts have one name
+        return
+    handle.combine(one, name="own")
+    handle.activate("own")
+    handle.merge()
+    for name, value in state_of(handle.model).items():
+        assert_near(value, alone[name], name)
+
+
+def test_weights_of_directions_are_refused_where_there_are_others(two, tmp_path: Path):
+    base, (plain, dora) = two
+    file = file_of([plain], tmp_path / "w.json", modules={NAME: (DIRECTIONS,)}, per="direction")
+    handle = load(oracle.load(oracle.llama, base), plain, weights=file)
+    handle.load(dora, name="dora")
+    before = handle.active
+    with pytest.raises(Refused, match="directions of dora on .*: it has more than low-rank"):
+        handle.activate({"dora": before[plain.name]})
+    with pytest.raises(Refused, match="directions of dora on "):
+        handle.merge({"dora": before[plain.name]})
+    assert handle.active == before and not handle.merged
+
+
+def test_folders_of_one_name_have_numbers(two, tmp_path: Path):
+    """As the experts of a router have."""
+    base, folders = two
+    own = [shutil.copytree(f, tmp_path / f"run{n}" / "last") for n, f in enumerate(folders)]
+    file = tmp_path / "w.json"
+    adapters = tuple(named_adapter(str(folder), LocalFolder(folder)) for folder in own)
+    write_weights(WeightsFile(adapters, (0.5, 0.25)), file)
+    handle = load(oracle.load(oracle.llama, base), own, weights=file)
+    assert handle.active == {"last": 0.5, "last-2": 0.25}
+    assert [a.config.dora for a in handle.state.adapters.values()] == [False, True]
+
+
 @pytest.fixture
 def two(cached_folder) -> tuple[Path, list[Path]]:
     """A llama and two adapters, one of which is a DoRA at a module."""
@@ -192,8 +266,6 @@ def test_directions_that_are_refused(two, tmp_path: Path):
     file = file_of(twice, tmp_path / "w.json", **more)
     with pytest.raises(Refused, match="a and b apart"):
         adapterkit.combine(twice, weights=file, space="factors", out=tmp_path / "out")
-    with pytest.raises(Refused, match="two adapters of the name"):
-        load(oracle.load(oracle.llama, base), twice, weights=file)
     handle = load(oracle.load(oracle.llama, base), folders[0], name="a", trainable=True)
     handle.load(folders[0], name="b")
     with pytest.raises(Refused, match="directions of a .*: it is trainable"):

@@ -1,36 +1,31 @@
 """Adapters of a model with the weights that a file has for them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from adapterkit.adapters.weights_file import WeightsFile, read_weights
-from adapterkit.errors import Problems, by_reason, did_you_mean, listed, shown
+from adapterkit.adapters.weights_file import NamedAdapter, WeightsFile, read_weights
+from adapterkit.errors import Problems, did_you_mean, listed
 from adapterkit.options import Sources, StrPath
 from adapterkit.planning.inputs.sources import open_adapter, open_source
 from adapterkit.planning.inputs.weights import check_same, sources_of
-from adapterkit.runtime.by_module import ModuleWeight
-from adapterkit.runtime.state import State
+from adapterkit.runtime.by_module import ModuleWeight, weight_on
+from adapterkit.runtime.state import State, undirected, unique
 
 
 def named_sources(sources: Sources, weights: StrPath) -> dict[str, StrPath]:
-    """The adapters of a file of weights by the names of their folders, in its order, where they
-    are; `sources`: where, if not where the file says. `Refused` for others than its adapters."""
+    """The adapters of a file of weights by the names of their folders, the second `checkpoint-9` as
+    `checkpoint-9-2`, in its order, where they are; `sources`: where, if not where the file says.
+    `Refused` for others than its adapters."""
     folder = open_source(weights)
     file, errors = read_weights(folder), Problems(where=folder.label)
-    found: dict[str, StrPath] = {}
+    names: list[str] = []
     places = sources_of(sources, weights, file, errors)
     for source, named in zip(places, file.adapters, strict=True):
         with errors.collected():
             adapter = open_adapter(source)
             check_same(named, adapter, folder.label)
-            if adapter.name in found:
-                errors.add(
-                    f"two adapters of the name {shown(adapter.name)}",
-                    "names that differ",
-                    "load each with a name=, then activate([...], weights=...)",
-                )
-            found[adapter.name] = source
+            names.append(adapter.name)
     errors.raise_all()
-    return found
+    return dict(zip(unique(names), places, strict=True))
 
 
 def by_module(state: State, names: Sequence[str], weights: StrPath) -> dict[str, float]:
@@ -45,33 +40,28 @@ def by_module(state: State, names: Sequence[str], weights: StrPath) -> dict[str,
             "name those of the file",
         )
     table = {name: ModuleWeight(file, number) for number, name in enumerate(names)}
-    seen: set[str] = set()
-    for name, weight in table.items():
-        reasons = by_reason(_undirected(state, name, weight, seen))
-        for reason, modules in reasons.items():
-            errors.add(
-                f"weights of directions of {shown(name)} on {listed(modules)}: {reason}",
-                "one number for each singular triplet of a product of two factors, or one for all",
-                "choose the weights for these adapters",
-            )
-    _check_names(file, seen, errors)
+    errors += undirected(state, table, folder.label)
+    _check_names(file, _modules_of(state, table), errors)
     errors.raise_all()
     return dict(table)
 
 
-def _undirected(
-    state: State, name: str, weight: ModuleWeight, seen: set[str]
-) -> Iterator[tuple[str, str | None]]:
-    """Modules of an adapter with the reason why these cannot have the weights of directions that
-    they are to have; all join those that are seen."""
-    adapter = state.adapters[name]
-    for site, part in adapter.parts():
-        module = part.named(site.path)
-        seen.add(module)
-        own = weight.on(module)
-        if isinstance(own, tuple):
-            trained = "it is trainable" if adapter.trainable else None
-            yield module, trained or part.undirected(own)
+def as_file(state: State, table: Mapping[str, float]) -> WeightsFile | None:
+    """The file of weights that says the same as a table; None where one number says it for each
+    adapter."""
+    files = [weight.file for weight in table.values() if isinstance(weight, ModuleWeight)]
+    if not files:
+        return None
+    named = _modules_of(state, table) & {name for file in files for name in file.modules}
+    modules = {name: tuple(weight_on(w, name) for w in table.values()) for name in sorted(named)}
+    adapters = tuple(NamedAdapter(str(number)) for number in range(len(table)))
+    return WeightsFile(adapters, tuple(map(float, table.values())), modules, "direction")
+
+
+def _modules_of(state: State, names: Iterable[str]) -> set[str]:
+    """The modules of adapters, as a file of weights names them."""
+    parts = [pair for name in names for pair in state.adapters[name].parts()]
+    return {part.named(site.path) for site, part in parts}
 
 
 def _check_names(file: WeightsFile, seen: set[str], errors: Problems) -> None:
