@@ -71,13 +71,18 @@ def merge(state: State, table: Mapping[str, float]) -> None:
     check(state, table)
     done = ReplacedWeights(dict(state.active))
     merged: dict[int, list[Tensor]] = {}  # parameters by the original's id
-    own: list[tuple[Site, str, nn.Parameter]] = []
+    own: list[tuple[Site, str, Tensor]] = []
     for site in _sites(state, table):
         values = HostWeights(site.host)
         parts = [(p, w) for name, w in table.items() for p in site.own_parts(name)]
-        for part, weight in sorted(parts, key=lambda pair: not pair[0].replaces):
-            acts, factor = part.weighted(weight)
-            acts.merge(values, factor)
+        site.select(table)  # for what stands in place of the host's values
+        standing = site.standing
+        try:
+            for part, weight in sorted(parts, key=lambda pair: not pair[0].replaces):
+                acts, factor = part.weighted(weight)
+                acts.merge(values, factor)
+        finally:
+            site.select(state.active)
         for name, value in values.items():
             module, leaf = owner(site.host, name)
             for other, new in rounded(module, leaf, value).items():
@@ -88,7 +93,8 @@ def merge(state: State, table: Mapping[str, float]) -> None:
                     new = next((tied for tied in others if torch.equal(tied, new)), new)
                     others.append(new)
                 if isinstance(original, nn.Parameter):
-                    own.append((site, f"{name.removesuffix(leaf)}{other}", original))
+                    place = f"{name.removesuffix(leaf)}{other}"
+                    own.append((site, place, standing.get(place, original)))
                 done.replaced.append((module, other, new))
     breaks = _breaks_ties(state, done, merged)
     if breaks:

@@ -58,8 +58,8 @@ def quantization_of(host: nn.Module) -> Quantization | None:
 
 
 def weight_of(host: nn.Module) -> Tensor:
-    """A layer's own weight, also while adapters are merged into it; of a quantized one (out, in)
-    float32. `Refused` where nobody knows how to read it."""
+    """A layer's own weight, or what stands in its place, also while adapters are merged into it; of
+    a quantized one (out, in) float32. `Refused` where nobody knows how to read it."""
     with _unmerged(host):
         known = quantization_of(host)
         if known is not None:
@@ -190,10 +190,11 @@ def _plain(host: nn.Module) -> Tensor | None:
 @contextmanager
 def _unmerged(host: nn.Module) -> Iterator[None]:
     site = host._modules.get(CHILD)
-    if not isinstance(site, Site) or not site.unmerged:
+    standing = site.standing if isinstance(site, Site) else {}
+    if not standing:
         yield
         return
-    own = [(*owner(host, name), parameter) for name, parameter in site.unmerged.items()]
+    own = [(*owner(host, name), value) for name, value in standing.items()]
     merged = [(module, leaf, exchange(module, leaf, p)) for module, leaf, p in own]
     try:
         yield

@@ -238,7 +238,7 @@ class Site(Unsaved):
         object.__setattr__(self, "_host", (host,))
         self.path, self.sizes = path, sizes_of(host)
         self.parts: dict[str, dict[str, Part]] = {}  # adapter -> role -> part
-        self.unmerged: dict[str, nn.Parameter] = {}  # the host's own, which merged ones replaced
+        self.unmerged: dict[str, Tensor] = {}  # what merged parameters were added to
         self.watched = self.called = False  # see `watch`
         self.active: Mapping[str, float] = {}
         self.router: Callable[..., Any] | None = None  # decides per batch row; see `rows`
@@ -380,6 +380,16 @@ class Site(Unsaved):
             parts = [(p, w) for name, w in self.active.items() for p in self.own_parts(name)]
             if any(p.weighted(w)[0] not in self._modules.values() for p, w in parts):
                 self.select(self.active)
+
+    @property
+    def standing(self) -> dict[str, Tensor]:
+        """What stands for parameters of the host before anything is added to them: values that act
+        in their place, and those that a merge replaced."""
+        values = Values(self.host)
+        for part, weight in self.changing:
+            if part.replaces:
+                part.change(values, weight)
+        return {**self.unmerged, **values}
 
     @property
     def acts(self) -> bool:

@@ -10,16 +10,17 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapterkit import LoraConfig
+from adapterkit import LoraConfig, merge
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.runtime import attach, load
 from adapterkit.runtime.parts import dora as dora_module
 from adapterkit.runtime.parts.dora import RowNorms
 from tests.support import oracle
-from tests.support.live import llama, tokens
+from tests.support.live import llama, peft_of, tokens
 
 NAMES = ["0", "2"]
 
@@ -265,18 +266,83 @@ def test_a_weight_is_the_share_of_what_it_changes():
     assert adapters.merged == {}
 
 
-@pytest.mark.parametrize("bias", ["none", "all"])
-def test_with_trained_biases(bias, tmp_path):
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d of gpt2", "conv1", "conv2", "conv3"])
+def test_with_trained_biases(kind, bias, dropout, tmp_path):
     """g rescales neither the base's bias nor the trained one in its place."""
-    theirs = by_peft("linear", tmp_path, bias=bias)
-    ours = network("linear")
+    theirs = by_peft(kind, tmp_path, bias=bias, lora_dropout=dropout)
+    ours = network(kind)
     adapters = load(ours, tmp_path, trainable=True)
-    expected = run("linear", theirs, True)
-    torch.testing.assert_close(run("linear", ours, True), expected)
+    for train in (True, False):
+        theirs.zero_grad()
+        ours.zero_grad()
+        expected = run(kind, theirs, train)
+        close(run(kind, ours, train), expected)
+        factors = [part for part in parts_of(adapters) if part.role == "delta"]
+        grads = [[p.a.grad, p.b.grad, p.magnitude.grad] for p in factors]
+        close(grads, gradients_of_peft(theirs))
+        trained = {n: p.grad for n, p in theirs.named_parameters() if n.endswith("bias")}
+        own = [part.value.grad for part in parts_of(adapters) if part.role == "weight.bias"]
+        close(own, [grad for grad in trained.values() if grad is not None])
+        assert bool(own) == (bias != "none")
+    unmerged = run(kind, ours, False)[0]
     adapters.merge()
-    torch.testing.assert_close(run_merged("linear", ours), expected[0])
+    close(run_merged(kind, ours), unmerged)
     theirs.merge_adapter()
-    torch.testing.assert_close(ours[0].bias, theirs.base_model.model[0].base_layer.bias)
+    close(ours[0].bias.data, theirs.base_model.model[0].base_layer.bias.data)
+
+
+@pytest.mark.parametrize("order", [["bias", "dora"], ["dora", "bias"]])
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_another_adapters_trained_bias_is_not_rescaled(bias, order, tmp_path):
+    by_peft("linear", tmp_path / "bias", seed=1, bias=bias, use_dora=False, lora_dropout=0.3)
+    by_peft("linear", tmp_path / "dora", seed=2, lora_dropout=0.5)
+    with oracle.quiet():
+        theirs = peft.PeftModel.from_pretrained(
+            network("linear"), tmp_path / order[0], adapter_name=order[0], is_trainable=True
+        )
+        theirs.load_adapter(tmp_path / order[1], adapter_name=order[1], is_trainable=True)
+    theirs.base_model.set_adapter(order)
+    adapters = load(network("linear"), tmp_path / order[0], name=order[0])
+    adapters.load(tmp_path / order[1], name=order[1])
+    adapters.activate(order)
+    ours = adapters.model
+    for train in (True, False):
+        close(run("linear", ours, train), run("linear", theirs, train))
+    for merged in (order, order[:1]):
+        unmerged = run("linear", ours, False)[0]
+        adapters.merge(merged)
+        close(run_merged("linear", ours), unmerged)
+        adapters.unmerge()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_norms_are_those_of_the_weights_that_the_file_has(target, dropout, tmp_path):
+    """Where it holds other ones than the base: those of a vocabulary that was made larger."""
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    settings = {"target_modules": [target], "use_dora": True, "lora_dropout": dropout}
+    folder = tmp_path / "adapter"
+    oracle.train(copy.deepcopy(base), folder, seed=1, **settings)
+    tensors = oracle.stored(folder)
+    torch.manual_seed(2)
+    at = "base_model.model." + ("model." if target == "embed_tokens" else "") + target
+    weight = base.get_submodule(at.removeprefix("base_model.model.")).weight.detach()
+    tensors[f"{at}.base_layer.weight"] = weight + torch.randn_like(weight)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    theirs = peft_of(folder, copy.deepcopy(base))
+    adapters = load(copy.deepcopy(base), folder)
+    for train in (True, False):
+        ours = [m.train(train) for m in (theirs, adapters.model)]
+        outputs = [[torch.manual_seed(3), m(tokens()).logits][1] for m in ours]
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+    adapters.merge()
+    torch.testing.assert_close(adapters.model(tokens()).logits, outputs[0], rtol=1e-4, atol=1e-4)
+    merge(tmp_path / "base", folder, base_copies="adapter", out=tmp_path / "out")
+    merged = type(base).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(merged(tokens()).logits, outputs[0], rtol=1e-4, atol=1e-4)
 
 
 def test_what_another_adapter_adds_to_the_bias_is_rescaled(tmp_path):
@@ -444,9 +510,11 @@ def test_gradient_checkpoints_and_autocast():
     torch.testing.assert_close(results[2][1], results[0][1])
 
 
-def test_compiles_into_one_graph():
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_compiles_into_one_graph(bias):
     net, x = network("linear"), torch.randn(5, 24)
-    adapters = attach(net, LoraConfig(4, targets=NAMES, dora=True, init=False), seed=0)
+    config = LoraConfig(4, targets=NAMES, dora=True, init=False, bias=bias)
+    adapters = attach(net, config, seed=0)
     shake(adapters)
     y = net(x)
     y.sum().backward()

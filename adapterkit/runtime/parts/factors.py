@@ -12,8 +12,8 @@ from adapterkit.adapters.keys import part_keys
 from adapterkit.kernels.lowrank import directions
 from adapterkit.runtime.parts import dora
 from adapterkit.runtime.parts.memo import Memo
-from adapterkit.runtime.quantized import fitted, plainly_stored, unmergeable
-from adapterkit.runtime.site import Host, Part, Site, Values
+from adapterkit.runtime.quantized import plainly_stored, unmergeable
+from adapterkit.runtime.site import Host, Inside, Part, Site, Values
 
 
 class FactorsPart(Part):
@@ -143,25 +143,23 @@ class FactorsPart(Part):
         what other adapters added."""
         f, a, b = self.folded(weight)
         assert f is not None
-        bias = self._own_bias()
+        is_whole, acting = dropped is whole, Inside(self.site, (), self.site.changing)
+        bias = self._own_bias() if is_whole else acting.value("bias")
         # (1 - f)·bias by way of the product: no further pass over the output
         update = self.product(dropped, a, b, None if bias is None else ((1 - f) * bias).to(b.dtype))
         f = dora.on_outputs(f, self.a.ndim - 2)
-        if dropped is whole:
+        if is_whole:
             return torch.addcmul(update, y, f)
-        y = y + torch.addcmul(update, self.site.base(dropped.to(x.dtype)), f - 1)
+        y = y + torch.addcmul(update, acting.base(dropped.to(x.dtype)), f - 1)
         if self.initial_a is None or self.initial_b is None:
             return y
         change = self.product(whole - dropped, self.initial_a, self.initial_b)
         return y - change * (self.scale * weight)
 
     def _own_bias(self) -> Tensor | None:
-        """The host's bias, or the trained one in its place."""
-        trained = self.site.parts[self.adapter].get("weight.bias")
-        if trained is not None:
-            return trained.get_parameter("bias")
+        """The host's bias, as its forward has it, before anything is added to it."""
         own = self.host._parameters.get("bias")
-        return None if own is None else fitted(self.site.unmerged.get("bias", own), own)
+        return None if own is None else self.site.standing.get("bias", own).to(own)
 
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
