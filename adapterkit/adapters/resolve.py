@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.adapters.record import is_inside
 from adapterkit.adapters.targets import (
     ALL_LINEAR,
     ENDING,
@@ -60,9 +61,9 @@ class Resolver:
     """What a config means on a model.
 
     PEFT 0.21's rules, with these deviations: each name and pattern must match something;
-    modules_to_save match at dots; `layers` finds a list of layers that starts the name as well;
-    "all-linear" has quantized linears of all classes, leaves out weights that the code around them
-    reads itself, and does not turn Mixtral's router and experts into parameters.
+    `layers` finds a list of layers that starts the name as well; "all-linear" has quantized linears
+    of all classes, leaves out weights that the code around them reads itself and what is trained in
+    full, and does not turn Mixtral's router and experts into parameters.
 
     `modules`: those below the model, by name, without adapters."""
 
@@ -181,7 +182,7 @@ class Resolver:
     def all_linear(self) -> list[str]:
         """All linear layers on which factors act, but the head and what is in it."""
         head = output_head(self.model, self.is_classifier) or ""
-        linear = filter(self._is_whole_linear, self.modules)
+        linear = [p for p in self.modules if self._is_whole_linear(p) and not self.saved_with(p)]
         return self.fitting([path for path in linear if not f"{path}.".startswith(f"{head}.")])
 
     def fitting(self, paths: list[str]) -> list[str]:
@@ -237,6 +238,13 @@ class Resolver:
     def unfit(self, path: str) -> Refused | None:
         """Why a module takes no factors; None if it does."""
         module = self.modules[path]
+        if entry := self.saved_with(path):
+            return Refused(
+                f"target {shown(path)}, which modules_to_save {shown(entry)} means, too",
+                expected="one of both: an entry means every module whose name ends with it",
+                where=self.where,
+                hint="exclude it from targets, or give the names of modules_to_save in full",
+            )
         if self.kind_of(module) is not None:
             return self.unread(path)
         hint = "exclude it from targets"
@@ -252,6 +260,10 @@ class Resolver:
             where=self.where,
             hint=hint,
         )
+
+    def saved_with(self, path: str) -> str | None:
+        """The entry by which a module is trained in full, or one around it."""
+        return next((one for one in self.config.saved if is_inside(f"{path}.", one)), None)
 
     def unfit_settings(self, target: Target) -> Iterable[Refused]:
         """Settings that a target does not take."""
@@ -291,12 +303,12 @@ class Resolver:
     def _unfit_parameter(self, path: str, name: str, parameter: nn.Parameter) -> Refused | None:
         """Why a parameter takes no factors; None if it does."""
         problem, hint = f"parameter {shown(name)}", "remove it from parameters"
-        shape, saved = tuple(parameter.shape), self.config.saved
+        shape = tuple(parameter.shape)
         if path == "":
             problem, hint = f"{problem} of the model itself", "put the model into another module"
         elif len(shape) not in (2, 3) or not parameter.is_floating_point():
             problem = f"{problem} with shape {shape}, {parameter.dtype}"
-        elif entry := next((one for one in saved if is_within(path, one)), None):
+        elif entry := self.saved_with(path):
             problem = f"{problem} inside {shown(entry)}, which is trained in full"
         else:
             return self.unread(path) if name.endswith(".weight") else None

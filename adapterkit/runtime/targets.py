@@ -8,7 +8,6 @@ from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.resolve import Resolver, Target, input_embedding, model_type, tied_modules
-from adapterkit.adapters.targets import has_end, is_within
 from adapterkit.errors import Refused, listed, shown
 from adapterkit.runtime import layers
 from adapterkit.runtime.quantized import quantization_of
@@ -97,18 +96,18 @@ class LiveResolver(Resolver):
     def saved(self) -> list[str]:
         """Paths of the modules that are trained in full.
 
-        An entry matches a whole name or its end after a dot (PEFT: any end, so that `head` also
-        means lm_head). `Refused` with all entries that match nothing or cannot be copied."""
+        As in PEFT, an entry means every module whose name ends with it: `norm` also `q_norm`.
+        `Refused` with all entries that match nothing or cannot be copied."""
         modules = {
             path: module
             for path, module in self.model.named_modules(remove_duplicate=False)
             if path and CHILD not in path.split(".")
         }
-        paths = [path for path in modules if any(has_end(path, end) for end in self.config.saved)]
+        paths = [path for path in modules if any(map(path.endswith, self.config.saved))]
         entries = [
             entry
             for entry in self.config.modules_to_save or ()
-            if not any(has_end(path, entry) for path in paths)
+            if not any(path.endswith(entry) for path in paths)
         ]
         self.no_match("modules_to_save", entries, "the end of a module's name", modules)
         if self.config.tie and (embedding := input_embedding(self.model, modules)):
@@ -140,7 +139,7 @@ class LiveResolver(Resolver):
         if not isinstance(tokens, Mapping):
             tokens = {input_embedding(self.model, self.modules) or "embed_tokens": tokens}
         for name, indices in tokens.items():
-            paths = [path for path in self.modules if has_end(path, name)]
+            paths = [path for path in self.modules if path.endswith(name)]
             if not paths:
                 self.no_match("trainable_tokens", [name], "an embedding", self.modules)
             for path in paths:
@@ -155,7 +154,7 @@ class LiveResolver(Resolver):
         if kind_of(module) not in ("embedding", "linear"):
             self.errors.add(f"{of} is a {type(module).__name__}", "an embedding or a head", "")
             return
-        if any(is_within(path, entry) for entry in self.config.saved):
+        if self.saved_with(path):
             self.errors.add(f"{of} is trained in full", "one of both", "remove one of them")
         if has_rows:
             self.errors.add(f"{of} has two lists", "one list", "give each its whole name")

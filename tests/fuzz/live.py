@@ -255,7 +255,4 @@ def _attach(model: nn.Module, path: Path, outcome: Outcome) -> None:
     odd = _odd(keys, stored(path), config.bias)
     if config.layers is not None:  # PEFT finds no layers whose names begin with their number
         odd = [key for key in odd if key not in keys]
-    for entry in settings["modules_to_save"] or ():  # PEFT takes any end of a name
-        longer = re.compile(rf"[^.]{re.escape(entry)}\.")
-        odd = [key for key in odd if key in keys or not longer.search(key)]
     _note(outcome, "attach", f"keys {odd[:3]}" if odd else None)

@@ -143,8 +143,20 @@ def test_layers_of_usual_targets():
 def test_what_is_excluded():
     assert names(LoraConfig(targets=["q"], exclude=["0.q"])) == ["layers.1.q"]
     assert names(LoraConfig(targets=["q"], exclude=r".*\.1\.q")) == ["layers.0.q"]
-    config = LoraConfig(targets=["q", "head", "lm_head"], modules_to_save=["head", "layers.0"])
-    assert names(config) == ["layers.1.q", "lm_head"]
+    config = LoraConfig(targets=["q", "head", "lm_head"], modules_to_save=["lm_head", "layers.0"])
+    assert names(config) == ["layers.1.q", "head"]
+    assert "head" in names(LoraConfig(targets="all-linear"))
+    assert names(LoraConfig(targets="all-linear", modules_to_save=["ead", "ers.0"])) == [
+        "layers.1.q", "encoder.layers.1", "encoder.layers.2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("targets, entry", [("lm_head", "head"), ("0.q", "rs.0"), ("q", "q")])
+def test_a_target_that_is_trained_in_full_by_the_end_of_its_name(targets, entry):
+    """PEFT leaves out those of whole names, and fails for others."""
+    config = LoraConfig(targets=[targets], modules_to_save=[entry])
+    with pytest.raises(Refused, match=f"modules_to_save {entry} means|no module is a target"):
+        resolve(Model(), config)
 
 
 def test_parameters_in_the_order_of_the_code():
@@ -168,7 +180,7 @@ def test_adapters_on_the_model_are_no_targets():
         assert names(config, model) == names(config)
     with pytest.raises(Refused, match="'x.head' matches none"):
         resolve(model, LoraConfig(targets=["x.head"]))
-    assert resolve_saved(model, LoraConfig(modules_to_save=["head"])) == ["head"]
+    assert resolve_saved(model, LoraConfig(modules_to_save=["head"])) == ["lm_head", "head"]
 
 
 class QuantizedLinear(nn.Module):
@@ -286,10 +298,11 @@ def test_modules_that_are_trained_in_full():
         return resolve_saved(Model(), LoraConfig(modules_to_save=entries, task_type=task))
 
     assert saved() == []
-    assert saved("head") == ["head"]  # PEFT: lm_head as well
+    assert saved("head") == ["lm_head", "head"]
+    assert saved("rm") == saved("norm") == ["layers.0.norm", "layers.1.norm"]
     assert saved("lm_head", "norm") == ["layers.0.norm", "layers.1.norm", "lm_head"]
     assert saved("layers.0", "q") == ["layers.0", "layers.1.q", "encoder.layers.0"]
-    assert saved("head", task="SEQ_CLS") == ["head"]  # no classifier, and no score
+    assert saved("m_head", task="SEQ_CLS") == ["lm_head"]  # no classifier, and no score
     with pytest.raises(Refused) as caught:
         saved("embed", "heads", "layers")
     for text in ("'embed' matches none", "'heads' matches none", "layers is a ModuleList"):
@@ -302,7 +315,9 @@ def test_modules_that_are_trained_in_full():
 def test_a_shared_module_is_trained_once():
     model = Model()
     model.other = model.head
-    assert resolve_saved(model, LoraConfig(modules_to_save=["head", "other"])) == ["head"]
+    assert resolve_saved(model, LoraConfig(modules_to_save=["head", "other"])) == [
+        "lm_head", "head",
+    ]  # fmt: skip
     assert resolve_saved(model, LoraConfig(modules_to_save=["other"])) == ["other"]
 
 

@@ -16,11 +16,13 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+import adapterkit
 from adapterkit import LoraConfig
 from adapterkit.adapters.keys import CONFIG, WEIGHTS
 from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import attach, load
 from adapterkit.runtime.training.trainer import restore
+from tests.support import oracle
 from tests.support.beside_peft import (
     SIZES,
     WARNINGS,
@@ -31,6 +33,7 @@ from tests.support.beside_peft import (
     shake,
     trained,
 )
+from tests.support.live import llama, peft_of, tokens
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
 
@@ -500,6 +503,43 @@ def test_a_norm_without_weights(entries, tmp_path):
     assert torch.equal(load(seeded(Bare)(), tmp_path).model(x), y)
     theirs = peft.PeftModel.from_pretrained(seeded(Bare)(), tmp_path)
     torch.testing.assert_close(theirs(x), y)
+
+
+def test_short_names_of_modules_trained_in_full_are_pefts(tmp_path):
+    """In memory, in files and back: "norm" means each module whose name ends with it."""
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    settings = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["norm", "up_proj"]}
+    own = attach(llama(), settings, seed=0)
+    shake(own.parameters())
+    y = own.model(tokens()).logits
+    own.save(tmp_path / "own")
+    trained = {key for key in oracle.stored(tmp_path / "own") if "lora_" not in key}
+    oracle.train(llama(), tmp_path / "theirs", **settings)
+    theirs = {key for key in oracle.stored(tmp_path / "theirs") if "lora_" not in key}
+    assert trained == theirs
+    assert len({key.rpartition(".")[0].rpartition(".")[2] for key in trained}) > 3
+    torch.testing.assert_close(peft_of(tmp_path / "own", llama())(tokens()).logits, y)
+    adapterkit.merge(tmp_path / "base", tmp_path / "own", out=tmp_path / "merged")
+    merged = type(base).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(tokens()).logits, y)
+
+
+def test_values_of_parameters_that_an_extraction_names_are_saved_again(tmp_path):
+    """Of a norm by whose name PEFT would mean others, too."""
+    base, tuned = llama().model, llama().model
+    with torch.no_grad():
+        tuned.norm.weight += 0.5
+        tuned.layers[0].self_attn.q_proj.weight += 0.5
+    for name, model in (("base", base), ("tuned", tuned)):
+        model.save_pretrained(tmp_path / name)
+    adapterkit.extract(tmp_path / "base", tmp_path / "tuned", rank=1, out=tmp_path / "adapter")
+    adapters = load(llama().model, tmp_path / "adapter")
+    adapters.save(tmp_path / "again")
+    adapterkit.merge(tmp_path / "base", tmp_path / "again", out=tmp_path / "out")
+    merged = type(base).from_pretrained(tmp_path / "out").eval()
+    expected = adapters.model(tokens()).last_hidden_state
+    torch.testing.assert_close(merged(tokens()).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize(

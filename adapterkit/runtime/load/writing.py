@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from adapterkit.adapters.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
 from adapterkit.adapters.resolve import model_type
-from adapterkit.adapters.targets import has_end
 from adapterkit.calls import COMMAND
 from adapterkit.checkpoint.disk import storage_errors
 from adapterkit.checkpoint.fingerprint import metadata_with
@@ -160,11 +159,15 @@ def _names_for_peft(state: State, adapter: Attached) -> dict[str, object]:
         # a norm without weights has nothing in the file
         saved = [path for path, part in copies if any(part.values())]
         entries = [name for name in config.modules_to_save if _means(name, saved)]
-        names["modules_to_save"] = entries_for_peft(entries, saved, state.modules) or None
+        entries = entries_for_peft(entries, saved, state.modules)
+        # parameters, which PEFT loads into the model
+        values = {f"{s.path}.{p.leaf}" for s, p in adapter.parts() if isinstance(p, ValuePart)}
+        values = {name.removeprefix(".") for name in values}.intersection(config.modules_to_save)
+        names["modules_to_save"] = [*entries, *sorted(values)] or None
     if isinstance(config.trainable_tokens, Mapping):
         table = names["trainable_token_indices"] = {}
         for name, indices in config.trainable_tokens.items():
-            paths = [path for path in state.modules if has_end(path, name)]
+            paths = [path for path in state.modules if path.endswith(name)]
             for entry in entries_for_peft([name], paths, state.modules):
                 table[entry] = list(indices)
     return names
