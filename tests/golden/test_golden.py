@@ -8,13 +8,16 @@ or `records.CLOSE`. After a change that is meant:
 
 import copy
 import json
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import adapterkit
@@ -73,6 +76,28 @@ def results(
             return folder, jobs.run_all(folder)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_outputs_are_for_whom_the_umask_says_and_cards_name_what_is_there(results):
+    """Of all verbs that write: no file is for its owner alone, no card speaks of a file that is not
+    beside it, and `base_model` is an id of the Hub or missing."""
+    mask = os.umask(0)
+    os.umask(mask)
+    outputs = [results[0] / jobs.output_of(job) for job in jobs.WRITING]
+    written = [path for out in outputs for path in (out, *out.rglob("*")) if path.is_file()]
+    assert len(written) > len(outputs)
+    for path in written:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path
+    cards = [path for path in written if path.name == "README.md"]
+    relations = set()
+    for card in cards:
+        text = card.read_text()
+        named = re.findall(r"`([./]*adapterkit\.json)`", text)
+        assert all((card.parent / name).exists() for name in named), card
+        front = yaml.safe_load(text.split("---")[1])
+        relations.add((card.parent.name.partition("-")[0], front.get("base_model_relation")))
+        assert all("/" in name for name in front.get("base_model", ())), front
+    assert {("quantize", "quantized"), ("merge", "merge"), ("combine", "adapter")} <= relations
 
 
 def differences(name: str, record: dict[str, Any]) -> list[str]:

@@ -70,11 +70,8 @@ def test_everything_beside_the_weights_is_there(dressed, lora, tmp_path):
 def test_the_card_says_what_was_merged(dressed, lora, tmp_path):
     card = (out_of(tmp_path, dressed, f"{lora}=0.25") / "README.md").read_text()
     front = card.split("---")[1]
-    assert (
-        '- "dressed"' in front
-        and f'- "{lora.name}"' in front
-        and "base_model_relation: merge" in front
-    )
+    assert "base_model:" not in front and "base_model_relation: merge" in front  # no ids
+    assert f"# dressed merged with {lora.name}" in card and "Base: dressed" in card
     assert 'license: "apache-2.0"' in front and 'language: "en"' in front
     assert "0.25" in card and "<script>" not in card
 

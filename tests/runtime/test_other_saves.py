@@ -1,30 +1,33 @@
 """What other libraries save and restore of a model with adapters: all of it, or nothing."""
 
 import filecmp
+import os
+import stat
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
-from adapterkit.runtime import attach, load
+from adapterkit.runtime import attach, collect, create_arrow_model, load
 from tests.support.live import llama, tokens
 
 CONFIG = LoraConfig(4, 8, ["q_proj", "v_proj"], init=False)
 DATA = [{"input_ids": row, "labels": row} for row in tokens(16, 8)]
 
 
-def plain(model, folder, **settings):
+def plain(model, folder, cls=Trainer, **settings):
     """transformers' own Trainer."""
-    from transformers import Trainer, TrainingArguments
-
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=4, save_steps=2, report_to=[], disable_tqdm=True,
         use_cpu=True, learning_rate=1e-2, **settings,
     )  # fmt: skip
-    return Trainer(model=model, args=arguments, train_dataset=DATA)
+    return cls(model=model, args=arguments, train_dataset=DATA)
 
 
 def values(h):
@@ -53,6 +56,48 @@ def test_a_plain_trainer_that_does_not_save_warns(tmp_path):
     with pytest.raises(AdapterkitError, match="without default"):
         trainer.save_model()
     h.save(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_what_is_saved_is_for_whom_the_umask_says(mask, tmp_path):
+    """safetensors 0.8 writes 0600 whatever the umask says."""
+    h = attach(llama(), CONFIG, seed=1)
+    before = os.umask(mask)
+    try:
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / ".adapter_model.safetensors.part").touch(0o600)  # of a kill
+        h.save(tmp_path / "adapter")
+        trainer = plain(h.model, tmp_path / "run", cls=h.trainer(Trainer))
+        trainer.save_model(tmp_path / "run" / "last")
+        router = create_arrow_model(llama(), [tmp_path / "adapter"], top_k=1)
+        router.save(tmp_path / "router")
+        model = llama()
+        collect(model, lambda: model(tokens()), out=tmp_path / "stats.safetensors")
+    finally:
+        os.umask(before)
+    files = [tmp_path / "stats.safetensors"]
+    for folder in ("adapter", "run/last", "router"):
+        files += [p for p in (tmp_path / folder).iterdir() if p.suffix in (".safetensors", ".json")]
+    assert len(files) >= 7
+    for path in files:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path
+
+
+@pytest.mark.parametrize("base, named", [
+    ("org/base", ["org/base"]), ("org/base@main", ["org/base"]), ("/models/base", None),
+    ("HERE", None), (None, None),
+])  # fmt: skip
+def test_the_card_of_a_save(base, named, tmp_path, monkeypatch):
+    """A Hub id or nothing, and no file that is not there."""
+    monkeypatch.chdir(tmp_path)
+    Path("local/base").mkdir(parents=True)
+    model = llama()
+    model.config._name_or_path = base = "local/base" if base == "HERE" else base
+    attach(model, CONFIG, seed=1).save(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front.get("base_model") == named and front["base_model_relation"] == "adapter"
+    assert "adapterkit.json" not in card and (base is None or named or base not in card)
 
 
 @pytest.mark.parametrize("way", ["resume", "best"])

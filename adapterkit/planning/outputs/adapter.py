@@ -14,6 +14,7 @@ from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.fingerprint import metadata_with
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Problems, Refused, Unrecoverable, shown
 from adapterkit.plan import (
@@ -139,7 +140,9 @@ class Output:
     def files(self, notes: list[str]) -> Files:
         """Its other files; a tokenizer among them joins the notes."""
         files: Files = {**tokenizer_files(list(self.adapters), self.tokenizer, notes)}
-        files["README.md"] = adapter_card(self.base(), self.adapters, self.summary).encode()
+        receipt = "../" * bool(self.folder) + RECEIPT
+        card = adapter_card(self.base(), self.adapters, self.summary, receipt)
+        files["README.md"] = card.encode()
         files[CONFIG] = FromMetrics(self.config)
         return {self.inside(name): file for name, file in files.items()}
 

@@ -15,6 +15,7 @@ from adapterkit.calls import COMMAND
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.formats.engines import engines
+from adapterkit.hub.ids import repository
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # fields of a base's card that hold for the merged model too
@@ -43,8 +44,7 @@ def merged_card(
     """The card of a merged model; `delta`: what was added to its weights."""
     ids = [hub_id_or_name(base), *(hub_id_or_name(adapter.folder) for adapter in adapters)]
     ids = list(dict.fromkeys(ids)) if library == "diffusers" else ids
-    metadata = ["base_model:", *(f"- {json.dumps(name)}" for name in ids)]
-    metadata += ["base_model_relation: merge", *_inherited(base), f"library_name: {library}"]
+    metadata = [*_based_on(ids, "merge"), *_inherited(base), f"library_name: {library}"]
     rows = [
         f"| {plain(hub_id_or_name(a.folder))} {a.part and f'({a.part}) '}| {a.weight:g} "
         f"| {a.modules} | {a.rank} |"
@@ -75,26 +75,34 @@ def model_card(
     """The card of a model made from this one alone; `relation`: the Hub's word, where it has one
     for it."""
     name = plain(hub_id_or_name(base))
-    metadata = [f"base_model: {name}"] if HUB_ID.fullmatch(name) else []
-    metadata += [f"base_model_relation: {relation}"] if metadata and relation else []
-    metadata += [f"library_name: {library}"]
+    metadata = [*_based_on([name], relation), f"library_name: {library}"]
     body = [f"Made by adapterkit {__version__}."]
     return _card(metadata, ["adapterkit"], f"{name}, {summary}", body)
 
 
-def adapter_card(base: str | None, adapters: Sequence[Adapter], summary: str) -> str:
-    """The card of an adapter for the base of that id, made from these adapters."""
-    metadata = [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else []
-    metadata += ["library_name: peft"]
-    body = [f"Made by adapterkit {__version__} from the files: {plain(summary)}.", ""]
+def adapter_card(
+    base: str | None, adapters: Sequence[Adapter], summary: str, receipt: str = RECEIPT
+) -> str:
+    """The card of an adapter for the base of that id, made from these adapters; `receipt`: its
+    path, "" for none."""
+    id = repository(base or "")
+    metadata = [*_based_on([id], "adapter"), "library_name: peft"]
+    how = " from the files" if receipt else ""
+    body = [f"Made by adapterkit {__version__}{how}: {plain(summary)}.", ""]
     body += ["From:", ""] if adapters else []
     body += [f"- {plain(hub_id_or_name(adapter.folder))}" for adapter in adapters]
-    body += ["", f"The changes of each module, and the hash of every file, are in `{RECEIPT}`."]
-    body += ["", "To load it, in place of `ADAPTER` its folder or id:", ""]
-    id = base if base and HUB_ID.fullmatch(base) else "BASE"
+    told = f"The changes of each module, and the hash of every file, are in `{receipt}`."
+    body += ["", told, ""] if receipt else []
+    body += ["To load it, in place of `ADAPTER` its folder or id:", ""]
     for client in (one for one in engines().values() if one.models == "language"):
-        body += [f"{client.title}:", "```", client.loading("peft", "ADAPTER", id), "```"]
+        body += [f"{client.title}:", "```", client.loading("peft", "ADAPTER", id or "BASE"), "```"]
     return _card(metadata, ["lora", "adapterkit"], "Adapter", body)
+
+
+def _based_on(names: Sequence[str], relation: str) -> list[str]:
+    """The Hub's metadata on the bases that are there, and on what the output is of these."""
+    ids = [f"- {json.dumps(name)}" for name in names if HUB_ID.fullmatch(name)]
+    return ["base_model:"] * bool(ids) + ids + [f"base_model_relation: {relation}"] * bool(relation)
 
 
 def _card(metadata: list[str], tags: list[str], title: str, body: list[str]) -> str:

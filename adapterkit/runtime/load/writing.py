@@ -18,7 +18,7 @@ from adapterkit.checkpoint.disk import storage_errors
 from adapterkit.checkpoint.fingerprint import metadata_with
 from adapterkit.checkpoint.system import system
 from adapterkit.errors import Problems, Refused, shown
-from adapterkit.hub.ids import is_on_hub
+from adapterkit.hub.ids import is_on_hub, repository
 from adapterkit.options import StrPath
 from adapterkit.planning.inputs.model_config import vocabulary_sizes
 from adapterkit.planning.outputs.cards import adapter_card
@@ -73,7 +73,7 @@ def save(state: State, folder: StrPath, name: str, *, every_process: bool = Fals
         replace(root / WEIGHTS, lambda path: _write(tensors, path, adapter.base_fingerprint))
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         replace(root / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
-        card = adapter_card(adapter.base, [], "trained with adapterkit")
+        card = adapter_card(adapter.base, [], "an adapter of a live model", receipt="")
         card = card.replace(COMMAND, "adapters.save(FOLDER)")
         replace(root / CARD, lambda path: path.write_text(card, encoding="utf-8"))
 
@@ -226,9 +226,14 @@ def writes() -> bool:
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name and rename it."""
+    """Write a file under another name and rename it; the umask decides who may read it."""
     other = path.with_name(f".{path.name}.part")
+    other.unlink(missing_ok=True)
+    other.touch()
+    mode = other.stat().st_mode
     write(other)
+    if other.stat().st_mode != mode:  # safetensors renames a file that nobody else may read
+        other.chmod(mode)
     system.replace(other, path)
 
 
@@ -236,7 +241,8 @@ def resized_embeddings(state: State, base: str | None) -> dict[str, Tensor]:
     """Parameters of the input embedding and the head by name, where the base's config tells another
     size; nothing where that config is neither in a folder nor in the Hub's cache."""
     model = state.model
-    config = _stored_config(base) if base and hasattr(model, "get_input_embeddings") else {}
+    place = base if base and Path(base).is_dir() else repository(base or "")
+    config = _stored_config(place) if place and hasattr(model, "get_input_embeddings") else {}
     sizes = vocabulary_sizes(config)
     if not sizes or getattr(model.config, "vocab_size", None) in {None, *sizes}:
         return {}
