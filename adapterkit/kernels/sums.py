@@ -1,7 +1,7 @@
 """Sums of a tensor: its norm in float64, and whether all of it is finite."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,15 @@ def floats(values: Sequence[Tensor]) -> list[float]:
 
 def squared_norm(x: Tensor) -> float:
     """‖x‖_F², summed in float64."""
-    return math.fsum(floats(square_sums(x)))
+    return exact_sum(floats(square_sums(x)))
+
+
+def exact_sum(values: Iterable[float]) -> float:
+    """NaN where there is none: of infinities of both signs, and where it overflows."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return math.nan
 
 
 def are_finite(sums: Sequence[Tensor]) -> bool:

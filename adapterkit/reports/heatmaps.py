@@ -44,7 +44,7 @@ def heatmaps_of(adapters: Mapping[str, Json]) -> Json:
     tables = []
     for name, one in adapters.items():
         modules = {places[module_label(module)]: module for module in one["modules"]}
-        total = sum(module["norm"] ** 2 for module in modules.values() if module["norm"])
+        total = math.hypot(*(module["norm"] or 0.0 for module in modules.values()))
         related = any(module["relative"] is not None for module in modules.values())
         for measure in ("relative" if related else "norm", "effective_rank", "share"):
             cell = lambda m, of=measure, total=total: _value(m, of, total)
@@ -56,7 +56,7 @@ def heatmaps_of(adapters: Mapping[str, Json]) -> Json:
 def _value(module: Json | None, measure: str, total: float) -> float | None:
     if module is None or measure != "share":
         return None if module is None else module[measure]
-    return module["norm"] ** 2 / total if module["norm"] is not None and total else None
+    return (module["norm"] / total) ** 2 if module["norm"] is not None and total else None
 
 
 def blocks(maps: Json, width: int) -> list[str]:

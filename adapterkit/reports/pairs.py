@@ -253,7 +253,7 @@ class DeltaPair:
             relative_error=kernel.relative(error, norm),
             cosine=kernel.cosine(*squares),
             norm=norm,
-            squares=(error**2, norm**2),
+            squares=(error * error, norm * norm),
         )
 
 

@@ -309,9 +309,9 @@ def outcomes(receipt: Json) -> Iterator[str]:
     refits = {
         key: metric for key, metric in metrics.items() if "energy" in metric and "norm" in metric
     }
-    total = sum(metric["norm"] ** 2 for metric in refits.values())
+    total = math.hypot(*(metric["norm"] for metric in refits.values()))
     if total and min(named("energy").values()) < 0.9995:
-        share = sum(metric["energy"] * metric["norm"] ** 2 for metric in refits.values()) / total
+        share = sum(one["energy"] * (one["norm"] / total) ** 2 for one in refits.values())
         text = f"truncation kept {share:.1%} of the squared norm of {len(refits)} modules"
         yield f"{text}; {_lowest(named('energy'))}"
     compensated = {

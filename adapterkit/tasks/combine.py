@@ -196,8 +196,8 @@ class CombinedFactors(FactorsTask):
         products = [result for result in results if isinstance(result, Product)]
         if self.refit.exact and products and products[0].rank <= min(self.shape):
             pairs = [algebra.balance(product) for product in products]
-            total = sum(algebra.norm(product) ** 2 for product in products)
-            return self._result(pairs, metrics, {"norm": short(total**0.5), "energy": 1.0})
+            norm = math.hypot(*map(algebra.norm, products))
+            return self._result(pairs, metrics, {"norm": short(norm), "energy": 1.0})
         most, share = self.max_rank, self.refit.energy
         decompositions = [
             decompose_product(result, root)

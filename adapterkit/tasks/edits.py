@@ -1,5 +1,6 @@
 """Edits of the rows of one stored tensor, described before any data is read."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -166,7 +167,7 @@ class AddLowRank(RowEdit):
             left = torch.cat([p[0] for p in pairs], 1) if len(pairs) > 1 else pairs[0][0]
             right = torch.cat([p[1] for p in pairs], 0) if len(pairs) > 1 else pairs[0][1]
             products.append((Band(row, row_stop), slice(*columns), left, right))
-        norm = sum(kernel.low_rank_norm(left, right) ** 2 for *_, left, right in products) ** 0.5
+        norm = math.hypot(*(kernel.low_rank_norm(left, right) for *_, left, right in products))
         whole = slice(0, grid[1])
 
         def apply(w: Tensor, first: int) -> None:
@@ -192,10 +193,8 @@ class AddLikePeft(AddLowRank):
         scale = added.factors.scale
         unscaled = replace(added, factors=replace(added.factors, scale=1.0))
         products = list(unscaled.products(inputs))
-        norm = (
-            abs(scale)
-            * sum(kernel.low_rank_norm(left, right) ** 2 for _, left, right in products) ** 0.5
-        )
+        norms = [kernel.low_rank_norm(left, right) for _, left, right in products]
+        norm = abs(scale) * math.hypot(*norms)
 
         def exact(w: Tensor, first: int, delta_first: bool = False) -> None:
             for block, left, right in products:

@@ -81,12 +81,12 @@ class InitialFactors(RankedFactors):
             pairs.append((a, b))
             if matrix is not None:
                 product = Product(b.double() * self.scale, a.double())
-                taken += algebra.norm(product) ** 2
-                size += norm(matrix) ** 2
+                taken = math.hypot(taken, algebra.norm(product))
+                size = math.hypot(size, norm(matrix))
         tensors = self.round(self.place.stored(pairs))
         metrics: Metrics = {"rank": self.rank, "alpha": self.alpha}
         if self.method.changes_base:
-            metrics["taken"] = short(math.sqrt(taken / size)) if size else 0.0
+            metrics["taken"] = short(taken / size) if size else 0.0
         if isinstance(self.method, RedistributingInit):
             variances, variance = statistics["variances"], statistics["variance"]
             metrics["ratios"] = self.method.ratios(self.candidates, variances, variance)

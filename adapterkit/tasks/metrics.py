@@ -2,14 +2,13 @@
 that the receipt has of them."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from adapterkit.kernels.pieces import piece
-from adapterkit.kernels.sums import floats
+from adapterkit.kernels.sums import exact_sum, floats
 from adapterkit.plan import Loaded, Metrics, Step
 
 PIECE = 1 << 18  # elements whose sums are float32, on a CPU
@@ -44,8 +43,8 @@ class ChangeMetrics:
     def result(self, step: Step, noise: str = "rounding", digits: int = 6) -> Metrics:
         # fsum is exact, so the order in which the workers came does not show
         columns = zip(*self.sums, strict=True) if self.sums else [()] * 5
-        changed, size, lost, moved, projection = map(_sum, columns)
-        norm = math.sqrt(_sum(self.squares))
+        changed, size, lost, moved, projection = map(exact_sum, columns)
+        norm = math.sqrt(exact_sum(self.squares))
         metrics: Metrics = {"adapters": list(step.adapters)} if step.adapters else {}
         if self.delta is not None and norm:
             metrics["delta"] = short(self.delta / norm, digits)
@@ -98,14 +97,6 @@ def finite_metrics(metrics: Metrics) -> Metrics:
             for one in (value if isinstance(value, list) else [value])
         )
     }
-
-
-def _sum(values: Iterable[float]) -> float:
-    """NaN where there is none: of infinities of both signs, and where it overflows."""
-    try:
-        return math.fsum(values)
-    except (OverflowError, ValueError):
-        return math.nan
 
 
 def short(value: float, digits: int = 6) -> float:

@@ -201,18 +201,18 @@ def compensate(
     several modules the squares are summed. `Unrecoverable` for what is no covariance."""
     if compensation.by_columns:
         weight, nearest = weight.T, nearest.T
-    value, squares = nearest.clone(), {"size": 0.0, "nearest": 0.0, "compensated": 0.0}
+    value, norms = nearest.clone(), {"size": [], "nearest": [], "compensated": []}
     for span in compensation.spans:
         c, factor = read_factor(inputs, span.covariance)
         w, at = _rows(weight, span)
         rounder = round_column if at is None else _of_rows(round_column, at, weight)
         q = kernel.round_weight(w, factor, rounder)
-        squares["size"] += kernel.output_norm(w, c) ** 2
-        squares["compensated"] += kernel.output_norm(q - w, c) ** 2
-        squares["nearest"] += kernel.output_norm(_rows(nearest, span)[0] - w, c) ** 2
+        norms["size"].append(kernel.output_norm(w, c))
+        norms["compensated"].append(kernel.output_norm(q - w, c))
+        norms["nearest"].append(kernel.output_norm(_rows(nearest, span)[0] - w, c))
         value = q if at is None else value.index_copy_(0, at, q)
-    size = squares.pop("size") or 1.0
-    errors = {name: short(math.sqrt(square / size)) for name, square in squares.items()}
+    size = math.hypot(*norms.pop("size")) or 1.0
+    errors = {name: short(math.hypot(*each) / size) for name, each in norms.items()}
     value = value.T if compensation.by_columns else value
     return value.contiguous(), {
         "output_error": errors["compensated"],

@@ -8,8 +8,11 @@ import shutil
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 import adapterkit
+from adapterkit.cli import main
 from adapterkit.errors import Refused
 from adapterkit.reports import tables
 from tests.support import oracle, raw_files
@@ -215,3 +218,31 @@ def test_a_damaged_adapter(name, lora, tmp_path):
 def test_the_name_of_a_local_copy_is_no_problem(llama, lora, tmp_path):
     oracle.edit_config(lora, tmp_path / "named", base_model_name_or_path="org/model")
     assert problems_of(inspect(tmp_path / "named", base=llama)) == []
+
+
+@pytest.mark.parametrize("size", [1e60, 1e155, 1e160])
+def test_norms_whose_squares_are_beyond_floats(size, tmp_path, monkeypatch):
+    """Of deltas, and of a base's weights: sums of squares would overflow, norms do not."""
+    monkeypatch.chdir(tmp_path)
+    base = oracle.llama()
+    oracle.save_base(base, tmp_path / "base", "fp32")
+    oracle.train(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    for file, of in (("adapter/adapter_model", "lora_B"), ("base/model", "q_proj")):
+        path = tmp_path / f"{file}.safetensors"
+        tensors = {k: v.double() * (size if of in k else 1) for k, v in load_file(path).items()}
+        save_file(tensors, path, {"format": "pt"})
+    norms = [module["norm"] for module in adapterkit.inspect("adapter", base="base")["modules"]]
+    assert all(size / 100 < norm < size * 100 for norm in norms)
+    for words in (
+        "merge base adapter --out merged",
+        "inspect adapter",
+        "inspect adapter --base base",
+        "inspect base",
+        "diagnose base",
+        "diagnose merged --base base --adapter adapter",
+        "report adapter --out page.html",
+        "diff adapter adapter",
+    ):
+        result = CliRunner().invoke(main, words.split())
+        assert result.exception is None or isinstance(result.exception, SystemExit), words
+        assert "nan" not in result.output and result.exit_code < 2, (words, result.output)

@@ -230,17 +230,23 @@ class _Projection:
     @classmethod
     def of(cls, model: Folder, stored: Tensors, plans: Sequence[Plan]) -> "_Projection":
         count = len(plans)
-        gram = torch.zeros(count, count, dtype=torch.float64)
-        inner, total = torch.zeros(count, dtype=torch.float64), 0.0
+        sizes = (count, count), (count,), ()
+        gram, inner, total = (torch.zeros(size, dtype=torch.float64) for size in sizes)
+        unit = 1.0  # in which the sums are: squares of large values overflow
         for change, deltas in _samples(model, stored, plans):
-            total += float(change.square().sum())
+            old, unit = unit, max(unit, *(float(x.abs().max()) for x in (change, *deltas.values())))
+            for sums in (gram, inner, total):
+                sums *= (old / unit) ** 2
+            change, deltas = change / unit, {i: one / unit for i, one in deltas.items()}
+            total += change.square().sum()
             for i, one in deltas.items():
                 inner[i] += float((one * change).sum())
                 for j, other in deltas.items():
                     gram[i, j] += float((one * other).sum())
         solution = torch.linalg.lstsq(gram, inner[:, None], driver="gelsd").solution[:, 0]
-        left = total - 2 * float(solution @ inner) + float(solution @ gram @ solution)
-        return cls(solution.tolist(), max(left, 0.0) / total if total else 0.0, total > 0)
+        left = float(total - 2 * solution @ inner + solution @ gram @ solution)
+        size = float(total)
+        return cls(solution.tolist(), max(left, 0.0) / size if size else 0.0, size > 0)
 
 
 def _samples(

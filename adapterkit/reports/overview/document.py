@@ -1,6 +1,7 @@
 """report: the numbers of its document, and the file of its page."""
 
 import json
+import math
 import ntpath
 import os
 import re
@@ -20,6 +21,7 @@ from adapterkit.planning.inputs.weights import weighted_sources
 from adapterkit.receipt import find_receipt, read_receipt
 from adapterkit.records import Json
 from adapterkit.reports.adapter import inspect_adapter
+from adapterkit.reports.factors import finite
 from adapterkit.reports.heatmaps import (
     NUMBER,
     check_page,
@@ -119,11 +121,9 @@ def _adapter(name: str, one: Json, spectra: dict[str, Tensor]) -> Json:
         **{key: one[key] for key in known},
         **{key: only(key) for key in ("rank", "alpha", "scale")},
         "modules": len(modules),
-        "norm": sum(norm**2 for norm in norms) ** 0.5 if norms else None,
+        "norm": finite(math.hypot(*norms)) if norms else None,
         "relative": median(relative) if relative else None,
-        "stable_rank": median(float(s.square().sum() / s.max() ** 2) for s in used)
-        if used
-        else None,
+        "stable_rank": median(float((s / s.max()).square().sum()) for s in used) if used else None,
         **{
             f"rank_{share}": max(algebra.rank_for_energy(s, share / 100) for s in used)
             if used
@@ -155,18 +155,18 @@ def _ranks(one: Json, spectra: dict[str, Tensor]) -> list[Json]:
     """What is kept at ranks of 1, 2, 4, ... and how large the file is then: its bytes are those of
     factors by their rank."""
     largest = max(map(len, spectra.values()), default=0)
-    total = sum(float(s.square().sum()) for s in spectra.values())
-    if not total:
+    size = math.hypot(*(float(s.norm()) for s in spectra.values()))
+    if not size:
         return []
     counts = {module_label(m): (m["rank"] or 0, m["experts"] or 1) for m in one["modules"]}
     stored = sum(rank * experts for rank, experts in counts.values())
     ranks = [2**n for n in range(largest.bit_length()) if 2**n < largest] + [largest]
     rows = []
     for rank in ranks:
-        kept = sum(float(s[:rank].square().sum()) for s in spectra.values())
+        kept = sum(float((s[:rank] / size).square().sum()) for s in spectra.values())
         left = sum(min(rank, own) * experts for own, experts in counts.values())
         rows.append(
-            {"rank": rank, "energy": min(kept / total, 1.0), "bytes": one["bytes"] * left // stored}
+            {"rank": rank, "energy": min(kept, 1.0), "bytes": one["bytes"] * left // stored}
         )
     return rows
 
