@@ -261,8 +261,9 @@ class Adapters:
             site.renew()
 
     def report(self) -> ModuleTable:
-        """A row for each module with adapters; prints as a table. `.trainable`, `.total` and
-        `.share`: how many parameters are trained, how many there are, and the part of them."""
+        """A row for each module with adapters; prints in three lines, `.table()` has all rows.
+        `.trainable`, `.total` and `.share`: how many parameters are trained, how many there are,
+        and the part of them."""
         return report(self.state)
 
     def delete(self, name: str) -> None:

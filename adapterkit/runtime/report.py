@@ -1,6 +1,7 @@
 """What adapters a model has, module by module."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ class Row:
 
 
 class ModuleTable(list[Row]):
-    """Rows in the order of the modules; prints as a table, with the totals.
+    """Rows in the order of the modules; prints in three lines, `table()` has a line for each row.
 
     `trainable` and `total`: parameters of the model with its adapters."""
 
@@ -58,16 +59,24 @@ class ModuleTable(list[Row]):
         return self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
+        kinds = Counter(f"{row.kind} {share.part}" for row in self for share in row.adapters)
+        return (
+            f"trainable parameters: {self.trainable:,} ({100 * self.share:.4g} %)\n"
+            f"total parameters: {self.total:,}\n"
+            f"by kind: {', '.join(f'{count} {kind}' for kind, count in kinds.items()) or 'none'}"
+        )
+
+    __repr__ = __str__
+
+    def table(self) -> str:
+        """All rows as a text."""
         cells: list[tuple[str, ...]] = [
             ("module", "kind", "adapter", "part", "rank", "scale", "norm", "active")
         ]
         cells += [(row.module, row.kind, *share.cells()) for row in self for share in row.adapters]
         widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
         lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
-        totals = (
-            f"trainable parameters: {self.trainable:,} of {self.total:,} ({100 * self.share:.4g} %)"
-        )
-        return "\n".join([*(line.rstrip() for line in lines), totals])
+        return "\n".join(line.rstrip() for line in lines)
 
 
 @torch.no_grad()

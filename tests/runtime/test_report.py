@@ -15,7 +15,7 @@ def test_every_part_of_every_adapter():
         llama(attention_bias=True),
         LoraConfig(
             4, 6, ["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 2}, bias="lora_only",
-            modules_to_save=["norm"], trainable_tokens=[1, 2], init=False,
+            modules_to_save=["model.norm"], trainable_tokens=[1, 2], init=False,
         ),
         seed=1,
     )  # fmt: skip
@@ -34,9 +34,13 @@ def test_every_part_of_every_adapter():
     norm = torch.linalg.norm(1.5 * part.b @ part.a).item()
     assert shares[layer(0), "default", "factors"].norm == pytest.approx(norm, rel=1e-5)
     assert not shares[layer(0), "other", "factors"].active
-    table = str(rows).splitlines()
+    table = rows.table().splitlines()
     assert table[0].split() == "module kind adapter part rank scale norm active".split()
-    assert len(table) == 1 + len(shares) + 1
+    assert len(table) == 1 + len(shares)
+    kinds = "4 Linear factors, 2 Linear bias, 1 LlamaRMSNorm copy, 1 Embedding tokens"
+    assert str(rows) == repr(rows) and len(str(rows).splitlines()) == 3
+    names, _, counts = str(rows).splitlines()[2].partition(": ")
+    assert names == "by kind" and sorted(counts.split(", ")) == sorted(kinds.split(", "))
 
 
 def test_totals_as_peft(tmp_path):
@@ -47,8 +51,11 @@ def test_totals_as_peft(tmp_path):
     trained, both = peft.get_nb_trainable_parameters()
     assert (report.trainable, report.total) == (trained, both)
     assert report.share == trained / both
-    last = f"trainable parameters: {trained:,} of {both:,} ({trained / both * 100:.4g} %)"
-    assert str(report).splitlines()[-1] == last
+    assert str(report).splitlines() == [
+        f"trainable parameters: {trained:,} ({trained / both * 100:.4g} %)",
+        f"total parameters: {both:,}",
+        "by kind: 3 Linear factors, 5 LlamaRMSNorm copy",
+    ]
     adapters.activate(None)
     assert adapters.report().trainable == 0
 
