@@ -54,11 +54,13 @@ def requantize_rows(
     draws: Draws | None,
     *,
     keep: bool,
+    stay: bool = False,
     importance: Tensor | None = None,
 ) -> Tensor:  # (rows, bytes) uint8
     """New bytes of rows that were stored in a type; what does not change keeps its bytes."""
     if name not in DTYPES:
-        return ggml.requantize(name, old, rows, draws=draws, keep=keep, importance=importance)
+        how = {"draws": draws, "keep": keep, "stay": stay, "importance": importance}
+        return ggml.requantize(name, old, rows, **how)
     if draws is None:
         return encode_rows(name, rows)
     check_finite(rows)

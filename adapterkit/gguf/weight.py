@@ -69,6 +69,7 @@ class GgufWeight(QuantizedWeight):
     # how it is written: with the scales that are there where the values fit, and with a weight for
     # each column of each matrix, by part
     keep_scales: bool = False
+    has_fixed_scales: bool = False  # with those that are there whatever the values
     importance: tuple[Tensor | None, ...] = field(default=(), compare=False)
 
     @property
@@ -176,24 +177,24 @@ class GgufWeight(QuantizedWeight):
     def encode_keeping_scales(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
     ) -> dict[str, Tensor]:
-        new, at = [], 0
+        new, at, how = [], 0, {"keep": self.keep_scales, "stay": self.has_fixed_scales}
         parts = zip(self.types, self.values(stored), self._rows(weight), strict=True)
         for number, (name, old, rows) in enumerate(parts):
 
             def encode(some, own, weights, name=name, old=old, at=at):
-                first = at + own.start * some.shape[-1]
-                return requantize_rows(
-                    name,
-                    old[own],
-                    some,
-                    None if draws is None else draws.at(first),
-                    keep=self.keep_scales,
-                    importance=weights,
-                )
+                here = None if draws is None else draws.at(at + own.start * some.shape[-1])
+                return requantize_rows(name, old[own], some, here, importance=weights, **how)
 
             new.append(self._encoded(number, rows, encode))
             at += rows.numel()
         return self.as_parts(*new)
+
+    def encode_rounded(
+        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
+    ) -> dict[str, Tensor]:
+        return replace(self, has_fixed_scales=True).encode_keeping_scales(
+            stored, weight, draws or Draws(0)
+        )
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
         assert self.placement is not None

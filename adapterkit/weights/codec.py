@@ -157,9 +157,12 @@ class QuantizedWeight(TensorSpec):
         `encode_rounded` encodes what it gave."""
         raise NotImplementedError
 
-    def encode_rounded(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
-        """All parts of values that can be stored with the scales that are there."""
-        return self.encode_keeping_scales(stored, weight, Draws(0))  # nothing lies between
+    def encode_rounded(
+        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
+    ) -> dict[str, Tensor]:
+        """All parts of values with the scales that are there: of what can be stored with these, or
+        sampled."""
+        return self.encode_keeping_scales(stored, weight, draws or Draws(0))
 
     @property
     def rows_per_block(self) -> int | None:

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from adapterkit.engines.local.reader import LocalReader
 from adapterkit.engines.verify.file_checks import check_file, check_files
 from adapterkit.errors import Damaged, Failed, Problems, shown
 from adapterkit.gguf.header import stored_tensors
+from adapterkit.kernels.quant.stochastic import Draws, Zeros
 from adapterkit.plan import OutputFile, Plan, Step
 from adapterkit.receipt import AGAIN, read_receipt
 from adapterkit.records import Json
@@ -204,47 +205,24 @@ class CodeCheck:
     ) -> Wrong | None:
         """What is wrong with these rows."""
         record, before = origin.narrow(origin.parts, first, last)
-        exact, slack = torch.empty(last - first, origin.width), torch.empty(last - first, 1)
-        for low, high in origin.pieces(first, last):
-            block, here = origin.edited(low, high), slice(low - first, high - first)
-            exact[here], slack[here] = (
-                block,
-                block.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step)],
-            )
+        exact = torch.cat([origin.edited(*piece) for piece in origin.pieces(first, last)])
+        slack = exact.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step)]
         written = origin.narrow(after, first, last)[1]
         stored = decode_checked(record, written).view(exact.shape)
         if bool(((exact - stored).abs() <= slack).all()) and torch.equal(
             stored, decode_checked(record, before).view(exact.shape)
         ):
             return None  # what does not change keeps its bytes
-        expected = self._encoded(record, before, exact, first)
+        draws = self.step.draws and self.step.draws.at(first * origin.width)
+        encoded = lambda w: record.encode_keeping_scales(before, _value(record, w), draws)
+        expected = encoded(exact)
         for key, part in expected.items():
-            if part is before[key] and not torch.equal(
-                part, origin.narrow(after, first, last)[1][key]
-            ):
+            if part is before[key] and not torch.equal(part, written[key]):
                 return Wrong(
                     f"{shown(key)} is not the base's, though it does not depend on the weight's "
                     "values"
                 )
-        value = decode_checked(record, expected).view(exact.shape)
-        low, high = value - slack, value + slack
-        bad = ~((low <= stored) & (stored <= high))
-        if bool(bad.any()):  # of codes near a boundary: an encoder never swaps two values either
-            for by in (-slack, slack):
-                beside = decode_checked(
-                    record, self._encoded(record, before, exact + by, first)
-                ).view(exact.shape)
-                low, high = torch.minimum(low, beside - slack), torch.maximum(high, beside + slack)
-            bad = ~((low <= stored) & (stored <= high))
-        if bool(bad.any()) and record.searches_scales and self.step.draws is None:
-            bad &= ~_as_good(record, written, stored, value, exact, slack)
-        return _difference(bad, stored, value, first) if bool(bad.any()) else None
-
-    def _encoded(
-        self, record: QuantizedWeight, before: dict[str, Tensor], weight: Tensor, first: int
-    ) -> dict[str, Tensor]:
-        draws = self.step.draws and self.step.draws.at(first * weight.shape[1])
-        return record.encode_keeping_scales(before, weight.view(record.shape), draws)
+        return _wrong(record, written, exact, slack, expected, encoded, draws, first)
 
 
 @dataclass(frozen=True)
@@ -280,9 +258,7 @@ class CompensatedCheck:
             bad = ~((low - slack <= stored) & (stored <= high + slack))
         if self.packed is not None and self.packed.searches_scales:
             plain = plainly_encoded(self.packed, self.step, origin.parts, exact)
-            nearest = decode_checked(self.packed, plain).view(exact.shape)
-            found = self._rounded(origin, exact, exact, after)
-            bad |= ~_as_near(self.packed, found, nearest, exact, torch.tensor(slack))
+            bad |= ~_as_near(self.packed, after, exact, torch.tensor(slack), [plain], None)
         return RowsChecked(count, _difference(bad, stored, value, 0) if bool(bad.any()) else None)
 
     @property
@@ -325,45 +301,64 @@ class EncodedCheck:
         origin = SampledRows(self.step, inputs)
         exact = torch.cat([origin.edited(*piece) for piece in origin.pieces(0, origin.height)])
         after = {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}
-        stored = decode_checked(self.packed, after).view(exact.shape).double()
         slack = exact.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step)]
-        values = [self._encoded(exact + by) for by in (0, -slack, slack)]
-        low, high = (torch.stack(values).amin(0) - slack, torch.stack(values).amax(0) + slack)
-        bad = ~((low <= stored) & (stored <= high))
-        if bool(bad.any()) and self.packed.searches_scales and self.step.draws is None:
-            bad &= ~_as_good(self.packed, after, stored, values[0], exact, slack)
-        wrong = _difference(bad, stored, values[0], 0) if bool(bad.any()) else None
+        expected, draws = self._encoded(exact), self.step.draws
+        wrong = _wrong(self.packed, after, exact, slack, expected, self._encoded, draws)
         return RowsChecked(origin.height, wrong)
 
-    def _encoded(self, exact: Tensor) -> Tensor:
-        """What the exact values are stored as, decoded."""
-        value = exact.float().view(self.packed.shape)
+    def _encoded(self, exact: Tensor) -> dict[str, Tensor]:
+        """What the exact values are stored as."""
+        value = _value(self.packed, exact)
         tensors = self.packed.encode(value)
         if self.step.draws is not None:
             tensors = self.packed.encode_keeping_scales(tensors, value, self.step.draws)
-        return decode_checked(self.packed, tensors).view(exact.shape).double()
+        return tensors
 
 
-def _as_good(
+def _decoded(packed: QuantizedWeight, stored: dict[str, Tensor], exact: Tensor) -> Tensor:
+    return decode_checked(packed, stored).view(exact.shape).double()
+
+
+def _wrong(
     packed: QuantizedWeight,
     after: dict[str, Tensor],
-    stored: Tensor,
-    value: Tensor,
     exact: Tensor,
     slack: Tensor,
-) -> Tensor:  # bool
-    """Which values are as good as those that were expected: of scales as near, and of these scales
-    the nearest codes."""
-    nearest = (_nearest(packed, after, exact).double() - exact).abs()
-    is_nearest = (stored.double() - exact).abs() <= nearest + 2 * slack
-    return is_nearest & _as_near(packed, stored, value, exact, slack)
+    expected: dict[str, Tensor],
+    encoded: Callable[[Tensor], dict[str, Tensor]],
+    draws: Draws | None,
+    first: int = 0,
+) -> Wrong | None:
+    """Which values are not between those that the exact ones are encoded as, and those beside: an
+    encoder never swaps two values. Where scales are searched, others that are as near may be
+    stored: then values are between those that they are encoded as with these."""
+    stored, value = (_decoded(packed, parts, exact) for parts in (after, expected))
+
+    def outside(values: list[Tensor]) -> Tensor:
+        low, high = torch.stack(values).amin(0) - slack, torch.stack(values).amax(0) + slack
+        return ~((low <= stored) & (stored <= high))
+
+    bad, each = outside([value]), [expected]
+    if bool(bad.any()):
+        each += [encoded(exact + by) for by in (-slack, slack)]
+        bad = outside([_decoded(packed, parts, exact) for parts in each])
+    if bool(bad.any()) and packed.searches_scales:
+        near = _as_near(packed, after, exact, slack, each, draws)
+        if draws is None:
+            error = (_nearest(packed, after, exact).double() - exact).abs()
+            bad &= ~near | ((stored - exact).abs() > error + 2 * slack)
+        else:
+            again = (_value(packed, exact + by) for by in (0, -slack, slack))
+            again = [packed.encode_rounded(after, weight, draws) for weight in again]
+            bad &= ~near | outside([_decoded(packed, parts, exact) for parts in again])
+    return _difference(bad, stored, value, first) if bool(bad.any()) else None
 
 
 def _nearest(
     packed: QuantizedWeight, stored: dict[str, Tensor], weight: Tensor
 ) -> Tensor:  # float32, as weight
     """The nearest values to a weight with the scales that are stored."""
-    value, round_column = weight.float().view(packed.shape), packed.column_rounder(stored)
+    value, round_column = _value(packed, weight), packed.column_rounder(stored)
     turned = packed.transposed and value.dim() > 1
     value = value.transpose(-2, -1) if turned else value
     matrix = value.reshape(-1, value.shape[-1])
@@ -377,14 +372,39 @@ def _nearest(
 
 
 def _as_near(
-    packed: QuantizedWeight, stored: Tensor, value: Tensor, exact: Tensor, slack: Tensor
+    packed: QuantizedWeight,
+    after: dict[str, Tensor],
+    exact: Tensor,
+    slack: Tensor,
+    expected: list[dict[str, Tensor]],
+    draws: Draws | None,
 ) -> Tensor:  # bool
-    """Which values are in pieces of rows that are stored as near to the exact ones as an encoding
-    is: of two scales with nearly the same error either may have been found."""
+    """Which values are in pieces of rows whose scales are as near to the exact ones as those of an
+    encoding are: of two scales with nearly the same error either may have been found. Scales are
+    searched by the errors of nearest codes; with draws they are chosen by the expected ones."""
     each = math.gcd(packed.row_width, PIECE_OF_ROW)
-    sums = lambda x: x.double().expand_as(exact).square().reshape(-1, each).sum(1, keepdim=True)
-    near = sums(stored - exact) <= sums(value - exact) * NEAR + sums(slack)
+    sums = lambda x: x.expand_as(exact).reshape(-1, each).sum(1, keepdim=True)
+    near = torch.zeros(exact.numel() // each, 1, dtype=torch.bool)
+    for sampled in {False, draws is not None}:
+        error, *others = (sums(_squares(packed, one, exact, sampled)) for one in (after, *expected))
+        near |= error <= torch.stack(others).amax(0) * NEAR + sums(slack.square())
     return near.expand(-1, each).reshape(exact.shape)
+
+
+def _squares(
+    packed: QuantizedWeight, stored: dict[str, Tensor], exact: Tensor, sampled: bool
+) -> Tensor:
+    """(value - exact)² with the scales that are stored; expected where codes are sampled."""
+    near = _nearest(packed, stored, exact).double() - exact
+    if not sampled:
+        return near.square()
+    other = packed.encode_rounded(stored, _value(packed, exact), Zeros(0))
+    product = near * (_decoded(packed, other, exact) - exact)
+    return torch.where(product < 0, -product, near.square())  # no neighbor beyond the ends
+
+
+def _value(packed: QuantizedWeight, weight: Tensor) -> Tensor:
+    return weight.float().view(packed.shape)
 
 
 _TensorCheck = FloatCheck | CodeCheck | CompensatedCheck | EncodedCheck

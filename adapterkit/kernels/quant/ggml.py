@@ -3,6 +3,7 @@
 A weight is rows of whole blocks, which encode without each other.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -114,11 +115,13 @@ def requantize(
     draws: Draws | None = None,
     importance: Tensor | None = None,  # (in,) float32, ≥ 0
     keep: bool = False,
+    stay: bool = False,
 ) -> Tensor:  # uint8, as old
     """Each block with its old scales, with these fitted again, or with new ones: those with the
     least Σ importance · (w - value)², the old ones if there is none. New ones are searched where
     that is not far below the error of rounding (`SETTLED`). With `keep` or draws there are new ones
-    only where a value lies beyond the old ones; with draws codes are sampled, and errors expected.
+    only where a value lies beyond the old ones, with `stay` none; with draws codes are sampled, and
+    errors expected.
 
     A value that is what its old code decodes to keeps this code, and a block of such values all of
     its bytes, whatever they are.
@@ -127,11 +130,13 @@ def requantize(
     if old.shape != _packed_shape(kind, w):
         raise ValueError(f"{tuple(old.shape)} are not the bytes of {tuple(w.shape)} values")
     importance, memory = _checked(kind, importance, w.shape[1]), _memory(w)
-    out, keep = torch.empty_like(old), keep or draws is not None
+    out, renew = torch.empty_like(old), _Trial.nearest
+    if stay or keep or draws is not None:
+        renew = _Trial.none if stay else _Trial.beyond
     for rows in pieces(w.shape, w.device, large=True):
         x, blocks = _blocks(kind, w[rows]), old[rows].reshape(-1, kind.nbytes)
         here = None if draws is None else draws.at(rows.start * w.shape[1])
-        new = _renewed(name, blocks, x, here, _tiled(importance, x), memory, keep)
+        new = _renewed(name, blocks, x, here, _tiled(importance, x), memory, renew)
         out[rows] = new.view(-1, out.shape[1])
     return out
 
@@ -143,7 +148,7 @@ def _renewed(
     draws: Draws | None,
     importance: Tensor | None,  # as x
     memory: Tensor,
-    keep: bool,
+    renew: Callable[["_Trial", BlockScales], tuple[BlockScales, Tensor]],
 ) -> Tensor:  # as blocks
     kind = TYPES[name]
     scales, codes = unpack_scales(kind, blocks), unpack_codes(kind, blocks)
@@ -154,13 +159,13 @@ def _renewed(
     if draws is None and len(at) < len(x):  # draws are those of all
         new, some = blocks.clone(), None if importance is None else importance[at]
         if len(at):
-            new[at] = _renewed(name, blocks[at], x[at], None, some, memory, keep)
+            new[at] = _renewed(name, blocks[at], x[at], None, some, memory, renew)
         return new
     broken = ~torch.stack([each.sum(1) for each in scales.effective]).isfinite().all(0)
     scales = scales.without(broken.nonzero()[:, 0])
     stays = None if _are_distinct(kind, scales, codes) else moved == 0
     trial = _Trial(name, x, importance, stays, broken, memory, draws is not None)
-    better, at = (trial.beyond if keep else trial.nearest)(scales)
+    better, at = renew(trial, scales)
     nearest = _codes(kind, _grid(kind, better), x, draws)
     if stays is not None:
         nearest = torch.where(stays.index_fill_(0, at, False), codes, nearest)
@@ -179,6 +184,9 @@ class _Trial:
     broken: Tensor  # (n,): blocks that need new ones
     memory: Tensor
     sampled: bool
+
+    def none(self, scales: BlockScales) -> tuple[BlockScales, Tensor]:
+        return scales, self.broken.new_empty(0, dtype=torch.int64)
 
     def beyond(self, scales: BlockScales) -> tuple[BlockScales, Tensor]:
         """New ones of blocks with values beyond the old ones, where these are better: all scales,

@@ -103,6 +103,16 @@ class Draws:
         return words.bitwise_xor_(_shifted(words, 31))
 
 
+class Zeros(Draws):
+    """Numbers with which no value of a quantized format becomes its nearest one, if it has two
+    neighbors."""
+
+    def uniform(
+        self, count: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        return torch.zeros(count, device=device)
+
+
 def _hash(words: np.ndarray, key: int) -> None:
     words *= np.uint64(STEP)  # wraps
     words += np.uint64(key)

@@ -18,6 +18,8 @@ from adapterkit.errors import Damaged, Refused
 from adapterkit.gguf.header import GgufHeader, read_gguf
 from adapterkit.kernels import rows
 from adapterkit.kernels.quant import ggml
+from adapterkit.kernels.quant.ggml import _Trial
+from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.planning.inputs.sources import open_source
 from tests.support import oracle
 from tests.support.gguf_files import MODELS, blocks, gguf, llama, split, write
@@ -274,17 +276,22 @@ def test_blocks_of_every_type_that_is_written(kind: str, tmp_path: Path):
     assert (tmp_path / "same.gguf").read_bytes() == path.read_bytes()
 
 
-def test_a_change_that_is_2_percent_wrong_is_found_in_every_type(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """In a file with a tensor of each, of the nearest codes and of scales that were searched."""
+def of_every_type(folder: Path) -> Path:
+    """A file with a tensor of each type, and an adapter `a` of them."""
     model, message, tensors = llama(**WIDE | {"num_hidden_layers": 3})
     names = [name for name, value in tensors.items() if value.ndim == 2 and "blk" in name]
     for name, kind in zip(names, sorted(ggml.TYPES), strict=False):
         coded = ggml.encode(kind, torch.from_numpy(np.array(tensors[name])).float())
         tensors[name] = (gguf.GGMLQuantizationType[kind], coded.numpy())
-    path = write(tmp_path / "m.gguf", "llama", message, tensors)
-    train(model, tmp_path / "a", target_modules="all-linear")
+    train(model, folder / "a", target_modules="all-linear")
+    return write(folder / "m.gguf", "llama", message, tensors)
+
+
+def test_a_change_that_is_2_percent_wrong_is_found_in_every_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In a file with a tensor of each, of the nearest codes and of scales that were searched."""
+    path = of_every_type(tmp_path)
     out, right = tmp_path / "out.gguf", rows.add_low_rank
     adapterkit.merge(path, tmp_path / "a", out=out, verify=True)
     wrong = lambda w, left, other: right(w, left * 1.02, other)
@@ -294,6 +301,31 @@ def test_a_change_that_is_2_percent_wrong_is_found_in_every_type(
             adapterkit.merge(path, tmp_path / "a", out=out, scales=scales, overwrite=True)
         with pytest.raises(Damaged, match="21 of 21 tensors are not what the inputs give"):
             adapterkit.verify(out, base=path, adapters=[tmp_path / "a"])
+
+
+@pytest.mark.parametrize("touched_as", [None, "q6_k"])
+def test_stochastic_rounding_is_verified_where_scales_are_as_good(
+    touched_as: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of each type; in many blocks two scales have nearly the same error, of which the search in
+    float32 finds one and that of the exact values the other."""
+    path, out = of_every_type(tmp_path), tmp_path / "out.gguf"
+    how = {"out": out, "rounding": "stochastic", "touched_as": touched_as, "overwrite": True}
+    adapterkit.merge(path, tmp_path / "a", verify=True, **how)
+    sources: dict = {"base": path, "adapters": [tmp_path / "a"]}
+    add, draw = rows.add_low_rank, Draws.uniform
+    wrong: dict = {
+        (rows, "add_low_rank"): lambda w, left, other: add(w, left * 1.02, other),
+        (Draws, "uniform"): lambda self, *rest: 1 - draw(self, *rest),
+    }
+    if touched_as is None:  # else new scales are not compared with old ones
+        wrong[_Trial, "_searched"] = lambda self, scales, at: (scales, at)
+    for (owner, name), function in wrong.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, function)
+            adapterkit.merge(path, tmp_path / "a", **how)
+        with pytest.raises(Damaged, match=r"of 21 tensors are not what the inputs give"):
+            adapterkit.verify(out, **sources)
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K"])
