@@ -18,6 +18,7 @@ from adapterkit.gguf.blocks import (
     of_several,
     requantize_rows,
 )
+from adapterkit.gguf.header import FLOATS
 from adapterkit.gguf.placement import Build, RowPlacement
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
@@ -75,6 +76,10 @@ class GgufWeight(QuantizedWeight):
     @property
     def format(self) -> str:
         return ", ".join(dict.fromkeys(self.types))
+
+    def types_written(self, touched_as: str | None) -> tuple[str, ...]:
+        new = touched_as.upper() if touched_as else None
+        return tuple(name if name in FLOATS else new or name for name in self.types)
 
     @property
     def read_only(self) -> str | None:

@@ -92,6 +92,10 @@ class QuantizedWeight(TensorSpec):
         """What reports call its format."""
         return self.name
 
+    def types_written(self, touched_as: str | None) -> tuple[str, ...]:
+        """What its values are stored as once they change."""
+        return (self.name,)
+
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)

@@ -29,6 +29,8 @@ from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.slots import Axis, Slot, identity_slot
 
+WIDE = ("F32", "F64")  # types whose sums are taken in float64
+
 
 def place_factors(parameter: Parameter, slot: Slot, factors: Factors) -> PlacedFactors:
     """The factors on one slot; `Refused` where the slot's layout does not allow it."""
@@ -192,7 +194,8 @@ def _with_rounding(job: MergeJob, step: Step, dtype: str | None) -> Step:
         step = replace(step, dtype=dtype)
     if not step.edits:
         return step
-    step = replace(step, wide=not _is_narrow(job, step) and job.options.compat is None)
+    is_wide = any(name in WIDE for name in _types(job, step))
+    step = replace(step, wide=is_wide and job.options.compat is None)
     if job.options.rounding != "stochastic" or not is_rounded(job, step):
         return step
     return replace(step, draws=Draws.of(job.options.seed, step.key))
@@ -201,13 +204,16 @@ def _with_rounding(job: MergeJob, step: Step, dtype: str | None) -> Step:
 def is_rounded(job: MergeJob, step: Step) -> bool:
     """Whether a step's edits are written with fewer digits than they are computed with."""
     narrower = dtypes.BITS[step.dtype] < dtypes.BITS[step.source.dtype]
-    return bool(step.edits) and (_is_narrow(job, step) or narrower)
+    narrower = narrower or any(name not in WIDE for name in _types(job, step))
+    return bool(step.edits) and narrower
 
 
-def _is_narrow(job: MergeJob, step: Step) -> bool:
-    """Whether it is written in less than 32 bits."""
-    quantized = isinstance(step.source, QuantizedWeight) and not job.options.dequantize
-    return quantized or dtypes.BITS[step.dtype] < 32
+def _types(job: MergeJob, step: Step) -> tuple[str, ...]:
+    """What it is written as."""
+    weight = job.base.tensors.get(step.key, step.source)
+    if job.options.dequantize or not isinstance(weight, QuantizedWeight):
+        return (step.dtype,)
+    return weight.types_written(job.options.touched_as)
 
 
 def _changed(job: MergeJob) -> dict[str, Step]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.gguf.beside.imatrix import Importance
-from adapterkit.gguf.header import FLOATS, HEAD, TYPES, GgufHeader
+from adapterkit.gguf.header import HEAD, TYPES, GgufHeader
 from adapterkit.gguf.layout import FileLayout, NewTensor, as_it_was, laid_out_anew, nbytes
 from adapterkit.gguf.model import GgufCheckpoint
 from adapterkit.gguf.weight import GgufWeight
@@ -40,8 +40,7 @@ def plan_gguf_files(
         return replace(step, source=weighed(weight, importance))
 
     changed = [encoded_so(step) for step in steps if _is_changed(base, step)]
-    type_ = touched_as.upper() if touched_as else None
-    formats = {step.key: _format(base, step, type_) for step in changed}
+    formats = {step.key: _format(base, step, touched_as) for step in changed}
     _check_formats(base, formats.values())
     tasks = [_task(step, formats[step.key]) for step in changed]
     return gguf_files(base, tasks, [*formats.values()], name)
@@ -90,9 +89,7 @@ def _format(base: GgufCheckpoint, step: Step, touched_as: str | None) -> GgufWei
     assert isinstance(weight, GgufWeight)
     if weight.key != step.key:
         weight = _renamed(weight, step.key, base)
-    if touched_as is None:
-        return weight
-    types = tuple(name if name in FLOATS else touched_as for name in weight.types)
+    types = weight.types_written(touched_as)
     return weight if types == weight.types else retyped(weight, types)
 
 

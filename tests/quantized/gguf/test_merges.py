@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import adapterkit
 from adapterkit.errors import Damaged, Refused
+from adapterkit.gguf.blocks import encode_rows
 from adapterkit.gguf.header import GgufHeader, read_gguf
 from adapterkit.kernels import rows
 from adapterkit.kernels.quant import ggml
@@ -125,6 +126,41 @@ def test_values_that_were_trained_whole(tmp_path: Path):
         expected = wrapped(IDS).logits
     adapterkit.merge(path, tmp_path / "a", out=tmp_path / "merged.gguf", verify=True)
     assert torch.allclose(logits(tmp_path / "merged.gguf"), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "arch, config, how",
+    [
+        ("llama", {}, {}),
+        ("llama", {}, {"rounding": "stochastic"}),
+        ("llama", {"use_dora": True}, {}),
+        ("gpt2", {"target_modules": ["c_attn", "c_fc"], "lora_bias": True}, {}),
+        ("gemma3", {"target_modules": ["v_proj"], "modules_to_save": ["q_norm"]}, {}),
+        ("llama", {"target_modules": ["lm_head"]}, {"tied": True}),
+        ("llama", {}, {"kind": "Q8_0", "touched_as": "f32"}),
+        ("qwen3moe", {"target_modules": [], "target_parameters": STACKS[1:]}, {"kind": "Q8_0"}),
+    ],
+)
+def test_sums_in_float32_are_exact_and_rounded_once(
+    arch: str, config: dict, how: dict, tmp_path: Path
+):
+    """As those of a folder of safetensors are; of tensors beside blocks, too."""
+    is_tied, kind = how.pop("tied", False), how.pop("kind", None)
+    model, message, tensors = llama(tie_word_embeddings=True) if is_tied else MODELS[arch]()
+    for name, value in tensors.items():
+        if kind and "blk.0" in name and value.ndim > 1 and value.shape[-1] % 32 == 0:
+            coded = encode_rows(kind, torch.from_numpy(value.reshape(-1, value.shape[-1])))
+            coded = coded.view(*value.shape[:-1], -1).numpy()
+            tensors[name] = (gguf.GGMLQuantizationType[kind], coded)
+    path = write(tmp_path / "m.gguf", arch, message, tensors)
+    train(model, tmp_path / "a", **config)
+    adapterkit.dequantize(path, out=tmp_path / "floats", dtype="fp32")
+    adapterkit.merge(tmp_path / "floats", tmp_path / "a", out=tmp_path / "exact")
+    adapterkit.merge(path, tmp_path / "a", out=tmp_path / "out.gguf", verify=True, **how)
+    exact, actual = oracle.stored(tmp_path / "exact"), decoded(tmp_path / "out.gguf")
+    for key, value in actual.items():
+        if not kind or "layers.0" not in key or how:
+            assert torch.equal(value, exact[key]), key
 
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
