@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.errors import Problems, Refused, shown
+from adapterkit.errors import Damaged, Problems, Refused, shown
 from adapterkit.gguf.blocks import is_written
-from adapterkit.gguf.header import TYPES, Entry, GgufHeader
+from adapterkit.gguf.header import (
+    EMBEDDING,
+    HEAD,
+    TYPES,
+    Entry,
+    GgufFiles,
+    GgufHeader,
+    model_of,
+    read_model,
+)
 from adapterkit.optional import optional
 from adapterkit.records import Settings
 
@@ -74,6 +83,40 @@ def gguf_package() -> Any:
     """The `gguf` package, an optional dependency."""
     expected = "gguf 0.17 or later, by which transformers reads the metadata"
     return optional("gguf", install='"adapterkit[gguf]"', expected=expected)
+
+
+def number_of(architecture: str) -> Any:
+    """The package's number of an architecture; None if it does not know it."""
+    names = gguf_package().MODEL_ARCH_NAMES
+    return next((number for number, name in names.items() if name == architecture), None)
+
+
+def has_head(architecture: str) -> bool | None:
+    """Whether llama.cpp loads a head beside the embedding; None of an architecture that the package
+    does not know."""
+    gguf, number = gguf_package(), number_of(architecture)
+    return None if number is None else gguf.MODEL_TENSOR.OUTPUT in gguf.MODEL_TENSORS[number]
+
+
+def check_models(folder: Folder, names: Iterable[str]) -> None:
+    """`Damaged` where llama.cpp does not load the models in these files: by the counts and parts
+    that they state, for a head that their architecture has not, or one of another shape."""
+    models: dict[str, list[str]] = {}
+    for name in sorted(names):
+        models.setdefault(model_of(name), []).append(name)
+    for files in models.values():
+        header, _ = read_model(GgufFiles(folder, files))
+        shapes = {entry.name: entry.shape for entry in header.tensors}
+        expected = shapes.get(EMBEDDING)
+        with contextlib.suppress(Refused):  # without the package
+            expected = None if has_head(header.architecture) is False else expected
+        if shapes.get(HEAD) not in (None, expected):
+            raise Damaged(
+                f"{HEAD} {shapes[HEAD]}, which llama.cpp does not load",
+                expected=f"{expected or 'none'} in a model of {shown(header.architecture)}",
+                where=files[0],
+                hint="merge again; --tied fold changes both sides of a tied embedding",
+            )
 
 
 def check_types(gguf: Any, kinds: Iterable[str]) -> None:

@@ -30,6 +30,7 @@ MAX_RANK = 4  # ggml's
 MAX_AXES = 5  # in files: of kernels of video models in ComfyUI-GGUF's
 MAX_ERRORS = 20  # reported at once
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)")
+SPLIT_TENSORS = "split.tensors.count"  # in all files of a model
 MAX_ITEMS = 1 << 16  # of an array whose numbers are kept
 # struct codes of the scalar types of metadata, by their id
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
@@ -107,6 +108,15 @@ class GgufHeader:
         struct.pack_into("<Q", raw, KEY_COUNT, len(self.metadata) - len(left_out))
         return bytes(raw)
 
+    def counting(self, total: int) -> "GgufHeader":
+        """The header of a part of a model that has so many tensors in all its files."""
+        if type(self.metadata.get(SPLIT_TENSORS)) is not int:
+            return self
+        start, stop = self.spans[SPLIT_TENSORS]
+        at = start + 12 + len(SPLIT_TENSORS)  # behind the length of the key, and the type
+        new = total.to_bytes(8, "little")[: stop - at]
+        return replace(self, raw=self.raw[:at] + new + self.raw[stop:])
+
     @property
     def alignment(self) -> int:
         return self.metadata.get("general.alignment", ALIGNMENT)
@@ -152,12 +162,12 @@ def find_gguf(folder: Folder) -> GgufFiles | None:
     names = [name for name in folder.files() if "/" not in name]
     files = sorted(name for name in names if name.lower().endswith(ENDING))
     if single and NUMBERED.fullmatch(single):
-        files = [name for name in files if _model_of(name) == _model_of(single)]
+        files = [name for name in files if model_of(name) == model_of(single)]
     elif any(name.endswith(".safetensors") for name in names):
         return None
     if not files:
         return None
-    models = sorted({_model_of(name) for name in files})
+    models = sorted({model_of(name) for name in files})
     if len(models) > 1:
         raise Refused(
             f"the folder has {len(models)} GGUF models: {', '.join(map(shown, models[:6]))}",
@@ -194,7 +204,7 @@ def _parts_of(name: str) -> list[str]:
     return [f"{start}-{number:05d}-of-{count}{ending}" for number in range(1, int(count) + 1)]
 
 
-def _model_of(name: str) -> str:
+def model_of(name: str) -> str:
     """A file's name without its number among the parts of a split model."""
     match = NUMBERED.fullmatch(name)
     return f"{match[1]}-of-{match[3]}" if match else name
@@ -217,7 +227,7 @@ def read_model(files: GgufFiles) -> tuple[GgufHeader, dict[str, GgufHeader]]:
     errors.raise_all()
     first, *others = headers.values()
     tensors = [entry for header in headers.values() for entry in header.tensors]
-    stated = first.metadata.get("split.tensors.count", len(tensors))
+    stated = first.metadata.get(SPLIT_TENSORS, len(tensors))
     if others and stated != len(tensors):
         errors.add(
             f"{len(tensors)} tensors in all files", f"{shown(stated)}, as the first one says"

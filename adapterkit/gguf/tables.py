@@ -16,7 +16,7 @@ from torch import Tensor
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError
 from adapterkit.gguf.config import class_name_of
-from adapterkit.gguf.file import GgufFile
+from adapterkit.gguf.file import GgufFile, number_of
 from adapterkit.gguf.header import EMBEDDING, HEAD, Entry
 from adapterkit.gguf.placement import Build, ReadArray
 from adapterkit.gguf.weight import as_tensor, converted
@@ -114,7 +114,7 @@ class TableNames:
         """Norms, by what the gguf package calls them."""
         import gguf
 
-        number = {name: n for n, name in gguf.MODEL_ARCH_NAMES.items()}.get(self.architecture)
+        number = number_of(self.architecture)
         if number is None:
             return {}
         layers = self.model.model.config.get_text_config().num_hidden_layers

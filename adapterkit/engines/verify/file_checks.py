@@ -9,6 +9,8 @@ from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.checkpoint.system import cores, system
 from adapterkit.engines.local.computed import in_order
 from adapterkit.errors import AdapterkitError, Damaged, Failed, Problems, shown
+from adapterkit.gguf.file import check_models
+from adapterkit.gguf.header import ENDING as GGUF
 from adapterkit.gguf.header import stored_tensors
 from adapterkit.options import Progress
 from adapterkit.receipt import AGAIN, CHANGED
@@ -62,6 +64,7 @@ def check_files(
         for name in sorted(unlisted - set(files))
     ]
     Problems(errors).raise_all()
+    check_models(out, (name for name in files if name.endswith(GGUF)))
     total = sum(entry["size"] for entry in files.values())
     return {"files": len(files), "bytes": total, "hash": receipt["hash"]}
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.gguf.beside.imatrix import Importance
-from adapterkit.gguf.header import HEAD, TYPES, GgufHeader
+from adapterkit.gguf.file import has_head
+from adapterkit.gguf.header import EMBEDDING, HEAD, TYPES, GgufHeader
 from adapterkit.gguf.layout import FileLayout, NewTensor, as_it_was, laid_out_anew, nbytes
 from adapterkit.gguf.model import GgufCheckpoint
 from adapterkit.gguf.weight import GgufWeight
@@ -84,26 +85,36 @@ def weighed(weight: GgufWeight, importance: Importance) -> GgufWeight:
 
 def _format(base: GgufCheckpoint, step: Step, touched_as: str | None) -> GgufWeight:
     """How the result of a step is stored."""
-    source, stored = step.source, base.tensors.get(step.key)
-    weight = stored if stored is not None and not isinstance(source, GgufWeight) else source
-    assert isinstance(weight, GgufWeight)
-    if weight.key != step.key:
+    source, weights = step.source, base.tensors.values()
+    tied = (w for w in weights if isinstance(w, GgufWeight) and w.parts[0].key == EMBEDDING)
+    weight = source if isinstance(source, GgufWeight) else base.tensors.get(step.key)
+    weight = weight or next(tied, None)
+    if not isinstance(weight, GgufWeight) or weight.key != step.key:
         weight = _renamed(weight, step.key, base)
     types = weight.types_written(touched_as)
     return weight if types == weight.types else retyped(weight, types)
 
 
-def _renamed(weight: GgufWeight, key: str, base: GgufCheckpoint) -> GgufWeight:
-    """The format of a parameter that the base does not store, like that of another."""
-    part, *others = weight.parts
-    if key not in HEADS or others:
+def _renamed(tied: TensorSpec | None, key: str, base: GgufCheckpoint) -> GgufWeight:
+    """The format of a head that the base does not store, like that of what it was tied to."""
+    if key not in HEADS or not isinstance(tied, GgufWeight):
         raise Refused(
             f"{shown(key)} is not in the file",
             expected="parameters that it has, or a head that was tied",
             where=base.name,
             hint="merge into the original checkpoint, and convert that",
         )
-    return replace(weight, key=key, parts=(replace(part, key=HEADS[key]),))
+    architecture = next(iter(base.headers.values())).architecture
+    if not has_head(architecture):
+        raise Refused(
+            f"one side of a tied embedding changes, and {shown(architecture)} has no {HEADS[key]}: "
+            "llama.cpp would not load it",
+            expected="a change of both sides or of neither; by the gguf package's tables",
+            where=base.name,
+            hint="give --tied fold to change both sides, or leave the module out with --exclude",
+        )
+    part, *_ = tied.parts
+    return replace(tied, key=key, parts=(replace(part, key=HEADS[key]),))
 
 
 def retyped(weight: GgufWeight, types: tuple[str, ...]) -> GgufWeight:
@@ -173,21 +184,19 @@ def _layout(
     base: GgufCheckpoint, header: GgufHeader, formats: Iterable[GgufWeight], *, is_last: bool
 ) -> FileLayout:
     """Where the tensors of a file are in its output; new ones go into the last file."""
-    known = {entry.name: entry for one in base.headers.values() for entry in one.tensors}
-    types = {
-        part.key: name
-        for weight in formats
-        for part, name in zip(weight.parts, weight.types, strict=True)
-    }
-    added = [
-        NewTensor(part.key, shape, name)
+    known = {entry.name for one in base.headers.values() for entry in one.tensors}
+    parts = {
+        part.key: NewTensor(part.key, shape, name)
         for weight in formats
         for part, shape, name in zip(weight.parts, weight.shapes, weight.types, strict=True)
-        if part.key not in known and is_last
-    ]
+    }
+    types = {key: tensor.type for key, tensor in parts.items()}
+    new = [tensor for key, tensor in parts.items() if key not in known]
+    header, added = header.counting(len(known) + len(new)), new if is_last else []
     if not added and all(
         types.get(entry.name, entry.type) == entry.type for entry in header.tensors
     ):
         start = min((entry.start for entry in header.tensors), default=header.size)
-        return as_it_was(header, base.folder.read(header.file, 0, start))
+        between = base.folder.read(header.file, len(header.raw), start)
+        return as_it_was(header, header.raw + between)
     return laid_out_anew(header, types, added)
