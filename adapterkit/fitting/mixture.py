@@ -19,6 +19,7 @@ from adapterkit.errors import Problems
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.reports.heatmaps import place_of
+from adapterkit.runtime.layers.linear import LinearPart
 from adapterkit.runtime.layers.parameter import ParameterPart, is_transposed, of_parameter
 from adapterkit.runtime.load.reading import StoredAdapter, join_folder
 from adapterkit.runtime.parts.factors import FactorsPart
@@ -27,15 +28,28 @@ from adapterkit.runtime.state import State
 NAME = "fit"  # of the parts at the sites
 
 
+@dataclass
+class Acting:
+    """The coefficients (all,) of a pass; `beside`: those of a teacher, whose states the head gets
+    below the pass's own."""
+
+    own: Tensor
+    beside: Tensor | None = None
+
+
 class Mixed(FactorsPart):
     """y + b·(g ⊙ a·x): factors of all adapters of a module, those of one below those of another; g:
     the coefficients of a's rows, of those that act in the mixture."""
 
     mixture: "Mixture"
+    is_head = False
     columns: Tensor  # of the coefficients, for each of a's rows: (R,), or (experts, R)
 
     def joined(self) -> tuple[Tensor, Tensor]:
-        gain = self.mixture.acting.to(self.b.device)[self.columns.to(self.b.device)].to(self.b)
+        return self._of(self.mixture.acting.own)
+
+    def _of(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        gain = c.to(self.b.device)[self.columns.to(self.b.device)].to(self.b)
         is_stack = self.b.ndim == 3 and self.rank_axes == (-2, -1)
         shape = (-1, 1, gain.shape[-1]) if is_stack else (-1, *(1 for _ in self.b.shape[2:]))
         return self.a, self.b * gain.view(shape)
@@ -44,7 +58,11 @@ class Mixed(FactorsPart):
         x = self.input(x)
         if self.mixture.seen is not None and self.is_matrix:
             self.mixture.seen.add(self.site.path, F.linear(x, self.a))
-        return y + self.product(x, *self.joined())
+        acting = self.mixture.acting
+        if not self.is_head or acting.beside is None:
+            return y + self.product(x, *self.joined())
+        halves = zip(x.chunk(2), (acting.own, acting.beside), strict=True)
+        return y + torch.cat([self.product(half, *self._of(c)) for half, c in halves])
 
 
 class Seen:
@@ -93,9 +111,9 @@ class MixedModule:
 
 class Mixture:
     """Adapters joined with a model whose parameters come later; `directions`: each singular triplet
-    has a coefficient. `acting`: the coefficients (all,)."""
+    has a coefficient."""
 
-    acting: Tensor
+    acting: Acting
     seen: Seen | None = None  # what modules see is added to it, where there is one
 
     def __init__(self, model: nn.Module, folders: tuple[Folder, ...]):
@@ -113,13 +131,25 @@ class Mixture:
     def _places(self) -> list[MixedModule]:
         found: dict[tuple[str, str | None], MixedModule] = {}
         for number, stored in enumerate(self.adapters):
-            own = [*stored.factors, *((ParameterPart, one) for one in stored.parameters)]
+            own = [*stored.factors, *((self._kind(one), one) for one in stored.parameters)]
             for kind, factors in own:
                 key = factors.module, factors.leaf
                 place = found.setdefault(key, MixedModule(*key, kind))
                 place.members[number] = factors
         order = {name: number for number, name in enumerate(self.state.modules)}
         return sorted(found.values(), key=lambda place: order[place.path])
+
+    @cached_property
+    def head(self) -> Any:
+        """What makes predictions of the last hidden states; None where the model names none."""
+        model: Any = self.model
+        return model.get_output_embeddings()
+
+    def _kind(self, factors: Factors) -> type[FactorsPart]:
+        """Of a parameter; the head's weight acts on rows, some of which may be a teacher's."""
+        host = self.state.modules[factors.module]
+        is_head = host is self.head and isinstance(host, nn.Linear)
+        return LinearPart if is_head and factors.leaf == "weight" else ParameterPart
 
     def number(self, directions: bool) -> None:
         """Give each member its coefficients: one, or one for each triplet."""
@@ -129,6 +159,11 @@ class Mixture:
             first += sum(place.counts(directions))
         self.size = first
         vars(self).pop("owners", None)
+
+    def expanded(self, c: Tensor) -> Tensor:
+        """Coefficients of members as those of what has one now."""
+        counts = [n for place in self.places for n in place.counts(self.directions)]
+        return c.repeat_interleave(torch.tensor(counts, device=c.device))
 
     @cached_property
     def owners(self) -> list[tuple[int, str, str]]:
@@ -146,12 +181,14 @@ class Mixture:
         for place in self.places:
             host = self.state.modules[place.path]
             more: dict[str, Any] = {}
-            if place.leaf is not None:
+            if place.leaf is not None and place.kind is ParameterPart:
                 transposed = is_transposed(host, place.leaf)
                 more = {"leaf": place.leaf, "transposed": transposed, "depth": 0}
             empty = torch.empty(0, device="meta")
             place.part = mixed(place.kind)(NAME, empty, empty, 1.0, **more)
-            place.part.mixture = self
+            place.part.mixture, place.part.is_head = self, host is self.head
+            if place.leaf is not None and place.kind is not ParameterPart:
+                place.part.role = f"delta:{place.leaf}"  # the module may have factors, too
             self.state.site(place.path).add(place.part.eval())
         for site in self.state.sites.values():
             site.select({NAME: 1.0})

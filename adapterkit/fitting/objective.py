@@ -9,15 +9,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from adapterkit.statistics.data.masks import IGNORED
 from adapterkit.statistics.model.coroutines import Coroutine
 
 if TYPE_CHECKING:
+    from adapterkit.fitting.mixture import Mixture
     from adapterkit.fitting.runs import FitBatch
 
 STATES = 0.1  # weight of the last hidden states beside the predictions
 LARGEST = 65504.0  # of float16
+
+
+class WithoutLoss(TorchFunctionMode):
+    """A model that makes its decoder's inputs of labels computes no loss: a head may have made
+    predictions of more rows than they have."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0].new_zeros(()) if func is F.cross_entropy else func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -44,7 +54,8 @@ class Objective:
         """(rows, tokens, vocabulary), at least float32."""
         given = batch.inputs.items()
         inputs = {key: value for key, value in given if key != "labels" or self.has_decoder}
-        logits = self.model(**inputs).logits
+        with WithoutLoss():
+            logits = self.model(**inputs).logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def losses(self, batch: "FitBatch") -> Tensor:
@@ -63,7 +74,7 @@ class Objective:
         return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.is_causal else labels
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self, mixture: "Mixture") -> Iterator[None]:
         """What it needs of the model's calls is seen meanwhile."""
         yield
 
@@ -72,15 +83,21 @@ class Objective:
 class TeacherObjective(Objective):
     """KL(p ‖ q) of each sample, the mean over the places whose label counts, and STATES·‖h - t‖² /
     ‖t‖² of the last hidden states; p and t are those of a teacher, of which the states alone are
-    kept, in 16 bits: the head makes its predictions of them again, beside the others'."""
+    kept, in 16 bits: the head makes its predictions of them again, with the teacher's adapters,
+    beside the others'. Of a model that names no head, a classifier, the predictions are kept."""
 
-    states: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    mixture: "Mixture" = field(init=False)
+
+    states: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     seen: dict[Coroutine | None, Tensor] = field(default_factory=dict)  # by the pass
     added: dict[Coroutine | None, Tensor] = field(default_factory=dict)
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        head: nn.Module = self.model.get_output_embeddings()
+    def watching(self, mixture: "Mixture") -> Iterator[None]:
+        self.mixture, head = mixture, mixture.head
+        if head is None:
+            yield
+            return
 
         def see(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             one, (x,) = Coroutine.current(), args
@@ -95,23 +112,27 @@ class TeacherObjective(Objective):
             hook.remove()
 
     def look(self, batch: "FitBatch") -> Tensor:
-        """Keep the states of a batch, with the teacher acting; (rows,) zeros."""
-        self.logits(batch)
-        states = self.seen.pop(Coroutine.current()).detach()
+        """Keep the states of a batch, with the teacher acting, and its coefficients, of members;
+        (rows,) zeros."""
+        logits = self.logits(batch)
+        states = self.seen.pop(Coroutine.current(), logits).detach()
         short = torch.float16 if float(states.abs().max()) < LARGEST else torch.bfloat16
-        self.states[batch.samples] = states.to("cpu", short)
+        self.states[batch.samples] = states.to("cpu", short), self.mixture.acting.own.detach()
         return torch.zeros(len(states))
 
     def losses(self, batch: "FitBatch") -> Tensor:
         """(rows,)"""
-        one, states = Coroutine.current(), self.states[batch.samples]
+        one, (states, c) = Coroutine.current(), self.states[batch.samples]
         self.added[one] = states
-        logits, theirs = self.logits(batch).chunk(2)
+        self.mixture.acting.beside = self.mixture.expanded(c)
+        both = self.logits(batch)
         del self.added[one]
-        own, states = self.seen.pop(one), states.to(logits)
+        logits, theirs = (both, states.to(both)) if self.mixture.head is None else both.chunk(2)
+        own, states = self.seen.pop(one, logits), states.to(logits)
         counts = self.targets(batch.inputs["labels"]) != IGNORED
         p, q = theirs.log_softmax(-1), logits.log_softmax(-1)
         apart = (p.exp() * (p - q)).sum(-1)
-        error = ((own - states) * counts[..., None]).square().sum((1, 2))
-        size = (states * counts[..., None]).square().sum((1, 2))
-        return (apart * counts).sum(1) / counts.sum(1) + STATES * error / size
+        sums = lambda values: values.reshape(len(counts), -1).sum(1)
+        error = sums(((own - states) * counts[..., None]).square())
+        size = sums((states * counts[..., None]).square())
+        return sums(apart * counts) / sums(counts) + STATES * error / size

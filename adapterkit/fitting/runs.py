@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkit.fitting.mixture import MixedModule, Mixture
+from adapterkit.fitting.mixture import Acting, MixedModule, Mixture
 from adapterkit.fitting.objective import Objective
 from adapterkit.statistics.model.activations import ActivationStore
 from adapterkit.statistics.model.layers import Unit, Units, is_within
@@ -60,7 +60,7 @@ class Runs:
             self.stored.load(names, device)
             stack.callback(self.stored.free, names)
             stack.enter_context(self.mixture.attached())
-            stack.enter_context(self.target.watching())
+            stack.enter_context(self.target.watching(self.mixture))
             places = self._places(None)
             self.mixture.load(places, device, self.stored.dtype)
             stack.callback(self.mixture.free, places)
@@ -115,12 +115,12 @@ class Runs:
         return torch.cat(one.results).double(), torch.stack(one.sums).detach().double()
 
     def _run_whole(self, one: "Evaluation") -> None:
-        for number, (batch, leaf) in enumerate(zip(one.batches, one.leaves, strict=True)):
-            self.mixture.acting = leaf
+        for number, (batch, acting) in enumerate(zip(one.batches, one.acting, strict=True)):
+            self.mixture.acting = acting
             moved = {key: value.to(self.stored.device) for key, value in batch.inputs.items()}
             total = one.see(number, replace(batch, inputs=moved))
             if total is not None:
-                (one.sums[number],) = torch.autograd.grad(total, leaf)
+                (one.sums[number],) = torch.autograd.grad(total, acting.own)
             self.step()
 
     def _run_layerwise(self, one: "Evaluation") -> None:
@@ -135,20 +135,20 @@ class Runs:
             lockstep = Lockstep(self.stored, self.units, reader, room, None, self.step)
             inputs = [(0, batch.inputs) for batch in one.batches]
             lockstep.run(inputs, loss, [None] * len(inputs))
-        for leaf, total in zip(one.leaves, one.sums, strict=True):
-            if one.gradients and leaf.grad is not None:  # of what is outside the layers
-                total += leaf.grad
+        for acting, total in zip(one.acting, one.sums, strict=True):
+            if one.gradients and acting.own.grad is not None:  # of what is outside the layers
+                total += acting.own.grad
 
 
 @dataclass
 class Evaluation:
-    """Batches at a point, each with coefficients of its own that get a gradient: `leaves`;
+    """Batches at a point, each with coefficients of its own that get a gradient: `acting`;
     `results`, `sums`: what comes of each batch, losses (rows,) and gradients (coefficients,)."""
 
     batches: Sequence[FitBatch]
     compute: Compute
     gradients: bool
-    leaves: list[Tensor]
+    acting: list[Acting]
     results: list[Tensor]
     sums: list[Tensor]
 
@@ -164,7 +164,8 @@ class Evaluation:
         kind = torch.promote_types(dtype, torch.float32)
         leaves = [c.to(kind, copy=True).requires_grad_(gradients) for _ in batches]
         sums = [torch.zeros_like(leaf) if gradients else leaf for leaf in leaves]
-        return cls(batches, compute, gradients, leaves, [torch.empty(0)] * len(batches), sums)
+        acting = [*map(Acting, leaves)]
+        return cls(batches, compute, gradients, acting, [torch.empty(0)] * len(batches), sums)
 
     def see(self, number: int, batch: FitBatch) -> Tensor | None:
         """Keep a batch's losses; what is to be differentiated, if anything is."""
@@ -191,7 +192,7 @@ class CoefficientsReader:
             self.runs.mixture.free(places)
 
     def begin(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
-        self.runs.mixture.acting = self.evaluation.leaves[one.number]
+        self.runs.mixture.acting = self.evaluation.acting[one.number]
 
     def end(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
         pass
@@ -200,7 +201,7 @@ class CoefficientsReader:
         return self.gradients and bool(self.runs._places(unit))
 
     def wanted(self, one: Pass, unit: Unit) -> dict[str, Tensor]:
-        return {"": self.evaluation.leaves[one.number]} if self.wants(unit) else {}
+        return {"": self.evaluation.acting[one.number].own} if self.wants(unit) else {}
 
     def take(self, one: Pass, name: str, gradient: Tensor) -> None:
         self.evaluation.sums[one.number] += gradient

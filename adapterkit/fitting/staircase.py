@@ -142,11 +142,9 @@ class Staircase:
 
     def _expand(self) -> None:
         """Coefficients of members become those of their directions."""
-        counts = [n for place in self.plan.mixture.places for n in place.counts(True)]
         self.runs.number(True)
         self.seen.clear()
-        each = torch.tensor(counts)
-        self.levels = {per: c.repeat_interleave(each) for per, c in self.levels.items()}
+        self.levels = {per: self.plan.mixture.expanded(c) for per, c in self.levels.items()}
 
     def _step(self, per: str, before: Tensor, losses: Tensor) -> Tensor:
         """The coefficients of a level, of the ridge that does best on what is held out."""
