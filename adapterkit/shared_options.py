@@ -67,6 +67,16 @@ def dtype_option(help: str) -> Any:
     return option(default=None, check=DTYPE, help=help)
 
 
+def expert_layout_option() -> Any:
+    """How a file without a word of it has its stacks of experts."""
+    return option(
+        default=None,
+        check=choice(("unsloth", "peft-0.18", "peft-0.19")),
+        help="Layout of expert stacks that the adapter does not name: Unsloth's before 2026-09-17, "
+        "or that of a PEFT version.",
+    )
+
+
 def factor_dtype_option() -> Any:
     """The dtype of factors."""
     help, flags = "Dtype of the LoRA factors.", ("--dtype", "--factor-dtype")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.records import (
+    ANYTHING,
     FINITE,
     FLAG,
     NAME,
@@ -13,6 +14,7 @@ from adapterkit.records import (
     Check,
     also,
     list_of,
+    one_of,
     optional,
     placed,
     table_of,
@@ -20,17 +22,21 @@ from adapterkit.records import (
     values,
 )
 
-# Settings of PEFT 0.21. Others are ignored when falsy, else refused: an unknown flag may mean
-# unknown arithmetic.
+# how the columns of a stack's b count: see `expert_order`
+ORDER, ORDER_DETAIL = "lora_B_layout", "unsloth_fused_expert_lora"
+SLOWEST, FASTEST = ORDERS = ("grouped_by_expert", "rank_major")
+# Settings of PEFT 0.21, and Unsloth's of stacks. Others are ignored when falsy, else refused: an
+# unknown flag may mean unknown arithmetic.
 KNOWN_SETTINGS = {
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping",
     "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "kasa_config",
     "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save",
+    ORDER, "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save",
     "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
     "revision", "target_modules", "target_parameters", "task_type", "trainable_token_indices",
-    "use_dora", "use_rslora", "velora_config", "runtime_config", "eps", "num_labels",
+    ORDER_DETAIL, "use_dora", "use_rslora", "velora_config", "runtime_config",
+    "eps", "num_labels",
 }  # fmt: skip
 OTHER_ARITHMETIC = {
     "alora_invocation_tokens": (
@@ -94,6 +100,8 @@ LORA_SETTINGS: dict[str, Check] = {
         test(f"true, false, or one of {', '.join(BASE_CHANGING_INITS + OTHER_INITS)}", _is_init)
     ),
     "layer_replication": optional(REPLICATION),
+    ORDER: optional(one_of(*ORDERS)),
+    ORDER_DETAIL: optional(table_of(TEXT, ANYTHING)),
     **SHARED_SETTINGS,
     **PATTERNS,
 }

@@ -13,6 +13,7 @@ from adapterkit.adapters.config import (
     saved_modules,
 )
 from adapterkit.adapters.eight_bits import decoded
+from adapterkit.adapters.expert_order import order_problem
 from adapterkit.adapters.keys import (
     BASE_LAYER_VALUE,
     CONFIG,
@@ -35,22 +36,22 @@ Roles = dict[tuple[str, int], dict[str, TensorSpec]]  # (module, depth) -> role 
 
 
 def read_adapter(
-    folder: Folder, number: int = 1, check: ConfigCheck = check_config, *, eight_bits: bool = False
+    folder: Folder, number: int = 1, check: ConfigCheck = check_config, *, as_stored: bool = False
 ) -> Adapter:
     """Read an adapter's config and headers; `Refused` listing every key and flag that cannot be
-    used. `check` returns the errors of its config; `eight_bits`: the caller decodes such
-    tensors."""
-    adapter, scan, _ = scan_adapter(folder, number, check, eight_bits=eight_bits)
+    used. `check` returns the errors of its config; `as_stored`: the caller decodes tensors of
+    eight bits, and knows in which order the columns of a stack's b count."""
+    adapter, scan, _ = scan_adapter(folder, number, check, as_stored=as_stored)
     scan.errors.raise_all()
     return adapter
 
 
 def scan_adapter(
-    folder: Folder, number: int = 1, check: ConfigCheck = check_config, *, eight_bits: bool = False
+    folder: Folder, number: int = 1, check: ConfigCheck = check_config, *, as_stored: bool = False
 ) -> tuple[Adapter, Scan, bool]:
     """As much of an adapter as can be read, its scan with all errors, and whether its config is
     valid enough to compute ranks and scales."""
-    adapter, keys, scan = _read(folder, number, check, ROLES, eight_bits=eight_bits)
+    adapter, keys, scan = _read(folder, number, check, ROLES, eight_bits=as_stored)
     plain = {
         k: v for k, v in scan.config.items() if k in KNOWN_SETTINGS and k not in OTHER_ARITHMETIC
     }
@@ -58,9 +59,12 @@ def scan_adapter(
     loras = _loras(keys, scan.errors, folder.name)
     if typed and scan.headers:
         scan.errors += _check_config_against_file(keys, scan.config, folder.name)
+    adapter = replace(adapter, loras=loras)
+    if typed and not as_stored and (error := order_problem(adapter)) is not None:
+        scan.errors.append(error)
     for error in scan.errors:
         locate(error, folder)
-    return replace(adapter, loras=loras), scan, typed
+    return adapter, scan, typed
 
 
 def read_other_type(

@@ -161,6 +161,13 @@ class Adapter:
         ]
         return list(dict.fromkeys(possible))
 
+    def is_stack(self, lora: Lora) -> bool:
+        """Whether factors have more rows than the rank of any parameter that they may be of."""
+        ranks = {
+            self.rank_and_scale(f"{lora.module}.{leaf}")[0] for leaf in self.leaves(lora.module)
+        }
+        return bool(ranks) and lora.a.shape[0] not in ranks
+
     def _is_target_module(self, module: str) -> bool:
         """Whether target_modules matches a module."""
         targets = self.config.get("target_modules")

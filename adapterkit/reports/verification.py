@@ -1,6 +1,7 @@
 """verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled
 rows are recomputed in float64."""
 
+from functools import partial
 from typing import Any, cast
 
 from adapterkit.adapters.weights_file import weights_in
@@ -15,6 +16,7 @@ from adapterkit.planning.inputs.pipeline import Pipeline, is_pipeline, read_pipe
 from adapterkit.planning.inputs.pipeline_adapters import split_adapters
 from adapterkit.planning.inputs.sources import (
     if_given,
+    open_adapter,
     open_model,
     open_source,
     open_statistics,
@@ -32,10 +34,11 @@ def verify_output(verify: Verify) -> Json:
     out = open_source(folder)
     receipt = read_receipt(out)
     model = open_model(base) if base else None
-    variant = receipt["recipe"]["options"].get("variant")
+    variant, layout = map(receipt["recipe"]["options"].get, ("variant", "expert_layout"))
     pipeline = read_pipeline(model, variant) if model is not None and is_pipeline(model) else None
+    opener = partial(open_adapter, base=model, for_merge=True, expert_layout=layout)
     sources = (
-        split_adapters(adapters, pipeline) if pipeline else open_weighted(adapters, base=model)
+        split_adapters(adapters, pipeline) if pipeline else open_weighted(adapters, opener=opener)
     )
     if bool(base) != bool(sources):
         raise Refused(

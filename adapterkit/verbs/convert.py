@@ -17,7 +17,7 @@ from adapterkit.options import (
     text,
 )
 from adapterkit.records import Check
-from adapterkit.shared_options import base_option, dtype_option
+from adapterkit.shared_options import base_option, dtype_option, expert_layout_option
 from adapterkit.verb import WritingVerb, function_of
 
 COMPONENTS = (
@@ -48,6 +48,7 @@ class ConvertOptions(OptionRecord):
         check=COUNT,
         help="Make plain factors of this rank of LoHa, LoKr, OFT and the like.",
     )
+    expert_layout: str | None = expert_layout_option()
     dtype: str | None = dtype_option("Dtype of the tensors (default: the source's).")
     lossy: bool = option(
         default=False, check=FLAG, help="Drop norms and biases that the format cannot store."

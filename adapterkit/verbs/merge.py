@@ -26,6 +26,7 @@ from adapterkit.shared_options import (
     MethodOptions,
     ModuleFilters,
     dtype_option,
+    expert_layout_option,
     seed_option,
     shard_size_option,
     statistics_option,
@@ -84,11 +85,7 @@ class MergeOptions(ModuleFilters, MethodOptions):
         help="PEFT's rounding, and its order of several adapters.",
         needs="rounding=nearest",
     )
-    expert_layout: str | None = option(
-        default=None,
-        check=choice(("peft-0.18", "peft-0.19")),
-        help="PEFT version that saved the adapter (only for square expert weights).",
-    )
+    expert_layout: str | None = expert_layout_option()
     tokenizer: str | None = option(
         default=None,
         check=choice(("base", "adapter")),

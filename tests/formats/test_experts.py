@@ -367,12 +367,12 @@ def test_a_square_stack_alone(tmp_path: Path) -> None:
     config.moe_intermediate_size = 4
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
 
-    def converted(version: str | None, base: Path | None) -> dict[str, Tensor]:
+    def converted(version: str | None, base: Path | None, **options: Any) -> dict[str, Tensor]:
         (folder / "adapter_config.json").write_text(
             json.dumps(settings | {"peft_version": version})
         )
-        out = tmp_path / f"{version}-{base is None}"
-        convert(folder, to="peft-per-expert" if base else "peft", out=out, base=base)
+        out = tmp_path / f"{version}-{base is None}-{len(options)}"
+        convert(folder, to="peft-per-expert" if base else "peft", out=out, base=base, **options)
         return tensors_of(out)
 
     new, old = converted("0.21.0", tmp_path / "base"), converted("0.18.1", tmp_path / "base")
@@ -380,6 +380,8 @@ def test_a_square_stack_alone(tmp_path: Path) -> None:
     assert torch.equal(new[name.format("A")], a[2:4])
     assert torch.equal(old[name.format("A")], b.view(8, 2, 3)[:, :, 1].T)
     assert torch.equal(old[name.format("B")], a[2:4].T[:4])
+    told = converted(None, tmp_path / "base", expert_layout="peft-0.18")
+    assert all(torch.equal(told[key], tensor) for key, tensor in old.items())
     with pytest.raises(Refused, match="does not tell which factors"):
         converted("0.18.1", None)
 

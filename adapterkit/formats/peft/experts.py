@@ -5,9 +5,12 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from adapterkit.adapters.config import SLOWEST
+from adapterkit.adapters.expert_order import order_of
 from adapterkit.adapters.factors import Factors, factors_of
 from adapterkit.adapters.keys import part_keys
 from adapterkit.adapters.record import Adapter, Lora
+from adapterkit.commands import command
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.formats.modules.experts import Stack, is_transposed, neutral_factors, stored_factors
 from adapterkit.formats.modules.kinds import EXPERTS
@@ -42,6 +45,7 @@ def read_stacks(
     """The stacks of one module, the innermost first; None where the file leaves open which
     factors are whose, or which way round they are."""
     own = names.children(module) if names is not None else None
+    slowest = lambda leaf: words.slowest == "expert" or order_of(adapter.config, leaf) == SLOWEST
     for order in _orders(adapter, module, loras, own):
         try:
             factors = _factors(adapter, loras, order)
@@ -53,13 +57,22 @@ def read_stacks(
         if turns is not None:
             break
     else:
+        if any(map(adapter.is_stack, loras)) and slowest(None):
+            raise Refused(
+                f"{shown(module)}: which of its parameters the factors are of",
+                expected="the model, by which the columns of b are put in order",
+                where=adapter.label,
+                hint=command(
+                    "adapterkit convert", adapter.label, to="peft", base="BASE", out="DIR"
+                ),
+            )
         return None
     modules = []
     for leaf, one in factors.items():
         assert one.experts is not None
         parts = neutral_factors(
             from_spec(one.a), from_spec(one.b), one.experts,
-            transpose=turns[leaf], expert_first=words.slowest == "expert",
+            transpose=turns[leaf], expert_first=slowest(leaf),
         )  # fmt: skip
         name = f"{module}.{leaf}"
         inward = None

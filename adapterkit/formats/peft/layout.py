@@ -7,6 +7,13 @@ from dataclasses import replace
 from adapterkit import dtypes
 from adapterkit.adapters.adapter_config import PEFT_LAYOUT, base_id, declared_settings
 from adapterkit.adapters.eight_bits import notes_on
+from adapterkit.adapters.expert_order import (
+    GIVEN,
+    card_of,
+    in_order_of_peft,
+    order_of,
+    order_problem,
+)
 from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key, part_keys, value_key
 from adapterkit.adapters.lora_config import check_live_config
 from adapterkit.adapters.peft import read_adapter
@@ -60,13 +67,19 @@ def read_layout(
     number: int = 0,
     names: Names | None = None,
     stacks: Mapping[str, Stack] | None = None,
+    expert_layout: str | None = None,
 ) -> Contents:
-    """The contents of an adapter in PEFT's layout; `names` and `stacks` of its base, if known.
-    `Refused` with every key and setting that cannot be used."""
+    """The contents of an adapter in PEFT's layout; `names` and `stacks` of its base, if known;
+    `expert_layout`: of its stacks, where its config does not say. `Refused` with every key and
+    setting that cannot be used."""
     peft_type = read_json(folder, CONFIG).get("peft_type") if CONFIG in folder.files() else None
     if peft_type in KINDS:
         return read_kinds(form, folder, peft_type, number)
-    adapter = read_adapter(folder, number, check_live_config, eight_bits=True)
+    adapter = read_adapter(folder, number, check_live_config, as_stored=True)
+    if order_of(adapter.config) is None and expert_layout is not None:
+        adapter = replace(adapter, config=adapter.config | GIVEN[expert_layout])
+    elif order_of(adapter.config) is None and (error := order_problem(adapter)) is not None:
+        raise error
     modules: list[AdapterModule] = []
     homes = homes_of(adapter)
     for lora in adapter.loras:
@@ -105,7 +118,7 @@ def read_layout(
         (folder,),
         tuple(modules),
         metadata={METADATA: adapter.base_fingerprint} if adapter.base_fingerprint else {},
-        config=adapter.config,
+        config=in_order_of_peft(adapter.config, card_of(folder)),
         facts={
             "base": base_id(adapter),
             "invocation": adapter.config.get("alora_invocation_tokens"),
@@ -255,4 +268,5 @@ def _settings(
     settings |= form.adapter.settings
     ranks, alphas = {m.name: m.rank for m in ranked}, {m.name: m.alpha for m in ranked}
     defaults = {"base_model_name_or_path": None, "task_type": None}
-    return defaults | declared_settings(ranks, alphas, **kept | settings)
+    written = defaults | declared_settings(ranks, alphas, **kept | settings)
+    return in_order_of_peft(written, card_of(contents.folders[0]))

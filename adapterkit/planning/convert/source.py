@@ -114,7 +114,9 @@ def read_contents(
             contents = read_fitted(form, source, kind, rank=options.rank, base=base)
         else:
             names, stacks = (model.names, model.stacks) if model is not None else (None, None)
-            contents = read_layout(form, source, names=names, stacks=stacks)
+            contents = read_layout(
+                form, source, names=names, stacks=stacks, expert_layout=options.expert_layout
+            )
         if isinstance(base, OneFileModel):
             contents = in_model_names(contents, base)
     else:

@@ -6,7 +6,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+from adapterkit.adapters.config import SLOWEST
 from adapterkit.adapters.eight_bits import notes_on
+from adapterkit.adapters.expert_order import GIVEN, card_of, is_of_unsloth, order_of
 from adapterkit.adapters.keys import CONFIG, PLAIN, WEIGHTS
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import read_header
@@ -26,12 +28,16 @@ FILES = (".safetensors", ".gguf")
 
 
 def in_adapter_layout(
-    folder: Folder, base: Folder | None = None, *, for_merge: bool = False
+    folder: Folder,
+    base: Folder | None = None,
+    *,
+    for_merge: bool = False,
+    expert_layout: str | None = None,
 ) -> Folder:
     """The folder itself where it is in PEFT's layout, a model's, or in no format that is known (its
     reader refuses it); else one that stands for it. `Refused` for contents that PEFT's layout
     cannot hold. `for_merge`: what is added to weights and is no plain factors is in a file beside
-    these."""
+    these; `expert_layout`: of stacks whose config does not say."""
     files = folder.files()
     check_added_deltas(folder)
     if "config.json" in files or not any(name.endswith(FILES) for name in files):
@@ -60,13 +66,17 @@ def in_adapter_layout(
     if for_merge and detection.config.get("peft_type") in ("LOHA", "LOKR"):
         return _with_others(folder, detection)
     if is_read and not notes_on(detection.container.tensors):
-        return folder
+        config = detection.config
+        given = GIVEN.get(expert_layout or "", {}) if order_of(config) is None else {}
+        is_other = order_of({**config, **given}) == SLOWEST
+        if not (is_other or (given and is_of_unsloth(config, card_of(folder)))):
+            return folder
     # here, so that adapters in PEFT's layout do not wait for it
     from adapterkit.planning.convert.plan import plan_convert
     from adapterkit.verbs.convert import ConvertOptions
 
     checkpoint = None if base is None else read_checkpoint(base, 1)
-    options = ConvertOptions(to=plain_layout())
+    options = ConvertOptions(to=plain_layout(), expert_layout=expert_layout)
     plan = with_own_hints(lambda: plan_convert(folder, options, checkpoint, detection=detection))
     return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
 

@@ -151,11 +151,18 @@ def open_base(text: StrPath) -> Checkpoint:
     return read_checkpoint(folder, 1)
 
 
-def open_adapter(text: StrPath, base: Folder | None = None, *, for_merge: bool = False) -> Folder:
+def open_adapter(
+    text: StrPath,
+    base: Folder | None = None,
+    *,
+    for_merge: bool = False,
+    expert_layout: str | None = None,
+) -> Folder:
     """The folder of an adapter in PEFT's layout, or one that stands for an adapter in another
     format; `base` tells the names of formats that have others than the model; `for_merge`: LoHa and
-    LoKr, too."""
-    return in_adapter_layout(open_unconverted(text), base, for_merge=for_merge)
+    LoKr, too; `expert_layout`: of stacks whose config does not say."""
+    folder = open_unconverted(text)
+    return in_adapter_layout(folder, base, for_merge=for_merge, expert_layout=expert_layout)
 
 
 def open_unconverted(text: StrPath, allow_pickle: bool = False) -> Folder:

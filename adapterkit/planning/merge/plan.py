@@ -26,7 +26,13 @@ from adapterkit.planning.inputs.model_checkpoint import read_checkpoint, read_pl
 from adapterkit.planning.inputs.model_config import nested_values, set_nested
 from adapterkit.planning.inputs.pipeline import Pipeline, PipelinePart, is_pipeline, read_pipeline
 from adapterkit.planning.inputs.pipeline_adapters import Split, split_adapters
-from adapterkit.planning.inputs.sources import if_given, initial_of, open_model, open_statistics
+from adapterkit.planning.inputs.sources import (
+    if_given,
+    initial_of,
+    open_adapter,
+    open_model,
+    open_statistics,
+)
 from adapterkit.planning.inputs.weights import notes_on_base, open_with_weights, weighted_sources
 from adapterkit.planning.merge.block_weights import with_files
 from adapterkit.planning.merge.changes import collect_changes
@@ -86,7 +92,9 @@ def plan_merge_of(merge: Merge) -> Plan:
         split = split_adapters(sources, pipeline)
         return plan_merge_into_pipeline(pipeline, split, options, weights)
     name = output_file(base, merge.out)
-    adapters, weights = open_with_weights(merge.adapters, merge.weights, base)
+    layout = options.expert_layout
+    opener = partial(open_adapter, base=base, for_merge=True, expert_layout=layout)
+    adapters, weights = open_with_weights(merge.adapters, merge.weights, base, opener)
     stats = None if merge.stats is None else open_statistics(merge.stats)
     imatrix = if_given(read_importance, merge.imatrix)
     if merge.base16 is None:

@@ -9,6 +9,7 @@ from typing import cast
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
 from adapterkit.adapters.adapter_config import base_id, rank_settings, target_settings
+from adapterkit.adapters.expert_order import in_order_of_peft
 from adapterkit.adapters.factors import rank_and_scale
 from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key
 from adapterkit.adapters.record import Adapter
@@ -140,11 +141,13 @@ class Output:
     def files(self, notes: list[str]) -> Files:
         """Its other files; a tokenizer among them joins the notes."""
         files: Files = {**tokenizer_files(list(self.adapters), self.tokenizer, notes)}
-        receipt = "../" * bool(self.folder) + RECEIPT
-        card = adapter_card(self.base(), self.adapters, self.summary, receipt)
-        files["README.md"] = card.encode()
+        files["README.md"] = self.card()
         files[CONFIG] = FromMetrics(self.config)
         return {self.inside(name): file for name, file in files.items()}
+
+    def card(self) -> bytes:
+        receipt = "../" * bool(self.folder) + RECEIPT
+        return adapter_card(self.base(), self.adapters, self.summary, receipt).encode()
 
     def base(self) -> str | None:
         """The Hub id of its base, if that is known."""
@@ -174,7 +177,8 @@ class Output:
                 )
         config = inherited | self.settings | {"base_model_name_or_path": self.base()}
         config |= target_settings(self.adapters, sorted(by_target.keys() - self.parameters))
-        return as_json(config | rank_settings(by_target, alphas or self.alpha, self.unnamed))
+        config |= rank_settings(by_target, alphas or self.alpha, self.unnamed)
+        return as_json(in_order_of_peft(config, self.card()))
 
 
 def common_fingerprint(adapters: Sequence[Adapter]) -> str | None:

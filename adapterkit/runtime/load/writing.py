@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from adapterkit.adapters.expert_order import in_order_of_peft
 from adapterkit.adapters.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
 from adapterkit.adapters.resolve import model_type
 from adapterkit.calls import COMMAND
@@ -131,7 +132,7 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
         config["target_modules"] = target_list(list(dict.fromkeys(modules)), state.modules)
         # PEFT would look for layers in the ends of names; these are the modules
         config |= {"layers_to_transform": None, "layers_pattern": None}
-    return tensors, config
+    return tensors, in_order_of_peft(config)
 
 
 def as_parameters(model: nn.Module, adapter: Attached) -> set[str]:

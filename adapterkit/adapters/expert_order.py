@@ -1,0 +1,77 @@
+"""In which order the columns of a stack's b count experts and ranks.
+
+PEFT counts the expert fastest. Unsloth counted it slowest until 2026-09-17; its configs say which
+only since then, and either reading has the same shapes and norms.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import partial
+
+from adapterkit.adapters.config import FASTEST, ORDER, ORDER_DETAIL, ORDERS, SLOWEST
+from adapterkit.adapters.record import Adapter
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.commands import command
+from adapterkit.errors import Refused
+from adapterkit.records import Json, Settings
+
+CARD, MOST = "README.md", 1 << 20
+# of option --expert-layout
+GIVEN = {
+    "unsloth": {ORDER: SLOWEST},
+    "peft-0.18": {ORDER: FASTEST, "peft_version": "0.18.0"},
+    "peft-0.19": {ORDER: FASTEST, "peft_version": "0.19.0"},
+}
+
+
+def order_of(config: Settings, leaf: str | None = None) -> str | None:
+    """The order in the stack of a parameter `leaf`, else that of any which is not in PEFT's; None
+    where the config does not say."""
+    detail = config.get(ORDER_DETAIL) or {}
+    words = detail.get("parameters") if isinstance(detail, Mapping) else None
+    own = {
+        name.rpartition(".")[2]: one.get(ORDER)
+        for name, one in (words.items() if isinstance(words, Mapping) else ())
+        if isinstance(one, Mapping)
+    }
+    known = [own[leaf]] if leaf in own else [*own.values(), config.get(ORDER)]
+    return next((order for order in ORDERS if order in known), None)
+
+
+def in_order_of_peft(config: Settings, card: bytes = b"") -> Json:
+    """A config of stacks in PEFT's order, which it says only where its readers would ask: PEFT
+    warns of settings that it does not know. `card`: beside it."""
+    plain = {key: value for key, value in config.items() if key not in (ORDER, ORDER_DETAIL)}
+    is_asked = plain.get("target_parameters") and is_of_unsloth(plain, card)
+    return plain | ({ORDER: FASTEST} if is_asked else {})
+
+
+def order_problem(adapter: Adapter) -> Refused | None:
+    """Why the stacks of a file cannot be read as PEFT reads them; None where they can."""
+    order, folder = order_of(adapter.config), adapter.folder
+    if order == FASTEST or not any(map(adapter.is_stack, adapter.loras)):
+        return None
+    expected, convert = f"{ORDER} {FASTEST}, as PEFT has it", partial(command, "adapterkit convert")
+    if order == SLOWEST:
+        hint = f"first run {convert(folder.label, to='peft', out='DIR')}"
+        return Refused(f"{ORDER} {order}", expected=expected, where=adapter.where, hint=hint)
+    if not is_of_unsloth(adapter.config, card_of(folder)):
+        return None
+    first = convert(folder.label, to="peft", expert_layout="unsloth", out="DIR")
+    return Refused(
+        f"stacks of experts by Unsloth and no {ORDER}: until 2026-09-17 b had another order",
+        expected=f"{expected}, or {SLOWEST}",
+        where=adapter.where,
+        hint="give --expert-layout unsloth for one trained until then and --expert-layout "
+        f"peft-0.19 for a later one, or first run (peft-0.19 for a later one) {first}",
+    )
+
+
+def card_of(folder: Folder) -> bytes:
+    size = min(folder.files().get(CARD, 0), MOST)
+    return folder.read(CARD, 0, size) if size else b""
+
+
+def is_of_unsloth(config: Settings, card: bytes) -> bool:
+    """Whether an adapter's config or card names Unsloth."""
+    return b"unsloth" in (card + json.dumps(config, default=str).encode()).lower()
