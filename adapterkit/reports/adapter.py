@@ -8,6 +8,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.shards import weight_files
 from adapterkit.checkpoint.spec import Scan
 from adapterkit.errors import Refused, shown
+from adapterkit.options import no_progress
 from adapterkit.records import Json
 from adapterkit.reports.checkpoint import (
     add_problem,
@@ -32,7 +33,7 @@ def inspect_adapter(
     folder: Folder,
     base: Folder | None,
     with_factors: bool,
-    progress: "Progress",
+    progress: "Progress" = no_progress,
     spectra: "dict[str, Tensor] | None" = None,
 ) -> Json:
     """inspect's result for an adapter; `with_factors`: read them for norms and effective ranks, and

@@ -26,6 +26,7 @@ from adapterkit.planning.merge.changes import collect_changes, other_base
 from adapterkit.planning.merge.job import MergeJob
 from adapterkit.records import Json
 from adapterkit.reports.heatmaps import module_label
+from adapterkit.reports.lost_shards import LostShards
 from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.parameters import Parameter
@@ -86,11 +87,12 @@ def read_factors(
         total += sum(joined.base.tensors[slot.key].nbytes for slot in slots)
     expect(progress, total)
     factors = {spec.key for lora in adapter.loras for spec in (lora.a, lora.b)}
+    lost = LostShards()
     base = joined.base.folder if joined is not None else adapter.folder
     with Sources((base, adapter.folder), {}) as sources:
         reader = LocalReader(sources, torch.device("cpu"), dtype=None, finite=False)
         for lora, module in zip(adapter.loras, modules, strict=True):
-            statistics, spectrum = _statistics(lora, module, reader, problems)
+            statistics, spectrum = _statistics(lora, module, reader, problems, lost)
             module |= statistics
             if spectra is not None and spectrum is not None:
                 spectra[module_label(module)] = spectrum
@@ -102,10 +104,12 @@ def read_factors(
         for spec in adapter.tensors.values():
             if spec.key not in factors and spec.dtype in dtypes.FLOATS:
                 _check_values(spec, reader, problems, progress)
+    if (problem := lost.problem(adapter.label)) is not None:
+        problems.append(problem)
 
 
 def _statistics(
-    lora: Lora, module: Json, reader: Reader, problems: Problems
+    lora: Lora, module: Json, reader: Reader, problems: Problems, lost: LostShards
 ) -> tuple[Json, Tensor | None]:
     """trained, and effective_rank and norm where the factors are finite and fit each other; then
     also their singular values."""
@@ -131,6 +135,7 @@ def _statistics(
         return statistics, None
     if bad:
         return statistics, None
+    lost.see(lora, a, b, bool(module["experts"]))
     # their sizes apart: the product may leave float64's range
     sizes = [float(factor.abs().max()) or 1.0 for factor in (a, b)]
     products = algebra.products_of(a / sizes[0], b / sizes[1], module["experts"] or 1)

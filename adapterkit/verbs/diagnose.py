@@ -29,9 +29,9 @@ class Diagnose(Verb[Json]):
     none of packed values), `tokenizer` (of another model, or with tokens that have no row),
     `history` (what the receipts say was merged twice), with `base` also `wrong_base` (weights are
     missing, or those that no adapter touches differ) and `other_changes`, with `adapters`
-    `not_merged`, `merged_twice`, `subtracted`, `scale` (the delta without alpha / rank, or with it
-    twice, or with the root of the rank) and `strength` (another factor than 1). Raises `Refused`
-    where the files cannot be compared.
+    `adapter` (what `inspect` finds), `not_merged`, `merged_twice`, `subtracted`, `scale` (the
+    delta without alpha / rank, or with it twice, or with the root of the rank) and `strength`
+    (another factor than 1). Raises `Refused` where the files cannot be compared.
     """
 
     runner = "reports.findings.diagnosis:diagnose_model"

@@ -27,6 +27,7 @@ from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.sources import open_adapter, open_model
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.records import Json
+from adapterkit.reports.adapter import inspect_adapter
 from adapterkit.reports.checkpoint import inspect_base
 from adapterkit.tasks.rows import EditedTensor
 from adapterkit.verbs.diagnose import Diagnose
@@ -70,6 +71,8 @@ def diagnose_model(diagnose: Diagnose) -> Json:
     if ours is not None and base is not None:
         theirs = decoded_view(read_checkpoint(base, 1)).tensors
         adapters = [open_adapter(source, base) for source in unweighted(diagnose.adapters)]
+        for problem in (p for a in adapters for p in inspect_adapter(a, None, True)["problems"]):
+            found.add("adapter", problem["found"], problem["where"], problem["do"])
         # of a quantized base into floats, which are compared
         options = MergeOptions(dequantize=bool(quantized_weights(theirs)))
         plans = [plan_merge(base, [(adapter, 1.0)], options) for adapter in adapters]
