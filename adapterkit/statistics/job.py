@@ -47,7 +47,7 @@ class CollectionJob:
         self.model, self.notes = stored.model, stored.notes
         names = [n for n, module in self.model.named_modules() if is_linear(module)]
         targets, lacking = options.targets or ALL_LINEAR, "no linear layer"
-        self.targets = select_layers(stored.names, targets, names, lacking, self.notes)
+        self.targets = select_layers(stored.names, targets, names, lacking, self.notes, called=True)
         self.gradients = "gradient" in options.what
         self.inputs = tuple(name for name in options.what if name in INPUTS)
         self.units = Units.of(stored)

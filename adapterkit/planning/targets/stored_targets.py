@@ -30,6 +30,7 @@ from adapterkit.weights.unadaptable import (
     is_bypassed,
     is_taken_for_experts,
     looks_up_otherwise,
+    weight_reader,
 )
 
 CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
@@ -213,7 +214,10 @@ class StoredResolver(Resolver):
     def why_not(self, path: str) -> str:
         """What a layer is on which no factors can start; "" for one on which they can."""
         why = why_not_on_layer(self.stored_names, path, self.modules[path])
-        return why or ("" if self.among is None or path in self.among else self.lacking)
+        return why or self._lacks(path)
+
+    def _lacks(self, path: str) -> str:
+        return "" if self.among is None or path in self.among else self.lacking
 
     def unread(self, path: str) -> Refused | None:
         problem = self.why_not(path)
@@ -264,17 +268,32 @@ class StoredResolver(Resolver):
         return super().with_ranks(paths, leaves, tied)
 
 
+class CalledLayers(StoredResolver):
+    """Layers whose inputs are seen, as the code around them calls them."""
+
+    def why_not(self, path: str) -> str:
+        reader = weight_reader(self.stored_names, path)
+        return f"read by {reader}, and not called" if reader else self._lacks(path)
+
+
 def _first_number(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def select_layers(
-    names: Names, targets: str | None, among: Collection[str], lacking: str, notes: list[str]
+    names: Names,
+    targets: str | None,
+    among: Collection[str],
+    lacking: str,
+    notes: list[str],
+    *,
+    called: bool = False,
 ) -> list[str]:
     """Those of the layers that --targets means, in the model's order; without it all on which
-    factors act. `lacking`: what a model's other layers are."""
+    factors act. `lacking`: what a model's other layers are; `called`: of which the inputs are
+    meant, whether or not factors act there."""
     config = LoraConfig(targets=ALL_LINEAR if targets is None else entries_of("--targets", targets))
-    resolver = StoredResolver(names, config, notes, among, lacking)
+    resolver = (CalledLayers if called else StoredResolver)(names, config, notes, among, lacking)
     if targets is None:
         return resolver.fitting(list(among))
     return [target.path for target in resolver.resolve()]
