@@ -91,6 +91,11 @@ def merge_of(file: Path, **running: Any) -> Merge:
         raise Refused("no such file", expected="a recipe", where=str(file), hint="check the path")
     table = read_config(folder, file.name)
     refuse_shares(table, file.name)
+    if "step" in table or "steps" in table:
+        hint = "write each step as a table [[step]] of a .toml file: see Pipelines in docs/scale.md"
+        raise Refused("steps", expected="a recipe", where=str(file), hint=hint)
+    if running.get("out") is None:
+        raise Refused("no --out", expected="the output", where="options", hint="give --out DIR")
     recipe = _Recipe(records.read(RecipeDocument, table, file.name, hint=HINT), file.name)
     return Merge(**recipe.arguments(), **running)
 

@@ -159,8 +159,6 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
         from adapterkit.jobs.recipe import merge_of
 
         self._refuse((*OF_PLAN_FILES, "engine", "allow_push"), "a recipe")
-        if self.out is None:
-            raise Refused("no --out", expected="the output", where="options", hint="give --out DIR")
         running = {
             name: getattr(self, name) for name in ("out", "overwrite", "dry_run", "progress")
         }

@@ -131,11 +131,15 @@ class AdapterWeights:
         # a module that is left out may be one of parameters, which are not looked up then
         is_known = lambda name: name in known or name.rpartition(".")[0] in self.skipped
         unknown = [name for name in (self.file.modules if self.file else ()) if not is_known(name)]
+        # only a base says which of a module's parameters factors are of
+        several = {name.partition("[")[0] for name in known if "[" in name}
+        parameters = [name for name in unknown if name.rpartition(".")[0] in several]
         if unknown:
             errors.add(
                 f"weights of {len(unknown)} modules that no adapter has: {listed(unknown)}",
                 "names of modules, of experts with their parameter's",
-                did_you_mean(unknown[:3], known) or "give --base, or remove them from the file",
+                (did_you_mean(unknown[:3], known) if not parameters else "")
+                or "give --base, or remove them from the file",
                 where=WEIGHTS,
             )
         for number, (rules, modules) in enumerate(zip(self.rules, self.modules, strict=True), 1):
