@@ -236,7 +236,11 @@ def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
     from difflib import get_close_matches
 
     known = list(known)
-    close = [match for name in names for match in get_close_matches(name, known, n=1)]
+    close = [
+        match
+        for name in names
+        for match in get_close_matches(name, [one for one in known if one != name], n=1)
+    ]
     words = " and ".join(repr(shown(name)) for name in dict.fromkeys(close))
     return f"did you mean {words}?" if words else ""
 

@@ -4,6 +4,7 @@ name, and its receipt that name with a suffix."""
 from pathlib import Path
 
 from adapterkit.checkpoint.disk import size_below, storage_errors, sync_folder
+from adapterkit.checkpoint.output.earlier_output import receipt_at
 from adapterkit.checkpoint.output.stage import RECEIPT, Stage, control_of, receipt_beside
 from adapterkit.checkpoint.system import system
 from adapterkit.errors import Refused, shown
@@ -37,8 +38,10 @@ class FileStage(Stage):
         paths |= {self.out.with_name(name): name for name in self.beside}
         there = next((p for p, name in paths.items() if p.exists() and name not in written), None)
         if there is not None:
+            owner = self._owner(there.name)
+            whose = f"it is of {shown(owner)}" if owner else "adapterkit did not write it"
             raise Refused(
-                f"output exists, and adapterkit did not write it: {shown(there.name)}",
+                f"output exists, and {whose}: {shown(there.name)}",
                 expected="a new file, or an older output, which --overwrite replaces",
                 where=str(self.out),
                 hint="move it away, or choose another --out",
@@ -47,6 +50,13 @@ class FileStage(Stage):
             raise self._refused(
                 "a file of this name exists", "choose another --out, or give --overwrite"
             )
+
+    def _owner(self, name: str) -> str:
+        """The other output of the folder whose receipt names a file; "" for none."""
+        ends = receipt_beside("")
+        receipts = sorted(path for path in self.final.glob(f"*{ends}") if path != self.receipt)
+        owns = lambda one: name in receipt_at(one).get("files", {})
+        return next((one.name.removesuffix(ends) for one in filter(owns, receipts)), "")
 
     def _refused(self, problem: str, hint: str) -> Refused:
         return Refused(problem, expected="a new file", where=str(self.out), hint=hint)

@@ -310,8 +310,11 @@ def _check_components(modules: Modules, form: Format, architecture: str | None) 
             continue
         errors.add(
             f"the adapter has {f'component {shown(name)}' if name else 'modules of no component'}",
-            f"{', '.join(components)}, which {form.title} holds",
-            "give --prefix-only to convert the other part alone",
+            f"{listed([name or 'modules of no component' for name in components])}, which "
+            f"{form.title} holds",
+            "give --prefix-only to convert the other part alone"
+            if any(components)
+            else "leave out --prefix-only: it is for one model",
         )
     for names in homes.values():
         if len(names) > 1:

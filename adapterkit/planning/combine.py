@@ -42,6 +42,7 @@ from adapterkit.planning.adapters.sites import (
     names_of,
     targets_of,
 )
+from adapterkit.planning.inputs.earlier_merges import notes_on_copies
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.sources import (
     if_given,
@@ -72,7 +73,7 @@ def plan_combine(options: Combine) -> Plan:
     own = [weight for _, weight in sources]
     given_weights = resolved_weights(method, own, options.weight_for, file)
     weights = AdapterWeights(given_weights, tuple(options.weight_for), file)
-    notes: list[str] = []
+    notes = notes_on_copies(adapters)
     model, decomposed = _base(base, adapters, notes, runs=bool(options.data))
     errors = Problems(error for adapter in adapters for error in _not_summable(adapter, model))
     joined = join(adapters, errors, names_of(model, adapters, notes))

@@ -16,7 +16,7 @@ from adapterkit.adapters.keys import factor_keys, value_key
 from adapterkit.checkpoint.compare import have_same_bytes
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import Problems, Refused, Unrecoverable, shown
+from adapterkit.errors import Problems, Refused, Unrecoverable, listed, shown
 from adapterkit.options import flag_of
 from adapterkit.patterns import similar_names
 from adapterkit.plan import Change, Finalize, Plan, Task, TaskResult, unchanged
@@ -186,6 +186,7 @@ class Extraction:
     saved: set[str] = field(default_factory=set)
     has_biases: bool = False  # of layers with factors
     skipped: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)  # though they differ
     unchanged: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -246,6 +247,11 @@ class Extraction:
         self._check_sides(clashes)
         for module, members in without_factors.items():
             self._sort_module(module, members)
+        if self.dropped:
+            count = len(self.dropped)
+            text = f"{count} parameters that differ are dropped (--rest drop)"
+            self.notes.append(f"{text}: {listed(self.dropped)}")
+            self.skipped += self.dropped
         if self.has_biases:
             self._save_biases()
         self._set_keys()
@@ -345,8 +351,7 @@ class Extraction:
             )
             return
         if self.options.rest == "drop":
-            self.skipped += changed
-            self.notes.append(f"{', '.join(changed)} differs and is dropped (--rest drop)")
+            self.dropped += changed
             return
         has_factors = any(difference.module == module for difference in self.factors)
         if has_factors and f"{module}.bias" in changed:

@@ -1,6 +1,7 @@
 """Adapters that were merged into a base before, by the receipt beside it."""
 
 from collections.abc import Sequence
+from os.path import realpath
 from typing import NamedTuple
 
 from adapterkit.adapters.keys import WEIGHTS
@@ -104,6 +105,19 @@ def history_notes(
                 "instead"
             )
     return notes
+
+
+def notes_on_copies(adapters: Sequence[Adapter]) -> list[str]:
+    """Notes on adapters that are given several times: their weights add up."""
+    names: dict[str, list[str]] = {}
+    for adapter in adapters:
+        folder = original(adapter.folder)
+        names.setdefault(realpath(getattr(folder, "root", folder.label)), []).append(adapter.name)
+    return [
+        f"{shown(own[0])} is given {len(own)} times: its weights add up"
+        for own in names.values()
+        if len(own) > 1
+    ]
 
 
 def _sha256(folder: Folder) -> str:

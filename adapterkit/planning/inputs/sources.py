@@ -54,7 +54,7 @@ def open_source(text: StrPath) -> Folder:
                 "a folder, a .safetensors or .gguf file, or a Hub id "
                 "org/name[@revision][:folder or file]"
             ),
-            hint=is_output or _pattern_hint(name) or similar or "check the path",
+            hint=is_output or _own_hint(name) or similar or "check the path",
         )
     from adapterkit.hub.folder import HubFolder
 
@@ -94,7 +94,9 @@ def open_statistics(text: StrPath) -> Folder:
     )
 
 
-def _pattern_hint(text: str) -> str:
+def _own_hint(text: str) -> str:
+    if os.path.islink(text):
+        return f"it is a link to {shown(os.readlink(text))}, which is not there"
     is_pattern = not set(text).isdisjoint("*?[")
     return "give a path: the pattern matches none, or stands where one is taken" * is_pattern
 

@@ -124,15 +124,17 @@ def stacked(config: Json, count: int, order: list[int]) -> Json:
 
 
 def nothing_selected(
-    skipped: Iterable[str], adapters: Iterable[str], include: str | None
+    skipped: Iterable[str], adapters: Iterable[str], options: MergeOptions
 ) -> Refused:
     """The refusal of a merge of these adapters whose every module is left out."""
     names = [name.partition(": ")[2] for name in skipped]
+    is_selection = bool(options.include or options.exclude)
     return Refused(
-        "nothing to merge: no module is selected",
-        expected="at least one module",
+        f"nothing to merge: {'no module is selected' if is_selection else 'every weight is 0'}",
+        expected=f"at least one module{'' if is_selection else ' with another weight'}",
         where=", ".join(dict.fromkeys(adapters)),
-        hint=similar_names(include or "", names) or "check --include and --exclude",
+        hint=similar_names(options.include or "", names)
+        or f"check {'--include and --exclude' if is_selection else 'the weights'}",
     )
 
 

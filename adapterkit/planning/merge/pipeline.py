@@ -60,7 +60,7 @@ def plan_pipeline_merge(
     decisions = _decisions(plans)
     if not decisions["tensors_changed"]:
         names = [one["name"] for one in decisions["adapters"]]
-        raise nothing_selected(decisions["left_out"], names, options.include)
+        raise nothing_selected(decisions["left_out"], names, options)
     card = merged_card(pipeline.folder, _rows(plans), "diffusers", added_by(options))
     plan = joined(pipeline, plans, card)
     given = plan.options | {"weights": weights} | in_receipt(file)

@@ -473,6 +473,6 @@ def test_a_modelfile_lies_beside_the_file(tiny: Path, tmp_path: Path):
     assert adapterkit.verify(out / "m.gguf")["files"] == 2
     (out / "other.gguf").write_bytes(b"")
     (out / "other.gguf").unlink()
-    with pytest.raises(Refused, match="did not write it: Modelfile"):
+    with pytest.raises(Refused, match="output exists, and it is of m.gguf: Modelfile"):
         adapterkit.merge(tiny, tmp_path / "a", out=out / "other.gguf", modelfile=True)
     adapterkit.merge(tiny, tmp_path / "a", out=out / "m.gguf", modelfile=True, overwrite=True)

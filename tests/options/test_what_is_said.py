@@ -1,0 +1,131 @@
+"""Notes and refusals that name what the matter is, once."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import MambaConfig, MambaForCausalLM
+
+import adapterkit
+from adapterkit.errors import AdapterkitError, Refused, did_you_mean
+from tests.support import oracle
+from tests.support.forks import command
+from tests.support.texts import save_tokenizer, write_rows
+
+GOLDEN = Path(__file__).parents[1] / "formats" / "golden" / "peft"
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("said")
+    oracle.save_base(oracle.llama(), folder / "base", "fp32")
+    for seed, name in enumerate("ab"):
+        oracle.train(oracle.llama(), folder / name, seed=seed, target_modules=["q_proj", "v_proj"])
+    return folder
+
+
+def weights(folder, name, modules=None, default=(0, 0)):
+    table = {"schema": 1, "adapters": ["a", "b"], "default": [*default], "per": "module"}
+    path = folder / name
+    path.write_text(json.dumps(table | {"modules": modules or {}}))
+    return path
+
+
+def test_dropped_parameters_are_one_note(folder, tmp_path):
+    tuned = oracle.llama()
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    oracle.save_base(tuned, tmp_path / "tuned", "fp32")
+    plan = adapterkit.extract(
+        folder / "base", tmp_path / "tuned", rest="drop", rank=2, out="x", dry_run=True
+    )
+    notes = [note for note in plan.notes if "--rest drop" in note]
+    assert len(notes) == 1 and notes[0].startswith("6 parameters that differ are dropped")
+    assert notes[0].endswith("and 3 more") and len(plan.decisions["left_out"]) == 6
+
+
+def test_weights_of_zero_are_called_so(folder, tmp_path):
+    base, adapters = folder / "base", [folder / "a", folder / "b"]
+    with pytest.raises(Refused, match="nothing to merge: every weight is 0"):
+        adapterkit.merge(base, adapters, weights=weights(folder, "zero.json"), out=tmp_path / "m")
+    with pytest.raises(Refused, match="no module is selected"):
+        adapterkit.merge(base, adapters, exclude=".*", out=tmp_path / "m")
+
+
+def test_a_name_is_not_suggested_for_itself(tmp_path, monkeypatch):
+    """A link that leads nowhere is there, and says where it leads."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink("nowhere", "dangling")
+    with pytest.raises(Refused) as error:
+        adapterkit.inspect("dangling")
+    assert error.value.hint == "it is a link to nowhere, which is not there"
+    assert did_you_mean(["dangling"], ["dangling", "dangler"]) == "did you mean 'dangler'?"
+    assert did_you_mean(["dangling"], ["dangling"]) == ""
+
+
+def test_an_adapter_given_twice_is_noted(folder, tmp_path):
+    """By another path, too; weights add up, and other adapters are none."""
+    one, other = folder / "a", folder / "b" / ".." / "a"
+    for made in (
+        lambda adapters, out: adapterkit.merge(folder / "base", adapters, out=out, dry_run=True),
+        lambda adapters, out: adapterkit.combine(adapters, out=out, dry_run=True),
+    ):
+        notes = made([one, other, folder / "b"], tmp_path / "x").notes
+        assert [note for note in notes if "given 2 times: its weights add up" in note]
+        assert not [note for note in made([one, folder / "b"], tmp_path / "x").notes
+                    if "add up" in note]  # fmt: skip
+
+
+def test_a_part_of_a_format_without_parts(folder, tmp_path):
+    with pytest.raises(Refused) as error:
+        adapterkit.convert(
+            folder / "a", to="training-state", prefix_only="transformer", out=tmp_path / "x"
+        )
+    assert error.value.expected.startswith("modules of no component, which ")
+    assert "leave out --prefix-only" in error.value.hint
+
+
+def test_steps_in_yaml_are_a_pipeline_of_toml(tmp_path):
+    steps = tmp_path / "steps.yaml"
+    steps.write_text("step:\n- verb: merge\n")
+    done = command("run", steps)
+    assert done.returncode and "[[step]] of a .toml file" in done.stderr, done.stderr
+
+
+def test_a_file_of_weights_that_names_experts_asks_for_the_base(tmp_path):
+    """Without it the factors of a module's parameters are the module's."""
+    adapters = [tmp_path / "a", tmp_path / "b"]
+    for adapter in adapters:
+        shutil.copytree(GOLDEN / "qwen3_moe", adapter)
+    file = weights(tmp_path, "w.json", {f"{EXPERTS}.down_proj": [1, 0]}, (1, 1))
+    with pytest.raises(AdapterkitError) as error:
+        adapterkit.combine(adapters, weights=file, out=tmp_path / "x")
+    assert "give --base" in str(error.value) and "did you mean" not in str(error.value)
+    base = GOLDEN / "qwen3_moe" / "base"
+    adapterkit.combine(adapters, base=base, weights=file, out=tmp_path / "x")
+
+
+def test_statistics_of_layers_that_take_no_factors(tmp_path):
+    """Their inputs are seen where the code calls them: Mamba's x_proj, which PEFT passes by."""
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=64, hidden_size=32, state_size=8, num_hidden_layers=2,
+                         time_step_rank=4)  # fmt: skip
+    MambaForCausalLM(config).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    data = write_rows(tmp_path / "d.jsonl", {"text": "who is that?"}, {"text": "me too"})
+    out = tmp_path / "s.safetensors"
+    adapterkit.stats(tmp_path / "base", data=data, targets="x_proj", out=out)
+    with safe_open(out, "pt") as file:
+        names = [f"backbone.layers.{n}.mixer.x_proj.covariance" for n in range(2)]
+        assert sorted(file.keys()) == names
+    out = tmp_path / "t.safetensors"
+    with pytest.raises(AdapterkitError, match="dt_proj is read by .*, and not called"):
+        adapterkit.stats(
+            tmp_path / "base", data=data, targets="dt_proj", out=tmp_path / "t.safetensors"
+        )
