@@ -235,12 +235,9 @@ def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
     """A hint with the known name closest to each of the unknown ones; "" where none is close."""
     from difflib import get_close_matches
 
-    known = list(known)
-    close = [
-        match
-        for name in names
-        for match in get_close_matches(name, [one for one in known if one != name], n=1)
-    ]
+    names = list(names)
+    known = [name for name in known if name not in names]
+    close = [match for name in names for match in get_close_matches(name, known, n=1)]
     words = " and ".join(repr(shown(name)) for name in dict.fromkeys(close))
     return f"did you mean {words}?" if words else ""
 

@@ -17,10 +17,8 @@ from adapterkit.records import Json, Settings
 
 CARD, MOST = "README.md", 1 << 20
 # of option --expert-layout
-GIVEN = {
-    "unsloth": {ORDER: SLOWEST},
-    "peft-0.18": {ORDER: FASTEST, "peft_version": "0.18.0"},
-    "peft-0.19": {ORDER: FASTEST, "peft_version": "0.19.0"},
+GIVEN = {"unsloth": {ORDER: SLOWEST}} | {
+    f"peft-{one}": {ORDER: FASTEST, "peft_version": f"{one}.0"} for one in ("0.18", "0.19")
 }
 
 
@@ -68,8 +66,10 @@ def order_problem(adapter: Adapter) -> Refused | None:
 
 
 def card_of(folder: Folder) -> bytes:
+    """The text of its card; nothing of one by adapterkit, which names files."""
     size = min(folder.files().get(CARD, 0), MOST)
-    return folder.read(CARD, 0, size) if size else b""
+    card = folder.read(CARD, 0, size) if size else b""
+    return b"" if b"adapterkit" in card else card
 
 
 def is_of_unsloth(config: Settings, card: bytes) -> bool:

@@ -135,7 +135,7 @@ def _statistics(
         return statistics, None
     if bad:
         return statistics, None
-    lost.see(lora, a, b, bool(module["experts"]))
+    lost.see(lora, a, b)
     # their sizes apart: the product may leave float64's range
     sizes = [float(factor.abs().max()) or 1.0 for factor in (a, b)]
     products = algebra.products_of(a / sizes[0], b / sizes[1], module["experts"] or 1)

@@ -26,15 +26,13 @@ class LostShards:
     # from which to which of so many processes -> module -> what is zero
     shares: dict[tuple[int, int, int], dict[str, str]] = field(default_factory=dict)
 
-    def see(self, lora: Lora, a: Tensor, b: Tensor, is_stack: bool) -> None:
+    def see(self, lora: Lora, a: Tensor, b: Tensor) -> None:
         """a (rank, in) and b (out, rank) of a module. Of an embedding most tokens are not seen; of
-        b that is zero nothing was trained; of ranks that are padded a and b are zero."""
+        b that is zero nothing was trained."""
         if lora.kind == "embedding" or not b.any():
             return
         self.trained += 1
         zeros = {"columns of a": (a == 0).all(0), "rows of b": (b == 0).all(1)}
-        if not is_stack:
-            zeros["rows of a"] = (a == 0).all(1) & (b != 0).any(0)
         for what, zero in zeros.items():
             for share in _shares(zero):
                 self.shares.setdefault(share, {})[lora.module] = what

@@ -268,5 +268,4 @@ def _settings(
     settings |= form.adapter.settings
     ranks, alphas = {m.name: m.rank for m in ranked}, {m.name: m.alpha for m in ranked}
     defaults = {"base_model_name_or_path": None, "task_type": None}
-    written = defaults | declared_settings(ranks, alphas, **kept | settings)
-    return in_order_of_peft(written, card_of(contents.folders[0]))
+    return defaults | declared_settings(ranks, alphas, **kept | settings)

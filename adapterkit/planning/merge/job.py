@@ -128,13 +128,14 @@ def nothing_selected(
 ) -> Refused:
     """The refusal of a merge of these adapters whose every module is left out."""
     names = [name.partition(": ")[2] for name in skipped]
-    is_selection = bool(options.include or options.exclude)
+    problem, cause = "no module is selected", "--include and --exclude"
+    if not options.include and not options.exclude:
+        problem, cause = "every weight is 0", "the weights"
     return Refused(
-        f"nothing to merge: {'no module is selected' if is_selection else 'every weight is 0'}",
-        expected=f"at least one module{'' if is_selection else ' with another weight'}",
+        f"nothing to merge: {problem}",
+        expected="at least one module",
         where=", ".join(dict.fromkeys(adapters)),
-        hint=similar_names(options.include or "", names)
-        or f"check {'--include and --exclude' if is_selection else 'the weights'}",
+        hint=similar_names(options.include or "", names) or f"check {cause}",
     )
 
 

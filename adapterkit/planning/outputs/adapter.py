@@ -141,13 +141,9 @@ class Output:
     def files(self, notes: list[str]) -> Files:
         """Its other files; a tokenizer among them joins the notes."""
         files: Files = {**tokenizer_files(list(self.adapters), self.tokenizer, notes)}
-        files["README.md"] = self.card()
+        files["README.md"] = adapter_card(self.base(), self.adapters, self.summary).encode()
         files[CONFIG] = FromMetrics(self.config)
         return {self.inside(name): file for name, file in files.items()}
-
-    def card(self) -> bytes:
-        receipt = "../" * bool(self.folder) + RECEIPT
-        return adapter_card(self.base(), self.adapters, self.summary, receipt).encode()
 
     def base(self) -> str | None:
         """The Hub id of its base, if that is known."""
@@ -178,7 +174,7 @@ class Output:
         config = inherited | self.settings | {"base_model_name_or_path": self.base()}
         config |= target_settings(self.adapters, sorted(by_target.keys() - self.parameters))
         config |= rank_settings(by_target, alphas or self.alpha, self.unnamed)
-        return as_json(in_order_of_peft(config, self.card()))
+        return as_json(in_order_of_peft(config))
 
 
 def common_fingerprint(adapters: Sequence[Adapter]) -> str | None:
