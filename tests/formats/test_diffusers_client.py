@@ -5,7 +5,7 @@ of whole checkpoints, which are linear.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -229,6 +229,26 @@ def test_a_file_of_kohya_is_loaded_as_diffusers(architecture, part, tmp_path):
     results = loaded(architecture, target)
     assert_same(results, expected(architecture, factors))
     assert changed(architecture, results) == PREFIXES[architecture].keys()
+
+
+@pytest.mark.parametrize("architecture, part", SOME[:2])
+def test_check_takes_a_unet_and_its_text_encoders_that_diffusers_loads(
+    architecture, part, tmp_path
+):
+    """Each part of the adapter is compared with the pipeline's own model, and with no other."""
+    factors = trained(architecture, part, mixed=False)
+    lora = kohya_file(tmp_path / "kohya.safetensors", architecture, factors)
+    untouched(architecture).save_pretrained(tmp_path / "pipe")
+    assert changed(architecture, loaded(architecture, lora)) == PREFIXES[architecture].keys()
+    document = adapterkit.check(lora, program="diffusers", base=tmp_path / "pipe")
+    assert document["takes"] and document["modules"] == len(factors), document["findings"]
+    component, name = next(key for key in factors if key[0] == "text_encoder")
+    wrong = replace(factors[component, name], a=torch.ones(2, 5))
+    kohya_file(lora, architecture, {**factors, (component, name): wrong})
+    document = adapterkit.check(lora, program="diffusers", base=tmp_path / "pipe")
+    assert not document["takes"] and "self_attn" in str(document["findings"]), document
+    unet = adapterkit.check(lora, program="diffusers", base=tmp_path / "pipe" / "unet")
+    assert not unet["takes"]
 
 
 @pytest.mark.parametrize("architecture, part", [one for one in ALL if "sd3" not in str(one.id)])

@@ -1,11 +1,12 @@
 """check: a conversion for an engine that is only planned, beside the rules of the engine."""
 
 import re
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 
 from adapterkit.adapters.keys import module_of_factors
 from adapterkit.adapters.peft import scan_adapter
 from adapterkit.adapters.targets import NamedBy
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.commands import command
 from adapterkit.errors import AdapterkitError, Problems, listed
@@ -18,7 +19,9 @@ from adapterkit.plan import Plan
 from adapterkit.planning.convert.plan import plan_contents
 from adapterkit.planning.convert.source import named_base, read_contents
 from adapterkit.planning.convert.verb import base_for
-from adapterkit.planning.inputs.sources import open_adapter, open_unconverted
+from adapterkit.planning.inputs.pipeline import is_pipeline, read_pipeline
+from adapterkit.planning.inputs.pipeline_adapters import split_adapters
+from adapterkit.planning.inputs.sources import open_adapter, open_model, open_unconverted
 from adapterkit.records import Json
 from adapterkit.reports.factors import join
 from adapterkit.verbs.check import EngineCheck
@@ -143,12 +146,26 @@ def _check_rules(
 
 def _check_names(check: EngineCheck, base: Checkpoint, found: _Verdicts) -> None:
     """Modules and shapes that the base does not have, as a merge finds them."""
-    adapter, _, typed = scan_adapter(open_adapter(check.adapter, base.folder))
-    is_floats = quantization_evidence(base.config, base.tensors) is None
-    if typed and is_floats and base.tensors:
-        errors = Problems()
-        join(adapter, base.folder, errors)
-        found.include(errors)
+    errors = Problems()
+    with errors.collected():
+        for folder, on in _on_models(check, base):
+            adapter, _, typed = scan_adapter(folder)
+            is_floats = quantization_evidence(on.config, on.tensors) is None
+            if typed and is_floats and on.tensors:
+                join(adapter, on.folder, errors)
+    found.include(errors)
+
+
+def _on_models(check: EngineCheck, base: Checkpoint) -> Iterator[tuple[Folder, Checkpoint]]:
+    """The adapter and its base; of a pipeline the adapter of each part, and that part."""
+    assert check.base is not None
+    folder = open_model(check.base)
+    if not is_pipeline(folder):
+        yield open_adapter(check.adapter, base.folder), base
+        return
+    pipeline = read_pipeline(folder)
+    ((parts, _),) = split_adapters([(check.adapter, 1.0)], pipeline)
+    yield from ((own, pipeline.part(name).as_base) for name, own in parts.items())
 
 
 def _check_base(detection: Detection, base: Checkpoint, found: _Verdicts) -> None:
