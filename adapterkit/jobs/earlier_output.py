@@ -111,11 +111,12 @@ def _hub_id(place: Location) -> ids.HubId:
 
 def can_go_on(place: Location, plan: Plan, overwrite: bool) -> bool:
     """Whether an interrupted run of this plan can be continued. `Refused` for one of another plan,
-    unless it is to be overwritten."""
+    or that is at work, unless it is to be overwritten."""
     is_on_hub = bool(place.repository)  # made on this machine
     stage = Stage(work_folder(_hub_id(place))) if is_on_hub else stage_of(plan, Path(place.path))
     entries, recipe = stage.journal(), plan.recipe()
     if entries and entries[0].get("recipe") != recipe and not overwrite:
+        stage.lock.check()
         check_same_job(stage, recipe)
     return bool(entries) and entries[0].get("recipe") == recipe
 

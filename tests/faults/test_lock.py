@@ -1,15 +1,22 @@
 """Several processes on one output; locks of processes that are gone."""
 
 import os
+import re
 import subprocess
 import sys
 import time
 
 import pytest
 
+import adapterkit
+from adapterkit.checkpoint.output.journal import line_of
 from adapterkit.checkpoint.output.lock import Lock
+from adapterkit.checkpoint.output.stage import JOURNAL, Stage
 from adapterkit.errors import Refused
+from adapterkit.jobs.pipeline import run_pipeline
 from tests.support.faults import root
+
+WRITES = "another run writes this output now"
 
 
 def test_a_second_process_is_refused(shared, whole):
@@ -17,11 +24,53 @@ def test_a_second_process_is_refused(shared, whole):
     pid = shared.start(shared.argv(), fault={"calls": ["pwrite"], "delay": 0.4})
     while not shared.begun():
         time.sleep(0.005)
-    for more in (("--resume",), ("--overwrite",)):
-        shared.merge(*more).failed_cleanly("another process is at work there", str(pid))
-    shared.merge().failed_cleanly("was interrupted")
+    for more in ((), ("--resume",), ("--overwrite",)):
+        shared.merge(*more).failed_cleanly(WRITES, f"(process {pid} since 20")
     shared.wait(pid).succeeded()
     shared.check_done(whole)
+
+
+@pytest.mark.parametrize("more", [{}, {"dtype": "fp16"}, {"dry_run": True}], ids=str)
+def test_a_run_beside_one_at_work_names_that_and_no_interruption(more, llama, lora, tmp_path):
+    """The second begins while the first writes, and holds it up until it is refused."""
+    out, refused = tmp_path / "out", list[str]()
+
+    def second(done):
+        if not refused:
+            try:
+                adapterkit.merge(llama, lora, out=out, **more)
+            except Refused as error:
+                refused.append(str(error))
+
+    adapterkit.merge(llama, lora, out=out, progress=second)
+    since = rf"\(process {os.getpid()} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\)"
+    assert re.search(f"{WRITES} {since}", refused[0]), refused
+    assert adapterkit.verify(out)["files"]
+
+
+def test_a_step_of_a_pipeline_beside_a_run_at_work_names_that(llama, lora, tmp_path):
+    file, out, rows = tmp_path / "steps.toml", tmp_path / "out", list[dict]()
+    file.write_text(
+        f'[[step]]\nverb = "merge"\ninputs = ["{llama}", "{lora}"]\n'
+        'options = { dtype = "fp16" }\nout = "out"\n'
+    )
+
+    def second(done):
+        if not rows:
+            rows.extend(run_pipeline(file)["steps"])
+
+    adapterkit.merge(llama, lora, out=out, progress=second)
+    assert rows[0]["state"] == "refused" and WRITES in str(rows[0]), rows
+
+
+def test_a_run_that_ends_while_the_next_one_looks_is_no_interrupted_one(tmp_path, monkeypatch):
+    """The journal is there when it is read first, and its run has ended when the lock is."""
+    stage = Stage(tmp_path / "out")
+    stage.control.mkdir()
+    (stage.control / JOURNAL).write_bytes(line_of({"fingerprint": "one", "recipe": {}}))
+    checks = iter([lambda: None, (stage.control / JOURNAL).unlink])
+    monkeypatch.setattr(stage.lock, "check", lambda: next(checks)())
+    assert stage.state("two", resume=False, overwrite=False) == "fresh"
 
 
 def test_many_processes_one_output(shared, whole):
@@ -38,7 +87,7 @@ def test_many_processes_one_output(shared, whole):
         assert any(e.status == 0 for e in ends)
         for ended in ends:
             if ended.status:
-                ended.failed_cleanly("another process is at work there")
+                ended.failed_cleanly(WRITES)
         shared.check_done(whole)
 
 
@@ -60,7 +109,9 @@ def test_a_lock_of_another_host(shared):
     shared.clear()
     shared.merge(fault={"kill": True, "calls": ["rename"], "when": 2})
     (shared.control / "lock").write_text("elsewhere 17 boot:5")
-    shared.merge("--resume").failed_cleanly("(elsewhere 17)", "remove the file lock")
+    shared.merge("--resume").failed_cleanly(
+        "(process 17 on elsewhere since 20", "remove the file lock"
+    )
     (shared.control / "lock").unlink()
     shared.merge("--resume").succeeded()
 
@@ -81,7 +132,7 @@ def test_the_lock_of_a_killed_container(tmp_path):
     assert process.stdout is not None
     with process, process.stdout:
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(Refused, match="another process is at work there"):
+        with pytest.raises(Refused, match=WRITES):
             Lock(tmp_path).acquire()
         process.kill()
         process.wait()

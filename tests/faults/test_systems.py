@@ -103,7 +103,7 @@ def test_one_process_at_a_time(windows: Bench, whole):
     pid = windows.start(windows.argv(), {"calls": ["pwrite"], "delay": 0.05})
     while not windows.begun():
         assert windows.driver.process.poll() is None
-    windows.merge("--resume").failed_cleanly("another process is at work there")
+    windows.merge("--resume").failed_cleanly("another run writes this output now")
     windows.wait(pid).succeeded()
     windows.check_done(whole)
 

@@ -370,7 +370,7 @@ def test_older_statistics_are_replaced_only_when_asked_and_nothing_else_is(base,
 
 def test_two_processes_at_one_output(base, texts, tmp_path) -> None:
     out = tmp_path / "s.safetensors"
-    with Stage(out), pytest.raises(Refused, match="another process is at work"):
+    with Stage(out), pytest.raises(Refused, match="another run writes this output now"):
         adapterkit.stats(base(), data=texts, out=out)
     assert left(tmp_path) == []
 

@@ -3,13 +3,15 @@
 (Lustre, GPFS and some NFS accept a flock that other machines do not see.)
 """
 
+import contextlib
 import os
 import re
 import socket
+from datetime import datetime
 from pathlib import Path
 
 from adapterkit.checkpoint.system import Held, system
-from adapterkit.errors import Refused
+from adapterkit.errors import Refused, shown
 
 LOCK = "lock"
 
@@ -36,13 +38,27 @@ class Lock:
         try:
             self._descriptor = system.hold(self.path, process_record(), may_run)
         except Held as held:
-            raise Refused(
-                f"another process is at work there ({held.holder.rpartition(' ')[0]})",
-                expected="one process for each output",
-                where=str(self.path.parent),
-                hint=f"wait for it; if there is none, remove the file {self.path.name} "
-                "in that folder",
-            ) from None
+            raise self._refusal(held.holder) from None
+
+    def check(self) -> None:
+        """`Refused` while another process holds the lock, which this only reads."""
+        with contextlib.suppress(FileNotFoundError):
+            holder = self.path.read_bytes()[:1000].decode("utf-8", "replace")
+            if self._descriptor < 0 and may_run(holder):
+                raise self._refusal(holder)
+
+    def _refusal(self, holder: str) -> Refused:
+        host, pid, *_ = *holder.split(" "), "?"
+        which = f"process {pid}" if host == socket.gethostname() else f"process {pid} on {host}"
+        with contextlib.suppress(OSError):  # it has just ended
+            began = datetime.fromtimestamp(self.path.stat().st_mtime)
+            which += f" since {began.isoformat(' ', 'seconds')}"
+        return Refused(
+            f"another run writes this output now ({shown(which)})",
+            expected="one process for each output",
+            where=str(self.path.parent),
+            hint=f"wait for it; if there is none, remove the file {self.path.name} in that folder",
+        )
 
     def release(self) -> None:
         if self._descriptor >= 0:

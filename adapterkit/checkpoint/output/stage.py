@@ -159,8 +159,10 @@ class Stage:
     def state(self, fingerprint: str, *, resume: bool, overwrite: bool) -> str:
         """'fresh', 'resume', 'publish' (only the final names are missing) or 'finished'.
 
-        `Refused` where the output or an interrupted run is in the way.
+        `Refused` where the output or an interrupted run is in the way, or another run is at work.
         """
+        if not resume:
+            self.lock.check()
         self._check_kind()
         entries = self.journal()
         head = entries[0] if entries else None
@@ -176,7 +178,7 @@ class Stage:
         self.replaces = overwrite or bool(resume and head is not None and head.get("overwrite"))
         if not (complete and self.inside):  # else the output is half moved
             self._check_output()
-        if head is not None and not resume and not overwrite:
+        if head is not None and not resume and not overwrite and self._was_left():
             raise Refused(
                 "an earlier run to this --out was interrupted",
                 expected="an output that no other run has begun",
@@ -186,6 +188,12 @@ class Stage:
         if head is None or not resume:
             return "fresh"
         return "publish" if complete and head.get("fingerprint") == fingerprint else "resume"
+
+    def _was_left(self) -> bool:
+        """Whether the journal, which was there before, is one that no run works on; `Refused` while
+        one does."""
+        self.lock.check()
+        return bool(self.journal())  # else a run has just ended
 
     def _check_kind(self) -> None:
         if self.out.exists() and not self.out.is_dir():

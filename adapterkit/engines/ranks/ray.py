@@ -83,6 +83,7 @@ def _state(plan: Plan, job: RankJob, how: RunOptions) -> str:
     stage = stage_of(plan, Path(how.out))
     state = stage.state(job.fingerprint, resume=how.resume, overwrite=how.overwrite)
     if state == "resume" and not (stage.journal() or [{}])[0].get("ranks"):
+        stage.lock.check()
         raise Refused(
             "the run to resume is one machine's",
             expected="a run that --engine ray began",
