@@ -19,6 +19,7 @@ from adapterkit.reports.checkpoint import (
     some_names,
 )
 from adapterkit.reports.configs import printable
+from adapterkit.reports.heatmaps import natural
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +78,7 @@ def _modules(
 
 
 def _in_order(modules: list[Json]) -> list[Json]:
-    return sorted(modules, key=lambda module: _natural(module["module"]))
+    return sorted(modules, key=lambda module: natural(module["module"]))
 
 
 def _adapter_keys(adapter: Adapter) -> Json:
@@ -95,7 +96,7 @@ def _adapter_keys(adapter: Adapter) -> Json:
         **{key: setting(key) for key in ("peft_type", "revision", "task_type", "peft_version")},
         "flags": flags,
         "modules_to_save": setting("modules_to_save") or [],
-        "replaced": sorted(adapter.replaced, key=_natural),
+        "replaced": sorted(adapter.replaced, key=natural),
         "tokens": [
             {"module": tokens.module, "rows": list(tokens.indices)} for tokens in adapter.tokens
         ],
@@ -174,11 +175,3 @@ def _groups(modules: list[Json]) -> list[Json]:
         counts[key] = counts.get(key, 0) + 1
     names = ("modules", "kind", "rank", "alpha", "scale")
     return [dict(zip(names, key, strict=True)) | {"count": count} for key, count in counts.items()]
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """A sort key that counts layers as numbers."""
-    return [
-        (0, int(part), "") if part.isascii() and part.isdecimal() else (1, 0, part)
-        for part in name.split(".")
-    ]

@@ -29,11 +29,20 @@ def place_of(label: str) -> tuple[str, str]:
     return ("", label) if at is None else (".".join(parts[: at + 1]), ".".join(parts[at + 1 :]))
 
 
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A sort key that counts layers as numbers."""
+    return [
+        (0, int(part), "") if part.isascii() and part.isdecimal() else (1, 0, part)
+        for part in name.split(".")
+    ]
+
+
 def grid_of(labels: Iterable[str]) -> tuple[dict[str, tuple[str, str]], list[str], list[str]]:
-    """The place of each module, and the layers and the names in them: rows and columns."""
+    """The place of each module, and the layers and the names in them in natural order: rows and
+    columns."""
     places = {label: place_of(label) for label in labels}
     rows, columns = zip(*places.values(), strict=True) if places else ((), ())
-    return places, list(dict.fromkeys(rows)), list(dict.fromkeys(columns))
+    return places, sorted({*rows}, key=natural), sorted({*columns}, key=natural)
 
 
 def heatmaps_of(adapters: Mapping[str, Json]) -> Json:

@@ -234,6 +234,38 @@ def test_what_is_refused(tmp_path, llama):
     assert not (tmp_path / "report.html").exists()
 
 
+LAYERS = (0, 1, 2, 10, 11, 20)
+
+
+def axes(text):
+    """Of each heatmap of a page, its name, and the columns in the order of its cells."""
+    for label, figure in re.findall(
+        r'<figure class="map" aria-label="([^"]*)".*?>(.*?)</figure>', text
+    ):
+        cells = re.findall(r'<rect x="(\d+)".*?<title>(\S+)', figure)
+        yield label, [name for _, name in sorted({(int(x), name) for x, name in cells})]
+
+
+def test_layers_are_in_natural_order_on_every_axis(tmp_path):
+    """safetensors stores them 0, 1, 10, 11, 2, 20."""
+    names = [f"model.layers.{n}.self_attn.q_proj" for n in LAYERS]
+    rows = [f"model.layers.{n}" for n in LAYERS]
+    one, two = (adapter(tmp_path / f"n{seed}", seed, modules=names) for seed in (0, 1))
+    adapterkit.resize(one, rank=2, out=tmp_path / "small")
+    of_both = [named_adapter(str(folder), LocalFolder(folder)) for folder in (one, two)]
+    modules = {name: (n / 8, 0.5) for n, name in enumerate(sorted(names))}
+    write_weights(WeightsFile(tuple(of_both), (1.0, 1.0), modules), tmp_path / "w.json")
+    document = report(tmp_path, weights=tmp_path / "w.json", output=tmp_path / "small")
+    for own in ("heatmaps", "weights", "outcome"):
+        assert document[own]["rows"] == rows, own
+    assert [layer["layer"] for layer in document["pairs"]["layers"]] == rows
+    drawn = dict(axes((tmp_path / "report.html").read_text()))
+    assert "absolute cosines by layer" in drawn and len(drawn) > 6
+    assert all(columns == rows for columns in drawn.values()), drawn
+    changed = adapterkit.diff(one, two)["changed"]
+    assert [row["name"] for row in changed] == names
+
+
 def test_the_command_and_notebooks(lora, llama, tmp_path):
     out = tmp_path / "report.html"
     words = ["report", str(lora), "--out", str(out)]

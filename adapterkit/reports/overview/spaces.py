@@ -23,7 +23,7 @@ from adapterkit.planning.adapters.sites import join
 from adapterkit.planning.inputs.converted_adapter import adapter_or_file
 from adapterkit.planning.inputs.sources import open_statistics, open_unconverted
 from adapterkit.records import Json
-from adapterkit.reports.heatmaps import place_of
+from adapterkit.reports.heatmaps import natural, place_of
 from adapterkit.tasks.statistics import read_covariance, select_covariances
 
 ROWS = 16  # of each product, whose elements' signs are compared
@@ -86,12 +86,13 @@ def compare_adapters(folders: Sequence[Folder], stats: StrPath | None = None) ->
                 layer += _add(sums, of)
                 if covariance is not None:
                     on_outputs += _inner_products(of, count, covariance)
+    ordered = sorted(layers.items(), key=lambda one: natural(one[0]))
     result = {
         "cosines": _cosines(sums.inner),
         "inputs": _shares(sums.inputs, sums.angles),
         "outputs": _shares(sums.outputs, sums.angles),
         "opposed": _shares(sums.opposed, sums.elements),
-        "layers": [{"layer": layer, "cosines": _cosines(inner)} for layer, inner in layers.items()],
+        "layers": [{"layer": layer, "cosines": _cosines(inner)} for layer, inner in ordered],
         "sum": _sum(sums.inner),
     }
     return result | ({} if statistics is None else {"output_cosines": _cosines(on_outputs)})

@@ -6,16 +6,14 @@ from statistics import fmean
 from adapterkit.adapters.weights_file import Weight, WeightsFile
 from adapterkit.pages.page import paragraph, table
 from adapterkit.records import Json, Settings
-from adapterkit.reports.heatmaps import place_of
+from adapterkit.reports.heatmaps import grid_of
 
 FIT = ("files", "losses", "steps", "written", "seconds")  # what a fit says of itself
 
 
 def weights_document(weights: WeightsFile, names: Sequence[str]) -> Json:
     """Weights by layer and module, of directions their mean; and losses, where a fit wrote them."""
-    places = {name: place_of(name) for name in weights.modules}
-    rows = list(dict.fromkeys(row for row, _ in places.values()))
-    columns = list(dict.fromkeys(column for _, column in places.values()))
+    places, rows, columns = grid_of(weights.modules)
     at = {place: weights.modules[name] for name, place in places.items()}
     cell = lambda place, number: _mean(at[place][number]) if place in at else None
     tables = [
