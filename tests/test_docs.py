@@ -16,6 +16,7 @@ import yaml
 import adapterkit
 from adapterkit import registry, runtime
 from adapterkit.cli import main
+from adapterkit.verbs import HOMES, SECTIONS
 from tests.support.documents import CODE, DOCUMENTS, README, ROOT, blocks, name_of, prose, typed
 
 PACKAGE = Path(adapterkit.__file__).parent
@@ -153,6 +154,20 @@ def test_other_commands_exist(document: Path):
 def test_the_readme_says_how_to_install_and_test():
     lines = [" ".join(words) for words in typed(README)]
     assert "pip install ." in lines and "pip install .[test]" in lines and "pytest" in lines
+
+
+def test_the_readme_says_which_commands_have_the_options_of_writing():
+    """And it is all that it names, and no other."""
+    said = re.search(r"commands of\s+([\w, ]+?)\s+have ([^;]+);", README.read_text())
+    assert said is not None
+    sections, words = re.findall("[A-Z]\\w+", said[1]), {*re.findall("`(--[\\w-]+)`", said[2])}
+    assert words == {"--dry-run", "--resume", "--overwrite", "--json"}
+    named = {verb for section in sections for verb in SECTIONS[section]}
+    have = {verb for verb in HOMES if words <= options(verb)}
+    assert have == named and len(named) > 12
+    for verb in {*HOMES} - have:  # what they write they replace only if asked
+        if "--out" in options(verb):
+            assert "--overwrite" in options(verb) or verb == "rerun", verb
 
 
 def test_every_option_has_help():

@@ -38,7 +38,7 @@ class AfterTraining:
         model = self.base or base
         lines = []
         if self.report is not None:
-            document = report([adapter], base=_if_local(model), out=self.report)
+            document = report([adapter], base=_if_local(model), out=self.report, overwrite=True)
             lines.append(f"{os.fspath(self.report)}: {document['advice']['reason']}")
         for form, out in self.convert.items():
             convert(adapter, to=form, base=_if_local(model), out=out, overwrite=Path(out).exists())

@@ -77,8 +77,8 @@ def page(title: str, body: Sequence[str]) -> str:
 def frame(whole: str) -> str:
     """A page inside another one, which neither changes the other's style nor runs anything."""
     return (
-        f'<iframe sandbox srcdoc="{html.escape(whole)}" style="width:100%;height:30rem;border:0;'
-        'resize:vertical"></iframe>'
+        f'<iframe sandbox title="adapterkit" srcdoc="{html.escape(whole)}" '
+        'style="width:100%;height:30rem;border:0;resize:vertical"></iframe>'
     )
 
 

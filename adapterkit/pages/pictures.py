@@ -69,7 +69,7 @@ def heatmap(
     ticks = "".join(f"<span>{escape(name)}</span>" for name in ends)
     caption = f"<figcaption>{escape(title)}</figcaption>" if title else ""
     return (
-        f'<figure class="map" style="--rows:{len(rows)}">{caption}'
+        f'<figure class="map" aria-label="{escape(label)}" style="--rows:{len(rows)}">{caption}'
         f'<div class="names" aria-hidden="true">{names}</div><div class="cells">{picture}</div>'
         f'<div class="ticks" aria-hidden="true">{ticks}</div></figure>'
     )
@@ -127,17 +127,24 @@ def _bitmap(values: Sequence[Row], scale: Scale) -> str:
 
 
 def band(
-    title: str, low: Sequence[float], middle: Sequence[float], high: Sequence[float], scale: Scale
+    label: str,
+    title: str,
+    low: Sequence[float],
+    middle: Sequence[float],
+    high: Sequence[float],
+    scale: Scale,
 ) -> str:
-    """A figure of a line between two others, over 1, 2, ...; `scale` is that of its height."""
+    """A figure of a line between two others, over 1, 2, ...; `scale` is that of its height, `label`
+    is for those who do not see it."""
     at = lambda n, value: (
         f"{WIDTH * n / max(len(middle) - 1, 1):.1f},{HEIGHT * (1 - scale.share(value)):.1f}"
     )
     points = lambda values: [at(n, value) for n, value in enumerate(values)]
+    name = f'aria-label="{escape(label)}"'
     area = " ".join([*points(low), *points(high)[::-1]])
     return (
-        f'<figure class="band"><figcaption>{escape(title)}</figcaption>'
-        f'<svg role="img" aria-label="{escape(title)}" viewBox="0 -2 {WIDTH} {HEIGHT + 4}" '
+        f'<figure class="band" {name}><figcaption>{escape(title)}</figcaption>'
+        f'<svg role="img" {name} viewBox="0 -2 {WIDTH} {HEIGHT + 4}" '
         f'preserveAspectRatio="none"><polygon points="{area}"/>'
         f'<polyline points="{" ".join(points(middle))}"/></svg>'
         f'<div class="ticks" aria-hidden="true"><span>1</span><span>{len(middle)}</span></div>'

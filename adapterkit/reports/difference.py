@@ -2,7 +2,7 @@
 nothing large is held whole."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -18,7 +18,6 @@ from adapterkit.planning.inputs.converted_adapter import adapter_or_file
 from adapterkit.planning.inputs.pipeline import is_pipeline
 from adapterkit.planning.inputs.sources import open_source
 from adapterkit.records import Json
-from adapterkit.reports.heatmaps import natural
 from adapterkit.reports.matching import (
     Matches,
     are_adapters,
@@ -73,9 +72,9 @@ def compare_sources(diff: Diff) -> Json:
         "same": not differs,
         "totals": totals | {"added": len(matches.added), "removed": len(matches.removed)},
         "change": _whole_change(results),
-        "changed": _in_order(result.row for result in results if result.state == "changed"),
-        "added": _in_order(matches.added),
-        "removed": _in_order(matches.removed),
+        "changed": [result.row for result in results if result.state == "changed"],
+        "added": matches.added,
+        "removed": matches.removed,
         "config": matches.config,
         "notes": matches.notes,
     }
@@ -90,10 +89,6 @@ def _match(
         return match_pipelines(sources)
     matched = match_adapters if are_adapters(folders) else match_checkpoints
     return matched(folders), folders
-
-
-def _in_order(rows: Iterable[Json]) -> list[Json]:
-    return sorted(rows, key=lambda row: natural(row["name"]))
 
 
 def _whole_change(results: list["Result"]) -> dict[str, float | None]:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from adapterkit.checkpoint.disk import replace_file
+from adapterkit.checkpoint.output.writer import unfinished_name
 from adapterkit.errors import Failed, Refused, shown
 from adapterkit.pages.page import MARK
 from adapterkit.pages.pictures import Scale
@@ -96,26 +98,28 @@ def _shade(values: tuple[float | None, ...], scale: Scale) -> str:
     return SHADES[min(int(share * len(SHADES)), len(SHADES) - 1)]
 
 
-def check_page(path: Path, flag: str) -> None:
-    """`Refused` for a place of a page that is no file to write, or holds something else."""
+def check_page(path: Path, flag: str, overwrite: bool) -> None:
+    """`Refused` for a place of a page that is no file to write, or holds something else, without
+    `overwrite` an older page too."""
     if path.suffix != ".html" or not os.path.isdir(path.parent) or os.path.isdir(path):
         expected, hint = "a file name ending in .html, in a folder that exists", "give another name"
         raise Refused(shown(path), expected=expected, where=flag, hint=hint)
     if os.path.exists(path):  # and not where the system takes no such name
         with path.open("rb") as file:
-            if MARK.encode() not in file.read(1000):
-                raise Refused(
-                    f"{shown(path)} exists and is no page of adapterkit",
-                    expected="a new file, or an older page",
-                    where=flag,
-                    hint="give another name",
-                )
+            is_page = MARK.encode() in file.read(1000)
+        if not is_page or not overwrite:
+            raise Refused(
+                f"{shown(path)} exists" + " and is no page of adapterkit" * (not is_page),
+                expected="a new file, or an older page, which --overwrite replaces",
+                where=flag,
+                hint="give another name" + ", or --overwrite" * is_page,
+            )
 
 
 def write_page(path: Path, text: str) -> None:
-    """`Failed` where the file cannot be written."""
+    """Write it, whole or not at all; `Failed` where that cannot be."""
     try:
-        path.write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        hint = "check the disk and the folder"
-        raise Failed(f"cannot write: {error.strerror}", where=str(path), hint=hint) from error
+        replace_file(path, text.encode(), path.with_name(unfinished_name(path.name)), durable=False)
+    except Failed as error:
+        error.hint = "check the disk and the folder"
+        raise

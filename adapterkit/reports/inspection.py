@@ -47,7 +47,7 @@ def _of_one(inspect: Inspect, path: StrPath) -> Json:
     base, plot = inspect.base, inspect.plot
     download, headers = inspect.download, inspect.headers
     if plot is not None:
-        check_page(Path(plot), "--plot")
+        check_page(Path(plot), "--plot", inspect.overwrite)
     on = open_model(base) if base is not None else None
     folder = open_source(path)
     if is_pipeline(folder):

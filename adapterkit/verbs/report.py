@@ -14,7 +14,12 @@ from adapterkit.options import (
     record,
 )
 from adapterkit.records import Json
-from adapterkit.shared_options import base_option, statistics_option, weights_option
+from adapterkit.shared_options import (
+    base_option,
+    page_overwrite_option,
+    statistics_option,
+    weights_option,
+)
 from adapterkit.verb import Verb, function_of
 
 
@@ -28,8 +33,8 @@ class Report(Verb[Json]):
       where modules differ), `modules`, `bytes`, `norm` (Frobenius, of all deltas), `relative` (the
       median over modules of ‖delta‖/‖W‖, with `base`), `stable_rank` (median of ‖delta‖²/σ₁²),
       `rank_90`, `rank_99` (the largest over modules of the rank that keeps this share of the
-      squared singular values), `problems` as in `inspect`; a pipeline's adapter is one for each
-      of its models
+      squared singular values), `problems` as in `inspect`, and modules whose delta is zero; a
+      pipeline's adapter is one for each of its models
     - `heatmaps`: `rows` (layers), `columns` (modules), and `tables`: of each adapter and `measure`
       ("relative" or "norm", "effective_rank", "share" of the squared norm) the values, null where
       there is no such module
@@ -50,7 +55,8 @@ class Report(Verb[Json]):
       null
     - `advice`: one `command` with its `reason`; `loading`: commands by program
 
-    Raises `Refused` where an adapter cannot be read or `out` is a file that is no report.
+    Raises `Refused` where an adapter cannot be read or `out` is a file; with
+    `overwrite` an older page is replaced.
     """
 
     runner = "reports.overview.document:write_report"
@@ -78,6 +84,7 @@ class Report(Verb[Json]):
         "Input covariances of the base: cosines of the adapters' outputs."
     )
     weights: StrPath | None = weights_option()
+    overwrite: bool = page_overwrite_option()
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
 

@@ -54,7 +54,7 @@ def deltas(folder):
 
 
 def report(tmp_path, *sources, **options):
-    return adapterkit.report([*sources], out=tmp_path / "report.html", **options)
+    return adapterkit.report([*sources], out=tmp_path / "report.html", overwrite=True, **options)
 
 
 def test_the_numbers_of_one_adapter(tmp_path):
@@ -226,6 +226,8 @@ def test_what_is_refused(tmp_path, llama):
     for out in (tmp_path / "taken.html", tmp_path / "x.txt", tmp_path / "no" / "x.html", tmp_path):
         with pytest.raises(Refused):
             adapterkit.report([one], out=out)
+        with pytest.raises(Refused):
+            adapterkit.report([one], out=out, overwrite=True)
     assert (tmp_path / "taken.html").read_text() == "mine"
     with pytest.raises(Refused, match="no receipt"):
         report(tmp_path, one, output=llama)
@@ -262,13 +264,53 @@ def test_layers_are_in_natural_order_on_every_axis(tmp_path):
     drawn = dict(axes((tmp_path / "report.html").read_text()))
     assert "absolute cosines by layer" in drawn and len(drawn) > 6
     assert all(columns == rows for columns in drawn.values()), drawn
-    changed = adapterkit.diff(one, two)["changed"]
-    assert [row["name"] for row in changed] == names
+
+
+def test_every_figure_has_a_name_of_its_own(lora, llama, tmp_path):
+    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two", 1)
+    adapterkit.merge(llama, [lora], out=tmp_path / "merged")
+    found = []
+    for number, adapters in enumerate(([lora], [one, two])):
+        out, more = tmp_path / f"{number}.html", {"output": tmp_path / "merged"}
+        adapterkit.report(adapters, out=out, **(more if number == 0 else {}))
+        text = out.read_text()
+        figures = re.findall(r"<figure[^>]*>", text)
+        labels = [re.search(r'aria-label="(\S[^"]*)"', figure)[1] for figure in figures]
+        assert len({*labels}) == len(labels), labels
+        assert all('role="img" aria-label=' in svg for svg in re.findall(r"<svg[^>]*>", text))
+        found += labels
+    assert len(found) > 20
+    assert "<iframe sandbox title=" in adapterkit.inspect(lora)._repr_html_()
+
+
+def test_an_older_page_is_replaced_only_when_asked(tmp_path):
+    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two", 1)
+    for verb, name in ((adapterkit.report, "out"), (adapterkit.inspect, "plot")):
+        page = {name: tmp_path / f"{name}.html"}
+        verb([one], **page)
+        before = page[name].read_bytes()
+        with pytest.raises(Refused, match="exists") as refused:
+            verb([two], **page)
+        assert "--overwrite" in refused.value.hint and page[name].read_bytes() == before
+        verb([two], overwrite=True, **page)
+        assert page[name].read_bytes() != before
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "out.html", "plot.html"}
+
+
+@pytest.mark.parametrize("side", ["lora_A", "lora_B"])
+def test_a_module_whose_delta_is_zero_is_among_the_problems(side, tmp_path):
+    one = adapter(tmp_path / "one")
+    tensors = load_file(one / "adapter_model.safetensors")
+    key = next(key for key in tensors if "layers.1." in key and side in key)
+    save_file(tensors | {key: torch.zeros_like(tensors[key])}, one / "adapter_model.safetensors")
+    (problem,) = report(tmp_path, one)["adapters"][0]["problems"]
+    assert "1 of 3 modules are zero: model.layers.1.self_attn.q_proj" in problem["found"]
+    assert problem["found"] in (tmp_path / "report.html").read_text()
 
 
 def test_the_command_and_notebooks(lora, llama, tmp_path):
     out = tmp_path / "report.html"
-    words = ["report", str(lora), "--out", str(out)]
+    words = ["report", str(lora), "--out", str(out), "--overwrite"]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0 and "next: adapterkit" in result.stdout
     printed = json.loads(CliRunner().invoke(main, [*words, "--json"]).stdout)

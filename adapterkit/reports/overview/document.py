@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.adapters.weights_file import WeightsFile
-from adapterkit.errors import Refused, shown
+from adapterkit.errors import Refused, listed, shown
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.options import StrPath, unweighted, weighted
 from adapterkit.planning.inputs.sources import if_given, open_model, open_source
@@ -44,7 +44,7 @@ QUANTILES = (0.1, 0.5, 0.9)
 def write_report(report: Report) -> Json:
     """Write the page of a report; its document."""
     path = Path(report.out)
-    check_page(path, "--out")
+    check_page(path, "--out", report.overwrite)
     document = document_of(report)
     write_page(path, report_page(_for_others(document, report)))
     return document
@@ -115,10 +115,11 @@ def _adapter(name: str, one: Json, spectra: dict[str, Tensor]) -> Json:
     relative = [module["relative"] for module in modules if module["relative"] is not None]
     used = [s for s in spectra.values() if bool(s.any())]
     only = lambda key: values.pop() if len(values := {m[key] for m in modules}) == 1 else None
-    known = ("format", "peft_type", "base", "bytes", "flags", "problems")
+    known = ("format", "peft_type", "base", "bytes", "flags")
     return {
         "name": name,
         **{key: one[key] for key in known},
+        "problems": one["problems"] + _idle(modules),
         **{key: only(key) for key in ("rank", "alpha", "scale")},
         "modules": len(modules),
         "norm": finite(math.hypot(*norms)) if norms else None,
@@ -131,6 +132,17 @@ def _adapter(name: str, one: Json, spectra: dict[str, Tensor]) -> Json:
             for share in (90, 99)
         },
     }
+
+
+def _idle(modules: Sequence[Json]) -> list[Json]:
+    """The problem of modules that change nothing where others do, which `inspect` takes as
+    saved."""
+    idle = [module_label(module) for module in modules if module["norm"] == 0]
+    if not idle or len(idle) == len(modules):
+        return []
+    found = f"the deltas of {len(idle)} of {len(modules)} modules are zero: {listed(idle)}"
+    hint = "check that training reached these modules"
+    return [Refused(found, expected="deltas that change the model", hint=hint).row()]
 
 
 def _spectra(name: str, one: Json, spectra: dict[str, Tensor]) -> list[Json]:

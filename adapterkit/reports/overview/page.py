@@ -138,7 +138,7 @@ def _maps(
         return paragraph(f"{label}: {number(flat[0])} everywhere.") if flat else ""
     names = [row or "outside of layers" for row in rows]
     figures = [
-        heatmap(f"{title} {label}", title, columns, names, cells, scale, number)
+        heatmap(f"{title} {label}".strip(), title, columns, names, cells, scale, number)
         for title, values in tables.items()
         for cells in [[*zip(*values, strict=True)]]
     ]
@@ -166,8 +166,10 @@ def _spectra(spectra: Sequence[Json], ranks: Sequence[Json]) -> list[str]:
             "median over the modules of each kind, and the band of 10 to 90 %."
         )
         figures = [
-            band(f"{s['modules']} ({s['count']})", s["low"], s["median"], s["high"], scale)
+            band(f"{one['adapter']} singular values, {name}", name, *lines, scale)
             for s in its
+            for name in [f"{s['modules']} ({s['count']})"]
+            for lines in [(s["low"], s["median"], s["high"])]
         ]
         parts += [paragraph(text, "soft"), side_by_side(figures, "bands")]
         rows = [
