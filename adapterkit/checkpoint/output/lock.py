@@ -10,6 +10,7 @@ import socket
 from datetime import datetime
 from pathlib import Path
 
+from adapterkit.checkpoint.folder import read_small
 from adapterkit.checkpoint.system import Held, system
 from adapterkit.errors import Refused, shown
 
@@ -42,10 +43,12 @@ class Lock:
 
     def check(self) -> None:
         """`Refused` while another process holds the lock, which this only reads."""
-        with contextlib.suppress(FileNotFoundError):
-            holder = self.path.read_bytes()[:1000].decode("utf-8", "replace")
-            if self._descriptor < 0 and may_run(holder):
-                raise self._refusal(holder)
+        holder = ""
+        if self._descriptor < 0:
+            with contextlib.suppress(OSError, ValueError):
+                holder = read_small(self.path, 1000).decode("utf-8", "replace")
+        if may_run(holder):
+            raise self._refusal(holder)
 
     def _refusal(self, holder: str) -> Refused:
         host, pid, *_ = *holder.split(" "), "?"
