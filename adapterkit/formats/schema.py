@@ -19,7 +19,7 @@ R = TypeVar("R")
 MODEL = "model"  # the naming of the loaded model
 ADAPTER_LAYOUT = "adapter"  # PEFT's: read and written by the package `adapters`
 # rules' words that are no namings
-RULE_WORDS = ("rows", "parts", "steps", "columns", "embedding", "untied")
+RULE_WORDS = ("rows", "parts", "steps", "columns", "embedding", "untied", "matrix")
 HEADS = ("heads", "kv_heads")  # shares of rows that a model's config tells
 
 
@@ -191,6 +191,8 @@ class NamingRule:
     # the architecture's, with its rules (`names.py`)
     tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     embedding: bool = False  # its factors are an embedding's
+    # namings in which the name is of a matrix (in, out) itself, and of no module with a weight
+    matrix: tuple[str, ...] = ()
     untied: bool = False  # adapted only where the base does not tie embeddings and head
     parts: tuple[str, ...] = ()  # words of the config: whether each of the modules is in the file
 

@@ -304,6 +304,62 @@ def test_dora_of_some_layers(of, home, tmp_path):
         merged(base, {adapter: 0.5}, tmp_path / "half.safetensors")
 
 
+def test_dora_of_some_rows_of_what_the_file_fuses(home, tmp_path):
+    """As diffusers trains Flux by default: q, k and v, and not proj_mlp of the same tensor."""
+    base, ends = base_of("flux", home), ("to_q", "to_k", "to_v", "to_out.0")
+    factors = {name: own for name, own in factors_of("flux").items() if name.endswith(ends)}
+    sizes = {name: drawn(len(b), seed=4).abs() + 1 for name, (_, b) in factors.items()}
+    adapter = write_adapter(factors, tmp_path / "dora.safetensors")
+    magnitudes = {f"{name}.lora_magnitude_vector": size for name, size in sizes.items()}
+    save_file(load_file(adapter) | magnitudes, adapter)
+    after = merged(base, [adapter], tmp_path / "out.safetensors", verify=True)
+    (model,) = models_of("flux").values()
+    state = {key: value.double() for key, value in state_of(model).items()}
+    for name, (a, b) in factors.items():
+        key = f"{name.removeprefix('transformer.')}.weight"
+        changed = state[key] + b.double() @ a.double()
+        state[key] = sizes[name].double()[:, None] * changed / changed.norm(dim=1, keepdim=True)
+    right = in_the_file("flux", {"transformer": state})
+    assert any("single_blocks.0.linear1" in key for key in right)
+    assert_close(after, right)
+
+
+def test_a_projection_that_the_file_keeps_as_a_matrix(home, tmp_path):
+    """OneTrainer trains SDXL's, which OpenCLIP keeps as (in, out), without a module; other factors
+    of it than plain ones are refused, and can be left out."""
+    base, a, b = base_of("sdxl", home), drawn(2, 8, seed=1), drawn(8, 2, seed=2)
+    query = "lora_te2_text_model_encoder_layers_0_self_attn_q_proj"
+    tensors = {}
+    for name in ("lora_te2_text_projection", query):
+        own = {"lora_down.weight": a, "lora_up.weight": b, "alpha": torch.tensor(2.0)}
+        tensors |= {f"{name}.{role}": value.clone() for role, value in own.items()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    before, key = load_file(base), "conditioner.embedders.1.model.text_projection"
+    out = tmp_path / "out.safetensors"
+    after = merged(base, [tmp_path / "lora.safetensors"], out)
+    torch.testing.assert_close(after[key], before[key] + (b @ a).T)
+    left = merged(base, [tmp_path / "lora.safetensors"], out, exclude="text_projection")
+    assert torch.equal(left[key], before[key])
+    tensors["lora_te2_text_projection.dora_scale"] = torch.ones(8, 1)
+    tensors[f"{query}.dora_scale"] = torch.ones(8, 1)
+    save_file(tensors, tmp_path / "dora.safetensors")
+    text = refusal(base, tmp_path / "dora.safetensors", tmp_path / "no.safetensors")
+    assert "1 modules that the file does not hold" in text and "--exclude" in text
+    left = merged(base, [tmp_path / "dora.safetensors"], out, exclude="text_projection")
+    assert torch.equal(left[key], before[key])
+
+
+def test_a_text_encoder_without_its_first_word(home, tmp_path):
+    """As some tools write CLIP; ComfyUI reads it too."""
+    word, flat = "cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."
+    tensors = {key.replace(word, flat): v for key, v in load_file(base_of("sd15", home)).items()}
+    save_file(tensors, tmp_path / "flat.safetensors")
+    factors = factors_of("sd15", every=5)
+    adapter = write_adapter(factors, tmp_path / "lora.safetensors")
+    after = merged(tmp_path / "flat.safetensors", [adapter], tmp_path / "out.safetensors")
+    assert_close(after, {k.replace(word, flat): v for k, v in expected("sd15", factors).items()})
+
+
 def test_tables_norms_and_values(home, tmp_path):
     """ComfyUI's differences of Wan's tables and norms, and a norm that replaces Flux's."""
     base = base_of("wan_t2v", home)

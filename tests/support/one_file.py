@@ -150,6 +150,9 @@ def _renamed(architecture: str, part: str, naming: str, prefix: str, state: Tens
             groups[prefix + key] = {0: value}
             continue
         text = f"{prefix}{names.text(match)}.{leaf}"
+        if module == "text_projection" and naming == "openclip":  # a matrix (in, out) of its own
+            groups[text.removesuffix(".weight")] = {0: value.T}
+            continue
         text = text.replace(".in_proj.", ".in_proj_") if naming == "openclip" else text
         groups.setdefault(text, {})[match.part] = value
         steps[text] = match.rule.steps.get(naming, ())
@@ -191,7 +194,7 @@ def factors_of(family: str, *, rank: int = 2, every: int = 1) -> dict[str, tuple
         layers = [
             (name, layer)
             for name, layer in model.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d) and name != "text_projection"
+            if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d)
         ]
         for name, layer in layers[::every]:
             if name.startswith("encoder.layers."):

@@ -34,10 +34,13 @@ class AddedDelta:
         out, inputs = matrix_shape(self.module.kind, self.module.parts)
         needs_base = depends_on_base(self.module)
         fits = out == height and inputs in (math.prod(parameter.shape[1:]), 0)  # 0: any
-        if not (fits and parameter.whole) or (needs_base and self.rows is not None):
+        if not (fits and parameter.whole):
             return None
-        weight = StoredParameter.of(parameter, tensors) if needs_base else None
-        return PlacedDelta(ModuleDelta(self.module, weight), self.rows or range(height))
+        rows = self.rows or range(height)
+        weight = None
+        if needs_base:
+            weight = StoredParameter.of(parameter, tensors).rows(rows.start, rows.stop)
+        return PlacedDelta(ModuleDelta(self.module, weight), rows)
 
 
 @dataclass(frozen=True)

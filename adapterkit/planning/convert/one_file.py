@@ -2,19 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.engines.converted_folder import ADDED_DELTAS
 from adapterkit.errors import Problems, Refused, listed, shown
-from adapterkit.formats.capabilities import FIT_ON_BASE, depends_on_base
+from adapterkit.formats.capabilities import FIT_ON_BASE
 from adapterkit.formats.detect import Detection
 from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.library import format_named
-from adapterkit.formats.modules.fusing import Fusion
+from adapterkit.formats.modules.fusing import Fusion, norm_problems
 from adapterkit.formats.modules.kinds import FACTORS, VALUE
-from adapterkit.formats.modules.names import fitting, names_of
+from adapterkit.formats.modules.names import Match, fitting, names_of
 from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
-from adapterkit.formats.modules.tensors import reshaped
+from adapterkit.formats.modules.tensors import reshaped, transposed
 from adapterkit.formats.one_file import OneFileModel
 from adapterkit.formats.peft.layout import KEPT, write_layout
 from adapterkit.formats.read import OTHER_BASE
@@ -27,8 +28,10 @@ from adapterkit.planning.convert.source import read_contents
 from adapterkit.verbs.convert import ConvertOptions
 
 LAYOUT = "peft"
+MATRIX = ("",)  # its name is the parameter's
 # kinds that are added as they are, and what the parameters may be called that they are of
 ADDED = ("loha", "lokr", "oft", "full", "modulation", FACTORS)
+PLAIN = (FACTORS, {"a", "b"})
 NOT_PLAIN = ("mid", "input_magnitude")
 WEIGHTS, BIASES, TABLES = ("weight", "scale"), ("bias",), ("modulation", "scale_shift_table")
 
@@ -109,25 +112,35 @@ class _InFile:
         modules = self._in_parts()
         self._check_names(modules)
         plain, others = _split(modules)
+        apart = {id(module): module for module in self._apart(plain)}
+        others += apart.values()
+        plain = [module for module in plain if id(module) not in apart]
         errors, added = Problems(where=self.contents.folders[0].label), list[AddedDelta]()
         for module in others:
             with errors.collected():
-                added += _deltas_of(*self._placed(module))
+                added += self._added(module)
         errors.raise_all()
         return self._named(plain), added
 
+    def _found(self, module: AdapterModule) -> tuple[Match, str] | None:
+        """The rule by which the file has a module, and its name there; None where it has none for
+        what it is."""
+        part = self.model.parts.get(module.component)
+        if part is None:
+            return None
+        names = names_of(self.model.architecture, module.component, part.naming)
+        named = names.named(module.name)
+        is_matrix = named is not None and part.naming in named[0].rule.matrix
+        return None if is_matrix and (module.kind, {*module.parts}) != PLAIN else named
+
     def _check_names(self, modules: Modules) -> None:
-        """`Refused` for modules of the file's parts that it has no names for."""
-        architecture, errors = self.model.architecture, list[str]()
-        for module in modules:
-            part = self.model.parts.get(module.component)
-            if part is not None:
-                named = names_of(architecture, module.component, part.naming).named(module.name)
-                errors += [] if named else [module.path]
-        if errors:
+        """`Refused` where the file's parts have none of the modules; of some the merge says it,
+        unless they are left out."""
+        there = [m for m in modules if m.component in self.model.parts]
+        if there and not any(map(self._found, there)):
             raise Refused(
-                f"{len(errors)} of {len(modules)} modules are not in {architecture}, as the base "
-                f"is: {listed(errors)}",
+                f"{len(there)} of {len(modules)} modules are not in {self.model.architecture}, as "
+                f"the base is: {listed([m.path for m in there])}",
                 expected=f"modules of {', '.join(self.model.parts)}",
                 where=self.contents.folders[0].label,
                 hint=OTHER_BASE,
@@ -135,13 +148,14 @@ class _InFile:
 
     def _named(self, modules: Modules) -> list[AdapterModule]:
         """The modules of the file that these are, fused."""
-        there = [m for m in modules if m.component in self.model.parts]
+        found = [self._found(module) is not None for module in modules]
+        there = [*compress(modules, found)]
         reader = PlanReader(self.contents.folders)
         architecture, namings = self.model.architecture, self.model.namings
         form = self.model.names
         own = in_names_of(there, form, architecture, namings, None, None, reader)
         named = [self._valued(replace(m, name=key, component=LANGUAGE)) for m, key in own]
-        rest = (m for m in modules if m.component not in self.model.parts)
+        rest = compress(modules, (not one for one in found))
         return named + [replace(m, name=m.path, component=LANGUAGE) for m in rest]
 
     def _valued(self, module: AdapterModule) -> AdapterModule:
@@ -155,27 +169,55 @@ class _InFile:
             parts={leaf if role == "weight" else role: p for role, p in module.parts.items()},
         )
 
-    def _placed(self, module: AdapterModule) -> tuple[AdapterModule, range | None]:
-        """The module of the file, and the rows of it that this one is."""
-        if module.component not in self.model.parts:
-            return replace(module, name=module.path, component=LANGUAGE), None
-        part = self.model.parts[module.component]
-        names = names_of(self.model.architecture, module.component, part.naming)
-        named = names.named(module.name)
-        if part.naming == MODEL or named is None or len(named[0].rule.model) == 1:
-            return self._named([module])[0], None
-        match, text = named
+    def _added(self, module: AdapterModule) -> Iterator[AddedDelta]:
+        """What a module adds, to which parameters and rows of the file."""
+        named = self._found(module)
+        if named is None:
+            yield from _deltas_of(replace(module, name=module.path, component=LANGUAGE), None)
+            return
+        part, (match, text) = self.model.parts[module.component], named
         name = part.prefix + text
-        spec = self.model.tensors.get(f"{name}.weight")
-        fusion = Fusion(match.rule, part.naming)
+        if part.naming in match.rule.matrix:
+            parts = {"a": transposed(module.parts["b"]), "b": transposed(module.parts["a"])}
+            own = replace(module, name=name, component=LANGUAGE, parts=parts)
+            yield AddedDelta(own, MATRIX)
+        elif part.naming == MODEL or len(match.rule.model) == 1:
+            yield from _deltas_of(self._named([module])[0], None)
+        else:
+            rows = self._rows(module, match, name)
+            yield from _deltas_of(replace(module, name=name, component=LANGUAGE), rows)
+
+    def _rows(self, module: AdapterModule, match: Match, name: str) -> range | None:
+        """The rows of a module of the file that this one is."""
+        tensors = self.model.tensors
+        spec = tensors.get(f"{name}.weight") or tensors.get(f"{name}_weight")  # OpenCLIP's in_proj
+        fusion = Fusion(match.rule, self.model.namings[module.component])
         rows = None if spec is None else fusion.rows(spec.shape[0], module)[match.part]
-        if not isinstance(rows, range) or depends_on_base(module):
+        Problems(norm_problems([module])).raise_all()
+        if not isinstance(rows, range):
             raise Refused(
                 f"{shown(module.path)}: {module.kind} of some rows of {shown(name)}",
-                expected="plain factors, or a delta of consecutive rows that no norm is taken of",
+                expected="plain factors, or a delta of consecutive rows",
                 hint=FIT_ON_BASE,
             )
-        return replace(module, name=name, component=LANGUAGE), rows
+        return rows
+
+    def _apart(self, modules: Modules) -> list[AdapterModule]:
+        """Plain factors that are added as they are: of a transposed matrix, and DoRA of some of the
+        modules that the file fuses, whose magnitudes are of these rows."""
+        fused: dict[tuple[str, str], list[AdapterModule]] = {}
+        apart, whole = list[AdapterModule](), dict[tuple[str, str], int]()
+        for module in modules:
+            if (named := self._found(module)) is None:
+                continue
+            naming = self.model.namings[module.component]
+            if naming in named[0].rule.matrix:
+                apart.append(module)
+            elif naming != MODEL and "magnitude" in module.parts:
+                at = module.component, named[1]
+                fused.setdefault(at, []).append(module)
+                whole[at] = len(named[0].rule.model)
+        return apart + [m for at, own in fused.items() if len(own) < whole[at] for m in own]
 
     def _in_parts(self) -> list[AdapterModule]:
         """The modules, of an adapter of one part that does not say which with that part."""

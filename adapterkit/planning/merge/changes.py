@@ -504,11 +504,10 @@ def _add_delta(job: MergeJob, adapter: Adapter, added: AddedDelta, module: str) 
     if not job.is_selected(module) or job.is_off(adapter, module):
         job.skip(adapter, module)
         return
-    parameters = (job.names.parameter(f"{module}.{leaf}") for leaf in added.leaves)
-    parameter = next(filter(None, parameters), None)
+    names = [f"{module}.{leaf}" if leaf else module for leaf in added.leaves]
+    parameter = next(filter(None, map(job.names.parameter, names)), None)
     if parameter is None:
-        name = f"{module}.{added.leaves[0]}"
-        job.errors.append(job.unknown_error(adapter, added.module.path, name))
+        job.errors.append(job.unknown_error(adapter, added.module.path, names[0]))
         return
     placed = added.on(parameter, job.base.tensors)
     if placed is None:

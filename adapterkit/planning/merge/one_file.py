@@ -10,20 +10,24 @@ AVERAGES = "model_ema."  # copies of the weights that training averages
 
 
 def absent_parts(job: MergeJob, model: OneFileModel) -> list[AdapterkitError]:
-    """Refusals of modules of parts of the pipeline that are not in the file."""
+    """Refusals of modules of the pipeline that are not in the file, or parts of it."""
     errors = Problems(where=model.name)
     known = {part for one in architectures().values() for part in one.components}
     for adapter in job.adapters:
         added = (one.module.name for one in added_deltas(adapter.folder, adapter.number))
         names = [*(one.module for one in adapter.loras), *added, *adapter.replaced]
-        for part in sorted(known - {*model.parts}):
+        for part in sorted(known):
             own = [one for one in names if one.startswith(f"{part}.") and job.is_selected(one)]
+            own = [one for one in own if one not in model.modules]
             if own:
+                which = "that" if part in model.parts else f"of {part}, which"
                 errors.add(
-                    f"{adapter.name} trains {len(own)} modules of {part}, which the file does not "
-                    f"hold: {listed(own)}",
+                    f"{adapter.name} trains {len(own)} modules {which} the file does not hold: "
+                    f"{listed(own)}",
                     f"modules of {', '.join(model.parts)} ({model.architecture})",
-                    f'leave them out: --exclude "^{part}[.]"',
+                    "leave them out with --exclude"
+                    if part in model.parts
+                    else f'leave them out: --exclude "^{part}[.]"',
                 )
     return errors
 
