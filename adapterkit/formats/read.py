@@ -207,6 +207,10 @@ class _Names:
             return [], attempt
         attempts = {name: self._attempt(name, raws) for name in candidates}
         fits = [name for name, attempt in attempts.items() if not attempt.unknown]
+        if not fits and modules:
+            name = min(attempts, key=lambda name: len(attempts[name].unknown))
+            attempts[name] = self._by_base(name, attempts[name], raws)
+            fits = [name] if not attempts[name].unknown else []
         if not fits and MODEL in form.names.naming and (form.names.style == "dots" or modules):
             return [], self._without_rules(raws)
         if not fits:
@@ -236,6 +240,23 @@ class _Names:
             )
         namings = {name: attempts[name].namings[name] for name in fits}
         return fits, replace(attempts[fits[0]], namings=namings)
+
+    def _by_base(self, name: str, attempt: Attempt, raws: Sequence[Raw]) -> Attempt:
+        """The attempt, with modules that no rule lists and that the base has by the model's name:
+        it may have more blocks than the models that are known."""
+        if MODEL not in self.form.namings(name) or not attempt.resolved:
+            return attempt
+        spelled: dict[str, list[str]] = {}
+        for module in self.reading.modules:
+            spelled.setdefault(in_style(module, self.form.names.style), []).append(module)
+        resolved, unknown = list(attempt.resolved), list[str]()
+        for raw in (raw for raw in raws if raw.key in {*attempt.unknown}):
+            component, own = self._component(name, raw.prefix), spelled.get(raw.head, ())
+            if component is None or len(own) != 1:
+                unknown.append(raw.key)
+            else:
+                resolved.append(NamedModule(raw, component, [*own]))
+        return replace(attempt, resolved=resolved, unknown=unknown)
 
     def _component(self, architecture: str | None, prefix: str) -> str | None:
         """The component whose keys have this prefix; None where there is none."""

@@ -47,10 +47,9 @@ def plan_in_names_of(model: OneFileModel, source: Folder, detection: Detection) 
     return _plan(source, contents, plain, added, options)
 
 
-def plan_with_others(source: Folder, detection: Detection, options: ConvertOptions) -> Plan | None:
+def plan_with_others(source: Folder, contents: Contents, options: ConvertOptions) -> Plan | None:
     """The conversion of one component into PEFT's layout, with what is no plain factors in a file
     beside them; None where all are."""
-    contents = read_contents(source, detection, options, None)
     modules = [replace(module, component=LANGUAGE) for module in contents.modules]
     plain, others = _split(modules)
     added = [one for module in others for one in _deltas_of(module, None)]

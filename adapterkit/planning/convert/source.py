@@ -107,7 +107,7 @@ def read_contents(
     stay."""
     form = detection.form
     if detection.parts:
-        return _selected(_of_parts(source, detection.parts), options.prefix_only)
+        return selected(_of_parts(source, detection.parts), options.prefix_only)
     if form.layout == ADAPTER_LAYOUT:
         kind = kind_of(source, detection.config)
         if kind is not None and kind.name.upper() not in KINDS:
@@ -132,7 +132,7 @@ def read_contents(
             None if base is None else family_of(base),
         )
         contents = read(form, source, detection.container, detection.config, reading)
-    return _selected(contents, options.prefix_only)
+    return selected(contents, options.prefix_only)
 
 
 def _of_parts(source: Folder, parts: Sequence[str]) -> Contents:
@@ -155,7 +155,7 @@ def _of_parts(source: Folder, parts: Sequence[str]) -> Contents:
     )
 
 
-def _selected(contents: Contents, component: str | None) -> Contents:
+def selected(contents: Contents, component: str | None) -> Contents:
     """The contents of one component; bare modules are taken for it."""
     if component is None:
         return contents

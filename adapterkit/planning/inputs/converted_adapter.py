@@ -84,10 +84,12 @@ def in_adapter_layout(
 def _with_others(folder: Folder, detection: "Detection") -> Folder:
     """An adapter of another type in PEFT's layout, for a merge."""
     from adapterkit.planning.convert.one_file import plan_with_others
+    from adapterkit.planning.convert.source import read_contents
     from adapterkit.verbs.convert import ConvertOptions
 
     options = ConvertOptions(to=plain_layout())
-    plan = with_own_hints(lambda: plan_with_others(folder, detection, options))
+    read = lambda: read_contents(folder, detection, options, None)
+    plan = with_own_hints(lambda: plan_with_others(folder, read(), options))
     if plan is None:
         return folder
     plan = replace(plan, notes=())  # on files beside it, which no merge copies
@@ -189,22 +191,22 @@ def contents_of(folder: Folder, base: Checkpoint | None = None) -> "Contents | N
 
 
 def as_component(
-    folder: Folder, name: str, base: Checkpoint | None = None, *, with_others: bool = False
+    folder: Folder, contents: "Contents", name: str, base: Checkpoint | None = None
 ) -> ConvertedFolder:
-    """One component of a pipeline's adapter as a folder in PEFT's layout; `base`: that model of the
-    pipeline; `with_others`: what that layout does not hold is in a file beside it, for a merge."""
+    """One component of a pipeline's adapter as a folder in PEFT's layout, what that does not hold
+    in a file beside it; `base`: that model of the pipeline."""
     from adapterkit.formats.detect import detect
-    from adapterkit.planning.convert.plan import plan_convert
+    from adapterkit.formats.library import format_named
+    from adapterkit.planning.convert.one_file import plan_with_others
+    from adapterkit.planning.convert.plan import plan_contents
+    from adapterkit.planning.convert.source import named_base, selected
     from adapterkit.verbs.convert import ConvertOptions
 
-    detection = detect(folder)
-    options = ConvertOptions(to=plain_layout(), prefix_only=name)
-    plan = None
-    if with_others:
-        from adapterkit.planning.convert.one_file import plan_with_others
-
-        plan = plan_with_others(folder, detection, options)
-    plan = plan or plan_convert(folder, options, base, detection=detection)
+    detection, form = detect(folder), format_named(plain_layout())
+    options = ConvertOptions(to=form.name, prefix_only=name)
+    own, model = selected(contents, name), named_base(base, detection, form)
+    plan = plan_with_others(folder, own, options)
+    plan = plan or plan_contents(folder, own, options, base, model)
     return ConvertedFolder(folder, detection.form.name, detection.container.file, plan, name)
 
 

@@ -86,7 +86,7 @@ def _parts_of(source: StrPath, pipeline: Pipeline) -> dict[str, Folder]:
         with errors.collected():
             part = pipeline.part(component)
             if contents is not None:
-                parts[component] = _converted(folder, component, part)
+                parts[component] = _converted(folder, contents, component, part)
             else:
                 inner = cast(WithSubfolders, folder).subfolder(component)
                 parts[component] = _in_layout(inner, part)
@@ -118,12 +118,11 @@ def _told(folder: Folder, contents: Contents | None, part: PipelinePart) -> Fold
             hint=f"give it without {part.name}: in front",
         )
     component = contents.components[0] or part.name
-    return _converted(folder, component, part)
+    return _converted(folder, contents, component, part)
 
 
-def _converted(folder: Folder, component: str, part: PipelinePart) -> Folder:
-    base = part.as_base if part.is_denoiser else None
-    return as_component(folder, component, base, with_others=True)
+def _converted(folder: Folder, contents: Contents, component: str, part: PipelinePart) -> Folder:
+    return as_component(folder, contents, component, part.as_base if part.is_denoiser else None)
 
 
 def _in_layout(folder: Folder, part: PipelinePart) -> Folder:

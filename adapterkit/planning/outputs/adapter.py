@@ -141,7 +141,9 @@ class Output:
     def files(self, notes: list[str]) -> Files:
         """Its other files; a tokenizer among them joins the notes."""
         files: Files = {**tokenizer_files(list(self.adapters), self.tokenizer, notes)}
-        files["README.md"] = adapter_card(self.base(), self.adapters, self.summary).encode()
+        receipt = "../" * bool(self.folder) + RECEIPT
+        card = adapter_card(self.base(), self.adapters, self.summary, receipt)
+        files["README.md"] = card.encode()
         files[CONFIG] = FromMetrics(self.config)
         return {self.inside(name): file for name, file in files.items()}
 
