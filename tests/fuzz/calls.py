@@ -11,15 +11,18 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from diffusers.training_utils import EMAModel
 from safetensors.numpy import load_file
 from torch import nn
+from transformers import Trainer
 
 from adapterkit import LoraConfig, Refused
 from adapterkit.runtime import Adapters, attach, load
+from tests.support.beside_peft import parameters_of
 
 PREFIX = "base_model.model."
 LAYERS = ("embed_tokens", "block.up", "block.down", "head")
@@ -29,6 +32,31 @@ TOLD = (
     "trainable_token_indices",
 )  # fmt: skip
 NAMES = ("a", "b.c", "parts", "d", "e:f")
+
+
+def _in_inference_mode(value: torch.Tensor) -> None:
+    with torch.inference_mode():
+        value.mul_(0.9)
+
+
+def _fused(value: torch.Tensor) -> None:
+    value = value.detach()
+    value.grad = torch.ones_like(value)
+    torch.optim.SGD([value], lr=0.05, fused=True).step()
+
+
+def _by_numpy(value: torch.Tensor) -> None:
+    value.detach().numpy()[...] *= 1.1
+
+
+WRITES: tuple[Callable[[torch.Tensor], Any], ...] = (
+    lambda value: value.data.mul_(1.1),
+    lambda value: value.data.copy_(value.data.flip(-1)),
+    lambda value: setattr(value, "data", 0.9 * value.data),
+    _in_inference_mode,
+    _fused,
+    _by_numpy,
+)
 
 
 class Block(nn.Module):
@@ -188,6 +216,7 @@ class Run:
         if names:
             calls += [self.activate, self.activate, self.rows, self.merge, self.unmerge]
             calls += [self.disabled, self.save, self.delete, self.rescale, self.swap, self.combine]
+            calls += [self.write, self.write_base, self.ema, self.cast, self.groups]
             calls += [self.copy] + [self.detach] * (self.rng.random() < 0.2)
         call = self.rng.choice(calls)
         self.log.append(call.__name__)
@@ -423,7 +452,8 @@ class Run:
             return True
         name, (folder, stored) = self.name(), self.rng.choice(self.pool)
         self.expects_refusal = True  # other modules, kinds or ranks
-        self.h.swap(name, folder)
+        with torch.inference_mode(self.rng.random() < 0.3):
+            self.h.swap(name, folder)
         self.state.adapters[name] = stored
         return not self.state.merged
 
@@ -448,6 +478,77 @@ class Run:
         self.state.adapters[name] = stored = read(folder)
         expected = outputs(self.base, members)
         self.close(torch.from_numpy(outputs(self.base, [(stored, 1.0)])), expected)
+        return fits
+
+    def reread(self) -> None:
+        """Take the adapters as their files would be now."""
+        for name in self.state.adapters:
+            folder = self.new_folder()
+            self.h.save(folder, name=name)
+            self.state.adapters[name] = read(folder)
+
+    def write(self) -> bool:
+        """Change values of an adapter in a way that no version counts."""
+        fits = self.needs()
+        if self.state.merged:  # which holds the values of before
+            return fits
+        parts = [part for _, part in self.h.state.adapters[self.name()].parts()]
+        for value in {p for part in parts for p in part.parameters()}:
+            self.rng.choice(WRITES)(value)
+        self.reread()
+        return fits
+
+    def write_base(self) -> bool:
+        fits = self.needs()
+        if self.state.merged:
+            return fits
+        for name, value in self.start.items():
+            if self.rng.random() < 0.3:
+                own = self.model.get_parameter(name)
+                self.rng.choice(WRITES)(own)
+                value.copy_(own.detach())
+        self.base = {name: value.double().numpy() for name, value in self.start.items()}
+        return fits
+
+    def ema(self) -> bool:
+        """An evaluation of averages, and the weights of training again."""
+        fits, own = self.needs(), list(self.h.parameters())
+        if not own or self.state.merged:
+            return fits
+        shadows = EMAModel(own)
+        shadows.shadow_params = [1.5 * shadow for shadow in shadows.shadow_params]
+        state = dict(self.state.adapters)
+        shadows.store(own)
+        shadows.copy_to(own)
+        self.reread()
+        self.close(self.forward(), outputs(self.base, self.state.acting))
+        shadows.restore(own)
+        self.state.adapters = state
+        return fits
+
+    def cast(self) -> bool:
+        """To float64 and back; what is merged then comes out in float64."""
+        fits = self.needs()
+        self.model.double()
+        with torch.no_grad():
+            self.close(self.model(IDS), outputs(self.base, self.state.acting))
+        if self.state.merged:
+            self.h.unmerge()
+            for name, value in self.model.state_dict().items():
+                assert torch.equal(value, self.start[name].double()), name
+            self.state.active, self.state.merged = self.state.before, {}
+        self.model.float()
+        return fits
+
+    def groups(self) -> bool:
+        """What is trained decays, but for biases and norms."""
+        fits, trained = self.needs(), {id(p) for p in self.h.parameters()}
+        decayed = Trainer.get_decay_parameter_names(cast(Any, None), self.model)
+        own = {id(p) for name, p in self.model.named_parameters() if name in {*decayed}}
+        for name in self.state.adapters:
+            for key, value in parameters_of(self.h, name).items():
+                plain = "bias" not in key and not key.startswith(f"{PREFIX}norm.")
+                assert id(value) not in trained or (id(value) in own) == plain, key
         return fits
 
     def copy(self) -> bool:

@@ -1,6 +1,7 @@
 """One random adapter on a live model, from its seed: outputs, gradients, merging and files against
 PEFT's forward, in float64."""
 
+import copy
 import json
 import random
 import re
@@ -8,11 +9,13 @@ import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from transformers import Trainer
 
 from adapterkit.adapters.config import TASK_HEADS
 from adapterkit.adapters.keys import CONFIG
@@ -129,6 +132,8 @@ def _compare(base: models.Base, path: Path, outcome: Outcome) -> None:
     _note(outcome, "load", _equal(actual, expected, CLOSE))
     if runs and _has_gradients(theirs, model):
         _note(outcome, "gradients", _gradients(adapters, theirs, model))
+    _note(outcome, "groups", _groups(adapters, theirs))
+    _note(outcome, "EMA", _average(adapters, actual))
     _note(outcome, "disabled", _disabled(adapters, before))
     _merge(adapters, actual, outcome)
     if runs:
@@ -209,6 +214,36 @@ def _disabled(adapters: Adapters, before: dict[str, Tensor] | None) -> str | Non
         return _equal(models.outputs(adapters.model, adapters.model), before, 1e-12)
 
 
+def _groups(adapters: Adapters, theirs: Any) -> str | None:
+    """What decays in one of the models alone, by the keys of the file."""
+    decayed = []
+    state, name = theirs.state_dict(keep_vars=True), next(iter(theirs.peft_config))
+    others = peft.get_peft_model_state_dict(theirs, state_dict=state, adapter_name=name)
+    for model, values in ((adapters.model, parameters_of(adapters)), (theirs, others)):
+        names = {*Trainer.get_decay_parameter_names(cast(Any, None), model)}
+        own = {id(p) for name, p in model.named_parameters() if name in names}
+        keys = {key: id(p) in own for key, p in values.items() if p.requires_grad}
+        decayed.append(keys)
+    ours, others = decayed
+    odd = [key for key in ours.keys() & others.keys() if ours[key] != others[key]]
+    return f"{odd[:3]} decay in one alone" if odd else None
+
+
+def _average(adapters: Adapters, actual: dict[str, Tensor] | None) -> str | None:
+    """Averages act while they are there, and the weights of training after them."""
+    own, model = list(adapters.parameters()), cast(Any, adapters.model)
+    if not own:
+        return None
+    shadows = EMAModel(own)
+    shadows.shadow_params = [1.5 * shadow for shadow in shadows.shadow_params]
+    shadows.store(own)
+    shadows.copy_to(own)
+    expected = models.outputs(twin := copy.deepcopy(model), twin)
+    problem = _equal(models.outputs(model, model), expected, 1e-12)
+    shadows.restore(own)
+    return problem or _equal(models.outputs(model, model), actual, 1e-12)
+
+
 def _merge(adapters: Adapters, actual: dict[str, Tensor] | None, outcome: Outcome) -> None:
     """Merged outputs are those before, and so are those after unmerging, bit for bit."""
     _tried(outcome, "merge", adapters.merge)
@@ -218,6 +253,13 @@ def _merge(adapters: Adapters, actual: dict[str, Tensor] | None, outcome: Outcom
     _note(outcome, "merge", _equal(models.outputs(model, model), actual, CLOSE))
     adapters.unmerge()
     _note(outcome, "unmerge", _equal(models.outputs(model, model), actual, 1e-12))
+    adapters.merge()
+    model.float()
+    adapters.unmerge()
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    _note(outcome, "cast", f"{dtypes} after unmerging in float32" if dtypes else None)
+    model.double()
+    _note(outcome, "cast back", _equal(models.outputs(model, model), actual, 1e-4))
 
 
 def _save(
