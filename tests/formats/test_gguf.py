@@ -239,6 +239,25 @@ def test_stacks_of_experts_need_the_base_and_keep_their_delta(tmp_path: Path):
         assert torch.allclose(back[f"base_model.model.{key}"], value), key
 
 
+def test_a_router_among_target_parameters_is_a_module(tmp_path: Path):
+    """As the same factors of a module of that name."""
+    base = save_model(GOLDEN / "qwen3_moe" / "base", tmp_path / "base")
+    stem, parts = "model.layers.0.mlp.gate", {}
+    for x, shape in (("A", (2, 32)), ("B", (3, 2))):
+        parts[f"{stem}.lora_{x}.weight"] = torch.randn(shape)
+    files = {}
+    for name, how in {
+        "module": {"target_modules": ["gate"]},
+        "parameter": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
+    }.items():
+        folder, out = write_adapter(tmp_path / name, parts, **how), tmp_path / f"{name}.gguf"
+        adapterkit.convert(folder, to="gguf", base=base, out=out)
+        files[name] = tensors(out)
+    assert [*files["parameter"]] == [f"blk.0.ffn_gate_inp.weight.lora_{x}" for x in "ab"]
+    for key, value in files["module"].items():
+        assert np.array_equal(files["parameter"][key], value), key
+
+
 # --- what is around -------------------------------------------------------------------------------
 
 

@@ -41,6 +41,7 @@ from adapterkit.planning.convert.source import (
     parameter_problems,
     read_contents,
     shape_problems,
+    with_matrices,
 )
 from adapterkit.planning.inputs.input_identity import identities
 from adapterkit.planning.inputs.unpickled_folder import UnpickledFolder
@@ -202,7 +203,8 @@ def plan_contents(
     """The plan of a conversion whose source was read."""
     form = format_named(options.to)
     _check_source(contents, base, model)
-    adapted = without_zeros(contents, form)
+    is_in_names = form.layout != ADAPTER_LAYOUT  # PEFT's has parameters
+    adapted = without_zeros(with_matrices(contents, model) if is_in_names else contents, form)
     adapted = lowered(adapted, form, rank=options.rank, lossy=options.lossy, base=base)
     adapted = _in_dialect(adapted, form, model)
     is_rebuilt = contents.format != form.name or _shapes(contents) != _shapes(adapted)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from adapterkit import dtypes
+from adapterkit.adapters.targets import has_end
 from adapterkit.checkpoint.folder import Folder, WithSubfolders
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
@@ -26,7 +27,7 @@ from adapterkit.formats.schema import ADAPTER_LAYOUT, MODEL, Format
 from adapterkit.planning.adapters.other_types import kind_of
 from adapterkit.planning.convert.lossy import read_fitted
 from adapterkit.verbs.convert import ConvertOptions
-from adapterkit.weights.names import Names
+from adapterkit.weights.names import TRANSPOSED, Names
 
 
 def shape_problems(contents: Contents, base: Checkpoint | None) -> list[AdapterkitError]:
@@ -74,6 +75,24 @@ def parameter_problems(contents: Contents, model: NamedBase | None) -> list[Adap
                 "give the base that it was trained on, with layers of the same kinds",
             )
     return errors
+
+
+def with_matrices(contents: Contents, model: NamedBase | None) -> Contents:
+    """Factors of a parameter that is its module's one matrix, such as a router's `weight` (out,
+    in), as those of the module: PEFT has the two the same way round."""
+
+    def is_matrix(module: AdapterModule) -> bool:
+        if module.kind != PARAMETER or model is None:
+            return False
+        names = (f"{module.name}.{leaf}" for leaf in model.names.children(module.name) or ())
+        own = [name for name in names if any(has_end(name, target) for target in targets)]
+        matrix = model.names.parameter(f"{module.name}.weight")
+        is_known = matrix is not None and own == [matrix.name] and len(matrix.shape) == 2
+        return is_known and model.names.layer(module.name) != TRANSPOSED
+
+    targets = contents.config.get("target_parameters") or ()
+    modules = (replace(m, kind=FACTORS) if is_matrix(m) else m for m in contents.modules)
+    return replace(contents, modules=tuple(modules))
 
 
 def _fits(module: AdapterModule, shape: tuple[int, ...]) -> bool:
