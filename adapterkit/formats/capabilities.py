@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from adapterkit.errors import AdapterkitError, Problems, listed
-from adapterkit.formats.modules.kinds import FACTORS, MAGNITUDES, SHAPE
+from adapterkit.formats.modules.kinds import FACTORS, MAGNITUDES, PARAMETER, SHAPE
 from adapterkit.formats.modules.parts import magnitudes
 from adapterkit.formats.modules.record import AdapterModule, Contents
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
@@ -23,6 +23,7 @@ FIT = "give --rank N to make plain factors of them"
 FIT_ON_BASE = "give --base and --rank N to make plain factors of them"
 LEAVE_OUT = "give --lossy to leave them out"
 OTHER_FORMAT = "choose another format"
+MATRIX = f"give the base, by which a router's matrix is a module's; or {OTHER_FORMAT}"
 EXTRACT = "merge it with its own tool, then adapterkit extract BASE MERGED"
 
 
@@ -113,7 +114,8 @@ def ways_out(
         if is_fitted(module, form, contents):
             ways[FIT_ON_BASE if depends_on_base(module) else FIT] = None
         else:
-            ways[LEAVE_OUT if is_vector(module) else otherwise] = None
+            own = MATRIX if module.kind == PARAMETER else otherwise
+            ways[LEAVE_OUT if is_vector(module) else own] = None
     if FIT_ON_BASE in ways:  # which is more
         ways.pop(FIT, None)
     return "; ".join(ways)

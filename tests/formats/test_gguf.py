@@ -251,6 +251,9 @@ def test_a_router_among_target_parameters_is_a_module(tmp_path: Path):
         "parameter": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
     }.items():
         folder, out = write_adapter(tmp_path / name, parts, **how), tmp_path / f"{name}.gguf"
+        if name == "parameter":
+            with pytest.raises(Refused, match="give the base"):
+                adapterkit.convert(folder, to="gguf", out=out)
         adapterkit.convert(folder, to="gguf", base=base, out=out)
         files[name] = tensors(out)
     assert [*files["parameter"]] == [f"blk.0.ffn_gate_inp.weight.lora_{x}" for x in "ab"]
