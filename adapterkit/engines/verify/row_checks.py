@@ -343,15 +343,18 @@ def _wrong(
         each += [encoded(exact + by) for by in (-slack, slack)]
         bad = outside([_decoded(packed, parts, exact) for parts in each])
     if bool(bad.any()) and packed.searches_scales:
-        near = _as_near(packed, after, exact, slack, each, draws)
-        if draws is None:
-            error = (_nearest(packed, after, exact).double() - exact).abs()
-            bad &= ~near | ((stored - exact).abs() > error + 2 * slack)
-        else:
-            again = (_value(packed, exact + by) for by in (0, -slack, slack))
-            again = [packed.encode_rounded(after, weight, draws) for weight in again]
-            bad &= ~near | outside([_decoded(packed, parts, exact) for parts in again])
+        again = [_with_scales(packed, after, exact + by, draws) for by in (0, -slack, slack)]
+        bad &= outside(again) | ~_as_near(packed, after, exact, slack, each, draws)
     return _difference(bad, stored, value, first) if bool(bad.any()) else None
+
+
+def _with_scales(
+    packed: QuantizedWeight, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None
+) -> Tensor:
+    """What a weight is stored as with the scales that are there, decoded."""
+    if draws is None:
+        return _nearest(packed, stored, weight).double()
+    return _decoded(packed, packed.encode_rounded(stored, _value(packed, weight), draws), weight)
 
 
 def _nearest(
@@ -395,11 +398,10 @@ def _squares(
     packed: QuantizedWeight, stored: dict[str, Tensor], exact: Tensor, sampled: bool
 ) -> Tensor:
     """(value - exact)² with the scales that are stored; expected where codes are sampled."""
-    near = _nearest(packed, stored, exact).double() - exact
+    near = _with_scales(packed, stored, exact, None) - exact
     if not sampled:
         return near.square()
-    other = packed.encode_rounded(stored, _value(packed, exact), Zeros(0))
-    product = near * (_decoded(packed, other, exact) - exact)
+    product = near * (_with_scales(packed, stored, exact, Zeros(0)) - exact)
     return torch.where(product < 0, -product, near.square())  # no neighbor beyond the ends
 
 
