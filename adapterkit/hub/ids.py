@@ -81,12 +81,6 @@ def portable_name(source: str | os.PathLike) -> str:
     return str(replace(hub_id, revision=None) if is_commit else hub_id)
 
 
-def repository(source: str) -> str:
-    """The repository that a name is of; "" for a path that is there, and for what is no id."""
-    hub_id = None if os.path.exists(source) else parse(source)
-    return hub_id.repo if hub_id else ""
-
-
 def repositories(receipt: Mapping[str, Any]) -> set[str]:
     """The repositories that an output was made of, as its receipt says: its inputs, and what local
     ones of these were made of."""

@@ -15,18 +15,8 @@ from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import (
-    AdapterkitError,
-    Problems,
-    Refused,
-    by_reason,
-    did_you_mean,
-    listed,
-    shown,
-)
-from adapterkit.options import finite
+from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
 from adapterkit.records import Json
-from adapterkit.runtime.by_module import ModuleWeight, weight_on
 from adapterkit.runtime.guard import Guard
 from adapterkit.runtime.layers.alora_linear import InvokedPart
 from adapterkit.runtime.parts.alora import Invocations
@@ -301,40 +291,6 @@ def refuse_merged(state: State, names: Collection[str], where: str) -> None:
         )
 
 
-def weights_of(state: State, names: object) -> dict[str, float]:
-    """Names of adapters with their weights, from a name, a list of names, a map or None;
-    `Refused` for anything else, for unknown names and for weights that are not finite."""
-    table = named(names)
-    state.known(table)
-    wrong = {n: v for n, v in table.items() if isinstance(v, str) or finite(v) is None}
-    if wrong:
-        problem = ", ".join(f"weight {value!r} of {shown(name)}" for name, value in wrong.items())
-        raise Refused(problem, expected="finite numbers", where="weights", hint="give numbers")
-    weights = {n: v if isinstance(v, ModuleWeight) else float(v) for n, v in table.items()}
-    undirected(state, weights, "weights").raise_all()
-    return weights
-
-
-def undirected(state: State, table: Mapping[str, float], where: str) -> Problems:
-    """Refusals of weights of directions on modules that cannot have them."""
-    errors = Problems(where=where, hint="choose the weights for these adapters")
-    for name, weight in table.items():
-        adapter = state.adapters[name]
-        trained = "it is trainable" if adapter.trainable else None
-        own = [(s.path, part, weight_on(weight, part.named(s.path))) for s, part in adapter.parts()]
-        reasons = by_reason(
-            (part.named(path), trained or part.undirected(weights))
-            for path, part, weights in own
-            if isinstance(weights, tuple)
-        )
-        for reason, modules in reasons.items():
-            errors.add(
-                f"weights of directions of {shown(name)} on {listed(modules)}: {reason}",
-                "one number for each singular triplet of a product of two factors, or one for all",
-            )
-    return errors
-
-
 def named(names: object) -> Json:
     """Names with their weights, unchecked; `Refused` for what says neither."""
     if names is None or isinstance(names, str):
@@ -346,7 +302,7 @@ def named(names: object) -> Json:
             expected="a name, a list of names, a map of names to weights, or None",
             where="weights",
         )
-    # what a map of the caller holds, `weights_of` checks; its type says nothing
+    # what a map of the caller holds, `weighted.weights_of` checks; its type says nothing
     return dict(names) if isinstance(names, Mapping) else dict.fromkeys(items, 1.0)  # type: ignore[arg-type]
 
 

@@ -11,16 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy
 import peft
 import torch
 from diffusers.training_utils import EMAModel
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import Trainer
 
 from adapterkit.adapters.config import TASK_HEADS
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.adapters.weights_file import NamedAdapter, WeightsFile, write_weights
 from adapterkit.runtime import Adapters, attach, load
+from adapterkit.runtime.parts.factors import FactorsPart
 from tests.support.beside_peft import JUNK, parameters_of
 from tests.support.oracle import stored
 
@@ -73,6 +77,7 @@ def run(kind: str, seed: int, folder: Path) -> Outcome:
         config = drawn.config_for(base.load(), base.task, rng)
         if rng.random() < 0.25:
             config["bias"], config["lora_bias"] = "all", False
+        _sharpen(config, base.load(), random.Random(f"live/{kind}/{seed}/{attempt}"))
         try:
             path = folder / f"adapter{attempt}"
             still = partial(_without_gradient, plain=base.load())
@@ -87,6 +92,21 @@ def run(kind: str, seed: int, folder: Path) -> Outcome:
         return outcome
     outcome.unusable = "PEFT trains none of the configurations"
     return outcome
+
+
+def _sharpen(config: dict[str, Any], model: Any, rng: random.Random) -> None:
+    """Short names of modules that are trained in full, and DoRA with dropout and trained biases."""
+    if rng.random() < 0.25:
+        kinds = (nn.Linear, nn.Embedding)
+        own = [n for n, m in model.named_modules() if n and not isinstance(m, kinds)]
+        names = [n for n in own if any(p.dim() for p in model.get_submodule(n).parameters(False))]
+        if names:
+            end = rng.choice(names).rpartition(".")[2]
+            short = end[-rng.randint(min(3, len(end)), len(end)) :]
+            config["modules_to_save"] = [*(config.get("modules_to_save") or ()), short]
+    if rng.random() < 0.3 and not config.get("target_parameters"):
+        config |= {"use_dora": True, "lora_bias": False, "lora_dropout": 0.4}
+        config["bias"] = rng.choice(["none", "lora_only", "all"])
 
 
 def _without_gradient(wrapped: nn.Module, plain: Any) -> list[nn.Parameter]:
@@ -118,8 +138,8 @@ def _compare(base: models.Base, path: Path, outcome: Outcome) -> None:
     model = plain()
     expected = models.outputs(theirs, model)
     runs = expected is not None  # else PEFT's forward fails, and tells nothing
-    if any(map(effective.ignored, theirs.modules())):
-        expected = None  # PEFT's own forward goes past the adapter
+    if any(effective.ignored(m) or _loses_bias(m) for m in theirs.modules()):
+        expected = None  # PEFT's own forward goes past the adapter, or the base's bias
     before = models.outputs(model, model)
     adapters = _tried(
         outcome, "load", lambda: load(model, path, trainable=True, dtype=torch.float64)
@@ -134,8 +154,12 @@ def _compare(base: models.Base, path: Path, outcome: Outcome) -> None:
         _note(outcome, "gradients", _gradients(adapters, theirs, model))
     _note(outcome, "groups", _groups(adapters, theirs))
     _note(outcome, "EMA", _average(adapters, actual))
+    dropout = next(iter(adapters.state.adapters.values())).config.dropout
+    if dropout and expected is not None:
+        _note(outcome, "training", _training(plain(), path, theirs))
     _note(outcome, "disabled", _disabled(adapters, before))
     _merge(adapters, actual, outcome)
+    _go_round(adapters, path.parent / "weights.json", outcome)
     if runs:
         _save(base, adapters, actual, path.parent / "saved", outcome)
     _attach(plain(), path, outcome)
@@ -201,6 +225,51 @@ def _gradients(adapters: Adapters, theirs: Any, plain: nn.Module) -> str | None:
         if not float((actual - expected).abs().max()) <= CLOSE * 10 * largest:
             found.append(f"{key} off by {float((actual - expected).abs().max()) / largest:.3g}")
     return "; ".join(found[:3]) or None
+
+
+def _loses_bias(module: nn.Module) -> bool:
+    """Whether PEFT computes a head with trained rows without its bias, until it merges."""
+    is_rows = isinstance(module, TrainableTokensWrapper)
+    return is_rows and getattr(module.original_module, "bias", None) is not None
+
+
+def _training(model: Any, path: Path, theirs: Any) -> str | None:
+    """Where outputs or gradients differ with the same dropout."""
+    adapters = load(model, path, trainable=True, dtype=torch.float64)
+    theirs, plain = copy.deepcopy(theirs).train(), copy.deepcopy(model)
+    model.train()
+    expected, again = (_outputs_in_training(theirs, plain) for _ in range(2))
+    if _equal(again, expected, CLOSE):
+        return None  # what it draws besides, or keeps, is no part of this
+    problem = _equal(_outputs_in_training(model, plain), expected, CLOSE)
+    if problem or not _has_gradients(theirs, plain):
+        return problem
+    return _gradients(adapters, theirs, plain)
+
+
+def _outputs_in_training(model: nn.Module, plain: Any) -> dict[str, Tensor] | None:
+    random.seed(0)
+    numpy.random.seed(0)
+    return models.outputs(model, plain)
+
+
+def _go_round(adapters: Adapters, path: Path, outcome: Outcome) -> None:
+    """Weights of modules act as before where `active` is given again, and where it is merged."""
+    ((name, adapter),) = adapters.state.adapters.items()
+    model, rng = adapters.model, random.Random(len(outcome.jobs))
+    modules = {part.named(s.path) for s, part in adapter.parts() if isinstance(part, FactorsPart)}
+    chosen = {module: (round(rng.uniform(-1, 2), 2),) for module in modules if rng.random() < 0.7}
+    write_weights(WeightsFile((NamedAdapter("one"),), (0.5,), chosen), path)
+    adapters.activate(name, weights=path)
+    actual = models.outputs(model, model)
+    adapters.activate(adapters.active)
+    _note(outcome, "weights", _equal(models.outputs(model, model), actual, 1e-12))
+    _tried(outcome, "merge", lambda: adapters.merge(adapters.active))
+    if adapters.merged:
+        _note(outcome, "weights", _equal(models.outputs(model, model), actual, CLOSE))
+        adapters.unmerge()
+        _note(outcome, "weights", _equal(models.outputs(model, model), actual, 1e-12))
+    adapters.activate(name)
 
 
 def _odd(ours: Iterable[str], theirs: Iterable[str], bias: str) -> list[str]:
@@ -276,7 +345,7 @@ def _save(
         outcome.wrong.append(f"save: PEFT cannot read it: {outcome.without_oracle}")
         return
     again = again.double()
-    if not any(map(effective.ignored, again.modules())):
+    if not any(effective.ignored(m) or _loses_bias(m) for m in again.modules()):
         outputs = models.outputs(again, base.load().double())
         _note(outcome, "save", _equal(outputs, actual, CLOSE))
 

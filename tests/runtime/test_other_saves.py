@@ -84,7 +84,7 @@ def test_what_is_saved_is_for_whom_the_umask_says(mask, tmp_path):
 
 
 @pytest.mark.parametrize("base, named", [
-    ("org/base", ["org/base"]), ("org/base@main", ["org/base"]), ("/models/base", None),
+    ("org/base", ["org/base"]), ("org/base@main", None), ("/models/base", None),
     ("HERE", None), (None, None),
 ])  # fmt: skip
 def test_the_card_of_a_save(base, named, tmp_path, monkeypatch):

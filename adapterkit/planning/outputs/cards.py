@@ -15,7 +15,7 @@ from adapterkit.calls import COMMAND
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.formats.engines import engines
-from adapterkit.hub.ids import repository
+from adapterkit.hub.ids import portable_name
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # fields of a base's card that hold for the merged model too
@@ -85,7 +85,7 @@ def adapter_card(
 ) -> str:
     """The card of an adapter for the base of that id, made from these adapters; `receipt`: its
     path, "" for none."""
-    id = repository(base or "")
+    id = portable_name(base or "")
     metadata = [*_based_on([id], "adapter"), "library_name: peft"]
     how = " from the files" if receipt else ""
     body = [f"Made by adapterkit {__version__}{how}: {plain(summary)}.", ""]
@@ -94,8 +94,9 @@ def adapter_card(
     told = f"The changes of each module, and the hash of every file, are in `{receipt}`."
     body += ["", told, ""] if receipt else []
     body += ["To load it, in place of `ADAPTER` its folder or id:", ""]
+    id = id if HUB_ID.fullmatch(id) else "BASE"
     for client in (one for one in engines().values() if one.models == "language"):
-        body += [f"{client.title}:", "```", client.loading("peft", "ADAPTER", id or "BASE"), "```"]
+        body += [f"{client.title}:", "```", client.loading("peft", "ADAPTER", id), "```"]
     return _card(metadata, ["lora", "adapterkit"], "Adapter", body)
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from adapterkit.adapters.weights_file import NamedAdapter, WeightsFile, read_weights
-from adapterkit.errors import Problems, did_you_mean, listed
-from adapterkit.options import Sources, StrPath
+from adapterkit.errors import Problems, Refused, by_reason, did_you_mean, listed, shown
+from adapterkit.options import Sources, StrPath, finite
 from adapterkit.planning.inputs.sources import open_adapter, open_source
 from adapterkit.planning.inputs.weights import check_same, sources_of
 from adapterkit.runtime.by_module import ModuleWeight, weight_on
-from adapterkit.runtime.state import State, undirected, unique
+from adapterkit.runtime.state import State, named, unique
 
 
 def named_sources(sources: Sources, weights: StrPath) -> dict[str, StrPath]:
@@ -19,10 +19,10 @@ def named_sources(sources: Sources, weights: StrPath) -> dict[str, StrPath]:
     file, errors = read_weights(folder), Problems(where=folder.label)
     names: list[str] = []
     places = sources_of(sources, weights, file, errors)
-    for source, named in zip(places, file.adapters, strict=True):
+    for source, one in zip(places, file.adapters, strict=True):
         with errors.collected():
             adapter = open_adapter(source)
-            check_same(named, adapter, folder.label)
+            check_same(one, adapter, folder.label)
             names.append(adapter.name)
     errors.raise_all()
     return dict(zip(unique(names), places, strict=True))
@@ -46,14 +46,46 @@ def by_module(state: State, names: Sequence[str], weights: StrPath) -> dict[str,
     return dict(table)
 
 
+def weights_of(state: State, names: object) -> dict[str, float]:
+    """Names of adapters with their weights, from a name, a list of names, a map or None;
+    `Refused` for anything else, for unknown names and for weights that are not finite."""
+    table = named(names)
+    state.known(table)
+    wrong = {n: v for n, v in table.items() if isinstance(v, str) or finite(v) is None}
+    if wrong:
+        problem = ", ".join(f"weight {value!r} of {shown(name)}" for name, value in wrong.items())
+        raise Refused(problem, expected="finite numbers", where="weights", hint="give numbers")
+    weights = {n: v if isinstance(v, ModuleWeight) else float(v) for n, v in table.items()}
+    undirected(state, weights, "weights").raise_all()
+    return weights
+
+
+def undirected(state: State, table: Mapping[str, float], where: str) -> Problems:
+    """Refusals of weights of directions on modules that cannot have them."""
+    errors = Problems(where=where, hint="choose the weights for these adapters")
+    for name, weight in table.items():
+        adapter, found = state.adapters[name], []
+        for site, part in adapter.parts():
+            own = weight_on(weight, module := part.named(site.path))
+            if isinstance(own, tuple):
+                trained = "it is trainable" if adapter.trainable else None
+                found.append((module, trained or part.undirected(own)))
+        for reason, modules in by_reason(found).items():
+            errors.add(
+                f"weights of directions of {shown(name)} on {listed(modules)}: {reason}",
+                "one number for each singular triplet of a product of two factors, or one for all",
+            )
+    return errors
+
+
 def as_file(state: State, table: Mapping[str, float]) -> WeightsFile | None:
     """The file of weights that says the same as a table; None where one number says it for each
     adapter."""
     files = [weight.file for weight in table.values() if isinstance(weight, ModuleWeight)]
     if not files:
         return None
-    named = _modules_of(state, table) & {name for file in files for name in file.modules}
-    modules = {name: tuple(weight_on(w, name) for w in table.values()) for name in sorted(named)}
+    known = _modules_of(state, table) & {name for file in files for name in file.modules}
+    modules = {name: tuple(weight_on(w, name) for w in table.values()) for name in sorted(known)}
     adapters = tuple(NamedAdapter(str(number)) for number in range(len(table)))
     return WeightsFile(adapters, tuple(map(float, table.values())), modules, "direction")
 

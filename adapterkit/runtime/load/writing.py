@@ -19,7 +19,7 @@ from adapterkit.checkpoint.disk import storage_errors
 from adapterkit.checkpoint.fingerprint import metadata_with
 from adapterkit.checkpoint.system import system
 from adapterkit.errors import Problems, Refused, shown
-from adapterkit.hub.ids import is_on_hub, repository
+from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath
 from adapterkit.planning.inputs.model_config import vocabulary_sizes
 from adapterkit.planning.outputs.cards import adapter_card
@@ -242,8 +242,7 @@ def resized_embeddings(state: State, base: str | None) -> dict[str, Tensor]:
     """Parameters of the input embedding and the head by name, where the base's config tells another
     size; nothing where that config is neither in a folder nor in the Hub's cache."""
     model = state.model
-    place = base if base and Path(base).is_dir() else repository(base or "")
-    config = _stored_config(place) if place and hasattr(model, "get_input_embeddings") else {}
+    config = _stored_config(base) if base and hasattr(model, "get_input_embeddings") else {}
     sizes = vocabulary_sizes(config)
     if not sizes or getattr(model.config, "vocab_size", None) in {None, *sizes}:
         return {}
@@ -260,12 +259,8 @@ def resized_embeddings(state: State, base: str | None) -> dict[str, Tensor]:
 def _stored_config(base: str) -> dict:
     from transformers.utils.hub import cached_file
 
-    path = cached_file(
-        base,
-        "config.json",
-        local_files_only=True,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    try:
+        path = cached_file(base, "config.json", local_files_only=True)
+    except OSError:  # also for the path of a folder that is gone
+        return {}
     return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
