@@ -6,7 +6,6 @@ only since then, and either reading has the same shapes and norms.
 
 import json
 from collections.abc import Mapping
-from functools import partial
 
 from adapterkit.adapters.config import FASTEST, ORDER, ORDER_DETAIL, ORDERS, SLOWEST
 from adapterkit.adapters.record import Adapter
@@ -49,16 +48,14 @@ def order_problem(adapter: Adapter) -> Refused | None:
     order, folder = order_of(adapter.config), adapter.folder
     if order == FASTEST or not any(map(adapter.is_stack, adapter.loras)):
         return None
-    expected, convert = f"{ORDER} {FASTEST}, as PEFT has it", partial(command, "adapterkit convert")
-    if order == SLOWEST:
-        hint = f"first run {convert(folder.label, to='peft', out='DIR')}"
-        return Refused(f"{ORDER} {order}", expected=expected, where=adapter.where, hint=hint)
-    if not is_of_unsloth(adapter.config, card_of(folder)):
+    if order is None and not is_of_unsloth(adapter.config, card_of(folder)):
         return None
-    first = convert(folder.label, to="peft", expert_layout="unsloth", out="DIR")
+    options = {"to": "peft", "expert_layout": "unsloth", "out": "DIR"}
+    first = command("adapterkit convert", folder.label, **options)
     return Refused(
-        f"stacks of experts by Unsloth and no {ORDER}: until 2026-09-17 b had another order",
-        expected=f"{expected}, or {SLOWEST}",
+        f"stacks of experts by Unsloth, {ORDER} {order or 'unset'}: until 2026-09-17 their b had "
+        "another order",
+        expected=f"{ORDER} {FASTEST}, as PEFT has it, or {SLOWEST}",
         where=adapter.where,
         hint="give --expert-layout unsloth for one trained until then and --expert-layout "
         f"peft-0.19 for a later one, or first run (peft-0.19 for a later one) {first}",

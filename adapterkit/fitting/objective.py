@@ -2,7 +2,7 @@
 from those of each file's own adapter."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ class Objective:
         """(rows, tokens, vocabulary), at least float32."""
         given = batch.inputs.items()
         inputs = {key: value for key, value in given if key != "labels" or self.has_decoder}
-        with WithoutLoss():
+        with WithoutLoss() if self.has_decoder else nullcontext():
             logits = self.model(**inputs).logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -93,7 +93,7 @@ def merge_of(file: Path, **running: Any) -> Merge:
     refuse_shares(table, file.name)
     if "step" in table or "steps" in table:
         hint = "write each step as a table [[step]] of a .toml file: see Pipelines in docs/scale.md"
-        raise Refused("steps", expected="a recipe", where=str(file), hint=hint)
+        raise Refused("steps in YAML", expected="a recipe", where=str(file), hint=hint)
     if running.get("out") is None:
         raise Refused("no --out", expected="the output", where="options", hint="give --out DIR")
     recipe = _Recipe(records.read(RecipeDocument, table, file.name, hint=HINT), file.name)

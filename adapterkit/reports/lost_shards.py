@@ -1,8 +1,6 @@
-"""Factors that were saved without one process's share: the same share is zero in most modules."""
+"""Factors that were saved without one process's share: most modules have a block of zeros."""
 
-import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -10,7 +8,6 @@ from torch import Tensor
 from adapterkit.adapters.record import Lora
 from adapterkit.errors import Refused, listed, shown
 
-PROCESSES = 64  # of one run that are tried
 LEAST = 1 / 8  # of an axis: smaller blocks may be heads or neurons that nothing used
 # modules with the rows, or columns, of several, of which training may have left out some
 FUSED = re.compile(
@@ -20,11 +17,10 @@ FUSED = re.compile(
 
 @dataclass
 class LostShards:
-    """Collects the zero shares of an adapter's modules: all that each one's zeros may be."""
+    """Collects the modules of an adapter that have such a block, and what is zero there."""
 
     trained: int = 0
-    # from which to which of so many processes -> module -> what is zero
-    shares: dict[tuple[int, int, int], dict[str, str]] = field(default_factory=dict)
+    blocks: dict[str, str] = field(default_factory=dict)
 
     def see(self, lora: Lora, a: Tensor, b: Tensor) -> None:
         """a (rank, in) and b (out, rank) of a module. Of an embedding most tokens are not seen; of
@@ -32,35 +28,21 @@ class LostShards:
         if lora.kind == "embedding" or not b.any():
             return
         self.trained += 1
-        zeros = {"columns of a": (a == 0).all(0), "rows of b": (b == 0).all(1)}
-        for what, zero in zeros.items():
-            for share in _shares(zero):
-                self.shares.setdefault(share, {})[lora.module] = what
+        for what, zero in (("columns of a", (a == 0).all(0)), ("rows of b", (b == 0).all(1))):
+            places = zero.nonzero().flatten().tolist()
+            is_block = bool(places) and places[-1] - places[0] + 1 == len(places)
+            if is_block and len(places) >= LEAST * len(zero):
+                self.blocks[lora.module] = f"{places[0]} to {places[-1]} of {len(zero)} {what}"
 
     def problem(self, where: str) -> Refused | None:
-        """The share that most of the trained modules lack, one of which is not fused."""
-        order = lambda share: (len(self.shares[share]), -share[-1])
-        first, last, of = most = max(self.shares, key=order, default=(0, 0, 0))
-        modules = self.shares.get(most, {})
-        if len(modules) < max(2, self.trained / 2) or all(map(FUSED.search, modules)):
+        """Where most of the trained modules have one, and not fused ones alone."""
+        count, blocks = len(self.blocks), self.blocks
+        if count < max(2, self.trained / 2) or all(map(FUSED.search, blocks)):
             return None
-        what = " and ".join(sorted({*modules.values()}))
         return Refused(
-            f"{what} are zero from {first}/{of} to {last}/{of} in {len(modules)} of {self.trained} "
-            f"trained modules: {listed([shown(module) for module in modules])}",
+            f"{count} of {self.trained} trained modules have a block of zeros: "
+            f"{listed([f'{shown(module)} {what}' for module, what in blocks.items()])}",
             expected="whole factors: a save that loses the shard of a process leaves such zeros",
             where=where,
             hint="save it again, the shards gathered (FSDP, ZeRO-3, tensor parallelism)",
         )
-
-
-def _shares(zero: Tensor) -> Iterator[tuple[int, int, int]]:
-    """The shares of processes that a block of zeros may be: each has as many, the last the rest."""
-    places, size = zero.nonzero().flatten().tolist(), len(zero)
-    if not places or places[-1] - places[0] + 1 != len(places) or len(places) < LEAST * size:
-        return
-    start, stop = places[0], places[-1] + 1
-    for of in range(1, min(PROCESSES, size) + 1):
-        each = math.ceil(size / of)
-        if start % each == 0 and (stop % each == 0 or stop == size):
-            yield start // each, of if stop == size else stop // each, of
