@@ -1,15 +1,15 @@
 """Adapters whose names only the pipeline's own models tell: U-Nets of other sizes than those that
 were published, and names that several families have."""
 
+import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import adapterkit
 from tests.formats.video_models import MODELS as VIDEO
 from tests.support import pipelines
-from tests.support.one_file import write_pipeline
+from tests.support.one_file import in_the_file, write_pipeline
 
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -83,3 +83,44 @@ def test_a_lora_of_comfyui_for_z_image_whose_names_lumina_has_too(tmp_path):
     adapterkit.merge(tmp_path / "pipe", [tmp_path / "lora.safetensors"], out=tmp_path / "out")
     deltas = {"layers.0.attention.to_out.0": b @ a}
     assert_added(tmp_path / "pipe" / "transformer", tmp_path / "out" / "transformer", deltas)
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+@pytest.mark.parametrize("linear", [False, True])
+def test_factors_with_a_kernel_of_one_point_and_without_are_the_same(linear, is_file, tmp_path):
+    """proj_in is a linear layer in Stable Diffusion 2.x and a convolution in 1.x."""
+    model = unet(use_linear_projection=linear)
+    write_pipeline(tmp_path / "pipe", "unet", model)
+    save_file(in_the_file("sd2", {"unet": model.state_dict()}), tmp_path / "base.safetensors")
+    side = model.mid_block.attentions[0].proj_in.weight.shape[0]
+    block = "lora_unet_mid_block_attentions_0_"
+    shape = (side, side, *[1] * (2 * linear))  # another one than the base's
+    query, base = f"{block}transformer_blocks_0_attn1_to_q", {"ss_base_model_version": "sd_v2"}
+    deltas = kohya(
+        tmp_path / "a.safetensors", {f"{block}proj_in": shape, query: (side, side)}, **base
+    )
+    wanted = {"mid_block.attentions.0.proj_in": deltas[f"{block}proj_in"]}
+    wanted["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"] = deltas[query]
+    if is_file:
+        out = tmp_path / "out.safetensors"
+        adapterkit.merge(tmp_path / "base.safetensors", [tmp_path / "a.safetensors"], out=out)
+        state = model.state_dict()
+        for module, delta in wanted.items():
+            state[f"{module}.weight"] += delta.view(state[f"{module}.weight"].shape)
+        after = load_file(out)
+        for key, value in in_the_file("sd2", {"unet": state}).items():
+            torch.testing.assert_close(after[key], value)
+        return
+    adapterkit.merge(tmp_path / "pipe", [tmp_path / "a.safetensors"], out=tmp_path / "out")
+    assert_added(tmp_path / "pipe" / "unet", tmp_path / "out" / "unet", wanted)
+    found = adapterkit.check(tmp_path / "a.safetensors", program="comfyui", base=tmp_path / "pipe")
+    assert found["takes"], found
+    for_diffusers = tmp_path / "d.safetensors"
+    adapterkit.convert(
+        tmp_path / "a.safetensors", to="diffusers", base=tmp_path / "pipe", out=for_diffusers
+    )
+    model.load_lora_adapter(load_file(for_diffusers), prefix="unet")
+    own = dict(model.named_modules())
+    for module, delta in wanted.items():
+        got = own[module].get_delta_weight("default_0")
+        torch.testing.assert_close(got.flatten(1), delta)

@@ -1,5 +1,6 @@
 """An adapter of an image or video model under the names that the model has in its one file."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -24,7 +25,7 @@ from adapterkit.formats.write import in_names_of
 from adapterkit.plan import OutputFile, Plan
 from adapterkit.planning.adapters.added_deltas import AddedDelta, written
 from adapterkit.planning.convert.plan import plan_written, tasks_of
-from adapterkit.planning.convert.source import read_contents
+from adapterkit.planning.convert.source import read_contents, with_axes_of
 from adapterkit.verbs.convert import ConvertOptions
 
 LAYOUT = "peft"
@@ -155,6 +156,7 @@ class _InFile:
         own = in_names_of(there, form, architecture, namings, None, None, reader)
         named = [self._valued(replace(m, name=key, component=LANGUAGE)) for m, key in own]
         rest = compress(modules, (not one for one in found))
+        named = with_axes_of(self.model.tensors, named)
         return named + [replace(m, name=m.path, component=LANGUAGE) for m in rest]
 
     def _valued(self, module: AdapterModule) -> AdapterModule:
@@ -204,19 +206,14 @@ class _InFile:
     def _apart(self, modules: Modules) -> list[AdapterModule]:
         """Plain factors that are added as they are: of a transposed matrix, and DoRA of some of the
         modules that the file fuses, whose magnitudes are of these rows."""
-        fused: dict[tuple[str, str], list[AdapterModule]] = {}
-        apart, whole = list[AdapterModule](), dict[tuple[str, str], int]()
-        for module in modules:
-            if (named := self._found(module)) is None:
-                continue
-            naming = self.model.namings[module.component]
-            if naming in named[0].rule.matrix:
-                apart.append(module)
-            elif naming != MODEL and "magnitude" in module.parts:
-                at = module.component, named[1]
-                fused.setdefault(at, []).append(module)
-                whole[at] = len(named[0].rule.model)
-        return apart + [m for at, own in fused.items() if len(own) < whole[at] for m in own]
+        found = [(module, *named) for module in modules if (named := self._found(module))]
+        fused = Counter((m.component, text) for m, _, text in found if "magnitude" in m.parts)
+        apart = list[AdapterModule]()
+        for module, match, text in found:
+            naming, parts = self.model.namings[module.component], len(match.rule.model)
+            is_part = naming != MODEL and 0 < fused[module.component, text] < parts
+            apart += [module] if is_part or naming in match.rule.matrix else []
+        return apart
 
     def _in_parts(self) -> list[AdapterModule]:
         """The modules, of an adapter of one part that does not say which with that part."""

@@ -8,6 +8,7 @@ from typing import Any, cast
 from adapterkit import dtypes
 from adapterkit.adapters.targets import has_end
 from adapterkit.checkpoint.folder import Folder, WithSubfolders
+from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.base_model import NamedBase, facts_of
@@ -19,6 +20,7 @@ from adapterkit.formats.modules.fusing import Fusion, split
 from adapterkit.formats.modules.kinds import FACTORS, PARAMETER
 from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
 from adapterkit.formats.modules.rows import Heads, model_heads
+from adapterkit.formats.modules.tensors import reshaped
 from adapterkit.formats.one_file import OneFileModel, family_of
 from adapterkit.formats.peft.kinds import KINDS
 from adapterkit.formats.peft.layout import read_layout
@@ -95,6 +97,20 @@ def with_matrices(contents: Contents, model: NamedBase | None) -> Contents:
     return replace(contents, modules=tuple(modules))
 
 
+def with_axes_of(tensors: Mapping[str, TensorSpec], modules: Modules) -> list[AdapterModule]:
+    """Factors of kernels of one point with as many axes as the base's weight of that name has:
+    linear layers of one model are such convolutions in another, as U-Nets' proj_in."""
+    own: list[AdapterModule] = []
+    for module in modules:
+        spec, parts = tensors.get(f"{module.name}.weight"), dict(module.parts)
+        if spec is not None and module.kind == FACTORS and "mid" not in parts:
+            points = (1,) * (len(spec.shape) - 2)
+            if {*spec.shape[2:], *parts["a"].shape[2:]} == {1}:  # else the axes are the same
+                parts |= {n: reshaped(parts[n], (*parts[n].shape[:2], *points)) for n in "ab"}
+        own.append(replace(module, parts=parts))
+    return own
+
+
 def _fits(module: AdapterModule, shape: tuple[int, ...]) -> bool:
     """Whether a (r, in, *kernel) and b (out, r) make a weight of that shape, or of its transpose:
     GPT-2 stores linear layers so, and embeddings are."""
@@ -151,6 +167,9 @@ def read_contents(
             None if base is None else family_of(base),
         )
         contents = read(form, source, detection.container, detection.config, reading)
+        if base is not None:
+            modules = with_axes_of(base.tensors, contents.modules)
+            contents = replace(contents, modules=tuple(modules))
     return selected(contents, options.prefix_only)
 
 
