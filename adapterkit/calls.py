@@ -30,7 +30,7 @@ OF_THE_USER = (
     "resume",
 )  # fmt: skip
 # nor does a receipt hold how the job ran, and what looked at its output
-NOT_IN_RECEIPTS = frozenset({*OF_THE_USER, *RUNNING, "verify"})
+NOT_IN_RECEIPTS = frozenset({*OF_THE_USER, *RUNNING, "verify", "fail_below"})
 
 
 def arguments_of(verb: OptionRecord, spell: Spelling, without: Collection[str]) -> Json:

@@ -207,6 +207,8 @@ def _build(
             (stage.path / (shard.file + HANDOFF)).unlink(missing_ok=True)
         sums = _write_files(plan, stage, results, hash == "sha256")
         hashes = inputs.result() if inputs else {}
+        seconds = time.monotonic() - began
+        receipt = create_receipt(plan, recipe, fingerprint, done, sums, hashes, hash, seconds)
     except Unrecoverable:
         stage.forget()
         raise
@@ -216,9 +218,6 @@ def _build(
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    receipt = create_receipt(
-        plan, recipe, fingerprint, done, sums, hashes, hash, time.monotonic() - began
-    )
     if not stage.is_whole(receipt["files"]):
         problem, hint = "files that were made have disappeared", "run again with --resume"
         raise Failed(problem, where=str(stage.path), hint=hint)

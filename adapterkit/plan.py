@@ -28,6 +28,7 @@ from adapterkit.checkpoint.output.stage import Workspace
 from adapterkit.checkpoint.output.writer import part_name
 from adapterkit.checkpoint.reader import Identity
 from adapterkit.checkpoint.system import cores, quarter_of_memory
+from adapterkit.errors import WARNING
 from adapterkit.kernels.pieces import GPU
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.options import Progress
@@ -550,10 +551,13 @@ class Plan:
     files: dict[str, bytes | CopyFile | FromMetrics]
     # decided while planning, for the receipt
     decisions: Json = field(default_factory=dict)
+    # those that begin with `WARNING` become `warnings`, without the word
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     models: tuple[int, ...] = (0,)  # inputs too large to be read again for the receipt's hashes
     memory: int | None = None  # bytes for tasks together; None: a quarter of the machine's
-    warn: Callable[[dict[str, dict]], list[str]] = no_warnings  # from the measured metrics
+    # from the measured metrics; `Unrecoverable` where the output is not to be published
+    warn: Callable[..., list[str]] = no_warnings
     placement: Placement = Placement()
     is_file: bool = False  # the output is its one file, and no folder
     # folders of models of a pipeline, whose names are before those of tensors in the receipt
@@ -561,6 +565,15 @@ class Plan:
 
     def __post_init__(self):
         check_names(dict.fromkeys([*(shard.file for shard in self.shards), *self.files]))
+        marked = [note for note in self.notes if note.startswith(WARNING)]
+        warnings = (*self.warnings, *(note.removeprefix(WARNING) for note in marked))
+        object.__setattr__(self, "warnings", warnings)
+        object.__setattr__(self, "notes", tuple(n for n in self.notes if n not in marked))
+
+    def notes_of(self, name: str) -> list[str]:
+        """Its warnings and notes for a plan that it is a part of, under this name."""
+        warnings = [f"{WARNING}{name}: {text}" for text in self.warnings]
+        return warnings + [f"{name}: {note}" for note in self.notes]
 
     def recipe(self) -> Json:
         """What makes two plans the same, as it is read again from a file: version, verb, options,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +67,13 @@ def _all_metrics(plan: Plan, shards: Iterable[ShardResult]) -> dict[str, dict]:
     return metrics
 
 
+def kept_shares(metrics: Mapping[str, dict]) -> dict[str, float]:
+    """The share of each tensor's change that is in what was written. What compensated rounding
+    keeps is in the outputs, whatever is left of each element."""
+    kept = {key: metric for key, metric in metrics.items() if "output_error" not in metric}
+    return {key: metric["survived"] for key, metric in kept.items() if "survived" in metric}
+
+
 @dataclass(frozen=True)
 class Receipt:
     """The receipt of a finished job; `data` is the content of `adapterkit.json`, `out` the folder,
@@ -94,9 +101,11 @@ RECEIPT_CHECK = entries(
         "keys": table_of(TEXT, TABLE),
         "totals": entries({"tensors": COUNT, "bytes_written": COUNT}),
         "parameters": TABLE,
+        "warnings": list_of(TEXT),
         "notes": list_of(TEXT),
         "timings": entries({"seconds": FINITE}),
-    }
+    },
+    absent=("warnings",),  # of earlier receipts, where they are notes
 )
 
 
@@ -186,7 +195,8 @@ def create_receipt(
         **plan.decisions,
         **({"repositories": earlier} if (earlier := earlier_repositories(plan.folders)) else {}),
         "parameters": (metrics := _all_metrics(plan, shards)),
-        "notes": [*plan.notes, *plan.warn(metrics)],
+        "warnings": [*plan.warnings, *plan.warn(metrics)],
+        "notes": list(plan.notes),
         "timings": {
             "seconds": round(seconds, 3),
             "bytes_per_second": round(size / seconds) if seconds else None,

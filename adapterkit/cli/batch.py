@@ -152,5 +152,6 @@ def _print_row(row: Json) -> None:
         lines += row["message"].splitlines()
     if "totals" in row:
         lines.append(f"{row['totals']['bytes_written']:,} bytes to write")
+    lines += [f"warning: {warning}" for warning in row.get("warnings", [])]
     lines += [f"note: {note}" for note in row.get("notes", [])]
     click.echo("\n  ".join(lines), err=True)

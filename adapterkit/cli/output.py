@@ -122,6 +122,8 @@ def print_plan(plan: "Plan", as_json: bool) -> None:
         return
     from adapterkit.reports.tables import grouped
 
+    for warning in plan.warnings:
+        click.echo(f"warning: {warning}")
     for name, value in plan.totals().items():
         sized = not {"bytes", "disk", "memory"}.isdisjoint(name.split("_"))
         text = bytes_text(value) if sized else f"{value:,}"
@@ -160,6 +162,7 @@ def _document(plan: "Plan") -> Json:
         "totals": plan.totals(),
         "changed": changed,
         "computed": computed,
+        "warnings": list(plan.warnings),
         "notes": list(plan.notes),
         **plan.decisions,
     }
@@ -169,6 +172,8 @@ def print_receipt(receipt: "Receipt") -> None:
     from adapterkit.reports.tables import grouped, outcomes
 
     data = receipt.data
+    for warning in data.get("warnings", []):
+        click.echo(f"warning: {warning}", err=True)
     if receipt.finished_before:
         left = "only sent" if "pushed" in data else "nothing to do"
         click.echo(f"{receipt.out}: finished before, {left}", err=True)

@@ -127,4 +127,4 @@ def check_added_deltas(folder: Folder) -> None:
 def conversion_notes(folders: Iterable[Folder]) -> list[str]:
     """What was noted while adapters of other formats were read."""
     own = (folder for folder in folders if isinstance(folder, ConvertedFolder))
-    return [f"{folder.name}: {note}" for folder in own for note in folder.plan.notes]
+    return [note for folder in own for note in folder.plan.notes_of(folder.name)]

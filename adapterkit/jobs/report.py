@@ -21,12 +21,13 @@ def report(name: str, rows: Sequence[Row]) -> Json:
 def outcome(result: Receipt | Plan) -> Row:
     """The state of a job that was carried out, or of one that is planned."""
     if not isinstance(result, Receipt):
-        return {"state": "planned", "totals": result.totals(), "notes": list(result.notes)}
+        texts = {"warnings": list(result.warnings), "notes": list(result.notes)}
+        return {"state": "planned", "totals": result.totals(), **texts}
     notes, pushed = list(result.data["notes"]), result.data.get("pushed")
     if pushed is not None:
         notes += [sent(pushed["repo"])] * result.finished_before + pushed["notes"]
     state = "done before" if result.finished_before and pushed is None else "done"
-    return {"state": state, "notes": notes}
+    return {"state": state, "warnings": result.data.get("warnings", []), "notes": notes}
 
 
 def sent(repo: str) -> str:

@@ -76,6 +76,7 @@ class _Joint:
             shards=tuple(self.shards),
             files=self.files | files,
             notes=tuple(self.notes),
+            warnings=(),
             models=tuple(range(self.pipelines)),
             parts=tuple(plans),
         )
@@ -96,7 +97,7 @@ class _Joint:
                 content = replace(content, folder=f"{name}/")
             if file != CARD:
                 self.files[f"{name}/{file}"] = content
-        self.notes += (_of_part(name, note) for note in plan.notes)
+        self.notes += plan.notes_of(name)
 
     def leave(self, part: PipelinePart, plan: Plan) -> None:
         """Note the weights of a part that its plan does not read."""
@@ -142,11 +143,6 @@ class _Joint:
                 self.left_out.append(name)
             else:
                 self.files[name] = CopyFile(0, name)
-
-
-def _of_part(name: str, note: str) -> str:
-    warning = WARNING * note.startswith(WARNING)
-    return f"{warning}{name}: {note.removeprefix(warning)}"
 
 
 def _copied(file: str, spec: TensorSpec) -> Step:

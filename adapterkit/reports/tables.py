@@ -10,6 +10,7 @@ from statistics import median
 
 from adapterkit import dtypes
 from adapterkit.errors import shown
+from adapterkit.receipt import kept_shares
 from adapterkit.records import Json
 from adapterkit.reports.heatmaps import NUMBER, blocks, heatmaps_of, module_label
 
@@ -325,8 +326,7 @@ def outcomes(receipt: Json) -> Iterator[str]:
         plain = median(named("unweighted_output_error").values())
         text = f"{text} {len(compensated)} weights, {plain:.4f} if rounded to nearest"
         yield f"{text}; worst: {compensated[worst]:.4f} of {shown(worst)}"
-    survived = {k: share for k, share in named("survived").items() if k not in compensated}
-    if survived:
+    if survived := kept_shares(metrics):
         text = f"median {median(survived.values()):.1%} of the adapter's change kept after rounding"
         yield f"{text}, over {len(survived)} tensors; {_lowest(survived)}"
     errors = {

@@ -9,7 +9,7 @@ from adapterkit.checkpoint.folder import Folder, OneFile
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.engines.verify.file_checks import check_files
 from adapterkit.engines.verify.row_checks import check_rows
-from adapterkit.errors import WARNING, Damaged, Problems, Refused, listed, shown
+from adapterkit.errors import Damaged, Problems, Refused, listed, shown
 from adapterkit.options import flag_of
 from adapterkit.plan import Plan
 from adapterkit.planning.inputs.pipeline import Pipeline, is_pipeline, read_pipeline
@@ -62,9 +62,9 @@ def _hint(receipt: dict, plan: Plan) -> str:
     held, given = receipt.get("held"), plan.decisions.get("held", [])
     held = held if isinstance(held, list) else []
     names = [str(one.get("name")) for one in held if isinstance(one, dict) and one not in given]
-    notes = [note for note in plan.notes if note.startswith(WARNING)]
-    if not names and notes and notes[0] not in receipt["notes"]:
-        return f"{notes[0].removeprefix(WARNING)}: give the base of the merge"
+    before = "".join([*receipt.get("warnings", ()), *receipt["notes"]])  # earlier ones are notes
+    if not names and plan.warnings and plan.warnings[0] not in before:
+        return f"{plan.warnings[0]}: give the base of the merge"
     if not names:
         return AGAIN
     return (

@@ -1,12 +1,15 @@
 """merge: adapters into a base, W' = round(W + Σ weight·scale·b@a), streamed from files to files."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.options import (
     COMPAT,
     FLAG,
+    SHARE_ABOVE_0,
     SOURCE,
     TEXT,
     TEXTS,
@@ -189,6 +192,10 @@ class Merge(WritingVerb, MergeOptions):
     base: equal ones change nothing, others are refused unless `base_copies` says which counts,
     "ignore" (the base's own weight) or "adapter" (the copy, as in PEFT).
 
+    `fail_below` is the share of the change that the median of the changed tensors has to keep:
+    where rounding keeps less, the merge fails before anything is published. Without it the
+    receipt's `warnings` say what is lost.
+
     Unlike PEFT's `merge_and_unload` several adapters are added before the one rounding, tied
     embeddings that only one side changes are untied, attention's `out_proj` gets its delta once,
     and anything unknown is an error; `compat="peft"` keeps PEFT's roundings and order.
@@ -225,7 +232,21 @@ class Merge(WritingVerb, MergeOptions):
     out: StrPath = model_output_option()
     imatrix: StrPath | None = statistics_option(IMPORTANCE)
     verify: bool = verify_option()
+    fail_below: float | None = option(
+        default=None,
+        check=SHARE_ABOVE_0,
+        metavar="SHARE",
+        help="Fail, and publish nothing, if rounding keeps less than this share of the change, as "
+        "the median of the changed tensors.",
+        excludes=("rounding=compensated",),
+    )
     push: str | None = push_option()
+
+    def plan(self) -> "Plan":
+        plan = super().plan()
+        if self.fail_below is None:
+            return plan
+        return dataclasses.replace(plan, warn=partial(plan.warn, fail_below=self.fail_below))
 
     @property
     def pushed_to(self) -> str | None:

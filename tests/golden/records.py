@@ -9,6 +9,7 @@ from typing import Any
 TOLERANCE = 2e-3  # relative, of measured numbers: receipts round some to four digits
 CLOSE = 3e-4  # relative, of the summaries of weights
 DIGITS = 12  # of a sha256
+PROSE = ("warnings", "notes", "problems")  # lists of texts
 SMALL = 1e-6  # absolute, beside it: sums that cancel
 
 
@@ -34,7 +35,7 @@ def comparable(record: dict[str, Any]) -> dict[str, Any]:
         for name in cards:
             receipt["files"][name] = sorted(receipt["files"][name])
     for part in (plan, receipt, result):
-        for key in ("notes", "problems"):
+        for key in PROSE:
             if part and key in part:
                 part[key] = len(part[key])
     for verified in (result, record.get("returned", {}).get("verified")):
@@ -45,9 +46,14 @@ def comparable(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def texts(record: dict[str, Any]) -> dict[str, Any]:
-    """The prose of a record: notes, problems and model cards."""
+    """The prose of a record: warnings, notes, problems and model cards."""
     parts = {name: record[name] for name in ("plan", "receipt", "result") if name in record}
-    prose = {f"{n}.{k}": p[k] for n, p in parts.items() for k in ("notes", "problems") if k in p}
+    prose = {
+        f"{n}.{k}": p[k]
+        for n, p in parts.items()
+        for k in ("warnings", "notes", "problems")
+        if k in p
+    }
     return prose | record.get("cards", {})
 
 

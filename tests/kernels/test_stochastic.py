@@ -232,7 +232,7 @@ def test_a_merge_that_loses_most_of_the_delta_says_so(tmp_path):
         receipt = adapterkit.merge(
             tmp_path / "base", [tmp_path / "adapter"], out=out, overwrite=True, **options
         )
-        warnings = [note for note in receipt.data["notes"] if "WARNING" in note]
+        warnings = receipt.data["warnings"]
         assert bool(warnings) == warned, options
         if warned:
             assert "2 of 2 tensors less than 80 %" in warnings[0]
@@ -260,6 +260,6 @@ def test_pefts_roundings_on_the_way_count_as_losses(dtype, tmp_path):
     assert metrics["rounding"] == pytest.approx(noise, abs=0.1)
     assert metrics["survived"] < 0.5
     assert any(
-        "WARNING: in 2 of 2" in note and "remove --compat peft" in note
-        for note in receipt.data["notes"]
+        text.startswith("in 2 of 2") and "remove --compat peft" in text
+        for text in receipt.data["warnings"]
     )

@@ -4,6 +4,7 @@ and a receipt."""
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 
@@ -20,6 +21,7 @@ from adapterkit.errors import Damaged, Failed, Refused
 from adapterkit.kernels.quant.stochastic import last_place
 from adapterkit.options import SIZE, checked
 from tests.support import oracle
+from tests.support.forks import command
 from tests.support.oracle import DTYPES, LINEAR, load, stored
 
 EXTRAS = {
@@ -250,7 +252,7 @@ def test_a_delta_below_the_dtypes_resolution_is_reported(llama, lora, tmp_path):
         metrics["changed"] < 0.01 and metrics["rounding"] > 0.9
         for metrics in receipt["parameters"].values()
     )
-    (warning,) = [note for note in receipt["notes"] if "WARNING" in note]
+    (warning,) = receipt["warnings"]
     assert (
         "in 14 of 14 tensors less than 80 % of the change survived rounding to their dtype "
         "(median: 100% lost"
@@ -291,10 +293,75 @@ def test_the_share_of_the_delta_that_survives_16_bits(size, survived, tmp_path):
     a, b = (factors[f"base_model.model.x.lora_{side}.weight"].double() for side in "AB")
     left = float(((after - before) * (b @ a)).sum() / (b @ a).square().sum())
     assert metrics["survived"] == pytest.approx(left, abs=1e-3) == pytest.approx(survived, abs=0.02)
-    assert bool([note for note in receipt["notes"] if "WARNING" in note]) == (survived < 0.8)
+    assert bool(receipt["warnings"]) == (survived < 0.8)
     for name, options in [("drawn", {"rounding": "stochastic"}), ("wide", {"dtype": "fp32"})]:
-        notes = oracle.merge(base, adapter, out=tmp_path / name, **options).data["notes"]
-        assert not [note for note in notes if "WARNING" in note]
+        assert oracle.merge(base, adapter, out=tmp_path / name, **options).data["warnings"] == []
+
+
+@pytest.mark.parametrize("options, least, kept", [
+    ({}, 0.3, False),
+    ({}, 0.1, True),
+    ({"compat": "peft"}, 0.3, False),
+    ({"rounding": "stochastic"}, 0.9, True),
+    ({"dtype": "fp32"}, 1.0, True),
+    ({"dtype": "fp16"}, 0.3, True),
+])  # fmt: skip
+def test_a_merge_that_keeps_less_than_it_should_is_not_published(options, least, kept, tmp_path):
+    """A bfloat16 base, and a delta of an eighth of its step, of which 22 % are kept."""
+    base, adapter = deltas(tmp_path, torch.bfloat16, 1 / 8)
+    out = tmp_path / "out"
+    asked = {"fail_below": least, **options}
+    if kept:
+        receipt = adapterkit.merge(base, adapter, out=out, **asked)
+        plain = adapterkit.merge(base, adapter, out=tmp_path / "plain", **options)
+        assert receipt.data["fingerprint"] == plain.data["fingerprint"]
+        return
+    with pytest.raises(Failed) as caught:
+        adapterkit.merge(base, adapter, out=out, **asked)
+    said = r"rounding keeps 2[12]\.\d\d% of the change, the median of 1 tensors"
+    assert re.fullmatch(said, caught.value.problem)
+    assert caught.value.where == "--fail-below" and "--rounding stochastic" in caught.value.hint
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["adapter", "base"]
+    # nothing of it is in the way of the job that the hint asks for
+    adapterkit.merge(base, adapter, out=out, fail_below=0.9, rounding="stochastic")
+
+
+def test_fail_below_with_compensated_rounding_is_refused(tmp_path):
+    """It keeps the change in the outputs, whatever is left of each element."""
+    base, adapter = deltas(tmp_path, torch.bfloat16, 1 / 8)
+    with pytest.raises(Refused, match="--fail-below and --rounding compensated are given"):
+        how = {"rounding": "compensated", "stats": tmp_path / "stats.safetensors"}
+        adapterkit.merge(base, adapter, out=tmp_path / "out", fail_below=0.5, **how)
+
+
+def test_a_warning_is_the_first_line_and_no_note(tmp_path):
+    deltas(tmp_path, torch.bfloat16, 1 / 8)
+    words = ["merge", "base", "adapter", "--out"]
+    printed = command(*words, "out", cwd=tmp_path)
+    first, *rest = printed.stderr.splitlines()
+    assert printed.returncode == 0 and first.startswith("warning: in 1 of 1 tensors less than 80 %")
+    assert not re.search("warning", "\n".join(rest), re.IGNORECASE)
+    document = json.loads(command(*words, "json", "--json", cwd=tmp_path).stdout)
+    assert [f"warning: {text}" for text in document["warnings"]] == [first]
+    assert list(document).index("warnings") + 1 == list(document).index("notes")
+    failed = command(*words, "none", "--fail-below", "0.5", cwd=tmp_path)
+    assert failed.returncode == 1 and "rounding keeps 21" in failed.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_ranks_publish_no_merge_that_keeps_less(tmp_path):
+    deltas(tmp_path, torch.bfloat16, 1 / 8)
+    for words, status in [
+        (
+            ["merge", "base", "adapter", "--out", "out", "--fail-below", "0.5", "--plan", "p.json"],
+            0,
+        ),
+        (["run", "p.json"], 0),
+        (["finish", "p.json"], 1),
+    ]:
+        done = command(*words, cwd=tmp_path)
+        assert done.returncode == status, done.stderr
+    assert "--fail-below: rounding keeps 21" in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_a_delta_in_rows_that_are_not_sampled_is_not_said_to_survive(tmp_path, monkeypatch):
@@ -315,7 +382,7 @@ def test_a_base_of_more_digits_swallows_nothing(tmp_path):
     base, adapter = deltas(tmp_path, torch.float32, 1 / 8)
     receipt = oracle.merge(base, adapter, out=tmp_path / "out", dtype="bf16").data
     assert receipt["parameters"]["x.weight"]["rounding"] > 1
-    assert not [note for note in receipt["notes"] if "WARNING" in note]
+    assert receipt["warnings"] == []
 
 
 def test_hash_none_hashes_nothing_and_verify_still_checks_keys(llama, lora, tmp_path):

@@ -92,7 +92,7 @@ def test_a_base_without_a_head_or_a_norm_is_told(llama, lora, tmp_path):
         drop = lambda tensors, lost=lost: {k: v for k, v in tensors.items() if k != lost}
         base = damaged(llama, tmp_path / lost, drop)
         plan = adapterkit.merge(base, [lora], out=tmp_path / "out", dry_run=True)
-        (note,) = [note for note in plan.notes if note.startswith("WARNING")]
+        (note,) = plan.warnings
         assert f"LlamaForCausalLM are not stored: {lost}" in note
 
 

@@ -78,7 +78,8 @@ def changed(base, out, **tensors):
 
 def notes(base, adapter) -> list[str]:
     plan = merge(base, [adapter], out="planned", dry_run=True)
-    return [note for note in plan.notes if "made for" in note or "trained on" in note]
+    texts = [*(f"warning: {text}" for text in plan.warnings), *plan.notes]
+    return [text for text in texts if "made for" in text or "trained on" in text]
 
 
 def test_a_base_is_known_by_any_name_and_in_any_shards(llama, made, tmp_path):
@@ -98,9 +99,9 @@ def test_other_values_are_a_warning(where, llama, lora, made, tmp_path):
         value = load_file(llama / MODEL)[QUERIES]
         changed(llama, tmp_path / "other", **{QUERIES: value * 1.01})
     [note] = notes(tmp_path / "other", made)
-    assert note.startswith("WARNING: ") and f"{VALUES} other" in note and of_adapter(made) in note
+    assert note.startswith("warning: ") and f"{VALUES} other" in note and of_adapter(made) in note
     [problem] = problems_of(inspect(made, base=tmp_path / "other"))
-    assert problem == note.removeprefix("WARNING: ")
+    assert problem == note.removeprefix("warning: ")
     merge(llama, [made], out=tmp_path / "merged")
     with pytest.raises(Damaged) as caught:
         adapterkit.verify(tmp_path / "merged", base=tmp_path / "other", adapters=made)

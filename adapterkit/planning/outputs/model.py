@@ -1,5 +1,6 @@
 """Output files of a model: in a quantized format, decoded to floats, or streamed."""
 
+import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from adapterkit.checkpoint.fingerprint import of_headers
 from adapterkit.checkpoint.header import Header
 from adapterkit.checkpoint.layout import ShardLayout, TensorPlan, grouped, like_base
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import WARNING, AdapterkitError, shown
+from adapterkit.errors import WARNING, AdapterkitError, Unrecoverable, shown
 from adapterkit.plan import OutputFile, Step, Task
 from adapterkit.planning.outputs.cards import model_card
 from adapterkit.planning.outputs.folder_files import Files, model_files
+from adapterkit.receipt import kept_shares
 from adapterkit.records import Json
 from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.rows import EditedTensor, RequantizedWeight
@@ -103,24 +105,25 @@ class QuantizedModel:
 
 
 def rounding_warnings(
-    metrics: dict[str, dict], compat: str | None = None, *, in_gguf: bool = False
+    metrics: dict[str, dict],
+    compat: str | None = None,
+    *,
+    in_gguf: bool = False,
+    fail_below: float = -math.inf,
 ) -> list[str]:
     """Warnings where rounding to nearest lost a part of the delta: in quantized formats, and in
-    floats.
+    floats; `Unrecoverable` where the median tensor keeps less of it than `fail_below`.
 
     `survived` is the projection of the stored change on the delta. Normal deltas of 2, 1, 1/2, 1/8,
     1/32 of bf16's median step survive by 1.00, 0.93, 0.70, 0.22, 0.06, with `rounding` (the error
     over the delta's norm) 0.27, 0.48, 0.70, 0.92, 0.98. An extracted adapter of median `rounding`
     0.75, which goes with about 0.65, kept 0.64 of its gain in loss. Above 1 the error is noise that
-    loses nothing: of draws, or of a base of more digits. What compensated rounding keeps is in the
-    outputs, whatever is left of each element.
+    loses nothing: of draws, or of a base of more digits.
     """
     survival: dict[str, dict[str, float]] = {kind: {} for kind in LEAST_SURVIVAL}
-    for key, metric in metrics.items():
-        elementwise = "survived" in metric and "output_error" not in metric
-        if elementwise and metric.get("rounding", 0) <= 1:
-            kind = "float" if "rounding" in metric else "quantized"
-            survival[kind][key] = metric["survived"]
+    for key, share in (kept := kept_shares(metrics)).items():
+        if metrics[key].get("rounding", 0) <= 1:
+            survival["float" if "rounding" in metrics[key] else "quantized"][key] = share
     remedies = {
         "quantized": (
             "store what changes in more bits with --touched-as q8_0"
@@ -134,6 +137,14 @@ def rounding_warnings(
         "float": ("tensors", "80 %", "rounding to their dtype"),
     }
     warnings, first = [], f"remove --compat {compat}, and " if compat else ""
+    if kept and (median := statistics.median(kept.values())) < fail_below:
+        kind = "float" if survival["float"] else "quantized"
+        raise Unrecoverable(
+            f"rounding keeps {median:.2%} of the change, the median of {len(kept)} tensors",
+            expected=f"at least {fail_below:.2%}",
+            where="--fail-below",
+            hint=f"{first}give --rounding stochastic, or {remedies[kind]}",
+        )
     for kind, shares in survival.items():
         low = sorted((s, key) for key, s in shares.items() if s < LEAST_SURVIVAL[kind])
         if not low:
@@ -141,7 +152,7 @@ def rounding_warnings(
         (least, key), median = low[0], statistics.median(shares.values())
         noun, share, cause = texts[kind]
         warnings.append(
-            f"{WARNING}in {len(low)} of {len(shares)} {noun} less than {share} of the change "
+            f"in {len(low)} of {len(shares)} {noun} less than {share} of the change "
             f"survived {cause} (median: {1 - median:.0%} lost; least survived: {least:.0%} of "
             f"{shown(key)}): {first}give --rounding stochastic, or {remedies[kind]}"
         )

@@ -29,6 +29,7 @@ def outcome_of(receipt: Json) -> Json:
         "fingerprint": receipt["fingerprint"],
         "totals": receipt["totals"],
         "seconds": receipt["timings"]["seconds"],
+        "warnings": receipt.get("warnings", []),
         "notes": receipt["notes"],
         "rows": rows,
         "columns": columns,

@@ -244,6 +244,7 @@ def _outcome(outcome: Json | None) -> list[str]:
         ("fingerprint", outcome["fingerprint"]),
     ]
     parts = [table(["", ""], rows, texts=True)]
+    parts += [paragraph(f"warning: {text}") for text in outcome["warnings"]]
     parts += [paragraph(note, "soft") for note in outcome["notes"]]
     for metric, values in outcome["metrics"].items():
         label, log = MEASURES[metric]
