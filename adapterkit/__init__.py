@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from adapterkit.jobs.finish import finish as finish
     from adapterkit.jobs.plan_file import write_plan as write_plan
     from adapterkit.jobs.run import run as run
+    from adapterkit.options import Progress as Progress
+    from adapterkit.plan import Plan as Plan
+    from adapterkit.receipt import Receipt as Receipt
     from adapterkit.verbs.arrow import arrow as arrow
     from adapterkit.verbs.check import check as check
     from adapterkit.verbs.combine import combine as combine
@@ -46,7 +49,8 @@ if TYPE_CHECKING:
     from adapterkit.verbs.subtract import subtract as subtract
     from adapterkit.verbs.verify import verify as verify
 
-_HOMES = HOMES | {"LoraConfig": "adapters.lora_config", "write_plan": "jobs.plan_file"}
+_RECORDS = {"LoraConfig": "adapters.lora_config", "Plan": "plan", "Receipt": "receipt"}
+_HOMES = HOMES | _RECORDS | {"Progress": "options", "write_plan": "jobs.plan_file"}
 _ERRORS = [name for name, value in globals().items() if isinstance(value, type)]
 # computed, so that a verb is told once: type checkers take the names above
 __all__ = sorted([*_ERRORS, "__version__", *_HOMES])  # pyright: ignore[reportUnsupportedDunderAll]

@@ -28,7 +28,7 @@ StrPath = str | os.PathLike
 # Adapters, with weights where a verb has them
 Sources = (
     StrPath
-    | Mapping[StrPath, float]
+    | Mapping[Any, float]  # keys of mappings are invariant: any kind of path
     | tuple[StrPath, float]
     | Iterable[StrPath | tuple[StrPath, float]]
 )
@@ -69,13 +69,9 @@ def option(*, default: Any = dataclasses.MISSING, check: Check, help: str = "", 
 
 
 def argument(
-    *,
-    default: Any = dataclasses.MISSING,
-    check: Check,
-    kw_only: Literal[False] = False,
-    **more: Any,
+    *, kw_only: Literal[False], default: Any = dataclasses.MISSING, check: Check, **more: Any
 ) -> Any:
-    """A field of a verb's record that is given by its place."""
+    """A field of a verb's record that is given by its place: type checkers need the `kw_only`."""
     metadata = {"option": Option(check, **more)}
     return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 

@@ -31,7 +31,7 @@ from adapterkit.checkpoint.system import cores, quarter_of_memory
 from adapterkit.errors import WARNING
 from adapterkit.kernels.pieces import GPU
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.options import Progress
+from adapterkit.options import Progress, bytes_text
 from adapterkit.records import Json
 from adapterkit.weights.codec import stored_parts
 from adapterkit.weights.reader import Reader
@@ -534,9 +534,12 @@ class Placement:
     room: int = 0  # bytes of disk that its files take for a time, beside what they are in the end
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
     """A job, complete: inputs, output files, options and decisions for the receipt.
+
+    As text it is a summary; `totals()` are the numbers of a dry run, `warnings` and `notes` what it
+    says before anything is read.
 
     It pickles: its values are records, module-level functions and partials of these.
     """
@@ -569,6 +572,14 @@ class Plan:
         warnings = (*self.warnings, *(note.removeprefix(WARNING) for note in marked))
         object.__setattr__(self, "warnings", warnings)
         object.__setattr__(self, "notes", tuple(n for n in self.notes if n not in marked))
+
+    def __repr__(self) -> str:
+        totals = self.totals()
+        written, memory = (bytes_text(totals[n]) for n in ("bytes_written", "memory_peak"))
+        changed = f"{totals['tensors_changed']} of {totals['tensors']} tensors changed"
+        texts = [f"{self.verb}: {changed}; {written} to write, {memory} of memory at most"]
+        texts += [f"warning: {text}" for text in self.warnings]
+        return "\n".join([*texts, *(f"note: {note}" for note in self.notes)])
 
     def notes_of(self, name: str) -> list[str]:
         """Its warnings and notes for a plan that it is a part of, under this name."""

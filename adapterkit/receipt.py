@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -77,10 +77,10 @@ def kept_shares(metrics: Mapping[str, dict]) -> dict[str, float]:
 @dataclass(frozen=True)
 class Receipt:
     """The receipt of a finished job; `data` is the content of `adapterkit.json`, `out` the folder,
-    the file or the place on the Hub that it is of."""
+    the file or the place on the Hub that it is of. Notebooks show its metrics."""
 
     out: Path | str
-    data: Json
+    data: Json = field(repr=False)
     finished_before: bool = False
 
     def _repr_html_(self) -> str:

@@ -6,7 +6,7 @@
 
         command = "The help of the command."
         planner = "planning.resize:plan_resize"
-        adapter: StrPath = argument(check=SOURCE)
+        adapter: StrPath = argument(kw_only=False, check=SOURCE)
         rank: int | None = option(default=None, check=COUNT, help="Rank of each module.")
 
     resize = function_of(Resize)
@@ -34,6 +34,7 @@ from typing import (
 )
 
 from adapterkit.calls import call_of, is_data, with_command
+from adapterkit.errors import did_you_mean, listed
 from adapterkit.options import OptionRecord, option, option_of, own_hints, record
 from adapterkit.records import Json
 from adapterkit.registry import load
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+V = TypeVar("V", bound="Verb")
 
 
 class Verb(OptionRecord, Generic[R]):
@@ -152,12 +154,26 @@ def function_of(verb: Any) -> Any:
 
     def function(*args: Any, **options: Any) -> Any:
         with own_hints(verb):
-            return verb(*args, **options).run()
+            return called(verb, *args, **options).run()
 
     function.__name__ = function.__qualname__ = verb.name
     function.__module__, function.__doc__ = verb.__module__, verb.__doc__
     function.__signature__ = signature_of(verb)
     return function
+
+
+def called(verb: type[V], *args: Any, **options: Any) -> V:
+    """The record of a call; `TypeError` for what is no option of the verb, with the nearest one,
+    and for what is missing."""
+    signature = signature_of(verb)
+    try:
+        signature.bind(*args, **options)
+    except TypeError as error:
+        unknown = [name for name in options if name not in signature.parameters]
+        problem = f"has no option {listed(unknown)}" if unknown else str(error)
+        near = did_you_mean(unknown, signature.parameters)
+        raise TypeError(f"{verb.name}() " + "; ".join(filter(None, [problem, near]))) from None
+    return verb(*args, **options)
 
 
 def fields_of(verb: type[Verb]) -> list[dataclasses.Field]:

@@ -145,6 +145,7 @@ def test_other_commands_exist(document: Path):
                 "cd",
                 "ruff",
                 "pyright",
+                "mypy",
                 "pre-commit",
                 ".ci/run",
                 ".ci/lowest",

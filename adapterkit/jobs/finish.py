@@ -44,7 +44,7 @@ class Finish(Verb["Receipt"]):
       adapterkit finish merged.plan.json --verify --push me/merged
     """
 
-    file: StrPath = argument(check=FILE, metavar="FILE")
+    file: StrPath = argument(kw_only=False, check=FILE, metavar="FILE")
     verify: bool = verify_option()
     push: str | None = push_option()
     overwrite: bool = option(

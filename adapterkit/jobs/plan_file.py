@@ -27,7 +27,7 @@ from adapterkit.options import FILE, StrPath, checked, flag_of, own_hints
 from adapterkit.plan import Plan
 from adapterkit.planning.inputs.pipeline import PART
 from adapterkit.records import TABLE, TEXT, Json
-from adapterkit.verb import WritingVerb
+from adapterkit.verb import WritingVerb, called
 
 VERSION = 1
 AGAIN = "make the plan again"
@@ -57,7 +57,7 @@ def write_plan(file: StrPath, verb: str, *sources: object, **options: object) ->
     """
     path = Path(checked("file", FILE, file)).absolute()
     record = checked("verb", VERB, verb)
-    given = record(*sources, **options)
+    given = called(record, *sources, **options)
     arguments = _portable(given)
     call = record(**arguments, overwrite=given.overwrite)
     _check_room(path, call.overwrite, Path(call.out))

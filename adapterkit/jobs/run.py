@@ -80,7 +80,7 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
       srun adapterkit run merged.plan.json
     """
 
-    file: StrPath = argument(check=FILE, metavar="FILE")
+    file: StrPath = argument(kw_only=False, check=FILE, metavar="FILE")
     rank: str = option(
         default="auto",
         check=TEXT,

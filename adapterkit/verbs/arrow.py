@@ -41,7 +41,7 @@ class Arrow(WritingVerb):
       adapterkit arrow ./law ./medicine ./code --general ./english --top-k 2 --out experts
     """
 
-    adapters: Sources = argument(check=UNWEIGHTED, metavar="ADAPTER...")
+    adapters: Sources = argument(kw_only=False, check=UNWEIGHTED, metavar="ADAPTER...")
     general: Sources = option(
         default=(),
         check=UNWEIGHTED,

@@ -48,7 +48,7 @@ class EngineCheck(Verb[Json]):
       adapterkit check lora.safetensors --for diffusers
     """
 
-    adapter: StrPath = argument(check=SOURCE)
+    adapter: StrPath = argument(kw_only=False, check=SOURCE)
     program: str = option(
         check=Check("an engine", _engine, words=engine_names),
         flags=("--for",),

@@ -114,7 +114,7 @@ class Combine(WritingVerb, MethodOptions):
     """
 
     adapters: Sources = argument(
-        default=(), check=WEIGHTED, metavar="ADAPTER[=W]...", unless="weights"
+        kw_only=False, default=(), check=WEIGHTED, metavar="ADAPTER[=W]...", unless="weights"
     )
     method: str = option(
         default="linear",

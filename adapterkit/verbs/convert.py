@@ -104,7 +104,7 @@ class Convert(WritingVerb, ConvertOptions):
       adapterkit convert --from-list sources.txt --to peft --out-pattern "out/{name}" --resume
     """
 
-    src: StrPath = argument(check=SOURCE)
+    src: StrPath = argument(kw_only=False, check=SOURCE)
     base: StrPath | None = base_option(
         "The adapter's model, where its names or shapes are needed to read or write it."
     )

@@ -30,7 +30,7 @@ class Dequantize(WritingVerb):
       adapterkit dequantize ./model.Q4_K_M.gguf --out model            # needs adapterkit[gguf]
     """
 
-    base: StrPath = argument(check=SOURCE)
+    base: StrPath = argument(kw_only=False, check=SOURCE)
     dtype: str | None = dtype_option(
         "Dtype of the decoded weights (default: the one the format's library computes in)."
     )

@@ -46,7 +46,7 @@ class Diagnose(Verb[Json]):
       adapterkit diagnose merged --base BASE --adapter style
     """
 
-    model: StrPath = argument(check=SOURCE)
+    model: StrPath = argument(kw_only=False, check=SOURCE)
     base: StrPath | None = base_option("What it was made of.")
     adapters: Sources = option(
         default=(),

@@ -78,8 +78,8 @@ class Diff(Verb[Json]):
       adapterkit diff ./adapter ./resized --tolerance 1e-3
     """
 
-    a: StrPath = argument(check=SOURCE)
-    b: StrPath = argument(check=SOURCE)
+    a: StrPath = argument(kw_only=False, check=SOURCE)
+    b: StrPath = argument(kw_only=False, check=SOURCE)
     tolerance: float = option(
         default=0.0,
         check=number("0 or more", lambda value: value >= 0),

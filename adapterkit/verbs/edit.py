@@ -1,6 +1,6 @@
 """edit: what an adapter says of itself, and its strength, without a change of its factors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adapterkit.options import (
@@ -45,7 +45,7 @@ class Edit(WritingVerb):
       adapterkit edit ADAPTER --base-model org/base --out edited
     """
 
-    src: StrPath = argument(check=SOURCE)
+    src: StrPath = argument(kw_only=False, check=SOURCE)
     base_model: str | None = option(
         default=None, check=TEXT, metavar="ID", help="Id of the base that it says it is for."
     )
@@ -53,7 +53,7 @@ class Edit(WritingVerb):
     trigger: str | None = option(
         default=None, check=TEXT, metavar="WORDS", help="Words that a prompt needs."
     )
-    tag: tuple[str, ...] = option(
+    tag: Sequence[str] = option(
         default=(), check=TEXTS, metavar="TAG", help="A tag; repeat for several."
     )
     alpha: float | None = option(

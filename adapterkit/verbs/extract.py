@@ -64,8 +64,8 @@ class Extract(WritingVerb, TruncationOptions, ModuleFilters):
       adapterkit extract ./base ./fine-tune --max-size 50MB --out adapter
     """
 
-    base: StrPath = argument(check=SOURCE)
-    tuned: StrPath = argument(check=SOURCE)
+    base: StrPath = argument(kw_only=False, check=SOURCE)
+    tuned: StrPath = argument(kw_only=False, check=SOURCE)
     stats: StrPath | None = covariances_option()
     rest: str = option(
         default="save",

@@ -121,8 +121,8 @@ class WeightFit(Verb[Json]):
       adapterkit fit BASE en fr --score "evaluate {}" --out weights.json
     """
 
-    base: StrPath = argument(check=SOURCE)
-    adapters: Sources = argument(check=WEIGHTED, metavar="ADAPTER[=W]...")
+    base: StrPath = argument(kw_only=False, check=SOURCE)
+    adapters: Sources = argument(kw_only=False, check=WEIGHTED, metavar="ADAPTER[=W]...")
     data: StrPath | Sequence[StrPath] = option(
         default=(),
         check=FILES,

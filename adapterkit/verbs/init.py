@@ -74,7 +74,7 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
       adapterkit init ./model --method eva --rank 16 --stats stats.safetensors --out eva
     """
 
-    base: StrPath = argument(check=SOURCE)
+    base: StrPath = argument(kw_only=False, check=SOURCE)
     method: str = option(
         check=choice(lambda: declarations("inits")), help="Initialization; see the list below."
     )
@@ -84,8 +84,8 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
     alpha_for: Sequence[str] = option(
         default=(), check=TEXTS, metavar="REGEX=A", help=MATCHING.format("lora_alpha")
     )
-    targets: str | None = targets_option("PEFT's for the model's type")
-    exclude: str | None = option(
+    targets: str | Sequence[str] | None = targets_option("PEFT's for the model's type")
+    exclude: str | Sequence[str] | None = option(
         default=None,
         check=TARGETS,
         metavar="NAMES|REGEX",

@@ -89,7 +89,7 @@ class Inspect(Verb[Json]):
       adapterkit inspect meta-llama/Llama-3.1-8B --json
     """
 
-    paths: Sources = argument(check=UNWEIGHTED, metavar="PATH...")
+    paths: Sources = argument(kw_only=False, check=UNWEIGHTED, metavar="PATH...")
     base: StrPath | None = base_option(
         "The adapter's base: norms are also given relative to its weights' norms."
     )

@@ -69,7 +69,7 @@ class Loftq(WritingVerb, ScaleOptions, BlockOptions):
       adapterkit loftq ./model --quantized ./model-nf4 --rank 16 --out adapter
     """
 
-    base: StrPath = argument(check=SOURCE)
+    base: StrPath = argument(kw_only=False, check=SOURCE)
     bits: int = option(default=4, check=whole_of(4, 8), help="nf4, or int8.")
     bits_for: Sequence[str] = option(
         default=(),
@@ -80,7 +80,7 @@ class Loftq(WritingVerb, ScaleOptions, BlockOptions):
         excludes=("quantized",),
     )
     iterations: int = option(default=4, check=COUNT, help="Iterations, of which the best is kept.")
-    targets: str | None = targets_option("all quantized modules")
+    targets: str | Sequence[str] | None = targets_option("all quantized modules")
     quantized: StrPath | None = option(
         default=None,
         check=SOURCE,

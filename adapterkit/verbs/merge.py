@@ -214,9 +214,9 @@ class Merge(WritingVerb, MergeOptions):
       adapterkit merge ./merged ./my-adapter=-1 --out unmerged
     """
 
-    base: StrPath = argument(check=SOURCE)
+    base: StrPath = argument(kw_only=False, check=SOURCE)
     adapters: Sources = argument(
-        default=(), check=WEIGHTED, metavar="ADAPTER[=W]...", unless="weights"
+        kw_only=False, default=(), check=WEIGHTED, metavar="ADAPTER[=W]...", unless="weights"
     )
     weights: StrPath | None = weights_option()
     base16: StrPath | None = option(

@@ -56,7 +56,7 @@ class Quantize(WritingVerb, BlockOptions):
       adapterkit quantize flux.safetensors --to comfy-fp8 --out flux-fp8.safetensors
     """
 
-    base: StrPath = argument(check=SOURCE)
+    base: StrPath = argument(kw_only=False, check=SOURCE)
     to: str = option(check=choice(targets), help="Format to write; see the list below.")
     rounding: str = option(
         default="nearest",

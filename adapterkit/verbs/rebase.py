@@ -37,7 +37,7 @@ class Rebase(WritingVerb):
       adapterkit rebase ./pissa-trained --initial ./pissa-init --out plain
     """
 
-    adapter: StrPath = argument(check=SOURCE)
+    adapter: StrPath = argument(kw_only=False, check=SOURCE)
     initial: StrPath | None = option(
         default=None,
         check=SOURCE,

@@ -73,7 +73,7 @@ class Report(Verb[Json]):
     """
 
     adapters: Sources = argument(
-        default=(), check=UNWEIGHTED, metavar="ADAPTER...", unless="weights"
+        kw_only=False, default=(), check=UNWEIGHTED, metavar="ADAPTER...", unless="weights"
     )
     out: StrPath = option(check=FILE, metavar="FILE.html", help="The page to write.")
     base: StrPath | None = base_option("The adapters' base: norms relative to its weights' norms.")

@@ -62,7 +62,7 @@ class Rerun(Verb[Json]):
       adapterkit rerun merged --inputs ./models --inputs /data/llama --out again
     """
 
-    output: StrPath = argument(check=SOURCE, metavar="DIR")
+    output: StrPath = argument(kw_only=False, check=SOURCE, metavar="DIR")
     inputs: StrPath | Sequence[StrPath] = option(
         default=(),
         check=FILES,

@@ -56,7 +56,7 @@ class Resize(WritingVerb, TruncationOptions):
       adapterkit resize ./oft --base ./model --rank 32 --out lora
     """
 
-    adapter: StrPath = argument(check=SOURCE)
+    adapter: StrPath = argument(kw_only=False, check=SOURCE)
     base: StrPath | None = base_option(
         "The model it was trained on: OFT, VeRA and convolutions need it; with it DoRA becomes "
         "plain LoRA."

@@ -38,7 +38,7 @@ class StatsOptions(OptionRecord):
     )
     samples: int = option(default=256, check=COUNT, help="Number of samples to draw.")
     length: int | None = length_option()
-    targets: str | None = targets_option("all-linear", "Modules to measure")
+    targets: str | Sequence[str] | None = targets_option("all-linear", "Modules to measure")
     batch: int = option(default=8, check=COUNT, help="Samples per batch.")
     seed: int = seed_option("Seed of the draw.")
     whole: bool = whole_option()
@@ -96,7 +96,7 @@ class Stats(WritingVerb, StatsOptions):
       adapterkit stats org/model --data texts.jsonl --out hf://me/statistics:model.safetensors
     """
 
-    base: StrPath = argument(check=SOURCE)
+    base: StrPath = argument(kw_only=False, check=SOURCE)
     data: StrPath | Sequence[StrPath] = option(
         check=FILES,
         metavar="FILE",

@@ -46,7 +46,7 @@ class Subtract(WritingVerb):
     The second writes purified/law and purified/medicine.
     """
 
-    adapters: Sources = argument(check=UNWEIGHTED, metavar="ADAPTER...")
+    adapters: Sources = argument(kw_only=False, check=UNWEIGHTED, metavar="ADAPTER...")
     general: Sources = option(
         check=UNWEIGHTED,
         metavar="ADAPTER",

@@ -41,7 +41,7 @@ class Verify(Verb[Json]):
       adapterkit verify merged --base ./base --adapter ./my-adapter
     """
 
-    folder: StrPath = argument(check=SOURCE, metavar="DIR")
+    folder: StrPath = argument(kw_only=False, check=SOURCE, metavar="DIR")
     base: StrPath | None = base_option(
         "Base of a merge: recompute rows of each changed tensor in float64."
     )

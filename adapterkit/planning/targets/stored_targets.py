@@ -15,6 +15,7 @@ from adapterkit.adapters.resolve import LINEAR, Resolver, Target
 from adapterkit.adapters.targets import ALL_LINEAR
 from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.one_file import OneFileModel
+from adapterkit.options import targets as text_of_targets
 from adapterkit.patterns import matcher
 from adapterkit.planning.targets.changed_meanings import (
     layers_readings,
@@ -170,9 +171,10 @@ def _is_suffix_of_any(suffix: str, reversed_names: list[str]) -> bool:
     return at < len(reversed_names) and reversed_names[at].startswith(suffix[::-1])
 
 
-def entries_of(option: str, text: str) -> str | tuple[str, ...]:
+def entries_of(option: str, value: str | Sequence[str]) -> str | tuple[str, ...]:
     """A text of --targets or --exclude as PEFT has it: "all-linear", ends of names, of several with
     commas between, or a regular expression for whole names."""
+    text = text_of_targets(value)
     if text.lower() == ALL_LINEAR:
         return ALL_LINEAR
     if NAMES.fullmatch(text):
@@ -282,7 +284,7 @@ def _first_number(name: str) -> int | None:
 
 def select_layers(
     names: Names,
-    targets: str | None,
+    targets: str | Sequence[str] | None,
     among: Collection[str],
     lacking: str,
     notes: list[str],
