@@ -4,18 +4,19 @@ A file that holds a call may come from a stranger. So a call in a file says what
 nothing that only the user decides: where it runs, what it replaces, where it is sent.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from adapterkit.commands import argument, line
-from adapterkit.errors import Problems, listed
+from adapterkit.errors import AdapterkitError, Problems, listed, shown
 from adapterkit.hub.ids import portable_name
-from adapterkit.options import OptionRecord, StrPath, finite, flag_of, option_of
+from adapterkit.options import OptionRecord, StrPath, finite, flag_of, option_of, weighted
 from adapterkit.records import Json
 from adapterkit.registry import load
 from adapterkit.run_options import RUNNING
@@ -140,3 +141,68 @@ def _word(value: Any) -> str:
     if isinstance(value, list) and len(value) == 2 and isinstance(value[1], float | int):
         return value[0] if value[1] == 1 else f"{value[0]}={value[1]:g}"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+# An option in a hint, but for those that are quoted
+_OPTION = re.compile(r"`[^`]*`|(?<![\w-])--([a-z][a-z0-9-]*)(?: [A-Z]+\b)?")
+_OF_COMMANDS = {"help", "json", "plan", "quiet"}  # options of commands that are none of their verbs
+# a word of a command with its quotes; one that stands for a source, and what follows it
+_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|[^\s'"])+""")
+_STANDS_FOR = re.compile(r"([A-Z]+)(=\S*)?")
+_ADAPTERS = {"adapters", "general", "paths", "src"}
+
+
+@contextlib.contextmanager
+def own_hints(verb: OptionRecord | type[OptionRecord]) -> Iterator[None]:
+    """Errors of a verb hint at options that it has: planning is shared by verbs that differ. Of one
+    verb within another, such as a step of `run`, the inner one's options are meant. Commands get
+    the paths of a call."""
+    try:
+        yield
+    except AdapterkitError as error:
+        for one in getattr(error, "errors", (error,)):
+            if not one.is_of_verb:
+                one.hint, one.is_of_verb = own_hint(one.hint, verb, one.where), True
+        raise
+
+
+def own_hint(hint: str, verb: OptionRecord | type[OptionRecord], where: str = "") -> str:
+    """A hint with the verb's arguments as they are written, without alternatives that name options
+    of other verbs; its commands with the paths of a call."""
+    fields = dataclasses.fields(verb)
+    known = {field.name.replace("_", "-") for field in fields if field.kw_only}
+    known |= {"adapter"} if "adapters" in known else set()
+    arguments = {field.name for field in fields if not field.kw_only}
+    name = lambda m: m[1].upper() if m[1] in arguments else m[0]
+    fits = lambda text: all(m[1] in known | _OF_COMMANDS for m in _OPTION.finditer(text) if m[1])
+    text, newline, commands = hint.partition("\n")
+    text = _OPTION.sub(name, text)
+    parts = [text] if fits(text) else re.split(r", or |, then |; (?=give |--)", text)
+    kept = ", or ".join(part for part in parts if fits(part))
+    if hint and not kept:
+        kept = "first run" if commands else f"read its options\nadapterkit {verb.name} --help"
+    return kept + newline + with_paths(commands, verb, where)
+
+
+def with_paths(commands: str, verb: OptionRecord | type[OptionRecord], where: str = "") -> str:
+    """Commands with a call's sources in the places of the words that stand for them: of several
+    adapters the one that an error is about."""
+    sources: dict[str, list[str]] = {}
+    for field in dataclasses.fields(verb) if isinstance(verb, OptionRecord) else ():
+        value = getattr(verb, field.name)
+        if value and option_of(field).check.is_source:
+            given = (_weighted(*one, lambda _, path: os.fspath(path)) for one in weighted(value))
+            texts = [one if isinstance(one, str) else one[0] for one in given]
+            name = "ADAPTER" if field.name in _ADAPTERS else field.name.upper()
+            sources.setdefault(name, []).extend(texts)
+
+    def filled(word: re.Match) -> str:
+        if (stands := _STANDS_FOR.fullmatch(word[0])) is None:
+            return word[0]
+        name, rest = stands.groups("")
+        texts = sources.get(name) or sources.get(name.removesuffix("S"), [])
+        if name in sources and len(texts) > 1:
+            texts = [text for text in texts if where.startswith(shown(text))][:1]
+        return line(argument(text + rest) for text in texts) if texts else word[0]
+
+    return _WORD.sub(filled, commands)

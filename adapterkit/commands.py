@@ -10,6 +10,17 @@ from collections.abc import Callable, Iterable
 from adapterkit.checkpoint.system import system
 from adapterkit.errors import printable
 
+# hints of several refusals: prose, then a command, whose words `calls.with_paths` fills in
+PLAIN = "make it plain first\nadapterkit resize ADAPTER --base BASE --energy 0.99 --out plain"
+WITHOUT_INITIAL = "make it plain first\nadapterkit rebase ADAPTER --initial INITIAL --out plain"
+EXTRACT = (
+    "merge it with the program that trained it, then take the difference\n"
+    "adapterkit extract BASE MERGED --energy 0.99 --out extracted"
+)
+MERGE = "merge it\nadapterkit merge BASE ADAPTER --out merged"
+ONE_PART = "take one part\nadapterkit convert ADAPTER --to diffusers --prefix-only PART --out part"
+LIST_FORMATS = "list the formats\nadapterkit convert --list"
+
 
 def line(words: Iterable[str], quote: Callable[[str], str] = system.quote) -> str:
     """Words as one line that a shell of this system, or of `quote`, reads as these words."""

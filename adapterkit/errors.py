@@ -45,7 +45,7 @@ class AdapterkitError(Exception):
     def row(self) -> dict[str, str]:
         """It as a problem in a document of JSON."""
         four = {"found": self.problem, "expected": self.expected, "where": self.where}
-        return four | {"do": self.hint, "code": self.code}
+        return four | advice(self.hint) | {"code": self.code}
 
     @property
     def code(self) -> str:
@@ -133,8 +133,19 @@ def _text(where: str, problems: list[str], expected: str, hint: str, code: str) 
     if expected:
         parts.append(f"expected: {expected}")
     if hint:
-        parts.append(f"hint: {hint}")
+        parts += f"hint: {hint}".split("\n")  # after it commands, each a line of its own
     return "\n  ".join(map(printable, parts))
+
+
+def advice(hint: str) -> dict[str, str]:
+    """A hint in a document of JSON: what to do, and the command that does it, if there is one."""
+    do, _, command = hint.partition("\n")
+    return {"do": do, "command": command}
+
+
+def advised(label: str, row: Mapping[str, str]) -> str:
+    """The `advice` in a row, as lines: the command by itself."""
+    return "\n  ".join(filter(None, (f"{label}: {row['do']}", row["command"])))
 
 
 @cache

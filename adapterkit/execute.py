@@ -285,7 +285,7 @@ def check_alone(stage: Stage) -> None:
             "the output is that of a plan file, which `adapterkit run` writes",
             expected="one way of making it",
             where=str(stage.control),
-            hint="end it with `adapterkit finish`, or give --overwrite to begin again",
+            hint="give --overwrite to begin again, or end it\nadapterkit finish PLAN",
         )
 
 

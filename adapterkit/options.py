@@ -6,13 +6,12 @@ declare a field of a verb's record with its check and its help; the Python signa
 and its completion, plan files, pipelines and docs/api.md are made of these fields.
 """
 
-import contextlib
 import dataclasses
 import math
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transform
@@ -161,40 +160,6 @@ class OptionRecord:
                 problem = f"{own} and {other} are given"
                 errors.add(problem, "one of them", f"remove {own}, or {other}")
         return errors
-
-
-# An option in a hint; those of a command that the hint gives in full are that command's
-_COMMANDS = r"`[^`]*`|\b(?:adapterkit|hf|ray|llama-gguf-split|python) .*"
-_OPTION = re.compile(rf"{_COMMANDS}|(?<![\w-])--([a-z][a-z0-9-]*)(?: [A-Z]+\b)?")
-_OF_COMMANDS = {"help", "json", "plan", "quiet"}  # options of commands that are none of their verbs
-
-
-@contextlib.contextmanager
-def own_hints(verb: type[OptionRecord]) -> Iterator[None]:
-    """Errors of a verb hint at options that it has: planning is shared by verbs that differ. Of one
-    verb within another, such as a step of `run`, the inner one's options are meant."""
-    try:
-        yield
-    except AdapterkitError as error:
-        for one in getattr(error, "errors", (error,)):
-            if not one.is_of_verb:
-                one.hint, one.is_of_verb = own_hint(one.hint, verb), True
-        raise
-
-
-def own_hint(hint: str, verb: type[OptionRecord]) -> str:
-    """A hint with the verb's arguments as they are written, without alternatives that name options
-    of other verbs."""
-    fields = dataclasses.fields(verb)
-    known = {field.name.replace("_", "-") for field in fields if field.kw_only}
-    known |= {"adapter"} if "adapters" in known else set()
-    arguments = {field.name for field in fields if not field.kw_only}
-    name = lambda m: m[1].upper() if m[1] in arguments else m[0]
-    fits = lambda text: all(m[1] in known | _OF_COMMANDS for m in _OPTION.finditer(text) if m[1])
-    hint = _OPTION.sub(name, hint)
-    parts = [hint] if fits(hint) else re.split(r", or |, then |; (?=give |--)", hint)
-    kept = ", or ".join(part for part in parts if fits(part))
-    return kept or f"adapterkit {verb.name} --help lists its options" if hint else hint
 
 
 def checked(name: str, check: Check, value: object) -> Any:

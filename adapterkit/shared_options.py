@@ -57,7 +57,7 @@ def missing_statistics(rounding: str, stats: object) -> list[AdapterkitError]:
         return []
     problem, hint = (
         "--rounding compensated needs --stats",
-        "collect them: adapterkit stats BASE --data FILE --out STATS",
+        "collect them\nadapterkit stats BASE --data FILE --out stats.safetensors",
     )
     return [Refused(problem, expected="--stats FILE", where="options", hint=hint)]
 

@@ -33,9 +33,9 @@ from typing import (
     overload,
 )
 
-from adapterkit.calls import call_of, is_data, with_command
+from adapterkit.calls import call_of, is_data, own_hints, with_command
 from adapterkit.errors import did_you_mean, listed
-from adapterkit.options import OptionRecord, option, option_of, own_hints, record
+from adapterkit.options import OptionRecord, option, option_of, record
 from adapterkit.records import Json
 from adapterkit.registry import load
 from adapterkit.run_options import REPOSITORY, RUNNING, RunOptions
@@ -89,7 +89,7 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
         """Everything the verb will do; `Refused` with all that cannot be done. Inputs of a job that
         ends on the Hub stay at the commits of its first run."""
         execution = import_module("adapterkit.engines.execution")
-        with own_hints(type(self)), execution.pinned_inputs(self):
+        with own_hints(self), execution.pinned_inputs(self):
             plan = execution.with_run_options(load(self.planned_by)(self), self)
         call = call_of(self)
         files = with_command(plan.files, type(self), call)
@@ -115,7 +115,7 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
         Raises `Refused` before anything is written, `Failed` after.
         """
         execution = import_module("adapterkit.engines.execution")
-        with own_hints(type(self)):
+        with own_hints(self):
             return execution.execute(plan, self, self.check(plan), self.pushed_to if push else None)
 
 
@@ -154,7 +154,9 @@ def function_of(verb: Any) -> Any:
 
     def function(*args: Any, **options: Any) -> Any:
         with own_hints(verb):
-            return called(verb, *args, **options).run()
+            call = called(verb, *args, **options)
+        with own_hints(call):
+            return call.run()
 
     function.__name__ = function.__qualname__ = verb.name
     function.__module__, function.__doc__ = verb.__module__, verb.__doc__

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 
+from adapterkit.commands import PLAIN
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.records import (
     ANYTHING,
@@ -131,11 +132,8 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
     """Errors of a LoRA's config: invalid values, unknown settings, other arithmetic than b @ a."""
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind.upper() != "LORA":
-        hint = (
-            "adapterkit resize makes a plain LoRA of the types that it knows; others cannot be "
-            "read here"
-        )
-        return [Refused(f"peft_type {shown(repr(kind))}", expected="LORA", where=where, hint=hint)]
+        problem = f"peft_type {shown(repr(kind))}"
+        return [Refused(problem, expected="LORA", where=where, hint=PLAIN)]
     hint = "use this adapter with the library that trained it; it cannot be merged"
     errors = Problems(where=where, hint=hint)
     for key in filter(config.get, OTHER_ARITHMETIC):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from adapterkit.checkpoint.folder import Folder, inside
 from adapterkit.checkpoint.strict import read_json
+from adapterkit.commands import command
 from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Problems, Refused, shown
 
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -239,7 +240,7 @@ def _no_weights(folder: Folder, own: list[str]) -> AdapterkitError:
             ),
         )
     if any(name.endswith(".gguf") for name in own):
-        hint = "adapterkit dequantize MODEL.gguf --out DIR"
+        hint = f"make floats of it\n{command('adapterkit dequantize', folder.label, out='floats')}"
         return Refused(
             "this is a GGUF file", expected="safetensors files", where=folder.name, hint=hint
         )

@@ -10,6 +10,8 @@ from click.core import ParameterSource
 from adapterkit.cli.output import ProgressBar, print_diff, print_json, print_verified, run_verb
 from adapterkit.cli.parameters import json_option, quiet_option
 from adapterkit.cli.signals import WAITING, fail
+from adapterkit.commands import command
+from adapterkit.errors import advised
 from adapterkit.records import Json
 from adapterkit.verb import Verb, function_of
 
@@ -117,7 +119,7 @@ def check(verb: type[Verb], adapter: str, as_json: bool, quiet: bool, **options:
     elif not quiet:
         for row in result["findings"]:
             expected = f"\n  expected: {row['expected']}" if row["expected"] else ""
-            click.echo(f"- {row['verdict']}: {row['problem']}{expected}\n  do: {row['do']}")
+            click.echo(f"- {row['verdict']}: {row['problem']}{expected}\n  {advised('do', row)}")
         takes = f"takes all {result['modules']} modules" if result["takes"] else "does not take it"
         click.echo(f"{result['engine']} {result['version']} {takes}")
     click.get_current_context().exit(0 if result["takes"] else 1)
@@ -131,7 +133,7 @@ def diagnose(verb: type[Verb], model: str, as_json: bool, quiet: bool, **options
         print_json(result)
     elif not quiet:
         for row in result["findings"]:
-            click.echo(f"- {row['problem']}\n  evidence: {row['evidence']}\n  do: {row['do']}")
+            click.echo(f"- {row['problem']}\n  evidence: {row['evidence']}\n  {advised('do', row)}")
         click.echo(f"found: {len(result['findings']) or 'nothing'}")
     click.get_current_context().exit(1 if result["findings"] else 0)
 
@@ -176,10 +178,10 @@ def run(verb: type[Verb], file: str, as_json: bool, quiet: bool, **options: Any)
         for name in outcome.share:
             click.echo(name)
     elif not quiet:
-        _print_outcome(outcome)
+        _print_outcome(file, outcome)
 
 
-def _print_outcome(outcome: "Outcome") -> None:
+def _print_outcome(file: str, outcome: "Outcome") -> None:
     others = len({*outcome.made} - {*outcome.share})
     text = f"rank {outcome.rank}/{outcome.ranks}: wrote {len(outcome.made)} files"
     text += f", {others} of them for other ranks" if others else ""
@@ -188,7 +190,7 @@ def _print_outcome(outcome: "Outcome") -> None:
     elif outcome.left:
         text += f"; other ranks are writing {len(outcome.left)} more"
     else:
-        text += "; all files are written, next: adapterkit finish"
+        text += f"; all files are written\nnext: {command('adapterkit finish', file)}"
     click.echo(text, err=True)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.cli import signals
-from adapterkit.options import bytes_text, own_hints
+from adapterkit.options import bytes_text
 from adapterkit.records import Json
 from adapterkit.verb import Verb, function_of
 
@@ -63,6 +63,7 @@ def write_plan(
         raise click.UsageError(
             "remove --resume: --plan only writes the plan; `adapterkit run` resumes by itself"
         )
+    from adapterkit.calls import own_hints
     from adapterkit.commands import command
     from adapterkit.jobs.plan_file import write_plan as write
 
@@ -72,8 +73,8 @@ def write_plan(
         print_plan(plan, as_json)
     if not quiet:
         click.echo(
-            f"next: {command('adapterkit run', file, rank='I/N')} for each of N processes, then "
-            f"{command('adapterkit finish', file)}",
+            f"next, in each process: {command('adapterkit run', file)}\n"
+            f"then: {command('adapterkit finish', file)}",
             err=True,
         )
 

@@ -107,7 +107,7 @@ class Staircase:
                     f"{shown(name)}: the loss of {listed(wrong)} is not finite",
                     expected="numbers",
                     where="fit",
-                    hint="give --dtype fp32, or look for damaged weights: adapterkit diagnose",
+                    hint="give --dtype fp32, or look for damaged weights\nadapterkit diagnose BASE",
                 )
 
     @cached_property

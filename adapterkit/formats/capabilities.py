@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from adapterkit.commands import EXTRACT
 from adapterkit.errors import AdapterkitError, Problems, listed
 from adapterkit.formats.modules.kinds import FACTORS, MAGNITUDES, PARAMETER, SHAPE
 from adapterkit.formats.modules.parts import magnitudes
@@ -24,7 +25,6 @@ FIT_ON_BASE = "give --base and --rank N to make plain factors of them"
 LEAVE_OUT = "give --lossy to leave them out"
 OTHER_FORMAT = "choose another format"
 MATRIX = f"give the base, by which a router's matrix is a module's; or {OTHER_FORMAT}"
-EXTRACT = "merge it with its own tool, then adapterkit extract BASE MERGED"
 
 
 def roles_by_kind(form: Format) -> dict[str, tuple[str, ...]]:

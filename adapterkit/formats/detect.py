@@ -8,6 +8,7 @@ from typing import cast
 
 from adapterkit.adapters.keys import CONFIG as ADAPTER_CONFIG
 from adapterkit.checkpoint.folder import Folder, WithSubfolders
+from adapterkit.commands import LIST_FORMATS, MERGE
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.formats.files.configs import read_config
 from adapterkit.formats.files.containers import Container, open_container
@@ -74,9 +75,7 @@ def detect(folder: Folder, number: int = 0) -> Detection:
         f"this is no adapter of a known format: {some}",
         expected=", ".join(formats()),
         where=folder.label,
-        hint="it may be a model: give an adapter"
-        if is_model
-        else "adapterkit convert --list tells what each format looks like",
+        hint="it may be a model: give an adapter" if is_model else LIST_FORMATS,
     )
 
 
@@ -107,8 +106,7 @@ def no_model(detection: Detection, where: str) -> Refused:
         f"{name} is an adapter in the format {form.name}",
         expected="a model, or an adapter of one model",
         where=where,
-        hint="give it as the adapter: adapterkit merge BASE ADAPTER --out DIR; of a pipeline's "
-        "adapter adapterkit convert --to peft --prefix-only PART takes one part",
+        hint=f"give it as the adapter, of a pipeline's one part; {MERGE}",
     )
 
 

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
+from adapterkit.commands import LIST_FORMATS
 from adapterkit.errors import Damaged, Refused, did_you_mean, listed, shown
 from adapterkit.formats.schema import Architecture, Format, architecture_from, format_from
 
@@ -78,7 +79,7 @@ def format_named(name: str) -> Format:
             f"there is no format {shown(repr(name))} to write",
             expected=", ".join(name for name, one in known.items() if one.writes),
             where="--to",
-            hint=did_you_mean([name], known) or "adapterkit convert --list tells what each holds",
+            hint=did_you_mean([name], known) or LIST_FORMATS,
         )
     return known[name]
 

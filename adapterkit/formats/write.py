@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from adapterkit import dtypes
+from adapterkit.commands import LIST_FORMATS, ONE_PART
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.base_model import BaseFacts, architecture_of
 from adapterkit.formats.capabilities import OTHER_FORMAT, lacking, ways_out, word_of
@@ -68,7 +69,7 @@ def write(
             f"{form.title} is read only",
             expected="a format that is written",
             where="--to",
-            hint="adapterkit convert --list tells which are",
+            hint=LIST_FORMATS,
         )
     Problems(unsupported(contents, form)).raise_all()
     if form.names.architecture_key and not architecture:
@@ -301,7 +302,7 @@ def _check_components(modules: Modules, form: Format, architecture: str | None) 
         errors.add(
             f"the adapter has components {listed(used)}",
             f"one: {form.title} is for a single model",
-            "adapterkit convert --prefix-only COMPONENT takes one of them",
+            ONE_PART,
         )
     homes: dict[str, list[str]] = {}
     for name in used if components else ():

@@ -195,8 +195,8 @@ class Destination:
                 expected="a new place, or that of an older output"
                 + "; a loader might pick the old weights" * bool(beside.intersection(foreign)),
                 where=str(self.hub_id),
-                hint="push to another repository or a new branch, or run "
-                f"`{self._deletion(foreign)}` first",
+                hint="push to another repository or a new branch, or delete them first\n"
+                + self._deletion(foreign),
             )
         replaces = overwrite or self.is_new or bool(job and older.get("fingerprint") == job)
         if not replaces and (replaced := sorted(filter(differs, there))):

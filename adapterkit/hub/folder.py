@@ -311,7 +311,7 @@ class HubFolder:
             "the file is not in the local Hub cache, and HF_HUB_OFFLINE is set",
             expected="a cached copy, or a network",
             where=location(self.pinned, name),
-            hint=f"run `{download}` where there is a network, or unset HF_HUB_OFFLINE",
+            hint=f"unset HF_HUB_OFFLINE, or where there is a network\n{download}",
         )
 
 

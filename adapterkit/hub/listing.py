@@ -137,7 +137,7 @@ def _list_cache(hub_id: HubId, why: str, way_out: str) -> tuple[str, dict[str, R
         f"no such file or folder here, nor in the local Hub cache, and {why}",
         expected="a path that exists, a cached copy, or a network",
         where=str(hub_id),
-        hint=f"run `{download}` where there is a network, or {way_out}",
+        hint=f"{way_out}, or where there is a network\n{download}",
     )
 
 

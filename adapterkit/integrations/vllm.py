@@ -102,12 +102,12 @@ class AdapterkitResolver(LoRAResolver):
             os.utime(out)
         rank = read_json(open_adapter(out), "adapter_config.json").get("r")
         if isinstance(rank, int) and rank > self.max_rank:
-            smaller = command("adapterkit resize", source, rank=self.max_rank, out="SMALLER")
+            smaller = command("adapterkit resize", source, rank=self.max_rank, out="smaller")
             raise Refused(
                 f"rank {rank}",
                 expected=f"at most {self.max_rank}, the server's --max-lora-rank",
                 where=source,
-                hint=f"serve with a larger one, or: {smaller}",
+                hint=f"serve with a larger one, or shrink it\n{smaller}",
             )
         return out, digest
 

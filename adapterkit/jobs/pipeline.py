@@ -122,7 +122,7 @@ def _check_local(steps: Sequence[PipelineStep], file: Path) -> None:
             problems.add(
                 f"step {step.number} ({step.name}) uploads its output to {listed(step.sent_to)}",
                 "steps that stay on this machine, or your word",
-                f"if you want that: {command('adapterkit run', file, allow_push=True)}",
+                f"if you want that\n{command('adapterkit run', file, allow_push=True)}",
             )
     problems.raise_all()
 

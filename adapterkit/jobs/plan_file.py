@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapterkit import __version__, records
-from adapterkit.calls import OF_THE_USER, arguments_of, check_call, is_data
+from adapterkit.calls import OF_THE_USER, arguments_of, check_call, is_data, own_hints
 from adapterkit.checkpoint.disk import replace_file
 from adapterkit.checkpoint.folder import read_small
 from adapterkit.checkpoint.strict import MAX_JSON, nested_json, strict_json
@@ -23,7 +23,7 @@ from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import is_on_hub, parse
 from adapterkit.jobs.verbs import VERB
-from adapterkit.options import FILE, StrPath, checked, flag_of, own_hints
+from adapterkit.options import FILE, StrPath, checked, flag_of
 from adapterkit.plan import Plan
 from adapterkit.planning.inputs.pipeline import PART
 from adapterkit.records import TABLE, TEXT, Json
@@ -58,7 +58,7 @@ def write_plan(file: StrPath, verb: str, *sources: object, **options: object) ->
     path = Path(checked("file", FILE, file)).absolute()
     record = checked("verb", VERB, verb)
     given = called(record, *sources, **options)
-    arguments = _portable(given)
+    arguments = _portable(given, path)
     call = record(**arguments, overwrite=given.overwrite)
     _check_room(path, call.overwrite, Path(call.out))
     preparation, plan = Preparation(), call.plan()
@@ -151,21 +151,22 @@ def _unreadable(path: Path, problem: str, hint: str = AGAIN) -> Refused:
     return Refused(problem, expected=expected, where=str(path), hint=hint)
 
 
-def _portable(verb: WritingVerb) -> Json:
+def _portable(verb: WritingVerb, path: Path) -> Json:
     """The arguments that were given, as they mean the same in every process."""
+    send = command("adapterkit finish", path, push=verb.pushed_to or "ORG/NAME")
     if is_on_hub(verb.out):
         raise Refused(
             "--plan cannot write to the Hub directly",
             expected="a folder that all processes see",
             where="--out",
-            hint="write into a folder, then upload it: adapterkit finish PLAN --push ORG/NAME",
+            hint=f"write into a folder, then send it\n{send}",
         )
     if verb.pushed_to is not None:
         raise Refused(
             "--push is given with --plan",
             expected="a plan file, which does not say where its output is sent",
             where="options",
-            hint=f"give it later: {command('adapterkit finish', 'PLAN', push=verb.pushed_to)}",
+            hint=f"give it later\n{send}",
         )
     own = {"accept", "allow_pickle"}
     arguments = arguments_of(verb, _portable_path, {*OF_THE_USER} - own)
@@ -207,7 +208,7 @@ def again(verb: WritingVerb) -> Iterator[None]:
     """Errors in this block hint at options of the plan's verb, and at the same command, which needs
     no --resume."""
     try:
-        with own_hints(type(verb)):
+        with own_hints(verb):
             yield
     except AdapterkitError as error:
         error.hint = error.hint.replace(" with --resume", "")

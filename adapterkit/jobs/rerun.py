@@ -63,7 +63,7 @@ def _run(verb: WritingVerb, folder: Folder, receipt: Json) -> Json:
             "the bytes of the receipt",
             f"the receipt is of adapterkit {shown(version)}, made on "
             f"{shown(receipt.get('device', 'a CPU'))}: run it there, or keep one with --out "
-            "and compare: adapterkit diff",
+            "and compare them with `adapterkit diff`",
         )
     errors.raise_all()
     return {"out": out, "files": len(made), "command": command_text(receipt)}

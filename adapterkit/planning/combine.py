@@ -15,6 +15,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.combinations import ALIASES
 from adapterkit.combinations.protocol import Method
+from adapterkit.commands import PLAIN
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.formats.files.containers import PlanReader
 from adapterkit.kernels.lowrank.algebra import Product, gram
@@ -205,14 +206,16 @@ def _check_count(options: Combine, count: int) -> None:
             "--fit runs the model, which a plan does not",
             expected="a combination of its own",
             where="options",
-            hint="adapterkit fit BASE ADAPTER... --data FILE --out W.json, then give --weights",
+            hint="first fit the weights, then give --weights weights.json\n"
+            "adapterkit fit BASE ADAPTERS --data FILE --out weights.json",
         )
     if count < 2 and not (count and (options.rank or options.energy or options.weights)):
         raise Refused(
             "no adapters were given" if not count else "only one adapter was given",
             expected="two or more",
             where="combine",
-            hint="name the adapters; adapterkit resize changes the rank of one",
+            hint="name the adapters, or change the rank of one\n"
+            "adapterkit resize ADAPTER --energy 0.99 --out smaller",
         )
 
 
@@ -297,7 +300,7 @@ def _check_fit(
             f"{shown(name)}: {method.name} needs b and a, not the delta of a DoRA "
             f"({', '.join(doras)})",
             "LoRAs, or a method that acts on deltas",
-            "make LoRAs of them: adapterkit resize ADAPTER --base BASE --rank R --out LORA",
+            PLAIN,
             where="--method",
         )
     elif doras and (by_factors or refit.exact):

@@ -77,7 +77,7 @@ def _problems(edit: Edit, form: Format, name: str | None) -> Problems:
         expected = f"some of {', '.join(map(flag_of, options))}"
         errors.add("nothing to change", expected, "say what is to be changed", where="options")
     if not form.writes or form.file.container != "safetensors":
-        hint = "first run adapterkit convert SRC --to peft --out DIR"
+        hint = "convert it first\nadapterkit convert ADAPTER --to peft --out converted"
         errors.add(f"{form.title} is not edited", "a format of safetensors that is written", hint)
     if form.layout == ADAPTER_LAYOUT and name is not None:
         hint = "give --out without an ending"

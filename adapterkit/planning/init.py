@@ -282,12 +282,12 @@ def _check(options: Init, method: Initialization, has_stats: bool) -> None:
 
     needs = [kind for kind in method.needs if kind != "weight"]
     if needs and not has_stats:
-        what = [name for name, kinds in COLLECTED.items() if {*kinds} & {*needs}]
+        what = ",".join(name for name, kinds in COLLECTED.items() if {*kinds} & {*needs})
+        collect = {"data": "FILE", "what": what, "out": "stats.safetensors"}
         errors.add(
             f"--method {options.method} without --stats",
             f"statistics: {', '.join(needs)}",
-            "collect them: "
-            + command("adapterkit stats", "BASE", data="FILE", what=",".join(what), out="STATS"),
+            f"collect them\n{command('adapterkit stats', options.base, **collect)}",
         )
     if has_stats and not needs:
         errors.add(
@@ -297,7 +297,7 @@ def _check(options: Init, method: Initialization, has_stats: bool) -> None:
         errors.add(
             f"--quantize with --method {options.method} and no base to write",
             "a method that takes a part of each weight, and --residual write",
-            "remove --quantize, or quantize the base: adapterkit quantize",
+            "remove --quantize, or quantize the base",
         )
     errors.raise_all()
 

@@ -44,7 +44,7 @@ U_NET = re.compile(r"(?:input|middle|output)_blocks?\.\d")  # whose blocks are r
 # of each kind of base: what to do instead, which lists of formats, and options that do not fit
 KINDS = {
     "gguf": (
-        "first adapterkit dequantize MODEL.gguf --out DIR",
+        "make floats of it first\nadapterkit dequantize BASE --out floats",
         "",
         ("skip", "block_size", "double_quant", "stats"),
     ),

@@ -9,7 +9,7 @@ from itertools import starmap
 from statistics import median
 
 from adapterkit import dtypes
-from adapterkit.errors import shown
+from adapterkit.errors import advised, shown
 from adapterkit.receipt import kept_shares
 from adapterkit.records import Json
 from adapterkit.reports.heatmaps import NUMBER, blocks, heatmaps_of, module_label
@@ -245,7 +245,7 @@ def _problem_lines(problems: list[dict[str, str]]) -> list[str]:
         found = f"{first['where']}: {first['found']}" if first["where"] else first["found"]
         parts = [f"{found} [{first['code']}]"]
         parts += [f"expected: {first['expected']}"] if first["expected"] else []
-        parts += [f"hint: {first['do']}"] if first["do"] else []
+        parts += [advised("hint", first)] if first["do"] else []
         lines.append("- " + "\n  ".join(parts))
         lines += [f"  and {len(others)} more like it"] if others else []
     more = len(kinds) - MAX_PROBLEMS

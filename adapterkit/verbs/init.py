@@ -98,7 +98,7 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
         help="Only targets in these layers, e.g. 0-11,20.",
     )
     stats: StrPath | None = statistics_option(
-        "Statistics from adapterkit stats (corda, eva, lora_ga)."
+        "Statistics from `adapterkit stats` (corda, eva, lora_ga)."
     )
     settings: Mapping[str, Any] | None = settings_option()
     seed: int = seed_option()

@@ -39,14 +39,14 @@ def check_not_quantized(base: Checkpoint, hint: str = "") -> None:
     bytes would be silently wrong."""
     evidence = quantization_evidence(base.config, base.tensors)
     if evidence is not None:
-        out = "DIR" if getattr(base.folder, "single", None) is None else "FILE.safetensors"
+        out = "floats" if getattr(base.folder, "single", None) is None else "floats.safetensors"
         raise Refused(
             f"this base is quantized: {evidence}",
             expected="bf16, fp16 or fp32 weights",
             where=base.name,
             hint=hint
-            or "give the 16-bit model that it was made from, or dequantize it first: "
-            + command("adapterkit dequantize", "MODEL", out=out),
+            or "give the 16-bit model that it was made from, or dequantize it first\n"
+            + command("adapterkit dequantize", base.folder.label, out=out),
         )
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 import adapterkit
 from adapterkit import Refused
+from adapterkit.calls import own_hint
 from adapterkit.cli import main
-from adapterkit.options import own_hint
 from adapterkit.registry import members
 from adapterkit.verbs.convert import Convert
 from adapterkit.verbs.merge import Merge
@@ -73,7 +73,7 @@ def test_a_hint_keeps_the_alternatives_that_the_verb_has() -> None:
     hint = "give --base BASE, the model it was trained on, or --architecture"
     assert own_hint(hint, Merge) == "give BASE, the model it was trained on"
     assert own_hint(hint, Convert) == hint
-    assert own_hint("give --rank N", Merge) == "adapterkit merge --help lists its options"
+    assert own_hint("give --rank N", Merge) == "read its options\nadapterkit merge --help"
 
 
 def test_what_only_convert_can_do_is_hinted_as_its_command(llama, tmp_path) -> None:

@@ -13,6 +13,7 @@ from adapterkit.adapters.config import PATTERNS
 from adapterkit.adapters.kinds.common import AdaptedModule, kernel_tail, no_errors, read_float64
 from adapterkit.adapters.kinds.loha import with_core
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.commands import EXTRACT
 from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product, Svd, rank_for_energy
@@ -54,11 +55,7 @@ class LoKr:
                 "PEFT's product of a whole w2 on a Conv1d is not the Kronecker product: it mixes "
                 "kernel and outputs"
             )
-            adapted.fail(
-                why,
-                "linear layers, Conv2d, or a w2 of low rank",
-                "merge it with PEFT, then adapterkit extract",
-            )
+            adapted.fail(why, "linear layers, Conv2d, or a w2 of low rank", EXTRACT)
         adapted.check(len(first[0].shape) == 2, "w1 a matrix")
         return LoKr(first, second, alpha / rank)
 

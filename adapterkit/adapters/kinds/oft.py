@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adapterkit.adapters.kinds.common import AdaptedModule, WeightDelta, map_rows
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.commands import EXTRACT
 from adapterkit.errors import AdapterkitError, Problems, shown
 from adapterkit.records import FINITE, FLAG, NON_NEGATIVE_INT, POSITIVE_INT
 from adapterkit.weights.parameters import StoredParameter
@@ -54,7 +55,7 @@ class Oft(WeightDelta):
             errors.add(
                 f"use_cayley_neumann, and peft_version {shown(config.get('peft_version'))}",
                 "0.18 or later: the series was another before",
-                "merge it with the PEFT that trained it, then adapterkit extract BASE MERGED",
+                EXTRACT,
             )
         return errors
 

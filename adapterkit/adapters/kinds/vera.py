@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from adapterkit.adapters.kinds.common import AdaptedModule, ProductDelta, read_float64
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.commands import EXTRACT
 from adapterkit.errors import AdapterkitError, Problems
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.records import FLAG, POSITIVE_INT
@@ -36,8 +37,7 @@ class Vera(ProductDelta):
             errors.add(
                 "VeRA without its projections (save_projection false)",
                 "them in the file",
-                "train with save_projection=True, or merge it with PEFT and use adapterkit extract "
-                "BASE MERGED",
+                f"train with save_projection=True, or {EXTRACT}",
             )
         return errors
 

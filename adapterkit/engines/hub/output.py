@@ -52,7 +52,7 @@ def run_to_hub(
             "an output on the Hub from several machines",
             expected="one machine",
             where="--out",
-            hint="write a folder, then `adapterkit finish FILE --push org/name`",
+            hint="write a folder, then send it\nadapterkit finish PLAN --push ORG/NAME",
         )
     work = work_folder(hub_id)
     check_name(work, output_names(plan))

@@ -95,7 +95,7 @@ def join(
             "a range of the file has disappeared",
             expected="parts as ranks wrote them",
             where=str(stage.marks / shard.file),
-            hint="`adapterkit run` the plan again",
+            hint="run the plan again\nadapterkit run PLAN",
         )
     metrics = metrics_of_parts(shard, [entry["shard"]["metrics"] for entry in entries])
     whole = JoinedFile(stage.path, shard, hashed=hashed)

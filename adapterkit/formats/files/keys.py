@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.commands import LIST_FORMATS
 from adapterkit.errors import Problems, listed, shown
 from adapterkit.formats.files.containers import Container
 from adapterkit.formats.library import formats
@@ -58,7 +59,7 @@ def raws_of(
         errors.add(
             f"{len(unknown)} keys are no part of {form.title}: {listed(sorted(unknown))}",
             "keys with a role, each of them",
-            "adapterkit convert --list tells what each format holds",
+            LIST_FORMATS,
         )
     if twice:
         problem = f"{listed(twice)} and other keys have the same role"

@@ -68,7 +68,7 @@ def unsafe(name: str, where: str) -> Refused:
         expected="a safetensors file",
         where=where,
         hint="where you trust it, --allow-pickle reads it with torch's loader of plain weights, or "
-        f"{command('python -c', code)} rewrites it",
+        f"rewrite it\n{command('python -c', code)}",
     )
 
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from adapterkit.commands import MERGE
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.base_model import NamedBase
 from adapterkit.formats.modules.experts import split_experts, stack_experts
@@ -22,7 +23,6 @@ from adapterkit.weights.reader import TensorReader
 SINGLE = re.compile(r"\.experts\.\d+\.")  # in the name of a module of one expert
 DENOISERS = ("transformer", "unet")  # whose experts are modules, each by itself
 GIVE_BASE = "give --base, the model that the adapter is for"
-MERGE = "merge it: adapterkit merge BASE ADAPTER --out DIR"
 
 
 def arranged(

@@ -22,6 +22,7 @@ from adapterkit.checkpoint.fingerprint import METADATA, metadata_with
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.strict import read_json
+from adapterkit.commands import ONE_PART
 from adapterkit.errors import AdapterkitError, Problems, listed, shown
 from adapterkit.formats.capabilities import FIT_ON_BASE, kind_of, ways_out
 from adapterkit.formats.library import formats
@@ -233,7 +234,7 @@ def _problems(contents: Contents, form: Format, *, values: bool) -> list[Adapter
         errors.add(
             f"the adapter has components {', '.join(components)}",
             f"one: {form.title} is for a single model",
-            "adapterkit convert --prefix-only COMPONENT takes one of them",
+            ONE_PART,
             where=where,
         )
     return errors

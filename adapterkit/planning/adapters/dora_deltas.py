@@ -25,7 +25,7 @@ def dora_problems(adapter: Adapter) -> list[AdapterkitError]:
         errors.add(
             f"a DoRA initialized by {init}, which changed its base",
             "a DoRA of the base as it is",
-            "merge it: adapterkit merge --base-is-residual",
+            "merge it\nadapterkit merge BASE ADAPTER --base-is-residual --out merged",
         )
     for key, meaning in [("lora_bias", "biases of b"), ("layer_replication", "replicated layers")]:
         if adapter.config.get(key):

@@ -16,6 +16,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.combinations.common import WeightedSum
 from adapterkit.combinations.protocol import Method
+from adapterkit.commands import PLAIN, WITHOUT_INITIAL
 from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
 from adapterkit.options import NUMBER
 from adapterkit.plan import Task
@@ -38,10 +39,7 @@ def read_all(folders: Sequence[Folder]) -> list[Adapter]:
     return adapters
 
 
-def delta_problems(
-    adapter: Adapter,
-    dora: str = "make it plain first: adapterkit resize ADAPTER --base BASE --rank R",
-) -> list[AdapterkitError]:
+def delta_problems(adapter: Adapter, dora: str = PLAIN) -> list[AdapterkitError]:
     """Reasons why an adapter's delta is not scale * b @ a on the base that it names; `dora`: the
     hint for a DoRA."""
     errors = Problems(where=adapter.where)
@@ -50,7 +48,7 @@ def delta_problems(
         errors.add(
             f"{adapter.name} was initialized by {init}, which changed its base's weights",
             "adapters on one unchanged base",
-            "make it plain first: adapterkit rebase ADAPTER --initial INIT",
+            WITHOUT_INITIAL,
         )
     if adapter.config.get("use_dora"):
         errors.add(

@@ -9,6 +9,7 @@ from adapterkit.adapters.kinds.common import AdaptedModule, Delta, Kind, read_ki
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.commands import EXTRACT
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.planning.adapters.dora_deltas import CHECK_BASE, BaseWeights
 from adapterkit.registry import members
@@ -40,7 +41,7 @@ def kind_of(source: Folder, config: Mapping) -> type[Kind] | None:
         f"peft_type {shown(repr(peft_type))}",
         expected=", ".join(["LORA", *map(str.upper, known)]),
         where=f"{source.name}/{CONFIG}",
-        hint="if it can be merged, merge it with PEFT and use adapterkit extract BASE MERGED",
+        hint=f"if it can be merged, {EXTRACT}",
     )
 
 

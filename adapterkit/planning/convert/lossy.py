@@ -129,7 +129,7 @@ def _check_large(modules: Modules, rank: int, where: str) -> None:
             f"factors of parameters and stacks of experts of a rank above {rank}: {listed(stacks)}",
             expected="their own rank, or a larger one, for --rank",
             where=where,
-            hint=command("adapterkit resize", "ADAPTER", rank=rank, out="DIR") + " shrinks them",
+            hint="shrink them\n" + command("adapterkit resize", where, rank=rank, out="smaller"),
         )
 
 

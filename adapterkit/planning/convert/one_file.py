@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import compress
 
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.commands import ONE_PART
 from adapterkit.engines.converted_folder import ADDED_DELTAS
 from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.capabilities import FIT_ON_BASE
@@ -227,7 +228,7 @@ class _InFile:
         ]
         if len(parts) != 1:
             what = f"modules of {' or '.join(parts) or 'no part of the file'}: {listed(names)}"
-            hint = "say which: adapterkit convert ADAPTER --to diffusers --prefix-only PART"
+            hint = ONE_PART
             raise Refused(
                 what,
                 expected=f"modules of one of {', '.join(model.parts)} ({model.architecture})",

@@ -237,7 +237,7 @@ def _of_model(module: AdapterModule, model: OneFileModel, reader: PlanReader) ->
     raise Refused(
         f"{shown(module.name)} is no module that {model.architecture} names",
         expected=f"modules of {', '.join(model.parts)}",
-        hint="leave it out: adapterkit extract --exclude",
+        hint="leave it out with --exclude",
     )
 
 

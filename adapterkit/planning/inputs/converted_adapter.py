@@ -102,7 +102,7 @@ def with_own_hints(read: Callable[[], T]) -> T:
         return read()
     except AdapterkitError as error:
         for one in getattr(error, "errors", (error,)):
-            one.hint = _hint(one.hint)
+            one.hint = conversion_hint(one.hint, plain_layout())
         raise
 
 
@@ -123,21 +123,23 @@ def is_plain(folder: Folder) -> bool:
 
 
 # options of `convert` that no other verb has, or has for something else; and what they are given
-_OF_CONVERT = re.compile(
-    r"--(?:alpha|architecture|allow-pickle|lossy|prefix-only|rank)\b( [A-Z]+)?"
-)
-_VALUES = {"alpha": "A", "architecture": "NAME", "prefix-only": "PART", "rank": "N"}
+_OF_CONVERT = re.compile(r"--(alpha|architecture|allow-pickle|lossy|prefix-only|rank)\b")
+_VALUES = {"alpha": "A", "architecture": "NAME", "prefix-only": "PART", "rank": 16}
 
 
-def _hint(hint: str) -> str:
-    """A hint of a conversion, for any verb: options of `convert` become its command."""
-    names = [match[0].split()[0].removeprefix("--") for match in _OF_CONVERT.finditer(hint)]
-    if not names or "adapterkit " in hint:
+def conversion_hint(hint: str, to: str, base: str | None = None) -> str:
+    """A hint of a conversion, for any verb: the first alternative of options of `convert` becomes
+    its command. `base`: what stands for one that is given."""
+    if "\n" in hint:
         return hint
-    options = {"base": "BASE" if "--base" in hint else None}
+    first = next((one for one in hint.split(", or ") if "--" in one), "")
+    names = _OF_CONVERT.findall(first)
+    if not names and not (base and "--base" in first):
+        return hint
+    options = {"base": base or ("BASE" if "--base" in first else None)}
     options |= {name: _VALUES.get(name, True) for name in names}
-    options = {"to": plain_layout(), **options, "out": "DIR"}
-    return f"first run {command('adapterkit convert', 'ADAPTER', **options)}"
+    text = command("adapterkit convert", "ADAPTER", to=to, **options, out=f"for-{to}")
+    return f"convert it first\n{text}"
 
 
 def adapter_or_file(

@@ -9,6 +9,7 @@ from adapterkit.adapters.keys import CONFIG
 from adapterkit.adapters.peft import scan_adapter
 from adapterkit.checkpoint.folder import Folder, WithSubfolders
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.commands import LIST_FORMATS
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed
 from adapterkit.formats.detect import part_folders
 from adapterkit.formats.modules.record import LANGUAGE, Contents
@@ -102,7 +103,7 @@ def _folders(folder: Folder) -> tuple[str, ...]:
             "this is no adapter of a known format",
             expected=f"one file, or folders with {CONFIG} for parts of the pipeline",
             where=folder.label,
-            hint="adapterkit convert --list tells what each format looks like",
+            hint=LIST_FORMATS,
         )
     return names
 

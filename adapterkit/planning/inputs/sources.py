@@ -90,7 +90,7 @@ def open_statistics(text: StrPath) -> Folder:
         "these are no statistics",
         expected="a .safetensors file of statistics",
         where=folder.label,
-        hint="make one: " + command("adapterkit stats", "BASE", data=text, out="STATS.safetensors"),
+        hint="make one\n" + command("adapterkit stats", "BASE", data=text, out="stats.safetensors"),
     )
 
 
@@ -211,7 +211,7 @@ def initial_of(adapter: Folder) -> Folder | None:
         f"init_lora_weights {shown(init)} without the folder {INITIAL}/",
         expected="the initial factors, which the base is to be without",
         where=f"{adapter.label}/{CONFIG}",
-        hint="keep the folder that adapterkit init wrote together",
+        hint="keep the folder that `adapterkit init` wrote together",
     )
 
 

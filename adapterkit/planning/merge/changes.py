@@ -11,6 +11,7 @@ from adapterkit.adapters.factors import Factors, rank_and_scale
 from adapterkit.adapters.record import EMBEDDINGS, Adapter, Lora, is_inside, rank_mismatch
 from adapterkit.checkpoint.fingerprint import difference
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.commands import PLAIN, WITHOUT_INITIAL
 from adapterkit.errors import WARNING, Refused, listed, shown
 from adapterkit.planning.adapters.added_deltas import AddedDelta, added_deltas
 from adapterkit.planning.adapters.sites import flips_square_experts, sites_of
@@ -272,7 +273,7 @@ def _check_initial(job: MergeJob, adapter: Adapter) -> None:
         job.errors.add(
             f"only one of the adapter and its initial factors has {listed(different)}",
             "the same modules in both",
-            "keep the folder that adapterkit init wrote together",
+            "keep the folder that `adapterkit init` wrote together",
             where=adapter.label,
         )
 
@@ -603,9 +604,7 @@ def _check_method(job: MergeJob) -> None:
                 job.errors.add(
                     f"{name} and {what}: {listed(own)}",
                     "plain deltas",
-                    "make it plain first: adapterkit resize ADAPTER --base BASE --rank R"
-                    if modules is doras
-                    else "remove --method",
+                    PLAIN if modules is doras else "remove --method",
                     where=adapter.label,
                 )
     if job.with_initial:
@@ -613,7 +612,7 @@ def _check_method(job: MergeJob) -> None:
         job.errors.add(
             f"{name} and adapters beside their initial factors",
             "plain deltas",
-            "make them plain first: adapterkit rebase ADAPTER --initial INIT",
+            WITHOUT_INITIAL,
             where=", ".join(job.adapter(number).name for number in numbers),
         )
 

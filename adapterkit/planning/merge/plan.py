@@ -12,6 +12,7 @@ from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.shards import stem_of
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.commands import WITHOUT_INITIAL
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.formats.one_file import OneFileModel
 from adapterkit.gguf.header import find_gguf
@@ -162,7 +163,7 @@ def plan_merge(
             "weights of modules of an adapter that goes with initial factors",
             expected="one weight",
             where="options",
-            hint="make it plain first: adapterkit rebase ADAPTER --initial INIT",
+            hint=WITHOUT_INITIAL,
         )
     adapters, errors = _scan_adapters(sources)
     try:

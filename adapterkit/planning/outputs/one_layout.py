@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.commands import ONE_PART
 from adapterkit.engines.converted_folder import MadeAdapter
 from adapterkit.errors import Problems, Refused, listed
 from adapterkit.formats.detect import detect
@@ -82,7 +83,7 @@ def together(sources: Sequence[Folder], out: StrPath) -> Together:
     if len(parts) > 1:
         what = f"an adapter of one model beside those of {listed(sorted(parts - {LANGUAGE}))}"
         expected = "adapters whose keys say of which part they are"
-        hint = "say of which: adapterkit convert ADAPTER --to diffusers --prefix-only PART"
+        hint = ONE_PART
     named: list[tuple[Folder, Contents]] = []
     for source, contents in zip(sources, every, strict=True):
         if contents is None or (len(parts) > 1 and LANGUAGE in contents.components):
@@ -97,7 +98,8 @@ def together(sources: Sequence[Folder], out: StrPath) -> Together:
             f"{form.title} is not written" + " on the Hub" * is_on_hub(out),
             expected="a format of one file, written here",
             where=sources[0].label,
-            hint="first run adapterkit convert ADAPTER --to diffusers --out FILE.safetensors",
+            hint="convert it first\n"
+            "adapterkit convert ADAPTER --to diffusers --out converted.safetensors",
         )
     return Together([with_part_names(*one) for one in named], first, file)
 

@@ -4,12 +4,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.adapters.keys import CONFIG
+from adapterkit.calls import own_hint
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
@@ -18,9 +20,9 @@ from adapterkit.checkpoint.strict import read_json
 from adapterkit.commands import command
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.engines.verify.row_checks import SampledRows
-from adapterkit.errors import AdapterkitError, listed, shown
+from adapterkit.errors import AdapterkitError, advice, listed, shown
 from adapterkit.kernels.sums import all_finite
-from adapterkit.options import Progress, expect, unweighted
+from adapterkit.options import Progress, StrPath, expect, unweighted
 from adapterkit.plan import Plan, Step
 from adapterkit.planning.inputs.earlier_merges import merged_adapters
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
@@ -49,19 +51,24 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 class _Findings:
     """What was found, in the order of looking."""
 
+    asked: Diagnose
     rows: list[Json] = field(default_factory=list)
 
-    def add(self, kind: str, problem: str, evidence: str, do: str) -> None:
-        self.rows.append({"kind": kind, "problem": problem, "evidence": evidence, "do": do})
+    def add(
+        self, kind: str, problem: str, evidence: str, do: str, adapter: StrPath | None = None
+    ) -> None:
+        own = own_hint(do, self.asked, str(adapter))
+        self.rows.append({"kind": kind, "problem": problem, "evidence": evidence} | advice(own))
 
 
 @torch.inference_mode()
 def diagnose_model(diagnose: Diagnose) -> Json:
     """What `diagnose` says of a model."""
-    folder, found = open_model(diagnose.model), _Findings()
+    folder, found = open_model(diagnose.model), _Findings(diagnose)
     base = None if diagnose.base is None else open_model(diagnose.base)
     for problem in inspect_base(folder, headers=False)["problems"]:
-        found.add("headers", problem["found"], problem["where"], problem["do"])
+        do = "\n".join(filter(None, (problem["do"], problem["command"])))
+        found.add("headers", problem["found"], problem["where"], do)
     model = read_checkpoint(folder)
     _values(model, found, diagnose.progress)
     _tokenizer(folder, base, found)
@@ -153,10 +160,12 @@ def _ids(tokenizer: Json) -> list[tuple[str, int]]:
 
 
 def _history(folder: Folder, found: _Findings) -> None:
+    given = unweighted(found.asked.adapters)
     counts = Counter((one.name, one.sha256) for one in merged_adapters(folder) if one.weight > 0)
     for (name, _), count in counts.items():
         if count > 1:
-            do = f"unmerge it: {command('adapterkit merge', 'MODEL', f'{name}=-1', out='BACK')}"
+            path = next((path for path in given if Path(path).name == name), name)
+            do = f"unmerge it\n{command('adapterkit merge', 'MODEL', f'{path}=-1', out='unmerged')}"
             evidence = "the receipts of the model and its base"
             found.add("history", f"{shown(name)} was merged {count} times", evidence, do)
 
@@ -283,7 +292,8 @@ def _coefficients(
         name = adapter.name
         kind, problem, do = _meaning(value, name, read_json(adapter, CONFIG))
         if kind:
-            found.add(kind, problem, f"the factor of its delta in the model is {value:.3g}", do)
+            evidence = f"the factor of its delta in the model is {value:.3g}"
+            found.add(kind, problem, evidence, do, adapter.label)
     if sums.changed and sums.unexplained > UNEXPLAINED and not is_quantized:
         found.add(
             "other_changes",
@@ -297,13 +307,13 @@ def _meaning(value: float, name: str, config: Json) -> tuple[str, str, str]:
     """What a factor of a delta says: kind, problem, what to do; "" for 1."""
     rank, alpha = config.get("r"), config.get("lora_alpha")
     near = lambda other: abs(value - other) <= NEAR * abs(other)
-    again = "merge it again: adapterkit merge BASE ADAPTER --out MERGED --verify"
+    again = "merge it again\nadapterkit merge BASE ADAPTER --out merged --verify"
     if near(1):
         return "", "", ""
     if abs(value) <= NEAR:
         return "not_merged", f"{name} is not in the model", again
     if near(2):
-        do = "unmerge it: adapterkit merge MODEL ADAPTER=-1 --out BACK"
+        do = "unmerge it\nadapterkit merge MODEL ADAPTER=-1 --out unmerged"
         return "merged_twice", f"{name} is in the model twice", do
     if near(-1):
         return "subtracted", f"{name} was subtracted", again
@@ -317,4 +327,4 @@ def _meaning(value: float, name: str, config: Json) -> tuple[str, str, str]:
         ):
             if near(factor):
                 return "scale", f"{name} is in the model {text}", again
-    return "strength", f"{name} is in the model with weight {value:.3g}", "meant? else merge again"
+    return "strength", f"{name} is in the model with weight {value:.3g}", f"if not meant, {again}"

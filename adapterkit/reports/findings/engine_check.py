@@ -1,15 +1,15 @@
 """check: a conversion for an engine that is only planned, beside the rules of the engine."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence, Set
 
 from adapterkit.adapters.keys import module_of_factors
 from adapterkit.adapters.peft import scan_adapter
 from adapterkit.adapters.targets import NamedBy
+from adapterkit.calls import own_hint
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.commands import command
-from adapterkit.errors import AdapterkitError, Problems, listed
+from adapterkit.errors import AdapterkitError, Problems, advice, listed
 from adapterkit.formats.detect import Detection, detect
 from adapterkit.formats.engines import Client, ModuleRule, engines
 from adapterkit.formats.library import formats
@@ -19,6 +19,7 @@ from adapterkit.plan import Plan
 from adapterkit.planning.convert.plan import plan_contents
 from adapterkit.planning.convert.source import named_base, read_contents
 from adapterkit.planning.convert.verb import base_for
+from adapterkit.planning.inputs.converted_adapter import conversion_hint
 from adapterkit.planning.inputs.pipeline import is_pipeline, read_pipeline
 from adapterkit.planning.inputs.pipeline_adapters import split_adapters
 from adapterkit.planning.inputs.sources import open_adapter, open_model, open_unconverted
@@ -29,27 +30,29 @@ from adapterkit.verbs.convert import ConvertOptions
 from adapterkit.weights.detect import quantization_evidence
 
 VERSION = 1
-OPTION = re.compile(r"^give (--[\w -]+)")
 
 
 class _Verdicts:
     """What was found of an adapter for an engine."""
 
-    def __init__(self, client: Client, command: str):
-        self.client, self.command, self.rows = client, command, list[Json]()
+    def __init__(self, client: Client, check: EngineCheck):
+        self.client, self.check, self.rows = client, check, list[Json]()
+        self.base = None if check.base is None else "BASE"
+        options = {"to": client.format, "base": self.base, "out": f"for-{client.format}"}
+        self.convert = f"convert it\n{command('adapterkit convert', 'ADAPTER', **options)}"
 
     def add(
         self, verdict: str, problem: str, do: str, expected: str = "", modules: int | None = None
     ) -> None:
         row = {"verdict": verdict, "problem": problem, "expected": expected, "modules": modules}
-        self.rows.append(row | {"source": self.client.sources[0], "do": do})
+        row["source"] = self.client.sources[0]
+        self.rows.append(row | advice(own_hint(do, self.check)))
 
     def include(self, errors: Iterable[AdapterkitError]) -> None:
         """Refusals of a conversion: what the engine's format cannot hold."""
         for error in errors:
-            option = OPTION.match(error.hint or "")
-            do = f"{self.command} {option[1]}" if option else error.hint or self.command
-            self.add("refuses", error.problem, do, error.expected or "")
+            do = conversion_hint(error.hint, self.client.format, self.base) or self.convert
+            self.add("refuses", error.problem, do, error.expected)
 
 
 def check_adapter(check: EngineCheck) -> Json:
@@ -57,9 +60,7 @@ def check_adapter(check: EngineCheck) -> Json:
     source = open_unconverted(check.adapter)
     base = None if check.base is None else base_for(check.base, source)
     detection, client = detect(source), engines()[check.program]
-    form, on = formats()[client.format], None if base is None else "BASE"
-    convert = command("adapterkit convert", "ADAPTER", to=form.name, base=on, out="DIR")
-    found = _Verdicts(client, convert)
+    form, found = formats()[client.format], _Verdicts(client, check)
     options, plan, contents = ConvertOptions(to=form.name), None, Contents(form.name, (), ())
     try:
         model = named_base(base, detection, form)
@@ -72,7 +73,7 @@ def check_adapter(check: EngineCheck) -> Json:
     rules = [rule for rule in client.rules if not rule.of or kinds & {*rule.of}]
     if not client.reads(detection.form):
         problem = f"{client.title} does not read {detection.form.title}"
-        found.add("refuses", problem, convert, f"{form.title}: {form.summary}", len(modules))
+        found.add("refuses", problem, found.convert, f"{form.title}: {form.summary}", len(modules))
     elif plan is not None and form.layout == detection.form.layout == ADAPTER_LAYOUT:
         _compare(detection, plan, rules, found)
     _check_ranks(modules, found)
@@ -102,10 +103,10 @@ def _compare(
     if own:
         problem = f"{len(own)} keys have other names there: {listed(own)}"
         expected = f"names such as {listed(sorted(wanted - set(detection.container.tensors)))}"
-        found.add("drops", problem, found.command, expected, len(own))
+        found.add("drops", problem, found.convert, expected, len(own))
     elif folded := plan.decisions.get("folded"):
         problem = f"the scales of {len(folded)} modules are not read"
-        found.add("differs", problem, found.command, "one scale for all", len(folded))
+        found.add("differs", problem, found.convert, "one scale for all", len(folded))
 
 
 def _renamed(detection: Detection, wanted: Set[str], rules: Sequence[ModuleRule]) -> set[str]:
@@ -127,8 +128,8 @@ def _check_ranks(modules: Sequence[AdapterModule], found: _Verdicts) -> None:
     limit, most = found.client.rank, max((module.rank for module in modules), default=0)
     if limit.most and most > limit.most:
         large = sum(module.rank > limit.most for module in modules)
-        resize = command("adapterkit resize", "ADAPTER", rank=limit.most, out="DIR")
-        do = f"serve with {limit.flag} {most}, or {resize}"
+        resize = command("adapterkit resize", "ADAPTER", rank=limit.most, out="smaller")
+        do = f"serve with {limit.flag} {most}, or shrink it\n{resize}"
         problem, expected = f"rank {most}", f"at most {limit.most}, unless {limit.flag} is larger"
         found.add("refuses", problem, do, expected, large)
 
@@ -172,6 +173,6 @@ def _check_base(detection: Detection, base: Checkpoint, found: _Verdicts) -> Non
     """The id of another base; shapes and names were compared by the conversion."""
     said, given = detection.config.get("base_model_name_or_path"), base.folder.origin.get("repo")
     if isinstance(said, str) and isinstance(given, str) and said != given:
-        edit = command("adapterkit edit", "ADAPTER", base_model=given, out="DIR")
-        do = f"check the base, or {edit}"
+        edit = command("adapterkit edit", "ADAPTER", base_model=given, out="edited")
+        do = f"check the base, or change what it says\n{edit}"
         found.add("differs", f"the adapter says that it is for {listed([said])}", do, given)

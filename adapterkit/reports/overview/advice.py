@@ -23,7 +23,8 @@ def advise(document: Json, sources: Sequence[StrPath], base: StrPath) -> Json:
     broken = next((one for one in adapters if one["problems"]), None)
     if broken is not None:
         problem = broken["problems"][0]
-        return {"command": "", "reason": f"{broken['name']}: {problem['found']}; {problem['do']}"}
+        reason = f"{broken['name']}: {problem['found']}; {problem['do']}"
+        return {"command": problem["command"], "reason": reason}
     if document["pairs"] is None:
         return _of_one(adapters[0], sources[0], base)
     return _of_several(document["pairs"], [one["name"] for one in adapters], sources)

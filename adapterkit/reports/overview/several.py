@@ -23,7 +23,8 @@ def inspect_several(inspect: Inspect) -> Json:
             f"{len(sources)} adapters, {unread or 'and --plot'}",
             expected="factors that are read, and no --plot",
             where="options",
-            hint="inspect them one by one; adapterkit report draws several",
+            hint="inspect them one by one, or draw several\n"
+            "adapterkit report ADAPTERS --out report.html",
         )
     folders = [adapter_of(source, base) for source in sources]
     adapters = [inspect_adapter(folder, base, True, inspect.progress) for folder in folders]

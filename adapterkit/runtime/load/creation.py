@@ -50,7 +50,7 @@ def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:
             f"init {shown(name)}",
             expected=", ".join(members("inits")),
             where="LoraConfig",
-            hint="start it from the files with adapterkit init or loftq, then load it",
+            hint="start it from the files with `adapterkit init` or `loftq`, then load it",
         )
     options = {"niter": int(niter)} if niter else config.init_options
     method = created_init(name, dict(options))

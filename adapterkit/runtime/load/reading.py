@@ -16,6 +16,7 @@ from adapterkit.checkpoint.fingerprint import difference
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
+from adapterkit.commands import WITHOUT_INITIAL
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.inits import created_init
@@ -296,7 +297,7 @@ def subtract_initial(state: State, stored: StoredAdapter, parts: list[tuple[str,
             f"init_lora_weights {shown(init)}: the factors are relative to a changed base",
             expected="an adapter for the original base",
             where=stored.adapter.where,
-            hint="adapterkit rebase it first, with the adapter as it was before training",
+            hint=WITHOUT_INITIAL,
         )
     for path, part in parts:
         assert isinstance(part, FactorsPart)
@@ -318,7 +319,7 @@ def _subtract_stored(
             f"only one of the adapter and its initial factors has {listed(different)}",
             expected="the same modules in both",
             where=adapter.label,
-            hint="keep the folder that adapterkit init wrote together",
+            hint="keep the folder that `adapterkit init` wrote together",
         )
     for key, part in own.items():
         other = others[key]

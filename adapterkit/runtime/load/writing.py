@@ -43,8 +43,8 @@ def check_local(out: StrPath, where: str) -> None:
             "an output on the Hub",
             expected="a path on this machine",
             where=where,
-            hint="save it here, then `adapterkit convert FOLDER --to peft --out hf://org/name`, or "
-            "push the file with huggingface_hub",
+            hint="save it here, then send it, as huggingface_hub does a file\n"
+            "adapterkit convert FOLDER --to peft --out hf://ORG/NAME",
         )
 
 

@@ -192,7 +192,8 @@ class Lockstep:
                         f"{shown(unit.name)} changes its arguments",
                         expected="layers that can be run twice on the same inputs",
                         where=self.stored.base.name,
-                        hint="collect with adapterkit stats instead, and give --stats",
+                        hint="collect statistics first, and give --stats\n"
+                        "adapterkit stats BASE --data FILE --out stats.safetensors",
                     )
                 one.activations.park()
 
