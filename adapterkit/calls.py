@@ -181,12 +181,13 @@ def own_hint(hint: str, verb: OptionRecord | type[OptionRecord], where: str = ""
     kept = ", or ".join(part for part in parts if fits(part))
     if hint and not kept:
         kept = "first run" if commands else f"read its options\nadapterkit {verb.name} --help"
-    return kept + newline + with_paths(commands, verb, where)
+    return with_paths(kept + newline + commands, verb, where)
 
 
-def with_paths(commands: str, verb: OptionRecord | type[OptionRecord], where: str = "") -> str:
-    """Commands with a call's sources in the places of the words that stand for them: of several
+def with_paths(hint: str, verb: OptionRecord | type[OptionRecord], where: str = "") -> str:
+    """A hint whose commands have a call's sources for the words that stand for them: of several
     adapters the one that an error is about."""
+    text, newline, commands = hint.partition("\n")
     sources: dict[str, list[str]] = {}
     for field in dataclasses.fields(verb) if isinstance(verb, OptionRecord) else ():
         value = getattr(verb, field.name)
@@ -205,4 +206,4 @@ def with_paths(commands: str, verb: OptionRecord | type[OptionRecord], where: st
             texts = [text for text in texts if where.startswith(shown(text))][:1]
         return line(argument(text + rest) for text in texts) if texts else word[0]
 
-    return _WORD.sub(filled, commands)
+    return text + newline + _WORD.sub(filled, commands)

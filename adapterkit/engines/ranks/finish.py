@@ -91,7 +91,7 @@ class RankFinish:
                 f"{len(missing)} of {len(names)} files are not there: {', '.join(missing)}",
                 expected="all files of the plan",
                 where=str(ranks.path),
-                hint=f"run `{self.command}` again, as one rank or as all",
+                hint=f"run the plan again, as one rank or as all\n{self.command}",
             )
         made = [part_name(name, *edges) for name, ranges in parts.items() for edges in ranges or ()]
         blocks = [b.name for shard in files.values() for b in shard.block_files()]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.adapters.keys import CONFIG
-from adapterkit.calls import own_hint
+from adapterkit.calls import with_paths
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
@@ -57,7 +57,7 @@ class _Findings:
     def add(
         self, kind: str, problem: str, evidence: str, do: str, adapter: StrPath | None = None
     ) -> None:
-        own = own_hint(do, self.asked, str(adapter))
+        own = with_paths(do, self.asked, str(adapter))
         self.rows.append({"kind": kind, "problem": problem, "evidence": evidence} | advice(own))
 
 

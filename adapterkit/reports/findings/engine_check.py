@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from adapterkit.adapters.keys import module_of_factors
 from adapterkit.adapters.peft import scan_adapter
 from adapterkit.adapters.targets import NamedBy
-from adapterkit.calls import own_hint
+from adapterkit.calls import with_paths
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.commands import command
@@ -46,7 +46,7 @@ class _Verdicts:
     ) -> None:
         row = {"verdict": verdict, "problem": problem, "expected": expected, "modules": modules}
         row["source"] = self.client.sources[0]
-        self.rows.append(row | advice(own_hint(do, self.check)))
+        self.rows.append(row | advice(with_paths(do, self.check)))
 
     def include(self, errors: Iterable[AdapterkitError]) -> None:
         """Refusals of a conversion: what the engine's format cannot hold."""
