@@ -8,7 +8,7 @@ from typing import cast
 
 from adapterkit.adapters.keys import CONFIG as ADAPTER_CONFIG
 from adapterkit.checkpoint.folder import Folder, WithSubfolders
-from adapterkit.commands import LIST_FORMATS, MERGE
+from adapterkit.commands import LIST_FORMATS, command
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.formats.files.configs import read_config
 from adapterkit.formats.files.containers import Container, open_container
@@ -106,7 +106,8 @@ def no_model(detection: Detection, where: str) -> Refused:
         f"{name} is an adapter in the format {form.name}",
         expected="a model, or an adapter of one model",
         where=where,
-        hint=f"give it as the adapter, of a pipeline's one part; {MERGE}",
+        hint="give it as the adapter, of a pipeline's one part\n"
+        + command("adapterkit merge", "ORIGINAL", where, out="merged"),
     )
 
 

@@ -22,8 +22,8 @@ from tests.support.forks import command as run
 
 # what no job can know: which model or adapter would do, and where an output is sent
 UNKNOWN = {
-    "BASE", "ADAPTER", "ADAPTERS", "INITIAL", "MERGED", "MODEL", "FILE", "PLAN", "PART", "FOLDER",
-    "A", "NAME", "ORG/NAME", "ADAPTER=-1", "hf://ORG/NAME",
+    "BASE", "ORIGINAL", "ADAPTER", "ADAPTERS", "INITIAL", "MERGED", "MODEL", "FILE", "PLAN",
+    "PART", "FOLDER", "A", "NAME", "ORG/NAME", "ADAPTER=-1", "hf://ORG/NAME",
 }  # fmt: skip
 KNOWN = {"A": "8", "PART": "unet"}  # values that the parser looks at
 VERB = re.compile(rf"\badapterkit ({'|'.join(main.commands)})\b(?![`,;.])")
@@ -57,7 +57,7 @@ def static_texts() -> dict[str, str]:
     texts = {text: path.name for path in paths for text in texts_of(path)}
     for path in (ROOT / "formats").rglob("*.toml"):
         table = tomllib.loads(path.read_text("utf-8"))
-        texts |= dict.fromkeys(strings(table), path.name)
+        texts |= {re.sub(r"`[^`]*`", "", text): path.name for text in strings(table)}
     for entry in codes().values():
         texts |= dict.fromkeys((re.sub(r"`[^`]*`", "", entry["do"]), entry["example"]), "errors")
     return {text: where for text, where in texts.items() if VERB.search(text)}

@@ -103,7 +103,7 @@ def test_an_adapter_of_a_pipeline_is_called_so(llama, lora, tmp_path):
     assert parts == {"unet", "text_encoder", "text_encoder_2"}
     with pytest.raises(Refused, match=words) as caught:
         adapterkit.merge(path, [lora], out=tmp_path / "out")
-    assert "adapterkit merge BASE ADAPTER" in caught.value.hint
+    assert "adapterkit merge ORIGINAL " in caught.value.hint
     for verb in (
         lambda: adapterkit.merge(llama, [path], out=tmp_path / "out"),
         lambda: adapterkit.combine([lora, path], method="linear", out=tmp_path / "out"),

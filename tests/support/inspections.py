@@ -38,7 +38,7 @@ def inspect(*words, **options):
     assert set(result) == (ADAPTER if result["kind"] == "adapter" else EVERY)
     assert result["inspect"] == 1
     assert all(
-        set(problem) == {"found", "expected", "where", "do", "code"}
+        set(problem) == {"found", "expected", "where", "do", "command", "code"}
         for problem in result["problems"]
     )
     assert all(set(module) == MODULE for module in result["modules"])

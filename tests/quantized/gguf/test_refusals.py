@@ -14,7 +14,7 @@ from tests.support.gguf_files import blocks, gguf, llama, write
 
 
 def test_other_verbs_say_what_to_do(tiny: Path, tmp_path: Path):
-    with pytest.raises(Refused, match="adapterkit dequantize MODEL.gguf"):
+    with pytest.raises(Refused, match="adapterkit dequantize .*gguf --out floats"):
         adapterkit.quantize(tiny, out=tmp_path / "no", to="nf4")
 
 
