@@ -125,7 +125,7 @@ def _calls_reader(around: tuple[type, ...], leaf: str, owner: tuple[type, ...], 
     """Whether the code of these classes calls a child of that name by a method other than its
     forward, and the child's code reads the value: no call of the child surrounds that."""
     own = [cls for cls in owner if not cls.__module__.startswith(GENERAL)]
-    if not any(value in _attributes(cls) for cls in own):
+    if not any({value, "forward"} & _attributes(cls) for cls in own):  # super's may read it
         return False
     methods = {
         (name,)

@@ -40,6 +40,7 @@ JUDGED = (
     ("no weight equals the part", r"cannot be merged into "),
     ("layers without a target", r"layers: no target in layer"),
     ("no ties to keep", r"tie = True"),
+    ("PEFT keeps the sides one while they train", r"dora with tie on "),
     ("a pattern for nothing", r"(rank|alpha)_pattern: .* matches none"),
     (
         "PEFT's all-linear adds the experts' names where no layer has any",

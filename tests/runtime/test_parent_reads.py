@@ -71,6 +71,26 @@ class ByMethods(Net):
         return self.head(self.map.reduce(self.map.map(super().forward(input_ids))))
 
 
+class Counted(nn.Embedding):
+    """As ProphetNet's positions, it is called, and used by a method that calls the forward."""
+
+    def forward(self, x):
+        return self.other(x)
+
+    def other(self, x):
+        return super().forward(x)
+
+
+class ByForward(Net):
+    def __init__(self):
+        super().__init__()
+        self.places, self.head = Counted(40, 8), nn.Linear(8, 4)
+
+    def forward(self, input_ids):
+        y = super().forward(input_ids) + self.places(input_ids) + self.places.other(input_ids + 1)
+        return self.head(y)
+
+
 def mamba() -> nn.Module:
     sizes = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 1, "use_mambapy": False}
     return MambaForCausalLM(MambaConfig(vocab_size=40, **sizes))
@@ -127,6 +147,10 @@ CASES = {
     "biases of any module": (Net, {"target_modules": ["out"], "bias": "all"}),
     "biases of a module with methods": (ByMethods, {"target_modules": ["out"], "bias": "all"}),
     "a module with methods": (ByMethods, {"target_modules": ["out"], "modules_to_save": ["map"]}),
+    "a module whose method calls its forward": (
+        ByForward,
+        {"target_modules": ["out"], "modules_to_save": ["places"]},
+    ),
     "any module": (Net, {"target_modules": ["out"], "modules_to_save": ["qkv"]}),
 }
 

@@ -110,6 +110,26 @@ def test_other_values_of_a_head_are_read_as_they_are(folder, tmp_path):
     assert torch.equal(model.lm_head.adapterkit.default.a, stored[key] + 1)
 
 
+def test_magnitudes_of_a_tied_head_act(tmp_path):
+    """A tied head has one of each output, and its embedding one of each value; PEFT keeps the
+    factors one, which only training needs."""
+    with oracle.quiet():
+        wrapped = in_peft(
+            live.llama(tie_word_embeddings=True),
+            r=4,
+            target_modules=["lm_head", "q_proj"],
+            ensure_weight_tying=True,
+            use_dora=True,
+        )
+        shake(p for name, p in wrapped.named_parameters() if "magnitude" in name)
+        wrapped.save_pretrained(tmp_path)
+    model, x = live.llama(tie_word_embeddings=True), torch.arange(8)[None]
+    load(model, tmp_path)
+    torch.testing.assert_close(model(x).logits, wrapped(x).logits)
+    with pytest.raises(Refused, match="dora with tie on lm_head, to be trained"):
+        load(live.llama(tie_word_embeddings=True), tmp_path, trainable=True)
+
+
 @torch.no_grad()
 def test_it_runs_without_gradients_and_swaps(folder, tmp_path):
     model, x = live.llama(tie_word_embeddings=True), live.tokens()

@@ -1,6 +1,7 @@
 """Factors that a tied head shares with the embedding (PEFT's ensure_weight_tying)."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,14 +81,23 @@ def shared_heads(
     parts: Sequence[tuple[str, Part]], modules: Mapping[str, nn.Module]
 ) -> dict[str, str]:
     """Head -> the embedding that it shares its weight with, where the values of their factors are
-    the same."""
-    weights = {path: modules[path]._parameters.get("weight") for path, _ in parts}
+    the same, and all that they have: magnitudes of DoRA are those of other axes."""
     return {
         head: embedding
-        for embedding, source in parts
-        if isinstance(source, EmbeddingPart)
-        for head, part in parts
-        if isinstance(part, LinearPart) and weights[head] is weights[embedding]
+        for head, part, embedding, source in both_sides(parts, modules)
+        if part.magnitude is None is source.magnitude
         if part.scale == source.scale
         if torch.equal(part.a, source.b.T) and torch.equal(part.b, source.a.T)
     }
+
+
+def both_sides(
+    parts: Sequence[tuple[str, Part]], modules: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, LinearPart, str, EmbeddingPart]]:
+    """Factors of heads, and of the embeddings whose weights are theirs."""
+    weights = {path: modules[path]._parameters.get("weight") for path, _ in parts}
+    heads = [(path, part) for path, part in parts if isinstance(part, LinearPart)]
+    sources = [(path, part) for path, part in parts if isinstance(part, EmbeddingPart)]
+    for (head, part), (embedding, source) in itertools.product(heads, sources):
+        if weights[head] is weights[embedding]:
+            yield head, part, embedding, source

@@ -28,6 +28,7 @@ from adapterkit.planning.inputs.sources import initial_of, open_adapter
 from adapterkit.registry import members
 from adapterkit.runtime.layers import kind_of
 from adapterkit.runtime.layers.parameter import ParameterPart, of_parameter, split_parameters
+from adapterkit.runtime.layers.tied import both_sides
 from adapterkit.runtime.load.placing import LayerFactors, place
 from adapterkit.runtime.load.stored_values import StoredValues, join_values
 from adapterkit.runtime.parts import dora
@@ -67,6 +68,15 @@ def load(
         stored, parts = read(state, source, name, dtype, ephemeral_gpu_offload=offload)
         if pad_rank is not None:
             _pad([(path, part) for path, part in parts if isinstance(part, FactorsPart)], pad_rank)
+        if trainable and stored.config.tie and stored.config.dora:
+            own = [(path, part) for path, part in parts if isinstance(part, FactorsPart)]
+            for head, *_ in both_sides(own, state.modules):
+                raise Refused(
+                    f"dora with tie on {shown(head)}, to be trained",
+                    expected="a linear head without dora",
+                    where=stored.adapter.label,
+                    hint="load it without trainable; PEFT keeps the two sides one while they train",
+                )
     adapter = Attached(name, stored.config, trainable)
     take_base(state, adapter, stored.adapter)
     adapter.strict = strict
