@@ -14,6 +14,7 @@ from typing import Any, cast
 import peft
 import torch
 from diffusers.training_utils import EMAModel
+from peft.tuners.lora.layer import MultiheadAttention
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import Trainer
@@ -198,7 +199,10 @@ def _equal(
 
 
 def _has_gradients(theirs: Any, plain: nn.Module) -> bool:
-    """Whether PEFT's model has gradients of a loss; it has them from then on."""
+    """Whether PEFT's model has gradients of a loss; it has them from then on. It puts other weights
+    into torch's attention before the backward pass."""
+    if any(isinstance(module, MultiheadAttention) for module in theirs.modules()):
+        return False
     theirs.zero_grad()
     try:
         return _backward(theirs, plain)
