@@ -126,6 +126,10 @@ def _summary(errors: list[AdapterkitError], with_code: bool) -> str:
     return _text(some[0].where, lines, same, some[0].hint, code)
 
 
+# in a hint, each is a line of its own; other lines would be a name's that nobody has escaped
+_COMMANDS = re.compile(r"\n(?=(?:adapterkit|hf|python) )")
+
+
 def _text(where: str, problems: list[str], expected: str, hint: str, code: str) -> str:
     """An error as it is printed; names of folders and files may come unescaped."""
     first = f"{where}: {problems[0]}" if where else problems[0]
@@ -133,14 +137,14 @@ def _text(where: str, problems: list[str], expected: str, hint: str, code: str) 
     if expected:
         parts.append(f"expected: {expected}")
     if hint:
-        parts += f"hint: {hint}".split("\n")  # after it commands, each a line of its own
+        parts += _COMMANDS.split(f"hint: {hint}")
     return "\n  ".join(map(printable, parts))
 
 
 def advice(hint: str) -> dict[str, str]:
     """A hint in a document of JSON: what to do, and the command that does it, if there is one."""
-    do, _, command = hint.partition("\n")
-    return {"do": do, "command": command}
+    do, *commands = _COMMANDS.split(hint)
+    return {"do": do, "command": "\n".join(commands)}
 
 
 def advised(label: str, row: Mapping[str, str]) -> str:
