@@ -141,7 +141,7 @@ READING = (
     job("fit-plan", "base32", "law", data="ids.jsonl", out="w.json", hold=0.4, dry_run=True),
     job("verify-files", "merge-plain"),
     job("rerun-merge", "merge-plain", inputs="."),
-    job("report-two", "law", "medicine", out="report.html", exact=False),
+    job("report-two", "law", "medicine", out="report.html", overwrite=True, exact=False),
     job("verify-rows", "merge-several", base="base", adapters=["style=0.75", "rslora", "dora"]),
 )
 

@@ -34,7 +34,7 @@ def home(tmp_path):
 
 def text_of(home, *names, ending="", **options) -> str:
     page = home / "page.html"
-    adapterkit.report([f"{home}/{name}{ending}" for name in names], out=page, **options)
+    adapterkit.report([f"{home}/{name}{ending}" for name in names], out=page, overwrite=True, **options)
     return html.unescape(page.read_text("utf-8"))
 
 
@@ -73,7 +73,7 @@ def test_commands_of_a_page_are_one_word_for_each_name(home, monkeypatch):
     words = shlex.split(document["advice"]["command"])
     assert name in words and "./-skill" in words
     seen = 0
-    for row in adapterkit.report([name], out="page.html")["loading"]:
+    for row in adapterkit.report([name], out="page.html", overwrite=True)["loading"]:
         *_, last = row["command"].splitlines()
         client = next(one for one in engines().values() if one.title == row["engine"])
         if '"{file}"' in client.load and "convert" not in row["command"]:
@@ -84,7 +84,7 @@ def test_commands_of_a_page_are_one_word_for_each_name(home, monkeypatch):
             assert name in shlex.split(row["command"].splitlines()[0])
             seen += 1
     assert seen > 3
-    for row in adapterkit.report(["-skill"], out="page.html")["loading"]:
+    for row in adapterkit.report(["-skill"], out="page.html", overwrite=True)["loading"]:
         first = row["command"].splitlines()[0]
         assert (
             "from_pretrained" in first or "./-skill" in shlex.split(first)[2:] or "=./-s" in first

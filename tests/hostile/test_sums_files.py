@@ -80,5 +80,5 @@ def test_a_gguf_token_of_100000_letters_makes_no_tokenizer(tmp_path: Path, monke
     gguf_files.write(path, "llama", *gguf_files.of_llama(oracle.llama()), tokens=tokens)
     began = time.process_time()
     plan = adapterkit.dequantize(path, out=tmp_path / "out", dry_run=True)
-    assert any("its tokens are too long" in note for note in plan.notes)
+    assert any("its tokens are too long" in warning for warning in plan.warnings)
     assert time.process_time() - began < 5  # 5 s more without the limit
