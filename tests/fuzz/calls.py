@@ -158,7 +158,6 @@ def _layer(
     base: dict[str, np.ndarray], acting: list[tuple[Stored, float]], module: str, x: np.ndarray
 ) -> np.ndarray:
     weight, bias = (_value(base, acting, module, leaf) for leaf in ("weight", "bias"))
-    plain = base[f"{module}.weight"]
     assert weight is not None
     embedding = module == "embed_tokens"
     y = weight[x] if embedding else x @ weight.T + (0 if bias is None else bias)
@@ -177,11 +176,9 @@ def _layer(
         if magnitude is None:
             y = y + strength * scale * update
             continue
-        matrix = (plain.T if embedding else plain) + scale * b @ a  # (out, in)
+        matrix = (weight.T if embedding else weight) + scale * b @ a  # (out, in)
         ratio = magnitude / np.linalg.norm(matrix, axis=1)
-        own = stored.get(module, "bias", "base_layer.bias")
-        own = base.get(f"{module}.bias") if own is None else own
-        own = 0 if own is None else own
+        own = 0 if bias is None else bias  # in PEFT, trained biases are the base's own
         y = y + strength * (ratio * (y - own) + own + ratio * scale * update - y)
     return y
 

@@ -248,7 +248,8 @@ def _training(model: Any, path: Path, theirs: Any) -> str | None:
     expected, again = (models.outputs(theirs, plain) for _ in range(2))
     if _equal(again, expected, CLOSE):
         return None  # what it draws besides, or keeps, is no part of this
-    problem = _equal(models.outputs(model, plain), expected, CLOSE)
+    # DoRA's norms are float32, and f - 1 with dropout has what they lose
+    problem = _equal(models.outputs(model, plain), expected, CLOSE * 10)
     if problem or not _has_gradients(theirs, plain):
         return problem
     return _gradients(adapters, theirs, plain)
