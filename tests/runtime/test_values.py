@@ -14,6 +14,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    Pop2PianoConfig,
+    Pop2PianoForConditionalGeneration,
 )
 
 import adapterkit
@@ -118,6 +120,31 @@ def test_it_is_pefts(case, tmp_path):
     model, settings = CASES[case]
     _, adapters = compare(MODELS[model], logits, tmp_path, r=4, **settings)
     check_merging(adapters, logits)
+
+
+def test_modules_that_are_tied_to_an_entry_have_none_of_their_own(tmp_path):
+    """PEFT ties its copies to that of the entry; of all three names it makes a model without a
+    forward."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    config = Pop2PianoConfig(vocab_size=40, **sizes)
+    make = seeded(lambda: Pop2PianoForConditionalGeneration(config).eval())
+    settings = {"target_modules": ["q"], "modules_to_save": ["shared"], "ensure_weight_tying": True}
+    with oracle.quiet():
+        theirs = in_peft(make(), r=2, **settings).eval()
+        shake(p for name, p in theirs.named_parameters() if "modules_to_save" in name)
+        names = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+        trained = theirs.base_model.model.shared.modules_to_save["default"].weight
+        state = peft.get_peft_model_state_dict(theirs)
+        state |= {f"base_model.model.{name}.weight": trained.detach().clone() for name in names}
+        theirs.peft_config["default"].save_pretrained(tmp_path / "theirs")
+    save_file(state, tmp_path / "theirs" / WEIGHTS)
+    adapters = load(make(), tmp_path / "theirs")
+    adapters.save(tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / CONFIG).read_text())
+    assert written["modules_to_save"] == ["shared"]
+    again = peft.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
+    run = lambda model: model(input_ids=IDS, decoder_input_ids=IDS).logits
+    torch.testing.assert_close(run(again), run(adapters.model))
 
 
 class Small(nn.Module):

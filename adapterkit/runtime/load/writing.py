@@ -160,6 +160,10 @@ def _names_for_peft(state: State, adapter: Attached) -> dict[str, object]:
         # a norm without weights has nothing in the file
         saved = [path for path, part in copies if any(part.values())]
         entries = [name for name in config.modules_to_save if _means(name, saved)]
+        if config.tie:  # PEFT trains with a module what is tied to it
+            weights = {path: id(state.modules[path]._parameters.get("weight")) for path in saved}
+            meant = {path: weights[path] for path in saved if any(map(path.endswith, entries))}
+            saved = [p for p in saved if p in meant or weights[p] not in meant.values()]
         entries = entries_for_peft(entries, saved, state.modules)
         # parameters, which PEFT loads into the model
         values = {f"{s.path}.{p.leaf}" for s, p in adapter.parts() if isinstance(p, ValuePart)}
