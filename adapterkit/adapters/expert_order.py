@@ -50,7 +50,7 @@ def order_problem(adapter: Adapter) -> Refused | None:
         return None
     if order is None and not is_of_unsloth(adapter.config, card_of(folder)):
         return None
-    options = {"to": "peft", "expert_layout": "unsloth", "out": "DIR"}
+    options = {"to": "peft", "expert_layout": "unsloth", "out": "for-peft"}
     first = command("adapterkit convert", folder.label, **options)
     return Refused(
         f"stacks of experts by Unsloth, {ORDER} {order or 'unset'}: until 2026-09-17 their b had "
@@ -58,7 +58,7 @@ def order_problem(adapter: Adapter) -> Refused | None:
         expected=f"{ORDER} {FASTEST}, as PEFT has it, or {SLOWEST}",
         where=adapter.where,
         hint="give --expert-layout unsloth for one trained until then and --expert-layout "
-        f"peft-0.19 for a later one, or first run (peft-0.19 for a later one) {first}",
+        f"peft-0.19 for a later one, or convert it first (peft-0.19 for a later one)\n{first}",
     )
 
 

@@ -114,14 +114,16 @@ def test_unsloth_without_a_marker_asks(tmp_path, said):
     model = MODELS[0]
     adapter = source(model, tmp_path / "unsloth", **said)
     live = model_at(GOLDEN / model / "base")
+    command = f"adapterkit convert {adapter} --to peft --expert-layout unsloth --out for-peft"
     for job in (
         lambda: merged(model, adapter, tmp_path / "refused"),
         lambda: adapterkit.convert(adapter, to="vllm", out=tmp_path / "refused"),
         lambda: adapterkit.combine([adapter, adapter], out=tmp_path / "refused"),
         lambda: load(live, adapter),
     ):
-        with pytest.raises(AdapterkitError, match="--expert-layout unsloth"):
+        with pytest.raises(AdapterkitError) as caught:
             job()
+        assert str(caught.value).splitlines()[-1] == f"  {command}"
     assert "by Unsloth" in str(adapterkit.inspect(adapter)["problems"])
     for layout, other in (
         ("unsloth", GOLDEN / model),
@@ -162,5 +164,9 @@ def test_factors_that_may_be_of_several_parameters_need_the_model(tmp_path):
             torch.randn(tensors[key].shape[0], 8) if a else torch.randn(8, tensors[key].shape[1])
         )
     save_file(tensors, adapter / FILE)
-    with pytest.raises(Refused, match="which of its parameters"):
-        adapterkit.convert(adapter, to="peft", out=tmp_path / "out")
+    command = f"adapterkit convert {adapter} --to peft --base BASE --out for-peft"
+    for job in (adapterkit.convert, adapterkit.resize):
+        options = {"to": "vllm"} if job is adapterkit.convert else {"rank": 1}
+        with pytest.raises(Refused, match="which of its parameters") as caught:
+            job(adapter, out=tmp_path / "out", **options)
+        assert str(caught.value).splitlines()[-1] == f"  {command}"

@@ -19,6 +19,7 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.cli import main
 from adapterkit.errors import Refused
 from adapterkit.pages.pictures import MOST_CELLS
+from adapterkit.reports.overview.page import report_page
 from tests.support import raw_files
 from tests.support.inspections import inspect
 
@@ -306,6 +307,16 @@ def test_a_module_whose_delta_is_zero_is_among_the_problems(side, tmp_path):
     (problem,) = report(tmp_path, one)["adapters"][0]["problems"]
     assert "1 of 3 modules are zero: model.layers.1.self_attn.q_proj" in problem["found"]
     assert problem["found"] in (tmp_path / "report.html").read_text()
+
+
+def test_each_problem_on_the_page_has_its_command_once(tmp_path):
+    document = report(tmp_path, *(adapter(tmp_path / name, seed) for seed, name in enumerate("ab")))
+    commands = [f"adapterkit resize {name} --rank 2 --out smaller" for name in "ab"]
+    for one, command in zip(document["adapters"], commands, strict=True):
+        one["problems"] = [Refused("bad", hint=f"mend it\n{command}").row()]
+    document["advice"]["command"] = commands[0]
+    page = report_page(document)
+    assert [page.count(command) for command in commands] == [1, 1]
 
 
 def test_the_command_and_notebooks(lora, llama, tmp_path):

@@ -62,8 +62,9 @@ def read_stacks(
                 f"{shown(module)}: which of its parameters the factors are of",
                 expected="the model, by which the columns of b are put in order",
                 where=adapter.label,
-                hint=command(
-                    "adapterkit convert", adapter.label, to="peft", base="BASE", out="DIR"
+                hint="give the model to a conversion\n"
+                + command(
+                    "adapterkit convert", adapter.label, to="peft", base="BASE", out="for-peft"
                 ),
             )
         return None

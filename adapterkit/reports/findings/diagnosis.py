@@ -61,14 +61,17 @@ class _Findings:
         self.rows.append({"kind": kind, "problem": problem, "evidence": evidence} | advice(own))
 
 
+def _hint(problem: Json) -> str:
+    return "\n".join(filter(None, (problem["do"], problem["command"])))
+
+
 @torch.inference_mode()
 def diagnose_model(diagnose: Diagnose) -> Json:
     """What `diagnose` says of a model."""
     folder, found = open_model(diagnose.model), _Findings(diagnose)
     base = None if diagnose.base is None else open_model(diagnose.base)
     for problem in inspect_base(folder, headers=False)["problems"]:
-        do = "\n".join(filter(None, (problem["do"], problem["command"])))
-        found.add("headers", problem["found"], problem["where"], do)
+        found.add("headers", problem["found"], problem["where"], _hint(problem))
     model = read_checkpoint(folder)
     _values(model, found, diagnose.progress)
     _tokenizer(folder, base, found)
@@ -79,7 +82,7 @@ def diagnose_model(diagnose: Diagnose) -> Json:
         theirs = decoded_view(read_checkpoint(base, 1)).tensors
         adapters = [open_adapter(source, base) for source in unweighted(diagnose.adapters)]
         for problem in (p for a in adapters for p in inspect_adapter(a, None, True)["problems"]):
-            found.add("adapter", problem["found"], problem["where"], problem["do"])
+            found.add("adapter", problem["found"], problem["where"], _hint(problem))
         # of a quantized base into floats, which are compared
         options = MergeOptions(dequantize=bool(quantized_weights(theirs)))
         plans = [plan_merge(base, [(adapter, 1.0)], options) for adapter in adapters]

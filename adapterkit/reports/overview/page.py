@@ -89,15 +89,16 @@ def _verdict(document: Json) -> list[str]:
             text = f"{problem['found']} (in {problem['where']}). {problem['do']}."
             lines.append(f"<p><strong>{inline(adapter['name'])}</strong>: ")
             lines.append(f"{inline(text)}</p>")
+            lines += [command(problem["command"])] if problem["command"] else []
         if len(problems) > MOST_PROBLEMS:
             lines.append(paragraph(f"and {len(problems) - MOST_PROBLEMS} more: --json lists all"))
     advice = document["advice"]
     if not lines:
         lines.append(paragraph("No problems were found."))
         lines.append(paragraph(f"Next: {advice['reason']}."))
+        lines += [command(advice["command"])] if advice["command"] else []
     kind = "verdict bad" if any(a["problems"] for a in document["adapters"]) else "verdict"
-    shown = command(advice["command"]) if advice["command"] else ""
-    return [f'<div class="{kind}">{"".join(lines)}{shown}</div>']
+    return [f'<div class="{kind}">{"".join(lines)}</div>']
 
 
 def _adapters(adapters: Sequence[Json]) -> list[str]:

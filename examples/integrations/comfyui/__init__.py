@@ -172,7 +172,7 @@ class Report(io.ComfyNode):
     @classmethod
     def execute(cls, lora: str, save_as: str) -> io.NodeOutput:
         out = Path(folder_paths.get_output_directory()) / f"{Path(save_as).name}.html"
-        adapterkit.report([path_of(LORAS, lora)], out=out)
+        adapterkit.report([path_of(LORAS, lora)], out=out, overwrite=out.exists())
         return done(out)
 
 

@@ -42,6 +42,7 @@ def _checked(adapter: str) -> tuple[int, list[str]]:
         document = adapterkit.check(adapter, program=engine, base=base)
         problems += [
             f"{document['engine']} {one['verdict']}: {one['problem']}; {one['do']}"
+            + f" {one['command']}" * bool(one["command"])
             for one in document["findings"]
         ]
     return found["bytes"], problems
