@@ -88,7 +88,10 @@ def test_of_a_quantization(llama, tmp_path):
 
 
 def test_an_adapter_that_is_in_the_base_already(llama, lora, other_lora, tmp_path):
-    notes = lambda *words, out: oracle.merge(*words, out=tmp_path / out).data["notes"]
+    def notes(*words, out):
+        data = oracle.merge(*words, out=tmp_path / out).data
+        return [*data["warnings"], *data["notes"]]
+
     assert notes(llama, f"{lora}=0.5", out="once") == []
     (note,) = notes(tmp_path / "once", lora, out="twice")
     assert note == (
@@ -118,6 +121,5 @@ def test_a_receipt_that_is_none(llama, lora, tmp_path):
         '{"recipe": {"verb": "merge", "inputs": 1, "options": {}}, "inputs": {}}',
     ):
         (base / "adapterkit.json").write_text(text)
-        assert (
-            adapterkit.merge(base, [lora], out=tmp_path / "out", overwrite=True).data["notes"] == []
-        )
+        data = adapterkit.merge(base, [lora], out=tmp_path / "out", overwrite=True).data
+        assert data["warnings"] == data["notes"] == []

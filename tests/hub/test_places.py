@@ -62,13 +62,14 @@ def test_what_adapterkit_did_not_write_is_not_replaced(place, where):
     hub, client, _ = place
     hub.commit("me/other", FOREIGN | {"config.json": b"{}", "README.md": b"by hand"})
     for more in ("", ", overwrite=True"):
-        refused(
+        text = refused(
             place,
             merge(where, "me/other", more),
             "files that adapterkit did not write are there already: README.md, config.json, "
             "model.safetensors",
-            "hf repos delete-files me/other README.md config.json model.safetensors`",
         )
+        command = "hf repos delete-files me/other README.md config.json model.safetensors"
+        assert text.splitlines()[-1] == f"  {command}"
     hub.repos["me/other"].add({}, "main")
     hub.commit("me/other", {"notes.txt": b"by hand"})  # what the output has no file for
     client(merge(where, "me/other"))

@@ -82,6 +82,8 @@ def moved(task):
             options[name] = [on_hub(v) for v in value] if isinstance(value, list) else on_hub(value)
     if task.verb == "inspect" and "base" in options:
         options["download"] = True
+    if task.verb == "report":
+        options["out"] = "from-hub.html"
     return replace(task, sources=tuple(map(on_hub, task.sources)), options=options)
 """
 
@@ -303,5 +305,6 @@ def test_one_file_offline(mixed, tmp_path):
     call = f"adapterkit.resize({file!r}, rank=2"
     assert written(mixed, "kohya-offline", call, offline) == expected and len(hub.log) == count
     error = offline.refusal("adapterkit.inspect('org/mixed:loras/another.safetensors')")
-    assert "--include loras/another.safetensors`" in error.parts["hint"]
+    command = "hf download org/mixed --include loras/another.safetensors"
+    assert error.parts["hint"].splitlines()[1:] == [command]
     offline.close()

@@ -225,7 +225,7 @@ def test_modules_without_a_rank_are_left_out(tmp_path):
     assert config["target_modules"] == sorted(n for n in names if n != names[1])
     assert next(len(t) for k, t in keys.items() if names[0] in k and "lora_A" in k) == 1
     assert sum(len(t) for k, t in keys.items() if "lora_A" in k) == 16
-    assert any(names[1] in warning for warning in receipt.data["notes"])
+    assert any(names[1] in warning for warning in receipt.data["warnings"])
     oracle.peft_model(oracle.load(oracle.llama, tmp_path / "base"), tmp_path / "out" / "adapter")
 
 

@@ -290,7 +290,7 @@ def test_a_merge_keeps_the_delta_the_scales_and_the_other_modules(inputs, tmp_pa
         survived = [metric["survived"] for metric in receipt.data["parameters"].values()]
         if rounding == "stochastic":
             assert all(0.8 < share < 1.2 for share in survived), survived
-            assert not any("--rounding" in note for note in receipt.data["notes"])
+            assert not any("--rounding" in text for text in receipt.data["warnings"])
     assert outs["stochastic", 0, 1].read_bytes() == outs["stochastic", 0, 4].read_bytes()
     before, after = load_file(base / "model.safetensors"), load_file(outs["stochastic", 0, 1])
     assert not same(after, load_file(outs["stochastic", 1, 2]))

@@ -262,7 +262,7 @@ def test_nothing_added_is_no_byte_changed(base, lora, kind: str, tmp_path: Path)
     receipt = oracle.merge(base("llama", kind), adapter, out=tmp_path / "out")
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (base("llama", kind) / file).read_bytes()
-    assert not [note for note in receipt.data["notes"] if "survived" in note]
+    assert not [text for text in receipt.data["warnings"] if "survived" in text]
 
 
 @pytest.mark.parametrize("keep", [True, False])

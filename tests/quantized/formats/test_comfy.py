@@ -1,6 +1,7 @@
 """ComfyUI's quantized one-file models: read by the published formulas, merged into, written."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -155,8 +156,10 @@ def test_the_order_of_the_file_stays(home: Path, tmp_path: Path) -> None:
     assert written[: 8 + len(text)] == len(text).to_bytes(8, "little") + text
     ours, theirs = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "other"))
     assert all(same(value, theirs[key]) for key, value in ours.items())
-    with pytest.raises(AdapterkitError, match="--out FILE.safetensors"):
+    with pytest.raises(AdapterkitError) as caught:
         adapterkit.extract(base, tmp_path / "one.safetensors", rank=2, out=tmp_path / "no")
+    command = f"adapterkit dequantize {shlex.quote(str(base))} --out floats.safetensors"
+    assert str(caught.value).splitlines()[-1] == f"  {command}"
 
 
 @pytest.mark.parametrize("said", ["old", "header", "header without prefix"])

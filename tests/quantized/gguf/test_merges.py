@@ -383,7 +383,7 @@ def test_small_changes_survive_stochastic_and_compensated_rounding(kind: str, tm
     for name, options in how.items():
         out = tmp_path / f"{name}.gguf"
         receipt: Any = adapterkit.merge(path, adapter, out=out, **options)
-        told = [note for note in receipt.data["notes"] if "--touched-as q8_0" in note]
+        told = [text for text in receipt.data["warnings"] if "--touched-as q8_0" in text]
         assert bool(told) == (name in ("nearest", "kept"))
         sources = {"base": path, "adapters": [adapter], "stats": options.get("stats")}
         assert adapterkit.verify(out, **sources)["tensors"] == 2
