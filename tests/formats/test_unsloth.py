@@ -165,8 +165,10 @@ def test_factors_that_may_be_of_several_parameters_need_the_model(tmp_path):
         )
     save_file(tensors, adapter / FILE)
     command = f"adapterkit convert {adapter} --to peft --base BASE --out for-peft"
-    for job in (adapterkit.convert, adapterkit.resize):
-        options = {"to": "vllm"} if job is adapterkit.convert else {"rank": 1}
+    for job in (
+        lambda: adapterkit.convert(adapter, to="peft", out=tmp_path / "out"),
+        lambda: adapterkit.resize(adapter, rank=1, out=tmp_path / "out"),
+    ):
         with pytest.raises(Refused, match="which of its parameters") as caught:
-            job(adapter, out=tmp_path / "out", **options)
+            job()
         assert str(caught.value).splitlines()[-1] == f"  {command}"

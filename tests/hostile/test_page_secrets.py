@@ -34,7 +34,9 @@ def home(tmp_path):
 
 def text_of(home, *names, ending="", **options) -> str:
     page = home / "page.html"
-    adapterkit.report([f"{home}/{name}{ending}" for name in names], out=page, overwrite=True, **options)
+    adapterkit.report(
+        [f"{home}/{name}{ending}" for name in names], out=page, overwrite=True, **options
+    )
     return html.unescape(page.read_text("utf-8"))
 
 
