@@ -228,7 +228,7 @@ def _gradients(adapters: Adapters, theirs: Any, plain: nn.Module) -> str | None:
             continue  # what is not trained, and experts, whose file has another layout
         actual, expected = (torch.zeros(()) if x.grad is None else x.grad for x in both)
         # some are zeros but for rounding: a key's bias is the same for all that is attended to
-        largest = float(expected.abs().max()) + 1e-3 * max(sizes)
+        largest = float(expected.abs().max()) + 1e-3 * max(sizes) + 1e-9
         if not float((actual - expected).abs().max()) <= close * largest:
             found.append(f"{key} off by {float((actual - expected).abs().max()) / largest:.3g}")
     return "; ".join(found[:3]) or None
