@@ -82,6 +82,14 @@ def test_an_adapter_given_twice_is_noted(folder, tmp_path):
                     if "add up" in note]  # fmt: skip
 
 
+def test_files_of_one_folder_are_no_copies(folder, tmp_path):
+    files = [tmp_path / f"{name}.gguf" for name in "ab"]
+    for file in files:
+        adapterkit.convert(folder / file.stem, to="gguf", base=folder / "base", out=file)
+    notes = adapterkit.merge(folder / "base", files, out=tmp_path / "x", dry_run=True).notes
+    assert not [note for note in notes if "add up" in note]
+
+
 def test_a_part_of_a_format_without_parts(folder, tmp_path):
     with pytest.raises(Refused) as error:
         adapterkit.convert(

@@ -109,10 +109,11 @@ def history_notes(
 
 def notes_on_copies(adapters: Sequence[Adapter]) -> list[str]:
     """Notes on adapters that are given several times: their weights add up."""
-    names: dict[str, list[str]] = {}
+    names: dict[tuple[str, str | None], list[str]] = {}
     for adapter in adapters:
         folder = original(adapter.folder)
-        names.setdefault(realpath(getattr(folder, "root", folder.label)), []).append(adapter.name)
+        place = realpath(getattr(folder, "root", folder.label)), getattr(folder, "single", None)
+        names.setdefault(place, []).append(adapter.name)
     return [
         f"{shown(own[0])} is given {len(own)} times: its weights add up"
         for own in names.values()
