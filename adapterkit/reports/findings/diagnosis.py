@@ -22,7 +22,7 @@ from adapterkit.engines.local.reader import LocalReader
 from adapterkit.engines.verify.row_checks import SampledRows
 from adapterkit.errors import AdapterkitError, advice, listed, shown
 from adapterkit.kernels.sums import all_finite
-from adapterkit.options import Progress, StrPath, expect, unweighted
+from adapterkit.options import Progress, expect, unweighted
 from adapterkit.plan import Plan, Step
 from adapterkit.planning.inputs.earlier_merges import merged_adapters
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
@@ -54,15 +54,15 @@ class _Findings:
     asked: Diagnose
     rows: list[Json] = field(default_factory=list)
 
-    def add(
-        self, kind: str, problem: str, evidence: str, do: str, adapter: StrPath | None = None
-    ) -> None:
-        own = with_paths(do, self.asked, str(adapter))
+    def add(self, kind: str, problem: str, evidence: str, do: str, adapter: str = "") -> None:
+        own = with_paths(do, self.asked, adapter)
         self.rows.append({"kind": kind, "problem": problem, "evidence": evidence} | advice(own))
 
-
-def _hint(problem: Json) -> str:
-    return "\n".join(filter(None, (problem["do"], problem["command"])))
+    def include(self, kind: str, problems: Sequence[Json]) -> None:
+        """Those that `inspect` finds."""
+        for one in problems:
+            do = "\n".join(filter(None, (one["do"], one["command"])))
+            self.add(kind, one["found"], one["where"], do, one["where"])
 
 
 @torch.inference_mode()
@@ -70,8 +70,7 @@ def diagnose_model(diagnose: Diagnose) -> Json:
     """What `diagnose` says of a model."""
     folder, found = open_model(diagnose.model), _Findings(diagnose)
     base = None if diagnose.base is None else open_model(diagnose.base)
-    for problem in inspect_base(folder, headers=False)["problems"]:
-        found.add("headers", problem["found"], problem["where"], _hint(problem))
+    found.include("headers", inspect_base(folder, headers=False)["problems"])
     model = read_checkpoint(folder)
     _values(model, found, diagnose.progress)
     _tokenizer(folder, base, found)
@@ -81,8 +80,8 @@ def diagnose_model(diagnose: Diagnose) -> Json:
     if ours is not None and base is not None:
         theirs = decoded_view(read_checkpoint(base, 1)).tensors
         adapters = [open_adapter(source, base) for source in unweighted(diagnose.adapters)]
-        for problem in (p for a in adapters for p in inspect_adapter(a, None, True)["problems"]):
-            found.add("adapter", problem["found"], problem["where"], _hint(problem))
+        for adapter in adapters:
+            found.include("adapter", inspect_adapter(adapter, None, True)["problems"])
         # of a quantized base into floats, which are compared
         options = MergeOptions(dequantize=bool(quantized_weights(theirs)))
         plans = [plan_merge(base, [(adapter, 1.0)], options) for adapter in adapters]
