@@ -249,13 +249,13 @@ class _Names:
         spelled: dict[str, list[str]] = {}
         for module in self.reading.modules:
             spelled.setdefault(in_style(module, self.form.names.style), []).append(module)
-        resolved, unknown = list(attempt.resolved), list[str]()
-        for raw in (raw for raw in raws if raw.key in {*attempt.unknown}):
-            component, own = self._component(name, raw.prefix), spelled.get(raw.head, ())
+        left, resolved, unknown = {*attempt.unknown}, list(attempt.resolved), list[str]()
+        for raw in (raw for raw in raws if raw.key in left):
+            component, own = self._component(name, raw.prefix), spelled.get(raw.head, [])
             if component is None or len(own) != 1:
                 unknown.append(raw.key)
             else:
-                resolved.append(NamedModule(raw, component, [*own]))
+                resolved.append(NamedModule(raw, component, own))
         return replace(attempt, resolved=resolved, unknown=unknown)
 
     def _component(self, architecture: str | None, prefix: str) -> str | None:
