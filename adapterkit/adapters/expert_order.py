@@ -35,11 +35,16 @@ def order_of(config: Settings, leaf: str | None = None) -> str | None:
     return next((order for order in ORDERS if order in known), None)
 
 
-def in_order_of_peft(config: Settings, card: bytes = b"") -> Json:
+def with_given(config: Settings, layout: str | None) -> Settings:
+    """A config with the order of option --expert-layout, where it says none."""
+    return config if layout is None or order_of(config) else {**config, **GIVEN[layout]}
+
+
+def in_order_of_peft(config: Settings, folder: Folder | None = None) -> Json:
     """A config of stacks in PEFT's order, which it says only where its readers would ask: PEFT
-    warns of settings that it does not know. `card`: beside it."""
+    warns of settings that it does not know."""
     plain = {key: value for key, value in config.items() if key not in (ORDER, ORDER_DETAIL)}
-    is_asked = plain.get("target_parameters") and is_of_unsloth(plain, card)
+    is_asked = plain.get("target_parameters") and is_of_unsloth(plain, folder)
     return plain | ({ORDER: FASTEST} if is_asked else {})
 
 
@@ -48,27 +53,23 @@ def order_problem(adapter: Adapter) -> Refused | None:
     order, folder = order_of(adapter.config), adapter.folder
     if order == FASTEST or not any(map(adapter.is_stack, adapter.loras)):
         return None
-    if order is None and not is_of_unsloth(adapter.config, card_of(folder)):
+    if order is None and not is_of_unsloth(adapter.config, folder):
         return None
     options = {"to": "peft", "expert_layout": "unsloth", "out": "for-peft"}
-    first = command("adapterkit convert", folder.label, **options)
     return Refused(
         f"stacks of experts by Unsloth, {ORDER} {order or 'unset'}: until 2026-09-17 their b had "
         "another order",
         expected=f"{ORDER} {FASTEST}, as PEFT has it, or {SLOWEST}",
         where=adapter.where,
         hint="give --expert-layout unsloth for one trained until then and --expert-layout "
-        f"peft-0.19 for a later one, or convert it first (peft-0.19 for a later one)\n{first}",
+        "peft-0.19 for a later one, or convert it first, with peft-0.19 for a later one\n"
+        + command("adapterkit convert", folder.label, **options),
     )
 
 
-def card_of(folder: Folder) -> bytes:
-    """The text of its card; nothing of one by adapterkit, which names files."""
-    size = min(folder.files().get(CARD, 0), MOST)
-    card = folder.read(CARD, 0, size) if size else b""
-    return b"" if b"adapterkit" in card else card
-
-
-def is_of_unsloth(config: Settings, card: bytes) -> bool:
-    """Whether an adapter's config or card names Unsloth."""
-    return b"unsloth" in (card + json.dumps(config, default=str).encode()).lower()
+def is_of_unsloth(config: Settings, folder: Folder | None) -> bool:
+    """Whether an adapter's config or card names Unsloth; a card by adapterkit names files."""
+    size = min(folder.files().get(CARD, 0), MOST) if folder is not None else 0
+    card = folder.read(CARD, 0, size) if folder is not None and size else b""
+    text = json.dumps(config, default=str).encode() + card * (b"adapterkit" not in card)
+    return b"unsloth" in text.lower()

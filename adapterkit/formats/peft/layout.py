@@ -7,13 +7,7 @@ from dataclasses import replace
 from adapterkit import dtypes
 from adapterkit.adapters.adapter_config import PEFT_LAYOUT, base_id, declared_settings
 from adapterkit.adapters.eight_bits import notes_on
-from adapterkit.adapters.expert_order import (
-    GIVEN,
-    card_of,
-    in_order_of_peft,
-    order_of,
-    order_problem,
-)
+from adapterkit.adapters.expert_order import in_order_of_peft, order_of, order_problem, with_given
 from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key, part_keys, value_key
 from adapterkit.adapters.lora_config import check_live_config
 from adapterkit.adapters.peft import read_adapter
@@ -77,9 +71,8 @@ def read_layout(
     if peft_type in KINDS:
         return read_kinds(form, folder, peft_type, number)
     adapter = read_adapter(folder, number, check_live_config, as_stored=True)
-    if order_of(adapter.config) is None and expert_layout is not None:
-        adapter = replace(adapter, config=adapter.config | GIVEN[expert_layout])
-    elif order_of(adapter.config) is None and (error := order_problem(adapter)) is not None:
+    adapter = replace(adapter, config=with_given(adapter.config, expert_layout))
+    if order_of(adapter.config) is None and (error := order_problem(adapter)) is not None:
         raise error
     modules: list[AdapterModule] = []
     homes = homes_of(adapter)
@@ -119,7 +112,7 @@ def read_layout(
         (folder,),
         tuple(modules),
         metadata={METADATA: adapter.base_fingerprint} if adapter.base_fingerprint else {},
-        config=in_order_of_peft(adapter.config, card_of(folder)),
+        config=in_order_of_peft(adapter.config, folder),
         facts={
             "base": base_id(adapter),
             "invocation": adapter.config.get("alora_invocation_tokens"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from adapterkit.adapters.config import SLOWEST
 from adapterkit.adapters.eight_bits import notes_on
-from adapterkit.adapters.expert_order import GIVEN, card_of, is_of_unsloth, order_of
+from adapterkit.adapters.expert_order import is_of_unsloth, order_of, with_given
 from adapterkit.adapters.keys import CONFIG, PLAIN, WEIGHTS
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import read_header
@@ -66,10 +66,9 @@ def in_adapter_layout(
     if for_merge and detection.config.get("peft_type") in ("LOHA", "LOKR"):
         return _with_others(folder, detection)
     if is_read and not notes_on(detection.container.tensors):
-        config = detection.config
-        given = GIVEN.get(expert_layout or "", {}) if order_of(config) is None else {}
-        is_other = order_of({**config, **given}) == SLOWEST
-        if not (is_other or (given and is_of_unsloth(config, card_of(folder)))):
+        config = with_given(detection.config, expert_layout)
+        is_told = config is not detection.config and is_of_unsloth(config, folder)
+        if order_of(config) != SLOWEST and not is_told:
             return folder
     # here, so that adapters in PEFT's layout do not wait for it
     from adapterkit.planning.convert.plan import plan_convert
