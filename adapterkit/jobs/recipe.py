@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from adapterkit.formats.files.configs import read_config
 from adapterkit.options import finite
 from adapterkit.planning.adapters.joined_values import read_all
 from adapterkit.planning.inputs.model_config import nested_values
-from adapterkit.planning.inputs.sources import open_base, open_model, open_weighted
+from adapterkit.planning.inputs.sources import open_adapter, open_base, open_model, open_weighted
 from adapterkit.planning.merge.job import COUNTS, LAYER
 from adapterkit.records import Json
 from adapterkit.verbs.merge import Merge
@@ -112,7 +113,8 @@ class _Recipe:
         self.errors.raise_all()
         model = open_model(self.base)
         self.config = open_base(self.base).config
-        self.adapters = read_all([f for f, _ in open_weighted(self.paths, base=model)])
+        opener = partial(open_adapter, base=model, for_merge=True)
+        self.adapters = read_all([folder for folder, _ in open_weighted(self.paths, opener)])
         self.modules = [self._modules_of(adapter) for adapter in self.adapters]
         self._check_layers()
         self.errors.raise_all()

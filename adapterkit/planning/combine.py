@@ -62,7 +62,7 @@ from adapterkit.verbs.combine import Combine
 
 def plan_combine(options: Combine) -> Plan:
     """Everything a combination will do, or `Refused` with all that cannot be done."""
-    sources, file = open_with_weights(options.adapters, options.weights, opener=open_unconverted)
+    sources, file = open_with_weights(options.adapters, options.weights, open_unconverted)
     inputs = together([folder for folder, _ in sources], options.out)
     base = if_given(open_model, options.base)
     stats = [open_statistics(path) for path in options.stats]

@@ -37,9 +37,7 @@ def verify_output(verify: Verify) -> Json:
     variant, layout = map(receipt["recipe"]["options"].get, ("variant", "expert_layout"))
     pipeline = read_pipeline(model, variant) if model is not None and is_pipeline(model) else None
     opener = partial(open_adapter, base=model, for_merge=True, expert_layout=layout)
-    sources = (
-        split_adapters(adapters, pipeline) if pipeline else open_weighted(adapters, opener=opener)
-    )
+    sources = split_adapters(adapters, pipeline) if pipeline else open_weighted(adapters, opener)
     if bool(base) != bool(sources):
         raise Refused(
             "--base without --adapter" if base else "--adapter without --base",

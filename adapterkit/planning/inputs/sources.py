@@ -216,18 +216,16 @@ def initial_of(adapter: Folder) -> Folder | None:
 
 
 def open_weighted(
-    adapters: Sources, base: Folder | None = None, opener: Callable[..., Folder] | None = None
+    adapters: Sources, opener: Callable[[StrPath], Folder]
 ) -> list[tuple[Folder, float]]:
-    """The folders of adapters for a base, with their weights; `Refused` with all that cannot be
-    opened. `opener`: another one than `open_adapter`, of the source alone."""
+    """The folders of adapters, with their weights; `Refused` with all that cannot be opened."""
     opened: list[tuple[Folder, float]] = []
     errors = Problems()
     for source, weight in weighted(adapters):
         with errors.collected():
             if weight is None:
                 source, weight = weight_of(source)
-            folder = opener(source) if opener else open_adapter(source, base, for_merge=True)
-            opened.append((folder, weight))
+            opened.append((opener(source), weight))
     errors.raise_all()
     return opened
 

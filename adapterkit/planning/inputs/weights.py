@@ -11,7 +11,6 @@ from adapterkit.errors import WARNING, Problems, Refused, listed, shown
 from adapterkit.options import Sources, StrPath, weighted
 from adapterkit.planning.inputs.sources import (
     named_in_file,
-    open_adapter,
     open_source,
     open_unconverted,
     open_weighted,
@@ -23,23 +22,20 @@ Weighted = tuple[list[tuple[Folder, float]], WeightsFile | None]
 
 
 def open_with_weights(
-    adapters: Sources,
-    weights: StrPath | None,
-    base: Folder | None = None,
-    opener: Callable[..., Folder] | None = None,
+    adapters: Sources, weights: StrPath | None, opener: Callable[[StrPath], Folder]
 ) -> Weighted:
-    """The adapters for a base with their weights, and the file of these, if one is named: then the
-    adapters are those of the file, in its order, and may be left out. `Refused` where they are
-    others, or have weights of their own. `opener`: as of `open_weighted`."""
+    """The adapters with their weights, and the file of these, if one is named: then the adapters
+    are those of the file, in its order, and may be left out. `Refused` where they are others, or
+    have weights of their own."""
     if weights is None:
-        return open_weighted(adapters, base, opener), None
+        return open_weighted(adapters, opener), None
     folder = open_source(weights)
     file, errors = read_weights(folder), Problems(where=folder.label)
     opened = []
     sources = sources_of(adapters, weights, file, errors)
     for source, named in zip(sources, file.adapters, strict=True):
         with errors.collected():
-            adapter = opener(source) if opener else open_adapter(source, base, for_merge=True)
+            adapter = opener(source)
             check_same(named, adapter, folder.label)
             opened.append(adapter)
     errors.raise_all()
@@ -52,7 +48,7 @@ def weighted_sources(
     """As `open_with_weights`, of adapters that are opened later."""
     if weights is None:
         return adapters, None
-    _, file = open_with_weights(adapters, weights, opener=open_unconverted)
+    _, file = open_with_weights(adapters, weights, open_unconverted)
     assert file is not None
     sources = sources_of(adapters, weights, file, Problems())
     return list(zip(sources, file.default, strict=True)), file

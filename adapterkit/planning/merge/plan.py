@@ -99,7 +99,7 @@ def plan_merge_of(merge: Merge) -> Plan:
     name = output_file(base, merge.out)
     layout = options.expert_layout
     opener = partial(open_adapter, base=base, for_merge=True, expert_layout=layout)
-    adapters, weights = open_with_weights(merge.adapters, merge.weights, base, opener)
+    adapters, weights = open_with_weights(merge.adapters, merge.weights, opener)
     stats = None if merge.stats is None else open_statistics(merge.stats)
     imatrix = if_given(read_importance, merge.imatrix)
     if merge.base16 is None:
