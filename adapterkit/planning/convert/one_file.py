@@ -113,8 +113,8 @@ class _InFile:
         modules = self._in_parts()
         self._check_names(modules)
         plain, others = _split(modules)
-        apart = {id(module): module for module in self._apart(plain)}
-        others += apart.values()
+        apart = self._apart(plain)
+        others += (module for module in plain if id(module) in apart)
         plain = [module for module in plain if id(module) not in apart]
         errors, added = Problems(where=self.contents.folders[0].label), list[AddedDelta]()
         for module in others:
@@ -156,8 +156,8 @@ class _InFile:
         form = self.model.names
         own = in_names_of(there, form, architecture, namings, None, None, reader)
         named = [self._valued(replace(m, name=key, component=LANGUAGE)) for m, key in own]
-        rest = compress(modules, (not one for one in found))
         named = with_axes_of(self.model.tensors, named)
+        rest = compress(modules, (not one for one in found))
         return named + [replace(m, name=m.path, component=LANGUAGE) for m in rest]
 
     def _valued(self, module: AdapterModule) -> AdapterModule:
@@ -175,21 +175,19 @@ class _InFile:
         """What a module adds, to which parameters and rows of the file."""
         named = self._found(module)
         if named is None:
-            yield from _deltas_of(replace(module, name=module.path, component=LANGUAGE), None)
+            yield from _deltas_of(self._named([module])[0], None)
             return
         part, (match, text) = self.model.parts[module.component], named
-        name = part.prefix + text
+        own = replace(module, name=part.prefix + text, component=LANGUAGE)
         if part.naming in match.rule.matrix:
             parts = {"a": transposed(module.parts["b"]), "b": transposed(module.parts["a"])}
-            own = replace(module, name=name, component=LANGUAGE, parts=parts)
-            yield AddedDelta(own, MATRIX)
+            yield AddedDelta(replace(own, parts=parts), MATRIX)
         elif part.naming == MODEL or len(match.rule.model) == 1:
             yield from _deltas_of(self._named([module])[0], None)
         else:
-            rows = self._rows(module, match, name)
-            yield from _deltas_of(replace(module, name=name, component=LANGUAGE), rows)
+            yield from _deltas_of(own, self._rows(module, match, own.name))
 
-    def _rows(self, module: AdapterModule, match: Match, name: str) -> range | None:
+    def _rows(self, module: AdapterModule, match: Match, name: str) -> range:
         """The rows of a module of the file that this one is."""
         tensors = self.model.tensors
         spec = tensors.get(f"{name}.weight") or tensors.get(f"{name}_weight")  # OpenCLIP's in_proj
@@ -204,17 +202,18 @@ class _InFile:
             )
         return rows
 
-    def _apart(self, modules: Modules) -> list[AdapterModule]:
-        """Plain factors that are added as they are: of a transposed matrix, and DoRA of some of the
-        modules that the file fuses, whose magnitudes are of these rows."""
+    def _apart(self, modules: Modules) -> set[int]:
+        """Ids of plain factors that are added as they are: of a transposed matrix, and DoRA of some
+        of the modules that the file fuses, whose magnitudes are of these rows."""
         found = [(module, *named) for module in modules if (named := self._found(module))]
         fused = Counter((m.component, text) for m, _, text in found if "magnitude" in m.parts)
-        apart = list[AdapterModule]()
-        for module, match, text in found:
-            naming, parts = self.model.namings[module.component], len(match.rule.model)
-            is_part = naming != MODEL and 0 < fused[module.component, text] < parts
-            apart += [module] if is_part or naming in match.rule.matrix else []
-        return apart
+        return {
+            id(m)
+            for m, match, text in found
+            for naming in [self.model.namings[m.component]]
+            if naming in match.rule.matrix
+            or (naming != MODEL and 0 < fused[m.component, text] < len(match.rule.model))
+        }
 
     def _in_parts(self) -> list[AdapterModule]:
         """The modules, of an adapter of one part that does not say which with that part."""
@@ -228,12 +227,11 @@ class _InFile:
         ]
         if len(parts) != 1:
             what = f"modules of {' or '.join(parts) or 'no part of the file'}: {listed(names)}"
-            hint = ONE_PART
             raise Refused(
                 what,
                 expected=f"modules of one of {', '.join(model.parts)} ({model.architecture})",
                 where=self.contents.folders[0].label,
-                hint=hint if parts else OTHER_BASE,
+                hint=ONE_PART if parts else OTHER_BASE,
             )
         own = {id(m) for m in bare}
         return [replace(m, component=parts[0]) if id(m) in own else m for m in modules]
