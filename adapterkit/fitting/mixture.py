@@ -42,7 +42,6 @@ class Mixed(FactorsPart):
     the coefficients of a's rows, of those that act in the mixture."""
 
     mixture: "Mixture"
-    is_head = False
     columns: Tensor  # of the coefficients, for each of a's rows: (R,), or (experts, R)
 
     def joined(self) -> tuple[Tensor, Tensor]:
@@ -59,7 +58,7 @@ class Mixed(FactorsPart):
         if self.mixture.seen is not None and self.is_matrix:
             self.mixture.seen.add(self.site.path, F.linear(x, self.a))
         acting = self.mixture.acting
-        if not self.is_head or acting.beside is None:
+        if acting.beside is None or self.host is not self.mixture.head:
             return y + self.product(x, *self.joined())
         halves = zip(x.chunk(2), (acting.own, acting.beside), strict=True)
         return y + torch.cat([self.product(half, *self._of(c)) for half, c in halves])
@@ -186,8 +185,8 @@ class Mixture:
                 more = {"leaf": place.leaf, "transposed": transposed, "depth": 0}
             empty = torch.empty(0, device="meta")
             place.part = mixed(place.kind)(NAME, empty, empty, 1.0, **more)
-            place.part.mixture, place.part.is_head = self, host is self.head
-            if place.leaf is not None and place.kind is not ParameterPart:
+            place.part.mixture = self
+            if place.leaf is not None and not more:
                 place.part.role = f"delta:{place.leaf}"  # the module may have factors, too
             self.state.site(place.path).add(place.part.eval())
         for site in self.state.sites.values():
