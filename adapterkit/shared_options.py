@@ -162,11 +162,6 @@ def weights_option() -> Any:
     )
 
 
-def page_overwrite_option(**more: object) -> Any:
-    """Of verbs that write a page."""
-    return option(default=False, check=FLAG, help="Replace an earlier page.", **more)
-
-
 def shard_size_option() -> Any:
     help = "Re-shard the output, e.g. 5GB (default: keep the base's files)."
     return option(default=None, check=SIZE, metavar="SIZE", help=help)

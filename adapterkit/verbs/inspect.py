@@ -15,7 +15,7 @@ from adapterkit.options import (
     record,
 )
 from adapterkit.records import Json
-from adapterkit.shared_options import base_option, page_overwrite_option
+from adapterkit.shared_options import base_option
 from adapterkit.verb import Verb, function_of
 
 
@@ -69,8 +69,8 @@ class Inspect(Verb[Json]):
     tells ranks and scales; and with `headers` no factors are read anywhere (of an adapter with tens
     of thousands of modules they take minutes), and no model's class is built. `plot` draws norms
     and ranks, relative ones with `base`, into an HTML page; with `overwrite`
-    an older page is replaced. Raises `Refused` where there is nothing
-    to inspect or an option does not apply.
+    an older page is replaced. Raises `Refused` where there is nothing to inspect or an option does
+    not apply.
     """
 
     runner = "reports.inspection:inspect_source"
@@ -111,7 +111,9 @@ class Inspect(Verb[Json]):
         metavar="FILE.html",
         help="Draw norms and ranks as heatmaps, layers by modules, into a page for a browser.",
     )
-    overwrite: bool = page_overwrite_option(needs="plot")
+    overwrite: bool = option(
+        default=False, check=FLAG, help="Replace an earlier page.", needs="plot"
+    )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
 

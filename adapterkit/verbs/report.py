@@ -2,6 +2,7 @@
 
 from adapterkit.options import (
     FILE,
+    FLAG,
     PROGRESS,
     SOURCE,
     UNWEIGHTED,
@@ -14,12 +15,7 @@ from adapterkit.options import (
     record,
 )
 from adapterkit.records import Json
-from adapterkit.shared_options import (
-    base_option,
-    page_overwrite_option,
-    statistics_option,
-    weights_option,
-)
+from adapterkit.shared_options import base_option, statistics_option, weights_option
 from adapterkit.verb import Verb, function_of
 
 
@@ -55,8 +51,8 @@ class Report(Verb[Json]):
       null
     - `advice`: one `command` with its `reason`; `loading`: commands by program
 
-    Raises `Refused` where an adapter cannot be read or `out` is a file; with
-    `overwrite` an older page is replaced.
+    Raises `Refused` where an adapter cannot be read or `out` is a file; with `overwrite` an older
+    page is replaced.
     """
 
     runner = "reports.overview.document:write_report"
@@ -84,7 +80,7 @@ class Report(Verb[Json]):
         "Input covariances of the base: cosines of the adapters' outputs."
     )
     weights: StrPath | None = weights_option()
-    overwrite: bool = page_overwrite_option()
+    overwrite: bool = option(default=False, check=FLAG, help="Replace an earlier page.")
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
 
