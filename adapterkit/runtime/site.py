@@ -374,7 +374,7 @@ class Site(Unsaved):
 
     def renew(self) -> None:
         """Let other stand-ins act for parts whose values are others by now."""
-        if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return  # a graph waits for nothing
         if any(name.endswith(DIRECTED) for name in self._modules):
             parts = [(p, w) for name, w in self.active.items() for p in self.own_parts(name)]
