@@ -6,7 +6,7 @@ from torch import Tensor
 
 from adapterkit.adapters.targets import ALL_LINEAR
 from adapterkit.errors import Refused, listed
-from adapterkit.planning.targets.stored_targets import select_layers
+from adapterkit.planning.targets.stored_targets import CalledLayers, select_layers
 from adapterkit.records import Json
 from adapterkit.statistics.data.masks import Masks, token_masks
 from adapterkit.statistics.model.hooks import SumsWatch
@@ -47,7 +47,8 @@ class CollectionJob:
         self.model, self.notes = stored.model, stored.notes
         names = [n for n, module in self.model.named_modules() if is_linear(module)]
         targets, lacking = options.targets or ALL_LINEAR, "no linear layer"
-        self.targets = select_layers(stored.names, targets, names, lacking, self.notes, called=True)
+        given = (targets, names, lacking, self.notes, CalledLayers)
+        self.targets = select_layers(stored.names, *given)
         self.gradients = "gradient" in options.what
         self.inputs = tuple(name for name in options.what if name in INPUTS)
         self.units = Units.of(stored)

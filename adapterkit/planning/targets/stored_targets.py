@@ -271,7 +271,8 @@ class StoredResolver(Resolver):
 
 
 class CalledLayers(StoredResolver):
-    """Layers whose inputs are seen, as the code around them calls them."""
+    """Layers whose inputs are seen, because the code around them calls them: factors may not act
+    there."""
 
     def why_not(self, path: str) -> str:
         reader = weight_reader(self.stored_names, path)
@@ -288,14 +289,12 @@ def select_layers(
     among: Collection[str],
     lacking: str,
     notes: list[str],
-    *,
-    called: bool = False,
+    kind: type[StoredResolver] = StoredResolver,
 ) -> list[str]:
-    """Those of the layers that --targets means, in the model's order; without it all on which
-    factors act. `lacking`: what a model's other layers are; `called`: of which the inputs are
-    meant, whether or not factors act there."""
+    """Those of the layers that --targets means, in the model's order; without it all that `kind`
+    takes. `lacking`: what a model's other layers are."""
     config = LoraConfig(targets=ALL_LINEAR if targets is None else entries_of("--targets", targets))
-    resolver = (CalledLayers if called else StoredResolver)(names, config, notes, among, lacking)
+    resolver = kind(names, config, notes, among, lacking)
     if targets is None:
         return resolver.fitting(list(among))
     return [target.path for target in resolver.resolve()]
