@@ -178,22 +178,18 @@ class Stage:
         self.replaces = overwrite or bool(resume and head is not None and head.get("overwrite"))
         if not (complete and self.inside):  # else the output is half moved
             self._check_output()
-        if head is not None and not resume and not overwrite and self._was_left():
-            raise Refused(
-                "an earlier run to this --out was interrupted",
-                expected="an output that no other run has begun",
-                where=str(self.control),
-                hint="give --resume to continue it, or --overwrite to begin again",
-            )
+        if head is not None and not resume and not overwrite:
+            self.lock.check()
+            if self.journal():  # else a run has just ended
+                raise Refused(
+                    "an earlier run to this --out was interrupted",
+                    expected="an output that no other run has begun",
+                    where=str(self.control),
+                    hint="give --resume to continue it, or --overwrite to begin again",
+                )
         if head is None or not resume:
             return "fresh"
         return "publish" if complete and head.get("fingerprint") == fingerprint else "resume"
-
-    def _was_left(self) -> bool:
-        """Whether the journal, which was there before, is one that no run works on; `Refused` while
-        one does."""
-        self.lock.check()
-        return bool(self.journal())  # else a run has just ended
 
     def _check_kind(self) -> None:
         if self.out.exists() and not self.out.is_dir():
