@@ -81,8 +81,8 @@ def history_notes(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
 ) -> list[str]:
-    """Notes on adapters that are in the base already and are added again, and on others that are
-    subtracted from a base that does not have them."""
+    """Notes on adapters that are in the base already and are added again, on others that are
+    subtracted from a base that does not have them, and on copies."""
     notes = []
     options = _receipt_of(base).get("recipe", {}).get("options", {}) if merged else {}
     how = options.get("method", "linear")
@@ -104,7 +104,7 @@ def history_notes(
                 f"{adapter.name} is subtracted, but the receipt of {base.name} names {names} "
                 "instead"
             )
-    return notes
+    return notes + notes_on_copies(adapters)
 
 
 def notes_on_copies(adapters: Sequence[Adapter]) -> list[str]:

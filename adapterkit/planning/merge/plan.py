@@ -21,11 +21,7 @@ from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath, flag_of, parse_size
 from adapterkit.plan import OutputFile, Plan, Step
 from adapterkit.planning.adapters.methods import added_by
-from adapterkit.planning.inputs.earlier_merges import (
-    history_notes,
-    merged_adapters,
-    notes_on_copies,
-)
+from adapterkit.planning.inputs.earlier_merges import history_notes, merged_adapters
 from adapterkit.planning.inputs.input_identity import plan_of
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint, read_plain_gguf
 from adapterkit.planning.inputs.model_config import nested_values, set_nested
@@ -185,7 +181,6 @@ def plan_merge(
     whole = part.pipeline if part else base
     job.merged_before = merged_adapters(whole)
     job.notes += history_notes(whole, job.merged_before, adapters, job.weights)
-    job.notes += notes_on_copies(adapters)
     steps, statistics = changed_steps(job, errors), None
     if stats is not None:
         from adapterkit.planning.merge.compensation import with_compensation
