@@ -30,15 +30,13 @@ class AddedDelta:
 
     def on(self, parameter: Parameter, tensors: Mapping[str, TensorSpec]) -> "PlacedDelta | None":
         """It on that parameter, stored in these tensors; None where it does not fit."""
-        height = parameter.shape[0] if self.rows is None else len(self.rows)
+        rows = self.rows or range(parameter.shape[0])
         out, inputs = matrix_shape(self.module.kind, self.module.parts)
-        needs_base = depends_on_base(self.module)
-        fits = out == height and inputs in (math.prod(parameter.shape[1:]), 0)  # 0: any
+        fits = out == len(rows) and inputs in (math.prod(parameter.shape[1:]), 0)  # 0: any
         if not (fits and parameter.whole):
             return None
-        rows = self.rows or range(height)
         weight = None
-        if needs_base:
+        if depends_on_base(self.module):
             weight = StoredParameter.of(parameter, tensors).rows(rows.start, rows.stop)
         return PlacedDelta(ModuleDelta(self.module, weight), rows)
 
