@@ -143,7 +143,7 @@ def _word(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-# An option in a hint, but for those that are quoted
+# An option in a hint, except those that are quoted
 _OPTION = re.compile(r"`[^`]*`|(?<![\w-])--([a-z][a-z0-9-]*)(?: [A-Z]+\b)?")
 _OF_COMMANDS = {"help", "json", "plan", "quiet"}  # options of commands that are none of their verbs
 # a word of a command with its quotes; one that stands for a source, and what follows it

@@ -87,8 +87,7 @@ def gguf_package() -> Any:
 
 def number_of(architecture: str) -> Any:
     """The package's number of an architecture; None if it does not know it."""
-    names = gguf_package().MODEL_ARCH_NAMES
-    return next((number for number, name in names.items() if name == architecture), None)
+    return {name: n for n, name in gguf_package().MODEL_ARCH_NAMES.items()}.get(architecture)
 
 
 def has_head(architecture: str) -> bool | None:
