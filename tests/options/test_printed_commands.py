@@ -173,10 +173,10 @@ def test_check_advises_commands_that_run(here: Path):
 
 
 def test_diagnose_advises_commands_that_run(here: Path):
-    adapterkit.merge("the base", "my lora=0.2", out="weak one")
+    adapterkit.merge("the base", "my lora=0.2", out="merged")
     adapterkit.merge("the base", "my lora=2", out="twice")
     for model, expected in [
-        ("weak one", "adapterkit merge 'the base' 'my lora' --out merged --verify"),
+        ("merged", "adapterkit merge 'the base' 'my lora' --out merged-again --verify"),
         ("twice", "adapterkit merge twice 'my lora=-1' --out unmerged"),
     ]:
         rows = adapterkit.diagnose(model, base="the base", adapters="my lora")["findings"]

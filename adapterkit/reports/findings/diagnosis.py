@@ -309,7 +309,7 @@ def _meaning(value: float, name: str, config: Json) -> tuple[str, str, str]:
     """What a factor of a delta says: kind, problem, what to do; "" for 1."""
     rank, alpha = config.get("r"), config.get("lora_alpha")
     near = lambda other: abs(value - other) <= NEAR * abs(other)
-    again = "merge it again\nadapterkit merge BASE ADAPTER --out merged --verify"
+    again = "merge it again\nadapterkit merge BASE ADAPTER --out merged-again --verify"
     if near(1):
         return "", "", ""
     if abs(value) <= NEAR:
