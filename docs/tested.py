@@ -22,6 +22,7 @@ SUITES = {
     "engines": "one machine: threads, devices, memory, cost; a pretended card where there is none",
     "faults": "kills at system calls, full disks, signals, flipped bits, other file systems",
     "formats": "every format of adapters, from files that its own tool wrote, there and back",
+    "fitting": "weights of adapters by samples: steps, teachers, scores of programs",
     "fuzz": "random adapters, models, jobs and damaged files, from seeds",
     "golden": "plans, receipts and bytes of a job of each verb",
     "hostile": "files and folders made to mislead, secrets, the order of imports",
