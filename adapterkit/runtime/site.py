@@ -25,7 +25,7 @@ OLD_FORWARD = "_old_forward"  # what accelerate's hooks call
 ESCAPED = str.maketrans({"%": "%25", ".": "%2E", ":": "%3A"})  # in children's names
 RESERVED = {  # the site's attributes
     "parts", "path", "unmerged", "router", "replacing", "changing", "adding", "training", "sizes",
-    "watched", "called", "active",
+    "watched", "called", "active", "directed",
 }  # fmt: skip
 SIZES = (
     "num_embeddings", "embedding_dim", "in_features", "out_features", "in_channels", "out_channels",
@@ -367,6 +367,7 @@ class Site(Unsaved):
         changing.sort(key=lambda pair: not pair[0].replaces)
         self.replacing, self.changing = nested(replacing), tuple(changing)
         self.adding = tuple(adding)
+        self.directed = any(name.endswith(DIRECTED) for name in self._modules)
         self._forward_pre_hooks.clear()
         if adding or changing or replacing:
             # torch's fused layers read the weights of their parts unless one of these has hooks
@@ -374,12 +375,13 @@ class Site(Unsaved):
 
     def renew(self) -> None:
         """Let other stand-ins act for parts whose values are others by now."""
+        if not self.directed:
+            return
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return  # a graph waits for nothing
-        if any(name.endswith(DIRECTED) for name in self._modules):
-            parts = [(p, w) for name, w in self.active.items() for p in self.own_parts(name)]
-            if any(p.weighted(w)[0] not in self._modules.values() for p, w in parts):
-                self.select(self.active)
+        parts = [(p, w) for name, w in self.active.items() for p in self.own_parts(name)]
+        if any(p.weighted(w)[0] not in self._modules.values() for p, w in parts):
+            self.select(self.active)
 
     @property
     def standing(self) -> dict[str, Tensor]:
