@@ -91,8 +91,8 @@ def adapter_card(
     body = [f"Made by adapterkit {__version__}{how}: {plain(summary)}.", ""]
     body += ["From:", ""] if adapters else []
     body += [f"- {plain(hub_id_or_name(adapter.folder))}" for adapter in adapters]
-    told = f"The changes of each module, and the hash of every file, are in `{receipt}`."
-    body += ["", told, ""] if receipt else []
+    line = f"The changes of each module, and the hash of every file, are in `{receipt}`."
+    body += ["", line, ""] if receipt else []
     body += ["To load it, in place of `ADAPTER` its folder or id:", ""]
     id = id if HUB_ID.fullmatch(id) else "BASE"
     for client in (one for one in engines().values() if one.models == "language"):
