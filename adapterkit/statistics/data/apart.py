@@ -1,23 +1,20 @@
 """Tokenizers, which strangers make as slow and as large as they like: loaded and run in a process
 that ends at limits of time and memory. Records and ids go through its pipes as JSON."""
 
-import importlib
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
-from adapterkit.checkpoint.system import system
 from adapterkit.errors import AdapterkitError, MultipleErrors, Problems, Refused, shown
 from adapterkit.records import Json
 from adapterkit.statistics.data import samples
 from adapterkit.statistics.data.records import Record
 from adapterkit.statistics.data.samples import Sample, Samples
-from adapterkit.statistics.data.templates import LimitedProcess
+from adapterkit.statistics.data.templates import LimitedProcess, serve
 
 SECONDS, RATE = 180.0, 20_000  # for all, and bytes of the data for each second more
 MEMORY = 4 << 30  # bytes more than at its start, where the system limits them
@@ -79,14 +76,5 @@ def _answer(request: Json) -> tuple[list, list]:
     return [], [(its, *other) for its, other in zip(rows, others, strict=True)]
 
 
-def main() -> None:
-    """Answer a line, after an empty one."""
-    sys.modules["torch"] = None  # type: ignore[assignment]  # its import takes a second
-    importlib.import_module("transformers.models.auto.tokenization_auto")
-    system.limit(int(sys.argv[1]), 3600)  # seconds, in case nobody is left to end it
-    print(flush=True)
-    print(json.dumps(_answer(json.loads(sys.stdin.readline()))), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve("transformers.models.auto.tokenization_auto", _answer)

@@ -1,6 +1,7 @@
 """Chat templates, programs of strangers: rendered in a process that ends at limits of time and
 memory. Messages and texts go through its pipes as lines of JSON."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -25,7 +26,7 @@ Limit = Callable[[int], float]
 
 
 class LimitedProcess:
-    """A process that runs a module's `main`, from the first request to the first that a limit
+    """A process that runs a module's `serve`, from the first request to the first that a limit
     ends."""
 
     def __init__(self, module: str, memory: int) -> None:
@@ -78,10 +79,10 @@ class TemplateProcess(LimitedProcess):
                 where=where,
                 hint="give text, or a tokenizer whose chat template ends",
             )
-        told = json.loads(answer)
-        if "error" in told:
-            raise ValueError(told["error"])
-        return told["texts"], told["spans"]
+        rendered = json.loads(answer)
+        if "error" in rendered:
+            raise ValueError(rendered["error"])
+        return rendered["texts"], rendered["spans"]
 
 
 def _started(module: str, memory: int) -> Any:
@@ -94,23 +95,29 @@ def _started(module: str, memory: int) -> Any:
     return process
 
 
-def main() -> None:
-    """Answer each line, after an empty one."""
-    sys.modules["torch"] = None  # type: ignore[assignment]  # its import takes a second
-    from transformers.utils.chat_template_utils import render_jinja_template
-
+def serve(library: str, answer: Callable[[Json], object]) -> None:
+    """Answer each line, after an empty one; `library` is imported before memory is limited."""
+    # nothing here uses torch, and its import takes a second
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    importlib.import_module(library)
     system.limit(int(sys.argv[1]), 3600)  # seconds, in case nobody is left to end it
     print(flush=True)
     for line in sys.stdin:
-        try:
-            texts, spans = render_jinja_template(**json.loads(line))
-            told = {"texts": texts, "spans": spans}
-        except MemoryError:
-            raise
-        except Exception as error:  # a template is a program: it raises what it likes
-            told = {"error": str(error)[:1000] or type(error).__name__}
-        print(json.dumps(told), flush=True)
+        print(json.dumps(answer(json.loads(line))), flush=True)
+
+
+def _answer(request: Json) -> Json:
+    """The texts and spans of a conversation, or why there are none."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        texts, spans = render_jinja_template(**request)
+        return {"texts": texts, "spans": spans}
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program: it raises what it likes
+        return {"error": str(error)[:1000] or type(error).__name__}
 
 
 if __name__ == "__main__":
-    main()
+    serve("transformers.utils.chat_template_utils", _answer)
