@@ -6,6 +6,8 @@ decide their own ranks, within bounds that the plan knows. Everything that can b
 refused when a plan exists.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -14,9 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
-
-import torch
-from torch import Tensor
 
 from adapterkit import __version__, dtypes
 from adapterkit.budget import BUFFERS, factors_memory, most_together
@@ -31,6 +30,7 @@ from adapterkit.checkpoint.system import cores, quarter_of_memory
 from adapterkit.errors import WARNING
 from adapterkit.kernels.pieces import GPU
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.lazy import Tensor, torch
 from adapterkit.options import Progress, bytes_text
 from adapterkit.records import Json
 from adapterkit.weights.codec import stored_parts
@@ -48,7 +48,7 @@ READ = {"read": True}  # metadata of fields that hold tensors which are read
 Apply = Callable[[Tensor, int], None]
 
 
-def _marked_reads(record: "RowEdit | Task") -> tuple[TensorSpec, ...]:
+def _marked_reads(record: RowEdit | Task) -> tuple[TensorSpec, ...]:
     """The stored tensors in the fields of a record that are marked `READ`."""
     return tuple(
         spec for name in _marked_fields(type(record)) for spec in _specs_in(getattr(record, name))
@@ -56,7 +56,7 @@ def _marked_reads(record: "RowEdit | Task") -> tuple[TensorSpec, ...]:
 
 
 @cache
-def _marked_fields(cls: "type[RowEdit | Task]") -> tuple[str, ...]:
+def _marked_fields(cls: type[RowEdit | Task]) -> tuple[str, ...]:
     return tuple(field.name for field in fields(cls) if field.metadata == READ)
 
 
@@ -96,10 +96,10 @@ class Effort:
     columns: float = 0.0  # of weights, where each is rounded after the one before
     decompositions: float = 0.0
 
-    def __add__(self, other: "Effort") -> "Effort":
+    def __add__(self, other: Effort) -> Effort:
         return Effort(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
-    def __rmul__(self, times: int) -> "Effort":
+    def __rmul__(self, times: int) -> Effort:
         return Effort(**{name: times * value for name, value in vars(self).items()})
 
 
@@ -352,8 +352,8 @@ class Collecting(Protocol):
 
     def collect_blocks(
         self,
-        plan: "Plan",
-        files: "Sequence[OutputFile]",
+        plan: Plan,
+        files: Sequence[OutputFile],
         stage: Workspace,
         device: torch.device,
         finished: Callable[[ShardResult], None],
@@ -364,12 +364,12 @@ class Collecting(Protocol):
 
     def collected(
         self,
-        plan: "Plan",
-        file: "OutputFile",
+        plan: Plan,
+        file: OutputFile,
         stage: Workspace,
         device: torch.device,
         progress: Progress,
-    ) -> "OutputFile":
+    ) -> OutputFile:
         """The file with the tasks that the sums of all blocks give; of one process, which makes
         them first."""
         ...
@@ -407,7 +407,7 @@ class OutputFile:
         finalize: Finalize | None = None,
         safetensors_order: bool = False,
         lay_out: LayOut | None = None,
-    ) -> "OutputFile":
+    ) -> OutputFile:
         """A file of these tasks."""
         tasks = tuple(tasks)
         stored = [stored for task in tasks for stored in task.max_outputs]
@@ -460,7 +460,7 @@ class OutputFile:
         """Whether it is a block of what is collected for it."""
         return self.collection is not None and self.range is not None
 
-    def block_files(self) -> "list[OutputFile]":
+    def block_files(self) -> list[OutputFile]:
         """The blocks of what is collected for it."""
         count = 0 if self.collection is None else self.collection.blocks
         return [replace(self, range=(number, number + 1)) for number in range(count)]

@@ -3,12 +3,16 @@ written to."""
 
 import functools
 import gc
+import importlib
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from adapterkit import kernels
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -50,6 +54,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection() -> None:
     gc.disable()  # what is collected stays
+    # tests replace names of kernels, which are to be the modules themselves, not `lazy`'s
+    for one in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        importlib.import_module(one.name)
 
 
 def pytest_collection_finish() -> None:

@@ -5,15 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import cast
 
-import torch
-from torch import Tensor
-
 from adapterkit.adapters.keys import FACTORS, factor_keys
 from adapterkit.adapters.record import Adapter, Lora, rank_mismatch
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
 from adapterkit.kernels.lowrank import directions
 from adapterkit.kernels.lowrank.algebra import Product, products_of
+from adapterkit.lazy import Tensor, torch
 from adapterkit.weights.reader import TensorReader
 
 STORED = tuple(field.name for field in fields(Lora))  # what a file says of factors

@@ -1,11 +1,11 @@
 """Which modules and parameters of a model get factors: PEFT's rules, on a live model and on one
 without data."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.record import is_inside
@@ -19,6 +19,7 @@ from adapterkit.adapters.targets import (
     output_head,
 )
 from adapterkit.errors import Problems, Refused, shown
+from adapterkit.lazy import torch
 from adapterkit.patterns import matcher, similar_names
 from adapterkit.weights.linear import is_linear, kind_of
 
@@ -33,7 +34,7 @@ class Target:
     `tied`: the embedding whose factors a head shares, transposed."""
 
     path: str
-    module: nn.Module
+    module: torch.nn.Module
     kind: str
     rank: int
     alpha: float
@@ -52,7 +53,7 @@ class Target:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def model_type(model: nn.Module) -> str | None:
+def model_type(model: torch.nn.Module) -> str | None:
     """The type of a transformers model."""
     return getattr(getattr(model, "config", None), "model_type", None)
 
@@ -69,7 +70,9 @@ class Resolver:
 
     where = "LoraConfig"
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig):
+    def __init__(
+        self, model: torch.nn.Module, modules: Mapping[str, torch.nn.Module], config: LoraConfig
+    ):
         self.model, self.modules, self.config = model, modules, config
         self.alpha: float | None = config.alpha  # None: each rank is its own alpha
         layers = config.layers
@@ -85,11 +88,11 @@ class Resolver:
         """Why factors on a layer would not do as its weight does; None if they do."""
         raise NotImplementedError
 
-    def kind_of(self, module: nn.Module) -> str | None:
+    def kind_of(self, module: torch.nn.Module) -> str | None:
         """The kind of layer that a module is; None for one that takes no factors."""
         return kind_of(module)
 
-    def is_quantized(self, module: nn.Module) -> bool:
+    def is_quantized(self, module: torch.nn.Module) -> bool:
         return False
 
     @property
@@ -194,7 +197,7 @@ class Resolver:
         module = self.modules[path]
         if self.kind_of(module) not in LINEAR:
             return False
-        if isinstance(module, nn.Linear):
+        if isinstance(module, torch.nn.Linear):
             return self.is_quantized(module) or is_linear(module)
         return not any(f"{path}.{name}" in self.modules for name, _ in module.named_children())
 
@@ -300,7 +303,9 @@ class Resolver:
                     )
         return names
 
-    def _unfit_parameter(self, path: str, name: str, parameter: nn.Parameter) -> Refused | None:
+    def _unfit_parameter(
+        self, path: str, name: str, parameter: torch.nn.Parameter
+    ) -> Refused | None:
         """Why a parameter takes no factors; None if it does."""
         problem, hint = f"parameter {shown(name)}", "remove it from parameters"
         shape = tuple(parameter.shape)
@@ -356,7 +361,7 @@ def layer_of(name: str, lists: Sequence[Callable[[str], bool]] = ()) -> int | No
     return int(parts[numbers[0]]) if numbers else None
 
 
-def input_embedding(model: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
+def input_embedding(model: torch.nn.Module, modules: Mapping[str, torch.nn.Module]) -> str | None:
     """The path of a transformers model's input embedding, if that is one weight: of images it is
     several modules."""
     ask = getattr(model, "get_input_embeddings", None)
@@ -369,7 +374,7 @@ def input_embedding(model: nn.Module, modules: Mapping[str, nn.Module]) -> str |
     return next((path for path, module in modules.items() if module is embedding), None)
 
 
-def tied_modules(modules: Mapping[str, nn.Module], embedding: str) -> list[str]:
+def tied_modules(modules: Mapping[str, torch.nn.Module], embedding: str) -> list[str]:
     """The other modules with the embedding's weight."""
     weight = modules[embedding].weight
     return [

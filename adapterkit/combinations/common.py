@@ -1,12 +1,11 @@
 """What the methods share: checks of options, ways to prune the blocks of a delta, and two ways to
 combine pruned deltas."""
 
+from __future__ import annotations
+
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-
-import torch
-from torch import Tensor
 
 from adapterkit import registry
 from adapterkit.combinations.protocol import (
@@ -18,19 +17,11 @@ from adapterkit.combinations.protocol import (
     Seeds,
 )
 from adapterkit.errors import Refused
-from adapterkit.kernels import dense
-from adapterkit.kernels.elementwise import (
-    Majority,
-    Threshold,
-    Trim,
-    drop,
-    elect,
-    ranks,
-    top_k_threshold,
-)
+from adapterkit.kernels import dense, elementwise
 from adapterkit.kernels.lowrank.algebra import Product, Svd, norm, stack_products, svd
 from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.rows import row_ranges
+from adapterkit.lazy import Tensor, torch
 
 BLOCK = 1 << 19  # elements of a dense delta that are multiplied out at a time on a CPU
 SUBSAMPLE = 4  # one row in four of each block is enough to estimate a threshold
@@ -60,7 +51,7 @@ class InCores(OnFactors):
     bases that the deltas share, in float64."""
 
     density: float
-    majority: Majority
+    majority: elementwise.Majority
     inner: str
 
     def __post_init__(self):
@@ -220,7 +211,7 @@ def check_count(weights: Sequence[float], deltas: int) -> None:
         raise ValueError(f"{len(weights)} weights for {deltas} deltas")
 
 
-def threshold(deltas: Deltas, which: int, keep: int) -> Threshold:
+def threshold(deltas: Deltas, which: int, keep: int) -> elementwise.Threshold:
     """The threshold above which the `keep` largest magnitudes of a delta lie."""
 
     def read(part: int = 1) -> Iterator[Tensor]:
@@ -230,12 +221,12 @@ def threshold(deltas: Deltas, which: int, keep: int) -> Threshold:
         )
 
     size, some = math.prod(deltas.shape), lambda: read(SUBSAMPLE)
-    return top_k_threshold(read, size, keep, some, deltas.device)
+    return elementwise.top_k_threshold(read, size, keep, some, deltas.device)
 
 
-def trim(deltas: Deltas, which: int, density: float) -> Trim:
+def trim(deltas: Deltas, which: int, density: float) -> elementwise.Trim:
     """Keeps the int(density · n) largest magnitudes of a delta, of equal ones the first."""
-    return Trim(threshold(deltas, which, int(density * math.prod(deltas.shape))))
+    return elementwise.Trim(threshold(deltas, which, int(density * math.prod(deltas.shape))))
 
 
 def random_drop(
@@ -250,7 +241,7 @@ def random_drop(
     def prune(block: Tensor) -> None:
         nonlocal draws
         chance = density(block) if callable(density) else density
-        drop(block, chance, draws, divided=divided)
+        elementwise.drop(block, chance, draws, divided=divided)
         draws = draws.at(block.numel())
 
     return prune
@@ -273,8 +264,8 @@ def without_outliers(deltas: Deltas, which: int, density: float, gamma: float) -
     size = math.prod(deltas.shape)
     keep = int(density * size)
     top = min(int(gamma * size), size - keep)
-    larger = Trim(threshold(deltas, which, keep + top))
-    outliers = Trim(threshold(deltas, which, top))
+    larger = elementwise.Trim(threshold(deltas, which, keep + top))
+    outliers = elementwise.Trim(threshold(deltas, which, top))
 
     def prune(block: Tensor) -> None:
         largest = block.clone()
@@ -288,14 +279,14 @@ def without_outliers(deltas: Deltas, which: int, density: float, gamma: float) -
 def chances(block: Tensor, density: float, epsilon: float) -> Tensor:
     """By element of some rows density + epsilon·(2·rank - 1), rank from 0, the smallest magnitude
     of the row, to 1 (arXiv:2406.11617)."""
-    return ranks(block).mul_(2 * epsilon).add_(density - epsilon)
+    return elementwise.ranks(block).mul_(2 * epsilon).add_(density - epsilon)
 
 
 def elect_pruned(
     deltas: Deltas,
     weights: Sequence[float],
     prunes: Sequence[Prune],
-    majority: Majority,
+    majority: elementwise.Majority,
     shares: Sequence[float] | None = None,
     *,
     divided: bool = True,
@@ -310,7 +301,9 @@ def elect_pruned(
     )
     for first, last in deltas.blocks():
         blocks = list(_pruned(deltas, prunes, first, last))
-        counts = elect(blocks, weights, majority, mean[first:last], shares, divided=divided)
+        counts = elementwise.elect(
+            blocks, weights, majority, mean[first:last], shares, divided=divided
+        )
         overlaps, conflicts = overlaps + counts[0], conflicts + counts[1]
     return DenseDelta(mean, conflict_metric(overlaps, conflicts))
 

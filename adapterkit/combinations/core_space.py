@@ -1,14 +1,14 @@
 """core_space: ties, or another method on elements, in the core of bases that the factors share."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from adapterkit.combinations.common import InCores, basis
-from adapterkit.kernels.elementwise import Majority
+from adapterkit.kernels import elementwise
 from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class CoreSpace(InCores):
     """
 
     density: float
-    majority: Majority = "total"
+    majority: elementwise.Majority = "total"
     inner: str = "ties"
     name = "core_space"
     source = "arXiv:2509.17786 (Core Space)"

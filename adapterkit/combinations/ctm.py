@@ -1,15 +1,15 @@
 """ctm: compress to directions that the deltas share, then ties, or another method on elements."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from adapterkit.combinations.common import InCores, basis, check_share, cores_of, with_signs
 from adapterkit.errors import Refused
-from adapterkit.kernels.elementwise import Majority
+from adapterkit.kernels import elementwise
 from adapterkit.kernels.lowrank.algebra import Product, norm
+from adapterkit.lazy import Tensor, torch
 
 ROUNDS = 1000
 RISE = 1e-7  # of the energy, by a round, below which the bases are taken for converged
@@ -30,7 +30,7 @@ class Ctm(InCores):
     """
 
     density: float
-    majority: Majority = "total"
+    majority: elementwise.Majority = "total"
     inner: str = "ties"
     beta: float = 0.25
     dimensions: int | None = None

@@ -1,11 +1,13 @@
 """dare_ties: drop at random, rescale, elect a sign, average what agrees with it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapterkit.combinations.common import check_majority, check_share, elect_pruned, random_drop
 from adapterkit.combinations.protocol import Deltas, DenseDelta, OnElements, Seeds
-from adapterkit.kernels.elementwise import Majority
+from adapterkit.kernels import elementwise
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class DareTies(OnElements):
     """
 
     density: float
-    majority: Majority = "total"
+    majority: elementwise.Majority = "total"
     name = "dare_ties"
     source = "arXiv:2311.03099"
     acts_on = "elements"

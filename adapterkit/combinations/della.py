@@ -1,9 +1,9 @@
 """della: drop at random, small elements of each row sooner, rescale; then as ties."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from adapterkit.combinations.common import (
     chances,
@@ -14,7 +14,8 @@ from adapterkit.combinations.common import (
     random_drop,
 )
 from adapterkit.combinations.protocol import Deltas, DenseDelta, OnElements, Seeds
-from adapterkit.kernels.elementwise import Majority
+from adapterkit.kernels import elementwise
+from adapterkit.lazy import Tensor
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Della(OnElements):
 
     density: float
     epsilon: float = 0.15
-    majority: Majority = "total"
+    majority: elementwise.Majority = "total"
     name = "della"
     source = "arXiv:2406.11617"
     acts_on = "elements"

@@ -1,11 +1,11 @@
 """gta: mergekit's generalized task arithmetic: prune, weigh, elect a sign, add."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-import torch
 
 from adapterkit.combinations.common import (
     Prune,
@@ -20,6 +20,7 @@ from adapterkit.combinations.common import (
     without_outliers,
 )
 from adapterkit.combinations.protocol import Deltas, DenseDelta, OnElements, Seeds
+from adapterkit.lazy import torch
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from adapterkit.combinations.common import (
     check_share,
     nearest_orthogonal,
@@ -14,6 +12,7 @@ from adapterkit.combinations.common import (
 )
 from adapterkit.combinations.protocol import Metrics, OnFactors, Seeds
 from adapterkit.kernels.lowrank.algebra import Product, svd
+from adapterkit.lazy import torch
 
 
 @dataclass(frozen=True)

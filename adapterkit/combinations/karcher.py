@@ -4,13 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from adapterkit.combinations.common import check_count
 from adapterkit.combinations.protocol import Metrics, OnFactors, Seeds
 from adapterkit.errors import Refused
 from adapterkit.kernels.lowrank.algebra import Product, gram, stack_products
+from adapterkit.lazy import Tensor, torch
 
 ROUNDS = 1000
 

@@ -1,14 +1,14 @@
 """knots: ties in the coordinates that the left singular vectors of all deltas together give."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from adapterkit.combinations.common import InCores, basis
-from adapterkit.kernels.elementwise import Majority
+from adapterkit.kernels import elementwise
 from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Knots(InCores):
     """
 
     density: float
-    majority: Majority = "total"
+    majority: elementwise.Majority = "total"
     inner: str = "ties"
     name = "knots"
     source = "arXiv:2410.19735"

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from adapterkit.combinations.common import WeightedSum
 from adapterkit.errors import Refused
+from adapterkit.lazy import Tensor
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from adapterkit.combinations.common import NOISE, check_count, sizes
 from adapterkit.combinations.protocol import Metrics, OnFactors, Seeds
 from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank.algebra import Product, norm, stack_products
+from adapterkit.lazy import torch
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ Deltas are scale · b @ a, the scale included; weights are the user's, apart. A 
 takes no part: the planner skips it.
 """
 
+from __future__ import annotations
+
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
-import torch
-from torch import Tensor
-
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.lazy import Tensor, torch
 
 Over = Literal["module", "layer", "adapter"]
 Metrics = dict[str, float]  # for the receipt

@@ -1,15 +1,16 @@
 """regmean: the delta whose outputs are nearest to those of each adapter on the inputs it saw."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 from adapterkit.combinations.common import check_count, check_share
 from adapterkit.combinations.protocol import Covariances, Metrics, OnCovariances
 from adapterkit.errors import Refused
+from adapterkit.kernels.lowrank import weighted
 from adapterkit.kernels.lowrank.algebra import Product, inner, stack_products
-from adapterkit.kernels.lowrank.weighted import cholesky
+from adapterkit.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class RegMean(OnCovariances):
             c.mul_(self.alpha).diagonal().copy_(diagonal)
             rights.append(weight * product.right @ c)
             total.add_(c, alpha=weight)
-        root, damping = cholesky(total)
+        root, damping = weighted.cholesky(total)
         mean = float(total.diagonal().mean())
         ridge = damping * mean / sum(weights)
         parts = [

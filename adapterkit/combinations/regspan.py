@@ -1,17 +1,18 @@
 """regspan: the sum of the deltas whose outputs are nearest to those of each adapter on its
 inputs."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 from adapterkit.combinations.common import check_count
 from adapterkit.combinations.protocol import Covariances, Metrics, OnCovariances, Over
 from adapterkit.combinations.regmean import RegMean
 from adapterkit.errors import Refused
+from adapterkit.kernels.lowrank import span
 from adapterkit.kernels.lowrank.algebra import Product, stack_products, svd
-from adapterkit.kernels.lowrank.span import normal_equations, solve
+from adapterkit.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class RegSpan(OnCovariances):
     ) -> tuple[Product, torch.Tensor, Metrics]:
         check_count(weights, len(products))
         self.check_weights(weights)
-        normal = normal_equations(products, weights, covariances)
-        c = solve(normal, self.ridge)
+        normal = span.normal_equations(products, weights, covariances)
+        c = span.solve(normal, self.ridge)
         result = stack_products(products, c.tolist())
         nearest, root, facts = RegMean(alpha=1.0).combine_covariances(
             products, weights, covariances

@@ -1,16 +1,16 @@
 """sce: select where the deltas differ, weigh them by their squares, drop the minority's signs."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from adapterkit.combinations.common import check_count, check_share, conflict_metric
 from adapterkit.combinations.protocol import Deltas, DenseDelta, OnElements, Seeds
-from adapterkit.kernels.elementwise import Threshold, Trim, deviation, elect, top_k_threshold
+from adapterkit.kernels import elementwise
 from adapterkit.kernels.rows import add_column_squares
+from adapterkit.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Sce(OnElements):
         spread = _spread(deltas)  # overwritten with the result, block by block
         threshold = self._threshold(deltas, spread)
         if threshold.value >= 0:
-            trim = Trim(threshold)
+            trim = elementwise.Trim(threshold)
             for first, last in deltas.blocks():
                 trim(spread[first:last])
         else:
@@ -51,16 +51,16 @@ class Sce(OnElements):
         shares, overlaps, conflicts = _shares(deltas, spread, self.floor), 0, 0
         for first, last in deltas.blocks():
             blocks = _selected(deltas, spread, first, last)
-            counts = elect(blocks, weights, "total", spread[first:last], shares)
+            counts = elementwise.elect(blocks, weights, "total", spread[first:last], shares)
             overlaps, conflicts = overlaps + counts[0], conflicts + counts[1]
         return DenseDelta(spread, conflict_metric(overlaps, conflicts))
 
-    def _threshold(self, deltas: Deltas, spread: Tensor) -> Threshold:
+    def _threshold(self, deltas: Deltas, spread: Tensor) -> elementwise.Threshold:
         """That of the selected deviations; below all of them at select 1, or where all are 0."""
         nonzero = int(torch.count_nonzero(spread))
         if self.select == 1 or not nonzero:
-            return Threshold(-1.0)
-        return top_k_threshold(
+            return elementwise.Threshold(-1.0)
+        return elementwise.top_k_threshold(
             lambda: (spread[first:last] for first, last in deltas.blocks()),
             spread.numel(),
             int(self.select * nonzero),
@@ -74,7 +74,7 @@ def _spread(deltas: Deltas) -> Tensor:  # (out, in) float32
     spread = torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device)
     for first, last in deltas.blocks():
         blocks = [deltas.rows(i, first, last) for i in range(deltas.count)]
-        deviation(blocks, spread[first:last])
+        elementwise.deviation(blocks, spread[first:last])
     return spread
 
 

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from adapterkit.combinations.common import check_share, svd_of_sum
 from adapterkit.combinations.protocol import Metrics, OnFactors, Seeds
 from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.lazy import torch
 
 TINY = 1e-20  # of the singular value's square: a delta without a part in the direction
 

@@ -1,11 +1,13 @@
 """ties: trim, elect a sign, average what agrees with it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapterkit.combinations.common import check_majority, check_share, elect_pruned, trim
 from adapterkit.combinations.protocol import Deltas, DenseDelta, OnElements, Seeds
-from adapterkit.kernels.elementwise import Majority
+from adapterkit.kernels import elementwise
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Ties(OnElements):
     """
 
     density: float
-    majority: Majority = "total"
+    majority: elementwise.Majority = "total"
     name = "ties"
     source = "arXiv:2306.01708"
     acts_on = "elements"

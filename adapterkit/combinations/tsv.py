@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from adapterkit.combinations.common import check_count, check_share, nearest_orthogonal, svd_of_sum
 from adapterkit.combinations.protocol import Metrics, OnFactors, Seeds
 from adapterkit.kernels.lowrank.algebra import Product, Svd
+from adapterkit.lazy import torch
 
 
 @dataclass(frozen=True)

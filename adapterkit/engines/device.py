@@ -1,18 +1,22 @@
 """The devices that plans run on: their names, their streams, and arithmetic that no setting of the
 caller's changes."""
 
+from __future__ import annotations
+
 import functools
 import itertools
 import os
+import re
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
-import torch
-from torch import Tensor
-
+from adapterkit.checkpoint.system import system
 from adapterkit.errors import Refused, shown
+from adapterkit.lazy import Tensor, torch
 
 # cuBLAS repeats its bits on several streams only with workspaces of a fixed size
 WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -22,14 +26,18 @@ SHORTENING = {  # of the environment: libraries make products of shorter numbers
     "CUBLAS_EMULATE_SINGLE_PRECISION": "products in float32 would be sums of products of bfloat16",
     "CUBLAS_EMULATE_DOUBLE_PRECISION": "products in float64 would be sums of products of integers",
 }
+CUDA = re.compile("cuda(?::(0|[1-9][0-9]*))?")
 # which of a node's processes this one is: of torchrun, Open MPI, MPICH's kind and Slurm, the
 # innermost first, as in jobs/launcher.py
 LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
-PRECISIONS = [  # settings of torch by which products of float32 are made of shorter numbers
-    part.matmul
-    for part in (torch.backends.cuda, torch.backends.mkldnn)
-    if hasattr(getattr(part, "matmul", None), "fp32_precision")
-]
+
+
+@functools.cache
+def precisions() -> list[Any]:
+    """The settings of torch by which products of float32 are made of shorter numbers."""
+    backends = [torch.backends.cuda, torch.backends.mkldnn]
+    settings = [getattr(backend, "matmul", None) for backend in backends]
+    return [one for one in settings if hasattr(one, "fp32_precision")]
 
 
 def pick_device(name: str) -> torch.device:
@@ -40,20 +48,25 @@ def pick_device(name: str) -> torch.device:
     """
     if name in ("auto", "cpu"):
         return torch.device("cpu")
-    count = torch.cuda.device_count()
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type != "cuda" or count <= (device.index or 0):
+    count = gpu_count()
+    cuda = CUDA.fullmatch(name)
+    if cuda is None or count <= int(cuda[1] or 0):
         raise Refused(
             f"device {name!r}; {count} CUDA devices here",
             expected="auto, cpu, cuda or cuda:i",
             where="--device",
             hint="use cpu",
         )
+    device = torch.device(name)
     usable(device)
     return device
+
+
+def gpu_count() -> int:
+    """How many GPUs torch can use; it is not loaded where the system has no driver of one."""
+    if "torch" not in sys.modules and not system.may_have_gpus():
+        return 0
+    return torch.cuda.device_count()
 
 
 def usable(device: torch.device) -> tuple[int, int]:
@@ -87,7 +100,7 @@ def usable(device: torch.device) -> tuple[int, int]:
 def own_gpu() -> int | None:
     """The GPU of this process among those that a node's processes share; None where nobody says
     which of them it is, or there are not several."""
-    count = torch.cuda.device_count()
+    count = gpu_count()
     said = (os.environ[name] for name in LOCAL_RANKS if name in os.environ)
     text = next(said, "")
     return int(text) % count if count > 1 and text.isdecimal() else None
@@ -154,7 +167,7 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
 def float32_products() -> Iterator[None]:
     """Products of float32 in float32, whatever the caller or the environment has set; theirs again
     after. A setting of the whole process, not to be made in a compiled forward."""
-    settings = [(part, part.fp32_precision) for part in PRECISIONS]
+    settings = [(part, part.fp32_precision) for part in precisions()]
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # set by the newer names alone, which hides the older one

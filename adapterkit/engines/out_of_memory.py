@@ -1,11 +1,12 @@
 """Memory that runs out, of the machine or of a GPU, in one message whatever library noticed."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from adapterkit.errors import Failed, shown
+from adapterkit.lazy import torch
 
 HINTS = {
     "cpu": "free some memory, then --resume",

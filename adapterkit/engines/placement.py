@@ -3,15 +3,14 @@
 import math
 from dataclasses import replace
 
-import torch
-
 from adapterkit.budget import GPU_TASKS, pinned_size
 from adapterkit.checkpoint.system import all_cores
 from adapterkit.engines.cost import CONSUMER, GPUS, H100, Job, Machine
-from adapterkit.engines.device import kind, pick_device, usable
+from adapterkit.engines.device import gpu_count, kind, pick_device, usable
 from adapterkit.engines.local.buffers import GPU_BUFFERS, ROOM, ROOMS
 from adapterkit.engines.local.pieces import largest_piece
 from adapterkit.errors import Refused
+from adapterkit.lazy import torch
 from adapterkit.plan import Placement, Plan, Step, Task
 from adapterkit.tasks.rows import CUDA_ELEMENTS
 
@@ -32,16 +31,16 @@ def place(plan: Plan, name: str, own: int | None = None) -> tuple[Plan, str]:
         plan = replace(plan, notes=(*plan.notes, *notes))
     elif name == "cuda" and own is not None:
         name = f"cuda:{own}"
-    device = pick_device(name)
-    if device.type == "cpu":
+    if name == "cpu":
         return plan, name
-    return replace(plan, placement=Placement(kind(device), device_totals(plan, all_cores()))), name
+    on = kind(pick_device(name))
+    return replace(plan, placement=Placement(on, device_totals(plan, all_cores()))), name
 
 
 def _auto(plan: Plan, own: int | None) -> tuple[str, list[str]]:
     """The device that a plan is best off on, and notes on GPUs that cannot be used: of those that
     can and have room for it, the one with most memory free."""
-    count = torch.cuda.device_count()
+    count = gpu_count()
     job = Job.of(plan) if count else None
     if job is None or not job.gains(Machine(all_cores(), H100)):
         return "cpu", []  # before CUDA is started

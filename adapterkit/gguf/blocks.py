@@ -2,20 +2,18 @@
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
-from adapterkit.kernels.quant import ggml
-from adapterkit.kernels.quant.compensated import float_rounder
+from adapterkit import dtypes
+from adapterkit.kernels.quant import compensated, ggml
 from adapterkit.kernels.quant.grid import RoundColumn, check_finite
 from adapterkit.kernels.quant.stochastic import Draws, round_to
+from adapterkit.lazy import Tensor, torch
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = ("F32", "F16", "BF16")
 
 
 def is_written(name: str) -> bool:
     """Whether values can be encoded as that type of ggml."""
-    return name in DTYPES or name in ggml.TYPES
+    return name in FLOATS or name in ggml.TYPES
 
 
 def decode_rows(
@@ -23,8 +21,8 @@ def decode_rows(
     stored: Tensor,  # (rows, bytes) uint8
 ) -> Tensor:  # (rows, columns) float32
     """The values of rows of a type, exactly as ggml decodes them."""
-    if name in DTYPES:
-        return stored.view(DTYPES[name]).float()
+    if name in FLOATS:
+        return stored.view(dtypes.torch_dtype(name)).float()
     if name in ggml.TYPES:
         return ggml.decode(name, stored)
     import gguf
@@ -41,10 +39,10 @@ def encode_rows(
     importance: Tensor | None = None,  # (columns,)
 ) -> Tensor:  # (rows, bytes) uint8
     """The rows in a type, with new scales. Raises ValueError for values that are not finite."""
-    if name not in DTYPES:
+    if name not in FLOATS:
         return ggml.encode(name, rows, importance)
     check_finite(rows)
-    return rows.to(DTYPES[name]).contiguous().view(torch.uint8)
+    return rows.to(dtypes.torch_dtype(name)).contiguous().view(torch.uint8)
 
 
 def requantize_rows(
@@ -58,19 +56,19 @@ def requantize_rows(
     importance: Tensor | None = None,
 ) -> Tensor:  # (rows, bytes) uint8
     """New bytes of rows that were stored in a type; what does not change keeps its bytes."""
-    if name not in DTYPES:
+    if name not in FLOATS:
         how = {"draws": draws, "keep": keep, "stay": stay, "importance": importance}
         return ggml.requantize(name, old, rows, **how)
     if draws is None:
         return encode_rows(name, rows)
     check_finite(rows)
-    return round_to(rows, DTYPES[name], draws).view(torch.uint8)
+    return round_to(rows, dtypes.torch_dtype(name), draws).view(torch.uint8)
 
 
 def column_rounder(name: str, stored: Tensor) -> RoundColumn:
     """Rounds columns of rows of a type to nearest, with the scales that are stored."""
-    if name in DTYPES:
-        return float_rounder(DTYPES[name])
+    if name in FLOATS:
+        return compensated.float_rounder(dtypes.torch_dtype(name))
     return ggml.round_column(name, stored)
 
 

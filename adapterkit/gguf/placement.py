@@ -12,8 +12,8 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from adapterkit.lazy import Tensor, torch
 
 ReadArray = Callable[[str], Any]  # a GGUF tensor's decoded values by its name, as a numpy array
 Shapes = Mapping[str, tuple[int, ...]]  # of GGUF tensors, by name

@@ -3,8 +3,6 @@ sources the names of a checkpoint are those of the loaded model."""
 
 from pathlib import Path
 
-import torch
-
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.gguf.blocks import is_written
 from adapterkit.gguf.config import check_counts
@@ -13,6 +11,7 @@ from adapterkit.gguf.header import EMBEDDING, HEAD, GgufFiles, GgufHeader, read_
 from adapterkit.gguf.model import GgufCheckpoint, TableOf
 from adapterkit.gguf.tables import EXPERT, SIZES
 from adapterkit.gguf.tensors import as_stored
+from adapterkit.lazy import torch
 from adapterkit.records import Json
 from adapterkit.weights.names import plain_names
 

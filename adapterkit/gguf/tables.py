@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError
 from adapterkit.gguf.config import class_name_of
@@ -20,6 +18,7 @@ from adapterkit.gguf.file import GgufFile, number_of
 from adapterkit.gguf.header import EMBEDDING, HEAD, Entry
 from adapterkit.gguf.placement import Build, ReadArray
 from adapterkit.gguf.weight import as_tensor, converted
+from adapterkit.lazy import Tensor
 from adapterkit.records import Json
 from adapterkit.weights.skeleton import Skeleton
 

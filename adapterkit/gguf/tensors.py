@@ -13,8 +13,6 @@ from functools import cache
 from typing import Any, Protocol
 from unittest import mock
 
-from torch import Tensor
-
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Damaged, Problems, shown
 from adapterkit.gguf.config import FREQUENCIES
@@ -23,6 +21,7 @@ from adapterkit.gguf.header import MAX_ERRORS, Entry
 from adapterkit.gguf.placement import Build, ReadArray, RowPlacement, find_placement
 from adapterkit.gguf.tables import TableNames
 from adapterkit.gguf.weight import GgufWeight, as_tensor, converted
+from adapterkit.lazy import Tensor
 from adapterkit.weights.skeleton import Skeleton, tied_names
 
 

@@ -6,9 +6,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.gguf.blocks import (
     column_rounder,
@@ -22,6 +19,7 @@ from adapterkit.gguf.header import FLOATS
 from adapterkit.gguf.placement import Build, RowPlacement
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.lazy import Tensor, torch
 from adapterkit.weights.codec import QuantizedWeight
 
 

@@ -2,15 +2,11 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-from torch.nn.functional import pad
-
 from adapterkit import options
 from adapterkit.inits.protocol import ComputedInit
-from adapterkit.kernels.lowrank import algebra, weighted
+from adapterkit.kernels.lowrank import algebra, trailing, truncated, weighted
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.kernels.lowrank.trailing import trailing_svd
-from adapterkit.kernels.lowrank.truncated import truncated_svd
+from adapterkit.lazy import Tensor, torch
 
 METHODS = ("ipm", "kpm")
 DAMPING = 0.01  # of the mean of C's diagonal
@@ -50,9 +46,11 @@ class Corda(ComputedInit):
         wide = weight.double()
         oriented = wide @ damped  # float64: the values of C' differ by orders of magnitude
         if self.corda_method == "ipm":
-            u = truncated_svd(oriented, rank, tolerance=1e-7).u
+            u = truncated.truncated_svd(oriented, rank, tolerance=1e-7).u
         else:
-            u = trailing_svd(oriented, rank).u
+            u = trailing.trailing_svd(oriented, rank).u
         a, b = algebra.balance(Product(u, u.T @ wide / scale))
         beyond = rank - u.shape[1]
-        return pad(a, (0, 0, 0, beyond)).float(), pad(b, (0, beyond)).float()
+        return torch.nn.functional.pad(a, (0, 0, 0, beyond)).float(), torch.nn.functional.pad(
+            b, (0, beyond)
+        ).float()

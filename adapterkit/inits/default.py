@@ -1,12 +1,12 @@
 """default: a uniform as torch starts a linear layer, b zero."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Generator, Tensor
-
 from adapterkit.inits.protocol import DrawnInit
+from adapterkit.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Default(DrawnInit):
     zero_b = True
 
     def draw(
-        self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: Generator
+        self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """a and b in float32; in counts the kernel's elements too."""
         bound = 1 / math.sqrt(math.prod(a_shape[1:]))

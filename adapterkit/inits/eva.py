@@ -3,12 +3,10 @@
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-from torch.nn.functional import pad
-
 from adapterkit import options
 from adapterkit.errors import Refused, Unrecoverable, shown
 from adapterkit.inits.protocol import RedistributingInit
+from adapterkit.lazy import Tensor, torch
 
 NOISE = 1e-12  # of the largest variance
 
@@ -77,7 +75,7 @@ class Eva(RedistributingInit):
             # directions without variance would grow without bounds
             least = variances[0] * NOISE
             a = a / variances[:rank, None].clamp(min=least).sqrt().sqrt()
-        a = pad(a, (0, 0, 0, rank - len(a)))
+        a = torch.nn.functional.pad(a, (0, 0, 0, rank - len(a)))
         return a.contiguous(), a.new_zeros(len(weight), rank)
 
     def ratios(self, rank: int, variances: Tensor, variance: Tensor) -> list[float]:

@@ -1,11 +1,11 @@
 """gaussian: a normal, b zero."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
-import torch
-from torch import Generator, Tensor
-
 from adapterkit.inits.protocol import DrawnInit
+from adapterkit.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Gaussian(DrawnInit):
     zero_b = True
 
     def draw(
-        self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: Generator
+        self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """a and b in float32; r is a's first axis."""
         a = torch.empty(a_shape).normal_(0, 1 / a_shape[0], generator=generator)

@@ -1,15 +1,14 @@
 """lora_ga: the first step of the factors goes where that of full fine-tuning would."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
-from torch import Generator, Tensor
-from torch.nn.functional import pad
+from dataclasses import dataclass
 
 from adapterkit import options
 from adapterkit.inits.protocol import ComputedInit
+from adapterkit.kernels.lowrank import truncated
 from adapterkit.kernels.lowrank.algebra import Svd, fix_sign
-from adapterkit.kernels.lowrank.truncated import truncated_svd
+from adapterkit.lazy import Tensor, torch
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
@@ -59,7 +58,7 @@ class LoraGa(ComputedInit):
         rank: int,
         scale: float,
         gradient: Tensor,
-        generator: Generator | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """a (rank, in) and b (out, rank); weight and gradient (out, in) float32."""
         u, s, vh = _leading(gradient, 2 * rank)
@@ -70,12 +69,12 @@ class LoraGa(ComputedInit):
         elif self.scale == "weight_svd":
             largest = float(s[in_b].max())
             if largest > 0:
-                b = b * (float(truncated_svd(weight, 1).s[0]) / largest)
+                b = b * (float(truncated.truncated_svd(weight, 1).s[0]) / largest)
         elif self.scale == "gd_scale":
             a, b = a / scale, b / scale
         return a.contiguous(), b.contiguous()
 
-    def _indices(self, rank: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
+    def _indices(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Which triplets a and b have."""
         order = torch.arange(2 * rank)
         if self.direction == "random":
@@ -90,11 +89,11 @@ class LoraGa(ComputedInit):
 
 def _leading(gradient: Tensor, count: int) -> Svd:
     """`count` triplets, zeros where there are not as many, with the signs fixed."""
-    u, s, vh = truncated_svd(gradient, count)
+    u, s, vh = truncated.truncated_svd(gradient, count)
     signs = torch.stack([(fix_sign(row) * row).sum().sign() for row in vh])
     missing = count - len(s)
     return Svd(
-        pad(u * signs, (0, missing)),
-        pad(s, (0, missing)),
-        pad(vh * signs[:, None], (0, 0, 0, missing)),
+        torch.nn.functional.pad(u * signs, (0, missing)),
+        torch.nn.functional.pad(s, (0, missing)),
+        torch.nn.functional.pad(vh * signs[:, None], (0, 0, 0, missing)),
     )

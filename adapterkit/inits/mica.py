@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from adapterkit.inits.protocol import ComputedInit
-from adapterkit.kernels.lowrank.trailing import trailing_svd
+from adapterkit.kernels.lowrank import trailing
+from adapterkit.lazy import Tensor
 
 
 @dataclass(frozen=True)
@@ -21,5 +20,5 @@ class Mica(ComputedInit):
 
     def factors(self, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         """a (rank, in) and b (out, rank); weight (out, in) float32."""
-        u = trailing_svd(weight, rank).u
+        u = trailing.trailing_svd(weight, rank).u
         return weight.new_zeros(rank, weight.shape[1]), u.to(weight.dtype).contiguous()

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from adapterkit.inits.protocol import ComputedInit
+from adapterkit.kernels.lowrank import trailing
 from adapterkit.kernels.lowrank.algebra import Svd, balanced_factors
-from adapterkit.kernels.lowrank.trailing import trailing_svd
+from adapterkit.lazy import Tensor
 
 
 @dataclass(frozen=True)
@@ -23,5 +22,5 @@ class Milora(ComputedInit):
 
     def factors(self, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         """a (rank, in) and b (out, rank); weight (out, in) float32."""
-        u, s, vh = (part.to(weight.dtype) for part in trailing_svd(weight, rank))
+        u, s, vh = (part.to(weight.dtype) for part in trailing.trailing_svd(weight, rank))
         return balanced_factors(Svd(u, s, vh), rank, scale)

@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-
 from adapterkit.inits.protocol import ComputedInit
+from adapterkit.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -25,5 +22,5 @@ class Olora(ComputedInit):
     def factors(self, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         """a (rank, in) and b (out, rank); weight (out, in) float32."""
         b, _ = torch.linalg.qr(weight[:, : min(rank, *weight.shape)])
-        b = pad(b, (0, rank - b.shape[1])).contiguous()
+        b = torch.nn.functional.pad(b, (0, rank - b.shape[1])).contiguous()
         return b.T @ weight, b

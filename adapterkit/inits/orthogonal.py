@@ -1,12 +1,12 @@
 """orthogonal: both factors act on orthogonal halves of the rank."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
-from torch import Generator, Tensor
+from dataclasses import dataclass
 
 from adapterkit.errors import Refused, shown
 from adapterkit.inits.protocol import DrawnInit
+from adapterkit.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Orthogonal(DrawnInit):
     kinds = ("linear", "embedding", "experts")
 
     def draw(
-        self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: Generator
+        self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """a (r, in) and b (out, r) in float32; `Refused` for an odd rank and for convolutions."""
         if len(a_shape) != 2 or a_shape[0] % 2:

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from adapterkit.inits.protocol import ComputedInit
+from adapterkit.kernels.lowrank import leading
 from adapterkit.kernels.lowrank.algebra import balanced_factors
-from adapterkit.kernels.lowrank.leading import leading_triplets, randomized_triplets
+from adapterkit.lazy import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,5 +28,5 @@ class Pissa(ComputedInit):
     def factors(self, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         """a (rank, in) and b (out, rank); weight (out, in) float32."""
         if self.niter is None:
-            return balanced_factors(leading_triplets(weight, rank), rank, scale)
-        return balanced_factors(randomized_triplets(weight, rank, self.niter), rank, scale)
+            return balanced_factors(leading.leading_triplets(weight, rank), rank, scale)
+        return balanced_factors(leading.randomized_triplets(weight, rank, self.niter), rank, scale)

@@ -2,15 +2,15 @@
 or computed from the weight and statistics of a layer. Shapes are those of the file: a (r, in),
 b (out, r)."""
 
+from __future__ import annotations
+
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import ClassVar
 
-import torch
-from torch import Generator, Tensor
-
 from adapterkit.errors import Refused
+from adapterkit.lazy import Tensor, torch
 
 Pair = tuple[Tensor, Tensor]  # a and b, float32
 
@@ -47,14 +47,14 @@ class DrawnInit(Initialization):
 
     @abstractmethod
     def draw(
-        self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: Generator
+        self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: torch.Generator
     ) -> Pair: ...
 
     def start(
         self,
         a_shape: tuple[int, ...],
         b_shape: tuple[int, ...],
-        generator: Generator,
+        generator: torch.Generator,
         embedding: bool,
     ) -> Pair:
         """a and b of a layer. On an embedding the factor of the lookup is the one that is zero, as
@@ -83,7 +83,7 @@ class ComputedInit(Initialization):
         rank: int,
         scale: float,
         statistics: Mapping[str, Tensor],
-        generator: Generator,
+        generator: torch.Generator,
     ) -> Pair:
         """a and b of a layer."""
         drawn = {"generator": generator} if self.draws else {}

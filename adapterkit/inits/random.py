@@ -1,12 +1,12 @@
 """random: both factors uniform, for tests: the delta is not zero."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Generator, Tensor
-
 from adapterkit.inits.protocol import DrawnInit
+from adapterkit.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Random(DrawnInit):
     zero_b = False
 
     def draw(
-        self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: Generator
+        self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """a and b in float32."""
 

@@ -1,10 +1,10 @@
 """How many elements a kernel works on at once."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from adapterkit.lazy import Tensor, torch
 
 # What a launch and its wait cost is little beside the work on so many; 32 MB in float32.
 GPU = 1 << 23
@@ -18,4 +18,4 @@ def piece(device: torch.device, cached: int) -> int:
 def padded(x: Tensor, widths: Sequence[int], value: float = 0) -> Tensor:
     """x with more elements at its ends, as `pad` counts them; itself where there are none, which
     `pad` copies."""
-    return pad(x, list(widths), value=value) if any(widths) else x
+    return torch.nn.functional.pad(x, list(widths), value=value) if any(widths) else x

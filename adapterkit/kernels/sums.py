@@ -3,10 +3,8 @@
 import math
 from collections.abc import Iterable, Sequence
 
-import torch
-from torch import Tensor
-
 from adapterkit.kernels.pieces import piece
+from adapterkit.lazy import Tensor, torch
 
 PIECE = 1 << 15  # elements that are float64 at a time: they stay in cache, and one thread sums them
 
@@ -15,7 +13,7 @@ def square_sums(x: Tensor) -> list[Tensor]:
     """‖part‖² in float64 of each part of x, none of them waited for: eight times as fast as a norm
     that converts on the way."""
     flat = x.T.reshape(-1) if x.dim() == 2 and x.stride(0) == 1 else x.reshape(-1)
-    parts = map(Tensor.double, flat.split(piece(x.device, PIECE)))
+    parts = map(torch.Tensor.double, flat.split(piece(x.device, PIECE)))
     return [torch.dot(part, part) for part in parts]
 
 

@@ -4,9 +4,6 @@ rank, a share of the energy) are three choices."""
 
 from collections.abc import Collection, Sequence
 
-import torch
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
 from adapterkit.adapters.record import Adapter
@@ -19,6 +16,7 @@ from adapterkit.commands import PLAIN
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.formats.files.containers import PlanReader
 from adapterkit.kernels.lowrank.algebra import Product, gram
+from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import Plan
 from adapterkit.planning.adapters.dora_deltas import BaseWeights, dora_problems
 from adapterkit.planning.adapters.joined_values import (

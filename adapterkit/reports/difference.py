@@ -5,14 +5,13 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Interrupted
+from adapterkit.lazy import torch
 from adapterkit.options import Progress, expect
 from adapterkit.planning.inputs.converted_adapter import adapter_or_file
 from adapterkit.planning.inputs.pipeline import is_pipeline

@@ -7,9 +7,6 @@ to the problems, not raised.
 import math
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.folder import Folder
@@ -20,6 +17,7 @@ from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import WARNING, AdapterkitError, Damaged, Problems, Refused, shown
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.sums import all_finite, squared_norm
+from adapterkit.lazy import Tensor, torch
 from adapterkit.options import Progress, expect
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.merge.changes import collect_changes, other_base

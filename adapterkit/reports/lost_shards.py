@@ -3,10 +3,9 @@
 import re
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from adapterkit.adapters.record import Lora
 from adapterkit.errors import Refused, listed, shown
+from adapterkit.lazy import Tensor
 
 LEAST = 1 / 8  # of an axis: smaller blocks may be heads or neurons that nothing used
 # modules with the rows, or columns, of several, of which training may have left out some

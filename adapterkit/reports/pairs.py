@@ -1,13 +1,12 @@
 """Pairs that diff compares: tensors, deltas and token rows that both sides have."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
-
-import torch
-from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors
@@ -15,6 +14,7 @@ from adapterkit.adapters.record import Tokens
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels import compare as kernel
 from adapterkit.kernels.lowrank.algebra import Product, inner, rank_for_energy, stack_products
+from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.reader import Reader, TensorReader
@@ -58,7 +58,7 @@ class MatrixStack(NamedTuple):
     height: int
 
     @staticmethod
-    def of(shape: tuple[int, ...], name: str) -> "MatrixStack":
+    def of(shape: tuple[int, ...], name: str) -> MatrixStack:
         """The grid of a tensor; vectors and matrices too wide for a sketch are one column."""
         stack = len(shape) == 3 and "expert" in name
         height, columns = shape[0] if shape else 1, math.prod(shape[1:])

@@ -1,5 +1,7 @@
 """Sums of a model's layers, of batches of data; the file of statistics that they give."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -7,14 +9,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-import torch
-
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.engines.device import holds
 from adapterkit.engines.hub.sources import BoundedFolder, BoundedSources
+from adapterkit.lazy import torch
 from adapterkit.plan import Effort, OutputFile, Task, TaskResult
 from adapterkit.records import Json
 from adapterkit.statistics.job import Batch, CollectionJob, check_options

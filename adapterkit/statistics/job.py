@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-
 from adapterkit.adapters.targets import ALL_LINEAR
 from adapterkit.errors import Refused, listed
+from adapterkit.lazy import Tensor
 from adapterkit.planning.targets.stored_targets import CalledLayers, select_layers
 from adapterkit.records import Json
 from adapterkit.statistics.data.masks import Masks, token_masks

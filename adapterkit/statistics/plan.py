@@ -1,5 +1,7 @@
 """What `stats` will do, complete before any weight is read: samples, batches, modules, sizes."""
 
+from __future__ import annotations
+
 import json
 import math
 from abc import ABC, abstractmethod
@@ -10,9 +12,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from adapterkit.checkpoint.disk import storage_errors, sync_folder
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.output.file_result import ShardResult
@@ -22,6 +21,7 @@ from adapterkit.checkpoint.reader import Sources, changed
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import Failed, Refused, listed, shown
 from adapterkit.hub.ids import is_on_hub, place_on_hub
+from adapterkit.lazy import Tensor, torch
 from adapterkit.options import Progress, StrPath, files
 from adapterkit.plan import Effort, OutputFile, Plan
 from adapterkit.planning.inputs.input_identity import identities, plan_of

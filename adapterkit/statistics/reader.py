@@ -4,15 +4,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import Header, TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Refused, Unrecoverable, listed, shown
+from adapterkit.lazy import Tensor, torch
 from adapterkit.options import StrPath
 from adapterkit.planning.inputs.input_identity import header_hashes, identities
 from adapterkit.planning.inputs.sources import open_statistics as open_file

@@ -1,14 +1,12 @@
 """combine --data: regmean by what the combined model's layers see, layer after layer."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn.functional import linear
 
 from adapterkit.checkpoint.disk import check_folder, storage_errors
 from adapterkit.checkpoint.output.file_result import ShardResult
@@ -18,6 +16,7 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Failed, Problems, Refused, listed, shown, unrecoverable
 from adapterkit.hub.ids import is_on_hub
+from adapterkit.lazy import Tensor, torch
 from adapterkit.options import Progress
 from adapterkit.plan import Effort, OutputFile, Plan, TaskResult
 from adapterkit.planning.combine import plan_combine
@@ -211,7 +210,7 @@ class _Recollector:
         self.collected: list[Collected] = []
         self.watch: SumsWatch | None = None
 
-    def watching(self, watch: SumsWatch) -> "_Recollector":
+    def watching(self, watch: SumsWatch) -> _Recollector:
         self.watch = watch
         return self
 
@@ -223,7 +222,9 @@ class _Recollector:
             if name not in self.active:
                 return None
             a, b = (part.to(output.device) for part in self.active[name])
-            return output + linear(linear(args[0].to(a.dtype), a), b).to(output.dtype)
+            return output + torch.nn.functional.linear(
+                torch.nn.functional.linear(args[0].to(a.dtype), a), b
+            ).to(output.dtype)
 
         modules = ((name, self.job.model.get_submodule(name)) for name in self.tasks)
         handles = [module.register_forward_hook(partial(hook, name)) for name, module in modules]

@@ -1,15 +1,15 @@
 """Sums over the inputs of layers, from which their statistics are made."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from adapterkit.engines.device import Mark, begin_copy_to_host, has_room, with_float64
 from adapterkit.errors import Failed, shown
-from adapterkit.kernels.lowrank.principal import principal_components
+from adapterkit.kernels.lowrank import principal
+from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
 from adapterkit.tasks.statistics import INPUTS, key_of
 
@@ -126,14 +126,14 @@ class Sum:
         return vectors | {f"panel.{i}": panel for i, panel in enumerate(self.total)}
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Sum":
+    def of(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sum:
         """The inverse of `record` and `tensors`."""
         fields = {**record, "modules": dict.fromkeys(record["modules"])}
         count = sum(name.startswith("panel.") for name in tensors)
         total = [tensors[f"panel.{i}"] for i in range(count)]
         return cls(**fields, vector=tensors.get("vector"), total=total)
 
-    def add_to(self, total: "Sum") -> None:
+    def add_to(self, total: Sum) -> None:
         """Add this sum to another one."""
         self._close_block()
         total.vectors += self.vectors
@@ -145,7 +145,7 @@ class Sum:
         if self.total:
             total._add_panels(self.total)
 
-    def copy(self) -> "Sum":
+    def copy(self) -> Sum:
         """The same sums of no module."""
         return replace(
             self,
@@ -155,7 +155,7 @@ class Sum:
             total=[panel.clone() for panel in self.total],
         )
 
-    def to(self, device: torch.device) -> "Sum":
+    def to(self, device: torch.device) -> Sum:
         """The same on another device."""
         vector = None if self.vector is None else self.vector.to(device)
         block, total = ([panel.to(device) for panel in one] for one in (self.block, self.total))
@@ -324,6 +324,6 @@ class Sums:
             result["mean"] = mean.float().cpu()
         if "pca" in self.what:
             square = total.covariance(torch.float64, mean.device)
-            values = principal_components(square, mean, self.components)
+            values = principal.principal_components(square, mean, self.components)
             result |= dict(zip(INPUTS["pca"], (value.cpu() for value in values), strict=True))
         return result

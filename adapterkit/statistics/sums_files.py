@@ -13,9 +13,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.checkpoint.disk import check_folder, storage_errors
 from adapterkit.checkpoint.folder import LocalFolder
@@ -25,6 +22,7 @@ from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.strict import nested_json
 from adapterkit.errors import Damaged, Failed, shown
+from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
 from adapterkit.statistics.job import CollectionJob
 from adapterkit.statistics.model.layers import Unit, is_within

@@ -4,14 +4,12 @@ arXiv:2405.11157)."""
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import READ, Metrics, Task, TaskResult
 from adapterkit.tasks.metrics import short
 from adapterkit.weights.reader import Reader

@@ -1,5 +1,7 @@
 """One module of a combination: its adapters' factors in, new factors out."""
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Sequence
@@ -7,20 +9,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.kinds.dora import DoRA
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.combinations.common import DenseDeltas, WeightedSum, add_pruned
 from adapterkit.combinations.protocol import Method
-from adapterkit.kernels.elementwise import AT_ONCE
-from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels import elementwise
+from adapterkit.kernels.lowrank import algebra, weighted
 from adapterkit.kernels.lowrank.algebra import Product, Svd
-from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense, decompose_product
 from adapterkit.kernels.pieces import GPU
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import PIECE_BYTES, READ, Effort, Metrics, TaskResult
 from adapterkit.tasks.common import FactorsTask, RankedFactors
 from adapterkit.tasks.metrics import short
@@ -143,7 +142,7 @@ class CombinedFactors(FactorsTask):
         if not self.is_dense:
             return super().gpu_memory
         size, each = math.prod(self.shape), 8 * len(self.parts) + PIECE_BYTES
-        return super().gpu_memory + each * min(GPU, size) + 16 * min(AT_ONCE, size)
+        return super().gpu_memory + each * min(GPU, size) + 16 * min(elementwise.AT_ONCE, size)
 
     def compute(self, inputs: Reader) -> TaskResult:
         if self.space == "factors":
@@ -200,9 +199,9 @@ class CombinedFactors(FactorsTask):
             return self._result(pairs, metrics, {"norm": short(norm), "energy": 1.0})
         most, share = self.max_rank, self.refit.energy
         decompositions = [
-            decompose_product(result, root)
+            weighted.decompose_product(result, root)
             if isinstance(result, Product)
-            else decompose_dense(result, most, share, start=near, root=root)
+            else weighted.decompose_dense(result, most, share, start=near, root=root)
             for result, near in zip(results, spans, strict=True)
         ]
         if share:
@@ -217,7 +216,7 @@ class CombinedFactors(FactorsTask):
             del fit["error"]  # the root of what the energy lacks to 1
         return self._result([self._factors(one, rank) for one in decompositions], metrics, fit)
 
-    def _factors(self, decomposition: Decomposition, rank: int) -> tuple[Tensor, Tensor]:
+    def _factors(self, decomposition: weighted.Decomposition, rank: int) -> tuple[Tensor, Tensor]:
         if self.refit.clamp is None:
             return decomposition.factors(rank)
         svd = decomposition.svd
@@ -262,7 +261,7 @@ def combined_delta(
     method: Method,
     deltas: Sequence[Delta],
     weights: Sequence[float],
-    seeds: "ModuleSeeds",
+    seeds: ModuleSeeds,
     *,
     wide: bool = False,
 ) -> tuple[Delta, Metrics]:

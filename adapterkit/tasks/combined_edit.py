@@ -1,19 +1,19 @@
 """What a method makes of several adapters, added to one stored tensor."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.combinations.protocol import Method
 from adapterkit.formats.modules.deltas import ModuleDelta
+from adapterkit.kernels import elementwise
 from adapterkit.kernels import rows as kernel
-from adapterkit.kernels.elementwise import AT_ONCE
 from adapterkit.kernels.lowrank.algebra import Product, stack_products
 from adapterkit.kernels.pieces import GPU
 from adapterkit.kernels.sums import squared_norm
+from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import PIECE_BYTES, Effort, Loaded, RowEdit
 from adapterkit.tasks.combine import Delta, ModuleSeeds, combined_delta
 from adapterkit.tasks.edits import Band, Block, PlacedFactors
@@ -91,7 +91,7 @@ class AddCombined(RowEdit):
     def gpu_memory(self) -> int:
         """As `CombinedFactors` has it: blocks of all deltas, and elements that are selected."""
         size, each = math.prod(self.shape) * self.is_dense, 8 * len(self.parts) + PIECE_BYTES
-        return each * min(GPU, size) + 16 * min(AT_ONCE, size)
+        return each * min(GPU, size) + 16 * min(elementwise.AT_ONCE, size)
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         by_block = zip(*(part.deltas(inputs) for part in self.parts), strict=True)

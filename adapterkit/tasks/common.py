@@ -6,14 +6,12 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.kernels.pieces import piece
+from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import READ, Effort, Metrics, Task, TaskResult
 from adapterkit.weights.reader import Reader
 

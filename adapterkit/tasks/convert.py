@@ -3,15 +3,13 @@
 import math
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.formats.modules.deltas import Fit, FitReader
 from adapterkit.formats.modules.tensors import Expression
+from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import READ, Task, TaskResult
 from adapterkit.tasks.metrics import short
 from adapterkit.weights.reader import Reader, TensorReader

@@ -1,19 +1,19 @@
 """The factors of the difference of two parameters, or the new parameter whole."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.adapters.keys import factor_keys
 from adapterkit.checkpoint.layout import TensorPlan
+from adapterkit.kernels.lowrank import weighted as weighted_kernel
 from adapterkit.kernels.lowrank.algebra import Svd
-from adapterkit.kernels.lowrank.weighted import Decomposition, decompose_dense
 from adapterkit.kernels.pieces import piece
+from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import READ, Effort, Task, TaskResult
 from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.statistics import read_root, root_memory
@@ -35,7 +35,7 @@ class DifferenceFactors(FittedFactors):
     transposed: bool
     target: str  # what PEFT's config calls it
 
-    def with_keys(self, wrappers: Mapping[str, int], depth: int) -> "DifferenceFactors":
+    def with_keys(self, wrappers: Mapping[str, int], depth: int) -> DifferenceFactors:
         """The same with keys as deep as they can become, `depth` among those of its module."""
         a_key, b_key = factor_keys(self.module, wrappers, depth)
         return replace(self, place=replace(self.place, a_key=a_key, b_key=b_key))
@@ -69,7 +69,7 @@ class DifferenceFactors(FittedFactors):
     def compute(self, inputs: Reader) -> TaskResult:
         differences = (_difference(old, new, inputs) for old, new in self._matrices())
         damping: dict[str, float] = {}
-        decompositions: list[Decomposition | None] = []
+        decompositions: list[weighted_kernel.Decomposition | None] = []
         for delta in differences:
             if delta is None or not bool(delta.any()):
                 decompositions.append(None)
@@ -81,7 +81,9 @@ class DifferenceFactors(FittedFactors):
         out, width = self._shape
         zeros = partial(torch.zeros, device=inputs.device)
         zero = Svd(zeros(out, 1), zeros(1), zeros(1, width))
-        return self.fit([one or Decomposition(zero, 0.0) for one in decompositions], damping)
+        return self.fit(
+            [one or weighted_kernel.Decomposition(zero, 0.0) for one in decompositions], damping
+        )
 
     def _matrices(self) -> Iterator[tuple[StoredParameter, StoredParameter]]:
         """Both sides of each matrix."""
@@ -90,10 +92,10 @@ class DifferenceFactors(FittedFactors):
         for i in range(self.place.experts or 0):
             yield self.old.expert(i), self.new.expert(i)
 
-    def _decompose(self, delta: Tensor, root: Tensor | None) -> Decomposition:
+    def _decompose(self, delta: Tensor, root: Tensor | None) -> weighted_kernel.Decomposition:
         delta = delta.T if self.transposed else delta.reshape(self._shape)
         energy, ratio = self.truncation.energy, self.truncation.sv_ratio
-        return decompose_dense(delta, self.max_rank, energy, ratio, root=root)
+        return weighted_kernel.decompose_dense(delta, self.max_rank, energy, ratio, root=root)
 
 
 @dataclass(frozen=True)

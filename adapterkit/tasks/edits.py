@@ -1,18 +1,18 @@
 """Edits of the rows of one stored tensor, described before any data is read."""
 
+from __future__ import annotations
+
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-
-import torch
-from torch import Tensor
 
 from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.formats.modules.deltas import ModuleDelta
 from adapterkit.kernels import rows as kernel
 from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import READ, Loaded, RowEdit
 from adapterkit.weights.reader import Reader
 from adapterkit.weights.slots import Positions, taken

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.output.file_result import read_result
 from adapterkit.checkpoint.output.stage import HANDOFF, Workspace
 from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.errors import Unrecoverable, shown
+from adapterkit.lazy import Tensor
 from adapterkit.plan import HANDOFF_FOLDER, OutputFile, TaskResult
 from adapterkit.tasks.common import RankedFactors
 from adapterkit.weights.reader import Reader

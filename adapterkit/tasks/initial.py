@@ -1,13 +1,12 @@
 """The initial factors of a new adapter, the ranks that EVA gives them, the base that is left."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
-
-import torch
-from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
@@ -19,6 +18,7 @@ from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import norm
+from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import READ, Change, Effort, Finalize, Metrics, Task, TaskResult
 from adapterkit.tasks.common import RankedFactors
 from adapterkit.tasks.handoff import handoff_keys, handoff_of

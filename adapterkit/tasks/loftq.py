@@ -7,14 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
-import torch
-from torch import Tensor
-
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.kernels.lowrank import subspace, weighted
 from adapterkit.kernels.lowrank.algebra import Svd, balanced_factors
-from adapterkit.kernels.lowrank.subspace import near_optimal_svd
-from adapterkit.kernels.lowrank.weighted import project
 from adapterkit.kernels.sums import norm, squared_norm
+from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import READ, Change, Effort, Finalize, Task, TaskResult
 from adapterkit.tasks.common import FactorsTask, RankedFactors, decomposition
 from adapterkit.tasks.handoff import handoff_keys, handoff_of
@@ -109,12 +106,12 @@ def alternate(
         errors = _weighted(matrix, root)
         before = squared_norm(errors)
         best = best or Round(0, stored, None, before**0.5 / size, before**0.5 / size)
-        leading = near_optimal_svd(errors, rank, start=leading, squares=before)
+        leading = subspace.near_optimal_svd(errors, rank, start=leading, squares=before)
         # the triplets are a projection of the errors
         after = before - float(leading.s.double().square().sum())
         if after < CANCELLATION * before:
             after = squared_norm(errors - _product(leading))
-        svd = leading if root is None else project(leading.u, matrix)
+        svd = leading if root is None else weighted.project(leading.u, matrix)
         if after**0.5 / size < best.after:
             best = Round(number, stored, svd, best.before, after**0.5 / size)
         if number < iterations:
@@ -158,9 +155,9 @@ class LoftQFactors(RankedFactors):
         rest = weight.sub_(inputs.tensor(self.packed))
         rest = rest.T if self.transposed else rest
         errors = _weighted(rest, root)
-        leading = near_optimal_svd(errors, self.rank)
+        leading = subspace.near_optimal_svd(errors, self.rank)
         before, after = norm(errors) / size, norm(errors - _product(leading)) / size
-        svd = leading if root is None else project(leading.u, rest)
+        svd = leading if root is None else weighted.project(leading.u, rest)
         a, b = balanced_factors(svd, self.rank, self.scale)
         metrics = {
             "rank": self.rank, "error": short(before), "error_after": short(after), **damping

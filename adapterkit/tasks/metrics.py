@@ -4,11 +4,9 @@ that the receipt has of them."""
 import math
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.sums import exact_sum, floats
+from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import Loaded, Metrics, Step
 
 PIECE = 1 << 18  # elements whose sums are float32, on a CPU

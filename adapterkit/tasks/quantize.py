@@ -1,11 +1,10 @@
 """Weights in quantized formats with their measured errors: rounded to nearest, or with
 compensation, for which all of a weight is in memory, as its columns need each other."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
@@ -14,6 +13,7 @@ from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.quant import compensated as kernel
 from adapterkit.kernels.quant.grid import LARGE_PIECE, RoundColumn
 from adapterkit.kernels.sums import floats, square_sums
+from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import READ, Compensation, Effort, Span, Step, Task, TaskResult
 from adapterkit.tasks.metrics import ChangeMetrics, short
 from adapterkit.tasks.rows import StepTask, StoredWeight, step_memory, unchanged_weight

@@ -1,15 +1,14 @@
 """One loop over the rows of a step, by chunks and slices; tensors of quantized checkpoints that are
 decoded, edited and encoded again."""
 
+from __future__ import annotations
+
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
@@ -18,6 +17,7 @@ from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.quant.stochastic import round_to
 from adapterkit.kernels.rows import row_ranges
 from adapterkit.kernels.sums import squared_norm
+from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import READ, Effort, Loaded, Metrics, Step, Task, TaskResult
 from adapterkit.tasks.metrics import ChangeMetrics, delta_norm
 from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts

@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import Header, TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.strict import nested_json
 from adapterkit.errors import Damaged, Problems, shown, unrecoverable
 from adapterkit.kernels.lowrank import weighted
+from adapterkit.lazy import Tensor
 from adapterkit.records import Json
 from adapterkit.weights.reader import Reader, TensorReader
 

@@ -1,14 +1,14 @@
 """Factors of the best approximation of each module's delta, and the ranks at which they are
 truncated."""
 
+from __future__ import annotations
+
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
-
-from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors
@@ -17,14 +17,9 @@ from adapterkit.checkpoint.fingerprint import metadata_with
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import laid_out
 from adapterkit.errors import Refused
-from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels.lowrank import algebra, weighted
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.kernels.lowrank.weighted import (
-    Decomposition,
-    Energies,
-    decompose_dense,
-    decompose_product,
-)
+from adapterkit.lazy import Tensor
 from adapterkit.options import bytes_text
 from adapterkit.plan import READ, Change, Finalize, Metrics, Task, TaskResult, unchanged
 from adapterkit.shared_options import TruncationOptions
@@ -73,7 +68,9 @@ class FittedFactors(FactorsTask):
         full = self.full_rank
         return self.truncation.max_rank(min(self.limit or full, full))
 
-    def fit(self, decompositions: Sequence[Decomposition], more: Mapping[str, float]) -> TaskResult:
+    def fit(
+        self, decompositions: Sequence[weighted.Decomposition], more: Mapping[str, float]
+    ) -> TaskResult:
         """The factors for the decomposition of the delta, of several experts at the largest of
         their ranks, what they lose, and `more` metrics."""
         rank = max(rank_for(self.truncation, one.svd.s, one.total) for one in decompositions)
@@ -91,13 +88,13 @@ class FittedFactors(FactorsTask):
 Squares = dict[str, tuple[list[float], float]]
 
 
-def energies_of(decompositions: Sequence[Decomposition], rank: int) -> Squares:
+def energies_of(decompositions: Sequence[weighted.Decomposition], rank: int) -> Squares:
     """The energies of all together, up to that rank; first those of the norm of the fit."""
     tables = [one.energies for one in decompositions]
     return {name: _sum([table[name] for table in tables], rank) for name in tables[0]}
 
 
-def _sum(energies: Sequence[Energies], rank: int) -> tuple[list[float], float]:
+def _sum(energies: Sequence[weighted.Energies], rank: int) -> tuple[list[float], float]:
     rows = [one.parts[:rank].tolist() for one in energies]
     parts = [math.fsum(row[i] for row in rows if i < len(row)) for i in range(rank)]
     return parts, math.fsum(one.total for one in energies)
@@ -138,7 +135,9 @@ class TruncatedFactors(FittedFactors):
     def compute(self, inputs: Reader) -> TaskResult:
         root, damping = read_root(inputs, self.covariance)
         products = self.factors.products(inputs)
-        return self.fit([decompose_product(product, root) for product in products], damping)
+        return self.fit(
+            [weighted.decompose_product(product, root) for product in products], damping
+        )
 
 
 @dataclass(frozen=True)
@@ -161,14 +160,14 @@ class ConvertedFactors(FittedFactors):
         root, damping = read_root(inputs, self.covariance)
         return self.fit([self._decompose(inputs, root)], damping)
 
-    def _decompose(self, inputs: Reader, root: Tensor | None) -> Decomposition:
+    def _decompose(self, inputs: Reader, root: Tensor | None) -> weighted.Decomposition:
         most, energy = self.max_rank, self.truncation.energy
         if root is None:
-            return Decomposition(*self.delta.leading_triplets(inputs, most, energy))
+            return weighted.Decomposition(*self.delta.leading_triplets(inputs, most, energy))
         delta = self.delta.value(inputs)
         if isinstance(delta, Product):
-            return decompose_product(delta, root)
-        return decompose_dense(delta, most, energy, root=root)
+            return weighted.decompose_product(delta, root)
+        return weighted.decompose_dense(delta, most, energy, root=root)
 
 
 def even_rank(truncation: TruncationOptions, tasks: Sequence[Task]) -> int:

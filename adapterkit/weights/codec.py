@@ -1,12 +1,12 @@
 """Quantized weights: one weight held by several stored tensors, treated as the weight that they
 decode to."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
-
-from torch import Tensor, nn
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
@@ -15,6 +15,7 @@ from adapterkit.errors import AdapterkitError, Problems, Refused, Unrecoverable,
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import all_finite
+from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
 
 if TYPE_CHECKING:
@@ -57,32 +58,32 @@ class QuantizedWeight(TensorSpec):
         return cls(parts=parts, file=codes.file, **fields)
 
     @classmethod
-    def encoding(cls, weight: "PlainWeight", parts: Iterable[TensorSpec], **fields: object) -> Self:
+    def encoding(cls, weight: PlainWeight, parts: Iterable[TensorSpec], **fields: object) -> Self:
         """The record of a weight that is to be quantized into these tensors."""
         own = {"key": weight.key, "dtype": weight.dtype, "shape": weight.shape}
         return cls.of(parts, **own | fields)
 
     @classmethod
-    def find(cls, scan: "CheckpointScan") -> Iterator["QuantizedWeight"]:
+    def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
         """The weights of this format in a checkpoint; what is wrong with some of them joins
         `scan.errors`."""
         raise NotImplementedError
 
     @classmethod
     def for_encoding(
-        cls, target: str, weight: "PlainWeight", options: Json
-    ) -> "QuantizedWeight | None":
+        cls, target: str, weight: PlainWeight, options: Json
+    ) -> QuantizedWeight | None:
         """The record of a weight that is to be quantized; None if its shape, or its name in the
         file, does not allow it."""
         raise NotImplementedError
 
     @classmethod
-    def config(cls, modules: "QuantizedModules") -> Json:
+    def config(cls, modules: QuantizedModules) -> Json:
         """The quantization_config of a model with such weights."""
         raise NotImplementedError
 
     @classmethod
-    def replaces(cls, name: str, module: nn.Module) -> bool:
+    def replaces(cls, name: str, module: torch.nn.Module) -> bool:
         """Whether its loader replaces a module that is no linear layer, unless the config excludes
         it."""
         return False
@@ -186,9 +187,7 @@ class QuantizedWeight(TensorSpec):
         parts that all rows share."""
         raise NotImplementedError
 
-    def split_nested(
-        self, stored: dict[str, Tensor]
-    ) -> tuple["QuantizedWeight", dict[str, Tensor]]:
+    def split_nested(self, stored: dict[str, Tensor]) -> tuple[QuantizedWeight, dict[str, Tensor]]:
         """The weight without what spans its blocks, such as quantized scales: a record, and its
         parts."""
         return self, stored
@@ -212,7 +211,7 @@ class QuantizedWeight(TensorSpec):
 
     def rows(
         self, stored: dict[str, Tensor], first: int, last: int
-    ) -> tuple["QuantizedWeight", dict[str, Tensor]]:
+    ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
         """One range of `row_ranges` as a weight: the record of a matrix of these rows, and its
         parts, views of those in `stored` unless rows share them."""
         if (first, last) == (0, math.prod(self.shape[:-1])):

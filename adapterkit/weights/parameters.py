@@ -1,17 +1,18 @@
 """Parameters of the loaded model, put together from the stored tensors that hold them."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels.rows import row_ranges
+from adapterkit.lazy import Tensor, torch
 from adapterkit.weights.reader import TensorReader
 from adapterkit.weights.slots import Axis, Slot, taken
 
@@ -43,7 +44,7 @@ class StoredParameter:
     @classmethod
     def of(
         cls, parameter: Parameter, tensors: Mapping[str, TensorSpec], transposed: bool = False
-    ) -> "StoredParameter":
+    ) -> StoredParameter:
         """A parameter among a checkpoint's tensors."""
         keys = (slot.key for slot in parameter.slots)
         return cls(parameter, {key: tensors[key] for key in keys}, transposed)
@@ -108,7 +109,7 @@ class StoredParameter:
         value = value.reshape(value.shape[0], -1)
         return value.T if self.transposed else value
 
-    def rows(self, first: int, last: int) -> "StoredParameter":
+    def rows(self, first: int, last: int) -> StoredParameter:
         """Rows [first, last) of the first axis.
 
         Stored tensors are narrowed to these rows where they are contiguous there.
@@ -131,7 +132,7 @@ class StoredParameter:
         parameter = replace(self.parameter, shape=shape, slots=tuple(slots))
         return replace(self, parameter=parameter, tensors=tensors)
 
-    def expert(self, index: int) -> "StoredParameter":
+    def expert(self, index: int) -> StoredParameter:
         """One matrix of a stack."""
         row = self.rows(index, index + 1)
         slots = tuple(_without_first_axis(slot) for slot in row.parameter.slots)
@@ -145,7 +146,7 @@ class StoredParameter:
             return [(0, count)]
         return row_ranges(count, math.prod(self.shape[1:]), elements)
 
-    def same_storage(self, other: "StoredParameter") -> bool:
+    def same_storage(self, other: StoredParameter) -> bool:
         """Whether equal stored bytes mean equal values."""
         slots, others = self.parameter.slots, other.parameter.slots
         if not all(map(_is_plain, self.specs + other.specs)) or len(slots) != len(others):

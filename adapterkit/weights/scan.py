@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
-from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import LocalFolder
@@ -16,6 +15,7 @@ from adapterkit.checkpoint.reader import FEW, read_small
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.strict import nested_json
 from adapterkit.errors import Damaged, Problems, shown
+from adapterkit.lazy import Tensor
 from adapterkit.records import Json
 from adapterkit.weights.detect import without_quantization
 from adapterkit.weights.names import Names

@@ -16,10 +16,12 @@ from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.optional import optional
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.safe_config import LOCAL, closed, safe_config
-from adapterkit.weights.slots import Axis, Slot, Symbol, extent, identity_slot, known_slots
+from adapterkit.weights.slots import Axis, Slot, extent, identity_slot, known_slots
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from adapterkit.weights.symbols import Symbol
 
 Source = tuple[str, str, tuple[int, ...]]  # a key, the converter's pattern that it matches, shape
 OF_DIFFUSERS = "_class_name"  # key of the class in its configs
@@ -172,9 +174,11 @@ class Skeleton:
         )
         return tuple("#" if part.isdigit() else part for part in name.split(".")), shapes
 
-    def _converted(self, name: str, converter, sources: list[Source]) -> dict[str, Symbol]:
+    def _converted(self, name: str, converter, sources: list[Source]) -> "dict[str, Symbol]":
         """The parameters that a converter makes from stored tensors: its operations run on
         symbols."""
+        from adapterkit.weights.symbols import Symbol
+
         converter = deepcopy(converter)
         for key, pattern, shape in sources:
             converter.add_tensor(name, key, pattern, Symbol.of(key, shape))

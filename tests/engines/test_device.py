@@ -52,14 +52,14 @@ def precisions() -> list[object]:
         older = [torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32]
     except RuntimeError:
         older = []
-    return [*(part.fp32_precision for part in device.PRECISIONS), *older]
+    return [*(part.fp32_precision for part in device.precisions()), *older]
 
 
 @pytest.fixture
 def precision() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision("highest")
-    for part in device.PRECISIONS:
+    for part in device.precisions():
         part.fp32_precision = "none"
 
 
@@ -81,14 +81,14 @@ def set_both() -> None:
 def test_products_are_of_float32_whatever_the_caller_has_set(
     where: torch.device, set_precision: Callable[[], None], precision: None
 ):
-    if not device.PRECISIONS and set_precision is set_newer:
+    if not device.precisions() and set_precision is set_newer:
         pytest.skip("before torch 2.9")
     set_precision()
     before = precisions()
     with device.exact_arithmetic(where):
         assert torch.get_float32_matmul_precision() == "highest"
         assert not torch.backends.cuda.matmul.allow_tf32
-        assert all(part.fp32_precision == "ieee" for part in device.PRECISIONS)
+        assert all(part.fp32_precision == "ieee" for part in device.precisions())
     assert precisions() == before
 
 
@@ -96,7 +96,7 @@ def test_the_engine_computes_in_float32(folder: Path, tmp_path: Path, monkeypatc
     seen, real = [], chunks.compute_chunk
 
     def compute(*arguments):
-        seen.append([part.fp32_precision for part in device.PRECISIONS])
+        seen.append([part.fp32_precision for part in device.precisions()])
         return real(*arguments)
 
     monkeypatch.setattr(local, "compute_chunk", compute)

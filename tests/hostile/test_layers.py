@@ -39,7 +39,7 @@ LEVELS = [
     "kernels",
     "shared_options",
     "pages",
-    "options optional patterns registry records dtypes errors",
+    "options optional patterns registry records dtypes errors lazy",
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts.split()}
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapterkit
 from adapterkit import LoraConfig
-from adapterkit.engines.device import PRECISIONS
+from adapterkit.engines.device import precisions
 from adapterkit.registry import members
 from adapterkit.runtime import attach, collect
 from adapterkit.runtime.training import collection
@@ -21,7 +21,7 @@ from tests.golden import inputs
 from tests.support.card import PRODUCTS, WORKSPACE, Card, installed
 from tests.support.live import llama, tokens
 
-pytestmark = pytest.mark.skipif(not PRECISIONS, reason="torch before 2.9 has one setting")
+pytestmark = pytest.mark.skipif(not precisions(), reason="torch before 2.9 has one setting")
 COMPUTED = [name for name, init in members("inits").items() if init.needs]
 TARGETS = ["q_proj", "down_proj"]
 
@@ -38,7 +38,7 @@ class Precisions(TorchDispatchMode):
         if name in PRODUCTS and any(
             isinstance(x, Tensor) and x.dtype == torch.float32 for x in args
         ):
-            self.seen.setdefault(name, set()).update(part.fp32_precision for part in PRECISIONS)
+            self.seen.setdefault(name, set()).update(part.fp32_precision for part in precisions())
         return func(*args, **kwargs or {})
 
 

@@ -5,7 +5,8 @@ import torch
 import transformers
 from transformers import core_model_loading
 
-from adapterkit.weights.slots import Symbol, Unsupported
+from adapterkit.weights.slots import Unsupported
+from adapterkit.weights.symbols import Symbol
 from tests.support.slots import gathered
 
 pytestmark = pytest.mark.quick

@@ -6,9 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn, Protocol
 
-import torch
-from torch import Tensor
-
 from adapterkit.adapters.config import SHARED_SETTINGS, check_settings, check_unknown_settings
 from adapterkit.adapters.peft import read_other_type
 from adapterkit.adapters.record import Adapter
@@ -16,9 +13,9 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.dtypes import FLOATS
 from adapterkit.errors import AdapterkitError, Problems, shown
-from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels.lowrank import algebra, truncated
 from adapterkit.kernels.lowrank.algebra import Product, Svd
-from adapterkit.kernels.lowrank.truncated import leading_svd
+from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Check
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import TensorReader
@@ -177,7 +174,7 @@ class ComputedDelta(ABC):
         """Of a product all singular triplets, from its factors."""
         delta = self.value(reader)
         if not isinstance(delta, Product):
-            return leading_svd(delta, most, energy)
+            return truncated.leading_svd(delta, most, energy)
         svd = algebra.svd(delta)
         return svd, float(svd.s.square().sum())
 

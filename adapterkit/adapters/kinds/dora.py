@@ -3,14 +3,13 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.kinds.common import WeightDelta, map_rows
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.rows import row_norms
 from adapterkit.kernels.sums import all_finite
+from adapterkit.lazy import Tensor
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import TensorReader
 

@@ -4,9 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from adapterkit.adapters.config import PATTERNS
 from adapterkit.adapters.kinds.common import (
     AdaptedModule,
@@ -17,6 +14,7 @@ from adapterkit.adapters.kinds.common import (
 )
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.lazy import Tensor, torch
 from adapterkit.records import FINITE, POSITIVE_INT
 from adapterkit.weights.reader import TensorReader
 

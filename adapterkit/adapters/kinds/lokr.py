@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from adapterkit.adapters.config import PATTERNS
 from adapterkit.adapters.kinds.common import AdaptedModule, kernel_tail, no_errors, read_float64
 from adapterkit.adapters.kinds.loha import with_core
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.commands import EXTRACT
 from adapterkit.kernels import dense
-from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels.lowrank import algebra, truncated
 from adapterkit.kernels.lowrank.algebra import Product, Svd, rank_for_energy
-from adapterkit.kernels.lowrank.truncated import truncated_svd
+from adapterkit.lazy import Tensor, torch
 from adapterkit.records import FINITE, POSITIVE_INT
 from adapterkit.weights.reader import TensorReader
 
@@ -163,4 +160,4 @@ def _svd(parts: Sequence[Tensor], most: int) -> tuple[Svd, float]:
     total = float(matrix.square().sum())
     if min(matrix.shape) <= SMALL:
         return Svd(*dense.svd(matrix)), total
-    return truncated_svd(matrix, most), total
+    return truncated.truncated_svd(matrix, most), total

@@ -5,13 +5,11 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from adapterkit.adapters.kinds.common import AdaptedModule, WeightDelta, map_rows
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.commands import EXTRACT
 from adapterkit.errors import AdapterkitError, Problems, shown
+from adapterkit.lazy import Tensor, torch
 from adapterkit.records import FINITE, FLAG, NON_NEGATIVE_INT, POSITIVE_INT
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import TensorReader

@@ -32,6 +32,9 @@ class Darwin(Posix):
             kind.from_buffer(store, at).value = value
         fcntl.fcntl(descriptor, _PREALLOCATE, store.raw)
 
+    def may_have_gpus(self) -> bool:
+        return False
+
     def sync(self, descriptor: int) -> None:
         """fsync leaves bytes in the disk's own cache; file systems of the network lack the other
         one."""

@@ -139,6 +139,10 @@ class System(ABC):
     def memory(self) -> int:
         """Bytes of the machine's memory."""
 
+    def may_have_gpus(self) -> bool:
+        """Whether there may be GPUs that torch counts as CUDA devices."""
+        return True
+
     def limit(self, size: int, seconds: int) -> None:
         """This process gets at most so many bytes more, and so many seconds of a processor."""
         return  # where it cannot be said

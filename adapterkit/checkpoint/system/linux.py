@@ -15,6 +15,8 @@ assert sys.platform != "darwin"
 # below the asserts: where types are checked for Windows, that module has no names
 from adapterkit.checkpoint.system.posix import Posix, is_alive  # noqa: E402
 
+# of drivers of NVIDIA, on a board and under Windows too, and of AMD
+_GPUS = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd")
 _AT_FDCWD, _NOREPLACE, _EXCHANGE, _WRITE = -100, 1, 2, 2
 
 
@@ -55,6 +57,9 @@ class Linux(Posix):
             for line in lines
         ]
         return os.fsencode(path) in points
+
+    def may_have_gpus(self) -> bool:
+        return any(next(Path("/dev").glob(name), None) for name in _GPUS)
 
     def start_of(self, pid: int) -> str:
         """Boot and clock tick."""

@@ -1,5 +1,7 @@
 """Reusable memory of the workers: bounded, pinned where a GPU copies from and to it."""
 
+from __future__ import annotations
+
 import math
 import queue
 import threading
@@ -8,12 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 
-import torch
-from torch import Tensor
-
 from adapterkit.budget import pinned_size
 from adapterkit.engines.device import Mark
 from adapterkit.engines.interruptible import POLL_INTERVAL
+from adapterkit.lazy import Tensor, torch
 from adapterkit.tasks.rows import byte_view
 
 CACHED = 1 << 20  # bytes that are read, looked at and converted while they are in a core's cache
@@ -32,12 +32,12 @@ class Buffer:
         self.size, self.pinned = size, pinned
 
     @cached_property
-    @torch.inference_mode(False)  # for use in it and outside
     def memory(self) -> Tensor:
-        if self.pinned:
-            with suppress(RuntimeError):  # of CUDA: pageable memory is slower, and as right
-                return torch.empty(pinned_size(self.size), dtype=torch.uint8, pin_memory=True)
-        return torch.empty(self.size, dtype=torch.uint8)
+        with torch.inference_mode(False):  # for use in it and outside
+            if self.pinned:
+                with suppress(RuntimeError):  # of CUDA: pageable memory is slower, and as right
+                    return torch.empty(pinned_size(self.size), dtype=torch.uint8, pin_memory=True)
+            return torch.empty(self.size, dtype=torch.uint8)
 
     @cached_property
     def _bytes(self) -> memoryview:

@@ -6,13 +6,11 @@ worker reads and begins the next one.
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from adapterkit.engines.device import Mark
 from adapterkit.engines.local.pieces import Chunk
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
+from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import Loaded, Step
 from adapterkit.tasks.metrics import change_sums, squares
 from adapterkit.tasks.rows import rounded, unrounded

@@ -5,6 +5,8 @@ The header gets the room of the largest file there can be, so the data's place i
 size; it is written last.
 """
 
+from __future__ import annotations
+
 import threading
 from bisect import bisect_left
 from collections import deque
@@ -13,9 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar, cast
-
-import torch
-from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.budget import AHEAD
@@ -32,6 +31,7 @@ from adapterkit.engines.local.file_threads import FileThreads
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
+from adapterkit.lazy import Tensor, torch
 from adapterkit.options import Progress
 from adapterkit.plan import OutputFile, Task, TaskResult
 from adapterkit.tasks.handoff import HandoffWriter
@@ -46,7 +46,7 @@ BLOCK = 4 << 20
 def write_computed(
     file: OutputFile,
     inputs: LocalReader,
-    threads: "TaskThreads",
+    threads: TaskThreads,
     files: FileThreads,
     *,
     hashed: bool,
@@ -88,7 +88,7 @@ def write_computed(
 def _ended(
     file: OutputFile,
     shard: ShardFile,
-    places: "_AppendedPlaces | _SortedPlaces",
+    places: _AppendedPlaces | _SortedPlaces,
     handoffs: HandoffWriter,
     metrics: dict[str, dict],
     stop: threading.Event | None,
@@ -194,7 +194,7 @@ class TaskThreads:
         self.streams = Streams(device)
         self.pool = ThreadPoolExecutor(workers, "compute", keep_rooms, (device,))
 
-    def __enter__(self) -> "TaskThreads":
+    def __enter__(self) -> TaskThreads:
         return self
 
     def __exit__(self, *_: object) -> None:

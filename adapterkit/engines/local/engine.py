@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 
-import torch
-
 from adapterkit import dtypes
 from adapterkit.budget import GPU_TASKS
 from adapterkit.checkpoint.output.file_result import ShardResult
@@ -41,6 +39,7 @@ from adapterkit.engines.local.pieces import Chunk, OpenShard, Piece, largest_pie
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.engines.out_of_memory import memory_errors
 from adapterkit.engines.placement import fitting
+from adapterkit.lazy import torch
 from adapterkit.options import Progress, no_progress
 from adapterkit.plan import OutputFile, Plan
 from adapterkit.tasks.handoff import HandoffReader

@@ -1,6 +1,8 @@
 """An output file cut into pieces: runs of untouched bytes, and spans of chunks of changed
 tensors."""
 
+from __future__ import annotations
+
 import itertools
 import sys
 import threading
@@ -10,8 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import torch
-
 from adapterkit import dtypes
 from adapterkit.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.checkpoint.header import TensorSpec
@@ -20,6 +20,7 @@ from adapterkit.checkpoint.output.writer import ShardFile
 from adapterkit.engines.device import Mark
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.kernels.rows import rows_of_chunk
+from adapterkit.lazy import torch
 from adapterkit.plan import Loaded, OutputFile, Step
 from adapterkit.tasks.metrics import ChangeMetrics, delta_norm
 from adapterkit.tasks.rows import arithmetic, chunks, elements_of_chunk
@@ -36,15 +37,15 @@ class Piece:
     """Some bytes of one output file: a run of untouched bytes (no step), header bytes, or some
     chunks of a step."""
 
-    shard: "OpenShard"
+    shard: OpenShard
     number: int  # in file order
     position: int
     length: int
     source: TensorSpec | None = None
     source_start: int = 0
     data: bytes | None = None
-    step: "OpenStep | None" = None
-    chunks: "tuple[Chunk, ...]" = ()
+    step: OpenStep | None = None
+    chunks: tuple[Chunk, ...] = ()
 
 
 class Chunk(NamedTuple):
@@ -183,7 +184,7 @@ class OpenShard:
                 yield from self._chunks(step, at, number, device)
         yield from self._run(run, number, start, stop)
 
-    def _run(self, run: "_CopiedRun | None", number, start: int, stop: int) -> Iterator[Piece]:
+    def _run(self, run: _CopiedRun | None, number, start: int, stop: int) -> Iterator[Piece]:
         if run is None:
             return
         size = run.stop - run.source.start

@@ -1,13 +1,12 @@
 """What tasks and edits read: whole tensors, rows, shared stacks of experts' factors, handoffs."""
 
+from __future__ import annotations
+
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-
-import torch
-from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.budget import STACKS
@@ -18,6 +17,7 @@ from adapterkit.engines.device import used_here
 from adapterkit.engines.local.buffers import rooms_of
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
+from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import HANDOFF_FOLDER
 from adapterkit.tasks.handoff import HandoffReader
 from adapterkit.tasks.rows import chunks
@@ -33,17 +33,17 @@ class LocalReader:
 
     sources: Sources
     device: torch.device
-    dtype: torch.dtype | None = torch.float32
+    dtype: torch.dtype | None = field(default_factory=lambda: torch.float32)
     handoffs: HandoffReader | None = None
     finite: bool = True  # whether tensors that are not finite are refused
-    stacks: "SharedStacks" = field(default_factory=lambda: SharedStacks())
+    stacks: SharedStacks = field(default_factory=lambda: SharedStacks())
     decoded: Callable[[], Iterator[tuple[int, Tensor]]] | None = None  # what `blocks` gives
 
     def view(
         self,
         dtype: torch.dtype | None,
         blocks: Callable[[], Iterator[tuple[int, Tensor]]] | None = None,
-    ) -> "LocalReader":
+    ) -> LocalReader:
         return replace(self, dtype=dtype, decoded=blocks or self.decoded)
 
     def handoff(self, key: str) -> Tensor:

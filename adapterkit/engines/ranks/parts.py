@@ -1,11 +1,11 @@
 """Large files in parts: which file is cut for how many ranks, and how its parts become one file."""
 
+from __future__ import annotations
+
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-
-import torch
 
 from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.rank_stage import RankStage
@@ -13,6 +13,7 @@ from adapterkit.checkpoint.output.writer import part_name, part_of
 from adapterkit.engines.local.pieces import DIGITS, cut
 from adapterkit.engines.ranks.joined_file import JoinedFile
 from adapterkit.errors import Refused
+from adapterkit.lazy import torch
 from adapterkit.plan import OutputFile, Plan
 from adapterkit.tasks.metrics import ChangeMetrics
 

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.rank_stage import RankStage, has_ended
 from adapterkit.checkpoint.output.stage import Stage
@@ -35,6 +33,7 @@ from adapterkit.errors import (
     Waiting,
     listed,
 )
+from adapterkit.lazy import torch
 from adapterkit.options import Progress, expect
 from adapterkit.plan import OutputFile, Plan
 from adapterkit.run_options import WAIT, RunOptions

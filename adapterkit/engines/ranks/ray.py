@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adapterkit import __version__, errors
 from adapterkit.checkpoint.output.rank_stage import RankStage
 from adapterkit.engines.device import pick_device
@@ -33,6 +31,7 @@ from adapterkit.errors import (
     shown,
 )
 from adapterkit.execute import FolderCheck, Push
+from adapterkit.lazy import torch
 from adapterkit.optional import optional
 from adapterkit.options import no_progress
 from adapterkit.plan import Plan

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.output.file_result import ShardResult
@@ -21,6 +18,7 @@ from adapterkit.engines.verify.file_checks import check_file, check_files
 from adapterkit.errors import Damaged, Failed, Problems, shown
 from adapterkit.gguf.header import stored_tensors
 from adapterkit.kernels.quant.stochastic import Draws, Zeros
+from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import OutputFile, Plan, Step
 from adapterkit.receipt import AGAIN, read_receipt
 from adapterkit.records import Json
@@ -33,8 +31,8 @@ FEW = 3  # wrong tensors that are told one by one
 THREADS = 4  # that recompute; each holds a whole weight where its format needs that
 Specs = dict[str, TensorSpec]  # by key
 CHUNK = 1 << 18  # elements that are float64 at a time
-# of a row's largest magnitude: what arithmetic may be wrong by
-SLACK = {torch.float32: 2.0**-20, torch.float64: 2.0**-44}
+# of a row's largest magnitude: what arithmetic in so many bytes may be wrong by
+SLACK = {4: 2.0**-20, 8: 2.0**-44}
 SLACK_OF_SUMS = 2.0**-16  # the same of a tensor's, where errors of all columns are summed
 # errors of that many values are compared, where several scales are as good, and may differ so
 PIECE_OF_ROW, NEAR = 256, 1.1
@@ -163,7 +161,10 @@ class FloatCheck:
             stored = written.rows(specs[step.key], (origin.height, origin.width), row, row + 1)
             # rounding never swaps two values, whatever it draws: the exact one, summed by a merge,
             # is between these
-            slack, position = exact.abs().amax() * SLACK[arithmetic(step)], row * origin.width
+            slack, position = (
+                exact.abs().amax() * SLACK[arithmetic(step).itemsize],
+                row * origin.width,
+            )
             low, high = (rounded(exact + by, step, position).double() for by in (-slack, slack))
             bad = ~((low <= stored) & (stored <= high))
             if bool(bad.any()):
@@ -206,7 +207,7 @@ class CodeCheck:
         """What is wrong with these rows."""
         record, before = origin.narrow(origin.parts, first, last)
         exact = torch.cat([origin.edited(*piece) for piece in origin.pieces(first, last)])
-        slack = exact.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step)]
+        slack = exact.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step).itemsize]
         written = origin.narrow(after, first, last)[1]
         stored = decode_checked(record, written).view(exact.shape)
         if bool(((exact - stored).abs() <= slack).all()) and torch.equal(
@@ -301,7 +302,7 @@ class EncodedCheck:
         origin = SampledRows(self.step, inputs)
         exact = torch.cat([origin.edited(*piece) for piece in origin.pieces(0, origin.height)])
         after = {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}
-        slack = exact.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step)]
+        slack = exact.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step).itemsize]
         expected, draws = self._encoded(exact), self.step.draws
         wrong = _wrong(self.packed, after, exact, slack, expected, self._encoded, draws)
         return RowsChecked(origin.height, wrong)

@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.adapters.eight_bits import decoded
 from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to, place_of
@@ -13,6 +11,7 @@ from adapterkit.checkpoint.reader import read_small
 from adapterkit.errors import Damaged, Unrecoverable, shown
 from adapterkit.gguf.adapter import read_adapter
 from adapterkit.gguf.header import ENDING
+from adapterkit.lazy import Tensor
 from adapterkit.records import Settings
 
 

@@ -13,9 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.checkpoint.disk import storage_errors
 from adapterkit.checkpoint.folder import Folder
@@ -23,6 +20,7 @@ from adapterkit.checkpoint.header import build_header
 from adapterkit.checkpoint.shards import PICKLES, TRAINER
 from adapterkit.commands import command
 from adapterkit.errors import Damaged, Problems, Refused, listed, shown
+from adapterkit.lazy import Tensor, torch
 
 # under which trainers put the weights beside the state of the optimizer, counters and the like
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "adapter")

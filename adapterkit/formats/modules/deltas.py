@@ -10,9 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from adapterkit.adapters.kinds.common import ComputedDelta, Delta
 from adapterkit.adapters.kinds.loha import hadamard, with_core
 from adapterkit.adapters.kinds.lokr import kronecker_svd
@@ -21,8 +18,9 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.formats.modules.parts import magnitudes, matrix_shape, product_rank, tail_of
 from adapterkit.formats.modules.record import AdapterModule
 from adapterkit.formats.modules.tensors import Expression
+from adapterkit.kernels.lowrank import weighted
 from adapterkit.kernels.lowrank.algebra import Product, Svd
-from adapterkit.kernels.lowrank.weighted import Decomposition
+from adapterkit.lazy import Tensor, torch
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import Reader, TensorReader
 
@@ -263,7 +261,9 @@ class Fit:
 
     def factors(self, reader: Reader) -> "FitResult":
         """a (rank, *tail) and b (out, rank, *1) in float64, ‖delta‖ and ‖delta - b @ a‖."""
-        decomposition = Decomposition(*self.delta.leading_triplets(reader, self.rank, None))
+        decomposition = weighted.Decomposition(
+            *self.delta.leading_triplets(reader, self.rank, None)
+        )
         a, b = decomposition.factors(self.rank)
         total, lost = decomposition.total, 0.0
         if self.rank < min(

@@ -10,9 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
-import torch
-from torch import Tensor
-
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.capabilities import (
@@ -42,6 +39,7 @@ from adapterkit.formats.modules.tensors import (
 )
 from adapterkit.formats.schema import HEADS, NamingRule
 from adapterkit.formats.uniform_rank import common_scale
+from adapterkit.lazy import Tensor, torch
 from adapterkit.weights.reader import TensorReader
 
 # roles whose second axis is the module's inputs

@@ -7,11 +7,9 @@ whatever has the weight's rows: b, bias, magnitude, diff; of columns on a.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from adapterkit.errors import Refused
 from adapterkit.formats.modules.tensors import Rows, compact
+from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Settings
 
 ORDERS = ("swap_halves", "swap_pair", "interleave", "rotary_q", "rotary_k", "groups", "values",

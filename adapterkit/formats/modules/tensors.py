@@ -16,15 +16,13 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple, TypeGuard
 
-import torch
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.adapters.eight_bits import EightBits
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.gguf.adapter import BlockSpec
 from adapterkit.kernels.sums import all_finite
+from adapterkit.lazy import Tensor, torch
 from adapterkit.weights.reader import TensorReader
 from adapterkit.weights.slots import taken
 
@@ -149,10 +147,10 @@ OPERATIONS: Mapping[str, Callable[..., Tensor]] = {
     "block_diagonal": _block_diagonal,
     "cat": _cat,
     "contract": lambda mid, a: torch.einsum("mn...,ni->mi...", mid.double(), a.double().flatten(1)),
-    "reshape": Tensor.reshape,
+    "reshape": lambda value, shape: value.reshape(shape),
     "scale": lambda value, factor: value.double() * factor,
     "take": taken,
-    "transpose": Tensor.transpose,
+    "transpose": lambda value, *axes: value.transpose(*axes),
 }
 ARITHMETIC = ("contract", "scale")  # in float64 until it is written
 

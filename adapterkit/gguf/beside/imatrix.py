@@ -8,12 +8,10 @@ https://github.com/ggml-org/llama.cpp/blob/master/tools/quantize/quantize.cpp.
 import struct
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import Damaged, Problems, Refused, shown
 from adapterkit.gguf.header import MAGIC, read_gguf
+from adapterkit.lazy import Tensor, torch
 
 SUMS = ".in_sum2"  # behind a tensor's name
 MOST = 1 << 20  # entries, and bytes of a name

@@ -11,3 +11,7 @@
 | a matrix and its inputs | the sum whose outputs are nearest | `weighted.decompose_dense` |
 | a covariance | principal components | `principal.principal_components` |
 """
+
+from adapterkit.lazy import submodules
+
+__getattr__ = submodules(__name__)

@@ -4,18 +4,18 @@ A format says how values are scaled, which code is nearest, and what a code is w
 nearest, stochastic rounding, errors, scales that are kept, and columns by themselves are here.
 """
 
+from __future__ import annotations
+
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-import torch
-from torch import Tensor
-
 from adapterkit.kernels.pieces import padded, piece
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import all_finite, are_finite
+from adapterkit.lazy import Tensor, torch
 
 # (float32 values (out,) of a column of a weight, its number) -> the nearest that can be stored;
 # (values (out, in), None), of all columns at once, where blocks are not rows of the grid

@@ -6,24 +6,21 @@ and an element's position in it. They are a function of those alone: the same on
 whatever pieces and order the elements are rounded.
 """
 
+from __future__ import annotations
+
 import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from adapterkit.kernels.pieces import piece
+from adapterkit.lazy import Tensor, torch
 
 # elements worked on at once on a CPU, so that a few temporaries of them stay in cache
 PIECE = 1 << 16
 WORD = 1 << 64
 STEP, *MIX = 0x9E3779B97F4A7C15, (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)
-EXPONENT = {  # bits of the power of 2
-    torch.float32: (torch.int32, 0xFF << 23),
-    torch.float64: (torch.int64, 0x7FF << 52),
-}
-MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
+EXPONENT = {4: ("int32", 0xFF << 23), 8: ("int64", 0x7FF << 52)}  # bytes of a float -> its bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +37,18 @@ class Draws:
     local: int = 0
 
     @classmethod
-    def of(cls, seed: int, name: str) -> "Draws":
+    def of(cls, seed: int, name: str) -> Draws:
         """Those of a tensor by its key; other seeds and other names give independent ones."""
         digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
         return cls(int.from_bytes(digest, "little"))
 
-    def at(self, position: int) -> "Draws":
+    def at(self, position: int) -> Draws:
         """Those from `position` on."""
         if self.transposed:
             return replace(self, local=self.local + position)
         return replace(self, first=self.first + position)
 
-    def by_columns(self, rows: int, columns: int) -> "Draws":
+    def by_columns(self, rows: int, columns: int) -> Draws:
         """The same numbers for the same elements, of matrices that are stored transposed."""
         return replace(self, transposed=(rows, columns))
 
@@ -65,7 +62,7 @@ class Draws:
         return self._lanes(count, device, torch.int32) <= last
 
     def uniform(
-        self, count: int, device: torch.device, dtype: torch.dtype = torch.float32
+        self, count: int, device: torch.device, dtype: torch.dtype | None = None
     ) -> Tensor:  # (count,) float32
         """Numbers strictly between 0 and 1: the middles of 2^23 equal parts; for bfloat16 of 2^16,
         the higher the lower the numbers of `halves`."""
@@ -107,9 +104,7 @@ class Zeros(Draws):
     """Numbers with which no value of a quantized format becomes its nearest one, if it has two
     neighbors."""
 
-    def uniform(
-        self, count: int, device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def uniform(self, count: int, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(count, device=device)
 
 
@@ -177,6 +172,6 @@ def last_place(
     dtype: torch.dtype,
 ) -> Tensor:
     """The distance between the two neighbors of each magnitude in `dtype`."""
-    integer, mask = EXPONENT[size.dtype]
-    powers = size.view(integer).bitwise_and(mask).view(size.dtype)
-    return powers.clamp_(min=torch.finfo(dtype).tiny).mul_(2.0 ** -MANTISSA[dtype])
+    integer, mask = EXPONENT[size.dtype.itemsize]
+    powers = size.view(getattr(torch, integer)).bitwise_and(mask).view(size.dtype)
+    return powers.clamp_(min=torch.finfo(dtype).tiny).mul_(torch.finfo(dtype).eps)

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
 from adapterkit.adapters.factors import Place
 from adapterkit.adapters.record import Adapter
 from adapterkit.adapters.weights_file import layer_of
@@ -15,8 +13,9 @@ from adapterkit.combinations.mean import Mean
 from adapterkit.combinations.protocol import Method
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed
 from adapterkit.formats.files.containers import PlanReader
+from adapterkit.kernels.lowrank import span
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.kernels.lowrank.span import span_weights
+from adapterkit.lazy import Tensor
 from adapterkit.tasks.combine import CombinedFactors, Refit
 from adapterkit.tasks.statistics import read_covariance, select_covariances
 
@@ -65,7 +64,7 @@ def with_group_weights(
                 specs = dict(zip(numbers, task.covariances, strict=True))
                 yield group_of(task), own, lambda n, its=specs: read_covariance(reader, its[n])
 
-    found = span_weights(modules(), shares, method.ridge)
+    found = span.span_weights(modules(), shares, method.ridge)
     notes += [
         f"{method.name}: weights {', '.join(f'{w:.3f}' for w in c.tolist())} of {group}, at a "
         f"distance of {error:.3f} from the adapters' outputs"

@@ -4,15 +4,13 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.checkpoint.compare import same_bytes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.kernels.rows import row_ranges
+from adapterkit.lazy import Tensor, torch
 from adapterkit.weights.codec import QuantizedWeight, read_parts
 from adapterkit.weights.parameters import StoredParameter
 

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from adapterkit.adapters.kinds.common import Kind
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
@@ -27,6 +25,7 @@ from adapterkit.formats.peft.kinds import headers_of, replaced_values
 from adapterkit.formats.peft.layout import KEPT
 from adapterkit.formats.schema import Format
 from adapterkit.formats.uniform_rank import as_the_format_has_them
+from adapterkit.lazy import torch
 from adapterkit.planning.adapters.dora_deltas import CHECK_BASE, BaseWeights, dora_problems
 from adapterkit.planning.adapters.other_types import FLATTENED, read_deltas, unknown_kernel
 from adapterkit.records import Json

@@ -7,8 +7,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from adapterkit import dtypes
 from adapterkit.adapters.adapter_config import hub_id
 from adapterkit.checkpoint.folder import Folder
@@ -32,6 +30,7 @@ from adapterkit.formats.peft.layout import write_layout
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
 from adapterkit.formats.write import FormatFile, WrittenTensor, write
 from adapterkit.gguf.adapter import gguf_layout
+from adapterkit.lazy import torch
 from adapterkit.plan import CopyFile, OutputFile, Plan, Task
 from adapterkit.planning.convert.lossy import lowered, without_zeros
 from adapterkit.planning.convert.source import (

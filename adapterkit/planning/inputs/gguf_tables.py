@@ -3,13 +3,11 @@
 from dataclasses import dataclass, replace
 from functools import cache
 
-import torch
-from torch import Tensor
-
 from adapterkit.formats.library import architectures, format_named
 from adapterkit.formats.modules.names import ComponentNames, names_of
 from adapterkit.formats.modules.rows import model_heads, model_order
 from adapterkit.gguf.tables import EXPERT, TablePlace
+from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
 
 FORMAT = "gguf"

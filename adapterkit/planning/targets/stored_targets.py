@@ -1,13 +1,13 @@
 """Which layers of a stored model options mean, and where PEFT can put factors, or a trained copy in
 a module's place: PEFT's rules on the model without data."""
 
+from __future__ import annotations
+
 import re
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
-
-from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.record import EMBEDDINGS
@@ -15,6 +15,7 @@ from adapterkit.adapters.resolve import LINEAR, Resolver, Target
 from adapterkit.adapters.targets import ALL_LINEAR
 from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.one_file import OneFileModel
+from adapterkit.lazy import torch
 from adapterkit.options import targets as text_of_targets
 from adapterkit.patterns import matcher
 from adapterkit.planning.targets.changed_meanings import (
@@ -51,7 +52,7 @@ def prefixes(path: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
-def why_not_on_layer(names: Names, path: str, module: nn.Module) -> str:
+def why_not_on_layer(names: Names, path: str, module: torch.nn.Module) -> str:
     """What a module is on which PEFT puts no factors as on a layer; "" for one that takes them."""
     kind, cls = kind_of(module), type(module)
     is_plain = is_linear(module) if kind in LINEAR else cls.__name__ in CONVOLUTIONS
@@ -197,10 +198,10 @@ class StoredResolver(Resolver):
         among: Collection[str] | None = None,
         lacking: str = "",
     ):
-        model = nn.Module() if names.model is None else names.model.model
+        model = torch.nn.Module() if names.model is None else names.model.model
         modules = {name: module for name, module in model.named_modules() if name}
         for name in among or ():  # transformers does not know the model, or has these elsewhere
-            modules.setdefault(name, nn.Linear(1, 1, device="meta"))
+            modules.setdefault(name, torch.nn.Linear(1, 1, device="meta"))
         super().__init__(model, modules, config)
         self.stored_names, self.notes, self.among, self.lacking = names, notes, among, lacking
         self.exclude: str | None = None  # the text of --exclude

@@ -6,9 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.calls import with_paths
@@ -22,6 +19,7 @@ from adapterkit.engines.local.reader import LocalReader
 from adapterkit.engines.verify.row_checks import SampledRows
 from adapterkit.errors import AdapterkitError, advice, listed, shown
 from adapterkit.kernels.sums import all_finite
+from adapterkit.lazy import Tensor, torch
 from adapterkit.options import Progress, expect, unweighted
 from adapterkit.plan import Plan, Step
 from adapterkit.planning.inputs.earlier_merges import merged_adapters

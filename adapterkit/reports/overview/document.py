@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-import torch
-from torch import Tensor
-
 from adapterkit.adapters.weights_file import WeightsFile
 from adapterkit.errors import Refused, listed, shown
 from adapterkit.kernels.lowrank import algebra
+from adapterkit.lazy import Tensor, torch
 from adapterkit.options import StrPath, unweighted, weighted
 from adapterkit.planning.inputs.sources import if_given, open_model, open_source
 from adapterkit.planning.inputs.weights import weighted_sources

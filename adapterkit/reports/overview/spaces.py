@@ -6,9 +6,6 @@ All from the factors, in float64, module by module; only the signs come from row
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.checkpoint.folder import Folder
@@ -18,6 +15,7 @@ from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Problems, Refused
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.lazy import Tensor, torch
 from adapterkit.options import StrPath
 from adapterkit.planning.adapters.sites import join
 from adapterkit.planning.inputs.converted_adapter import adapter_or_file

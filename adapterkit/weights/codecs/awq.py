@@ -1,25 +1,18 @@
 """awq: AutoAWQ's gemm and gemv layouts of 4 bits."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
-from adapterkit.kernels.quant.gptq import (
-    WordTensors,
-    awq_grid,
-    decode_awq,
-    decode_gemv,
-    gemv_grid,
-    requantize_awq,
-    requantize_gemv,
-)
+from adapterkit.kernels.quant import gptq
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.lazy import Tensor
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
@@ -61,7 +54,7 @@ class Awq(QuantizedWeight):
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         old = self._tensors(stored)
-        return decode_awq(old) if self.groups is None else decode_gemv(old, self.groups)
+        return gptq.decode_awq(old) if self.groups is None else gptq.decode_gemv(old, self.groups)
 
     def encode_keeping_scales(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
@@ -70,15 +63,15 @@ class Awq(QuantizedWeight):
         old = self._tensors(stored)
         how = {"keep_zeros": self.symmetric, "draws": draws}
         if self.groups is None:
-            new = requantize_awq(weight, old, **how)
+            new = gptq.requantize_awq(weight, old, **how)
         else:
-            new = requantize_gemv(weight, old, self.groups, **how)
+            new = gptq.requantize_gemv(weight, old, self.groups, **how)
         zeros = [] if new.zeros is None else [new.zeros]
         return stored | self.as_parts(new.words, new.scale, *zeros)
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
         old = self._tensors(stored)
-        grid = awq_grid(old) if self.groups is None else gemv_grid(old, self.groups)
+        grid = gptq.awq_grid(old) if self.groups is None else gptq.gemv_grid(old, self.groups)
         return grid.round_column
 
     @property
@@ -94,9 +87,9 @@ class Awq(QuantizedWeight):
         ends[self.parts[1].key] = (first, last)
         return {key: stored[key][:, low:high] for key, (low, high) in ends.items()}
 
-    def _tensors(self, stored: dict[str, Tensor]) -> WordTensors:
+    def _tensors(self, stored: dict[str, Tensor]) -> gptq.WordTensors:
         words, scale, *zeros = self.values(stored)
-        return WordTensors(words, zeros[0] if zeros else None, scale)
+        return gptq.WordTensors(words, zeros[0] if zeros else None, scale)
 
 
 def _versions(scan: CheckpointScan) -> list[str]:

@@ -9,10 +9,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
@@ -21,6 +17,7 @@ from adapterkit.errors import shown, unrecoverable
 from adapterkit.kernels.quant import blockwise
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
 from adapterkit.weights.codec import (
     PlainWeight,
@@ -328,7 +325,9 @@ class Bnb4(QuantizedWeight):
         groups = blockwise.quantize_absmax(target, offset, values=values)
         widened = {key: groups.codes, nested_key: groups.absmax}
         by_group = lambda each: (
-            pad(each, (0, -len(each) % self.nested_block)).view(-1, self.nested_block).sum(1)
+            torch.nn.functional.pad(each, (0, -len(each) % self.nested_block))
+            .view(-1, self.nested_block)
+            .sum(1)
         )
         better = (groups.absmax > nested) & (by_group(errors(widened)) < by_group(errors(scales)))
         if not bool(better.any()):

@@ -6,22 +6,22 @@ Which layers, and how, is said by JSON beside each (`comfy_quant`), by the heade
 Source: ComfyUI's QUANTIZATION.md, comfy/quant_ops.py and comfy/ops.py; comfy-kitchen.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.strict import nested_json
 from adapterkit.errors import listed, shown
 from adapterkit.kernels.quant import fp4, fp8, integers
+from adapterkit.kernels.quant import tiles as tiles_kernel
 from adapterkit.kernels.quant.grid import Encoded, RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.kernels.quant.tiles import tiled, tiled_shape, untiled
+from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
 from adapterkit.weights.codec import PlainWeight, QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
@@ -53,7 +53,7 @@ class Comfy(QuantizedWeight):
     settings: str = ""  # the JSON that is written beside a new weight
 
     @classmethod
-    def for_encoding(cls, target: str, weight: PlainWeight, options: Json) -> "Comfy | None":
+    def for_encoding(cls, target: str, weight: PlainWeight, options: Json) -> Comfy | None:
         kind, (out, width) = IMAGE_KINDS[target], weight.shape
         if not weight.has_weight_name or any(n % MULTIPLES.get(kind, 1) for n in weight.shape):
             return None
@@ -61,7 +61,7 @@ class Comfy(QuantizedWeight):
         packed = (out, width // 2) if kind == NVFP4 else weight.shape
         shape: tuple[int, ...] = (out, 1) if kind == INT8 else ()
         if kind in GROUPS:
-            shape = tiled_shape(out, width // GROUPS[kind])
+            shape = tiles_kernel.tiled_shape(out, width // GROUPS[kind])
         parts = [
             weight.part("", CODES[kind], packed),
             weight.part("_scale", TILES.get(kind, ("F32",))[0], shape),
@@ -143,12 +143,14 @@ class Comfy(QuantizedWeight):
     def _in_rows(self, stored: dict[str, Tensor]) -> Tensor:
         """The bytes of its scales, of each row one after another."""
         out, width = self.shape
-        return untiled(stored[self.parts[1].key].view(torch.uint8), out, width // self._block[1])
+        return tiles_kernel.untiled(
+            stored[self.parts[1].key].view(torch.uint8), out, width // self._block[1]
+        )
 
     def _in_tiles(self, scale: Tensor, stored: dict[str, Tensor]) -> Tensor:
         key, dtype = self.parts[1].key, dtypes.torch_dtype(self.parts[1].dtype)
         old = stored[key].view(torch.uint8) if stored else None
-        return tiled(scale.view(torch.uint8), old).view(dtype)
+        return tiles_kernel.tiled(scale.view(torch.uint8), old).view(dtype)
 
     def _nvfp4(self, stored: dict[str, Tensor]) -> tuple[Tensor, fp4.TensorScale]:
         factor = fp4.TensorScale(stored[self.parts[2].key], divides=False)
@@ -273,7 +275,7 @@ class StoredLayers:
         expected = f"{CODES[kind]} codes, and one scale or one for each row"
         if kind in GROUPS:
             width = shape[-1] * (2 if kind == NVFP4 else 1) if shape else 0
-            tiles = tiled_shape(out, width // GROUPS[kind])
+            tiles = tiles_kernel.tiled_shape(out, width // GROUPS[kind])
             expected = f"{CODES[kind]} codes, scales {tiles} in tiles"
             fits = fits and width % GROUPS[kind] == 0 and scale.dtype in TILES[kind]
             fits = fits and scale.shape == tiles

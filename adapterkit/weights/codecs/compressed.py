@@ -1,30 +1,18 @@
 """compressed-tensors: what llm-compressor writes and vLLM reads: integers, FP8, NVFP4 and MXFP4."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels.quant import fp4, fp8, integers
 from adapterkit.kernels.quant.grid import RoundColumn
-from adapterkit.kernels.quant.integers import (
-    Integers,
-    are_groups,
-    decode_int8,
-    decode_packed,
-    encode_integers,
-    minmax_scale,
-    pack,
-    pack_zeros,
-    requantize_integers,
-    unpack_zeros,
-)
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
 from adapterkit.weights.codec import (
     PlainWeight,
@@ -67,7 +55,7 @@ class Compressed(QuantizedWeight):
     indexed: bool  # there is a weight_g_idx that may say which group a column is in
 
     @classmethod
-    def for_encoding(cls, target: str, weight: PlainWeight, options: Json) -> "Compressed | None":
+    def for_encoding(cls, target: str, weight: PlainWeight, options: Json) -> Compressed | None:
         out, width = weight.shape
         if not weight.has_weight_name:
             return None
@@ -161,7 +149,11 @@ class Compressed(QuantizedWeight):
             return f"{key}: symmetric, with a {ZERO}", "zeros, or symmetric: false"
         index = self._sibling(stored, INDEX) if self.indexed else None
         groups = self.shape[1] // self.block[1]
-        if index is None or _is_unused(index) or (self.block[0] == 1 and are_groups(index, groups)):
+        if (
+            index is None
+            or _is_unused(index)
+            or (self.block[0] == 1 and integers.are_groups(index, groups))
+        ):
             return None
         return f"{key}: {INDEX} out of range", f"0 to {groups - 1}"
 
@@ -170,8 +162,8 @@ class Compressed(QuantizedWeight):
         if self._is_integer:
             zero, group = self._zero(stored), self._group(stored)
             if self.kind == "words":
-                return decode_packed(codes, scale, self.bits, self.shape[1], zero, group)
-            return decode_int8(codes, scale, zero, group)
+                return integers.decode_packed(codes, scale, self.bits, self.shape[1], zero, group)
+            return integers.decode_int8(codes, scale, zero, group)
         if self.kind == "nvfp4":
             return fp4.decode_nvfp4(codes, scale, self._divisor(stored))
         if self.kind == "mxfp4":
@@ -185,7 +177,9 @@ class Compressed(QuantizedWeight):
         assert not self.indexed
         size, dtype = math.prod(self.block), dtypes.torch_dtype(self.parts[1].dtype)
         lines, symmetric = weight.reshape(self._lines), self.symmetric
-        result = encode_integers(lines, self.bits, size, symmetric=symmetric, scale_dtype=dtype)
+        result = integers.encode_integers(
+            lines, self.bits, size, symmetric=symmetric, scale_dtype=dtype
+        )
         shape = self._sibling_part(SHAPE)
         shapes = {} if shape is None else {shape.key: torch.tensor(self.shape)}
         return self._integer_parts(result) | shapes
@@ -204,9 +198,11 @@ class Compressed(QuantizedWeight):
 
         def new_scale(w: Tensor) -> tuple[Tensor, Tensor | None]:
             size = w.shape[1] // scale.shape[1]
-            return minmax_scale(w, self.bits, size, self.symmetric, scale.dtype)
+            return integers.minmax_scale(w, self.bits, size, self.symmetric, scale.dtype)
 
-        result = requantize_integers(lines, self.bits, scale, zero, group, new_scale, draws)
+        result = integers.requantize_integers(
+            lines, self.bits, scale, zero, group, new_scale, draws
+        )
         return stored | self._integer_parts(result)
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
@@ -278,22 +274,26 @@ class Compressed(QuantizedWeight):
         if zero is None:
             return None
         if zero.dtype == torch.int32:
-            zero = unpack_zeros(zero, self.bits, self.shape[0])
+            zero = integers.unpack_zeros(zero, self.bits, self.shape[0])
         return zero.reshape(self._lines[0], -1)
 
     def _group(self, stored: dict[str, Tensor]) -> Tensor | None:  # (in,)
         index = self._sibling(stored, INDEX) if self.indexed else None
         return None if index is None or _is_unused(index) else index
 
-    def _integer_parts(self, result: Integers) -> dict[str, Tensor]:
+    def _integer_parts(self, result: integers.Integers) -> dict[str, Tensor]:
         codes = result.codes.reshape(self.shape)
-        codes = pack(codes, self.bits) if self.kind == "words" else codes
+        codes = integers.pack(codes, self.bits) if self.kind == "words" else codes
         scale = result.scale.to(dtypes.torch_dtype(self.parts[1].dtype))
         tensors = self.as_parts(codes, scale)
         zero = self._sibling_part(ZERO)
         if zero is not None and result.zero is not None:
             packed = zero.dtype == "I32"
-            zeros = pack_zeros(result.zero, self.bits) if packed else result.zero.view(zero.shape)
+            zeros = (
+                integers.pack_zeros(result.zero, self.bits)
+                if packed
+                else result.zero.view(zero.shape)
+            )
             tensors[zero.key] = zeros
         return tensors
 

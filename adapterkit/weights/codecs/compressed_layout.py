@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, shown
-from adapterkit.kernels.quant import fp4
-from adapterkit.kernels.quant.integers import are_groups
+from adapterkit.kernels.quant import fp4, integers
 from adapterkit.patterns import matcher
 from adapterkit.records import ANYTHING, TEXT, Json, also, entries, list_of, table_of
 from adapterkit.weights.codec import blocks_in, pair_in, shapes_of_scales
@@ -301,6 +300,6 @@ class StoredModule:
         index = self.scan.read(spec, ())
         if bool((index == -1).all()):
             return (spec,), False
-        valid = block[0] == 1 and are_groups(index, groups)
+        valid = block[0] == 1 and integers.are_groups(index, groups)
         valid = self._check(valid, f"{INDEX} out of range", f"0 to {groups - 1}")
         return ((spec,), True) if valid else None

@@ -1,11 +1,11 @@
 """fp8: transformers' own FP8, as DeepSeek and Qwen store it: blocks of 128 x 128 with
 `weight_scale_inv`."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from torch import Tensor, nn
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
@@ -13,6 +13,7 @@ from adapterkit.errors import shown
 from adapterkit.kernels.quant import fp8
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
 from adapterkit.weights.codec import (
     PlainWeight,
@@ -44,7 +45,7 @@ class Fp8(QuantizedWeight):
     power: bool  # scales are powers of 2
 
     @classmethod
-    def for_encoding(cls, target: str, weight: PlainWeight, options: Json) -> "Fp8 | None":
+    def for_encoding(cls, target: str, weight: PlainWeight, options: Json) -> Fp8 | None:
         out, width = weight.shape
         if out % BLOCK[0] or width % BLOCK[1] or weight.transposed:
             return None  # transformers leaves it as it is
@@ -53,7 +54,7 @@ class Fp8(QuantizedWeight):
         return cls.encoding(weight, (codes, scale), block=BLOCK, power=False)
 
     @classmethod
-    def replaces(cls, name: str, module: nn.Module) -> bool:
+    def replaces(cls, name: str, module: torch.nn.Module) -> bool:
         """transformers' `replace_with_fp8_linear`: stacks of experts, and block-diagonal linear
         layers."""
         stacks = any(weight.dim() == 3 for weight in module.parameters(recurse=False))

@@ -1,19 +1,19 @@
 """gptq: AutoGPTQ's and GPTQModel's integers in words of 32 bits."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
-from adapterkit.kernels.quant.gptq import BITS, WordTensors, decode_gptq, gptq_grid, requantize_gptq
+from adapterkit.kernels.quant import gptq, integers
 from adapterkit.kernels.quant.grid import RoundColumn
-from adapterkit.kernels.quant.integers import WORD, are_groups
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.lazy import Tensor
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
@@ -66,36 +66,39 @@ class Gptq(QuantizedWeight):
 
     def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
         groups = self.parts[2].shape[0]
-        if not self.indexed or are_groups(stored[self.parts[3].key], groups):
+        if not self.indexed or integers.are_groups(stored[self.parts[3].key], groups):
             return None
         return f"groups out of range in {shown(self.parts[3].key)}", f"0 to {groups - 1}"
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        return decode_gptq(*self._layout(stored))
+        return gptq.decode_gptq(*self._layout(stored))
 
     def encode_keeping_scales(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
     ) -> dict[str, Tensor]:
         """A group takes its old scale and zero, or new ones if those are nearer to W."""
         old, bits, _, group, version = self._layout(stored)
-        new = requantize_gptq(
+        new = gptq.requantize_gptq(
             weight, old, bits, group, version, keep_zeros=self.symmetric, draws=draws
         )
         assert new.zeros is not None
         return stored | self.as_parts(new.words, new.zeros, new.scale)
 
     def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
-        return gptq_grid(*self._layout(stored)).round_column
+        return gptq.gptq_grid(*self._layout(stored)).round_column
 
     @property
     def rows_per_block(self) -> int | None:
-        return WORD // math.gcd(WORD, self.bits)  # zeros lie in words along the rows
+        # zeros lie in words along the rows
+        return integers.WORD // math.gcd(integers.WORD, self.bits)
 
     def row_views(
         self, stored: dict[str, Tensor], matrix: int, first: int, last: int
     ) -> dict[str, Tensor]:
         words, zeros, scale = (part.key for part in self.parts[:3])
-        across = slice(first * self.bits // WORD, math.ceil(last * self.bits / WORD))
+        across = slice(
+            first * self.bits // integers.WORD, math.ceil(last * self.bits / integers.WORD)
+        )
         return {
             words: stored[words][:, first:last],
             zeros: stored[zeros][:, across],
@@ -104,10 +107,10 @@ class Gptq(QuantizedWeight):
 
     def _layout(
         self, stored: dict[str, Tensor]
-    ) -> tuple[WordTensors, int, int, Tensor | None, int]:
+    ) -> tuple[gptq.WordTensors, int, int, Tensor | None, int]:
         words, zeros, scale, *index = self.values(stored)
         group = index[0] if self.indexed else None
-        return WordTensors(words, zeros, scale), self.bits, self.shape[1], group, self.version
+        return gptq.WordTensors(words, zeros, scale), self.bits, self.shape[1], group, self.version
 
 
 def _is_symmetric(scan: CheckpointScan) -> bool:
@@ -132,7 +135,7 @@ def _version(scan: CheckpointScan) -> int | None:
         scan.errors.add(f"GPTQ's pack_dtype {shown(settings['pack_dtype'])}", "int32")
         known = False
     bits, size = settings.get("bits"), settings.get("group_size")
-    valid = bits in BITS and type(size) is int and (size == -1 or size > 0)
+    valid = bits in gptq.BITS and type(size) is int and (size == -1 or size > 0)
     problem = f"bits {shown(bits)}, group_size {shown(size)}"
     expected = "bits 2, 3, 4 or 8, and a group_size"
     valid = scan.check("quantization_config", valid, problem, expected)
@@ -152,7 +155,7 @@ def _bits(
     )
     if fits:
         out = codes.shape[1]
-        choices = BITS if scan.settings.get("dynamic") else (stated,)
+        choices = gptq.BITS if scan.settings.get("dynamic") else (stated,)
         bits = next((n for n in choices if math.ceil(out * n / 32) == zeros.shape[1]), None)
         fits = zeros.shape[0] == scale.shape[0] and scale.shape[1] == out
         fits = fits and bits is not None and codes.shape[0] * 32 % bits == 0
@@ -184,5 +187,5 @@ def _groups_fit(
         return False
     if not scan.reads_freely:
         return True  # checked where it is read
-    valid = are_groups(scan.read(index, ()), groups)
+    valid = integers.are_groups(scan.read(index, ()), groups)
     return scan.check(index.key, valid, "groups out of range", f"0 to {groups - 1}")

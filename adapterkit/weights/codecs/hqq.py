@@ -4,12 +4,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
-from adapterkit.kernels.quant.integers import decode_hqq
+from adapterkit.kernels.quant import integers
+from adapterkit.lazy import Tensor
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
@@ -66,7 +65,7 @@ class Hqq(QuantizedWeight):
         bits, fields, dtype = PACKINGS[self.packing]
         words = words.view(dtypes.torch_dtype(dtype))  # of the floats that they may be stored as
         rows = math.prod(self.shape) // words.shape[1]
-        return decode_hqq(words, scale, zero, bits, fields, rows).view(self.shape)
+        return integers.decode_hqq(words, scale, zero, bits, fields, rows).view(self.shape)
 
     @property
     def read_only(self) -> str | None:

@@ -1,11 +1,11 @@
 """modelopt: NVIDIA's NVFP4 and FP8 checkpoints, as vLLM and TensorRT-LLM read them, by config.json
 or hf_quant_config.json."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.strict import read_json
@@ -13,6 +13,7 @@ from adapterkit.errors import shown
 from adapterkit.kernels.quant import fp4, fp8
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.lazy import Tensor
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 

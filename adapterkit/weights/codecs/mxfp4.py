@@ -4,11 +4,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from adapterkit.errors import Refused, shown
 from adapterkit.kernels.quant import fp4
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.lazy import Tensor
 from adapterkit.records import Json
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan

@@ -4,13 +4,11 @@ only."""
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.strict import nested_json
 from adapterkit.errors import shown
-from adapterkit.kernels.quant.fp8 import decode_fp8
-from adapterkit.kernels.quant.integers import decode_int8, decode_torchao_int4
+from adapterkit.kernels.quant import fp8, integers
+from adapterkit.lazy import Tensor
 from adapterkit.records import Json
 from adapterkit.weights.codec import QuantizedWeight, blocks_in, pair_in, shapes_of_scales
 from adapterkit.weights.scan import CheckpointScan
@@ -102,10 +100,10 @@ class Torchao(QuantizedWeight):
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         codes, scale, *zeros = self.values(stored)
         if self.kind == "Int4Tensor":
-            return decode_torchao_int4(codes, scale, zeros[0])
+            return integers.decode_torchao_int4(codes, scale, zeros[0])
         if self.kind == "Float8Tensor":
-            return decode_fp8(codes, scale.view(blocks_in(self.shape, self.block)), self.block)
-        return decode_int8(codes, scale, zeros[0] if self.has_zeros else None)
+            return fp8.decode_fp8(codes, scale.view(blocks_in(self.shape, self.block)), self.block)
+        return integers.decode_int8(codes, scale, zeros[0] if self.has_zeros else None)
 
     @property
     def read_only(self) -> str | None:

@@ -1,0 +1,46 @@
+"""Modules that are loaded when a name of theirs is first used: a plan is made of headers and
+records, and computes nothing."""
+
+import sys
+from collections.abc import Callable
+from functools import cached_property
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+
+class LazyModule:
+    def __init__(self, name: str):
+        self._name = name
+
+    @cached_property
+    def _module(self) -> ModuleType:
+        return import_module(self._name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def submodules(package: str) -> Callable[[str], LazyModule]:
+    """The `__getattr__` of a package whose modules load lazily."""
+
+    def find(name: str) -> LazyModule:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return LazyModule(f"{package}.{name}")
+
+    return find
+
+
+if TYPE_CHECKING:
+    import torch as torch
+    from torch import Tensor as Tensor
+else:
+    torch = LazyModule("torch")
+
+    class _TensorType(type):
+        def __instancecheck__(cls, value: object) -> bool:
+            return "torch" in sys.modules and isinstance(value, torch.Tensor)
+
+    class Tensor(metaclass=_TensorType):
+        """torch.Tensor in annotations and `isinstance`, neither of which loads torch."""
