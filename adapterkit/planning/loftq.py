@@ -18,7 +18,6 @@ from adapterkit.planning.inputs.sources import if_given, open_model, open_statis
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.planning.outputs.model import QuantizedModel, planned_fingerprint
 from adapterkit.planning.quantization import plan_quantization
-from adapterkit.planning.targets.changed_meanings import rule_readings
 from adapterkit.planning.targets.stored_targets import select_layers
 from adapterkit.planning.targets.values_by_regex import pattern_table, read_rules, unmatched
 from adapterkit.records import Json
@@ -81,10 +80,10 @@ def _plan_base_and_adapter(
     blocks = vars(options.only(BlockOptions))
     quantization = plan_quantization(base, {"to": to, **blocks}, exceptions)
     quantized = list(quantization.modules)
-    errors = rule_readings(BITS_FOR, rules, quantized)
-    for pattern in [] if errors else exceptions.unmatched(quantized):
-        errors.append(unmatched(BITS_FOR, pattern, quantized, "a quantized module"))
-    Problems(errors).raise_all()
+    Problems(
+        unmatched(BITS_FOR, pattern, quantized, "a quantized module")
+        for pattern in exceptions.unmatched(quantized)
+    ).raise_all()
     plain, notes = quantization.weights, quantization.notes
     keys = {name: weight.key for name, weight in quantization.modules.items()}
     linear = [name for name, key in keys.items() if key in plain]

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 
 import pytest
 import transformers
@@ -15,7 +14,6 @@ from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError
 from adapterkit.planning.targets.initial_targets import find_targets
 from adapterkit.verbs.init import Init
-from adapterkit.weights.linear import is_linear
 from tests.runtime.test_targets import BUILDS, wrapped
 from tests.support import oracle, tiny
 
@@ -117,64 +115,32 @@ def test_a_regex_is_for_whole_names(stored):
         assert ours(stored("llama"), text) == theirs("llama", targets=text)
 
 
-READINGS = [
-    ("targets", "q_proj|up_proj"),
-    ("targets", r"layers\.1\."),  # also in names that are no layers'
-    ("targets", "model.*_proj|head"),
-    ("exclude", "mlp"),
-    ("exclude", "mlp|[qk]_"),
-    ("exclude", "up_proj|0.mlp.down_proj"),
-]
+@pytest.mark.parametrize("text", ["q_proj|up_proj", r"layers\.1\."])
+def test_targets_that_only_a_part_of_a_name_matches_are_refused(text, stored):
+    with pytest.raises(AdapterkitError, match="matches none|no module is a target"):
+        ours(stored("llama"), text)
 
 
-@pytest.mark.parametrize(("option", "text"), READINGS)
-def test_a_text_with_two_readings_is_refused(option, text, stored):
-    """For one release; either is written as the hint says."""
-    modules = dict(built("llama").named_modules())
-    linear = {name for name, module in modules.items() if is_linear(module)}
-    searched = {name for name in linear if re.search(text, name)}
-    ends = rf"(?:.*\.)?(?:{text})" if text == "mlp" else text
-    whole = {name for name in modules if re.fullmatch(ends, name)}
-
-    def chosen(text: str) -> set[str]:
-        options = {"targets": ".*_proj|lm_head"} | {option: text}
-        return {target.name for target in found(stored("llama"), **options)}
-
-    with pytest.raises(AdapterkitError, match="means .*, and meant model") as caught:
-        chosen(text)
-    former, latter = re.findall("'(\\S+)'", str(caught.value).rpartition("hint: ")[2])
-    assert chosen(latter) == (searched if option == "targets" else linear - searched)
-    if whole:
-        assert chosen(former) == (whole if option == "targets" else linear - whole)
-    else:
-        with pytest.raises(AdapterkitError, match="matches none|no module is a target"):
-            chosen(former)
+@pytest.mark.parametrize("text", [".*mlp.*", "up_proj|.*0.mlp.down_proj", "model.*_proj|head"])
+def test_an_excluded_regex_is_for_whole_names_as_in_peft(text, stored):
+    expected = theirs("llama", targets=".*_proj|lm_head", exclude=text)
+    assert ours(stored("llama"), ".*_proj|lm_head", exclude=text) == expected
 
 
 RULES = [
-    (["self_attn=2"], ["self_attn=2 means no module, and meant model.layers.0.self_attn.q_proj"]),
-    (["q_proj=2", "q_proj=3"], ["q_proj=2 and q_proj=3 both match"]),
-    (
-        [r"layers\.1.*=2", "v_proj=3", "_proj=4"],
-        ["both match model.layers.1.self_attn.v_proj", "_proj=4 means no module"],
-    ),
+    ["q_proj=2", "q_proj=3"],
+    [r"layers\.0\.self_attn\.v_proj=3", "v_proj=5", ".*q_proj.*=2"],
+    [r".*layers\.1.*=2", "v_proj=3"],
 ]
 
 
-@pytest.mark.parametrize(("rank_for", "words"), RULES)
-def test_rules_with_two_readings_are_refused(rank_for, words, stored):
-    with pytest.raises(AdapterkitError) as caught:
-        ours(stored("llama"), "q_proj,v_proj", rank_for=rank_for)
-    assert all(text in str(caught.value) for text in words), str(caught.value)
-
-
-def test_rules_that_agree_are_taken(stored):
-    """Also where several match: no module has another rank than before."""
-    rules = ("v_proj=3", r"layers\.0\.self_attn\.v_proj=3", ".*q_proj.*=2")
-    ranks = {
-        name[-6:]: rank for name, rank, _ in ours(stored("llama"), "q_proj,v_proj", rank_for=rules)
-    }
-    assert ranks == {"v_proj": 3, "q_proj": 2}
+@pytest.mark.parametrize("rules", RULES)
+def test_of_several_rules_the_first_that_matches_counts_as_in_peft(rules, stored):
+    patterns: dict[str, int] = {}
+    for pattern, rank in (rule.split("=") for rule in rules):
+        patterns.setdefault(pattern, int(rank))
+    expected = theirs("llama", targets=["q_proj", "v_proj"], rank_pattern=patterns)
+    assert ours(stored("llama"), "q_proj,v_proj", rank_for=rules) == expected
 
 
 @pytest.mark.parametrize(("layers", "expected"), [("1", {1}), ("0-1", {0, 1}), ("0,2", {0, 2})])

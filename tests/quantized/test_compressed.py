@@ -427,11 +427,7 @@ def test_loftq_with_several_widths(base, tmp_path: Path) -> None:
         ({"bits_for": ["down_proj=2"]}, "the value 4 or 8"),
         ({"bits_for": ["=8"]}, "the value 4 or 8"),
         ({"bits_for": ["nothing=8"]}, "matches none"),
-        (
-            {"bits_for": ["mlp=8"]},
-            r"mlp=8 means no module(.|\n)*'\.\*\(\?:mlp\)\.\*=8' for the latter",
-        ),
-        ({"bits_for": ["q_proj=8", ".*q_proj=4"]}, "q_proj=8 and .*q_proj=4 both match"),
+        ({"bits_for": ["mlp=8"]}, "matches none"),
         ({"bits_for": ["(=8"]}, "regular expression"),
         ({"bits_for": ["down_proj=8"], "double_quant": True}, "double-quant"),
         ({"bits_for": ["down_proj=8"], "block_size": 48}, "128 64 32"),

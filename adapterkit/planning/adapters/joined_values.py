@@ -22,7 +22,6 @@ from adapterkit.options import NUMBER
 from adapterkit.plan import Task
 from adapterkit.planning.adapters.sites import JoinedSite
 from adapterkit.planning.adapters.value_comparison import differing_rows
-from adapterkit.planning.targets.changed_meanings import rule_readings
 from adapterkit.planning.targets.values_by_regex import Rule, pattern_table, read_rules, unmatched
 from adapterkit.tasks.common import CopiedTensor, SummedTensor
 
@@ -79,8 +78,8 @@ class AdapterWeights:
     ):
         self.weights, self.file, self.option = weights, file, option
         self.given = [self._rule(text) for text in texts]
-        self.rules = [[rule for numbers, rule in self.given if n in numbers] for n in self._numbers]
-        self.patterns = [Patterns(pattern_table(rules), self.option) for rules in self.rules]
+        rules = [[rule for numbers, rule in self.given if n in numbers] for n in self._numbers]
+        self.patterns = [Patterns(pattern_table(its), self.option) for its in rules]
         self.modules: list[set[str]] = [set() for _ in weights]  # of each adapter, so far
         self.scale = 1.0  # of all of them
         self.skipped: set[str] = set()  # modules that stay as they are, whatever the file says
@@ -122,8 +121,7 @@ class AdapterWeights:
         return range(len(self.weights))
 
     def problems(self) -> list[AdapterkitError]:
-        """Refusals of the rules, and of names in the file, that no module matched so far, and of
-        rules that mean others than they did."""
+        """Refusals of the rules, and of names in the file, that no module matched so far."""
         errors = Problems()
         known = set().union(self.skipped, *self.modules)
         # a module that is left out may be one of parameters, which are not looked up then
@@ -140,9 +138,7 @@ class AdapterWeights:
                 or "give --base, or remove them from the file",
                 where=WEIGHTS,
             )
-        for number, (rules, modules) in enumerate(zip(self.rules, self.modules, strict=True), 1):
-            errors += rule_readings(f"{self.option} of adapter {number}:", rules, sorted(modules))
-        for numbers, (pattern, value) in [] if errors else self.given:
+        for numbers, (pattern, value) in self.given:
             modules = set().union(*(self.modules[number] for number in numbers))
             if Patterns({pattern: value}, self.option).unmatched(modules):
                 errors.append(unmatched(self.option, pattern, modules, "a module of the adapter"))

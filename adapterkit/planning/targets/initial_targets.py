@@ -13,7 +13,6 @@ from adapterkit.adapters.resolve import PARAMETER, Target
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.options import ABOVE_0, COUNT
-from adapterkit.options import targets as text_of_targets
 from adapterkit.planning.adapters.dora_deltas import stored_weight
 from adapterkit.planning.quantization import is_stack, known_model
 from adapterkit.planning.targets.stored_targets import StoredResolver, entries_of
@@ -83,8 +82,6 @@ def _resolver(names: Names, options: Init, notes: list[str]) -> StoredResolver:
     )
     resolver = StoredResolver(names, config, notes)
     resolver.alpha = options.alpha
-    resolver.rules = {"--rank-for": ranks, "--alpha-for": alphas}
-    resolver.exclude = None if options.exclude is None else text_of_targets(options.exclude)
     resolver.layers = None if options.layers is None else _numbers(options.layers)
     resolver.stacks = [name for name, weight in names.model.state.items() if is_stack(name, weight)]
     return resolver

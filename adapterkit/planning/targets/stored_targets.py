@@ -5,25 +5,19 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.record import EMBEDDINGS
-from adapterkit.adapters.resolve import LINEAR, Resolver, Target
+from adapterkit.adapters.resolve import LINEAR, Resolver
 from adapterkit.adapters.targets import ALL_LINEAR
-from adapterkit.errors import Problems, Refused, listed, shown
+from adapterkit.errors import Refused, listed, shown
 from adapterkit.formats.one_file import OneFileModel
 from adapterkit.lazy import torch
 from adapterkit.options import targets as text_of_targets
 from adapterkit.patterns import matcher
-from adapterkit.planning.targets.changed_meanings import (
-    layers_readings,
-    rule_readings,
-    text_readings,
-)
-from adapterkit.planning.targets.values_by_regex import Rule
 from adapterkit.weights.linear import is_linear, kind_of
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter
@@ -204,8 +198,6 @@ class StoredResolver(Resolver):
             modules.setdefault(name, torch.nn.Linear(1, 1, device="meta"))
         super().__init__(model, modules, config)
         self.stored_names, self.notes, self.among, self.lacking = names, notes, among, lacking
-        self.exclude: str | None = None  # the text of --exclude
-        self.rules: dict[str, Sequence[Rule]] = {}  # of --rank-for and --alpha-for, by the option
 
     def label(self, setting: str) -> str:
         return OPTIONS[setting]
@@ -241,34 +233,8 @@ class StoredResolver(Resolver):
         self.notes += [f"no factors for {listed(its)}: {why}" for why, its in left_out.items()]
         return fit
 
-    def named(self, targets: str | Sequence[str]) -> list[str]:
-        if isinstance(self.config.targets, str) and targets != ALL_LINEAR:
-            others = [path for path in self.modules if self.unfit(path)]
-            fit = [name for name in self.names() if name not in others]
-            Problems(
-                text_readings("--targets", self.config.targets, targets, fit, others)
-            ).raise_all()
-        return super().named(targets)
-
     def in_layers(self, names: list[str], whole: Sequence[str]) -> list[str]:
-        chosen = super().in_layers(names, ())
-        if self.layers is not None:
-            before = [name for name in names if _first_number(name) in self.layers]
-            Problems(layers_readings(chosen, before)).raise_all()
-        return chosen
-
-    def without_excluded(self, names: list[str]) -> list[str]:
-        text, entries = self.exclude, self.config.exclude
-        if text is not None and entries is not None:
-            Problems(text_readings("--exclude", text, entries, names)).raise_all()
-        return super().without_excluded(names)
-
-    def with_ranks(
-        self, paths: Sequence[str], leaves: Sequence[str], tied: Mapping[str, str]
-    ) -> list[Target]:
-        readings = [rule_readings(o, its, [*paths, *leaves]) for o, its in self.rules.items()]
-        Problems([error for errors in readings for error in errors]).raise_all()
-        return super().with_ranks(paths, leaves, tied)
+        return super().in_layers(names, ())
 
 
 class CalledLayers(StoredResolver):
@@ -278,10 +244,6 @@ class CalledLayers(StoredResolver):
     def why_not(self, path: str) -> str:
         reader = weight_reader(self.stored_names, path)
         return f"read by {reader}, and not called" if reader else self._lacks(path)
-
-
-def _first_number(name: str) -> int | None:
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def select_layers(
