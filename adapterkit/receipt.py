@@ -104,8 +104,7 @@ RECEIPT_CHECK = entries(
         "warnings": list_of(TEXT),
         "notes": list_of(TEXT),
         "timings": entries({"seconds": FINITE}),
-    },
-    absent=("warnings",),  # of earlier receipts, where they are notes
+    }
 )
 
 

@@ -60,8 +60,7 @@ def _hint(receipt: dict, plan: Plan) -> str:
     held, given = receipt.get("held"), plan.decisions.get("held", [])
     held = held if isinstance(held, list) else []
     names = [str(one.get("name")) for one in held if isinstance(one, dict) and one not in given]
-    before = "".join([*receipt.get("warnings", ()), *receipt["notes"]])  # earlier ones are notes
-    if not names and plan.warnings and plan.warnings[0] not in before:
+    if not names and plan.warnings and plan.warnings[0] not in receipt["warnings"]:
         return f"{plan.warnings[0]}: give the base of the merge"
     if not names:
         return AGAIN
