@@ -20,6 +20,7 @@ from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, Problems
 from adapterkit.patterns import matcher
 from adapterkit.records import MOST, Check, Json, inside, unfit
+from adapterkit.registry import Tier
 
 T = TypeVar("T")
 Kind = TypeVar("Kind", bound="OptionRecord")
@@ -49,7 +50,8 @@ class Option:
     its name; `metavar`: what its help has for the value; `needs`: an option, or OPTION=VALUE, that
     has to be given with it, or `one or other`; `excludes`: those that may not, as far as the verb
     has them; `unless`: of sources the option that makes up for them; `contents`: the function that
-    puts what files hold in the place of their paths, where the texts may name some.
+    puts what files hold in the place of their paths, where the texts may name some; `section`: the
+    heading in the help, of what the option is for; `tier`: where it is another than the verb's.
     """
 
     check: Check
@@ -60,6 +62,8 @@ class Option:
     excludes: tuple[str, ...] = ()
     unless: str = ""
     contents: str = ""
+    section: str = ""
+    tier: Tier | None = None
 
 
 def option(*, default: Any = dataclasses.MISSING, check: Check, help: str = "", **more: Any) -> Any:

@@ -11,11 +11,26 @@ import pkgutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from adapterkit import records
 from adapterkit.errors import Refused, did_you_mean
 from adapterkit.records import Json
+
+M = TypeVar("M")
+Tier = Literal["core", "stable", "experimental"]
+STABLE: Tier = "stable"  # the tier of what names none
+TIERS: dict[Tier, str] = {
+    "core": "options, files and bytes follow semantic versioning",
+    "stable": "options and files follow semantic versioning; bytes may change with any release",
+    "experimental": "may change or go with any release",
+}
+
+
+def experimental(member: M) -> M:
+    """A decorator of functions and classes that are not in a family."""
+    setattr(member, "tier", "experimental")  # noqa: B010
+    return member
 
 
 @cache
@@ -47,6 +62,10 @@ class Declaration:
     summary: str  # first paragraph of the module's docstring, without the method's name
     constants: Json  # class attributes with literal values
     options: tuple[str, ...]  # fields of the record
+
+    @property
+    def tier(self) -> str:
+        return self.constants.get("tier", STABLE)
 
 
 @cache

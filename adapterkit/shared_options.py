@@ -28,11 +28,11 @@ from adapterkit.records import Json
 
 FOR_AMBIGUOUS_PARAMETERS = "The adapters' model, needed where target_parameters are ambiguous."
 EXACT_BY_DEFAULT = " (default: exact; ranks add up)"
-IMPORTANCE = (
-    "Importance matrix of llama.cpp, .gguf or .dat: weighs the errors when scales of a GGUF model "
-    "are searched."
-)
-MODELFILE = "Write a Modelfile for Ollama beside the output, which is a GGUF file."
+# sections of the helps: options of what not every job has
+SEVERAL = "Methods and weights of several adapters"
+QUANTIZED = "Quantization and rounding"
+GGUF = "Models in GGUF files"
+IMAGES = "Image and video models"
 
 
 def base_option(help: str) -> Any:
@@ -49,6 +49,26 @@ def covariances_option() -> Any:
     """The covariances by which factors are fitted."""
     help = "Input covariances: minimize output error instead of weight error."
     return statistics_option(help)
+
+
+def compensation_option() -> Any:
+    """The covariances by which rounding is compensated."""
+    help = "Covariances of the layers' inputs, for --rounding compensated."
+    return statistics_option(help, needs="rounding=compensated", section=QUANTIZED)
+
+
+def importance_option() -> Any:
+    """The importance matrix of a GGUF model."""
+    help = (
+        "Importance matrix of llama.cpp, .gguf or .dat: weighs the errors when scales of a GGUF "
+        "model are searched."
+    )
+    return statistics_option(help, section=GGUF)
+
+
+def modelfile_option() -> Any:
+    help = "Write a Modelfile for Ollama beside the output, which is a GGUF file."
+    return option(default=False, check=FLAG, help=help, section=GGUF)
 
 
 def missing_statistics(rounding: str, stats: object) -> list[AdapterkitError]:
@@ -98,7 +118,7 @@ def seed_option(help: str = "Seed of methods that draw.", **more: object) -> Any
     return option(default=0, check=SEED, help=help, **more)
 
 
-def settings_option() -> Any:
+def settings_option(section: str = "") -> Any:
     """A method's own options."""
     return option(
         default=None,
@@ -106,16 +126,17 @@ def settings_option() -> Any:
         flags=("--set",),
         metavar="KEY=VALUE",
         help="An option of the method, see the lists below; repeat for several.",
+        section=section,
     )
 
 
-def length_option(needs: str = "") -> Any:
+def length_option(**more: object) -> Any:
     """Where samples end."""
     return option(
         default=None,
         check=COUNT,
-        needs=needs,
         help="Cut samples to this many tokens (default: 512, or the model's positions).",
+        **more,
     )
 
 
@@ -147,6 +168,7 @@ def weight_for_option() -> Any:
         metavar="[N:]REGEX=W",
         help="Another weight (of the N-th adapter) for modules whose name, or the end of it, "
         "matches.",
+        section=SEVERAL,
     )
 
 
@@ -159,6 +181,7 @@ def weights_option() -> Any:
         help="Weights of the adapters, for modules or directions too, as fit writes them; the "
         "adapters may be left out.",
         excludes=("weight_for", "lbw"),
+        section=SEVERAL,
     )
 
 
@@ -206,11 +229,15 @@ class MethodOptions(OptionRecord):
         default=None,
         check=SHARE,
         help="Share of the elements to keep (ties, dare, magnitude_prune, ...).",
+        section=SEVERAL,
     )
     majority: str | None = option(
-        default=None, check=choice(("total", "frequency")), help="How signs are elected (ties)."
+        default=None,
+        check=choice(("total", "frequency")),
+        help="How signs are elected (ties).",
+        section=SEVERAL,
     )
-    settings: Json | None = settings_option()
+    settings: Json | None = settings_option(SEVERAL)
 
 
 @record
@@ -276,12 +303,16 @@ class BlockOptions(OptionRecord):
         check=REGEX,
         metavar="REGEX",
         help="Do not quantize modules whose name matches this regex.",
+        section=QUANTIZED,
     )
     block_size: int | None = option(
-        default=None, check=COUNT, help="Values that share a scale (nf4, fp4: 64; w4a16: 128)."
+        default=None,
+        check=COUNT,
+        help="Values that share a scale (nf4, fp4: 64; w4a16: 128).",
+        section=QUANTIZED,
     )
     double_quant: bool = option(
-        default=False, check=FLAG, help="Quantize the scales too (nf4, fp4)."
+        default=False, check=FLAG, help="Quantize the scales too (nf4, fp4).", section=QUANTIZED
     )
 
 

@@ -37,7 +37,7 @@ from adapterkit.calls import call_of, is_data, own_hints, with_command
 from adapterkit.errors import did_you_mean, listed
 from adapterkit.options import OptionRecord, option, option_of, record
 from adapterkit.records import Json
-from adapterkit.registry import load
+from adapterkit.registry import STABLE, Tier, load
 from adapterkit.run_options import REPOSITORY, RUNNING, RunOptions
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Verb(OptionRecord, Generic[R]):
     """A verb: `command` is the help of its command, `runner` the function of the record that does
     it."""
 
+    tier: ClassVar[Tier] = STABLE
     command: ClassVar[str]
     runner: ClassVar[str]
 

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import adapterkit
 from adapterkit import options, registry, runtime
+from adapterkit.cli.commands import record_named
+from adapterkit.cli.parameters import sections_of
+from adapterkit.verb import Verb
+from adapterkit.verbs import HOMES
 
 WIDTH = 100
 TARGET = Path(__file__).with_name("api.md")
@@ -43,7 +47,7 @@ def document() -> str:
     verbs = [name for name, value in values.items() if inspect.isfunction(value)]
     contents = " · ".join(f"[{name}](#{name})" for name in verbs)
     parts = [INTRODUCTION, "## Verbs", textwrap.fill(contents, WIDTH, break_on_hyphens=False)]
-    parts += [part for name in verbs for part in function(name, values[name])]
+    parts += [part for name in verbs for part in function(name, values[name], _verb(name))]
     parts += ["## Errors and records"]
     for name, value in values.items():
         if inspect.isclass(value):
@@ -64,6 +68,7 @@ def live(name: str, value: Callable) -> Iterator[str]:
         return
     bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object)
     yield f"### {name}" + f" ({bases})" * bool(bases)
+    yield from tier_of(value)
     yield from prose(value.__doc__ or "")
     if value is not runtime.Adapters:
         return
@@ -72,23 +77,41 @@ def live(name: str, value: Callable) -> Iterator[str]:
             yield from function(f"adapters.{method}", member)
 
 
-def function(name: str, verb: Callable) -> Iterator[str]:
+def _verb(name: str) -> type[Verb] | None:
+    """The record of a verb; None for another function."""
+    return record_named(name) if name in HOMES else None
+
+
+def tier_of(value: object) -> Iterator[str]:
+    """How far a member can be relied on, where it says so."""
+    if tier := getattr(value, "tier", None):
+        yield f"{tier.capitalize()}: {registry.TIERS[tier]}."
+
+
+def function(name: str, verb: Callable, record: type[Verb] | None = None) -> Iterator[str]:
+    """A function; the options of a verb by the sections of its help."""
     yield f"### {name}"
     signature = inspect.signature(verb)
-    lines, positional = [], True
-    for parameter in (p for p in signature.parameters.values() if p.name != "self"):
+    titles = sections_of(record) if record else {}
+    order = ["", *titles.values()]
+    lines, positional, section = [], True, ""
+    parameters = (p for p in signature.parameters.values() if p.name != "self")
+    for parameter in sorted(parameters, key=lambda p: order.index(titles.get(p.name, ""))):
         if parameter.kind is parameter.KEYWORD_ONLY and positional:
             positional = False
             lines.append("*")
         positional = positional and parameter.kind is not parameter.VAR_POSITIONAL
+        if section != (section := titles.get(parameter.name, "")):
+            lines.append(f"# {section}")
         default = parameter.default
         stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
         text = f"{stars}{parameter.name}: {annotation(parameter.annotation)}"
         if default is not parameter.empty:
             text += f" = {'...' if callable(default) else repr(default)}"
         lines.append(text)
-    body = "".join(f"    {line},\n" for line in lines)
+    body = "".join(f"    {line}{',' * (line[0] != '#')}\n" for line in lines)
     yield f"```py\n{name}(\n{body}) -> {annotation(signature.return_annotation)}\n```"
+    yield from tier_of(record or verb)
     yield from prose(verb.__doc__ or "")
 
 
@@ -138,11 +161,11 @@ def table(package: str) -> str:
     """One row for each member of a family."""
     records = registry.members(package)
     with_source = any(hasattr(record, "source") for record in records.values())
-    columns = ["name", "what it is"] + ["options", "source"] * with_source
+    columns = ["name", "tier", "what it is"] + ["options", "source"] * with_source
     rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, record in records.items():
         summary = inspect.cleandoc(record.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-        cells = [f"`{name}`", summary]
+        cells = [f"`{name}`", record.tier, summary]
         if with_source:
             fields = dataclasses.fields(record)
             required = dataclasses.MISSING

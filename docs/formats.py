@@ -28,12 +28,13 @@ def document(page: Path) -> str:
 
 def formats(rows: list[tuple[str, dict[str, Any]]]) -> str:
     """What each format holds: kinds with the roles besides their factors, the scale, the file."""
-    columns = ["format", "what it is", "models", "holds", "scale", "file", "read by"]
+    columns = ["format", "tier", "what it is", "models", "holds", "scale", "file", "read by"]
     return table(
         columns,
         [
             [
                 f"[`{name}`]({one['sources'][0]})",
+                one["tier"],
                 one["summary"],
                 ", ".join(f"`{name}`" for name in one["architectures"]) or "any",
                 "; ".join(kind_text(kind, roles) for kind, roles in one["kinds"].items()),

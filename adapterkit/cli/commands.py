@@ -5,22 +5,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from inspect import cleandoc
-from typing import Any
 
 import click
 
 from adapterkit.cli.actions import ACTIONS, OWN_OPTIONS
 from adapterkit.cli.completion import completion
 from adapterkit.cli.explain import explain
-from adapterkit.cli.group import Rows, WritingCommand
+from adapterkit.cli.group import Rows, VerbCommand
 from adapterkit.cli.output import print_json, run_verb
-from adapterkit.cli.parameters import arguments_of, parameters_of
+from adapterkit.cli.parameters import arguments_of, parameters_of, sections_of
 from adapterkit.combinations import ALIASES
 from adapterkit.errors import AdapterkitError, Interrupted, Waiting
 from adapterkit.options import option_of
 from adapterkit.records import Json
-from adapterkit.registry import as_flag, declarations
-from adapterkit.verb import Verb, WritingVerb, fields_of
+from adapterkit.registry import TIERS, Declaration, as_flag, declarations
+from adapterkit.verb import Verb, fields_of
 from adapterkit.verbs import HOMES
 from adapterkit.verbs import SECTIONS as VERBS
 
@@ -30,10 +29,8 @@ def combinations() -> dict[str, Rows]:
     on_factors: Rows = []
     on_elements: Rows = []
     for name, method in declarations("combinations").items():
-        flags = ", ".join(map(as_flag, method.options))
-        text = f"{method.summary.rstrip('.')} ({flags})." if flags else method.summary
         rows = on_elements if method.constants["acts_on"] == "elements" else on_factors
-        rows.append((name, text))
+        rows.append((name, _described(method, method.options)))
     rank = {"exact": "exact", "largest": "refitted to the largest rank of the inputs"}
     return {
         "Methods on factors (exact without --rank and --energy)": on_factors,
@@ -57,10 +54,16 @@ def initializations() -> dict[str, Rows]:
     }
     groups: dict[str, Rows] = {title: [] for title in titles.values()}
     for name, init in declarations("inits").items():
-        flags = ", ".join(map(as_flag, init.options))
-        text = f"{init.summary.rstrip('.')} ({flags})." if flags else init.summary
-        groups[titles[init.constants["changes_base"]]].append((name, text))
+        row = name, _described(init, init.options)
+        groups[titles[init.constants["changes_base"]]].append(row)
     return groups
+
+
+def _described(one: Declaration, options: Sequence[str] = ()) -> str:
+    """What a member of a family is: its summary with its options, and its tier."""
+    flags = ", ".join(map(as_flag, options))
+    text = one.summary.rstrip(".") + f" ({flags})" * bool(flags)
+    return f"{text}. {one.tier.capitalize()}."
 
 
 TARGETS = ("targets", "image_targets")  # of a codec
@@ -72,8 +75,8 @@ def formats() -> dict[str, Rows]:
 
     codecs = declarations("weights.codecs").values()
     lists = ((codec, codec.constants.get(n, ())) for n in TARGETS for codec in codecs)
-    rows = [(", ".join(names), codec.summary) for codec, names in lists if names]
-    return {"Formats": [*rows, (", ".join(MIXES), "llama.cpp's mixes, of a GGUF file.")]}
+    rows = [(", ".join(names), _described(codec)) for codec, names in lists if names]
+    return {"Formats": [*rows, (", ".join(MIXES), "llama.cpp's mixes, of a GGUF file. Stable.")]}
 
 
 def adapter_formats() -> dict[str, Rows]:
@@ -83,7 +86,7 @@ def adapter_formats() -> dict[str, Rows]:
     groups: dict[str, Rows] = {"Formats": [], "Formats that are only read": []}
     for name, one in library.described().items():
         title = "Formats" if one.writes else "Formats that are only read"
-        groups[title].append((name, one.summary))
+        groups[title].append((name, f"{one.summary}. {one.tier.capitalize()}."))
     return groups
 
 
@@ -112,13 +115,18 @@ def command_of(verb: type[Verb]) -> click.Command:
                 print_json({"errors": [one.row() for one in getattr(error, "errors", (error,))]})
             raise
 
-    more: dict[str, Any] = {"callback": callback, "help": cleandoc(verb.command)}
-    if not issubclass(verb, WritingVerb):
-        return click.Command(verb.name, params=params, **more)
     if verb.name == "convert":  # --list and --from-list stand in place of what it takes else
         for parameter in params:
             parameter.required = False
-    return WritingCommand(verb.name, params=params, lists=LISTS.get(verb.name), **more)
+    return VerbCommand(
+        verb.name,
+        params=params,
+        callback=callback,
+        help=cleandoc(verb.command),
+        tier=f"{verb.tier.capitalize()}: {TIERS[verb.tier]}.",
+        sections=sections_of(verb),
+        lists=LISTS.get(verb.name, dict),
+    )
 
 
 def _check_sources(verb: type[Verb], params: Sequence[click.Parameter], values: Json) -> None:
@@ -132,16 +140,17 @@ def _check_sources(verb: type[Verb], params: Sequence[click.Parameter], values: 
 
 def command_named(name: str) -> click.Command:
     """The command of this name; only its own record is read."""
-    return OWN[name] if name in OWN else command_of(_record(name))
+    return OWN[name] if name in OWN else command_of(record_named(name))
 
 
 def summary_of(name: str) -> str:
     """The first paragraph of a command's help."""
-    text = str(OWN[name].help) if name in OWN else cleandoc(_record(name).command)
+    text = str(OWN[name].help) if name in OWN else cleandoc(record_named(name).command)
     return " ".join(text.partition("\n\n")[0].split())
 
 
-def _record(name: str) -> type[Verb]:
+def record_named(name: str) -> type[Verb]:
+    """The record of a verb."""
     module = import_module(f"adapterkit.{HOMES[name]}")
     own = (value for value in vars(module).values() if isinstance(value, type))
     return next(one for one in own if issubclass(one, Verb) and vars(one).get("name") == name)

@@ -10,28 +10,40 @@ from typing import Any
 import click
 
 from adapterkit.cli import signals
-from adapterkit.cli.parameters import OF_RUNNING
 from adapterkit.cli.signals import error_status, fail, stopped
 from adapterkit.errors import AdapterkitError
 
 Rows = list[tuple[str, str]]  # a name and a text
 
 
-class WritingCommand(click.Command):
-    """A command whose help has its own options first, those of running in a section behind, and at
-    its end `lists()`: title -> rows."""
+class VerbCommand(click.Command):
+    """The command of a verb. Its help has the `tier`, the options without a section and those of
+    `sections` (parameter -> title), and at its end `lists()`: title -> rows."""
 
     def __init__(
-        self, *args: Any, lists: Callable[[], dict[str, Rows]] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        tier: str,
+        sections: Mapping[str, str],
+        lists: Callable[[], dict[str, Rows]],
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.lists = lists or dict
+        self.tier, self.sections, self.lists = tier, sections, lists
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_help_text(ctx, formatter)
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(self.tier)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        options = [one for one in self.get_params(ctx) if isinstance(one, click.Option)]
-        records = {one.name: record for one in options if (record := one.get_help_record(ctx))}
-        running = [records.pop(name) for name in [*records] if name in OF_RUNNING]
-        for title, rows in {"Options": [*records.values()], "Common options": running}.items():
+        groups: dict[str, Rows] = {title: [] for title in ("Options", *self.sections.values())}
+        for one in self.get_params(ctx):
+            record = one.get_help_record(ctx) if isinstance(one, click.Option) else None
+            if record is not None:
+                groups[self.sections.get(str(one.name), "Options")] += [record]
+        for title, rows in ((title, rows) for title, rows in groups.items() if rows):
             with formatter.section(title):
                 formatter.write_dl(rows)
 

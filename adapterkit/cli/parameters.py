@@ -43,6 +43,13 @@ def parameters_of(verb: type[Verb]) -> list[click.Parameter]:
     return [*parameters.values()]
 
 
+def sections_of(verb: type[Verb]) -> dict[str, str]:
+    """The sections of the help: parameter -> title, those of running last."""
+    fields = ((field.name, option_of(field).section) for field in fields_of(verb))
+    own = {name: title for name, title in fields if title}
+    return own | dict.fromkeys(OF_RUNNING - own.keys(), "Common options")
+
+
 def _parameter(field: dataclasses.Field) -> click.Parameter:
     """An argument or an option; one without a default is required."""
     option, default = option_of(field), field.default
@@ -63,7 +70,8 @@ def _parameter(field: dataclasses.Field) -> click.Parameter:
         more["type"] = _type(check)
         more["multiple"] = check.several or check.kind == "settings"
     flags = option.flags or (flag_of(field.name),)
-    return click.Option([*flags, field.name], help=option.help, **more)
+    help = option.help + (f" {option.tier.capitalize()}." if option.tier else "")
+    return click.Option([*flags, field.name], help=help, **more)
 
 
 class SourcesArgument(click.Argument):

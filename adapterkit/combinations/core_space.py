@@ -27,6 +27,7 @@ class CoreSpace(InCores):
     majority: elementwise.Majority = "total"
     inner: str = "ties"
     name = "core_space"
+    tier = "experimental"
     source = "arXiv:2509.17786 (Core Space)"
     acts_on = "factors"
     by_factors = True

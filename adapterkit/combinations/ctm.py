@@ -35,6 +35,7 @@ class Ctm(InCores):
     beta: float = 0.25
     dimensions: int | None = None
     name = "ctm"
+    tier = "experimental"
     source = "arXiv:2606.03723 (Compress then Merge)"
     acts_on = "factors"
 

@@ -18,6 +18,7 @@ class DareLinear(OnElements):
 
     density: float
     name = "dare_linear"
+    tier = "core"
     source = "arXiv:2311.03099"
     acts_on = "elements"
     draws = True

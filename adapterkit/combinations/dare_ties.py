@@ -21,6 +21,7 @@ class DareTies(OnElements):
     density: float
     majority: elementwise.Majority = "total"
     name = "dare_ties"
+    tier = "core"
     source = "arXiv:2311.03099"
     acts_on = "elements"
     draws = True

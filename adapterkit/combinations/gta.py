@@ -46,6 +46,7 @@ class Gta(OnElements):
     factor: float = 1.0
     densities: tuple[float, ...] = ()
     name = "gta"
+    tier = "experimental"
     source = "arXiv:2403.13257 (mergekit)"
     acts_on = "elements"
     draws = True

@@ -19,6 +19,7 @@ class Linear(WeightedSum):
 
     strength: str | None = None
     name = "linear"
+    tier = "core"
     source = "arXiv:2212.04089 (task arithmetic)"
     acts_on = "factors"
 

@@ -16,6 +16,7 @@ class MagnitudePrune(OnElements):
 
     density: float
     name = "magnitude_prune"
+    tier = "core"
     source = "arXiv:2306.01708 (its trimming alone)"
     acts_on = "elements"
 

@@ -12,6 +12,7 @@ class Mean(WeightedSum):
     """Δ' = Σᵢ wᵢ Δᵢ / Σᵢ wᵢ: the factors side by side, rank Σ rᵢ."""
 
     name = "mean"
+    tier = "core"
     source = "arXiv:2203.05482 (model soups)"
     acts_on = "factors"
 

@@ -22,6 +22,7 @@ class Pico(OnFactors):
     """
 
     name = "pico"
+    tier = "experimental"
     source = "arXiv:2604.16826 (Pico)"
     acts_on = "factors"
     by_factors = True

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor, torch
+from adapterkit.registry import STABLE, Tier
 
 Over = Literal["module", "layer", "adapter"]
 Metrics = dict[str, float]  # for the receipt
@@ -55,6 +56,7 @@ class DenseDelta(NamedTuple):
 class _Weighted(Protocol):
     name: ClassVar[str]
     source: ClassVar[str]  # the paper
+    tier: ClassVar[Tier] = STABLE
     draws: ClassVar[bool] = False  # a random number for each element
     ridge: float = 0.0  # of weights that are found by outputs
     by_factors: ClassVar[bool] = False  # whether other factors of the same deltas matter

@@ -26,6 +26,7 @@ class Slerp(OnFactors):
 
     t: float | None = None
     name = "slerp"
+    tier = "core"
     source = "Shoemake 1985, doi:10.1145/325334.325242"
     acts_on = "factors"
     stacks = True

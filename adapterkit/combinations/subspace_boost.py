@@ -20,6 +20,7 @@ class SubspaceBoost(OnFactors):
 
     beta: float
     name = "subspace_boost"
+    tier = "experimental"
     source = "arXiv:2506.16506 (Subspace Boosting)"
     acts_on = "factors"
 

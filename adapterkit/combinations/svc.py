@@ -25,6 +25,7 @@ class Svc(OnFactors):
 
     alpha: float | None = None
     name = "svc"
+    tier = "experimental"
     source = "arXiv:2602.05536 (SVC)"
     acts_on = "factors"
 

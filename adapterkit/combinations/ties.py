@@ -24,6 +24,7 @@ class Ties(OnElements):
     density: float
     majority: elementwise.Majority = "total"
     name = "ties"
+    tier = "core"
     source = "arXiv:2306.01708"
     acts_on = "elements"
 

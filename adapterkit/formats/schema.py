@@ -14,6 +14,7 @@ from adapterkit.errors import Damaged
 from adapterkit.formats.files.configs import WORDS, unknown_words
 from adapterkit.formats.modules.kinds import KINDS
 from adapterkit.records import Json, Settings
+from adapterkit.registry import STABLE, Tier
 
 R = TypeVar("R")
 MODEL = "model"  # the naming of the loaded model
@@ -143,6 +144,7 @@ class Format:
     title: str
     summary: str
     sources: tuple[str, ...]
+    tier: Tier = STABLE
     writes: bool = True
     layout: Literal["keys", "adapter"] = "keys"  # or ADAPTER_LAYOUT
     clients: tuple[str, ...] = ()

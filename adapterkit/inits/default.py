@@ -14,6 +14,7 @@ class Default(DrawnInit):
     """a ~ U(-1/√in, 1/√in), b = 0: the delta is zero (Kaiming-uniform, as in LoRA's own code)."""
 
     name = "default"
+    tier = "core"
     source = "arXiv:2106.09685"
     changes_base = False
     zero_b = True

@@ -13,6 +13,7 @@ class Gaussian(DrawnInit):
     """a ~ N(0, 1/r²), b = 0: the delta is zero (as in diffusers)."""
 
     name = "gaussian"
+    tier = "core"
     source = "diffusers"
     changes_base = False
     zero_b = True

@@ -21,6 +21,7 @@ class Pissa(ComputedInit):
     niter: int | None = None
 
     name = "pissa"
+    tier = "core"
     source = "arXiv:2404.02948"
     needs = ("weight",)
     changes_base = True

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from adapterkit.errors import Refused
 from adapterkit.lazy import Tensor, torch
+from adapterkit.registry import STABLE, Tier
 
 Pair = tuple[Tensor, Tensor]  # a and b, float32
 
@@ -20,6 +21,7 @@ class Initialization(ABC):
 
     name: ClassVar[str]  # what users type
     source: ClassVar[str]  # the paper
+    tier: ClassVar[Tier] = STABLE
     # what the factors are computed from: the weight, and kinds of statistics
     needs: ClassVar[tuple[str, ...]] = ()
     changes_base: ClassVar[bool]  # whether the base becomes W - scale·b@a

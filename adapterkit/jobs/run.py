@@ -69,7 +69,7 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
 
     A recipe is a .yml file of mergekit, all of whose inputs are one base with adapters. Weights and
     densities by layer (gradients) and name (filters) become those of modules; what is not covered
-    is refused by name.
+    is refused by name. Experimental.
 
     \b
     Example:
@@ -87,21 +87,27 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
         metavar="auto|I/N",
         help="Which of N processes this is, from 0; auto: as Slurm, torchrun, MPI or Kubernetes "
         "say.",
+        section="Plan files",
     )
     device: str | None = option(
         default=None,
         check=DEVICE,
         metavar="auto|cpu|cuda[:i]",
         help="Where to compute (default: as in the plan).",
+        section="Plan files",
     )
     workers: int | None = option(
-        default=None, check=COUNT, help="Threads (default: one for each core)."
+        default=None,
+        check=COUNT,
+        help="Threads (default: one for each core).",
+        section="Plan files",
     )
     wait: float = option(
         default=WAIT,
         check=number("0 or more seconds", lambda value: value >= 0),
         help="Seconds to wait for files of other ranks, where this one's need them; then exit "
         "status 3.",
+        section="Plan files",
     )
     overwrite: bool = option(
         default=False,
@@ -109,16 +115,24 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
         help="Replace outputs that this pipeline did not write, or an older one of a recipe.",
     )
     allow_push: bool = option(
-        default=False, check=FLAG, help="Let a pipeline upload outputs where it says (hf://, push)."
+        default=False,
+        check=FLAG,
+        help="Let a pipeline upload outputs where it says (hf://, push).",
+        section="Pipelines",
     )
     engine: str | None = option(
-        default=None, check=choice(tuple(ENGINES)), help="Where the steps of a pipeline run."
+        default=None,
+        check=choice(tuple(ENGINES)),
+        help="Where the steps of a pipeline run.",
+        section="Pipelines",
     )
     out: StrPath | None = option(
         default=None,
         check=OUTPUT_MODEL,
         metavar="DIR|FILE|hf://ORG/NAME[:FILE]",
         help="Output of a recipe, as of merge.",
+        section="Recipes of mergekit",
+        tier="experimental",
     )
     dry_run: bool = option(
         default=False, check=FLAG, help="Print the files of this rank, or plan all steps, and stop."

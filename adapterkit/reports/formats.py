@@ -31,7 +31,7 @@ def list_formats() -> Json:
       formats        name -> a format, read from formats/*.toml
       architectures  name -> {title, components, namings, sources}
 
-    Of a format: title, summary, reads, writes, kinds {kind: its roles}, scale {place (tensor,
+    Of a format: title, summary, tier, reads, writes, kinds {kind: its roles}, scale {place (tensor,
     config, metadata, shared, none), means (alpha or scale), default, uniform}, container, config
     (files beside the weights, the first is written), architectures (empty: any), components,
     clients (who reads it), note (what to do with the file), sources (links).
@@ -48,6 +48,7 @@ def _format(one: Format) -> Json:
     return {
         "title": one.title,
         "summary": one.summary,
+        "tier": one.tier,
         "reads": True,
         "writes": one.writes,
         "kinds": {kind: list(roles) for kind, roles in roles_by_kind(one).items()},
@@ -121,6 +122,7 @@ def formats_table(document: Settings) -> str:
     for name, one in document["formats"].items():
         lines.append(f"{name}{'' if one['writes'] else ' (read only)'}: {one['title']}")
         facts = {
+            "tier": one["tier"],
             "kinds": ", ".join(one["kinds"]),
             "scale": scale_text(one["scale"]),
             "file": one["container"] + "".join(f" and {name}" for name in one["config"][:1]),

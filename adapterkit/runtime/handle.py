@@ -14,6 +14,7 @@ from adapterkit.adapters.weights_file import write_weights
 from adapterkit.errors import Problems, Refused, did_you_mean, shown
 from adapterkit.options import Sources, StrPath, finite
 from adapterkit.records import Json
+from adapterkit.registry import experimental
 from adapterkit.runtime import arrow as arrows
 from adapterkit.runtime import merging, rows, swapping
 from adapterkit.runtime.load import creation, reading, writing
@@ -223,10 +224,12 @@ class Adapters:
             combine_files(sources, out=out, method=method, hash="none", **options)
             reading.load(self.state, out, name, trainable=False, dtype=None)
 
+    @experimental
     def experts(self, arrow: str = "arrow") -> list[str]:
         """The names of a router's experts."""
         return list(arrows.find(self.state, arrow).experts)
 
+    @experimental
     def add_expert(
         self, source: StrPath, *, name: str, arrow: str = "arrow", general: Sources | None = None
     ) -> None:
@@ -239,6 +242,7 @@ class Adapters:
         self.state.own_weights("add_expert")
         arrows.add_expert(self.state, source, name=name, arrow=arrow, general=general)
 
+    @experimental
     def remove_expert(self, name: str, *, arrow: str = "arrow") -> None:
         """Take an expert out of a router; `top_k` becomes the number of those left where that is
         smaller. `Refused` for the only one."""
@@ -409,6 +413,7 @@ def load(
     return _first(model, [*sources], add, weights)
 
 
+@experimental
 def load_arrow(
     model: nn.Module,
     folder: StrPath,
@@ -431,6 +436,7 @@ def load_arrow(
     )
 
 
+@experimental
 def create_arrow_model(
     model: nn.Module,
     sources: Sources,

@@ -35,6 +35,7 @@ class EngineCheck(Verb[Json]):
     adapter.
     """
 
+    tier = "core"
     name = "check"
     runner = "reports.findings.engine_check:check_adapter"
     command = """Check whether an inference engine takes an adapter.

@@ -22,6 +22,7 @@ from adapterkit.options import (
 from adapterkit.registry import declarations, load
 from adapterkit.run_options import adapter_output_option
 from adapterkit.shared_options import (
+    SEVERAL,
     MethodOptions,
     base_option,
     energy_option,
@@ -38,6 +39,8 @@ from adapterkit.verb import WritingVerb, function_of
 if TYPE_CHECKING:
     from adapterkit.plan import Plan
     from adapterkit.receipt import Receipt
+
+INPUTS = "Statistics of the layers' inputs"
 
 
 @record
@@ -97,6 +100,7 @@ class Combine(WritingVerb, MethodOptions):
     are right.
     """
 
+    tier = "core"
     planner = "planning.combine:plan_combine"
     command = """Combine several adapters into one.
 
@@ -145,6 +149,7 @@ class Combine(WritingVerb, MethodOptions):
         metavar="FILE",
         help="Input covariances: minimize output error in the refit; one for all adapters, or one "
         "for each, in their order (regmean).",
+        section=INPUTS,
     )
     data: Iterable[StrPath] = option(
         default=(),
@@ -154,11 +159,17 @@ class Combine(WritingVerb, MethodOptions):
         excludes=("stats",),
         help="Samples of each adapter, in their order, as stats takes them: covariances of what "
         "the combined model's layers see (regmean).",
+        section=INPUTS,
+        tier="experimental",
     )
     samples: int = option(
-        default=256, check=COUNT, needs="data", help="Number of samples to draw of each --data."
+        default=256,
+        check=COUNT,
+        needs="data",
+        help="Number of samples to draw of each --data.",
+        section=INPUTS,
     )
-    length: int | None = length_option(needs="data")
+    length: int | None = length_option(needs="data", section=INPUTS)
     weight_for: Iterable[str] = weight_for_option()
     weights: StrPath | None = weights_option()
     fit: Iterable[StrPath] = option(
@@ -169,8 +180,9 @@ class Combine(WritingVerb, MethodOptions):
         "beside the output, as OUT.weights.json.",
         needs="base",
         excludes=("weights", "weight_for", "data"),
+        section=SEVERAL,
     )
-    seed: int = seed_option()
+    seed: int = seed_option(section=SEVERAL)
     tokenizer: str | None = tokenizer_option()
     dtype: str = factor_dtype_option()
     out: StrPath = adapter_output_option()

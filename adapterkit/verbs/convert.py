@@ -17,7 +17,7 @@ from adapterkit.options import (
     text,
 )
 from adapterkit.records import Check
-from adapterkit.shared_options import base_option, dtype_option, expert_layout_option
+from adapterkit.shared_options import IMAGES, base_option, dtype_option, expert_layout_option
 from adapterkit.verb import WritingVerb, function_of
 
 COMPONENTS = (
@@ -58,12 +58,14 @@ class ConvertOptions(OptionRecord):
         check=choice(COMPONENTS),
         help="Convert this part of a pipeline alone; of a single model's adapter, which part it "
         "is.",
+        section=IMAGES,
     )
     architecture: str | None = option(
         default=None,
         check=TEXT,
         metavar="NAME",
         help="The model's family, where the names fit several (see --list).",
+        section=IMAGES,
     )
 
 
@@ -87,6 +89,7 @@ class Convert(WritingVerb, ConvertOptions):
     anything is written.
     """
 
+    tier = "core"
     planner = "planning.convert.verb:plan_conversion"
     command = """Convert an adapter between the formats of tools.
 

@@ -40,6 +40,7 @@ OF_DATA = (
     "target", "per", "start", "samples", "length", "hold", "ridge", "balance", "whole", "dtype",
     "device", "memory",
 )  # fmt: skip
+SCORE = "A program in the place of data"
 BALANCES = ("files", "tokens", "worst", "retention")
 
 
@@ -137,9 +138,16 @@ class WeightFit(Verb[Json]):
         help="Instead of --data: a program that prints a number, the larger the better, of an "
         "adapter in the folder {}; one weight for each of at most 8 adapters.",
         excludes=OF_DATA,
+        section=SCORE,
+        tier="experimental",
     )
     evaluations: int = option(
-        default=60, check=COUNT, help="How often to call that program.", needs="score"
+        default=60,
+        check=COUNT,
+        help="How often to call that program.",
+        needs="score",
+        section=SCORE,
+        tier="experimental",
     )
     target: str = option(
         default="labels",

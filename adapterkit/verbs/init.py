@@ -17,6 +17,7 @@ from adapterkit.options import (
 )
 from adapterkit.registry import declarations, written_formats
 from adapterkit.shared_options import (
+    QUANTIZED,
     BlockOptions,
     ScaleOptions,
     factor_dtype_option,
@@ -58,6 +59,7 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
     the adapter that is saved says nothing that makes PEFT change a base again.
     """
 
+    tier = "core"
     planner = "planning.init:plan_init"
     needs = dict.fromkeys(("skip", "block_size", "double_quant"), "quantize")
     command = """Initialize an adapter on a base.
@@ -112,6 +114,7 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
         default=None,
         check=choice(written_formats),
         help="Quantize the residual base, e.g. nf4 (QPiSSA).",
+        section=QUANTIZED,
     )
     dtype: str = factor_dtype_option()
 

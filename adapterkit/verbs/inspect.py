@@ -73,6 +73,7 @@ class Inspect(Verb[Json]):
     not apply.
     """
 
+    tier = "core"
     runner = "reports.inspection:inspect_source"
     command = """Show what a checkpoint or adapter holds, and its problems.
 

@@ -24,15 +24,19 @@ from adapterkit.options import (
 from adapterkit.registry import declarations, load
 from adapterkit.run_options import model_output_option
 from adapterkit.shared_options import (
-    IMPORTANCE,
-    MODELFILE,
+    GGUF,
+    IMAGES,
+    QUANTIZED,
+    SEVERAL,
     MethodOptions,
     ModuleFilters,
+    compensation_option,
     dtype_option,
     expert_layout_option,
+    importance_option,
+    modelfile_option,
     seed_option,
     shard_size_option,
-    statistics_option,
     verify_option,
     weight_for_option,
     weights_option,
@@ -98,12 +102,14 @@ class MergeOptions(ModuleFilters, MethodOptions):
         default=False,
         check=FLAG,
         help="Write a quantized base's weights as 16-bit floats (default: keep the format).",
+        section=QUANTIZED,
     )
     rounding: str = option(
         default="nearest",
         check=choice(("nearest", "stochastic", "compensated")),
         help="Rounding of changed weights; stochastic: unbiased, so that small deltas survive; "
         "compensated: errors carried on, so that outputs change least.",
+        section=QUANTIZED,
     )
     method: str | None = option(
         default=None,
@@ -111,6 +117,7 @@ class MergeOptions(ModuleFilters, MethodOptions):
         metavar="NAME",
         help="How the deltas are combined, see the list below (default: linear, their sum).",
         excludes=("compat",),
+        section=SEVERAL,
     )
     density_for: Iterable[str] = option(
         default=(),
@@ -119,23 +126,27 @@ class MergeOptions(ModuleFilters, MethodOptions):
         help="Another density (of the N-th adapter) for modules whose name, or the end of it, "
         "matches.",
         needs="method",
+        section=SEVERAL,
     )
     seed: int = seed_option(
         "Seed of stochastic rounding, and of methods that draw: same seed, same bytes.",
         needs="rounding=stochastic or method",
+        section=QUANTIZED,
     )
     touched_as: str | None = option(
         default=None,
         check=choice(WRITTEN_TYPES),
         help="Type of blocks of the tensors of a GGUF model that change (default: their own).",
+        section=GGUF,
     )
     scales: str | None = option(
         default=None,
         check=choice(("search", "keep")),
         help="Scales of changed blocks of a GGUF model: the best ones (search, the default), or "
         "those that are there, where the new values fit.",
+        section=GGUF,
     )
-    modelfile: bool = option(default=False, check=FLAG, help=MODELFILE)
+    modelfile: bool = modelfile_option()
     weight_for: Iterable[str] = weight_for_option()
     lbw: Iterable[str] = option(
         default=(),
@@ -145,6 +156,7 @@ class MergeOptions(ModuleFilters, MethodOptions):
         "preset (ALL0.5, INS, MIDD, OUTD, ...), numbers separated by commas, FILE:NAME of a file "
         "of presets, or a JSON file of diffusers' or ComfyUI's settings.",
         contents="planning.merge.block_weights:with_files",
+        section=IMAGES,
     )
     variant: str | None = option(
         default=None,
@@ -152,6 +164,7 @@ class MergeOptions(ModuleFilters, MethodOptions):
         metavar="NAME",
         help="Weights of a pipeline of diffusers, such as fp16 (default: those without a name, or "
         "the only ones).",
+        section=IMAGES,
     )
 
 
@@ -201,6 +214,7 @@ class Merge(WritingVerb, MergeOptions):
     and anything unknown is an error; `compat="peft"` keeps PEFT's roundings and order.
     """
 
+    tier = "core"
     planner = "planning.merge.plan:plan_merge_of"
     command = """Merge adapters into a base checkpoint.
 
@@ -224,13 +238,11 @@ class Merge(WritingVerb, MergeOptions):
         check=SOURCE,
         metavar="ORIGINAL",
         help="Merge into this 16-bit original of BASE, the quantized model that was trained on.",
+        section=QUANTIZED,
     )
-    stats: StrPath | None = statistics_option(
-        "Covariances of the layers' inputs, for --rounding compensated.",
-        needs="rounding=compensated",
-    )
+    stats: StrPath | None = compensation_option()
     out: StrPath = model_output_option()
-    imatrix: StrPath | None = statistics_option(IMPORTANCE)
+    imatrix: StrPath | None = importance_option()
     verify: bool = verify_option()
     fail_below: float | None = option(
         default=None,
@@ -239,6 +251,7 @@ class Merge(WritingVerb, MergeOptions):
         help="Fail, and publish nothing, if rounding keeps less than this share of the change, as "
         "the median of the changed tensors.",
         excludes=("rounding=compensated",),
+        section=QUANTIZED,
     )
     push: str | None = push_option()
 

@@ -1,9 +1,15 @@
 """quantize: a checkpoint's linear layers into a quantized format."""
 
-from adapterkit.options import FLAG, SOURCE, StrPath, argument, choice, option, record
+from adapterkit.options import SOURCE, StrPath, argument, choice, option, record
 from adapterkit.registry import written_formats
 from adapterkit.run_options import model_output_option
-from adapterkit.shared_options import IMPORTANCE, MODELFILE, BlockOptions, statistics_option
+from adapterkit.shared_options import (
+    QUANTIZED,
+    BlockOptions,
+    compensation_option,
+    importance_option,
+    modelfile_option,
+)
 from adapterkit.verb import WritingVerb, function_of
 
 
@@ -62,14 +68,12 @@ class Quantize(WritingVerb, BlockOptions):
         default="nearest",
         check=choice(("nearest", "compensated")),
         help="compensated: errors carried from input to input, so that outputs change least.",
+        section=QUANTIZED,
     )
-    stats: StrPath | None = statistics_option(
-        "Covariances of the layers' inputs, for --rounding compensated.",
-        needs="rounding=compensated",
-    )
-    imatrix: StrPath | None = statistics_option(IMPORTANCE)
+    stats: StrPath | None = compensation_option()
+    imatrix: StrPath | None = importance_option()
     out: StrPath = model_output_option()
-    modelfile: bool = option(default=False, check=FLAG, help=MODELFILE)
+    modelfile: bool = modelfile_option()
 
 
 quantize = function_of(Quantize)

@@ -43,6 +43,7 @@ class Resize(WritingVerb, TruncationOptions):
     note says.
     """
 
+    tier = "core"
     planner = "planning.resize:plan_resize"
     command = """Change an adapter's rank, or its kind to plain LoRA.
 

@@ -14,7 +14,7 @@ from adapterkit.options import (
     record,
 )
 from adapterkit.records import Json
-from adapterkit.shared_options import base_option, statistics_option
+from adapterkit.shared_options import GGUF, QUANTIZED, base_option, statistics_option
 from adapterkit.verb import Verb, function_of
 
 
@@ -30,6 +30,7 @@ class Verify(Verb[Json]):
     there is no receipt or the inputs are not those of the receipt.
     """
 
+    tier = "core"
     runner = "reports.verification:verify_output"
     command = """Check an output against its receipt.
 
@@ -52,12 +53,15 @@ class Verify(Verb[Json]):
         metavar="ADAPTER",
         help="An adapter of the merge; repeat for several, in the merge's order.",
     )
-    stats: StrPath | None = statistics_option("Statistics of a merge that took some.")
+    stats: StrPath | None = statistics_option(
+        "Statistics of a merge that took some.", section=QUANTIZED
+    )
     imatrix: StrPath | None = option(
         default=None,
         check=SOURCE,
         metavar="FILE",
         help="Importance matrix of a merge that took one.",
+        section=GGUF,
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 

@@ -17,6 +17,7 @@ from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import all_finite
 from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
+from adapterkit.registry import STABLE, Tier
 
 if TYPE_CHECKING:
     from adapterkit.weights.scan import CheckpointScan
@@ -33,6 +34,7 @@ class QuantizedWeight(TensorSpec):
     """
 
     name: ClassVar[str]
+    tier: ClassVar[Tier] = STABLE
     methods: ClassVar[tuple[str, ...]]  # values of a config's quant_method
     targets: ClassVar[tuple[str, ...]] = ()  # values of `quantize --to`
     # the same for image models in one file

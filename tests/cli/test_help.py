@@ -135,3 +135,39 @@ def test_the_lists_of_the_help_end_in_whole_sentences():
     for command in ("combine", "init", "quantize"):
         for rows in main.commands[command].lists().values():
             assert all(text.endswith((".", "inputs", "exact")) for _, text in rows)
+
+
+SECTIONS = {
+    "Methods and weights of several adapters": [
+        ("merge", "method density density_for majority settings weight_for weights"),
+        ("combine", "density majority settings weight_for weights fit seed"),
+    ],
+    "Quantization and rounding": [
+        ("merge", "base16 dequantize rounding stats fail_below"),
+        ("quantize", "skip block_size double_quant rounding stats"),
+        ("init", "quantize skip block_size double_quant"),
+        ("loftq", "skip block_size double_quant"),
+    ],
+    "Models in GGUF files": [
+        ("merge", "touched_as scales modelfile imatrix"),
+        ("quantize", "modelfile imatrix"),
+        ("verify", "imatrix"),
+    ],
+    "Image and video models": [("merge", "lbw variant"), ("convert", "architecture prefix_only")],
+    "Common options": [("merge", "memory device dry_run plan"), ("fit", "memory device")],
+}
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_options_of_a_product_stand_under_its_heading(title: str):
+    for command, names in SECTIONS[title]:
+        text = help_of(command, columns=100).partition(f"\n{title}:\n")[2].partition("\n\n")[0]
+        flags = {p.name: p.opts[0] for p in main.commands[command].params}
+        for name in names.split():
+            assert re.search(rf"^  {flags[name]}\b", text, re.MULTILINE), (command, name)
+
+
+def test_the_own_options_of_merge_are_of_any_base():
+    own = help_of("merge", columns=100).partition("\nOptions:\n")[2].partition("\n\n")[0]
+    assert not re.search("GGUF model|quantized|image model's|method", own) and "--out" in own
+    assert len(re.findall("^  -", own, re.MULTILINE)) == 14

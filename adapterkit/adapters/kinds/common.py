@@ -17,6 +17,7 @@ from adapterkit.kernels.lowrank import algebra, truncated
 from adapterkit.kernels.lowrank.algebra import Product, Svd
 from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Check
+from adapterkit.registry import STABLE, Tier
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import TensorReader
 
@@ -163,6 +164,8 @@ def no_errors(config: dict, where: str) -> list[AdapterkitError]:
 
 class ComputedDelta(ABC):
     """Base of deltas whose triplets are found in their value."""
+
+    tier: ClassVar[Tier] = STABLE
 
     @abstractmethod
     def value(self, reader: TensorReader) -> Product | Tensor:

@@ -36,6 +36,7 @@ class LoHa(ComputedDelta):
     scale: float
 
     name = "loha"
+    tier = "core"
     keys = (*PARTS, *CORES)
     shared = ()
     settings: ClassVar = {"r": POSITIVE_INT, "alpha": FINITE, **PATTERNS}

@@ -33,6 +33,7 @@ class LoKr:
     scale: float
 
     name = "lokr"
+    tier = "core"
     keys = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     shared = ()
     settings: ClassVar = {"r": POSITIVE_INT, "alpha": FINITE, **PATTERNS}

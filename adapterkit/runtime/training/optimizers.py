@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from adapterkit.errors import Problems, Refused
 from adapterkit.kernels.pieces import piece
 from adapterkit.records import Json
+from adapterkit.registry import experimental
 from adapterkit.runtime.handle import Adapters
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.parts.factors import FactorsPart
@@ -83,6 +84,7 @@ def _kind(site: Site, part: Part, name: str, parameter: nn.Parameter) -> str:
     return "vector" if parameter.ndim == 1 else "a"
 
 
+@experimental
 class LoraFA(Optimizer):
     """LoRA-FA (arXiv:2308.03303): AdamW on b with the gradient
 
@@ -195,6 +197,7 @@ def _stamp(a: Tensor) -> Tensor | None:
     return torch.tensor([a.data_ptr(), a._version]) if bits is None else bits
 
 
+@experimental
 def Riemannian(
     h: Adapters, optimizer_class: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: object
 ) -> Optimizer:

@@ -23,6 +23,7 @@ class Awq(QuantizedWeight):
     of order; of gemv [out, in / 8], with scales and zeros of more groups than there are."""
 
     name = "awq"
+    tier = "core"
     methods = ("awq",)
     files = ("quant_config.json", "quantize_config.json")
     searches_scales = True

@@ -45,6 +45,7 @@ class Bnb4(QuantizedWeight):
     """
 
     name = "bnb4"
+    tier = "core"
     methods = ("bitsandbytes",)
     targets = ("nf4", "fp4")
 

@@ -22,6 +22,7 @@ class Bnb8(QuantizedWeight):
     """W = code * SCB / 127, one SCB for each output row."""
 
     name = "bnb8"
+    tier = "core"
     methods = ("bitsandbytes",)
     targets = ("int8",)
 

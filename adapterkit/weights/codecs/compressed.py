@@ -43,6 +43,7 @@ class Compressed(QuantizedWeight):
     block of W."""
 
     name = "compressed-tensors"
+    tier = "core"
     methods = ("compressed-tensors",)
     targets = ("w4a16", "w8a16", "mxfp4")
     modules = ("Linear",)

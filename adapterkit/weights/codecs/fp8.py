@@ -38,6 +38,7 @@ class Fp8(QuantizedWeight):
     only)."""
 
     name = "fp8"
+    tier = "core"
     methods = ("fp8",)
     targets = ("fp8",)
 

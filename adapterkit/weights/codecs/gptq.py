@@ -26,6 +26,7 @@ class Gptq(QuantizedWeight):
     in."""
 
     name = "gptq"
+    tier = "core"
     methods = ("gptq",)
     files = ("quantize_config.json",)
     searches_scales = True
