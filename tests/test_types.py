@@ -13,7 +13,7 @@ import pytest
 
 import adapterkit
 from adapterkit import runtime
-from adapterkit.cli.commands import _record
+from adapterkit.cli.commands import record_named
 from adapterkit.options import option_of
 from adapterkit.verb import Verb, WritingVerb
 from adapterkit.verbs import HOMES
@@ -21,7 +21,7 @@ from tests.support.documents import ROOT
 
 CALLS = Path(__file__).with_name("typed_calls.py")
 CI = ROOT / ".ci" / "run"
-VERBS: list[type[Verb]] = [_record(name) for name in HOMES]
+VERBS: list[type[Verb]] = [record_named(name) for name in HOMES]
 SEVERAL = "targets"  # the kind of a check that takes a list too
 
 
