@@ -101,6 +101,7 @@ class OptionRecord:
     the checks make of them. `Refused` with all that are invalid, or do not go together."""
 
     name: ClassVar[str]
+    section: ClassVar[str] = ""  # of the help, for the options of this record that name none
     one_needed: ClassVar[tuple[str, ...]] = ()  # options of which exactly one is to be given
     none_given: ClassVar[str] = "the rank is not chosen"  # the problem where none of them is
     needs: ClassVar[Mapping[str, str]] = {}  # as of `Option`, of options that several verbs have

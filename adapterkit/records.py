@@ -10,7 +10,7 @@ together, each with its place, what was found and what is expected.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -255,14 +255,13 @@ def table_of(key: Check, check: Check) -> Check:
     return Check("a table", read)
 
 
-def entries(checks: Mapping[str, Check], absent: Collection[str] = ()) -> Check:
-    """A table that has these words, whatever else it has, as it is; those of `absent` it may
-    lack."""
+def entries(checks: Mapping[str, Check]) -> Check:
+    """A table that has these words, whatever else it has, as it is."""
 
     def read(table: object) -> Any:
         if not isinstance(table, Mapping):
             raise ValueError
-        errors = Problems(_missing(checks, checks.keys() - table.keys() - {*absent}))
+        errors = Problems(_missing(checks, checks.keys() - table.keys()))
         values({name: check for name, check in checks.items() if name in table}, table, errors)
         Problems(errors).raise_all()
         return table

@@ -26,13 +26,11 @@ from adapterkit.options import (
 )
 from adapterkit.records import Json
 
-FOR_AMBIGUOUS_PARAMETERS = "The adapters' model, needed where target_parameters are ambiguous."
-EXACT_BY_DEFAULT = " (default: exact; ranks add up)"
-# sections of the helps: options of what not every job has
+# sections of the helps
 SEVERAL = "Methods and weights of several adapters"
 QUANTIZED = "Quantization and rounding"
-GGUF = "Models in GGUF files"
-IMAGES = "Image and video models"
+FOR_AMBIGUOUS_PARAMETERS = "The adapters' model, needed where target_parameters are ambiguous."
+EXACT_BY_DEFAULT = " (default: exact; ranks add up)"
 
 
 def base_option(help: str) -> Any:
@@ -49,26 +47,6 @@ def covariances_option() -> Any:
     """The covariances by which factors are fitted."""
     help = "Input covariances: minimize output error instead of weight error."
     return statistics_option(help)
-
-
-def compensation_option() -> Any:
-    """The covariances by which rounding is compensated."""
-    help = "Covariances of the layers' inputs, for --rounding compensated."
-    return statistics_option(help, needs="rounding=compensated", section=QUANTIZED)
-
-
-def importance_option() -> Any:
-    """The importance matrix of a GGUF model."""
-    help = (
-        "Importance matrix of llama.cpp, .gguf or .dat: weighs the errors when scales of a GGUF "
-        "model are searched."
-    )
-    return statistics_option(help, section=GGUF)
-
-
-def modelfile_option() -> Any:
-    help = "Write a Modelfile for Ollama beside the output, which is a GGUF file."
-    return option(default=False, check=FLAG, help=help, section=GGUF)
 
 
 def missing_statistics(rounding: str, stats: object) -> list[AdapterkitError]:
@@ -118,7 +96,7 @@ def seed_option(help: str = "Seed of methods that draw.", **more: object) -> Any
     return option(default=0, check=SEED, help=help, **more)
 
 
-def settings_option(section: str = "") -> Any:
+def settings_option() -> Any:
     """A method's own options."""
     return option(
         default=None,
@@ -126,7 +104,6 @@ def settings_option(section: str = "") -> Any:
         flags=("--set",),
         metavar="KEY=VALUE",
         help="An option of the method, see the lists below; repeat for several.",
-        section=section,
     )
 
 
@@ -225,19 +202,17 @@ def energy_option() -> Any:
 class MethodOptions(OptionRecord):
     """A method of combining deltas."""
 
+    section = SEVERAL
+
     density: float | None = option(
         default=None,
         check=SHARE,
         help="Share of the elements to keep (ties, dare, magnitude_prune, ...).",
-        section=SEVERAL,
     )
     majority: str | None = option(
-        default=None,
-        check=choice(("total", "frequency")),
-        help="How signs are elected (ties).",
-        section=SEVERAL,
+        default=None, check=choice(("total", "frequency")), help="How signs are elected (ties)."
     )
-    settings: Json | None = settings_option(SEVERAL)
+    settings: Json | None = settings_option()
 
 
 @record
@@ -298,21 +273,19 @@ class TruncationOptions(OptionRecord):
 class BlockOptions(OptionRecord):
     """What is quantized, and in which blocks."""
 
+    section = QUANTIZED
+
     skip: str | None = option(
         default=None,
         check=REGEX,
         metavar="REGEX",
         help="Do not quantize modules whose name matches this regex.",
-        section=QUANTIZED,
     )
     block_size: int | None = option(
-        default=None,
-        check=COUNT,
-        help="Values that share a scale (nf4, fp4: 64; w4a16: 128).",
-        section=QUANTIZED,
+        default=None, check=COUNT, help="Values that share a scale (nf4, fp4: 64; w4a16: 128)."
     )
     double_quant: bool = option(
-        default=False, check=FLAG, help="Quantize the scales too (nf4, fp4).", section=QUANTIZED
+        default=False, check=FLAG, help="Quantize the scales too (nf4, fp4)."
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import inspect
 import json
 import os
 from typing import Any
@@ -45,8 +46,10 @@ def parameters_of(verb: type[Verb]) -> list[click.Parameter]:
 
 def sections_of(verb: type[Verb]) -> dict[str, str]:
     """The sections of the help: parameter -> title, those of running last."""
+    owns = [(vars(one).get("section", ""), one) for one in reversed(verb.__mro__)]
+    titles = {name: title for title, one in owns for name in inspect.get_annotations(one)}
     fields = ((field.name, option_of(field).section) for field in fields_of(verb))
-    own = {name: title for name, title in fields if title}
+    own = {name: title for name, its in fields if (title := its or titles[name])}
     return own | dict.fromkeys(OF_RUNNING - own.keys(), "Common options")
 
 

@@ -87,27 +87,21 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
         metavar="auto|I/N",
         help="Which of N processes this is, from 0; auto: as Slurm, torchrun, MPI or Kubernetes "
         "say.",
-        section="Plan files",
     )
     device: str | None = option(
         default=None,
         check=DEVICE,
         metavar="auto|cpu|cuda[:i]",
         help="Where to compute (default: as in the plan).",
-        section="Plan files",
     )
     workers: int | None = option(
-        default=None,
-        check=COUNT,
-        help="Threads (default: one for each core).",
-        section="Plan files",
+        default=None, check=COUNT, help="Threads (default: one for each core)."
     )
     wait: float = option(
         default=WAIT,
         check=number("0 or more seconds", lambda value: value >= 0),
         help="Seconds to wait for files of other ranks, where this one's need them; then exit "
         "status 3.",
-        section="Plan files",
     )
     overwrite: bool = option(
         default=False,

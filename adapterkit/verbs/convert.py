@@ -16,8 +16,9 @@ from adapterkit.options import (
     record,
     text,
 )
+from adapterkit.product_options import IMAGES
 from adapterkit.records import Check
-from adapterkit.shared_options import IMAGES, base_option, dtype_option, expert_layout_option
+from adapterkit.shared_options import base_option, dtype_option, expert_layout_option
 from adapterkit.verb import WritingVerb, function_of
 
 COMPONENTS = (

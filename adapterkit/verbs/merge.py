@@ -1,7 +1,7 @@
 """merge: adapters into a base, W' = round(W + Σ weight·scale·b@a), streamed from files to files."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +11,6 @@ from adapterkit.options import (
     FLAG,
     SHARE_ABOVE_0,
     SOURCE,
-    TEXT,
-    TEXTS,
     WEIGHTED,
     Sources,
     StrPath,
@@ -21,24 +19,24 @@ from adapterkit.options import (
     option,
     record,
 )
-from adapterkit.registry import declarations, load
+from adapterkit.product_options import (
+    GgufMergeOptions,
+    ImageMergeOptions,
+    MethodMergeOptions,
+    QuantizedMergeOptions,
+    compensation_option,
+    importance_option,
+)
+from adapterkit.registry import load
 from adapterkit.run_options import model_output_option
 from adapterkit.shared_options import (
-    GGUF,
-    IMAGES,
     QUANTIZED,
-    SEVERAL,
     MethodOptions,
     ModuleFilters,
-    compensation_option,
     dtype_option,
     expert_layout_option,
-    importance_option,
-    modelfile_option,
-    seed_option,
     shard_size_option,
     verify_option,
-    weight_for_option,
     weights_option,
 )
 from adapterkit.verb import WritingVerb, function_of, push_option
@@ -47,23 +45,9 @@ if TYPE_CHECKING:
     from adapterkit.plan import Plan
 
 
-WRITTEN_TYPES = (
-    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "q3_k",
-    "q2_k", "iq4_nl", "iq4_xs", "mxfp4", "tq1_0", "tq2_0",
-)  # fmt: skip
-
-
-def _methods() -> list[str]:
-    """Those that need nothing but the adapters."""
-    known = declarations("combinations").items()
-    return [name for name, one in known if one.constants["acts_on"] != "covariances"]
-
-
 @record
-class MergeOptions(ModuleFilters, MethodOptions):
-    """How adapters become part of a base."""
-
-    needs = dict.fromkeys(("density", "majority", "settings"), "method")
+class PlainMergeOptions(ModuleFilters, MethodOptions):
+    """How adapters become part of any base."""
 
     dtype: str | None = dtype_option(
         "Cast floating-point tensors (default: keep the base's dtypes)."
@@ -98,74 +82,17 @@ class MergeOptions(ModuleFilters, MethodOptions):
         check=choice(("base", "adapter")),
         help="Tokenizer of the output (default: the adapter's, if it has one).",
     )
-    dequantize: bool = option(
-        default=False,
-        check=FLAG,
-        help="Write a quantized base's weights as 16-bit floats (default: keep the format).",
-        section=QUANTIZED,
-    )
-    rounding: str = option(
-        default="nearest",
-        check=choice(("nearest", "stochastic", "compensated")),
-        help="Rounding of changed weights; stochastic: unbiased, so that small deltas survive; "
-        "compensated: errors carried on, so that outputs change least.",
-        section=QUANTIZED,
-    )
-    method: str | None = option(
-        default=None,
-        check=choice(_methods),
-        metavar="NAME",
-        help="How the deltas are combined, see the list below (default: linear, their sum).",
-        excludes=("compat",),
-        section=SEVERAL,
-    )
-    density_for: Iterable[str] = option(
-        default=(),
-        check=TEXTS,
-        metavar="[N:]REGEX=D",
-        help="Another density (of the N-th adapter) for modules whose name, or the end of it, "
-        "matches.",
-        needs="method",
-        section=SEVERAL,
-    )
-    seed: int = seed_option(
-        "Seed of stochastic rounding, and of methods that draw: same seed, same bytes.",
-        needs="rounding=stochastic or method",
-        section=QUANTIZED,
-    )
-    touched_as: str | None = option(
-        default=None,
-        check=choice(WRITTEN_TYPES),
-        help="Type of blocks of the tensors of a GGUF model that change (default: their own).",
-        section=GGUF,
-    )
-    scales: str | None = option(
-        default=None,
-        check=choice(("search", "keep")),
-        help="Scales of changed blocks of a GGUF model: the best ones (search, the default), or "
-        "those that are there, where the new values fit.",
-        section=GGUF,
-    )
-    modelfile: bool = modelfile_option()
-    weight_for: Iterable[str] = weight_for_option()
-    lbw: Iterable[str] = option(
-        default=(),
-        check=TEXTS,
-        metavar="[N:]NAME|LIST|FILE",
-        help="Factors of the weight (of the N-th adapter) on the blocks of an image model: a "
-        "preset (ALL0.5, INS, MIDD, OUTD, ...), numbers separated by commas, FILE:NAME of a file "
-        "of presets, or a JSON file of diffusers' or ComfyUI's settings.",
-        contents="planning.merge.block_weights:with_files",
-        section=IMAGES,
-    )
-    variant: str | None = option(
-        default=None,
-        check=TEXT,
-        metavar="NAME",
-        help="Weights of a pipeline of diffusers, such as fp16 (default: those without a name, or "
-        "the only ones).",
-        section=IMAGES,
-    )
+
+
+@record
+class MergeOptions(
+    ImageMergeOptions,
+    GgufMergeOptions,
+    MethodMergeOptions,
+    QuantizedMergeOptions,
+    PlainMergeOptions,
+):
+    """How adapters become part of a base."""
 
 
 @record

@@ -1,15 +1,10 @@
 """quantize: a checkpoint's linear layers into a quantized format."""
 
 from adapterkit.options import SOURCE, StrPath, argument, choice, option, record
+from adapterkit.product_options import compensation_option, importance_option, modelfile_option
 from adapterkit.registry import written_formats
 from adapterkit.run_options import model_output_option
-from adapterkit.shared_options import (
-    QUANTIZED,
-    BlockOptions,
-    compensation_option,
-    importance_option,
-    modelfile_option,
-)
+from adapterkit.shared_options import QUANTIZED, BlockOptions
 from adapterkit.verb import WritingVerb, function_of
 
 

@@ -13,8 +13,9 @@ from adapterkit.options import (
     option,
     record,
 )
+from adapterkit.product_options import GGUF
 from adapterkit.records import Json
-from adapterkit.shared_options import GGUF, QUANTIZED, base_option, statistics_option
+from adapterkit.shared_options import QUANTIZED, base_option, statistics_option
 from adapterkit.verb import Verb, function_of
 
 
@@ -56,12 +57,8 @@ class Verify(Verb[Json]):
     stats: StrPath | None = statistics_option(
         "Statistics of a merge that took some.", section=QUANTIZED
     )
-    imatrix: StrPath | None = option(
-        default=None,
-        check=SOURCE,
-        metavar="FILE",
-        help="Importance matrix of a merge that took one.",
-        section=GGUF,
+    imatrix: StrPath | None = statistics_option(
+        "Importance matrix of a merge that took one.", section=GGUF
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 

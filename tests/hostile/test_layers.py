@@ -37,7 +37,7 @@ LEVELS = [
     "weights gguf",
     "checkpoint commands",
     "kernels",
-    "shared_options",
+    "shared_options product_options",
     "pages",
     "options optional patterns registry records dtypes errors lazy",
 ]
