@@ -118,7 +118,7 @@ class EditedTensor(StepTask):
             position = part.first * weight.width
             written = grid[part.first : part.last] = rounded(part.after, self.step, position)
             if weight.edits:
-                change.compare(part.before, part.after, written.to(part.after.dtype))
+                change.compare(part.before, part.after, written)
         return TaskResult({self.step.key: out}, change.result(self.step))
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
@@ -149,6 +150,26 @@ def test_a_measure_of_a_weight_waits_once(weight: Tensor, monkeypatch: pytest.Mo
         monkeypatch.setattr(pieces, "GPU", sums.PIECE)
         for name, does in measured(weight[:SOME].to(DEVICE)).items():
             assert spent(does, card)[0] > 25 or name == "finite"
+
+
+class LargestResult(TorchDispatchMode):
+    """Elements of the largest new tensor."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            self.most = max(self.most, result.numel())
+        return result
+
+
+def test_a_change_is_measured_without_copies_of_a_chunk(weight: Tensor):
+    before, exact = weight[:SOME], weight[:SOME] * 1.01
+    written = exact.bfloat16()
+    with LargestResult() as results:
+        ChangeMetrics().compare(before, exact, written)
+    assert 0 < results.most <= 1 << 15  # what a core's cache keeps
 
 
 COLUMNS = 128

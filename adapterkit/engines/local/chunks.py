@@ -53,7 +53,7 @@ def compute_chunk(
     sums = [squares(w)]
     if before is not None:
         exact = unrounded(w, before, edits, chunk.first)
-        sums += change_sums(before, exact, written.to(exact.dtype))
+        sums += change_sums(before, exact, written)
     if w.device.type != "cpu":
         together = torch.stack([one.double() for one in sums])
         sums = list(together.to("cpu", non_blocking=True))
