@@ -14,7 +14,8 @@ Competitors take turns within a round; before each run the output is removed, th
 the input read once, so that all find it in the page cache. `seconds` is the wall time of the
 process, interpreter and imports included, except in the rows `in process`, timed inside it once
 torch and the tool are imported (what is imported on first use, such as the model's code in
-transformers, still counts). PEFT/this divides like by like. Memory is anonymous memory (no file
+transformers, still counts). PEFT/this divides like by like. `x +imports` divides by copying the
+files, fsync and the imports of torch and adapterkit together. Memory is anonymous memory (no file
 mappings), sampled every 20 ms; on CUDA it leaves out what lies on the GPU. ADAPTERKIT_FSYNC=0 makes
 adapterkit skip fsync: for measuring only, a power cut may then leave a checkpoint of zeros.
 """
@@ -37,6 +38,7 @@ import common
 
 ROWS = 64  # of every adapted weight, for --exact
 IN_PROCESS = ", in process"
+FLOOR = ("cp -r + fsync", "imports")  # what a merge in a process of its own does at the least
 
 FSYNC = """
 import os, sys, time
@@ -48,6 +50,8 @@ for folder, _, names in os.walk(sys.argv[1]):
         os.close(handle)
 print(f"seconds={time.perf_counter() - start}")
 """
+
+IMPORTS = "import torch, adapterkit; adapterkit.merge"
 
 ADAPTERKIT = """
 import sys, time, torch
@@ -105,7 +109,8 @@ def competitors(args: argparse.Namespace, base: Path, adapter: Path, out: Path) 
     )
     found = [
         Competitor("cp -r", (copy,), merges=False),
-        Competitor("cp -r + fsync", (copy, (python, "-c", FSYNC, str(out))), merges=False),
+        Competitor(FLOOR[0], (copy, (python, "-c", FSYNC, str(out))), merges=False),
+        Competitor(FLOOR[1], ((python, "-c", IMPORTS),), adapterkit_env(), merges=False),
     ]
     for hash in ("sha256", "none"):
         found.append(adapterkit_cli(base, adapter, out, hash, args.device))
@@ -273,12 +278,15 @@ def print_table(results: dict[str, dict], nbytes: int) -> None:
     def ratio(above: float | None, below: float | None) -> str:
         return f"{above / below:.2f}" if above and below else "-"
 
-    widths = (42, 22, 6, 6, 11, 10, 9, 11)
+    floor = [medians[name] for name in FLOOR if name in medians]
+    floor = sum(floor) if len(floor) == len(FLOOR) else None
+    widths = (42, 22, 6, 6, 11, 10, 10, 9, 11)
     heads = (
         "seconds [min-max]",
         "GB/s",
         "x cp",
         "x cp+fsync",
+        "x +imports",
         "PEFT/this",
         "peak MiB",
         "misrounded",
@@ -293,7 +301,8 @@ def print_table(results: dict[str, dict], nbytes: int) -> None:
                 f"{mid:.2f} [{min(seconds):.2f}-{max(seconds):.2f}]",
                 f"{nbytes / mid / common.GB:.2f}",
                 ratio(mid, medians.get("cp -r")),
-                ratio(mid, medians.get("cp -r + fsync")),
+                ratio(mid, medians.get(FLOOR[0])),
+                ratio(mid, floor),
                 ratio(peft, mid),
                 f"{median(result['peak_anonymous_bytes']) / 2**20:.0f}",
                 f"{result['misrounded']['share']:.1e}" if "misrounded" in result else "-",
