@@ -126,10 +126,10 @@ def command_of(kind: type[OptionRecord], call: Json, out: str) -> str:
     return line([*words, "--out", out], shlex.quote)
 
 
-def with_command(files: Mapping[str, Any], kind: type[OptionRecord], call: Json) -> dict[str, Any]:
-    """Small files with the command in the place that they have for it."""
+def with_command(files: Mapping[str, Any], verb: OptionRecord) -> dict[str, Any]:
+    """Small files with the verb's command in the place that they have for it."""
     # a backtick would end the block of code
-    text = command_of(kind, call, "OUT").replace("`", "_").encode()
+    text = command_of(type(verb), call_of(verb), "OUT").replace("`", "_").encode()
     return {
         name: data.replace(COMMAND.encode(), text) if isinstance(data, bytes) else data
         for name, data in files.items()

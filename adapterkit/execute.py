@@ -352,7 +352,7 @@ def _write_files(
     plan: Plan, stage: Stage, results: Sequence[ShardResult], hashed: bool
 ) -> dict[str, dict]:
     sums = {}
-    for name, content in plan.files.items():
+    for name, content in plan.written_files().items():
         if isinstance(content, FromMetrics):
             own = [result for result in results if result.file.startswith(content.folder)]
             content = content.content(joined_metrics(own), sum(result.grown for result in own))

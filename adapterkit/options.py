@@ -108,15 +108,13 @@ class OptionRecord:
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # each is one, by `record`
 
     def __post_init__(self) -> None:
-        errors = Problems()
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is field.default:
-                continue
+        errors, fields = Problems(), type(self).__dataclass_fields__
+        given = {name: v for name, v in vars(self).items() if v is not fields[name].default}
+        for name, value in given.items():
             with errors.collected():
-                value = checked(field.name, option_of(field).check, value)
-                object.__setattr__(self, field.name, value)
-        Problems(errors or self._conflicts()).raise_all()
+                value = checked(name, fields[name].metadata["option"].check, value)
+                object.__setattr__(self, name, value)
+        Problems(errors or self._conflicts(given)).raise_all()
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -129,8 +127,10 @@ class OptionRecord:
 
     def only(self, kind: type[Kind]) -> Kind:
         """The options of another record that this one has too."""
-        names = [field.name for field in dataclasses.fields(kind)]
-        return kind(**{name: getattr(self, name) for name in names})
+        shared = object.__new__(kind)
+        for field in dataclasses.fields(kind):
+            object.__setattr__(shared, field.name, getattr(self, field.name))  # it is checked
+        return shared
 
     def _is_given(self, text: str) -> bool:
         """Whether an option is given, or in OPTION=VALUE has that value."""
@@ -138,23 +138,25 @@ class OptionRecord:
         default, own = type(self).__dataclass_fields__[name].default, getattr(self, name)
         return str(own) == value if value else own != default
 
-    def _conflicts(self) -> list[AdapterkitError]:
-        """Refusals of options that are given without what they need, or with what they exclude."""
+    def _conflicts(self, given: Iterable[str]) -> list[AdapterkitError]:
+        """Refusals of options that are given without what they need, or with what they exclude;
+        `given`: those whose value is not their default."""
         errors = Problems(where="options")
-        given = [flag_of(name) for name in filter(self._is_given, self.one_needed)]
-        if self.one_needed and len(given) != 1:
+        chosen = [flag_of(name) for name in filter(self._is_given, self.one_needed)]
+        if self.one_needed and len(chosen) != 1:
             *most, last = map(flag_of, self.one_needed)
             errors.add(
-                f"{' and '.join(given)} exclude each other" if given else self.none_given,
+                f"{' and '.join(chosen)} exclude each other" if chosen else self.none_given,
                 f"one of {', '.join(most)} or {last}",
                 "choose one of them",
             )
-        fields = {field.name: option_of(field) for field in dataclasses.fields(self)}
-        for name in filter(self._is_given, fields):
-            own = (*fields[name].flags, flag_of(name))[0]
-            others = fields[name].excludes
-            needed = fields[name].needs or self.needs.get(name)
-            choices = needed.split(" or ") if needed else []
+        fields = type(self).__dataclass_fields__
+        for name in given:
+            option: Option = fields[name].metadata["option"]
+            others, needed = option.excludes, option.needs or self.needs.get(name)
+            if not (others or needed) or not self._is_given(name):
+                continue
+            own, choices = (*option.flags, flag_of(name))[0], needed.split(" or ") if needed else []
             if choices and not any(map(self._is_given, choices)):
                 other = " or ".join(map(flag_of, choices)).replace("=", " ")
                 problem, expected = f"{own} is given without {other}", f"{own} with {other} alone"

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from adapterkit import __version__, dtypes
 from adapterkit.budget import BUFFERS, factors_memory, most_together
+from adapterkit.calls import call_of, is_data, with_command
 from adapterkit.checkpoint.folder import Folder, check_names
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout, TensorPlan, laid_out
@@ -31,7 +32,7 @@ from adapterkit.errors import WARNING
 from adapterkit.kernels.pieces import GPU
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor, torch
-from adapterkit.options import Progress, bytes_text
+from adapterkit.options import OptionRecord, Progress, bytes_text
 from adapterkit.records import Json
 from adapterkit.weights.codec import stored_parts
 from adapterkit.weights.reader import Reader
@@ -565,6 +566,7 @@ class Plan:
     is_file: bool = False  # the output is its one file, and no folder
     # folders of models of a pipeline, whose names are before those of tensors in the receipt
     parts: tuple[str, ...] = ()
+    call: OptionRecord | None = None  # the verb that made it, for the receipt and the cards
 
     def __post_init__(self):
         check_names(dict.fromkeys([*(shard.file for shard in self.shards), *self.files]))
@@ -585,6 +587,16 @@ class Plan:
         """Its warnings and notes for a plan that it is a part of, under this name."""
         warnings = [f"{WARNING}{name}: {text}" for text in self.warnings]
         return warnings + [f"{name}: {note}" for note in self.notes]
+
+    def decided(self) -> Json:
+        """The decisions, and the call that makes the output again; not one with a function of the
+        caller's, which nobody can call again."""
+        call = None if self.call is None else call_of(self.call)
+        return self.decisions | ({"call": call} if call is not None and is_data(call) else {})
+
+    def written_files(self) -> dict[str, bytes | CopyFile | FromMetrics]:
+        """The small files as they are written: cards with the command."""
+        return self.files if self.call is None else with_command(self.files, self.call)
 
     def recipe(self) -> Json:
         """What makes two plans the same, as it is read again from a file: version, verb, options,
@@ -627,7 +639,7 @@ class Plan:
         changed = [(step, stored) for step, stored in steps if not step.copied]
         as_is = [stored for task in tasks if task.copied for stored in task.max_outputs]
         computed = [stored for task in tasks if not task.copied for stored in task.max_outputs]
-        small = sum(self._small(file) for file in self.files.values())
+        small = sum(self._small(file) for file in self.written_files().values())
         readers = [*(edit for step, _ in changed for edit in step.edits), *tasks]
         shared = {spec for reader in readers for spec in reader.shared_reads}  # read once for all
         factors = sum(

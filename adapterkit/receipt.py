@@ -139,12 +139,12 @@ def other_inputs(plan: Plan, receipt: Json) -> list[str]:
 
 def public_recipe(recipe: dict) -> dict:
     """The recipe without sizes and times of input files: of use to a resume, not to a reader."""
-    recipe = json.loads(json.dumps(recipe))
+    inputs = []
     for entry in recipe["inputs"]:
-        for file in entry["files"].values():
-            file.pop("identity", None)
-        entry["files"] = {name: file for name, file in entry["files"].items() if file}
-    return recipe
+        headers = {name: file.get("header") for name, file in entry["files"].items()}
+        files = {name: {"header": sha} for name, sha in headers.items() if sha is not None}
+        inputs.append(entry | {"files": files})
+    return recipe | {"inputs": inputs}
 
 
 def earlier_repositories(folders: Iterable[Folder]) -> list[str]:
@@ -191,7 +191,7 @@ def create_receipt(
         "files": {s.file: {"size": s.size, "sha256": s.sha256} for s in shards} | sums,
         "keys": {s.file: s.marks for s in shards if s.marks is not None},
         "totals": totals,
-        **plan.decisions,
+        **plan.decided(),
         **({"repositories": earlier} if (earlier := earlier_repositories(plan.folders)) else {}),
         "parameters": (metrics := _all_metrics(plan, shards)),
         "warnings": [*plan.warnings, *plan.warn(metrics)],

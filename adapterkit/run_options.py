@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -124,6 +125,10 @@ class RunOptions(OptionRecord):
         help="Hash of each output file in the receipt.",
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
+
+    def __getstate__(self) -> Mapping[str, object]:
+        """For pickle, without the progress, which is of this process."""
+        return vars(self) | {"progress": no_progress}
 
 
 RUNNING = frozenset(field.name for field in dataclasses.fields(RunOptions))

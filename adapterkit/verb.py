@@ -33,7 +33,7 @@ from typing import (
     overload,
 )
 
-from adapterkit.calls import call_of, is_data, own_hints, with_command
+from adapterkit.calls import own_hints
 from adapterkit.errors import did_you_mean, listed
 from adapterkit.options import OptionRecord, option, option_of, record
 from adapterkit.records import Json
@@ -81,22 +81,20 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
         """What looks at the finished folder of a plan before it gets its name."""
         return None
 
-    @property
-    def pushed_to(self) -> str | None:
-        """The repository of the Hub to which the finished folder goes too."""
-        return None
-
     def plan(self) -> "Plan":
         """Everything the verb will do; `Refused` with all that cannot be done. Inputs of a job that
         ends on the Hub stay at the commits of its first run."""
         execution = import_module("adapterkit.engines.execution")
         with own_hints(self), execution.pinned_inputs(self):
-            plan = execution.with_run_options(load(self.planned_by)(self), self)
-        call = call_of(self)
-        files = with_command(plan.files, type(self), call)
-        # a function of the caller's, which nobody can call again, is in no receipt
-        decisions = plan.decisions | ({"call": call} if is_data(call) else {})
-        return dataclasses.replace(plan, decisions=decisions, files=files)
+            verb = self._with_contents()
+            return execution.as_it_runs(load(verb.planned_by)(verb), verb)
+
+    def _with_contents(self: V) -> V:
+        """The verb with what files hold in the place of their paths, which are then read once."""
+        own = {f.name: option_of(f).contents for f in dataclasses.fields(self)}
+        named = {name for name, read in own.items() if read and getattr(self, name)}
+        contents = {name: load(own[name])(getattr(self, name)) for name in named}
+        return dataclasses.replace(self, **contents) if contents else self
 
     def recipe_options(self) -> Json:
         """The options of what is computed that were given, as the receipt has them; sources are its
@@ -117,7 +115,8 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
         """
         execution = import_module("adapterkit.engines.execution")
         with own_hints(self):
-            return execution.execute(plan, self, self.check(plan), self.pushed_to if push else None)
+            sent = getattr(self, "push", None) if push else None
+            return execution.execute(plan, self, self.check(plan), sent)
 
 
 def push_option() -> Any:

@@ -165,7 +165,7 @@ def _document(plan: "Plan") -> Json:
         "computed": computed,
         "warnings": list(plan.warnings),
         "notes": list(plan.notes),
-        **plan.decisions,
+        **plan.decided(),
     }
 
 

@@ -16,7 +16,7 @@ from adapterkit.errors import Refused, shown
 from adapterkit.execute import FolderCheck, Push, check_place, output_names, run
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.hub.pins import are_pinned
-from adapterkit.options import StrPath, parse_size
+from adapterkit.options import parse_size
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt, fingerprint_of
 from adapterkit.registry import load
@@ -33,10 +33,12 @@ def pinned_inputs(how: RunOptions) -> AbstractContextManager[object]:
     return hub_output.pinned_inputs(how.out, resume=how.resume)
 
 
-def with_run_options(plan: Plan, how: RunOptions) -> Plan:
-    """The plan with the memory that it may take, and notes on inputs that are converted first."""
-    memory = parse_size(how.memory) if how.memory else None
-    return replace(plan, memory=memory, notes=(*plan.notes, *conversion_notes(plan.folders)))
+def as_it_runs(plan: Plan, call: RunOptions) -> Plan:
+    """The plan of a verb's call with the memory that it may take, and notes on inputs that are
+    converted first."""
+    memory = parse_size(call.memory) if call.memory else None
+    notes = (*plan.notes, *conversion_notes(plan.folders))
+    return replace(plan, memory=memory, notes=notes, call=call)
 
 
 def execute(
@@ -47,27 +49,49 @@ def execute(
     `push` is the repository to which the finished folder goes. Raises `Refused` before anything is
     written, `Failed` after.
     """
+    from adapterkit.engines.placement import place
+
     check_out(plan, how)
-    done = _execute(plan, how, check=check, push=push)
-    return with_verified(done, check) if isinstance(done, Receipt) else done
+    if push is not None:
+        check_pushes(plan, how, push)
+    if is_on_hub(how.out):
+        from adapterkit.engines.hub.output import run_to_hub
+
+        plan, device = place(plan, how.device)
+        done = run_to_hub(plan, replace(how, device=device), check)
+        return with_verified(done, check) if isinstance(done, Receipt) else done
+    if how.dry_run:
+        if plan.is_file or not how.overwrite:
+            stage = stage_of(plan, Path(how.out))
+            check_place(stage, plan, resume=how.resume, overwrite=how.overwrite)
+        return place(plan, how.device)[0]
+    sent: Push | None = None
+    if push is not None:
+        from adapterkit.hub.push import send
+
+        sent = partial(send, repo=push, overwrite=how.overwrite)
+    return with_verified(load(ENGINES[how.engine])(plan, how, check, sent), check)
 
 
 def check_out(plan: Plan, how: RunOptions) -> None:
     """`Refused` where the output of a plan cannot be where it is to be."""
-    check_disk_limit(how.out, how.disk_limit)
-    if not is_on_hub(how.out):
-        check_name(Path(how.out), output_names(plan))
-        check_output_apart(Path(how.out), plan.folders, is_file=plan.is_file)
+    if is_on_hub(how.out):
+        return
+    if how.disk_limit is not None:
+        raise Refused(
+            "--disk-limit is given with an output on this machine",
+            expected="an output on the Hub: --out hf://org/name",
+            where="options",
+            hint="remove --disk-limit",
+        )
+    check_name(Path(how.out), output_names(plan))
+    check_output_apart(Path(how.out), plan.folders, is_file=plan.is_file)
 
 
 def with_verified(receipt: Receipt, check: FolderCheck | None) -> Receipt:
     """The receipt with what the check of a merge's rows found."""
-    if check is None:
-        return receipt
-    from adapterkit.engines.verify.row_checks import RowCheck
-
-    if isinstance(check, RowCheck) and check.result:
-        receipt.data["verified"] = check.result
+    if found := getattr(check, "result", None):
+        receipt.data["verified"] = found
     return receipt
 
 
@@ -93,30 +117,6 @@ def pushed(receipt: Receipt, how: RunOptions, *repositories: str | None) -> Rece
     return receipt
 
 
-def _execute(
-    plan: Plan, how: RunOptions, *, check: FolderCheck | None, push: str | None
-) -> Receipt | Plan:
-    from adapterkit.engines.placement import place
-
-    check_pushes(plan, how, push)
-    if is_on_hub(how.out):
-        from adapterkit.engines.hub.output import run_to_hub
-
-        plan, device = place(plan, how.device)
-        return run_to_hub(plan, replace(how, device=device), check)
-    if how.dry_run:
-        if plan.is_file or not how.overwrite:
-            stage = stage_of(plan, Path(how.out))
-            check_place(stage, plan, resume=how.resume, overwrite=how.overwrite)
-        return place(plan, how.device)[0]
-    sent: Push | None = None
-    if push is not None:
-        from adapterkit.hub.push import send
-
-        sent = partial(send, repo=push, overwrite=how.overwrite)
-    return load(ENGINES[how.engine])(plan, how, check, sent)
-
-
 def run_here(plan: Plan, how: RunOptions, check: FolderCheck | None, push: Push | None) -> Receipt:
     """The engine of this machine."""
     from adapterkit.engines.local.engine import local
@@ -134,17 +134,6 @@ def run_here(plan: Plan, how: RunOptions, check: FolderCheck | None, push: Push 
         push=push,
         progress=how.progress,
     )
-
-
-def check_disk_limit(out: StrPath, limit: str | int | None) -> None:
-    """`Refused` for a limit with an output on this machine."""
-    if limit is not None and not is_on_hub(out):
-        raise Refused(
-            "--disk-limit is given with an output on this machine",
-            expected="an output on the Hub: --out hf://org/name",
-            where="options",
-            hint="remove --disk-limit",
-        )
 
 
 def check_output_apart(out: Path, folders: Iterable[Folder], *, is_file: bool = False) -> None:

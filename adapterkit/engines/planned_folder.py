@@ -117,7 +117,7 @@ def planned_folder(out: str, plan: "Plan", source: str) -> PlannedFolder | None:
             return None
         metrics[shard.file] = planned
         contents[shard.file] = _Weights(shard.layout.header, shard.layout.size)
-    for name, content in plan.files.items():
+    for name, content in plan.written_files().items():
         if isinstance(content, FromMetrics):
             own = (its for file, its in metrics.items() if file.startswith(content.folder))
             contents[name] = content.content({k: v for its in own for k, v in its.items()}, 0)

@@ -257,7 +257,7 @@ class _Pipeline:
             if step.place.repository:  # one that goes on has its inputs at their first commits
                 plan = verb.plan()
             entry = {"file": shown(self.file.name), "id": self.id, "inputs": inputs_digest(plan)}
-            plan = replace(plan, decisions=plan.decisions | {"pipeline": entry})
+            plan = replace(plan, decisions=plan.decided() | {"pipeline": entry})
             check_pushes(plan, verb, step.push)
             done = verb.carry_out(plan, push=False)
             return outcome(pushed(done, verb, step.push) if isinstance(done, Receipt) else done)

@@ -153,7 +153,7 @@ def _unreadable(path: Path, problem: str, hint: str = AGAIN) -> Refused:
 
 def _portable(verb: WritingVerb, path: Path) -> Json:
     """The arguments that were given, as they mean the same in every process."""
-    send = command("adapterkit finish", path, push=verb.pushed_to or "ORG/NAME")
+    send = command("adapterkit finish", path, push=getattr(verb, "push", None) or "ORG/NAME")
     if is_on_hub(verb.out):
         raise Refused(
             "--plan cannot write to the Hub directly",
@@ -161,7 +161,7 @@ def _portable(verb: WritingVerb, path: Path) -> Json:
             where="--out",
             hint=f"write into a folder, then send it\n{send}",
         )
-    if verb.pushed_to is not None:
+    if getattr(verb, "push", None) is not None:
         raise Refused(
             "--push is given with --plan",
             expected="a plan file, which does not say where its output is sent",

@@ -188,10 +188,6 @@ class Merge(WritingVerb, MergeOptions):
             return plan
         return dataclasses.replace(plan, warn=partial(plan.warn, fail_below=self.fail_below))
 
-    @property
-    def pushed_to(self) -> str | None:
-        return self.push
-
     def check(self, plan: "Plan") -> Callable[[Path], object] | None:
         """Recomputes rows of the finished folder, where that is asked for."""
         return load("engines.verify.row_checks:RowCheck")(plan) if self.verify else None

@@ -12,14 +12,15 @@ from tests.golden import jobs
 
 def said(plan: Plan) -> dict[str, Any]:
     """All that ranks and the receipt take from a plan."""
-    document = json.loads(json.dumps({"recipe": plan.recipe(), "decisions": plan.decisions}))
+    document = json.loads(json.dumps({"recipe": plan.recipe(), "decisions": plan.decided()}))
+    files = plan.written_files()
     return {
         "fingerprint": digest(public_recipe(document["recipe"])),
         "decisions": document["decisions"],
         "headers": [hashlib.sha256(shard.layout.header).hexdigest() for shard in plan.shards],
         "steps": [repr(step) for shard in plan.shards for step in shard.steps],
         "tasks": [repr(task) for shard in plan.shards for task in shard.tasks],
-        "files": {n: str(f) if isinstance(f, bytes) else "" for n, f in plan.files.items()},
+        "files": {n: str(f) if isinstance(f, bytes) else "" for n, f in files.items()},
         "totals": plan.totals(),
         "notes": list(plan.notes),
     }

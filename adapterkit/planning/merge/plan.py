@@ -35,7 +35,6 @@ from adapterkit.planning.inputs.sources import (
     open_statistics,
 )
 from adapterkit.planning.inputs.weights import notes_on_base, open_with_weights, weighted_sources
-from adapterkit.planning.merge.block_weights import with_files
 from adapterkit.planning.merge.changes import collect_changes
 from adapterkit.planning.merge.gguf import (
     ImportanceFile,
@@ -85,7 +84,6 @@ def plan_merge_of(merge: Merge) -> Plan:
             hint="remove --push",
         )
     base, options = open_model(merge.base), merge.only(MergeOptions)
-    options = replace(options, lbw=with_files(options.lbw))
     if is_pipeline(base):
         Problems(_options_of_models(merge)).raise_all()
         pipeline = read_pipeline(base, options.variant)
