@@ -76,7 +76,8 @@ def run(
     recipe = plan.recipe()
     fingerprint = fingerprint_of(recipe)
     resume = resume or (push is not None and stage.is_published(recipe))
-    stage.state(fingerprint, resume=resume, overwrite=overwrite)  # refuses before anything is made
+    if not stage.is_new:  # refuses before anything is made
+        stage.state(fingerprint, resume=resume, overwrite=overwrite)
     try:
         with stage:
             state = stage.state(fingerprint, resume=resume, overwrite=overwrite)
@@ -102,6 +103,7 @@ def run(
                     stage,
                     engine,
                     recipe,
+                    fingerprint,
                     fresh=state == "fresh",
                     hash=hash,
                     progress=progress,
@@ -151,7 +153,8 @@ def output_names(plan: Plan, receipt: str = RECEIPT) -> set[str]:
 
 def check_place(stage: Stage, plan: Plan, *, resume: bool, overwrite: bool) -> None:
     """`Refused` where the output could not be written there, as the job itself would be."""
-    stage.state(fingerprint_of(plan.recipe()), resume=resume, overwrite=overwrite)
+    if not stage.is_new:  # the recipe of a large plan takes its time
+        stage.state(fingerprint_of(plan.recipe()), resume=resume, overwrite=overwrite)
 
 
 def _delivered(stage: Stage, receipt: Receipt, push: Push | None) -> Receipt:
@@ -167,6 +170,7 @@ def _build(
     stage: Stage,
     engine: Engine,
     recipe: dict,
+    fingerprint: str,
     *,
     fresh: bool,
     hash: str,
@@ -174,7 +178,6 @@ def _build(
     began: float,
 ) -> None:
     """Fill the stage: the shards that are not done, the small files, the receipt."""
-    fingerprint = fingerprint_of(recipe)
     if fresh:
         stage.forget()
     done = _done_before(stage, plan, hashed=hash == "sha256")

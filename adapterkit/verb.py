@@ -91,9 +91,11 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
 
     def _with_contents(self: V) -> V:
         """The verb with what files hold in the place of their paths, which are then read once."""
-        own = {f.name: option_of(f).contents for f in dataclasses.fields(self)}
-        named = {name for name, read in own.items() if read and getattr(self, name)}
-        contents = {name: load(own[name])(getattr(self, name)) for name in named}
+        contents = {
+            field.name: load(read)(value)
+            for field in dataclasses.fields(self)
+            if (read := field.metadata["option"].contents) and (value := getattr(self, field.name))
+        }
         return dataclasses.replace(self, **contents) if contents else self
 
     def recipe_options(self) -> Json:
@@ -167,15 +169,18 @@ def function_of(verb: Any) -> Any:
 def called(verb: type[V], *args: Any, **options: Any) -> V:
     """The record of a call; `TypeError` for what is no option of the verb, with the nearest one,
     and for what is missing."""
-    signature = signature_of(verb)
     try:
-        signature.bind(*args, **options)
-    except TypeError as error:
-        unknown = [name for name in options if name not in signature.parameters]
-        problem = f"has no option {listed(unknown)}" if unknown else str(error)
-        near = did_you_mean(unknown, signature.parameters)
-        raise TypeError(f"{verb.name}() " + "; ".join(filter(None, [problem, near]))) from None
-    return verb(*args, **options)
+        return verb(*args, **options)
+    except TypeError:
+        signature = signature_of(verb)
+        try:
+            signature.bind(*args, **options)
+        except TypeError as error:
+            unknown = [name for name in options if name not in signature.parameters]
+            problem = f"has no option {listed(unknown)}" if unknown else str(error)
+            near = did_you_mean(unknown, signature.parameters)
+            raise TypeError(f"{verb.name}() " + "; ".join(filter(None, [problem, near]))) from None
+        raise
 
 
 def fields_of(verb: type[Verb]) -> list[dataclasses.Field]:

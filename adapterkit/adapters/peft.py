@@ -27,7 +27,9 @@ from adapterkit.adapters.record import EMBEDDINGS, Adapter, Lora, Tokens, is_ins
 from adapterkit.checkpoint.fingerprint import known
 from adapterkit.checkpoint.folder import Folder, belonging_to, locate
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.spec import Scan
+from adapterkit.checkpoint.shards import noted
+from adapterkit.checkpoint.spec import Checkpoint, scan_files
+from adapterkit.checkpoint.strict import read_json
 from adapterkit.dtypes import FLOATS
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 
@@ -48,7 +50,7 @@ def read_adapter(
 
 def scan_adapter(
     folder: Folder, number: int = 1, check: ConfigCheck = check_config, *, as_stored: bool = False
-) -> tuple[Adapter, Scan, bool]:
+) -> tuple[Adapter, Checkpoint, bool]:
     """As much of an adapter as can be read, its scan with all errors, and whether its config is
     valid enough to compute ranks and scales."""
     adapter, keys, scan = _read(folder, number, check, ROLES, eight_bits=as_stored)
@@ -57,8 +59,8 @@ def scan_adapter(
     }
     typed = not check_config(plain, "")
     loras = _loras(keys, scan.errors, folder.name)
-    if typed and scan.headers:
-        scan.errors += _check_config_against_file(keys, scan.config, folder.name)
+    if typed and scan.shards:
+        scan.errors.extend(_check_config_against_file(keys, scan.config, folder.name))
     adapter = replace(adapter, loras=loras)
     if typed and not as_stored and (error := order_problem(adapter)) is not None:
         scan.errors.append(error)
@@ -87,19 +89,19 @@ def read_other_type(
 
 def _read(
     folder: Folder, number: int, check: ConfigCheck, roles: Patterns, *, eight_bits: bool = False
-) -> tuple[Adapter, "_Keys", Scan]:
+) -> tuple[Adapter, "_Keys", Checkpoint]:
     """An adapter without factors, its classified keys, and its scan with the errors of its files,
     config and token rows."""
-    scan, files = Scan(folder, number), folder.files()
+    errors, files = Problems(), folder.files()
     missing = [name for name in (CONFIG, WEIGHTS) if name not in files]
-    scan.readable = not missing
     if missing:
-        scan.errors.include(_missing_files(folder, missing, files))
-    config = scan.json(CONFIG)
+        errors.include(_missing_files(folder, missing, files))
+    config = noted(errors, read_json, folder, CONFIG) if CONFIG in files else None
     if config is not None:
-        scan.config = config
-        scan.errors += check(config, f"{folder.name}/{CONFIG}")
-    header = scan.header(WEIGHTS) if WEIGHTS in files else None
+        errors += check(config, f"{folder.name}/{CONFIG}")
+    scan = scan_files(folder, {WEIGHTS} & files.keys(), number, errors, config)
+    header = scan.shards.get(WEIGHTS)
+    scan = replace(scan, readable=header is not None and config is not None)
     tensors = decoded(scan.tensors) if eight_bits else scan.tensors
     keys = _classify_keys(tensors, scan.errors, f"{folder.name}/{WEIGHTS}", roles)
     tokens = (

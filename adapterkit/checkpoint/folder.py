@@ -12,11 +12,11 @@ import stat
 import tempfile
 import unicodedata
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from adapterkit.checkpoint.system import system
 from adapterkit.errors import (
@@ -29,6 +29,7 @@ from adapterkit.errors import (
     shown,
 )
 
+T = TypeVar("T")
 WEIGHTS = (".safetensors", ".gguf")  # how names end that are files' where nothing else tells it
 OTHER_WEIGHTS = (".safetensors", ".safetensors.index.json")
 
@@ -96,12 +97,28 @@ def place_of(folder: Folder, name: str) -> str:
     return folder.label if is_weights else folder.label.removesuffix(single) + name
 
 
+MOST_PARSED = 1 << 20  # bytes of files of which a folder keeps what was parsed
+
+
+def parsed(folder: Folder, key: tuple[str, str], parse: Callable[[], tuple[int, T]]) -> T:
+    """What `parse` makes of a file, with the bytes that it took. A folder of files that stay as
+    they are (`parsed`) keeps it, so nobody may change it; large files are read once anyway."""
+    kept = getattr(folder, "parsed", {})
+    if key in kept:
+        return kept[key][1]
+    size, value = parse()
+    if size + sum(size for size, _ in kept.values()) <= MOST_PARSED:
+        kept[key] = size, value
+    return value
+
+
 class LocalFolder:
     """A folder on local disk, or a single file as a folder that holds nothing else."""
 
     def __init__(self, path: str | os.PathLike):
         self.label = shown(os.fspath(path))
         self.hashes: dict[str, str] = {}
+        self.parsed: dict = {}  # see `parsed`
         path = Path(path)
         # printable, whatever a stranger called the folder
         self.name = shown(path.name or path.resolve().name)
@@ -119,7 +136,7 @@ class LocalFolder:
 
     def __getstate__(self) -> Mapping[str, object]:
         """For pickle, with an absolute path: a copy may be read from elsewhere."""
-        return vars(self) | {"root": self.root.absolute()}
+        return vars(self) | {"root": self.root.absolute(), "parsed": {}}
 
     def files(self) -> dict[str, int]:
         return self._files

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field, replace
 
 from adapterkit import dtypes
-from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.folder import Folder, parsed
 from adapterkit.checkpoint.strict import strict_json
 from adapterkit.errors import Damaged, shown
 
@@ -66,6 +66,18 @@ def read_header(folder: Folder, name: str, number: int = 0) -> Header:
 
     `number`: which input of the job the folder is. Raises `Damaged`.
     """
+
+    def parse() -> tuple[int, Header]:
+        header = _read_header(folder, name, number)
+        return len(header.raw), header
+
+    header = parsed(folder, ("header", name), parse)
+    if all(spec.folder == number for spec in header.tensors[:1]):
+        return header
+    return replace(header, tensors=tuple(replace(spec, folder=number) for spec in header.tensors))
+
+
+def _read_header(folder: Folder, name: str, number: int) -> Header:
     if (size := folder.files().get(name)) is None:
         problem, where = f"no file {shown(name)}", folder.label
         raise Damaged(problem, expected="an ordinary file", where=where, hint="copy it again")

@@ -2,14 +2,15 @@
 set."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from adapterkit.checkpoint.folder import Folder, inside
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.commands import command
-from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Problems, Refused, shown
+from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, shown
 
+T = TypeVar("T")
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 # of diffusers' variants, too: model.safetensors.index.fp16.json
@@ -37,32 +38,28 @@ DEVICES = {
 }
 
 
-@dataclass
-class ShardFiles:
-    """The files that hold a model's weights, as far as they can be determined."""
-
-    names: list[str] | None = None  # that can be opened; None: it cannot be determined which
-    index_name: str | None = None
-    index: dict | None = None  # the index file's content
-    complete: bool = True  # no file that the index names is missing
-    errors: Problems = field(default_factory=Problems)
-
-
-def find_shards(folder: Folder) -> ShardFiles:
-    """The folder's shards, with everything that is wrong with their names and their index."""
-    shards = ShardFiles()
+def find_shards(
+    folder: Folder, errors: Problems
+) -> tuple[list[str] | None, dict | None, str | None]:
+    """The files that hold the folder's weights and can be opened, None where that cannot be
+    determined; the content of their index, and its name. The errors get all that is wrong with
+    these."""
     own = [name for name in folder.files() if "/" not in name]
-    shards.index_name = _index_name(own, folder.name, shards.errors)
-    if shards.index_name is None:
-        shards.names = _unindexed(folder, own, shards.errors)
-        return shards
+    index_name = _index_name(own, folder.name, errors)
+    if index_name is None:
+        return _unindexed(folder, own, errors), None, None
+    index = noted(errors, read_json, folder, index_name)
+    names = None if index is None else _indexed(index, index_name, folder, errors)
+    return names, index, index_name
+
+
+def noted(errors: Problems, read: Callable[..., T], *arguments: object) -> T | None:
+    """What can be read; None, and an error more, where the file does not allow it."""
     try:
-        shards.index = read_json(folder, shards.index_name)
+        return read(*arguments)
     except (Refused, Damaged) as error:
-        shards.errors += error.errors if isinstance(error, MultipleErrors) else (error,)
-        return shards
-    _read_index(shards, shards.index, folder)
-    return shards
+        errors.include(error)
+        return None
 
 
 def stem_of(names: Iterable[str]) -> str:
@@ -139,39 +136,38 @@ def _unindexed(folder: Folder, own: list[str], errors: Problems) -> list[str] | 
     return None
 
 
-def _read_index(shards: ShardFiles, index: dict, folder: Folder) -> None:
-    """Set the files that an index names; without a map of names there are none."""
-    where, files = f"{folder.name}/{shards.index_name}", folder.files()
+def _indexed(index: dict, index_name: str, folder: Folder, errors: Problems) -> list[str] | None:
+    """The files that an index names; None without a map of names."""
+    where, files = f"{folder.name}/{index_name}", folder.files()
     weight_map = index.get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map
         or not all(isinstance(file, str) for file in weight_map.values())
     ):
-        shards.errors.append(_bad_index("no weight_map", "a map of keys to file names", where))
-        return
+        errors.append(_bad_index("no weight_map", "a map of keys to file names", where))
+        return None
     if not isinstance(index.get("metadata", {}), dict):
         problem = "metadata that is no JSON object"
-        shards.errors.append(_bad_index(problem, "a map", where))
+        errors.append(_bad_index(problem, "a map", where))
     names = sorted(set(weight_map.values()))
     wrong = {file: error for file in names if (error := _shard_name_error(file, files, where))}
-    shards.errors += wrong.values()
-    shards.complete = not wrong
+    errors += wrong.values()
     for single in SINGLE:
-        is_ours = shards.index_name == f"{single}.index.json"
+        is_ours = index_name == f"{single}.index.json"
         if single in files and single not in names and is_ours:
-            shards.errors.append(_two_models(single, where))
+            errors.append(_two_models(single, where))
     by_folded: dict[str, list[str]] = {}
     for file in names:
         by_folded.setdefault(file.casefold(), []).append(file)
     for group in [group for group in by_folded.values() if len(group) > 1]:
-        shards.errors.add(
+        errors.add(
             f"file names that differ only in case: {', '.join(map(shown, group))}",
             "names that any file system keeps apart",
             "rename one",
             where=where,
         )
-    shards.names = [file for file in names if file not in wrong]
+    return [file for file in names if file not in wrong]
 
 
 def _bad_index(problem: str, expected: str, where: str) -> Damaged:

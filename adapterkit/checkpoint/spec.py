@@ -1,13 +1,14 @@
 """What a checkpoint holds, from its headers and its index alone."""
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from adapterkit.checkpoint.folder import Folder, belonging_to
 from adapterkit.checkpoint.header import Header, TensorSpec, read_header
-from adapterkit.checkpoint.shards import find_shards, likely_shards
+from adapterkit.checkpoint.shards import find_shards, likely_shards, noted
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, shown
+from adapterkit.errors import AdapterkitError, Damaged, Problems, shown
 
 # of these as many modules are built, also where a config is only looked at
 COUNTS = re.compile(r"((?<!max_)depths?|layers?|blocks|per_block|num_labels)$")
@@ -24,7 +25,8 @@ LAYER_COUNTS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model checkpoint: its shards' headers by file name, every tensor by key, its JSON files."""
+    """A model checkpoint, or what could be read of one: its shards' headers by file name, every
+    tensor by key, its JSON files; and what is wrong with the rest."""
 
     folder: Folder
     shards: dict[str, Header]  # in the order of their files
@@ -33,92 +35,55 @@ class Checkpoint:
     index_name: str | None
     config: dict
     files: dict[str, int]
+    errors: Problems = field(default_factory=Problems)
+    unread: tuple[str, ...] = ()  # files of weights whose headers cannot be read
+    complete: bool = True  # all files of the weights are there and can be read
+    readable: bool = True  # so are the JSON files beside them
 
     @property
     def name(self) -> str:
         return self.folder.name
 
 
-@dataclass
-class Scan:
-    """What could be read of a folder's headers and JSON, and what is wrong with the rest."""
-
-    folder: Folder
-    number: int = 0  # which input its tensors are of
-    shards: dict[str, Header | None] = field(default_factory=dict)  # None: cannot be read
-    config: dict = field(default_factory=dict)
-    index: dict | None = None  # the index file's content
-    index_name: str | None = None
-    errors: Problems = field(default_factory=Problems)
-    complete: bool = True  # all files of the weights are there and can be read
-    readable: bool = True  # so are the JSON files beside them
-
-    @property
-    def headers(self) -> list[Header]:
-        return [header for header in self.shards.values() if header is not None]
-
-    @property
-    def tensors(self) -> dict[str, TensorSpec]:
-        return {spec.key: spec for header in self.headers for spec in header.tensors}
-
-    def header(self, name: str) -> Header | None:
-        """Read one shard's header; adds an error and returns None where it cannot be read."""
-        self.shards[name] = None
-        try:
-            self.shards[name] = read_header(self.folder, name, self.number)
-        except (Refused, Damaged) as error:
-            self.errors.include(error)
-            self.complete = self.readable = False
-        return self.shards[name]
-
-    def json(self, name: str) -> dict | None:
-        """A JSON file of the folder; None without one, and, with an error, if it cannot be read."""
-        if name not in self.folder.files():
-            return None
-        try:
-            return read_json(self.folder, name)
-        except (Refused, Damaged) as error:
-            self.errors.include(error)
-            self.readable = False
-            return None
-
-    def checkpoint(self) -> Checkpoint:
-        """A checkpoint of what could be read."""
-        shards = {name: header for name, header in self.shards.items() if header is not None}
-        return Checkpoint(
-            self.folder,
-            shards,
-            self.tensors,
-            self.index,
-            self.index_name,
-            self.config,
-            self.folder.files(),
-        )
-
-
 def open_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
     """A checkpoint folder's headers; raises `Refused` or `Damaged` with all that is wrong with
-    it."""
+    it. `number`: which input of the job it is."""
     with belonging_to(folder):
-        scan = scan_checkpoint(folder, number)
-        scan.errors.raise_all()
-    return scan.checkpoint()
+        checkpoint = scan_checkpoint(folder, number)
+        checkpoint.errors.raise_all()
+    return checkpoint
 
 
-def scan_checkpoint(folder: Folder, number: int = 0) -> Scan:
+def scan_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
     """As much of a checkpoint folder as can be read, with all for which it cannot be opened."""
-    scan, files = Scan(folder, number), find_shards(folder)
-    scan.index, scan.index_name, scan.errors = files.index, files.index_name, files.errors
-    scan.complete = files.complete and files.names is not None
-    for name in likely_shards(folder) if files.names is None else files.names:
-        scan.header(name)
-    if files.names is not None:
-        scan.errors += _stored_twice(scan) + _index_errors(scan)
-        _share_strings(scan)
-    scan.config = scan.json("config.json") or {}
-    scan.readable = scan.readable and scan.complete
-    scan.errors += _config_errors(scan.config, len(scan.tensors), f"{folder.name}/config.json")
-    return scan
+    errors = Problems()
+    names, index, index_name = find_shards(folder, errors)
+    scan = scan_files(folder, likely_shards(folder) if names is None else names, number, errors)
+    if names is not None:
+        errors += _stored_twice(scan)
+        if index is not None:
+            errors += _index_errors(scan, index["weight_map"], f"{folder.name}/{index_name}")
+            index = index | {"weight_map": _shared_strings(scan.tensors, index["weight_map"])}
+    has_config = "config.json" in scan.files
+    config = noted(errors, read_json, folder, "config.json") if has_config else None
+    named = () if names is None or index is None else index["weight_map"].values()
+    complete = names is not None and scan.complete and {*named} <= {*names}
+    readable = complete and (config is not None or not has_config)
+    errors += _config_errors(config or {}, len(scan.tensors), f"{folder.name}/config.json")
+    whole = {"config": config or {}, "complete": complete, "readable": readable}
+    return replace(scan, index=index, index_name=index_name, **whole)
+
+
+def scan_files(
+    folder: Folder, names: Iterable[str], number: int, errors: Problems, config: dict | None = None
+) -> Checkpoint:
+    """What can be read of the headers of these files; the errors get what is wrong with others."""
+    read = {name: noted(errors, read_header, folder, name, number) for name in names}
+    shards = {name: header for name, header in read.items() if header is not None}
+    tensors = {spec.key: spec for header in shards.values() for spec in header.tensors}
+    unread, files = tuple(name for name in read if name not in shards), folder.files()
+    more = {"unread": unread, "complete": not unread, "readable": not unread}
+    return Checkpoint(folder, shards, tensors, None, None, config or {}, files, errors, **more)
 
 
 def _config_errors(config: dict, stored: int, where: str) -> list[AdapterkitError]:
@@ -144,37 +109,32 @@ def _config_errors(config: dict, stored: int, where: str) -> list[AdapterkitErro
     return errors
 
 
-def _index_errors(scan: Scan) -> list[AdapterkitError]:
-    """Contradictions between the index, if there is one, and the files that could be read."""
-    if scan.index is None:
-        return []
-    where = f"{scan.folder.name}/{scan.index_name}"
-    tensors, weight_map = scan.tensors, scan.index["weight_map"]
+def _index_errors(
+    scan: Checkpoint, weight_map: dict[str, str], where: str
+) -> list[AdapterkitError]:
+    """Contradictions between the index and the files that could be read."""
+    tensors = scan.tensors
     errors = Problems(where=where, hint="restore the index", kind=Damaged)
     for key, file in weight_map.items():
         spec = tensors.get(key)
-        if scan.shards.get(file) is not None and (spec is None or spec.file != file):
+        if file in scan.shards and (spec is None or spec.file != file):
             errors.add(f"{shown(key)} is not in {shown(file)}", "an index that matches its files")
     for key in [key for key in tensors if key not in weight_map]:
         errors.add(f"{shown(key)} in {shown(tensors[key].file)}", "every stored key in the index")
     return errors
 
 
-def _share_strings(scan: Scan) -> None:
-    """Put the headers' own strings into the index: as read, each name of a file is a new string."""
-    if scan.index is not None:
-        tensors = scan.tensors
-        pairs = ((tensors.get(key), key, file) for key, file in scan.index["weight_map"].items())
-        scan.index["weight_map"] = {
-            s.key if s else key: s.file if s and s.file == file else file for s, key, file in pairs
-        }
+def _shared_strings(tensors: dict[str, TensorSpec], weight_map: dict[str, str]) -> dict[str, str]:
+    """An index of the headers' own strings: as read, each name of a file is a new string."""
+    pairs = ((tensors.get(key), key, file) for key, file in weight_map.items())
+    return {s.key if s else key: s.file if s and s.file == file else file for s, key, file in pairs}
 
 
-def _stored_twice(scan: Scan) -> list[AdapterkitError]:
+def _stored_twice(scan: Checkpoint) -> list[AdapterkitError]:
     """Keys that several files hold."""
     files: dict[str, str] = {}  # of each key
     errors = Problems(where=scan.folder.name)
-    for spec in (spec for header in scan.headers for spec in header.tensors):
+    for spec in (spec for header in scan.shards.values() for spec in header.tensors):
         if spec.key in files:
             problem = f"{shown(spec.key)} in both {shown(files[spec.key])} and {shown(spec.file)}"
             errors.add(

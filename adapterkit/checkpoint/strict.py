@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.folder import Folder, parsed
 from adapterkit.errors import Damaged, shown
 
 MAX_JSON = 50_000_000  # bytes
@@ -57,8 +57,13 @@ def nested_json(text: str | bytes) -> Any:
 
 
 def read_json(folder: Folder, name: str) -> dict:
-    """The JSON object in a file of the folder; `Damaged` if it is none, or larger than 50 MB."""
+    """The JSON object in a file of the folder, which may be another reader's too: copy it to change
+    it. `Damaged` if it is none, or larger than 50 MB."""
     size = folder.files().get(name, 0)
+    return parsed(folder, ("json", name), lambda: (size, _read_json(folder, name, size)))
+
+
+def _read_json(folder: Folder, name: str, size: int) -> dict:
     try:
         if size > MAX_JSON:
             raise ValueError(f"{size} bytes, more than {MAX_JSON}")

@@ -1,6 +1,7 @@
 """An output that is one file: its plan runs in a hidden folder beside it, then the file gets its
 name, and its receipt that name with a suffix."""
 
+import os
 from pathlib import Path
 
 from adapterkit.checkpoint.disk import size_below, storage_errors, sync_folder
@@ -26,6 +27,11 @@ class FileStage(Stage):
         self.inside, self.final = True, out.parent
         self.control = out.resolve().parent / control_of(out)
         self.receipt = out.with_name(receipt_beside(out.name))
+
+    @property
+    def is_new(self) -> bool:
+        beside = (self.out.with_name(name) for name in self.beside)
+        return super().is_new and not any(map(os.path.lexists, beside))
 
     def _check_kind(self) -> None:
         if self.out.is_symlink() or self.out.is_dir():

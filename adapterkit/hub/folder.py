@@ -104,10 +104,13 @@ class HubFolder:
         self._starts: dict[str, bytes] = {}
         self._small: dict[tuple[str, int, int], bytes] = {}
         self._holed: str | None = None  # a folder of files with holes
+        self.parsed: dict = {}  # see `checkpoint.folder.parsed`
 
     def __getstate__(self) -> dict[str, object]:
         """For pickle, without the downloads: a copy does its own."""
-        downloads = ("_lock", "_downloads", "_queue", "_thread", "_starts", "_small", "_holed")
+        downloads = (
+            "_lock", "_downloads", "_queue", "_thread", "_starts", "_small", "_holed", "parsed",
+        )  # fmt: skip
         return {name: value for name, value in vars(self).items() if name not in downloads}
 
     def __setstate__(self, state: dict[str, object]) -> None:

@@ -6,7 +6,7 @@ from adapterkit.adapters.peft import scan_adapter
 from adapterkit.adapters.record import Adapter, Lora, rank_mismatch
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.shards import weight_files
-from adapterkit.checkpoint.spec import Scan
+from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, shown
 from adapterkit.options import no_progress
 from adapterkit.records import Json
@@ -58,7 +58,7 @@ def _modules(
     typed: bool,
     base: Folder | None,
     with_factors: bool,
-    scan: Scan,
+    scan: Checkpoint,
     progress: "Progress",
     spectra: "dict[str, Tensor] | None",
 ) -> list[Json]:
@@ -104,7 +104,9 @@ def _adapter_keys(adapter: Adapter) -> Json:
     return printable(keys)
 
 
-def _module(adapter: Adapter, lora: Lora, joined: "Join | None", typed: bool, scan: Scan) -> Json:
+def _module(
+    adapter: Adapter, lora: Lora, joined: "Join | None", typed: bool, scan: Checkpoint
+) -> Json:
     """One adapted module from its header and the config, without statistics of its factors."""
     at, stored = (lora.module, lora.depth), lora.a.shape[0]
     parameter, experts = None, None
@@ -130,7 +132,7 @@ def _module(adapter: Adapter, lora: Lora, joined: "Join | None", typed: bool, sc
 
 
 def _rank_alpha_scale(
-    adapter: Adapter, lora: Lora, parameter: str | None, scan: Scan
+    adapter: Adapter, lora: Lora, parameter: str | None, scan: Checkpoint
 ) -> tuple[int | None, float | None, float | None]:
     """Rank, alpha and scale by the config, whose patterns match the name of the module, or of its
     parameter where target_parameters names it; None where they are ambiguous or a pattern is

@@ -10,8 +10,8 @@ from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import Header, TensorSpec
 from adapterkit.checkpoint.shards import pickles, weight_files
-from adapterkit.checkpoint.spec import Scan, scan_checkpoint
-from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
+from adapterkit.checkpoint.spec import Checkpoint, scan_checkpoint, scan_files
+from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, shown
 from adapterkit.gguf.header import FLOATS, HEAD, GgufFiles, read_model
 from adapterkit.planning.inputs.model_checkpoint import one_file_of
 from adapterkit.records import Json
@@ -46,19 +46,17 @@ def inspect_base(folder: Folder, headers: bool) -> Json:
 
 def inspect_gguf(files: GgufFiles) -> Json:
     """inspect's result for a model in GGUF; its dtypes are ggml's types."""
-    scan, first = Scan(files.folder), None
-    try:
+    errors, headers, first = Problems(), {}, None
+    with errors.collected():
         first, headers = read_model(files)
-    except AdapterkitError as error:
-        scan.errors.include(error)
-        scan.readable, headers = False, {}
-    for name in files.names:
-        entries = headers[name].tensors if name in headers else None
-        specs = (
-            TensorSpec(one.name, one.type, one.shape, name, one.start, one.stop)
-            for one in entries or ()
-        )
-        scan.shards[name] = None if entries is None else Header(headers[name].raw, (*specs,), {})
+    shards: dict[str, Header] = {}
+    for name, header in headers.items():
+        specs = [TensorSpec(t.name, t.type, t.shape, name, t.start, t.stop) for t in header.tensors]
+        shards[name] = Header(header.raw, tuple(specs), {})
+    tensors = {spec.key: spec for header in shards.values() for spec in header.tensors}
+    unread = tuple(name for name in files.names if name not in shards)
+    more = {"unread": unread, "readable": first is not None}
+    scan = Checkpoint(files.folder, shards, tensors, None, None, {}, {}, errors, **more)
     blocks = sorted({spec.dtype for spec in scan.tensors.values()} - {*FLOATS})
     found = {"found": f"blocks of GGUF: {', '.join(blocks)}", "config": None} if blocks else None
     metrics: Json = {"quantization": found}
@@ -75,8 +73,9 @@ def inspect_gguf(files: GgufFiles) -> Json:
 def inspect_file(folder: Folder) -> Json:
     from adapterkit.formats.detect import in_another_layout, no_model
 
-    scan, other = Scan(folder), in_another_layout(folder)
-    scan.header(other.container.file if other is not None else next(iter(folder.files())))
+    other = in_another_layout(folder)
+    name = other.container.file if other is not None else next(iter(folder.files()))
+    scan = scan_files(folder, [name], 0, Problems())
     model = one_file_of(folder) if other is None else None
     quantization = _quantization(scan)
     check_tensors(scan, mixed=quantization is not None)
@@ -95,16 +94,16 @@ def _of_images(model: "OneFileModel") -> Json:
     return {"classes": [*model.parts], "model_type": model.architecture}
 
 
-def add_problem(scan: Scan, problem: str, expected: str, hint: str, where: str = "") -> None:
+def add_problem(scan: Checkpoint, problem: str, expected: str, hint: str, where: str = "") -> None:
     scan.errors.include(
         Damaged(problem, expected=expected, where=where or scan.folder.name, hint=hint)
     )
 
 
-def _check_files(scan: Scan) -> None:
+def _check_files(scan: Checkpoint) -> None:
     """Files that may be mistaken for the model's weights, a missing config, a wrong total_size."""
     files = scan.folder.files()
-    stray = [name for name in weight_files(scan.folder) if name not in scan.shards]
+    stray = [name for name in weight_files(scan.folder) if name not in {*scan.shards, *scan.unread}]
     if stray:
         problem = f"weights that are not part of the model: {some_names(stray)}"
         hint = "nothing, if nothing loads them; else move them away"
@@ -122,15 +121,15 @@ def _check_files(scan: Scan) -> None:
         add_problem(scan, f"total_size {shown(total)}", expected, hint, where)
 
 
-def check_pickles(scan: Scan, beside: str) -> None:
+def check_pickles(scan: Checkpoint, beside: str) -> None:
     pickled = pickles(scan.folder)
-    if pickled and scan.shards:  # without other weights there is a refusal already
+    if pickled and (scan.shards or scan.unread):  # without other weights there is a refusal already
         problem = f"pickles beside {beside}: {some_names(pickled)}"
         hint = "remove them: loading a pickle runs the code in it"
         add_problem(scan, problem, "safetensors files", hint)
 
 
-def check_tensors(scan: Scan, *, mixed: bool) -> None:
+def check_tensors(scan: Checkpoint, *, mixed: bool) -> None:
     """Empty tensors, and floats of several dtypes unless quantization accounts for them."""
     tensors = scan.tensors.values()
     empty = [spec.key for spec in tensors if 0 in spec.shape]
@@ -147,7 +146,7 @@ def check_tensors(scan: Scan, *, mixed: bool) -> None:
         add_problem(scan, f"floats of several dtypes: {counts}", "one dtype", hint)
 
 
-def _tied(scan: Scan, gaps_known: bool) -> Json:
+def _tied(scan: Checkpoint, gaps_known: bool) -> Json:
     setting = _nested_flag(scan.config, "tie_word_embeddings")
     heads = [key for key in scan.tensors if HEAD_KEY.search(key)]
     if setting is True and any(key.endswith("lm_head.weight") for key in heads):
@@ -165,16 +164,16 @@ def _tied(scan: Scan, gaps_known: bool) -> Json:
     return {"config": setting, "head_stored": bool(heads)}
 
 
-def _loads(scan: Scan) -> Json | None:
+def _loads(scan: Checkpoint) -> Json | None:
     """The class that transformers loads, with counts of what it does not find; None where it does
     not know the model."""
     from adapterkit.weights.loading import gaps_of  # of torch
 
     try:
-        gaps = gaps_of(scan.checkpoint())
+        gaps = gaps_of(scan)
     except AdapterkitError:  # an unknown model, or a format of which no weights are known
         return None
-    scan.errors += gaps.errors()
+    scan.errors.extend(gaps.errors())
     return {
         "class": gaps.class_name,
         "missing": len(gaps.missing),
@@ -195,9 +194,9 @@ def _nested_flag(config: dict, key: str) -> bool | None:
     return next((value for value in values if isinstance(value, bool)), None)
 
 
-def _quantization(scan: Scan) -> Json | None:
+def _quantization(scan: Checkpoint) -> Json | None:
     try:
-        check_not_quantized(scan.checkpoint())
+        check_not_quantized(scan)
     except Refused as error:
         configs = (scan.config.get(key) for key in CONFIG_KEYS)
         config = next((config for config in configs if isinstance(config, dict)), None)
@@ -206,17 +205,14 @@ def _quantization(scan: Scan) -> Json | None:
     return None
 
 
-def new_result(kind: str, scan: Scan) -> Json:
+def new_result(kind: str, scan: Checkpoint) -> Json:
     """The keys that all kinds have, in the order of the schema."""
     files = scan.folder.files()
-    tensors = [spec for header in scan.headers for spec in header.tensors]
+    tensors = [spec for header in scan.shards.values() for spec in header.tensors]
+    counts = {name: len(header.tensors) for name, header in scan.shards.items()}
     shards = [
-        {
-            "file": name,
-            "bytes": files.get(name, 0),
-            "tensors": None if header is None else len(header.tensors),
-        }
-        for name, header in scan.shards.items()
+        {"file": name, "bytes": files.get(name, 0), "tensors": counts.get(name)}
+        for name in sorted({*counts, *scan.unread})
     ]
     return {
         "inspect": VERSION,
@@ -234,7 +230,7 @@ def new_result(kind: str, scan: Scan) -> Json:
     }
 
 
-def finish_result(scan: Scan, modules: list[Json] | None = None) -> Json:
+def finish_result(scan: Checkpoint, modules: list[Json] | None = None) -> Json:
     """The last keys of all kinds: problems, each once, and modules."""
     distinct = {str(error): error for error in scan.errors}.values()
     problems = [error.row() for error in distinct]

@@ -369,7 +369,7 @@ def read_settings(folder: Folder) -> Json:
         )
     where, hint = f"{folder.label}/{CONFIG}", "run `adapterkit arrow` again"
     Problems(records.problems(SETTINGS, settings, where, hint=hint, kind=Damaged)).raise_all()
-    return settings
+    return dict(settings)
 
 
 def read(folder: Folder, settings: Json, names: list[str]) -> StoredRouter:

@@ -156,6 +156,11 @@ class Stage:
             self.lock.release()
             self.control.rmdir()
 
+    @property
+    def is_new(self) -> bool:
+        """Whether neither an output nor a run's work is there."""
+        return not any(map(os.path.lexists, (self.out, self.receipt, self.control)))
+
     def state(self, fingerprint: str, *, resume: bool, overwrite: bool) -> str:
         """'fresh', 'resume', 'publish' (only the final names are missing) or 'finished'.
 

@@ -68,6 +68,10 @@ class HubStage(Stage):
         self._noting = threading.Lock()
         self._gone: dict[str, Uploaded | CopiedFile] | None = None  # once the journal is read
 
+    @property
+    def is_new(self) -> bool:
+        return False  # the place on the Hub has been looked at
+
     def state(self, fingerprint: str, *, resume: bool, overwrite: bool) -> str:
         """As of a folder; what another job left on the Hub is replaced by the commit."""
         entries = self.journal()

@@ -114,7 +114,9 @@ def _similar_path(text: str) -> str:
 def open_model(text: StrPath) -> Folder:
     """The folder of a model. A `.safetensors` file stands for the checkpoint that it is part of, or
     is it, with the config and the tokenizer beside it. `Refused` for an adapter."""
-    folder = _open_model(text)
+    folder = open_source(text)
+    if _is_weights(folder) and not folder.single.startswith(NOT_A_MODEL):
+        folder = _model_of(folder)
     if MODEL_CONFIG in folder.files():
         return folder
     # here, so that headers of models are read without torch
@@ -126,10 +128,8 @@ def open_model(text: StrPath) -> Folder:
     return folder
 
 
-def _open_model(text: StrPath) -> Folder:
-    folder = open_source(text)
-    if not _is_weights(folder) or folder.single.startswith(NOT_A_MODEL):
-        return folder
+def _model_of(folder: OneFile) -> Folder:
+    """The model that a file of weights is part of, or is."""
     whole, here = folder.whole(), folder.beside()
     indexes = [read_json(whole, name) for name in here if name.endswith(INDEX)]
     named = [

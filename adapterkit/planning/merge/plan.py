@@ -265,7 +265,7 @@ def _scan_adapters(
     for number, (folder, _) in enumerate(sources, start=1):
         adapter, scan, is_typed = scan_adapter(folder, number)
         errors += scan.errors
-        if is_typed and scan.headers:
+        if is_typed and scan.shards:
             adapters.append(adapter)
     return adapters, errors
 

@@ -38,7 +38,7 @@ def model_files(
     base's files that do not hold for the output."""
     prefix = f"{folder}/" if folder else ""
     files: Files = {}
-    layers = _layer_folders(base)
+    layers = _layer_folders(base) if "modules.json" in base.files else ()
     for name in base.files:
         if (not is_weights(name) or name.startswith(layers)) and name not in NOT_COPIED:
             files[name] = CopyFile(0, name)
@@ -62,8 +62,6 @@ def is_weights(name: str) -> bool:
 def _layer_folders(base: Checkpoint) -> tuple[str, ...]:
     """Subfolders with further layers of the model and weights of their own: those that the
     modules.json of sentence-transformers names (`2_Dense/`)."""
-    if "modules.json" not in base.files:
-        return ()
     try:
         layers = nested_json(base.folder.read("modules.json", 0, base.files["modules.json"]))
     except ValueError:
