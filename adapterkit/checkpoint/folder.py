@@ -107,7 +107,7 @@ def parsed(folder: Folder, key: tuple[str, str], parse: Callable[[], tuple[int, 
     if key in kept:
         return kept[key][1]
     size, value = parse()
-    if size + sum(size for size, _ in kept.values()) <= MOST_PARSED:
+    if size + sum(size for size, _ in [*kept.values()]) <= MOST_PARSED:  # other threads add more
         kept[key] = size, value
     return value
 

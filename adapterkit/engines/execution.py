@@ -15,7 +15,6 @@ from adapterkit.engines.one_file import stage_of
 from adapterkit.errors import Refused, shown
 from adapterkit.execute import FolderCheck, Push, check_place, output_names, run
 from adapterkit.hub.ids import is_on_hub
-from adapterkit.hub.pins import are_pinned
 from adapterkit.options import parse_size
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt, fingerprint_of
@@ -26,11 +25,11 @@ from adapterkit.run_options import ENGINES, RunOptions
 def pinned_inputs(how: RunOptions) -> AbstractContextManager[object]:
     """Inputs of a job that ends on the Hub stay at the commits of its first run, from its plan to
     its end: within such a block another one does nothing."""
-    if not is_on_hub(how.out) or are_pinned():
+    if not is_on_hub(how.out):
         return nullcontext()
-    from adapterkit.engines.hub import output as hub_output
+    from adapterkit.engines.hub import output
 
-    return hub_output.pinned_inputs(how.out, resume=how.resume)
+    return output.pinned_inputs(how.out, resume=how.resume)
 
 
 def as_it_runs(plan: Plan, call: RunOptions) -> Plan:
@@ -53,7 +52,7 @@ def execute(
 
     check_out(plan, how)
     if push is not None:
-        check_pushes(plan, how, push)
+        check_push_of(plan, how, push)
     if is_on_hub(how.out):
         from adapterkit.engines.hub.output import run_to_hub
 
@@ -95,24 +94,22 @@ def with_verified(receipt: Receipt, check: FolderCheck | None) -> Receipt:
     return receipt
 
 
-def check_pushes(plan: Plan, how: RunOptions, *repositories: str | None) -> None:
-    """`Refused` where the output of a plan could not be pushed to one of these."""
-    wanted = dict.fromkeys(filter(None, repositories))
-    if not wanted:  # the recipe of a large plan takes its time
+def check_push_of(plan: Plan, how: RunOptions, repository: str | None) -> None:
+    """`Refused` where the output of a plan could not be pushed there."""
+    if repository is None:  # the recipe of a large plan takes its time
         return
     from adapterkit.hub.push import check_push
 
     receipt = receipt_beside(Path(how.out).name) if plan.is_file else RECEIPT
     names, job = output_names(plan, receipt), fingerprint_of(plan.recipe())
-    for repo in wanted:
-        check_push(repo, names, plan.folders, receipt, overwrite=how.overwrite, job=job)
+    check_push(repository, names, plan.folders, receipt, overwrite=how.overwrite, job=job)
 
 
-def pushed(receipt: Receipt, how: RunOptions, *repositories: str | None) -> Receipt:
-    """The receipt of a finished output that is sent to these."""
+def pushed(receipt: Receipt, how: RunOptions, repository: str | None) -> Receipt:
+    """The receipt of a finished output that is sent there."""
     from adapterkit.hub.push import send
 
-    for repository in dict.fromkeys(filter(None, repositories)):
+    if repository is not None:
         receipt.data["pushed"] = send(Path(receipt.out), repository, overwrite=how.overwrite)
     return receipt
 

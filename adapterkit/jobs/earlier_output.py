@@ -121,13 +121,6 @@ def can_go_on(place: Location, plan: Plan, overwrite: bool) -> bool:
     return bool(entries) and entries[0].get("recipe") == recipe
 
 
-def check_room(place: Location, plan: Plan, overwrite: bool) -> None:
-    """`Refused` where the output cannot be written anew at its place."""
-    if not place.repository:  # the Hub is asked when it is carried out
-        stage = stage_of(plan, Path(place.path))
-        stage.state(fingerprint_of(plan.recipe()), resume=False, overwrite=overwrite)
-
-
 def inputs_digest(plan: Plan) -> str:
     """A short hash of the identities of all local files that a plan reads: it changes when one is
     written again, whatever is in it."""

@@ -53,8 +53,8 @@ class Finish(Verb["Receipt"]):
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
     def run(self) -> "Receipt":
-        from adapterkit.engines.execution import check_out, check_pushes, pushed, with_verified
-        from adapterkit.engines.ranks.finish import RankFinish
+        from adapterkit.engines.execution import check_out, check_push_of, pushed, with_verified
+        from adapterkit.engines.ranks.finish import finish_ranks
         from adapterkit.jobs.plan_file import again, read_plan
 
         plan_file = read_plan(self.file)
@@ -63,13 +63,13 @@ class Finish(Verb["Receipt"]):
         more |= {"progress": self.progress, "overwrite": self.overwrite}
         verb = replace(plan_file.verb, resume=True, **more)
         missing = command("adapterkit run", self.file)
-        end = RankFinish(plan_file.job, missing, self.verify and not recomputes)
         with again(verb):
             plan = verb.plan()
-            check_pushes(plan, verb, self.push)
+            check_push_of(plan, verb, self.push)
             check = verb.check(plan)
             check_out(plan, verb)
-            receipt = end.finish(plan, verb, check)
+            verify = self.verify and not recomputes
+            receipt = finish_ranks(plan, plan_file.job, verb, missing, check, verify=verify)
         return with_verified(pushed(receipt, verb, self.push), check)
 
 

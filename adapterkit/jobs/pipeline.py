@@ -13,17 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.commands import command
-from adapterkit.engines.execution import check_pushes, pinned_inputs, pushed
+from adapterkit.engines.execution import check_push_of, pinned_inputs, pushed
+from adapterkit.engines.one_file import stage_of
 from adapterkit.engines.planned_folder import PlannedFolder, planned_folder
 from adapterkit.errors import AdapterkitError, Interrupted, Problems, Refused, listed, shown
-from adapterkit.jobs.earlier_output import (
-    Older,
-    can_go_on,
-    check_room,
-    inputs_digest,
-    is_pushed,
-    older_output,
-)
+from adapterkit.execute import check_place
+from adapterkit.jobs.earlier_output import Older, can_go_on, inputs_digest, is_pushed, older_output
 from adapterkit.jobs.pipeline_file import Location, PipelineStep, StepSource, read_pipeline
 from adapterkit.jobs.report import Row, outcome, refusal, report, sent
 from adapterkit.options import Progress
@@ -228,8 +223,9 @@ class _Pipeline:
         if older is not None:
             self._check_own(older, step.place.out)
         overwrite = self.overwrite or older is not None or pushed is not None
-        if not resume:
-            check_room(step.place, plan, self.overwrite or older is not None)
+        if not resume and not step.place.repository:  # the Hub is asked when it is carried out
+            stage, own = stage_of(plan, Path(step.place.path)), older is not None
+            check_place(stage, plan, resume=False, overwrite=self.overwrite or own)
         return Mode(resume=resume, overwrite=overwrite)
 
     def _check_own(self, older: Older, where: str) -> None:
@@ -258,7 +254,7 @@ class _Pipeline:
                 plan = verb.plan()
             entry = {"file": shown(self.file.name), "id": self.id, "inputs": inputs_digest(plan)}
             plan = replace(plan, decisions=plan.decided() | {"pipeline": entry})
-            check_pushes(plan, verb, step.push)
+            check_push_of(plan, verb, step.push)
             done = verb.carry_out(plan, push=False)
             return outcome(pushed(done, verb, step.push) if isinstance(done, Receipt) else done)
 

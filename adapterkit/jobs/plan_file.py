@@ -18,7 +18,7 @@ from adapterkit.checkpoint.folder import read_small
 from adapterkit.checkpoint.strict import MAX_JSON, nested_json, strict_json
 from adapterkit.commands import command
 from adapterkit.engines.execution import check_out
-from adapterkit.engines.ranks.job_identity import Preparation, RankJob
+from adapterkit.engines.ranks.job_identity import RankJob, prepare_ranks
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import is_on_hub, parse
@@ -61,11 +61,10 @@ def write_plan(file: StrPath, verb: str, *sources: object, **options: object) ->
     arguments = _portable(given, path)
     call = record(**arguments, overwrite=given.overwrite)
     _check_room(path, call.overwrite, Path(call.out))
-    preparation, plan = Preparation(), call.plan()
+    plan = call.plan()
     check_out(plan, call)
-    plan = preparation.prepare(plan, call)
-    assert preparation.job is not None
-    job, needs = preparation.job, plan.needs()
+    job, needs = RankJob.of(plan, call.hash), plan.needs()
+    plan = prepare_ranks(plan, job, call)
     _write(
         path,
         {

@@ -1,7 +1,7 @@
 """An output that goes to the Hub, on bounded disk: `--out hf://org/name[@branch][:folder]`."""
 
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import PurePath
 
@@ -17,7 +17,7 @@ from adapterkit.execute import FolderCheck, check_place, output_names, run
 from adapterkit.hub.destination import Destination, parse_output
 from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.ids import HubId, place_on_hub
-from adapterkit.hub.pins import pinned
+from adapterkit.hub.pins import are_pinned, pinned
 from adapterkit.options import StrPath, parse_size
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt, earlier_repositories
@@ -27,6 +27,8 @@ from adapterkit.run_options import RunOptions
 def pinned_inputs(out: StrPath, *, resume: bool) -> AbstractContextManager[object]:
     """Revisions of inputs are read at the commits of the run that is resumed; those of a new run
     are noted."""
+    if are_pinned():
+        return nullcontext()
     hub_id = place_on_hub(out)
     return pinned(pins_before(hub_id) if resume and hub_id else {})
 

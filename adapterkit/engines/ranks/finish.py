@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from adapterkit.checkpoint.folder import LocalFolder
@@ -24,94 +24,90 @@ from adapterkit.records import Json
 from adapterkit.run_options import RunOptions
 
 
-@dataclass
-class RankFinish:
-    """The end of ranks: the output of their files; `command` is what makes missing ones. With
+def finish_ranks(
+    plan: Plan,
+    job: RankJob,
+    execution: RunOptions,
+    missing: str,
+    check: FolderCheck | None = None,
+    push: Push | None = None,
+    *,
+    verify: bool = False,
+) -> Receipt:
+    """The receipt of the output of the files that ranks have made. `missing`: the command that
+    makes those that are not there; `check` looks at the finished folder, `push` sends it. With
     `verify` all hashes are checked before the folder gets its name."""
+    job.check(plan)
+    stage = stage_of(plan, Path(execution.out))
+    worked, hashed = 0.0, execution.hash == "sha256"
+    if stage.state(job.fingerprint, resume=True, overwrite=False) == "fresh":
+        raise no_stage(stage.path)
+    with stage:
+        head = (stage.journal() or [{}])[0]
+        ranks = RankStage(stage.control, job.digest, accepts=accepts(plan, hashed=hashed))
+        if ranks.exists():
+            head, worked = _adopt(plan, stage, ranks, head, missing, hashed=hashed)
+        elif head.get("ranks"):
+            raise no_stage(ranks.path)
+    device = head.get("device", "cpu")
+    if device != "cpu":  # of the ranks: this machine may have none
+        placement = Placement(device, device_totals(plan, all_cores()))
+        plan = replace(plan, placement=placement)
+    return run(
+        plan,
+        stage,
+        _nothing_left,
+        hash=execution.hash,
+        resume=True,
+        check=_both(check, verify),
+        push=push,
+        progress=execution.progress,
+        began=time.monotonic() - worked,
+    )
 
-    job: RankJob
-    command: str
-    verify: bool = False
 
-    def finish(
-        self,
-        plan: Plan,
-        execution: RunOptions,
-        check: FolderCheck | None = None,
-        push: Push | None = None,
-    ) -> Receipt:
-        """The receipt of a plan's output; `check` looks at the finished folder, `push` sends it."""
-        self.job.check(plan)
-        stage = stage_of(plan, Path(execution.out))
-        worked, hashed = 0.0, execution.hash == "sha256"
-        if stage.state(self.job.fingerprint, resume=True, overwrite=False) == "fresh":
-            raise no_stage(stage.path)
-        with stage:
-            head = (stage.journal() or [{}])[0]
-            ranks = RankStage(stage.control, self.job.digest, accepts=accepts(plan, hashed=hashed))
-            if ranks.exists():
-                head, worked = self._adopt(plan, stage, ranks, head, hashed=hashed)
-            elif head.get("ranks"):
-                raise no_stage(ranks.path)
-        device = head.get("device", "cpu")
-        if device != "cpu":  # of the ranks: this machine may have none
-            placement = Placement(device, device_totals(plan, all_cores()))
-            plan = replace(plan, placement=placement)
-        return run(
-            plan,
-            stage,
-            _nothing_left,
-            hash=execution.hash,
-            resume=True,
-            check=_both(check, self.verify),
-            push=push,
-            progress=execution.progress,
-            began=time.monotonic() - worked,
+def _adopt(
+    plan: Plan, stage: Stage, ranks: RankStage, head: Json, command: str, *, hashed: bool
+) -> tuple[Json, float]:
+    """Take over what the ranks made; the journal's first entry from now on, and the seconds
+    that the slowest of them took. `Refused` where files are missing."""
+    if reason := ranks.failure():
+        raise job_failed(reason, ranks)
+    files = {shard.file: shard for shard in plan.shards}
+    names = [*files]
+    markers = ranks.markers(names)
+    done = ranks.parts()
+    parts = {
+        name: tiling(done.get(name, ()), shard.size)
+        for name, shard in files.items()
+        if name not in markers
+    }
+    missing = [name for name, ranges in parts.items() if not ranges]
+    if missing:
+        raise Refused(
+            f"{len(missing)} of {len(names)} files are not there: {', '.join(missing)}",
+            expected="all files of the plan",
+            where=str(ranks.path),
+            hint=f"run the plan again, as one rank or as all\n{command}",
         )
-
-    def _adopt(
-        self, plan: Plan, stage: Stage, ranks: RankStage, head: Json, *, hashed: bool
-    ) -> tuple[Json, float]:
-        """Take over what the ranks made; the journal's first entry from now on, and the seconds
-        that the slowest of them took. `Refused` where files are missing."""
-        if reason := ranks.failure():
-            raise job_failed(reason, ranks)
-        files = {shard.file: shard for shard in plan.shards}
-        names = [*files]
-        markers = ranks.markers(names)
-        done = ranks.parts()
-        parts = {
-            name: tiling(done.get(name, ()), shard.size)
-            for name, shard in files.items()
-            if name not in markers
-        }
-        missing = [name for name, ranges in parts.items() if not ranges]
-        if missing:
-            raise Refused(
-                f"{len(missing)} of {len(names)} files are not there: {', '.join(missing)}",
-                expected="all files of the plan",
-                where=str(ranks.path),
-                hint=f"run the plan again, as one rank or as all\n{self.command}",
-            )
-        made = [part_name(name, *edges) for name, ranges in parts.items() for edges in ranges or ()]
-        blocks = [b.name for shard in files.values() for b in shard.block_files()]
-        check_one_kind([*markers.values(), *ranks.markers([*made, *blocks]).values()], ranks)
-        check_free(
-            max((b - a for some in parts.values() for a, b in (some or ())[1:]), default=0),
-            ranks.path,
-        )
-        for name, ranges in parts.items():
-            shard = files[name]
-            assert ranges is not None
-            join(ranks, shard, ranges, hashed=hashed)
-        ranks.leave()
-        markers = ranks.markers(names)
-        if len(markers) < len(names):
-            raise _gone(next(name for name in names if name not in markers))
-        head = {key: value for key, value in head.items() if key != "ranks"}
-        head["device"] = markers[names[0]]["device"]
-        adopt(stage, ranks, [head, *({"shard": entry["shard"]} for entry in markers.values())])
-        return head, seconds_of(markers.values())
+    made = [part_name(name, *edges) for name, ranges in parts.items() for edges in ranges or ()]
+    blocks = [b.name for shard in files.values() for b in shard.block_files()]
+    check_one_kind([*markers.values(), *ranks.markers([*made, *blocks]).values()], ranks)
+    check_free(
+        max((b - a for some in parts.values() for a, b in (some or ())[1:]), default=0), ranks.path
+    )
+    for name, ranges in parts.items():
+        shard = files[name]
+        assert ranges is not None
+        join(ranks, shard, ranges, hashed=hashed)
+    ranks.leave()
+    markers = ranks.markers(names)
+    if len(markers) < len(names):
+        raise _gone(next(name for name in names if name not in markers))
+    head = {key: value for key, value in head.items() if key != "ranks"}
+    head["device"] = markers[names[0]]["device"]
+    adopt(stage, ranks, [head, *({"shard": entry["shard"]} for entry in markers.values())])
+    return head, seconds_of(markers.values())
 
 
 def seconds_of(markers: Iterable[Json]) -> float:

@@ -63,31 +63,24 @@ def _inputs(plan: Plan) -> dict[str, list[int]]:
     return {f"{number} {name}": list(known) for (number, name), known in plan.identities.items()}
 
 
-@dataclass
-class Preparation:
-    """What a command with --plan does: refuses what cannot be done, makes the stage, and
-    leaves the files to ranks. `job` is there afterwards."""
-
-    job: RankJob | None = None
-
-    def prepare(self, plan: Plan, how: RunOptions) -> Plan:
-        """Make the stage; the plan, with what ranks need of the disk."""
-        job = self.job = RankJob.of(plan, how.hash)
-        plan = replace(plan, placement=Placement(room=room(plan.shards)))
-        stage = stage_of(plan, Path(how.out))
-        options = {"resume": False, "overwrite": how.overwrite}
-        stage.state(job.fingerprint, **options)  # refuses before anything is made
-        with stage:
-            stage.state(job.fingerprint, **options)
-            check_space(plan, plan.shards, stage)
-            head = {
-                "fingerprint": job.fingerprint,
-                "recipe": plan.recipe(),
-                "overwrite": stage.replaces,
-                "ranks": True,
-            }
-            prepare(stage, job.digest, [shard.file for shard in plan.shards], head)
-        return plan
+def prepare_ranks(plan: Plan, job: RankJob, how: RunOptions) -> Plan:
+    """Refuse what cannot be done, make the stage, and leave the files to ranks; the plan, with what
+    ranks need of the disk."""
+    plan = replace(plan, placement=Placement(room=room(plan.shards)))
+    stage = stage_of(plan, Path(how.out))
+    options = {"resume": False, "overwrite": how.overwrite}
+    stage.state(job.fingerprint, **options)  # refuses before anything is made
+    with stage:
+        stage.state(job.fingerprint, **options)
+        check_space(plan, plan.shards, stage)
+        head = {
+            "fingerprint": job.fingerprint,
+            "recipe": plan.recipe(),
+            "overwrite": stage.replaces,
+            "ranks": True,
+        }
+        prepare(stage, job.digest, [shard.file for shard in plan.shards], head)
+    return plan
 
 
 def check_one_kind(entries: Sequence[Json], stage: RankStage) -> None:

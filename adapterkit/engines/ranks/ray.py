@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from adapterkit import __version__, errors
 from adapterkit.checkpoint.output.rank_stage import RankStage
 from adapterkit.engines.device import pick_device
 from adapterkit.engines.one_file import stage_of
-from adapterkit.engines.ranks.finish import RankFinish
-from adapterkit.engines.ranks.job_identity import Preparation, RankJob
+from adapterkit.engines.ranks.finish import finish_ranks
+from adapterkit.engines.ranks.job_identity import RankJob, prepare_ranks
 from adapterkit.engines.ranks.parts import accepts, units
 from adapterkit.engines.ranks.rank import Heartbeat, Rank
 from adapterkit.errors import (
@@ -56,15 +57,16 @@ def run_on_ray(
     `Refused` without the package ray, where no cluster answers, and for a run to resume that was
     one machine's.
     """
-    end = RankFinish(job := RankJob.of(plan, how.hash), "the same command with --resume")
+    job = RankJob.of(plan, how.hash)
+    finish = partial(finish_ranks, plan, job, how, "the same command with --resume", check, push)
     state = _state(plan, job, how)
     if state == "finished":
-        return end.finish(plan, how, check, push)
+        return finish()
     with _connected(how.ray_address) as ray:
         cluster = _Cluster(ray, on_cuda=how.device.startswith("cuda"))
         cores, places = cluster.places()
         if state == "fresh":
-            Preparation().prepare(plan, how)
+            prepare_ranks(plan, job, how)
         try:
             cluster.run_ranks(plan, job, how, cores, places)
         except Unrecoverable:  # no rank can go on
@@ -74,7 +76,7 @@ def run_on_ray(
         except KeyboardInterrupt:
             where = str(stage_of(plan, Path(how.out)).control)
             raise Interrupted("stopped; finished files are kept", where=where, hint=AGAIN) from None
-    return end.finish(plan, how, check, push)
+    return finish()
 
 
 def _state(plan: Plan, job: RankJob, how: RunOptions) -> str:
