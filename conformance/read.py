@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapterkit.formats.detect import detect
-from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.library import formats
 from adapterkit.formats.modules.kinds import EXPERTS, FACTORS
 from adapterkit.formats.modules.parts import scaled_role
@@ -20,6 +19,7 @@ from adapterkit.formats.peft.dialects import arranged
 from adapterkit.planning.convert.source import named_base, read_contents
 from adapterkit.planning.inputs.sources import open_base, open_unconverted
 from adapterkit.verbs.convert import ConvertOptions
+from adapterkit.weights.plan_reader import PlanReader
 
 
 def contents_of(

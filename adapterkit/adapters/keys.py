@@ -4,14 +4,20 @@ import re
 from collections.abc import Collection, Mapping
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADDED_DELTAS = "added_deltas.safetensors"  # a conversion for a merge: deltas that are no factors
 INITIAL = "initial"  # subfolder of an adapter: the adapter before its training
 PREFIX = "base_model.model."
 FACTORS = {  # by the kind of the module, a and b
     "module": ("lora_A.weight", "lora_B.weight"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
-# the keys that no format but PEFT's own layout has: no experts, which it stores in several ways
-PLAIN = re.compile(rf"{re.escape(PREFIX)}(?!.*(?:experts|unembed))[^:]+\.lora_[AB]\.weight")
+# the keys that no format but PEFT's own layout has: no experts, which it stores in several ways;
+# no factors with the name of an adapter, as a trainer's state has them, and none of other types
+PLAIN = re.compile(
+    rf"{re.escape(PREFIX)}(?!.*(?:experts|unembed))(?:"
+    r"[^:]+\.(?:lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)|"
+    r"(?!.*\.(?:lora_|ranknum|hada_|lokr_|oft_|boft_|vera_|ia3_))[^:]+)"
+)
 BASE_LAYER = ".base_layer"  # in a path: the layer inside a wrapper
 BASE_LAYER_VALUE = re.compile(r"\.base_layer\.\w+$")  # a value of the layer right inside a wrapper
 TOKENS = ".token_adapter"  # in a path: the wrapper for trained rows

@@ -12,8 +12,6 @@ from adapterkit.adapters.config import (
     check_config,
     saved_modules,
 )
-from adapterkit.adapters.eight_bits import decoded
-from adapterkit.adapters.expert_order import order_problem
 from adapterkit.adapters.keys import (
     BASE_LAYER_VALUE,
     CONFIG,
@@ -62,8 +60,10 @@ def scan_adapter(
     if typed and scan.shards:
         scan.errors.extend(_check_config_against_file(keys, scan.config, folder.name))
     adapter = replace(adapter, loras=loras)
-    if typed and not as_stored and (error := order_problem(adapter)) is not None:
-        scan.errors.append(error)
+    if typed and not as_stored and any(map(adapter.is_stack, adapter.loras)):
+        from adapterkit.adapters.expert_order import order_problem
+
+        scan.errors.extend(filter(None, [order_problem(adapter)]))
     for error in scan.errors:
         locate(error, folder)
     return adapter, scan, typed
@@ -102,7 +102,11 @@ def _read(
     scan = scan_files(folder, {WEIGHTS} & files.keys(), number, errors, config)
     header = scan.shards.get(WEIGHTS)
     scan = replace(scan, readable=header is not None and config is not None)
-    tensors = decoded(scan.tensors) if eight_bits else scan.tensors
+    tensors = scan.tensors
+    if eight_bits:
+        from adapterkit.adapters.eight_bits import decoded
+
+        tensors = decoded(tensors)
     keys = _classify_keys(tensors, scan.errors, f"{folder.name}/{WEIGHTS}", roles)
     tokens = (
         () if config is None or header is None else _tokens(keys, config, scan.errors, folder.name)

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.keys import WEIGHTS
+from adapterkit.adapters.keys import ADDED_DELTAS, WEIGHTS
 from adapterkit.checkpoint.folder import Folder, LocalFolder, temporary_folder
 from adapterkit.checkpoint.header import FIRST_READ
 from adapterkit.checkpoint.output.stage import RECEIPT
@@ -15,9 +15,6 @@ from adapterkit.checkpoint.strict import read_json
 from adapterkit.engines.planned_folder import PlannedFolder, planned_folder
 from adapterkit.errors import Refused
 from adapterkit.records import Json
-
-# what a conversion for a merge makes of deltas that are no plain factors
-ADDED_DELTAS = "added_deltas.safetensors"
 
 if TYPE_CHECKING:
     from adapterkit.plan import Plan

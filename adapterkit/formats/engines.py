@@ -4,14 +4,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from adapterkit import records
 from adapterkit.commands import command, filled
 from adapterkit.errors import Damaged
-from adapterkit.formats.library import read_files
-from adapterkit.formats.schema import Format
+from adapterkit.formats.tables import read_files
 from adapterkit.records import Json
+
+if TYPE_CHECKING:
+    from adapterkit.formats.schema import Format
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Client:
     rules: tuple[ModuleRule, ...] = ()
     like: str = ""  # another one, whose rules hold too
 
-    def reads(self, form: Format) -> bool:
+    def reads(self, form: "Format") -> bool:
         """Whether it reads files of a format as they are."""
         return form.name == self.format or self.title in form.clients
 
@@ -66,7 +68,7 @@ class Client:
 @cache
 def engines() -> Mapping[str, Client]:
     """Every one by name."""
-    known = read_files("engines", _client)
+    known = read_files(_client, "engines")
     more = {name: known[one.like].rules for name, one in known.items() if one.like}
     return {
         name: replace(one, rules=(*one.rules, *more.get(name, ()))) for name, one in known.items()

@@ -1,37 +1,25 @@
 """The formats and architectures that the package has: TOML files, read once."""
 
-import re
-import tomllib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
-from pathlib import Path
-from typing import TypeVar
 
 from adapterkit.commands import LIST_FORMATS
 from adapterkit.errors import Damaged, Refused, did_you_mean, listed, shown
 from adapterkit.formats.schema import Architecture, Format, architecture_from, format_from
+from adapterkit.formats.tables import files, read_files
 
-R = TypeVar("R")
 ARCHITECTURES = "architectures"
-
-
-@cache
-def folder() -> Path:
-    """Where the TOML files are: in the installed package, or beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    installed = package / "_formats"
-    return installed if installed.is_dir() else package.parent / "formats"
 
 
 def names() -> list[str]:
     """The names of all formats, without reading them."""
-    return sorted(path.stem for path in folder().glob("*.toml"))
+    return [path.stem for path in files()]
 
 
 @cache
 def described() -> dict[str, Format]:
     """Every format by name, without torch, and so without a look at its steps; for the help."""
-    return {path.stem: _read(path, format_from) for path in _files(folder())}
+    return read_files(format_from)
 
 
 @cache
@@ -49,7 +37,7 @@ def formats() -> dict[str, Format]:
 @cache
 def one_file() -> Format:
     """Where the parts of image and video models are in files that hold them whole."""
-    return _read(folder() / "checkpoints" / "one-file.toml", format_from)
+    return read_files(format_from, "checkpoints")["one-file"]
 
 
 def written_formats() -> list[str]:
@@ -62,7 +50,7 @@ def architectures() -> dict[str, Architecture]:
     """Every architecture by name. `Damaged` as for formats."""
     from adapterkit.formats.modules.rows import ORDERS
 
-    known = read_files(ARCHITECTURES, architecture_from)
+    known = read_files(architecture_from, ARCHITECTURES)
     for name, one in known.items():
         rules = [rule for words in one.components.values() for rule in words.rules]
         tables = [table for rule in rules for table in (rule.steps, rule.columns)]
@@ -82,28 +70,6 @@ def format_named(name: str) -> Format:
             hint=did_you_mean([name], known) or LIST_FORMATS,
         )
     return known[name]
-
-
-def read_files(folder_name: str, record: Callable[[str, dict], R]) -> dict[str, R]:
-    """The records of a folder of TOML files, by name."""
-    return {path.stem: _read(path, record) for path in _files(folder() / folder_name)}
-
-
-def _files(place: Path) -> list[Path]:
-    return sorted(place.glob("*.toml"))
-
-
-def _read(path: Path, record: Callable[[str, dict], R]) -> R:
-    """The record of a file; `Damaged` with what is wrong in it."""
-    try:
-        return record(path.stem, tomllib.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, re.error) as error:  # no TOML, no UTF-8, too
-        raise Damaged(
-            shown(error),
-            expected="the words of adapterkit/formats/schema.py, each with a value of its type",
-            where=path.name,
-            hint="fix the file",
-        ) from error
 
 
 def _check_steps(steps: Iterable[Iterable[str]], known: Collection[str], where: str) -> None:

@@ -10,7 +10,7 @@ from adapterkit.adapters.eight_bits import notes_on
 from adapterkit.checkpoint.folder import Folder, place_of
 from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.capabilities import refused_by_name
-from adapterkit.formats.files.containers import Container, PlanReader
+from adapterkit.formats.files.containers import Container
 from adapterkit.formats.files.keys import Raw, raws_of
 from adapterkit.formats.files.templates import words_of
 from adapterkit.formats.library import architectures
@@ -36,6 +36,7 @@ from adapterkit.formats.modules.wide_inputs import check_shape
 from adapterkit.formats.one_file import OneFileModel
 from adapterkit.formats.scales import Scales
 from adapterkit.formats.schema import MODEL, Format
+from adapterkit.weights.plan_reader import PlanReader
 
 BASE = "base_model_name_or_path"
 OTHER_BASE = "check that the adapter was trained on this base"

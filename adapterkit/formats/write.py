@@ -9,7 +9,6 @@ from adapterkit.commands import LIST_FORMATS, ONE_PART
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.base_model import BaseFacts, architecture_of
 from adapterkit.formats.capabilities import OTHER_FORMAT, lacking, ways_out, word_of
-from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.files.templates import base_words, filled, numbers, settings_of
 from adapterkit.formats.library import architectures
 from adapterkit.formats.modules.experts import stack
@@ -26,6 +25,7 @@ from adapterkit.formats.scales import has_alpha, place_scales
 from adapterkit.formats.schema import MODEL, Format
 from adapterkit.formats.uniform_rank import uniform
 from adapterkit.records import Settings
+from adapterkit.weights.plan_reader import PlanReader
 
 NUMBERS = ("{rank}", "{alpha}")  # templates of metadata
 

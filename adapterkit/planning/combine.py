@@ -14,7 +14,6 @@ from adapterkit.combinations import ALIASES
 from adapterkit.combinations.protocol import Method
 from adapterkit.commands import PLAIN
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
-from adapterkit.formats.files.containers import PlanReader
 from adapterkit.kernels.lowrank.algebra import Product, gram
 from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import Plan
@@ -56,6 +55,7 @@ from adapterkit.records import Json
 from adapterkit.tasks import common
 from adapterkit.tasks.combine import CombinedFactors, Operand, Refit
 from adapterkit.verbs.combine import Combine
+from adapterkit.weights.plan_reader import PlanReader
 
 
 def plan_combine(options: Combine) -> Plan:

@@ -3,12 +3,11 @@ approximation of each delta, by its singular values."""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import CONFIG
-from adapterkit.adapters.kinds.common import Delta, Kind
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
@@ -40,6 +39,9 @@ from adapterkit.tasks.truncate import (
 )
 from adapterkit.verbs.resize import Resize
 from adapterkit.weights.names import Names
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.kinds.common import Delta, Kind
 
 
 def plan_resize(options: Resize) -> Plan:
@@ -118,7 +120,7 @@ class _ResizePlanner:
         plain = tuple(replace(lora, magnitude=None) for lora in adapter.loras)
         self.adapter = replace(adapter, loras=plain, config=adapter.config | {"use_dora": False})
 
-    def convert(self, kind: type[Kind], source: Folder) -> None:
+    def convert(self, kind: "type[Kind]", source: Folder) -> None:
         """An adapter of another type, as a LoRA."""
         if self.options.alpha == "keep":
             raise Refused(
@@ -138,7 +140,7 @@ class _ResizePlanner:
         return names_of(named, [adapter], self.notes)
 
     def _add(
-        self, name: str, delta: Delta, tail: tuple[int, ...], embedding: bool, module: str
+        self, name: str, delta: "Delta", tail: tuple[int, ...], embedding: bool, module: str
     ) -> None:
         kind = "embedding" if embedding else "module"
         place = Place.of_weight(module, (delta.shape[0], *tail), kind)

@@ -7,10 +7,9 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.factors import Factors
-from adapterkit.adapters.kinds.dora import DoRA
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.combinations.common import DenseDeltas, WeightedSum, add_pruned
 from adapterkit.combinations.protocol import Method
@@ -26,6 +25,9 @@ from adapterkit.tasks.metrics import short
 from adapterkit.tasks.statistics import covariance_errors, read_covariance, read_root, root_memory
 from adapterkit.tasks.truncate import energies_of, fit_metrics
 from adapterkit.weights.reader import Reader
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.kinds.dora import DoRA
 
 Delta = Product | Tensor  # Δ as left @ right in float64, or (out, in) float32
 
@@ -56,7 +58,7 @@ class Operand:
     number: int
     factors: Factors
     weight: float
-    dora: DoRA | None = None  # where its delta depends on the base's weight
+    dora: "DoRA | None" = None  # where its delta depends on the base's weight
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:

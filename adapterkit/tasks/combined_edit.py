@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.combinations.protocol import Method
@@ -19,6 +20,9 @@ from adapterkit.tasks.combine import Delta, ModuleSeeds, combined_delta
 from adapterkit.tasks.edits import Band, Block, PlacedFactors
 from adapterkit.weights.reader import Reader
 
+if TYPE_CHECKING:
+    from adapterkit.formats.modules.deltas import ModuleDelta
+
 
 @dataclass(frozen=True, slots=True)
 class WeightedDelta:
@@ -26,7 +30,7 @@ class WeightedDelta:
 
     weight: float
     factors: tuple[PlacedFactors, ...] = ()
-    other: ModuleDelta | None = None
+    other: "ModuleDelta | None" = None
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:

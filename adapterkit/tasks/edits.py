@@ -6,16 +6,19 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.formats.modules.deltas import ModuleDelta
 from adapterkit.kernels import rows as kernel
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import READ, Loaded, RowEdit
 from adapterkit.weights.reader import Reader
 from adapterkit.weights.slots import Positions, taken
+
+if TYPE_CHECKING:
+    from adapterkit.formats.modules.deltas import ModuleDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +277,7 @@ def _round(w: Tensor, dtype: torch.dtype) -> None:
 class AddDelta(RowEdit):
     """w += scale * delta, of any kind that does not depend on w, on these rows of the grid."""
 
-    delta: ModuleDelta
+    delta: "ModuleDelta"
     scale: float
     rows: Band
 

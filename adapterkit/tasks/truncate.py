@@ -8,11 +8,10 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors
-from adapterkit.adapters.kinds.common import Delta
 from adapterkit.checkpoint.fingerprint import metadata_with
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import laid_out
@@ -27,6 +26,9 @@ from adapterkit.tasks.common import FactorsTask
 from adapterkit.tasks.metrics import short
 from adapterkit.tasks.statistics import read_root, root_memory
 from adapterkit.weights.reader import Reader
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.kinds.common import Delta
 
 FLOAT_NOISE = 1e-6  # of the largest singular value: below it, float32 factors hold nothing
 # with --max-size no module gets more than this many times the rank that all could have alike:
@@ -144,7 +146,7 @@ class TruncatedFactors(FittedFactors):
 class ConvertedFactors(FittedFactors):
     """Of the delta of another type of adapter."""
 
-    delta: Delta = field(metadata=READ)
+    delta: "Delta" = field(metadata=READ)
 
     @property
     def full_rank(self) -> int:

@@ -7,7 +7,7 @@ import pytest
 
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.errors import AdapterkitError, Damaged, Refused
-from adapterkit.formats import library
+from adapterkit.formats import library, tables
 from adapterkit.formats.files.configs import (
     WORDS,
     config_bytes,
@@ -146,7 +146,7 @@ def test_a_file_of_the_library_that_is_wrong_says_what_is_known(
     head = 'title = "Acme"\nsources = []\n'
     head += "" if "/" in file else 'summary = "acme"\n'
     (tmp_path / file).write_text(head + text, "utf-8")
-    monkeypatch.setattr(library, "folder", lambda: tmp_path)
+    monkeypatch.setattr(tables, "folder", lambda: tmp_path)
     monkeypatch.setattr(library, "described", library.described.__wrapped__)
     known = library.architectures if "/" in file else library.formats
     with pytest.raises(Damaged, match=problem) as caught:

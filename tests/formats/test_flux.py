@@ -28,9 +28,9 @@ from torch import Tensor, nn
 import adapterkit
 from adapterkit.adapters.adapter_config import DeclaredScales
 from adapterkit.errors import Refused
-from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.modules.names import names_of
 from adapterkit.formats.modules.record import Contents
+from adapterkit.weights.plan_reader import PlanReader
 from tests.support.adapter_samples import contents_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.modules.record import Contents
+from adapterkit.weights.plan_reader import PlanReader
 from tests.support.adapter_samples import GOLDEN, contents_of, deltas
 
 DELTAS = GOLDEN.parent / "deltas"

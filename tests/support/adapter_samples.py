@@ -12,7 +12,6 @@ from torch import Tensor
 
 from adapterkit.checkpoint.output.stage import SUFFIX
 from adapterkit.formats.detect import detect
-from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.modules.kinds import COPY
 from adapterkit.formats.modules.parts import scaled_role
@@ -21,6 +20,7 @@ from adapterkit.formats.read import Reading, read
 from adapterkit.formats.schema import Format
 from adapterkit.planning.inputs.sources import open_base, open_unconverted
 from adapterkit.receipt import RECEIPT
+from adapterkit.weights.plan_reader import PlanReader
 from conformance import read as conformance_reader
 
 GOLDEN = Path(__file__).parents[1] / "formats" / "golden"

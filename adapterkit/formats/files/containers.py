@@ -1,14 +1,12 @@
 """The file of a format: its stored tensors and metadata, whatever its container."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adapterkit import dtypes
 from adapterkit.adapters.eight_bits import decoded
-from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to, place_of
+from adapterkit.checkpoint.folder import Folder, belonging_to
 from adapterkit.checkpoint.header import TensorSpec, read_header
-from adapterkit.checkpoint.reader import read_small
-from adapterkit.errors import Damaged, Unrecoverable, shown
 from adapterkit.gguf.adapter import read_adapter
 from adapterkit.gguf.header import ENDING
 from adapterkit.lazy import Tensor
@@ -34,58 +32,3 @@ def open_container(folder: Folder, file: str, number: int) -> Container:
         header = read_header(folder, file, number)
     tensors = decoded({spec.key: spec for spec in header.tensors})
     return Container(file, tensors, header.metadata, header.sha256)
-
-
-READ_ALONG = 4 << 20  # bytes of one request for factors: the next ones that are asked for follow
-
-
-class PlanReader:
-    """Reads stored tensors while a conversion is planned: alphas, and factors where the shapes of
-    the output depend on their values. Of a file on the Hub these ranges only."""
-
-    def __init__(self, folders: Sequence[Folder]):
-        self.folders = folders
-        self._data: dict[TensorSpec, bytes] = {}
-        self._range: tuple[tuple[int, str], int, bytes] | None = None  # the last: file, start, data
-
-    def prefetch(self, specs: Iterable[TensorSpec]) -> None:
-        """Read small tensors of one folder together."""
-        ordered = list(specs)
-        if ordered:
-            folder = self.folders[ordered[0].folder]
-            with belonging_to(folder):
-                self._data |= {spec: bytes(data) for spec, data in read_small(folder, ordered)}
-
-    def _read(self, spec: TensorSpec) -> bytes:
-        folder, file = self.folders[spec.folder], (spec.folder, spec.file)
-        if isinstance(folder, LocalFolder):
-            return folder.read(spec.file, spec.start, spec.stop)
-        known, first, data = self._range or (None, 0, b"")
-        if known != file or spec.start < first or spec.stop > first + len(data):
-            first = spec.start
-            data = folder.read(spec.file, first, max(spec.stop, first + READ_ALONG))
-            self._range = file, first, data
-        return data[spec.start - first : spec.stop - first]
-
-    def tensor(self, spec: TensorSpec) -> Tensor:
-        """The tensor in its own dtype. `Damaged` at the end of the file, `Unrecoverable` if it is
-        not finite."""
-        folder, data = self.folders[spec.folder], self._data.get(spec)
-        if data is None:
-            data = self._read(spec)
-        if len(data) != spec.nbytes:
-            raise Damaged(
-                f"{shown(spec.key)} has {len(data)} bytes",
-                expected=f"{spec.nbytes} bytes",
-                where=place_of(folder, spec.file),
-                hint="copy the file again",
-            )
-        value = dtypes.tensor_of(bytearray(data), spec.dtype, spec.shape)
-        if spec.dtype in dtypes.FLOATS and not value.isfinite().all():
-            raise Unrecoverable(
-                f"{shown(spec.key)} is not finite",
-                expected="finite values",
-                where=place_of(folder, spec.file),
-                hint="the training went wrong: take an earlier checkpoint",
-            )
-        return value

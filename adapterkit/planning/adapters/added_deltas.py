@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from adapterkit.adapters.keys import ADDED_DELTAS
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec, read_header
-from adapterkit.engines.converted_folder import ADDED_DELTAS, check_added_deltas
+from adapterkit.engines.converted_folder import check_added_deltas
 from adapterkit.formats.capabilities import depends_on_base
 from adapterkit.formats.modules.deltas import ModuleDelta
 from adapterkit.formats.modules.parts import matrix_shape

@@ -3,16 +3,19 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors
-from adapterkit.adapters.kinds.dora import DoRA
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import StoredParameter
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.kinds.dora import DoRA
 
 CHECK_BASE = "check that the adapter was trained on this base"
 
@@ -89,8 +92,10 @@ class BaseWeights:
         )
         return replace(weight, transposed=transposed)
 
-    def dora(self, factors: Factors) -> DoRA:
+    def dora(self, factors: Factors) -> "DoRA":
         """A module's delta; `Refused` where its factors do not fit the base."""
+        from adapterkit.adapters.kinds.dora import DoRA
+
         delta = DoRA(factors, self.of(factors.module, factors.kind == "embedding"))
         weight, magnitude = delta.weight, delta.magnitude.shape
         shape = weight.weight_shape[0], math.prod(weight.weight_shape[1:])

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from adapterkit.adapters.keys import CONFIG
-from adapterkit.adapters.kinds.common import AdaptedModule, Delta, Kind, read_kind
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
@@ -13,6 +13,9 @@ from adapterkit.commands import EXTRACT
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.planning.adapters.dora_deltas import CHECK_BASE, BaseWeights
 from adapterkit.registry import members
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.kinds.common import Delta, Kind
 
 FLATTENED = (
     "convolutions with flattened kernels look like linear layers here: give --base if the model "
@@ -25,18 +28,21 @@ class ModuleOfKind:
     """The delta of one module; `tail`: the axes of its weight after `out`."""
 
     module: str
-    delta: Delta
+    delta: "Delta"
     tail: tuple[int, ...]
     embedding: bool
 
 
-def kind_of(source: Folder, config: Mapping) -> type[Kind] | None:
+def kind_of(source: Folder, config: Mapping) -> "type[Kind] | None":
     """The type of an adapter; None for LoRA, and for what is no adapter. `Refused` for a type that
     is not known."""
-    peft_type, known = config.get("peft_type", "LORA"), members("adapters.kinds")
+    peft_type = config.get("peft_type", "LORA")
     name = peft_type.lower() if isinstance(peft_type, str) else ""
-    if name in known or name == "lora":
-        return known.get(name)
+    if name == "lora":
+        return None
+    known = members("adapters.kinds")
+    if name in known:
+        return known[name]
     raise Refused(
         f"peft_type {shown(repr(peft_type))}",
         expected=", ".join(["LORA", *map(str.upper, known)]),
@@ -46,10 +52,12 @@ def kind_of(source: Folder, config: Mapping) -> type[Kind] | None:
 
 
 def read_deltas(
-    kind: type[Kind], source: Folder, base: Checkpoint | None, notes: list[str], errors: Problems
+    kind: "type[Kind]", source: Folder, base: Checkpoint | None, notes: list[str], errors: Problems
 ) -> tuple[Adapter, list[ModuleOfKind]]:
     """An adapter as a LoRA's config sees it, and its deltas; pruned modules are left out, which a
     note says. What is refused of a module joins the errors."""
+    from adapterkit.adapters.kinds.common import AdaptedModule, read_kind
+
     if kind.needs_base and base is None:
         raise Refused(
             f"a {kind.name.upper()} adapter without its base: {kind.needs_base}",
@@ -89,7 +97,9 @@ def unknown_kernel(module: str) -> Refused:
     )
 
 
-def tail_of(module: str, delta: Delta, shape: Sequence[int] | None, where: str) -> tuple[int, ...]:
+def tail_of(
+    module: str, delta: "Delta", shape: Sequence[int] | None, where: str
+) -> tuple[int, ...]:
     """The axes of a weight after `out`, of the base's `shape` where that is known; `Refused` where
     it is another or nothing tells."""
     if shape is None:

@@ -18,6 +18,7 @@ from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.lazy import Tensor
 from adapterkit.tasks.combine import CombinedFactors, Refit
 from adapterkit.tasks.statistics import read_covariance, select_covariances
+from adapterkit.weights.plan_reader import PlanReader
 
 ALL = "all modules"
 MOST_NOTES = 3  # on weights of layers

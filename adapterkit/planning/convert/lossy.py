@@ -14,7 +14,6 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.commands import command
 from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.capabilities import depends_on_base, is_fitted, is_vector, lacking
-from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.modules.deltas import Fit, ModuleDelta
 from adapterkit.formats.modules.kinds import EXPERTS, FACTORS, PARAMETER, SHAPE
 from adapterkit.formats.modules.names import kernel_of
@@ -31,6 +30,7 @@ from adapterkit.planning.adapters.other_types import FLATTENED, read_deltas, unk
 from adapterkit.records import Json
 from adapterkit.tasks.metrics import short
 from adapterkit.weights.parameters import StoredParameter
+from adapterkit.weights.plan_reader import PlanReader
 
 DIFFERENCES = ("full", "modulation")
 RANKED = (FACTORS, EXPERTS, PARAMETER)

@@ -5,13 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 
+from adapterkit.adapters.keys import ADDED_DELTAS
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.commands import ONE_PART
-from adapterkit.engines.converted_folder import ADDED_DELTAS
 from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.capabilities import FIT_ON_BASE
 from adapterkit.formats.detect import Detection
-from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.library import format_named
 from adapterkit.formats.modules.fusing import Fusion, norm_problems
 from adapterkit.formats.modules.kinds import FACTORS, VALUE
@@ -28,6 +27,7 @@ from adapterkit.planning.adapters.added_deltas import AddedDelta, written
 from adapterkit.planning.convert.plan import plan_written, tasks_of
 from adapterkit.planning.convert.source import read_contents, with_axes_of
 from adapterkit.verbs.convert import ConvertOptions
+from adapterkit.weights.plan_reader import PlanReader
 
 LAYOUT = "peft"
 MATRIX = ("",)  # its name is the parameter's

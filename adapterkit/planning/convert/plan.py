@@ -17,7 +17,6 @@ from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.base_model import NamedBase, facts_of
 from adapterkit.formats.detect import Detection, detect
 from adapterkit.formats.files.configs import config_bytes
-from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.library import format_named, formats
 from adapterkit.formats.modules.deltas import Fit, fits_of
 from adapterkit.formats.modules.experts import split_experts
@@ -49,6 +48,7 @@ from adapterkit.planning.outputs.folder_files import Files
 from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.convert import ConvertedTensor, ConvertedTensors
 from adapterkit.verbs.convert import ConvertOptions
+from adapterkit.weights.plan_reader import PlanReader
 
 MOST = 100_000_000  # bytes of one file
 # weights, and no state of a trainer

@@ -13,7 +13,6 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.formats.base_model import NamedBase, facts_of
 from adapterkit.formats.detect import Detection, detect
-from adapterkit.formats.files.containers import PlanReader
 from adapterkit.formats.library import architectures
 from adapterkit.formats.modules.experts import stacks_of
 from adapterkit.formats.modules.fusing import Fusion, split
@@ -30,6 +29,7 @@ from adapterkit.planning.adapters.other_types import kind_of
 from adapterkit.planning.convert.lossy import read_fitted
 from adapterkit.verbs.convert import ConvertOptions
 from adapterkit.weights.names import TRANSPOSED, Names
+from adapterkit.weights.plan_reader import PlanReader
 
 
 def shape_problems(contents: Contents, base: Checkpoint | None) -> list[AdapterkitError]:

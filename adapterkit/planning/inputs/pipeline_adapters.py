@@ -14,12 +14,8 @@ from adapterkit.errors import AdapterkitError, Problems, Refused, listed
 from adapterkit.formats.detect import part_folders
 from adapterkit.formats.modules.record import LANGUAGE, Contents
 from adapterkit.options import Sources, StrPath, weighted
-from adapterkit.planning.inputs.converted_adapter import (
-    as_component,
-    contents_of,
-    in_adapter_layout,
-    is_plain,
-)
+from adapterkit.planning.convert.as_plain import as_component, contents_of
+from adapterkit.planning.inputs.converted_adapter import in_adapter_layout, is_plain
 from adapterkit.planning.inputs.pipeline import PART, Pipeline, PipelinePart
 from adapterkit.planning.inputs.sources import open_unconverted, weight_of
 from adapterkit.weights.decoded import decoded_view

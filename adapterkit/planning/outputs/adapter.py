@@ -9,7 +9,6 @@ from typing import cast
 from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
 from adapterkit.adapters.adapter_config import base_id, rank_settings, target_settings
-from adapterkit.adapters.expert_order import in_order_of_peft
 from adapterkit.adapters.factors import rank_and_scale
 from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key
 from adapterkit.adapters.record import Adapter
@@ -156,6 +155,9 @@ class Output:
     def config(self, metrics: dict[str, dict], grown: int = 0) -> bytes:
         """adapter_config.json for the ranks in the metrics; `Unrecoverable` where two parameters of
         one target have different ones."""
+
+        from adapterkit.adapters.expert_order import in_order_of_peft
+
         inherited = self.base_settings
         if inherited is None:
             first = self.adapters[0].config

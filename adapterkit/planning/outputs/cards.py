@@ -14,7 +14,6 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.calls import COMMAND
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.output.stage import RECEIPT
-from adapterkit.formats.engines import engines
 from adapterkit.hub.ids import portable_name
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -85,6 +84,9 @@ def adapter_card(
 ) -> str:
     """The card of an adapter for the base of that id, made from these adapters; `receipt`: its
     path, "" for none."""
+
+    from adapterkit.formats.engines import engines
+
     id = portable_name(base or "")
     metadata = [*_based_on([id], "adapter"), "library_name: peft"]
     how = " from the files" if receipt else ""

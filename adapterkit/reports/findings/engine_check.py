@@ -16,10 +16,10 @@ from adapterkit.formats.library import formats
 from adapterkit.formats.modules.record import AdapterModule, Contents
 from adapterkit.formats.schema import ADAPTER_LAYOUT
 from adapterkit.plan import Plan
+from adapterkit.planning.convert.as_plain import conversion_hint
 from adapterkit.planning.convert.plan import plan_contents
 from adapterkit.planning.convert.source import named_base, read_contents
 from adapterkit.planning.convert.verb import base_for
-from adapterkit.planning.inputs.converted_adapter import conversion_hint
 from adapterkit.planning.inputs.pipeline import is_pipeline, read_pipeline
 from adapterkit.planning.inputs.pipeline_adapters import split_adapters
 from adapterkit.planning.inputs.sources import open_adapter, open_model, open_unconverted

@@ -1,0 +1,147 @@
+"""An adapter in any format as one in PEFT's layout: a folder that stands for its conversion."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+from adapterkit.adapters.config import SLOWEST
+from adapterkit.adapters.eight_bits import notes_on
+from adapterkit.adapters.expert_order import is_of_unsloth, order_of, with_given
+from adapterkit.adapters.keys import CONFIG
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.commands import command
+from adapterkit.engines.converted_folder import ConvertedFolder
+from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.formats.detect import Detection, detect, in_another_layout
+from adapterkit.formats.library import format_named, formats
+from adapterkit.formats.modules.record import Contents
+from adapterkit.formats.one_file import OneFileModel
+from adapterkit.formats.peft.layout import write_layout
+from adapterkit.formats.schema import ADAPTER_LAYOUT, AdapterWords
+from adapterkit.planning.convert.one_file import plan_in_names_of, plan_with_others
+from adapterkit.planning.convert.plan import plan_contents, plan_convert, plan_written
+from adapterkit.planning.convert.source import named_base, read_contents, selected
+from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
+from adapterkit.verbs.convert import ConvertOptions
+
+T = TypeVar("T")
+
+
+def converted(
+    folder: Folder,
+    base: Folder | None,
+    file: OneFileModel | None,
+    *,
+    for_merge: bool,
+    expert_layout: str | None,
+) -> Folder:
+    """As `in_adapter_layout` has it, of an adapter that is not plain, or for a base that is an
+    image model in one file."""
+    try:
+        detection = detect(folder)
+    except AdapterkitError as error:
+        if CONFIG in folder.files() or isinstance(error, Refused):
+            return folder
+        raise
+    if file is not None:
+        plan = with_own_hints(lambda: plan_in_names_of(file, folder, detection))
+        return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
+    is_read = detection.form.layout == ADAPTER_LAYOUT and detection.form.adapter.is_read_by_peft
+    if for_merge and detection.config.get("peft_type") in ("LOHA", "LOKR"):
+        return _with_others(folder, detection)
+    if is_read and not notes_on(detection.container.tensors):
+        config = with_given(detection.config, expert_layout)
+        is_told = config is not detection.config and is_of_unsloth(config, folder)
+        if order_of(config) != SLOWEST and not is_told:
+            return folder
+    checkpoint = None if base is None else read_checkpoint(base, 1)
+    options = ConvertOptions(to=plain_layout(), expert_layout=expert_layout)
+    plan = with_own_hints(lambda: plan_convert(folder, options, checkpoint, detection=detection))
+    return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
+
+
+def _with_others(folder: Folder, detection: Detection) -> Folder:
+    """An adapter of another type in PEFT's layout, for a merge."""
+    options = ConvertOptions(to=plain_layout())
+    read = lambda: read_contents(folder, detection, options, None)
+    plan = with_own_hints(lambda: plan_with_others(folder, read(), options))
+    if plan is None:
+        return folder
+    plan = replace(plan, notes=())  # on files beside it, which no merge copies
+    return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
+
+
+def with_own_hints(read: Callable[[], T]) -> T:
+    """What it reads or plans; errors' hints are those of any verb."""
+    try:
+        return read()
+    except AdapterkitError as error:
+        for one in getattr(error, "errors", (error,)):
+            one.hint = conversion_hint(one.hint, plain_layout())
+        raise
+
+
+def with_part_names(folder: Folder, contents: Contents) -> ConvertedFolder:
+    """An adapter as a folder in PEFT's layout, the names of its modules with that of their part of
+    the pipeline in front."""
+    modules = tuple(replace(m, name=m.path, component="") for m in contents.modules)
+    plain = replace(contents, modules=modules, architectures=(), config={}, metadata={})
+    form = format_named(plain_layout())
+    layout = write_layout(plain, form, rebuilt=True, values=True)
+    plan = plan_written(folder, plain, layout, ConvertOptions(to=form.name))
+    file, parts = next(file for _, file in plan.headers), ", ".join(contents.components)
+    return ConvertedFolder(folder, contents.format, file, plan, parts)
+
+
+def contents_of(folder: Folder, base: Checkpoint | None = None) -> Contents | None:
+    """What an adapter that is not in PEFT's layout holds; None for all else. `base`: its model, or
+    the denoiser of its pipeline."""
+    detection = in_another_layout(folder)
+    if detection is None:
+        return None
+    return read_contents(folder, detection, ConvertOptions(to=plain_layout()), base)
+
+
+def as_component(
+    folder: Folder, contents: Contents, name: str, base: Checkpoint | None = None
+) -> ConvertedFolder:
+    """One component of a pipeline's adapter as a folder in PEFT's layout, what that does not hold
+    in a file beside it; `base`: that model of the pipeline."""
+    detection, form = detect(folder), format_named(plain_layout())
+    options = ConvertOptions(to=form.name, prefix_only=name)
+    own, model = selected(contents, name), named_base(base, detection, form)
+    plan = plan_with_others(folder, own, options)
+    plan = plan or plan_contents(folder, own, options, base, model)
+    return ConvertedFolder(folder, detection.form.name, detection.container.file, plan, name)
+
+
+def plain_layout() -> str:
+    """The name of PEFT's layout among the formats, of its dialects that of PEFT itself."""
+    plain = AdapterWords()
+    return next(
+        form.name
+        for form in formats().values()
+        if form.layout == ADAPTER_LAYOUT and form.writes and form.adapter == plain
+    )
+
+
+# options of `convert` that no other verb has, or has for something else; and what they are given
+_OF_CONVERT = re.compile(r"--(alpha|architecture|allow-pickle|lossy|prefix-only|rank)\b")
+_VALUES = {"alpha": "A", "architecture": "NAME", "prefix-only": "PART", "rank": 16}
+
+
+def conversion_hint(hint: str, to: str, base: str | None = None) -> str:
+    """A hint of a conversion, for any verb: the first alternative of options of `convert` becomes
+    its command. `base`: what stands for one that is given."""
+    if "\n" in hint:
+        return hint
+    first = next((one for one in hint.split(", or ") if "--" in one), "")
+    names = _OF_CONVERT.findall(first)
+    if not names and not (base and "--base" in first):
+        return hint
+    options = {"base": base or ("BASE" if "--base" in first else None)}
+    options |= {name: _VALUES.get(name, True) for name in names}
+    text = command("adapterkit convert", "ADAPTER", to=to, **options, out=f"for-{to}")
+    return f"convert it first\n{text}"
