@@ -20,12 +20,9 @@ from adapterkit.kernels.sums import all_finite, squared_norm
 from adapterkit.lazy import Tensor, torch
 from adapterkit.options import Progress, expect
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
-from adapterkit.planning.merge.changes import collect_changes, other_base
-from adapterkit.planning.merge.job import MergeJob
 from adapterkit.records import Json
 from adapterkit.reports.heatmaps import module_label
 from adapterkit.reports.lost_shards import LostShards
-from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.reader import Reader
@@ -47,6 +44,10 @@ class Join:
 
 def join(adapter: Adapter, on: Folder, problems: Problems) -> Join:
     """Match the adapter with the base as merge does; what merge refuses is added to `problems`."""
+    from adapterkit.planning.merge.changes import collect_changes, other_base
+    from adapterkit.planning.merge.job import MergeJob
+    from adapterkit.verbs.merge import MergeOptions
+
     base = read_checkpoint(on)
     check_not_quantized(base)
     # a norm is the same in either layout of experts

@@ -10,7 +10,6 @@ from adapterkit.checkpoint.shards import NOT_A_MODEL, pickles
 from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.errors import Refused, shown
 from adapterkit.gguf.header import find_gguf, is_gguf_adapter
-from adapterkit.hub.folder import HubFolder
 from adapterkit.options import StrPath, unweighted
 from adapterkit.pages.page import frame
 from adapterkit.planning.inputs.converted_adapter import adapter_or_file
@@ -97,8 +96,8 @@ def _refuse_options(
 
 
 def _kind(folder: Folder) -> str:
-    if isinstance(folder, LocalFolder | HubFolder) and folder.single:
-        if folder.single.endswith(".safetensors"):
+    if single := getattr(folder, "single", None):
+        if single.endswith(".safetensors"):
             return "file"
         raise Refused(
             "not a .safetensors file",

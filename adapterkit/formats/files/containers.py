@@ -26,7 +26,9 @@ class Container:
 def open_container(folder: Folder, file: str, number: int) -> Container:
     """The tensors of a safetensors or GGUF file. Raises `Damaged` or `Refused`."""
     with belonging_to(folder):
-        if file.endswith(ENDING):
+        if file.endswith(".gguf"):
+            from adapterkit.gguf.adapter import read_adapter
+
             adapter = read_adapter(folder, file, number)
             return Container(file, adapter.tensors, adapter.metadata, adapter.header.sha256)
         header = read_header(folder, file, number)

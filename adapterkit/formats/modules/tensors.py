@@ -14,17 +14,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard, cast
 
 from adapterkit import dtypes
-from adapterkit.adapters.eight_bits import EightBits
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Unrecoverable, shown
-from adapterkit.gguf.adapter import BlockSpec
 from adapterkit.kernels.sums import all_finite
 from adapterkit.lazy import Tensor, torch
 from adapterkit.weights.reader import TensorReader
 from adapterkit.weights.slots import taken
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.eight_bits import EightBits
+    from adapterkit.gguf.adapter import BlockSpec
 
 Rows = range | tuple[int, ...]  # indices along an axis; a tuple where they are not consecutive
 
@@ -81,7 +83,7 @@ class StoredTensor(Expression):
 class DecodedTensor(Expression):
     """A stored tensor in 8 bits, as the floats that it decodes to."""
 
-    spec: BlockSpec | EightBits
+    spec: "BlockSpec | EightBits"
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -162,9 +164,10 @@ def stored(spec: TensorSpec) -> StoredTensor:
 
 def from_spec(spec: TensorSpec) -> Expression:
     """A stored tensor's values: of one in 8 bits in float32."""
-    if not isinstance(spec, BlockSpec | EightBits):
+    if type(spec) is TensorSpec:
         return stored(spec)
-    return DecodedTensor(shape=spec.shape, dtype=spec.dtype, spec=spec)
+    coded = cast("BlockSpec | EightBits", spec)
+    return DecodedTensor(shape=spec.shape, dtype=spec.dtype, spec=coded)
 
 
 def constant(number: float | tuple[int, ...], dtype: str = "F32") -> Expression:

@@ -45,6 +45,7 @@ from adapterkit.planning.inputs.input_identity import identities
 from adapterkit.planning.inputs.unpickled_folder import UnpickledFolder
 from adapterkit.planning.outputs.cards import adapter_card
 from adapterkit.planning.outputs.folder_files import Files
+from adapterkit.registry import load
 from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.convert import ConvertedTensor, ConvertedTensors
 from adapterkit.verbs.convert import ConvertOptions
@@ -171,7 +172,7 @@ def _together(tasks: Sequence[Task]) -> tuple[Task, ...]:
     return tuple(result)
 
 
-LAYOUTS = {"gguf": gguf_layout}  # of containers that are not safetensors
+LAYOUTS = {"gguf": "gguf.adapter:gguf_layout"}  # of containers that are not safetensors
 
 
 def plan_convert(
@@ -325,7 +326,8 @@ def plan_written(
     form = written.form
     name = file or form.file.name
     folders = contents.folders if base is None else (*contents.folders, base.folder)
-    lay_out = LAYOUTS.get(form.file.container)
+    entry = LAYOUTS.get(form.file.container)
+    lay_out = None if entry is None else load(entry)
     shard = OutputFile.computed(
         name,
         tasks_of(written.tensors),

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.engines.hub.inputs import plan_in_parts
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath
 from adapterkit.plan import Plan
@@ -25,7 +24,12 @@ def plan_conversion(convert: Convert) -> Plan:
     source = open_unconverted(convert.src, convert.allow_pickle)
     base = None if convert.base is None else base_for(convert.base, source, convert.prefix_only)
     options, name = convert.only(ConvertOptions), target.name if is_file else None
-    return replace(plan_in_parts(plan_convert(source, options, base, name)), is_file=is_file)
+    plan = plan_convert(source, options, base, name)
+    if any("repo" in folder.origin for folder in plan.folders):  # on the Hub
+        from adapterkit.engines.hub.inputs import plan_in_parts
+
+        plan = plan_in_parts(plan)
+    return replace(plan, is_file=is_file)
 
 
 def base_for(text: StrPath, source: Folder, component: str | None = None) -> Checkpoint:
