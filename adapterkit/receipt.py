@@ -62,7 +62,7 @@ def _all_metrics(plan: Plan, shards: Iterable[ShardResult]) -> dict[str, dict]:
     """The metrics of all files, and of the job that made what they are written of."""
     metrics = joined_metrics(shards, plan.parts)
     for folder in plan.folders:
-        for name, own in getattr(folder, "metrics", {}).items():
+        for name, own in getattr(getattr(folder, "maker", None), "metrics", {}).items():
             metrics[name] = own | metrics.get(name, {})
     return metrics
 

@@ -124,6 +124,7 @@ class LocalFolder:
         self.name = shown(path.name or path.resolve().name)
         self.origin = {"name": self.name}
         self.single = path.name if path.is_file() else None
+        self.renamed: dict[str, str] = {}  # names here of files that have others on disk
         self.root = path.parent if self.single else path
         if not (path.is_file() or path.is_dir()):
             problem = "neither a file nor a folder" if path.exists() else "no such file or folder"
@@ -176,9 +177,17 @@ class LocalFolder:
         return {name for name in os.listdir(self.root) if os.path.isfile(self.root / name)}
 
     def as_weights(self, name: str) -> "LocalFolder":
-        """The file under this name, and the files beside it."""
+        """The file under this name, and the files beside it but for other weights and indexes."""
         assert self.single is not None
-        return RenamedFile(self.root / self.single, name)
+        folder = LocalFolder(self.root / self.single)
+        folder.renamed = {name: self.single}
+        beside = sorted(n for n in self.beside() if not (n[0] == "." or n.endswith(OTHER_WEIGHTS)))
+        sizes = {str(inside(n, self.name)): (self.root / n).stat().st_size for n in beside}
+        folder._files = sizes | {name: self.files()[self.single]}
+        if self.single == name:
+            folder.name, folder.label = shown(self.root.resolve().name), shown(self.root)
+            folder.origin = {"name": folder.name}
+        return folder
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         path = self.path(name)
@@ -190,7 +199,7 @@ class LocalFolder:
             raise Failed(f"cannot read: {error.strerror}", where=str(path)) from error
 
     def path(self, name: str) -> Path:
-        path = self.root / inside(self._stored(name), self.name)
+        path = self.root / inside(self.renamed.get(name, name), self.name)
         try:
             mode = path.stat().st_mode
         except OSError as error:
@@ -213,39 +222,8 @@ class LocalFolder:
             hint="copy what it leads to into the folder; of another Hub cache: set HF_HUB_CACHE",
         )
 
-    def _stored(self, name: str) -> str:
-        return name
-
     def prefetch(self, names: list[str]) -> None:
         pass
-
-
-class RenamedFile(LocalFolder):
-    """One file of weights on local disk, under the name `weights`, and the other files beside it.
-
-    Other weights and indexes are not among them.
-    """
-
-    def __init__(self, path: str | os.PathLike, weights: str):
-        super().__init__(path)
-        self.weights = weights
-        if self.single == weights:
-            self.name = shown(self.root.resolve().name)
-            self.origin, self.label = {"name": self.name}, shown(self.root)
-
-    @cached_property
-    def _files(self) -> dict[str, int]:
-        sizes = {}
-        for path in sorted(self.root.iterdir()):
-            if path.name.startswith(".") or path.name.endswith(OTHER_WEIGHTS) or not path.is_file():
-                continue
-            inside(path.name, self.name)
-            sizes[path.name] = path.stat().st_size
-        path = self.root / self._stored(self.weights)
-        return sizes | {self.weights: path.stat().st_size}
-
-    def _stored(self, name: str) -> str:
-        return str(self.single) if name == self.weights else name
 
 
 def read_small(path: str | os.PathLike, most: int) -> bytes:

@@ -1,18 +1,17 @@
 """A folder that stands for a conversion: what an adapter in another tool's format is to a job."""
 
-import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.keys import ADDED_DELTAS, WEIGHTS
-from adapterkit.checkpoint.folder import Folder, LocalFolder, temporary_folder
-from adapterkit.checkpoint.header import FIRST_READ
+from adapterkit.adapters.keys import ADDED_DELTAS
+from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.output.stage import RECEIPT
+from adapterkit.checkpoint.overlay import Copied, Overlay, identities_of
+from adapterkit.checkpoint.reader import Identity
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.engines.planned_folder import PlannedFolder, planned_folder
+from adapterkit.engines.planned_folder import planned_contents
 from adapterkit.errors import Refused
 from adapterkit.records import Json
 
@@ -20,98 +19,77 @@ if TYPE_CHECKING:
     from adapterkit.plan import Plan
 
 
-@dataclass(eq=False)
-class ConvertedFolder:
-    """A conversion into PEFT's layout: its headers and settings are those of its plan. It is
-    carried out in a temporary folder when more is asked for."""
+@dataclass(frozen=True)
+class Conversion:
+    """Carries out the plan of a conversion into PEFT's layout."""
 
-    source: Folder
-    form: str
-    file: str  # the source's
     plan: "Plan"
-    component: str = ""  # of the pipeline that the source is for
-    name: str = field(init=False)
-    label: str = field(init=False)
-    origin: Json = field(init=False)  # the source's, with the format that it was in
-    hashes: dict[str, str] = field(init=False, default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.name, self.label = self.source.name, self.source.label
-        self.origin = {**self.source.origin, "format": self.form, "file": self.file}
-        if self.component:
-            self.origin["component"] = self.component
-        self._lock = threading.Lock()
-        self._made: LocalFolder | None = None
-
-    def __reduce__(self) -> tuple:
-        return ConvertedFolder, (self.source, self.form, self.file, self.plan, self.component)
-
-    @cached_property
-    def _planned(self) -> PlannedFolder | None:
-        return planned_folder(self.label, self.plan, self.label)
-
-    def made(self) -> LocalFolder:
-        """The folder on disk, converted if it is not yet."""
-        with self._lock:
-            if self._made is None:
-                self._made = self._convert(temporary_folder(self) / "adapter")
-            return self._made
-
-    def _convert(self, place: Path) -> LocalFolder:
+    def make(self, place: Path) -> Mapping[str, Copied]:
         # here, so that headers of models are read without torch
         from adapterkit.checkpoint.output.stage import Stage
         from adapterkit.engines.local.engine import local
         from adapterkit.execute import run
 
-        run(self.plan, Stage(place), local("cpu"), hash="none")
-        return LocalFolder(place)
+        run(self.plan, Stage(place / "adapter"), local("cpu"), hash="none")
+        folder = LocalFolder(place / "adapter")
+        return {name: Copied(folder, name) for name in folder.files() if name != RECEIPT}
 
-    def files(self) -> dict[str, int]:
-        folder = self._planned or self.made()
-        return {name: size for name, size in folder.files().items() if name != RECEIPT}
+    def identities(self, name: str) -> dict[str, Identity]:
+        from adapterkit.plan import CopyFile
 
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        if self._planned is None or self._made is not None:
-            return self.made().read(name, start, stop)
-        headers = {shard.file: shard.layout.header for shard in self.plan.shards}
-        if name not in headers:
-            return self._planned.read(name, start, stop)
-        header = headers[name]
-        is_header = start == 0 and stop <= max(FIRST_READ, len(header))
-        if is_header or stop <= len(header):
-            return header[start:stop]
-        return self.made().read(name, start, stop)
-
-    def path(self, name: str) -> Path:
-        return self.made().path(name)
-
-    def prefetch(self, names: list[str]) -> None:
-        pass
+        found, its = dict(self.plan.identities), self.plan.files.get(name)
+        if isinstance(its, CopyFile):
+            copied = identities_of(self.plan.folders[its.folder], its.name)
+            found |= {(its.folder, file): one for file, one in copied.items()}
+        return {f"source/{number}/{file}": one for (number, file), one in found.items()}
 
 
-class MadeAdapter(ConvertedFolder):
+@dataclass(frozen=True)
+class JobOutput(Conversion):
+    """Carries out a job whose adapter is to be written in another layout."""
+
+    metrics: dict[str, Json] = field(default_factory=dict)  # for the receipt of what is written
+
+    def make(self, place: Path) -> Mapping[str, Copied]:
+        files = super().make(place)
+        self.metrics.update(read_json(LocalFolder(place / "adapter"), RECEIPT)["parameters"])
+        return files
+
+
+def converted_folder(
+    source: Folder,
+    form: str,
+    file: str,  # the source's
+    plan: "Plan",
+    component: str = "",  # of the pipeline that the source is for
+) -> Overlay:
+    """An adapter in PEFT's layout whose headers and settings are those of the plan of its
+    conversion, which is carried out when more is asked for."""
+    origin = {**source.origin, "format": form, "file": file}
+    origin |= {"component": component} if component else {}
+    known = planned_contents(plan)
+    return Overlay(source.name, source.label, origin, known, Conversion(plan), source)
+
+
+def made_adapter(plan: "Plan") -> Overlay:
     """An adapter in PEFT's layout that a job makes to be written in another one."""
+    source, origin = plan.folders[0], {"name": plan.verb}
+    known = planned_contents(plan)
+    return Overlay(plan.verb, source.label, origin, known, JobOutput(plan), source)
 
-    def __init__(self, plan: "Plan"):
-        super().__init__(plan.folders[0], "peft", WEIGHTS, plan)
-        self.name, self.origin = plan.verb, {"name": plan.verb}
-        self.metrics: dict[str, Json] = {}  # of the job, for the receipt of what is written
 
-    def __reduce__(self) -> tuple:
-        return MadeAdapter, (self.plan,)
-
-    def _convert(self, place: Path) -> LocalFolder:
-        folder = super()._convert(place)
-        self.metrics = read_json(folder, RECEIPT)["parameters"]
-        return folder
+def conversion_of(folder: Folder) -> Conversion | None:
+    """What makes a folder that stands for a conversion; None for others."""
+    maker = getattr(folder, "maker", None)
+    return maker if isinstance(maker, Conversion) else None
 
 
 def check_added_deltas(folder: Folder) -> None:
     """`Refused` for a folder that has the file and did not make it: it would change modules that no
     other reader of the adapter sees."""
-    is_made = isinstance(folder, ConvertedFolder) and ADDED_DELTAS in (
-        s.file for s in folder.plan.shards
-    )
+    conversion = conversion_of(folder)
+    is_made = conversion and ADDED_DELTAS in (shard.file for shard in conversion.plan.shards)
     if ADDED_DELTAS in folder.files() and not is_made:
         raise Refused(
             f"{ADDED_DELTAS} is a file that adapterkit alone makes, and never keeps",
@@ -123,5 +101,5 @@ def check_added_deltas(folder: Folder) -> None:
 
 def conversion_notes(folders: Iterable[Folder]) -> list[str]:
     """What was noted while adapters of other formats were read."""
-    own = (folder for folder in folders if isinstance(folder, ConvertedFolder))
-    return [note for folder in own for note in folder.plan.notes_of(folder.name)]
+    own = ((folder, made) for folder in folders if (made := conversion_of(folder)))
+    return [note for folder, made in own for note in made.plan.notes_of(folder.name)]

@@ -60,6 +60,7 @@ class HubFolder:
             self.origin["subfolder"] = self.pinned.subfolder
         self.hashes = {name: entry.sha256 for name, entry in self._entries.items() if entry.sha256}
         self.parts: dict[str, list[tuple[int, int]]] = {}
+        self.renamed: dict[str, str] = {}  # names here of files that have others in the repository
         self._set_up_downloads()
 
     def only(self, parts: dict[str, list[tuple[int, int]]]) -> "HubFolder":
@@ -88,12 +89,21 @@ class HubFolder:
         return {name for name in self.whole().files() if "/" not in name}
 
     def as_weights(self, name: str) -> "HubFolder":
-        """The file under this name, and the files beside it."""
-        return RenamedHubFile(self, name)
+        """As of a `LocalFolder`."""
+        assert self.single is not None
+        folder = self.whole()
+        here = {n: entry for n, entry in folder._entries.items() if "/" not in n}
+        folder._entries = {n: e for n, e in here.items() if not n.endswith(OTHER_WEIGHTS)}
+        folder._entries[name] = here[self.single]
+        folder.hashes = {n: e.sha256 for n, e in folder._entries.items() if e.sha256}
+        folder.renamed = {name: self.single}
+        if self.single != name:
+            folder.origin, folder.label = self.origin, self.label
+        return folder
 
     def path_in_repo(self, name: str) -> str:
         """A file's path in the repository."""
-        return self.pinned.path(name)
+        return self.pinned.path(self.renamed.get(name, name))
 
     def _set_up_downloads(self) -> None:
         self._lock = threading.Lock()
@@ -316,28 +326,6 @@ class HubFolder:
             where=location(self.pinned, name),
             hint=f"unset HF_HUB_OFFLINE, or where there is a network\n{download}",
         )
-
-
-class RenamedHubFile(HubFolder):
-    """As `RenamedFile`: one file of weights under the name `weights`, and the other files beside
-    it."""
-
-    def __init__(self, file: HubFolder, weights: str):
-        assert file.single is not None
-        super().__init__(file.pinned)
-        self.stored, self.weights = file.single, weights
-        entry = self._entries[file.single]
-        self._entries = {
-            name: other
-            for name, other in self._entries.items()
-            if "/" not in name and not name.endswith(OTHER_WEIGHTS)
-        } | {weights: entry}
-        self.hashes = {name: e.sha256 for name, e in self._entries.items() if e.sha256}
-        if file.single != weights:
-            self.origin, self.label = file.origin, file.label
-
-    def path_in_repo(self, name: str) -> str:
-        return super().path_in_repo(self.stored if name == self.weights else name)
 
 
 def _check_range(status: int, headers, start: int, stop: int, size: int) -> None:

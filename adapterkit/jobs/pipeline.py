@@ -12,10 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from adapterkit.checkpoint.overlay import Overlay
 from adapterkit.commands import command
 from adapterkit.engines.execution import check_push_of, pinned_inputs, pushed
 from adapterkit.engines.one_file import stage_of
 from adapterkit.engines.planned_folder import PlannedFolder, planned_folder
+from adapterkit.engines.execution import check_pushes, pinned_inputs, pushed
+from adapterkit.engines.planned_folder import planned_folder
 from adapterkit.errors import AdapterkitError, Interrupted, Problems, Refused, listed, shown
 from adapterkit.execute import check_place
 from adapterkit.jobs.earlier_output import Older, can_go_on, inputs_digest, is_pushed, older_output
@@ -175,9 +178,9 @@ class _Pipeline:
         try:
             run.plan = None if unknown else _dry_run(verb)
         except AdapterkitError:
-            if not any(folder.asked_for_values for folder in folders.values()):
+            if not any(folder.asked for folder in folders.values()):
                 raise
-        if any(folder.asked_for_values for folder in folders.values()):
+        if any(folder.asked for folder in folders.values()):
             run.plan = None
         if run.plan is None:
             numbers = sorted({other.step.number for other in pending.values()})
@@ -191,7 +194,7 @@ class _Pipeline:
         if run.mode.sends:
             run.outcome = {"state": "planned", "notes": [sent(str(step.push))]}
 
-    def _verb(self, step: PipelineStep, planned: Mapping[StepSource, PlannedFolder]) -> WritingVerb:
+    def _verb(self, step: PipelineStep, planned: Mapping[StepSource, Overlay]) -> WritingVerb:
         """The step's verb, its arguments checked; some of its sources are planned."""
 
         def value(source: StepSource) -> Any:
@@ -266,7 +269,7 @@ def _dry_run(verb: WritingVerb) -> Plan:
     return plan
 
 
-def _planned(source: StepSource, other: StepRun) -> PlannedFolder | None:
+def _planned(source: StepSource, other: StepRun) -> Overlay | None:
     """What an earlier step will write where a source is; None where that is not known. `Refused`
     where it will write nothing there."""
     if other.plan is None:

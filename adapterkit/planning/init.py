@@ -3,9 +3,8 @@ that the adapter takes."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from adapterkit import dtypes
@@ -14,6 +13,7 @@ from adapterkit.adapters.keys import INITIAL
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.overlay import Overlay
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.commands import command
 from adapterkit.errors import Problems, Refused, shown
@@ -55,28 +55,6 @@ BASE = "base"  # its folder in the output
 SUMMARY = "without the part that {} took into the adapter beside it"
 
 
-@dataclass
-class ResidualAdapter:
-    """The folder of an adapter that the same plan writes: it has no files yet."""
-
-    name: str
-    label: str = "the initial adapter"
-    origin: Json = field(default_factory=dict)
-    hashes: dict[str, str] = field(default_factory=dict)
-
-    def files(self) -> dict[str, int]:
-        return {}
-
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        raise FileNotFoundError(name)
-
-    def path(self, name: str) -> Path:
-        raise FileNotFoundError(name)
-
-    def prefetch(self, names: list[str]) -> None:
-        pass
-
-
 def planned_adapter(config: bytes, targets: Sequence[InitialTarget], dtype: str) -> Adapter:
     """The adapter of these targets while its factors are being made."""
     loras = []
@@ -85,7 +63,8 @@ def planned_adapter(config: bytes, targets: Sequence[InitialTarget], dtype: str)
         kind = "embedding" if target.kind == "embedding" else "module"
         a, b = handed_on(target.name, dtypes.parse(dtype), shapes)
         loras.append(Lora(target.module, kind, a, b, depth=target.depth))
-    return Adapter(ResidualAdapter("adapter"), 1, json.loads(config), tuple(loras), {}, (), {})
+    folder = Overlay("adapter", "the initial adapter", {}, {})  # which the same plan writes
+    return Adapter(folder, 1, json.loads(config), tuple(loras), {}, (), {})
 
 
 def plan_residual(

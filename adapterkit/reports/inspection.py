@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.adapters.keys import CONFIG
-from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.folder import Folder, LocalFolder, original
 from adapterkit.checkpoint.shards import NOT_A_MODEL, pickles
-from adapterkit.engines.converted_folder import ConvertedFolder
 from adapterkit.errors import Refused, shown
 from adapterkit.gguf.header import find_gguf, is_gguf_adapter
 from adapterkit.options import StrPath, unweighted
@@ -64,7 +63,7 @@ def _of_one(inspect: Inspect, path: StrPath) -> Json:
         return inspect_base(folder, headers) if kind == "base" else inspect_file(folder)
     if headers:
         _refuse_options(folder, "headers alone (--headers)", base, plot, download)
-    given = [one.source if isinstance(one, ConvertedFolder) else one for one in (folder, on)]
+    given = [one and original(one) for one in (folder, on)]
     far = [one for one in given if one is not None and not isinstance(one, LocalFolder)]
     if far and not download:
         _refuse_options(

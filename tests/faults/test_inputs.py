@@ -18,7 +18,7 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.output.journal import line_of, read_entry
 from adapterkit.checkpoint.output.stage import Stage
 from adapterkit.checkpoint.reader import identity
-from adapterkit.engines.converted_folder import ConvertedFolder
+from adapterkit.engines.converted_folder import converted_folder
 from adapterkit.planning.inputs.input_identity import identities
 from adapterkit.receipt import public_recipe
 from tests.support.faults import check_failure
@@ -96,7 +96,7 @@ def test_a_tokenizer_beside_an_adapter_that_is_converted(tmp_path, bench):
     tokenizer = bench.adapter / "tokenizer_config.json"
     tokenizer.write_text("{}")
     plan = adapterkit.convert(bench.adapter, to="vllm", out=tmp_path / "out", dry_run=True)
-    folder = ConvertedFolder(LocalFolder(bench.adapter), "peft", "adapter_model.safetensors", plan)
+    folder = converted_folder(LocalFolder(bench.adapter), "peft", "adapter_model.safetensors", plan)
     found = identities((folder,), [(0, tokenizer.name)])
     assert found[0, f"source/0/{tokenizer.name}"] == identity(tokenizer.stat())
     assert (0, f"source/0/{tokenizer.name}") not in identities((folder,), [(0, "other")])

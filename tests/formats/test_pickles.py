@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.overlay import Overlay
 from adapterkit.errors import AdapterkitError, Damaged, Refused
 from adapterkit.formats.files.pickles import is_pickle, pickles_of, rewrite, rewritten_name, unsafe
 from adapterkit.planning.inputs.sources import open_unconverted
-from adapterkit.planning.inputs.unpickled_folder import UnpickledFolder
+from adapterkit.planning.inputs.unpickled_folder import Unpickling
 
 pytestmark = pytest.mark.quick
 
@@ -207,7 +208,7 @@ def test_a_folder_has_a_safetensors_file_in_place_of_its_pickle(save):
     (path.parent / "training_args.bin").write_bytes(b"x")
     for source in (path, path.parent):
         folder = open_unconverted(source, allow_pickle=True)
-        assert isinstance(folder, UnpickledFolder)
+        assert isinstance(folder, Overlay) and isinstance(folder.maker, Unpickling)
         assert {"adapter.safetensors", "adapter_config.json"} <= folder.files().keys()
         assert path.name not in folder.files()
         check(load_file(folder.path("adapter.safetensors")))
@@ -216,7 +217,7 @@ def test_a_folder_has_a_safetensors_file_in_place_of_its_pickle(save):
         assert len(data) == size
         assert folder.read("adapter.safetensors", 8, 20) == data[8:20]
         assert folder.read("adapter_config.json", 0, 9) == b"{}"
-        assert folder.left_out == ["epoch"]
+        assert folder.maker.left_out == ["epoch"]
         assert pickle.loads(pickle.dumps(folder)).files() == folder.files()
 
 

@@ -2,15 +2,18 @@
 other tools as what they are converted to."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
-from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.overlay import Copied, Overlay
 from adapterkit.checkpoint.reader import FAR
-from adapterkit.engines.converted_folder import ConvertedFolder
+from adapterkit.engines.converted_folder import Conversion, conversion_of
 from adapterkit.engines.interruptible import run_stoppable
+from adapterkit.engines.planned_folder import planned_contents
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.scratch import ScratchFolder, in_scratch
 from adapterkit.plan import HANDOFF_FOLDER, OutputFile, Plan
@@ -24,12 +27,19 @@ MOST_PARTS = 64  # ranges of one file, each a request or more
 def plan_in_scratch(plan: Plan, place: Path) -> Plan:
     """The plan with the large files of its inputs on the Hub in a folder of the job; adapters that
     are converted first in another, as they stay to the end."""
-    folders = [
-        ConvertedInScratch(folder, place.with_name(CONVERTED) / str(number))
-        if isinstance(folder, ConvertedFolder)
-        else in_scratch(folder, place / str(number))
-        for number, folder in enumerate(plan.folders)
-    ]
+    folders: list[Folder] = []
+    for number, folder in enumerate(plan.folders):
+        conversion, kept = conversion_of(folder), place.with_name(CONVERTED) / str(number)
+        if conversion is None:
+            folders.append(in_scratch(folder, place / str(number)))
+            continue
+        sources = tuple(
+            in_scratch(source, kept / SOURCES / str(n))
+            for n, source in enumerate(conversion.plan.folders)
+        )
+        its = replace(conversion.plan, folders=sources)
+        maker = ConversionInScratch(its, kept)
+        folders.append(replace(cast(Overlay, folder), known=planned_contents(its), maker=maker))
     return replace(plan, folders=tuple(folders))
 
 
@@ -80,22 +90,11 @@ def _parts_read(file: OutputFile) -> Iterator[TensorSpec]:
                 yield part
 
 
-class ConvertedInScratch(ConvertedFolder):
+@dataclass(frozen=True)
+class ConversionInScratch(Conversion):
     """A conversion that stays to the end of the job; its source goes when it is done."""
 
-    def __init__(self, folder: ConvertedFolder, place: Path):
-        sources = tuple(
-            in_scratch(source, place / SOURCES / str(number))
-            for number, source in enumerate(folder.plan.folders)
-        )
-        plan = replace(folder.plan, folders=sources)
-        super().__init__(folder.source, folder.form, folder.file, plan, folder.component)
-        self.place = place
-
-    @property
-    def size(self) -> int:
-        """Bytes of the conversion."""
-        return sum(self.files().values())
+    place: Path
 
     @property
     def download_size(self) -> int:
@@ -107,15 +106,25 @@ class ConvertedInScratch(ConvertedFolder):
         folders = [(self.plan.folders[number], name) for number, name in inputs]
         return [(folder, name) for folder, name in folders if isinstance(folder, ScratchFolder)]
 
-    def _convert(self, place: Path) -> LocalFolder:
+    def make(self, place: Path) -> Mapping[str, Copied]:
         shutil.rmtree(self.place, ignore_errors=True)  # of a run that was stopped
         run_stoppable(self._download)
-        folder = super()._convert(self.place / place.name)
+        files = super().make(self.place)
         shutil.rmtree(self.place / SOURCES)
-        return folder
+        return files
 
     def _download(self, stopped: Callable[[], bool]) -> None:
         """Fetch the sources."""
         for folder, name in self._inputs():
             if folder.disk(name):
                 folder.download(name, stopped)
+
+
+def conversions_in(plan: Plan) -> list[tuple[Overlay, ConversionInScratch]]:
+    """The inputs of a plan that are converted in folders of the job, and what does it."""
+    makers = ((folder, conversion_of(folder)) for folder in plan.folders)
+    return [
+        (cast(Overlay, folder), maker)
+        for folder, maker in makers
+        if isinstance(maker, ConversionInScratch)
+    ]

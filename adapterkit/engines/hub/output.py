@@ -8,7 +8,7 @@ from pathlib import PurePath
 from adapterkit.checkpoint.disk import free_bytes
 from adapterkit.checkpoint.output.stage import RECEIPT, check_name, receipt_beside
 from adapterkit.engines.hub.engine import HubEngine
-from adapterkit.engines.hub.inputs import ConvertedInScratch, plan_in_scratch
+from adapterkit.engines.hub.inputs import conversions_in, plan_in_scratch
 from adapterkit.engines.hub.sources import plan_bounded
 from adapterkit.engines.hub.stage import HubStage, inputs_folder, pins_before, work_folder
 from adapterkit.engines.hub.transfers import plan_transfers
@@ -81,7 +81,7 @@ def run_to_hub(
             destination,
             disk,
             copies,
-            [each for each in plan.folders if isinstance(each, ConvertedInScratch)],
+            [folder for folder, _ in conversions_in(plan)],
             output_names(plan, destination.receipt_name),
         )
         if execution.dry_run:

@@ -11,7 +11,7 @@ from adapterkit.checkpoint.disk import size_below
 from adapterkit.checkpoint.output.earlier_output import parse_receipt
 from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.stage import RECEIPT, Stage, publish_of
-from adapterkit.engines.hub.inputs import ConvertedInScratch
+from adapterkit.checkpoint.overlay import Overlay
 from adapterkit.errors import Failed
 from adapterkit.hub.destination import Destination
 from adapterkit.hub.ids import HubId
@@ -57,7 +57,7 @@ class HubStage(Stage):
         destination: Destination,
         limit: int,
         copies: Iterable[CopiedFile] = (),
-        converted: Sequence[ConvertedInScratch] = (),
+        converted: Sequence[Overlay] = (),
         names: Collection[str] = (),
     ):
         super().__init__(work)

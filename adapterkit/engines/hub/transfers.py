@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from adapterkit.engines.hub.inputs import ConvertedInScratch, Input, inputs_of
+from adapterkit.engines.hub.inputs import Input, conversions_in, inputs_of
 from adapterkit.errors import Refused, shown
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.scratch import ScratchFolder
@@ -126,9 +126,10 @@ def plan_transfers(plan: Plan, *, held: bool, uncopied: Sequence[str] = ()) -> T
     small = plan.totals()["bytes_written"] - sum(shard.layout.size for shard in plan.shards)
     tensors = sum(len(shard.layout.tensors) for shard in plan.shards)
     rest = small + _handoffs(plan) + RECORDS[0] + RECORDS[1] * tensors
-    converted = [folder for folder in plan.folders if isinstance(folder, ConvertedInScratch)]
-    downloads = [folder.download_size for folder in converted]
-    rest += sum(folder.size for folder in converted) + max(downloads, default=0)
+    converted = conversions_in(plan)
+    downloads = [maker.download_size for _, maker in converted]
+    rest += sum(sum(folder.files().values()) for folder, _ in converted)
+    rest += max(downloads, default=0)
     return Transfers(tuple(files), tuple(copied.values()), sizes, rest, small, sum(downloads), held)
 
 

@@ -10,9 +10,10 @@ from adapterkit.adapters.eight_bits import notes_on
 from adapterkit.adapters.expert_order import is_of_unsloth, order_of, with_given
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.overlay import Overlay
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.commands import command
-from adapterkit.engines.converted_folder import ConvertedFolder
+from adapterkit.engines.converted_folder import converted_folder
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.detect import Detection, detect, in_another_layout
 from adapterkit.formats.library import format_named, formats
@@ -47,7 +48,7 @@ def converted(
         raise
     if file is not None:
         plan = with_own_hints(lambda: plan_in_names_of(file, folder, detection))
-        return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
+        return converted_folder(folder, detection.form.name, detection.container.file, plan)
     is_read = detection.form.layout == ADAPTER_LAYOUT and detection.form.adapter.is_read_by_peft
     if for_merge and detection.config.get("peft_type") in ("LOHA", "LOKR"):
         return _with_others(folder, detection)
@@ -59,7 +60,7 @@ def converted(
     checkpoint = None if base is None else read_checkpoint(base, 1)
     options = ConvertOptions(to=plain_layout(), expert_layout=expert_layout)
     plan = with_own_hints(lambda: plan_convert(folder, options, checkpoint, detection=detection))
-    return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
+    return converted_folder(folder, detection.form.name, detection.container.file, plan)
 
 
 def _with_others(folder: Folder, detection: Detection) -> Folder:
@@ -70,7 +71,7 @@ def _with_others(folder: Folder, detection: Detection) -> Folder:
     if plan is None:
         return folder
     plan = replace(plan, notes=())  # on files beside it, which no merge copies
-    return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
+    return converted_folder(folder, detection.form.name, detection.container.file, plan)
 
 
 def with_own_hints(read: Callable[[], T]) -> T:
@@ -83,7 +84,7 @@ def with_own_hints(read: Callable[[], T]) -> T:
         raise
 
 
-def with_part_names(folder: Folder, contents: Contents) -> ConvertedFolder:
+def with_part_names(folder: Folder, contents: Contents) -> Overlay:
     """An adapter as a folder in PEFT's layout, the names of its modules with that of their part of
     the pipeline in front."""
     modules = tuple(replace(m, name=m.path, component="") for m in contents.modules)
@@ -92,7 +93,7 @@ def with_part_names(folder: Folder, contents: Contents) -> ConvertedFolder:
     layout = write_layout(plain, form, rebuilt=True, values=True)
     plan = plan_written(folder, plain, layout, ConvertOptions(to=form.name))
     file, parts = next(file for _, file in plan.headers), ", ".join(contents.components)
-    return ConvertedFolder(folder, contents.format, file, plan, parts)
+    return converted_folder(folder, contents.format, file, plan, parts)
 
 
 def contents_of(folder: Folder, base: Checkpoint | None = None) -> Contents | None:
@@ -106,7 +107,7 @@ def contents_of(folder: Folder, base: Checkpoint | None = None) -> Contents | No
 
 def as_component(
     folder: Folder, contents: Contents, name: str, base: Checkpoint | None = None
-) -> ConvertedFolder:
+) -> Overlay:
     """One component of a pipeline's adapter as a folder in PEFT's layout, what that does not hold
     in a file beside it; `base`: that model of the pipeline."""
     detection, form = detect(folder), format_named(plain_layout())
@@ -114,7 +115,7 @@ def as_component(
     own, model = selected(contents, name), named_base(base, detection, form)
     plan = plan_with_others(folder, own, options)
     plan = plan or plan_contents(folder, own, options, base, model)
-    return ConvertedFolder(folder, detection.form.name, detection.container.file, plan, name)
+    return converted_folder(folder, detection.form.name, detection.container.file, plan, name)
 
 
 def plain_layout() -> str:

@@ -42,7 +42,7 @@ from adapterkit.planning.convert.source import (
     with_matrices,
 )
 from adapterkit.planning.inputs.input_identity import identities
-from adapterkit.planning.inputs.unpickled_folder import UnpickledFolder
+from adapterkit.planning.inputs.unpickled_folder import Unpickling
 from adapterkit.planning.outputs.cards import adapter_card
 from adapterkit.planning.outputs.folder_files import Files
 from adapterkit.registry import load
@@ -368,9 +368,10 @@ def plan_written(
 
 
 def _pickle_note(source: Folder) -> list[str]:
-    if not isinstance(source, UnpickledFolder) or not source.left_out:
+    maker = getattr(source, "maker", None)
+    if not isinstance(maker, Unpickling) or not maker.left_out:
         return []
-    return [f"not converted: {source.pickle} also holds {listed(source.left_out)}"]
+    return [f"not converted: {maker.pickle} also holds {listed(maker.left_out)}"]
 
 
 def _folded_note(written: FormatFile) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.commands import ONE_PART
-from adapterkit.engines.converted_folder import MadeAdapter
+from adapterkit.engines.converted_folder import made_adapter
 from adapterkit.errors import Problems, Refused, listed
 from adapterkit.formats.detect import detect
 from adapterkit.formats.library import format_named
@@ -25,7 +25,7 @@ from adapterkit.verbs.convert import COMPONENTS, ConvertOptions
 def plan_in_layout(first: Contents, plan: Plan, file: str | None, *, is_alone: bool) -> Plan:
     """The plan of a job, its output in the layout of its first adapter, which `is_alone`, or one of
     several."""
-    made = MadeAdapter(plan)
+    made = made_adapter(plan)
     form, names = format_named(first.format), first.architectures
     options = ConvertOptions(to=form.name, architecture=names[0] if len(names) == 1 else None)
     read = read_layout(detect(made).form, made)

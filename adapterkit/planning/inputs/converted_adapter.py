@@ -7,7 +7,6 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import read_header
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.dtypes import FLOATS
-from adapterkit.engines.converted_folder import check_added_deltas
 from adapterkit.errors import AdapterkitError
 from adapterkit.planning.inputs.model_checkpoint import one_file_of
 
@@ -26,7 +25,10 @@ def in_adapter_layout(
     cannot hold. `for_merge`: what is added to weights and is no plain factors is in a file beside
     these; `expert_layout`: of stacks whose config does not say."""
     files = folder.files()
-    check_added_deltas(folder)
+    if ADDED_DELTAS in files:
+        from adapterkit.engines.converted_folder import check_added_deltas
+
+        check_added_deltas(folder)
     if "config.json" in files or not any(name.endswith(FILES) for name in files):
         return folder
     file = one_file_of(base)

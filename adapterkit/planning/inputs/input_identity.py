@@ -1,18 +1,16 @@
 """The plan of a job with these inputs; hashes and identities of their files, by which a resumed job
 recognizes them."""
 
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from adapterkit.adapters.keys import CONFIG, WEIGHTS
 from adapterkit.adapters.record import Adapter
-from adapterkit.checkpoint.folder import Folder, LocalFolder, original
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
-from adapterkit.checkpoint.reader import Identity, identity
+from adapterkit.checkpoint.overlay import identities_of
+from adapterkit.checkpoint.reader import Identity
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.engines.converted_folder import ConvertedFolder
-from adapterkit.plan import CopyFile, OutputFile, Plan, no_warnings
-from adapterkit.planning.inputs.unpickled_folder import UnpickledFolder
+from adapterkit.plan import OutputFile, Plan, no_warnings
 from adapterkit.planning.outputs.folder_files import Files
 from adapterkit.records import Json
 
@@ -71,18 +69,8 @@ def identities(
     """Inode, size and times of those of the inputs' files that are local; call it when
     their headers are read. Of a folder that is made of others those of the files that these are
     read from, as `source/...`."""
-    found: dict[tuple[int, str], Identity] = {}
-    for number, name in names:
-        folder = folders[number]
-        if isinstance(folder, ConvertedFolder):
-            its = folder.plan.files.get(name)
-            copied = [(its.folder, its.name)] if isinstance(its, CopyFile) else []
-            inner = folder.plan.identities | identities(folder.plan.folders, copied)
-            found |= {(number, f"source/{n}/{file}"): one for (n, file), one in inner.items()}
-        elif isinstance(folder, UnpickledFolder) and name == folder.weights:
-            if isinstance(folder.source, LocalFolder):
-                pickle = folder.source.path(folder.pickle)
-                found[number, f"source/{folder.pickle}"] = identity(os.stat(pickle))
-        elif isinstance(original(folder), LocalFolder):
-            found[number, name] = identity(os.stat(folder.path(name)))
-    return found
+    return {
+        (number, file): one
+        for number, name in names
+        for file, one in identities_of(folders[number], name).items()
+    }

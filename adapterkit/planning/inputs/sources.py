@@ -16,11 +16,11 @@ from adapterkit.checkpoint.folder import (
     is_plain_path,
     leads_inside,
 )
+from adapterkit.checkpoint.overlay import Overlay
 from adapterkit.checkpoint.shards import NOT_A_MODEL, SINGLE
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.commands import command
-from adapterkit.engines.planned_folder import PlannedFolder
 from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, shown
 from adapterkit.hub.ids import is_on_hub, parse
 from adapterkit.options import Sources, StrPath, finite, unweighted, weighted
@@ -38,7 +38,7 @@ def open_source(text: StrPath) -> Folder:
     """The folder, or the one file, that a path or a Hub id `org/name[@revision][:path]` stands for;
     a path that exists is read as it is, a folder that is planned stands for itself. `Refused` for a
     text that is neither."""
-    if isinstance(text, PlannedFolder):
+    if isinstance(text, Overlay):
         return text
     if os.path.exists(text):
         return LocalFolder(text)
@@ -82,9 +82,7 @@ def if_given(opener: Callable[[StrPath], T], text: StrPath | None) -> T | None:
 def open_statistics(text: StrPath) -> Folder:
     """`open_source` of statistics; `Refused` for a file or folder without safetensors."""
     folder = open_source(text)
-    if isinstance(folder, PlannedFolder) or any(
-        name.endswith(".safetensors") for name in folder.files()
-    ):
+    if isinstance(folder, Overlay) or any(name.endswith(".safetensors") for name in folder.files()):
         return folder
     raise Refused(
         "these are no statistics",

@@ -1,13 +1,15 @@
 """A folder whose weights are a pickle, as one with a safetensors file."""
 
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
-from adapterkit.checkpoint.folder import Folder, LocalFolder, temporary_folder
+from adapterkit.checkpoint.folder import Folder, LocalFolder, OneFile
+from adapterkit.checkpoint.overlay import Copied, Overlay, identities_of
+from adapterkit.checkpoint.reader import Identity
 from adapterkit.errors import Refused, listed
 from adapterkit.formats.files.pickles import pickles_of, rewrite, rewritten_name
-from adapterkit.hub.folder import HubFolder
-from adapterkit.records import Json
 
 
 def without_pickles(folder: Folder) -> Folder:
@@ -16,8 +18,8 @@ def without_pickles(folder: Folder) -> Folder:
     names = pickles_of(folder)
     if not names:
         return folder
-    if isinstance(folder, LocalFolder | HubFolder) and folder.single:
-        folder = folder.as_weights(folder.single)
+    if single := getattr(folder, "single", None):
+        folder = cast(OneFile, folder).as_weights(single)
     if len(names) > 1:
         raise Refused(
             f"{len(names)} pickles: {listed(names)}",
@@ -25,45 +27,31 @@ def without_pickles(folder: Folder) -> Folder:
             where=folder.label,
             hint="give the file instead of the folder",
         )
-    return UnpickledFolder(folder, names[0])
+    origin, maker = {**folder.origin, "pickle": names[0]}, Unpickling(folder, names[0])
+    return Overlay(folder.name, folder.label, origin, None, maker, folder, folder.hashes)
 
 
-class UnpickledFolder:
-    """A folder with the tensors of one of its pickles in a safetensors file, which is written to a
-    temporary folder when it is first asked for."""
+@dataclass(frozen=True)
+class Unpickling:
+    """Writes the tensors of a folder's pickle into a safetensors file beside its other files."""
 
-    def __init__(self, source: Folder, pickle: str):
-        self.source, self.pickle, self.weights = source, pickle, rewritten_name(pickle)
-        self.name, self.label = source.name, source.label
-        self.origin: Json = {**source.origin, "pickle": pickle}
-        self.hashes = source.hashes
-
-    def __reduce__(self) -> tuple:
-        return UnpickledFolder, (self.source, self.pickle)
-
-    @cached_property
-    def _rewritten(self) -> tuple[LocalFolder, list[str]]:
-        place = temporary_folder(self) / self.weights
-        left_out = rewrite(self.source.path(self.pickle), place)
-        return LocalFolder(place), left_out
+    source: Folder
+    pickle: str
+    left_out: list[str] = field(default_factory=list)  # what it holds besides the state dict
 
     @property
-    def left_out(self) -> list[str]:
-        """The names of what the pickle holds besides the state dict."""
-        return self._rewritten[1]
+    def weights(self) -> str:
+        return rewritten_name(self.pickle)
 
-    def _owner(self, name: str) -> Folder:
-        return self._rewritten[0] if name == self.weights else self.source
+    def make(self, place: Path) -> Mapping[str, Copied]:
+        self.left_out[:] = rewrite(self.source.path(self.pickle), place / self.weights)
+        others = (name for name in self.source.files() if name != self.pickle)
+        files = {name: Copied(self.source, name) for name in others}
+        own = LocalFolder(place / self.weights)
+        return files | {self.weights: Copied(own, self.weights)}
 
-    def files(self) -> dict[str, int]:
-        others = {name: size for name, size in self.source.files().items() if name != self.pickle}
-        return others | self._rewritten[0].files()
-
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        return self._owner(name).read(name, start, stop)
-
-    def path(self, name: str) -> Path:
-        return self._owner(name).path(name)
-
-    def prefetch(self, names: list[str]) -> None:
-        self.source.prefetch([name for name in names if name != self.weights])
+    def identities(self, name: str) -> dict[str, Identity]:
+        if name != self.weights:
+            return identities_of(self.source, name)
+        found = identities_of(self.source, self.pickle)
+        return {f"source/{name}": one for name, one in found.items()}
