@@ -13,7 +13,6 @@ from adapterkit.errors import Damaged, Problems, Refused, listed, shown
 from adapterkit.options import flag_of
 from adapterkit.plan import Plan
 from adapterkit.planning.inputs.pipeline import Pipeline, is_pipeline, read_pipeline
-from adapterkit.planning.inputs.pipeline_adapters import split_adapters
 from adapterkit.planning.inputs.sources import (
     if_given,
     open_adapter,
@@ -37,7 +36,12 @@ def verify_output(verify: Verify) -> Json:
     variant, layout = map(receipt["recipe"]["options"].get, ("variant", "expert_layout"))
     pipeline = read_pipeline(model, variant) if model is not None and is_pipeline(model) else None
     opener = partial(open_adapter, base=model, for_merge=True, expert_layout=layout)
-    sources = split_adapters(adapters, pipeline) if pipeline else open_weighted(adapters, opener)
+    if pipeline:
+        from adapterkit.planning.inputs.pipeline_adapters import split_adapters
+
+        sources = split_adapters(adapters, pipeline)
+    else:
+        sources = open_weighted(adapters, opener)
     if bool(base) != bool(sources):
         raise Refused(
             "--base without --adapter" if base else "--adapter without --base",

@@ -1,7 +1,8 @@
-"""An adapter in any format as one in PEFT's layout: a folder that stands for its conversion."""
+"""An adapter in any format as one in PEFT's layout: a folder that stands for its conversion. Those
+of several parts of a pipeline are one, whose modules have the part's name in front."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -12,20 +13,23 @@ from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.overlay import Overlay
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.commands import command
-from adapterkit.engines.converted_folder import converted_folder
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.commands import ONE_PART, command
+from adapterkit.engines.converted_folder import converted_folder, made_adapter
+from adapterkit.errors import AdapterkitError, Problems, Refused, listed
 from adapterkit.formats.detect import Detection, detect, in_another_layout
 from adapterkit.formats.library import format_named, formats
-from adapterkit.formats.modules.record import Contents
+from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents
 from adapterkit.formats.one_file import OneFileModel
-from adapterkit.formats.peft.layout import write_layout
+from adapterkit.formats.peft.layout import read_layout, write_layout
 from adapterkit.formats.schema import ADAPTER_LAYOUT, AdapterWords
+from adapterkit.hub.ids import is_on_hub
+from adapterkit.options import StrPath
+from adapterkit.plan import Plan
 from adapterkit.planning.convert.one_file import plan_in_names_of, plan_with_others
-from adapterkit.planning.convert.plan import plan_contents, plan_convert, plan_written
+from adapterkit.planning.convert.plan import plan_contents, plan_convert, plan_written, written_file
 from adapterkit.planning.convert.source import named_base, read_contents, selected
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
-from adapterkit.verbs.convert import ConvertOptions
+from adapterkit.verbs.convert import COMPONENTS, ConvertOptions
 
 T = TypeVar("T")
 
@@ -126,6 +130,86 @@ def plain_layout() -> str:
         for form in formats().values()
         if form.layout == ADAPTER_LAYOUT and form.writes and form.adapter == plain
     )
+
+
+def plan_in_layout(first: Contents, plan: Plan, file: str | None, *, is_alone: bool) -> Plan:
+    """The plan of a job, its output in the layout of its first adapter, which `is_alone`, or one of
+    several."""
+    made = made_adapter(plan)
+    form, names = format_named(first.format), first.architectures
+    options = ConvertOptions(to=form.name, architecture=names[0] if len(names) == 1 else None)
+    read = read_layout(detect(made).form, made)
+    # hashes in the metadata are of other tensors, and titles of one of several
+    kept = first.metadata if is_alone else {}
+    contents = replace(
+        read,
+        modules=tuple(map(_in_part, read.modules)),
+        facts=first.facts,
+        metadata={key: value for key, value in kept.items() if "hash" not in key},
+        refitted=True,
+    )
+    written = written_file(contents, form, options, None, None, True)
+    convert = plan_written(made, contents, written, options, None, file)
+    behind = lambda files: {(number + 1, name): one for (number, name), one in files.items()}
+    return replace(
+        convert,
+        verb=plan.verb,
+        options=plan.options,
+        folders=(made, *plan.folders),
+        headers=convert.headers | behind(plan.headers),
+        identities=convert.identities | behind(plan.identities),
+        decisions=plan.decisions | {"to": form.name},
+        models=tuple(number + 1 for number in plan.models),
+        is_file=file is not None,
+    )
+
+
+def open_parts(
+    sources: Sequence[Folder], out: StrPath, file: str | None
+) -> tuple[list[Folder], Contents] | None:
+    """The adapters in PEFT's layout, and what the first one holds, whose layout the output has:
+    `file`, or one of adapters of several parts; None where it is PEFT's."""
+    every = [_contents(source) for source in sources]
+    parts = {part for one in every if one is not None for part in one.components}
+    if not sources or (file is None and len(parts) < 2):
+        return None
+    errors = Problems()
+    what, expected, hint = "PEFT's layout in one file", "a folder", "give --out without an ending"
+    if len(parts) > 1:
+        what = f"an adapter of one model beside those of {listed(sorted(parts - {LANGUAGE}))}"
+        expected = "adapters whose keys say of which part they are"
+        hint = ONE_PART
+    named: list[tuple[Folder, Contents]] = []
+    for source, contents in zip(sources, every, strict=True):
+        if contents is None or (len(parts) > 1 and LANGUAGE in contents.components):
+            errors.add(what, expected, hint, where=source.label)
+        else:
+            named.append((source, contents))
+    errors.raise_all()
+    first = named[0][1]
+    form = format_named(first.format)
+    if not form.writes or form.file.config or is_on_hub(out):
+        raise Refused(
+            f"{form.title} is not written" + " on the Hub" * is_on_hub(out),
+            expected="a format of one file, written here",
+            where=sources[0].label,
+            hint="convert it first\n"
+            "adapterkit convert ADAPTER --to diffusers --out converted.safetensors",
+        )
+    return [with_part_names(*one) for one in named], first
+
+
+def _contents(source: Folder) -> Contents | None:
+    """What an adapter in another layout than PEFT's holds; None for that."""
+    if {CONFIG, "config.json"} & {*source.files()}:
+        return None
+    return with_own_hints(lambda: contents_of(source))
+
+
+def _in_part(module: AdapterModule) -> AdapterModule:
+    """A module of the part whose name is in front of its own."""
+    part, _, name = module.name.partition(".")
+    return replace(module, component=part, name=name) if part in COMPONENTS else module
 
 
 # options of `convert` that no other verb has, or has for something else; and what they are given

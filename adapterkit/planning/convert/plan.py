@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.adapters.adapter_config import hub_id
@@ -42,7 +43,6 @@ from adapterkit.planning.convert.source import (
     with_matrices,
 )
 from adapterkit.planning.inputs.input_identity import identities
-from adapterkit.planning.inputs.unpickled_folder import Unpickling
 from adapterkit.planning.outputs.cards import adapter_card
 from adapterkit.planning.outputs.folder_files import Files
 from adapterkit.registry import load
@@ -368,10 +368,9 @@ def plan_written(
 
 
 def _pickle_note(source: Folder) -> list[str]:
-    maker = getattr(source, "maker", None)
-    if not isinstance(maker, Unpickling) or not maker.left_out:
-        return []
-    return [f"not converted: {maker.pickle} also holds {listed(maker.left_out)}"]
+    maker: Any = getattr(source, "maker", None)
+    left_out = getattr(maker, "left_out", ())
+    return [f"not converted: {maker.pickle} also holds {listed(left_out)}"] if left_out else []
 
 
 def _folded_note(written: FormatFile) -> list[str]:

@@ -10,7 +10,6 @@ from adapterkit.options import StrPath
 from adapterkit.plan import Plan
 from adapterkit.planning.convert.plan import plan_convert
 from adapterkit.planning.inputs.pipeline import is_pipeline, read_pipeline
-from adapterkit.planning.inputs.pipeline_adapters import base_of_conversion
 from adapterkit.planning.inputs.sources import open_base, open_model, open_unconverted
 from adapterkit.verbs.convert import Convert, ConvertOptions
 
@@ -37,4 +36,6 @@ def base_for(text: StrPath, source: Folder, component: str | None = None) -> Che
     folder = open_model(text)
     if not is_pipeline(folder):
         return open_base(text)
+    from adapterkit.planning.inputs.pipeline_adapters import base_of_conversion
+
     return base_of_conversion(source, read_pipeline(folder), component)

@@ -28,7 +28,7 @@ class Together:
         """The plan of the job, its output in the layout of the first adapter."""
         if self.first is None:
             return plan
-        from adapterkit.planning.convert.several_parts import plan_in_layout
+        from adapterkit.planning.convert.as_plain import plan_in_layout
 
         return plan_in_layout(self.first, plan, self.file, is_alone=len(self.folders) == 1)
 
@@ -38,8 +38,9 @@ def together(sources: Sequence[Folder], out: StrPath) -> Together:
     `out` is, and of adapters of several parts; else PEFT's. `Refused` beside these for adapters
     that do not say of which part they are, and for layouts that are not written so."""
     file = Path(out).name if str(out).endswith(".safetensors") and not is_on_hub(out) else None
-    if file is None and all({CONFIG, "config.json"} & {*source.files()} for source in sources):
-        return Together([in_adapter_layout(source) for source in sources])
-    from adapterkit.planning.convert.several_parts import open_parts
+    if file is not None or not all({CONFIG, "config.json"} & {*one.files()} for one in sources):
+        from adapterkit.planning.convert.as_plain import open_parts
 
-    return Together(*open_parts(sources, out, file), file)
+        if (parts := open_parts(sources, out, file)) is not None:
+            return Together(*parts, file)
+    return Together([in_adapter_layout(source) for source in sources])
