@@ -40,6 +40,7 @@ from adapterkit.planning.adapters.sites import (
     names_of,
     targets_of,
 )
+from adapterkit.planning.inputs.converted_adapter import together
 from adapterkit.planning.inputs.earlier_merges import notes_on_copies
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.sources import (
@@ -50,7 +51,6 @@ from adapterkit.planning.inputs.sources import (
 )
 from adapterkit.planning.inputs.weights import open_with_weights
 from adapterkit.planning.outputs import adapter as adapter_output
-from adapterkit.planning.outputs.one_layout import together
 from adapterkit.records import Json
 from adapterkit.tasks import common
 from adapterkit.tasks.combine import CombinedFactors, Operand, Refit

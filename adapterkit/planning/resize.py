@@ -19,6 +19,7 @@ from adapterkit.planning.adapters.dora_deltas import BaseWeights, dora_problems
 from adapterkit.planning.adapters.other_types import kind_of, read_deltas
 from adapterkit.planning.adapters.output_norms import select_norms
 from adapterkit.planning.adapters.sites import join, levels_of, names_of, targets_of
+from adapterkit.planning.inputs.converted_adapter import together
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.sources import (
     if_given,
@@ -27,7 +28,6 @@ from adapterkit.planning.inputs.sources import (
     open_unconverted,
 )
 from adapterkit.planning.outputs import adapter as adapter_output
-from adapterkit.planning.outputs.one_layout import together
 from adapterkit.records import Json
 from adapterkit.shared_options import TruncationOptions
 from adapterkit.tasks.truncate import (

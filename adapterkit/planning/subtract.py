@@ -19,9 +19,9 @@ from adapterkit.planning.adapters.sites import (
     names_of,
     targets_of,
 )
+from adapterkit.planning.inputs.converted_adapter import together
 from adapterkit.planning.inputs.sources import if_given, open_all, open_model, open_unconverted
 from adapterkit.planning.outputs import adapter as adapter_output
-from adapterkit.planning.outputs.one_layout import together
 from adapterkit.tasks import common
 from adapterkit.tasks.combine import CombinedFactors, Operand, Refit, SubtractedFactors
 from adapterkit.verbs.subtract import Subtract
