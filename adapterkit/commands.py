@@ -19,6 +19,7 @@ EXTRACT = (
 )
 MERGE = "merge it\nadapterkit merge BASE ADAPTER --out merged"
 ONE_PART = "take one part\nadapterkit convert ADAPTER --to diffusers --prefix-only PART --out part"
+CHECK_BASE = "check that the adapter was trained on this base"
 LIST_FORMATS = "list the formats\nadapterkit convert --list"
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from adapterkit.checkpoint.folder import Folder, belonging_to
 from adapterkit.checkpoint.header import Header, TensorSpec, read_header
@@ -40,9 +41,16 @@ class Checkpoint:
     complete: bool = True  # all files of the weights are there and can be read
     readable: bool = True  # so are the JSON files beside them
 
+    in_safetensors: ClassVar[bool] = True  # else in a container that is written as it is
+    otherwise: ClassVar[str] = ""  # what else can be done with an adapter of unknown modules
+
     @property
     def name(self) -> str:
         return self.folder.name
+
+    def names_layer(self, module: str) -> bool:
+        """Whether the rules of the model's family say that a module is a layer."""
+        return False
 
 
 def open_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:

@@ -5,9 +5,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from functools import cached_property
+from typing import TypeVar
 
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused
@@ -21,7 +22,6 @@ from adapterkit.formats.modules.names import (
     names_of,
 )
 from adapterkit.formats.schema import Format, NameWords
-from adapterkit.gguf.model import GgufCheckpoint
 
 IN_PROJ = re.compile(r"(?<=\.in_proj)_(weight|bias)$")  # of OpenCLIP's attention
 LEAST = 0.5  # share of the denoiser's modules whose names are known, of a file of the family
@@ -47,6 +47,9 @@ class OneFileModel(Checkpoint):
         """The modules by their names in the file."""
         return _modules(self.tensors)
 
+    def names_layer(self, module: str) -> bool:
+        return any(self.found(module))
+
     def found(self, module: str) -> Iterator[tuple[str, ComponentNames, Match]]:
         """The components that a module of the file may be of, with the rule that names it."""
         for component, part in self.parts.items():
@@ -69,9 +72,7 @@ class OneFileModel(Checkpoint):
         return {component: part.naming for component, part in self.parts.items()}
 
 
-@dataclass(frozen=True)
-class GgufImageModel(OneFileModel, GgufCheckpoint):
-    """One in a GGUF file."""
+Model = TypeVar("Model", bound=OneFileModel)
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,9 @@ class _Known:
 Found = dict[str, dict[str, _Known]]  # architecture -> component -> its modules
 
 
-def with_parts(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as an image or video model's, itself where its keys are of none. `Refused`
-    where they are of several families that mean other modules by them."""
+def with_parts(checkpoint: Checkpoint, kind: type[Model] = OneFileModel) -> Model | None:
+    """The checkpoint as an image or video model's; None where its keys are of none. `Refused` where
+    they are of several families that mean other modules by them. `kind`: of its container."""
     modules, form = sorted(_modules(checkpoint.tensors)), one_file()
     found: Found = {}
     for name in form.names.architectures:
@@ -112,7 +113,7 @@ def with_parts(checkpoint: Checkpoint) -> Checkpoint:
             parts = {one: _known(form, name, one, modules) for one in others}
             found[name] = {denoiser: known} | {k: v for k, v in parts.items() if v and v.matches}
     if not found:
-        return checkpoint
+        return None
     fits = _best(found, lambda parts: len(next(iter(parts.values())).matches))
     sizes = {name: list(_sizes(checkpoint, next(iter(found[name].values())))) for name in fits}
     metadata = next(iter(checkpoint.shards.values())).metadata
@@ -128,8 +129,9 @@ def with_parts(checkpoint: Checkpoint) -> Checkpoint:
         )
     name = next(iter(fits))
     parts = {component: known.part for component, known in fits[name].items()}
-    kind = GgufImageModel if isinstance(checkpoint, GgufCheckpoint) else OneFileModel
-    return kind(**vars(checkpoint), architecture=name, parts=parts)
+    known = {one.name for one in fields(kind)}
+    own = {key: value for key, value in vars(checkpoint).items() if key in known}
+    return kind(**own, architecture=name, parts=parts)
 
 
 def family_of(checkpoint: Checkpoint) -> str | None:
@@ -138,9 +140,8 @@ def family_of(checkpoint: Checkpoint) -> str | None:
     if "model_type" in checkpoint.config:
         return None
     with suppress(Refused):
-        return getattr(checkpoint, "architecture", "") or getattr(
-            with_parts(checkpoint), "architecture", None
-        )
+        model = checkpoint if isinstance(checkpoint, OneFileModel) else with_parts(checkpoint)
+        return None if model is None else model.architecture
     return None
 
 

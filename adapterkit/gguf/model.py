@@ -41,6 +41,10 @@ class GgufCheckpoint(SlottedCheckpoint):
 
     headers: dict[str, GgufHeader] = field(default_factory=dict)  # by file
 
+    in_safetensors = False
+    # it may have a layer under no name that is known
+    otherwise = "; if it was, merge into the original checkpoint and convert that to GGUF"
+
 
 class GgufModel(NamedTuple):
     """A GGUF file as a checkpoint, and the files of a model's folder that it stands for."""

@@ -16,8 +16,6 @@ from adapterkit.checkpoint.overlay import Overlay
 from adapterkit.commands import command
 from adapterkit.engines.execution import check_push_of, pinned_inputs, pushed
 from adapterkit.engines.one_file import stage_of
-from adapterkit.engines.planned_folder import PlannedFolder, planned_folder
-from adapterkit.engines.execution import check_pushes, pinned_inputs, pushed
 from adapterkit.engines.planned_folder import planned_folder
 from adapterkit.errors import AdapterkitError, Interrupted, Problems, Refused, listed, shown
 from adapterkit.execute import check_place

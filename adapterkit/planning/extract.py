@@ -13,26 +13,20 @@ from adapterkit.adapters import adapter_config
 from adapterkit.adapters.adapter_config import rank_settings
 from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import factor_keys, value_key
-from adapterkit.checkpoint.compare import have_same_bytes
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import Problems, Refused, Unrecoverable, listed, shown
-from adapterkit.options import flag_of
 from adapterkit.patterns import similar_names
 from adapterkit.plan import Change, Finalize, Plan, Task, TaskResult, unchanged
 from adapterkit.planning.adapters.output_norms import select_norms
 from adapterkit.planning.adapters.value_comparison import equal_values
-from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
+from adapterkit.planning.inputs.model_checkpoint import kind_of
 from adapterkit.planning.inputs.model_config import nested_values
-from adapterkit.planning.inputs.pipeline import Pipeline, is_pipeline, read_pipeline
-from adapterkit.planning.inputs.pipeline_adapters import split_adapters
 from adapterkit.planning.inputs.sources import if_given, open_adapter, open_model, open_statistics
-from adapterkit.planning.merge.plan import plan_merge, plan_merge_into_pipeline
+from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.planning.outputs import adapter as adapter_output
 from adapterkit.planning.outputs.adapter import Output
-from adapterkit.planning.outputs.cards import adapter_card
 from adapterkit.planning.outputs.folder_files import as_json
-from adapterkit.planning.pipelines import in_folders
 from adapterkit.planning.targets.stored_targets import FactorTargets, prefixes
 from adapterkit.planning.targets.values_by_regex import selection
 from adapterkit.records import Json
@@ -414,13 +408,15 @@ def _tied(old: Parameter | None, new: Parameter | None) -> tuple[str, ...]:
 def plan_extract(options: Extract) -> Plan:
     """Everything an extraction will do, or `Refused` with all that cannot be done. Reads what gets
     no factors, to see if it differs."""
-    base, tuned = open_model(options.base), open_model(options.tuned)
-    if is_pipeline(base) and is_pipeline(tuned):
-        return plan_pipeline_extraction(read_pipeline(base), read_pipeline(tuned), options)
-    return _plan_models(read_checkpoint(base, 0), read_checkpoint(tuned, 1), options)
+    base, tuned = kind_of(open_model(options.base)), kind_of(open_model(options.tuned))
+    if type(base) is type(tuned) and (own := base.own("extract")):
+        return own(base, tuned, options)
+    return plan_model_extraction(base.read(), tuned.read(1), options)
 
 
-def _plan_models(base: Checkpoint, tuned: Checkpoint, options: Extract, part: str = "") -> Plan:
+def plan_model_extraction(
+    base: Checkpoint, tuned: Checkpoint, options: Extract, part: str = ""
+) -> Plan:
     """The extraction between two models, or these parts of two pipelines."""
     stats, sides = if_given(open_statistics, options.stats), (base, tuned)
     for side in sides:
@@ -481,52 +477,9 @@ def _weighted(
     return [replace(one, covariance=selected.get(one.name)) for one in factors]
 
 
-def plan_pipeline_extraction(base: Pipeline, tuned: Pipeline, options: Extract) -> Plan:
-    """The extraction between two pipelines: a folder in PEFT's layout for each part that differs.
-    Reads parts of equal headers, to compare them."""
-    errors = Problems(where="options", hint="extract it between the folders of one part")
-    for name in ("max_size", "stats"):
-        if getattr(options, name) is not None:
-            errors.add(f"{flag_of(name)} with pipelines", "--rank or --energy alone")
-    for name in base.parts.keys() ^ tuned.parts.keys():
-        errors.add(f"{shown(name)} is a part of one of them alone", "pipelines of one kind")
-    errors.raise_all()
-    plans: dict[str, Plan] = {}
-    notes: dict[str, list[str]] = {}
-    selects = selection(options.include, options.exclude)
-    for name, part in base.parts.items():
-        with errors.collected(), part.named():
-            old = open_checkpoint(part.folder)
-            new = open_checkpoint(tuned.parts[name].folder, 1)
-            if not any(selects(f"{name}.{key.rpartition('.')[0]}") for key in new.tensors):
-                notes.setdefault("not selected", []).append(name)
-            elif have_same_bytes(old, new):
-                notes.setdefault("the same in both", []).append(name)
-            else:
-                plans[name] = _plan_models(old, new, options, name)
-    errors.raise_all()
-    if not plans:
-        raise Refused(
-            "no selected part differs" if "not selected" in notes else "no part differs",
-            expected="a fine-tune",
-            where=f"{base.folder.label}, {tuned.folder.label}",
-            hint="check the two paths",
-        )
-    summary = f"the difference of {tuned.folder.name} and {base.folder.name}"
-    card = adapter_card(adapter_config.hub_id(base.folder), [], summary)
-    plan = in_folders((base, tuned), plans, card)
-    decisions = {
-        key: [f"{part}.{name}" for part, own in plans.items() for name in own.decisions[key]]
-        for key in ("left_out", "unchanged")
-    }
-    more = (f"{why}: {', '.join(names)}" for why, names in notes.items())
-    return replace(plan, decisions=decisions, notes=(*plan.notes, *more))
-
-
 def plan_merge_back(plan: Plan, folder: Path) -> Plan:
     """The plan of a merge of an extracted adapter into its base."""
-    if is_pipeline(plan.folders[0]):
-        pipeline = read_pipeline(plan.folders[0])
-        split = split_adapters([folder], pipeline)
-        return plan_merge_into_pipeline(pipeline, split, MergeOptions())
-    return plan_merge(plan.folders[0], [(open_adapter(folder), 1.0)], MergeOptions())
+    base = kind_of(plan.folders[0])
+    opener, planner = base.own("open adapters"), base.own("merge of folders") or plan_merge
+    adapters = opener(base, [folder]) if opener else [(open_adapter(folder), 1.0)]
+    return planner(base, adapters, MergeOptions())

@@ -15,7 +15,8 @@ from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import WARNING, listed
 from adapterkit.plan import CopyFile, FromMetrics, OutputFile, Plan, Step
 from adapterkit.planning.inputs.input_identity import identities
-from adapterkit.planning.inputs.pipeline import INDEX, Pipeline, PipelinePart
+from adapterkit.planning.inputs.model_checkpoint import INDEX
+from adapterkit.planning.inputs.pipeline import Pipeline, PipelinePart
 from adapterkit.planning.outputs.folder_files import Files, is_weights
 
 CARD = "README.md"

@@ -3,23 +3,18 @@
 import math
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from adapterkit import dtypes
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.header import Header, TensorSpec
+from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.shards import pickles, weight_files
 from adapterkit.checkpoint.spec import Checkpoint, scan_checkpoint, scan_files
 from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, shown
-from adapterkit.gguf.header import FLOATS, HEAD, GgufFiles, read_model
-from adapterkit.planning.inputs.model_checkpoint import one_file_of
+from adapterkit.planning.inputs.model_checkpoint import kind_of
 from adapterkit.records import Json
 from adapterkit.reports.configs import printable
 from adapterkit.weights.detect import CONFIG_KEYS, check_not_quantized
-
-if TYPE_CHECKING:
-    from adapterkit.formats.one_file import OneFileModel
 
 OF_DIFFUSERS = "_class_name"  # key of its configs
 VERSION = 1  # of the result's schema
@@ -44,39 +39,13 @@ def inspect_base(folder: Folder, headers: bool) -> Json:
     return new_result("base", scan) | metrics | {"loads": loads} | finish_result(scan)
 
 
-def inspect_gguf(files: GgufFiles) -> Json:
-    """inspect's result for a model in GGUF; its dtypes are ggml's types."""
-    errors, headers, first = Problems(), {}, None
-    with errors.collected():
-        first, headers = read_model(files)
-    shards: dict[str, Header] = {}
-    for name, header in headers.items():
-        specs = [TensorSpec(t.name, t.type, t.shape, name, t.start, t.stop) for t in header.tensors]
-        shards[name] = Header(header.raw, tuple(specs), {})
-    tensors = {spec.key: spec for header in shards.values() for spec in header.tensors}
-    unread = tuple(name for name in files.names if name not in shards)
-    more = {"unread": unread, "readable": first is not None}
-    scan = Checkpoint(files.folder, shards, tensors, None, None, {}, {}, errors, **more)
-    blocks = sorted({spec.dtype for spec in scan.tensors.values()} - {*FLOATS})
-    found = {"found": f"blocks of GGUF: {', '.join(blocks)}", "config": None} if blocks else None
-    metrics: Json = {"quantization": found}
-    if first is not None:
-        metrics["architecture"] = {"classes": [], "model_type": first.architecture}
-        model = one_file_of(files.folder)
-        if model is not None:
-            metrics["architecture"] = _of_images(model)
-        else:
-            metrics["tied"] = {"config": None, "head_stored": HEAD in scan.tensors}
-    return new_result("base", scan) | metrics | finish_result(scan)
-
-
 def inspect_file(folder: Folder) -> Json:
     from adapterkit.formats.detect import in_another_layout, no_model
 
     other = in_another_layout(folder)
     name = other.container.file if other is not None else next(iter(folder.files()))
     scan = scan_files(folder, [name], 0, Problems())
-    model = one_file_of(folder) if other is None else None
+    model = kind_of(folder).images if other is None else None
     quantization = _quantization(scan)
     check_tensors(scan, mixed=quantization is not None)
     if other is not None:
@@ -86,12 +55,8 @@ def inspect_file(folder: Folder) -> Json:
         add_problem(scan, problem, f"a folder with {CONFIG}", hint)
     result = new_result("file", scan) | {"quantization": quantization}
     if model is not None:
-        result["architecture"] = _of_images(model)
+        result["architecture"] = {"classes": [*model.parts], "model_type": model.architecture}
     return result | finish_result(scan)
-
-
-def _of_images(model: "OneFileModel") -> Json:
-    return {"classes": [*model.parts], "model_type": model.architecture}
 
 
 def add_problem(scan: Checkpoint, problem: str, expected: str, hint: str, where: str = "") -> None:

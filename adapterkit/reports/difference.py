@@ -14,16 +14,10 @@ from adapterkit.errors import Interrupted
 from adapterkit.lazy import torch
 from adapterkit.options import Progress, expect
 from adapterkit.planning.inputs.converted_adapter import adapter_or_file
-from adapterkit.planning.inputs.pipeline import is_pipeline
+from adapterkit.planning.inputs.model_checkpoint import kind_of
 from adapterkit.planning.inputs.sources import open_source
 from adapterkit.records import Json
-from adapterkit.reports.matching import (
-    Matches,
-    are_adapters,
-    match_adapters,
-    match_checkpoints,
-    match_pipelines,
-)
+from adapterkit.reports.matching import Matches, are_adapters, match_adapters, match_checkpoints
 from adapterkit.reports.pairs import STATES, Pair, Result, stored_specs
 from adapterkit.verbs.diff import Diff
 from adapterkit.weights.codec import stored_parts
@@ -84,8 +78,9 @@ def _match(
 ) -> tuple[Matches, Sequence[Folder]]:
     """What is compared, and the folders of its tensors."""
     is_adapter = all(CONFIG in folder.files() for folder in folders)
-    if not is_adapter and all(map(is_pipeline, sources)):
-        return match_pipelines(sources)
+    one, other = map(kind_of, sources)
+    if not is_adapter and type(one) is type(other) and (own := one.own("diff")):
+        return own(sources)
     matched = match_adapters if are_adapters(folders) else match_checkpoints
     return matched(folders), folders
 

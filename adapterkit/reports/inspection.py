@@ -8,18 +8,16 @@ from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder, LocalFolder, original
 from adapterkit.checkpoint.shards import NOT_A_MODEL, pickles
 from adapterkit.errors import Refused, shown
-from adapterkit.gguf.header import find_gguf, is_gguf_adapter
 from adapterkit.options import StrPath, unweighted
 from adapterkit.pages.page import frame
 from adapterkit.planning.inputs.converted_adapter import adapter_or_file
-from adapterkit.planning.inputs.pipeline import is_pipeline
+from adapterkit.planning.inputs.model_checkpoint import kind_of
 from adapterkit.planning.inputs.sources import open_model, open_source
 from adapterkit.records import Json
 from adapterkit.reports.adapter import inspect_adapter
-from adapterkit.reports.checkpoint import MAX_NAMES, inspect_base, inspect_file, inspect_gguf
+from adapterkit.reports.checkpoint import MAX_NAMES, inspect_base, inspect_file
 from adapterkit.reports.heatmaps import check_page, write_page
 from adapterkit.reports.overview.page import heatmap_page
-from adapterkit.reports.pipeline import inspect_pipeline
 from adapterkit.verbs.inspect import Inspect
 
 
@@ -48,13 +46,10 @@ def _of_one(inspect: Inspect, path: StrPath) -> Json:
         check_page(Path(plot), "--plot", inspect.overwrite)
     on = open_model(base) if base is not None else None
     folder = open_source(path)
-    if is_pipeline(folder):
-        _refuse_options(folder, "a pipeline, no adapter", base, plot)
-        return inspect_pipeline(folder, headers)
-    files = None if CONFIG in folder.files() else find_gguf(folder)
-    if files is not None and not is_gguf_adapter(files):
-        _refuse_options(folder, "a model, no adapter", base, plot)
-        return inspect_gguf(files)
+    its = kind_of(folder)
+    if own := its.own("inspect"):
+        _refuse_options(folder, f"a {its.noun}, no adapter", base, plot)
+        return own(its, headers)
     if CONFIG not in folder.files():
         folder = adapter_or_file(folder, on)
     kind = _kind(folder)

@@ -14,10 +14,8 @@ from adapterkit.checkpoint.shards import NOT_A_MODEL
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import Problems, Refused, shown
-from adapterkit.gguf.header import find_gguf
 from adapterkit.planning.adapters.sites import join
-from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
-from adapterkit.planning.inputs.pipeline import INDEX, read_pipeline
+from adapterkit.planning.inputs.model_checkpoint import INDEX, kind_of
 from adapterkit.records import Json
 from adapterkit.reports import configs
 from adapterkit.reports.pairs import Bias, Pair, make_pair, stored_specs, summary_of
@@ -124,9 +122,9 @@ def _read_both(
 
 
 def _read_side(folder: Folder, number: int) -> Side:
-    files = folder.files()
-    if find_gguf(folder):
-        checkpoint = read_checkpoint(folder, number)
+    files, kind = folder.files(), kind_of(folder)
+    if not kind.in_safetensors:
+        checkpoint = kind.read(number)
         return Side(checkpoint.tensors, checkpoint, checkpoint.config)
     only = next(iter(files)) if len(files) == 1 else ""
     if only.endswith(".safetensors"):
@@ -175,6 +173,8 @@ def match_adapters(folders: tuple[Folder, Folder]) -> Matches:
 def match_pipelines(folders: tuple[Folder, Folder]) -> tuple[Matches, list[Folder]]:
     """Match two pipelines part by part, those of one side alone too, names with their part in
     front; with the folders of all tensors. `Refused` or `Damaged` where a part cannot be read."""
+    from adapterkit.planning.inputs.pipeline import read_pipeline
+
     sides = read_pipeline(folders[0]).parts, read_pipeline(folders[1]).parts
     whole, inputs, errors = Matches([], [], []), [], Problems()
     indexes = [{INDEX: read_json(folder, INDEX)} for folder in folders]

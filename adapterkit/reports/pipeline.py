@@ -2,18 +2,19 @@
 
 from collections import Counter
 
-from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import Problems, shown
-from adapterkit.planning.inputs.pipeline import INDEX, read_pipeline
+from adapterkit.planning.inputs.model_checkpoint import INDEX, Base
+from adapterkit.planning.inputs.pipeline import read_pipeline
 from adapterkit.records import Json
 from adapterkit.reports.checkpoint import VERSION, inspect_base
 from adapterkit.reports.configs import printable
 
 
-def inspect_pipeline(folder: Folder, headers: bool) -> Json:
+def inspect_pipeline(base: Base, headers: bool) -> Json:
     """inspect's result for a pipeline: the sums of its parts, and the result of each; `Refused`
     where its index cannot be read."""
+    folder = base.folder
     pipeline = read_pipeline(folder)
     parts = {name: inspect_base(part.folder, headers) for name, part in pipeline.parts.items()}
     dtypes: dict[str, Counter[str]] = {}

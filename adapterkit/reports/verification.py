@@ -5,14 +5,14 @@ from functools import partial
 from typing import Any, cast
 
 from adapterkit.adapters.weights_file import weights_in
-from adapterkit.checkpoint.folder import Folder, OneFile
+from adapterkit.checkpoint.folder import OneFile
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.engines.verify.file_checks import check_files
 from adapterkit.engines.verify.row_checks import check_rows
 from adapterkit.errors import Damaged, Problems, Refused, listed, shown
 from adapterkit.options import flag_of
 from adapterkit.plan import Plan
-from adapterkit.planning.inputs.pipeline import Pipeline, is_pipeline, read_pipeline
+from adapterkit.planning.inputs.model_checkpoint import Base, kind_of
 from adapterkit.planning.inputs.sources import (
     if_given,
     open_adapter,
@@ -28,19 +28,15 @@ from adapterkit.verbs.verify import Verify
 
 def verify_output(verify: Verify) -> Json:
     """What `verify` says of an output."""
-    folder, base, progress = verify.folder, verify.base, verify.progress
-    adapters = verify.adapters
-    out = open_source(folder)
+    adapters, progress, out = verify.adapters, verify.progress, open_source(verify.folder)
     receipt = read_receipt(out)
-    model = open_model(base) if base else None
+    base = kind_of(open_model(verify.base)) if verify.base else None
     variant, layout = map(receipt["recipe"]["options"].get, ("variant", "expert_layout"))
-    pipeline = read_pipeline(model, variant) if model is not None and is_pipeline(model) else None
-    opener = partial(open_adapter, base=model, for_merge=True, expert_layout=layout)
-    if pipeline:
-        from adapterkit.planning.inputs.pipeline_adapters import split_adapters
-
-        sources = split_adapters(adapters, pipeline)
+    if base is not None and (own := base.own("open adapters")):
+        sources = own(base, adapters, variant)
     else:
+        folder = base and base.folder
+        opener = partial(open_adapter, base=folder, for_merge=True, expert_layout=layout)
         sources = open_weighted(adapters, opener)
     if bool(base) != bool(sources):
         raise Refused(
@@ -53,9 +49,9 @@ def verify_output(verify: Verify) -> Json:
     shared = file is not None and len(receipt["files"]) > 1
     out = cast(OneFile, out).whole() if shared else out
     result = check_files(out, receipt, progress, shared=shared)
-    if model is None:
+    if base is None:
         return result | {"rows": 0, "tensors": 0}
-    plan = _plan_again(receipt, verify, pipeline or model, sources, file)
+    plan = _plan_again(receipt, verify, base, sources, file)
     return result | check_rows(out, plan, _hint(receipt, plan))
 
 
@@ -83,15 +79,10 @@ OF_MERGE = entries({
 
 
 def _plan_again(
-    receipt: dict,
-    verify: Verify,
-    base: Folder | Pipeline,
-    sources: list[tuple[Any, float]],
-    file: str | None,
+    receipt: dict, verify: Verify, base: Base, sources: list[tuple[Any, float]], file: str | None
 ) -> Plan:
     """The plan that made the output, from the receipt's options and inputs that are the same."""
-    from adapterkit.planning.merge.gguf import read_importance
-    from adapterkit.planning.merge.plan import plan_merge, plan_merge_into_pipeline
+    from adapterkit.planning.merge.plan import importance_of, plan_merge
     from adapterkit.verbs.merge import MergeOptions
 
     verb = receipt["recipe"]["verb"]
@@ -115,7 +106,7 @@ def _plan_again(
         )
     pairs = [(folder, weight) for (folder, _), weight in zip(sources, weights, strict=True)]
     statistics = if_given(open_statistics, verify.stats)
-    given = if_given(read_importance, verify.imatrix)
+    given = if_given(importance_of, verify.imatrix)
     if (given and given.sha256) != options.pop("imatrix", None):
         raise Refused(
             "another importance matrix than that of the merge, or none of the two",
@@ -126,11 +117,8 @@ def _plan_again(
     table = options.pop("weights_file", None)
     chosen = None if table is None else weights_in(table, RECEIPT)
     how = read(MergeOptions, options, RECEIPT, hint=AGAIN, name=flag_of, kind=Damaged)
-    if isinstance(base, Pipeline):
-        plan = plan_merge_into_pipeline(base, pairs, how, chosen)
-    else:
-        more = {"file": file, "imatrix": given, "weights": chosen}
-        plan = plan_merge(base, pairs, how, statistics, **more)
+    planner = base.own("merge of folders") or plan_merge
+    plan = planner(base, pairs, how, statistics, file=file, imatrix=given, weights=chosen)
     errors, entered = Problems(where=RECEIPT), receipt["recipe"]["inputs"]
     if len(entered) != len(plan.folders):
         expected = f"{len(plan.folders)}, one for each folder"

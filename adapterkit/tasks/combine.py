@@ -58,7 +58,7 @@ class Operand:
     number: int
     factors: Factors
     weight: float
-    dora: "DoRA | None" = None  # where its delta depends on the base's weight
+    dora: DoRA | None = None  # where its delta depends on the base's weight
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:

@@ -30,7 +30,7 @@ class WeightedDelta:
 
     weight: float
     factors: tuple[PlacedFactors, ...] = ()
-    other: "ModuleDelta | None" = None
+    other: ModuleDelta | None = None
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:

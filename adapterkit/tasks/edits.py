@@ -277,7 +277,7 @@ def _round(w: Tensor, dtype: torch.dtype) -> None:
 class AddDelta(RowEdit):
     """w += scale * delta, of any kind that does not depend on w, on these rows of the grid."""
 
-    delta: "ModuleDelta"
+    delta: ModuleDelta
     scale: float
     rows: Band
 

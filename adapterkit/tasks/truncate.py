@@ -146,7 +146,7 @@ class TruncatedFactors(FittedFactors):
 class ConvertedFactors(FittedFactors):
     """Of the delta of another type of adapter."""
 
-    delta: "Delta" = field(metadata=READ)
+    delta: Delta = field(metadata=READ)
 
     @property
     def full_rank(self) -> int:

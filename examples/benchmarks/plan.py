@@ -33,6 +33,7 @@ PLAN = """
 import gc, json, re, sys, time
 from pathlib import Path
 from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.planning.inputs.model_checkpoint import kind_of
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.verbs.merge import MergeOptions
 
@@ -51,10 +52,10 @@ class Remote:
 
 gc.set_threshold(100_000, 50, 50)  # as the command does; half as much again with Python's own
 small, small_adapter, base, adapter, remote = sys.argv[1:]
-plan_merge(LocalFolder(small), [(LocalFolder(small_adapter), 1.0)], MergeOptions())
+plan_merge(kind_of(LocalFolder(small)), [(LocalFolder(small_adapter), 1.0)], MergeOptions())
 folder = Remote(base) if remote == "1" else LocalFolder(base)
 wall, cpu = time.perf_counter(), time.process_time()
-plan = plan_merge(folder, [(LocalFolder(adapter), 1.0)], MergeOptions())
+plan = plan_merge(kind_of(folder), [(LocalFolder(adapter), 1.0)], MergeOptions())
 totals = plan.totals()
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

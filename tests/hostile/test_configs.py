@@ -16,6 +16,7 @@ import adapterkit
 from adapterkit import merge
 from adapterkit.errors import AdapterkitError, Failed, Refused
 from adapterkit.patterns import matcher
+from adapterkit.planning.inputs.model_checkpoint import Base
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.verbs.merge import MergeOptions
 from tests.support.planned import BASE, configured, meaning, refusal
@@ -82,7 +83,7 @@ def test_numbers_that_only_json_can_write_are_refused(text):
     )
     folder.content["adapter_config.json"] = config
     with pytest.raises(AdapterkitError, match=r"lora_alpha|digits"):
-        plan_merge(BASE, [(folder, 1.0)], MergeOptions())
+        plan_merge(Base(BASE), [(folder, 1.0)], MergeOptions())
 
 
 OTHER = {

@@ -474,12 +474,13 @@ def test_a_shard_that_shrinks_between_plan_and_run_is_found(tmp_path):
     from adapterkit.engines.local.engine import local
     from adapterkit.errors import Failed
     from adapterkit.execute import run
+    from adapterkit.planning.inputs.model_checkpoint import kind_of
     from adapterkit.planning.merge.plan import plan_merge
     from adapterkit.verbs.merge import MergeOptions
 
     folder = on_disk(tmp_path)
     adapter = LocalFolder(plain().folder().write(tmp_path / "adapter"))
-    plan = plan_merge(LocalFolder(folder), [(adapter, 1.0)], MergeOptions())
+    plan = plan_merge(kind_of(LocalFolder(folder)), [(adapter, 1.0)], MergeOptions())
     os.truncate(folder / "model.safetensors", 900)
     with pytest.raises((Failed, Damaged)):
         run(plan, Stage(tmp_path / "out"), local("cpu"))

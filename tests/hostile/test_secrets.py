@@ -164,12 +164,13 @@ def test_a_tensor_of_such_a_name_reaches_no_terminal(name):
         folder.content[file] = tensors_file(
             {(PREFIX + name if k == key else k): v for k, v in tensors.items()}
         )
+        from adapterkit.planning.inputs.model_checkpoint import kind_of
         from adapterkit.planning.merge.plan import plan_merge
         from adapterkit.verbs.merge import MergeOptions
 
         pair = (other, folder) if "adapter" in file else (folder, other)
         with pytest.raises(AdapterkitError) as caught:
-            plan_merge(pair[0], [(pair[1], 1.0)], MergeOptions())
+            plan_merge(kind_of(pair[0]), [(pair[1], 1.0)], MergeOptions())
         assert str(caught.value).replace("\n", "").isprintable()
 
 

@@ -21,6 +21,7 @@ from adapterkit.engines.local.engine import local
 from adapterkit.errors import Damaged, Unrecoverable
 from adapterkit.execute import run
 from adapterkit.plan import OutputFile
+from adapterkit.planning.inputs.model_checkpoint import kind_of
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.decoded import decoded_view, quantized_weights
@@ -84,9 +85,9 @@ def test_bad_scales_are_refused_here_while_planning_and_far_away_when_they_are_d
 ):
     folder = scaled(form, ending)
     with pytest.raises(Damaged, match="NaN or infinite"):
-        plan_merge(LocalFolder(folder), [(LocalFolder(adapter), 1.0)], MergeOptions())
+        plan_merge(kind_of(LocalFolder(folder)), [(LocalFolder(adapter), 1.0)], MergeOptions())
     far = Remote(folder)
-    plan = plan_merge(far, [(LocalFolder(adapter), 1.0)], MergeOptions())
+    plan = plan_merge(kind_of(far), [(LocalFolder(adapter), 1.0)], MergeOptions())
     assert len(far.ranges) <= 3  # the header, the config, and its hash
     with pytest.raises(Unrecoverable, match="not finite"):
         run(plan, Stage(tmp_path / "out"), local("cpu"))
@@ -242,7 +243,9 @@ def test_bytes_read_are_those_that_are_read(stacked, tmp_path, monkeypatch):
     experts = {"target_parameters": ["gate_up_proj", "down_proj"]} if stacked else {}
     oracle.train(model, tmp_path / "lora", target_modules=["q_proj", "o_proj"], **experts)
     plan = plan_merge(
-        LocalFolder(tmp_path / "base"), [(LocalFolder(tmp_path / "lora"), 1.0)], MergeOptions()
+        kind_of(LocalFolder(tmp_path / "base")),
+        [(LocalFolder(tmp_path / "lora"), 1.0)],
+        MergeOptions(),
     )
     weights = sum(
         spec.nbytes for spec in open_checkpoint(LocalFolder(tmp_path / "base")).tensors.values()
@@ -296,7 +299,7 @@ def test_the_base_is_gone_through_as_often_for_many_modules_as_for_few(tmp_path,
             lambda folder, number, counted=counted: counted,
         )
         plan_merge(
-            LocalFolder(tmp_path / "base"),
+            kind_of(LocalFolder(tmp_path / "base")),
             [(LocalFolder(tmp_path / str(len(modules))), 1.0)],
             MergeOptions(),
         )

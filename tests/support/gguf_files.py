@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from adapterkit.gguf.blocks import encode_rows
+from adapterkit.gguf.header import find_gguf
+from adapterkit.gguf.plain import open_plain_gguf
 from adapterkit.gguf.weight import GgufWeight
-from adapterkit.planning.inputs.model_checkpoint import read_checkpoint, read_plain_gguf
+from adapterkit.planning.inputs.gguf_tables import table_of
+from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
 from adapterkit.planning.inputs.sources import open_source
 from tests.support import oracle
 
@@ -365,7 +368,8 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict, dict]]] = {
 
 def known_without_a_model(path: Path) -> int:
     """How many parameters of a file are known without its model, each as it is known with it."""
-    plain, known = read_plain_gguf(open_source(path)), 0
+    files, known = find_gguf(open_source(path)), 0
+    plain = open_plain_gguf(files, table_of) if files else None
     full = read_checkpoint(open_source(path))
     for key, weight in plain.tensors.items() if plain else ():
         assert isinstance(weight, GgufWeight) and weight.placement

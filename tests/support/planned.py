@@ -9,6 +9,7 @@ import pytest
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError
+from adapterkit.planning.inputs.model_checkpoint import Base
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.verbs.merge import MergeOptions
 from tests.support.raw_files import AdapterFiles, Stored, base, base_tensors, plain, tensors_file
@@ -17,7 +18,7 @@ BASE = base()
 
 
 def planned(adapter: AdapterFiles, options: MergeOptions = MergeOptions(), on=BASE):  # noqa: B008, frozen
-    return plan_merge(on, [(adapter.folder(), 1.0)], options)
+    return plan_merge(Base(on), [(adapter.folder(), 1.0)], options)
 
 
 def refusal(adapter: AdapterFiles, **options) -> str:
@@ -40,7 +41,7 @@ def meaning(adapter: AdapterFiles, **options) -> str:
     """What a plan does, with the bytes themselves in place of where they are: equal meanings give
     equal outputs."""
     folder = adapter.folder()
-    plan = plan_merge(BASE, [(folder, 1.0)], MergeOptions(**options))
+    plan = plan_merge(Base(BASE), [(folder, 1.0)], MergeOptions(**options))
     payload = {0: BASE.content, 1: folder.content}
 
     def plain_form(value):

@@ -3,13 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from adapterkit import dtypes
 from adapterkit.adapters.eight_bits import decoded
 from adapterkit.checkpoint.folder import Folder, belonging_to
 from adapterkit.checkpoint.header import TensorSpec, read_header
-from adapterkit.gguf.adapter import read_adapter
-from adapterkit.gguf.header import ENDING
-from adapterkit.lazy import Tensor
 from adapterkit.records import Settings
 
 

@@ -9,6 +9,7 @@ from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.commands import CHECK_BASE
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.names import Names
@@ -16,8 +17,6 @@ from adapterkit.weights.parameters import StoredParameter
 
 if TYPE_CHECKING:
     from adapterkit.adapters.kinds.dora import DoRA
-
-CHECK_BASE = "check that the adapter was trained on this base"
 
 
 def dora_problems(adapter: Adapter) -> list[AdapterkitError]:

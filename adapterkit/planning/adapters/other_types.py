@@ -9,9 +9,9 @@ from adapterkit.adapters.keys import CONFIG
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.commands import EXTRACT
+from adapterkit.commands import CHECK_BASE, EXTRACT
 from adapterkit.errors import Problems, Refused, shown
-from adapterkit.planning.adapters.dora_deltas import CHECK_BASE, BaseWeights
+from adapterkit.planning.adapters.dora_deltas import BaseWeights
 from adapterkit.registry import members
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from adapterkit.combinations.linear import Linear
 from adapterkit.combinations.mean import Mean
 from adapterkit.combinations.protocol import Method
 from adapterkit.errors import AdapterkitError, Problems, Refused, listed
-from adapterkit.formats.files.containers import PlanReader
 from adapterkit.kernels.lowrank import span
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.lazy import Tensor

@@ -11,7 +11,7 @@ from adapterkit.adapters.kinds.common import Kind
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.commands import command
+from adapterkit.commands import CHECK_BASE, command
 from adapterkit.errors import Problems, Refused, listed, shown
 from adapterkit.formats.capabilities import depends_on_base, is_fitted, is_vector, lacking
 from adapterkit.formats.modules.deltas import Fit, ModuleDelta
@@ -25,7 +25,7 @@ from adapterkit.formats.peft.layout import KEPT
 from adapterkit.formats.schema import Format
 from adapterkit.formats.uniform_rank import as_the_format_has_them
 from adapterkit.lazy import torch
-from adapterkit.planning.adapters.dora_deltas import CHECK_BASE, BaseWeights, dora_problems
+from adapterkit.planning.adapters.dora_deltas import BaseWeights, dora_problems
 from adapterkit.planning.adapters.other_types import FLATTENED, read_deltas, unknown_kernel
 from adapterkit.records import Json
 from adapterkit.tasks.metrics import short

@@ -29,7 +29,6 @@ from adapterkit.formats.peft.dialects import arranged, renamed, without_copies
 from adapterkit.formats.peft.layout import write_layout
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
 from adapterkit.formats.write import FormatFile, WrittenTensor, write
-from adapterkit.gguf.adapter import gguf_layout
 from adapterkit.lazy import torch
 from adapterkit.plan import CopyFile, OutputFile, Plan, Task
 from adapterkit.planning.convert.lossy import lowered, without_zeros

@@ -9,7 +9,7 @@ from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath
 from adapterkit.plan import Plan
 from adapterkit.planning.convert.plan import plan_convert
-from adapterkit.planning.inputs.pipeline import is_pipeline, read_pipeline
+from adapterkit.planning.inputs.model_checkpoint import kind_of
 from adapterkit.planning.inputs.sources import open_base, open_model, open_unconverted
 from adapterkit.verbs.convert import Convert, ConvertOptions
 
@@ -33,9 +33,6 @@ def plan_conversion(convert: Convert) -> Plan:
 
 def base_for(text: StrPath, source: Folder, component: str | None = None) -> Checkpoint:
     """The base, of a pipeline the part that the adapter is for."""
-    folder = open_model(text)
-    if not is_pipeline(folder):
-        return open_base(text)
-    from adapterkit.planning.inputs.pipeline_adapters import base_of_conversion
-
-    return base_of_conversion(source, read_pipeline(folder), component)
+    base = kind_of(open_model(text))
+    own = base.own("base of a conversion")
+    return own(base, source, component) if own else open_base(text)

@@ -1,91 +1,141 @@
-"""A model's checkpoint, of a folder of safetensors, of one file or of a GGUF file."""
+"""The door of bases: which kind of base a folder is, by the names of its files and the `model_type`
+of its config alone, and the kind that most are: a model of safetensors."""
 
-from functools import lru_cache
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import AdapterkitError
-from adapterkit.gguf.header import ENDING, GgufFiles, find_gguf
+from adapterkit.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.options import StrPath, flag_of
+from adapterkit.registry import load
 
 if TYPE_CHECKING:
     from adapterkit.formats.one_file import OneFileModel
+    from adapterkit.planning.merge.job import MergeJob
+    from adapterkit.verbs.merge import MergeOptions
 
-CONFIG = "config.json"
-
-
-def read_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
-    """The headers of a model, its parameters under transformers' names; raises `Refused` or
-    `Damaged` with all that is wrong with it. `number`: which input of the job it is."""
-    is_first_file = number == 0 and getattr(folder, "single", None) is not None
-    known = one_file_of(folder) if is_first_file else None  # read before, for the output's name
-    return known or _read(folder, number)
+CONFIG, INDEX = "config.json", "model_index.json"
+SAFETENSORS, GGUF = ".safetensors", ".gguf"
 
 
-def _read(folder: Folder, number: int = 0) -> Checkpoint:
-    files = find_gguf(folder)
-    if files is None:
-        checkpoint = open_checkpoint(folder, number)
-        return checkpoint if "model_type" in checkpoint.config else _of_images(checkpoint)
-    images = _images_in(files, number)
-    if images is not None:
-        return images
-    from adapterkit.gguf.model import open_gguf
-    from adapterkit.planning.inputs.gguf_tables import table_of
+@dataclass(frozen=True)
+class Base:
+    """A base, and what verbs do with it: here with a model of safetensors, in classes below with
+    other kinds."""
 
-    return open_gguf(files, number, table_of=table_of).checkpoint
+    folder: Folder
+    part: str = ""  # its name, where it is a model of several
+    parts_of: Folder | None = None  # the folder of all of them
 
+    noun: ClassVar[str] = "model"
+    in_safetensors: ClassVar[bool] = True
+    does: ClassVar[Mapping[str, str]] = {}  # entries MODULE:FUNCTION by what they do
+    # options of a merge that it has no use for, by the kind of base that they are for
+    unfit: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "a base in a GGUF file": ("imatrix", "touched_as", "scales", "modelfile")
+    }
 
-def read_plain_gguf(folder: Folder) -> Checkpoint | None:
-    """A model in GGUF whose parameters are known without transformers; None for others."""
-    files = find_gguf(folder)
-    if files is None:
+    def own(self, work: str) -> Callable[..., Any] | None:
+        """What does a work of this kind of base; None where it is done as for a model."""
+        entry = self.does.get(work)
+        return None if entry is None else load(entry)
+
+    @cached_property
+    def images(self) -> "OneFileModel | None":
+        """The image or video model in its publisher's names that it is; None for others, and for
+        what cannot be read, which is refused where it is opened."""
         return None
-    from adapterkit.gguf.plain import open_plain_gguf
-    from adapterkit.planning.inputs.gguf_tables import table_of
 
-    return open_plain_gguf(files, table_of)
+    @property
+    def ending(self) -> str | None:
+        """How the name of an output ends that is one file, as the base is; None for a folder."""
+        return None
+
+    def read(self, number: int = 0) -> Checkpoint:
+        """Its headers, parameters under transformers' names; raises `Refused` or `Damaged` with all
+        that is wrong with it. `number`: which input of the job it is."""
+        return open_checkpoint(self.folder, number)
+
+    def read_for(self, is_enough: Callable[[Checkpoint], bool]) -> Checkpoint:
+        """`read`, or less of it where that is enough."""
+        return self.read()
+
+    def check_options(self, options: "MergeOptions", imatrix: object, file: str | None) -> None:
+        """`Refused` for options of a merge that it has no use for; `file`: the output's name where
+        it is one."""
+        errors, given = Problems(where="options", hint="remove it"), vars(options)
+        for expected, names in self.unfit_with(file).items():
+            for name in names:
+                if imatrix if name == "imatrix" else given[name]:
+                    errors.add(f"{flag_of(name)} with this base", expected)
+        errors.raise_all()
+        if options.variant and not self.part:
+            errors.add("--variant with this base", "a pipeline of diffusers", "remove --variant")
+            errors.raise_all()
+
+    def unfit_with(self, file: str | None) -> Mapping[str, tuple[str, ...]]:
+        return self.unfit
+
+    def prepare(self, job: "MergeJob") -> list[AdapterkitError]:
+        """Refusals of adapters before a merge looks at parameters; notes join the job's."""
+        return []
+
+    def output_file(self, out: StrPath) -> str | None:
+        """The name of an output that is one file, as the base is; `Refused` for other names."""
+        ending, name = self.ending, re.split(r"[/\\:]", str(out))[-1]
+        if ending is not None and name.lower().endswith(ending):
+            return name
+        if ending is None and not name.lower().endswith(GGUF):
+            return None
+        raise Refused(
+            f"--out {shown(out)} for a base that is {'one' if ending else 'no single'} file",
+            expected=f"a name that ends in {ending}" if ending else "a folder",
+            where="--out",
+            hint=f"give --out {shown(out)}{ending}" if ending else "give the name of a folder",
+        )
 
 
 @lru_cache(maxsize=4)  # what writes the output and what reads adapters ask for it
-def one_file_of(base: Folder | None) -> "OneFileModel | None":
-    """The image or video model in its publisher's names that a folder or file is; None for other
-    bases, and for what cannot be read, which is refused where it is opened."""
-    files = () if base is None else base.files()
-    if base is None or not any(name.endswith((".safetensors", ENDING)) for name in files):
-        return None
+def kind_of(folder: Folder) -> Base:
+    """The base that a folder or file is. Its record is loaded where there are files of its kind."""
+    entry = _entry(folder)
+    return load(f"planning.bases.{entry}")(folder) if entry else Base(folder)
+
+
+def _entry(folder: Folder) -> str | None:
+    """The first kind whose files there are: a pipeline has no config, a GGUF file beside
+    safetensors is not the model, an image model's config names no `model_type`."""
+    files, single = folder.files(), getattr(folder, "single", None) or ""
+    if INDEX in files and CONFIG not in files:
+        return "pipelines:PipelineBase"
+    here = [name for name in files if "/" not in name]
+    has_gguf = any(name.lower().endswith(GGUF) for name in here)
+    is_gguf = has_gguf and not any(name.endswith(SAFETENSORS) for name in here)
+    if single.lower().endswith(GGUF) or is_gguf:
+        return "gguf:GgufBase"
+    has_weights = any(name.endswith(SAFETENSORS) for name in files)
+    return "images:ImageBase" if has_weights and not has_type(folder) else None
+
+
+def has_type(folder: Folder) -> bool:
+    """Whether its config names a model of transformers, or cannot be read, which is refused where
+    it is opened."""
     try:
-        if CONFIG in files and "model_type" in read_json(base, CONFIG):
-            return None
-        gguf = find_gguf(base)
-        model = _images_in(gguf) if gguf else _read(base)
+        return CONFIG in folder.files() and "model_type" in read_json(folder, CONFIG)
     except AdapterkitError:
-        return None
-    from adapterkit.formats.one_file import OneFileModel
-
-    return model if isinstance(model, OneFileModel) else None
+        return True
 
 
-def _images_in(files: GgufFiles, number: int = 0) -> "OneFileModel | None":
-    """The image or video model in a GGUF file; None for a language model."""
-    from adapterkit.formats.one_file import OneFileModel
-    from adapterkit.gguf.images import open_image_gguf
-
-    checkpoint = open_image_gguf(files, number)
-    model = None if checkpoint is None else _of_images(checkpoint)
-    return model if isinstance(model, OneFileModel) else None
+def read_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
+    """The headers of the base that a folder is, as input `number` of the job."""
+    return kind_of(folder).read(number)
 
 
-def _of_images(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint of an image or video model in its publisher's names as such."""
-    # here, so that headers of other models are read without torch
-    from adapterkit.formats.one_file import OneFileModel, with_parts
-    from adapterkit.formats.schema import MODEL
-
-    model = with_parts(checkpoint)
-    if not isinstance(model, OneFileModel):
-        return checkpoint
-    # of a pipeline's folder the names are the model's
-    is_plain = bool(checkpoint.config) and {*model.namings.values()} == {MODEL}
-    return checkpoint if is_plain else model
+def one_file_of(base: Folder | None) -> "OneFileModel | None":
+    """The image or video model in its publisher's names that a folder or file is, if it is one."""
+    return None if base is None else kind_of(base).images

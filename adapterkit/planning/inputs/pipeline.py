@@ -13,8 +13,8 @@ from adapterkit.checkpoint.shards import pickles, weight_files
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, MultipleErrors, Problems, Refused, shown
+from adapterkit.planning.inputs.model_checkpoint import INDEX
 
-INDEX = "model_index.json"
 PART = re.compile(r"([a-z0-9_]+):(.+)", re.DOTALL)  # unet:ADAPTER
 # model.fp16.safetensors, its shards, and their index
 VARIANT = re.compile(
@@ -23,11 +23,6 @@ VARIANT = re.compile(
 )
 DENOISER = re.compile(r"unet|prior|decoder|transformer(_\d+)?")
 TEXT_ENCODER = re.compile(r"text_encoder(_\d+)?")
-
-
-def is_pipeline(folder: Folder) -> bool:
-    files = folder.files()
-    return INDEX in files and "config.json" not in files
 
 
 @dataclass(frozen=True)

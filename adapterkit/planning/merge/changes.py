@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors, rank_and_scale
@@ -12,8 +13,8 @@ from adapterkit.adapters.record import EMBEDDINGS, Adapter, Lora, is_inside, ran
 from adapterkit.checkpoint.fingerprint import difference
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.commands import PLAIN, WITHOUT_INITIAL
+from adapterkit.engines.converted_folder import ADDED_DELTAS
 from adapterkit.errors import WARNING, Refused, listed, shown
-from adapterkit.planning.adapters.added_deltas import AddedDelta, added_deltas
 from adapterkit.planning.adapters.sites import flips_square_experts, sites_of
 from adapterkit.planning.adapters.value_comparison import (
     decoded_difference,
@@ -26,6 +27,9 @@ from adapterkit.planning.merge.job import Change, MergeJob
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.unadaptable import looks_up_otherwise, weight_reader
+
+if TYPE_CHECKING:
+    from adapterkit.planning.adapters.added_deltas import AddedDelta
 
 
 def resolve_targets(
@@ -229,13 +233,16 @@ def _is_of_original(job: MergeJob, adapter: Adapter, copy: TensorSpec, stored: T
 
 def collect_changes(job: MergeJob) -> None:
     """Fill the job's changes from its adapters; its errors get everything that does not fit."""
-    job.adapters = [replace(adapter, replaced=_trained(job, adapter)) for adapter in job.adapters]
+    job.adapters = [
+        replace(one, replaced=_trained(job, one)) if one.replaced else one for one in job.adapters
+    ]
     for adapter in job.adapters:
         _check_adapter(job, adapter)
         _check_complete(job, adapter)
         _add_values(job, adapter)
         _add_products(job, adapter)
-        _add_deltas(job, adapter)
+        if ADDED_DELTAS in adapter.folder.files():
+            _add_deltas(job, adapter)
         _check_rows(job, adapter)
         _add_rows(job, adapter)
     if job.module_weights is not None:
@@ -247,7 +254,9 @@ def collect_changes(job: MergeJob) -> None:
 
 
 def _check_adapter(job: MergeJob, adapter: Adapter) -> None:
-    job.notes += other_values(job, adapter) + other_base(job, adapter)
+    if adapter.base_fingerprint is not None:
+        job.notes += other_values(job, adapter)
+    job.notes += other_base(job, adapter)
     init = adapter.changed_base()
     if adapter.number in job.with_initial:
         _check_initial(job, adapter)
@@ -352,6 +361,8 @@ def other_base(job: MergeJob, adapter: Adapter) -> list[str]:
 def _check_complete(job: MergeJob, adapter: Adapter) -> None:
     """Refuse a file without some of the tensors that PEFT saves together: the whole state of a
     saved module, each bias that was trained."""
+    if not adapter.saved and adapter.config.get("bias") not in ("all", "lora_only"):
+        return
     names = job.names.all()
     expected: dict[str, str] = {}
     for module in adapter.saved:
@@ -493,13 +504,15 @@ def _add_product(job: MergeJob, adapter: Adapter, name: str, leaf: str | None, l
 
 def _add_deltas(job: MergeJob, adapter: Adapter) -> None:
     """Deltas of other kinds than factors."""
+    from adapterkit.planning.adapters.added_deltas import added_deltas
+
     for added in added_deltas(adapter.folder, adapter.number):
         module = added.module.name
         with job.errors.collected():
             _add_delta(job, adapter, added, module)
 
 
-def _add_delta(job: MergeJob, adapter: Adapter, added: AddedDelta, module: str) -> None:
+def _add_delta(job: MergeJob, adapter: Adapter, added: "AddedDelta", module: str) -> None:
     """Raises `Refused` for weights of its directions."""
     weight = job.weight(adapter, module)
     if not job.is_selected(module) or job.is_off(adapter, module):

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.record import Adapter, Lora
@@ -15,21 +15,23 @@ from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.commands import CHECK_BASE
+from adapterkit.engines.converted_folder import ADDED_DELTAS
 from adapterkit.errors import Problems, Refused, shown
-from adapterkit.gguf.model import GgufCheckpoint
 from adapterkit.patterns import similar_names
-from adapterkit.planning.adapters.added_deltas import PlacedDelta, added_deltas
-from adapterkit.planning.adapters.dora_deltas import CHECK_BASE
-from adapterkit.planning.adapters.methods import ModuleMethods, method_of
 from adapterkit.planning.inputs.earlier_merges import MergedAdapter
 from adapterkit.planning.inputs.model_config import vocabulary_sizes
-from adapterkit.planning.merge.module_weights import ModuleWeights, WeightOf
 from adapterkit.planning.targets.values_by_regex import selection
 from adapterkit.records import Json
 from adapterkit.verbs.merge import MergeOptions
-from adapterkit.weights.decoded import decoded_view
+from adapterkit.weights.decoded import decoded_view, quantized_weights
 from adapterkit.weights.names import Names, mentions_weight
 from adapterkit.weights.parameters import Parameter
+
+if TYPE_CHECKING:
+    from adapterkit.planning.adapters.added_deltas import PlacedDelta
+    from adapterkit.planning.adapters.methods import ModuleMethods
+    from adapterkit.planning.merge.module_weights import ModuleWeights, WeightOf
 
 OTHER_LISTS = re.compile(r"^architectures$|_token_ids?$")  # not one value for each layer
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -139,10 +141,6 @@ def nothing_selected(
     )
 
 
-# of a GGUF file, which may have a layer under no name that is known
-OTHERWISE = "; if it was, merge into the original checkpoint and convert that to GGUF"
-
-
 @dataclass
 class Change:
     """The change of one parameter: a new value to start from, rows replaced, then additions."""
@@ -152,7 +150,7 @@ class Change:
     additions: list[Factors] = field(default_factory=list)
     vectors: list[tuple[TensorSpec, float]] = field(default_factory=list)  # biases of b, scales
     # of other kinds than factors, each with its weight
-    deltas: list[tuple[PlacedDelta, float]] = field(default_factory=list)
+    deltas: list[tuple["PlacedDelta", float]] = field(default_factory=list)
     rows: list[tuple[TensorSpec, tuple[int, ...]]] = field(default_factory=list)
     # of a merge by a method: the weights of adapters, by their numbers, which scales do not have
     weights: dict[int, float] = field(default_factory=dict)
@@ -183,7 +181,7 @@ class MergeJob:
         weights: list[float],
         options: MergeOptions,
         part: str = "",
-        weight_of: WeightOf | None = None,
+        weight_of: "WeightOf | None" = None,
         file: WeightsFile | None = None,
     ):
         self.adapters, self.weights, self.options = adapters, weights, options
@@ -197,32 +195,46 @@ class MergeJob:
         self.changes: dict[str, Change] = {}
         self.new: dict[str, Change] = {}  # parameters that the base does not store: heads
         self.original = base
-        self.base = replicated(decoded_view(base), adapters, self.errors)
+        view = decoded_view(base)
+        self.base = replicated(view, adapters, self.errors)
+        self.quantized = [] if view is base else quantized_weights(self.base.tensors)
         self.config: Json = json.loads(json.dumps(self.base.config))
         self._selects = selection(options.include, options.exclude)
         self.names = self._names()
         self.file = file
-        # the pipeline has them where it gives them
-        self.module_weights: ModuleWeights | None = None
-        if weight_of is None:
-            self.module_weights = ModuleWeights(base, weights, options, file)
-            weight_of = self.module_weights.of
-        self._weight_of = weight_of
-        self.methods: ModuleMethods | None = None  # the sum is none
-        if options.method is not None:
-            method = method_of(options.method, options)
-            if method.scales:
-                raise Refused(
-                    f"--method {method.name} by a norm over all modules",
-                    expected="a method module by module",
-                    where="options",
-                    hint="combine the adapters first, and merge the result",
-                )
-            methods = ModuleMethods(method, len(weights), options.density_for)
-            self.methods = methods if options.method != "linear" else None
+        # where an adapter may have several; the pipeline has them where it gives them
+        self.module_weights = self._module_weights() if weight_of is None else None
+        self._weight_of = self.module_weights.of if self.module_weights else weight_of
+        self.methods = None if options.method is None else self._methods(options.method)
+
+    def _module_weights(self) -> "ModuleWeights | None":
+        """The weights on each module; None where each adapter has one."""
+        options = self.options
+        if not (options.weight_for or options.lbw or self.file or options.method):
+            return None
+        from adapterkit.planning.merge.module_weights import ModuleWeights
+
+        return ModuleWeights(self.original, self.weights, options, self.file)
+
+    def _methods(self, name: str) -> "ModuleMethods | None":
+        """The method on each module; None for the sum."""
+        from adapterkit.planning.adapters.methods import ModuleMethods, method_of
+
+        method = method_of(name, self.options)
+        if method.scales:
+            raise Refused(
+                f"--method {method.name} by a norm over all modules",
+                expected="a method module by module",
+                where="options",
+                hint="combine the adapters first, and merge the result",
+            )
+        methods = ModuleMethods(method, len(self.weights), self.options.density_for)
+        return methods if name != "linear" else None
 
     def weight(self, adapter: Adapter, module: str) -> float:
         """The weight of an adapter on a module."""
+        if self._weight_of is None:
+            return self.weights[adapter.number - 1]
         return self._weight_of(adapter.number, module)
 
     def weighted(self, adapter: Adapter, name: str, factors: Factors) -> tuple[float, Factors]:
@@ -235,7 +247,7 @@ class MergeJob:
     def is_off(self, adapter: Adapter, module: str) -> bool:
         """Whether an adapter that has a weight has none on a module; of weights from a file each
         parameter has its own."""
-        if self.file is not None:
+        if self.file is not None or self._weight_of is None:
             return False
         return self.weight(adapter, module) == 0.0 != self.weights[adapter.number - 1]
 
@@ -259,8 +271,11 @@ class MergeJob:
                     build_model = True
                 if self.is_selected(lora.module) and not has_parameters:
                     wanted[f"{lora.module}.weight"] = None
-            added = (one.module.name for one in added_deltas(adapter.folder, adapter.number))
-            wanted |= {f"{name}.weight": None for name in added if self.is_selected(name)}
+            if ADDED_DELTAS in adapter.folder.files():
+                from adapterkit.planning.adapters.added_deltas import added_deltas
+
+                added = (one.module.name for one in added_deltas(adapter.folder, adapter.number))
+                wanted |= {f"{name}.weight": None for name in added if self.is_selected(name)}
             replaced = adapter.replaced
             if adapter.tokens or any(len(spec.shape) > 1 for spec in replaced.values()):
                 build_model = True
@@ -268,8 +283,8 @@ class MergeJob:
             modules = (tokens.module for tokens in adapter.tokens)
             wanted |= {f"{module}.weight": None for module in modules if self.is_selected(module)}
         trained = self.adapters[0].trained_class
-        is_file = isinstance(self.original, GgufCheckpoint)
-        return Names(self.base, tuple(wanted), *trained, build_model, self.notes, text_only=is_file)
+        is_text = not self.original.in_safetensors
+        return Names(self.base, tuple(wanted), *trained, build_model, self.notes, text_only=is_text)
 
     @cached_property
     def leaves(self) -> dict[str, list[str]]:
@@ -325,12 +340,11 @@ class MergeJob:
     def unknown_error(self, adapter: Adapter, key: str, name: str) -> Refused:
         """The refusal of an adapter's tensor for a parameter that the base does not have."""
         reason = f" ({self.notes[-1].splitlines()[0]})" if self.notes else ""
-        is_gguf = isinstance(self.base, GgufCheckpoint)
         return Refused(
             f"{shown(key)}: the base has no {shown(name)}",
             expected="only parameters of the base",
             where=adapter.label,
-            hint=CHECK_BASE + reason + (OTHERWISE if is_gguf else ""),
+            hint=CHECK_BASE + reason + self.base.otherwise,
         )
 
     def shape_error(

@@ -1,16 +1,20 @@
 """Each adapter's weight on each module of a merge: its own, that of --weight-for or of a file of
 weights, times what --lbw says of the module's block."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from adapterkit.adapters.weights_file import WeightsFile
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, listed
+from adapterkit.options import flag_of
 from adapterkit.planning.adapters.joined_values import AdapterWeights, of_adapters
 from adapterkit.planning.adapters.methods import method_of, resolved_weights
-from adapterkit.planning.inputs.pipeline import Pipeline
-from adapterkit.planning.merge.block_weights import LBW, BlockWeights, ModelNames
 from adapterkit.verbs.merge import MergeOptions
+
+if TYPE_CHECKING:
+    from adapterkit.planning.inputs.pipeline import Pipeline
+    from adapterkit.planning.merge.block_weights import BlockWeights
 
 EXPECTED = "[N:]NAME, [N:]NUMBERS or [N:]FILE[:NAME], N the adapter's place from 1"
 WeightOf = Callable[[int, str], float]  # by the adapter's number, from 1, and the module
@@ -22,7 +26,7 @@ class ModuleWeights:
 
     def __init__(
         self,
-        base: Checkpoint | Pipeline,
+        base: "Checkpoint | Pipeline",
         weights: list[float],
         options: MergeOptions,
         file: WeightsFile | None = None,
@@ -33,9 +37,15 @@ class ModuleWeights:
         self.rules = AdapterWeights(weights, options.weight_for, file)
         self.blocks: list[BlockWeights | None] = [None for _ in weights]
         self.outside: set[str] = set()  # modules of no block
-        names = ModelNames(base)
-        for text in options.lbw:
-            numbers, rest = of_adapters(text, len(weights), LBW, EXPECTED, "2:OUTALL")
+        if options.lbw:
+            self._read_blocks(base, options.lbw)
+
+    def _read_blocks(self, base: "Checkpoint | Pipeline", texts: Iterable[str]) -> None:
+        from adapterkit.planning.merge.block_weights import BlockWeights, ModelNames
+
+        names, count, option = ModelNames(base), len(self.blocks), flag_of("lbw")
+        for text in texts:
+            numbers, rest = of_adapters(text, count, option, EXPECTED, "2:OUTALL")
             own = BlockWeights.of(rest, names)
             for number in numbers:
                 self.blocks[number] = own
@@ -62,6 +72,5 @@ class ModuleWeights:
         """What block weights leave as it is."""
         if not self.outside:
             return []
-        return [
-            f"{LBW}: in no block, with the adapter's own weight: {listed(sorted(self.outside))}"
-        ]
+        names = listed(sorted(self.outside))
+        return [f"{flag_of('lbw')}: in no block, with the adapter's own weight: {names}"]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from adapterkit import dtypes
 from adapterkit.adapters.peft import scan_adapter
@@ -14,39 +15,17 @@ from adapterkit.checkpoint.shards import stem_of
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.commands import WITHOUT_INITIAL
 from adapterkit.errors import AdapterkitError, Problems, Refused, shown
-from adapterkit.formats.one_file import OneFileModel
-from adapterkit.gguf.header import find_gguf
-from adapterkit.gguf.model import GgufCheckpoint
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import StrPath, flag_of, parse_size
 from adapterkit.plan import OutputFile, Plan, Step
-from adapterkit.planning.adapters.methods import added_by
 from adapterkit.planning.inputs.earlier_merges import history_notes, merged_adapters
 from adapterkit.planning.inputs.input_identity import plan_of
-from adapterkit.planning.inputs.model_checkpoint import read_checkpoint, read_plain_gguf
+from adapterkit.planning.inputs.model_checkpoint import Base, kind_of
 from adapterkit.planning.inputs.model_config import nested_values, set_nested
-from adapterkit.planning.inputs.pipeline import Pipeline, PipelinePart, is_pipeline, read_pipeline
-from adapterkit.planning.inputs.pipeline_adapters import Split, split_adapters
-from adapterkit.planning.inputs.sources import (
-    if_given,
-    initial_of,
-    open_adapter,
-    open_model,
-    open_statistics,
-)
-from adapterkit.planning.inputs.weights import notes_on_base, open_with_weights, weighted_sources
+from adapterkit.planning.inputs.sources import initial_of, open_adapter, open_model, open_statistics
+from adapterkit.planning.inputs.weights import notes_on_base, open_with_weights
 from adapterkit.planning.merge.changes import collect_changes
-from adapterkit.planning.merge.gguf import (
-    ImportanceFile,
-    files_beside,
-    gguf_shards,
-    options_of_others,
-    read_importance,
-)
 from adapterkit.planning.merge.job import MergeJob, nothing_selected
-from adapterkit.planning.merge.module_weights import WeightOf
-from adapterkit.planning.merge.one_file import absent_parts, file_notes
-from adapterkit.planning.merge.pipeline import plan_pipeline_merge
 from adapterkit.planning.merge.steps import plan_steps
 from adapterkit.planning.merge.tied import (
     resolve_new_head,
@@ -63,13 +42,16 @@ from adapterkit.planning.outputs.model import (
     plan_shards_of_size,
     rounding_warnings,
 )
-from adapterkit.planning.outputs.one_file import output_file
 from adapterkit.planning.outputs.tokenizer_files import tokenizer_files
 from adapterkit.shared_options import missing_statistics
 from adapterkit.verbs.merge import Merge, MergeOptions
 from adapterkit.weights.codec import QuantizedWeight, check_writable
 from adapterkit.weights.decoded import decoded_view, quantization_files, quantized_weights
 from adapterkit.weights.detect import check_not_quantized
+
+if TYPE_CHECKING:
+    from adapterkit.planning.bases.gguf import ImportanceFile
+    from adapterkit.planning.merge.module_weights import WeightOf
 
 Steps = dict[str, list[Step]]  # by output file
 
@@ -83,70 +65,45 @@ def plan_merge_of(merge: Merge) -> Plan:
             where="--push",
             hint="remove --push",
         )
-    base, options = open_model(merge.base), merge.only(MergeOptions)
-    if is_pipeline(base):
-        Problems(_options_of_models(merge)).raise_all()
-        pipeline = read_pipeline(base, options.variant)
-        sources, weights = weighted_sources(merge.adapters, merge.weights)
-        split = split_adapters(sources, pipeline)
-        return plan_merge_into_pipeline(pipeline, split, options, weights)
-    name = output_file(base, merge.out)
+    base, options = kind_of(open_model(merge.base)), merge.only(MergeOptions)
+    if own := base.own("merge"):
+        return own(base, merge, options)
+    name = base.output_file(merge.out)
     layout = options.expert_layout
-    opener = partial(open_adapter, base=base, for_merge=True, expert_layout=layout)
+    opener = partial(open_adapter, base=base.folder, for_merge=True, expert_layout=layout)
     adapters, weights = open_with_weights(merge.adapters, merge.weights, opener)
     stats = None if merge.stats is None else open_statistics(merge.stats)
-    imatrix = if_given(read_importance, merge.imatrix)
+    imatrix = None if merge.imatrix is None else importance_of(merge.imatrix)
     if merge.base16 is None:
         more = {"file": name, "imatrix": imatrix, "weights": weights}
         return plan_merge(base, adapters, options, stats, **more)
     return plan_merge_into_original(merge.base, merge.base16, adapters, options, stats, weights)
 
 
-def plan_merge_into_pipeline(
-    pipeline: Pipeline, adapters: Split, options: MergeOptions, weights: WeightsFile | None = None
-) -> Plan:
-    """The plan of a merge into a pipeline of diffusers, part by part; in a file of weights modules
-    have their part's name in front."""
-    of_part = lambda part, own, weight_of: plan_merge(
-        part.folder, own, options, part=part, weight_of=weight_of
-    )
-    return plan_pipeline_merge(pipeline, adapters, options, of_part, weights)
+def importance_of(text: StrPath) -> "ImportanceFile":
+    """What weighs the errors of blocks; `Refused` or `Damaged` for what is no such file."""
+    from adapterkit.planning.bases.gguf import read_importance
 
-
-def _options_of_models(merge: Merge) -> list[AdapterkitError]:
-    """`Refused` for sources that a pipeline has no use for."""
-    errors = Problems(where="options", hint="merge into one part: the folder of a model")
-    for name in ("base16", "stats", "imatrix", "density_for"):
-        if getattr(merge, name) not in (None, ()):
-            hint = "give ORIGINAL as the base" if name == "base16" else errors.hint
-            errors.add(f"{flag_of(name)} with a pipeline", "a base that is one model", hint)
-    return errors
+    return read_importance(text)
 
 
 def plan_merge(
-    base: Folder,
+    base: Base,
     sources: list[tuple[Folder, float]],
     options: MergeOptions,
     stats: Folder | None = None,
     *,
     file: str | None = None,
-    imatrix: ImportanceFile | None = None,
-    part: PipelinePart | None = None,
-    weight_of: WeightOf | None = None,
+    imatrix: "ImportanceFile | None" = None,
+    weight_of: "WeightOf | None" = None,
     weights: WeightsFile | None = None,
 ) -> Plan:
     """The plan of a merge of these adapters with these weights; `Refused` or `Damaged` with all
     problems. `stats`: the covariances that compensated rounding needs; `file`: the name of an
-    output that is one file; `imatrix`: what weighs the errors of its blocks; `part`: what the base
-    is of a pipeline, with its weights of modules, if there are any; `weights`: those of modules and
-    directions."""
+    output that is one file; `imatrix`: what weighs the errors of its blocks; `weight_of`: weights
+    of modules that a pipeline has for its part; `weights`: those of modules and directions."""
     Problems(missing_statistics(options.rounding, stats)).raise_all()
-    is_gguf = find_gguf(base) is not None
-    others = options_of_others(options, imatrix, is_gguf=is_gguf, is_file=file is not None)
-    Problems(others).raise_all()
-    if options.variant and part is None:
-        problem, expected = "--variant with this base", "a pipeline of diffusers"
-        raise Refused(problem, expected=expected, where="options", hint="remove --variant")
+    base.check_options(options, imatrix, file)
     if not sources:
         raise Refused("no adapter", expected="one or more", hint="name the adapters after the base")
     sources, with_initial = _with_initial(sources, options)
@@ -160,55 +117,43 @@ def plan_merge(
             hint=WITHOUT_INITIAL,
         )
     adapters, errors = _scan_adapters(sources)
+    given = [weight for _, weight in sources]
+    are_plain = len(adapters) == len(given) and all(one.is_factors_alone for one in adapters)
+    is_enough = lambda it: not MergeJob(it, adapters, given, options).names.needs_model
     try:
-        if part is None:
-            checkpoint = _read_base(base, adapters, [weight for _, weight in sources], options)
-        else:
-            checkpoint = open_checkpoint(base)
+        checkpoint = base.read_for(is_enough) if are_plain else base.read()
     except AdapterkitError as error:
         Problems([error, *errors]).raise_all()
         raise
     if errors and len(adapters) < len(sources):
         Problems(errors).raise_all()
-    given = [weight for _, weight in sources]
-    name = part.name if part else ""
-    job = MergeJob(checkpoint, adapters, given, options, name, weight_of, weights)
+    job = MergeJob(checkpoint, adapters, given, options, base.part, weight_of, weights)
     job.notes += notes_on_base(weights, job.fingerprint, job.original.name) if weights else []
     job.with_initial = with_initial
     _decode_to_16_bits(job)
-    whole = part.pipeline if part else base
+    whole = base.parts_of or base.folder
     job.merged_before = merged_adapters(whole)
-    job.notes += history_notes(whole, job.merged_before, adapters, job.weights)
+    if job.merged_before or len(adapters) > 1:
+        job.notes += history_notes(whole, job.merged_before, adapters, job.weights)
+    if absent := base.prepare(job):
+        Problems([*errors, *absent]).raise_all()
     steps, statistics = changed_steps(job, errors), None
     if stats is not None:
         from adapterkit.planning.merge.compensation import with_compensation
 
         statistics = open_checkpoint(stats, len(sources) + 1)
         steps = with_compensation(job, steps, statistics)
-    if isinstance(checkpoint, GgufCheckpoint):
-        shards = gguf_shards(job, checkpoint, list(_all_steps(steps)), file, imatrix)
-        files = files_beside(checkpoint, shards, job.notes, asked=options.modelfile)
+    if own := base.own("merged files"):
+        shards, files, more = own(job, list(_all_steps(steps)), file, imatrix)
         plan = _plan_of_files(job, steps, statistics, shards, files)
-        more = {"imatrix": imatrix.sha256} if imatrix else {}
         return replace(plan, options=plan.options | more, is_file=len(shards) == 1)
     return _plan(job, steps, statistics, file)
-
-
-def _read_base(
-    base: Folder, adapters: list[Adapter], weights: list[float], options: MergeOptions
-) -> Checkpoint:
-    """The base; without a model where adapters of nothing but factors name what a file has."""
-    if len(adapters) == len(weights) and all(adapter.is_factors_alone for adapter in adapters):
-        plain = read_plain_gguf(base)
-        if plain and not MergeJob(plain, adapters, weights, options).names.needs_model:
-            return plain
-    return read_checkpoint(base)
 
 
 def _decode_to_16_bits(job: MergeJob) -> None:
     """Have decoded weights written in 16 bits unless `dtype` says otherwise: their own error is
     larger than that rounding."""
-    wide = any(weight.dtype == "F32" for weight in quantized_weights(job.base.tensors))
+    wide = any(weight.dtype == "F32" for weight in job.quantized)
     if job.options.dequantize and job.options.dtype is None and wide:
         said = set(map(str, nested_values(job.base.config, "dtype"))) & {"float16", "bfloat16"}
         dtype = "fp16" if said == {"float16"} else "bf16"
@@ -218,23 +163,21 @@ def _decode_to_16_bits(job: MergeJob) -> None:
 
 def changed_steps(job: MergeJob, errors: Sequence[AdapterkitError] = ()) -> Steps:
     """The steps of all output files; `Refused` with these errors and all that the job runs into."""
-    if isinstance(job.original, OneFileModel):
-        Problems([*errors, *absent_parts(job, job.original)]).raise_all()
-        job.notes += file_notes(job.original)
     collect_changes(job)
     Problems([*errors, *job.errors]).raise_all()
     brought = {*job.new, *(name for name, change in job.changes.items() if change.value)}
-    if not isinstance(job.original, GgufCheckpoint):  # it stays as whole as it is
+    if job.original.in_safetensors:  # it stays as whole as it is
         job.errors += check_gaps(job.base, job.names.model, job.notes, brought)
     resolve_tied_weights(job)
-    resolve_vocab_resize(job)
-    resolve_new_head(job)
+    if brought:
+        resolve_vocab_resize(job)
+        resolve_new_head(job)
     job.errors.raise_all()
     steps = plan_steps(job)
     job.errors += job.methods.problems() if job.methods else []
     job.errors.raise_all()
     _refuse_nothing(job, steps)
-    if not isinstance(job.original, GgufCheckpoint):
+    if job.original.in_safetensors:
         check_quantized_output(job, steps)
     job.errors.raise_all()
     return steps
@@ -302,7 +245,7 @@ def plan_merge_into_original(
             hint = "give the model that the base was quantized from"
             errors.add(problem, "the same weights", hint)
     errors.raise_all()
-    plan = plan_merge(original.folder, sources, options, stats, weights=chosen)
+    plan = plan_merge(kind_of(original.folder), sources, options, stats, weights=chosen)
     note = f"merged into {original.name}; the adapters were trained on {quantized.name}"
     return replace(plan, notes=(*plan.notes, note))
 
@@ -310,7 +253,7 @@ def plan_merge_into_original(
 def check_quantized_output(job: MergeJob, steps: Steps) -> None:
     """Refuse what a quantized base's format, or its decoding, does not allow; keep the format in
     the config where the weights keep theirs."""
-    weights, options = quantized_weights(job.base.tensors), job.options
+    weights, options = job.quantized, job.options
     if not weights:
         if options.dequantize:
             job.notes.append("--dequantize has no effect: the base is not quantized")
@@ -374,7 +317,12 @@ def _plan(job: MergeJob, steps: Steps, stats: Checkpoint | None, file: str | Non
     tokenizer = tokenizer_files(job.adapters, job.options.tokenizer, job.notes)
     merged = zip(job.adapters, job.weights, strict=True)
     rows = [Merged(one.folder, w, len(one.loras), one.config.get("r", "")) for one, w in merged]
-    card = merged_card(job.original.folder, rows, delta=added_by(job.options))
+    how = {}
+    if job.options.method is not None:
+        from adapterkit.planning.adapters.methods import added_by
+
+        how = {"delta": added_by(job.options)}
+    card = merged_card(job.original.folder, rows, **how)
     omit = quantization_files(job.base.tensors) if job.options.dequantize else ()
     files = model_files(job.original, job.config, shards, card, tokenizer=tokenizer, omit=omit)
     return _plan_of_files(job, steps, stats, shards, files)
@@ -410,9 +358,7 @@ def _plan_of_files(
         decisions=decisions,
         notes=job.notes,
         warn=partial(
-            rounding_warnings,
-            compat=job.options.compat,
-            in_gguf=isinstance(job.original, GgufCheckpoint),
+            rounding_warnings, compat=job.options.compat, in_gguf=not job.original.in_safetensors
         ),
     )
 
@@ -422,7 +368,7 @@ def _shards(job: MergeJob, steps: Steps) -> tuple[OutputFile, ...]:
     if len(steps) == len(headers) == 1:  # whose name may be another one
         headers = dict(zip(steps, headers.values(), strict=True))
     limit, stem = parse_size(limit) if limit else None, stem_of(headers)
-    if quantized_weights(job.base.tensors):
+    if job.quantized:
         if job.options.dequantize and limit:
             return plan_shards_of_size(list(_all_steps(steps)), limit, stem)
         return tuple(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors
@@ -9,9 +10,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.plan import RowEdit, Step
-from adapterkit.planning.adapters.methods import ModuleMethods
 from adapterkit.planning.merge.job import Change, MergeJob
-from adapterkit.tasks.combined_edit import AddCombined, WeightedDelta
 from adapterkit.tasks.edits import (
     AddDelta,
     AddLikePeft,
@@ -28,6 +27,9 @@ from adapterkit.tasks.edits import (
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.slots import Axis, Slot, identity_slot
+
+if TYPE_CHECKING:
+    from adapterkit.planning.adapters.methods import ModuleMethods
 
 WIDE = ("F32", "F64")  # types whose sums are taken in float64
 
@@ -293,9 +295,11 @@ def _additions(
     return edits
 
 
-def _combined(job: MergeJob, change: Change, slot: Slot, methods: ModuleMethods) -> AddCombined:
+def _combined(job: MergeJob, change: Change, slot: Slot, methods: "ModuleMethods") -> RowEdit:
     """What the method makes of the change's deltas; of those of weight 0 nothing, if there are
     others."""
+    from adapterkit.tasks.combined_edit import AddCombined, WeightedDelta
+
     placed: dict[int, list[PlacedFactors]] = {}
     for factors in change.additions:
         one = place_factors(change.parameter, slot, factors)

@@ -14,7 +14,6 @@ from adapterkit.adapters.record import EMBEDDINGS
 from adapterkit.adapters.resolve import LINEAR, Resolver
 from adapterkit.adapters.targets import ALL_LINEAR
 from adapterkit.errors import Refused, listed, shown
-from adapterkit.formats.one_file import OneFileModel
 from adapterkit.lazy import torch
 from adapterkit.options import targets as text_of_targets
 from adapterkit.patterns import matcher
@@ -117,10 +116,8 @@ class FactorTargets:
     def _is_looked_up(self, name: str) -> bool:
         """Whether a name is that of an embedding or a head; of an image model's that of neither of
         what its family's rules name, as these are layers."""
-        base = self.names.base
-        if isinstance(base, OneFileModel) and any(base.found(name.rpartition(".")[0])):
-            return False
-        return EMBEDDINGS.search(name) is not None
+        is_layer = self.names.base.names_layer(name.rpartition(".")[0])
+        return not is_layer and EMBEDDINGS.search(name) is not None
 
     def _is_wrappable(self, module: str, name: str) -> bool:
         """Whether PEFT can wrap a module for one of its parameters.

@@ -23,7 +23,7 @@ from adapterkit.lazy import Tensor, torch
 from adapterkit.options import Progress, expect, unweighted
 from adapterkit.plan import Plan, Step
 from adapterkit.planning.inputs.earlier_merges import merged_adapters
-from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
+from adapterkit.planning.inputs.model_checkpoint import kind_of, read_checkpoint
 from adapterkit.planning.inputs.sources import open_adapter, open_model
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.records import Json
@@ -82,7 +82,7 @@ def diagnose_model(diagnose: Diagnose) -> Json:
             found.include("adapter", inspect_adapter(adapter, None, True)["problems"])
         # of a quantized base into floats, which are compared
         options = MergeOptions(dequantize=bool(quantized_weights(theirs)))
-        plans = [plan_merge(base, [(adapter, 1.0)], options) for adapter in adapters]
+        plans = [plan_merge(kind_of(base), [(one, 1.0)], options) for one in adapters]
         _untouched((model.folder, base), ours, theirs, plans, found)
         if plans:
             sums = _Projection.of(model.folder, ours, plans)

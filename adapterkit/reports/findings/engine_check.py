@@ -20,8 +20,7 @@ from adapterkit.planning.convert.as_plain import conversion_hint
 from adapterkit.planning.convert.plan import plan_contents
 from adapterkit.planning.convert.source import named_base, read_contents
 from adapterkit.planning.convert.verb import base_for
-from adapterkit.planning.inputs.pipeline import is_pipeline, read_pipeline
-from adapterkit.planning.inputs.pipeline_adapters import split_adapters
+from adapterkit.planning.inputs.model_checkpoint import kind_of
 from adapterkit.planning.inputs.sources import open_adapter, open_model, open_unconverted
 from adapterkit.records import Json
 from adapterkit.reports.factors import join
@@ -160,13 +159,11 @@ def _check_names(check: EngineCheck, base: Checkpoint, found: _Verdicts) -> None
 def _on_models(check: EngineCheck, base: Checkpoint) -> Iterator[tuple[Folder, Checkpoint]]:
     """The adapter and its base; of a pipeline the adapter of each part, and that part."""
     assert check.base is not None
-    folder = open_model(check.base)
-    if not is_pipeline(folder):
+    kind = kind_of(open_model(check.base))
+    if own := kind.own("adapters on models"):
+        yield from own(kind, check.adapter)
+    else:
         yield open_adapter(check.adapter, base.folder), base
-        return
-    pipeline = read_pipeline(folder)
-    ((parts, _),) = split_adapters([(check.adapter, 1.0)], pipeline)
-    yield from ((own, pipeline.part(name).as_base) for name, own in parts.items())
 
 
 def _check_base(detection: Detection, base: Checkpoint, found: _Verdicts) -> None:
