@@ -40,7 +40,7 @@ OF_DATA = (
     "target", "per", "start", "samples", "length", "hold", "ridge", "balance", "whole", "dtype",
     "device", "memory",
 )  # fmt: skip
-SCORE = "A program in the place of data"
+SCORE = "A program instead of data"
 BALANCES = ("files", "tokens", "worst", "retention")
 
 
