@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 from adapterkit.checkpoint.folder import Folder, OneFile
-from adapterkit.checkpoint.header import MAX_NAME, Header, TensorSpec, read_header
+from adapterkit.checkpoint.header import MAX_NAME, Header, TensorSpec
 from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, listed, shown
 from adapterkit.records import Json
 
@@ -259,13 +259,6 @@ def read_gguf(
                 problem = f"the file ends inside its header: {incomplete}"
                 _damage(name).fail(problem, "a whole header")
             raw += folder.read(name, len(raw), min(4 * len(raw), size, MAX_HEADER))
-
-
-def stored_tensors(folder: Folder, name: str) -> list[TensorSpec]:
-    """The tensors of a file that this package wrote, of safetensors or GGUF."""
-    if name.endswith(ENDING):
-        return [entry.stored() for entry in read_gguf(folder, name).tensors]
-    return list(read_header(folder, name).tensors)
 
 
 class _Incomplete(Exception):

@@ -5,18 +5,16 @@ import threading
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder, inside
 from adapterkit.checkpoint.hashes import RunningHash
+from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.output.stage import RECEIPT
 from adapterkit.checkpoint.system import cores, system
 from adapterkit.engines.local.computed import in_order
 from adapterkit.errors import AdapterkitError, Damaged, Failed, Problems, shown
-from adapterkit.gguf.file import check_models
-from adapterkit.gguf.header import ENDING as GGUF
-from adapterkit.gguf.header import stored_tensors
 from adapterkit.options import Progress
 from adapterkit.receipt import AGAIN, CHANGED
 from adapterkit.records import Json
 
-ENDING = ".safetensors"
+ENDING, GGUF = ".safetensors", ".gguf"
 BLOCK = 4 << 20  # bytes that each thread holds
 
 
@@ -64,7 +62,10 @@ def check_files(
         for name in sorted(unlisted - set(files))
     ]
     Problems(errors).raise_all()
-    check_models(out, (name for name in files if name.endswith(GGUF)))
+    if models := [name for name in files if name.endswith(GGUF)]:
+        from adapterkit.gguf.file import check_models
+
+        check_models(out, models)
     total = sum(entry["size"] for entry in files.values())
     return {"files": len(files), "bytes": total, "hash": receipt["hash"]}
 
@@ -105,6 +106,15 @@ def check_file(
             problem = Damaged(CHANGED, expected="the receipt's sha256", where=where, hint=AGAIN)
     if problem is not None:
         raise problem
+
+
+def stored_tensors(folder: Folder, name: str) -> list[TensorSpec]:
+    """The tensors of a file that this package wrote, of safetensors or GGUF."""
+    if not name.endswith(GGUF):
+        return list(read_header(folder, name).tensors)
+    from adapterkit.gguf.header import read_gguf
+
+    return [entry.stored() for entry in read_gguf(folder, name).tensors]
 
 
 def _ends(out: Folder, name: str, marks: dict, *, hashed: bool) -> list[tuple[str, int]]:

@@ -14,9 +14,8 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.system import cores
 from adapterkit.engines.local.computed import in_order
 from adapterkit.engines.local.reader import LocalReader
-from adapterkit.engines.verify.file_checks import check_file, check_files
+from adapterkit.engines.verify.file_checks import check_file, check_files, stored_tensors
 from adapterkit.errors import Damaged, Failed, Problems, shown
-from adapterkit.gguf.header import stored_tensors
 from adapterkit.kernels.quant.stochastic import Draws, Zeros
 from adapterkit.lazy import Tensor, torch
 from adapterkit.plan import OutputFile, Plan, Step
