@@ -12,10 +12,9 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.shards import NOT_A_MODEL
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import Problems, Refused, shown
 from adapterkit.planning.adapters.sites import join
-from adapterkit.planning.inputs.model_checkpoint import INDEX, kind_of
+from adapterkit.planning.inputs.model_checkpoint import kind_of
 from adapterkit.records import Json
 from adapterkit.reports import configs
 from adapterkit.reports.pairs import Bias, Pair, make_pair, stored_specs, summary_of
@@ -168,37 +167,6 @@ def match_adapters(folders: tuple[Folder, Folder]) -> Matches:
                 "relative to that one"
             )
     return matches
-
-
-def match_pipelines(folders: tuple[Folder, Folder]) -> tuple[Matches, list[Folder]]:
-    """Match two pipelines part by part, those of one side alone too, names with their part in
-    front; with the folders of all tensors. `Refused` or `Damaged` where a part cannot be read."""
-    from adapterkit.planning.inputs.pipeline import read_pipeline
-
-    sides = read_pipeline(folders[0]).parts, read_pipeline(folders[1]).parts
-    whole, inputs, errors = Matches([], [], []), [], Problems()
-    indexes = [{INDEX: read_json(folder, INDEX)} for folder in folders]
-    whole.config, _ = configs.compare_model_configs(*indexes)
-    for name in dict.fromkeys([*sides[0], *sides[1]]):
-        own = [side.get(name) for side in sides]
-        with errors.collected():
-            first, second = own
-            number, prefix = len(inputs), f"{name}."
-            if first is not None and second is not None:
-                inputs += [first.folder, second.folder]
-                its = match_checkpoints((first.folder, second.folder), number, prefix)
-            else:
-                lone = first or second
-                assert lone is not None
-                inputs.append(lone.folder)
-                its = match_lone_checkpoint(lone.folder, number, prefix, is_first=lone is first)
-            whole.pairs += its.pairs
-            whole.added += its.added
-            whole.removed += its.removed
-            whole.config += [row | {"name": prefix + row["name"]} for row in its.config]
-            whole.notes += [f"{name}: {note}" for note in its.notes]
-    errors.raise_all()
-    return whole, inputs
 
 
 def _read_adapter(folder: Folder, number: int) -> tuple[Adapter, Parts]:

@@ -1,14 +1,17 @@
-"""inspect of pipelines of diffusers, part by part."""
+"""inspect and diff of pipelines of diffusers, part by part."""
 
 from collections import Counter
 
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import Problems, shown
 from adapterkit.planning.inputs.model_checkpoint import INDEX, Base
 from adapterkit.planning.inputs.pipeline import read_pipeline
 from adapterkit.records import Json
+from adapterkit.reports import configs
 from adapterkit.reports.checkpoint import VERSION, inspect_base
 from adapterkit.reports.configs import printable
+from adapterkit.reports.matching import Matches, match_checkpoints, match_lone_checkpoint
 
 
 def inspect_pipeline(base: Base, headers: bool) -> Json:
@@ -53,3 +56,32 @@ def inspect_pipeline(base: Base, headers: bool) -> Json:
         "modules": [],
         "parts": parts,
     }
+
+
+def match_pipelines(folders: tuple[Folder, Folder]) -> tuple[Matches, list[Folder]]:
+    """Match two pipelines part by part, those of one side alone too, names with their part in
+    front; with the folders of all tensors. `Refused` or `Damaged` where a part cannot be read."""
+    sides = read_pipeline(folders[0]).parts, read_pipeline(folders[1]).parts
+    whole, inputs, errors = Matches([], [], []), [], Problems()
+    indexes = [{INDEX: read_json(folder, INDEX)} for folder in folders]
+    whole.config, _ = configs.compare_model_configs(*indexes)
+    for name in dict.fromkeys([*sides[0], *sides[1]]):
+        own = [side.get(name) for side in sides]
+        with errors.collected():
+            first, second = own
+            number, prefix = len(inputs), f"{name}."
+            if first is not None and second is not None:
+                inputs += [first.folder, second.folder]
+                its = match_checkpoints((first.folder, second.folder), number, prefix)
+            else:
+                lone = first or second
+                assert lone is not None
+                inputs.append(lone.folder)
+                its = match_lone_checkpoint(lone.folder, number, prefix, is_first=lone is first)
+            whole.pairs += its.pairs
+            whole.added += its.added
+            whole.removed += its.removed
+            whole.config += [row | {"name": prefix + row["name"]} for row in its.config]
+            whole.notes += [f"{name}: {note}" for note in its.notes]
+    errors.raise_all()
+    return whole, inputs

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.errors import AdapterkitError
+from adapterkit.planning.inputs import model_checkpoint
 from tests.support import gguf_files
 from tests.support.one_file import DENOISER, write_family
 from tests.support.plain_pipelines import write_pipeline
@@ -97,3 +100,39 @@ def test_a_folder_that_is_two_things_is_taken_for_one(
     result = adapterkit.inspect(path)
     assert (result["kind"] == "pipeline") == (kind == "fits no part")
     assert (result["architecture"] or {}).get("model_type") == name
+
+
+TOY = """
+from dataclasses import dataclass
+
+from adapterkit.checkpoint.header import read_header
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.planning.inputs.model_checkpoint import Base
+
+
+@dataclass(frozen=True)
+class ToyBase(Base):
+    unfit = {"a base of safetensors": ("dtype",)}
+
+    def read(self, number=0):
+        header = read_header(self.folder, "weights.toy", number)
+        tensors = {spec.key: spec for spec in header.tensors}
+        return Checkpoint(self.folder, {"weights.toy": header}, tensors, None, None, {}, {})
+"""
+
+
+def test_a_new_kind_of_base_is_one_record_and_one_row(home, tmp_path, monkeypatch):
+    """The recipe in CONTRIBUTING.md, with files of safetensors that end in .toy."""
+    toy = ModuleType("adapterkit.planning.bases.toy")
+    exec(TOY, vars(toy))
+    monkeypatch.setitem(sys.modules, toy.__name__, toy)
+    is_toy = lambda folder: "weights.toy" in folder.files()
+    monkeypatch.setitem(model_checkpoint.KINDS, "planning.bases.toy:ToyBase", is_toy)
+    (tmp_path / "base").mkdir()
+    save_file({f"{MODULE}.weight": torch.eye(64)}, tmp_path / "base" / "weights.toy")
+    adapterkit.merge(tmp_path / "base", [home / "a"], out=tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "weights.toy")
+    assert torch.equal(merged[f"{MODULE}.weight"], torch.eye(64) + 2)
+    options = {"out": tmp_path / "no", "dtype": "bf16", "dry_run": True}
+    found = said(lambda: adapterkit.merge(tmp_path / "base", [home / "a"], **options))
+    assert found == "--dtype with this base | a base of safetensors"

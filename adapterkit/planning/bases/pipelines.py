@@ -55,7 +55,7 @@ class PipelineBase(Base):
             "base of a conversion": "part_of_conversion",
             "adapters on models": "adapters_on_parts",
         }.items()
-    } | {"inspect": "reports.pipeline:inspect_pipeline", "diff": "reports.matching:match_pipelines"}
+    } | {"inspect": "reports.pipeline:inspect_pipeline", "diff": "reports.pipeline:match_pipelines"}
 
 
 # ---- adapters ----------------------------------------------------------------------------------

@@ -100,26 +100,36 @@ class Base:
         )
 
 
+def _is_pipeline(folder: Folder) -> bool:
+    files = folder.files()
+    return INDEX in files and CONFIG not in files
+
+
+def _is_gguf(folder: Folder) -> bool:
+    """Beside safetensors a GGUF file is not the model; a part of a split one stands for all."""
+    here = [name for name in folder.files() if "/" not in name]
+    has_file = any(name.lower().endswith(GGUF) for name in here)
+    is_file = (getattr(folder, "single", None) or "").lower().endswith(GGUF)
+    return is_file or (has_file and not any(name.endswith(SAFETENSORS) for name in here))
+
+
+def _may_be_images(folder: Folder) -> bool:
+    return any(n.endswith(SAFETENSORS) for n in folder.files()) and not has_type(folder)
+
+
+# records of other kinds, in the order in which they are asked for, by what finds their files
+KINDS: dict[str, Callable[[Folder], bool]] = {
+    "planning.bases.pipelines:PipelineBase": _is_pipeline,
+    "planning.bases.gguf:GgufBase": _is_gguf,
+    "planning.bases.images:ImageBase": _may_be_images,
+}
+
+
 @lru_cache(maxsize=4)  # what writes the output and what reads adapters ask for it
 def kind_of(folder: Folder) -> Base:
     """The base that a folder or file is. Its record is loaded where there are files of its kind."""
-    entry = _entry(folder)
-    return load(f"planning.bases.{entry}")(folder) if entry else Base(folder)
-
-
-def _entry(folder: Folder) -> str | None:
-    """The first kind whose files there are: a pipeline has no config, a GGUF file beside
-    safetensors is not the model, an image model's config names no `model_type`."""
-    files, single = folder.files(), getattr(folder, "single", None) or ""
-    if INDEX in files and CONFIG not in files:
-        return "pipelines:PipelineBase"
-    here = [name for name in files if "/" not in name]
-    has_gguf = any(name.lower().endswith(GGUF) for name in here)
-    is_gguf = has_gguf and not any(name.endswith(SAFETENSORS) for name in here)
-    if single.lower().endswith(GGUF) or is_gguf:
-        return "gguf:GgufBase"
-    has_weights = any(name.endswith(SAFETENSORS) for name in files)
-    return "images:ImageBase" if has_weights and not has_type(folder) else None
+    entry = next((entry for entry, fits in KINDS.items() if fits(folder)), None)
+    return Base(folder) if entry is None else load(entry)(folder)
 
 
 def has_type(folder: Folder) -> bool:

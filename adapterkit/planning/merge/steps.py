@@ -158,7 +158,11 @@ def _layout_error(parameter: Parameter, slot: Slot) -> Refused:
 def plan_steps(job: MergeJob) -> dict[str, list[Step]]:
     """Steps per output file, in the base's order; new tensors at the end of the last file. Changes
     that cannot be laid on stored tensors join the job's errors."""
-    changed = _changed(job)
+    changed: dict[str, Step] = {}
+    for change in job.changes.values():
+        for slot in change.parameter.slots:
+            with job.errors.collected():
+                _place(job, changed, change, slot)
     dtype = dtypes.parse(job.options.dtype) if job.options.dtype else None
     groups: dict[str, list[Step]] = {name: [] for name in job.base.shards}
     obsolete = _obsolete(job)
@@ -216,16 +220,6 @@ def _types(job: MergeJob, step: Step) -> tuple[str, ...]:
     if job.options.dequantize or not isinstance(weight, QuantizedWeight):
         return (step.dtype,)
     return weight.types_written(job.options.touched_as)
-
-
-def _changed(job: MergeJob) -> dict[str, Step]:
-    """The steps of stored tensors that the job changes, by key."""
-    steps: dict[str, Step] = {}
-    for change in job.changes.values():
-        for slot in change.parameter.slots:
-            with job.errors.collected():
-                _place(job, steps, change, slot)
-    return steps
 
 
 def _place(job: MergeJob, steps: dict[str, Step], change: Change, slot: Slot) -> None:
