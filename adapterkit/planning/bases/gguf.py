@@ -81,8 +81,8 @@ class GgufBase(Base):
         plain = open_plain_gguf(self.files, table_of)
         return plain if plain is not None and is_enough(plain) else self.read()
 
-    def prepare(self, job: "MergeJob") -> list[AdapterkitError]:
-        return prepare_images(job)
+    def prepare(self, job: "MergeJob", errors: Sequence[AdapterkitError]) -> None:
+        prepare_images(job, errors)
 
 
 def _images_in(files: GgufFiles, number: int = 0) -> GgufImageModel | None:

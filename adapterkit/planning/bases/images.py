@@ -1,6 +1,6 @@
 """Image and video models in their publisher's names, in one file or a folder of files."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -48,8 +48,8 @@ class ImageBase(Base):
     def unfit_with(self, file: str | None) -> Mapping[str, tuple[str, ...]]:
         return {**self.unfit, "a folder": OF_FOLDERS if file is not None else ()}
 
-    def prepare(self, job: "MergeJob") -> list[AdapterkitError]:
-        return prepare_images(job)
+    def prepare(self, job: "MergeJob", errors: Sequence[AdapterkitError]) -> None:
+        prepare_images(job, errors)
 
 
 def _in_safetensors(checkpoint: Checkpoint) -> "OneFileModel | None":
@@ -70,17 +70,17 @@ def images_in(checkpoint: Checkpoint, kind: "type[Model]") -> "Model | None":
     return None if is_plain else model
 
 
-def prepare_images(job: "MergeJob") -> list[AdapterkitError]:
-    """Refusals of modules of the pipeline that are not in the file, or parts of it; notes on the
-    file join the job's."""
+def prepare_images(job: "MergeJob", errors: Sequence[AdapterkitError]) -> None:
+    """`Refused` with these errors for modules of the pipeline that are not in the file, or parts of
+    it; notes on the file join the job's."""
     from adapterkit.formats.library import architectures
     from adapterkit.formats.one_file import OneFileModel
     from adapterkit.planning.adapters.added_deltas import added_deltas
 
     model = job.original
     if not isinstance(model, OneFileModel):
-        return []
-    errors = Problems(where=model.name)
+        return
+    errors = Problems(errors, where=model.name)
     known = {part for one in architectures().values() for part in one.components}
     for adapter in job.adapters:
         added = (one.module.name for one in added_deltas(adapter.folder, adapter.number))
@@ -98,8 +98,8 @@ def prepare_images(job: "MergeJob") -> list[AdapterkitError]:
                     if part in model.parts
                     else f'leave them out: --exclude "^{part}[.]"',
                 )
+    errors.raise_all()
     job.notes += file_notes(model)
-    return errors
 
 
 def file_notes(model: "OneFileModel") -> list[str]:

@@ -2,7 +2,7 @@
 of its config alone, and the kind that most are: a model of safetensors."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -81,9 +81,9 @@ class Base:
     def unfit_with(self, file: str | None) -> Mapping[str, tuple[str, ...]]:
         return self.unfit
 
-    def prepare(self, job: "MergeJob") -> list[AdapterkitError]:
-        """Refusals of adapters before a merge looks at parameters; notes join the job's."""
-        return []
+    def prepare(self, job: "MergeJob", errors: Sequence[AdapterkitError]) -> None:
+        """What a merge asks before it looks at parameters; `Refused` with these errors for adapters
+        of what the base does not hold. Notes join the job's."""
 
     def output_file(self, out: StrPath) -> str | None:
         """The name of an output that is one file, as the base is; `Refused` for other names."""

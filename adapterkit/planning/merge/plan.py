@@ -135,8 +135,7 @@ def plan_merge(
     job.merged_before = merged_adapters(whole)
     if job.merged_before or len(adapters) > 1:
         job.notes += history_notes(whole, job.merged_before, adapters, job.weights)
-    if absent := base.prepare(job):
-        Problems([*errors, *absent]).raise_all()
+    base.prepare(job, errors)
     steps, statistics = changed_steps(job, errors), None
     if stats is not None:
         from adapterkit.planning.merge.compensation import with_compensation
