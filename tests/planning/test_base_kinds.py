@@ -1,6 +1,8 @@
 """Folders that are two kinds of bases at once: every verb takes them for the same one."""
 
+import ast
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -136,3 +138,28 @@ def test_a_new_kind_of_base_is_one_record_and_one_row(home, tmp_path, monkeypatc
     options = {"out": tmp_path / "no", "dtype": "bf16", "dry_run": True}
     found = said(lambda: adapterkit.merge(tmp_path / "base", [home / "a"], **options))
     assert found == "--dtype with this base | a base of safetensors"
+
+
+OF_KINDS = re.compile(
+    r"adapterkit\.(gguf|planning\.(bases|pipelines|inputs\.(pipeline|gguf_tables)|outputs\.gguf)"
+    r"|reports\.(gguf|pipeline)|formats\.one_file)"
+)
+PLANNERS = ("planning", "reports", "engines/verify")
+
+
+def test_no_planner_of_a_verb_loads_a_kind_of_base():
+    """But for the files of the kinds, and those that convert adapters into an image model's names
+    or weigh its blocks."""
+    root, found = Path(adapterkit.__file__).parent, {}
+    for path in sorted(one for folder in PLANNERS for one in (root / folder).rglob("*.py")):
+        name = ".".join(("adapterkit", *path.relative_to(root).with_suffix("").parts))
+        tree = ast.parse(path.read_text("utf-8"))
+        modules = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
+        if not OF_KINDS.match(name) and (own := [m for m in modules if OF_KINDS.match(m)]):
+            found[name.removeprefix("adapterkit.")] = own
+    assert {*found} == {
+        "planning.convert.one_file",
+        "planning.convert.plan",
+        "planning.convert.source",
+        "planning.merge.block_weights",
+    }
