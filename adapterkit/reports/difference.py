@@ -30,7 +30,7 @@ def compare_sources(diff: Diff) -> Json:
     tolerance, rank_for_energy = diff.tolerance, diff.rank_for_energy
     sources = open_source(diff.a), open_source(diff.b)
     folders = (adapter_or_file(sources[0]), adapter_or_file(sources[1]))
-    if len({", " in getattr(folder, "component", "") for folder in folders}) > 1:  # one of parts
+    if len({", " in folder.origin.get("component", "") for folder in folders}) > 1:  # one of parts
         one, other = (adapter_or_file(source, with_parts=True) for source in sources)
         folders = (one, other)
     matches, read = _match(sources, folders)
