@@ -20,7 +20,7 @@ from adapterkit.gguf.placement import Build, RowPlacement
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor, torch
-from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.codec import Parts, QuantizedWeight
 
 
 def as_tensor(array: object) -> Tensor:
@@ -170,21 +170,17 @@ class GgufWeight(QuantizedWeight):
             new.append(encode(rows[own], own, weights))
         return new[0] if count == 1 else torch.cat(new)
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        new = []
-        for number, (name, rows) in enumerate(zip(self.types, self._rows(weight), strict=True)):
-            encode = lambda some, own, weights, name=name: encode_rows(name, some, weights)
-            new.append(self._encoded(number, rows, encode))
-        return self.as_parts(*new)
-
-    def encode_keeping_scales(
-        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
-    ) -> dict[str, Tensor]:
+    def encode(
+        self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
+    ) -> Parts:
         new, at, how = [], 0, {"keep": self.keep_scales, "stay": self.has_fixed_scales}
-        parts = zip(self.types, self.values(stored), self._rows(weight), strict=True)
+        olds = self.values(stored) if stored else [None] * len(self.types)
+        parts = zip(self.types, olds, self._rows(weight), strict=True)
         for number, (name, old, rows) in enumerate(parts):
 
             def encode(some, own, weights, name=name, old=old, at=at):
+                if old is None:
+                    return encode_rows(name, some, weights)
                 here = None if draws is None else draws.at(at + own.start * some.shape[-1])
                 return requantize_rows(name, old[own], some, here, importance=weights, **how)
 

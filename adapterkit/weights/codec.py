@@ -12,7 +12,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.errors import AdapterkitError, Problems, Refused, Unrecoverable, listed, shown
-from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.grid import Grid, RoundColumn
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import all_finite
 from adapterkit.lazy import Tensor, torch
@@ -21,6 +21,9 @@ from adapterkit.registry import STABLE, Tier
 
 if TYPE_CHECKING:
     from adapterkit.weights.scan import CheckpointScan
+
+
+Parts = dict[str, Tensor]  # stored tensors by key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,60 +116,73 @@ class QuantizedWeight(TensorSpec):
         """Why it cannot be written, if it cannot."""
         return None
 
-    def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
+    def contradiction(self, stored: Parts) -> tuple[str, str] | None:
         """What a part says that the record does not, and what it was to say: of parts that planning
         does not read in every folder."""
         return None
 
-    def values(self, stored: dict[str, Tensor]) -> list[Tensor]:
+    def values(self, stored: Parts) -> list[Tensor]:
         """Its parts, in their order: the codes, most often their scales, and others."""
         return [stored[part.key] for part in self.parts]
 
-    def as_parts(self, *tensors: Tensor) -> dict[str, Tensor]:
+    def out_in(self, weight: Tensor) -> Tensor:
+        """The weight as its matrix (out, in), or that as the model keeps it."""
+        return (weight.T if self.transposed else weight).contiguous()
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Its shape with the last axes as one."""
+        return self.shape[0], math.prod(self.shape[1:])
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return dtypes.torch_dtype(self.parts[0].dtype)
+
+    def stored_scale(self, stored: Parts | None) -> Tensor | None:
+        """Its second part, where it is stored."""
+        return stored[self.parts[1].key] if stored else None
+
+    def as_parts(self, *tensors: Tensor) -> Parts:
         """New values of its first parts, by key and of their shapes."""
         specs = self.parts[: len(tensors)]
         return {one.key: value.view(one.shape) for one, value in zip(specs, tensors, strict=True)}
 
-    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+    def decode(self, stored: Parts) -> Tensor:
         """The weight in float32, exactly code * scale, from the parts by key."""
         raise NotImplementedError
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+    def encode(
+        self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
+    ) -> Parts:
         """The parts, by key, of a new value of the weight (float32, of `shape`), with new scales.
+
+        Of a stored weight, those that change. Without draws a format may keep scales that do. With
+        draws every format keeps its scales, except of blocks that lose less with new ones, and
+        codes are sampled from the two neighbors: a value that does not change keeps its bytes. A
+        draw belongs to an element of the weight ((out, in); of stacks as they are), so rows may be
+        encoded alone, with draws that begin at them.
 
         `Refused` while planning, by `check_writable`, for formats that are only read."""
         raise NotImplementedError
 
     def encode_keeping_scales(
-        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
-    ) -> dict[str, Tensor]:
+        self, stored: Parts, weight: Tensor, draws: Draws | None = None
+    ) -> Parts:
         """All parts of a new value of a stored weight. Parts that `encode` does not return stay,
-        such as the scale of a layer's inputs; a format may keep more.
+        such as the scale of a layer's inputs."""
+        return stored | self.encode(weight, stored, draws)
 
-        With draws every format keeps its scales, except of blocks that lose less with new ones, and
-        codes are sampled from the two neighbors: a value that does not change keeps its bytes. A
-        draw belongs to an element of the weight ((out, in); of stacks as they are), so rows may be
-        encoded alone, with draws that begin at them.
-        """
-        return stored | (
-            self.encode(weight) if draws is None else self.encode_sampled(stored, weight, draws)
-        )
-
-    def encode_sampled(
-        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
-    ) -> dict[str, Tensor]:
-        """The parts that change when codes are sampled."""
+    def grid(self, stored: Parts) -> Grid:
+        """The values that a matrix, seen as (out, in), can hold with the scales of its parts."""
         raise NotImplementedError
 
-    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
+    def column_rounder(self, stored: Parts) -> RoundColumn:
         """Rounds columns of a matrix, seen as (out, in), to nearest with the scales of its parts.
 
         `encode_rounded` encodes what it gave."""
-        raise NotImplementedError
+        return self.grid(stored).round_column
 
-    def encode_rounded(
-        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
-    ) -> dict[str, Tensor]:
+    def encode_rounded(self, stored: Parts, weight: Tensor, draws: Draws | None = None) -> Parts:
         """All parts of values with the scales that are there: of what can be stored with these, or
         sampled."""
         return self.encode_keeping_scales(stored, weight, draws or Draws(0))
@@ -182,19 +198,30 @@ class QuantizedWeight(TensorSpec):
         """How many values are encoded side by side."""
         return self.shape[-1]
 
-    def row_views(
-        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
-    ) -> dict[str, Tensor]:
-        """Views of the parts of rows [first, last), whole blocks, of one of its matrices, without
-        parts that all rows share."""
+    @property
+    def row_axes(self) -> dict[int, tuple[int, int, int]]:
+        """Of each part that rows do not share, by number: the axis of its matrix along which rows
+        lie, and how many elements of that hold how many rows, (0, 1, 8) for eight in each."""
         raise NotImplementedError
 
-    def split_nested(self, stored: dict[str, Tensor]) -> tuple[QuantizedWeight, dict[str, Tensor]]:
+    def row_views(self, stored: Parts, matrix: int, first: int, last: int) -> Parts:
+        """Views of the parts of rows [first, last), whole blocks, of one of its matrices, without
+        parts that all rows share."""
+        views = {}
+        for number, (axis, count, rows) in self.row_axes.items():
+            key = self.parts[number].key
+            part = stored[key]
+            part = part.flatten(0, len(self.shape) - 3)[matrix] if len(self.shape) > 2 else part
+            start, stop = first * count // rows, math.ceil(last * count / rows)
+            views[key] = part.narrow(axis, start, stop - start)
+        return views
+
+    def split_nested(self, stored: Parts) -> tuple[QuantizedWeight, Parts]:
         """The weight without what spans its blocks, such as quantized scales: a record, and its
         parts."""
         return self, stored
 
-    def join_nested(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    def join_nested(self, stored: Parts) -> Parts:
         """The inverse of `split_nested`, of new parts."""
         return stored
 
@@ -211,9 +238,7 @@ class QuantizedWeight(TensorSpec):
             for first in range(start, start + height, step):
                 yield first, min(first + step, start + height)
 
-    def rows(
-        self, stored: dict[str, Tensor], first: int, last: int
-    ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
+    def rows(self, stored: Parts, first: int, last: int) -> tuple[QuantizedWeight, Parts]:
         """One range of `row_ranges` as a weight: the record of a matrix of these rows, and its
         parts, views of those in `stored` unless rows share them."""
         if (first, last) == (0, math.prod(self.shape[:-1])):
@@ -229,7 +254,7 @@ def stored_parts(spec: TensorSpec) -> tuple[TensorSpec, ...]:
     return spec.parts if isinstance(spec, QuantizedWeight) else (spec,)
 
 
-def read_parts(weight: QuantizedWeight, read: Callable[[TensorSpec], Tensor]) -> dict[str, Tensor]:
+def read_parts(weight: QuantizedWeight, read: Callable[[TensorSpec], Tensor]) -> Parts:
     """The parts of a stored weight by key; `Unrecoverable` where they contradict its record."""
     stored = {part.key: read(part) for part in weight.parts}
     found = weight.contradiction(stored)
@@ -247,7 +272,7 @@ def read_parts(weight: QuantizedWeight, read: Callable[[TensorSpec], Tensor]) ->
 
 def decode_checked(
     weight: QuantizedWeight,
-    stored: dict[str, Tensor],
+    stored: Parts,
     hint: str = "keep it as floats with --skip, or choose another format",
 ) -> Tensor:
     """The weight in float32; `Unrecoverable` if it is not finite, as at the edge of what a scale

@@ -82,8 +82,7 @@ def over_budget(record: QuantizedWeight, weight: Tensor, stored: dict[str, Tenso
         work: dict[str, Callable[[], object]] = {"decode": lambda: record.decode(parts)}
         if not record.read_only:
             work["keep"] = lambda: record.encode_keeping_scales(parts, w)
-            renewed = type(record).encode is not QuantizedWeight.encode
-            if renewed and not getattr(record, "indexed", False):
+            if not (record.searches_scales or getattr(record, "indexed", False)):
                 work["encode"] = lambda: record.encode(w)
         if record.rows_per_block and not record.read_only:
             few_rows, some = record.rows(parts, 0, SOME)

@@ -81,8 +81,8 @@ class BlockGrid(Grid):
     def nearest(self, x: Tensor) -> Tensor:
         return _ranks(x, self.kind)
 
-    def value(self, code: Tensor, *scales: Tensor) -> Tensor:
-        return _rising(self.kind, code.device)[code.int()].mul_(scales[0])
+    def level(self, code: Tensor) -> Tensor:
+        return _rising(self.kind, code.device)[code.int()]
 
     def column(self, number: int, rows: int) -> list[Tensor]:
         each = self.block[1]

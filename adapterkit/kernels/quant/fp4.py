@@ -23,7 +23,6 @@ from adapterkit.kernels.quant.grid import (
     check_finite,
     chosen,
     loses_less,
-    pieces,
     scale_as_float,
 )
 from adapterkit.kernels.quant.nibbles import expand_nibbles, nibble_pairs, pack_nibbles
@@ -44,14 +43,11 @@ class Fp4Grid(Grid):
     sign = 8
     refuses = False
 
-    def scaled(self, x: Tensor, *scales: Tensor) -> Tensor:
-        return x / torch.where(scales[0] == 0, 1.0, scales[0])
-
     def nearest(self, x: Tensor) -> Tensor:
         return _e2m1(x)
 
-    def value(self, code: Tensor, *scales: Tensor) -> Tensor:
-        return _values(code.device)[code].mul_(scales[0])
+    def level(self, code: Tensor) -> Tensor:
+        return _values(code.device)[code]
 
 
 def mxfp4_grid(
@@ -105,8 +101,14 @@ def encode_mxfp4(
     return Encoded(codes.view(*scales.shape, -1), scales)
 
 
-def requantize_mxfp4(w: Tensor, scales: Tensor, rule: MxRule, draws: Draws) -> Encoded:
-    """Codes sampled with the stored scales, or new ones where `loses_less`."""
+def requantize_mxfp4(
+    w: Tensor, scales: Tensor | None, rule: MxRule, draws: Draws | None
+) -> Encoded:
+    """Codes sampled with the stored scales, or new ones where `loses_less`; without scales or draws
+    the nearest with new ones."""
+    if scales is None or draws is None:
+        return encode_mxfp4(w, rule=rule)
+    scales = scales.view(torch.uint8)
     new = _mx_scale(_group_amax(w, MX_GROUP), rule)
     better = loses_less(_matrix(w), mxfp4_grid(scales), mxfp4_grid(new))
     return encode_mxfp4(w, chosen(better.view(scales.shape), new, scales), draws=draws)
@@ -272,11 +274,7 @@ def _decode(
     packed = packed.reshape(len(grid.scales[0]), -1)
     out = torch.empty(len(packed), 2 * packed.shape[1], device=packed.device)
     table = nibble_pairs((*E2M1, *(-x for x in E2M1)), packed.device)
-    for rows in pieces(out.shape, out.device):
-        expand_nibbles(packed[rows], table, out[rows])
-        x, (scale,) = grid.place(out[rows], rows)
-        x.mul_(scale)
-    return out
+    return grid.decode(out, lambda rows, x: expand_nibbles(packed[rows], table, x))
 
 
 def _encode(w: Tensor, grid: Fp4Grid, draws: Draws | None) -> Tensor:  # (..., in/2) uint8

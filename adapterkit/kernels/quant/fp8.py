@@ -24,7 +24,6 @@ from adapterkit.kernels.quant.grid import (
     chosen,
     loses_less,
     matrices,
-    pieces,
     scale_as_float,
 )
 from adapterkit.kernels.quant.stochastic import Draws
@@ -47,17 +46,15 @@ class Fp8Grid(Grid):
     refuses = False
 
     def scaled(self, x: Tensor, *scales: Tensor) -> Tensor:
-        if len(scales) == 2:
-            return x * scales[1]
-        return x / torch.where(scales[0] == 0, 1.0, scales[0])
+        return x * scales[1] if len(scales) == 2 else super().scaled(x, *scales)
 
     def nearest(self, x: Tensor) -> Tensor:
         # without the clamp older torch converts what is above to NaN
         largest = torch.finfo(self.dtype).max
         return x.clamp_(-largest, largest).to(self.dtype).view(torch.uint8)
 
-    def value(self, code: Tensor, *scales: Tensor) -> Tensor:
-        return _values(self.dtype, code.device)[code.int()].mul_(scales[0])
+    def level(self, code: Tensor) -> Tensor:
+        return _values(self.dtype, code.device)[code.int()]
 
 
 def grids(
@@ -95,11 +92,12 @@ def decode_fp8(
     table = _values(codes.dtype, codes.device)
     stored = matrices(codes.contiguous().view(torch.uint8), out)
     for (code, w), grid in zip(stored, grids(scale, codes.shape, block), strict=True):
-        for rows in pieces(w.shape, w.device):
-            torch.index_select(table, 0, code[rows].flatten().int(), out=w[rows].view(-1))
-            x, (each,) = grid.place(w[rows], rows)
-            x.mul_(each)
+        grid.decode(w, functools.partial(_look_up, table, code))
     return out
+
+
+def _look_up(table: Tensor, code: Tensor, rows: slice, x: Tensor) -> None:
+    torch.index_select(table, 0, code[rows].flatten().int(), out=x.view(-1))
 
 
 def encode_fp8(
@@ -138,12 +136,16 @@ def encode_fp8(
 def requantize_fp8(
     w: Tensor,  # (..., out, in) float32
     block: tuple[int, int],
-    scale: Tensor,  # as for decode_fp8, as stored
-    draws: Draws,
+    scale: Tensor | None,  # as for decode_fp8, as stored
+    draws: Draws | None,
     rule: Fp8Rule = "divide",
     dtype: torch.dtype = torch.float8_e4m3fn,  # of codes
+    new_dtype: torch.dtype = torch.float32,  # of new scales
 ) -> Encoded:
-    """Codes sampled with the stored scales, or new ones where `loses_less`."""
+    """Codes sampled with the stored scales, or new ones where `loses_less`; without scales or draws
+    the nearest with new ones."""
+    if scale is None or draws is None:
+        return encode_fp8(w, block, rule=rule, scale_dtype=new_dtype, dtype=dtype)
     scale_dtype = torch.float8_e8m0fnu if scale.dtype == torch.uint8 else scale.dtype
     new, _ = _fp8_scale(block_amax(w, block), rule, scale_dtype, dtype)
     both = zip(*(grids(each, w.shape, block, dtype=dtype) for each in (scale, new)), strict=True)

@@ -55,18 +55,18 @@ class GgmlGrid(Grid):
 
     def nearest(self, x: Tensor) -> Tensor:
         if not self.table:
-            return x.round_().clamp_(*self.ends)
+            return super().nearest(x)
         codes = table_codes(self.table, x.device)
         return torch.index_select(codes, 0, cells(x).view(-1)).view(x.shape)
 
-    def value(self, code: Tensor, *scales: Tensor) -> Tensor:
-        scale, *minimum = scales
-        if self.table:
-            x = table_values(self.table, code.device)[code.int()]
-        else:
-            x = code.float()
-        x = x * scale
-        return x.sub_(minimum[0]) if minimum else x
+    def level(self, code: Tensor) -> Tensor:
+        if not self.table:
+            return super().level(code)
+        return table_values(self.table, code.device)[code.int()]
+
+    def multiplied(self, level: Tensor, *scales: Tensor) -> Tensor:
+        x = level.mul_(scales[0])
+        return x.sub_(scales[1]) if len(scales) > 1 else x
 
 
 def decode(

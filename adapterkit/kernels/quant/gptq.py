@@ -20,7 +20,6 @@ from adapterkit.kernels.quant.integers import (
     grid_of,
     pack,
     requantize_integers,
-    scale_codes,
     unpack,
     unsigned_codes,
 )
@@ -73,10 +72,8 @@ def decode_gptq(
     """As `gptq_grid`."""
     grid = gptq_grid(old, bits, size, group, version)
     out = torch.empty(old.words.shape[1], size, device=old.words.device)
-    for part in pieces(out.shape, out.device):
-        expand_codes(old.words[:, part].T, bits, out[part], 1 << (bits - 1))
-        scale_codes(grid, out[part], part)
-    return out
+    middle = 1 << (bits - 1)
+    return grid.decode(out, lambda rows, x: expand_codes(old.words[:, rows].T, bits, x, middle))
 
 
 def requantize_gptq(
@@ -149,7 +146,8 @@ def decode_awq(old: WordTensors) -> Tensor:  # (out, in) float32
     for octets in pieces((old.words.shape[1], 8 * len(old.words)), out.device):
         part = slice(8 * octets.start, 8 * octets.stop)
         out[part] = _awq_rows(old.words[:, octets])
-        scale_codes(grid, out[part], part)
+        x, scales = grid.place(out[part], part)
+        grid.multiplied(x, *scales)
     return out
 
 
@@ -215,9 +213,9 @@ def gemv_grid(old: WordTensors, groups: int) -> IntegerGrid:
 
 def decode_gemv(old: WordTensors, groups: int) -> Tensor:  # (out, in) float32
     """As `gemv_grid`."""
-    out = gemv_integers(old, groups).codes.float()
-    scale_codes(gemv_grid(old, groups), out, slice(0, len(out)))
-    return out
+    codes = gemv_integers(old, groups).codes
+    out = torch.empty(codes.shape, device=codes.device)
+    return gemv_grid(old, groups).decode(out, lambda rows, x: x.copy_(codes[rows]))
 
 
 def requantize_gemv(

@@ -7,7 +7,6 @@ nearest, stochastic rounding, errors, scales that are kept, and columns by thems
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -55,11 +54,11 @@ class Neighbors(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid(ABC):
+class Grid:
     """The values of a matrix (out, in) in one format, by the scales of its blocks.
 
     A code is a level, an integer in the order of the values; with `sign`, a bit, a level of
-    magnitudes and that bit.
+    magnitudes and that bit. Here it is that integer times the first scale.
     """
 
     scales: tuple[Tensor, ...]  # (ceil(out/h), ceil(in/w)); codes are multiplied by the first
@@ -70,17 +69,33 @@ class Grid(ABC):
     refuses: ClassVar[bool] = True  # whether values that are not finite raise ValueError
     large: ClassVar[bool] = False  # whether its pieces are
 
-    @abstractmethod
     def scaled(self, x: Tensor, *scales: Tensor) -> Tensor:
         """Values in units of their scales, in memory of their own."""
+        return x / torch.where(scales[0] == 0, 1.0, scales[0])
 
-    @abstractmethod
     def nearest(self, x: Tensor) -> Tensor:
         """The nearest codes of scaled values, which may be overwritten."""
+        return x.round_().clamp_(*self.ends)
 
-    @abstractmethod
+    def level(self, code: Tensor) -> Tensor:
+        """What codes are worth at scale 1, in float32: of floats in their memory."""
+        return code.float()
+
+    def multiplied(self, level: Tensor, *scales: Tensor) -> Tensor:
+        """Levels by their scales, in their memory."""
+        return level.mul_(scales[0])
+
     def value(self, code: Tensor, *scales: Tensor) -> Tensor:
         """The values of codes in float32, bit for bit as decoding, so that decoded values stay."""
+        return self.multiplied(self.level(code), *scales)
+
+    def decode(self, out: Tensor, expand: Callable[[slice, Tensor], object]) -> Tensor:
+        """The values of codes in `out`, where `expand` writes the levels of some rows."""
+        for rows in pieces(out.shape, out.device, large=self.large):
+            expand(rows, out[rows])
+            x, scales = self.place(out[rows], rows)
+            self.multiplied(x, *scales)
+        return out
 
     def place(self, x: Tensor, rows: slice) -> tuple[Tensor, list[Tensor]]:
         """These rows of the matrix in blocks, and their scales so that the two broadcast."""

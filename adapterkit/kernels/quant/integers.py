@@ -41,18 +41,12 @@ class IntegerGrid(Grid):
     index: Tensor | None = None  # (in,) the group of each column, where they are not in order
 
     def scaled(self, x: Tensor, *scales: Tensor) -> Tensor:
-        scale, *zero = scales
-        x = x / torch.where(scale == 0, 1.0, scale)
-        return x.add_(zero[0]) if zero else x
+        x = super().scaled(x, *scales)
+        return x.add_(scales[1]) if len(scales) > 1 else x
 
-    def nearest(self, x: Tensor) -> Tensor:
-        return x.round_().clamp_(*self.ends)
-
-    def value(self, code: Tensor, *scales: Tensor) -> Tensor:
-        """Of floats in their memory."""
+    def multiplied(self, level: Tensor, *scales: Tensor) -> Tensor:
         scale, *zero = scales
-        x = code.float()
-        return (x.sub_(zero[0]) if zero else x).mul_(scale)
+        return (level.sub_(zero[0]) if zero else level).mul_(scale)
 
     def place(self, x: Tensor, rows: slice) -> tuple[Tensor, list[Tensor]]:
         if self.index is None:
@@ -163,10 +157,7 @@ def decode_packed(
     """(code - zero) · scale of pack-quantized, 1 to 8 bits."""
     grid = grid_of(scale, zero, (len(words), size), group)
     out = torch.empty(len(words), size, device=words.device)
-    for part in pieces(out.shape, out.device):
-        expand_codes(words[part], bits, out[part], 1 << (bits - 1))
-        scale_codes(grid, out[part], part)
-    return out
+    return grid.decode(out, lambda rows, x: expand_codes(words[rows], bits, x, 1 << (bits - 1)))
 
 
 def decode_int8(
@@ -178,10 +169,7 @@ def decode_int8(
     """(code - zero) · scale of int-quantized, torchao's Int8Tensor and IntxUnpackedToInt8Tensor."""
     grid = grid_of(scale, zero, (len(codes), codes.shape[1]), group)
     out = torch.empty(codes.shape, device=codes.device)
-    for part in pieces(out.shape, out.device):
-        out[part] = codes[part]
-        scale_codes(grid, out[part], part)
-    return out
+    return grid.decode(out, lambda rows, x: x.copy_(codes[rows]))
 
 
 def unpack_zeros(
@@ -241,7 +229,7 @@ def _codes(grid: IntegerGrid, w: Tensor, draws: Draws | None) -> Tensor:
 def requantize_integers(
     w: Tensor,  # (out, in) float32
     bits: int,
-    scale: Tensor,  # (out, groups)
+    scale: Tensor | None,  # (out, groups); None: new ones
     zero: Tensor | None,  # (out, groups) int8
     group: Tensor | None,  # (in,) the group of each column
     new_scale: NewScale,
@@ -250,6 +238,9 @@ def requantize_integers(
     """Codes with each group's stored scale or a new one, whichever is nearer to w; with draws
     sampled, and a new one only for a group with values beyond the old one's."""
     w = w.contiguous()
+    if scale is None:
+        scale, zero = new_scale(w)
+        return encode_integers(w, bits, scale=scale, zero=zero)
     old, sampled = grid_of(scale, zero, (len(w), w.shape[1]), group, bits), draws is not None
     x = w if old.index is None else _in_groups(w, old.index, scale.shape[1])
     if x is not None:
@@ -326,12 +317,6 @@ def decode_torchao_int4(
 
 
 # Shared by the formats.
-
-
-def scale_codes(grid: IntegerGrid, x: Tensor, rows: slice) -> None:
-    """x ← (x - zero) · scale."""
-    x, scales = grid.place(x, rows)
-    grid.value(x, *scales)
 
 
 def expand_codes(

@@ -29,11 +29,8 @@ class Int8Grid(Grid):
     def scaled(self, x: Tensor, *scales: Tensor) -> Tensor:
         return x * scales[1]
 
-    def nearest(self, x: Tensor) -> Tensor:
-        return x.round_().clamp_(*self.ends)
-
-    def value(self, code: Tensor, *scales: Tensor) -> Tensor:
-        return code.float().mul_(scales[0]).mul_(1 / 127)
+    def multiplied(self, level: Tensor, *scales: Tensor) -> Tensor:
+        return level.mul_(scales[0]).mul_(1 / 127)
 
     def round_column(self, w: Tensor, number: int | None) -> Tensor:
         """By way of float16, as `quantize_int8`."""
@@ -90,10 +87,13 @@ def quantize_int8(
 
 def requantize_int8(
     weight: Tensor,  # (out, in) float32
-    scale: Tensor,  # (out,) float32, as stored
-    draws: Draws,
+    scale: Tensor | None,  # (out,) float32, as stored
+    draws: Draws | None,
 ) -> Encoded:
-    """Codes sampled with the stored scales, or new ones where `loses_less`."""
+    """Codes sampled with the stored scales, or new ones where `loses_less`; without scales or draws
+    the nearest with new ones."""
+    if scale is None or draws is None:
+        return quantize_int8(weight)
     amax, width = weight.abs().amax(1), weight.shape[1]
     better = loses_less(weight, grid_of(scale, width), grid_of(amax, width))
     return quantize_int8(weight, torch.where(better[:, 0], amax, scale), draws)
@@ -106,7 +106,4 @@ def decode_int8(
     """code · scale · (1/127), two roundings, as bitsandbytes' int8_vectorwise_dequant; any rows of
     both."""
     out = torch.empty(codes.shape, device=codes.device)
-    for rows in pieces(codes.shape, codes.device, large=True):
-        out[rows] = codes[rows]
-        out[rows].mul_(scale[rows].float()[:, None]).mul_(1 / 127)
-    return out
+    return grid_of(scale, codes.shape[1]).decode(out, lambda rows, x: x.copy_(codes[rows]))

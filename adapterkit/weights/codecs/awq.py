@@ -10,10 +10,10 @@ from typing import Any
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels.quant import gptq
-from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.grid import Grid
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor
-from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.codec import Parts, QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
 
@@ -53,14 +53,15 @@ class Awq(QuantizedWeight):
                 groups=groups,
             )
 
-    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+    def decode(self, stored: Parts) -> Tensor:
         old = self._tensors(stored)
         return gptq.decode_awq(old) if self.groups is None else gptq.decode_gemv(old, self.groups)
 
-    def encode_keeping_scales(
-        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
-    ) -> dict[str, Tensor]:
+    def encode(
+        self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
+    ) -> Parts:
         """A group takes its old scale and zero, or new ones if those are nearer to W."""
+        assert stored is not None
         old = self._tensors(stored)
         how = {"keep_zeros": self.symmetric, "draws": draws}
         if self.groups is None:
@@ -68,27 +69,23 @@ class Awq(QuantizedWeight):
         else:
             new = gptq.requantize_gemv(weight, old, self.groups, **how)
         zeros = [] if new.zeros is None else [new.zeros]
-        return stored | self.as_parts(new.words, new.scale, *zeros)
+        return self.as_parts(new.words, new.scale, *zeros)
 
-    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
+    def grid(self, stored: Parts) -> Grid:
         old = self._tensors(stored)
-        grid = gptq.awq_grid(old) if self.groups is None else gptq.gemv_grid(old, self.groups)
-        return grid.round_column
+        return gptq.awq_grid(old) if self.groups is None else gptq.gemv_grid(old, self.groups)
 
     @property
     def rows_per_block(self) -> int | None:
         return 8 if self.groups is None else 1  # of a word
 
-    def row_views(
-        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
-    ) -> dict[str, Tensor]:
+    @property
+    def row_axes(self) -> dict[int, tuple[int, int, int]]:
         if self.groups is not None:
-            return {part.key: stored[part.key][first:last] for part in self.parts}
-        ends = {part.key: (first // 8, last // 8) for part in self.parts}
-        ends[self.parts[1].key] = (first, last)
-        return {key: stored[key][:, low:high] for key, (low, high) in ends.items()}
+            return dict.fromkeys(range(len(self.parts)), (0, 1, 1))
+        return dict.fromkeys(range(len(self.parts)), (1, 1, 8)) | {1: (1, 1, 1)}
 
-    def _tensors(self, stored: dict[str, Tensor]) -> gptq.WordTensors:
+    def _tensors(self, stored: Parts) -> gptq.WordTensors:
         words, scale, *zeros = self.values(stored)
         return gptq.WordTensors(words, zeros[0] if zeros else None, scale)
 

@@ -15,11 +15,12 @@ from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.checkpoint.strict import nested_json
 from adapterkit.errors import shown, unrecoverable
 from adapterkit.kernels.quant import blockwise
-from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.grid import Grid
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
 from adapterkit.weights.codec import (
+    Parts,
     PlainWeight,
     QuantizedModules,
     QuantizedWeight,
@@ -188,7 +189,7 @@ class Bnb4(QuantizedWeight):
         *outputs, state = super().max_outputs
         return (*outputs, replace(state, varies=self.double))
 
-    def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
+    def contradiction(self, stored: Parts) -> tuple[str, str] | None:
         table, spec = self.parts[2], self.parts[-1]
         if not _is_map(stored[table.key], self.kind):
             return f"{shown(table.key)}: {OTHER_MAP}", f"that of {self.kind}"
@@ -206,20 +207,16 @@ class Bnb4(QuantizedWeight):
         problem = f"{shown(spec.key)}: the state {shown(state)}"[:300]
         return problem, f"that of a weight as those of its name: {own}"
 
-    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+    def decode(self, stored: Parts) -> Tensor:
         codes, absmax, count = stored[self.key], self._scales(stored), math.prod(self.shape)
         flat = blockwise.decode_4bit(codes, absmax, self.kind, self.block, count)
-        weight = flat.view(self._stored_shape)
-        return weight.T.contiguous() if self.transposed else weight
+        return self.out_in(flat.view(self._stored_shape))
 
     @property
     def _stored_shape(self) -> tuple[int, ...]:  # (out, in)
         return self.shape[::-1] if self.transposed else self.shape
 
-    def _rows(self, weight: Tensor) -> Tensor:  # (out, in)
-        return (weight.T if self.transposed else weight).contiguous()
-
-    def _scales(self, stored: dict[str, Tensor]) -> Tensor:  # (blocks,) float32
+    def _scales(self, stored: Parts) -> Tensor:  # (blocks,) float32
         """The scales of the blocks, decoded if they are quantized."""
         absmax = stored[self.parts[1].key]
         if self.transposed_scales:
@@ -234,9 +231,17 @@ class Bnb4(QuantizedWeight):
         """The offset in the text of a state."""
         return float(json.loads(state.cpu().numpy().tobytes())["nested_offset"])
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+    def encode(
+        self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
+    ) -> Parts:
+        weight = self.out_in(weight)
         with naming(self.key):
-            codes, absmax = blockwise.quantize_4bit(self._rows(weight), self.kind, self.block)
+            if stored is not None and draws is not None:
+                scales = self._widened_scales(stored, weight)
+                absmax = self._scales(stored | scales)
+                codes = blockwise.encode_4bit(weight, absmax, self.kind, self.block, draws)
+                return scales | {self.key: codes}
+            codes, absmax = blockwise.quantize_4bit(weight, self.kind, self.block)
         return self.join_nested({self.parts[0].key: codes, self.parts[1].key: absmax})
 
     @property
@@ -246,20 +251,13 @@ class Bnb4(QuantizedWeight):
         each = self.block * (self.nested_block if self.double else 1)
         return each // math.gcd(each, self.shape[1])
 
-    def row_views(
-        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
-    ) -> dict[str, Tensor]:
-        sizes = [2, self.block]  # elements that share a byte, or a scale
-        specs = list(self.parts[:2])
-        if self.double:
-            sizes, specs = [*sizes, self.block * self.nested_block], [*specs, self.parts[3]]
-        start, stop = first * self.shape[1], last * self.shape[1]
-        return {
-            spec.key: stored[spec.key][start // size : math.ceil(stop / size)]
-            for spec, size in zip(specs, sizes, strict=True)
-        }
+    @property
+    def row_axes(self) -> dict[int, tuple[int, int, int]]:
+        sizes = {0: 2, 1: self.block}  # elements that share a byte, or a scale
+        sizes |= {3: self.block * self.nested_block} if self.double else {}
+        return {part: (0, self.shape[1], size) for part, size in sizes.items()}
 
-    def split_nested(self, stored: dict[str, Tensor]) -> tuple[QuantizedWeight, dict[str, Tensor]]:
+    def split_nested(self, stored: Parts) -> tuple[QuantizedWeight, Parts]:
         if not self.double:
             return self, stored
         codes, absmax, table, *_, state = self.parts
@@ -268,7 +266,7 @@ class Bnb4(QuantizedWeight):
         tensors[absmax.key] = self._scales(stored)
         return replace(self, double=False, parts=parts), tensors
 
-    def join_nested(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    def join_nested(self, stored: Parts) -> Parts:
         """All parts, from the codes and their scales in float32."""
         keys = [part.key for part in self.parts]
         codes, absmax = stored[keys[0]], stored[keys[1]]
@@ -280,21 +278,11 @@ class Bnb4(QuantizedWeight):
         tensors |= {keys[1]: nested.codes, keys[3]: nested.absmax, keys[4]: values}
         return tensors | {keys[-1]: _as_tensor(self._state(float(nested.offset)))}
 
-    def encode_sampled(
-        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
-    ) -> dict[str, Tensor]:
-        weight = self._rows(weight)
-        scales = self._widened_scales(stored, weight)
-        absmax = self._scales(stored | scales)
-        with naming(self.key):
-            codes = blockwise.encode_4bit(weight, absmax, self.kind, self.block, draws)
-        return scales | {self.key: codes}
-
-    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
+    def grid(self, stored: Parts) -> Grid:
         scales, width = self._scales(stored), self._stored_shape[1]
-        return blockwise.grid_of(scales, self.kind, self.block, width=width).round_column
+        return blockwise.grid_of(scales, self.kind, self.block, width=width)
 
-    def _widened_scales(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    def _widened_scales(self, stored: Parts, weight: Tensor) -> Parts:
         """New scales for blocks with a value beyond their largest code, if that makes the expected
         squared error smaller.
 

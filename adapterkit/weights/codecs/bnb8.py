@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels.quant import llm_int8 as int8_rows
-from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.grid import Grid
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
-from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
+from adapterkit.weights.codec import Parts, PlainWeight, QuantizedModules, QuantizedWeight
 from adapterkit.weights.codecs.bnb4 import bitsandbytes_config, naming
 from adapterkit.weights.scan import CheckpointScan
 
@@ -63,45 +63,35 @@ class Bnb8(QuantizedWeight):
                 transposed=transposed,
             )
 
-    def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
+    def contradiction(self, stored: Parts) -> tuple[str, str] | None:
         layout = next((stored[part.key] for part in self.parts[2:]), None)
         if layout is None or int(layout) == ROWS:
             return None
         return f"{shown(self.key)}: format {int(layout)}", f"format {ROWS}"
 
-    def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        weight = int8_rows.decode_int8(*self.values(stored)[:2])
-        return weight.T.contiguous() if self.transposed else weight
+    def decode(self, stored: Parts) -> Tensor:
+        return self.out_in(int8_rows.decode_int8(*self.values(stored)[:2]))
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+    def encode(
+        self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
+    ) -> Parts:
         with naming(self.key):
-            codes, scale = int8_rows.quantize_int8(self._rows(weight))
+            old = self.stored_scale(stored)
+            result = int8_rows.requantize_int8(self.out_in(weight), old, draws)
         layouts = {part.key: torch.zeros(part.shape, dtype=torch.uint8) for part in self.parts[2:]}
-        return self.as_parts(codes, scale) | layouts
+        return self.as_parts(*result) | layouts
 
-    def encode_sampled(
-        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
-    ) -> dict[str, Tensor]:
-        with naming(self.key):
-            scale = self.values(stored)[1]
-            result = int8_rows.requantize_int8(self._rows(weight), scale, draws)
-        return self.as_parts(*result)
-
-    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
+    def grid(self, stored: Parts) -> Grid:
         codes, scale, *_ = self.values(stored)
-        return int8_rows.grid_of(scale, codes.shape[1]).round_column
-
-    def _rows(self, weight: Tensor) -> Tensor:  # (out, in)
-        return (weight.T if self.transposed else weight).contiguous()
+        return int8_rows.grid_of(scale, codes.shape[1])
 
     @property
     def rows_per_block(self) -> int | None:
         return None if self.transposed else 1
 
-    def row_views(
-        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
-    ) -> dict[str, Tensor]:
-        return {part.key: stored[part.key][first:last] for part in self.parts[:2]}
+    @property
+    def row_axes(self) -> dict[int, tuple[int, int, int]]:
+        return dict.fromkeys((0, 1), (0, 1, 1))
 
 
 def _fits(

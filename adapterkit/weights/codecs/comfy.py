@@ -19,11 +19,11 @@ from adapterkit.checkpoint.strict import nested_json
 from adapterkit.errors import listed, shown
 from adapterkit.kernels.quant import fp4, fp8, integers
 from adapterkit.kernels.quant import tiles as tiles_kernel
-from adapterkit.kernels.quant.grid import Encoded, RoundColumn
+from adapterkit.kernels.quant.grid import Grid
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
-from adapterkit.weights.codec import PlainWeight, QuantizedWeight
+from adapterkit.weights.codec import Parts, PlainWeight, QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
 METADATA = "_quantization_metadata"
@@ -83,83 +83,72 @@ class Comfy(QuantizedWeight):
                 own = {"key": f"{module}.weight", "dtype": scan.compute_dtype, "shape": shape}
                 yield cls.of(parts, **own, kind=kind)
 
-    def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
+    def contradiction(self, stored: Parts) -> tuple[str, str] | None:
         said = stored.get(self.key.removesuffix("weight") + CONFIG)
         kind = self.kind if said is None else _said_kind(bytes(said.tolist()))
         return None if kind == self.kind else (f"{shown(self.key)}: {kind}", self.kind)
 
-    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+    def decode(self, stored: Parts) -> Tensor:
         codes, scale, *_ = self.values(stored)
         if self.kind == NVFP4:
             return fp4.decode_nvfp4(_swapped(codes), *self._nvfp4(stored))
         if self.kind == INT8:
             return integers.decode_int8(codes, scale)
-        if self.kind == MXFP8:
-            return fp8.decode_fp8(codes, self._in_rows(stored), self._block)
-        value = fp8.decode_fp8(codes.view(self._matrix), scale.reshape(-1, 1), self._block)
+        value = fp8.decode_fp8(codes.view(self.matrix_shape), self._scales(stored), self._block)
         return value.view(self.shape)
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        parts = self._encode(weight, {}, None)
-        if self.settings:
+    def encode(
+        self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
+    ) -> Parts:
+        """int8 takes the old scale if that is nearer to W than a new one is; NVFP4 keeps
+        weight_scale_2 as long as the largest value allows."""
+        parts = self._encode(weight.reshape(self.matrix_shape), stored, draws)
+        if self.settings and stored is None:
             text = bytearray(self.settings.encode())
             parts[self.parts[-1].key] = torch.frombuffer(text, dtype=torch.uint8)
         return parts
 
-    def encode_keeping_scales(
-        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
-    ) -> dict[str, Tensor]:
-        """int8 takes the old scale if that is nearer to W than a new one is; NVFP4 keeps
-        weight_scale_2 as long as the largest value allows."""
-        return stored | self._encode(weight, stored, draws)
-
-    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
-        scale = self.values(stored)[1]
+    def grid(self, stored: Parts) -> Grid:
         if self.kind == NVFP4:
-            return fp4.nvfp4_grid(*self._nvfp4(stored)).round_column
+            return fp4.nvfp4_grid(*self._nvfp4(stored))
         if self.kind == INT8:
-            return integers.grid_of(scale, None, self._matrix).round_column
-        scale = self._in_rows(stored) if self.kind == MXFP8 else scale.reshape(-1, 1)
-        (grid,) = fp8.grids(scale, self._matrix, self._block, dtype=self._codes)
-        return grid.round_column
-
-    @property
-    def _matrix(self) -> tuple[int, int]:
-        """Its shape with the last axes as one."""
-        return self.shape[0], math.prod(self.shape[1:])
-
-    @property
-    def _codes(self) -> torch.dtype:
-        return dtypes.torch_dtype(self.parts[0].dtype)
+            return integers.grid_of(self.values(stored)[1], None, self.matrix_shape)
+        scale = self._scales(stored)
+        (grid,) = fp8.grids(scale, self.matrix_shape, self._block, dtype=self.code_dtype)
+        return grid
 
     @property
     def _block(self) -> tuple[int, int]:
         """The rows and columns of the matrix with one scale."""
         if self.kind in GROUPS:
             return (1, GROUPS[self.kind])
-        out, width = self._matrix
+        out, width = self.matrix_shape
         return (out if math.prod(self.parts[1].shape) == 1 else 1, width)
 
-    def _in_rows(self, stored: dict[str, Tensor]) -> Tensor:
+    def _in_rows(self, stored: Parts) -> Tensor:
         """The bytes of its scales, of each row one after another."""
         out, width = self.shape
         return tiles_kernel.untiled(
             stored[self.parts[1].key].view(torch.uint8), out, width // self._block[1]
         )
 
-    def _in_tiles(self, scale: Tensor, stored: dict[str, Tensor]) -> Tensor:
+    def _scales(self, stored: Parts) -> Tensor:
+        """Those of FP8, a row of them for each row of blocks."""
+        if self.kind == MXFP8:
+            return self._in_rows(stored)
+        return self.values(stored)[1].reshape(-1, 1)
+
+    def _in_tiles(self, scale: Tensor, stored: Parts | None) -> Tensor:
         key, dtype = self.parts[1].key, dtypes.torch_dtype(self.parts[1].dtype)
         old = stored[key].view(torch.uint8) if stored else None
         return tiles_kernel.tiled(scale.view(torch.uint8), old).view(dtype)
 
-    def _nvfp4(self, stored: dict[str, Tensor]) -> tuple[Tensor, fp4.TensorScale]:
+    def _nvfp4(self, stored: Parts) -> tuple[Tensor, fp4.TensorScale]:
         factor = fp4.TensorScale(stored[self.parts[2].key], divides=False)
         return self._in_rows(stored).view(torch.float8_e4m3fn), factor
 
-    def _encode(
-        self, weight: Tensor, stored: dict[str, Tensor], draws: Draws | None
-    ) -> dict[str, Tensor]:
-        matrix, dtype = weight.reshape(self._matrix), dtypes.torch_dtype(self.parts[1].dtype)
+    def _encode(self, matrix: Tensor, stored: Parts | None, draws: Draws | None) -> Parts:
+        dtype = dtypes.torch_dtype(self.parts[1].dtype)
         if self.kind == NVFP4:
             old = self._nvfp4(stored) if stored else None
             result = fp4.renew_nvfp4(matrix, old, draws, divides=False)
@@ -167,17 +156,15 @@ class Comfy(QuantizedWeight):
             return self.as_parts(_swapped(result.codes), scale, result.tensor_scale.value)
         if self.kind == INT8:
             return self._integers(matrix, stored, draws)
+        old, block = self._scales(stored) if stored else None, self._block
         if self.kind == MXFP8:
-            scale = self._in_rows(stored) if draws is not None else None
-            encoded = _fp8(matrix, self._block, scale, draws, "power", torch.float8_e8m0fnu)
-            return self.as_parts(encoded.codes, self._in_tiles(encoded.scale, stored))
-        scale = stored[self.parts[1].key].reshape(-1, 1) if draws is not None else None
-        encoded = _fp8(matrix, self._block, scale, draws, "divide", dtype, self._codes)
-        return self.as_parts(*encoded)
+            how = {"rule": "power", "new_dtype": torch.float8_e8m0fnu}
+            codes, scale = fp8.requantize_fp8(matrix, block, old, draws, **how)
+            return self.as_parts(codes, self._in_tiles(scale, stored))
+        how = {"dtype": self.code_dtype, "new_dtype": dtype}
+        return self.as_parts(*fp8.requantize_fp8(matrix, block, old, draws, **how))
 
-    def _integers(
-        self, matrix: Tensor, stored: dict[str, Tensor], draws: Draws | None
-    ) -> dict[str, Tensor]:
+    def _integers(self, matrix: Tensor, stored: Parts | None, draws: Draws | None) -> Parts:
         """All rows as one where they have one scale."""
         scale, dtype = self.parts[1], dtypes.torch_dtype(self.parts[1].dtype)
         lines = matrix.reshape(1, -1) if math.prod(scale.shape) == 1 else matrix
@@ -185,11 +172,8 @@ class Comfy(QuantizedWeight):
         def new_scale(w: Tensor) -> tuple[Tensor, None]:
             return (w.abs().amax(1, keepdim=True) / 127).clamp_(min=LEAST).to(dtype), None
 
-        if not stored:
-            result = integers.encode_integers(lines, 8, scale=new_scale(lines)[0])
-        else:
-            old = stored[scale.key].reshape(-1, 1)
-            result = integers.requantize_integers(lines, 8, old, None, None, new_scale, draws)
+        old = stored[scale.key].reshape(-1, 1) if stored else None
+        result = integers.requantize_integers(lines, 8, old, None, None, new_scale, draws)
         return self.as_parts(result.codes, result.scale)
 
 
@@ -310,17 +294,3 @@ def _swapped(codes: Tensor) -> Tensor:
     """Pairs of FP4 values with the first one in the other half: comfy-kitchen has it in the high
     one."""
     return codes << 4 | codes >> 4
-
-
-def _fp8(
-    w: Tensor,
-    block: tuple[int, int],
-    scale: Tensor | None,  # the old one, with draws
-    draws: Draws | None,
-    rule: fp8.Fp8Rule,
-    scale_dtype: torch.dtype,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-) -> Encoded:
-    if scale is not None and draws is not None:
-        return fp8.requantize_fp8(w, block, scale, draws, rule, dtype)
-    return fp8.encode_fp8(w, block, rule=rule, scale_dtype=scale_dtype, dtype=dtype)

@@ -10,11 +10,12 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels.quant import fp4, fp8, integers
-from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.grid import Grid
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
 from adapterkit.weights.codec import (
+    Parts,
     PlainWeight,
     QuantizedModules,
     QuantizedWeight,
@@ -140,7 +141,7 @@ class Compressed(QuantizedWeight):
     def _is_integer(self) -> bool:
         return TYPES[self.kind] == "int"
 
-    def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
+    def contradiction(self, stored: Parts) -> tuple[str, str] | None:
         key = shown(self.parts[0].key)
         shape = self._sibling(stored, SHAPE)
         if shape is not None and tuple(shape.tolist()) != self.shape:
@@ -158,7 +159,7 @@ class Compressed(QuantizedWeight):
             return None
         return f"{key}: {INDEX} out of range", f"0 to {groups - 1}"
 
-    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+    def decode(self, stored: Parts) -> Tensor:
         codes, scale, *_ = self.values(stored)
         if self._is_integer:
             zero, group = self._zero(stored), self._group(stored)
@@ -171,53 +172,64 @@ class Compressed(QuantizedWeight):
             return fp4.decode_mxfp4(codes, scale)
         return fp8.decode_fp8(codes, self._by_block(scale), self.block)
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """Scales computed anew, as compressed-tensors does from the weight's largest values."""
-        if not self._is_integer:
-            return self._encode_floats(weight, {}, None)
-        assert not self.indexed
-        size, dtype = math.prod(self.block), dtypes.torch_dtype(self.parts[1].dtype)
-        lines, symmetric = weight.reshape(self._lines), self.symmetric
-        result = integers.encode_integers(
-            lines, self.bits, size, symmetric=symmetric, scale_dtype=dtype
-        )
-        shape = self._sibling_part(SHAPE)
-        shapes = {} if shape is None else {shape.key: torch.tensor(self.shape)}
-        return self._integer_parts(result) | shapes
+    def encode(
+        self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
+    ) -> Parts:
+        """New scales as compressed-tensors computes them, from the largest values.
 
-    def encode_keeping_scales(
-        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
-    ) -> dict[str, Tensor]:
-        """Integers take each group's old scale if that is nearer to W than a new one is, so that
-        codes are stable. NVFP4 keeps the weight's global scale, which fused layers share, as long
-        as the largest value allows."""
-        if not self._is_integer:
-            return stored | self._encode_floats(weight, stored, draws)
-        lines = weight.reshape(self._lines)
-        scale = self.values(stored)[1].reshape(len(lines), -1)
-        zero, group = self._zero(stored), self._group(stored)
+        Integers take each group's old scale if that is nearer to W than a new one is, so that codes
+        are stable. NVFP4 keeps the weight's global scale, which fused layers share, as long as the
+        largest value allows."""
+        if self._is_integer:
+            return self._encode_integers(weight, stored, draws)
+        old, dtype = self.stored_scale(stored), dtypes.torch_dtype(self.parts[1].dtype)
+        if self.kind == "nvfp4":
+            both = (stored[self.parts[1].key], self._divisor(stored)) if stored else None
+            result = fp4.renew_nvfp4(weight, both, draws, divides=True)
+            divisor = {self.key.removesuffix("weight") + GLOBAL_SCALE: result.tensor_scale.value}
+            return self.as_parts(result.codes, result.scale) | divisor
+        if self.kind == "mxfp4":
+            result = fp4.requantize_mxfp4(weight, old, "even", draws)
+            return self.as_parts(result.codes, result.scale.view(dtype))
+        return self.as_parts(*fp8.requantize_fp8(weight, self.block, old, draws, new_dtype=dtype))
+
+    def _encode_integers(self, weight: Tensor, stored: Parts | None, draws: Draws | None) -> Parts:
+        lines, dtype = weight.reshape(self._lines), dtypes.torch_dtype(self.parts[1].dtype)
+        groups = lines.shape[1] // math.prod(self.block)
 
         def new_scale(w: Tensor) -> tuple[Tensor, Tensor | None]:
-            size = w.shape[1] // scale.shape[1]
-            return integers.minmax_scale(w, self.bits, size, self.symmetric, scale.dtype)
+            return integers.minmax_scale(w, self.bits, w.shape[1] // groups, self.symmetric, dtype)
 
-        result = integers.requantize_integers(
-            lines, self.bits, scale, zero, group, new_scale, draws
-        )
-        return stored | self._integer_parts(result)
+        old, zero, group, tensors = None, None, None, {}
+        if stored:
+            old = self.values(stored)[1].reshape(len(lines), -1)
+            zero, group = self._zero(stored), self._group(stored)
+        else:
+            assert not self.indexed
+            shape = self._sibling_part(SHAPE)
+            tensors = {} if shape is None else {shape.key: torch.tensor(self.shape)}
+        result = integers.requantize_integers(lines, self.bits, old, zero, group, new_scale, draws)
+        codes = result.codes.reshape(self.shape)
+        codes = integers.pack(codes, self.bits) if self.kind == "words" else codes
+        tensors |= self.as_parts(codes, result.scale.to(dtype))
+        spec = self._sibling_part(ZERO)
+        if spec is not None and result.zero is not None:
+            zeros = result.zero
+            packed = integers.pack_zeros(zeros, self.bits) if spec.dtype == "I32" else None
+            tensors[spec.key] = zeros.view(spec.shape) if packed is None else packed
+        return tensors
 
-    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
+    def grid(self, stored: Parts) -> Grid:
         scale = self.values(stored)[1]
         if self._is_integer:
             zero, group, (out, width) = self._zero(stored), self._group(stored), self.shape
-            grid = integers.grid_of(scale, zero, (out, width), group, self.bits)
-        elif self.kind == "nvfp4":
-            grid = fp4.nvfp4_grid(scale, self._divisor(stored))
-        elif self.kind == "mxfp4":
-            grid = fp4.mxfp4_grid(scale)
-        else:
-            (grid,) = fp8.grids(self._by_block(scale), self.shape, self.block)
-        return grid.round_column
+            return integers.grid_of(scale, zero, (out, width), group, self.bits)
+        if self.kind == "nvfp4":
+            return fp4.nvfp4_grid(scale, self._divisor(stored))
+        if self.kind == "mxfp4":
+            return fp4.mxfp4_grid(scale)
+        (grid,) = fp8.grids(self._by_block(scale), self.shape, self.block)
+        return grid
 
     @property
     def rows_per_block(self) -> int | None:
@@ -228,21 +240,13 @@ class Compressed(QuantizedWeight):
             return 32 // math.gcd(32, self.bits)
         return self.block[0]
 
-    def row_views(
-        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
-    ) -> dict[str, Tensor]:
-        codes, scale = (part.key for part in self.parts[:2])
-        height, zero = self.block[0], self._zero_part
-        views = {
-            codes: stored[codes][first:last],
-            scale: stored[scale][first // height : math.ceil(last / height)],
-        }
-        if zero is not None and zero.dtype == "I32":
-            words = slice(first * self.bits // 32, math.ceil(last * self.bits / 32))
-            views[zero.key] = stored[zero.key][words]
-        elif zero is not None:
-            views[zero.key] = stored[zero.key][first:last]
-        return views
+    @property
+    def row_axes(self) -> dict[int, tuple[int, int, int]]:
+        axes, zero = {0: (0, 1, 1), 1: (0, 1, self.block[0])}, self._zero_part
+        if zero is not None:
+            words = zero.dtype == "I32"
+            axes[self.parts.index(zero)] = (0, self.bits, 32) if words else (0, 1, 1)
+        return axes
 
     @property
     def _lines(self) -> tuple[int, int]:
@@ -255,11 +259,11 @@ class Compressed(QuantizedWeight):
     def _by_block(self, scale: Tensor) -> Tensor:
         return scale.view(blocks_in(self.shape, self.block))
 
-    def _divisor(self, stored: dict[str, Tensor]) -> fp4.TensorScale:
+    def _divisor(self, stored: Parts) -> fp4.TensorScale:
         divisor = stored[self.key.removesuffix("weight") + GLOBAL_SCALE]
         return fp4.TensorScale(divisor, divides=True)
 
-    def _sibling(self, stored: dict[str, Tensor], leaf: str) -> Tensor | None:
+    def _sibling(self, stored: Parts, leaf: str) -> Tensor | None:
         return stored.get(self.key.removesuffix("weight") + leaf)
 
     def _sibling_part(self, leaf: str) -> TensorSpec | None:
@@ -270,7 +274,7 @@ class Compressed(QuantizedWeight):
     def _zero_part(self) -> TensorSpec | None:
         return None if self.symmetric else self._sibling_part(ZERO)
 
-    def _zero(self, stored: dict[str, Tensor]) -> Tensor | None:  # (rows, groups) int8
+    def _zero(self, stored: Parts) -> Tensor | None:  # (rows, groups) int8
         zero = None if self.symmetric else self._sibling(stored, ZERO)
         if zero is None:
             return None
@@ -278,45 +282,9 @@ class Compressed(QuantizedWeight):
             zero = integers.unpack_zeros(zero, self.bits, self.shape[0])
         return zero.reshape(self._lines[0], -1)
 
-    def _group(self, stored: dict[str, Tensor]) -> Tensor | None:  # (in,)
+    def _group(self, stored: Parts) -> Tensor | None:  # (in,)
         index = self._sibling(stored, INDEX) if self.indexed else None
         return None if index is None or _is_unused(index) else index
-
-    def _integer_parts(self, result: integers.Integers) -> dict[str, Tensor]:
-        codes = result.codes.reshape(self.shape)
-        codes = integers.pack(codes, self.bits) if self.kind == "words" else codes
-        scale = result.scale.to(dtypes.torch_dtype(self.parts[1].dtype))
-        tensors = self.as_parts(codes, scale)
-        zero = self._sibling_part(ZERO)
-        if zero is not None and result.zero is not None:
-            packed = zero.dtype == "I32"
-            zeros = (
-                integers.pack_zeros(result.zero, self.bits)
-                if packed
-                else result.zero.view(zero.shape)
-            )
-            tensors[zero.key] = zeros
-        return tensors
-
-    def _encode_floats(
-        self, weight: Tensor, stored: dict[str, Tensor], draws: Draws | None
-    ) -> dict[str, Tensor]:
-        key, dtype = self.parts[1].key, dtypes.torch_dtype(self.parts[1].dtype)
-        if self.kind == "nvfp4":
-            old = (stored[key], self._divisor(stored)) if stored else None
-            result = fp4.renew_nvfp4(weight, old, draws, divides=True)
-            divisor = {self.key.removesuffix("weight") + GLOBAL_SCALE: result.tensor_scale.value}
-            return self.as_parts(result.codes, result.scale) | divisor
-        if self.kind == "mxfp4":
-            if draws is not None:
-                old = stored[key].view(torch.uint8)
-                result = fp4.requantize_mxfp4(weight, old, "even", draws)
-            else:
-                result = fp4.encode_mxfp4(weight, rule="even")
-            return self.as_parts(result.codes.flatten(-2), result.scale.view(dtype))
-        if draws is not None:
-            return self.as_parts(*fp8.requantize_fp8(weight, self.block, stored[key], draws))
-        return self.as_parts(*fp8.encode_fp8(weight, self.block, scale_dtype=dtype))
 
 
 def _is_unused(index: Tensor) -> bool:

@@ -11,11 +11,12 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels.quant import fp8
-from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.grid import Grid
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
 from adapterkit.weights.codec import (
+    Parts,
     PlainWeight,
     QuantizedModules,
     QuantizedWeight,
@@ -94,25 +95,22 @@ class Fp8(QuantizedWeight):
                 power=scale.dtype in POWERS or scan.settings.get("scale_fmt") == "ue8m0",
             )
 
-    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+    def decode(self, stored: Parts) -> Tensor:
         codes, scale, *_ = self.values(stored)
         return fp8.decode_fp8(codes, scale, self.block)
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        result, dtype = fp8.encode_fp8(weight, self.block, rule=self._rule), self.parts[1].dtype
-        scale = result.scale.to(dtypes.torch_dtype("F8_E8M0" if dtype == "U8" else dtype))
-        return self.as_parts(result.codes, scale.view(dtypes.torch_dtype(dtype)))
+    def encode(
+        self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
+    ) -> Parts:
+        dtype = self.parts[1].dtype
+        new = dtypes.torch_dtype("F8_E8M0" if dtype == "U8" else dtype)
+        old, how = self.stored_scale(stored), self._rule
+        result = fp8.requantize_fp8(weight, self.block, old, draws, how, new_dtype=new)
+        return self.as_parts(result.codes, result.scale.view(dtypes.torch_dtype(dtype)))
 
-    def encode_sampled(
-        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
-    ) -> dict[str, Tensor]:
-        scale = self.values(stored)[1]
-        return self.as_parts(*fp8.requantize_fp8(weight, self.block, scale, draws, self._rule))
-
-    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
-        scale = self.values(stored)[1]
-        (grid,) = fp8.grids(scale, self.shape, self.block, self._rule)
-        return grid.round_column
+    def grid(self, stored: Parts) -> Grid:
+        (grid,) = fp8.grids(self.values(stored)[1], self.shape, self.block, self._rule)
+        return grid
 
     @property
     def _rule(self) -> fp8.Fp8Rule:
@@ -123,15 +121,9 @@ class Fp8(QuantizedWeight):
     def rows_per_block(self) -> int | None:
         return None if math.prod(self.parts[1].shape) == 1 else self.block[0]
 
-    def row_views(
-        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
-    ) -> dict[str, Tensor]:
-        codes, scale, *_ = self.values(stored)
-        blocks = slice(first // self.block[0], math.ceil(last / self.block[0]))
-        return {
-            self.parts[0].key: codes.view(-1, *codes.shape[-2:])[matrix, first:last],
-            self.parts[1].key: scale.view(-1, *scale.shape[-2:])[matrix, blocks],
-        }
+    @property
+    def row_axes(self) -> dict[int, tuple[int, int, int]]:
+        return {0: (0, 1, 1), 1: (0, 1, self.block[0])}
 
     @property
     def read_only(self) -> str | None:

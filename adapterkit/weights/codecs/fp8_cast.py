@@ -3,17 +3,15 @@ loads them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels.quant import fp8
-from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.grid import Grid
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor, torch
-from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.codec import Parts, QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
 CODES = ("F8_E4M3", "F8_E5M2")
@@ -37,47 +35,31 @@ class Fp8Cast(QuantizedWeight):
             if spec.dtype in CODES and spec.shape and not _scales(scan, key):
                 yield cls.of((spec,), key=key, dtype=scan.compute_dtype, shape=spec.shape)
 
-    @property
-    def _matrix(self) -> tuple[int, int]:
-        """Its shape with the last axes as one."""
-        return self.shape[0], math.prod(self.shape[1:])
-
-    @property
-    def _codes(self) -> torch.dtype:
-        return dtypes.torch_dtype(self.parts[0].dtype)
-
-    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+    def decode(self, stored: Parts) -> Tensor:
         (codes,) = self.values(stored)
-        value = fp8.decode_fp8(codes.view(self._matrix), _one(codes), self._matrix)
+        value = fp8.decode_fp8(codes.view(self.matrix_shape), _one(codes), self.matrix_shape)
         return value.view(self.shape)
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """To nearest; beyond the largest code that one."""
-        return self._encode(weight, None)
-
-    def encode_sampled(
-        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
-    ) -> dict[str, Tensor]:
-        return self._encode(weight, draws)
-
-    def _encode(self, weight: Tensor, draws: Draws | None) -> dict[str, Tensor]:
-        matrix, one = weight.reshape(self._matrix), _one(weight)
-        encoded = fp8.encode_fp8(matrix, self._matrix, one, draws=draws, dtype=self._codes)
+    def encode(
+        self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
+    ) -> Parts:
+        """Beyond the largest code that one."""
+        matrix, one = weight.reshape(self.matrix_shape), _one(weight)
+        encoded = fp8.encode_fp8(matrix, self.matrix_shape, one, draws=draws, dtype=self.code_dtype)
         return self.as_parts(encoded.codes)
 
-    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
+    def grid(self, stored: Parts) -> Grid:
         one = _one(self.values(stored)[0])
-        (grid,) = fp8.grids(one, self._matrix, self._matrix, dtype=self._codes)
-        return grid.round_column
+        (grid,) = fp8.grids(one, self.matrix_shape, self.matrix_shape, dtype=self.code_dtype)
+        return grid
 
     @property
     def rows_per_block(self) -> int | None:
         return 1 if len(self.shape) == 2 else None
 
-    def row_views(
-        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
-    ) -> dict[str, Tensor]:
-        return {self.parts[0].key: self.values(stored)[0][first:last]}
+    @property
+    def row_axes(self) -> dict[int, tuple[int, int, int]]:
+        return {0: (0, 1, 1)}
 
 
 def _scales(scan: CheckpointScan, key: str) -> list[TensorSpec]:

@@ -11,10 +11,10 @@ from typing import Any
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels.quant import gptq, integers
-from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.grid import Grid
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor
-from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.codec import Parts, QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
@@ -65,50 +65,40 @@ class Gptq(QuantizedWeight):
                 symmetric=_is_symmetric(scan),
             )
 
-    def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
+    def contradiction(self, stored: Parts) -> tuple[str, str] | None:
         groups = self.parts[2].shape[0]
         if not self.indexed or integers.are_groups(stored[self.parts[3].key], groups):
             return None
         return f"groups out of range in {shown(self.parts[3].key)}", f"0 to {groups - 1}"
 
-    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+    def decode(self, stored: Parts) -> Tensor:
         return gptq.decode_gptq(*self._layout(stored))
 
-    def encode_keeping_scales(
-        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
-    ) -> dict[str, Tensor]:
+    def encode(
+        self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
+    ) -> Parts:
         """A group takes its old scale and zero, or new ones if those are nearer to W."""
+        assert stored is not None
         old, bits, _, group, version = self._layout(stored)
         new = gptq.requantize_gptq(
             weight, old, bits, group, version, keep_zeros=self.symmetric, draws=draws
         )
         assert new.zeros is not None
-        return stored | self.as_parts(new.words, new.zeros, new.scale)
+        return self.as_parts(new.words, new.zeros, new.scale)
 
-    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
-        return gptq.gptq_grid(*self._layout(stored)).round_column
+    def grid(self, stored: Parts) -> Grid:
+        return gptq.gptq_grid(*self._layout(stored))
 
     @property
     def rows_per_block(self) -> int | None:
         # zeros lie in words along the rows
         return integers.WORD // math.gcd(integers.WORD, self.bits)
 
-    def row_views(
-        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
-    ) -> dict[str, Tensor]:
-        words, zeros, scale = (part.key for part in self.parts[:3])
-        across = slice(
-            first * self.bits // integers.WORD, math.ceil(last * self.bits / integers.WORD)
-        )
-        return {
-            words: stored[words][:, first:last],
-            zeros: stored[zeros][:, across],
-            scale: stored[scale][:, first:last],
-        }
+    @property
+    def row_axes(self) -> dict[int, tuple[int, int, int]]:
+        return {0: (1, 1, 1), 1: (1, self.bits, integers.WORD), 2: (1, 1, 1)}
 
-    def _layout(
-        self, stored: dict[str, Tensor]
-    ) -> tuple[gptq.WordTensors, int, int, Tensor | None, int]:
+    def _layout(self, stored: Parts) -> tuple[gptq.WordTensors, int, int, Tensor | None, int]:
         words, zeros, scale, *index = self.values(stored)
         group = index[0] if self.indexed else None
         return gptq.WordTensors(words, zeros, scale), self.bits, self.shape[1], group, self.version

@@ -9,7 +9,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels.quant import integers
 from adapterkit.lazy import Tensor
-from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.codec import Parts, QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
 # what hqq calls a layout -> bits of a code, codes in a word, dtype of words
@@ -60,7 +60,7 @@ class Hqq(QuantizedWeight):
                 packing=text,
             )
 
-    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+    def decode(self, stored: Parts) -> Tensor:
         words, scale, zero, *_ = self.values(stored)
         bits, fields, dtype = PACKINGS[self.packing]
         words = words.view(dtypes.torch_dtype(dtype))  # of the floats that they may be stored as

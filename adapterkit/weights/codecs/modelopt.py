@@ -11,10 +11,10 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import shown
 from adapterkit.kernels.quant import fp4, fp8
-from adapterkit.kernels.quant.grid import RoundColumn
+from adapterkit.kernels.quant.grid import Grid
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor
-from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.codec import Parts, QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
 FILE = "hf_quant_config.json"
@@ -52,30 +52,32 @@ class Modelopt(QuantizedWeight):
                 shape=(spec.shape[0], spec.shape[1] * (2 if algorithm == "NVFP4" else 1)),
             )
 
-    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+    def decode(self, stored: Parts) -> Tensor:
         codes, scale, *_ = self.values(stored)
         if self._is_nvfp4:
             return fp4.decode_nvfp4(codes, scale, self._tensor_scale(stored))
         return fp8.decode_fp8(codes, scale, self._block)
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        return self._encode(weight, {}, None)
-
-    def encode_keeping_scales(
-        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
-    ) -> dict[str, Tensor]:
+    def encode(
+        self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
+    ) -> Parts:
         """The whole weight's factor, which fused layers share, stays as long as the largest value
         allows."""
-        return stored | self._encode(weight, stored, draws)
+        if not self._is_nvfp4:
+            old = self.stored_scale(stored)
+            return self.as_parts(*fp8.requantize_fp8(weight, self._block, old, draws))
+        both = (stored[self.parts[1].key], self._tensor_scale(stored)) if stored else None
+        result = fp4.renew_nvfp4(weight, both, draws, divides=False)
+        return self.as_parts(result.codes, result.scale, result.tensor_scale.value)
 
-    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
+    def grid(self, stored: Parts) -> Grid:
         scale = self.values(stored)[1]
         if self._is_nvfp4:
-            return fp4.nvfp4_grid(scale, self._tensor_scale(stored)).round_column
+            return fp4.nvfp4_grid(scale, self._tensor_scale(stored))
         (grid,) = fp8.grids(scale, self.shape, self._block)
-        return grid.round_column
+        return grid
 
-    def _tensor_scale(self, stored: dict[str, Tensor]) -> fp4.TensorScale:
+    def _tensor_scale(self, stored: Parts) -> fp4.TensorScale:
         return fp4.TensorScale(stored[self.parts[2].key], divides=False)
 
     @property
@@ -85,18 +87,6 @@ class Modelopt(QuantizedWeight):
     @property
     def _block(self) -> tuple[int, int]:
         return (self.shape[0], self.shape[1])
-
-    def _encode(
-        self, weight: Tensor, stored: dict[str, Tensor], draws: Draws | None
-    ) -> dict[str, Tensor]:
-        key = self.parts[1].key
-        if self._is_nvfp4:
-            old = (stored[key], self._tensor_scale(stored)) if stored else None
-            result = fp4.renew_nvfp4(weight, old, draws, divides=False)
-            return self.as_parts(result.codes, result.scale, result.tensor_scale.value)
-        if draws is not None:
-            return self.as_parts(*fp8.requantize_fp8(weight, self._block, stored[key], draws))
-        return self.as_parts(*fp8.encode_fp8(weight, self._block))
 
 
 def _algorithm(scan: CheckpointScan) -> str | None:

@@ -9,7 +9,7 @@ from adapterkit.kernels.quant import fp4
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor
 from adapterkit.records import Json
-from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
+from adapterkit.weights.codec import Parts, PlainWeight, QuantizedModules, QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -76,28 +76,22 @@ class Mxfp4(QuantizedWeight):
                 shape = (experts, blocks * fp4.MX_GROUP, out)
                 yield cls.of((spec, scale), key=name, dtype=scan.compute_dtype, shape=shape)
 
-    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+    def decode(self, stored: Parts) -> Tensor:
         blocks, scales = self.values(stored)
         return fp4.decode_mxfp4(blocks, scales).transpose(-2, -1).contiguous()
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+    def encode(
+        self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
+    ) -> Parts:
         """As triton_kernels and so transformers quantize: nothing saturates."""
         rows = weight.transpose(-2, -1).contiguous()
-        return self.as_parts(*fp4.encode_mxfp4(rows, rule="up"))
-
-    def encode_sampled(
-        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
-    ) -> dict[str, Tensor]:
-        rows, draws = weight.transpose(-2, -1), draws.by_columns(*weight.shape[-2:])
-        _, scales = self.values(stored)
-        return self.as_parts(*fp4.requantize_mxfp4(rows.contiguous(), scales, "up", draws))
+        draws = draws and draws.by_columns(*weight.shape[-2:])
+        return self.as_parts(*fp4.requantize_mxfp4(rows, self.stored_scale(stored), "up", draws))
 
     @property
     def rows_per_block(self) -> int:
         return fp4.MX_GROUP
 
-    def row_views(
-        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
-    ) -> dict[str, Tensor]:
-        groups = slice(first // fp4.MX_GROUP, last // fp4.MX_GROUP)
-        return {part.key: stored[part.key][matrix, :, groups] for part in self.parts}
+    @property
+    def row_axes(self) -> dict[int, tuple[int, int, int]]:
+        return dict.fromkeys((0, 1), (1, 1, fp4.MX_GROUP))

@@ -10,7 +10,7 @@ from adapterkit.errors import shown
 from adapterkit.kernels.quant import fp8, integers
 from adapterkit.lazy import Tensor
 from adapterkit.records import Json
-from adapterkit.weights.codec import QuantizedWeight, blocks_in, pair_in, shapes_of_scales
+from adapterkit.weights.codec import Parts, QuantizedWeight, blocks_in, pair_in, shapes_of_scales
 from adapterkit.weights.scan import CheckpointScan
 
 NAMES = ("qdata", "scale", "zero_point")
@@ -97,7 +97,7 @@ class Torchao(QuantizedWeight):
             has_zeros=has_zeros,
         )
 
-    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+    def decode(self, stored: Parts) -> Tensor:
         codes, scale, *zeros = self.values(stored)
         if self.kind == "Int4Tensor":
             return integers.decode_torchao_int4(codes, scale, zeros[0])
