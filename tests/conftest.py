@@ -15,6 +15,9 @@ import pytest
 from adapterkit import kernels
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# tests replace names of kernels, which are to be the modules themselves, not `lazy`'s
+for one in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+    importlib.import_module(one.name)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -54,9 +57,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection() -> None:
     gc.disable()  # what is collected stays
-    # tests replace names of kernels, which are to be the modules themselves, not `lazy`'s
-    for one in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
-        importlib.import_module(one.name)
 
 
 def pytest_collection_finish() -> None:

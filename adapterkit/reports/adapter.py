@@ -8,6 +8,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.shards import weight_files
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, shown
+from adapterkit.lazy import Tensor, torch
 from adapterkit.options import no_progress
 from adapterkit.records import Json
 from adapterkit.reports.checkpoint import (
@@ -22,8 +23,6 @@ from adapterkit.reports.configs import printable
 from adapterkit.reports.heatmaps import natural
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from adapterkit.options import Progress
     from adapterkit.reports.factors import Join
 
@@ -35,7 +34,7 @@ def inspect_adapter(
     base: Folder | None,
     with_factors: bool,
     progress: "Progress" = no_progress,
-    spectra: "dict[str, Tensor] | None" = None,
+    spectra: dict[str, Tensor] | None = None,
 ) -> Json:
     """inspect's result for an adapter; `with_factors`: read them for norms and effective ranks, and
     for the `spectra` that are asked for."""
@@ -60,7 +59,7 @@ def _modules(
     with_factors: bool,
     scan: Checkpoint,
     progress: "Progress",
-    spectra: "dict[str, Tensor] | None",
+    spectra: dict[str, Tensor] | None,
 ) -> list[Json]:
     if not with_factors:
         return _in_order([_module(adapter, lora, None, typed, scan) for lora in adapter.loras])
@@ -68,7 +67,8 @@ def _modules(
 
     joined = factors.join(adapter, base, scan.errors) if base is not None and typed else None
     modules = [_module(adapter, lora, joined, typed, scan) for lora in adapter.loras]
-    factors.read_factors(adapter, modules, joined, scan.errors, progress, spectra)
+    with torch.inference_mode():
+        factors.read_factors(adapter, modules, joined, scan.errors, progress, spectra)
     if modules and not (
         any(module["trained"] for module in modules) or adapter.replaced or adapter.tokens
     ):

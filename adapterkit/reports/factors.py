@@ -67,7 +67,6 @@ def join(adapter: Adapter, on: Folder, problems: Problems) -> Join:
     return joined
 
 
-@torch.inference_mode()
 def read_factors(
     adapter: Adapter,
     modules: list[Json],  # of the adapter's loras, in their order; changed in place

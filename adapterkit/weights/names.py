@@ -104,6 +104,7 @@ class Names:
     notes: list[str] = field(default_factory=list)
     text_only: bool = False  # the base is the language model of a model that may see, too
     of_diffusers: bool = False  # models of diffusers are built, too
+    whole: bool = False  # stored names are the model's: it is built for other names, and for layers
 
     @property
     def label(self) -> str:
@@ -164,7 +165,8 @@ class Names:
 
         `Refused` if it is stored through a conversion that does more than move elements.
         """
-        if self.model is not None:
+        is_stored = self.whole and name in self.base.tensors
+        if not is_stored and self.model is not None:
             if name in self.model.unreadable:
                 raise self.model.unreadable[name]
             if name in self.model.parameters:
@@ -184,7 +186,8 @@ class Names:
 
     def all(self) -> Collection[str]:
         """Names of all stored parameters."""
-        return self.model.parameters if self.model is not None else self.base.tensors
+        is_known = self.whole or self.model is None
+        return self.base.tensors if is_known else self.model.parameters
 
     def module(self, name: str) -> "nn.Module | None":
         """A module of the model; None if there is none, or the model was not built."""

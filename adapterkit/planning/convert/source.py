@@ -28,6 +28,7 @@ from adapterkit.formats.schema import ADAPTER_LAYOUT, MODEL, Format
 from adapterkit.planning.adapters.other_types import kind_of
 from adapterkit.planning.convert.lossy import read_fitted
 from adapterkit.verbs.convert import ConvertOptions
+from adapterkit.weights.loading import looks_whole
 from adapterkit.weights.names import TRANSPOSED, Names
 from adapterkit.weights.plan_reader import PlanReader
 
@@ -254,7 +255,7 @@ def named_base(base: Checkpoint | None, detection: Detection, form: Format) -> N
             where=detection.container.file,
             hint="keep the config that was saved with the file beside it",
         )
-    names = Names(base, task=task, build_model=True)
+    names = Names(base, task=task, build_model=True, whole=looks_whole(base))
     return NamedBase(base, names, stacks_of(names))
 
 
