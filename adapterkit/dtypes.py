@@ -1,16 +1,13 @@
 """The number formats of safetensors files: names, widths, torch's names for them.
 
 Header names (`BF16`) are used inside; people type the short ones (`bf16`).
-torch is imported on use.
 """
 
+import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from adapterkit.errors import Refused
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from adapterkit.lazy import Tensor, torch
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -36,6 +33,12 @@ _TORCH = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
+
+_NUMBERS = {  # of `struct`
+    "BOOL": "?", "U8": "B", "I8": "b", "U16": "H", "I16": "h", "U32": "I", "I32": "i",
+    "U64": "Q", "I64": "q", "F16": "e", "F32": "f", "F64": "d",
+}  # fmt: skip
+NUMBERS = (*_NUMBERS, "BF16")
 
 
 def size(dtype: str, count: int) -> int:
@@ -68,15 +71,18 @@ def has_name(dtype) -> bool:
 
 def torch_dtype(dtype: str):
     """torch's dtype for a header name."""
-    import torch
-
     return getattr(torch, _TORCH[dtype])
 
 
-def tensor_of(data: bytearray, dtype: str, shape: Sequence[int]) -> "Tensor":
-    """The tensor over stored bytes, none of them too."""
-    import torch
+def number_of(data: bytes, dtype: str) -> float:
+    """The one number of stored bytes, of a dtype in NUMBERS."""
+    if dtype == "BF16":
+        data, dtype = b"\0\0" + data, "F32"
+    return float(struct.unpack(f"<{_NUMBERS[dtype]}", data)[0])
 
+
+def tensor_of(data: bytearray, dtype: str, shape: Sequence[int]) -> Tensor:
+    """The tensor over stored bytes, none of them too."""
     if not data:
         return torch.empty(shape, dtype=torch_dtype(dtype))
     return torch.frombuffer(data, dtype=torch_dtype(dtype)).view(shape)

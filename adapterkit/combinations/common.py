@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 from adapterkit import registry
 from adapterkit.combinations.protocol import (
@@ -23,6 +24,7 @@ from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.rows import row_ranges
 from adapterkit.lazy import Tensor, torch
 
+Majority = Literal["total", "frequency"]
 BLOCK = 1 << 19  # elements of a dense delta that are multiplied out at a time on a CPU
 SUBSAMPLE = 4  # one row in four of each block is enough to estimate a threshold
 NOISE = 1e-12  # of a norm: singular values below it are float64's rounding
@@ -51,7 +53,7 @@ class InCores(OnFactors):
     bases that the deltas share, in float64."""
 
     density: float
-    majority: elementwise.Majority
+    majority: Majority
     inner: str
 
     def __post_init__(self):
@@ -286,7 +288,7 @@ def elect_pruned(
     deltas: Deltas,
     weights: Sequence[float],
     prunes: Sequence[Prune],
-    majority: elementwise.Majority,
+    majority: Majority,
     shares: Sequence[float] | None = None,
     *,
     divided: bool = True,

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.combinations.common import InCores, basis, check_share, cores_of, with_signs
+from adapterkit.combinations.common import (
+    InCores,
+    Majority,
+    basis,
+    check_share,
+    cores_of,
+    with_signs,
+)
 from adapterkit.errors import Refused
-from adapterkit.kernels import elementwise
 from adapterkit.kernels.lowrank.algebra import Product, norm
 from adapterkit.lazy import Tensor, torch
 
@@ -30,7 +36,7 @@ class Ctm(InCores):
     """
 
     density: float
-    majority: elementwise.Majority = "total"
+    majority: Majority = "total"
     inner: str = "ties"
     beta: float = 0.25
     dimensions: int | None = None

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.combinations.common import check_majority, check_share, elect_pruned, random_drop
+from adapterkit.combinations.common import (
+    Majority,
+    check_majority,
+    check_share,
+    elect_pruned,
+    random_drop,
+)
 from adapterkit.combinations.protocol import Deltas, DenseDelta, OnElements, Seeds
-from adapterkit.kernels import elementwise
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class DareTies(OnElements):
     """
 
     density: float
-    majority: elementwise.Majority = "total"
+    majority: Majority = "total"
     name = "dare_ties"
     tier = "core"
     source = "arXiv:2311.03099"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapterkit.combinations.common import (
+    Majority,
     chances,
     check_chances,
     check_majority,
@@ -14,7 +15,6 @@ from adapterkit.combinations.common import (
     random_drop,
 )
 from adapterkit.combinations.protocol import Deltas, DenseDelta, OnElements, Seeds
-from adapterkit.kernels import elementwise
 from adapterkit.lazy import Tensor
 
 
@@ -31,7 +31,7 @@ class Della(OnElements):
 
     density: float
     epsilon: float = 0.15
-    majority: elementwise.Majority = "total"
+    majority: Majority = "total"
     name = "della"
     source = "arXiv:2406.11617"
     acts_on = "elements"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.combinations.common import InCores, basis
-from adapterkit.kernels import elementwise
+from adapterkit.combinations.common import InCores, Majority, basis
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.lazy import Tensor, torch
 
@@ -24,7 +23,7 @@ class Knots(InCores):
     """
 
     density: float
-    majority: elementwise.Majority = "total"
+    majority: Majority = "total"
     inner: str = "ties"
     name = "knots"
     source = "arXiv:2410.19735"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.combinations.common import check_majority, check_share, elect_pruned, trim
+from adapterkit.combinations.common import Majority, check_majority, check_share, elect_pruned, trim
 from adapterkit.combinations.protocol import Deltas, DenseDelta, OnElements, Seeds
-from adapterkit.kernels import elementwise
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Ties(OnElements):
     """
 
     density: float
-    majority: elementwise.Majority = "total"
+    majority: Majority = "total"
     name = "ties"
     tier = "core"
     source = "arXiv:2306.01708"

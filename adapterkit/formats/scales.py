@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 
+from adapterkit import dtypes
 from adapterkit.adapters.adapter_config import DeclaredScales, declared_settings
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.strict import strict_json
@@ -20,7 +21,7 @@ from adapterkit.formats.schema import Format
 from adapterkit.formats.uniform_rank import is_float32, shared_number, with_scale
 from adapterkit.options import finite
 from adapterkit.records import Json, Settings
-from adapterkit.weights.reader import TensorReader
+from adapterkit.weights.plan_reader import PlanReader
 
 SETTINGS = {  # PEFT's words for what a config says
     "rank": "r", "alpha": "lora_alpha", "rank_pattern": "rank_pattern",
@@ -37,7 +38,7 @@ class Scales:
         metadata: Settings,
         config: Settings,
         alpha: float | None,  # where the format leaves it to the reader
-        reader: TensorReader,
+        reader: PlanReader,
         where: str,
     ):
         self.form, self.asked, self.reader, self.where = form, alpha, reader, where
@@ -112,6 +113,8 @@ class Scales:
                 where=self.where,
                 hint="save the adapter again",
             )
+        if type(stored) is TensorSpec and stored.dtype in dtypes.NUMBERS:
+            return self.reader.number(stored)
         return float(from_spec(stored).value(self.reader).double().reshape(()))
 
     @cached_property

@@ -7,7 +7,7 @@ exact, so neither the division into blocks nor the number of threads changes a t
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.quant.stochastic import Draws
 
-Majority = Literal["total", "frequency"]
 CPU = torch.device("cpu")
 SAMPLE = 1 << 16  # elements of the sample that brackets a threshold
 ROOM = 1 << 18  # elements that may be collected in the bracket, at least
@@ -259,7 +258,7 @@ def _order(x: Tensor) -> Tensor:
 def elect(
     blocks: Sequence[Tensor],  # the same rows of each delta, (n, cols), overwritten
     weights: Sequence[float],
-    majority: Majority,
+    majority: str,
     out: Tensor,  # (n, cols), overwritten
     shares: Sequence[float] | None = None,
     *,
@@ -285,7 +284,7 @@ def elect(
 def _elect(
     blocks: Sequence[Tensor] | Tensor,
     weights: Sequence[float],
-    majority: Majority,
+    majority: str,
     out: Tensor,
     shares: Sequence[float] | None,
     *,

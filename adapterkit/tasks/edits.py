@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels import rows as kernel
@@ -188,7 +189,7 @@ class AddLikePeft(AddLowRank):
     `delta_first` it is rounded to the weight's dtype before it is added; the sum is rounded before
     the next adapter (`merge_and_unload`, safe_merge=False)."""
 
-    rounded: torch.dtype
+    rounded: str
     delta_first: bool
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
@@ -198,17 +199,18 @@ class AddLikePeft(AddLowRank):
         products = list(unscaled.products(inputs))
         norms = [kernel.low_rank_norm(left, right) for _, left, right in products]
         norm = abs(scale) * math.hypot(*norms)
+        rounded = dtypes.torch_dtype(self.rounded)
 
         def exact(w: Tensor, first: int, delta_first: bool = False) -> None:
             for block, left, right in products:
                 for part, here in block.rows.overlap(w, first):
                     part = part[:, block.columns.start : block.columns.stop]
                     delta = (left[here] @ right) * scale
-                    part += delta.to(self.rounded).to(w.dtype) if delta_first else delta
+                    part += delta.to(rounded).to(w.dtype) if delta_first else delta
 
         def apply(w: Tensor, first: int) -> None:
             exact(w, first, self.delta_first)
-            _round(w, self.rounded)
+            _round(w, rounded)
 
         return Loaded(apply, norm, exact)
 
@@ -263,10 +265,11 @@ class Decompose(RowEdit):
 class RoundTo(RowEdit):
     """w rounded to the weight's dtype between two adapters, as PEFT does."""
 
-    rounded: torch.dtype
+    rounded: str
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
-        return Loaded(lambda w, first: _round(w, self.rounded), exact=lambda w, first: None)
+        dtype = dtypes.torch_dtype(self.rounded)
+        return Loaded(lambda w, first: _round(w, dtype), exact=lambda w, first: None)
 
 
 def _round(w: Tensor, dtype: torch.dtype) -> None:

@@ -186,8 +186,8 @@ class Names:
 
     def all(self) -> Collection[str]:
         """Names of all stored parameters."""
-        is_known = self.whole or self.model is None
-        return self.base.tensors if is_known else self.model.parameters
+        model = None if self.whole else self.model
+        return self.base.tensors if model is None else model.parameters
 
     def module(self, name: str) -> "nn.Module | None":
         """A module of the model; None if there is none, or the model was not built."""

@@ -1,14 +1,16 @@
 """Reads stored tensors while a job is planned, of files on the Hub no more than their ranges."""
 
-from collections.abc import Iterable, Sequence
+from __future__ import annotations
 
-from torch import Tensor
+import math
+from collections.abc import Iterable, Sequence
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to, place_of
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import read_small
 from adapterkit.errors import Damaged, Unrecoverable, shown
+from adapterkit.lazy import Tensor
 
 READ_ALONG = 4 << 20  # bytes of one request for factors: the next ones that are asked for follow
 
@@ -44,6 +46,17 @@ class PlanReader:
     def tensor(self, spec: TensorSpec) -> Tensor:
         """The tensor in its own dtype. `Damaged` at the end of the file, `Unrecoverable` if it is
         not finite."""
+        value = dtypes.tensor_of(bytearray(self._stored(spec)), spec.dtype, spec.shape)
+        self._check_finite(spec, spec.dtype not in dtypes.FLOATS or bool(value.isfinite().all()))
+        return value
+
+    def number(self, spec: TensorSpec) -> float:
+        """The one number of a tensor, of a dtype in `dtypes.NUMBERS`, likewise."""
+        value = dtypes.number_of(bytes(self._stored(spec)), spec.dtype)
+        self._check_finite(spec, math.isfinite(value))
+        return value
+
+    def _stored(self, spec: TensorSpec) -> bytes | bytearray:
         folder, data = self.folders[spec.folder], self._data.get(spec)
         if data is None:
             data = self._read(spec)
@@ -54,12 +67,13 @@ class PlanReader:
                 where=place_of(folder, spec.file),
                 hint="copy the file again",
             )
-        value = dtypes.tensor_of(bytearray(data), spec.dtype, spec.shape)
-        if spec.dtype in dtypes.FLOATS and not value.isfinite().all():
+        return data
+
+    def _check_finite(self, spec: TensorSpec, is_finite: bool) -> None:
+        if not is_finite:
             raise Unrecoverable(
                 f"{shown(spec.key)} is not finite",
                 expected="finite values",
-                where=place_of(folder, spec.file),
+                where=place_of(self.folders[spec.folder], spec.file),
                 hint="the training went wrong: take an earlier checkpoint",
             )
-        return value

@@ -104,11 +104,11 @@ def edits_of(s: dict[str, TensorSpec]) -> list[RowEdit]:
     chosen: list[RowEdit] = [
         add,
         AddLowRank((term, other, one)),
-        AddLikePeft((term,), torch.bfloat16, True),
+        AddLikePeft((term,), "BF16", True),
         AddDelta(ModuleDelta(lora), 0.5, Band(0, OUT)),
         AddDelta(ModuleDelta(full), 0.5, Band(0, OUT)),
         AddVector(s["vector"], 0.5, scattered),
-        RoundTo(torch.bfloat16),
+        RoundTo("BF16"),
         ReplaceRows(s["rows"], (1, 7)),
         ReplaceRows(s["tokens"], (0, 4), by_columns=True),
         Assign(s["w"], whole, False),

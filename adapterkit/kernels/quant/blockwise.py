@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from adapterkit.kernels.pieces import padded
-from adapterkit.kernels.quant.grid import Grid, check_finite, pieces
+from adapterkit.kernels.quant.grid import NESTED, Grid, check_finite, pieces
 from adapterkit.kernels.quant.stochastic import Draws
 
 Kind = Literal["nf4", "fp4"]
 
 CPU = torch.device("cpu")
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # sizes that bitsandbytes accepts
-NESTED = 256  # scales with one scale
 COMPARED = 1 << 16  # elements compared with all thresholds at once: the results stay in cache
 SMALLEST = 1e-38  # stands for smaller scales in a division
 SCALES_NOT_FINITE = "the scales hold values that are not finite"

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from adapterkit.kernels.quant.fp8 import FP8_MAX
 from adapterkit.kernels.quant.grid import (
+    MX_GROUP,
+    NV_GROUP,
     Encoded,
     Grid,
     block_amax,
@@ -30,7 +32,6 @@ from adapterkit.kernels.quant.stochastic import Draws
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # codes 0 to 7; 8 to 15 are their negatives
 FP4_MAX = 6.0
-MX_GROUP, NV_GROUP = 32, 16  # values with one scale
 
 MxRule = Literal["floor", "even", "up"]
 

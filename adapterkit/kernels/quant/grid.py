@@ -23,6 +23,8 @@ RoundColumn = Callable[[Tensor, int | None], Tensor]
 PIECE = 1 << 16
 # of formats with few operations: with fewer elements threads wait for Python's lock too long
 LARGE_PIECE = 1 << 19
+# of formats: values with one scale, scales with one scale, bits of a word of codes
+MX_GROUP, NV_GROUP, NESTED, WORD = 32, 16, 256, 32
 NOT_FINITE = "the matrix holds values that are not finite"
 
 

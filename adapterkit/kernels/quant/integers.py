@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from adapterkit.kernels.pieces import padded
-from adapterkit.kernels.quant.grid import Grid, check_finite, chosen, pieces
+from adapterkit.kernels.quant.grid import WORD, Grid, check_finite, chosen, pieces
 from adapterkit.kernels.quant.nibbles import expand_nibbles, nibble_pairs, pack_nibbles
 from adapterkit.kernels.quant.stochastic import Draws
 
-WORD = 32
 # of values (out, in) whose columns are in groups of one size: scales (out, groups), and zeros int8
 # unless those stay
 NewScale = Callable[[Tensor], tuple[Tensor, Tensor | None]]

@@ -327,17 +327,16 @@ def _additions_like_peft(
 ) -> list[RowEdit]:
     """The same in PEFT's order, with its roundings to `dtype` between."""
     parameter = change.parameter
-    rounded = dtypes.torch_dtype(dtype)
     for factors in change.additions:
         placed = place_factors(parameter, slot, factors)
         if factors.magnitude is None:
-            edits.append(AddLikePeft((placed,), rounded, _delta_first(job, parameter, factors)))
+            edits.append(AddLikePeft((placed,), dtype, _delta_first(job, parameter, factors)))
             continue
         # PEFT's DoRA norm is that of the weight before any merge: W' = g ⊙ (W + Δ), rounded before
         # the next adapter
         delta = AddLowRank((placed,))
         magnitude = place_magnitude(parameter, slot, factors, (delta,))
-        edits += [delta, replace(magnitude, of_stored=True), RoundTo(rounded)]
+        edits += [delta, replace(magnitude, of_stored=True), RoundTo(dtype)]
     return edits
 
 

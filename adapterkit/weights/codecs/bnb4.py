@@ -15,7 +15,7 @@ from adapterkit.checkpoint.layout import TensorPlan
 from adapterkit.checkpoint.strict import nested_json
 from adapterkit.errors import shown, unrecoverable
 from adapterkit.kernels.quant import blockwise
-from adapterkit.kernels.quant.grid import Grid
+from adapterkit.kernels.quant.grid import NESTED, Grid
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
@@ -56,7 +56,7 @@ class Bnb4(QuantizedWeight):
     # bitsandbytes 0.50 saves the scales as a transposed bf16 matrix after a forward pass on some
     # CPUs: exact if the weight was bf16
     transposed_scales: bool = False
-    nested_block: int = blockwise.NESTED
+    nested_block: int = NESTED
     nested_dtype: str = "float32"
 
     @classmethod
@@ -72,7 +72,7 @@ class Bnb4(QuantizedWeight):
             weight.part(".quant_map", "F32", (16,)),
         ]
         if double:
-            nested = math.ceil(blocks / blockwise.NESTED)
+            nested = math.ceil(blocks / NESTED)
             parts.append(weight.part(".nested_absmax", "F32", (nested,)))
             parts.append(weight.part(".nested_quant_map", "F32", (256,)))
         record = cls.encoding(
@@ -336,7 +336,7 @@ class Bnb4(QuantizedWeight):
             "shape": list(self._stored_shape),
         }
         if offset is not None:
-            state["nested_blocksize"] = blockwise.NESTED
+            state["nested_blocksize"] = NESTED
             state["nested_dtype"] = "float32"
             state["nested_offset"] = offset
         return json.dumps(state).encode()
@@ -365,7 +365,7 @@ class _State(NamedTuple):
         if double:
             offset = state["nested_offset"]
             valid = valid and isinstance(offset, float) and math.isfinite(offset)
-            valid = valid and state.get("nested_blocksize") == blockwise.NESTED
+            valid = valid and state.get("nested_blocksize") == NESTED
             valid = valid and state.get("nested_dtype") in dtypes.CONFIG_NAME.values()
         if not valid or shape is None or dtype is None or block is None:
             return None
@@ -386,7 +386,7 @@ def _parts_fit(parts: list[TensorSpec], count: int, block: int, transposed_scale
     if not nested:
         plain = absmax.dtype == "F32" and absmax.shape == (blocks,)
         return fits and (transposed_scales or plain)
-    groups = math.ceil(blocks / blockwise.NESTED)
+    groups = math.ceil(blocks / NESTED)
     fits = fits and absmax.dtype == "U8" and absmax.shape == (blocks,)
     fits = fits and all(part.dtype == "F32" for part in nested)
     return fits and nested[0].shape == (groups,) and nested[1].shape == (256,)

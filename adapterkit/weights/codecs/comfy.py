@@ -19,7 +19,7 @@ from adapterkit.checkpoint.strict import nested_json
 from adapterkit.errors import listed, shown
 from adapterkit.kernels.quant import fp4, fp8, integers
 from adapterkit.kernels.quant import tiles as tiles_kernel
-from adapterkit.kernels.quant.grid import Grid
+from adapterkit.kernels.quant.grid import NV_GROUP, Grid
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
@@ -34,7 +34,7 @@ E4M3, E5M2, MXFP8, NVFP4, INT8 = KINDS = (
 )  # fmt: skip
 CODES = {E4M3: "F8_E4M3", E5M2: "F8_E5M2", MXFP8: "F8_E4M3", NVFP4: "U8", INT8: "I8"}
 TILES = {MXFP8: ("F8_E8M0", "U8"), NVFP4: ("F8_E4M3", "U8")}  # dtypes of scales in tiles
-GROUPS = {MXFP8: 32, NVFP4: fp4.NV_GROUP}  # values with one scale
+GROUPS = {MXFP8: 32, NVFP4: NV_GROUP}  # values with one scale
 MULTIPLES = {MXFP8: 32, NVFP4: 16}  # of rows and columns; others are padded
 IMAGE_KINDS = {"comfy-fp8": E4M3, "comfy-mxfp8": MXFP8, "comfy-nvfp4": NVFP4, "comfy-int8": INT8}
 LEAST = 1e-30  # scale of int8

@@ -10,7 +10,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels.quant import fp4, fp8, integers
-from adapterkit.kernels.quant.grid import Grid
+from adapterkit.kernels.quant.grid import MX_GROUP, Grid
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor, torch
 from adapterkit.records import Json
@@ -62,9 +62,9 @@ class Compressed(QuantizedWeight):
         if not weight.has_weight_name:
             return None
         if target == "mxfp4":
-            if width % fp4.MX_GROUP:
+            if width % MX_GROUP:
                 return None
-            kind, bits, size = "mxfp4", 4, fp4.MX_GROUP
+            kind, bits, size = "mxfp4", 4, MX_GROUP
             parts = (
                 weight.sibling(PACKED, "U8", (out, width // 2)),
                 weight.sibling(SCALE, "U8", (out, width // size)),

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, shown
-from adapterkit.kernels.quant import fp4, integers
+from adapterkit.kernels.quant import integers
+from adapterkit.kernels.quant.grid import MX_GROUP, NV_GROUP
 from adapterkit.patterns import matcher
 from adapterkit.records import ANYTHING, TEXT, Json, also, entries, list_of, table_of
 from adapterkit.weights.codec import blocks_in, pair_in, shapes_of_scales
@@ -36,7 +37,7 @@ CONFIG_GROUPS = also(table_of(TEXT, entries({"targets": list_of(ANYTHING)})), "g
 Scheme = Json  # with the keys `weights` and `format`
 SHAPE, ZERO, INDEX = "weight_shape", "weight_zero_point", "weight_g_idx"
 BITS = {"fp8": 8, "mxfp8": 8, "nvfp4": 4, "mxfp4": 4}
-GROUPS = {"nvfp4": fp4.NV_GROUP, "mxfp4": fp4.MX_GROUP, "mxfp8": fp4.MX_GROUP}
+GROUPS = {"nvfp4": NV_GROUP, "mxfp4": MX_GROUP, "mxfp8": MX_GROUP}
 POWERS = ("U8", "F8_E8M0")  # dtypes of scales that are powers of 2
 SCALE_DTYPES = {"nvfp4": ("F8_E4M3",), "mxfp4": POWERS, "mxfp8": POWERS}
 ACTIVATION_SCALES = (

@@ -11,7 +11,7 @@ from typing import Any
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels.quant import gptq, integers
-from adapterkit.kernels.quant.grid import Grid
+from adapterkit.kernels.quant.grid import WORD, Grid
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor
 from adapterkit.weights.codec import Parts, QuantizedWeight
@@ -92,11 +92,11 @@ class Gptq(QuantizedWeight):
     @property
     def rows_per_block(self) -> int | None:
         # zeros lie in words along the rows
-        return integers.WORD // math.gcd(integers.WORD, self.bits)
+        return WORD // math.gcd(WORD, self.bits)
 
     @property
     def row_axes(self) -> dict[int, tuple[int, int, int]]:
-        return {0: (1, 1, 1), 1: (1, self.bits, integers.WORD), 2: (1, 1, 1)}
+        return {0: (1, 1, 1), 1: (1, self.bits, WORD), 2: (1, 1, 1)}
 
     def _layout(self, stored: Parts) -> tuple[gptq.WordTensors, int, int, Tensor | None, int]:
         words, zeros, scale, *index = self.values(stored)

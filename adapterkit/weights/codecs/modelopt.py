@@ -11,7 +11,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import shown
 from adapterkit.kernels.quant import fp4, fp8
-from adapterkit.kernels.quant.grid import Grid
+from adapterkit.kernels.quant.grid import NV_GROUP, Grid
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor
 from adapterkit.weights.codec import Parts, QuantizedWeight
@@ -118,8 +118,8 @@ def _fits(scan: CheckpointScan, codes: TensorSpec, siblings: list[TensorSpec]) -
     fits = fits and all(_is_one(spec) for spec in tensor_scales)
     if codes.dtype == "U8":
         expected = "F8_E4M3 scales, one for 16 values, and one F32 for all"
-        fits = fits and 2 * shape[1] % fp4.NV_GROUP == 0 and scale.dtype == "F8_E4M3"
-        fits = fits and scale.shape == (shape[0], 2 * shape[1] // fp4.NV_GROUP)
+        fits = fits and 2 * shape[1] % NV_GROUP == 0 and scale.dtype == "F8_E4M3"
+        fits = fits and scale.shape == (shape[0], 2 * shape[1] // NV_GROUP)
     else:
         expected = "one F32 scale"
         fits = fits and _is_one(scale)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from adapterkit.errors import Refused, shown
 from adapterkit.kernels.quant import fp4
+from adapterkit.kernels.quant.grid import MX_GROUP
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.lazy import Tensor
 from adapterkit.records import Json
@@ -36,10 +37,10 @@ class Mxfp4(QuantizedWeight):
     @classmethod
     def for_encoding(cls, target: str, weight: PlainWeight, options: Json) -> "Mxfp4 | None":
         experts, width, out = weight.shape
-        if width % fp4.MX_GROUP:
+        if width % MX_GROUP:
             return None
-        scales = weight.part(SCALES, "U8", (experts, out, width // fp4.MX_GROUP))
-        blocks = weight.part(BLOCKS, "U8", (*scales.shape, fp4.MX_GROUP // 2))
+        scales = weight.part(SCALES, "U8", (experts, out, width // MX_GROUP))
+        blocks = weight.part(BLOCKS, "U8", (*scales.shape, MX_GROUP // 2))
         return cls.encoding(weight, (blocks, scales))
 
     @classmethod
@@ -67,13 +68,13 @@ class Mxfp4(QuantizedWeight):
                 continue
             (scale,) = scales
             fits = len(spec.shape) == 4 and spec.dtype == scale.dtype == "U8"
-            fits = fits and spec.shape[-1] == fp4.MX_GROUP // 2 and spec.shape[:-1] == scale.shape
+            fits = fits and spec.shape[-1] == MX_GROUP // 2 and spec.shape[:-1] == scale.shape
             problem = f"{spec.dtype} {spec.shape}, scales {scale.dtype} {scale.shape}"
             expected = "U8 (experts, out, blocks, 16), U8 scales without the 16"
             if scan.check(spec.key, fits, problem, expected):
                 scan.check_finite(scale)
                 experts, out, blocks, _ = spec.shape
-                shape = (experts, blocks * fp4.MX_GROUP, out)
+                shape = (experts, blocks * MX_GROUP, out)
                 yield cls.of((spec, scale), key=name, dtype=scan.compute_dtype, shape=shape)
 
     def decode(self, stored: Parts) -> Tensor:
@@ -90,8 +91,8 @@ class Mxfp4(QuantizedWeight):
 
     @property
     def rows_per_block(self) -> int:
-        return fp4.MX_GROUP
+        return MX_GROUP
 
     @property
     def row_axes(self) -> dict[int, tuple[int, int, int]]:
-        return dict.fromkeys((0, 1), (1, 1, fp4.MX_GROUP))
+        return dict.fromkeys((0, 1), (1, 1, MX_GROUP))

@@ -1,0 +1,122 @@
+"""Plans of plain adapters, what is read of headers and hashes, and refusals load neither torch nor
+transformers."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.golden.inputs import create_inputs
+
+pytestmark = pytest.mark.quick
+
+# of each job: the verb, its sources, its options; where a process can, one of its own for each
+JOBS = {
+    "plans": [
+        ("merge", ["base", "style"], {}),
+        ("merge", ["base", ["style=0.75", "rslora", "dora"]], {}),
+        ("merge", ["base", ["style", "skill=0.5"]], {"method": "ties", "density": 0.5}),
+        ("merge", ["base", ["style", "skill"]], {"compat": "peft"}),
+        ("combine", [["law", "medicine"]], {"method": "linear"}),
+        ("combine", [["law", "medicine"]], {"method": "dare_ties", "density": 0.5}),
+        ("subtract", ["law"], {"general": ["english"]}),
+        ("arrow", [["law", "medicine"]], {}),
+        ("resize", ["law"], {"rank": 2}),
+        ("resize", ["dora"], {"rank": 2, "base": "base"}),
+        ("rebase", ["pissa-trained"], {"initial": "pissa-initial"}),
+        ("convert", ["style"], {"to": "peft"}),
+        ("convert", ["style"], {"to": "vllm", "base": "base"}),
+        ("convert", ["kohya.safetensors"], {"to": "diffusers"}),
+        ("edit", ["style"], {"title": "Style"}),
+        ("dequantize", ["quantized"], {"dtype": "fp32"}),
+        ("merge", ["quantized", "style"], {}),
+    ],
+    "reading": [
+        ("verify", ["merged"], {}),
+        ("check", ["style"], {"program": "vllm"}),
+        ("check", ["style"], {"program": "vllm", "base": "base"}),
+        ("inspect", ["base"], {"headers": True}),
+        ("inspect", ["style"], {"headers": True}),
+    ],
+    "refusals": [
+        ("merge", ["base", "wide"], {}),
+        ("merge", ["base", "lost"], {}),
+        ("merge", ["base", "damaged"], {}),
+        ("merge", ["base", "style"], {"device": "tpu"}),
+        ("combine", [["law", "style=nan"]], {"method": "linear"}),
+        ("combine", [["law", "damaged"]], {"method": "linear"}),
+        ("convert", ["style"], {"to": "kohya-sd"}),
+        ("resize", ["law"], {"rank": 0}),
+        ("inspect", ["damaged"], {}),
+    ],
+}
+RUN = """
+import json, os, sys
+import adapterkit
+from adapterkit.errors import AdapterkitError
+
+for verb, sources, options in json.loads(sys.argv[1]):
+    sys.stdout.flush()
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    try:
+        getattr(adapterkit, verb)(*sources, **options)
+        ending = "done"
+    except AdapterkitError:
+        ending = "refused"
+    loaded = sorted({"torch", "transformers"} & sys.modules.keys())
+    print(json.dumps([ending, loaded]), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.fixture
+def folder(cached_folder: Callable[..., Path]) -> Path:
+    return cached_folder("no torch", _create)
+
+
+def _create(root: Path) -> None:
+    import adapterkit
+
+    create_inputs(root)
+    adapterkit.merge(root / "base", root / "style", out=root / "merged")
+    adapterkit.quantize(root / "base", to="w8a16", out=root / "quantized")
+    for name, old, new in (
+        ("wide", b"[4,32]", b"[2,64]"),
+        ("lost", b"self_attn.q_proj", b"self_attn.x_proj"),
+    ):
+        (root / name).mkdir()
+        (root / name / "adapter_config.json").write_bytes(
+            (root / "style/adapter_config.json").read_bytes().replace(b"q_proj", b"x_proj")
+        )
+        data = (root / "style/adapter_model.safetensors").read_bytes()
+        assert old in data
+        (root / name / "adapter_model.safetensors").write_bytes(data.replace(old, new))
+    (root / "damaged").mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        data = (root / "style" / file).read_bytes()
+        (root / "damaged" / file).write_bytes(data[:-64] if file.endswith("s") else data)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process for each job takes too long")
+@pytest.mark.parametrize("family", JOBS)
+def test_plans_reading_and_refusals_load_no_torch(family: str, folder: Path, tmp_path: Path):
+    more = {"plans": {"dry_run": True, "out": str(tmp_path / "out")}, "refusals": {}, "reading": {}}
+    jobs = [(verb, sources, more[family] | options) for verb, sources, options in JOBS[family]]
+    if family == "refusals":
+        jobs = [
+            (verb, sources, options if verb == "inspect" else more["plans"] | options)
+            for verb, sources, options in jobs
+        ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(jobs)], cwd=folder, text=True, capture_output=True
+    )
+    found = list(map(json.loads, done.stdout.splitlines()))
+    ending = "refused" if family == "refusals" else "done"
+    wrong = [pair for pair in zip(JOBS[family], found, strict=True) if pair[1] != [ending, []]]
+    assert not wrong, done.stderr
