@@ -36,7 +36,8 @@ import lossy
 import realmodel
 from adapterkit.adapters.weights_file import write_weights
 from adapterkit.fitting.fit import climbed, outcome, weights_file
-from adapterkit.fitting.plan import planned
+from adapterkit.fitting.plan import FitCollection, plan_fit
+from adapterkit.plan import Plan
 from adapterkit.records import Json
 from adapterkit.verbs.fit import LEVELS, WeightFit
 from languages import LANGUAGES
@@ -80,6 +81,13 @@ def main() -> int:
                     run.measure(row, samples, seed)
     show(done)
     return 0
+
+
+def collection_of(plan: Plan) -> FitCollection:
+    """What a fit's plan collects: its samples, and what runs on them."""
+    fit = plan.shards[0].collection
+    assert isinstance(fit, FitCollection)
+    return fit
 
 
 class Measurement:
@@ -218,7 +226,10 @@ class Measurement:
         how = {"per": rows[-1], "out": self.folder / "levels.json"}
         documents = {}
         options = self.options_of(samples, seed, self.adapters, **how)
-        with planned(options) as plan, climbed(plan) as stairs:
+        plan, work = plan_fit(options), self.folder / "evaluations"
+        work.mkdir(exist_ok=True)
+        fit, cpu = collection_of(plan), torch.device("cpu")
+        with climbed(fit, plan, work, cpu, lambda: None) as stairs:
             for row in rows:
                 documents[row] = outcome(stairs, row) | {"seconds": 0}
                 write_weights(weights_file(stairs, documents[row]), self.folder / f"{row}.json")
@@ -258,8 +269,8 @@ class Measurement:
         """A new adapter on the samples that a fit of this seed trains on, one in each step."""
         _, rank, how = row.split("-")
         options = self.options_of(samples, seed, self.adapters, out=self.folder / "none.json")
-        with planned(options) as plan:
-            train, held = plan.train.batches, plan.held.batches
+        fit = collection_of(plan_fit(options))
+        train, held = fit.train.batches, fit.held.batches
         key = "/".join(map(str, (self.options.steps, self.unseen or "known", samples, seed)))
         of_fit = self.done.get(f"{key}/module", {})
         epochs = 1 if how == "data" else round(of_fit.get("passes", 40))

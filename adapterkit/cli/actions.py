@@ -92,7 +92,8 @@ def fit(
     """Fit weights, and print the losses that are held out, what was written and why."""
     unit = "batches" if options["score"] is None else "evaluations"
     with ProgressBar(quiet or options["dry_run"], unit) as bar:
-        result = function_of(verb)(base, adapters, progress=bar, **options)
+        # not the bar itself: how many there are to come is not known
+        result = function_of(verb)(base, adapters, progress=bar.__call__, **options)
     if as_json:
         print_json(result)
     elif not quiet:

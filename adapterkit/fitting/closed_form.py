@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.fitting.mixture import MixedModule, Seen
-from adapterkit.fitting.plan import FitPlan
+from adapterkit.fitting.plan import FitCollection
 from adapterkit.fitting.runs import FitBatch, Runs
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.lowrank.span import span_weights
@@ -15,30 +15,30 @@ from adapterkit.kernels.lowrank.span import span_weights
 ENDS = {"adapter": 0, "layer": 1}  # of what a module's group is: nothing, its layer, itself
 
 
-def closed_form(plan: FitPlan, runs: Runs, start: Tensor) -> Tensor:
+def closed_form(fit: FitCollection, runs: Runs, start: Tensor) -> Tensor:
     """c (coefficients,) of least Σᵢ wᵢ E‖Σⱼ cⱼ Δⱼ xᵢ - Δᵢ xᵢ‖² for each adapter, layer or module,
     xᵢ what a module sees of the i-th file with its adapter.
 
     Of the inputs E[u uᵀ], u = a·x, is enough. Modules that see no vectors are taken to see all
     directions alike; of stacks of experts c is the start's."""
-    mixture, count = plan.mixture, len(plan.adapters)
+    mixture, count = runs.mixture, len(fit.adapters)
     owners = torch.tensor([owner[0] for owner in mixture.owners])
     seen: list[Seen] = []
     for number in range(count):
         mixture.seen = Seen()
-        own = [one for one in plan.train.batches if one.file == number]
+        own = [one for one in fit.train.batches if one.file == number]
         only = (owners == number).double()
         runs.run(only, [*_alone(own)], lambda one: 0 * runs.target.logits(one).flatten()[:1])
         seen.append(mixture.seen)
     mixture.seen = None
-    groups = [owner[1:][: ENDS.get(plan.options.per, 2)][-1:] for owner in mixture.owners]
+    groups = [owner[1:][: ENDS.get(fit.options.per, 2)][-1:] for owner in mixture.owners]
     modules = []
     for place in mixture.places:
         with runs.loaded(place):
             assert place.part is not None
             if place.part.a.ndim != 3 or place.leaf is None:
                 modules.append((str(groups[place.first]), *_equations(place, count, seen)))
-    found = span_weights(modules, plan.shares.tolist(), 0.0)
+    found = span_weights(modules, fit.shares.tolist(), 0.0)
     pairs = zip(owners.tolist(), groups, start.tolist(), strict=True)
     values = [float(found[str(g)][0][n]) if str(g) in found else c for n, g, c in pairs]
     return torch.tensor(values, dtype=torch.float64)

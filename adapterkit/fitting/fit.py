@@ -1,75 +1,91 @@
-"""fit: the plan, the steps, the file of weights and what is said of them."""
+"""fit: the steps, the file of weights and what is said of them."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from adapterkit.adapters.weights_file import Weight, WeightsFile, write_weights
-from adapterkit.checkpoint.system import quarter_of_memory
+from adapterkit.adapters.weights_file import Weight, WeightsBase, WeightsFile
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.engines.execution import execute, with_run_options
 from adapterkit.errors import shown
-from adapterkit.fitting.journal import Journal
+from adapterkit.fitting.collection import TASK, FittedWeights, WeightsCollection
+from adapterkit.fitting.journal import Evaluations
+from adapterkit.fitting.mixture import Mixture
 from adapterkit.fitting.objective import Objective, TeacherObjective
-from adapterkit.fitting.plan import FitPlan, planned
-from adapterkit.fitting.runs import Runs
-from adapterkit.fitting.score import search_weights
+from adapterkit.fitting.plan import FitCollection, dtype_of, plan_fit
+from adapterkit.fitting.runs import Runs, Step
+from adapterkit.fitting.score import plan_search
 from adapterkit.fitting.staircase import Staircase
-from adapterkit.options import weighted
+from adapterkit.options import Progress, weighted
+from adapterkit.plan import Plan, TaskResult
 from adapterkit.planning.inputs.sources import weight_of
+from adapterkit.receipt import Receipt
 from adapterkit.records import Json
+from adapterkit.run_options import RunOptions
+from adapterkit.statistics.model.layers import Units
+from adapterkit.statistics.model.stored_model import StoredModel
 from adapterkit.verbs.combine import Combine
 from adapterkit.verbs.fit import LEVELS, WeightFit
 
-if TYPE_CHECKING:
-    from adapterkit.plan import Plan
-    from adapterkit.receipt import Receipt
-
 VERSION = 1
+# those of `RunOptions` that a fit has
+OF_RUNNING = ("out", "dry_run", "device", "memory", "resume", "overwrite", "progress")
 DIGITS = 6  # of a weight
 
 
 def fit_weights(options: WeightFit) -> Json:
     """Fit weights and write them; what is said of them."""
-    if options.score is not None:
-        return search_weights(options)
-    began, out = time.monotonic(), Path(options.out)
-    with planned(options) as plan:
-        document: Json = {"fit": VERSION, "out": str(out), "totals": plan.totals}
-        document["notes"] = list(dict.fromkeys(plan.notes))
-        if options.dry_run:
-            return document
-        with climbed(plan) as stairs:
-            document |= outcome(stairs, options.per)
-            document["notes"] += _alone(stairs, document["written"]["per"])
-            document["seconds"] = round(time.monotonic() - began, 1)
-            write_weights(weights_file(stairs, document), out)
-    return document
+    how = RunOptions(**{name: getattr(options, name) for name in OF_RUNNING})
+    plan = with_run_options((plan_fit if options.score is None else plan_search)(options), how)
+    return _document(plan, execute(plan, how), str(options.out))
+
+
+def _document(plan: Plan, done: Receipt | Plan, out: str) -> Json:
+    """The plan's numbers, and of what is made the losses and weights."""
+    (file,), document = plan.shards, {"fit": VERSION, "out": out}
+    assert isinstance(file.collection, WeightsCollection)
+    document |= file.collection.about | {"totals": file.collection.totals(plan.budget)}
+    if not isinstance(done, Receipt):
+        return document | {"notes": [*done.warnings, *done.notes]}
+    notes = [*done.data["notes"], *done.data["warnings"]]
+    return document | done.data["parameters"][TASK]["fit"] | {"notes": notes}
+
+
+def fitted(
+    fit: FitCollection, plan: Plan, work: Path, device: torch.device, progress: Progress
+) -> TaskResult:
+    """The file of weights that a fit gives."""
+    began = time.monotonic()
+    with climbed(fit, plan, work, device, lambda: progress(1)) as stairs:
+        document = outcome(stairs, fit.options.per)
+        document["notes"] = _alone(stairs, document["written"]["per"])
+        document["seconds"] = round(time.monotonic() - began, 1)
+        return FittedWeights.result(weights_file(stairs, document), document)
 
 
 @contextmanager
-def climbed(plan: FitPlan) -> Iterator[Staircase]:
-    """The steps of a fit, taken; its journal is kept where what follows fails."""
-    options = plan.options
-    journal = Journal.beside(Path(options.out), _job(plan), options.resume)
-    make = TeacherObjective if options.target == "teacher" else Objective
-    memory = int(options.memory or quarter_of_memory())
-    step = lambda: options.progress(1)
-    runs = Runs(
-        plan.stored, plan.mixture, plan.units, make(plan.stored.model), plan.whole,
-        journal.folder, memory, step,
-    )  # fmt: skip
-    stairs = Staircase(plan, runs, journal)
-    with runs.ready():
-        stairs.climb()
-    yield stairs
-    journal.close()
+def climbed(
+    fit: FitCollection, plan: Plan, work: Path, device: torch.device, step: Step
+) -> Iterator[Staircase]:
+    """The steps of a fit, taken, with the evaluations in that folder."""
+    make = TeacherObjective if fit.options.target == "teacher" else Objective
+    with Sources(plan.folders, plan.identities) as sources:
+        stored = StoredModel(fit.base, sources, device, dtype=dtype_of(fit.options, device))
+        mixture, units = Mixture(stored.model, plan.folders[1:]), Units.of(stored)
+        whole = fit.options.whole or not units.has_layers
+        runs = Runs(stored, mixture, units, make(stored.model), whole, work, plan.budget, step)
+        stairs = Staircase(fit, runs, Evaluations(work))
+        with runs.ready():
+            stairs.climb()
+        yield stairs
 
 
-def combine_fitted(options: Combine) -> "Receipt | Plan":
+def combine_fitted(options: Combine) -> Receipt | Plan:
     """Fit the weights of a combination beside its output, and combine with them."""
     out, same = Path(options.out), ("device", "memory", "resume", "overwrite", "progress")
     weights = out.with_name(f"{out.name}.weights.json")
@@ -81,26 +97,18 @@ def combine_fitted(options: Combine) -> "Receipt | Plan":
     return replace(options, fit=(), adapters=adapters, weights=weights).run()
 
 
-def _job(plan: FitPlan) -> Json:
-    """What tells a fit from another."""
-    given = plan.options.recipe()
-    adapters = [dict(one.files) for one in plan.adapters]
-    base = plan.base.fingerprint
-    return {"options": given, "adapters": adapters, "base": base, "data": plan.data}
-
-
 def outcome(stairs: Staircase, per: str) -> Json:
     """The table of losses, the steps up to a level, the spread of the weights of the last one that
     is kept, what is written and why."""
-    plan, held, kept = stairs.plan, stairs.held, stairs.kept(per)
+    fit, held, kept = stairs.fit, stairs.held, stairs.kept(per)
     c, steps = stairs.levels[kept], stairs.steps[: LEVELS.index(per) + 1]
     rows = [
         {"row": name, "files": held.by_file(losses).tolist(), "value": held.value(losses)}
         for name, losses in stairs.rows.items()
     ]
     spread = []
-    owners = torch.tensor([owner[0] for owner in plan.mixture.owners])
-    for number, label in enumerate(plan.labels):
+    owners = torch.tensor([owner[0] for owner in stairs.runs.mixture.owners])
+    for number, label in enumerate(fit.labels):
         own = c[owners == number]
         low, high = own.aminmax()
         values = {"mean": own.mean(), "std": own.std(correction=0), "low": low, "high": high}
@@ -113,7 +121,7 @@ def outcome(stairs: Staircase, per: str) -> Json:
             f"its standard error of {last['error']:.3g}"
         )
     return {
-        "files": plan.names,
+        "files": fit.names,
         "passes": steps[-1]["passes"],
         "losses": rows,
         "steps": steps,
@@ -125,7 +133,7 @@ def outcome(stairs: Staircase, per: str) -> Json:
 def _alone(stairs: Staircase, kept: str) -> list[str]:
     """A note where the base, or one adapter, is as good on what is held out."""
     held, rows = stairs.held, stairs.rows
-    names = ["base", *stairs.plan.labels]
+    names = ["base", *stairs.fit.labels]
     name = min(names, key=lambda one: held.value(rows[one]))
     value, other = held.value(rows[kept]), held.value(rows[name])
     if other - value > held.error(rows[name], rows[kept]):
@@ -138,8 +146,8 @@ def _alone(stairs: Staircase, kept: str) -> list[str]:
 
 def weights_file(stairs: Staircase, document: Json) -> WeightsFile:
     """The file of what `outcome` says is written, of rounded weights."""
-    plan, kept = stairs.plan, document["written"]["per"]
-    c, mixture, count = stairs.levels[kept], plan.mixture, len(plan.adapters)
+    fit, kept = stairs.fit, document["written"]["per"]
+    c, mixture, count = stairs.levels[kept], stairs.runs.mixture, len(fit.adapters)
     numbers = [float(f"{value:.{DIGITS}g}") for value in c.tolist()]
     owners = torch.tensor([owner[0] for owner in mixture.owners])
     means = [float(c[owners == number].mean()) for number in range(count)]
@@ -147,8 +155,8 @@ def weights_file(stairs: Staircase, document: Json) -> WeightsFile:
     modules = {}
     per: Any = kept
     if kept == "start":
-        per = min(plan.options.per, "module", key=LEVELS.index)
-        per = per if plan.options.start == "stats" else "adapter"
+        per = min(fit.options.per, "module", key=LEVELS.index)
+        per = per if fit.options.start == "stats" else "adapter"
     for place in mixture.places if per != "adapter" else ():
         at = place.first
         own: list[Weight] = list(default)
@@ -158,5 +166,6 @@ def weights_file(stairs: Staircase, document: Json) -> WeightsFile:
             at += size
         modules[place.name] = tuple(own)
     provenance = {key: document[key] for key in ("losses", "steps", "written", "seconds")}
-    provenance |= {"options": plan.options.recipe(), "data": plan.data}
-    return WeightsFile(tuple(plan.adapters), default, modules, per, plan.base, provenance)
+    provenance |= {"options": fit.options.recipe(), "data": fit.data}
+    base = WeightsBase(fit.base.folder.name, fit.fingerprint)
+    return WeightsFile(tuple(fit.adapters), default, modules, per, base, provenance)

@@ -1,8 +1,6 @@
 """Evaluations that are kept until the fit is done, so that one that was interrupted goes on."""
 
 import hashlib
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,44 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adapterkit.checkpoint.disk import check_folder, replace_file, storage_errors
+from adapterkit.checkpoint.disk import replace_file
 from adapterkit.checkpoint.output.journal import read_lines
-from adapterkit.errors import Refused
-from adapterkit.records import Json
 
-JOB = "job.json"
 Shape = tuple[int, ...]
 
 
 @dataclass
-class Journal:
-    """A folder beside the output: what each point that was evaluated gave, by the point's bits.
+class Evaluations:
+    """The work folder of a fit: what each point that was evaluated gave, by the point's bits.
 
     A fit is a function of what the evaluations give, so that one that is run again comes to the
     same points and finds them here."""
 
     folder: Path
-
-    @classmethod
-    def beside(cls, out: Path, job: Json, resume: bool) -> "Journal":
-        """That of a job; `Refused` for another job's, unless the fit begins anew."""
-        folder, text = out.with_name(f".{out.name}.fit"), json.dumps(job, sort_keys=True).encode()
-        with storage_errors(folder):
-            check_folder(folder.parent, folder)
-        before = read_lines(folder / JOB)
-        if resume and before and before != text:
-            raise Refused(
-                "the interrupted fit was of another job",
-                expected="the same base, adapters, data and options",
-                where=str(out),
-                hint="run without --resume to begin anew",
-            )
-        with storage_errors(folder):
-            if not (resume and before):
-                shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / JOB, text, folder / f"{JOB}.part")
-        return cls(folder)
 
     def of(
         self, what: str, c: Tensor, compute: Callable[[], list[Tensor]], shapes: list[Shape]
@@ -64,10 +38,6 @@ class Journal:
         data = save({str(number): value.contiguous() for number, value in enumerate(results)})
         replace_file(path, data, path.with_suffix(".part"))
         return results
-
-    def close(self) -> None:
-        """The fit is done."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _values(path: Path) -> list[Tensor]:

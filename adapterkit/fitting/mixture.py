@@ -174,6 +174,14 @@ class Mixture:
             for _ in range(count)
         ]
 
+    def count(self, level: str) -> int:
+        """How many coefficients a level has."""
+        directions = level == "direction"
+        if level in ("module", "direction"):
+            return sum(sum(place.counts(directions)) for place in self.places)
+        ends = {"adapter": 1, "layer": 2}[level]
+        return len({owner[:ends] for owner in self.owners})
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The adapters act, with values once they are loaded."""

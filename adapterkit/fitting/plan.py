@@ -1,41 +1,45 @@
 """What a fit will do, complete before the model runs: samples and their parts, adapters, numbers of
 weights; every refusal is here."""
 
+import json
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from adapterkit import dtypes
-from adapterkit.adapters.weights_file import NamedAdapter, WeightsBase, named_adapter, read_weights
+from adapterkit.adapters.weights_file import NamedAdapter, named_adapter
 from adapterkit.checkpoint.fingerprint import difference, fingerprint
-from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines.device import pick_device
-from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
+from adapterkit.errors import AdapterkitError, Problems, listed, shown
+from adapterkit.fitting.collection import WeightsCollection
 from adapterkit.fitting.mixture import Mixture
 from adapterkit.fitting.objective import Objective
 from adapterkit.fitting.runs import FitBatch
-from adapterkit.options import files, weighted
+from adapterkit.hub.ids import is_on_hub
+from adapterkit.options import Progress, files, no_progress, weighted
+from adapterkit.plan import Effort, Plan, TaskResult
 from adapterkit.planning.adapters.joined_values import delta_problems
 from adapterkit.planning.inputs.sources import open_adapter, open_model, weight_of
 from adapterkit.records import Json
+from adapterkit.registry import load
 from adapterkit.runtime.load.reading import StoredAdapter
 from adapterkit.statistics.data.masks import IGNORED
 from adapterkit.statistics.data.records import draw_records
 from adapterkit.statistics.data.samples import Sample, Samples
 from adapterkit.statistics.model.layers import Units
 from adapterkit.statistics.model.stored_model import StoredModel
-from adapterkit.statistics.plan import samples_of
+from adapterkit.statistics.plan import ModelRun, samples_of, sizes_of
 from adapterkit.verbs.fit import LEVELS, WeightFit
 
 ROWS, TOKENS = 8, 2048  # of a batch, at most
+EVALUATIONS = 100  # a guess, of all levels
+NUMBER, TEXT = 32, 1 << 16  # bytes of a weight in the file, and of the rest: guesses
 
 
 @dataclass(frozen=True)
@@ -74,27 +78,21 @@ class SamplePart:
         return cls(name, batches, files, tokens, weights, [s.where for _, s in every])
 
 
-@dataclass
-class FitPlan:
+@dataclass(frozen=True)
+class FitCollection(WeightsCollection, ModelRun):
     """A model, the adapters on it, and samples for the fit and to be held out."""
 
     options: WeightFit
-    stored: StoredModel
-    units: Units
-    mixture: Mixture
     adapters: list[NamedAdapter]
-    base: WeightsBase
+    fingerprint: str  # of the base
     start: list[float]
     names: list[str]  # of the files
     shares: Tensor  # of the files
     train: SamplePart
     held: SamplePart
     data: Json
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def whole(self) -> bool:
-        return self.options.whole or not self.units.has_layers
+    weights: dict[str, int]  # how many each level has
+    modules: int
 
     @property
     def labels(self) -> list[str]:
@@ -103,99 +101,89 @@ class FitPlan:
         is_shared = lambda name: names.count(name) > 1
         return [f"{n} ({i})" if is_shared(n) else n for i, n in enumerate(names, 1)]
 
-    @cached_property
-    def totals(self) -> Json:
-        """What a dry run prints."""
-        levels = LEVELS[: LEVELS.index(self.options.per) + 1]
-        weights = {f"weights_per_{level}": self.weights(level) for level in levels}
+    @property
+    def work(self) -> int:
+        return EVALUATIONS * len(self.names) * 8 * max(self.weights.values())
+
+    @property
+    def effort(self) -> Effort:
+        tokens = sum(int(part.tokens.sum()) for part in (self.train, self.held))
+        return Effort(flops=EVALUATIONS * tokens * 6 * self.parameters)
+
+    def totals(self, budget: int) -> Json:
         return {
             "samples": len(self.train.where),
             "samples_held_out": len(self.held.where),
             "tokens_counted": int(self.train.tokens.sum()),
             "batches": len(self.train.batches),
-            "modules": len(self.mixture.places),
-            **weights,
+            "modules": self.modules,
+            **{f"weights_per_{level}": count for level, count in self.weights.items()},
         }
 
-    def weights(self, level: str) -> int:
-        """How many a level has."""
-        directions = level == "direction"
-        if level in ("module", "direction"):
-            return sum(sum(place.counts(directions)) for place in self.mixture.places)
-        ends = {"adapter": 1, "layer": 2}[level]
-        return len({owner[:ends] for owner in self.mixture.owners})
+    def made(self, plan: Plan, work: Path, device: torch.device, progress: Progress) -> TaskResult:
+        return load("fitting.fit:fitted")(self, plan, work, device, progress)
 
 
-@contextmanager
-def planned(options: WeightFit) -> Iterator[FitPlan]:
-    """The plan of a fit, the base's files open; `Refused` with all that is wrong."""
-    errors, out = Problems(), Path(options.out)
-    with errors.collected():
-        check_out(out, options.overwrite)
-    folder = open_model(options.base)
+def plan_fit(options: WeightFit) -> Plan:
+    """Everything a fit will do; `Refused` with all that is wrong."""
+    errors, folder = Problems(), open_model(options.base)
     base = open_checkpoint(folder)
     folders, names, given = adapters_of(options, folder, errors)
     drawn, shares, data_names = _drawn(options, errors)
-    device = _device(options.device)
-    dtype = torch.float32 if device.type == "cpu" else None
-    if options.dtype:
-        dtype = dtypes.torch_dtype(dtypes.parse(options.dtype))
+    cpu = torch.device("cpu")
     with Sources((folder,), {}) as sources:
-        stored = StoredModel(base, sources, device, dtype=dtype)
-        units = Units.of(stored)
-        samples: list[Samples] = []
-        with errors.collected():
-            records = [one.records for one in drawn]
-            samples = samples_of(folder, stored.model, records, options.length, "--data")
-        with errors.collected():
-            mixture = Mixture(stored.model, tuple(folders))
-            print_of = fingerprint(base)
-            for one in mixture.adapters:
-                errors += _problems(one, print_of, folder.name)
-        shift = int(Objective(stored.model).is_causal)
-        split = [
-            _split(its, Path(name), shift, options, errors)
-            for its, name in zip(samples, data_names, strict=bool(samples))
-        ]
-        _check_split(split, samples, options, len(folders), errors)
-        errors.raise_all()
-        own = [[(s, its[i]) for s, its in zip(samples, split, strict=True)] for i in (0, 1)]
-        train = SamplePart.of("train", own[0], shift, 0)
-        held = SamplePart.of("held", own[1], shift, len(train.where))
-        yield FitPlan(
-            options=options,
-            stored=stored,
-            units=units,
-            mixture=mixture,
-            adapters=[named_adapter(n, f) for n, f in zip(names, folders, strict=True)],
-            base=WeightsBase(folder.name, print_of),
-            start=given,
-            names=[Path(name).name for name in data_names],
-            shares=torch.tensor(shares, dtype=torch.float64) / sum(shares),
-            train=train,
-            held=held,
-            data={"files": [one.files for one in drawn], "sha256": [s.digest for s in samples]},
-            notes=[n for one in (*drawn, *samples) for n in one.notes] + stored.notes,
-        )
+        stored = StoredModel(base, sources, cpu, buffers=False, dtype=dtype_of(options, cpu))
+    samples: list[Samples] = []
+    with errors.collected():
+        records = [one.records for one in drawn]
+        samples = samples_of(folder, stored.model, records, options.length, "--data")
+    with errors.collected():
+        mixture = Mixture(stored.model, tuple(folders))
+        print_of = fingerprint(base)
+        for one in mixture.adapters:
+            errors += _problems(one, print_of, folder.name)
+    shift = int(Objective(stored.model).is_causal)
+    split = [
+        _split(its, Path(name), shift, options, errors)
+        for its, name in zip(samples, data_names, strict=bool(samples))
+    ]
+    _check_split(split, samples, options, len(folders), errors)
+    errors.raise_all()
+    own = [[(s, its[i]) for s, its in zip(samples, split, strict=True)] for i in (0, 1)]
+    train = SamplePart.of("train", own[0], shift, 0)
+    held = SamplePart.of("held", own[1], shift, len(train.where))
+    batches = [batch.inputs for batch in (*train.batches, *held.batches)]
+    shapes = {p.path: f.shape for p in mixture.places for f in p.members.values()}
+    levels = LEVELS[: LEVELS.index(options.per) + 1]
+    fit = FitCollection(
+        base=base,
+        sizes=sizes_of(stored, Units.of(stored), batches, shapes, options.whole, gradients=True),
+        reads=(),
+        options=replace(options, progress=no_progress),
+        adapters=[named_adapter(n, f) for n, f in zip(names, folders, strict=True)],
+        fingerprint=print_of,
+        start=given,
+        names=[Path(name).name for name in data_names],
+        shares=torch.tensor(shares, dtype=torch.float64) / sum(shares),
+        train=train,
+        held=held,
+        data={"files": [one.files for one in drawn], "sha256": [s.digest for s in samples]},
+        weights={level: mixture.count(level) for level in levels},
+        modules=len(mixture.places),
+    )
+    recipe = options.recipe() | {"weights": given, "data": fit.data}
+    size = NUMBER * (fit.weights[options.per] + len(folders) * len(mixture.places))
+    size += sum(len(place.name) for place in mixture.places) + len(json.dumps(fit.data)) + TEXT
+    inputs = [one.adapter for one in mixture.adapters]
+    notes = [n for one in (*drawn, *samples) for n in one.notes] + stored.notes
+    return fit.plan(options, recipe, base, inputs, size, notes)
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """`Refused` where the output is there, or is something else."""
-    if not out.exists():
-        return
-    read_weights(LocalFolder(out))
-    if not overwrite:
-        raise Refused(
-            "there is a file of weights already",
-            expected="a new name",
-            where=str(out),
-            hint="choose another --out, or give --overwrite",
-        )
-
-
-def _device(name: str) -> torch.device:
-    """The GPU where there is one, unless another one is named."""
-    return pick_device("cuda" if name == "auto" and torch.cuda.is_available() else name)
+def dtype_of(options: WeightFit, device: torch.device) -> torch.dtype | None:
+    """The model's dtype; None for its checkpoint's."""
+    if options.dtype:
+        return dtypes.torch_dtype(dtypes.parse(options.dtype))
+    return torch.float32 if device.type == "cpu" else None
 
 
 def adapters_of(
@@ -210,6 +198,8 @@ def adapters_of(
             names.append(str(path))
             weights.append(None if weight is None and str(path) == str(source) else own)
     given = [weight for weight in weights if weight is not None]
+    if is_on_hub(options.out):
+        errors.add("a file of weights on the Hub", "a file here", "push it later", where="--out")
     if not weights:
         errors.add("no adapters were given", "one or more", "name the adapters", where="fit")
     if given and len(given) < len(weights):

@@ -7,26 +7,24 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from adapterkit.adapters.weights_file import (
-    NamedAdapter,
-    WeightsBase,
-    WeightsFile,
-    named_adapter,
-    write_weights,
-)
+from adapterkit.adapters.weights_file import NamedAdapter, WeightsBase, WeightsFile, named_adapter
 from adapterkit.checkpoint.fingerprint import fingerprint
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError, Failed, Problems
-from adapterkit.fitting.journal import Journal
-from adapterkit.fitting.plan import adapters_of, check_out
+from adapterkit.fitting.collection import FittedWeights, WeightsCollection
+from adapterkit.fitting.journal import Evaluations
+from adapterkit.fitting.plan import TEXT, adapters_of
 from adapterkit.kernels.cma import Cma
-from adapterkit.options import finite
+from adapterkit.options import Progress, StrPath, finite, no_progress
+from adapterkit.plan import Effort, Plan, TaskResult
+from adapterkit.planning.adapters.joined_values import read_all
 from adapterkit.planning.inputs.sources import open_model
 from adapterkit.records import Json
 from adapterkit.verbs.combine import Combine
@@ -49,7 +47,7 @@ class Search:
     """Weights by CMA-ES, each candidate scored once: `scores` are those so far, in order."""
 
     score: Callable[[Sequence[float]], float]  # the larger the better
-    journal: Journal
+    evaluated: Evaluations
     evaluations: int
     scores: list[tuple[list[float], float]] = field(default_factory=list)
 
@@ -71,57 +69,83 @@ class Search:
 
     def _of(self, point: Tensor) -> float:
         compute = lambda: [torch.tensor(self.score(point.tolist())).double()]
-        (value,) = self.journal.of("score", point, compute, [()])
+        (value,) = self.evaluated.of("score", point, compute, [()])
         self.scores.append((point.tolist(), float(value)))
         return float(value)
 
 
-def search_weights(options: WeightFit) -> Json:
-    """Search weights by a program and write the best; what is said of them. Where the program fails
-    the best so far are written, and the error says so."""
-    out, errors = Path(options.out), Problems()
-    with errors.collected():
-        check_out(out, options.overwrite or options.resume)
-    base = open_model(options.base)
-    folders, names, start = adapters_of(options, base, errors)
+@dataclass(frozen=True)
+class ScoreCollection(WeightsCollection):
+    """A search of weights by a program."""
+
+    options: WeightFit
+    adapters: list[NamedAdapter]
+    base: WeightsBase
+    candidate: "Candidate"
+    start: list[float]
+    reads = ()
+    work = device_memory = 0
+    effort = Effort()
+
+    @property
+    def about(self) -> Json:
+        return {"score": self.options.score}
+
+    def room(self, budget: int) -> int:
+        return 0
+
+    def totals(self, budget: int) -> dict[str, int]:
+        adapters = len(self.adapters)
+        return {"evaluations": self.options.evaluations, "weights_per_adapter": adapters}
+
+    def made(self, plan: Plan, work: Path, device: torch.device, progress: Progress) -> TaskResult:
+        """The best weights; where the program fails the error says which were the best so far."""
+        options = self.options
+        with tempfile.TemporaryDirectory(prefix="adapterkit-") as folder:
+            score = partial(self.candidate.score, Path(folder) / "candidate", progress)
+            search = Search(score, Evaluations(work), options.evaluations)
+            try:
+                search.run(self.start, *options.limits, options.seed)
+            except AdapterkitError as error:
+                if search.scores:
+                    weights, best = search.best
+                    error.hint += (
+                        f"; the best so far, {best:g} with {weights}, is written by "
+                        f"--resume --evaluations {len(search.scores)}"
+                    )
+                raise
+        return FittedWeights.result(self._file(search), _document(search))
+
+    def _file(self, search: Search) -> WeightsFile:
+        weights, score = search.best
+        about = {"score_sha256": _digest(self.options), "best": score, "start": search.scores[0][1]}
+        about |= {"evaluations": len(search.scores), "seed": self.options.seed}
+        return WeightsFile(tuple(self.adapters), tuple(weights), {}, "adapter", self.base, about)
+
+
+def _document(search: Search) -> Json:
+    rows = [{"weights": weights, "score": score} for weights, score in search.scores]
+    return {"evaluations": rows, "best": rows[search.scores.index(search.best)], "notes": []}
+
+
+def plan_search(options: WeightFit) -> Plan:
+    """Everything a search will do, or `Refused`."""
+    errors, folder = Problems(), open_model(options.base)
+    folders, names, start = adapters_of(options, folder, errors)
     command = _command(options, len(folders), errors)
     errors.raise_all()
     adapters = [named_adapter(n, f) for n, f in zip(names, folders, strict=True)]
-    with tempfile.TemporaryDirectory(prefix="adapterkit-") as work:
-        candidate = Candidate(options, names, command, Path(work))
-        candidate.combination(start).plan()  # every refusal, before the program runs
-        known = WeightsBase(base.name, fingerprint(open_checkpoint(base)))
-        document: Json = {"fit": 1, "out": str(out), "score": options.score, "notes": []}
-        if options.dry_run:
-            totals = {"evaluations": options.evaluations, "weights_per_adapter": len(folders)}
-            return document | {"totals": totals}
-        job = {"score": _digest(options), "adapters": [dict(one.files) for one in adapters]}
-        job |= {"base": known.fingerprint, "start": start, "seed": options.seed}
-        journal = Journal.beside(out, job | {"bounds": list(options.limits)}, options.resume)
-        search = Search(candidate.score, journal, options.evaluations)
-        try:
-            search.run(start, *options.limits, options.seed)
-        except AdapterkitError as error:
-            if search.scores:
-                weights, score = _write(search, adapters, known, options)
-                error.hint += f"; the best so far, {score:g} with {weights}, is in {out}"
-            raise
-        weights, score = _write(search, adapters, known, options)
-        journal.close()
-    rows = [{"weights": weights, "score": value} for weights, value in search.scores]
-    return document | {"evaluations": rows, "best": {"weights": weights, "score": score}}
-
-
-def _write(
-    search: Search, adapters: Sequence[NamedAdapter], base: WeightsBase, options: WeightFit
-) -> tuple[list[float], float]:
-    """Write the best weights so far; these, and their score."""
-    weights, score = search.best
-    about = {"score_sha256": _digest(options), "best": score, "start": search.scores[0][1]}
-    about |= {"evaluations": len(search.scores), "seed": options.seed}
-    file = WeightsFile(tuple(adapters), tuple(weights), {}, "adapter", base, about)
-    write_weights(file, options.out)
-    return weights, score
+    candidate = Candidate(options.base, names, command)
+    candidate.combination(start, Path("candidate")).plan()  # every refusal
+    base = open_checkpoint(folder)
+    known = WeightsBase(folder.name, fingerprint(base))
+    search = ScoreCollection(
+        replace(options, progress=no_progress), adapters, known, candidate, start
+    )
+    # without `evaluations`: a resumed search may have more of them, or fewer
+    recipe = {"score": _digest(options), "weights": start}
+    recipe |= {"seed": options.seed, "bounds": list(options.limits)}
+    return search.plan(options, recipe, base, read_all(folders), TEXT)
 
 
 def _command(options: WeightFit, count: int, errors: Problems) -> list[str]:
@@ -146,25 +170,18 @@ def _command(options: WeightFit, count: int, errors: Problems) -> list[str]:
 class Candidate:
     """What the program is given: the adapters' sum with some weights, exact, in a folder."""
 
-    options: WeightFit
+    base: StrPath
     names: Sequence[str]
     words: Sequence[str]
-    work: Path
 
-    def combination(self, weights: Sequence[float]) -> Combine:
-        return Combine(
-            adapters=list(zip(self.names, weights, strict=True)),
-            base=self.options.base,
-            out=self.work / "candidate",
-            hash="none",
-            overwrite=True,
-        )
+    def combination(self, weights: Sequence[float], out: Path) -> Combine:
+        adapters = list(zip(self.names, weights, strict=True))
+        return Combine(adapters=adapters, base=self.base, out=out, hash="none", overwrite=True)
 
-    def score(self, weights: Sequence[float]) -> float:
+    def score(self, out: Path, progress: Progress, weights: Sequence[float]) -> float:
         """The last number that the program prints; `Failed` where it fails, or prints none."""
-        self.combination(weights).run()
-        place = str(self.work / "candidate")
-        words = [word.replace(PLACE, place) for word in self.words]
+        self.combination(weights, out).run()
+        words = [word.replace(PLACE, str(out)) for word in self.words]
         try:
             done = subprocess.run(words, capture_output=True, text=True, errors="replace")
         except OSError as error:
@@ -176,7 +193,7 @@ class Candidate:
         if not numbers:
             said = done.stdout.strip()[-TAIL:] or "nothing"
             raise _failed(f"no number in what it printed: {said}", weights, "a finite number")
-        self.options.progress(1)
+        progress(1)
         return numbers[-1]
 
 

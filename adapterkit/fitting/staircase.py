@@ -12,9 +12,9 @@ from torch import Tensor
 from adapterkit.errors import Failed, listed, shown
 from adapterkit.fitting.balance import Balance
 from adapterkit.fitting.closed_form import closed_form
-from adapterkit.fitting.journal import Journal
+from adapterkit.fitting.journal import Evaluations
 from adapterkit.fitting.objective import TeacherObjective
-from adapterkit.fitting.plan import FitPlan, SamplePart
+from adapterkit.fitting.plan import FitCollection, SamplePart
 from adapterkit.fitting.runs import Runs
 from adapterkit.fitting.solver import Level, Point, minimize
 from adapterkit.records import Json
@@ -30,9 +30,9 @@ class Staircase:
     """The steps of a fit; `rows`: losses held out (samples,) of all that is compared, by name;
     `levels`: the coefficients of the start and of each step, kept or not."""
 
-    plan: FitPlan
+    fit: FitCollection
     runs: Runs
-    journal: Journal
+    evaluations: Evaluations
     rows: dict[str, Tensor] = field(default_factory=dict)
     steps: list[Json] = field(default_factory=list)
     levels: dict[str, Tensor] = field(default_factory=dict)
@@ -40,21 +40,21 @@ class Staircase:
     points: set[bytes] = field(default_factory=set)  # whose gradients were asked for
 
     def losses(self, c: Tensor, part: SamplePart) -> Tensor:
-        what = f"losses {part.name} {self.plan.mixture.directions}"
+        what = f"losses {part.name} {self.runs.mixture.directions}"
         compute = lambda: [self.runs.losses(c, part.batches)]
-        return self.journal.of(what, c, compute, [(len(part.where),)])[0]
+        return self.evaluations.of(what, c, compute, [(len(part.where),)])[0]
 
     def gradients(self, c: Tensor, part: SamplePart) -> tuple[Tensor, Tensor]:
-        what = f"gradients {part.name} {self.plan.mixture.directions}"
+        what = f"gradients {part.name} {self.runs.mixture.directions}"
         compute = lambda: list(self.runs.gradients(c, part.batches))
         self.points.add(what.encode() + c.numpy().tobytes())
         shapes = [(len(part.where),), (int(part.files.max()) + 1, len(c))]
-        losses, rows = self.journal.of(what, c, compute, shapes)
+        losses, rows = self.evaluations.of(what, c, compute, shapes)
         return losses, rows
 
     def of_adapters(self, weights: Sequence[float]) -> Tensor:
         """Coefficients (all,) of one weight for each adapter."""
-        return torch.tensor([weights[o] for o, *_ in self.plan.mixture.owners]).double()
+        return torch.tensor([weights[o] for o, *_ in self.runs.mixture.owners]).double()
 
     def kept(self, per: str) -> str:
         """The last level up to that one whose step is kept; "start" for none."""
@@ -63,19 +63,19 @@ class Staircase:
 
     def climb(self) -> None:
         """Take the steps, each from the last one that is kept."""
-        plan, start = self.plan, self._start()
-        count = len(plan.adapters)
+        fit, start = self.fit, self._start()
+        count = len(fit.adapters)
         one = lambda n: [float(i == n) for i in range(count)]
         if isinstance(self.runs.target, TeacherObjective):
             self._look(self.runs.target)
-        self.rows["base"] = self.losses(self.of_adapters([0.0] * count), plan.held)
-        for number, label in enumerate(plan.labels):
-            self.rows[label] = self.losses(self.of_adapters(one(number)), plan.held)
-        self.rows["equal"] = self.losses(self.of_adapters([1 / count] * count), plan.held)
-        self.rows["start"] = self.losses(start, plan.held)
+        self.rows["base"] = self.losses(self.of_adapters([0.0] * count), fit.held)
+        for number, label in enumerate(fit.labels):
+            self.rows[label] = self.losses(self.of_adapters(one(number)), fit.held)
+        self.rows["equal"] = self.losses(self.of_adapters([1 / count] * count), fit.held)
+        self.rows["start"] = self.losses(start, fit.held)
         self._check_finite()
         self.levels["start"] = start
-        for per in LEVELS[: LEVELS.index(plan.options.per) + 1]:
+        for per in LEVELS[: LEVELS.index(fit.options.per) + 1]:
             if per == "direction":
                 self._expand()
             kept = self.kept(per)
@@ -83,23 +83,23 @@ class Staircase:
 
     def _start(self) -> Tensor:
         """The coefficients to begin with, within the bounds; of adapters that do nothing 0."""
-        zeros = self.plan.mixture.zeros()
-        weights = [0.0 if n in zeros else w for n, w in enumerate(self.plan.start)]
+        zeros = self.runs.mixture.zeros()
+        weights = [0.0 if n in zeros else w for n, w in enumerate(self.fit.start)]
         c = self.of_adapters(weights)
-        if self.plan.options.start == "stats":
-            compute = lambda: [closed_form(self.plan, self.runs, c)]
-            (c,) = self.journal.of("start", c, compute, [tuple(c.shape)])
-        return c.clamp(*self.plan.options.limits)
+        if self.fit.options.start == "stats":
+            compute = lambda: [closed_form(self.fit, self.runs, c)]
+            (c,) = self.evaluations.of("start", c, compute, [tuple(c.shape)])
+        return c.clamp(*self.fit.options.limits)
 
     def _look(self, teacher: TeacherObjective) -> None:
         """Keep what each file's own adapter makes of its samples."""
-        count = len(self.plan.adapters)
-        for batch in (*self.plan.train.batches, *self.plan.held.batches):
+        count = len(self.fit.adapters)
+        for batch in (*self.fit.train.batches, *self.fit.held.batches):
             c = self.of_adapters([float(n == batch.file) for n in range(count)])
             self.runs.run(c, [batch], teacher.look)
 
     def _check_finite(self) -> None:
-        where = self.plan.held.where
+        where = self.fit.held.where
         for name, losses in self.rows.items():
             wrong = [where[n] for n in (~losses.isfinite()).nonzero().flatten().tolist()]
             if wrong:
@@ -112,25 +112,25 @@ class Staircase:
 
     @cached_property
     def train(self) -> Balance:
-        return self._balance(self.plan.train)
+        return self._balance(self.fit.train)
 
     @cached_property
     def held(self) -> Balance:
-        return self._balance(self.plan.held)
+        return self._balance(self.fit.held)
 
     def _balance(self, part: SamplePart) -> Balance:
         """How a part's losses become one number."""
-        plan, kind = self.plan, self.plan.options.balance
+        fit, kind = self.fit, self.fit.options.balance
         tokens = part.files.bincount(part.tokens).double()
-        shares = tokens / tokens.sum() if kind == "tokens" else plan.shares
+        shares = tokens / tokens.sum() if kind == "tokens" else fit.shares
         balance = Balance(kind == "worst", part.files, part.weights, shares)
         if kind != "retention":
             return balance
-        count = len(plan.adapters)
+        count = len(fit.adapters)
         one = lambda n: self.of_adapters([float(i == n) for i in range(count)])
         losses = [balance.by_file(self.losses(one(n), part))[n] for n in range(count)]
         own, base = torch.stack(losses), balance.by_file(self.losses(0 * one(0), part))
-        wrong = [plan.names[n] for n in (own >= base).nonzero().flatten().tolist()]
+        wrong = [fit.names[n] for n in (own >= base).nonzero().flatten().tolist()]
         if wrong:
             raise Failed(
                 f"the adapters of {listed(wrong)} do not lower its loss",
@@ -144,31 +144,31 @@ class Staircase:
         """Coefficients of members become those of their directions."""
         self.runs.number(True)
         self.seen.clear()
-        self.levels = {per: self.plan.mixture.expanded(c) for per, c in self.levels.items()}
+        self.levels = {per: self.runs.mixture.expanded(c) for per, c in self.levels.items()}
 
     def _step(self, per: str, before: Tensor, losses: Tensor) -> Tensor:
         """The coefficients of a level, of the ridge that does best on what is held out."""
-        plan, train, held = self.plan, self.train, self.held
+        fit, train, held = self.fit, self.train, self.held
         found: list[tuple[float, float, Tensor, Tensor]] = []
-        ridges = RIDGES if plan.options.ridge == "auto" else (float(plan.options.ridge),)
+        ridges = RIDGES if fit.options.ridge == "auto" else (float(fit.options.ridge),)
         level = self._level(per, before)
         for ridge in ridges:
             level = replace(level, ridge=ridge)
             c = minimize(level, self.seen, self._point).c
-            after = self.losses(c, plan.held)
+            after = self.losses(c, fit.held)
             value = held.value(after)
             if found and value > found[-1][0]:
                 break
             found.append((value, ridge, c, after))
         value, ridge, c, after = found[-1]
         gain = held.value(losses) - value
-        on_train = [train.value(self.gradients(x, plan.train)[0]) for x in (before, c)]
+        on_train = [train.value(self.gradients(x, fit.train)[0]) for x in (before, c)]
         error = held.error(losses, after)
         self.rows[per] = after
         self.steps.append(
             {
                 "per": per,
-                "weights": plan.weights(per),
+                "weights": fit.weights[per],
                 "ridge": ridge,
                 "train": on_train[1],
                 "train_gain": on_train[0] - on_train[1],
@@ -182,10 +182,10 @@ class Staircase:
         return c
 
     def _point(self, c: Tensor) -> Point:
-        return Point.of(c, self.train, *self.gradients(c, self.plan.train))
+        return Point.of(c, self.train, *self.gradients(c, self.fit.train))
 
     def _level(self, per: str, before: Tensor) -> Level:
-        owners = self.plan.mixture.owners
+        owners = self.runs.mixture.owners
         names: list[Any] = (
             [o[: ENDS[per]] for o in owners] if per in ENDS else [*range(len(owners))]
         )
@@ -194,4 +194,4 @@ class Staircase:
         adapters = torch.tensor([owner[0] for owner in owners])
         each = 1 / adapters.bincount()[adapters].double()
         shares = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, groups, each)
-        return Level(before, groups, shares, 0.0, *self.plan.options.limits)
+        return Level(before, groups, shares, 0.0, *self.fit.options.limits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -12,6 +13,11 @@ from adapterkit.checkpoint.disk import check_folder, storage_errors
 from adapterkit.checkpoint.output.file_result import ShardResult
 from adapterkit.checkpoint.output.stage import WORK, Workspace
 from adapterkit.checkpoint.output.writer import ShardFile
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from adapterkit.checkpoint.output.stage import WORK, Workspace, work_folder
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.local.reader import LocalReader
 from adapterkit.errors import Failed, Problems, Refused, listed, shown, unrecoverable
@@ -33,12 +39,13 @@ from adapterkit.statistics.model.lockstep import Pass
 from adapterkit.statistics.model.stored_model import StoredModel
 from adapterkit.statistics.plan import (
     SUMS,
+    ByOneProcess,
     ModelRun,
     Share,
     check_unchanged,
     reads_of,
     samples_of,
-    sizes_of,
+    sizes_of_job,
 )
 from adapterkit.statistics.sums import Sum
 from adapterkit.statistics.sums_files import Collected, SumsFile
@@ -83,13 +90,13 @@ class RecollectedFactors(CombinedFactors):
 
 
 @dataclass(frozen=True)
-class Recollection(ModelRun):
-    """What is collected, of one process: see `plan.Collecting`."""
+class Recollection(ByOneProcess, ModelRun):
+    """What is collected: see `plan.Collecting`. A layer needs all samples before the next one."""
 
+    options: StatsOptions
     batches: list[tuple[int, Batch]]  # the adapter's number, and a batch of its samples
     samples: list[Samples]
     widths: list[int]  # of the modules' inputs
-    blocks: int = 1
 
     @property
     def work(self) -> int:
@@ -105,22 +112,6 @@ class Recollection(ModelRun):
     def totals(self, budget: int) -> dict[str, int]:
         return self.totals_of(self.samples, len(self.batches), budget)
 
-    def collect_blocks(
-        self,
-        plan: Plan,
-        files: Sequence[OutputFile],
-        stage: Workspace,
-        device: torch.device,
-        finished: Callable[[ShardResult], None],
-        progress: Progress,
-    ) -> None:
-        """Nothing: a layer needs all samples before the next one begins, so the process that makes
-        the file does it."""
-        for file in files:
-            made = ShardFile(stage.path, file.name, 0, stage.attempt)
-            made.publish()
-            finished(ShardResult(file.name, 0, None, None, {}))
-
     def collected(
         self,
         plan: Plan,
@@ -130,10 +121,7 @@ class Recollection(ModelRun):
         progress: Progress,
     ) -> OutputFile:
         """The file, its factors made while the model runs."""
-        work = stage.path.parent / WORK
-        with storage_errors(work):
-            check_folder(work.parent, work)
-            work.mkdir(exist_ok=True)
+        work = work_folder(stage)
         tasks = {task.name: task for task in file.tasks if isinstance(task, RecollectedFactors)}
         with Sources(plan.folders, plan.identities) as sources:
             stored = StoredModel(self.base, sources, device)
@@ -354,7 +342,7 @@ def plan_recollected(options: Combine) -> Plan:
             (n, b) for n, one in enumerate(samples) for b in one.batches(what.batch)
         ]
         job = job_of(stored, what, batches, [task.name for task in tasks])
-        sizes = sizes_of(job, {task.name: task.shape for task in tasks})
+        sizes = sizes_of_job(job, {task.name: task.shape for task in tasks})
         collection = Recollection(
             base=base,
             options=what,

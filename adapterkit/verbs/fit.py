@@ -89,8 +89,8 @@ class WeightFit(Verb[Json]):
     `score`: instead of data a program, such as `evaluate {}`, that is called with the
     folder of a candidate, the adapters' sum with one weight for each, and prints a number, of which
     the last one counts, the larger the better. CMA-ES chooses `evaluations` candidates, the start
-    the first; each is kept in a journal beside `out` until the search is done. Where the program
-    fails, or prints no number, the best so far are written and `Failed` says so.
+    the first; each is kept in a folder beside `out` until the search is done. Where the program
+    fails, or prints no number, `Failed` says which are the best so far, and how to write them.
 
     Returns what `--json` prints: `losses` held out, by row and file (`base`, each adapter, `equal`,
     `start`, each step) with `value` (what is minimized), `steps` (`gain`, `error`, `kept`, `ridge`,

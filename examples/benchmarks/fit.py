@@ -153,11 +153,13 @@ def loop(options: argparse.Namespace, rate: float) -> dict[str, Any]:
     from torch.nn import functional as F
     from transformers import AutoModelForCausalLM
 
-    from adapterkit.fitting.plan import planned
+    from adapterkit.fitting.plan import FitCollection, plan_fit
     from adapterkit.verbs.fit import WeightFit
 
-    with planned(WeightFit(**call(options, out=options.work / "none.json"))) as plan:
-        batches, count = plan.train.batches, len(plan.names)
+    plan = plan_fit(WeightFit(**call(options, out=options.work / "none.json")))
+    fit = plan.shards[0].collection
+    assert isinstance(fit, FitCollection)
+    batches, count = fit.train.batches, len(fit.names)
     base = AutoModelForCausalLM.from_pretrained(base_of(options), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, options.work / "english", adapter_name="english")
     for name in list(LANGUAGES)[1:]:

@@ -15,7 +15,7 @@ from adapterkit.errors import AdapterkitError, Failed, Refused
 from adapterkit.fitting import staircase
 from adapterkit.fitting.balance import Balance
 from adapterkit.fitting.objective import TeacherObjective
-from adapterkit.fitting.plan import planned
+from adapterkit.fitting.plan import plan_fit
 from adapterkit.fitting.solver import Level, Point, minimize
 from adapterkit.runtime import load
 from adapterkit.verbs.fit import WeightFit
@@ -235,9 +235,9 @@ def test_the_start_of_the_closed_form(tmp_path, base, adapters, data, per):
     fitted(base, adapters[:2], data, tmp_path / "w.json", **options)
     weights = read_weights(LocalFolder(tmp_path / "w.json"))
     assert weights.modules or per == "adapter"
-    with planned(WeightFit(base, adapters[:2], data=data, out=tmp_path / "x.json", samples=16,
-                           hold=0.1)) as plan:  # fmt: skip
-        batches = plan.train.batches
+    planned = plan_fit(WeightFit(base, adapters[:2], data=data, out=tmp_path / "x.json", samples=16,
+                                 hold=0.1))  # fmt: skip
+    batches = planned.shards[0].collection.train.batches
     rows, right = {}, {}
     model = oracle.load("LlamaForCausalLM", base).eval()
     deltas = [deltas_of(adapter) for adapter in adapters[:2]]
@@ -341,7 +341,7 @@ def test_refusals_come_together(tmp_path, base, adapters, data):
 def test_another_file_of_weights_is_not_replaced(tmp_path, base, adapters, data):
     out, options = tmp_path / "w.json", {"per": "adapter", "ridge": 1.0, "whole": True}
     fitted(base, adapters[:1], data, out, **options)
-    with pytest.raises(Refused, match="already"):
+    with pytest.raises(Refused, match="a file of this name exists"):
         fitted(base, adapters[:1], data, out, **options)
     fitted(base, adapters[:1], data, out, overwrite=True, **options)
 
@@ -368,7 +368,7 @@ def test_killed_and_resumed(tmp_path, base, adapters, data):
             fitted(base, adapters[:2], data, out, resume=True, progress=kill, **options)
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL
-    assert not out.exists() and len(os.listdir(tmp_path / ".b.json.fit")) > 5
+    assert not out.exists() and len(os.listdir(tmp_path / ".b.json.adapterkit/work")) > 4
     with pytest.raises(Refused, match="another job"):
         fitted(base, adapters[:2], data, out, resume=True, **options | {"ridge": 0.5})
     calls = []
@@ -376,7 +376,15 @@ def test_killed_and_resumed(tmp_path, base, adapters, data):
                           **options)  # fmt: skip
     assert all(found[key] == expected[key] for key in ("losses", "steps", "spread"))
     assert (one.default, one.modules) == (other.default, other.modules)
-    assert not (tmp_path / ".b.json.fit").exists()
+    assert not (tmp_path / ".b.json.adapterkit").exists()
+
+
+def test_a_finished_fit_has_a_receipt_and_is_not_made_again(tmp_path, base, adapters, data):
+    out, calls, options = tmp_path / "w.json", [], {"per": "adapter", "ridge": 1.0}
+    document, _ = fitted(base, adapters[:2], data, out, **options)
+    assert adapterkit.verify(out)["files"] == 1
+    again, _ = fitted(base, adapters[:2], data, out, resume=True, progress=calls.append, **options)
+    assert again == document and not calls
 
 
 def _kill(left, _):

@@ -4,6 +4,7 @@ interrupted search goes on to the same bits."""
 import json
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -69,7 +70,7 @@ def test_planted_weights_are_found(base, adapters, program, tmp_path):
     adapterkit.combine(adapters, weights=out, out=tmp_path / "both")
     receipt = json.loads((tmp_path / "both" / "adapterkit.json").read_text())
     assert [one["weight"] for one in receipt["adapters"]] == document["best"]["weights"]
-    assert not (tmp_path / ".w.json.fit").exists()
+    assert not (tmp_path / ".w.json.adapterkit").exists()
 
 
 def test_a_program_that_fails_and_a_search_that_goes_on(base, adapters, program, tmp_path):
@@ -79,14 +80,17 @@ def test_a_program_that_fails_and_a_search_that_goes_on(base, adapters, program,
     out = tmp_path / "w.json"
     with pytest.raises(Failed, match=r"exit status 3: out of memory") as caught:
         searched(base, adapters, program(9), out, evaluations=15)
-    assert "the best so far" in caught.value.hint and str(out) in caught.value.hint
     some = whole["evaluations"][:9]
     best = max(some, key=lambda one: one["score"])
-    assert list(read_weights(LocalFolder(out)).default) == best["weights"]
+    said = f"the best so far, {best['score']:g} with {best['weights']}, is written by "
+    assert f"{said}--resume --evaluations 9" in caught.value.hint and not out.exists()
     (tmp_path / "calls").write_text("")
     with pytest.raises(Refused, match="of another job"):
         searched(base, adapters, program(5), out, evaluations=15, resume=True)
     command = program(9)
+    shutil.copytree(tmp_path / ".w.json.adapterkit", tmp_path / "best/.w.json.adapterkit")
+    searched(base, adapters, command, tmp_path / "best/w.json", evaluations=9, resume=True)
+    assert list(read_weights(LocalFolder(tmp_path / "best/w.json")).default) == best["weights"]
     path = tmp_path / "score.py"
     path.write_text(path.read_text().replace("sys.exit(3)", "pass"))  # corrected
     document = searched(base, adapters, command, out, evaluations=15, resume=True)
@@ -114,7 +118,7 @@ def test_what_a_program_gives_instead_of_a_number(text, problem, base, adapters,
         searched(base, adapters, command, out)
     assert f"weights 0.5, 0.5: {problem}" in str(caught.value) and not out.exists()
     with pytest.raises(Failed, match="No such file"):
-        searched(base, adapters, "./no-such-program {}", out)
+        searched(base, adapters, "./no-such-program {}", tmp_path / "other.json")
 
 
 def test_what_is_refused(base, adapters, program, tmp_path):

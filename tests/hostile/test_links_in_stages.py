@@ -7,7 +7,6 @@ import shutil
 import stat
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +19,11 @@ import adapterkit
 from adapterkit.checkpoint.output.file_result import ShardResult, read_result
 from adapterkit.checkpoint.output.journal import entries_of, line_of, read_lines
 from adapterkit.checkpoint.output.rank_stage import RankStage
-from adapterkit.checkpoint.output.stage import Stage
+from adapterkit.checkpoint.output.stage import Stage, work_folder
 from adapterkit.checkpoint.system import system
 from adapterkit.engines.one_file import FileStage
 from adapterkit.errors import AdapterkitError
-from adapterkit.fitting.journal import Journal
+from adapterkit.fitting.journal import Evaluations
 from adapterkit.statistics.model.activations import ActivationStore
 from adapterkit.statistics.sums_files import Ledger
 from tests.support.documents import ROOT
@@ -257,38 +256,21 @@ def test_a_linked_folder_of_sums(home: Path, attempt: str):
 
 # -- evaluations of a fit --------------------------------------------------------------------------
 
-FIT = Path(".w.json.fit")
+FIT = Path(".w.json.adapterkit/work")
 
 
-def evaluated(resume: bool) -> list[float]:
-    journal = Journal.beside(Path("w.json"), {"a": 1}, resume)
-    (values,) = journal.of("x", torch.zeros(2), lambda: [torch.ones(3).double()], [(3,)])
+def evaluated() -> list[float]:
+    stage = FileStage(Path("w.json"))
+    with stage:
+        evaluations = Evaluations(work_folder(stage))
+        (values,) = evaluations.of("x", torch.zeros(2), lambda: [torch.ones(3).double()], [(3,)])
     return values.tolist()
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_linked_folder_of_evaluations(home: Path, resume: bool):
+def test_a_linked_folder_of_evaluations(home: Path):
+    FIT.parent.mkdir()
     FIT.symlink_to(home)
-    refused(lambda: evaluated(resume), "link")
-
-
-@pytest.mark.parametrize("kind", ["pipe", "folder", "link", "hard link"])
-@pytest.mark.parametrize("name", ["job.json", "job.json.part"])
-def test_what_stands_for_the_job_of_a_fit(home: Path, name: str, kind: str):
-    evaluated(resume=False)
-    (FIT / name).write_bytes(json.dumps({"a": 1}).encode())
-    put(kind, FIT / name, home)
-    private = home.with_name("private")
-    is_refused = (name, kind) in [("job.json", "hard link"), ("job.json.part", "folder")]
-    with pytest.raises(AdapterkitError) if is_refused else nullcontext():
-        assert evaluated(resume=True) == [1, 1, 1]
-    assert set(private.read_bytes()) == {ord("s")}
-
-
-def test_a_job_of_a_fit_that_is_no_text(home: Path):
-    evaluated(resume=False)
-    (FIT / "job.json").write_bytes(b"\xff")
-    refused(lambda: evaluated(resume=True), "another job")
+    refused(evaluated, "cannot write")
 
 
 ONES = torch.ones(3).double()
@@ -300,13 +282,13 @@ ONES = torch.ones(3).double()
     save({"0": torch.zeros(4).double()}), "link", "pipe",
 ], ids=range(11))  # fmt: skip
 def test_what_stands_for_an_evaluation(home: Path, data: bytes | str):
-    evaluated(resume=False)
+    evaluated()
     (path,) = FIT.glob("*.safetensors")
     if isinstance(data, bytes):
         path.write_bytes(data)
     else:
         put(data, path, home)
-    assert evaluated(resume=True) == [1, 1, 1]
+    assert evaluated() == [1, 1, 1]
 
 
 # -- lines whose checksum is right -----------------------------------------------------------------

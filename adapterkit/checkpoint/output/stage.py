@@ -88,6 +88,15 @@ class Workspace(Protocol):
         ...
 
 
+def work_folder(stage: Workspace) -> Path:
+    """The folder of what its files are made of, which is there."""
+    work = stage.path.parent / WORK
+    with storage_errors(work):
+        disk.check_folder(work.parent, work)
+        work.mkdir(exist_ok=True)
+    return work
+
+
 class Stage:
     """The hidden folder in which an output is built; a context that holds its lock.
 

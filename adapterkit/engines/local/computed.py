@@ -103,6 +103,7 @@ def _ended(
     shard.truncate(layout.size)
     handoffs.close()
     sha, marks = (None, {}) if stop is None else hash_of(shard, layout, stop)
+    marks = marks if layout.header else None  # a text has no tensors that can be told apart
     return ShardResult(
         file.file,
         layout.size,
