@@ -15,7 +15,7 @@ from adapterkit.checkpoint.layout import ShardLayout, TensorPlan
 from adapterkit.checkpoint.output.stage import Workspace, work_folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.options import Progress
-from adapterkit.plan import OutputFile, Plan, Task, TaskResult
+from adapterkit.plan import Effort, OutputFile, Plan, Task, TaskResult
 from adapterkit.planning.inputs.input_identity import plan_of
 from adapterkit.records import Json
 from adapterkit.statistics.plan import ByOneProcess, check_unchanged
@@ -58,6 +58,13 @@ def _laid_out(file: str, tensors: Sequence[TensorPlan], metadata: Mapping[str, A
 
 class WeightsCollection(ByOneProcess, ABC):
     """What a file of weights is made of; `about`: what a dry run says of it, too."""
+
+    reads = ()  # none as they come from the Hub
+    work = device_memory = 0
+    effort = Effort()
+
+    def room(self, budget: int) -> int:
+        return 0
 
     @property
     def about(self) -> Json:

@@ -2,6 +2,7 @@
 weights; every refusal is here."""
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from adapterkit.adapters.weights_file import NamedAdapter, named_adapter
 from adapterkit.checkpoint.fingerprint import difference, fingerprint
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Problems, listed, shown
 from adapterkit.fitting.collection import WeightsCollection
 from adapterkit.fitting.mixture import Mixture
@@ -34,7 +35,7 @@ from adapterkit.statistics.data.records import draw_records
 from adapterkit.statistics.data.samples import Sample, Samples
 from adapterkit.statistics.model.layers import Units
 from adapterkit.statistics.model.stored_model import StoredModel
-from adapterkit.statistics.plan import ModelRun, samples_of, sizes_of
+from adapterkit.statistics.plan import samples_of
 from adapterkit.verbs.fit import LEVELS, WeightFit
 
 ROWS, TOKENS = 8, 2048  # of a batch, at most
@@ -78,11 +79,14 @@ class SamplePart:
         return cls(name, batches, files, tokens, weights, [s.where for _, s in every])
 
 
-@dataclass(frozen=True)
-class FitCollection(WeightsCollection, ModelRun):
+@dataclass(frozen=True, kw_only=True)
+class FitCollection(WeightsCollection):
     """A model, the adapters on it, and samples for the fit and to be held out."""
 
+    base: Checkpoint
     options: WeightFit
+    device_memory: int
+    effort: Effort
     adapters: list[NamedAdapter]
     fingerprint: str  # of the base
     start: list[float]
@@ -100,15 +104,6 @@ class FitCollection(WeightsCollection, ModelRun):
         names = [one.name for one in self.adapters]
         is_shared = lambda name: names.count(name) > 1
         return [f"{n} ({i})" if is_shared(n) else n for i, n in enumerate(names, 1)]
-
-    @property
-    def work(self) -> int:
-        return EVALUATIONS * len(self.names) * 8 * max(self.weights.values())
-
-    @property
-    def effort(self) -> Effort:
-        tokens = sum(int(part.tokens.sum()) for part in (self.train, self.held))
-        return Effort(flops=EVALUATIONS * tokens * 6 * self.parameters)
 
     def totals(self, budget: int) -> Json:
         return {
@@ -152,13 +147,14 @@ def plan_fit(options: WeightFit) -> Plan:
     own = [[(s, its[i]) for s, its in zip(samples, split, strict=True)] for i in (0, 1)]
     train = SamplePart.of("train", own[0], shift, 0)
     held = SamplePart.of("held", own[1], shift, len(train.where))
-    batches = [batch.inputs for batch in (*train.batches, *held.batches)]
-    shapes = {p.path: f.shape for p in mixture.places for f in p.members.values()}
+    tokens = sum(one.tokens for one in samples)
+    parameters = sum(math.prod(spec.shape) for spec in base.tensors.values())
+    together = [unit.parameters for unit in Units.of(stored).outer if not options.whole]
     levels = LEVELS[: LEVELS.index(options.per) + 1]
     fit = FitCollection(
         base=base,
-        sizes=sizes_of(stored, Units.of(stored), batches, shapes, options.whole, gradients=True),
-        reads=(),
+        device_memory=max(map(stored.nbytes, together or [stored.parameters()])),
+        effort=Effort(flops=EVALUATIONS * tokens * 6 * parameters),
         options=replace(options, progress=no_progress),
         adapters=[named_adapter(n, f) for n, f in zip(names, folders, strict=True)],
         fingerprint=print_of,

@@ -22,8 +22,8 @@ from adapterkit.fitting.collection import FittedWeights, WeightsCollection
 from adapterkit.fitting.journal import Evaluations
 from adapterkit.fitting.plan import TEXT, adapters_of
 from adapterkit.kernels.cma import Cma
-from adapterkit.options import Progress, StrPath, finite, no_progress
-from adapterkit.plan import Effort, Plan, TaskResult
+from adapterkit.options import Progress, finite, no_progress
+from adapterkit.plan import Plan, TaskResult
 from adapterkit.planning.adapters.joined_values import read_all
 from adapterkit.planning.inputs.sources import open_model
 from adapterkit.records import Json
@@ -76,23 +76,19 @@ class Search:
 
 @dataclass(frozen=True)
 class ScoreCollection(WeightsCollection):
-    """A search of weights by a program."""
+    """A search of weights by a program, which is given the adapters' sum with some weights, exact,
+    in a folder."""
 
     options: WeightFit
     adapters: list[NamedAdapter]
     base: WeightsBase
-    candidate: "Candidate"
+    names: Sequence[str]
+    words: Sequence[str]
     start: list[float]
-    reads = ()
-    work = device_memory = 0
-    effort = Effort()
 
     @property
     def about(self) -> Json:
         return {"score": self.options.score}
-
-    def room(self, budget: int) -> int:
-        return 0
 
     def totals(self, budget: int) -> dict[str, int]:
         adapters = len(self.adapters)
@@ -102,7 +98,7 @@ class ScoreCollection(WeightsCollection):
         """The best weights; where the program fails the error says which were the best so far."""
         options = self.options
         with tempfile.TemporaryDirectory(prefix="adapterkit-") as folder:
-            score = partial(self.candidate.score, Path(folder) / "candidate", progress)
+            score = partial(self.score, Path(folder) / "candidate", progress)
             search = Search(score, Evaluations(work), options.evaluations)
             try:
                 search.run(self.start, *options.limits, options.seed)
@@ -114,18 +110,38 @@ class ScoreCollection(WeightsCollection):
                         f"--resume --evaluations {len(search.scores)}"
                     )
                 raise
-        return FittedWeights.result(self._file(search), _document(search))
+        rows = [{"weights": weights, "score": score} for weights, score in search.scores]
+        (weights, score), first = search.best, rows[0]["score"]
+        about = {"score_sha256": _digest(options), "best": score, "start": first}
+        about |= {"evaluations": len(rows), "seed": options.seed}
+        best = {"weights": weights, "score": score}
+        document = {"evaluations": rows, "best": best, "notes": []}
+        file = WeightsFile(tuple(self.adapters), tuple(weights), {}, "adapter", self.base, about)
+        return FittedWeights.result(file, document)
 
-    def _file(self, search: Search) -> WeightsFile:
-        weights, score = search.best
-        about = {"score_sha256": _digest(self.options), "best": score, "start": search.scores[0][1]}
-        about |= {"evaluations": len(search.scores), "seed": self.options.seed}
-        return WeightsFile(tuple(self.adapters), tuple(weights), {}, "adapter", self.base, about)
+    def combination(self, weights: Sequence[float], out: Path) -> Combine:
+        adapters = list(zip(self.names, weights, strict=True))
+        return Combine(
+            adapters=adapters, base=self.options.base, out=out, hash="none", overwrite=True
+        )
 
-
-def _document(search: Search) -> Json:
-    rows = [{"weights": weights, "score": score} for weights, score in search.scores]
-    return {"evaluations": rows, "best": rows[search.scores.index(search.best)], "notes": []}
+    def score(self, out: Path, progress: Progress, weights: Sequence[float]) -> float:
+        """The last number that the program prints; `Failed` where it fails, or prints none."""
+        self.combination(weights, out).run()
+        words = [word.replace(PLACE, str(out)) for word in self.words]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+        except OSError as error:
+            raise _failed(f"{words[0]}: {error.strerror}", weights, "a program") from error
+        if done.returncode:
+            said = done.stderr.strip()[-TAIL:] or done.stdout.strip()[-TAIL:]
+            raise _failed(f"exit status {done.returncode}: {said}", weights, "exit status 0")
+        numbers = [number for word in done.stdout.split() if (number := _number(word)) is not None]
+        if not numbers:
+            said = done.stdout.strip()[-TAIL:] or "nothing"
+            raise _failed(f"no number in what it printed: {said}", weights, "a finite number")
+        progress(1)
+        return numbers[-1]
 
 
 def plan_search(options: WeightFit) -> Plan:
@@ -135,13 +151,10 @@ def plan_search(options: WeightFit) -> Plan:
     command = _command(options, len(folders), errors)
     errors.raise_all()
     adapters = [named_adapter(n, f) for n, f in zip(names, folders, strict=True)]
-    candidate = Candidate(options.base, names, command)
-    candidate.combination(start, Path("candidate")).plan()  # every refusal
     base = open_checkpoint(folder)
-    known = WeightsBase(folder.name, fingerprint(base))
-    search = ScoreCollection(
-        replace(options, progress=no_progress), adapters, known, candidate, start
-    )
+    known, own = WeightsBase(folder.name, fingerprint(base)), replace(options, progress=no_progress)
+    search = ScoreCollection(own, adapters, known, names, command, start)
+    search.combination(start, Path("candidate")).plan()  # every refusal, before the program runs
     # without `evaluations`: a resumed search may have more of them, or fewer
     recipe = {"score": _digest(options), "weights": start}
     recipe |= {"seed": options.seed, "bounds": list(options.limits)}
@@ -164,37 +177,6 @@ def _command(options: WeightFit, count: int, errors: Problems) -> list[str]:
         problem, hint = f"{count} adapters", "combine some of them first, or fit to data"
         errors.add(problem, f"2 to {MOST}", hint, where="--score")
     return words
-
-
-@dataclass
-class Candidate:
-    """What the program is given: the adapters' sum with some weights, exact, in a folder."""
-
-    base: StrPath
-    names: Sequence[str]
-    words: Sequence[str]
-
-    def combination(self, weights: Sequence[float], out: Path) -> Combine:
-        adapters = list(zip(self.names, weights, strict=True))
-        return Combine(adapters=adapters, base=self.base, out=out, hash="none", overwrite=True)
-
-    def score(self, out: Path, progress: Progress, weights: Sequence[float]) -> float:
-        """The last number that the program prints; `Failed` where it fails, or prints none."""
-        self.combination(weights, out).run()
-        words = [word.replace(PLACE, str(out)) for word in self.words]
-        try:
-            done = subprocess.run(words, capture_output=True, text=True, errors="replace")
-        except OSError as error:
-            raise _failed(f"{words[0]}: {error.strerror}", weights, "a program") from error
-        if done.returncode:
-            said = done.stderr.strip()[-TAIL:] or done.stdout.strip()[-TAIL:]
-            raise _failed(f"exit status {done.returncode}: {said}", weights, "exit status 0")
-        numbers = [number for word in done.stdout.split() if (number := _number(word)) is not None]
-        if not numbers:
-            said = done.stdout.strip()[-TAIL:] or "nothing"
-            raise _failed(f"no number in what it printed: {said}", weights, "a finite number")
-        progress(1)
-        return numbers[-1]
 
 
 def _number(word: str) -> float | None:

@@ -6,7 +6,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -31,15 +31,7 @@ from adapterkit.statistics.collect import CollectedFile, collect, metadata_with,
 from adapterkit.statistics.data.apart import tokenize_apart
 from adapterkit.statistics.data.records import Record, draw_records
 from adapterkit.statistics.data.samples import Samples, tokenize_all
-from adapterkit.statistics.job import (
-    BLOCKS,
-    Batch,
-    CollectionJob,
-    check_options,
-    takes_rows,
-    tokens_of,
-)
-from adapterkit.statistics.model.layers import Units
+from adapterkit.statistics.job import BLOCKS, CollectionJob, check_options, takes_rows, tokens_of
 from adapterkit.statistics.model.shuttle import TABLES
 from adapterkit.statistics.model.stored_model import StoredModel
 from adapterkit.verbs.stats import Stats, StatsOptions
@@ -69,6 +61,7 @@ class ModelRun(ABC):
     """A collection that runs a model: what it takes."""
 
     base: Checkpoint
+    options: StatsOptions
     sizes: Sizes
     reads: tuple[str, ...]  # files of the base, in the order in which they are read
 
@@ -128,7 +121,6 @@ class ByOneProcess:
 class Collection(ModelRun):
     """What `stats` collects: of which model, of which samples and modules; sizes."""
 
-    options: StatsOptions
     samples: Samples
     batches: list[dict[str, Tensor]]
     shapes: dict[str, tuple[int, int]]  # (out, in) of each module
@@ -302,7 +294,7 @@ def plan_statistics(
         samples=samples,
         batches=batches,
         shapes=shapes,
-        sizes=sizes_of_job(job, shapes),
+        sizes=sizes_of(job, shapes),
         about=about,
         reads=tuple(reads_of(job)),
     )
@@ -393,25 +385,11 @@ def reads_of(job: CollectionJob) -> list[str]:
     return job.stored.reads([units.outside, *forward, *backward])
 
 
-def sizes_of_job(job: CollectionJob, shapes: dict[str, tuple[int, int]]) -> Sizes:
+def sizes_of(job: CollectionJob, shapes: dict[str, tuple[int, int]]) -> Sizes:
     """What the job takes, by its layers' shapes."""
-    has_sums = bool({"covariance", "pca"}.intersection(job.inputs))
-    whole, gradients = job.options.whole, job.gradients
-    return sizes_of(job.stored, job.units, job.batches, shapes, whole, gradients, has_sums)
-
-
-def sizes_of(
-    stored: StoredModel,
-    units: Units,
-    batches: Sequence[Batch],
-    shapes: Mapping[str, tuple[int, int]],
-    whole: bool,
-    gradients: bool,
-    has_sums: bool = False,
-) -> Sizes:
-    """What running a model on batches takes, by the shapes of the layers that are looked at."""
+    stored, units = job.stored, job.units
     layers = [unit for unit in units.outer if unit.is_layer]
-    is_whole = whole or not layers
+    is_whole = job.options.whole or not layers
     weights = device = stored.nbytes(stored.parameters())
     if not is_whole:
         device = max(stored.nbytes(unit.parameters) for unit in units.outer)
@@ -421,19 +399,20 @@ def sizes_of(
         unit = None if is_whole else units.unit_of(name)
         squares[unit] += width**2
         widths[unit] += rows + width
+    needs_sums = {"covariance", "pca"}.intersection(job.inputs)
     # blocks take turns outside the layers
     outside = 0 if is_whole else squares.pop(None, 0)
     sums = max(squares.values(), default=0) * (SUMS + SUMMING) + outside * (SUMS + BLOCKS * SUMMING)
     hidden = getattr(stored.model.config.get_text_config(), "hidden_size", 0)
-    states = len(layers) + 1 if gradients else 1
-    sizes = [batch["input_ids"].numel() for batch in batches]
+    states = len(layers) + 1 if job.gradients else 1
+    sizes = [batch["input_ids"].numel() for batch in job.batches]
     each = stored.dtype.itemsize
     return Sizes(
         layers=len(layers),
         model=sum(spec.nbytes for spec in stored.base.tensors.values()),
         weights=weights,
         computed=max(sizes) * max(widths.values()) * each,
-        sums=int(sums) if has_sums else 0,
+        sums=int(sums) if needs_sums else 0,
         activations=sum(sizes) * hidden * each * states,
         device=device,
     )

@@ -45,7 +45,7 @@ from adapterkit.statistics.plan import (
     check_unchanged,
     reads_of,
     samples_of,
-    sizes_of_job,
+    sizes_of,
 )
 from adapterkit.statistics.sums import Sum
 from adapterkit.statistics.sums_files import Collected, SumsFile
@@ -93,7 +93,6 @@ class RecollectedFactors(CombinedFactors):
 class Recollection(ByOneProcess, ModelRun):
     """What is collected: see `plan.Collecting`. A layer needs all samples before the next one."""
 
-    options: StatsOptions
     batches: list[tuple[int, Batch]]  # the adapter's number, and a batch of its samples
     samples: list[Samples]
     widths: list[int]  # of the modules' inputs
@@ -342,7 +341,7 @@ def plan_recollected(options: Combine) -> Plan:
             (n, b) for n, one in enumerate(samples) for b in one.batches(what.batch)
         ]
         job = job_of(stored, what, batches, [task.name for task in tasks])
-        sizes = sizes_of_job(job, {task.name: task.shape for task in tasks})
+        sizes = sizes_of(job, {task.name: task.shape for task in tasks})
         collection = Recollection(
             base=base,
             options=what,
