@@ -374,6 +374,13 @@ def input_embedding(model: torch.nn.Module, modules: Mapping[str, torch.nn.Modul
     return next((path for path, module in modules.items() if module is embedding), None)
 
 
+def embeddings_of(model: torch.nn.Module) -> list[torch.nn.Module | None]:
+    """The input embedding and the head of a model of transformers; nothing of another."""
+    ask = getattr(model, "get_input_embeddings", None)
+    # nn.Module types its attributes as Tensor or Module
+    return [] if ask is None else [ask(), model.get_output_embeddings()]  # type: ignore[operator]
+
+
 def tied_modules(modules: Mapping[str, torch.nn.Module], embedding: str) -> list[str]:
     """The other modules with the embedding's weight."""
     weight = modules[embedding].weight

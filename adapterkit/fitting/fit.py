@@ -11,7 +11,7 @@ import torch
 
 from adapterkit.adapters.weights_file import Weight, WeightsBase, WeightsFile
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.engines.execution import execute, with_run_options
+from adapterkit.engines.execution import as_it_runs, execute
 from adapterkit.errors import shown
 from adapterkit.fitting.collection import TASK, FittedWeights, WeightsCollection
 from adapterkit.fitting.journal import Evaluations
@@ -41,7 +41,7 @@ DIGITS = 6  # of a weight
 def fit_weights(options: WeightFit) -> Json:
     """Fit weights and write them; what is said of them."""
     how = RunOptions(**{name: getattr(options, name) for name in OF_RUNNING})
-    plan = with_run_options((plan_fit if options.score is None else plan_search)(options), how)
+    plan = as_it_runs((plan_fit if options.score is None else plan_search)(options), how)
     return _document(plan, execute(plan, how), str(options.out))
 
 

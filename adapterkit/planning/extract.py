@@ -18,7 +18,7 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import Problems, Refused, Unrecoverable, listed, shown
 from adapterkit.patterns import similar_names
 from adapterkit.plan import Change, Finalize, Plan, Task, TaskResult, unchanged
-from adapterkit.planning.adapters.output_norms import select_norms
+from adapterkit.planning.adapters.output_norms import in_output_norms
 from adapterkit.planning.adapters.value_comparison import equal_values
 from adapterkit.planning.inputs.model_checkpoint import kind_of
 from adapterkit.planning.inputs.model_config import nested_values
@@ -427,7 +427,8 @@ def plan_model_extraction(
         limit = SHARES * even_rank(truncation, factors)
         factors = [replace(difference, limit=limit) for difference in factors]
     statistics = None if stats is None else open_checkpoint(stats, 2)
-    factors = _weighted(factors, statistics, extraction.notes)
+    single = {one.name for one in factors if one.target != one.module}
+    factors = in_output_norms(factors, statistics, single, extraction.notes)
     tasks: list[Task] = [*factors, *extraction.values]
     if not tasks:
         raise Refused(
@@ -465,16 +466,6 @@ def plan_model_extraction(
     return adapter_output.plan_adapters(
         "extract", options.recipe_options(), inputs, [output], extraction.notes, decisions
     )
-
-
-def _weighted(
-    factors: list[DifferenceFactors], stats: Checkpoint | None, notes: list[str]
-) -> list[DifferenceFactors]:
-    """Fitted in the norm of the outputs, by these statistics."""
-    places = {difference.name: difference.place for difference in factors}
-    parameters = {one.name for one in factors if one.target != one.module}
-    selected = select_norms(stats, places, parameters, notes)
-    return [replace(one, covariance=selected.get(one.name)) for one in factors]
 
 
 def plan_merge_back(plan: Plan, folder: Path) -> Plan:

@@ -17,7 +17,7 @@ from adapterkit.errors import Problems, Refused
 from adapterkit.plan import Plan, Task
 from adapterkit.planning.adapters.dora_deltas import BaseWeights, dora_problems
 from adapterkit.planning.adapters.other_types import kind_of, read_deltas
-from adapterkit.planning.adapters.output_norms import select_norms
+from adapterkit.planning.adapters.output_norms import in_output_norms
 from adapterkit.planning.adapters.sites import join, levels_of, names_of, targets_of
 from adapterkit.planning.inputs.converted_adapter import together
 from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
@@ -148,11 +148,9 @@ class _ResizePlanner:
 
     def weight(self, stats: Checkpoint | None) -> None:
         """Fit in the norm of the outputs, by these statistics; `Refused` where some are missing."""
-        places = {task.name: task.place for task in self.ranked}
         parameters = self.targets.get("parameters", frozenset())
         names = [name for name, target in self.targets["modules"].items() if target in parameters]
-        selected = select_norms(stats, places, names, self.notes)
-        self.ranked = [replace(task, covariance=selected.get(task.name)) for task in self.ranked]
+        self.ranked = in_output_norms(self.ranked, stats, names, self.notes)
 
     def _alpha(self) -> float | None:
         assert self.adapter is not None

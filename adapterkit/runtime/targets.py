@@ -13,13 +13,7 @@ from adapterkit.runtime import layers
 from adapterkit.runtime.quantized import quantization_of
 from adapterkit.runtime.site import CHILD
 from adapterkit.weights.linear import kind_of
-from adapterkit.weights.unadaptable import (
-    MAMBAS,
-    MAMBAS_REFUSED,
-    is_taken_for_experts,
-    looks_up_otherwise,
-    reads_weight,
-)
+from adapterkit.weights.unadaptable import is_taken_for_experts, looks_up_otherwise, reader_of
 
 WHERE = Resolver.where
 SETTINGS = {  # that some kinds of layers do not take, with those that do
@@ -184,13 +178,6 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     return dict(_below(model, "", {model}))
 
 
-def embeddings_of(model: nn.Module) -> list[nn.Module | None]:
-    """The input embedding and the head of a model of transformers; nothing of another."""
-    ask = getattr(model, "get_input_embeddings", None)
-    # nn.Module types its attributes as Tensor or Module
-    return [] if ask is None else [ask(), model.get_output_embeddings()]  # type: ignore[operator]
-
-
 def _below(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """As `named_modules`, whose walk through all adapters would make each load slower."""
     for name, child in module._modules.items():
@@ -229,9 +216,7 @@ def weight_reader(model: nn.Module, modules: Mapping[str, nn.Module], path: str)
     """The class around a module that multiplies by the module's weight itself; None if it calls the
     module."""
     parent, _, leaf = path.rpartition(".")
-    around = type(modules.get(parent, model))
-    is_mamba = model_type(model) in MAMBAS and leaf in MAMBAS_REFUSED
-    return around.__name__ if is_mamba or reads_weight(around.__mro__, leaf) else None
+    return reader_of(type(modules.get(parent, model)).__mro__, leaf, model_type(model))
 
 
 def unfit_as_parameter(path: str, host: nn.Module, config: LoraConfig) -> Refused | None:

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
-
-from adapterkit.checkpoint.disk import check_folder, storage_errors
-from adapterkit.checkpoint.output.file_result import ShardResult
-from adapterkit.checkpoint.output.stage import WORK, Workspace
-from adapterkit.checkpoint.output.writer import ShardFile
-import torch
-from torch import Tensor
-from torch.nn.functional import linear
 
 from adapterkit.checkpoint.output.stage import WORK, Workspace, work_folder
 from adapterkit.checkpoint.reader import Sources

@@ -49,9 +49,15 @@ def weight_reader(names: Names, module: str) -> str | None:
     calls the module, or is torch's attention, whose factors PEFT puts on both projections."""
     parent, _, leaf = module.rpartition(".")
     around = names.classes(parent)
-    if not reads_weight(around, leaf) or any(cls.__name__ == ATTENTION for cls in around):
-        return None
-    return around[0].__name__
+    is_attention = any(cls.__name__ == ATTENTION for cls in around)
+    return None if is_attention else reader_of(around, leaf)
+
+
+def reader_of(around: tuple[type, ...], leaf: str, model_type: str | None = None) -> str | None:
+    """The first of the classes around a child of that name, where their code multiplies by its
+    weight itself, as it does in models of some types; None if it calls the child."""
+    is_mamba = model_type in MAMBAS and leaf in MAMBAS_REFUSED
+    return around[0].__name__ if is_mamba or reads_weight(around, leaf) else None
 
 
 def looks_up_otherwise(classes: tuple[type, ...]) -> bool:

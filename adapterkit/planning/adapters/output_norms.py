@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from adapterkit.adapters.factors import Place
 from adapterkit.adapters.record import Adapter
@@ -17,28 +18,29 @@ from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.lazy import Tensor
 from adapterkit.tasks.combine import CombinedFactors, Refit
 from adapterkit.tasks.statistics import read_covariance, select_covariances
+from adapterkit.tasks.truncate import FittedFactors
 from adapterkit.weights.plan_reader import PlanReader
 
+F = TypeVar("F", bound=FittedFactors)
 ALL = "all modules"
 MOST_NOTES = 3  # on weights of layers
 BY_WEIGHTS = "fitted in the norm of their weights"
 
 
-def select_norms(
-    stats: Checkpoint | None,
-    places: Mapping[str, Place],
-    parameters: Collection[str],
-    notes: list[str],
-) -> dict[str, TensorSpec]:
-    """The covariance of the inputs of each linear layer, by the name of its factors; none without
-    a file.
+def in_output_norms(
+    tasks: list[F], stats: Checkpoint | None, parameters: Collection[str], notes: list[str]
+) -> list[F]:
+    """The tasks, those of linear layers with the covariance of their inputs; as they are without a
+    file.
 
     `parameters`: names of factors of single parameters. What is no linear layer joins the notes.
     `Refused` with all covariances that are missing or of another shape.
     """
     if stats is None:
-        return {}
-    return select_covariances(stats, _widths(places, parameters, notes, BY_WEIGHTS))
+        return tasks
+    places = {task.name: task.place for task in tasks}
+    selected = select_covariances(stats, _widths(places, parameters, notes, BY_WEIGHTS))
+    return [replace(task, covariance=selected.get(task.name)) for task in tasks]
 
 
 def with_group_weights(
@@ -149,7 +151,7 @@ def with_statistics(
     notes: list[str],
     errors: Problems,
 ) -> list[CombinedFactors]:
-    """The tasks, those of linear layers with the covariances of their inputs; see `select_norms`.
+    """The tasks, those of linear layers with the inputs' covariances; see `in_output_norms`.
     What is missing joins the errors."""
     if not stats or not tasks:
         return tasks

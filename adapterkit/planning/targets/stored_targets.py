@@ -11,7 +11,7 @@ from typing import Any
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.record import EMBEDDINGS
-from adapterkit.adapters.resolve import LINEAR, Resolver
+from adapterkit.adapters.resolve import LINEAR, Resolver, embeddings_of
 from adapterkit.adapters.targets import ALL_LINEAR
 from adapterkit.errors import Refused, listed, shown
 from adapterkit.lazy import torch
@@ -136,8 +136,7 @@ class FactorTargets:
         if self.model is None:
             return bool(EMBEDDINGS.search(name))
         module = self.model.get_submodule(name.rpartition(".")[0])
-        ends = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        return any(end is not None and module is end for end in ends)
+        return any(module is end for end in embeddings_of(self.model))
 
     def can_be_copied(self, module: str, names: list[str]) -> bool:
         """Whether PEFT can put a trained copy in a module's place and find it again: these are all

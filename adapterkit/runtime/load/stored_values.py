@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adapterkit.adapters.config import TASK_HEADS
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.adapters.record import Adapter, Tokens
-from adapterkit.adapters.resolve import input_embedding, tied_modules
+from adapterkit.adapters.resolve import embeddings_of, input_embedding, tied_modules
 from adapterkit.adapters.targets import has_end
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Problems, shown
@@ -18,7 +18,7 @@ from adapterkit.patterns import similar_names
 from adapterkit.runtime.load.placing import AdapterValues
 from adapterkit.runtime.parts.copies import outermost, parameter_of
 from adapterkit.runtime.state import State
-from adapterkit.runtime.targets import embeddings_of, own_modules
+from adapterkit.runtime.targets import own_modules
 from adapterkit.runtime.targets import unread as why_unread
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adapterkit.adapters.expert_order import in_order_of_peft
 from adapterkit.adapters.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
-from adapterkit.adapters.resolve import model_type
+from adapterkit.adapters.resolve import embeddings_of, model_type
 from adapterkit.calls import COMMAND
 from adapterkit.checkpoint.disk import storage_errors
 from adapterkit.checkpoint.fingerprint import metadata_with
@@ -30,7 +30,7 @@ from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.parts.tokens import TokensPart
 from adapterkit.runtime.sharding import whole
 from adapterkit.runtime.state import Attached, State, refuse_merged
-from adapterkit.runtime.targets import embeddings_of, unfit_as_parameter
+from adapterkit.runtime.targets import unfit_as_parameter
 from adapterkit.weights.unadaptable import is_taken_for_experts
 
 CARD = "README.md"
