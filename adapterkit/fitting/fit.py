@@ -52,8 +52,8 @@ def _document(plan: Plan, done: Receipt | Plan, out: str) -> Json:
     document |= file.collection.about | {"totals": file.collection.totals(plan.budget)}
     if not isinstance(done, Receipt):
         return document | {"notes": [*done.warnings, *done.notes]}
-    notes = [*done.data["notes"], *done.data["warnings"]]
-    return document | done.data["parameters"][TASK]["fit"] | {"notes": notes}
+    notes = {"notes": [*done.data["notes"], *done.data["warnings"]]}
+    return document | notes | done.data["parameters"][TASK]["fit"] | notes
 
 
 def fitted(
