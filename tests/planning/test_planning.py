@@ -21,7 +21,7 @@ from adapterkit.engines.local.engine import local
 from adapterkit.errors import Damaged, Unrecoverable
 from adapterkit.execute import run
 from adapterkit.plan import OutputFile
-from adapterkit.planning.inputs.model_checkpoint import kind_of
+from adapterkit.planning.inputs.model_checkpoint import Base, kind_of
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.verbs.merge import MergeOptions
 from adapterkit.weights.decoded import decoded_view, quantized_weights
@@ -85,9 +85,9 @@ def test_bad_scales_are_refused_here_while_planning_and_far_away_when_they_are_d
 ):
     folder = scaled(form, ending)
     with pytest.raises(Damaged, match="NaN or infinite"):
-        plan_merge(kind_of(LocalFolder(folder)), [(LocalFolder(adapter), 1.0)], MergeOptions())
+        plan_merge(Base(LocalFolder(folder)), [(LocalFolder(adapter), 1.0)], MergeOptions())
     far = Remote(folder)
-    plan = plan_merge(kind_of(far), [(LocalFolder(adapter), 1.0)], MergeOptions())
+    plan = plan_merge(Base(far), [(LocalFolder(adapter), 1.0)], MergeOptions())
     assert len(far.ranges) <= 3  # the header, the config, and its hash
     with pytest.raises(Unrecoverable, match="not finite"):
         run(plan, Stage(tmp_path / "out"), local("cpu"))
