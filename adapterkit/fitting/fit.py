@@ -42,6 +42,7 @@ def fit_weights(options: WeightFit) -> Json:
     """Fit weights and write them; what is said of them."""
     how = RunOptions(**{name: getattr(options, name) for name in OF_RUNNING})
     plan = as_it_runs((plan_fit if options.score is None else plan_search)(options), how)
+    plan = replace(plan, call=None)  # no verb of those that `rerun` calls
     return _document(plan, execute(plan, how), str(options.out))
 
 
