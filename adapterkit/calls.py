@@ -50,7 +50,7 @@ def check_call(
 ) -> None:
     """`Refused` for a call in a file that says more than what is computed: options of the user, and
     files in the place of what they hold."""
-    errors, fields = Problems(where=where, hint=hint), kind.__dataclass_fields__
+    errors, fields = Problems(where=where, hint=hint, code="AK114"), kind.__dataclass_fields__
     if more := sorted(name for name in call if name in without):
         errors.add(f"it holds {listed(more)}", "what is computed: the rest is the user's to say")
     named = [name for name in call if name in fields and option_of(fields[name]).contents]

@@ -54,6 +54,7 @@ def parse(name: str) -> str:
             expected=" or ".join(SHORT),
             where="--dtype",
             hint="use one of these names",
+            code="AK101",
         )
     return SHORT[name]
 

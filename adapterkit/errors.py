@@ -3,11 +3,10 @@
 Everything adapterkit raises on purpose is an `AdapterkitError`; the command line prints it without
 a traceback and exits 1. Any other exception is a bug and keeps its traceback.
 
-Each has a code for its kind of problem, by the place in the package that makes it: `errors.toml`.
+Each has a code for its kind of problem, given where it is made; `errors.toml` explains them.
 """
 
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -28,10 +27,13 @@ class AdapterkitError(Exception):
     """A job that cannot be done, or failed, with a message that tells the user how to fix it."""
 
     is_of_verb = False  # whether the hint names options of the verb that raised it
+    code = ""  # of its kind of problem; "" for an error that other programs make
 
-    def __init__(self, problem: str, *, expected: str = "", where: str = "", hint: str = ""):
+    def __init__(
+        self, problem: str, *, expected: str = "", where: str = "", hint: str = "", code: str = ""
+    ):
         self.problem, self.expected, self.where, self.hint = problem, expected, where, hint
-        self.place = _place()
+        self.code = code or type(self).code
         super().__init__(str(self))
 
     def __str__(self) -> str:
@@ -46,17 +48,6 @@ class AdapterkitError(Exception):
         """It as a problem in a document of JSON."""
         four = {"found": self.problem, "expected": self.expected, "where": self.where}
         return four | advice(self.hint) | {"code": self.code}
-
-    @property
-    def code(self) -> str:
-        """The code of its kind of problem; "" of an error that other programs make."""
-        places, place = _places(), self.place
-        names = (each.__name__ for each in type(self).__mro__)
-        if name := next((name for name in names if name in places), ""):
-            return places[name]
-        while place and place not in places:
-            place = place[: max(place.rfind("."), place.rfind(":"), 0)]
-        return places.get(place, "")
 
 
 class Refused(AdapterkitError):
@@ -78,9 +69,13 @@ class Unrecoverable(Failed):
 class Waiting(Failed):
     """A rank whose last files need one that no rank has made yet."""
 
+    code = "AK610"
+
 
 class Interrupted(AdapterkitError):
     """A job stopped by a signal; finished files stay for --resume."""
+
+    code = "AK609"
 
 
 class MultipleErrors(Refused, Damaged):
@@ -88,7 +83,8 @@ class MultipleErrors(Refused, Damaged):
 
     def __init__(self, errors: Iterable[AdapterkitError]):
         self.errors = tuple(errors)
-        super().__init__(f"{len(self.errors)} problems found")
+        codes = ", ".join(dict.fromkeys(error.code for error in self.errors if error.code))
+        super().__init__(f"{len(self.errors)} problems found", code=codes)
 
     def text(self, *, with_code: bool = True) -> str:
         """Their number, and the text of each cause."""
@@ -97,11 +93,6 @@ class MultipleErrors(Refused, Damaged):
             causes.setdefault(_cause(error), []).append(error)
         entries = (f"\n- {_summary(errors, with_code)}" for errors in causes.values())
         return self.problem + "".join(entries)
-
-    @property
-    def code(self) -> str:
-        """The codes of all of them."""
-        return ", ".join(dict.fromkeys(error.code for error in self.errors if error.code))
 
 
 def _cause(error: AdapterkitError) -> tuple[str, ...]:
@@ -160,38 +151,26 @@ def _table() -> dict[str, Any]:
 
 
 def codes() -> Mapping[str, Mapping[str, str]]:
-    """What is said of each code: title, cause, do, example, and the places that make its errors."""
+    """The title, cause, remedy and example of each code."""
     return {code: entry for code, entry in _table().items() if code != "gone"}
 
 
-@cache
-def _places() -> Mapping[str, str]:
-    return {place: code for code, entry in codes().items() for place in entry["places"]}
-
-
-def _place() -> str:
-    """MODULE:FUNCTION that makes an error: the first outside of this module."""
-    frame = sys._getframe(2)
-    while frame.f_back and frame.f_globals.get("__name__") in (__name__, "contextlib"):
-        frame = frame.f_back
-    module = str(frame.f_globals.get("__name__", "")).removeprefix("adapterkit.")
-    return f"{module}:{frame.f_code.co_qualname.partition('.<locals>')[0]}"
-
-
 @contextmanager
-def unrecoverable(what: str, *, expected: str, hint: str, where: str = "") -> Iterator[None]:
+def unrecoverable(
+    what: str, *, expected: str, hint: str, code: str, where: str = ""
+) -> Iterator[None]:
     """A kernel's ValueError about the values of `what` becomes `Unrecoverable`."""
     try:
         yield
     except ValueError as error:
         raise Unrecoverable(
-            f"{shown(what)}: {error}", expected=expected, where=where, hint=hint
+            f"{shown(what)}: {error}", expected=expected, where=where, hint=hint, code=code
         ) from error
 
 
 class Problems(list[AdapterkitError]):
     """All that is wrong with a request, an input or an output, to be raised together; `where`,
-    `hint` and `kind` of those that are added without them."""
+    `hint`, `kind` and `code` are those of errors that are added without them."""
 
     def __init__(
         self,
@@ -200,9 +179,10 @@ class Problems(list[AdapterkitError]):
         where: str = "",
         hint: str = "",
         kind: type[AdapterkitError] = Refused,
+        code: str = "",
     ):
         super().__init__(errors)
-        self.where, self.hint, self.kind = where, hint, kind
+        self.where, self.hint, self.kind, self.code = where, hint, kind, code
 
     def add(
         self,
@@ -212,16 +192,18 @@ class Problems(list[AdapterkitError]):
         *,
         where: str = "",
         kind: type[AdapterkitError] | None = None,
+        code: str = "",
     ) -> None:
         """Add an error of four parts."""
-        where, hint = where or self.where, hint or self.hint
-        self.append((kind or self.kind)(problem, expected=expected, where=where, hint=hint))
+        where, hint, code = where or self.where, hint or self.hint, code or self.code
+        kind = kind or self.kind
+        self.append(kind(problem, expected=expected, where=where, hint=hint, code=code))
 
     def fail(
-        self, problem: str, expected: str = "", hint: str = "", *, where: str = ""
+        self, problem: str, expected: str = "", hint: str = "", *, where: str = "", code: str = ""
     ) -> NoReturn:
         """Add an error, and raise it with all that are there."""
-        self.add(problem, expected, hint, where=where)
+        self.add(problem, expected, hint, where=where, code=code)
         self.raise_all()
         raise AssertionError("there is an error to raise")
 

@@ -223,7 +223,7 @@ def _build(
         pool.shutdown(wait=False, cancel_futures=True)
     if not stage.is_whole(receipt["files"]):
         problem, hint = "files that were made have disappeared", "run again with --resume"
-        raise Failed(problem, where=str(stage.path), hint=hint)
+        raise Failed(problem, where=str(stage.path), hint=hint, code="AK603")
     stage.write_file(RECEIPT, [seal_receipt(receipt)])
     stage.ready()
 
@@ -244,6 +244,7 @@ def _finished(stage: Stage, fingerprint: str, recipe: dict) -> Receipt:
             expected="that of the finished output",
             where=str(out),
             hint="remove the output, or choose another --out",
+            code="AK601",
         )
     if data.get("fingerprint") != fingerprint:
         raise Refused(
@@ -252,6 +253,7 @@ def _finished(stage: Stage, fingerprint: str, recipe: dict) -> Receipt:
             expected="the job that --resume goes on with",
             where=str(out),
             hint="choose another --out, or give --overwrite",
+            code="AK601",
         )
     return Receipt(out, data, finished_before=True)
 
@@ -265,6 +267,7 @@ def check_same_job(stage: Stage, recipe: dict) -> None:
             expected="the same inputs, options and version",
             where=str(stage.control),
             hint="give the options of that run, or --overwrite to begin again",
+            code="AK603",
         )
 
 
@@ -278,6 +281,7 @@ def _check_same_device(stage: Stage, plan: Plan) -> None:
             expected=f"that one, not {now}",
             where=str(stage.control),
             hint="resume on that device (--device), or give --overwrite to begin again",
+            code="AK603",
         )
 
 
@@ -289,6 +293,7 @@ def check_alone(stage: Stage) -> None:
             expected="one way of making it",
             where=str(stage.control),
             hint="give --overwrite to begin again, or end it\nadapterkit finish PLAN",
+            code="AK603",
         )
 
 
@@ -348,6 +353,7 @@ def check_free(needed: int, path: Path) -> None:
             expected=f"{needed:,} bytes",
             where=str(path.parent),
             hint="free some space, or choose an --out on another disk",
+            code="AK604",
         )
 
 
@@ -370,6 +376,7 @@ def _write_files(
                     expected=f"{listed}",
                     where=content.name,
                     hint="run again with --resume; check proxies on the way",
+                    code="AK704",
                 )
         sums[name] = {"size": size, "sha256": sha if hashed else None}
     return sums

@@ -16,5 +16,9 @@ def optional(module: str, *, install: str, expected: str, where: str = "") -> Mo
         is_absent = (error.name or "").partition(".")[0] == package
         problem = "is not installed" if is_absent else f"cannot be imported: {shown(error)}"
         raise Refused(
-            f"{package} {problem}", expected=expected, where=where, hint=f"pip install {install}"
+            f"{package} {problem}",
+            expected=expected,
+            where=where,
+            hint=f"pip install {install}",
+            code="AK110",
         ) from error

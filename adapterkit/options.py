@@ -141,7 +141,7 @@ class OptionRecord:
     def _conflicts(self, given: Iterable[str]) -> list[AdapterkitError]:
         """Refusals of options that are given without what they need, or with what they exclude;
         `given`: those whose value is not their default."""
-        errors = Problems(where="options")
+        errors = Problems(where="options", code="AK102")
         chosen = [flag_of(name) for name in filter(self._is_given, self.one_needed)]
         if self.one_needed and len(chosen) != 1:
             *most, last = map(flag_of, self.one_needed)

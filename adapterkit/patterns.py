@@ -31,6 +31,7 @@ def matcher(pattern: str, where: str, wrap: str = "{}") -> Callable[[str], bool]
             expected=f"at most {MAX_LENGTH}",
             where=where,
             hint="shorten it",
+            code="AK104",
         )
     whole = wrap.replace("{}", pattern)
     if PLAIN.fullmatch(pattern):
@@ -66,6 +67,7 @@ class _TimedPattern:
                 expected="a regular expression",
                 where=where,
                 hint="fix it",
+                code="AK104",
             ) from error
 
     def __call__(self, text: str) -> bool:
@@ -86,6 +88,7 @@ class _TimedPattern:
             expected="a pattern without nested repeats",
             where=self.where,
             hint="write it without nested repeats",
+            code="AK104",
         ) from None
 
 

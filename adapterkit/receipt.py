@@ -243,6 +243,7 @@ def read_receipt(folder: Folder) -> Json:
             expected="an output of adapterkit, finished",
             where=folder.label,
             hint="give the output of a command that has finished",
+            code="AK608",
         )
     place, name = found
     receipt = read_json(place, name)
@@ -252,9 +253,10 @@ def read_receipt(folder: Folder) -> Json:
             expected=f"version {RECEIPT_VERSION}",
             where=name,
             hint="verify with the adapterkit that wrote it",
+            code="AK608",
         )
     if not is_sealed(place.read(name, 0, place.files()[name])):
         expected = "a receipt that fits the seal at its end"
-        raise Damaged(CHANGED, expected=expected, where=name, hint=AGAIN)
+        raise Damaged(CHANGED, expected=expected, where=name, hint=AGAIN, code="AK608")
     Problems(problems(RECEIPT_CHECK, receipt, name, hint=AGAIN, kind=Damaged)).raise_all()
     return receipt

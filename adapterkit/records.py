@@ -117,8 +117,8 @@ def placed(
         is_within = error.where[:1] in ("", ".", "[")
         place = re.sub(r"^\.(\w+)", lambda match: name(match[1]), error.where)
         problem = (place * is_within + error.problem).removeprefix(" = ")
-        result.append(kind(problem, expected=error.expected, where=where, hint=error.hint or hint))
-        result[-1].place = error.place
+        own, code = error.hint or hint, error.code
+        result.append(kind(problem, expected=error.expected, where=where, hint=own, code=code))
     return result
 
 
@@ -148,7 +148,7 @@ def unfit(
     """The refusal of a value, by a check or by what it is made of; its place is added later."""
     known = words() if callable(words) else words
     near = did_you_mean([value], known) if known and isinstance(value, str) else ""
-    return Refused(f" = {shown(repr(value))}", expected=expected, hint=near or hint)
+    return Refused(f" = {shown(repr(value))}", expected=expected, hint=near or hint, code="AK101")
 
 
 # -- checks ----------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def _compiled(value: Any) -> re.Pattern[str]:
     try:
         return re.compile(value)
     except re.error as error:
-        raise Refused(str(error), expected="a regular expression") from error
+        raise Refused(str(error), expected="a regular expression", code="AK104") from error
 
 
 ANYTHING = Check("anything", lambda value: value)
@@ -276,13 +276,21 @@ def misnamed(
     errors = _missing(checks, set(needed) - set(names))
     for name in sorted(map(str, set(names) - checks.keys())):
         hint, expected = did_you_mean([name], checks) or "remove it", ", ".join(checks) or "nothing"
-        errors.append(Refused(" is unknown", expected=expected, where=f".{name}", hint=hint))
+        errors.append(
+            Refused(" is unknown", expected=expected, where=f".{name}", hint=hint, code="AK101")
+        )
     return errors
 
 
 def _missing(checks: Mapping[str, Check], names: Iterable[str]) -> list[AdapterkitError]:
     return [
-        Refused(" is missing", expected=checks[name].expected, where=f".{name}", hint="give it")
+        Refused(
+            " is missing",
+            expected=checks[name].expected,
+            where=f".{name}",
+            hint="give it",
+            code="AK101",
+        )
         for name in sorted(names)
     ]
 

@@ -121,6 +121,7 @@ def create(package: str, name: str, settings: dict[str, object]) -> object:
             expected=", ".join(known),
             where="--method",
             hint=did_you_mean([name], known) or "use one of these",
+            code="AK101",
         )
     given = {key: value for key, value in settings.items() if value is not None}
     where, hint = f"--method {name}", "give another value"

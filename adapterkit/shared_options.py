@@ -57,7 +57,7 @@ def missing_statistics(rounding: str, stats: object) -> list[AdapterkitError]:
         "--rounding compensated needs --stats",
         "collect them\nadapterkit stats BASE --data FILE --out stats.safetensors",
     )
-    return [Refused(problem, expected="--stats FILE", where="options", hint=hint)]
+    return [Refused(problem, expected="--stats FILE", where="options", hint=hint, code="AK102")]
 
 
 def dtype_option(help: str) -> Any:

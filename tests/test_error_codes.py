@@ -1,4 +1,4 @@
-"""Every error has a code: of all places that make one, told, printed, and never given twice."""
+"""Every error has a code: given where it is made, printed, and never given another meaning."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from adapterkit import errors
 from adapterkit.cli import main
-from adapterkit.errors import AdapterkitError, Damaged, Problems, Refused, codes
+from adapterkit.errors import Damaged, Problems, Refused, codes
 from tests.support.documents import ROOT
 from tests.support.error_sites import Site, sites
 from tests.test_docs import script
@@ -61,35 +61,25 @@ def test_the_page_is_current():
 # -- at work -------------------------------------------------------------------------------------
 
 
-def made_by(place: str, problem: str, kind: type[AdapterkitError] = Refused) -> AdapterkitError:
-    error = kind(problem, expected="x", where="there", hint="do")
-    error.place = place
-    return error
-
-
-def test_the_place_is_the_function_that_makes_the_error():
-    def inside() -> list[AdapterkitError]:
-        problems = Problems((Refused(f"{i}") for i in range(2)), where="there")
-        problems.add("another")
-        return [*problems, *[Damaged(f"{i}") for i in range(2)]]
-
-    name = f"{__name__}:test_the_place_is_the_function_that_makes_the_error"
-    assert {error.place for error in inside()} == {name}
-    assert Refused("of a caller").code == ""
-
-
-def test_the_longest_place_counts_and_a_class_before_all():
-    assert made_by("checkpoint.reader:changed", "").code == "AK210"
-    assert made_by("checkpoint.reader:read_exactly", "").code == "AK209"
-    assert made_by("checkpoint.output.stage:Stage.state", "").code == "AK602"
-    assert made_by("checkpoint.reader", "", errors.Interrupted).code == "AK609"
-    assert made_by("nowhere:f", "").code == ""
+def test_errors_have_the_code_of_their_collection_or_their_class():
+    problems = Problems([Refused("one")], where="there", code="AK101")
+    problems.add("another")
+    problems.add("a third", code="AK102")
+    codes = [error.code for error in [*problems, errors.Interrupted("stopped"), Refused("plain")]]
+    assert codes == ["", "AK101", "AK102", "AK609", ""]
+    with (
+        pytest.raises(errors.Unrecoverable) as caught,
+        errors.unrecoverable("x", expected="", hint="", code="AK208"),
+    ):
+        raise ValueError("not finite")
+    assert caught.value.code == "AK208"
 
 
 def test_each_cause_is_printed_with_its_code():
-    many = [made_by("checkpoint.header", f"x.{i} is damaged", Damaged) for i in range(9)]
+    there = {"expected": "x", "where": "there", "hint": "do"}
+    many = [Damaged(f"x.{i} is damaged", **there, code="AK202") for i in range(9)]
     with pytest.raises(errors.MultipleErrors) as caught:
-        Problems([*many, made_by("formats.scales", "no alpha")]).raise_all()
+        Problems([*many, Refused("no alpha", **there, code="AK504")]).raise_all()
     lines = caught.value.text().splitlines()
     assert lines[:2] == ["10 problems found", "- there: 9 of one kind, such as [AK202]"]
     assert "- there: no alpha [AK504]" in lines and caught.value.code == "AK202, AK504"

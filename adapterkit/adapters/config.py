@@ -133,9 +133,9 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind.upper() != "LORA":
         problem = f"peft_type {shown(repr(kind))}"
-        return [Refused(problem, expected="LORA", where=where, hint=PLAIN)]
+        return [Refused(problem, expected="LORA", where=where, hint=PLAIN, code="AK301")]
     hint = "use this adapter with the library that trained it; it cannot be merged"
-    errors = Problems(where=where, hint=hint)
+    errors = Problems(where=where, hint=hint, code="AK301")
     for key in filter(config.get, OTHER_ARITHMETIC):
         errors.add(f"{key} is set: {OTHER_ARITHMETIC[key]}", "a plain or DoRA LoRA")
     errors += check_unknown_settings(config, KNOWN_SETTINGS | set(OTHER_ARITHMETIC), where)
@@ -155,6 +155,7 @@ def invalid_setting(config: dict, key: str, expected: str, where: str) -> Refuse
         expected=expected,
         where=where,
         hint="fix the config",
+        code="AK301",
     )
 
 
@@ -163,7 +164,7 @@ def check_unknown_settings(
 ) -> list[AdapterkitError]:
     """Refusals of settings that are not `known` and not falsy."""
     hint = "remove it from the config if it does not change the weights"
-    errors = Problems(where=where, hint=hint)
+    errors = Problems(where=where, hint=hint, code="AK301")
     for key in filter(config.get, sorted(set(config) - set(known))):
         errors.add(
             f"unknown setting {shown(key)} = {shown(repr(config[key]))}",

@@ -64,6 +64,7 @@ def order_problem(adapter: Adapter) -> Refused | None:
         hint="give --expert-layout unsloth for one trained until then and --expert-layout "
         "peft-0.19 for a later one, or convert it first, with peft-0.19 for a later one\n"
         + command("adapterkit convert", folder.label, **options),
+        code="AK402",
     )
 
 

@@ -119,6 +119,7 @@ def factors_of(adapter: Adapter, lora: Lora, leaf: str | None = None) -> Factors
             "(a convolution with groups is not supported)",
             where=adapter.label,
             hint="leave the module out",
+            code="AK401",
         )
     return Factors.of(lora, scale, rank, experts, leaf=leaf)
 

@@ -77,6 +77,7 @@ def _decomposition(modules: Mapping[str, Shapes], kernels: Mapping[str, int | No
         expected="one decompose_factor for all modules, as PEFT has it",
         where="--to",
         hint=ONLY_RANK,
+        code="AK301",
     )
 
 
@@ -97,7 +98,7 @@ def _unlike(modules: Mapping[str, Shapes], both: bool) -> Problems:
             len(one.get("w2", ())) == 3
         ),
     }
-    errors = Problems(where="--to", hint=ONLY_RANK)
+    errors = Problems(where="--to", hint=ONLY_RANK, code="AK301")
     for what, is_unlike in unlike.items():
         if names := [name for name, shapes in modules.items() if is_unlike(shapes)]:
             problem = f"LoKr with {what}, in {len(names)} modules: {listed(names)}"

@@ -64,6 +64,7 @@ def option_errors(init: str | bool, options: Settings, where: str) -> Iterator[R
             expected=", ".join(known) or "no options",
             where=where,
             hint=did_you_mean(unknown, known) or "remove them",
+            code="AK301",
         )
 
 
@@ -303,7 +304,9 @@ class LoraConfig:
         if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
             kind = type(config).__name__
             expected = "a LoraConfig of adapterkit or PEFT, or a map of settings"
-            raise Refused(f"config of type {kind}", expected=expected, where="LoraConfig")
+            raise Refused(
+                f"config of type {kind}", expected=expected, where="LoraConfig", code="AK301"
+            )
         known = checks_of(cls)
         if not any(key in PEFT_DEFAULTS and key not in known for key in settings):
             return cls(**settings)
@@ -328,7 +331,9 @@ def _unknown(name: str, known: Sequence[str]) -> Refused:
     where, problem = "LoraConfig", f"PEFT's setting {shown(name)}"
     if name in OUR_NAMES:
         ours = OUR_NAMES[name]
-        return Refused(problem, expected=ours, where=where, hint=f"write {ours} for {name}")
+        return Refused(
+            problem, expected=ours, where=where, hint=f"write {ours} for {name}", code="AK301"
+        )
     hint = "remove it"
     if name == "fan_in_fan_out":
         hint = "remove it: a layer's class tells how its weight is stored"
@@ -337,7 +342,7 @@ def _unknown(name: str, known: Sequence[str]) -> Refused:
     elif name not in PEFT_DEFAULTS:
         hint = did_you_mean([name], known) or hint
         problem = f"unknown setting {shown(name)}"
-    return Refused(problem, expected=", ".join(known), where=where, hint=hint)
+    return Refused(problem, expected=", ".join(known), where=where, hint=hint, code="AK301")
 
 
 def _as_json(value: object) -> Any:
@@ -385,7 +390,7 @@ def _conflicts(
 
     def conflict(*keys: str, expected: str, hint: str) -> Refused:
         problem = " and ".join(f"{names.get(k, k)} = {shown(repr(get(k)))}" for k in keys)
-        return Refused(problem, expected=expected, where=where, hint=hint)
+        return Refused(problem, expected=expected, where=where, hint=hint, code="AK301")
 
     for first, second, why in EXCLUSIVE:
         if get(first) and get(second):

@@ -130,7 +130,9 @@ def _missing_files(folder: Folder, names: list[str], files: dict[str, int]) -> R
             "convert the pickle: PeftModel.from_pretrained(...).save_pretrained(OUT) writes "
             "safetensors"
         )
-    return Refused(problem, expected="an adapter in PEFT's layout", where=folder.name, hint=hint)
+    return Refused(
+        problem, expected="an adapter in PEFT's layout", where=folder.name, hint=hint, code="AK206"
+    )
 
 
 @dataclass
@@ -181,7 +183,7 @@ def _classify_keys(
         elif NOT_READ.search("." + name):
             hint = "it is another kind of adapter"
             expected = "keys of its peft_type"
-            errors.add(f"key {shown(key)}", expected, hint, where=where)
+            errors.add(f"key {shown(key)}", expected, hint, where=where, code="AK302")
         else:
             _add_replaced(keys, trained_parameter(name, plain), spec, errors, where)
     return keys
@@ -199,7 +201,7 @@ def _add_replaced(keys: _Keys, name: str, spec: TensorSpec, errors: Problems, wh
 
 def _duplicate(key: str, other: str, where: str) -> Refused:
     problem = f"{shown(key)} and {shown(other)} name one thing"
-    return Refused(problem, expected="each once", where=where, hint="remove one")
+    return Refused(problem, expected="each once", where=where, hint="remove one", code="AK302")
 
 
 def _loras(keys: _Keys, errors: Problems, name: str) -> tuple[Lora, ...]:
@@ -209,19 +211,25 @@ def _loras(keys: _Keys, errors: Problems, name: str) -> tuple[Lora, ...]:
         a, b = (roles.get(f"embedding_{x}" if embedding else x) for x in "ab")
         if a is None or b is None or (embedding and ("a" in roles or "b" in roles)):
             problem = f"{shown(module)} has {', '.join(sorted(roles)) or 'nothing'}"
-            errors.add(problem, "both factors, a and b", "save the adapter again", where=name)
+            errors.add(
+                problem, "both factors, a and b", "save the adapter again", where=name, code="AK302"
+            )
             continue
         if len(a.shape) < 2 or len(b.shape) < 2 or 0 in a.shape or 0 in b.shape:
             problem = f"factors of {shown(module)} with shapes {a.shape} and {b.shape}"
             errors.add(
-                problem, "matrices", "gather the shards before saving (ZeRO-3, FSDP)", where=name
+                problem,
+                "matrices",
+                "gather the shards before saving (ZeRO-3, FSDP)",
+                where=name,
+                code="AK302",
             )
             continue
         magnitude, bias = roles.get("magnitude"), roles.get("bias")
         for spec in (a, b, magnitude, bias):
             if spec is not None and spec.dtype not in FLOATS:
                 problem = f"{shown(spec.key)} is {spec.dtype}"
-                errors.add(problem, FLOAT_DTYPES, "save it as floats", where=name)
+                errors.add(problem, FLOAT_DTYPES, "save it as floats", where=name, code="AK302")
         kind = "embedding" if embedding else "module"
         loras.append(Lora(module, kind, a, b, magnitude, bias, depth))
     return tuple(loras)
@@ -229,7 +237,9 @@ def _loras(keys: _Keys, errors: Problems, name: str) -> tuple[Lora, ...]:
 
 def _check_config_against_file(keys: _Keys, config: dict, name: str) -> list[AdapterkitError]:
     """Tensors that the config declares and the file lacks, and the other way round."""
-    errors = Problems(where=name, hint="restore the config that was saved with the file")
+    errors = Problems(
+        where=name, hint="restore the config that was saved with the file", code="AK303"
+    )
     for key, role, tensors in [
         ("use_dora", "magnitude", "magnitudes"),
         ("lora_bias", "bias", "biases of b"),
@@ -287,7 +297,13 @@ def _tokens(keys: _Keys, config: dict, errors: Problems, name: str) -> tuple[Tok
     setting = config.get("trainable_token_indices")
     if setting and not keys.tokens:
         problem = "trainable_token_indices, but no trained rows in the file"
-        errors.add(problem, "the rows that were trained", "save the adapter again", where=where)
+        errors.add(
+            problem,
+            "the rows that were trained",
+            "save the adapter again",
+            where=where,
+            code="AK303",
+        )
     tokens = []
     for module, spec in sorted(keys.tokens.items()):
         indices = setting
@@ -307,6 +323,7 @@ def _tokens(keys: _Keys, config: dict, errors: Problems, name: str) -> tuple[Tok
                 "one different row index for each trained row, in order",
                 "restore the config that was saved with the file",
                 where=where,
+                code="AK303",
             )
             continue
         tokens.append(Tokens(module, rows, spec))

@@ -225,6 +225,7 @@ def rank_mismatch(adapter: Adapter, lora: Lora, stored: int, rank: int) -> Refus
         expected=f"rank {rank}, as r and rank_pattern say",
         where=adapter.where,
         hint="restore the config that was saved with the file (a wrong rank means a wrong scale)",
+        code="AK303",
     )
 
 

@@ -114,6 +114,7 @@ class Resolver:
                     f"{shown(path)} is a target, and so is a parameter of it",
                     "one of them",
                     "exclude the module from targets, or give targets=[]",
+                    code="AK105",
                 )
         targets = self.with_ranks(paths, leaves, self._tied(paths))
         self.errors += filter(None, map(self.unfit, paths))
@@ -165,7 +166,7 @@ class Resolver:
         if targets and not left and not self.errors:
             hint = similar_names(str(targets), self.names()) or "check targets"
             hint = "check exclude and modules_to_save" if names else hint
-            self.errors.add("no module is a target", "at least one target", hint)
+            self.errors.add("no module is a target", "at least one target", hint, code="AK105")
         return left
 
     def names(self) -> list[str]:
@@ -207,7 +208,9 @@ class Resolver:
         targets = USUAL_TARGETS.get(kind or "", ())
         if not targets and not self.config.parameters:
             name = type(self.model).__name__ if kind is None else f"model type {shown(kind)}"
-            self.errors.add(f"no usual targets of {name}", "at least one target", "give targets")
+            self.errors.add(
+                f"no usual targets of {name}", "at least one target", "give targets", code="AK105"
+            )
         return targets
 
     def in_layers(self, names: list[str], whole: Sequence[str]) -> list[str]:
@@ -224,6 +227,7 @@ class Resolver:
                     f"{self.label('layers')} no target in layer {number}",
                     "layers with targets",
                     "check layers and layers_pattern",
+                    code="AK105",
                 )
         return [name for name in names if name in whole or layer[name] in layers]
 
@@ -247,6 +251,7 @@ class Resolver:
                 expected="one of both: an entry means every module whose name ends with it",
                 where=self.where,
                 hint="exclude it from targets, or give the names of modules_to_save in full",
+                code="AK105",
             )
         if self.kind_of(module) is not None:
             return self.unread(path)
@@ -262,6 +267,7 @@ class Resolver:
             expected="a linear layer, an embedding, a convolution or torch's MultiheadAttention",
             where=self.where,
             hint=hint,
+            code="AK105",
         )
 
     def saved_with(self, path: str) -> str | None:
@@ -300,6 +306,7 @@ class Resolver:
                         f"parameters of {shown(path)} and of {shown(other)} inside it",
                         "modules beside each other: PEFT's layout has no such nest",
                         "remove those of one of them",
+                        code="AK105",
                     )
         return names
 
@@ -318,7 +325,7 @@ class Resolver:
         else:
             return self.unread(path) if name.endswith(".weight") else None
         expected = "2 or 3 dimensions of floats, in a module"
-        return Refused(problem, expected=expected, where=self.where, hint=hint)
+        return Refused(problem, expected=expected, where=self.where, hint=hint, code="AK105")
 
     def _tied(self, paths: list[str]) -> dict[str, str]:
         """With `config.tie`: head -> the embedding that it shares its weight with. Where one of
@@ -329,7 +336,7 @@ class Resolver:
         heads = [] if embedding is None else tied_modules(self.modules, embedding)
         if embedding is None or not heads:
             problem = "tie = True, but the model has no tied weights"
-            self.errors.add(problem, "tied weights", "remove tie")
+            self.errors.add(problem, "tied weights", "remove tie", code="AK105")
             return {}
         if not {embedding, *heads} & set(paths):
             return {}
@@ -344,7 +351,9 @@ class Resolver:
         """Refuse the entries of a setting that match none of the known names."""
         for entry in entries:
             problem = f"{self.label(setting)} {shown(entry)!r} matches none"
-            self.errors.add(problem, expected, similar_names(entry, known) or "check the names")
+            self.errors.add(
+                problem, expected, similar_names(entry, known) or "check the names", code="AK105"
+            )
 
 
 def layer_of(name: str, lists: Sequence[Callable[[str], bool]] = ()) -> int | None:

@@ -99,7 +99,9 @@ def read_weights(folder: Folder) -> WeightsFile:
     names = list(folder.files())
     if len(names) != 1:
         problem, hint = f"a folder of {len(names)} files", "name the file"
-        raise Refused(problem, expected="a file of weights", where=folder.label, hint=hint)
+        raise Refused(
+            problem, expected="a file of weights", where=folder.label, hint=hint, code="AK112"
+        )
     return weights_in(read_json(folder, names[0]), folder.label)
 
 
@@ -172,7 +174,7 @@ def _problems(table: Settings, where: str) -> list[AdapterkitError]:
     lists; all else is refused where the record is made."""
     if not isinstance(table, Mapping):
         return []  # likewise
-    errors, schema = Problems(where=where, hint=HINT), table.get("schema", SCHEMA)
+    errors, schema = Problems(where=where, hint=HINT, code="AK112"), table.get("schema", SCHEMA)
     if isinstance(schema, int) and not 1 <= schema <= SCHEMA:
         errors.add(f"schema {schema}", f"1 to {SCHEMA}", "update adapterkit")
     count, default = _size(table.get("adapters")), _size(table.get("default"))

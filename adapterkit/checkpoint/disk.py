@@ -37,7 +37,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         hint = HINTS.get(error.errno or 0, "check the disk, then run again with --resume")
         problem = f"cannot write: {error.strerror or error}"
-        raise Failed(problem, where=str(path), hint=hint) from error
+        raise Failed(problem, where=str(path), hint=hint, code="AK209") from error
 
 
 def write_all(data: memoryview | bytes, write: Callable[[memoryview, int], int]) -> None:

@@ -133,6 +133,7 @@ class LocalFolder:
                 expected="a folder of ordinary files",
                 where=str(path),
                 hint="check the path",
+                code="AK201",
             )
 
     def __getstate__(self) -> Mapping[str, object]:
@@ -196,19 +197,22 @@ class LocalFolder:
                 file.seek(start)
                 return file.read(stop - start)
         except OSError as error:
-            raise Failed(f"cannot read: {error.strerror}", where=str(path)) from error
+            raise Failed(f"cannot read: {error.strerror}", where=str(path), code="AK209") from error
 
     def path(self, name: str) -> Path:
         path = self.root / inside(self.renamed.get(name, name), self.name)
         try:
             mode = path.stat().st_mode
         except OSError as error:
-            raise Damaged(f"cannot open: {error.strerror}", where=str(path)) from error
+            raise Damaged(
+                f"cannot open: {error.strerror}", where=str(path), code="AK201"
+            ) from error
         if not stat.S_ISREG(mode):
             raise Refused(
                 "this is not a regular file",
                 where=str(path),
                 hint="give a folder of ordinary files",
+                code="AK201",
             )
         return self._inside(path)
 
@@ -220,6 +224,7 @@ class LocalFolder:
             expected="a file or folder inside, or a link that the configured Hub cache made",
             where=str(path),
             hint="copy what it leads to into the folder; of another Hub cache: set HF_HUB_CACHE",
+            code="AK201",
         )
 
     def prefetch(self, names: list[str]) -> None:
@@ -266,6 +271,7 @@ def inside(name: str, where: str) -> PurePosixPath:
             expected="a plain name inside the folder",
             where=where,
             hint="rename or remove it",
+            code="AK601",
         )
     return PurePosixPath(name)
 
@@ -293,7 +299,9 @@ def refuse_shares(document: object, where: str) -> None:
     except (ValueError, RecursionError):
         problem, hint = "nested too deeply, or a number of too many digits", "simplify the file"
     if problem:
-        raise Refused(problem, expected="paths on this machine", where=where, hint=hint)
+        raise Refused(
+            problem, expected="paths on this machine", where=where, hint=hint, code="AK201"
+        )
 
 
 RESERVED = re.compile(
@@ -303,7 +311,10 @@ RESERVED = re.compile(
 
 def check_names(names: Iterable[str]) -> None:
     """`Refused` where files of these names cannot lie in one folder on every system."""
-    problems, everywhere = Problems(hint="rename it where it comes from"), "names for any system"
+    problems, everywhere = (
+        Problems(hint="rename it where it comes from", code="AK601"),
+        "names for any system",
+    )
     seen: dict[str, str] = {}
     for name in names:
         if why := unportable(name):

@@ -80,7 +80,9 @@ def read_header(folder: Folder, name: str, number: int = 0) -> Header:
 def _read_header(folder: Folder, name: str, number: int) -> Header:
     if (size := folder.files().get(name)) is None:
         problem, where = f"no file {shown(name)}", folder.label
-        raise Damaged(problem, expected="an ordinary file", where=where, hint="copy it again")
+        raise Damaged(
+            problem, expected="an ordinary file", where=where, hint="copy it again", code="AK202"
+        )
     raw = folder.read(name, 0, min(FIRST_READ, size))
     length = header_length(raw[:64], size, name)
     if length > len(raw):
@@ -90,6 +92,7 @@ def _read_header(folder: Folder, name: str, number: int) -> Header:
             f"the file has {len(raw)} bytes of a header of {length}",
             where=name,
             hint="copy the file again",
+            code="AK202",
         )
     return parse_header(raw[:length], size, name, number)
 
@@ -103,6 +106,7 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
             expected="a safetensors file",
             where=where,
             hint="run `git lfs pull`",
+            code="AK202",
         )
     if prefix.lstrip().lower().startswith((b"<!doc", b"<html", b"<?xml")):
         raise Damaged(
@@ -110,6 +114,7 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
             expected="a safetensors file",
             where=where,
             hint="download it again",
+            code="AK202",
         )
     length = int.from_bytes(prefix[:8], "little")
     limit = min(MAX_HEADER, file_size - 8)
@@ -121,6 +126,7 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
             + f", whose first 8 bytes are a length of at most {limit}" * (limit >= 2),
             where=where,
             hint="download or copy the file again",
+            code="AK202",
         )
     return 8 + length
 
@@ -130,7 +136,11 @@ def parse_header(raw: bytes, file_size: int, file: str, folder: int = 0) -> Head
 
     def damaged(problem: str, expected: str) -> Damaged:
         return Damaged(
-            problem, expected=expected, where=file, hint="download or copy the file again"
+            problem,
+            expected=expected,
+            where=file,
+            hint="download or copy the file again",
+            code="AK202",
         )
 
     if raw[8:9] != b"{":

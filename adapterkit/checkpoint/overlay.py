@@ -131,6 +131,7 @@ class Overlay:
                 expected="a plan from headers",
                 where=f"{self.label}/{name}",
                 hint="plan it when the step before is done",
+                code="AK111",
             )
         with self._lock:
             if self._made is None:

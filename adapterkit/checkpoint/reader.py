@@ -99,6 +99,7 @@ class Sources:
                 f"cannot open: {error.strerror}",
                 where=str(path),
                 hint="check the file, then run again with --resume",
+                code="AK209",
             ) from error
         current = identity(os.fstat(descriptor))
         if self.expected.setdefault(which, current) != current:
@@ -184,7 +185,10 @@ def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: Tenso
             problem = f"cannot read at byte {position + done}: {error.strerror}"
             where = f"{spec.file}: {shown(spec.key)}"
             raise Failed(
-                problem, where=where, hint="check the disk, then run again with --resume"
+                problem,
+                where=where,
+                hint="check the disk, then run again with --resume",
+                code="AK209",
             ) from error
         if n == 0:
             raise changed(spec.file, f"the file ends at byte {position + done}")
@@ -217,6 +221,7 @@ def read_small(
                     expected=f"{stop} bytes or more",
                     where=name,
                     hint="copy the file again",
+                    code="AK202",
                 )
             view = memoryview(data)
             yield from ((spec, view[spec.start - first : spec.stop - first]) for spec in together)
@@ -259,7 +264,7 @@ def _opened(path: Path) -> Iterator[int]:
     try:
         descriptor = system.open(path, "read")
     except OSError as error:
-        raise Failed(f"cannot read: {error.strerror}", where=str(path)) from error
+        raise Failed(f"cannot read: {error.strerror}", where=str(path), code="AK209") from error
     try:
         yield descriptor
     finally:
@@ -272,12 +277,19 @@ def _read_at(descriptor: int, start: int, stop: int, name: str) -> memoryview:
         return data[: system.read_at(descriptor, data, start)]
     except OSError as error:
         raise Failed(
-            f"cannot read at byte {start}: {error.strerror}", where=name, hint="check the disk"
+            f"cannot read at byte {start}: {error.strerror}",
+            where=name,
+            hint="check the disk",
+            code="AK209",
         ) from error
 
 
 def changed(name: str, problem: str = "the file changed between plan and end") -> Unrecoverable:
     """The error of an input that changed during the job."""
     return Unrecoverable(
-        problem, expected="inputs that stay as they are", where=name, hint="run the job again"
+        problem,
+        expected="inputs that stay as they are",
+        where=name,
+        hint="run the job again",
+        code="AK210",
     )

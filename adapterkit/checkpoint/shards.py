@@ -105,6 +105,7 @@ def _index_name(own: list[str], where: str, errors: Problems) -> str | None:
             "one, or model.safetensors.index.json among them",
             "move the files of the other variants away",
             where=where,
+            code="AK203",
         )
     return indexes[0] if indexes else None
 
@@ -132,6 +133,7 @@ def _unindexed(folder: Folder, own: list[str], errors: Problems) -> list[str] | 
         "name-0000i-of-0000n.safetensors",
         "add the index, or remove the files that are not part of the model",
         where=folder.name,
+        code="AK203",
     )
     return None
 
@@ -166,12 +168,13 @@ def _indexed(index: dict, index_name: str, folder: Folder, errors: Problems) -> 
             "names that any file system keeps apart",
             "rename one",
             where=where,
+            code="AK203",
         )
     return [file for file in names if file not in wrong]
 
 
 def _bad_index(problem: str, expected: str, where: str) -> Damaged:
-    return Damaged(problem, expected=expected, where=where, hint="restore the index")
+    return Damaged(problem, expected=expected, where=where, hint="restore the index", code="AK203")
 
 
 def _shard_name_error(file: str, files: dict[str, int], where: str) -> AdapterkitError | None:
@@ -187,6 +190,7 @@ def _shard_name_error(file: str, files: dict[str, int], where: str) -> Adapterki
             expected="a plain name of the folder itself",
             where=where,
             hint="restore the index",
+            code="AK203",
         )
     if file.startswith(NOT_A_MODEL) or not file.endswith(".safetensors"):
         return Refused(
@@ -194,6 +198,7 @@ def _shard_name_error(file: str, files: dict[str, int], where: str) -> Adapterki
             expected="safetensors files of a model",
             where=where,
             hint="restore the index",
+            code="AK203",
         )
     if file not in files:
         return Damaged(
@@ -201,6 +206,7 @@ def _shard_name_error(file: str, files: dict[str, int], where: str) -> Adapterki
             expected="every file the index names",
             where=where,
             hint="download it",
+            code="AK203",
         )
     return None
 
@@ -212,6 +218,7 @@ def _two_models(single: str, where: str) -> Refused:
         expected="one of them (transformers would load the single file, the index says otherwise)",
         where=where,
         hint="move away the one that is not the model",
+        code="AK203",
     )
 
 
@@ -223,6 +230,7 @@ def _no_weights(folder: Folder, own: list[str]) -> AdapterkitError:
             expected="a model checkpoint",
             where=folder.name,
             hint="give the base model first, then the adapters",
+            code="AK206",
         )
     names = pickles(folder)
     if names:
@@ -234,15 +242,21 @@ def _no_weights(folder: Folder, own: list[str]) -> AdapterkitError:
                 "convert them: AutoModel.from_pretrained(DIR).save_pretrained(OUT), or on the Hub "
                 "use the convert Space"
             ),
+            code="AK206",
         )
     if any(name.endswith(".gguf") for name in own):
         hint = f"make floats of it\n{command('adapterkit dequantize', folder.label, out='floats')}"
         return Refused(
-            "this is a GGUF file", expected="safetensors files", where=folder.name, hint=hint
+            "this is a GGUF file",
+            expected="safetensors files",
+            where=folder.name,
+            hint=hint,
+            code="AK206",
         )
     return Refused(
         "there are no safetensors files",
         expected="a model checkpoint",
         where=folder.name,
         hint="check the path",
+        code="AK206",
     )

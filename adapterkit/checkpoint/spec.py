@@ -97,7 +97,7 @@ def scan_files(
 def _config_errors(config: dict, stored: int, where: str) -> list[AdapterkitError]:
     """Values of a config and its sub-configs that decide which model is built, and cannot be
     right."""
-    errors = Problems(where=where, hint="fix the config", kind=Damaged)
+    errors = Problems(where=where, hint="fix the config", kind=Damaged, code="AK202")
     names = config.get("architectures")
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if names is not None and not is_list:
@@ -122,7 +122,7 @@ def _index_errors(
 ) -> list[AdapterkitError]:
     """Contradictions between the index and the files that could be read."""
     tensors = scan.tensors
-    errors = Problems(where=where, hint="restore the index", kind=Damaged)
+    errors = Problems(where=where, hint="restore the index", kind=Damaged, code="AK202")
     for key, file in weight_map.items():
         spec = tensors.get(key)
         if file in scan.shards and (spec is None or spec.file != file):
@@ -141,7 +141,7 @@ def _shared_strings(tensors: dict[str, TensorSpec], weight_map: dict[str, str]) 
 def _stored_twice(scan: Checkpoint) -> list[AdapterkitError]:
     """Keys that several files hold."""
     files: dict[str, str] = {}  # of each key
-    errors = Problems(where=scan.folder.name)
+    errors = Problems(where=scan.folder.name, code="AK202")
     for spec in (spec for header in scan.shards.values() for spec in header.tensors):
         if spec.key in files:
             problem = f"{shown(spec.key)} in both {shown(files[spec.key])} and {shown(spec.file)}"

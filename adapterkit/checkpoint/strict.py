@@ -74,6 +74,7 @@ def _read_json(folder: Folder, name: str, size: int) -> dict:
             expected="a JSON object",
             where=f"{folder.name}/{name}",
             hint="fix the file",
+            code="AK204",
         ) from error
     if not isinstance(value, dict):
         raise Damaged(
@@ -81,6 +82,7 @@ def _read_json(folder: Folder, name: str, size: int) -> dict:
             expected="a JSON object",
             where=name,
             hint="fix the file",
+            code="AK204",
         )
     return value
 

@@ -79,6 +79,7 @@ def read_lines(file: str) -> list[str]:
             expected="a text file with one source a line",
             where="--from-list",
             hint="check the path",
+            code="AK111",
         ) from error
 
 
@@ -94,14 +95,17 @@ def plan_outputs(lines: Iterable[str], pattern: str) -> list[tuple[str, str]]:
             expected=" or ".join(PLACES),
             where=where,
             hint="use these alone",
+            code="AK111",
         )
     sources = [line.strip() for line in lines]
     sources = list(dict.fromkeys(s for s in sources if s and not s.startswith("#")))
     if not sources:
         problem = "no source in the list"
-        raise Refused(problem, expected="one in each line", where="--from-list", hint="add some")
+        raise Refused(
+            problem, expected="one in each line", where="--from-list", hint="add some", code="AK111"
+        )
     jobs: dict[str, str] = {}  # output -> source
-    errors = Problems()
+    errors = Problems(code="AK111")
     for source in sources:
         name, parent = name_and_parent(source)
         out = pattern.replace("{name}", name).replace("{parent}", parent)

@@ -24,7 +24,12 @@ def explain(code: str | None) -> None:
     name = code.strip("[]").upper()
     if name not in known:
         hint = did_you_mean([name], known) or "`adapterkit explain` lists all"
-        raise Refused(f"no code {shown(code)}", expected=f"{min(known)} to {max(known)}", hint=hint)
+        raise Refused(
+            f"no code {shown(code)}",
+            expected=f"{min(known)} to {max(known)}",
+            hint=hint,
+            code="AK101",
+        )
     entry = known[name]
     lines = [f"{name}: {entry['title']}", "", f"How it comes about: {entry['cause']}"]
     lines += [f"What to do: {entry['do']}", "", *entry["example"].splitlines()]

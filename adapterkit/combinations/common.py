@@ -77,6 +77,7 @@ class InCores(OnFactors):
                 expected=", ".join(known),
                 where="--set inner",
                 hint="use one of these",
+                code="AK101",
             )
         given = {"density": self.density, "majority": self.majority}
         return kinds[self.inner](
@@ -181,6 +182,7 @@ def check_share(option: str, value: float, above_zero: bool = False) -> None:
             expected=f"a number {bounds}",
             where=registry.as_flag(option),
             hint="give a share, 0.2 for a fifth",
+            code="AK101",
         )
 
 
@@ -192,6 +194,7 @@ def check_majority(value: str) -> None:
             expected="total or frequency",
             where="--majority",
             hint="use one of these",
+            code="AK101",
         )
 
 
@@ -204,6 +207,7 @@ def check_chances(density: float, epsilon: float) -> None:
             expected="probabilities above 0, at most 1",
             where="--set epsilon",
             hint=f"give an epsilon below {min(density, 1 - density):g}",
+            code="AK101",
         )
 
 

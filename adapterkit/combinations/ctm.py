@@ -54,6 +54,7 @@ class Ctm(InCores):
                 expected="1 or more",
                 where="--set dimensions",
                 hint="give the rank of the result",
+                code="AK101",
             )
 
     def bases(self, products: Sequence[Product]) -> tuple[Tensor, Tensor]:

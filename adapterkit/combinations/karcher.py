@@ -38,6 +38,7 @@ class Karcher(OnFactors):
                 expected="shares: none below 0, not all 0",
                 where="--method karcher",
                 hint="change the weights, or use linear",
+                code="AK107",
             )
 
     def combine_factors(
@@ -107,4 +108,5 @@ def _refusal(problem: str) -> Refused:
         expected="directions that have a mean",
         where="--method karcher",
         hint="use linear, or fewer adapters",
+        code="AK107",
     )

@@ -30,6 +30,7 @@ class Linear(WeightedSum):
                 expected="strongest",
                 where="--set strength",
                 hint="without it the weights are the adapters' own",
+                code="AK101",
             )
 
     @property

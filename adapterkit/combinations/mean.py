@@ -23,6 +23,7 @@ class Mean(WeightedSum):
                 expected="a sum to divide by",
                 where="weights",
                 hint="use --method linear",
+                code="AK107",
             )
 
     def shares(self, weights: Sequence[float]) -> list[float]:

@@ -40,6 +40,7 @@ class RegMean(OnCovariances):
                 expected="none below 0, and a sum to divide by",
                 where="weights",
                 hint="use --method linear",
+                code="AK107",
             )
 
     def combine_covariances(

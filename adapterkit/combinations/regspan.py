@@ -35,7 +35,9 @@ class RegSpan(OnCovariances):
     def __post_init__(self):
         if not 0 <= self.ridge < float("inf"):
             expected = "a finite number of at least 0"
-            raise Refused(f"ridge {self.ridge!r}", expected=expected, where="--set ridge")
+            raise Refused(
+                f"ridge {self.ridge!r}", expected=expected, where="--set ridge", code="AK101"
+            )
 
     @property
     def over(self) -> Over:

@@ -42,6 +42,7 @@ class Slerp(OnFactors):
                 expected="two",
                 where="--method slerp",
                 hint="use --method karcher for more than two",
+                code="AK107",
             )
 
     def resolve_weights(self, weights: Sequence[float]) -> list[float]:
@@ -55,6 +56,7 @@ class Slerp(OnFactors):
                 expected="one of them: both are the position on the arc",
                 where="--set t",
                 hint=f"give t alone: t {self.t:g} is weights {1 - self.t:g} and {self.t:g}",
+                code="AK107",
             )
         return [1 - self.t, self.t]
 
@@ -86,5 +88,6 @@ def _angle(products: Sequence[Product], weights: Sequence[float]) -> float:
             expected="an arc between them",
             where="--method slerp",
             hint="use linear",
+            code="AK107",
         )
     return math.acos(min(cosine, 1.0))

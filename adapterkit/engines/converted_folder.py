@@ -96,6 +96,7 @@ def check_added_deltas(folder: Folder) -> None:
             expected="an adapter without it",
             where=folder.label,
             hint="do not trust this adapter; without the file it does what other programs show",
+            code="AK114",
         )
 
 

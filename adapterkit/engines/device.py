@@ -56,6 +56,7 @@ def pick_device(name: str) -> torch.device:
             expected="auto, cpu, cuda or cuda:i",
             where="--device",
             hint="use cpu",
+            code="AK109",
         )
     device = torch.device(name)
     usable(device)
@@ -80,6 +81,7 @@ def usable(device: torch.device) -> tuple[int, int]:
                 expected="numbers as they are",
                 where="the environment",
                 hint="unset it, or use --device cpu",
+                code="AK109",
             )
     try:
         three = float(torch.ones(3, device=device).sum())
@@ -93,6 +95,7 @@ def usable(device: torch.device) -> tuple[int, int]:
             expected="a GPU that is free, and that this torch has kernels for",
             where="--device",
             hint="use cpu, or free the GPU, or install the torch for it and its driver",
+            code="AK109",
         )
     return memory
 

@@ -82,6 +82,7 @@ def check_out(plan: Plan, how: RunOptions) -> None:
             expected="an output on the Hub: --out hf://org/name",
             where="options",
             hint="remove --disk-limit",
+            code="AK102",
         )
     check_name(Path(how.out), output_names(plan))
     check_output_apart(Path(how.out), plan.folders, is_file=plan.is_file)
@@ -143,6 +144,7 @@ def check_output_apart(out: Path, folders: Iterable[Folder], *, is_file: bool = 
             expected="a new file" if is_file else "a new folder",
             where=str(out),
             hint="choose another --out",
+            code="AK601",
         )
     places = final.parents if is_file else (final, *final.parents)
     there = next(path for path in places if os.path.exists(path))
@@ -153,7 +155,11 @@ def check_output_apart(out: Path, folders: Iterable[Folder], *, is_file: bool = 
             else f"{shown(there.name)} is a file, and no folder to make one in"
         )
         raise Refused(
-            problem, expected="a folder to make", where=str(out), hint="choose another --out"
+            problem,
+            expected="a folder to make",
+            where=str(out),
+            hint="choose another --out",
+            code="AK601",
         )
     for folder in map(original, folders):
         if not isinstance(folder, LocalFolder):
@@ -171,4 +177,5 @@ def check_output_apart(out: Path, folders: Iterable[Folder], *, is_file: bool = 
                 expected="an output apart from the inputs",
                 where="--out",
                 hint="choose another --out",
+                code="AK601",
             )

@@ -51,6 +51,7 @@ class FileStage(Stage):
                 expected="a new file, or an older output, which --overwrite replaces",
                 where=str(self.out),
                 hint="move it away, or choose another --out",
+                code="AK601",
             )
         if self.out.exists() and not self.replaces:
             raise self._refused(
@@ -65,7 +66,7 @@ class FileStage(Stage):
         return next((one.name.removesuffix(ends) for one in filter(owns, receipts)), "")
 
     def _refused(self, problem: str, hint: str) -> Refused:
-        return Refused(problem, expected="a new file", where=str(self.out), hint=hint)
+        return Refused(problem, expected="a new file", where=str(self.out), hint=hint, code="AK601")
 
     def _output_files(self) -> list[str]:
         return []

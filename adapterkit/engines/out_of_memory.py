@@ -40,7 +40,9 @@ def memory_errors(device: torch.device) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error, device):
             raise
-        raise Failed(f"out of memory: {shown(error)}", hint=HINTS[device.type]) from error
+        raise Failed(
+            f"out of memory: {shown(error)}", hint=HINTS[device.type], code="AK605"
+        ) from error
 
 
 def _is_out_of_memory(error: MemoryError | RuntimeError, device: torch.device) -> bool:

@@ -29,6 +29,7 @@ def planned_folder(out: str, plan: "Plan", source: str) -> Overlay | None:
             expected=f"the output itself{' or '.join(['', *map(shown, inside)])}",
             where=shown(source),
             hint="check the path",
+            code="AK111",
         )
     return folder
 

@@ -195,15 +195,24 @@ def adapters_of(
             weights.append(None if weight is None and str(path) == str(source) else own)
     given = [weight for weight in weights if weight is not None]
     if is_on_hub(options.out):
-        errors.add("a file of weights on the Hub", "a file here", "push it later", where="--out")
+        errors.add(
+            "a file of weights on the Hub",
+            "a file here",
+            "push it later",
+            where="--out",
+            code="AK904",
+        )
     if not weights:
-        errors.add("no adapters were given", "one or more", "name the adapters", where="fit")
+        errors.add(
+            "no adapters were given", "one or more", "name the adapters", where="fit", code="AK904"
+        )
     if given and len(given) < len(weights):
         errors.add(
             f"weights of {len(given)} of {len(weights)} adapters",
             "weights of all, or none",
             "give ADAPTER=WEIGHT for each",
             where="adapters",
+            code="AK904",
         )
     return folders, names, given or [1 / max(len(weights), 1)] * len(weights)
 
@@ -216,7 +225,13 @@ def _drawn(options: WeightFit, errors: Problems) -> tuple[list, list[float], lis
             pairs.append(weight_of(path))
     wrong = [name for name, share in pairs if share <= 0]
     if wrong:
-        errors.add(f"shares of {listed(wrong)}", "numbers above 0", "give FILE=2", where="--data")
+        errors.add(
+            f"shares of {listed(wrong)}",
+            "numbers above 0",
+            "give FILE=2",
+            where="--data",
+            code="AK904",
+        )
     total = sum(share for _, share in pairs if share > 0)
     drawn = []
     for name, share in pairs:
@@ -229,7 +244,10 @@ def _drawn(options: WeightFit, errors: Problems) -> tuple[list, list[float], lis
 
 def _problems(one: StoredAdapter, base: str, name: str) -> list[AdapterkitError]:
     """Why an adapter's change is not its weight times one delta on this base."""
-    adapter, errors = one.adapter, Problems(delta_problems(one.adapter), where=one.adapter.label)
+    adapter, errors = (
+        one.adapter,
+        Problems(delta_problems(one.adapter), where=one.adapter.label, code="AK904"),
+    )
     values = {
         "modules that were trained whole": list(one.values.copies),
         "biases that were trained": list(one.values.biases),
@@ -266,6 +284,7 @@ def _split(
             "2 or more, one of them to be held out",
             "raise --samples, or give a file with more of them",
             where=shown(path),
+            code="AK904",
         )
     random.Random(options.seed).shuffle(own)
     held = min(max(1, round(options.hold * len(own))), len(own) - 1)
@@ -289,6 +308,7 @@ def _check_split(
                 "samples that differ",
                 "remove the samples that are there twice",
                 where="--data",
+                code="AK904",
             )
     if samples and sum(len(own) for _, own in split) < 2:
         errors.add(
@@ -296,6 +316,7 @@ def _check_split(
             "2 or more",
             "raise --samples or --hold",
             where="--hold",
+            code="AK904",
         )
     by_place = [f"--target {options.target}"] * (options.target == "teacher")
     by_place += [f"--start {options.start}"] * (options.start == "stats")
@@ -306,4 +327,5 @@ def _check_split(
             "a file for each adapter, in their order",
             "give --data for each",
             where="--data",
+            code="AK904",
         )

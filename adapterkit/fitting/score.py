@@ -172,10 +172,11 @@ def _command(options: WeightFit, count: int, errors: Problems) -> list[str]:
             f"a command with {PLACE}, where the candidate's folder goes",
             f'e.g. --score "evaluate {PLACE}"',
             where="options",
+            code="AK904",
         )
     if not 2 <= count <= MOST:
         problem, hint = f"{count} adapters", "combine some of them first, or fit to data"
-        errors.add(problem, f"2 to {MOST}", hint, where="--score")
+        errors.add(problem, f"2 to {MOST}", hint, where="--score", code="AK904")
     return words
 
 
@@ -191,4 +192,5 @@ def _failed(problem: str, weights: Sequence[float], expected: str) -> Failed:
         expected=f"{expected} from the program",
         where="--score",
         hint="correct the program, then run it again with --resume",
+        code="AK905",
     )

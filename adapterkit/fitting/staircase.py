@@ -108,6 +108,7 @@ class Staircase:
                     expected="numbers",
                     where="fit",
                     hint="give --dtype fp32, or look for damaged weights\nadapterkit diagnose BASE",
+                    code="AK905",
                 )
 
     @cached_property
@@ -137,6 +138,7 @@ class Staircase:
                 expected="adapters that were trained for their files",
                 where="--balance retention",
                 hint="give another --balance",
+                code="AK905",
             )
         return replace(balance, own=own, base=base)
 

@@ -74,6 +74,7 @@ def architecture_of(
             expected="the model that it was trained on",
             where="options",
             hint="give --base MODEL",
+            code="AK402",
         )
     found = known.get(base.model_type) or known.get(base.text_type)
     if found is None:
@@ -82,5 +83,6 @@ def architecture_of(
             expected=", ".join(sorted(known)),
             where="--base",
             hint="choose another format",
+            code="AK402",
         )
     return found

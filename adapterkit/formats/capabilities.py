@@ -123,7 +123,7 @@ def ways_out(
 
 def refused_by_name(form: Format, keys: Iterable[str], where: str) -> list[AdapterkitError]:
     """Refusals of kinds of deltas that no format holds, with their names."""
-    keys, errors = list(keys), Problems(where=where, hint=EXTRACT)
+    keys, errors = list(keys), Problems(where=where, hint=EXTRACT, code="AK503")
     for name, regex in form.refused.items():
         if some := list(filter(regex.search, keys)):
             expected = f"kinds of deltas that can be converted: {', '.join(form.kinds)}"

@@ -58,6 +58,7 @@ def detect(folder: Folder, number: int = 0) -> Detection:
                 expected="those of one format",
                 where=folder.label,
                 hint="take the file as its tool saved it",
+                code="AK501",
             )
         return first
     if damage is not None:
@@ -76,6 +77,7 @@ def detect(folder: Folder, number: int = 0) -> Detection:
         expected=", ".join(formats()),
         where=folder.label,
         hint="it may be a model: give an adapter" if is_model else LIST_FORMATS,
+        code="AK501",
     )
 
 
@@ -108,6 +110,7 @@ def no_model(detection: Detection, where: str) -> Refused:
         where=where,
         hint="give it as the adapter, of a pipeline's one part\n"
         + command("adapterkit merge", "ORIGINAL", where, out="merged"),
+        code="AK206",
     )
 
 

@@ -68,6 +68,7 @@ def format_named(name: str) -> Format:
             expected=", ".join(name for name, one in known.items() if one.writes),
             where="--to",
             hint=did_you_mean([name], known) or LIST_FORMATS,
+            code="AK103",
         )
     return known[name]
 
@@ -80,4 +81,5 @@ def _check_steps(steps: Iterable[Iterable[str]], known: Collection[str], where: 
             expected=f"some of {', '.join(known)}",
             where=where,
             hint=did_you_mean(unknown, known) or "add it to formats/modules/tensors.py",
+            code="AK204",
         )

@@ -126,6 +126,7 @@ def with_parts(checkpoint: Checkpoint, kind: type[Model] = OneFileModel) -> Mode
             expected="keys of one family of models",
             where=checkpoint.folder.label,
             hint="take the file as its publisher has it",
+            code="AK502",
         )
     name = next(iter(fits))
     parts = {component: known.part for component, known in fits[name].items()}

@@ -89,7 +89,7 @@ def read(
 ) -> Contents:
     """The contents of a file. `Refused` with every key that has no role, every module that is not
     whole, and every name that is unknown or ambiguous."""
-    errors = Problems(where=place_of(folder, container.file))
+    errors = Problems(where=place_of(folder, container.file), code="AK102")
     where = errors.where
     reader = PlanReader((folder,) * (number + 1))
     names = _Names(form, container, reading, where)
@@ -168,6 +168,7 @@ class _Names:
                     expected=", ".join(known),
                     where=self.container.file,
                     hint="convert the adapter that it was made from",
+                    code="AK103",
                 )
             return [name]
         if asked is None:
@@ -178,6 +179,7 @@ class _Names:
                 expected=", ".join(architectures()),
                 where="--architecture",
                 hint="remove --architecture to detect it by the names",
+                code="AK103",
             )
         return [asked]
 
@@ -193,6 +195,7 @@ class _Names:
             expected=", ".join(sorted({one for own in models.values() for one in own})),
             where="config.json",
             hint=f"other models' names in {self.form.title} are not known",
+            code="AK502",
         )
 
     def resolve(self, raws: Sequence[Raw], candidates: Sequence[str]) -> tuple[list[str], Attempt]:
@@ -223,6 +226,7 @@ class _Names:
                 expected=f"modules of {', '.join(candidates)}",
                 where=self.where,
                 hint=WHICH if self.reading.file is None else OTHER_BASE,
+                code="AK502",
             )
         sizes = {name: list(_sizes(attempts[name].resolved)) for name in fits}
         fits = likely(sizes, self.container.metadata)
@@ -238,6 +242,7 @@ class _Names:
                 expected="names of one architecture",
                 where=self.where,
                 hint=WHICH,
+                code="AK502",
             )
         namings = {name: attempts[name].namings[name] for name in fits}
         return fits, replace(attempts[fits[0]], namings=namings)
@@ -352,12 +357,15 @@ class _Names:
                 expected="in each, a matrix for every expert, or one for all",
                 where=self.where,
                 hint="save the adapter again",
+                code="AK302",
             )
 
     def _without_rules(self, raws: Sequence[Raw]) -> Attempt:
         """Modules whose names are the model's, with dots or, by the base's modules,
         underscores."""
-        errors = Problems(where=self.where, hint="give --base, the model it was trained on")
+        errors = Problems(
+            where=self.where, hint="give --base, the model it was trained on", code="AK402"
+        )
         style = self.form.names.style
         resolved: list[NamedModule] = []
         for raw in raws:
@@ -468,5 +476,5 @@ def _check_once(modules: Sequence[AdapterModule], errors: Problems) -> None:
         key = (module.component, module.name, module.kind)
         if key in seen:
             problem = f"{shown(module.path)} is there twice, under two names"
-            errors.add(problem, "each module once", "remove one of them")
+            errors.add(problem, "each module once", "remove one of them", code="AK302")
         seen.add(key)

@@ -58,6 +58,7 @@ class Scales:
                     expected="another number: the trainers take the rank for it, ComfyUI takes 0",
                     where=self.where,
                     hint="write the alpha that was meant into the file",
+                    code="AK504",
                 )
             return number
         if words.place == "metadata" and component in self._declared:
@@ -73,6 +74,7 @@ class Scales:
                         expected="a finite number",
                         where=self.where,
                         hint="take the file as it was saved",
+                        code="AK504",
                     )
                 return number * (rank if words.means == "scale" else 1)
         is_older = self.asked is not None and self.older is not None
@@ -87,6 +89,7 @@ class Scales:
                 expected="--alpha A, as in training (the scale is alpha / rank)",
                 where=self.where,
                 hint="give --alpha",
+                code="AK504",
             )
         if words.default == "rank":
             return float(rank)
@@ -101,6 +104,7 @@ class Scales:
                 expected=f"rank {declared}, as {place} says",
                 where=self.where,
                 hint="take the file as it was saved",
+                code="AK303",
             )
         return alpha
 
@@ -112,6 +116,7 @@ class Scales:
                 expected="one number",
                 where=self.where,
                 hint="save the adapter again",
+                code="AK504",
             )
         if type(stored) is TensorSpec and stored.dtype in dtypes.NUMBERS:
             return self.reader.number(stored)
@@ -164,6 +169,7 @@ class Scales:
                 expected="settings by component",
                 where=self.where,
                 hint="take the file as it was saved",
+                code="AK204",
             ) from error
         tables: dict[str, Json] = {}
         for path, value in settings.items():

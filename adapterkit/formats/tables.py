@@ -40,4 +40,5 @@ def _read(path: Path, record: Callable[[str, dict], R]) -> R:
             expected="the words of adapterkit/formats/schema.py, each with a value of its type",
             where=path.name,
             hint="fix the file",
+            code="AK204",
         ) from error

@@ -70,6 +70,7 @@ def write(
             expected="a format that is written",
             where="--to",
             hint=LIST_FORMATS,
+            code="AK103",
         )
     Problems(unsupported(contents, form)).raise_all()
     if form.names.architecture_key and not architecture:
@@ -145,7 +146,7 @@ def unsupported(
 ) -> list[AdapterkitError]:
     """Refusals of kinds and roles that the format has no keys for, and of an invocation that it
     does not hold; `otherwise`: the hint where no option helps."""
-    errors = Problems(where=contents.folders[0].label if contents.folders else "")
+    errors = Problems(where=contents.folders[0].label if contents.folders else "", code="AK503")
     if contents.facts.get("invocation") and "{invocation}" not in form.metadata.write.values():
         errors.add(
             "this is an activated LoRA, which acts on the tokens after its invocation only",
@@ -217,6 +218,7 @@ def _placed(
             hint="give --architecture" + (", or --prefix-only" if bare else "")
             if fits or bare
             else "choose another format, or give --architecture for a model of the list",
+            code="AK502",
         )
     words = [architectures()[name].words.items() for name, _ in options]
     common = {key: text for key, text in words[0] if all((key, text) in own for own in words)}
@@ -234,6 +236,7 @@ def _check_spelled(contents: Contents, form: Format) -> None:
             expected=f"the model, on which their names in {form.title} depend",
             where=contents.folders[0].label,
             hint="give --base MODEL",
+            code="AK503",
         )
 
 
@@ -297,7 +300,9 @@ def _check_components(modules: Modules, form: Format, architecture: str | None) 
     """`Refused` for components that the format has no keys for, or names alike."""
     components = form.components(architecture)
     used = sorted({module.component for module in modules})
-    errors = Problems(where="--to", hint="give --prefix-only COMPONENT, one after the other")
+    errors = Problems(
+        where="--to", hint="give --prefix-only COMPONENT, one after the other", code="AK503"
+    )
     if not components and len(used) > 1:
         errors.add(
             f"the adapter has components {listed(used)}",
@@ -396,7 +401,7 @@ class _Group:
 
 def _unnamed(form: Format, architecture: str, tied: list[str], lacking: list[str]) -> Problems:
     """Refusals of modules that the format cannot name."""
-    errors = Problems()
+    errors = Problems(code="AK403")
     if tied:
         errors.add(
             f"the base has one weight for embeddings and head: {listed(tied)} cannot have "

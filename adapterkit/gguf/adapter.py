@@ -89,11 +89,13 @@ def read_adapter(folder: Folder, name: str, number: int = 0) -> AdapterFile:
                 expected=repr(value),
                 where=name,
                 hint="give a LoRA adapter; a model goes where a base is expected",
+                code="AK207",
             )
             for key, value in EXPECTED.items()
             if header.metadata.get(key) != value
         ],
         where=name,
+        code="AK207",
     )
     end, size = max((entry.stop for entry in header.tensors), default=0), folder.files()[name]
     if size not in (end, _aligned(end)):
@@ -138,7 +140,7 @@ def gguf_layout(
 
 def _errors(file: str, tensors: Sequence[TensorPlan]) -> list[AdapterkitError]:
     """Tensors that ggml cannot hold."""
-    errors = Problems(where=file)
+    errors = Problems(where=file, code="AK207")
     for tensor in tensors:
         problem = f"{shown(tensor.key)} {tensor.dtype} {tensor.shape}"
         hint = "leave that module out, or convert to another format"
@@ -172,7 +174,13 @@ def _value(value: Value) -> bytes:
     numbers = [value] if isinstance(value, int) else value
     if not all(0 <= number < 1 << 32 for number in numbers):
         problem, where = f"a number of the config is {max(numbers)}", "adapter_config.json"
-        raise Refused(problem, expected="32 bits, as in GGUF", where=where, hint="fix the config")
+        raise Refused(
+            problem,
+            expected="32 bits, as in GGUF",
+            where=where,
+            hint="fix the config",
+            code="AK207",
+        )
     if isinstance(value, int):
         return struct.pack("<II", UINT32, value)
     return struct.pack(f"<IIQ{len(value)}I", ARRAY, UINT32, len(value), *value)

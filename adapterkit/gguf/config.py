@@ -45,15 +45,15 @@ def check_counts(file: GgufFile) -> None:
             continue
         if type(value) is not int or not 0 <= value <= limit:
             problem, hint = f"{shown(key)} is {shown(value)}", "download the file again"
-            file.errors.add(problem, f"at most {limit}", hint, kind=Damaged)
+            file.errors.add(problem, f"at most {limit}", hint, kind=Damaged, code="AK405")
     heads = file.header.metadata.get("falcon.attention.head_count_kv", 1)
     # llama.cpp sorts the rows of groups, and transformers does not sort them back
     if file.architecture == "falcon" and heads != 1:
         problem = f"falcon with {shown(heads)} groups of keys"
-        file.errors.add(problem, "falcon with one")
+        file.errors.add(problem, "falcon with one", code="AK405")
     # of models that see, for which llama.cpp sorts the rows of q and k
     if file.architecture == "glm4" and "glm4.rope.dimension_sections" in file.header.metadata:
-        file.errors.add("glm4 with sections of positions", "a language model without")
+        file.errors.add("glm4 with sections of positions", "a language model without", code="AK405")
     file.errors.raise_all()
 
 
@@ -132,7 +132,7 @@ def class_name_of(file: GgufFile, model_type: str) -> str:
             name = table[model_type]
             return name if isinstance(name, str) else name[0]
     problem = f"no language model of type {shown(model_type)}"
-    file.errors.fail(problem, "an architecture that transformers knows")
+    file.errors.fail(problem, "an architecture that transformers knows", code="AK405")
 
 
 def _unread_metadata(file: GgufFile) -> Json:
@@ -188,7 +188,7 @@ def _set_rope_scaling(file: GgufFile, config: Json) -> None:
             f"{shown(key)} is {shown(value)}" for key, value in {**settings, **scaling}.items()
         )
         expected = "linear or yarn by a factor, or as Llama 3's"
-        file.errors.fail(f"positions scaled by rope.{pairs}", expected)
+        file.errors.fail(f"positions scaled by rope.{pairs}", expected, code="AK405")
     if scaling and isinstance(parameters, dict):
         parameters.update({key: _shortest(value) for key, value in scaling.items()})
 
@@ -214,7 +214,7 @@ def _llama3_scaling(file: GgufFile, config: Json) -> Json:
         scaled = lambda: 1 / ((1 - smooth) / largest + smooth)
         if largest > 0 and np.allclose(scaled(), factors, rtol=1e-4):
             return {"rope_type": "llama3", "factor": largest, **LLAMA3}
-    file.errors.fail(f"{FREQUENCIES} of an unknown rule", "the factors of Llama 3")
+    file.errors.fail(f"{FREQUENCIES} of an unknown rule", "the factors of Llama 3", code="AK405")
 
 
 def _shortest(value: object) -> Any:

@@ -76,6 +76,7 @@ class GgufFile:
                 f"this is {shown(self.architecture)!r}",
                 where=self.name,
                 hint="update transformers, or use the original checkpoint",
+                code="AK405",
             ) from error
 
 
@@ -115,6 +116,7 @@ def check_models(folder: Folder, names: Iterable[str]) -> None:
                 expected=f"{expected or 'none'} in a model of {shown(header.architecture)}",
                 where=files[0],
                 hint="merge again; --tied fold changes both sides of a tied embedding",
+                code="AK207",
             )
 
 
@@ -134,6 +136,7 @@ def check_types(gguf: Any, kinds: Iterable[str]) -> None:
             f"blocks of {', '.join(unknown)}",
             expected="types that the gguf package decodes",
             hint="update the gguf package: pip install -U gguf",
+            code="AK207",
         )
 
 

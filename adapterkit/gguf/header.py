@@ -174,6 +174,7 @@ def find_gguf(folder: Folder) -> GgufFiles | None:
             expected="one",
             where=folder.name,
             hint="give the path of the file itself, of a split model its first",
+            code="AK207",
         )
     expected = _parts_of(files[0])
     if missing := [name for name in expected if name not in files]:
@@ -182,6 +183,7 @@ def find_gguf(folder: Folder) -> GgufFiles | None:
             expected="all parts of the split model",
             where=folder.name,
             hint="download them",
+            code="AK207",
         )
     return GgufFiles(folder, expected)
 
@@ -223,6 +225,7 @@ def read_model(files: GgufFiles) -> tuple[GgufHeader, dict[str, GgufHeader]]:
                 "give a folder with all files, named as llama.cpp names them, or join them: "
                 "llama-gguf-split --merge FIRST OUT",
                 kind=Refused,
+                code="AK207",
             )
     errors.raise_all()
     first, *others = headers.values()
@@ -230,11 +233,13 @@ def read_model(files: GgufFiles) -> tuple[GgufHeader, dict[str, GgufHeader]]:
     stated = first.metadata.get(SPLIT_TENSORS, len(tensors))
     if others and stated != len(tensors):
         errors.add(
-            f"{len(tensors)} tensors in all files", f"{shown(stated)}, as the first one says"
+            f"{len(tensors)} tensors in all files",
+            f"{shown(stated)}, as the first one says",
+            code="AK207",
         )
     twice = len(tensors) - len({entry.name for entry in tensors})
     if twice:
-        errors.add(f"{twice} tensors are in two files", "each tensor once")
+        errors.add(f"{twice} tensors are in two files", "each tensor once", code="AK207")
     errors.raise_all()
     return replace(first, tensors=tuple(tensors)), headers
 
@@ -257,7 +262,7 @@ def read_gguf(
         except _Incomplete as incomplete:
             if len(raw) >= min(size, MAX_HEADER):
                 problem = f"the file ends inside its header: {incomplete}"
-                _damage(name).fail(problem, "a whole header")
+                _damage(name).fail(problem, "a whole header", code="AK207")
             raw += folder.read(name, len(raw), min(4 * len(raw), size, MAX_HEADER))
 
 
@@ -287,7 +292,7 @@ class _Parser:
 
     def header(self) -> GgufHeader:
         if self.raw[:4] != MAGIC:
-            self.errors.fail(f"a file that begins with {self.raw[:4]!r}", "GGUF")
+            self.errors.fail(f"a file that begins with {self.raw[:4]!r}", "GGUF", code="AK207")
         self.at = 4
         (version,) = self.unpack("I")
         if version not in VERSIONS:
@@ -297,16 +302,19 @@ class _Parser:
                 expected="GGUF version 2 or 3, little-endian",
                 where=self.name,
                 hint="convert the file with llama.cpp's own tools",
+                code="AK207",
             )
         tensors, keys = self.unpack("QQ")
         if tensors > MAX_TENSORS or keys > MAX_KEYS or 24 * tensors + 13 * keys > self.size:
-            self.errors.fail(f"{tensors} tensors and {keys} keys", self.capacity)
+            self.errors.fail(f"{tensors} tensors and {keys} keys", self.capacity, code="AK207")
         metadata = self.metadata(keys)
         infos = [self.tensor_info() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", ALIGNMENT)
         valid = type(alignment) is int and 8 <= alignment <= 1 << 20
         if not valid or alignment & (alignment - 1):
-            self.errors.fail(f"general.alignment {shown(alignment)}", "a power of 2 from 8 on")
+            self.errors.fail(
+                f"general.alignment {shown(alignment)}", "a power of 2 from 8 on", code="AK207"
+            )
         raw, data_start = self.raw[: self.at], -(-self.at // alignment) * alignment
         entries = self.entries(infos, data_start, alignment)
         return GgufHeader(raw, metadata, entries, self.arrays, self.name, self.size, self.spans)
@@ -322,7 +330,7 @@ class _Parser:
 
     def read(self, count: int) -> bytes:
         if count > self.size - self.at:
-            self.errors.fail(f"{count} bytes at {self.at}", self.capacity)
+            self.errors.fail(f"{count} bytes at {self.at}", self.capacity, code="AK207")
         if count > len(self.raw) - self.at:
             raise _Incomplete(f"{count} bytes at {self.at}")
         self.at += count
@@ -331,11 +339,11 @@ class _Parser:
     def text(self, max_length: int | None = None) -> str:
         (length,) = self.unpack("Q")
         if max_length is not None and length > max_length:
-            self.errors.fail(f"a name of {length} bytes", f"at most {max_length}")
+            self.errors.fail(f"a name of {length} bytes", f"at most {max_length}", code="AK207")
         try:
             return self.read(length).decode()
         except UnicodeDecodeError:
-            self.errors.fail(f"a text at {self.at} that is not UTF-8", "UTF-8")
+            self.errors.fail(f"a text at {self.at} that is not UTF-8", "UTF-8", code="AK207")
 
     def metadata(self, count: int) -> Json:
         metadata: Json = {}
@@ -343,18 +351,22 @@ class _Parser:
             start = self.at
             key = self.text(MAX_NAME)
             if not key.isprintable() or not key or key in metadata:
-                self.errors.fail(f"the key {shown(key)!r}", "printable keys, each once")
+                self.errors.fail(
+                    f"the key {shown(key)!r}", "printable keys, each once", code="AK207"
+                )
             (kind,) = self.unpack("I")
             metadata[key] = self.array(key) if kind == ARRAY else self.value(kind)
             if key == "general.alignment" and kind != UINT32:
-                self.errors.fail(f"general.alignment of type {kind}", "a 32-bit number")
+                self.errors.fail(
+                    f"general.alignment of type {kind}", "a 32-bit number", code="AK207"
+                )
             self.spans[key] = start, self.at
         name = metadata.get("general.architecture")
         if name is None and (metadata.get("split.no") or not metadata):
             return metadata  # the first part has what is said of the model
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name):
             problem = f"general.architecture {shown(name)!r}"
-            self.errors.fail(problem, "the name of an architecture")
+            self.errors.fail(problem, "the name of an architecture", code="AK207")
         return metadata
 
     def value(self, kind: int) -> Any:
@@ -363,7 +375,7 @@ class _Parser:
             return self.unpack(SCALARS[kind])[0]
         if kind == STRING:
             return self.text()
-        self.errors.fail(f"a value of type {kind}", "one of 13 types")
+        self.errors.fail(f"a value of type {kind}", "one of 13 types", code="AK207")
 
     def array(self, key: str) -> Length:
         """The length of an array; its items are skipped, but for a few numbers."""
@@ -375,10 +387,10 @@ class _Parser:
                 self.arrays[key] = struct.unpack(f"<{count}{code}", data)
         elif inner == STRING:
             if 8 * count > self.size - self.at:
-                self.errors.fail(f"an array of {count} texts", self.capacity)
+                self.errors.fail(f"an array of {count} texts", self.capacity, code="AK207")
             self.skip_texts(count)
         else:
-            self.errors.fail(f"an array of type {inner}", "numbers or texts")
+            self.errors.fail(f"an array of type {inner}", "numbers or texts", code="AK207")
         return Length(count)
 
     def skip_texts(self, count: int) -> None:
@@ -401,10 +413,12 @@ class _Parser:
         name = self.text(MAX_NAME)
         if not name or not name.isprintable() or ".." in name.replace("\\", "/").split("/"):
             expected = f"1 to {MAX_NAME} printable characters"
-            self.errors.fail(f"tensor name {shown(name)!r}", expected)
+            self.errors.fail(f"tensor name {shown(name)!r}", expected, code="AK207")
         (rank,) = self.unpack("I")
         if rank > MAX_AXES:
-            self.errors.fail(f"{shown(name)} of {rank} dimensions", f"at most {MAX_AXES}")
+            self.errors.fail(
+                f"{shown(name)} of {rank} dimensions", f"at most {MAX_AXES}", code="AK207"
+            )
         shape = self.unpack(f"{rank}Q")[::-1]
         at = self.at
         kind, offset = self.unpack("IQ")
@@ -419,16 +433,16 @@ class _Parser:
         entries, names = [], set()
         for name, shape, kind, offset, at in infos:
             if name in names:
-                errors.add(f"{shown(name)} is there twice", "each tensor once")
+                errors.add(f"{shown(name)} is there twice", "each tensor once", code="AK207")
             names.add(name)
             values, width = self.block_sizes.get(kind, (0, 0))
             count = math.prod(shape)
             if not values:
                 problem = f"{shown(name)} is of type {kind}"
-                errors.add(problem, "types it knows", self.hint, kind=Refused)
+                errors.add(problem, "types it knows", self.hint, kind=Refused, code="AK207")
             elif not shape or not 0 < count < 2**62 or shape[-1] % values:
                 problem = f"{shown(name)} of shape {shape}"[:200]
-                errors.add(problem, f"rows of whole blocks of {values} values")
+                errors.add(problem, f"rows of whole blocks of {values} values", code="AK207")
             else:
                 start = data_start + offset
                 stop = start + count // values * width
@@ -438,7 +452,7 @@ class _Parser:
         for entry in sorted(entries, key=lambda entry: entry.start):
             if entry.start != at or entry.stop > self.size:
                 problem = f"{shown(entry.name)} at bytes {entry.start} to {entry.stop}"[:300]
-                errors.add(problem, f"from {at} on, in a file of {self.size} bytes")
+                errors.add(problem, f"from {at} on, in a file of {self.size} bytes", code="AK207")
             at = -(-entry.stop // alignment) * alignment
         Problems(errors[:MAX_ERRORS]).raise_all()
         return tuple(entries)

@@ -26,7 +26,7 @@ def open_image_gguf(files: GgufFiles, number: int = 0) -> GgufCheckpoint | None:
         return None
     kinds = {entry.type for entry in header.tensors}
     check_types(gguf_package(), kinds)
-    errors = Problems(where=files.names[0], hint="make the file again")
+    errors = Problems(where=files.names[0], hint="make the file again", code="AK207")
     tensors: dict[str, TensorSpec] = {}
     for entry in header.tensors:
         shape = header.arrays.get(SHAPE + entry.name, entry.shape)

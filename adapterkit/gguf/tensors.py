@@ -170,7 +170,7 @@ def model_tensors(
     if unknown:
         some = ", ".join(map(shown, unknown[:6]))
         problem = f"{len(unknown)} tensors that transformers has no place for: {some}"
-        errors.add(problem, f"the tensors of {model.class_name}")
+        errors.add(problem, f"the tensors of {model.class_name}", code="AK207")
     tied = tied_names(model.model)
     missing = [
         key
@@ -186,6 +186,7 @@ def model_tensors(
             f"all of {model.class_name}",
             "download the file again",
             kind=Damaged,
+            code="AK207",
         )
     layouts = _Layouts(file.name, number)
     tensors: dict[str, TensorSpec] = {}
@@ -248,6 +249,7 @@ class _Layouts:
                 expected=f"what {shown(key)} {shape} is made of",
                 where=self.file,
                 hint="download the file again",
+                code="AK406",
             )
         return GgufWeight.of(
             (entry.stored(self.number) for entry in entries),

@@ -134,6 +134,7 @@ class GgufWeight(QuantizedWeight):
                 expected=f"{self.shape}, each value where it was",
                 where=self.file,
                 hint="convert it with llama.cpp's own tools",
+                code="AK406",
             )
         return weight.to(rows[0].device)
 

@@ -46,6 +46,7 @@ def parse_output(out: str, *, endings: Collection[str] = ("",)) -> HubId:
             expected=expected,
             where="--out",
             hint="give your account's or organization's name, the repository's, and a branch of it",
+            code="AK701",
         )
     suffix = PurePosixPath(hub_id.subfolder).suffix
     if "" not in endings and suffix not in endings:
@@ -54,6 +55,7 @@ def parse_output(out: str, *, endings: Collection[str] = ("",)) -> HubId:
             expected=expected,
             where="--out",
             hint=f"give a name that ends in {' or '.join(endings)} behind the colon",
+            code="AK701",
         )
     if suffix in FILES and suffix not in endings:
         raise Refused(
@@ -61,6 +63,7 @@ def parse_output(out: str, *, endings: Collection[str] = ("",)) -> HubId:
             expected=expected,
             where="--out",
             hint="give its folder: the file is named as its format has it",
+            code="AK701",
         )
     return hub_id
 
@@ -106,6 +109,7 @@ def check_apart(hub_id: HubId, folders: Iterable[Folder], head: str = "") -> Non
                 expected="an output apart from the inputs",
                 where=str(hub_id),
                 hint=f"give another repository, or a new branch: --out hf://{hub_id.repo}@NAME",
+                code="AK705",
             )
 
 
@@ -131,6 +135,7 @@ class Destination:
                 expected="a network to push over",
                 where=hub_id.repo,
                 hint="unset HF_HUB_OFFLINE, or write a folder and push it later with `hf upload`",
+                code="AK703",
             )
         self.hub_id, self.sources, self.inputs = hub_id, sources, inputs
         self.receipt_name = receipt_name  # of the output, in its folder
@@ -160,11 +165,19 @@ class Destination:
         hint = "create one at https://huggingface.co/settings/tokens, then `hf auth login`"
         if not get_token():
             raise Refused(
-                "not logged in to the Hub", expected=expected, where=str(self.hub_id), hint=hint
+                "not logged in to the Hub",
+                expected=expected,
+                where=str(self.hub_id),
+                hint=hint,
+                code="AK702",
             )
         if retry(_role, self.hub_id) == "read":
             raise Refused(
-                "the token can only read", expected=expected, where=str(self.hub_id), hint=hint
+                "the token can only read",
+                expected=expected,
+                where=str(self.hub_id),
+                hint=hint,
+                code="AK702",
             )
         if self._has_repo():
             retry(lambda: HfApi().auth_check(self.hub_id.repo, write=True), self.hub_id)
@@ -197,6 +210,7 @@ class Destination:
                 where=str(self.hub_id),
                 hint="push to another repository or a new branch, or delete them first\n"
                 + self._deletion(foreign),
+                code="AK705",
             )
         replaces = overwrite or self.is_new or bool(job and older.get("fingerprint") == job)
         if not replaces and (replaced := sorted(filter(differs, there))):
@@ -205,6 +219,7 @@ class Destination:
                 expected="a new place",
                 where=str(self.hub_id),
                 hint="choose another repository or a new branch, or give --overwrite to replace it",
+                code="AK705",
             )
         self.outdated = sorted(written.intersection(self.before) - set(names)) if replaces else []
 
@@ -251,6 +266,7 @@ class Destination:
                 expected="a folder, there or not",
                 where=str(self.hub_id),
                 hint="choose another folder",
+                code="AK705",
             )
 
     def create(self) -> None:

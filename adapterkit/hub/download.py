@@ -24,6 +24,8 @@ BLOCK = 4 << 20  # bytes that are hashed at a time
 class Stopped(Failed):
     """The job has ended, and does not want the file any more."""
 
+    code = "AK704"
+
     def __init__(self):
         super().__init__("the job has ended")
 
@@ -55,6 +57,7 @@ def download(
                 expected=folder.hashes[name],
                 where=location(folder.pinned, name),
                 hint="run again with --resume; check proxies on the way",
+                code="AK704",
             )
         with storage_errors(file):
             system.replace(part, file)

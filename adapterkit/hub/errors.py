@@ -17,6 +17,8 @@ class UnusableAnswer(Exception):
 class Unreachable(Failed):
     """No answer at all."""
 
+    code = "AK703"
+
 
 # What an error of the library means: class, problem, expected, hint
 Meaning = tuple[type[AdapterkitError], str, str, str]
@@ -110,6 +112,7 @@ def explain(error: BaseException, hub_id: HubId, file: str = "") -> AdapterkitEr
         expected=redact(expected.format_map(names)),
         where=location(hub_id, file),
         hint=redact(hint.format_map(names)),
+        code=kind.code or "AK702",
     )
 
 

@@ -314,6 +314,7 @@ class HubFolder:
                 expected="one of " + shown(", ".join(self._entries)),
                 where=location(self.pinned, name),
                 hint="check the file name, and whether the repository is complete",
+                code="AK701",
             )
         return self._entries[name].size
 
@@ -325,6 +326,7 @@ class HubFolder:
             expected="a cached copy, or a network",
             where=location(self.pinned, name),
             hint=f"unset HF_HUB_OFFLINE, or where there is a network\n{download}",
+            code="AK703",
         )
 
 
@@ -354,6 +356,7 @@ def _read_local(path: Path, start: int, stop: int) -> bytes:
             expected="a readable cache",
             where=str(path),
             hint="delete the file",
+            code="AK704",
         ) from error
     if len(data) != stop - start:
         raise Failed(
@@ -361,6 +364,7 @@ def _read_local(path: Path, start: int, stop: int) -> bytes:
             expected=f"{stop - start:,} bytes, as there were when the size was checked",
             where=str(path),
             hint="keep other programs from the cache and run again",
+            code="AK704",
         )
     return data
 
@@ -373,4 +377,5 @@ def _check_size(path: Path, size: int) -> None:
             expected=f"{size:,} bytes",
             where=str(path),
             hint="delete this file" + " and the one it links to" * path.is_symlink(),
+            code="AK704",
         )

@@ -53,6 +53,7 @@ def list_files(hub_id: HubId) -> tuple[str, dict[str, RemoteEntry]]:
             expected="a folder with a checkpoint, or a file of weights",
             where=str(hub_id),
             hint=f"see {page(hub_id)}/tree/{commit}",
+            code="AK701",
         )
     return commit, entries
 
@@ -98,7 +99,9 @@ def _entry(file, hub_id: HubId) -> RemoteEntry:
 
 def _not_a_hub(problem: str, expected: str, hub_id: HubId) -> Failed:
     hint = "check that HF_ENDPOINT is a Hub server"
-    return Failed(f"the answer has {problem}", expected=expected, where=str(hub_id), hint=hint)
+    return Failed(
+        f"the answer has {problem}", expected=expected, where=str(hub_id), hint=hint, code="AK702"
+    )
 
 
 def _in_subfolder(
@@ -138,6 +141,7 @@ def _list_cache(hub_id: HubId, why: str, way_out: str) -> tuple[str, dict[str, R
         expected="a path that exists, a cached copy, or a network",
         where=str(hub_id),
         hint=f"{way_out}, or where there is a network\n{download}",
+        code="AK703",
     )
 
 

@@ -118,6 +118,7 @@ def _finished_files(output: Path, receipt: str) -> dict[str, int]:
             expected="an output to upload",
             where=str(output),
             hint="check the path",
+            code="AK608",
         )
     files = LocalFolder(output).files()
     unfinished = [name for name in files if name.endswith(".part")]
@@ -127,6 +128,7 @@ def _finished_files(output: Path, receipt: str) -> dict[str, int]:
             expected="the finished output of a job",
             where=str(output),
             hint="finish the job first, with --resume if it was interrupted",
+            code="AK608",
         )
     return files
 

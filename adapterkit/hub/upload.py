@@ -240,4 +240,5 @@ def _refuse_left_out(names: list[str], where: HubId) -> None:
             expected="all files of the output, byte for byte",
             where=str(where),
             hint="check whether the repository's .gitignore excludes them, then push again",
+            code="AK704",
         )

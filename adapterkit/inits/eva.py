@@ -53,6 +53,7 @@ class Eva(RedistributingInit):
             expected=f"at least {needed}: rank {rank} times rho {self.rho:g}",
             where=where,
             hint=f"collect them with components {needed}, or give a smaller rank or rho",
+            code="AK106",
         )
 
     def new_alpha(self, alpha: float, rank: int, new_rank: int) -> float:
@@ -98,6 +99,7 @@ def distribute(ratios: Sequence[Sequence[float]], budget: int) -> list[int]:
             expected="inputs that differ",
             where="statistics",
             hint="collect the statistics on more texts",
+            code="AK106",
         )
     ranks = [0] * len(ratios)
     for _, module in pool[:budget]:

@@ -30,6 +30,7 @@ class Orthogonal(DrawnInit):
                 expected="an even rank, and matrices",
                 where="init",
                 hint="give an even rank, or exclude the convolutions",
+                code="AK105",
             )
         (rank, width), out = a_shape, b_shape[0]
         q, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))

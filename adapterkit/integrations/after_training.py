@@ -30,7 +30,7 @@ class AfterTraining:
     def __post_init__(self) -> None:
         if self.push is not None and self.merge is None:
             hint = "give merge=FOLDER, or upload the adapter with the trainer's push_to_hub"
-            raise Refused("push without merge", expected="a merged model", hint=hint)
+            raise Refused("push without merge", expected="a merged model", hint=hint, code="AK102")
 
     def run(self, adapter: StrPath, base: str | None = None) -> list[str]:
         """Make all of it, from the folder of an adapter; lines that say what was made. `base`: what
@@ -50,6 +50,7 @@ class AfterTraining:
                     expected="its folder or id",
                     where=os.fspath(adapter),
                     hint="give base=",
+                    code="AK102",
                 )
             exists = Path(self.merge).exists()
             done = merge(model, [adapter], out=self.merge, push=self.push, overwrite=exists)

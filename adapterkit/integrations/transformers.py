@@ -56,6 +56,7 @@ class AdapterkitCallback(TrainerCallback):
                     expected="one, with an adapter in it",
                     where=str(args.output_dir),
                     hint="train with save_strategy='steps' or 'epoch', which saves the last step",
+                    code="AK805",
                 )
             assert model is not None
             model.save_pretrained(folder)

@@ -108,6 +108,7 @@ class AdapterkitResolver(LoRAResolver):
                 expected=f"at most {self.max_rank}, the server's --max-lora-rank",
                 where=source,
                 hint=f"serve with a larger one, or shrink it\n{smaller}",
+                code="AK108",
             )
         return out, digest
 
@@ -125,7 +126,7 @@ class AdapterkitResolver(LoRAResolver):
         if over > sum(size[path] for path in old):
             problem, hint = f"{bytes_text(needed)} and what is in use", "set it to more, or wait"
             expected = f"at most {bytes_text(self.size)}"
-            raise Refused(problem, expected=expected, where=SIZE, hint=hint)
+            raise Refused(problem, expected=expected, where=SIZE, hint=hint, code="AK108")
         for path in old:
             if over > 0:
                 over -= size[path]
@@ -155,7 +156,9 @@ def _size() -> int:
     try:
         return parse_size(os.environ.get(SIZE) or "20GB")
     except ValueError:
-        raise Refused("no size", expected="such as 20GB", where=SIZE, hint="change it") from None
+        raise Refused(
+            "no size", expected="such as 20GB", where=SIZE, hint="change it", code="AK108"
+        ) from None
 
 
 def _max_rank(argv: list[str]) -> int:

@@ -36,6 +36,7 @@ def rank_of(text: str, environment: Mapping[str, str] | None = None) -> Numbers:
             expected="auto, or I/N with I from 0 to N - 1",
             where="options",
             hint="the first of four is 0/4",
+            code="AK101",
         )
     return int(match[1]), int(match[2])
 
@@ -97,4 +98,6 @@ def _whole(environment: Mapping[str, str], name: str) -> int:
 
 
 def _refused(problem: str, expected: str) -> Refused:
-    return Refused(problem, expected=expected, where="the environment", hint="give --rank I/N")
+    return Refused(
+        problem, expected=expected, where="the environment", hint="give --rank I/N", code="AK101"
+    )

@@ -112,7 +112,7 @@ def run_pipeline(
 
 def _check_local(steps: Sequence[PipelineStep], file: Path) -> None:
     """`Refused` where steps send their outputs away."""
-    problems = Problems(where=shown(file.name))
+    problems = Problems(where=shown(file.name), code="AK114")
     for step in steps:
         if step.sent_to:
             problems.add(
@@ -238,6 +238,7 @@ class _Pipeline:
                 expected="a new output, or an older one of this pipeline",
                 where=where,
                 hint="choose another out, or give --overwrite",
+                code="AK111",
             )
 
     def carry_out(self, run: StepRun) -> Row:

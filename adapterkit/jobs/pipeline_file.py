@@ -140,7 +140,11 @@ def _entries(file: Path) -> list[Json]:
     except (OSError, ValueError, RecursionError) as error:  # of TOML, of UTF-8, of its numbers
         why = error.strerror if isinstance(error, OSError) else f"not TOML: {error}"
         raise Refused(
-            shown(why), expected="[[step]] tables", where=where, hint="check the path and the file"
+            shown(why),
+            expected="[[step]] tables",
+            where=where,
+            hint="check the path and the file",
+            code="AK111",
         ) from error
     refuse_shares(document, where)
     hint = "add a [[step]] with verb, inputs and out"
@@ -197,7 +201,7 @@ def _sources(
     needed = [name for name in checks if option_of(fields[name]).unless not in step.options]
     if len(inputs) < len(needed) or (len(inputs) > len(checks) and not several):
         expected = " ".join(checks).upper().replace("ADAPTERS", "ADAPTER...")
-        errors.add(f"{len(inputs)} inputs", expected, "check inputs", where=where)
+        errors.add(f"{len(inputs)} inputs", expected, "check inputs", where=where, code="AK111")
         return {}
     arguments: dict[str, Any] = {
         name: source(checks[name].kind, text) for name, text in zip(single, inputs, strict=False)
@@ -280,11 +284,12 @@ def _needed(
                 expected="inputs that no step writes, or an earlier one",
                 where=where,
                 hint="put the steps in order, or choose another out",
+                code="AK111",
             )
 
 
 def _overlaps(outs: Mapping[int, Location]) -> list[AdapterkitError]:
-    errors = Problems(hint="choose another out")
+    errors = Problems(hint="choose another out", code="AK111")
     for (first, one), (second, two) in itertools.combinations(outs.items(), 2):
         if one.within(two) or two.within(one):
             problem = f"the outputs of steps {first} and {second} are one, or one holds the other"

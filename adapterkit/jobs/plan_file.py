@@ -101,6 +101,7 @@ def read_plan(file: StrPath) -> PlanFile:
             expected=f"one of {__version__}, as this is",
             where=str(path),
             hint="use the same adapterkit everywhere, or make the plan again",
+            code="AK111",
         )
     Problems(records.problems(CONTENT, data, str(path), hint=AGAIN)).raise_all()
     verb, arguments = VERB.read(data["verb"]), data["arguments"]
@@ -133,7 +134,7 @@ def _check_room(path: Path, overwrite: bool, out: Path) -> None:
         hint = "create it, or choose another --plan"
     else:
         return
-    raise Refused(problem, expected=expected, where=where, hint=hint)
+    raise Refused(problem, expected=expected, where=where, hint=hint, code="AK111")
 
 
 def _is_plan(path: Path) -> bool:
@@ -147,7 +148,7 @@ def _is_plan(path: Path) -> bool:
 
 def _unreadable(path: Path, problem: str, hint: str = AGAIN) -> Refused:
     expected = "a file that `adapterkit VERB ... --plan FILE` wrote"
-    return Refused(problem, expected=expected, where=str(path), hint=hint)
+    return Refused(problem, expected=expected, where=str(path), hint=hint, code="AK111")
 
 
 def _portable(verb: WritingVerb, path: Path) -> Json:
@@ -159,6 +160,7 @@ def _portable(verb: WritingVerb, path: Path) -> Json:
             expected="a folder that all processes see",
             where="--out",
             hint=f"write into a folder, then send it\n{send}",
+            code="AK111",
         )
     if getattr(verb, "push", None) is not None:
         raise Refused(
@@ -166,6 +168,7 @@ def _portable(verb: WritingVerb, path: Path) -> Json:
             expected="a plan file, which does not say where its output is sent",
             where="options",
             hint=f"give it later\n{send}",
+            code="AK111",
         )
     own = {"accept", "allow_pickle"}
     arguments = arguments_of(verb, _portable_path, {*OF_THE_USER} - own)
@@ -176,6 +179,7 @@ def _portable(verb: WritingVerb, path: Path) -> Json:
             expected="text, numbers, lists and mappings",
             where="--plan",
             hint=f"remove {lost}, or run without --plan",
+            code="AK111",
         )
     return json.loads(json.dumps(arguments))
 

@@ -89,14 +89,24 @@ def merge_of(file: Path, **running: Any) -> Merge:
     that is not covered."""
     folder = LocalFolder(file.absolute().parent)
     if file.name not in folder.files():
-        raise Refused("no such file", expected="a recipe", where=str(file), hint="check the path")
+        raise Refused(
+            "no such file",
+            expected="a recipe",
+            where=str(file),
+            hint="check the path",
+            code="AK113",
+        )
     table = read_config(folder, file.name)
     refuse_shares(table, file.name)
     if "step" in table or "steps" in table:
         hint = "write each step as a table [[step]] of a .toml file: see Pipelines in docs/scale.md"
-        raise Refused("steps in YAML", expected="a recipe", where=str(file), hint=hint)
+        raise Refused(
+            "steps in YAML", expected="a recipe", where=str(file), hint=hint, code="AK113"
+        )
     if running.get("out") is None:
-        raise Refused("no --out", expected="the output", where="options", hint="give --out DIR")
+        raise Refused(
+            "no --out", expected="the output", where="options", hint="give --out DIR", code="AK113"
+        )
     recipe = _Recipe(records.read(RecipeDocument, table, file.name, hint=HINT), file.name)
     return Merge(**recipe.arguments(), **running)
 
@@ -131,19 +141,26 @@ class _Recipe:
             known = ", ".join((*SPARSE, "linear", "nuslerp", "sce"))
             why = OTHERS.get(self.method, "is not known here")
             hint = did_you_mean([self.method], known.split(", ")) or "use one of these"
-            errors.add(f"merge_method {shown(self.method)} {why}", known, hint)
+            errors.add(f"merge_method {shown(self.method)} {why}", known, hint, code="AK113")
         if len(document.slices) > 1 or document.modules or not (document.models or document.slices):
             problem = "modules, or several slices: layers of models put together anew"
-            errors.add(problem, "models, or one slice of all layers", "see mergekit for these")
+            errors.add(
+                problem,
+                "models, or one slice of all layers",
+                "see mergekit for these",
+                code="AK113",
+            )
         for name in ("tokenizer", "chat_template"):
             if getattr(document, name) is not None:
-                errors.add(name, "the base's", f"remove {name}; the base's is copied")
+                errors.add(name, "the base's", f"remove {name}; the base's is copied", code="AK113")
         if document.tokenizer_source not in (None, "base", document.base_model):
             problem = f"tokenizer_source {shown(str(document.tokenizer_source))}"
-            errors.add(problem, "base", "give tokenizer_source: base")
+            errors.add(problem, "base", "give tokenizer_source: base", code="AK113")
         for dtype in filter(None, (document.dtype, document.out_dtype)):
             if dtype not in DTYPES:
-                errors.add(f"dtype {shown(dtype)}", ", ".join(DTYPES), "give one of these")
+                errors.add(
+                    f"dtype {shown(dtype)}", ", ".join(DTYPES), "give one of these", code="AK113"
+                )
 
     def _split_references(self) -> None:
         """The base, the adapters' paths, and of each input the number of its adapter, or None."""
@@ -152,17 +169,21 @@ class _Recipe:
         self.base, self.paths, self.numbers = self.document.base_model or "", [], []
         if len({*bases}) > 1 or not bases:
             problem = f"{len(bases)} bases: {listed(sorted(map(str, bases)))}"
-            self.errors.add(problem, "one base, of all inputs", "write each as BASE+ADAPTER")
+            self.errors.add(
+                problem, "one base, of all inputs", "write each as BASE+ADAPTER", code="AK113"
+            )
             return
         self.base = str(bases.pop())
         for base, lora in pairs:
             path = lora or ("" if base == self.base else base)
             if path in self.paths or (not path and None in self.numbers):
-                self.errors.add(f"{shown(path or base)} twice", "each input once", "remove one")
+                self.errors.add(
+                    f"{shown(path or base)} twice", "each input once", "remove one", code="AK113"
+                )
             self.numbers.append(len(self.paths) if path else None)
             self.paths += [path] if path else []
         if not self.paths:
-            self.errors.add("no adapter", "inputs BASE+ADAPTER", "name them so")
+            self.errors.add("no adapter", "inputs BASE+ADAPTER", "name them so", code="AK113")
 
     def _modules_of(self, adapter: Adapter) -> list[str]:
         others = {
@@ -172,7 +193,9 @@ class _Recipe:
         }
         for what in (name for name, found in others.items() if found):
             problem = f"{adapter.name} has {what}"
-            self.errors.add(problem, "factors of modules alone", "merge it without a recipe")
+            self.errors.add(
+                problem, "factors of modules alone", "merge it without a recipe", code="AK113"
+            )
         return list(dict.fromkeys(lora.module for lora in adapter.loras))
 
     def _check_layers(self) -> None:
@@ -180,7 +203,9 @@ class _Recipe:
             if one.layer_range != (0, self.layers):
                 problem = f"layer_range {list(one.layer_range)} of {shown(one.model)}"
                 expected = f"all layers: [0, {self.layers}]"
-                self.errors.add(problem, expected, "see mergekit for stacks of layers")
+                self.errors.add(
+                    problem, expected, "see mergekit for stacks of layers", code="AK113"
+                )
 
     # -- parameters --------------------------------------------------------------------------------
 
@@ -205,7 +230,7 @@ class _Recipe:
         if number is None:
             problem = f"{name} of {shown(self.inputs[which].model)} on {shown(module)}"
             problem += " is missing" if value is None else f" = {shown(repr(value))}"
-            self.errors.add(problem, "a number", "give it in the input's parameters")
+            self.errors.add(problem, "a number", "give it in the input's parameters", code="AK113")
         return 0.0 if number is None else number
 
     def _shared(self, name: str, default: Any, which: Sequence[int | None] = (None,)) -> Any:
@@ -217,7 +242,9 @@ class _Recipe:
         if len(values) == 1 and fits(value := values.pop()):
             return value if isinstance(default, bool) else finite(value)
         shown_values = ", ".join(sorted(shown(repr(value)) for value in values)) or "another value"
-        self.errors.add(f"{name}: {shown_values}", "one value for all tensors", "give one")
+        self.errors.add(
+            f"{name}: {shown_values}", "one value for all tensors", "give one", code="AK113"
+        )
         return default
 
     def _check_names(self, shared: Sequence[str], own: Sequence[str] = ()) -> None:
@@ -228,7 +255,9 @@ class _Recipe:
         for allowed, table in tables:
             for name in sorted({*map(str, table)} - allowed):
                 expected = ", ".join(sorted(allowed)) or "none there"
-                self.errors.add(f"parameter {shown(name)} of {self.method}", expected, "remove it")
+                self.errors.add(
+                    f"parameter {shown(name)} of {self.method}", expected, "remove it", code="AK113"
+                )
 
     # -- methods -----------------------------------------------------------------------------------
 
@@ -268,7 +297,9 @@ class _Recipe:
             total = math.fsum(weights.values())
             if abs(total) < 1e-8:
                 if exact:
-                    self.errors.add(f"weights that add up to 0 on {shown(module)}", "a sum", HINT)
+                    self.errors.add(
+                        f"weights that add up to 0 on {shown(module)}", "a sum", HINT, code="AK113"
+                    )
                 total = 1.0
             values |= {
                 (n, module): weights[i] / total
@@ -282,14 +313,18 @@ class _Recipe:
         places = range(len(self.inputs))
         if self.document.base_model and None not in self.numbers:
             problem = "base_model of linear, without a weight among the models"
-            self.errors.add(problem, "its weight", "add it to models, or remove base_model")
+            self.errors.add(
+                problem, "its weight", "add it to models, or remove base_model", code="AK113"
+            )
         if self._shared("normalize", True):
             return self._divided(places, exact=True), {}
         for module in dict.fromkeys(name for own in self.modules for name in own):
             total = math.fsum(self._number("weight", module, i) for i in places)
             if abs(total - 1) > 1e-9:
                 problem = f"normalize: false, and weights of {shown(module)} that add up to {total}"
-                self.errors.add(problem, "1: else the base itself is scaled", "normalize them")
+                self.errors.add(
+                    problem, "1: else the base itself is scaled", "normalize them", code="AK113"
+                )
         return self._weights(), {}
 
     def _sparse(self) -> tuple[Values, Json]:
@@ -348,17 +383,21 @@ class _Recipe:
         first, *others = (set(own) for own in self.modules)
         if different := sorted({name for own in others for name in own ^ first}):
             problem = f"only some of the adapters have {listed(different)}"
-            self.errors.add(problem, f"the same modules in all, for {self.method}", HINT)
+            self.errors.add(
+                problem, f"the same modules in all, for {self.method}", HINT, code="AK113"
+            )
 
     def _nuslerp(self) -> tuple[Values, Json]:
         self._check_names(("nuslerp_row_wise", "nuslerp_flatten"), ("weight",))
         if self._shared("nuslerp_row_wise", False) or not self._shared("nuslerp_flatten", True):
-            self.errors.add("an arc for each row or column", "nuslerp_flatten: true", "remove it")
+            self.errors.add(
+                "an arc for each row or column", "nuslerp_flatten: true", "remove it", code="AK113"
+            )
         if not self.document.base_model or len(self.paths) != 2:
             problem = f"nuslerp of {len(self.paths)} adapters" + (
                 "" if self.document.base_model else f", without base_model: it then {WHOLE}"
             )
-            self.errors.add(problem, "two, and base_model", "give base_model")
+            self.errors.add(problem, "two, and base_model", "give base_model", code="AK113")
             return {}, {}
         self._check_same_modules()
         values: Values = {}
@@ -368,7 +407,9 @@ class _Recipe:
             t = two / (one + two) if abs(one + two) >= 1e-6 else 0.5
             if not 0 <= t <= 1:
                 problem = f"weights {one:g} and {two:g} on {shown(module)}"
-                self.errors.add(problem, "a place between the two", "give weights of one sign")
+                self.errors.add(
+                    problem, "a place between the two", "give weights of one sign", code="AK113"
+                )
             values |= {(0, module): 1 - t, (1, module): t}
         return values, {"method": "slerp"}
 

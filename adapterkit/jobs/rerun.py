@@ -55,7 +55,7 @@ def _run(verb: WritingVerb, folder: Folder, receipt: Json) -> Json:
         for name, entry in receipt["files"].items()
     }
     differing = [name for name, sum in before.items() if made.get(name, {}).get("sha256") != sum]
-    errors = Problems(where=out, kind=Damaged)
+    errors = Problems(where=out, kind=Damaged, code="AK607")
     if differing:
         version = receipt["recipe"].get("version")
         errors.add(
@@ -84,6 +84,7 @@ def call_in(receipt: Json, where: str) -> tuple[type[WritingVerb], Json]:
             expected="a receipt of adapterkit 0.1 or later with a call",
             where=RECEIPT,
             hint=BY_HAND,
+            code="AK608",
         )
     verb = records.entries({"verb": VERB})
     Problems(records.problems(verb, receipt["recipe"], where, hint=BY_HAND)).raise_all()
@@ -134,7 +135,7 @@ class _Inputs:
             found = named_in_file(str(replace(hub_id, revision=commit)), None)
         if found is None:
             problem = f"there is no {shown(value)}, or it is a link that leads elsewhere"
-            self.errors.add(problem, "the receipt's inputs, by name")
+            self.errors.add(problem, "the receipt's inputs, by name", code="AK608")
         return found
 
     def _named(self, name: object) -> Iterator[str | None]:
@@ -149,7 +150,9 @@ class _Inputs:
 def _check_same(receipt: Json, plan: Plan) -> None:
     """`Refused` where the plan is not that of the receipt, with what differs."""
     recipe = plan.recipe()
-    errors = Problems(where=RECEIPT, hint="give the inputs and the version of the receipt")
+    errors = Problems(
+        where=RECEIPT, hint="give the inputs and the version of the receipt", code="AK608"
+    )
     if fingerprint_of(recipe) == receipt["fingerprint"]:
         if other := other_inputs(plan, receipt):
             errors.add(f"other bytes: {listed(other)}", "the sha256 of the receipt's inputs")

@@ -183,6 +183,7 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
                 "with a pipeline, --overwrite with a pipeline or a recipe, --out with a recipe",
                 where="options",
                 hint=f"remove {options}",
+                code="AK102",
             )
 
 

@@ -105,6 +105,7 @@ class LowRankSum:
                 expected="a forward that only reads the parameter",
                 where="parameters",
                 hint="target modules instead of this parameter",
+                code="AK801",
             )
         values: Any = tree_map_only(LowRankSum, LowRankSum.value, (args, kwargs))
         return func(*values[0], **values[1])

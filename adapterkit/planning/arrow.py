@@ -28,7 +28,7 @@ def plan_arrow(options: Arrow) -> Plan:
     _check(options, len(expert_folders))
     read = read_all([*expert_folders, *generals])
     experts, general = read[: len(expert_folders)], read[len(expert_folders) :]
-    errors = Problems()
+    errors = Problems(code="AK101")
     for adapter in read:
         errors += delta_problems(adapter) + _not_routable(adapter)
     joined = join(read, errors)
@@ -82,7 +82,7 @@ def _config(options: Arrow, experts: Sequence[Adapter], general: Sequence[Adapte
 
 
 def _check(options: Arrow, count: int) -> None:
-    errors = Problems()
+    errors = Problems(code="AK101")
     if not count:
         errors.add("no adapters were given", "one or more", "name the adapters", where="arrow")
     if options.top_k is not None and not 0 < options.top_k <= count:
@@ -104,7 +104,7 @@ def _not_routable(adapter: Adapter) -> list[AdapterkitError]:
     ]
     others += [adapter.name] * bool(adapter.config.get("target_parameters"))
     others += trained_values([adapter], {}, copies=False)
-    errors = Problems(where="arrow")
+    errors = Problems(where="arrow", code="AK305")
     if others:
         errors.add(
             f"{adapter.name} adapts more than linear layers: {', '.join(map(shown, others[:6]))}",

@@ -154,6 +154,7 @@ def _check_scaled(adapters: list[Adapter], options: Combine, errors: Problems) -
             "a sum of LoRAs in --space delta",
             "remove --set strength",
             where="options",
+            code="AK305",
         )
 
 
@@ -165,6 +166,7 @@ def _check_groups(method: Method, doras: Collection[int], errors: Problems) -> N
             "LoRAs, or one set of weights for each module",
             "give --set per=module",
             where="--method",
+            code="AK305",
         )
 
 
@@ -206,6 +208,7 @@ def _check_count(options: Combine, count: int) -> None:
             where="options",
             hint="first fit the weights, then give --weights weights.json\n"
             "adapterkit fit BASE ADAPTERS --data FILE --out weights.json",
+            code="AK107",
         )
     if count < 2 and not (count and (options.rank or options.energy or options.weights)):
         raise Refused(
@@ -214,6 +217,7 @@ def _check_count(options: Combine, count: int) -> None:
             where="combine",
             hint="name the adapters, or change the rank of one\n"
             "adapterkit resize ADAPTER --energy 0.99 --out smaller",
+            code="AK107",
         )
 
 
@@ -259,6 +263,7 @@ def _resolve_method(options: Combine) -> tuple[Method, Refit]:
             expected="--space factors with a method alone",
             where="options",
             hint="remove --space factors",
+            code="AK102",
         )
     if options.space == "factors" and not dense and method != "linear":
         raise Refused(
@@ -266,6 +271,7 @@ def _resolve_method(options: Combine) -> tuple[Method, Refit]:
             expected="linear, or a method on elements",
             where="options",
             hint="remove --space factors",
+            code="AK102",
         )
     largest = default == "largest" or (dense and default is None)
     fixed = options.rank is not None or options.energy is not None
@@ -291,6 +297,7 @@ def _check_fit(
             "one number for each adapter",
             "give one number in the file of weights",
             where="--weights",
+            code="AK305",
         )
     doras = [adapters[part.number].name for part in parts if part.dora]
     if doras and method.by_factors:
@@ -300,6 +307,7 @@ def _check_fit(
             "LoRAs, or a method that acts on deltas",
             PLAIN,
             where="--method",
+            code="AK305",
         )
     elif doras and (by_factors or refit.exact):
         where = "--space factors" if by_factors else "an exact result"
@@ -308,6 +316,7 @@ def _check_fit(
             "a refit in --space delta: a DoRA's delta has full rank",
             "give --rank R or --energy E",
             where="options",
+            code="AK305",
         )
     elif by_factors and len({part.factors.rank for part in parts}) > 1:
         listing = ", ".join(f"{adapters[p.number].name} {p.factors.rank}" for p in parts)
@@ -315,7 +324,7 @@ def _check_fit(
             f"{shown(name)}: the ranks differ, {listing}",
             "one rank in --space factors",
         )
-        errors.add(problem, expected, "use --space delta", where="adapters")
+        errors.add(problem, expected, "use --space delta", where="adapters", code="AK305")
 
 
 def _biases(
@@ -332,5 +341,6 @@ def _biases(
             "linear in delta space",
             "use --method linear",
             where="--method",
+            code="AK305",
         )
     return tasks

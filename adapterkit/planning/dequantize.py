@@ -36,6 +36,7 @@ def nothing_quantized(folder: Folder) -> Refused:
         expected="a quantized checkpoint",
         where=folder.name,
         hint="use it as it is",
+        code="AK206",
     )
 
 

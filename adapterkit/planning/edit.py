@@ -71,7 +71,7 @@ def plan_edit(edit: Edit) -> Plan:
 
 
 def _problems(edit: Edit, form: Format, name: str | None) -> Problems:
-    errors = Problems(where=form.title)
+    errors = Problems(where=form.title, code="AK505")
     options = (*IN_FILE, "alpha", "metadata", "strip_metadata")
     if not any(getattr(edit, option) for option in options):
         expected = f"some of {', '.join(map(flag_of, options))}"
@@ -150,5 +150,6 @@ def _parts(text: str, source: Folder) -> tuple[dict, str]:
             expected="YAML between two lines of ---",
             where=f"{source.label}/{CARD}",
             hint="fix it, or give --strip-metadata",
+            code="AK204",
         )
     return fields, body.lstrip("-").removeprefix("\n")

@@ -63,6 +63,7 @@ class ExtractedAdapter(Output):
                 expected="a fine-tune",
                 where="BASE and TUNED",
                 hint="check the two paths",
+                code="AK408",
             )
         parameters = sorted(ranks.keys() & self.parameters)
         modules = self.target_modules(ranks.keys() - self.parameters) if ranks else NO_MODULES
@@ -313,7 +314,7 @@ class Extraction:
         if not stored <= set(dtypes.FLOATS):
             problem = f"{shown(name)} is {', '.join(sorted(stored))}"
             hint = "dequantize it first"
-            self.errors.add(problem, " ".join(dtypes.FLOATS), hint, where="weights")
+            self.errors.add(problem, " ".join(dtypes.FLOATS), hint, where="weights", code="AK408")
             return
         module, shape, experts = name.rpartition(".")[0], new.shape, None
         if target == name and len(shape) == 3:
@@ -395,7 +396,7 @@ class Extraction:
         return StoredParameter.of(parameter, self.sides[side].tensors)
 
     def _refuse(self, problem: str, expected: str, hint: str) -> None:
-        self.errors.add(problem, expected, hint, where=self.sides[1].name)
+        self.errors.add(problem, expected, hint, where=self.sides[1].name, code="AK408")
 
 
 def _tied(old: Parameter | None, new: Parameter | None) -> tuple[str, ...]:
@@ -437,6 +438,7 @@ def plan_model_extraction(
             where=f"{base.name}, {tuned.name}",
             hint=similar_names(options.include or "", sides[0].tensors)
             or "check --include, --exclude",
+            code="AK408",
         )
     targets = {difference.name: difference.target for difference in factors}
     parameters = frozenset(

@@ -98,6 +98,7 @@ def plan_quantized_residual(
             expected="linear layers with a weight of their own, that --skip does not leave out",
             where="--targets",
             hint="remove them from --targets, or remove --quantize",
+            code="AK102",
         )
     tasks: Mapping[str, Any] = {
         (key := quantization.linear[target.name]): ResidualWeight(
@@ -257,7 +258,7 @@ def _statistics(
 
 def _check(options: Init, method: Initialization, has_stats: bool) -> None:
     """Refuse options that do not go together."""
-    errors = Problems(where="options")
+    errors = Problems(where="options", code="AK102")
 
     needs = [kind for kind in method.needs if kind != "weight"]
     if needs and not has_stats:
@@ -285,7 +286,7 @@ def _check_targets(
     base: Checkpoint, method: Initialization, targets: Sequence[InitialTarget]
 ) -> None:
     """Refuse layers on which a method is not defined, and ranks above those of the weights."""
-    errors = Problems()
+    errors = Problems(code="AK105")
     for target in targets:
         if target.kind not in method.kinds:
             errors.add(

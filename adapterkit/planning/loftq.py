@@ -133,7 +133,7 @@ def _plan_fixed_base(
     """The adapter alone, for a quantized base that stays as it is."""
     plain = decoded_view(quantized)
     names = Names(plain, build_model=True)
-    errors = Problems(where=quantized.name)
+    errors = Problems(where=quantized.name, code="AK408")
     factors: list[LoftQFactors] = []
     packed = {key: spec for key, spec in plain.tensors.items() if isinstance(spec, QuantizedWeight)}
     modules = _modules(names, packed)
@@ -169,6 +169,7 @@ def _plan_fixed_base(
             expected="one or more",
             where=quantized.name,
             hint="check --targets",
+            code="AK408",
         )
     selected = select_covariances(stats, {task.name: task.place.a_tail[0] for task in factors})
     factors = [replace(task, covariance=selected.get(task.name)) for task in factors]

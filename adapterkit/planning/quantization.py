@@ -153,6 +153,7 @@ def plan_quantization(
             expected=f"{', '.join(OF_DIFFUSERS)}, which diffusers loads",
             where=base.name,
             hint="choose one of these",
+            code="AK407",
         )
     linear = {
         f"{name}.weight": kind
@@ -193,6 +194,7 @@ def _nothing(plan: QuantizationPlan, to: str | None) -> Refused:
         expected="one or more",
         where=plan.base.name,
         hint="use the model in 16 bits" if reason else "check --skip, or use another format",
+        code="AK105",
     )
 
 
@@ -205,6 +207,7 @@ def known_model(base: Checkpoint, notes: list[str]) -> Names:
             expected="config.json of a known model",
             where=base.name,
             hint="update transformers",
+            code="AK405",
         )
     Problems(check_gaps(base, names.model, notes)).raise_all()
     return names
@@ -215,7 +218,9 @@ def _check_options(options: Json, exceptions: Exceptions) -> None:
     for option, formats in FORMAT_OPTIONS.items():
         if options.get(option) and not used & set(formats):
             problem, hint = f"{flag_of(option)} with {options['to']}", f"remove {flag_of(option)}"
-            raise Refused(problem, expected=" or ".join(formats), where="options", hint=hint)
+            raise Refused(
+                problem, expected=" or ".join(formats), where="options", hint=hint, code="AK407"
+            )
 
 
 def _check_experts(base: Checkpoint, to: str | None, record: Format | None, state: Json) -> None:
@@ -227,6 +232,7 @@ def _check_experts(base: Checkpoint, to: str | None, record: Format | None, stat
             "quantized",
             where=base.name,
             hint="use another format",
+            code="AK407",
         )
 
 
@@ -267,6 +273,7 @@ def _plain_weight(plan: QuantizationPlan, parameter: Parameter, module: str) -> 
             "from_pretrained(quantization_config=...)"
             if plan.format
             else "exclude it with --targets",
+            code="AK404",
         )
     spec = plan.base.tensors[parameter.slots[0].key]
     if spec.dtype not in dtypes.FLOATS:
@@ -275,6 +282,7 @@ def _plain_weight(plan: QuantizationPlan, parameter: Parameter, module: str) -> 
             expected="a float",
             where=plan.base.name,
             hint="dequantize it first",
+            code="AK404",
         )
     transposed = plan.names.transposed(module)
     shape = (spec.shape[1], spec.shape[0]) if transposed else spec.shape

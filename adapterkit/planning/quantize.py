@@ -81,6 +81,7 @@ def check_fit(
             expected=", ".join(known),
             where="options",
             hint=hint,
+            code="AK102",
         )
 
 

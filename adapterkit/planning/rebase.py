@@ -34,7 +34,7 @@ def plan_rebase(options: Rebase) -> Plan:
     base = if_given(open_model, options.base)
     source = open_adapter(options.adapter)
     trained, before = read_all([source, _initial(source, options)])
-    errors = Problems()
+    errors = Problems(code="AK304")
     notes: list[str] = []
     init = trained.changed_base()
     if init is None:
@@ -82,6 +82,7 @@ def _initial(source: Folder, options: Rebase) -> Folder:
             expected="the adapter as saved before training",
             where="--initial",
             hint="give its folder",
+            code="AK304",
         )
     return initial
 
@@ -110,6 +111,7 @@ def _check_ties(trained: Adapter, base: Folder | None, errors: Problems, notes: 
                 "factors on weights of their own",
                 "merge it into the base it was trained on (--base-is-residual)",
                 where=trained.name,
+                code="AK403",
             )
 
 
@@ -131,7 +133,7 @@ def _without_changed_base(trained: Adapter, notes: list[str]) -> Adapter:
 def _same_modules(
     joined: dict[str, JoinedSite], trained: Adapter, before: Adapter
 ) -> list[AdapterkitError]:
-    errors = Problems(where="--initial")
+    errors = Problems(where="--initial", code="AK304")
     for number, adapter in ((0, trained), (1, before)):
         lacking = [name for name, site in joined.items() if number not in site.members]
         if lacking:

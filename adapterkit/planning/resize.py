@@ -93,7 +93,7 @@ class _ResizePlanner:
         if self.options.alpha == "keep" and adapter.config.get("lora_bias"):
             expected = "--alpha rank: PEFT scales biases of b by alpha / rank too"
             problem = "--alpha keep with lora_bias"
-            self.errors.add(problem, expected, "remove --alpha", where="options")
+            self.errors.add(problem, expected, "remove --alpha", where="options", code="AK102")
         sites = join([adapter], self.errors, self._names(adapter))
         self.targets = targets_of(sites)
         joined = {name: next(iter(site.members.values())) for name, site in sites.items()}
@@ -128,6 +128,7 @@ class _ResizePlanner:
                 expected="--alpha rank: the adapter has no lora_alpha",
                 where="options",
                 hint="remove --alpha",
+                code="AK102",
             )
         self.adapter, modules = read_deltas(kind, source, self.base, self.notes, self.errors)
         for one in modules:

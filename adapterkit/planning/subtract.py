@@ -35,7 +35,11 @@ def plan_subtract(options: Subtract) -> Plan:
     if not task_sources or not generals:
         problem = f"{len(task_sources)} task adapters, {len(generals)} general ones"
         raise Refused(
-            problem, expected="one or more of each", where="subtract", hint="give --general ADAPTER"
+            problem,
+            expected="one or more of each",
+            where="subtract",
+            hint="give --general ADAPTER",
+            code="AK107",
         )
     inputs, count = together([*task_sources, *generals], options.out), len(task_sources)
     if count > 1 and inputs.first is not None:
@@ -44,6 +48,7 @@ def plan_subtract(options: Subtract) -> Plan:
             expected="one",
             where="subtract",
             hint="subtract from one after the other",
+            code="AK107",
         )
     read = read_all(inputs.folders)
     task_adapters = read[:count]
@@ -78,14 +83,14 @@ def _folder_name(adapter: Adapter) -> str:
 
 def _same_names(task_sources: Sequence[Adapter]) -> list[AdapterkitError]:
     names = [_folder_name(adapter) for adapter in task_sources]
-    errors = Problems(where="adapters", hint="rename one")
+    errors = Problems(where="adapters", hint="rename one", code="AK107")
     for name in sorted({name for name in names if names.count(name) > 1}):
         errors.add(f"several task adapters called {shown(name)}", "different folder names")
     return errors
 
 
 def _whole_values(generals: Sequence[Adapter]) -> list[AdapterkitError]:
-    errors = Problems(where="--general")
+    errors = Problems(where="--general", code="AK305")
     for key, holders in trained_values(generals, {}, copies=False).items():
         names = ", ".join(adapter.name for adapter in generals if adapter.number in holders)
         errors.add(
@@ -186,4 +191,4 @@ def _check_ranks(
     if len(ranks) < len(adapters) or len(set(ranks.values())) > 1:
         of_all = ", ".join(f"{a.name} {ranks.get(a.number, 'none')}" for a in adapters)
         problem, expected = f"{shown(name)}: ranks {of_all}", "one rank, in all of them"
-        errors.add(problem, expected, "use --space delta", where="--space factors")
+        errors.add(problem, expected, "use --space delta", where="--space factors", code="AK305")

@@ -61,7 +61,9 @@ def inspect_file(folder: Folder) -> Json:
 
 def add_problem(scan: Checkpoint, problem: str, expected: str, hint: str, where: str = "") -> None:
     scan.errors.include(
-        Damaged(problem, expected=expected, where=where or scan.folder.name, hint=hint)
+        Damaged(
+            problem, expected=expected, where=where or scan.folder.name, hint=hint, code="AK202"
+        )
     )
 
 

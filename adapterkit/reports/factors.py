@@ -57,7 +57,7 @@ def join(adapter: Adapter, on: Folder, problems: Problems) -> Join:
     # a local copy may have any name
     names = [] if "repo" in on.origin else other_base(job, adapter)
     found = [note.removeprefix(WARNING) for note in job.notes if note not in names]
-    problems += [Refused(note, where=adapter.label) for note in found]
+    problems += [Refused(note, where=adapter.label, code="AK202") for note in found]
     joined = Join(job.base)
     for change in job.changes.values():
         for factors in change.additions:
@@ -129,6 +129,7 @@ def _statistics(
             "save the adapter again (of a grouped convolution: such factors cannot be read here)",
             where=lora.a.file,
             kind=Damaged,
+            code="AK202",
         )
         return statistics, None
     if bad:
@@ -167,7 +168,7 @@ def effective_rank(s: Tensor) -> float:
 def _not_finite(problem: str, where: str) -> AdapterkitError:
     """A tensor, or a delta, with values that training does not give."""
     hint = "the training run diverged: use an earlier save"
-    return Damaged(problem, expected="finite values", where=where, hint=hint)
+    return Damaged(problem, expected="finite values", where=where, hint=hint, code="AK208")
 
 
 def _check_values(spec: TensorSpec, reader: Reader, problems: Problems, progress: Progress) -> None:
@@ -187,14 +188,18 @@ def _weight_norm(
     packed = next((spec for spec in specs if spec.dtype not in dtypes.FLOATS), None)
     if packed is not None:
         problem = f"{shown(packed.key)} is {packed.dtype}"
-        problems.add(problem, "a float weight", "dequantize the base", where=base.name)
+        problems.add(
+            problem, "a float weight", "dequantize the base", where=base.name, code="AK202"
+        )
         return None
     pairs = zip(specs, parameter.slots, strict=True)
     total = sum(_sum_of_squares(spec, slot, reader, progress) for spec, slot in pairs)
     if total and math.isfinite(total):
         return math.sqrt(total)
     problem = f"the norm of {shown(parameter.name)} is {'not finite' if total else 'zero'}"
-    problems.add(problem, "a weight to compare with", CHECK_BASE, where=base.name, kind=Damaged)
+    problems.add(
+        problem, "a weight to compare with", CHECK_BASE, where=base.name, kind=Damaged, code="AK202"
+    )
     return None
 
 

@@ -103,7 +103,7 @@ def check_page(path: Path, flag: str, overwrite: bool) -> None:
     `overwrite` an older page too."""
     if path.suffix != ".html" or not os.path.isdir(path.parent) or os.path.isdir(path):
         expected, hint = "a file name ending in .html, in a folder that exists", "give another name"
-        raise Refused(shown(path), expected=expected, where=flag, hint=hint)
+        raise Refused(shown(path), expected=expected, where=flag, hint=hint, code="AK601")
     if os.path.exists(path):  # and not where the system takes no such name
         with path.open("rb") as file:
             is_page = MARK.encode() in file.read(1000)
@@ -113,6 +113,7 @@ def check_page(path: Path, flag: str, overwrite: bool) -> None:
                 expected="a new file, or an older page, which --overwrite replaces",
                 where=flag,
                 hint="give another name" + ", or --overwrite" * is_page,
+                code="AK601",
             )
 
 

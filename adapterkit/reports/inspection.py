@@ -86,6 +86,7 @@ def _refuse_options(
             expected=f"an adapter whose factors are read, for {names}",
             where=folder.name,
             hint=hint,
+            code="AK102",
         )
 
 
@@ -98,6 +99,7 @@ def _kind(folder: Folder) -> str:
             expected="a .safetensors file or a folder",
             where=folder.name,
             hint="check the path",
+            code="AK206",
         )
     here = [name for name in folder.files() if "/" not in name]
     if CONFIG in here or any(name.startswith(NOT_A_MODEL) for name in here):
@@ -123,4 +125,5 @@ def _kind(folder: Folder) -> str:
         hint=f"name a subfolder: {', '.join(map(shown, nested[:MAX_NAMES]))}"
         if nested
         else "check the path",
+        code="AK206",
     )

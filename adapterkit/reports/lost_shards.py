@@ -44,4 +44,5 @@ class LostShards:
             expected="whole factors: a save that loses the shard of a process leaves such zeros",
             where=where,
             hint="save it again, the shards gathered (FSDP, ZeRO-3, tensor parallelism)",
+            code="AK302",
         )

@@ -50,6 +50,7 @@ def are_adapters(folders: tuple[Folder, Folder]) -> bool:
             expected="two adapters, two checkpoints or two files",
             where="A and B",
             hint=f"merge the adapter first, or name its file {WEIGHTS} to compare bare tensors",
+            code="AK408",
         )
     return False
 

@@ -24,7 +24,7 @@ def inspect_pipeline(base: Base, headers: bool) -> Json:
     for result in parts.values():
         for dtype, sizes in result["dtypes"].items():
             dtypes.setdefault(dtype, Counter()).update(sizes)
-    problems = Problems(where=folder.name, hint="download all of the pipeline")
+    problems = Problems(where=folder.name, hint="download all of the pipeline", code="AK201")
     for name in pipeline.absent:
         problems.add(f"{INDEX} names {shown(name)}", "the folder of that name")
     return {

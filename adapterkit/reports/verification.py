@@ -44,6 +44,7 @@ def verify_output(verify: Verify) -> Json:
             expected="both, or neither",
             where="options",
             hint="give both to recompute rows of a merge",
+            code="AK102",
         )
     file = getattr(out, "single", None)
     shared = file is not None and len(receipt["files"]) > 1
@@ -93,6 +94,7 @@ def _plan_again(
             expected="an output of merge",
             where="--base, --adapter",
             hint=hint,
+            code="AK107",
         )
     Problems(problems(OF_MERGE, receipt, RECEIPT, hint=AGAIN, kind=Damaged)).raise_all()
     options = dict(receipt["recipe"]["options"])
@@ -103,6 +105,7 @@ def _plan_again(
             expected=f"{len(weights)} adapters",
             where="--adapter",
             hint="give all of the merge, in its order",
+            code="AK107",
         )
     pairs = [(folder, weight) for (folder, _), weight in zip(sources, weights, strict=True)]
     statistics = if_given(open_statistics, verify.stats)
@@ -113,13 +116,14 @@ def _plan_again(
             expected="the same file",
             where="--imatrix",
             hint="give the file of the merge",
+            code="AK107",
         )
     table = options.pop("weights_file", None)
     chosen = None if table is None else weights_in(table, RECEIPT)
     how = read(MergeOptions, options, RECEIPT, hint=AGAIN, name=flag_of, kind=Damaged)
     planner = base.own("merge of folders") or plan_merge
     plan = planner(base, pairs, how, statistics, file=file, imatrix=given, weights=chosen)
-    errors, entered = Problems(where=RECEIPT), receipt["recipe"]["inputs"]
+    errors, entered = Problems(where=RECEIPT, code="AK107"), receipt["recipe"]["inputs"]
     if len(entered) != len(plan.folders):
         expected = f"{len(plan.folders)}, one for each folder"
         errors.add(f"{len(entered)} inputs", expected, AGAIN, kind=Damaged)

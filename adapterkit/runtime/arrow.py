@@ -105,6 +105,7 @@ def load(
             expected=f"1 to {count}, the experts",
             where="top_k",
             hint="give fewer",
+            code="AK806",
         )
     place(state, read(folder, settings, unique(settings["experts"])), name)
 
@@ -246,6 +247,7 @@ def remove_expert(state: State, name: str, *, arrow: str) -> None:
             expected="a router of two or more experts" if only else listed(router.experts),
             where=shown(arrow),
             hint="delete the router" if only else did_you_mean([name], router.experts),
+            code="AK806",
         )
     number = router.experts.index(name)
     router.experts.pop(number)
@@ -274,6 +276,7 @@ def find(state: State, name: str) -> ArrowRouter:
             expected=listed(routers) or "a router; there is none",
             where="arrow",
             hint="load_arrow and create_arrow_model make one",
+            code="AK806",
         )
     return router
 
@@ -285,6 +288,7 @@ def check_new(router: ArrowRouter, name: str) -> None:
             expected=f"a text other than {listed(router.experts)}",
             where="name",
             hint="give another name=, or remove that expert first",
+            code="AK806",
         )
 
 
@@ -300,6 +304,7 @@ def general_sources(router: ArrowRouter, general: Sources | None) -> list[StrPat
             else "none: the router subtracts none",
             where="general",
             hint="give them as general=[...], or build the router again from all adapters",
+            code="AK806",
         )
     return sources
 
@@ -318,6 +323,7 @@ def check_general(router: ArrowRouter, stored: Sequence[Mapping[str, object]]) -
             expected=f"{listed(router.settings['general'])}, unchanged and in this order",
             where="general",
             hint="give those that the router was built with",
+            code="AK806",
         )
 
 
@@ -358,6 +364,7 @@ def read_settings(folder: Folder) -> Json:
             expected="a folder that `adapterkit arrow` wrote",
             where=folder.label,
             hint="create_arrow_model takes the adapters themselves",
+            code="AK806",
         )
     settings = read_json(folder, CONFIG)
     if settings.get("arrow") != FORMAT:
@@ -366,6 +373,7 @@ def read_settings(folder: Folder) -> Json:
             expected=str(FORMAT),
             where=f"{folder.label}/{CONFIG}",
             hint="update adapterkit, or run `adapterkit arrow` again",
+            code="AK806",
         )
     where, hint = f"{folder.label}/{CONFIG}", "run `adapterkit arrow` again"
     Problems(records.problems(SETTINGS, settings, where, hint=hint, kind=Damaged)).raise_all()
@@ -381,7 +389,7 @@ def read(folder: Folder, settings: Json, names: list[str]) -> StoredRouter:
         modules.setdefault(path, {})[role] = spec
     errors = [error for path, specs in modules.items() for error in problems(path, specs)]
     if not modules:
-        errors = [Damaged("no tensors", expected="experts")]
+        errors = [Damaged("no tensors", expected="experts", code="AK806")]
     locate(errors, folder)
     result = {}
     with SourceFiles((folder,), {}) as files:
@@ -395,6 +403,7 @@ def read(folder: Folder, settings: Json, names: list[str]) -> StoredRouter:
                     Damaged(
                         f"experts {numbers} at {shown(path)} with {count} factors",
                         expected=f"one number for each, below {len(names)}",
+                        code="AK806",
                     )
                 )
                 continue
@@ -413,7 +422,9 @@ def read(folder: Folder, settings: Json, names: list[str]) -> StoredRouter:
 def problems(path: str, specs: Mapping[str, TensorSpec]) -> Iterator[AdapterkitError]:
     """What is wrong with the tensors of a module."""
     if set(specs) - {"expert"} != set(ROLES):
-        yield Damaged(f"{shown(path)} with {listed(sorted(specs))}", expected=listed(ROLES))
+        yield Damaged(
+            f"{shown(path)} with {listed(sorted(specs))}", expected=listed(ROLES), code="AK806"
+        )
         return
     count, _, width = (*specs["a"].shape, 0, 0, 0)[:3]
     shapes = {role: spec.shape for role, spec in specs.items()}
@@ -430,6 +441,7 @@ def problems(path: str, specs: Mapping[str, TensorSpec]) -> Iterator[AdapterkitE
         yield Damaged(
             f"{shown(path)} with shapes {', '.join(f'{r} {shapes[r]}' for r in shapes)}",
             expected="a (E, r, in), b (E, out, r), scale (E), prototype (E, in), expert (E)",
+            code="AK806",
         )
 
 
@@ -442,7 +454,7 @@ def locate(errors: Sequence[AdapterkitError], folder: Folder) -> None:
 
 def check_modules(state: State, modules: Mapping[str, Experts]) -> None:
     """`Refused` for modules that the model has not, or has in another size."""
-    errors = Problems()
+    errors = Problems(code="AK806")
     for path, experts in modules.items():
         host = state.modules.get(path)
         kind = None if host is None else kind_of(host)

@@ -40,7 +40,7 @@ class Hosts:
         if self._known and self._as_before():
             return []
         hint = "change the model first, then attach or load; detach gives it back as it is"
-        errors = Problems(where=where, hint=hint)
+        errors = Problems(where=where, hint=hint, code="AK805")
         for reason, paths in by_reason(self._lost(sites)).items():
             errors.add(f"{listed(paths)}: {reason}", "the modules that the adapters were put on")
         return errors
@@ -174,6 +174,7 @@ class Guard:
             where=where,
             hint="adapters.trainer(Trainer), adapters.accelerate(accelerator) or adapters.save; "
             "the base alone inside `with adapters.disabled()`, both in one after merge",
+            code="AK805",
         )
 
     def _saves(self, owner: object) -> bool:

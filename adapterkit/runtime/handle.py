@@ -210,6 +210,7 @@ class Adapters:
                 expected=", ".join(COMBINE_OPTIONS),
                 where="combine",
                 hint=did_you_mean(unknown, COMBINE_OPTIONS) or "remove them",
+                code="AK802",
             )
         with tempfile.TemporaryDirectory(prefix="adapterkit-") as folder:
             file, sources = as_file(self.state, table), {}
@@ -258,7 +259,11 @@ class Adapters:
         number = finite(factor)
         if number is None:
             raise Refused(
-                f"factor {factor!r}", expected="a finite number", where="rescale", hint="give one"
+                f"factor {factor!r}",
+                expected="a finite number",
+                where="rescale",
+                hint="give one",
+                code="AK802",
             )
         for site, part in self.state.adapters[name].parts():
             part.rescale(number)
@@ -284,6 +289,7 @@ class Adapters:
                     expected=f"an adapter that is not {word}",
                     where="delete",
                     hint=hint,
+                    code="AK802",
                 )
         self.state.remove(name)
 
@@ -335,6 +341,7 @@ class Adapters:
                 expected="one active adapter, or a name",
                 where=where,
                 hint="give name=",
+                code="AK802",
             )
         return candidates[0]
 
@@ -492,6 +499,7 @@ def _first(
             expected="a model without adapters",
             where="model",
             hint="use the handle's attach and load, or its detach first",
+            code="AK802",
         )
     adapters = Adapters(model)
     object.__setattr__(model, ATTRIBUTE, adapters)

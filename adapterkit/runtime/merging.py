@@ -35,6 +35,7 @@ class ReplacedWeights:
                 expected="weights in memory",
                 where="merge",
                 hint="remove the hooks that offload them, then unmerge",
+                code="AK802",
             )
         old, self.replaced, present = self.replaced, [], dict[int, Tensor]()
         for host, leaf, value in old:
@@ -113,7 +114,11 @@ def unmerge(state: State) -> None:
     """Give the base its own weights back, bit for bit; what acted before the merge acts again."""
     if state.merge is None:
         raise Refused(
-            "nothing is merged", expected="merged adapters", where="unmerge", hint="merge first"
+            "nothing is merged",
+            expected="merged adapters",
+            where="unmerge",
+            hint="merge first",
+            code="AK802",
         )
     done = state.merge
     done.swap()
@@ -141,7 +146,7 @@ def without_merge(state: State) -> Iterator[None]:
 
 def check(state: State, table: Mapping[str, float]) -> None:
     """`Refused` for adapters that are merged, or have parts that no weight equals."""
-    errors = Problems(where="merge")
+    errors = Problems(where="merge", code="AK802")
     if not table:
         errors.add("no adapter", "one or more", "name the adapters")
     if state.merge is not None:
@@ -189,6 +194,7 @@ def _add_covered(state: State, table: Mapping[str, float], errors: Problems) -> 
                 f"{shown(name)}, which stays beside them, {values}",
                 "merged weights that act",
                 "merge it too, or activate the others alone first",
+                code="AK802",
             )
 
 
@@ -228,6 +234,7 @@ def _check_untying(model: nn.Module) -> None:
             expected="a change of both sides, or of neither",
             where="merge",
             hint="run it unmerged, or exclude the embedding and the head from targets",
+            code="AK802",
         )
 
 
@@ -243,7 +250,7 @@ def _untie(model: nn.Module, done: ReplacedWeights) -> None:
 def conflicts(state: State, names: Iterable[str], where: str) -> list[AdapterkitError]:
     """Refusals of adapters that give different values to the same parameters."""
     names = list(dict.fromkeys(names))
-    errors = Problems(where=where, hint="use one of them at a time")
+    errors = Problems(where=where, hint="use one of them at a time", code="AK802")
     expected = "one adapter for each trained value"
     trained = [name for name in names if state.adapters[name].config.bias != "none"]
     if len(trained) > 1:

@@ -71,6 +71,7 @@ def weight_of(host: nn.Module) -> Tensor:
             expected="a plain weight, or a quantized one that can be read",
             where="weight",
             hint="adapterkit.runtime.register_quantized says how it is read",
+            code="AK801",
         )
     return weight
 

@@ -34,6 +34,7 @@ class Replication:
                 expected=f"its layers 0 to {len(layers) - 1}",
                 where=WHERE,
                 hint="the adapter was trained on another model",
+                code="AK801",
             )
         parent, _, self._leaf = path.rpartition(".")
         self._owner, self._own = state.modules[parent], layers
@@ -83,6 +84,7 @@ def replicate(state: State, ranges: Ranges | None, where: str) -> None:
             expected=f"{list(map(list, present)) or None}, as the model's other adapters have it",
             where=where,
             hint="use a model of its own",
+            code="AK801",
         )
     state.replication = Replication(state, wanted)
 
@@ -119,6 +121,7 @@ def _layers(state: State) -> tuple[str, nn.ModuleList]:
             expected="one list of layers",
             where=WHERE,
             hint="this model's layers cannot be replicated",
+            code="AK801",
         )
     return outer[0], lists[outer[0]]
 

@@ -161,6 +161,7 @@ class Rows:
                 expected="one name for each row, None for the base",
                 where="rows",
                 hint="give as many names as the batch has rows; generate repeats them for beams",
+                code="AK804",
             )
 
     def _not_training(self) -> None:
@@ -179,6 +180,7 @@ class Rows:
                 expected="inference: rows have no gradients of their adapters",
                 where="rows",
                 hint="call model.eval() and use torch.no_grad(), or train with activate",
+                code="AK804",
             )
 
     @contextmanager
@@ -213,6 +215,7 @@ class Rows:
                 expected=f"{batch} rows on axis {axis}",
                 where="rows",
                 hint="exclude this module from the adapters, or run them one at a time",
+                code="AK804",
             )
 
 
@@ -248,10 +251,13 @@ def _checked(state: State, names: Iterable[str | None]) -> tuple[str | None, ...
     """The names of the rows; `Refused` for what is no list of them, and where rows cannot be."""
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise Refused(
-            f"names {names!r}", expected="a list: one name for each row, or None", where="rows"
+            f"names {names!r}",
+            expected="a list: one name for each row, or None",
+            where="rows",
+            code="AK804",
         )
     table = tuple(names)
-    errors = Problems(where="rows")
+    errors = Problems(where="rows", code="AK804")
     if not table:
         errors.add("no names", "one name for each row")
     if state.rows is not None:
@@ -267,7 +273,9 @@ def _checked(state: State, names: Iterable[str | None]) -> tuple[str | None, ...
 
 def _check_sites(state: State, sites: Iterable[Site]) -> None:
     """`Refused` for modules whose inputs are not the batch's rows in their order."""
-    errors = Problems(where="rows", hint="run these adapters one at a time with activate")
+    errors = Problems(
+        where="rows", hint="run these adapters one at a time with activate", code="AK804"
+    )
     text = _text_paths(state)
     reasons = by_reason((site.path, _unfit(state, site, text)) for site in sites)
     for reason, paths in reasons.items():
@@ -358,6 +366,7 @@ def run_groups(
             expected="modules that read no cache",
             where="rows",
             hint="give use_cache=False, or run these adapters one at a time with activate",
+            code="AK804",
         )
     x = args[0] if args else next(iter(kwargs.values()))
     size = x.shape[axis]
@@ -462,6 +471,7 @@ def join(
                 expected="outputs whose rows are those of the batch",
                 where="rows",
                 hint="exclude this module from the adapters, or run them one at a time",
+                code="AK804",
             )
         return torch.cat(list(outputs), axis).index_select(axis, order(tokens))
     if isinstance(first, tuple | list):

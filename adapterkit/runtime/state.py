@@ -235,6 +235,7 @@ class State:
                 expected=", ".join(map(shown, self.adapters)) or "an adapter; there is none",
                 where="the model's adapters",
                 hint=did_you_mean(unknown, self.adapters) or "load or attach it first",
+                code="AK802",
             )
 
     def provide(self, names: Collection[str], *, beside_active: bool) -> None:
@@ -251,6 +252,7 @@ class State:
                 expected="adapters that stay as they are",
                 where=where,
                 hint="leave the rows first",
+                code="AK802",
             )
 
     def own_weights(self, where: str) -> None:
@@ -260,7 +262,7 @@ class State:
 
     def unused(self, name: str) -> None:
         """`Refused` for the name of an adapter that is there."""
-        errors = Problems(where="name")
+        errors = Problems(where="name", code="AK802")
         if not isinstance(name, str) or not name:
             errors.add(f"name {name!r}", "a text")
         elif name in self.adapters:
@@ -288,6 +290,7 @@ def refuse_merged(state: State, names: Collection[str], where: str) -> None:
             expected="adapters beside their base",
             where=where,
             hint="unmerge first",
+            code="AK802",
         )
 
 
@@ -301,6 +304,7 @@ def named(names: object) -> Json:
             f"adapters {shown(repr(names))}",
             expected="a name, a list of names, a map of names to weights, or None",
             where="weights",
+            code="AK802",
         )
     # what a map of the caller holds, `weighted.weights_of` checks; its type says nothing
     return dict(names) if isinstance(names, Mapping) else dict.fromkeys(items, 1.0)  # type: ignore[arg-type]

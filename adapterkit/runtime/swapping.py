@@ -82,7 +82,7 @@ def _copy(values: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
 def _check(old: Parts, new: Parts, where: str) -> None:
     """`Refused` for modules that the old adapter lacks, kinds that differ, and ranks without
     room."""
-    errors = Problems(where=where, hint="load it under a name of its own")
+    errors = Problems(where=where, hint="load it under a name of its own", code="AK803")
     for key, (path, part) in new.items():
         if key in old:
             _compare(path, old[key][1], part, errors)
@@ -101,12 +101,12 @@ def _compare(path: str, old: Part, new: Part, errors: Problems) -> None:
     if not isinstance(old, FactorsPart) or not isinstance(new, FactorsPart):
         before, after = _shapes(old), _shapes(new)
         if type(old) is not type(new) or before != after:
-            errors.add(f"{after} {at}", f"{before}")
+            errors.add(f"{after} {at}", f"{before}", code="AK803")
         elif any(
             not value.is_floating_point() and not torch.equal(value, other)
             for value, other in zip(old.buffers(), new.buffers(), strict=True)
         ):
-            errors.add(f"other rows {at}", "rows of the same tokens")
+            errors.add(f"other rows {at}", "rows of the same tokens", code="AK803")
         return
     kinds = [
         [type(p).__name__, *(leaf for leaf in VALUES if getattr(p, leaf) is not None)]
@@ -114,16 +114,16 @@ def _compare(path: str, old: Part, new: Part, errors: Problems) -> None:
     ]
     if kinds[0] != kinds[1]:
         before, after = (" with ".join(kind) for kind in kinds)
-        errors.add(f"{after} {at}", before)
+        errors.add(f"{after} {at}", before, code="AK803")
     elif old.initial_a is not None and new.initial_a is not None:
         before, after = tuple(old.initial_a.shape), tuple(new.initial_a.shape)
         if before != after:
-            errors.add(f"initial factors {after} {at}", f"{before}")
+            errors.add(f"initial factors {after} {at}", f"{before}", code="AK803")
     room = old.a.shape[old.rank_axes[0]] if old.has_room else old.rank
     if new.rank > room or (new.rank < room and not old.has_room):
         expected = f"at most {room}" if old.has_room else f"{room}"
         hint = "load the first one with pad_rank=, the highest rank that is to come"
-        errors.add(f"rank {new.rank} {at}", expected, hint)
+        errors.add(f"rank {new.rank} {at}", expected, hint, code="AK803")
 
 
 def _shapes(part: Part) -> dict[str, tuple[int, ...]]:

@@ -77,6 +77,7 @@ class LiveResolver(Resolver):
                 expected=expected,
                 where=self.where,
                 hint="exclude the module, or remove the setting",
+                code="AK801",
             )
 
     def _is_taken(self, path: str) -> bool:
@@ -117,7 +118,9 @@ class LiveResolver(Resolver):
         for path in outer:
             if isinstance(modules[path], LISTS_OF_MODULES):
                 problem = f"modules_to_save: {shown(path)} is a {type(modules[path]).__name__}"
-                self.errors.add(problem, "modules that are called", "name the modules inside it")
+                self.errors.add(
+                    problem, "modules that are called", "name the modules inside it", code="AK801"
+                )
         self.errors.raise_all()
         return outer
 
@@ -146,18 +149,24 @@ class LiveResolver(Resolver):
         """Refuse rows of a module that cannot be trained."""
         module, of = self.modules[path], f"trainable_tokens: {shown(path)}"
         if kind_of(module) not in ("embedding", "linear"):
-            self.errors.add(f"{of} is a {type(module).__name__}", "an embedding or a head", "")
+            self.errors.add(
+                f"{of} is a {type(module).__name__}", "an embedding or a head", "", code="AK801"
+            )
             return
         if self.saved_with(path):
-            self.errors.add(f"{of} is trained in full", "one of both", "remove one of them")
+            self.errors.add(
+                f"{of} is trained in full", "one of both", "remove one of them", code="AK801"
+            )
         if has_rows:
-            self.errors.add(f"{of} has two lists", "one list", "give each its whole name")
+            self.errors.add(
+                f"{of} has two lists", "one list", "give each its whole name", code="AK801"
+            )
         if problem := self.unread(path):
             self.errors.append(problem)
         size = len(module.get_parameter("weight"))
         if outside := [index for index in indices if index >= size]:
             hint = "resize the embedding first (resize_token_embeddings)"
-            self.errors.add(f"{of} has no rows {outside}", f"rows below {size}", hint)
+            self.errors.add(f"{of} has no rows {outside}", f"rows below {size}", hint, code="AK801")
 
 
 def resolve(model: nn.Module, config: LoraConfig) -> list[Target]:
@@ -197,6 +206,7 @@ def unread(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> Ref
             expected="embeddings that give rows of their weight, or multiples",
             where=WHERE,
             hint="exclude it from targets; modules_to_save trains it whole",
+            code="AK801",
         )
     reader = weight_reader(model, modules, path)
     if reader is None:
@@ -209,6 +219,7 @@ def unread(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> Ref
         expected="layers that are called",
         where=WHERE,
         hint=hint,
+        code="AK801",
     )
 
 
@@ -233,4 +244,5 @@ def unfit_as_parameter(path: str, host: nn.Module, config: LoraConfig) -> Refuse
         expected="plain factors, which a file has as those of the layer's weight",
         where=WHERE,
         hint="exclude the layer, or remove the setting",
+        code="AK801",
     )

@@ -125,6 +125,7 @@ class FirstCallWatch:
             expected="values that act",
             where=f"adapter {shown(self.name)}",
             hint="remove these modules from the config, unless other calls use them",
+            code="AK801",
         )
         if self.strict:
             raise error

@@ -29,6 +29,7 @@ def check_options(options: StatsOptions) -> None:
             expected="one of them",
             where="compat",
             hint="remove --compat, or pca",
+            code="AK102",
         )
 
 
@@ -52,7 +53,9 @@ class CollectionJob:
         self.inputs = tuple(name for name in options.what if name in INPUTS)
         self.units = Units.of(stored)
         if not batches:
-            raise Refused("there are no data", expected="one batch or more", where="data")
+            raise Refused(
+                "there are no data", expected="one batch or more", where="data", code="AK902"
+            )
         if self.gradients:
             self._check_labels()
         if takes_rows(options) and any(_samples(batch) > 1 for batch in batches):
@@ -61,6 +64,7 @@ class CollectionJob:
                 expected="one row in each, as PEFT's preprocess_corda takes them",
                 where="data",
                 hint="remove --compat, or give the rows one by one",
+                code="AK902",
             )
         self._check_parameters()
         self.is_whole = options.whole or not self.units.has_layers
@@ -76,6 +80,7 @@ class CollectionJob:
                 expected="labels, from which the model computes its loss",
                 where="data",
                 hint="remove gradient from --what",
+                code="AK902",
             )
 
     @property
@@ -107,6 +112,7 @@ class CollectionJob:
                 expected="every parameter that the model computes with",
                 where=self.stored.base.name,
                 hint="save the model with all of its parts",
+                code="AK902",
             )
         if absent:
             self.notes.append(f"zero, because it is not stored: {listed(absent)}")
@@ -144,6 +150,7 @@ class CollectionJob:
                 expected="a model that computes a loss from labels, such as a causal LM",
                 where=self.stored.base.name,
                 hint="remove gradient from --what",
+                code="AK902",
             )
         return loss
 

@@ -201,6 +201,7 @@ class Collection(ModelRun):
                 expected="layers that the model runs",
                 where="--targets",
                 hint="name other --targets",
+                code="AK902",
             )
         return OutputFile.computed(file.file, made.tasks, metadata_with(made.shared, self.about))
 
@@ -257,6 +258,7 @@ def plan_stats(stats: Stats) -> Plan:
             expected=f"a name with {SUFFIX}",
             where=str(stats.out),
             hint="choose another --out",
+            code="AK601",
         )
     options, data = stats.only(StatsOptions), files(stats.data)
     return plan_statistics(open_model(stats.base), data, options, name)
@@ -337,6 +339,7 @@ def samples_of(
             expected="a model of texts",
             where=folder.label,
             hint="collect in Python: adapterkit.runtime.collect(model, run_model)",
+            code="AK902",
         )
     config = model.config
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
@@ -345,6 +348,7 @@ def samples_of(
             expected="the token with which the decoder begins",
             where=f"{folder.label}/config.json",
             hint="add it to the config",
+            code="AK902",
         )
     positions = _positions(model)
     if length is not None and length > positions:
@@ -353,6 +357,7 @@ def samples_of(
             expected=f"at most {positions}, the positions of {name}",
             where="options",
             hint="give a smaller --length",
+            code="AK902",
         )
     needs_tokenizer = any(record.kind != "tokens" for its in records for record in its)
     if needs_loss:
@@ -440,6 +445,7 @@ def _check_loss(model: Any, is_text: bool, where: str) -> None:
             expected="a model with a loss of its tokens, such as a causal LM",
             where=where,
             hint="collect them in Python: adapterkit.runtime.collect(model, run_model)",
+            code="AK902",
         )
     if is_text and name.endswith("ForMaskedLM"):
         raise Refused(
@@ -447,4 +453,5 @@ def _check_loss(model: Any, is_text: bool, where: str) -> None:
             expected="input_ids with masked tokens, and labels",
             where="--data",
             hint="mask the tokens yourself, or remove gradient from --what",
+            code="AK902",
         )

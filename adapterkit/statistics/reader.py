@@ -51,6 +51,7 @@ def _mapped(stats: Mapping[str, Tensor]) -> Mapped:
             expected="tensors, as runtime.collect returns them",
             where="stats",
             hint="give a file of statistics, or what collect returned",
+            code="AK106",
         )
     return Mapped(
         "stats",
@@ -67,5 +68,6 @@ def _value(value: Tensor, spec: TensorSpec) -> Tensor:
             f"{shown(spec.key)} has values that are not finite",
             where="stats",
             hint="collect them again, in float32 or bfloat16",
+            code="AK208",
         )
     return value.detach().to("cpu", torch.float32)

@@ -74,6 +74,7 @@ class RecollectedFactors(CombinedFactors):
             expected="a covariance E[x xᵀ]",
             where="--data",
             hint="give more samples, or run the model in float32 or bfloat16",
+            code="AK901",
         )
 
     def compute(self, inputs: Reader) -> TaskResult:
@@ -129,6 +130,7 @@ class Recollection(ByOneProcess, ModelRun):
                 expected="layers that the model runs",
                 where="--data",
                 hint="give other samples",
+                code="AK901",
             )
         made = [
             replace(task, made=reader.made[task.name])
@@ -149,7 +151,7 @@ def job_of(
     layers."""
     job = CollectionJob(stored, options, [batch for _, batch in batches])
     job.runs, job.targets = list(batches), names
-    errors = Problems(where=stored.base.name)
+    errors = Problems(where=stored.base.name, code="AK901")
     if job.is_whole:
         errors.add("no list of layers in the model", "layers, which run one after the other", HINT)
     modules = dict(stored.model.named_modules())
@@ -228,6 +230,7 @@ class _Recollector:
                 expected="layers that run once",
                 where=self.job.stored.base.name,
                 hint=HINT,
+                code="AK901",
             )
         numbers = range(max(number for number, _ in self.job.runs) + 1)
         paths = [self.work / f"{n}.{unit.order:06}.sums.safetensors" for n in numbers]
@@ -295,7 +298,7 @@ class _Recollector:
 def plan_recollected(options: Combine) -> Plan:
     """Everything a combination with `data` will do, or `Refused` with all that cannot be done."""
     data = list(options.data)
-    errors = Problems(where="options")
+    errors = Problems(where="options", code="AK901")
     if options.method != "regmean":
         errors.add(f"--data with {options.method}", "regmean, which reads inputs", "remove --data")
     if is_on_hub(options.out):

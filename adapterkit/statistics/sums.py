@@ -106,6 +106,7 @@ class Sum:
                 expected="numbers",
                 where="collect",
                 hint="run the model in float32 or bfloat16",
+                code="AK903",
             )
 
     def record(self) -> Json:
@@ -245,6 +246,7 @@ class Sums:
                 expected="one row at a time, as PEFT's preprocess_corda takes them",
                 where="compat",
                 hint="run the model on one text at a time, or remove compat",
+                code="AK903",
             )
         version = x.clone() if x.is_inference() else x._version
         rows = x.detach() if mask is None else x.detach()[mask.to(x.device, torch.bool)]

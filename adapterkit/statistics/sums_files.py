@@ -68,6 +68,7 @@ class Collected:
                     expected="numbers",
                     where="collect",
                     hint="run the model in float32 or bfloat16",
+                    code="AK903",
                 )
 
 
@@ -143,6 +144,7 @@ class SumsFile:
                 expected="a file that this job wrote",
                 where=str(self.folder / self.name),
                 hint="run again with --overwrite, without --resume",
+                code="AK607",
             ) from error
 
     def sum(self, number: int) -> Sum:

@@ -108,6 +108,7 @@ def rounded(one: ConvertedTensor, reader: TensorReader) -> tuple[Tensor, float |
             expected=f"at most {LOSS:.2g}, as bfloat16 loses",
             where=shown(one.key),
             hint="give --dtype fp32, or choose a format that stores the scale of each module",
+            code="AK606",
         )
     return tensor, lost
 

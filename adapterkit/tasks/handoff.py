@@ -114,6 +114,7 @@ class HandoffReader:
                 expected="the file that does, as it was written",
                 where="the journal",
                 hint="run the same command again",
+                code="AK209",
             )
         return self.places[key]
 
@@ -134,5 +135,6 @@ class HandoffReader:
                 expected="the file as it was written",
                 where=name + HANDOFF,
                 hint="run the same command again",
+                code="AK209",
             )
         return data

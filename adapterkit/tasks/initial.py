@@ -131,6 +131,7 @@ class InitialFactors(RankedFactors):
             expected="statistics of this module's inputs and gradients",
             where=self.statistics[0][1].file,
             hint="collect them on texts that reach this module, and store them in float32",
+            code="AK106",
         ):
             return start()
 
@@ -203,7 +204,7 @@ def with_candidates(
         (specs["components"].key, task.rank, task.place.a_tail[0])
         for specs, task in zip(statistics, tasks, strict=True)
     )
-    errors, result = Problems(), []
+    errors, result = Problems(code="AK106"), []
     for specs, task in zip(statistics, tasks, strict=True):
         components, variances = specs["components"], specs["variances"].shape
         stored, count = components.shape[0], most[components.key]

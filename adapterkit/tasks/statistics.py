@@ -74,6 +74,7 @@ def _parsed(text: str, stats: Statistics) -> Json:
             expected="an object, with the modules that share statistics",
             where=stats.name,
             hint="collect them again",
+            code="AK106",
         )
     return value
 
@@ -88,7 +89,7 @@ def select_statistics(
     selected: dict[str, TensorSpec] = {}
     if stats is None:
         return selected
-    errors = Problems(where=stats.name)
+    errors = Problems(where=stats.name, code="AK106")
     shared = metadata_of(stats).get("shared", {}) if kind in INPUT_KINDS else {}
     for module, shape in shapes.items():
         spec = stats.tensors.get(key_of(module, kind))
@@ -157,6 +158,7 @@ def covariance_errors(*covariances: TensorSpec) -> AbstractContextManager[None]:
         expected="a covariance E[x xᵀ]",
         where=", ".join(dict.fromkeys(one.file for one in covariances)),
         hint="collect it on texts that reach this module, and store it in float32",
+        code="AK106",
     )
 
 

@@ -205,6 +205,7 @@ def finalize_by_size(
             expected=f"at least {limit - budget:,} bytes",
             where="options",
             hint="give a larger size" + ", or --rest drop" * bool(others) + ", or fewer modules",
+            code="AK108",
         )
     return partial(_spend, budget, costs, tasks)
 

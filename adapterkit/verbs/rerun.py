@@ -29,6 +29,7 @@ def _out(value: object) -> StrPath:
             f" = {os.fspath(out)!r}",
             expected="a folder or a file here: nothing is sent before it is compared",
             hint="make it here, then: hf upload ORG/NAME DIR",
+            code="AK101",
         )
     return out
 

@@ -266,6 +266,7 @@ def read_parts(weight: QuantizedWeight, read: Callable[[TensorSpec], Tensor]) ->
             where=weight.file,
             hint="download the checkpoint again and give its folder: there all of this is read to "
             "plan",
+            code="AK404",
         )
     return stored
 
@@ -284,6 +285,7 @@ def decode_checked(
             expected="values that the format can hold",
             where=weight.file,
             hint=hint,
+            code="AK208",
         )
     return value
 
@@ -317,12 +319,13 @@ def check_block_size(size: int, known: Sequence[int]) -> None:
             expected=" ".join(map(str, known)),
             where="options",
             hint="give one of these",
+            code="AK101",
         )
 
 
 def check_writable(weights: list[QuantizedWeight], where: str) -> list[AdapterkitError]:
     """`Refused` for weights of formats that are only read."""
-    errors = Problems(where=where)
+    errors = Problems(where=where, code="AK404")
     for reason in dict.fromkeys(weight.read_only for weight in weights if weight.read_only):
         keys = [weight.key for weight in weights if weight.read_only == reason]
         errors.add(

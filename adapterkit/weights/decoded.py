@@ -72,6 +72,7 @@ def _note_duplicates(scan: CheckpointScan, weights: list[QuantizedWeight]) -> No
                 "each weight once",
                 "remove the tensors that are not part of the model",
                 kind=Damaged,
+                code="AK404",
             )
         codes[weight.key] = weight.parts[0].key
 
@@ -86,6 +87,7 @@ def _note_unclaimed(scan: CheckpointScan, weights: list[QuantizedWeight]) -> Non
                 f"{shown(key)} is {spec.dtype} {spec.shape}, beside weights of {weights[0].name}",
                 "formats that are known",
                 "dequantize it first, with the tool that made it",
+                code="AK404",
             )
 
 

@@ -47,6 +47,7 @@ def check_not_quantized(base: Checkpoint, hint: str = "") -> None:
             hint=hint
             or "give the 16-bit model that it was made from, or dequantize it first\n"
             + command("adapterkit dequantize", base.folder.label, out=out),
+            code="AK404",
         )
 
 

@@ -47,7 +47,10 @@ class Gaps:
     def errors(self) -> list[AdapterkitError]:
         """Each kind of gap as a problem."""
         errors = Problems(
-            list({str(e): e for e in self.failed.values()}.values()), where=self.base, kind=Damaged
+            list({str(e): e for e in self.failed.values()}.values()),
+            where=self.base,
+            kind=Damaged,
+            code="AK405",
         )
         if self.missing:
             every = len(self.missing) == self.count
@@ -131,7 +134,7 @@ def gaps_of(base: Checkpoint) -> Gaps:
     """The gaps of a checkpoint for the class that it says; `Refused` where nobody knows them."""
     classes = [str(name) for name in base.config.get("architectures") or ()]
     if not base.config.get("model_type"):
-        raise Refused("no model_type", where=f"{base.name}/config.json")
+        raise Refused("no model_type", where=f"{base.name}/config.json", code="AK405")
     return find_gaps(Skeleton(decoded_view(base), classes[0] if classes else "AutoModel"))
 
 

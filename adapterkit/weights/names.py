@@ -222,6 +222,7 @@ class Names:
                 expected="a model that transformers knows, or weights that are not square",
                 where=where,
                 hint="update transformers",
+                code="AK405",
             )
         return fan_in_fan_out
 

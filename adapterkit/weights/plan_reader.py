@@ -66,6 +66,7 @@ class PlanReader:
                 expected=f"{spec.nbytes} bytes",
                 where=place_of(folder, spec.file),
                 hint="copy the file again",
+                code="AK208",
             )
         return data
 
@@ -76,4 +77,5 @@ class PlanReader:
                 expected="finite values",
                 where=place_of(self.folders[spec.folder], spec.file),
                 hint="the training went wrong: take an earlier checkpoint",
+                code="AK208",
             )

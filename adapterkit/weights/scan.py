@@ -85,6 +85,7 @@ class CheckpointScan:
                 "the tensors that belong to it",
                 "download the checkpoint again; without its scales the weight means nothing",
                 kind=Damaged,
+                code="AK202",
             )
             return None
         return [self.tensors[key + ending] for ending in endings]
@@ -93,14 +94,14 @@ class CheckpointScan:
         """Note an error unless the shapes and dtypes fit."""
         if not fits:
             hint = "download the checkpoint again, or restore its config"
-            self.errors.add(f"{shown(key)}: {problem}", expected, hint, kind=Damaged)
+            self.errors.add(f"{shown(key)}: {problem}", expected, hint, kind=Damaged, code="AK202")
         return fits
 
     def is_scaled_for_inputs(self, key: str) -> bool:
         """Whether a tensor of that name says so of a weight; then an error is noted."""
         if key in self.tensors:
             problem = f"{shown(key)}: a weight scaled for its inputs"
-            self.errors.add(problem, "weights as the model has them")
+            self.errors.add(problem, "weights as the model has them", code="AK202")
         return key in self.tensors
 
     def fetch(self, specs: Iterable[TensorSpec]) -> None:

@@ -193,6 +193,7 @@ class Skeleton:
                 where=self.base.name,
                 hint="save the model once with transformers (from_pretrained, save_pretrained) and "
                 "use that as the base",
+                code="AK405",
             ) from error
         return {
             key: symbol[0] if isinstance(symbol, list) else symbol
@@ -287,7 +288,9 @@ def _built_by_diffusers(class_name: str, config_json: str, where: str) -> Any:
     cls = getattr(diffusers, class_name, None) if class_name.isidentifier() else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         version = diffusers.__version__
-        raise Refused(f"{shown(class_name)} is no model of diffusers {version}", where=where)
+        raise Refused(
+            f"{shown(class_name)} is no model of diffusers {version}", where=where, code="AK405"
+        )
     config = {k: v for k, v in json.loads(config_json).items() if k != "quantization_config"}
     try:
         with torch.device("meta"), closed():
@@ -297,6 +300,7 @@ def _built_by_diffusers(class_name: str, config_json: str, where: str) -> Any:
             f"diffusers cannot build {shown(class_name)}: {shown(error)}",
             where=where,
             hint="update diffusers",
+            code="AK405",
         ) from error
     more = {"base_model_prefix": "", "base_model": model, "_keys_to_ignore_on_load_missing": None}
     for name, value in more.items():
@@ -313,13 +317,15 @@ def _built(class_name: str, config_json: str, where: str) -> Any:
 
     auto = class_name.startswith("AutoModel")
     if not re.fullmatch(r"[a-z]*[A-Z]\w*", class_name):  # a module's would import it
-        raise Refused(f"{shown(class_name)} is no class's name", where=where)
+        raise Refused(f"{shown(class_name)} is no class's name", where=where, code="AK405")
     config = _config(config_json, where)
     cls: Any = getattr(transformers, class_name, None)
     known = isinstance(cls, type) and (auto or issubclass(cls, transformers.PreTrainedModel))
     if not known:  # a file may say anything
         version = transformers.__version__
-        raise Refused(f"{shown(class_name)} is no model of transformers {version}", where=where)
+        raise Refused(
+            f"{shown(class_name)} is no model of transformers {version}", where=where, code="AK405"
+        )
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
@@ -330,11 +336,12 @@ def _built(class_name: str, config_json: str, where: str) -> Any:
             f"transformers cannot build {shown(class_name)}: {shown(error)}",
             where=where,
             hint="update transformers",
+            code="AK405",
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     if not isinstance(model, transformers.PreTrainedModel):
-        raise Refused(f"{shown(class_name)} is no model", where=where)
+        raise Refused(f"{shown(class_name)} is no model", where=where, code="AK405")
     return model
 
 
@@ -351,6 +358,7 @@ def _config(config_json: str, where: str) -> Any:
             expected="a model without another one inside",
             where=f"{where}/config.json",
             hint="names that equal the stored keys work without it",
+            code="AK405",
         )
     try:
         with tempfile.TemporaryDirectory() as folder, closed():
@@ -362,4 +370,5 @@ def _config(config_json: str, where: str) -> Any:
             f"transformers cannot read the config of model_type {kind!r}: {shown(error)}",
             where=f"{where}/config.json",
             hint="update transformers; names that equal the stored keys work without it",
+            code="AK405",
         ) from error

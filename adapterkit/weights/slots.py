@@ -85,3 +85,5 @@ def identity_slot(key: str, shape: tuple[int, ...]) -> Slot:
 
 class Unsupported(Refused):
     """A conversion that does more than move elements along axes."""
+
+    code = "AK406"

@@ -79,7 +79,9 @@ def _cat(tensors, dim: int = 0) -> Symbol:
     dim = _positive(dim, tensors[0].ndim)
     if len({(*tensor.shape[:dim], *tensor.shape[dim + 1 :]) for tensor in tensors}) > 1:
         shapes = ", ".join(dict.fromkeys(str(tuple(tensor.shape)) for tensor in tensors))
-        raise Refused(f"tensors of shapes {shapes}", expected="shapes that fit together")
+        raise Refused(
+            f"tensors of shapes {shapes}", expected="shapes that fit together", code="AK406"
+        )
     slots, at = [], 0
     for tensor in tensors:
         slots += [_shift(slot, dim, at) for slot in tensor.slots]

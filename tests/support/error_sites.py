@@ -12,27 +12,24 @@ from adapterkit import errors
 
 PACKAGE = Path(adapterkit.__file__).parent
 CLASSES = {
-    name
+    name: value.code
     for name, value in vars(errors).items()
     if isinstance(value, type) and issubclass(value, errors.AdapterkitError)
-} - {"MultipleErrors"}
+}
+del CLASSES["MultipleErrors"]
 # what `add` and `fail` are called on
 COLLECTION = re.compile(r"(.*\.)?(errors|problems)|Problems\(.*|_damage\(.*", re.DOTALL)
+CODE = re.compile(r"AK\d{3}")
 
 
 @dataclass(frozen=True)
 class Site:
-    """One call: where it is, and its texts, with {} for what is put in."""
+    """One call: where it is, its code, and its texts, with {} for what is put in."""
 
     place: str
     kind: str
+    code: str  # "" where the call has none; CODE of an error that is passed on is not known here
     texts: tuple[str, str, str]  # problem, expected, hint; {} where they are no literal
-
-    @property
-    def code(self) -> str:
-        error = errors.Refused("")
-        error.place = self.place
-        return errors._places().get(self.kind) or error.code
 
 
 @cache
@@ -40,8 +37,8 @@ def sites() -> tuple[Site, ...]:
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-        tree = ast.parse(path.read_text("utf-8"))
-        found += _calls(tree, module, ()) if module != "errors" else ()
+        if module != "errors":
+            found += _calls(ast.parse(path.read_text("utf-8")), module, ())
     return tuple(found)
 
 
@@ -58,18 +55,55 @@ def _calls(node: ast.AST, module: str, scope: tuple[ast.AST, ...]) -> Iterator[S
             given = dict(zip(("problem", "expected", "hint"), child.args, strict=False))
             parts = given | keywords
             texts = tuple(_template(parts.get(n)) for n in ("problem", "expected", "hint"))
-            yield Site(f"{module}:{names}", kind, texts)
+            yield Site(f"{module}:{names}", kind, _code(child, inner), texts)
         yield from _calls(child, module, inner)
 
 
 def _kind(call: ast.Call) -> str:
     """The class of the error that a call makes, or ""."""
     if isinstance(call.func, ast.Name):
-        return call.func.id if call.func.id in {*CLASSES, "unrecoverable", "kind"} else ""
+        is_error = call.func.id != "kind" or any(one.arg == "expected" for one in call.keywords)
+        known = {*CLASSES, "unrecoverable", "kind"}
+        return call.func.id if is_error and call.func.id in known else ""
     if not isinstance(call.func, ast.Attribute) or call.func.attr not in ("add", "fail"):
         return ""
     of_errors = COLLECTION.fullmatch(ast.unparse(call.func.value)) and call.args
     return "Refused" if of_errors else ""
+
+
+def _code(call: ast.Call, scope: tuple[ast.AST, ...]) -> str:
+    """The code that a call gives, or that of the `Problems` of this function to which it adds."""
+    if code := _own_code(call) or CLASSES.get(ast.unparse(call.func), ""):
+        return code
+    if not isinstance(call.func, ast.Attribute):
+        return ""
+    errors = call.func.value
+    if isinstance(errors, ast.Call):
+        return _own_code(errors)
+    made = (_own_code(value) for name, value in _assigned(scope[-1]) if name == ast.unparse(errors))
+    return next(filter(None, made), "")
+
+
+def _own_code(call: ast.Call) -> str:
+    keyword = next((one.value for one in call.keywords if one.arg == "code"), None)
+    found = CODE.search(ast.unparse(keyword)) if keyword is not None else None
+    return found[0] if found else ""
+
+
+@cache
+def _assigned(function: ast.AST) -> tuple[tuple[str, ast.Call], ...]:
+    """The calls whose results a function gives names, by these."""
+    pairs: list[tuple[ast.expr, ast.expr | None]] = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    pairs += zip(target.elts, node.value.elts, strict=True)
+                else:
+                    pairs.append((target, node.value))
+        elif isinstance(node, ast.AnnAssign):
+            pairs.append((node.target, node.value))
+    return tuple((ast.unparse(t), value) for t, value in pairs if isinstance(value, ast.Call))
 
 
 def _template(node: ast.expr | None) -> str:

@@ -60,7 +60,7 @@ class AdaLora(ProductDelta):
         )
         adapted.check(fits, f"factors of rank {rank}, as init_r and rank_pattern say")
         if not a.shape[1] or not b.shape[0]:
-            errors = Problems(where=adapted.adapter.label)
+            errors = Problems(where=adapted.adapter.label, code="AK301")
             errors.fail(f"{a.key} {a.shape}", "matrices", "gather the shards, save again")
         alpha = config["lora_alpha"]
         return AdaLora(

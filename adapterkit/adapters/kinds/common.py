@@ -87,7 +87,9 @@ class AdaptedModule:
         if missing:
             problem = f"{shown(self.module)} has {', '.join(sorted(self.parts))}"
             hint = "save the adapter again, with its config"
-            Problems(where=self.adapter.label).fail(problem, f"also {', '.join(missing)}", hint)
+            Problems(where=self.adapter.label, code="AK302").fail(
+                problem, f"also {', '.join(missing)}", hint
+            )
         return [self.parts[name] for name in names]
 
     def check(self, fits: bool, expected: str) -> None:
@@ -99,7 +101,7 @@ class AdaptedModule:
 
     def fail(self, why: str, expected: str, hint: str) -> NoReturn:
         """Raise `Refused` for this module."""
-        errors = Problems(where=self.adapter.label)
+        errors = Problems(where=self.adapter.label, code="AK302")
         errors.fail(f"{shown(self.module)}: {why}", expected, hint)
 
 
@@ -135,7 +137,7 @@ def read_kind(
         lambda config, where: _check_settings(kind, config, where),
         (*kind.keys, *kind.shared),
     )
-    errors = Problems(where=folder.name)
+    errors = Problems(where=folder.name, code="AK302")
     modules: dict[str, dict[str, TensorSpec]] = {"": {}}
     for (module, depth), parts in sorted(roles.items()):
         for key, spec in parts.items():

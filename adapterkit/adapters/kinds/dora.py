@@ -48,5 +48,6 @@ class DoRA(WeightDelta):
                 expected="no row whose norm is 0",
                 where=module,
                 hint="check the adapter and its base",
+                code="AK208",
             )
         return delta

@@ -48,7 +48,7 @@ class Oft(WeightDelta):
     def check(config: dict, where: str) -> list[AdapterkitError]:
         version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
         is_known = version is not None and (int(version[1]), int(version[2])) >= (0, 18)
-        errors = Problems(where=where)
+        errors = Problems(where=where, code="AK301")
         if config["use_cayley_neumann"] and not is_known:
             errors.add(
                 f"use_cayley_neumann, and peft_version {shown(config.get('peft_version'))}",

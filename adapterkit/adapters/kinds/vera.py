@@ -32,7 +32,7 @@ class Vera(ProductDelta):
 
     @staticmethod
     def check(config: dict, where: str) -> list[AdapterkitError]:
-        errors = Problems(where=where)
+        errors = Problems(where=where, code="AK301")
         if not config["save_projection"]:
             errors.add(
                 "VeRA without its projections (save_projection false)",
@@ -47,7 +47,7 @@ class Vera(ProductDelta):
         missing = [name for name in Vera.shared if name not in adapted.shared]
         if missing:
             problem = f"no {' and no '.join(missing)}"
-            errors = Problems(where=adapted.adapter.label)
+            errors = Problems(where=adapted.adapter.label, code="AK301")
             errors.fail(problem, "the shared projections", "save it again")
         a, b = (adapted.shared[name] for name in Vera.shared)
         lambda_b, lambda_d = adapted.require(*Vera.keys)

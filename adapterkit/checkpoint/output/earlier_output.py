@@ -54,4 +54,5 @@ def incomplete(names: Sequence[str], where: str) -> Damaged:
         expected="all files of its receipt",
         where=where,
         hint="put them back, or make it again with --overwrite",
+        code="AK607",
     )

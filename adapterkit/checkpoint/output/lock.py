@@ -61,6 +61,7 @@ class Lock:
             expected="one process for each output",
             where=str(self.path.parent),
             hint=f"wait for it; if there is none, remove the file {self.path.name} in that folder",
+            code="AK602",
         )
 
     def release(self) -> None:

@@ -57,6 +57,7 @@ def check_name(out: Path, files: Iterable[str]) -> None:
             expected=f"names of at most {room} bytes",
             where="--out",
             hint="choose a shorter --out",
+            code="AK601",
         )
     stage = path.parent / control_of(out) / "out"
     excess, name = max((system.excess(stage / unfinished_name(name)), name) for name in files)
@@ -66,6 +67,7 @@ def check_name(out: Path, files: Iterable[str]) -> None:
             expected=system.room_for_paths,
             where="--out",
             hint="choose a shorter --out",
+            code="AK601",
         )
 
 
@@ -140,6 +142,7 @@ class Stage:
                     expected="a folder",
                     where=str(self.control),
                     hint="remove the link",
+                    code="AK601",
                 )
             try:
                 self._lock()
@@ -200,6 +203,7 @@ class Stage:
                     expected="an output that no other run has begun",
                     where=str(self.control),
                     hint="give --resume to continue it, or --overwrite to begin again",
+                    code="AK602",
                 )
         if head is None or not resume:
             return "fresh"
@@ -212,6 +216,7 @@ class Stage:
                 expected="a new folder",
                 where=str(self.out),
                 hint="choose another --out",
+                code="AK601",
             )
 
     def is_published(self, recipe: dict) -> bool:
@@ -278,6 +283,7 @@ class Stage:
                 expected="an empty or new folder",
                 where=str(self.out),
                 hint="choose another --out, or give --overwrite to replace an older output",
+                code="AK601",
             )
         files = self.published().get("files")
         if entries and files is None:
@@ -286,6 +292,7 @@ class Stage:
                 expected="an older output (--overwrite replaces the whole folder)",
                 where=str(self.out),
                 hint="remove the folder yourself, or choose another --out",
+                code="AK601",
             )
         written = {*(files or ()), RECEIPT}
         there = self._output_files()
@@ -298,6 +305,7 @@ class Stage:
                 "(--overwrite replaces the whole folder)",
                 where=str(self.out),
                 hint="move them away, or choose another --out",
+                code="AK601",
             )
 
     def _output_files(self) -> list[str]:

@@ -230,6 +230,7 @@ class _HubRun:
                         expected="weights in the Hub's storage for large files",
                         where=str(self.stage.destination.hub_id),
                         hint="restore the repository's .gitattributes, then give --resume",
+                        code="AK701",
                     )
                 file.path.unlink()
                 self.room.give(file.size)

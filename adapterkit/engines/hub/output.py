@@ -55,6 +55,7 @@ def run_to_hub(
             expected="one machine",
             where="--out",
             hint="write a folder, then send it\nadapterkit finish PLAN --push ORG/NAME",
+            code="AK111",
         )
     work = work_folder(hub_id)
     check_name(work, output_names(plan))

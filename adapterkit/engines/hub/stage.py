@@ -194,5 +194,6 @@ class HubStage(Stage):
                 expected="the file that was made",
                 where=str(path),
                 hint="give --overwrite to begin again",
+                code="AK701",
             )
         return LocalFile(name, path, size, sha256)

@@ -105,6 +105,7 @@ def check_limit(limit: int | None, least: int, problem: str, parts: str) -> None
             where="--disk-limit",
             hint=f"give --disk-limit {math.ceil(least / 1e6)}MB or more, with HF_HOME on a "
             "disk that has them",
+            code="AK108",
         )
 
 

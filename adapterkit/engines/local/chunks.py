@@ -69,4 +69,5 @@ def _not_finite(step: Step, values: Tensor) -> Unrecoverable:
         hint="give --dtype bf16 or fp32, or a smaller weight"
         if what == "overflows"
         else "check the base and the adapters",
+        code="AK606",
     )

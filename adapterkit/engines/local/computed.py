@@ -351,6 +351,7 @@ def _finite(result: TaskResult) -> TaskResult:
                 expected="finite values",
                 where=shown(key),
                 hint="give --dtype fp32, or smaller weights",
+                code="AK606",
             )
     return result
 

@@ -80,6 +80,7 @@ class LocalReader:
                 "values are not finite (NaN or infinity)",
                 where=f"{file}: {shown(spec.key)}",
                 hint="the training run diverged: use an earlier save",
+                code="AK208",
             )
 
     def bytes(self, spec: TensorSpec) -> bytearray:

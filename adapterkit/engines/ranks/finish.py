@@ -89,6 +89,7 @@ def _adopt(
             expected="all files of the plan",
             where=str(ranks.path),
             hint=f"run the plan again, as one rank or as all\n{command}",
+            code="AK610",
         )
     made = [part_name(name, *edges) for name, ranges in parts.items() for edges in ranges or ()]
     blocks = [b.name for shard in files.values() for b in shard.block_files()]
@@ -130,6 +131,7 @@ def _gone(name: str) -> Failed:
         expected="the files of the ranks",
         where=name,
         hint="make the plan again with --overwrite",
+        code="AK610",
     )
 
 

@@ -46,6 +46,7 @@ class RankJob:
                 expected="the inputs, options and version of the plan file",
                 where="the plan file",
                 hint="use the same adapterkit everywhere, or make the plan again",
+                code="AK603",
             )
         if now.inputs != self.inputs:
             names = [*self.inputs, *now.inputs]
@@ -55,6 +56,7 @@ class RankJob:
                 expected="inputs that stay as they are",
                 where=f"input {name.partition(' ')[0]}",
                 hint="make the plan again with --overwrite",
+                code="AK603",
             )
 
 
@@ -100,6 +102,7 @@ def check_one_kind(entries: Sequence[Json], stage: RankStage) -> None:
             where=str(stage.marks),
             hint="run with the same ones; or remove the markers NAME.json of the fewer, and run "
             "again",
+            code="AK603",
         )
 
 
@@ -110,6 +113,7 @@ def job_failed(reason: str, stage: RankStage) -> Refused:
         expected="inputs that stay as they are, and results that fit",
         where=str(stage.marks),
         hint="make the plan again with --overwrite",
+        code="AK603",
     )
 
 
@@ -120,4 +124,5 @@ def no_stage(path: Path) -> Refused:
         expected="the folder that --plan made, or the finished output",
         where=str(path.parent),
         hint="make the plan again: the same command with --plan",
+        code="AK603",
     )

@@ -97,6 +97,7 @@ def join(
             expected="parts as ranks wrote them",
             where=str(stage.marks / shard.file),
             hint="run the plan again\nadapterkit run PLAN",
+            code="AK610",
         )
     metrics = metrics_of_parts(shard, [entry["shard"]["metrics"] for entry in entries])
     whole = JoinedFile(stage.path, shard, hashed=hashed)

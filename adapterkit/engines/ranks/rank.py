@@ -97,6 +97,7 @@ class Rank:
                 expected=f"some of {listed([*made])}",
                 where="the plan file",
                 hint="make the plan again",
+                code="AK610",
             )
         outcome = self.outcome = Outcome(self.rank, self.ranks, share)
         if not self.dry_run:
@@ -290,6 +291,7 @@ class Marks:
                 "the output was finished, or begun again, by another process",
                 where=str(self.stage.path),
                 hint="nothing is left to do here",
+                code="AK602",
             )
         if reason := self.stage.failure():
             raise job_failed(reason, self.stage)

@@ -90,6 +90,7 @@ def _state(plan: Plan, job: RankJob, how: RunOptions) -> str:
             expected="a run that --engine ray began",
             where=str(stage.control),
             hint="resume it with --engine local, or give --overwrite without --resume",
+            code="AK603",
         )
     return state
 
@@ -115,6 +116,7 @@ def _connected(address: str | None) -> Iterator[Any]:
                 expected="a cluster that runs",
                 where="--ray-address",
                 hint="check the address, or start one: ray start --head",
+                code="AK610",
             ) from error
     try:
         yield ray
@@ -142,6 +144,7 @@ class _Cluster:
                 expected="at least one" + " GPU" * self.on_cuda,
                 where="--ray-address",
                 hint=f"add a machine to the cluster, then {AGAIN}",
+                code="AK610",
             )
         if self.on_cuda:
             return max(1, min(cores) // max(1, gpus)), gpus
@@ -194,6 +197,7 @@ class _Cluster:
                 expected="machines that stay, with the memory that the plan says",
                 where="the Ray cluster",
                 hint=AGAIN,
+                code="AK610",
             ) from caught
         if error is not None:
             raise _as_error(error)
@@ -218,6 +222,7 @@ def _run_rank(
                 expected=f"{versions}, as here: others round otherwise",
                 where="the Ray cluster",
                 hint=f"install the same on all machines, then {AGAIN}",
+                code="AK610",
             )
         pick_device(how.device)
         Rank(job, rank, ranks, workers=workers, wait=math.inf).make(ray.get(stored[0]), how)

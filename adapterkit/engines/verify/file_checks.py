@@ -58,6 +58,7 @@ def check_files(
             expected="the files of the receipt",
             where=shown(name),
             hint="remove the file",
+            code="AK607",
         )
         for name in sorted(unlisted - set(files))
     ]
@@ -75,7 +76,9 @@ def _check_listed(out: Folder, name: str, receipt: dict, progress: Progress) -> 
     size = out.files().get(str(inside(name, RECEIPT)))
     if size != entry["size"]:
         problem = "no such file" if size is None else f"{size} bytes"
-        raise Damaged(problem, expected=f"{entry['size']} bytes", where=name, hint=AGAIN)
+        raise Damaged(
+            problem, expected=f"{entry['size']} bytes", where=name, hint=AGAIN, code="AK607"
+        )
     check_file(out, name, entry["sha256"], receipt["keys"].get(name), progress)
 
 
@@ -94,7 +97,9 @@ def check_file(
     if sha is not None and name in out.hashes:
         progress(out.files()[name])
         if out.hashes[name] != sha and problem is None:
-            problem = Damaged(CHANGED, expected="the receipt's sha256", where=name, hint=AGAIN)
+            problem = Damaged(
+                CHANGED, expected="the receipt's sha256", where=name, hint=AGAIN, code="AK607"
+            )
     elif sha is not None:
         actual = _hash(out, name, ends, progress)
         if actual.hexdigest() != sha and problem is None:
@@ -103,7 +108,9 @@ def check_file(
             where = name
             if wrong is not None:
                 where += f": {'its header or ' * (wrong == keys[0])}{shown(wrong)}"
-            problem = Damaged(CHANGED, expected="the receipt's sha256", where=where, hint=AGAIN)
+            problem = Damaged(
+                CHANGED, expected="the receipt's sha256", where=where, hint=AGAIN, code="AK607"
+            )
     if problem is not None:
         raise problem
 
@@ -127,6 +134,7 @@ def _ends(out: Folder, name: str, marks: dict, *, hashed: bool) -> list[tuple[st
             expected="the receipt's keys",
             where=name,
             hint=AGAIN,
+            code="AK607",
         )
     return [(spec.key, spec.stop) for spec in tensors]
 
@@ -147,6 +155,7 @@ def _hash(out: Folder, name: str, ends: list[tuple[str, int]], progress: Progres
                         expected=f"{size} bytes",
                         where=name,
                         hint=AGAIN,
+                        code="AK607",
                     )
                 running.update(block[:count])
                 at += count
@@ -156,5 +165,6 @@ def _hash(out: Folder, name: str, ends: list[tuple[str, int]], progress: Progres
             f"cannot read at byte {at}: {error.strerror}",
             where=name,
             hint="check the disk, then verify again",
+            code="AK607",
         ) from error
     return running

@@ -89,7 +89,13 @@ def check_rows(out: Folder, plan: Plan, hint: str = AGAIN) -> Json:
         raise _many(wrong, len(checks), out.label, hint)
     Problems(
         [
-            Damaged(each.text, expected=check.expected, where=shown(check.step.key), hint=hint)
+            Damaged(
+                each.text,
+                expected=check.expected,
+                where=shown(check.step.key),
+                hint=hint,
+                code="AK607",
+            )
             for check, each in wrong
         ]
     ).raise_all()
@@ -99,6 +105,7 @@ def check_rows(out: Folder, plan: Plan, hint: str = AGAIN) -> Json:
             "no row was recomputed: every changed tensor is empty",
             where=out.label,
             hint="check the base and the adapters",
+            code="AK607",
         )
     return {"rows": rows, "tensors": len(checks)}
 
@@ -118,7 +125,9 @@ def _many(
     texts = [f"{shown(check.step.key)} by {each.by:.3g} ({each.text})" for check, each in worst]
     problem = f"{len(wrong)} of {checked} tensors are not what the inputs give, the worst: "
     expected = worst[0][0].expected
-    return Damaged(problem + "; ".join(texts), expected=expected, where=where, hint=hint)
+    return Damaged(
+        problem + "; ".join(texts), expected=expected, where=where, hint=hint, code="AK607"
+    )
 
 
 class RowsChecked(NamedTuple):

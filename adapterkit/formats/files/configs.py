@@ -50,11 +50,15 @@ def read_config(folder: Folder, name: str) -> Json:
         value = strict_yaml(folder.read(name, 0, min(size, 4 * MAX_YAML + 1)).decode("utf-8"))
     except ValueError as error:
         raise Damaged(
-            f"not YAML: {shown(error)}", expected="a table", where=name, hint="fix the file"
+            f"not YAML: {shown(error)}",
+            expected="a table",
+            where=name,
+            hint="fix the file",
+            code="AK204",
         ) from error
     if not isinstance(value, dict):
         problem = f"a YAML {type(value).__name__}"
-        raise Damaged(problem, expected="a table", where=name, hint="fix the file")
+        raise Damaged(problem, expected="a table", where=name, hint="fix the file", code="AK204")
     return value
 
 

@@ -60,10 +60,11 @@ def raws_of(
             f"{len(unknown)} keys are no part of {form.title}: {listed(sorted(unknown))}",
             "keys with a role, each of them",
             LIST_FORMATS,
+            code="AK302",
         )
     if twice:
         problem = f"{listed(twice)} and other keys have the same role"
-        errors.add(problem, "each once", "remove one of them")
+        errors.add(problem, "each once", "remove one of them", code="AK302")
     raws = [raw for place, own in heads.items() for raw in _kinds(*place, own, errors)]
     for spec, role in ((spec, role) for raw in raws for role, spec in raw.roles.items()):
         numbers = dtypes.FLOATS + INTEGERS if role in (ALPHA, SHAPE) else dtypes.FLOATS
@@ -72,6 +73,7 @@ def raws_of(
                 f"{shown(spec.key)} is {spec.dtype} {spec.shape}",
                 "F32, F16, BF16 or F64, with axes, and not empty",
                 "save it as floats, gathered from all shards",
+                code="AK302",
             )
     return raws
 
@@ -144,5 +146,7 @@ def _kinds(
     missing = sorted(spec.key for spec, _ in tensors.values() if spec.key not in used)
     if missing:
         problem = f"{shown(head)} has {listed(missing)} alone"
-        errors.add(problem, "all tensors of a module: both factors", "save the adapter again")
+        errors.add(
+            problem, "all tensors of a module: both factors", "save the adapter again", code="AK302"
+        )
     return raws

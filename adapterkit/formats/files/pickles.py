@@ -67,6 +67,7 @@ def unsafe(name: str, where: str) -> Refused:
         where=where,
         hint="where you trust it, --allow-pickle reads it with torch's loader of plain weights, or "
         f"rewrite it\n{command('python -c', code)}",
+        code="AK205",
     )
 
 
@@ -109,6 +110,7 @@ def _load(source: Path) -> Any:
             expected="a file of torch.save that holds tensors only",
             where=source.name,
             hint="save the state dict alone, or better a safetensors file, where it was trained",
+            code="AK205",
         ) from error
 
 
@@ -134,6 +136,7 @@ def _no_state_dict(problem: str, where: str) -> Refused:
         expected=f"a state dict, or one under {', '.join(WRAPPERS)}",
         where=where,
         hint="save the state dict of the adapter alone",
+        code="AK205",
     )
 
 
@@ -146,6 +149,7 @@ def _check(tensors: Mapping[str, Tensor], size: int, where: str) -> None:
                 expected="tensors of numbers, each under a name",
                 where=where,
                 hint="save the state dict of the adapter alone",
+                code="AK205",
             )
             for problem in _problems(tensors)
         ]
@@ -157,6 +161,7 @@ def _check(tensors: Mapping[str, Tensor], size: int, where: str) -> None:
             expected=f"at most {MAX_GROWTH} times the file",
             where=where,
             hint="save clones of the tensors",
+            code="AK205",
         )
 
 

@@ -88,6 +88,7 @@ def settings_of(form: Format, modules: Modules, config: Settings) -> Json | None
             expected=f"magnitudes of all modules or none: {form.title} says it once",
             where="--to",
             hint=OTHER_FORMAT,
+            code="AK503",
         )
     names = sorted({module.name for module in modules})
     settings = declared_settings(

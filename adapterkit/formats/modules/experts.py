@@ -160,7 +160,7 @@ def stack_experts(
     others as they are. `Refused` for more than factors on one expert's module."""
     homes = {piece.module: stack for stack in stacks for piece in stack.pieces}
     groups: dict[str, dict[str, AdapterModule]] = {}
-    errors = Problems()
+    errors = Problems(code="AK503")
     for module in modules:
         if module.name not in homes:
             continue
@@ -252,7 +252,7 @@ def split_experts(
     else is beside an expert's modules, or a stack, gets zeros. `all_of_them`: stacks that the file
     does not keep one by one are `Refused`; otherwise they stay.
     """
-    errors = Problems()
+    errors = Problems(code="AK503")
     for module in modules:
         stack = stacks.get(module.name)
         if module.kind == EXPERTS and (stack is None or (all_of_them and not stack.pieces)):
@@ -332,6 +332,7 @@ def _check_shape(module: AdapterModule, expected: tuple[int, ...]) -> None:
             f"{shown(module.path)} has factors of {shape}",
             expected=f"ones that fit the base's {tuple(expected)}",
             hint="check that the adapter was trained on this base",
+            code="AK503",
         )
 
 
@@ -369,6 +370,7 @@ def stack(
             expected=f"plain factors of one size, of {height} modules at most, for {shown(name)}",
             where=last.path,
             hint="give the base that the adapter was trained on",
+            code="AK503",
         )
     rank, scale = max(m.rank for m in members.values()), common_scale(members.values())
     own = {i: padded_to(with_scale(m, scale), rank) for i, m in members.items()}

@@ -72,6 +72,7 @@ class Fusion:
                 expected="factors a and b, as the file has inputs in another order",
                 where=module.path,
                 hint=_way_out([module]),
+                code="AK503",
             )
         return model_order(steps, module.parts["a"].shape[1], self.heads, module.path)
 
@@ -188,6 +189,7 @@ def fuse(
                 expected=f"{role} of all modules that {shown(name)} is in the file",
                 where=first.path,
                 hint=hint,
+                code="AK503",
             )
         elif role in products and len(groups) > 1:
             parts[role] = _diagonal(values, places, groups, out)
@@ -200,6 +202,7 @@ def fuse(
                 expected=f"one for all, as {shown(name)} is one module of the file",
                 where=first.path,
                 hint=hint,
+                code="AK503",
             )
         else:
             parts[role] = values[0]
@@ -225,6 +228,7 @@ def norm_problems(members: Modules) -> list[AdapterkitError]:
             expected=f"over {listed(own)} alone, which are one module of the file",
             where=member.path,
             hint=FIT_ON_BASE,
+            code="AK503",
         )
         for member in members
         if "input_magnitude" in member.parts and (member.whole or (member.name,)) != own
@@ -265,6 +269,7 @@ def _units(module: AdapterModule, hint: str) -> dict[str, int]:
             expected="low-rank factors, whose rows can be told apart: the model has other modules",
             where=module.path,
             hint=hint,
+            code="AK503",
         )
     return units
 
@@ -278,6 +283,7 @@ def _out(module: AdapterModule, units: Mapping[str, int]) -> int:
             expected="as many of all its tensors",
             where=module.path,
             hint="save the adapter again",
+            code="AK503",
         )
     return sizes.pop()
 
@@ -297,6 +303,7 @@ def _of_unit(rows: Rows, unit: int, module: AdapterModule, hint: str) -> Rows:
             expected=f"parts of the module in whole steps of {unit} rows",
             where=module.path,
             hint=hint,
+            code="AK503",
         )
     return compact([start // unit for start in starts])
 
@@ -388,7 +395,7 @@ def _stored_row(spec: TensorSpec, row: int) -> TensorSpec:
 
 def _check_alike(members: Modules, name: str, hint: str) -> None:
     """`Refused` where parts have other roles, or other inputs, of which one module cannot be."""
-    errors = Problems(where=members[0].path)
+    errors = Problems(where=members[0].path, code="AK503")
     expected = f"the same of all, for the one module {shown(name)} of the file"
     kinds = {m.path: f"{m.kind} {'/'.join(sorted(m.parts))}" for m in members}
     inputs = {m.path: m.parts["a"].shape[1:] for m in members if "a" in m.parts}
@@ -412,6 +419,7 @@ def _fused_rows(members: Mapping[int, AdapterModule], shares: Sequence[int], hin
             expected=f"rows in the proportion {':'.join(map(str, shares))}",
             where=next(iter(members.values())).path,
             hint="check the architecture (--architecture)",
+            code="AK503",
         )
     return int(totals.pop())
 

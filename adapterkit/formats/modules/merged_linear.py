@@ -32,6 +32,7 @@ def check_whole(groups: int, name: str, where: str) -> None:
             expected=f"of the whole layer, or of {PARTS} parts (queries, keys and values)",
             where=where,
             hint=EXTRACT,
+            code="AK503",
         )
 
 
@@ -62,6 +63,7 @@ def trained(
             expected=f"factors of {len(words)}: {', '.join(words)}",
             where=where,
             hint="keep the config that was saved with the file beside it",
+            code="AK503",
         )
     own = [i for i, there in enumerate(is_there) if there]
     pick = lambda values: tuple(values[i] for i in own) if values else ()

@@ -62,7 +62,7 @@ def magnitudes(parts: Parts) -> list[str]:
 
 def misfits(name: str, kind: str, parts: Parts, where: str) -> list[AdapterkitError]:
     """The refusal of parts whose shapes do not fit each other; none where they do."""
-    errors = Problems(where=where)
+    errors = Problems(where=where, code="AK302")
     if expected := _expected_shapes(kind, parts):
         shapes = ", ".join(f"{role} {part.shape}" for role, part in sorted(parts.items()))
         errors.add(f"{name}: {shapes}", expected, "save the adapter again")

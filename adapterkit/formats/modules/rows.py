@@ -63,6 +63,7 @@ def order(
                 expected="a weight, or factors of one",
                 where=where,
                 hint="remove this bias from the adapter",
+                code="AK402",
             )
         return (
             order("swap_halves", size, heads, where) if size == 2 * inputs else torch.arange(size)
@@ -94,6 +95,7 @@ def unknown_heads(problem: str, where: str, settings: Sequence[str] = SETTINGS) 
         expected=f"a config with {' and '.join(settings)}",
         where=where,
         hint="give --base MODEL",
+        code="AK402",
     )
 
 
@@ -129,6 +131,7 @@ def shares_of(size: int, shares: Sequence[int], where: str) -> list[range]:
             expected=f"a multiple of {total}, for parts of {':'.join(map(str, shares))}",
             where=where,
             hint="check the architecture (--architecture)",
+            code="AK402",
         )
     ends = [size * sum(shares[: i + 1]) // total for i in range(len(shares))]
     return [range(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
@@ -159,5 +162,6 @@ def _divided(shape: tuple[int, ...], size: int, where: str) -> Tensor:
             expected=f"a multiple of {known}",
             where=where,
             hint="give the base that the adapter was trained on",
+            code="AK402",
         )
     return torch.arange(size).reshape(shape)

@@ -97,6 +97,7 @@ class DecodedTensor(Expression):
                 expected="finite values",
                 where=self.spec.file,
                 hint="the training went wrong: take an earlier checkpoint",
+                code="AK208",
             )
         return value
 

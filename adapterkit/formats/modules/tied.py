@@ -48,6 +48,7 @@ def without_heads(
             "those of the embeddings in the head, too",
             where="--base",
             hint="merge the adapter into its base instead",
+            code="AK403",
         )
     return [m for m in modules if m.name != HEAD], []
 

@@ -29,6 +29,7 @@ def with_widths(modules: Modules, form: Format, names: Sequence[str]) -> list[Ad
             expected=f"the base's shapes: clients of {form.title} do not widen its weights",
             where="--to",
             hint=f"choose one of {', '.join(others)}, whose clients do",
+            code="AK503",
         )
     has_shape = SHAPE in form.kinds.get(FACTORS, ())
     return [
@@ -50,6 +51,7 @@ def check_shape(parts: Mapping[str, Expression], reader: TensorReader, where: st
             expected=f"the shape of its factors' product, {expected}",
             where=where,
             hint="save the adapter again",
+            code="AK503",
         )
 
 

@@ -90,6 +90,7 @@ def _undecided(contents: Contents, model: NamedBase | None) -> list[AdapterkitEr
             "the nesting, not the parameters)",
             where=contents.folders[0].label,
             hint=GIVE_BASE if model is None else MERGE,
+            code="AK402",
         )
     ]
 
@@ -104,10 +105,12 @@ def refusals(contents: Contents, form: Format) -> list[AdapterkitError]:
                 expected=f"what {form.title} reads",
                 where=where,
                 hint=one.hint,
+                code="AK503",
             )
             for name, one in form.adapter.refuse.items()
             if name in contents.config and one.value.search(json.dumps(contents.config[name]))
-        ]
+        ],
+        code="AK503",
     )
     if not form.kinds:
         return errors
@@ -146,6 +149,7 @@ def _experts(
                 "stack",
                 where=where,
                 hint=GIVE_BASE,
+                code="AK402",
             )
         return list(modules)
     if not (stacked or single):
@@ -190,6 +194,7 @@ def _zeros_beside(
             expected="them too, of zeros if need be: the server reads them together",
             where=where,
             hint=GIVE_BASE,
+            code="AK503",
         )
     return added
 
@@ -198,7 +203,7 @@ def renamed(modules: Modules, model: NamedBase, *, in_file: bool) -> list[Adapte
     """The modules under the base's names: its file's, or those of the model that is loaded.
     `Refused` with all that have none in the file, or several that fit."""
     names = model.checkpoint.tensors if in_file else model.names.all()
-    errors = Problems(where=model.checkpoint.folder.label)
+    errors = Problems(where=model.checkpoint.folder.label, code="AK401")
     result = []
     taken: dict[tuple[str, str, int], str] = {}  # -> the module's name in the adapter
     # single experts are modules of the file alone

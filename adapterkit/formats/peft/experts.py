@@ -66,6 +66,7 @@ def read_stacks(
                 + command(
                     "adapterkit convert", adapter.label, to="peft", base="BASE", out="for-peft"
                 ),
+                code="AK402",
             )
         return None
     modules = []
@@ -109,7 +110,9 @@ def _factors(adapter: Adapter, loras: Sequence[Lora], order: Sequence[str]) -> d
         leaf = order[last - lora.depth]
         one = factors_of(adapter, lora, leaf)
         if one.experts is None or not len(one.a.shape) == len(one.b.shape) == 2:
-            raise Refused(f"{shown(lora.a.key)} is not of a stack", where=adapter.label)
+            raise Refused(
+                f"{shown(lora.a.key)} is not of a stack", where=adapter.label, code="AK402"
+            )
         factors[leaf] = one
     return factors
 
@@ -178,6 +181,7 @@ def stacked_parts(
                 f"{shown(module.path)}: whether the model keeps its experts as (in, out)",
                 expected="the model, by whose class PEFT up to 0.18 lays them out",
                 hint="give --base",
+                code="AK402",
             )
         transpose = not inward
     return stored_factors(module.parts, transpose=transpose)

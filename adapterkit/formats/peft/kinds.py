@@ -69,7 +69,7 @@ def write_kinds(
     contents: Contents, form: Format, kind: str, *, dtype: str | None = None
 ) -> FormatFile:
     """The adapter of these contents. `Refused` with all that the type cannot hold."""
-    errors = Problems(where=contents.folders[0].label)
+    errors = Problems(where=contents.folders[0].label, code="AK503")
     own = [m for m in contents.modules if m.kind == kind]
     decomposed = [m.path for m in own if magnitudes(m.parts)]
     if decomposed:

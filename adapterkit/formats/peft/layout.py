@@ -196,7 +196,7 @@ def write_layout(
 
 def _problems(contents: Contents, form: Format, *, values: bool) -> list[AdapterkitError]:
     """Refusals of what the layout cannot hold."""
-    errors = Problems()
+    errors = Problems(code="AK503")
     where = contents.folders[0].label
     is_own = bool(contents.config.get("peft_type"))
     known = (FACTORS, EXPERTS, *((PARAMETER, VALUE, COPY, TOKENS) if is_own else ()))

@@ -24,7 +24,9 @@ def read_imatrix(folder: Folder, name: str) -> Importance:
     `Refused` or `Damaged` for other files, and for sums that are no weights."""
     is_gguf = folder.read(name, 0, len(MAGIC)) == MAGIC
     found = dict(_of_gguf(folder, name) if is_gguf else _of_binary(folder, name))
-    errors = Problems(where=name, hint="make it again with llama-imatrix", kind=Damaged)
+    errors = Problems(
+        where=name, hint="make it again with llama-imatrix", kind=Damaged, code="AK106"
+    )
     for key, sums in found.items():
         if not bool((sums.isfinite() & (sums >= 0)).all()):
             errors.add(f"{shown(key)} has sums below 0, or that are not finite", "sums of squares")
@@ -54,6 +56,7 @@ def _of_binary(folder: Folder, name: str) -> Iterator[tuple[str, Tensor]]:
                 expected="a file of llama-imatrix",
                 where=name,
                 hint="give its .gguf or .dat file",
+                code="AK106",
             )
         at += count
         return data[at - count : at]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def dora_problems(adapter: Adapter) -> list[AdapterkitError]:
     """Reasons why a DoRA's delta does not depend on its factors and the base's weights alone."""
-    errors = Problems(where=adapter.where)
+    errors = Problems(where=adapter.where, code="AK304")
     init = adapter.changed_base()
     if init:
         errors.add(
@@ -42,7 +42,10 @@ def dora_problems(adapter: Adapter) -> list[AdapterkitError]:
 def stored_weight(names: Names, module: str, name: str, hint: str) -> StoredParameter:
     """A stored matrix, kernel or stack of a module, of floats; `Refused` where the base has none
     on which factors can be. `hint`: what to do without."""
-    parameter, errors = names.parameter(name), Problems(where=names.base.name, hint=hint)
+    parameter, errors = (
+        names.parameter(name),
+        Problems(where=names.base.name, hint=hint, code="AK401"),
+    )
     if parameter is None or 0 in parameter.shape or len(parameter.shape) < 2:
         errors.add(f"the base has no matrix {shown(name)}", "a stored weight for each module")
     elif len(parameter.shape) > 2 and names.groups(module) > 1:
@@ -105,5 +108,6 @@ class BaseWeights:
                 expected=f"one that fits the base's {weight.weight_shape}",
                 where=self.adapter.name,
                 hint=CHECK_BASE,
+                code="AK401",
             )
         return delta

@@ -41,7 +41,7 @@ def read_all(folders: Sequence[Folder]) -> list[Adapter]:
 def delta_problems(adapter: Adapter, dora: str = PLAIN) -> list[AdapterkitError]:
     """Reasons why an adapter's delta is not scale * b @ a on the base that it names; `dora`: the
     hint for a DoRA."""
-    errors = Problems(where=adapter.where)
+    errors = Problems(where=adapter.where, code="AK304")
     init = adapter.changed_base()
     if init:
         errors.add(
@@ -97,6 +97,7 @@ class AdapterWeights:
             expected="one number: they are no low-rank factors, or add a bias",
             where=WEIGHTS,
             hint="give one number, or exclude the module",
+            code="AK112",
         )
 
     def on(self, number: int, name: str, factors: Factors) -> tuple[float, Factors]:
@@ -113,6 +114,7 @@ class AdapterWeights:
                 expected=f"{factors.count}, one for each singular triplet{each}",
                 where=WEIGHTS,
                 hint="choose the weights for these adapters",
+                code="AK112",
             )
         return self.scale * any(weight), replace(factors, directions=weight)
 
@@ -122,7 +124,7 @@ class AdapterWeights:
 
     def problems(self) -> list[AdapterkitError]:
         """Refusals of the rules, and of names in the file, that no module matched so far."""
-        errors = Problems()
+        errors = Problems(code="AK112")
         known = set().union(self.skipped, *self.modules)
         # a module that is left out may be one of parameters, which are not looked up then
         is_known = lambda name: name in known or name.rpartition(".")[0] in self.skipped
@@ -167,6 +169,7 @@ def of_adapters(
         expected=expected,
         where="options",
         hint=f"e.g. {example}",
+        code="AK101",
     )
 
 
@@ -225,6 +228,7 @@ def value_tasks(
             "up to 1 with linear, mean or ema",
             "give other weights (--weight-for MODULE=W for this module), or leave an adapter out",
             where="adapters",
+            code="AK305",
         )
     return tasks
 
@@ -254,6 +258,7 @@ def _copy_of_base(
                 "adapters of one base",
                 "merge them one after the other, with --base-copies",
                 where="adapters",
+                code="AK403",
             )
     return CopiedTensor(key, first[1], key, checked=True)
 
@@ -280,6 +285,7 @@ def check_wrappers(
             "one of both: PEFT cannot load them together",
             "merge one adapter after the other instead",
             where="adapters",
+            code="AK305",
         )
 
 
@@ -297,6 +303,7 @@ def _check_rows(adapters: Sequence[Adapter], levels: Mapping[str, int], errors: 
             "one of both: PEFT cannot load them together",
             "merge one adapter after the other instead",
             where="adapters",
+            code="AK305",
         )
     elif any(its != next(iter(rows.values())) for its in rows.values()):
         errors.add(
@@ -304,4 +311,5 @@ def _check_rows(adapters: Sequence[Adapter], levels: Mapping[str, int], errors: 
             "the same rows",
             "combine adapters that trained the same rows",
             where="adapters",
+            code="AK305",
         )

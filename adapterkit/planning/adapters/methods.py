@@ -42,6 +42,7 @@ def resolved_weights(
             expected="one of them",
             where="options",
             hint=f"remove {other}, or the method's option",
+            code="AK102",
         )
     return method.resolve_weights(given)
 
@@ -58,6 +59,7 @@ class ModuleMethods:
                 expected="a method with a density",
                 where="options",
                 hint=f"remove {DENSITY_FOR}",
+                code="AK102",
             )
         own = getattr(method, "density", 1.0)
         self.densities = AdapterWeights([own] * count, texts, option=DENSITY_FOR)
@@ -77,6 +79,7 @@ class ModuleMethods:
             expected="one for all adapters of a module",
             where=DENSITY_FOR,
             hint="use --method gta, whose adapters may have each their own",
+            code="AK102",
         )
 
     def _with(self, **values: object) -> Method:

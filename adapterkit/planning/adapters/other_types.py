@@ -48,6 +48,7 @@ def kind_of(source: Folder, config: Mapping) -> "type[Kind] | None":
         expected=", ".join(["LORA", *map(str.upper, known)]),
         where=f"{source.name}/{CONFIG}",
         hint=f"if it can be merged, {EXTRACT}",
+        code="AK301",
     )
 
 
@@ -64,6 +65,7 @@ def read_deltas(
             expected="--base BASE",
             where=source.name,
             hint="give --base, the model it was trained on",
+            code="AK402",
         )
     adapter, tensors = read_kind(kind, source, 0)
     if base is None and kind.name in ("loha", "lokr"):
@@ -94,6 +96,7 @@ def unknown_kernel(module: str) -> Refused:
         expected="--base BASE",
         where="options",
         hint="give the model it was trained on",
+        code="AK402",
     )
 
 
@@ -113,5 +116,6 @@ def tail_of(
             expected=f"one for the base's {tuple(shape)}",
             where=where,
             hint=CHECK_BASE,
+            code="AK401",
         )
     return tuple(tail)

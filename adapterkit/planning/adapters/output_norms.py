@@ -98,6 +98,7 @@ def _widths(
             expected="some: statistics are of their inputs",
             where="--stats",
             hint="remove --stats",
+            code="AK106",
         )
     others = [name for name in places if name not in widths]
     if others:
@@ -117,6 +118,7 @@ def check_statistics(method: Method, refit: Refit, space: str, adapters: int, fi
                 expected=f"one for each adapter with {method.name}",
                 where="--stats",
                 hint="give --stats FILE once per adapter, in their order",
+                code="AK106",
             )
         return
     if not files:
@@ -129,6 +131,7 @@ def check_statistics(method: Method, refit: Refit, space: str, adapters: int, fi
             expected="a refit in --space delta: statistics say what it may lose",
             where="options",
             hint="give --rank R or --energy E, or remove --stats",
+            code="AK106",
         )
     if files not in (1, adapters):
         raise Refused(
@@ -136,6 +139,7 @@ def check_statistics(method: Method, refit: Refit, space: str, adapters: int, fi
             expected="one for all, or one for each",
             where="--stats",
             hint="give --stats FILE once, or once per adapter, in their order",
+            code="AK106",
         )
 
 

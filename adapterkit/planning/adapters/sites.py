@@ -153,7 +153,11 @@ def _other_shapes(name: str, members: dict[int, Factors], of: dict[int, Adapter]
     shapes = [f"{of[n].name}: {factors.kind} {factors.shape}" for n, factors in members.items()]
     hint = "combine adapters of one base"
     return Refused(
-        f"{shown(name)}: {'; '.join(shapes)}", expected="one shape", where="adapters", hint=hint
+        f"{shown(name)}: {'; '.join(shapes)}",
+        expected="one shape",
+        where="adapters",
+        hint=hint,
+        code="AK305",
     )
 
 
@@ -171,6 +175,7 @@ def _check_parameters(
             expected="their names",
             where=", ".join(lacking),
             hint="give target_parameters in adapter_config.json as they were in training",
+            code="AK305",
         )
     plain = [
         of[n].name
@@ -184,6 +189,7 @@ def _check_parameters(
             expected="one way for all: PEFT cannot load both",
             where="adapters",
             hint="merge one after the other instead",
+            code="AK305",
         )
 
 
@@ -220,6 +226,7 @@ def sites_of(
             expected="a name in target_parameters for each",
             where=", ".join(of[number].where for number in loras),
             hint="restore the config that was saved with the file",
+            code="AK303",
         )
     if len(results) > 1:
         raise _undecided(module, loras, union, of)
@@ -236,6 +243,7 @@ def _undecided(module: str, loras: dict, union: list[str], of: dict[int, Adapter
         expected="files that say so (PEFT's name the nesting, not the parameter)",
         where=", ".join(of[number].name for number in loras),
         hint=GIVE_BASE,
+        code="AK402",
     )
 
 
@@ -289,6 +297,7 @@ def _arranged(
                     expected="a wrapper for each",
                     where=of[number].where,
                     hint="restore the config that was saved with the file",
+                    code="AK303",
                 )
             leaf = mine[len(mine) - 1 - lora.depth]
             members[leaf][number] = factors_of(of[number], lora, leaf)
@@ -330,6 +339,7 @@ def _check_shape(module: str, leaf: str, members: dict[int, Factors], names: Par
                 ),
                 where=names.label,
                 hint="check that the adapter was trained on this base",
+                code="AK401",
             )
 
 
@@ -344,6 +354,7 @@ def _check_nests(sites: Collection[JoinedSite], errors: Problems) -> None:
             "no such nest: PEFT cannot load it",
             "merge one adapter after the other instead",
             where="adapters",
+            code="AK305",
         )
 
 
@@ -364,6 +375,7 @@ def flips_square_experts(
             expected="the layout in which PEFT wrote it: it changed in 0.19",
             where=adapter.where,
             hint=hint,
+            code="AK402",
         )
     return layout == "peft-0.18" or transposed
 
@@ -385,4 +397,5 @@ def _check_layouts(
             "adapters of PEFT below 0.19 alone, or none of them",
             "train or convert the adapters with one version of PEFT",
             where=", ".join(dict.fromkeys(adapter.name for adapter in stacked)),
+            code="AK305",
         )

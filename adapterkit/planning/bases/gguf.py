@@ -111,6 +111,7 @@ def read_importance(text: StrPath) -> ImportanceFile:
             expected="one file of llama-imatrix",
             where=folder.label,
             hint="give the path of the file itself",
+            code="AK106",
         )
     return ImportanceFile(read_imatrix(folder, names[0]), sha256_of_file(folder.path(names[0])))
 
@@ -130,6 +131,7 @@ def merged_files(
             expected="a merge that leaves the metadata of the file as they are",
             where=base.name,
             hint="merge into the original checkpoint, and convert that with llama.cpp's own tool",
+            code="AK404",
         )
     shards = plan_gguf_files(
         base,
@@ -152,7 +154,9 @@ def files_beside(
     if isinstance(base, OneFileModel):
         if asked:
             problem, expected = "--modelfile with an image model", "a language model"
-            raise Refused(problem, expected=expected, where="options", hint="remove --modelfile")
+            raise Refused(
+                problem, expected=expected, where="options", hint="remove --modelfile", code="AK102"
+            )
         notes.append(
             "to load it: ComfyUI-GGUF's node Unet Loader (GGUF), from models/diffusion_models; "
             f"stable-diffusion.cpp: {line(['--diffusion-model', first])}, -m where it has all parts"

@@ -134,5 +134,6 @@ def _safetensors_file(out: StrPath) -> str:
             expected=f"a name that ends in {SAFETENSORS}",
             where="--out",
             hint=f"give --out {shown(out)}{SAFETENSORS}",
+            code="AK601",
         )
     return name

@@ -51,6 +51,7 @@ def plan_image_quantization(base: Base, options: Quantize) -> Plan:
             expected="layers in blocks of the denoiser, of sizes that the format can hold",
             where=model.name,
             hint="check --skip, or use another format",
+            code="AK105",
         )
     name = base.output_file(options.out)
     output = QuantizedModel(model, quantized, {}, model.config, file=name)

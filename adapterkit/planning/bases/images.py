@@ -80,7 +80,7 @@ def prepare_images(job: "MergeJob", errors: Sequence[AdapterkitError]) -> None:
     model = job.original
     if not isinstance(model, OneFileModel):
         return
-    errors = Problems(errors, where=model.name)
+    errors = Problems(errors, where=model.name, code="AK401")
     known = {part for one in architectures().values() for part in one.components}
     for adapter in job.adapters:
         added = (one.module.name for one in added_deltas(adapter.folder, adapter.number))

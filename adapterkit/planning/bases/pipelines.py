@@ -83,7 +83,9 @@ def adapters_on_parts(base: Base, adapter: StrPath) -> Iterator[tuple[Folder, Ch
 def plan_pipeline_merge(base: Base, merge: Merge, options: MergeOptions) -> Plan:
     """The plan of a merge as it is asked for; `Refused` for sources that a pipeline has no use
     for."""
-    errors = Problems(where="options", hint="merge into one part: the folder of a model")
+    errors = Problems(
+        where="options", hint="merge into one part: the folder of a model", code="AK102"
+    )
     for name in SOURCES:
         if getattr(merge, name) not in (None, ()):
             hint = "give ORIGINAL as the base" if name == "base16" else errors.hint
@@ -110,7 +112,9 @@ def plan_merge_into_parts(
     from adapterkit.planning.merge.plan import plan_merge
 
     pipeline = read_pipeline(base.folder, options.variant)
-    errors = Problems(where="options", hint="merge into one part: the folder of a model")
+    errors = Problems(
+        where="options", hint="merge into one part: the folder of a model", code="AK102"
+    )
     wrong = [flag_of(name) for name in OPTIONS if getattr(options, name)]
     wrong += ["--rounding compensated"] * (options.rounding == "compensated")
     for option in wrong:
@@ -189,7 +193,9 @@ def plan_pipeline_quantization(base: Base, options: "Quantize") -> Plan:
     from adapterkit.planning.quantize import check_fit, plan_model_quantization
 
     pipeline = read_pipeline(base.folder)
-    errors = Problems(where="options", hint="quantize one part: the folder of a model")
+    errors = Problems(
+        where="options", hint="quantize one part: the folder of a model", code="AK102"
+    )
     for name in ("stats", "imatrix", "modelfile"):
         if getattr(options, name):
             errors.add(f"{flag_of(name)} with a pipeline", "a base that is one model")
@@ -239,7 +245,9 @@ def plan_pipeline_extraction(base: Base, tuned: Base, options: "Extract") -> Pla
     from adapterkit.planning.extract import plan_model_extraction
 
     old, new = read_pipeline(base.folder), read_pipeline(tuned.folder)
-    errors = Problems(where="options", hint="extract it between the folders of one part")
+    errors = Problems(
+        where="options", hint="extract it between the folders of one part", code="AK102"
+    )
     for name in ("max_size", "stats"):
         if getattr(options, name) is not None:
             errors.add(f"{flag_of(name)} with pipelines", "--rank or --energy alone")
@@ -266,6 +274,7 @@ def plan_pipeline_extraction(base: Base, tuned: Base, options: "Extract") -> Pla
             expected="a fine-tune",
             where=f"{base.folder.label}, {tuned.folder.label}",
             hint="check the two paths",
+            code="AK102",
         )
     summary = f"the difference of {tuned.folder.name} and {base.folder.name}"
     card = adapter_card(adapter_config.hub_id(base.folder), [], summary)

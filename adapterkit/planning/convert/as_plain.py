@@ -173,7 +173,7 @@ def open_parts(
     parts = {part for one in every if one is not None for part in one.components}
     if not sources or (file is None and len(parts) < 2):
         return None
-    errors = Problems()
+    errors = Problems(code="AK503")
     what, expected, hint = "PEFT's layout in one file", "a folder", "give --out without an ending"
     if len(parts) > 1:
         what = f"an adapter of one model beside those of {listed(sorted(parts - {LANGUAGE}))}"
@@ -195,6 +195,7 @@ def open_parts(
             where=sources[0].label,
             hint="convert it first\n"
             "adapterkit convert ADAPTER --to diffusers --out converted.safetensors",
+            code="AK503",
         )
     return [with_part_names(*one) for one in named], first
 

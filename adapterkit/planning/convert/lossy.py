@@ -129,6 +129,7 @@ def _check_large(modules: Modules, rank: int, where: str) -> None:
             expected="their own rank, or a larger one, for --rank",
             where=where,
             hint="shrink them\n" + command("adapterkit resize", where, rank=rank, out="smaller"),
+            code="AK402",
         )
 
 
@@ -155,6 +156,7 @@ def read_fitted(
             expected="--rank N, for plain factors of it",
             where=folder.label,
             hint="give --rank; the receipt has the error",
+            code="AK402",
         )
     notes: list[str] = []
     errors = Problems()
@@ -218,6 +220,7 @@ class _Fitting:
                 "--base BASE, the model they were trained on",
                 "give --base",
                 where=where,
+                code="AK402",
             )
         elif len(components) > 1:
             self.errors.add(
@@ -225,6 +228,7 @@ class _Fitting:
                 "one component at a time, with its --base",
                 "give --prefix-only COMPONENT and the folder of that component as --base",
                 where=where,
+                code="AK402",
             )
         elif self.base is not None:
             folder, config = self.contents.folders[0], dict(self.contents.config)
@@ -290,6 +294,7 @@ class _Fitting:
                 expected=f"one for the base's {weight.weight_shape}",
                 where=self.contents.folders[0].label,
                 hint=CHECK_BASE,
+                code="AK401",
             )
 
     def _is_in_base(self, module: AdapterModule) -> bool:
@@ -317,6 +322,7 @@ class _Fitting:
                 expected="a multiple of the kernel's size",
                 where=self.contents.folders[0].label,
                 hint="give --base, the model it was trained on",
+                code="AK402",
             )
         return (inputs // math.prod(kernel), *kernel)
 

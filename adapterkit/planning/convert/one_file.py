@@ -145,6 +145,7 @@ class _InFile:
                 expected=f"modules of {', '.join(self.model.parts)}",
                 where=self.contents.folders[0].label,
                 hint=OTHER_BASE,
+                code="AK502",
             )
 
     def _named(self, modules: Modules) -> list[AdapterModule]:
@@ -199,6 +200,7 @@ class _InFile:
                 f"{shown(module.path)}: {module.kind} of some rows of {shown(name)}",
                 expected="plain factors, or a delta of consecutive rows",
                 hint=FIT_ON_BASE,
+                code="AK401",
             )
         return rows
 
@@ -232,6 +234,7 @@ class _InFile:
                 expected=f"modules of one of {', '.join(model.parts)} ({model.architecture})",
                 where=self.contents.folders[0].label,
                 hint=ONE_PART if parts else OTHER_BASE,
+                code="AK401",
             )
         own = {id(m) for m in bare}
         return [replace(m, component=parts[0]) if id(m) in own else m for m in modules]

@@ -223,7 +223,7 @@ def _check_target(form: Format, file: str | None) -> None:
     else:
         problem, expected = f"{form.title} in a file named {shown(file)}", f"a name with {ending}"
         hint = f"give --out {shown(Path(file).with_suffix(ending))}"
-    raise Refused(problem, expected=expected, where="--out", hint=hint)
+    raise Refused(problem, expected=expected, where="--out", hint=hint, code="AK102")
 
 
 def _check_source(contents: Contents, base: Checkpoint | None, model: NamedBase | None) -> None:
@@ -235,6 +235,7 @@ def _check_source(contents: Contents, base: Checkpoint | None, model: NamedBase 
             expected="tensors of at least one",
             where=contents.folders[0].label,
             hint="save the adapter again",
+            code="AK105",
         )
 
 
@@ -287,6 +288,7 @@ def written_file(
                 expected="modules of the base, by which names with underscores are read again",
                 where=contents.folders[0].label,
                 hint="give the base that it was trained on",
+                code="AK401",
             )
     return replace(file, notes=[*notes, *file.notes])
 
@@ -307,6 +309,7 @@ def _in_file(contents: Contents, form: Format, model: NamedBase | None) -> Conte
             "stack",
             where=contents.folders[0].label,
             hint="give --base MODEL, with its weights",
+            code="AK402",
         )
     modules = split_experts(contents.modules, model.stacks, PlanReader(contents.folders))
     return replace(contents, modules=tuple(modules))

@@ -41,7 +41,7 @@ def shape_problems(contents: Contents, base: Checkpoint | None) -> list[Adapterk
     if base is None:
         return []
     wide = set(_widened(contents))
-    errors = Problems(where=base.folder.label)
+    errors = Problems(where=base.folder.label, code="AK401")
     for module in contents.modules:
         spec = base.tensors.get(f"{module.name}.weight")
         if module.kind != FACTORS or spec is None or module.name in wide:
@@ -61,7 +61,7 @@ def parameter_problems(contents: Contents, model: NamedBase | None) -> list[Adap
     if model is None:
         return []
     targets = tuple(contents.config.get("target_parameters") or ())
-    errors = Problems(where=model.checkpoint.folder.label)
+    errors = Problems(where=model.checkpoint.folder.label, code="AK401")
     for module in contents.modules:
         if module.kind != PARAMETER:
             continue
@@ -208,6 +208,7 @@ def selected(contents: Contents, component: str | None) -> Contents:
             expected=f"one of {listed(contents.components)}",
             where="--prefix-only",
             hint="choose one of them",
+            code="AK401",
         )
     return replace(contents, modules=tuple(modules))
 
@@ -239,6 +240,7 @@ def _of_model(module: AdapterModule, model: OneFileModel, reader: PlanReader) ->
         f"{shown(module.name)} is no module that {model.architecture} names",
         expected=f"modules of {', '.join(model.parts)}",
         hint="leave it out with --exclude",
+        code="AK502",
     )
 
 
@@ -254,6 +256,7 @@ def named_base(base: Checkpoint | None, detection: Detection, form: Format) -> N
             expected="a text",
             where=detection.container.file,
             hint="keep the config that was saved with the file beside it",
+            code="AK204",
         )
     names = Names(base, task=task, build_model=True, whole=looks_whole(base))
     return NamedBase(base, names, stacks_of(names))

@@ -68,7 +68,7 @@ class Base:
     def check_options(self, options: "MergeOptions", imatrix: object, file: str | None) -> None:
         """`Refused` for options of a merge that it has no use for; `file`: the output's name where
         it is one."""
-        errors, given = Problems(where="options", hint="remove it"), vars(options)
+        errors, given = Problems(where="options", hint="remove it", code="AK102"), vars(options)
         for expected, names in self.unfit_with(file).items():
             for name in names:
                 if imatrix if name == "imatrix" else given[name]:
@@ -97,6 +97,7 @@ class Base:
             expected=f"a name that ends in {ending}" if ending else "a folder",
             where="--out",
             hint=f"give --out {shown(out)}{ending}" if ending else "give the name of a folder",
+            code="AK601",
         )
 
 

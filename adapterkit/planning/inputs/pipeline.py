@@ -101,6 +101,7 @@ class Pipeline:
             expected=f"one of {', '.join(self.parts)}",
             where=self.folder.label,
             hint="give the whole pipeline that the adapter is for",
+            code="AK103",
         )
 
 
@@ -115,7 +116,11 @@ def read_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
     """The pipeline in a folder, with the weights of a variant where parts have it; `Refused` or
     `Damaged` for an index that names no models, and for parts that are links: what they lead to is
     not the pipeline's."""
-    index, files, errors = read_json(folder, INDEX), folder.files(), Problems(where=folder.label)
+    index, files, errors = (
+        read_json(folder, INDEX),
+        folder.files(),
+        Problems(where=folder.label, code="AK201"),
+    )
     named = [name for name, value in index.items() if isinstance(value, list) and any(value)]
     parts, absent = {}, []
     for name in named:
@@ -135,6 +140,7 @@ def read_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
             expected="a pipeline of diffusers, with its models",
             where=folder.label,
             hint="download all of it",
+            code="AK201",
         )
     if variant and not any(part.has_variant for part in parts.values()):
         raise Refused(
@@ -142,5 +148,6 @@ def read_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
             expected="a name such as fp16, of diffusion_pytorch_model.fp16.safetensors",
             where=folder.label,
             hint="remove --variant",
+            code="AK201",
         )
     return Pipeline(folder, parts, tuple(absent))

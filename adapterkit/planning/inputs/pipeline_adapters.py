@@ -100,6 +100,7 @@ def _folders(folder: Folder) -> tuple[str, ...]:
             expected=f"one file, or folders with {CONFIG} for parts of the pipeline",
             where=folder.label,
             hint=LIST_FORMATS,
+            code="AK501",
         )
     return names
 
@@ -113,6 +114,7 @@ def _told(folder: Folder, contents: Contents | None, part: PipelinePart) -> Fold
             expected="an adapter of one model",
             where=folder.label,
             hint=f"give it without {part.name}: in front",
+            code="AK103",
         )
     component = contents.components[0] or part.name
     return _converted(folder, contents, component, part)
@@ -157,6 +159,7 @@ def _fitting(folder: Folder, shapes: Shapes, pipeline: Pipeline, *, of_a_kind: b
         hint=f"say for which it is: {most[0]}:{folder.label}"
         if most
         else "check that the adapter was trained on a model of this pipeline",
+        code="AK401",
     )
 
 

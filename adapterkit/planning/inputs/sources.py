@@ -55,6 +55,7 @@ def open_source(text: StrPath) -> Folder:
                 "org/name[@revision][:folder or file]"
             ),
             hint=is_output or _own_hint(name) or similar or "check the path",
+            code="AK201",
         )
     from adapterkit.hub.folder import HubFolder
 
@@ -89,6 +90,7 @@ def open_statistics(text: StrPath) -> Folder:
         expected="a .safetensors file of statistics",
         where=folder.label,
         hint="make one\n" + command("adapterkit stats", "BASE", data=text, out="stats.safetensors"),
+        code="AK106",
     )
 
 
@@ -180,7 +182,9 @@ def open_unconverted(text: StrPath, allow_pickle: bool = False) -> Folder:
     if folder.single != WEIGHTS and WEIGHTS in beside:
         problem = f"{shown(folder.single)} beside {WEIGHTS}: whose is {CONFIG}?"
         hint = "give each a folder of its own with its config"
-        raise Refused(problem, expected="one adapter in a folder", where=folder.label, hint=hint)
+        raise Refused(
+            problem, expected="one adapter in a folder", where=folder.label, hint=hint, code="AK206"
+        )
     return folder.as_weights(WEIGHTS)
 
 
@@ -210,6 +214,7 @@ def initial_of(adapter: Folder) -> Folder | None:
         expected="the initial factors, which the base is to be without",
         where=f"{adapter.label}/{CONFIG}",
         hint="keep the folder that `adapterkit init` wrote together",
+        code="AK304",
     )
 
 
@@ -256,5 +261,6 @@ def weight_of(source: StrPath) -> tuple[str, float]:
             f"{shown(text)}: {shown(number)!r} is not a number",
             expected="ADAPTER or ADAPTER=WEIGHT",
             hint=f"give a number, such as {shown(path) or 'ADAPTER'}=0.5",
+            code="AK101",
         )
     return path, weight

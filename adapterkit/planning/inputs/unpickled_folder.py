@@ -26,6 +26,7 @@ def without_pickles(folder: Folder) -> Folder:
             expected="one that holds the adapter",
             where=folder.label,
             hint="give the file instead of the folder",
+            code="AK205",
         )
     origin, maker = {**folder.origin, "pickle": names[0]}, Unpickling(folder, names[0])
     return Overlay(folder.name, folder.label, origin, None, maker, folder, folder.hashes)

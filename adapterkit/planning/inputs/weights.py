@@ -70,6 +70,7 @@ def sources_of(
             "weights from one place",
             f"remove the weights of the adapters, or {OPTION}",
             where="options",
+            code="AK112",
         )
     sources: list[StrPath] = [source for source, _ in pairs]
     if not sources:
@@ -78,7 +79,9 @@ def sources_of(
         if lacking := [name for name, source in found.items() if source is None]:
             problem = f"{listed(lacking)}: not next to the file of weights"
             hint = "name the adapters of the weights in their order"
-            errors.add(problem, "adapters next to it, by name, or ids of the Hub", hint)
+            errors.add(
+                problem, "adapters next to it, by name, or ids of the Hub", hint, code="AK112"
+            )
         errors.raise_all()
         sources = [found[one.name] or "" for one in file.adapters]
     if len(sources) != len(file.adapters):
@@ -86,6 +89,7 @@ def sources_of(
             f"{len(sources)} adapters, and weights of {len(file.adapters)}",
             f"in this order: {listed([one.name for one in file.adapters])}",
             "name those of the file, or none",
+            code="AK112",
         )
     errors.raise_all()
     return sources
@@ -105,6 +109,7 @@ def check_same(named: NamedAdapter, adapter: Folder, where: str) -> None:
             where=where,
             hint="name the adapters of the weights in their order; without `files` in the file of "
             "weights any will do",
+            code="AK112",
         )
 
 

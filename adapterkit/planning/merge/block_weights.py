@@ -123,6 +123,7 @@ class BlockWeights:
                 expected="one weight for what the file fuses",
                 where="options",
                 hint="give weights of blocks, or merge into the pipeline of diffusers",
+                code="AK101",
             )
         return factors.pop()
 
@@ -137,7 +138,9 @@ def inlined(text: str) -> str:
     if not path or not os.path.isfile(path):
         if re.search(r"\.(txt|json)(:|$)", rest):
             hint = "check the path"
-            raise Refused(f"{LBW}: no such file: {shown(rest)}", where="options", hint=hint)
+            raise Refused(
+                f"{LBW}: no such file: {shown(rest)}", where="options", hint=hint, code="AK101"
+            )
         return text
     content = _content(path)
     if content.lstrip().startswith("{"):
@@ -150,6 +153,7 @@ def inlined(text: str) -> str:
             expected=f"{path}:NAME, of its {len(presets)} presets: {listed(list(presets))}",
             where="options",
             hint=did_you_mean([name], presets) or "name one of them",
+            code="AK101",
         )
     return head + presets[name]
 
@@ -163,6 +167,7 @@ def _content(path: str) -> str:
             expected="lines NAME:NUMBERS, or settings in JSON",
             where="options",
             hint="give a file of weights of blocks",
+            code="AK101",
         ) from error
 
 
@@ -180,6 +185,7 @@ def _unknown_family(name: str | None) -> Refused:
         expected=f"a model of {known}, in one file or as a pipeline",
         where="options",
         hint="give --weight-for REGEX=W" + " or prefixes of names in JSON" * bool(name),
+        code="AK101",
     )
 
 
@@ -226,6 +232,7 @@ def _weights_of(text: str, words: BlockWords) -> dict[str, float]:
             expected=f"{known}, or {lengths}" if known else lengths,
             where="options",
             hint=did_you_mean([text], words.presets) or hint,
+            code="AK101",
         )
     pairs = zip(blocks, values, strict=True)
     return {name: value for block, value in pairs if value is not None for name in block.split(",")}
@@ -252,7 +259,7 @@ def _of_settings(text: str, names: ModelNames) -> Factor:
 
 
 def _wrong(problem: str, expected: str, hint: str) -> Refused:
-    return Refused(f"{LBW}: {problem}", expected=expected, where="options", hint=hint)
+    return Refused(f"{LBW}: {problem}", expected=expected, where="options", hint=hint, code="AK101")
 
 
 def _number(value: object, where: str) -> float:
@@ -327,7 +334,7 @@ def _of_unet(settings: Json, names: ModelNames) -> dict[str, float]:
     "mid": 1, "up": 0.5}: 1 where none is said."""
     found = {m[0] for one in names.all(UNET) if (m := ATTENTION.match(one.model))}
     count = Counter(place.partition(".attentions.")[0] for place in found)
-    errors, weights = Problems(where="options"), {}
+    errors, weights = Problems(where="options", code="AK101"), {}
     hint = f"the blocks with attentions are {', '.join(sorted(count))}"
     if unknown := sorted({*settings} - {*SIDES, "mid"}):
         errors.add(f"{LBW}: unet: {listed(unknown)}", "down, mid, up", hint)

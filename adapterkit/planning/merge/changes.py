@@ -59,6 +59,7 @@ def resolve_targets(
             where=adapter.label,
             hint="use a transformers that knows the model, or give target_parameters as they were "
             "in training",
+            code="AK402",
         )
     return [(site.name, site.leaf, site.members[number]) for site in sites]
 
@@ -118,6 +119,7 @@ def _check_groups(job: MergeJob, adapter: Adapter, parameter: Parameter, lora: L
             expected="groups 1 (PEFT cannot merge these either)",
             where=adapter.label,
             hint="exclude it with --exclude",
+            code="AK406",
         )
 
 
@@ -202,6 +204,7 @@ def _tell_of_copies(
             "weights as they are; --base-copies adapter starts from the copies instead, as PEFT "
             "does",
             where=adapter.label,
+            code="AK403",
         )
     elif differing:
         effect = "ignored" if job.options.base_copies == "ignore" else "replace the base's"
@@ -269,6 +272,7 @@ def _check_adapter(job: MergeJob, adapter: Adapter) -> None:
             "plain LoRA first (adapterkit rebase, or PEFT's "
             "path_initial_model_for_weight_conversion)",
             where=adapter.where,
+            code="AK304",
         )
     with job.errors.collected():
         _check_weighted(job, adapter)
@@ -284,6 +288,7 @@ def _check_initial(job: MergeJob, adapter: Adapter) -> None:
             "the same modules in both",
             "keep the folder that `adapterkit init` wrote together",
             where=adapter.label,
+            code="AK304",
         )
 
 
@@ -323,6 +328,7 @@ def _check_weighted(job: MergeJob, adapter: Adapter) -> None:
                 "weight 1: these are values, not additions",
                 hint,
                 where=adapter.label,
+                code="AK107",
             )
 
 
@@ -384,6 +390,7 @@ def _check_complete(job: MergeJob, adapter: Adapter) -> None:
                 "every tensor that was trained",
                 "save the adapter again, or keep the base's with --exclude",
                 where=adapter.label,
+                code="AK302",
             )
 
 
@@ -409,6 +416,7 @@ def _add_values(job: MergeJob, adapter: Adapter) -> None:
                 "one adapter for each replaced parameter",
                 "exclude one with --exclude in a run of its own, or merge one adapter",
                 where=adapter.label,
+                code="AK305",
             )
         change.value, change.value_from = spec, adapter.number
         change.parameter = replace(parameter, shape=spec.shape)
@@ -464,6 +472,7 @@ def _check_acting(
             f"{what} that act as a change of the weight",
             f'give --exclude "{re.escape(module.rpartition(".")[2])}$" to leave them out',
             where=adapter.label,
+            code="AK406",
         )
 
 
@@ -492,6 +501,7 @@ def _add_product(job: MergeJob, adapter: Adapter, name: str, leaf: str | None, l
             expected="a plain LoRA there",
             where=adapter.label,
             hint="exclude it with --exclude",
+            code="AK406",
         )
     outputs = shape[1 if factors.flip else 0]
     if magnitude is not None and math.prod(magnitude.shape) != outputs:
@@ -534,6 +544,7 @@ def _add_delta(job: MergeJob, adapter: Adapter, added: "AddedDelta", module: str
             "weight 1: it is a change of the base's weight, and no addition",
             "merge it with weight 1",
             where=adapter.label,
+            code="AK107",
         )
         return
     change = job.change(parameter)
@@ -551,6 +562,7 @@ def _add_bias(job: MergeJob, adapter: Adapter, lora: Lora, scale: float) -> None
             "a module with a bias",
             "merge into a model whose module has a bias",
             where=adapter.label,
+            code="AK401",
         )
         return
     if parameter.shape != lora.bias.shape:
@@ -575,6 +587,7 @@ def _check_rows(job: MergeJob, adapter: Adapter) -> None:
                 "its trained rows",
                 "save the adapter again",
                 where=adapter.where,
+                code="AK302",
             )
 
 
@@ -598,6 +611,7 @@ def _add_rows(job: MergeJob, adapter: Adapter) -> None:
                 f"rows of {shown(name)}, which has shape {shape}",
                 "use a base whose vocabulary was resized as in training",
                 where=adapter.label,
+                code="AK403",
             )
             continue
         change = job.change(replace(parameter, shape=shape))
@@ -619,6 +633,7 @@ def _check_method(job: MergeJob) -> None:
                     "plain deltas",
                     PLAIN if modules is doras else "remove --method",
                     where=adapter.label,
+                    code="AK401",
                 )
     if job.with_initial:
         numbers = sorted(job.with_initial)
@@ -627,6 +642,7 @@ def _check_method(job: MergeJob) -> None:
             "plain deltas",
             WITHOUT_INITIAL,
             where=", ".join(job.adapter(number).name for number in numbers),
+            code="AK401",
         )
 
 
@@ -644,6 +660,7 @@ def _check_together(job: MergeJob) -> None:
                 f"{shown(name)}: DoRA of {job.adapter(dora.folder).name} beside another adapter",
                 "one adapter on a module that DoRA rescales: the result depends on the order",
                 "merge one after the other, or give --compat peft for PEFT's order",
+                code="AK305",
             )
         rows = [i for _, indices in change.rows for i in indices]
         if len(set(rows)) != len(rows):
@@ -651,4 +668,5 @@ def _check_together(job: MergeJob) -> None:
                 f"{shown(name)}: a token row trained by two adapters",
                 "one adapter for each row",
                 "merge one of them",
+                code="AK305",
             )

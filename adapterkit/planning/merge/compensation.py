@@ -116,4 +116,5 @@ def _layout_error(step: Step, name: str) -> Refused:
         expected="all inputs of the layer, in order, on one axis of the stored tensor",
         where="--rounding compensated",
         hint="exclude it with --exclude, or use another rounding",
+        code="AK406",
     )

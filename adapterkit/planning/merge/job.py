@@ -50,6 +50,7 @@ def replicated(base: Checkpoint, adapters: list[Adapter], errors: Problems) -> C
             "the same in all",
             "merge those that agree",
             where=replicating[0].where,
+            code="AK305",
         )
         return base
     ranges = replicating[0].config["layer_replication"]
@@ -97,6 +98,7 @@ def _layer_stack(base: Checkpoint, order: list[int]) -> tuple[str, int]:
             expected="one stack with the config's number of layers",
             where=base.name,
             hint="this model's layers cannot be replicated",
+            code="AK406",
         )
     bad = sorted({i for i in order if i >= stacks[0][1]})
     if bad or not order:
@@ -105,6 +107,7 @@ def _layer_stack(base: Checkpoint, order: list[int]) -> tuple[str, int]:
             expected="layers of the base",
             where="layer_replication",
             hint="use the base that the adapter was trained on",
+            code="AK406",
         )
     return stacks[0]
 
@@ -138,6 +141,7 @@ def nothing_selected(
         expected="at least one module",
         where=", ".join(dict.fromkeys(adapters)),
         hint=similar_names(options.include or "", names) or f"check {cause}",
+        code="AK105",
     )
 
 
@@ -227,6 +231,7 @@ class MergeJob:
                 expected="a method module by module",
                 where="options",
                 hint="combine the adapters first, and merge the result",
+                code="AK401",
             )
         methods = ModuleMethods(method, len(self.weights), self.options.density_for)
         return methods if name != "linear" else None
@@ -345,6 +350,7 @@ class MergeJob:
             expected="only parameters of the base",
             where=adapter.label,
             hint=CHECK_BASE + reason + self.base.otherwise,
+            code="AK401",
         )
 
     def shape_error(
@@ -356,4 +362,5 @@ class MergeJob:
             expected=f"one that fits the base's {expected}",
             where=adapter.label,
             hint=CHECK_BASE,
+            code="AK401",
         )

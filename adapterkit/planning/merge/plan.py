@@ -64,6 +64,7 @@ def plan_merge_of(merge: Merge) -> Plan:
             expected="one place",
             where="--push",
             hint="remove --push",
+            code="AK102",
         )
     base, options = kind_of(open_model(merge.base)), merge.only(MergeOptions)
     if own := base.own("merge"):
@@ -105,7 +106,12 @@ def plan_merge(
     Problems(missing_statistics(options.rounding, stats)).raise_all()
     base.check_options(options, imatrix, file)
     if not sources:
-        raise Refused("no adapter", expected="one or more", hint="name the adapters after the base")
+        raise Refused(
+            "no adapter",
+            expected="one or more",
+            hint="name the adapters after the base",
+            code="AK102",
+        )
     sources, with_initial = _with_initial(sources, options)
     if with_initial and weights is not None and not weights.modules:
         weights = None  # those of the adapters say all
@@ -115,6 +121,7 @@ def plan_merge(
             expected="one weight",
             where="options",
             hint=WITHOUT_INITIAL,
+            code="AK102",
         )
     adapters, errors = _scan_adapters(sources)
     given = [weight for _, weight in sources]
@@ -223,7 +230,7 @@ def plan_merge_into_original(
     """The plan of a merge into the 16-bit original `base16` of the quantized base that the adapters
     were trained on; `Refused` if it is not its original."""
     quantized, original = open_checkpoint(open_model(base)), open_checkpoint(open_model(base16))
-    errors = Problems(where=quantized.name)
+    errors = Problems(where=quantized.name, code="AK408")
     weights = quantized_weights(decoded_view(quantized).tensors)
     verbs = (header.metadata.get(CHANGED_BY) for header in quantized.shards.values())
     changed_by = next(filter(None, verbs), None)
@@ -257,7 +264,7 @@ def check_quantized_output(job: MergeJob, steps: Steps) -> None:
         if options.dequantize:
             job.notes.append("--dequantize has no effect: the base is not quantized")
         return
-    errors, first = Problems(where=job.original.name), "dequantize the base first"
+    errors, first = Problems(where=job.original.name, code="AK404"), "dequantize the base first"
     if any(spec.key != key for key, spec in job.base.tensors.items()):
         errors.add("layer_replication on a quantized base", "a base of 16 or 32 bits", first)
     if any(step.source.dtype == "F64" and step.edits for step in _all_steps(steps)):
@@ -300,6 +307,7 @@ def _refuse_nothing(job: MergeJob, steps: Steps) -> None:
         expected="at least one module",
         where=", ".join(names),
         hint="check the adapter",
+        code="AK105",
     )
 
 

@@ -152,6 +152,7 @@ def _layout_error(parameter: Parameter, slot: Slot) -> Refused:
         where="base",
         hint="save the model once with transformers (from_pretrained, save_pretrained) and use "
         "that as the base",
+        code="AK406",
     )
 
 
@@ -245,6 +246,7 @@ def _place(job: MergeJob, steps: dict[str, Step], change: Change, slot: Slot) ->
             expected="a float weight",
             where=job.base.name,
             hint="dequantize the base",
+            code="AK404",
         )
     steps[slot.key] = _edited(job, step, edits, change, resized)
 
@@ -311,6 +313,7 @@ def _combined(job: MergeJob, change: Change, slot: Slot, methods: "ModuleMethods
                 expected="one delta of each adapter for all of the parameter",
                 where=f"--method {methods.method.name}",
                 hint="combine the adapters first, and merge the result",
+                code="AK406",
             )
         parts.append(WeightedDelta(weight, own, other.delta if other else None))
         places |= {(each.blocks, each.factors.flip) for each in own} or {((whole,), False)}

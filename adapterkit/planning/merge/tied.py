@@ -45,6 +45,7 @@ def resolve_vocab_resize(job: MergeJob) -> None:
             f"vocabularies of {sizes} rows",
             "one size",
             "save the adapter with both embeddings (save_embedding_layers=True)",
+            code="AK403",
         )
         return
     size, name = next(iter(resized.items()))
@@ -58,6 +59,7 @@ def resolve_vocab_resize(job: MergeJob) -> None:
             f"{shown(name)} has {size} rows, {shown(others[0])} stays at {old}",
             "embedding and head of one size",
             "save the adapter with both (save_embedding_layers=True)",
+            code="AK403",
         )
     set_nested(job.config, "vocab_size", size, old=old)
     job.notes.append(f"vocab_size: {old} -> {size}")
@@ -129,6 +131,7 @@ def _check_complete(job: MergeJob, class_name: str, heads: list[str]) -> None:
         "use the base of the training, saved with these, or train them too (modules_to_save); "
         f'--exclude "{adapter.pattern_of(heads)}" leaves the head out',
         where=f"{job.base.name}, {adapter.name}",
+        code="AK403",
     )
 
 
@@ -154,6 +157,7 @@ def resolve_tied_weights(job: MergeJob) -> None:
                 f"{shown(changed[0])} is tied to {shown(others)}",
                 "a change of both or of neither (--tied refuse)",
                 "give --tied untie to make them two, or --tied fold for PEFT's in-memory result",
+                code="AK403",
             )
         elif job.options.tied == "fold" and _foldable(job, changed):
             _set_all(job, group, _sum(job, changed))
@@ -181,6 +185,7 @@ def _check_unknown_ties(job: MergeJob) -> None:
             "a model that transformers knows",
             "update transformers, or give --tied fold to change what is tied to it as well",
             where=job.base.name,
+            code="AK403",
         )
 
 
@@ -418,6 +423,7 @@ def _refuse_untying(job: MergeJob, groups: Iterable[tuple[str, ...]], reason: st
             f"{shown(', '.join(sorted(group)))} cannot be untied: {reason}",
             "a change that the shared weight can take",
             "exclude it with --exclude, or give --tied fold to change all sides",
+            code="AK403",
         )
 
 
@@ -436,6 +442,7 @@ def _set_one(job: MergeJob, name: str, change: Change | None) -> None:
                 "a key of its own",
                 "exclude it with --exclude",
                 where=job.base.name,
+                code="AK403",
             )
     elif change is not None and (change.value is not None or change.has_edits):
         job.changes[name] = replace(change, parameter=own)

@@ -76,6 +76,7 @@ def sum_biases(
                 "parameters",
                 "merge the adapters into their base instead, or remove the one with lora_bias",
                 where="adapters",
+                code="AK305",
             )
     return [
         SummedTensor(f"{prefix}{name} bias", places[name].bias_key, its, dtype, (places[name].out,))
@@ -124,6 +125,7 @@ class Output:
                 expected="a rank or an energy: both projections have one rank",
                 where="options",
                 hint="give --rank or --energy",
+                code="AK108",
             )
         finalize = None
         if self.finalize:
@@ -174,6 +176,7 @@ class Output:
                     expected="one for both",
                     where=self.inside(CONFIG),
                     hint="give --rank, or --base",
+                    code="AK108",
                 )
         config = inherited | self.settings | {"base_model_name_or_path": self.base()}
         config |= target_settings(self.adapters, sorted(by_target.keys() - self.parameters))
@@ -257,7 +260,9 @@ def check_factors(tasks: Sequence[Task], where: str) -> None:
     """`Refused` for inputs without any factors."""
     if not tasks:
         expected, hint = "adapters of low-rank factors", "check the adapters"
-        raise Refused("no module with factors", expected=expected, where=where, hint=hint)
+        raise Refused(
+            "no module with factors", expected=expected, where=where, hint=hint, code="AK105"
+        )
 
 
 def copy_all_but_factors(adapter: Adapter, dtype: str) -> list[Task]:

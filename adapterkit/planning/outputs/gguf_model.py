@@ -79,6 +79,7 @@ def weighed(weight: GgufWeight, importance: Importance) -> GgufWeight:
             expected=f"{weight.shapes}: a number for each column of each matrix",
             where="--imatrix",
             hint="make it of this model",
+            code="AK106",
         )
     return replace(weight, importance=sums)
 
@@ -103,6 +104,7 @@ def _renamed(tied: TensorSpec | None, key: str, base: GgufCheckpoint) -> GgufWei
             expected="parameters that it has, or a head that was tied",
             where=base.name,
             hint="merge into the original checkpoint, and convert that",
+            code="AK401",
         )
     architecture = next(iter(base.headers.values())).architecture
     if not has_head(architecture):
@@ -112,6 +114,7 @@ def _renamed(tied: TensorSpec | None, key: str, base: GgufCheckpoint) -> GgufWei
             expected="a change of both sides or of neither; by the gguf package's tables",
             where=base.name,
             hint="give --tied fold to change both sides, or leave the module out with --exclude",
+            code="AK401",
         )
     part, *_ = tied.parts
     return replace(tied, key=key, parts=(replace(part, key=HEADS[key]),))
@@ -127,6 +130,7 @@ def retyped(weight: GgufWeight, types: tuple[str, ...]) -> GgufWeight:
                 expected=f"whole blocks of {values}, as {name} has them",
                 where=weight.file,
                 hint="give another --touched-as, such as q8_0",
+                code="AK404",
             )
     parts = []
     for part, name, shape in zip(weight.parts, types, weight.shapes, strict=True):
@@ -138,7 +142,7 @@ def retyped(weight: GgufWeight, types: tuple[str, ...]) -> GgufWeight:
 
 def _check_formats(base: GgufCheckpoint, formats: Iterable[GgufWeight]) -> None:
     """`Refused` for changed tensors whose bytes cannot be written."""
-    errors, reasons = Problems(where=base.name), dict[str, list[str]]()
+    errors, reasons = Problems(where=base.name, code="AK404"), dict[str, list[str]]()
     for weight in formats:
         if weight.read_only:
             reasons.setdefault(weight.read_only, []).append(weight.key)

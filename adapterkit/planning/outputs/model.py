@@ -144,6 +144,7 @@ def rounding_warnings(
             expected=f"at least {fail_below:.2%}",
             where="--fail-below",
             hint=f"{first}give --rounding stochastic, or {remedies[kind]}",
+            code="AK606",
         )
     for kind, shares in survival.items():
         low = sorted((s, key) for key, s in shares.items() if s < LEAST_SURVIVAL[kind])

@@ -28,6 +28,7 @@ def tokenizer_files(
             expected="tokenizer files in an adapter's folder",
             where="--tokenizer adapter",
             hint="remove --tokenizer",
+            code="AK305",
         )
     if not files_of:
         return {}
@@ -49,6 +50,7 @@ def tokenizer_files(
                 expected="one tokenizer",
                 where="adapters",
                 hint="give --tokenizer base, and copy the one you want afterwards",
+                code="AK305",
             )
     notes.append(
         f"tokenizer: from {by_number[first].name}"

@@ -97,6 +97,7 @@ def _numbers(text: str) -> list[int]:
                 f"--layers {shown(part)!r}",
                 expected="numbers and ranges, e.g. 0-11,20",
                 where="--layers",
+                code="AK101",
             )
         numbers |= set(range(int(first), int(last or first) + 1))
     return sorted(numbers)

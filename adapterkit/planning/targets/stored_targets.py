@@ -219,6 +219,7 @@ class StoredResolver(Resolver):
             expected="layers on which factors act",
             where=self.where,
             hint="leave it out",
+            code="AK105",
         )
 
     def fitting(self, paths: list[str]) -> list[str]:

@@ -36,7 +36,7 @@ def read_rules(
     """The rules of an option, in their order, their values by the check; `form`: as the option
     spells them. `Refused` with all that are no rules."""
     rules: list[Rule[Any]] = []
-    errors = Problems(where="options", hint="give a regex, = and the value")
+    errors = Problems(where="options", hint="give a regex, = and the value", code="AK101")
     for text in texts:
         pattern, _, value = text.rpartition("=")
         if not pattern or not check.fits(value):
@@ -64,4 +64,5 @@ def unmatched(option: str, pattern: str, names: Collection[str], expected: str) 
         expected=expected,
         where=option,
         hint=similar_names(pattern, names) or "check the regex",
+        code="AK104",
     )

@@ -140,7 +140,7 @@ def _idle(modules: Sequence[Json]) -> list[Json]:
         return []
     found = f"the deltas of {len(idle)} of {len(modules)} modules are zero: {listed(idle)}"
     hint = "check that training reached these modules"
-    return [Refused(found, expected="deltas that change the model", hint=hint).row()]
+    return [Refused(found, expected="deltas that change the model", hint=hint, code="AK202").row()]
 
 
 def _spectra(name: str, one: Json, spectra: dict[str, Tensor]) -> list[Json]:
@@ -189,5 +189,6 @@ def _outcome(source: StrPath) -> Json:
             expected="an output of adapterkit",
             where=folder.label,
             hint="name what a command wrote, or leave --output out",
+            code="AK608",
         )
     return outcome_of(read_receipt(folder))

@@ -65,6 +65,7 @@ def heatmap_page(result: Json) -> str:
             expected="an adapter with at least one",
             where=result["name"],
             hint="see its problems without --plot",
+            code="AK206",
         )
     name = result["name"]
     maps = _heatmaps(heatmaps_of({name: result}))

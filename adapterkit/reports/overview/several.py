@@ -25,6 +25,7 @@ def inspect_several(inspect: Inspect) -> Json:
             where="options",
             hint="inspect them one by one, or draw several\n"
             "adapterkit report ADAPTERS --out report.html",
+            code="AK206",
         )
     folders = [adapter_of(source, base) for source in sources]
     adapters = [inspect_adapter(folder, base, True, inspect.progress) for folder in folders]

@@ -49,7 +49,11 @@ def adapter_of(source: StrPath, base: Folder | None) -> Folder:
     if CONFIG in adapter.files():
         return adapter
     raise Refused(
-        "no adapter", expected="adapters, in any format", where=folder.label, hint="check the path"
+        "no adapter",
+        expected="adapters, in any format",
+        where=folder.label,
+        hint="check the path",
+        code="AK206",
     )
 
 

@@ -37,5 +37,6 @@ def part_class(kind: type[FactorsPart], config: LoraConfig) -> type[FactorsPart]
             expected="linear layers",
             where="targets",
             hint="exclude them from targets",
+            code="AK801",
         )
     return INVOKED[kind]

@@ -27,6 +27,7 @@ class InvokedPart(LinearPart):
                     expected="one vector for each token, in order",
                     where="aLoRA",
                     hint="exclude this layer from targets",
+                    code="AK806",
                 )
             shaped = self.forward(
                 y.view(rows, tokens, y.shape[-1]), weight, x.view(rows, tokens, x.shape[-1])

@@ -89,6 +89,7 @@ class ParameterPart(FactorsPart):
                 where="parameters",
                 hint="remove it from parameters: the module that reads it gets it without the "
                 "adapter",
+                code="AK801",
             )
 
     def dense(self, a: Tensor, b: Tensor) -> Tensor:

@@ -144,6 +144,7 @@ class RoutedPart(Part):
             expected="an adapter of low-rank factors",
             where=shown(path),
             hint="save writes a router by itself; combine the experts' adapters",
+            code="AK806",
         )
 
     @property

@@ -44,13 +44,14 @@ def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:
     """The record of a config's init; `Refused` for one that cannot start these adapters."""
     name = "random" if config.init is False else str(config.init)
     name, _, niter = name.partition("_niter_")  # PEFT's pissa_niter_4
-    errors = Problems(where="LoraConfig")
+    errors = Problems(where="LoraConfig", code="AK801")
     if name not in members("inits"):
         raise Refused(
             f"init {shown(name)}",
             expected=", ".join(members("inits")),
             where="LoraConfig",
             hint="start it from the files with `adapterkit init` or `loftq`, then load it",
+            code="AK801",
         )
     options = {"niter": int(niter)} if niter else config.init_options
     method = created_init(name, dict(options))
@@ -103,6 +104,7 @@ def statistics_for(
             expected=f"stats= with {', '.join(kinds)} of each target" if kinds else "no stats=",
             where="attach",
             hint=f'stats=collect(model, run_model, what="{what}")' if kinds else "remove stats=",
+            code="AK106",
         )
     if stats is None:
         yield ModuleStatistics(None, {})
@@ -184,6 +186,7 @@ def start(
             expected=f"what init {method.name} takes",
             where="stats",
             hint="collect them on texts that reach this module, in float32",
+            code="AK106",
         ) from error
 
 
@@ -202,6 +205,7 @@ def _matrix(method: ComputedInit, target: Target, kind: type[FactorsPart], host:
             + ("its smaller side" if each == 1 else f"1/{each} of its smaller side"),
             where=f"init {method.name}",
             hint="load the base first" if matrix.is_meta else "give a smaller rank",
+            code="AK801",
         )
     return matrix
 
@@ -305,7 +309,9 @@ def _new_factors(
 
 def _check_dora(targets: Sequence[Target]) -> None:
     """`Refused` for layers without a DoRA, and for weights that cannot be read yet, or at all."""
-    errors = Problems(where="attach", hint="exclude these layers, or attach without dora")
+    errors = Problems(
+        where="attach", hint="exclude these layers, or attach without dora", code="AK801"
+    )
     expected = "linear layers, embeddings or convolutions with values"
     for reason, paths in by_reason((one.path, _why_no_dora(one)) for one in targets).items():
         errors.add(f"DoRA on {listed(paths)}: {reason}", expected)
@@ -343,6 +349,7 @@ def _other_values(state: State, config: LoraConfig, targets: Sequence[str]) -> A
             expected="values, with which those of the adapter start",
             where="attach",
             hint="load the base's weights first",
+            code="AK801",
         )
     return AdapterValues(
         factors=(),

@@ -76,6 +76,7 @@ def load(
                     expected="a linear head without dora",
                     where=stored.adapter.label,
                     hint="load it without trainable; PEFT keeps the two sides one while they train",
+                    code="AK803",
                 )
     adapter = Attached(name, stored.config, trainable)
     take_base(state, adapter, stored.adapter)
@@ -125,7 +126,7 @@ def join_folder(
     if not beside:
         replicate(state, config.layer_replication, adapter.where)
     hint = "the adapter was trained on another model"
-    errors = Problems(where=adapter.label, hint=hint)
+    errors = Problems(where=adapter.label, hint=hint, code="AK803")
     factors: list[tuple[type[FactorsPart], Factors]] = []
     loras, parameters = split_parameters(adapter, state.model, state.modules, errors)
     hosts: dict[int, str] = {}
@@ -226,14 +227,17 @@ def _ignored(
                 expected="factors of layers that are called",
                 where=adapter.label,
                 hint="take them out; `adapterkit merge` has --exclude",
+                code="AK803",
             )
 
 
 def _pad(parts: Sequence[tuple[str, FactorsPart]], rank: int) -> None:
     """Give factors room for a rank; `Refused` for higher ones, and for layers without room."""
-    errors = Problems(where="pad_rank")
+    errors = Problems(where="pad_rank", code="AK108")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise Refused(f"pad_rank {rank!r}", expected="a positive whole number", where="pad_rank")
+        raise Refused(
+            f"pad_rank {rank!r}", expected="a positive whole number", where="pad_rank", code="AK108"
+        )
     for path, part in parts:
         if not part.has_room:
             problem, expected = f"{type(part).__name__} at {shown(path)}", "factors of layers"
@@ -253,13 +257,13 @@ def _fits(lora: Lora, host: nn.Module, kind: type[FactorsPart], errors: Problems
     shapes = kind.shapes(host, lora.a.shape[0])
     if lora.kind != kind.stored_as:
         problem = f"{shown(lora.a.key)} for a {type(host).__name__}"
-        errors.add(problem, "the keys of such a layer")
+        errors.add(problem, "the keys of such a layer", code="AK803")
     elif (lora.a.shape, lora.b.shape) != shapes:
         problem = f"factors of {shown(lora.module)} with shapes {lora.a.shape}, {lora.b.shape}"
-        errors.add(problem, f"{shapes[0]}, {shapes[1]} for this model")
+        errors.add(problem, f"{shapes[0]}, {shapes[1]} for this model", code="AK803")
     elif lora.bias is not None and lora.bias.shape != lora.b.shape[:1]:
         problem = f"{shown(lora.bias.key)} with shape {lora.bias.shape}"
-        errors.add(problem, f"{lora.b.shape[:1]}, one value for each output")
+        errors.add(problem, f"{lora.b.shape[:1]}, one value for each output", code="AK803")
     else:
         return True
     return False
@@ -270,21 +274,28 @@ def _check_magnitude(
 ) -> None:
     name = shown(lora.module)
     if (problem := dora.problem(host, kind.axis)) is not None:
-        errors.add(f"magnitudes of {name}: {problem}", "a layer that takes magnitudes")
+        errors.add(
+            f"magnitudes of {name}: {problem}", "a layer that takes magnitudes", code="AK803"
+        )
     expected = dora.magnitude_shape(lora.b.shape)
     if lora.magnitude is not None and lora.magnitude.shape != expected:
         problem = f"magnitudes of {name} with shape {lora.magnitude.shape}"
-        errors.add(problem, f"{expected}", "save the adapter again")
+        errors.add(problem, f"{expected}", "save the adapter again", code="AK803")
 
 
 def _add_no_module(state: State, lora: Lora, host: object, errors: Problems) -> None:
     name = shown(lora.module)
     if host is None:
         hint = similar_names(lora.module, list(state.modules))
-        errors.add(f"factors of {name}, which the model has not", "modules of the model", hint)
+        errors.add(
+            f"factors of {name}, which the model has not",
+            "modules of the model",
+            hint,
+            code="AK803",
+        )
     else:
         problem = f"factors of {name}, a {type(host).__name__}"
-        errors.add(problem, "a layer that takes factors")
+        errors.add(problem, "a layer that takes factors", code="AK803")
 
 
 def subtract_initial(state: State, stored: StoredAdapter, parts: list[tuple[str, Part]]) -> None:
@@ -308,6 +319,7 @@ def subtract_initial(state: State, stored: StoredAdapter, parts: list[tuple[str,
             expected="an adapter for the original base",
             where=stored.adapter.where,
             hint=WITHOUT_INITIAL,
+            code="AK304",
         )
     for path, part in parts:
         assert isinstance(part, FactorsPart)
@@ -330,6 +342,7 @@ def _subtract_stored(
             expected="the same modules in both",
             where=adapter.label,
             hint="keep the folder that `adapterkit init` wrote together",
+            code="AK304",
         )
     for key, part in own.items():
         other = others[key]

@@ -31,7 +31,10 @@ class Store:
     def __init__(self, state: State, folder: StrPath, max_loaded: int):
         if isinstance(max_loaded, bool) or not isinstance(max_loaded, int) or max_loaded < 1:
             raise Refused(
-                f"max_loaded {max_loaded!r}", expected="a positive whole number", where="store"
+                f"max_loaded {max_loaded!r}",
+                expected="a positive whole number",
+                where="store",
+                code="AK206",
             )
         self.folder = Path(folder)
         if not self.folder.is_dir():
@@ -40,6 +43,7 @@ class Store:
                 expected="a folder with an adapter in each subfolder",
                 where="store",
                 hint="check the path",
+                code="AK206",
             )
         self.state, self.max_loaded = state, max_loaded
         self._stamps: dict[str, Stamp] = {}  # by name, the last one used last
@@ -75,6 +79,7 @@ class Store:
                 expected=f"a loaded adapter, or a subfolder with {CONFIG}",
                 where=f"the model's adapters and {shown(self.folder)}",
                 hint=did_you_mean(unknown, known) or "load or attach it first",
+                code="AK802",
             )
         own = [name for name in names if name in missing or name in self._stamps]
         active = self.state.active if beside_active else ()
@@ -88,6 +93,7 @@ class Store:
                 expected=f"at most {self.max_loaded}",
                 where="store",
                 hint="ask for fewer at once, activate(None) first, or raise max_loaded",
+                code="AK802",
             )
         self._stamps |= {name: self._stamps.pop(name) for name in own if name in self._stamps}
         self.trim(self.max_loaded - len(missing), keep=own)

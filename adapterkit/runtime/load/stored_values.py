@@ -83,7 +83,7 @@ def join_values(
         if any(has_end(path, head) for head in heads) and path not in stored.copies:
             problem = f"no values of {shown(path)}, the head of a {config.task_type} model"
             hint = "save the adapter again, with the head in modules_to_save"
-            errors.add(problem, "its trained values", hint)
+            errors.add(problem, "its trained values", hint, code="AK803")
     return stored
 
 
@@ -106,7 +106,7 @@ def _check_copy(state: State, path: str, specs: Mapping[str, TensorSpec], errors
     ):
         if names:
             listed = ", ".join(shown(f"{path}.{name}") for name in sorted(names))
-            errors.add(f"{problem} {listed}", expected)
+            errors.add(f"{problem} {listed}", expected, code="AK803")
     for name in own.keys() & specs.keys():
         if tuple(own[name].shape) != specs[name].shape:
             _add_wrong_shape(state, f"{path}.{name}", specs[name], own[name], errors)
@@ -128,12 +128,17 @@ def _check_rows(state: State, tokens: Tokens, errors: Problems) -> None:
         return
     if unread := why_unread(state.model, state.modules, tokens.module):
         problem = f"trained rows that do nothing: {unread.problem}"
-        errors.add(problem, unread.expected, "take them out of the file")
+        errors.add(problem, unread.expected, "take them out of the file", code="AK803")
     outside = [index for index in tokens.indices if index >= len(own)]
     if outside:
         problem = f"trained rows {outside} of {shown(name)}, which has {len(own)}"
         call = f"model.resize_token_embeddings({max(outside) + 1})"
-        errors.add(problem, "rows that the model has", f"{call} or more first, as in training")
+        errors.add(
+            problem,
+            "rows that the model has",
+            f"{call} or more first, as in training",
+            code="AK803",
+        )
     if tokens.values.shape[1:] != own.shape[1:]:
         _add_wrong_shape(state, tokens.values.key, tokens.values, own, errors)
 
@@ -143,7 +148,7 @@ def _add_unknown(state: State, name: str, errors: Problems) -> None:
     if any(has_end(name, head) for heads in TASK_HEADS.values() for head in heads):
         hint = "load the model in the class with this head"
     problem = f"values of {shown(name)}, which the model has not"
-    errors.add(problem, "modules of the model", hint)
+    errors.add(problem, "modules of the model", hint, code="AK803")
 
 
 def _add_wrong_shape(
@@ -155,7 +160,7 @@ def _add_wrong_shape(
     ):
         hint = f"model.resize_token_embeddings({spec.shape[0]}) first, as in training"
     expected = f"{tuple(own.shape)}, as the model has it"
-    errors.add(f"{shown(name)} with shape {spec.shape}", expected, hint)
+    errors.add(f"{shown(name)} with shape {spec.shape}", expected, hint, code="AK803")
 
 
 def _own(state: State, name: str) -> nn.Parameter:

@@ -32,7 +32,7 @@ def by_module(state: State, names: Sequence[str], weights: StrPath) -> dict[str,
     """The weights of adapters that are loaded, in the file's order; `Refused` for what cannot have
     those of directions, and for modules that none of them has."""
     folder = open_source(weights)
-    file, errors = read_weights(folder), Problems(where=folder.label)
+    file, errors = read_weights(folder), Problems(where=folder.label, code="AK112")
     if len(names) != len(file.adapters):
         errors.fail(
             f"{len(names)} adapters, and weights of {len(file.adapters)}",
@@ -54,7 +54,9 @@ def weights_of(state: State, names: object) -> dict[str, float]:
     wrong = {n: v for n, v in table.items() if isinstance(v, str) or finite(v) is None}
     if wrong:
         problem = ", ".join(f"weight {value!r} of {shown(name)}" for name, value in wrong.items())
-        raise Refused(problem, expected="finite numbers", where="weights", hint="give numbers")
+        raise Refused(
+            problem, expected="finite numbers", where="weights", hint="give numbers", code="AK112"
+        )
     weights = {n: v if isinstance(v, ModuleWeight) else float(v) for n, v in table.items()}
     undirected(state, weights, "weights").raise_all()
     return weights
@@ -62,7 +64,7 @@ def weights_of(state: State, names: object) -> dict[str, float]:
 
 def undirected(state: State, table: Mapping[str, float], where: str) -> Problems:
     """Refusals of weights of directions on modules that cannot have them."""
-    errors = Problems(where=where, hint="choose the weights for these adapters")
+    errors = Problems(where=where, hint="choose the weights for these adapters", code="AK112")
     for name, weight in table.items():
         adapter, found = state.adapters[name], []
         for site, part in adapter.parts():
@@ -103,4 +105,5 @@ def _check_names(file: WeightsFile, seen: set[str], errors: Problems) -> None:
             f"weights of {len(unknown)} modules that no adapter has: {listed(unknown)}",
             "names of modules, of experts with their parameter's",
             did_you_mean(unknown[:3], seen) or "remove them from the file",
+            code="AK112",
         )

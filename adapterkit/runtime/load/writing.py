@@ -45,6 +45,7 @@ def check_local(out: StrPath, where: str) -> None:
             where=where,
             hint="save it here, then send it, as huggingface_hub does a file\n"
             "adapterkit convert FOLDER --to peft --out hf://ORG/NAME",
+            code="AK601",
         )
 
 
@@ -64,6 +65,7 @@ def save(state: State, folder: StrPath, name: str, *, every_process: bool = Fals
             expected="whole parameters, or FSDP2's",
             where="save",
             hint="save it inside FullyShardedDataParallel.summon_full_params(model)",
+            code="AK803",
         )
     tensors, config = contents(state, adapter)
     if not writes() and not every_process:

@@ -82,6 +82,7 @@ class Invocations:
                 expected="one call, or no gradient checkpointing",
                 where="aLoRA",
                 hint="call backward after each, or switch gradient checkpointing off",
+                code="AK806",
             )
         return self._recorded[adapter]
 
@@ -101,6 +102,7 @@ class Invocations:
                 expected="token ids: an aLoRA looks for its invocation sequence in them",
                 where="aLoRA",
                 hint="give input_ids, or deactivate the adapter",
+                code="AK806",
             )
         cache = _cache([*args, *kwargs.values()])
         length = 0 if cache is None else int(cache.get_seq_length())

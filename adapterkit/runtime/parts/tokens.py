@@ -138,6 +138,7 @@ def own_rows(
             expected="the same rows",
             where="LoraConfig: trainable_tokens",
             hint="remove the head's rows, or remove tie",
+            code="AK806",
         )
     if different:
         return dict(rows)

@@ -137,6 +137,7 @@ def _kinds(what: str | Sequence[str], compat: str | None) -> list[str]:
             expected=", ".join(WHAT),
             where="collect",
             hint=did_you_mean(unknown, WHAT) or "name one or more of them",
+            code="AK902",
         )
     if compat is None:
         return names
@@ -147,6 +148,7 @@ def _kinds(what: str | Sequence[str], compat: str | None) -> list[str]:
             expected="compat='peft', of covariance and gradient",
             where="collect",
             hint="collect the others by themselves, without compat",
+            code="AK902",
         )
     return names
 
@@ -158,6 +160,7 @@ def _count(components: int) -> int:
             expected="a whole number above 0",
             where="collect",
             hint="give the number of principal directions of a layer",
+            code="AK902",
         )
     return components
 
@@ -168,7 +171,7 @@ def _targets(
     chosen = resolve(model, LoraConfig(targets="all-linear" if targets is None else targets))
     others = [target.path for target in chosen if not KINDS[target.kind].is_matrix]
     fixed = [t.path for t in chosen if gradients and t.path not in others and not _is_plain(t)]
-    errors = Problems()
+    errors = Problems(code="AK902")
     if others or not chosen:
         errors.add(
             f"{listed(others)}: no linear layer" if others else "no layer",
@@ -204,7 +207,7 @@ def _watch(
 
 def _check_run(sums: Sums | None, gradients: Gradients | None, layers: int) -> None:
     """`Failed` for a run that gives nothing of one of both."""
-    errors = Problems(where="collect")
+    errors = Problems(where="collect", code="AK902")
     if sums is not None and not sums.by_module:
         errors.add(
             f"none of {layers} layers saw an input",

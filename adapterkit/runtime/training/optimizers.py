@@ -232,6 +232,7 @@ def Riemannian(
             expected="such an adapter",
             where="Riemannian",
             hint="use the optimizer itself",
+            code="AK805",
         )
 
     def precondition(_: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -241,6 +242,7 @@ def Riemannian(
                 expected="step()",
                 where="Riemannian",
                 hint="compute the gradients before the step",
+                code="AK805",
             )
         with torch.no_grad():
             for name in ("a", "b"):
@@ -386,6 +388,7 @@ def trained(
             expected="one or more",
             where="optimizer",
             hint="attach one, or load one with trainable=True",
+            code="AK805",
         )
     for parameter, place in table.items():
         yield *place, parameter
@@ -401,7 +404,7 @@ def unfrozen(h: Adapters) -> list[nn.Parameter]:
 def _check(**options: tuple[object, bool, str]) -> None:
     """`Refused` with all options that are invalid: their values, whether they are valid, what is
     expected."""
-    errors = Problems(where="optimizer")
+    errors = Problems(where="optimizer", code="AK805")
     for name, (value, is_valid, expected) in options.items():
         if not is_valid:
             errors.add(f"{name} {value!r}", expected, f"give {expected}")

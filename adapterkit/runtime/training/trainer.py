@@ -101,7 +101,7 @@ def trained(state: State) -> list[str]:
     """The adapters that are trained: active and trainable; `Refused` if there are none, or if
     several have names that are no folders'."""
     names = [name for name in state.active if state.adapters[name].trainable]
-    errors = Problems(where="trainer")
+    errors = Problems(where="trainer", code="AK805")
     if not names:
         errors.add(
             "no active adapter is trainable",
@@ -122,7 +122,9 @@ def restore(state: State, folder: StrPath) -> None:
     """Give the adapters that are trained the values of a checkpoint; `Refused` where it does not
     fit, before anything changes."""
     pairs = []
-    errors = Problems(hint="attach the adapter as it was when the checkpoint was written")
+    errors = Problems(
+        hint="attach the adapter as it was when the checkpoint was written", code="AK805"
+    )
     for name, place in _places(state, Path(folder)).items():
         own = {
             (site.path, part.role): part
@@ -158,6 +160,7 @@ def _check_model(state: State, model: object) -> None:
             expected="the model that has the adapters",
             where="trainer",
             hint="give model= the handle's model",
+            code="AK805",
         )
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_trainable:
@@ -167,6 +170,7 @@ def _check_model(state: State, model: object) -> None:
             expected="a quantization through which gradients flow",
             where="trainer",
             hint="load the base in nf4, or in 16 bits",
+            code="AK805",
         )
 
 
@@ -273,7 +277,7 @@ def in_place_of_loaded(model: Any, cls: type, parts: list[Part]) -> Iterator[Non
 
 def check_reference(state: State, cls: type, arguments: object) -> None:
     """`Refused` for settings with which a trainer of TRL would pass the adapters over."""
-    errors = Problems(where="trainer")
+    errors = Problems(where="trainer", code="AK805")
     if getattr(arguments, "use_vllm", False):
         errors.add(
             "use_vllm: TRL sends vLLM the base's weights alone",
@@ -337,6 +341,7 @@ def prepare_for_kbit_training(
             expected="a model of transformers that has",
             where="prepare_for_kbit_training",
             hint="give gradient_checkpointing=False",
+            code="AK805",
         )
     widens = _method(model) in (None, "bitsandbytes") and all(
         known.matches in BITSANDBYTES for known in layers

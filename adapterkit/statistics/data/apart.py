@@ -39,7 +39,9 @@ def tokenize_apart(folder: Folder, records: Sequence[list[Record]], options: Jso
         why = f"takes more than {SECONDS:g} s and 1 s for each {RATE:,} bytes of the data, or "
         raise _failed(f"{why}{MEMORY >> 20} MiB, or its library ends", folder.label)
     errors, found = json.loads(answer)
-    Problems(Refused(p, expected=e, where=w, hint=h) for p, e, w, h in errors).raise_all()
+    Problems(
+        Refused(p, expected=e, where=w, hint=h, code="AK901") for p, e, w, h in errors
+    ).raise_all()
     return [
         Samples([Sample(tuple(ids), tuple(labels), where) for ids, labels, where in its], *others)
         for its, *others in found
@@ -52,6 +54,7 @@ def _failed(why: str, where: str) -> Refused:
         expected="a tokenizer that turns texts into ids",
         where=where,
         hint="save the tokenizer again, or give data with input_ids",
+        code="AK901",
     )
 
 

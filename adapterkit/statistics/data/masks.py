@@ -42,6 +42,7 @@ def _mask(inputs: Mapping[str, Any], prefix: str, labels: object) -> Tensor | No
             expected="one of (batch, length): which tokens are no padding",
             where="collect",
             hint="say which tokens count with mask=",
+            code="AK903",
         )
     shape = _token_shape(inputs, prefix)
     if mask is not None:
@@ -206,6 +207,7 @@ class Masks:
                 expected="decoder_input_ids or labels of the mask's shape",
                 where="collect",
                 hint="give texts of one length, or mask=",
+                code="AK903",
             )
 
     def _mark(self, sources: Sequence[Any], mask: Tensor) -> bool:
@@ -278,6 +280,7 @@ class Masks:
             expected="vectors of one token each",
             where="collect",
             hint="give texts of one length, or mask=, or exclude the layer from targets",
+            code="AK903",
         )
 
 

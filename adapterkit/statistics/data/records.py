@@ -79,6 +79,7 @@ def draw_records(paths: Sequence[StrPath], count: int, seed: int) -> Drawn:
                     expected=f"samples: {LINES}",
                     where=_label(path),
                     hint="give a file with text in it",
+                    code="AK901",
                 )
             files[f"{number} {shown(path.name)}"] = {"samples": usable, "unit": unit}
     errors.raise_all()
@@ -97,6 +98,7 @@ def _open(path: Path) -> tuple[str, Iterable[Record | None]]:
             expected=SUFFIXES,
             where=_label(path),
             hint="check the path",
+            code="AK901",
         )
     suffix = path.suffix.lower()
     if suffix == ".txt":
@@ -112,6 +114,7 @@ def _open(path: Path) -> tuple[str, Iterable[Record | None]]:
         expected=SUFFIXES,
         where=_label(path),
         hint="convert it to .jsonl: one JSON object on each line",
+        code="AK901",
     )
 
 
@@ -134,6 +137,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     expected="text in UTF-8",
                     where=_line(path, number),
                     hint="convert it: iconv -f ENCODING -t UTF-8",
+                    code="AK901",
                 ) from error
             yield number, line.removeprefix("\ufeff" if number == 1 else "").rstrip("\r\n")
 
@@ -147,6 +151,7 @@ def _readable(path: Path) -> Path:
             expected="a file to read",
             where=_label(path),
             hint="check its permissions",
+            code="AK209",
         ) from error
     return path
 
@@ -157,6 +162,7 @@ def _too_long(path: Path, number: int) -> Refused:
         expected="samples apart from each other: one a line, or with blank lines between",
         where=_line(path, number),
         hint="break the text into samples",
+        code="AK901",
     )
 
 
@@ -214,6 +220,7 @@ def _json_lines(path: Path) -> Iterator[Record | None]:
                 expected="one JSON object on each line",
                 where=where,
                 hint="fix the line",
+                code="AK901",
             ) from error
         yield _record(row, where)
 
@@ -259,6 +266,7 @@ def _folder_rows(path: Path) -> Iterator[Json]:
             expected="one split",
             where=_label(path),
             hint=f"give {shown(path.name)}/SPLIT",
+            code="AK901",
         )
     if not (path / "dataset_info.json").is_file():
         raise Refused(
@@ -266,6 +274,7 @@ def _folder_rows(path: Path) -> Iterator[Json]:
             expected="a folder that save_to_disk of datasets wrote, or files",
             where=_label(path),
             hint="give the files themselves, each with --data",
+            code="AK901",
         )
     datasets = _library("datasets", path)
     try:
@@ -297,6 +306,7 @@ def _unreadable(path: Path, error: Exception) -> Damaged:
         expected=SUFFIXES,
         where=_label(path),
         hint="write it again, or convert it to .jsonl",
+        code="AK901",
     )
 
 
@@ -331,7 +341,7 @@ def _unknown_fields(names: list[Any], where: str) -> Refused:
 
 
 def _wrong(problem: str, expected: str, where: str, hint: str = "fix the data") -> Refused:
-    return Refused(problem, expected=expected, where=where, hint=hint)
+    return Refused(problem, expected=expected, where=where, hint=hint, code="AK901")
 
 
 def _check_text(fields: Json, where: str) -> None:

@@ -103,6 +103,7 @@ def tokenizer_names(folder: Folder) -> list[str]:
             expected="tokenizer.json beside the weights, or other files of a tokenizer",
             where=folder.label,
             hint="copy the tokenizer's files there, or give data with input_ids",
+            code="AK901",
         )
     return names
 
@@ -131,6 +132,7 @@ def load_tokenizer(folder: Folder) -> Any:
             expected=f"files of a tokenizer that it knows ({', '.join(map(shown, names[:4]))})",
             where=folder.label,
             hint="save the tokenizer again, or give data with input_ids",
+            code="AK901",
         ) from error
     tokenizer.truncation_side = "right"
     return tokenizer
@@ -165,7 +167,7 @@ def tokenize(
     """
     reader = _Tokenization(tokenizer, length, is_encoder_decoder)
     samples: list[Sample] = []
-    errors = Problems()
+    errors = Problems(code="AK901")
     uncounted = 0
     with contextlib.closing(reader.templates):
         for record in records:
@@ -194,6 +196,7 @@ def tokenize(
             expected=f"tokens of text or of completions within the first {length}",
             where="--data",
             hint="raise --length, or shorten the prompts",
+            code="AK901",
         )
     notes = list(reader.notes)
     if uncounted:
@@ -271,6 +274,7 @@ class _Tokenization:
                 expected="a label for each token, of a model that has no encoder",
                 where=where,
                 hint="fix the data",
+                code="AK901",
             )
         rows = [row for *row, is_one in zip(tokens, labels or tokens, mask, strict=True) if is_one]
         cut = rows[: self.length]
@@ -304,6 +308,7 @@ class _Tokenization:
                 expected="chat_template.jinja, or chat_template in tokenizer_config.json",
                 where=where,
                 hint="give prompt and completion, or text",
+                code="AK901",
             ) from error
 
     def _rendered(
@@ -327,6 +332,7 @@ class _Tokenization:
                 expected="messages with the roles that it knows",
                 where=where,
                 hint="fix the messages, or give text",
+                code="AK901",
             ) from error
 
 
@@ -336,4 +342,5 @@ def _needs_pairs(kind: str, where: str) -> Refused:
         expected="prompt and completion, or input_ids and labels",
         where=where,
         hint="give what the encoder reads as prompt, what the decoder writes as completion",
+        code="AK901",
     )

@@ -78,6 +78,7 @@ class TemplateProcess(LimitedProcess):
                 expected="a template that only writes the messages",
                 where=where,
                 hint="give text, or a tokenizer whose chat template ends",
+                code="AK901",
             )
         rendered = json.loads(answer)
         if "error" in rendered:

@@ -59,7 +59,9 @@ class ActivationStore:
         while done < len(data):
             count = system.read_at(self._descriptor, data[done:], at + done)
             if not count:
-                raise Failed("activations that were written are gone", where=str(self.path))
+                raise Failed(
+                    "activations that were written are gone", where=str(self.path), code="AK209"
+                )
             done += count
 
     def free(self, nbytes: int, at: int) -> None:

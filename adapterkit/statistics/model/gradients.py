@@ -99,5 +99,6 @@ class Gradients:
                     expected="numbers",
                     where="collect",
                     hint="run the model in float32 or bfloat16",
+                    code="AK903",
                 )
             yield path, mean.T.contiguous() if transposed else mean

@@ -194,6 +194,7 @@ class Lockstep:
                         where=self.stored.base.name,
                         hint="collect statistics first, and give --stats\n"
                         "adapterkit stats BASE --data FILE --out stats.safetensors",
+                        code="AK902",
                     )
                 one.activations.park()
 
@@ -268,6 +269,7 @@ class Lockstep:
                 expected="layers that are called, and hand on what they return",
                 where=self.stored.base.name,
                 hint="run the model whole: --whole",
+                code="AK902",
             ) from error
 
     @contextmanager
@@ -329,6 +331,7 @@ class Lockstep:
                 expected="layers that hand on what they return",
                 where=self.stored.base.name,
                 hint="run the model whole: --whole",
+                code="AK902",
             )
         return output
 

@@ -51,6 +51,7 @@ class StoredModel:
                 expected="a model that transformers can build",
                 where=base.name,
                 hint="; ".join(self.notes) or "update transformers",
+                code="AK405",
             )
         config = copy.deepcopy(skeleton.model.config)
         self.dtype = dtype or self._dtype(config)
@@ -87,6 +88,7 @@ class StoredModel:
                     expected=str(tuple(value.shape)),
                     where=self.base.name,
                     hint="fix the config",
+                    code="AK405",
                 )
                 errors.append(error)
             stored[name] = StoredParameter.of(parameter, self.base.tensors)

@@ -99,10 +99,14 @@ def _is_known(scan: CheckpointScan) -> bool:
     """Whether the config is of the gemm or the gemv layout; else errors are noted."""
     settings, known, versions = scan.settings, True, _versions(scan)
     if versions not in ([], ["gemm"], ["gemv"]):
-        scan.errors.add(f"AWQ's version {', '.join(map(shown, versions))}", "gemm or gemv")
+        scan.errors.add(
+            f"AWQ's version {', '.join(map(shown, versions))}", "gemm or gemv", code="AK404"
+        )
         known = False
     if str(settings.get("backend")).lower() == "llm-awq":
-        scan.errors.add("AWQ's backend llm-awq", "weights that AutoAWQ or GPTQModel packed")
+        scan.errors.add(
+            "AWQ's backend llm-awq", "weights that AutoAWQ or GPTQModel packed", code="AK404"
+        )
         known = False
     bits, size = settings.get("bits", settings.get("w_bit")), _group_size(scan)
     valid = bits == 4 and type(size) is int and (size == -1 or size > 0)

@@ -414,7 +414,7 @@ def bitsandbytes_config(settings: Json, skipped: list[str] | None) -> Json:
 def naming(key: str) -> AbstractContextManager[None]:
     """A kernel's error about values names the weight."""
     hint = "keep it as floats with --skip, or choose another format"
-    return unrecoverable(key, expected="values that the format can hold", hint=hint)
+    return unrecoverable(key, expected="values that the format can hold", hint=hint, code="AK404")
 
 
 def _as_tensor(text: bytes) -> Tensor:

@@ -196,7 +196,7 @@ class StoredLayers:
         for kind, modules in others.items():
             hint = "take the file in 16 bits, or in one of these formats"
             problem = f"{listed(modules)}: ComfyUI's format {shown(kind)}"
-            self.scan.errors.add(problem, ", ".join(KINDS), hint)
+            self.scan.errors.add(problem, ", ".join(KINDS), hint, code="AK404")
         return kinds
 
     def _said(self) -> dict[str, Json]:
@@ -218,7 +218,7 @@ class StoredLayers:
             layers = nested_json(text or "{}").get("layers", {}).items()
         except (ValueError, AttributeError):
             problem = f"{METADATA} {shown(text)}"
-            self.scan.errors.add(problem, 'JSON: {"layers": {NAME: {"format": ...}}}')
+            self.scan.errors.add(problem, 'JSON: {"layers": {NAME: {"format": ...}}}', code="AK404")
             return {}
         ends: dict[str, list[str]] = {}
         for module, _ in self.scan.with_ending(".weight_scale"):

@@ -65,7 +65,7 @@ def schemes(scan: CheckpointScan) -> Callable[[str], Scheme | None] | None:
     ]
     for name in dict.fromkeys(shown(scheme["format"]) for scheme in known):
         if name not in FORMATS:
-            scan.errors.add(f"compressed-tensors' format {name}", ", ".join(FORMATS))
+            scan.errors.add(f"compressed-tensors' format {name}", ", ".join(FORMATS), code="AK404")
     targets: list[tuple[int, Callable[[str], bool], Scheme]] = []
     for scheme in known:
         for target in map(str, scheme["targets"]):
@@ -98,12 +98,16 @@ def _check_settings(scan: CheckpointScan) -> None:
     status, sparsity = settings.get("quantization_status"), settings.get("sparsity_config")
     if status != "compressed":
         problem = f"quantization_status {shown(status)}"
-        scan.errors.add(problem, "compressed", hint="save the model compressed")
+        scan.errors.add(problem, "compressed", hint="save the model compressed", code="AK404")
     if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
-        scan.errors.add(f"sparsity_config of format {shown(sparsity['format'])}", "dense weights")
+        scan.errors.add(
+            f"sparsity_config of format {shown(sparsity['format'])}", "dense weights", code="AK404"
+        )
     if settings.get("transform_config"):
         scan.errors.add(
-            "transform_config: weights that are rotated", "weights as the model has them"
+            "transform_config: weights that are rotated",
+            "weights as the model has them",
+            code="AK404",
         )
 
 

@@ -78,7 +78,9 @@ class Fp8(QuantizedWeight):
             if scale is None and spec.dtype in CODES and scan.method == "fp8":
                 _note_missing_scale(scan, key)
             if scale is not None and spec.dtype in PAIRS and scan.method == "fp8":
-                scan.errors.add(f"{shown(key)}: {spec.dtype}, pairs of FP4 values", "FP8 weights")
+                scan.errors.add(
+                    f"{shown(key)}: {spec.dtype}, pairs of FP4 values", "FP8 weights", code="AK404"
+                )
             if scale is None or spec.dtype not in CODES:
                 continue
             block = _block(scan, spec, scale)
@@ -157,4 +159,5 @@ def _note_missing_scale(scan: CheckpointScan, key: str) -> None:
         f"{shown(key)} has its scales in {shown(others[0].key)}",
         f"scales called {shown(key + SCALE)}",
         hint="rename them",
+        code="AK404",
     )

@@ -120,10 +120,10 @@ def _version(scan: CheckpointScan) -> int | None:
         formats.add("marlin")
     if formats - set(VERSIONS) or len(formats) > 1:
         names = ", ".join(map(shown, sorted(formats)))
-        scan.errors.add(f"GPTQ's checkpoint_format {names}", " or ".join(VERSIONS))
+        scan.errors.add(f"GPTQ's checkpoint_format {names}", " or ".join(VERSIONS), code="AK404")
         known = False
     if settings.get("pack_dtype") not in (None, "int32"):
-        scan.errors.add(f"GPTQ's pack_dtype {shown(settings['pack_dtype'])}", "int32")
+        scan.errors.add(f"GPTQ's pack_dtype {shown(settings['pack_dtype'])}", "int32", code="AK404")
         known = False
     bits, size = settings.get("bits"), settings.get("group_size")
     valid = bits in gptq.BITS and type(size) is int and (size == -1 or size > 0)

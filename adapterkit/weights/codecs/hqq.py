@@ -79,7 +79,9 @@ def _fits(
     zero."""
     words, scale, zero, *_ = specs
     if packing not in PACKINGS:
-        scan.errors.add(f"{shown(words.key)}: hqq's {shown(packing)}", ", ".join(PACKINGS))
+        scan.errors.add(
+            f"{shown(words.key)}: hqq's {shown(packing)}", ", ".join(PACKINGS), code="AK404"
+        )
         return False
     _, fields, dtype = PACKINGS[packing]
     fits = len(shape) == len(words.shape) == 2 and 0 not in (*shape, *words.shape)

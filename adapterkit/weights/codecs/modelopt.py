@@ -105,7 +105,7 @@ def _algorithm(scan: CheckpointScan) -> str | None:
         problem = f"quant_algo {' and '.join(names)}"
         scan.check("quantization_config", False, problem, "one, the same in both files")
     elif names and names[0] not in CODES:
-        scan.errors.add(f"modelopt's quant_algo {names[0]}", " or ".join(CODES))
+        scan.errors.add(f"modelopt's quant_algo {names[0]}", " or ".join(CODES), code="AK404")
     return names[0] if len(names) == 1 and names[0] in CODES else None
 
 

@@ -54,6 +54,7 @@ class Mxfp4(QuantizedWeight):
                 expected="both or none",
                 where="--skip",
                 hint="give a regex that matches the module",
+                code="AK407",
             )
         plain = {parent(name) for name in skipped if name.endswith(STACKS)}
         return {"modules_to_not_convert": [*EXCLUDED, *sorted(plain)], "quant_method": "mxfp4"}

@@ -48,7 +48,9 @@ class Torchao(QuantizedWeight):
             if description is None or kind == "Tensor":
                 continue
             if kind not in KINDS:
-                scan.errors.add(f"{shown(key)}: torchao's {shown(kind)}", ", ".join(KINDS))
+                scan.errors.add(
+                    f"{shown(key)}: torchao's {shown(kind)}", ", ".join(KINDS), code="AK404"
+                )
                 continue
             record = cls._record(scan, key, kind, description)
             if record is not None:
